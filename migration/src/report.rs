@@ -1,0 +1,108 @@
+//! The report of one migration: the object that `godwit migrate --json` prints.
+
+use serde::{Deserialize, Serialize};
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Moved,
+    /// The guest runs at the source, as before.
+    Failed,
+    /// As `Failed`, because somebody asked for it.
+    Cancelled,
+    /// "go" was sent and the answer never came: the source stays paused until somebody finds out.
+    InDoubt,
+}
+
+/// The terms of the downtime, in milliseconds; they add up to [`Report::downtime_ms`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// From the first vCPU asked to leave to the last one out.
+    pub pause_ms: f64,
+    /// Device work in flight and disk flushes.
+    pub drain_ms: f64,
+    /// The last harvest of dirty pages.
+    pub final_log_ms: f64,
+    /// Sending the last dirty pages.
+    pub final_copy_ms: f64,
+    /// Saving and sending device and vCPU state.
+    pub state_ms: f64,
+    /// Restoring it, measured by the destination.
+    pub restore_ms: f64,
+    /// "ready", release of the locks, "go": what is left of the total.
+    pub commit_ms: f64,
+    /// Locks taken and vCPUs let in, measured by the destination.
+    pub resume_ms: f64,
+}
+
+/// One pre-copy round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Counted from 1.
+    pub n: u32,
+    /// Pages sent, zero pages included.
+    pub pages: u64,
+    /// Bytes put on the wire.
+    pub bytes: u64,
+    /// Duration.
+    pub ms: f64,
+    /// Bytes that the guest dirtied per second meanwhile.
+    pub dirty_bytes_per_s: f64,
+    /// Bytes sent per second.
+    pub bandwidth_bytes_per_s: f64,
+    /// Share of time that the vCPUs were held out of the guest, in percent.
+    pub throttle_percent: f64,
+}
+
+/// A digest of all guest memory on either side, in hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryDigest {
+    /// At the source, paused.
+    pub source: String,
+    /// At the destination, before it runs.
+    pub destination: String,
+}
+
+/// What one migration did. Times in milliseconds, rates in bytes per second.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, where it was not moved.
+    pub error: Option<String>,
+    /// `precopy`.
+    pub mode: String,
+    /// The downtime that the caller allowed.
+    pub budget_ms: f64,
+    /// Whether the downtime stayed within it; false where nothing was moved.
+    pub budget_kept: bool,
+    /// The prediction on which the source decided to pause.
+    pub predicted_downtime_ms: Option<f64>,
+    /// What it was: from the pause at the source to the arrival there of "resumed", less half a round trip
+    /// and less `verify_ms`.
+    pub downtime_ms: Option<f64>,
+    /// Its terms.
+    pub downtime: Downtime,
+    /// The prediction of the total time, made when the first round ended.
+    pub predicted_total_ms: Option<f64>,
+    /// From the start of the job to its end.
+    pub total_ms: f64,
+    /// Every pre-copy round.
+    pub rounds: Vec<Round>,
+    /// Bytes put on the wire, everything included.
+    pub bytes_sent: u64,
+    /// Pages sent with their content.
+    pub pages_sent: u64,
+    /// Pages sent as zero.
+    pub pages_zero: u64,
+    /// Number of streams.
+    pub streams: u32,
+    /// How page content got to the socket: `gather`.
+    pub data_path: String,
+    /// Time spent on digests with `--verify`; not part of the downtime.
+    pub verify_ms: f64,
+    /// With `--verify`.
+    pub memory_digest: Option<MemoryDigest>,
+}
