@@ -1,1 +1,24 @@
-//! migration/io
+//! Ranges of guest memory to and from sockets, without a user-space buffer in between.
+//!
+//! [`Gather`] sends ranges with their headers, [`Scatter`] receives ranges in place; neither ever blocks, so
+//! that the caller decides how long to wait and what else to listen for. [`is_zero_page`], [`zero_range`] and
+//! [`digest`] look at, clear and sum up memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
+
+mod digest;
+mod error;
+mod gather;
+mod memory;
+mod scatter;
+mod vectors;
+mod zero;
+
+#[cfg(test)]
+mod tests;
+
+pub use digest::digest;
+pub use error::MemoryIoError;
+pub use gather::{Gather, Piece};
+pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE};
+pub use scatter::Scatter;
+pub use vectors::Step;
+pub use zero::{is_zero_page, zero_range};

@@ -1,0 +1,29 @@
+use std::io;
+
+/// Why guest memory could not be sent, received or looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryIoError {
+    /// A range is not within one region of guest RAM.
+    #[error("guest memory range {gpa:#x}+{len:#x} is not within one region of guest RAM")]
+    OutOfBounds {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+        /// What the memory says.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+    /// An address is not that of a page.
+    #[error("guest-physical address {gpa:#x} is not a multiple of 4096")]
+    Unaligned {
+        /// The address.
+        gpa: u64,
+    },
+    /// The peer closed the connection.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The socket failed.
+    #[error("the connection failed")]
+    Socket(#[source] io::Error),
+}

@@ -1,0 +1,200 @@
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::*;
+
+const HIGH: u64 = 1 << 32;
+
+/// Two regions with a hole in between: 16 pages at 0, 8 pages at 4 GiB.
+fn memory() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 12), (GuestAddress(HIGH), 8 << 12)]).unwrap()
+}
+
+fn fill(memory: &GuestMemory, seed: u8) {
+    for region in memory.iter() {
+        let bytes: Vec<u8> = (0..region.len())
+            .map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed))
+            .collect();
+        memory.write_slice(&bytes, region.start_addr()).unwrap();
+    }
+}
+
+fn range(gpa: u64, len: u64) -> MemoryRange {
+    MemoryRange { gpa, len }
+}
+
+fn marked(memory: &GuestMemory) -> usize {
+    memory
+        .iter()
+        .map(|region| {
+            (0..region.len())
+                .step_by(4096)
+                .filter(|at| region.bitmap().dirty_at(*at as usize))
+                .count()
+        })
+        .sum()
+}
+
+#[test]
+fn ranges_arrive_in_place_and_unmarked_through_a_socket_that_is_too_small() {
+    let (from, to) = (memory(), memory());
+    fill(&from, 7);
+    let ranges = [range(0x3000, 0x5000), range(HIGH, 0x8000), range(0, 0x1000)];
+    let (a, mut b) = UnixStream::pair().unwrap();
+    let mut pieces = vec![Piece::Bytes(b"head"), Piece::Bytes(b"")];
+    pieces.extend(ranges.map(Piece::Guest));
+    let mut gather = Gather::new(&from, pieces).unwrap();
+    let mut head = [0; 4];
+    assert_eq!(
+        Scatter::new(&to, &ranges).unwrap().step(b.as_fd()).unwrap(),
+        Step::WouldBlock
+    );
+    let mut scatter = Scatter::new(&to, &ranges).unwrap();
+    let mut started = false;
+    loop {
+        let sent = gather.step(a.as_fd()).unwrap();
+        if !started {
+            b.read_exact(&mut head).unwrap();
+            started = true;
+        }
+        let got = scatter.step(b.as_fd()).unwrap();
+        if got == Step::Done {
+            assert_eq!(sent, Step::Done);
+            break;
+        }
+    }
+    assert_eq!(&head, b"head");
+    for range in ranges {
+        let (mut x, mut y) = (vec![0; range.len as usize], vec![0; range.len as usize]);
+        from.read_slice(&mut x, GuestAddress(range.gpa)).unwrap();
+        to.read_slice(&mut y, GuestAddress(range.gpa)).unwrap();
+        assert_eq!(x, y);
+    }
+    assert_eq!(marked(&to), 0);
+    assert!(
+        is_zero_page(&to, 0x1000).unwrap(),
+        "pages that were not named stay as they were"
+    );
+}
+
+#[test]
+fn more_ranges_than_one_call_takes_are_sent_in_several() {
+    let memory = memory();
+    fill(&memory, 1);
+    let pieces: Vec<Piece<'_>> = (0..3000).map(|at| Piece::Guest(range(at % 4096, 5))).collect();
+    let (a, mut b) = UnixStream::pair().unwrap();
+    let mut gather = Gather::new(&memory, pieces).unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut bytes = vec![0; 15000];
+        b.read_exact(&mut bytes).unwrap();
+        bytes
+    });
+    let mut calls = 0;
+    while gather.step(a.as_fd()).unwrap() != Step::Done {
+        calls += 1;
+    }
+    assert!(calls >= 2);
+    let mut expected = vec![0; 15000];
+    for (at, part) in expected.chunks_mut(5).enumerate() {
+        memory.read_slice(part, GuestAddress(at as u64 % 4096)).unwrap();
+    }
+    assert_eq!(reader.join().unwrap(), expected);
+}
+
+#[test]
+fn a_range_outside_memory_is_refused_by_name() {
+    let memory = memory();
+    for (gpa, len) in [
+        (16 << 12, 1),
+        (0xf000, 0x2000),
+        (HIGH - 1, 1),
+        (u64::MAX, 2),
+        (0, u64::MAX),
+        (HIGH + 0x7fff, 2),
+    ] {
+        let error = Scatter::new(&memory, &[range(gpa, len)]).err().unwrap();
+        assert!(matches!(error, MemoryIoError::OutOfBounds { .. }), "{error}");
+        assert!(error.to_string().contains(&format!("{gpa:#x}")), "{error}");
+        assert!(Gather::new(&memory, [Piece::Guest(range(gpa, len))]).is_err());
+        assert!(zero_range(&memory, range(gpa, len)).is_err());
+    }
+    assert!(matches!(
+        is_zero_page(&memory, 16 << 12),
+        Err(MemoryIoError::OutOfBounds { .. })
+    ));
+    assert!(matches!(
+        is_zero_page(&memory, 12),
+        Err(MemoryIoError::Unaligned { gpa: 12 })
+    ));
+}
+
+#[test]
+fn a_peer_that_is_gone_is_an_error_on_either_side() {
+    let memory = memory();
+    let (a, b) = UnixStream::pair().unwrap();
+    drop(b);
+    let mut scatter = Scatter::new(&memory, &[range(0, 4096)]).unwrap();
+    assert!(matches!(scatter.step(a.as_fd()), Err(MemoryIoError::Closed)));
+    let mut gather = Gather::new(&memory, [Piece::Guest(range(0, 4096))]).unwrap();
+    assert!(matches!(gather.step(a.as_fd()), Err(MemoryIoError::Socket(_))));
+}
+
+#[test]
+fn zeroing_clears_and_does_not_mark() {
+    let memory = memory();
+    fill(&memory, 3);
+    for region in memory.iter() {
+        region.get_mmap().bitmap().reset();
+    }
+    zero_range(&memory, range(0x2000, 0x3000)).unwrap();
+    let zero: Vec<u64> = (0..16)
+        .filter(|page| is_zero_page(&memory, page << 12).unwrap())
+        .collect();
+    assert_eq!(zero, [2, 3, 4]);
+    assert_eq!(marked(&memory), 0);
+}
+
+#[test]
+fn the_digest_is_that_of_all_regions_in_order() {
+    let memory = memory();
+    fill(&memory, 9);
+    let mut all = vec![0; 24 << 12];
+    let (low, high) = all.split_at_mut(16 << 12);
+    memory.read_slice(low, GuestAddress(0)).unwrap();
+    memory.read_slice(high, GuestAddress(HIGH)).unwrap();
+    assert_eq!(digest(&memory).unwrap(), xxhash_rust::xxh3::xxh3_128(&all));
+    memory.write_slice(&[1], GuestAddress(HIGH + 0x7fff)).unwrap();
+    assert_ne!(digest(&memory).unwrap(), xxhash_rust::xxh3::xxh3_128(&all));
+}
+
+#[test]
+fn what_is_sent_by_hand_is_received_by_bits() {
+    let memory = memory();
+    let (mut a, b) = UnixStream::pair().unwrap();
+    let mut scatter = Scatter::new(&memory, &[range(0xfff, 2), range(0x5000, 1)]).unwrap();
+    a.write_all(&[1]).unwrap();
+    assert_eq!(scatter.step(b.as_fd()).unwrap(), Step::Moved(1));
+    assert_eq!(scatter.step(b.as_fd()).unwrap(), Step::WouldBlock);
+    a.write_all(&[2, 3, 4]).unwrap();
+    assert_eq!(scatter.step(b.as_fd()).unwrap(), Step::Done);
+    let byte = |gpa| memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
+    assert_eq!(
+        [byte(0xfff), byte(0x1000), byte(0x5000), byte(0x5001)],
+        [1, 2, 3, 0]
+    );
+}
+
+proptest! {
+    #[test]
+    fn a_single_byte_anywhere_makes_a_page_non_zero(at in 0u64..4096, byte in 1u8..) {
+        let memory = memory();
+        memory.write_slice(&[byte], GuestAddress(0x3000 + at)).unwrap();
+        prop_assert!(!is_zero_page(&memory, 0x3000).unwrap());
+        prop_assert!(is_zero_page(&memory, 0x2000).unwrap() && is_zero_page(&memory, 0x4000).unwrap());
+    }
+}
