@@ -1,1 +1,24 @@
-//! The machine.
+//! The machine (KVM, memory, vCPUs, boot, life cycle) and everything that the program `godwit` is made of.
+//!
+//! The way of a request: command line or HTTP ([`api`]) → [`supervisor`] → [`machine`] → vCPUs, memory,
+//! devices. `DESIGN.md` beside this crate's manifest has the picture.
+
+pub mod api;
+pub mod boot;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod console;
+pub mod cpu;
+mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod probe;
+pub mod rundir;
+pub mod supervisor;
+pub mod vcpu;
+
+pub use config::Config;
+
+/// The version of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,2 +1,5 @@
-//! main
-fn main() {}
+//! The program `godwit`.
+
+fn main() -> std::process::ExitCode {
+    vmm::cli::main()
+}

@@ -1,0 +1,25 @@
+//! The HTTP API of one VM on its Unix socket: Firecracker's routes for what Firecracker has, and migration.
+//!
+//! | route | meaning |
+//! |---|---|
+//! | `GET /` | [`InstanceInfo`] |
+//! | `GET /version` | [`Version`] |
+//! | `PATCH /vm` | [`VmUpdate`]: pause, resume |
+//! | `PUT /actions` | [`Action`]: power button, stop |
+//! | `PUT /migration` | [`MigrationRequest`]; the response is a stream of [`MigrationEvent`] lines |
+//! | `GET /migration` | the live `Progress`, 404 if there is none |
+//! | `DELETE /migration` | cancels |
+//! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
+//!
+//! An error is a [`Fault`] with status 400, 404 or 409.
+
+mod routes;
+mod server;
+mod types;
+
+pub mod client;
+
+pub use server::ApiServer;
+pub use types::{
+    Action, ActionType, Fault, InstanceInfo, InstanceState, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
+};

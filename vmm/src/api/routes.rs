@@ -1,0 +1,229 @@
+//! The routes: each turns HTTP into one request to the supervisor.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Request as HttpRequest, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, patch, put};
+use devices::legacy::Serial;
+use hyper_util::rt::TokioIo;
+use migration::{Endpoint, MigrateOptions, Progress};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{broadcast, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::types::{
+    Action, ActionType, Fault, InstanceInfo, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
+};
+use crate::VERSION;
+use crate::console::Console;
+use crate::supervisor::{MigrationFeed, Refusal, Request, SupervisorHandle};
+
+/// How often a migration's stream has a line.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// How long console input waits for a guest that does not read before it tries again.
+const INPUT_RETRY: Duration = Duration::from_millis(20);
+/// Most bytes read at once from a console client.
+const INPUT_CHUNK: usize = 4096;
+/// The protocol that `GET /console` upgrades to.
+pub(super) const CONSOLE_PROTOCOL: &str = "console";
+
+/// What the routes work with.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) supervisor: SupervisorHandle,
+    pub(super) console: Console,
+    pub(super) input: ConsoleInput,
+}
+
+/// Where console input goes; empty until there is a machine.
+pub type ConsoleInput = Arc<Mutex<Option<Arc<Mutex<Serial>>>>>;
+
+pub(super) fn router(context: Context) -> Router {
+    Router::new()
+        .route("/", get(info))
+        .route("/version", get(version))
+        .route("/vm", patch(update))
+        .route("/actions", put(action))
+        .route("/migration", put(migrate).get(progress).delete(cancel))
+        .route("/console", get(console))
+        .with_state(context)
+}
+
+/// A refusal as a response.
+struct Failure(StatusCode, String);
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0, Json(Fault { fault_message: self.1 })).into_response()
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        let status = match refusal {
+            Refusal::NoMigration => StatusCode::NOT_FOUND,
+            Refusal::Migrating | Refusal::NoMachine | Refusal::InDoubt => StatusCode::CONFLICT,
+            Refusal::Failed(_) | Refusal::Gone => StatusCode::BAD_REQUEST,
+        };
+        Failure(status, refusal.to_string())
+    }
+}
+
+impl From<JsonRejection> for Failure {
+    fn from(rejection: JsonRejection) -> Self {
+        Failure(StatusCode::BAD_REQUEST, rejection.body_text())
+    }
+}
+
+type Answer<T> = Result<T, Failure>;
+type JsonBody<T> = Result<Json<T>, JsonRejection>;
+
+async fn info(State(context): State<Context>) -> Answer<Json<InstanceInfo>> {
+    Ok(Json(context.supervisor.ask(Request::Info).await?))
+}
+
+async fn version() -> Json<Version> {
+    Json(Version { godwit_version: VERSION.into() })
+}
+
+async fn update(State(context): State<Context>, body: JsonBody<VmUpdate>) -> Answer<StatusCode> {
+    match body?.state {
+        VmState::Paused => context.supervisor.ask(Request::Pause).await?,
+        VmState::Resumed => context.supervisor.ask(Request::Resume).await?,
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn action(State(context): State<Context>, body: JsonBody<Action>) -> Answer<StatusCode> {
+    match body?.action_type {
+        ActionType::SendCtrlAltDel => context.supervisor.ask(Request::PowerButton).await?,
+        ActionType::Stop => context.supervisor.ask(Request::Stop).await?,
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest>) -> Answer<Response> {
+    let Json(request) = body?;
+    let destination: Endpoint = request
+        .destination
+        .parse()
+        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("destination: {error}")))?;
+    let max_downtime = Duration::try_from_secs_f64(request.max_downtime_ms / 1e3)
+        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("max_downtime_ms: {error}")))?;
+    let options = Box::new(MigrateOptions {
+        max_downtime,
+        on_miss: request.on_miss,
+        verify: request.verify,
+        ..Default::default()
+    });
+    let feed = context
+        .supervisor
+        .ask(|reply| Request::Migrate { destination, options, reply })
+        .await?;
+    let (lines, stream) = mpsc::channel::<Result<Bytes, Infallible>>(16);
+    tokio::spawn(tell(feed, lines));
+    let body = Body::from_stream(ReceiverStream::new(stream));
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+}
+
+/// Writes a line for each piece of progress and one for the report. Whether anybody reads makes no
+/// difference to the migration.
+async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
+    let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
+    loop {
+        let event = tokio::select! {
+            report = feed.report.recv() => match report {
+                Ok(report) => MigrationEvent::Report(Box::new(report)),
+                Err(_) => return,
+            },
+            _ = ticks.tick() => MigrationEvent::Progress(feed.control.progress()),
+        };
+        let last = matches!(event, MigrationEvent::Report(_));
+        let Ok(mut line) = serde_json::to_vec(&event) else { return };
+        line.push(b'\n');
+        if lines.send(Ok(line.into())).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+async fn progress(State(context): State<Context>) -> Answer<Json<Progress>> {
+    Ok(Json(context.supervisor.ask(Request::Progress).await?))
+}
+
+async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
+    context.supervisor.ask(Request::Cancel).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {
+    let asked = request.headers().get(header::UPGRADE).map(HeaderValue::as_bytes);
+    if asked != Some(CONSOLE_PROTOCOL.as_bytes()) {
+        let message = format!("expected the header `Upgrade: {CONSOLE_PROTOCOL}`");
+        return Err(Failure(StatusCode::UPGRADE_REQUIRED, message));
+    }
+    tokio::spawn(async move {
+        match hyper::upgrade::on(request).await {
+            Ok(upgraded) => serve_console(TokioIo::new(upgraded), context).await,
+            Err(error) => tracing::debug!(%error, "console client did not upgrade"),
+        }
+    });
+    let headers = [(header::UPGRADE, CONSOLE_PROTOCOL), (header::CONNECTION, "Upgrade")];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Until either side ends.
+async fn serve_console<S>(stream: S, context: Context)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite,
+{
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let (history, mut live) = context.console.attach();
+    let output = async {
+        writer.write_all(&history).await?;
+        loop {
+            match live.recv().await {
+                Ok(bytes) => writer.write_all(&bytes).await?,
+                // Too slow: what was lost is lost, as on a real serial line.
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return Ok(()),
+            }
+        }
+    };
+    let input = async {
+        let mut chunk = vec![0; INPUT_CHUNK];
+        loop {
+            let count = reader.read(&mut chunk).await?;
+            if count == 0 {
+                return Ok(());
+            }
+            send_input(&context.input, &chunk[..count]).await;
+        }
+    };
+    let ended: std::io::Result<()> = tokio::select! {
+        result = output => result,
+        result = input => result,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "console client left");
+    }
+}
+
+async fn send_input(input: &ConsoleInput, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        let Some(serial) = input.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return };
+        let taken = serial.lock().unwrap_or_else(PoisonError::into_inner).enqueue(bytes);
+        bytes = &bytes[taken..];
+        if !bytes.is_empty() {
+            tokio::time::sleep(INPUT_RETRY).await;
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! The API thread: the only place with tokio.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+pub use super::routes::ConsoleInput;
+use super::routes::{Context, router};
+use crate::console::Console;
+use crate::rundir::ApiSocket;
+use crate::supervisor::{Event, SupervisorHandle};
+
+/// How long requests in flight may take when the server ends.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A running API server. Dropping it ends it, after requests in flight have been answered.
+pub struct ApiServer {
+    end: Arc<Notify>,
+    thread: Option<JoinHandle<()>>,
+    socket: ApiSocket,
+    input: ConsoleInput,
+}
+
+impl ApiServer {
+    /// Serves `socket` on a thread of its own. The thread also turns SIGTERM and SIGINT into events for the
+    /// supervisor.
+    pub fn start(socket: ApiSocket, supervisor: SupervisorHandle, console: Console) -> io::Result<Self> {
+        let listener = socket.listener().try_clone()?;
+        listener.set_nonblocking(true)?;
+        let end = Arc::new(Notify::new());
+        let input = ConsoleInput::default();
+        let context = Context { supervisor, console, input: input.clone() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // Inside the runtime, but before the thread starts, so that an error is the caller's.
+        let (listener, signals) = {
+            let _inside = runtime.enter();
+            let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+            (UnixListener::from_std(listener)?, signals)
+        };
+        let ended = end.clone();
+        let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
+            runtime.block_on(async move {
+                for mut signal in signals {
+                    let supervisor = context.supervisor.clone();
+                    tokio::spawn(async move {
+                        while signal.recv().await.is_some() {
+                            supervisor.send(Event::Terminate);
+                        }
+                    });
+                }
+                serve(listener, context, ended).await;
+            });
+            runtime.shutdown_background();
+        })?;
+        Ok(Self { end, thread: Some(thread), socket, input })
+    }
+
+    /// Where console input goes once there is a machine.
+    pub fn console_input(&self) -> &ConsoleInput {
+        &self.input
+    }
+
+    /// The socket that is served.
+    pub fn socket(&self) -> &ApiSocket {
+        &self.socket
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.end.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // A panic in it has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn serve(listener: UnixListener, context: Context, end: Arc<Notify>) {
+    let ending = Arc::new(Notify::new());
+    let shutdown = {
+        let ending = ending.clone();
+        async move {
+            end.notified().await;
+            ending.notify_one();
+        }
+    };
+    let server = axum::serve(listener, router(context)).with_graceful_shutdown(shutdown);
+    let deadline = async {
+        ending.notified().await;
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        result = async { server.await } => {
+            if let Err(error) = result {
+                tracing::error!(%error, "API server");
+            }
+        }
+        () = deadline => {}
+    }
+}

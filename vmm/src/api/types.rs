@@ -1,0 +1,136 @@
+//! What goes over the API, as JSON.
+
+use std::time::Duration;
+
+use migration::{OnMiss, Progress, Report};
+use serde::{Deserialize, Serialize};
+
+/// Life cycle of an instance. `Running` and `Paused` are Firecracker's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InstanceState {
+    /// vCPUs are let into the guest.
+    Running,
+    /// vCPUs are held out because a user asked for it.
+    Paused,
+    /// No machine yet: waiting for one, or receiving it.
+    Receiving,
+    /// "go" was sent and nobody knows whether the destination runs.
+    #[serde(rename = "In doubt")]
+    InDoubt,
+}
+
+impl std::fmt::Display for InstanceState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            InstanceState::Running => "running",
+            InstanceState::Paused => "paused",
+            InstanceState::Receiving => "receiving",
+            InstanceState::InDoubt => "in doubt",
+        })
+    }
+}
+
+/// What an instance says about itself; the first four fields are Firecracker's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InstanceInfo {
+    /// `godwit`.
+    pub app_name: String,
+    /// The VM's name.
+    pub id: String,
+    /// Where it is in its life cycle.
+    pub state: InstanceState,
+    /// Version of this program.
+    pub vmm_version: String,
+    /// Process id.
+    pub pid: u32,
+    /// Number of vCPUs; 0 while there is no machine.
+    pub vcpu_count: u8,
+    /// Guest memory in MiB; 0 while there is no machine.
+    pub mem_size_mib: u64,
+    /// CPU template in force; empty while there is no machine.
+    pub cpu_template: String,
+    /// The migration under way.
+    pub migration: Option<Progress>,
+}
+
+/// The program's version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// As `godwit --version` prints it.
+    pub godwit_version: String,
+}
+
+/// Body of `PATCH /vm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmUpdate {
+    /// The state that it shall have.
+    pub state: VmState,
+}
+
+/// A state that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Hold the vCPUs out of the guest.
+    Paused,
+    /// Let them in.
+    Resumed,
+}
+
+/// Body of `PUT /actions`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Action {
+    /// What to do.
+    pub action_type: ActionType,
+}
+
+/// What `PUT /actions` can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ActionType {
+    /// Firecracker's way to ask a guest to shut down; here it presses the ACPI power button.
+    SendCtrlAltDel,
+    /// Ends the process, whatever the guest does.
+    Stop,
+}
+
+/// Body of `PUT /migration`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRequest {
+    /// `tcp:HOST:PORT` or `unix:PATH`.
+    pub destination: String,
+    /// Budget of the downtime in milliseconds.
+    #[serde(default = "default_max_downtime_ms")]
+    pub max_downtime_ms: f64,
+    /// What to do when the budget cannot be kept.
+    #[serde(default)]
+    pub on_miss: OnMiss,
+    /// Compare digests of all memory.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// The budget of a migration that is given none.
+pub const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(300);
+
+fn default_max_downtime_ms() -> f64 {
+    DEFAULT_MAX_DOWNTIME.as_secs_f64() * 1e3
+}
+
+/// One line of the response to `PUT /migration`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MigrationEvent {
+    /// Where it is; several a second.
+    Progress(Progress),
+    /// How it ended; the last line.
+    Report(Box<Report>),
+}
+
+/// An error, in Firecracker's shape.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// One line: what, expected, got.
+    pub fault_message: String,
+}

@@ -1,0 +1,69 @@
+//! The 64-bit Linux boot protocol (Documentation/arch/x86/boot.rst), for bzImage and for an ELF kernel
+//! without a PVH note.
+
+use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::{Initrd, layout};
+use devices::GuestMemory;
+
+/// Offset of the 64-bit entry point from the begin of the protected-mode kernel.
+pub(super) const BZIMAGE_64BIT_ENTRY: u64 = 0x200;
+/// The bzImage has that entry point.
+pub(super) const XLF_KERNEL_64: u16 = 1;
+
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+const LOADER_UNDEFINED: u8 = 0xff;
+const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+pub(super) fn write_zero_page(
+    memory: &GuestMemory,
+    size: u64,
+    header: Option<setup_header>,
+    initrd: Option<Initrd>,
+) -> Result<(), GuestMemoryError> {
+    let mut params = boot_params::default();
+    params.hdr = header.unwrap_or(setup_header {
+        boot_flag: BOOT_FLAG,
+        header: HEADER_MAGIC,
+        kernel_alignment: KERNEL_ALIGNMENT,
+        ..Default::default()
+    });
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
+    params.hdr.cmdline_size = layout::CMDLINE_MAX as u32 - 1;
+    if let Some(initrd) = initrd {
+        params.hdr.ramdisk_image = initrd.gpa as u32;
+        params.hdr.ramdisk_size = initrd.len as u32;
+    }
+    params.acpi_rsdp_addr = layout::ACPI;
+
+    let ram = layout::usable_ranges(size).into_iter().map(|(addr, size)| (addr, size, E820_RAM));
+    let reserved = (layout::MP_TABLE, layout::HIGH_MEMORY - layout::MP_TABLE, E820_RESERVED);
+    for (index, (addr, size, type_)) in ram.chain([reserved]).enumerate() {
+        params.e820_table[index] = boot_e820_entry { addr, size, type_ };
+        params.e820_entries = index as u8 + 1;
+    }
+    memory.write_obj(params, GuestAddress(layout::ZERO_PAGE))
+}
+
+/// Identity-maps the first 4 GiB with 2 MiB pages.
+pub(super) fn write_page_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
+    const PRESENT_WRITABLE: u64 = 0b11;
+    const LARGE: u64 = 1 << 7;
+    let pdpt = layout::PAGE_TABLES + layout::PAGE_SIZE;
+    let directories = pdpt + layout::PAGE_SIZE;
+    memory.write_obj(pdpt | PRESENT_WRITABLE, GuestAddress(layout::PAGE_TABLES))?;
+    for gib in 0..4 {
+        let directory = directories + gib * layout::PAGE_SIZE;
+        memory.write_obj(directory | PRESENT_WRITABLE, GuestAddress(pdpt + gib * 8))?;
+        for entry in 0..512 {
+            let frame = (gib << 30) | (entry << 21);
+            memory.write_obj(frame | PRESENT_WRITABLE | LARGE, GuestAddress(directory + entry * 8))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! From files to a guest that is ready to execute its first instruction: kernel, initrd, command line,
+//! firmware tables.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use devices::GuestMemory;
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+pub mod acpi;
+pub mod entry;
+pub mod layout;
+mod linux;
+mod mptable;
+mod pvh;
+
+pub use acpi::VirtioMmioSlot;
+pub use entry::Entry;
+
+/// The command line for a Linux guest that is given none.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
+
+/// What can go wrong before the first instruction.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum BootError {
+    #[error("{what} {path}: {source}")]
+    Open { what: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{what} {path}: expected a file, got a directory")]
+    Directory { what: &'static str, path: PathBuf },
+    #[error("kernel {0}: expected an ELF vmlinux or a bzImage, got neither magic number")]
+    UnknownFormat(PathBuf),
+    #[error("kernel {path}: truncated: its header promises {expected} bytes, the file has {got}")]
+    Truncated { path: PathBuf, expected: u64, got: u64 },
+    #[error("kernel {path}: {source} (truncated file, or too little memory?)")]
+    Load { path: PathBuf, source: linux_loader::loader::Error },
+    #[error("kernel {0}: expected a bzImage with a 64-bit entry point (boot protocol 2.12 or later)")]
+    No64BitEntry(PathBuf),
+    #[error("initrd {path}: {size} bytes do not fit between the kernel's end at {kernel_end:#x} and {limit:#x}")]
+    InitrdTooLarge { path: PathBuf, size: u64, kernel_end: u64, limit: u64 },
+    #[error("kernel command line: {got} bytes, at most {limit} fit")]
+    CmdlineTooLong { got: usize, limit: usize },
+    #[error("kernel command line: a NUL byte at position {0}")]
+    CmdlineNul(usize),
+    #[error("guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct BootSource {
+    /// ELF `vmlinux` (PVH or 64-bit Linux entry) or bzImage.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; the machine adds its `virtio_mmio.device=` words.
+    pub cmdline: String,
+}
+
+/// Puts kernel, initrd, command line and firmware tables into guest memory.
+///
+/// Returns how the first vCPU enters the guest.
+pub fn load(
+    memory: &GuestMemory,
+    source: &BootSource,
+    cpus: u8,
+    slots: &[VirtioMmioSlot],
+) -> Result<Entry, BootError> {
+    let size: u64 = memory.iter().map(vm_memory::GuestMemoryRegion::len).sum();
+    let (image, format) = open_kernel(&source.kernel)?;
+    let loaded = load_kernel(memory, &source.kernel, image, format)?;
+    let low_end = layout::ram_ranges(size)[0].1;
+    let limit = match &loaded.setup_header {
+        Some(header) if header.initrd_addr_max != 0 => low_end.min(u64::from(header.initrd_addr_max) + 1),
+        _ => low_end,
+    };
+    let initrd = match &source.initrd {
+        Some(path) => Some(load_initrd(memory, path, loaded.kernel_end, limit)?),
+        None => None,
+    };
+    write_cmdline(memory, &full_cmdline(&source.cmdline, slots))?;
+    memory.write_slice(&mptable::build(cpus), GuestAddress(layout::MP_TABLE))?;
+    memory.write_slice(&acpi::build(cpus, slots), GuestAddress(layout::ACPI))?;
+
+    match (loaded.pvh_boot_cap, loaded.setup_header) {
+        (PvhBootCapability::PvhEntryPresent(entry), _) => {
+            pvh::write_start_info(memory, size, initrd)?;
+            Ok(Entry::Pvh { rip: entry.0 })
+        }
+        (_, header) => {
+            let is_bzimage = header.is_some();
+            linux::write_zero_page(memory, size, header, initrd)?;
+            linux::write_page_tables(memory)?;
+            let offset = if is_bzimage { linux::BZIMAGE_64BIT_ENTRY } else { 0 };
+            Ok(Entry::Linux64 { rip: loaded.kernel_load.0 + offset })
+        }
+    }
+}
+
+/// Where the initrd lies.
+#[derive(Clone, Copy, Debug)]
+struct Initrd {
+    gpa: u64,
+    len: u64,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Format {
+    Elf,
+    BzImage,
+}
+
+fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
+    let wrap = |source| BootError::Open { what, path: path.into(), source };
+    let file = File::open(path).map_err(wrap)?;
+    let metadata = file.metadata().map_err(wrap)?;
+    if metadata.is_dir() {
+        return Err(BootError::Directory { what, path: path.into() });
+    }
+    Ok((file, metadata.len()))
+}
+
+fn open_kernel(path: &Path) -> Result<(File, Format), BootError> {
+    let (mut file, size) = open("kernel", path)?;
+    let wrap = |source| BootError::Open { what: "kernel", path: path.into(), source };
+    let mut head = Vec::new();
+    Read::by_ref(&mut file).take(0x206).read_to_end(&mut head).map_err(wrap)?;
+    file.seek(SeekFrom::Start(0)).map_err(wrap)?;
+    if head.starts_with(b"\x7fELF") {
+        return Ok((file, Format::Elf));
+    }
+    if head.get(0x202..0x206) != Some(b"HdrS".as_slice()) {
+        return Err(BootError::UnknownFormat(path.into()));
+    }
+    // Boot protocol: setup_sects at 0x1f1 (0 means 4), syssize in 16-byte units at 0x1f4.
+    let sectors = if head[0x1f1] == 0 { 4 } else { u64::from(head[0x1f1]) };
+    let paragraphs = u32::from_le_bytes([head[0x1f4], head[0x1f5], head[0x1f6], head[0x1f7]]);
+    let expected = (sectors + 1) * 512 + u64::from(paragraphs) * 16;
+    if size < expected {
+        return Err(BootError::Truncated { path: path.into(), expected, got: size });
+    }
+    Ok((file, Format::BzImage))
+}
+
+fn load_kernel(
+    memory: &GuestMemory,
+    path: &Path,
+    mut image: File,
+    format: Format,
+) -> Result<KernelLoaderResult, BootError> {
+    let start = Some(GuestAddress(layout::HIGH_MEMORY));
+    let loaded = match format {
+        Format::Elf => Elf::load(memory, None, &mut image, start),
+        Format::BzImage => BzImage::load(memory, None, &mut image, start),
+    }
+    .map_err(|source| BootError::Load { path: path.into(), source })?;
+    if let Some(header) = &loaded.setup_header
+        && (header.version < 0x20c || header.xloadflags & linux::XLF_KERNEL_64 == 0)
+    {
+        return Err(BootError::No64BitEntry(path.into()));
+    }
+    Ok(loaded)
+}
+
+fn load_initrd(memory: &GuestMemory, path: &Path, kernel_end: u64, limit: u64) -> Result<Initrd, BootError> {
+    let (mut file, size) = open("initrd", path)?;
+    let too_large = || BootError::InitrdTooLarge { path: path.into(), size, kernel_end, limit };
+    let gpa = limit.checked_sub(size).ok_or_else(too_large)? & !(layout::PAGE_SIZE - 1);
+    if gpa < kernel_end.max(layout::HIGH_MEMORY) {
+        return Err(too_large());
+    }
+    memory.read_exact_volatile_from(GuestAddress(gpa), &mut file, size as usize)?;
+    Ok(Initrd { gpa, len: size })
+}
+
+fn full_cmdline(cmdline: &str, slots: &[VirtioMmioSlot]) -> String {
+    let mut full = cmdline.trim().to_owned();
+    for slot in slots {
+        full.push_str(&format!(" virtio_mmio.device=4K@{:#x}:{}", slot.base, slot.gsi));
+    }
+    full
+}
+
+fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
+    let limit = layout::CMDLINE_MAX - 1;
+    if cmdline.len() > limit {
+        return Err(BootError::CmdlineTooLong { got: cmdline.len(), limit });
+    }
+    if let Some(position) = cmdline.bytes().position(|byte| byte == 0) {
+        return Err(BootError::CmdlineNul(position));
+    }
+    memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
+    memory.write_obj(0u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;
+    Ok(())
+}

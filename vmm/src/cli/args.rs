@@ -1,0 +1,280 @@
+//! The arguments of every command.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use migration::Endpoint;
+
+use super::units;
+use crate::config::DiskConfig;
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  godwit run --name web --kernel vmlinux --initrd initrd --memory 512M --cpus 2
+  godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
+  godwit run --config-file vm.json --name web
+
+In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
+
+const RECEIVE_EXAMPLES: &str = "\
+Examples:
+  godwit receive --name web --listen tcp:0.0.0.0:7000
+  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web";
+
+const MIGRATE_EXAMPLES: &str = "\
+Examples:
+  godwit migrate web tcp:host-b:7000
+  godwit migrate web tcp:10.0.0.2:7000 --max-downtime 20ms --verify --json
+
+Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
+Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
+
+/// MicroVMs that move between hosts while they run.
+#[derive(Debug, Parser)]
+#[command(name = "godwit", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest and run it until it ends, is stopped, or has moved.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(RunArgs),
+    /// Wait for a guest that moves here, and run it.
+    #[command(after_help = RECEIVE_EXAMPLES)]
+    Receive(ReceiveArgs),
+    /// Move a running guest to another host.
+    #[command(after_help = MIGRATE_EXAMPLES)]
+    Migrate(MigrateArgs),
+    /// Show what a VM is and does.
+    Status(OutputArgs),
+    /// Cancel a VM's migration; the guest runs on where it is.
+    Cancel(VmArgs),
+    /// Hold a guest's vCPUs.
+    Pause(VmArgs),
+    /// Let a paused guest go on.
+    Resume(VmArgs),
+    /// Shut a guest down: power button first, then the end.
+    Stop(StopArgs),
+    /// List the VMs of this host.
+    Ps(ListArgs),
+    /// Attach to a guest's console. Ctrl-] detaches.
+    Console(VmArgs),
+    /// Say what this host offers for booting and moving guests, and what it lacks.
+    Probe(ListArgs),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub(super) common: CommonArgs,
+    /// Configuration in Firecracker's format; other options override it
+    #[arg(long, value_name = "FILE")]
+    pub(super) config_file: Option<PathBuf>,
+    /// Kernel: ELF vmlinux or bzImage
+    #[arg(long, value_name = "FILE", required_unless_present = "config_file")]
+    pub(super) kernel: Option<PathBuf>,
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    pub(super) initrd: Option<PathBuf>,
+    /// Kernel command line [default: "console=ttyS0 reboot=k panic=1 pci=off"]
+    #[arg(long, value_name = "TEXT")]
+    pub(super) cmdline: Option<String>,
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(super) cpus: Option<u64>,
+    /// Guest memory, e.g. 512M or 2GiB [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = units::size, allow_hyphen_values = true)]
+    pub(super) memory: Option<u64>,
+    /// Back guest memory by a memfd, which other processes can share
+    #[arg(long)]
+    pub(super) shared_memory: bool,
+    /// What the guest's CPUs announce: host, pvm, baseline [default: chosen by a probe and printed]
+    #[arg(long, value_name = "NAME")]
+    pub(super) cpu_template: Option<String>,
+    /// A disk: [id=NAME,]path=FILE[,ro]; may be given several times
+    #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
+    pub(super) disks: Vec<RunDisk>,
+}
+
+/// What `run` and `receive` have in common.
+#[derive(Debug, Args)]
+pub struct CommonArgs {
+    /// Name of the VM [default: vm-PID]
+    #[arg(long)]
+    pub(super) name: Option<String>,
+    /// Path of the API socket [default: NAME.sock in the run-time directory]
+    #[arg(long, value_name = "PATH")]
+    pub(super) api_sock: Option<PathBuf>,
+    /// Append log messages to a file instead of writing them to stderr
+    #[arg(long, value_name = "FILE")]
+    pub(super) log: Option<PathBuf>,
+}
+
+/// Arguments of `receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    #[command(flatten)]
+    pub(super) common: CommonArgs,
+    /// Where to listen: tcp:HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ENDPOINT")]
+    pub(super) listen: Endpoint,
+    /// Backend of a disk of the arriving machine; may be given several times
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = receive_disk)]
+    pub(super) disks: Vec<(String, PathBuf)>,
+    /// Refuse machines with more memory than this [default: what the host has]
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    pub(super) max_memory: Option<u64>,
+}
+
+/// Arguments of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// Where `godwit receive` listens: tcp:HOST:PORT or unix:PATH
+    #[arg(value_name = "DEST")]
+    pub(super) destination: Endpoint,
+    /// How long the guest may stand still
+    #[arg(long, value_name = "DURATION", value_parser = units::duration, default_value = "300ms")]
+    pub(super) max_downtime: Duration,
+    /// When the guest dirties memory too fast for that: give up, or move it nevertheless
+    #[arg(long, value_enum, default_value_t = OnMissArg::Fail)]
+    pub(super) on_miss: OnMissArg,
+    /// Compare a digest of all memory on both sides before the guest runs on
+    #[arg(long)]
+    pub(super) verify: bool,
+    /// Print the report as one JSON object on stdout
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// See [`migration::OnMiss`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OnMissArg {
+    /// Give up; the guest runs on here.
+    Fail,
+    /// Move it nevertheless.
+    Switch,
+}
+
+/// A VM.
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+}
+
+/// A VM, and how to print.
+#[derive(Debug, Args)]
+pub struct OutputArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Arguments of `stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// End it at once, without asking the guest
+    #[arg(long)]
+    pub(super) force: bool,
+}
+
+/// How to print a list.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// A disk of `run`; without an id it is named by its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDisk {
+    id: Option<String>,
+    path: PathBuf,
+    read_only: bool,
+}
+
+impl RunDisk {
+    /// Its configuration, as the disk number `index`.
+    pub(super) fn config(&self, index: usize) -> DiskConfig {
+        DiskConfig {
+            id: self.id.clone().unwrap_or_else(|| format!("disk{index}")),
+            path: self.path.clone(),
+            read_only: self.read_only,
+        }
+    }
+}
+
+fn run_disk(text: &str) -> Result<RunDisk, String> {
+    let mut disk = RunDisk { id: None, path: PathBuf::new(), read_only: false };
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("id", id)) => disk.id = Some(id.into()),
+            Some(("path", path)) => disk.path = path.into(),
+            None if part == "ro" => disk.read_only = true,
+            _ => return Err(format!("expected [id=NAME,]path=FILE[,ro], got {part:?}")),
+        }
+    }
+    if disk.path.as_os_str().is_empty() {
+        return Err("expected [id=NAME,]path=FILE[,ro], got no path".into());
+    }
+    Ok(disk)
+}
+
+fn receive_disk(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((id, path)) if !id.is_empty() && !path.is_empty() => Ok((id.into(), path.into())),
+        _ => Err(format!("expected ID=PATH, got {text:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn disks() {
+        let disk = run_disk("id=root,path=/a b,ro").unwrap();
+        assert_eq!(disk, RunDisk { id: Some("root".into()), path: "/a b".into(), read_only: true });
+        assert_eq!(run_disk("path=x").unwrap().config(3).id, "disk3");
+        assert!(run_disk("id=x").unwrap_err().contains("no path"));
+        assert!(run_disk("path=x,rw").unwrap_err().contains("\"rw\""));
+        assert!(receive_disk("root").is_err());
+    }
+
+    #[test]
+    fn bad_usage_is_refused() {
+        for bad in [
+            &["godwit", "run"][..],
+            &["godwit", "migrate", "web", "host:7000"],
+            &["godwit", "migrate", "web", "tcp:host:7000", "--max-downtime", "soon"],
+            &["godwit", "receive", "--listen", "tcp:host"],
+        ] {
+            assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The commands that talk to a running VM over its API socket.
+
+use std::future::Future;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use hyper::Method;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::Exit;
+use super::args::{ListArgs, OutputArgs, StopArgs, VmArgs};
+use super::terminal::{ESCAPE, RawTerminal};
+use crate::api::client::Client;
+use crate::api::{Action, ActionType, InstanceInfo, VmState, VmUpdate};
+use crate::rundir;
+use crate::supervisor::POWER_OFF_GRACE;
+
+/// How often `stop` looks whether the VM has ended.
+const STOP_POLL: Duration = Duration::from_millis(50);
+/// How long a VM's process may take to end once it was told to.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A client of the VM with that name or socket.
+pub(super) fn connect(vm: &str) -> anyhow::Result<Client> {
+    Ok(Client::new(&rundir::resolve(vm)?))
+}
+
+/// Runs a client's future on this thread.
+pub(super) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("runtime")?;
+    let result = runtime.block_on(future);
+    // A read from a terminal may still be under way on a helper thread.
+    runtime.shutdown_background();
+    Ok(result)
+}
+
+pub(super) fn status(args: &OutputArgs) -> anyhow::Result<Exit> {
+    let client = connect(&args.vm)?;
+    let info: InstanceInfo = block_on(client.get("/"))??;
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&info)?)?;
+        return Ok(Exit::Done);
+    }
+    writeln!(out, "{}: {}", info.id, info.state)?;
+    writeln!(out, "  process    {} (godwit {})", info.pid, info.vmm_version)?;
+    if info.vcpu_count > 0 {
+        writeln!(out, "  machine    {} vCPUs, {} MiB, CPU template {}", info.vcpu_count, info.mem_size_mib, info.cpu_template)?;
+    }
+    if let Some(progress) = info.migration {
+        writeln!(out, "  migration  {}", serde_json::to_string(&progress)?)?;
+    }
+    Ok(Exit::Done)
+}
+
+pub(super) fn pause(args: &VmArgs) -> anyhow::Result<Exit> {
+    update(&args.vm, VmState::Paused)
+}
+
+pub(super) fn resume(args: &VmArgs) -> anyhow::Result<Exit> {
+    update(&args.vm, VmState::Resumed)
+}
+
+fn update(vm: &str, state: VmState) -> anyhow::Result<Exit> {
+    let client = connect(vm)?;
+    block_on(client.send_json(Method::PATCH, "/vm", &VmUpdate { state }))??;
+    Ok(Exit::Done)
+}
+
+pub(super) fn cancel(args: &VmArgs) -> anyhow::Result<Exit> {
+    let client = connect(&args.vm)?;
+    block_on(client.delete("/migration"))??;
+    Ok(Exit::Done)
+}
+
+pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {
+    let path = rundir::resolve(&args.vm)?;
+    let client = Client::new(&path);
+    block_on(async {
+        let info: InstanceInfo = client.get("/").await?;
+        let runs = info.state == crate::api::InstanceState::Running;
+        if !args.force && runs {
+            act(&client, ActionType::SendCtrlAltDel).await?;
+            if ended(&path, POWER_OFF_GRACE).await {
+                return Ok(Exit::Done);
+            }
+            eprintln!("godwit: the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it");
+        }
+        act(&client, ActionType::Stop).await?;
+        if !ended(&path, STOP_TIMEOUT).await {
+            bail!("{}: still there after {STOP_TIMEOUT:?} (process {})", args.vm, info.pid);
+        }
+        Ok(Exit::Done)
+    })?
+}
+
+async fn act(client: &Client, action_type: ActionType) -> anyhow::Result<()> {
+    Ok(client.send_json(Method::PUT, "/actions", &Action { action_type }).await?)
+}
+
+/// Whether nobody answers at the socket any more, within `timeout`.
+async fn ended(path: &Path, timeout: Duration) -> bool {
+    let gone = async {
+        while tokio::net::UnixStream::connect(path).await.is_ok() {
+            tokio::time::sleep(STOP_POLL).await;
+        }
+    };
+    tokio::time::timeout(timeout, gone).await.is_ok()
+}
+
+pub(super) fn ps(args: &ListArgs) -> anyhow::Result<Exit> {
+    let vms = rundir::list()?;
+    let infos: Vec<InstanceInfo> = block_on(async {
+        let mut infos = Vec::new();
+        for (name, path) in &vms {
+            match Client::new(path).get("/").await {
+                Ok(info) => infos.push(info),
+                // It may have ended just now.
+                Err(error) => eprintln!("godwit: {name}: {error}"),
+            }
+        }
+        infos
+    })?;
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&infos)?)?;
+        return Ok(Exit::Done);
+    }
+    writeln!(out, "{:<24} {:<10} {:>8} {:>5} {:>10}", "NAME", "STATE", "PID", "VCPUS", "MEMORY")?;
+    for info in infos {
+        let memory = format!("{} MiB", info.mem_size_mib);
+        writeln!(out, "{:<24} {:<10} {:>8} {:>5} {memory:>10}", info.id, info.state, info.pid, info.vcpu_count)?;
+    }
+    Ok(Exit::Done)
+}
+
+pub(super) fn console(args: &VmArgs) -> anyhow::Result<Exit> {
+    let client = connect(&args.vm)?;
+    block_on(async {
+        let stream = client.console().await?;
+        if io::stdin().is_terminal() {
+            eprintln!("godwit: attached to {}; Ctrl-] detaches", args.vm);
+        }
+        let _terminal = RawTerminal::enter().context("terminal")?;
+        relay(stream).await?;
+        Ok(Exit::Done)
+    })?
+}
+
+/// Until the VM ends, or the user types the escape key. The end of standard input leaves the output on.
+async fn relay(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite) -> io::Result<()> {
+    let (mut from_guest, mut to_guest) = tokio::io::split(stream);
+    let input = async {
+        let mut stdin = tokio::io::stdin();
+        let mut chunk = [0; 4096];
+        loop {
+            let count = stdin.read(&mut chunk).await?;
+            if count == 0 {
+                std::future::pending::<()>().await;
+            }
+            if chunk[..count].contains(&ESCAPE) {
+                return Ok(());
+            }
+            to_guest.write_all(&chunk[..count]).await?;
+        }
+    };
+    let output = async {
+        let mut stdout = tokio::io::stdout();
+        let mut chunk = [0; 4096];
+        loop {
+            let count = from_guest.read(&mut chunk).await?;
+            if count == 0 {
+                return Ok(());
+            }
+            stdout.write_all(&chunk[..count]).await?;
+            stdout.flush().await?;
+        }
+    };
+    tokio::select! {
+        result = input => result,
+        result = output => result,
+    }
+}

@@ -1,0 +1,145 @@
+//! `run` and `receive`: the commands that become a VM.
+
+use std::fs::OpenOptions;
+use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use anyhow::Context;
+use migration::Listener;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::time::Uptime;
+
+use super::Exit;
+use super::args::{CommonArgs, ReceiveArgs, RunArgs};
+use super::terminal::{ESCAPE, RawTerminal};
+use crate::api::ApiServer;
+use crate::config::Wishes;
+use crate::console::Console;
+use crate::machine::{Arrival, Machine, MigrationDestination};
+use crate::rundir::ApiSocket;
+use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
+
+/// The log's verbosity, in tracing's syntax.
+const LOG_VARIABLE: &str = "GODWIT_LOG";
+/// How long console input waits for a guest that does not read before it tries again.
+const INPUT_RETRY: Duration = Duration::from_millis(20);
+
+pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
+    init_log(args.common.log.as_deref())?;
+    let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
+    let config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
+    if let Some(reason) = config.template_reason {
+        tracing::info!("CPU template {} ({reason})", config.template);
+    } else {
+        tracing::info!("CPU template {}", config.template);
+    }
+    let (name, socket) = bind(&args.common)?;
+    let console = Console::to_stdout().context("console")?;
+    let mut supervisor = Supervisor::new(&name, console.clone());
+    let machine = Machine::boot(&config, &console, supervisor.event_sink())?;
+    let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
+    machine.start()?;
+    supervisor.adopt(machine, &server);
+    supervise(supervisor, server)
+}
+
+pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
+    init_log(args.common.log.as_deref())?;
+    let (name, socket) = bind(&args.common)?;
+    let console = Console::to_stdout().context("console")?;
+    let mut supervisor = Supervisor::new(&name, console.clone());
+    let arrival = Arrival { disks: args.disks.into_iter().collect(), max_memory: args.max_memory };
+    let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
+    let listener = Listener::bind(&args.listen)?;
+    let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
+    // Scripts wait for this line.
+    eprintln!("godwit: {name} is listening on {}", listener.endpoint());
+    supervisor.receive(listener, destination).context("receive job")?;
+    supervise(supervisor, server)
+}
+
+fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {
+    let terminal = RawTerminal::enter().context("terminal")?;
+    forward_stdin(&server, supervisor.handle(), terminal.is_some())?;
+    let ending = supervisor.run(server);
+    drop(terminal);
+    match ending? {
+        Ending::Guest(reason) => tracing::info!("the guest ended: {reason:?}"),
+        Ending::Stopped => tracing::info!("stopped"),
+        Ending::Moved => tracing::info!("moved: the guest runs at the destination"),
+    }
+    Ok(Exit::Done)
+}
+
+fn wishes(args: &RunArgs) -> Wishes {
+    Wishes {
+        kernel: args.kernel.clone(),
+        initrd: args.initrd.clone(),
+        cmdline: args.cmdline.clone(),
+        cpus: args.cpus,
+        memory: args.memory,
+        shared_memory: args.shared_memory,
+        cpu_template: args.cpu_template.clone(),
+        disks: args.disks.iter().enumerate().map(|(index, disk)| disk.config(index)).collect(),
+    }
+}
+
+fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {
+    let name = common.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()));
+    let socket = match &common.api_sock {
+        Some(path) => ApiSocket::bind(path)?,
+        None => ApiSocket::for_name(&name)?,
+    };
+    Ok((name, socket))
+}
+
+/// To stderr or a file, never to stdout, which is the guest's console.
+fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_timer(Uptime::default()).with_target(false);
+    match path {
+        Some(path) => {
+            let file = open_log(path)?;
+            log.with_ansi(false).with_writer(std::sync::Mutex::new(file)).init();
+        }
+        None => log.with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).init(),
+    }
+    Ok(())
+}
+
+fn open_log(path: &Path) -> anyhow::Result<std::fs::File> {
+    let shown = PathBuf::from(path);
+    let open = OpenOptions::new().create(true).append(true).open(path);
+    open.with_context(|| format!("log file {}", shown.display()))
+}
+
+/// Passes standard input on to the guest. In a terminal the escape key goes to the supervisor instead.
+fn forward_stdin(server: &ApiServer, supervisor: SupervisorHandle, escape: bool) -> anyhow::Result<()> {
+    let input = server.console_input().clone();
+    // Ends with the process: a read from a terminal cannot be interrupted otherwise.
+    std::thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = io::stdin().lock().read(&mut chunk) {
+                let mut bytes = &chunk[..count];
+                if escape && bytes.contains(&ESCAPE) {
+                    supervisor.send(Event::Escape);
+                    continue;
+                }
+                while !bytes.is_empty() {
+                    let serial = input.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    let Some(serial) = serial else { break };
+                    let taken = serial.lock().unwrap_or_else(PoisonError::into_inner).enqueue(bytes);
+                    bytes = &bytes[taken..];
+                    if !bytes.is_empty() {
+                        std::thread::sleep(INPUT_RETRY);
+                    }
+                }
+            }
+        })
+        .context("stdin thread")?;
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! `migrate`: asks the VM to move, shows how far it is, prints the report.
+
+use std::io::Write;
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use migration::{OnMiss, Outcome, Phase, Progress, Report};
+
+use super::Exit;
+use super::args::{MigrateArgs, OnMissArg};
+use super::client::{block_on, connect};
+use crate::api::client::Client;
+use crate::api::{MigrationEvent, MigrationRequest};
+
+pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
+    let client = connect(&args.vm)?;
+    let request = MigrationRequest {
+        destination: args.destination.to_string(),
+        max_downtime_ms: args.max_downtime.as_secs_f64() * 1e3,
+        on_miss: match args.on_miss {
+            OnMissArg::Fail => OnMiss::Fail,
+            OnMissArg::Switch => OnMiss::Switch,
+        },
+        verify: args.verify,
+    };
+    let Some(report) = block_on(follow(&client, &request))?? else {
+        eprintln!("godwit: the VM's process ended without a report; ask the destination and read the VM's log");
+        return Ok(Exit::InDoubt);
+    };
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer(&mut stdout, &report)?;
+        writeln!(stdout)?;
+    } else {
+        print_report(&mut stdout, &report)?;
+    }
+    if let Some(error) = &report.error {
+        eprintln!("godwit: migration {}: {error}", outcome(report.outcome));
+    }
+    Ok(match report.outcome {
+        Outcome::Moved => Exit::Done,
+        Outcome::Failed | Outcome::Cancelled => Exit::Failed,
+        Outcome::InDoubt => Exit::InDoubt,
+    })
+}
+
+/// Until the report comes. Ctrl-C cancels the migration and goes on waiting for its report.
+async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<Option<Report>> {
+    let bar = bar()?;
+    let mut report = None;
+    let events = client.stream("/migration", request, |event| match event {
+        MigrationEvent::Progress(progress) => show(&bar, &progress),
+        MigrationEvent::Report(last) => report = Some(*last),
+    });
+    let cancel = async {
+        loop {
+            if tokio::signal::ctrl_c().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            if let Err(error) = client.delete("/migration").await {
+                eprintln!("godwit: cannot cancel: {error}");
+            }
+        }
+    };
+    let result = tokio::select! {
+        result = events => result,
+        () = cancel => Ok(()),
+    };
+    bar.finish_and_clear();
+    match result {
+        Ok(()) => Ok(report),
+        // The stream broke off: the report is what counts, if it had come.
+        Err(crate::api::client::ClientError::Http { .. }) => Ok(report),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn bar() -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{msg} [{bar:24}] {percent:>3}%").context("progress bar")?;
+    // The target draws only on a terminal.
+    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+    bar.set_style(style.progress_chars("=> "));
+    Ok(bar)
+}
+
+fn show(bar: &ProgressBar, progress: &Progress) {
+    const MIB: f64 = (1 << 20) as f64;
+    bar.set_length(progress.total_bytes.max(1));
+    bar.set_position(progress.total_bytes.saturating_sub(progress.remaining_bytes));
+    let predicted = progress.predicted_downtime_ms.map_or("?".into(), |ms| format!("{ms:.1}"));
+    bar.set_message(format!(
+        "{} round {}, {:.0} MiB left, dirtied {:.0} MiB/s, sent {:.0} MiB/s, throttle {:.0} %, downtime {predicted} ms",
+        phase(progress.phase),
+        progress.round,
+        progress.remaining_bytes as f64 / MIB,
+        progress.dirty_bytes_per_s / MIB,
+        progress.bandwidth_bytes_per_s / MIB,
+        progress.throttle_percent,
+    ));
+}
+
+fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Waiting => "connecting",
+        Phase::Handshake => "handshake",
+        Phase::Precopy => "pre-copy",
+        Phase::StopAndCopy => "stop-and-copy",
+        Phase::Commit => "commit",
+        Phase::Done => "done",
+    }
+}
+
+fn outcome(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Moved => "done",
+        Outcome::Failed => "failed, the guest runs on here",
+        Outcome::Cancelled => "cancelled, the guest runs on here",
+        Outcome::InDoubt => "in doubt, the guest stays paused here",
+    }
+}
+
+fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
+    const MIB: f64 = (1 << 20) as f64;
+    let ms = |value: Option<f64>| value.map_or("unknown".into(), |ms| format!("{ms:.2} ms"));
+    writeln!(out, "migration {}", outcome(report.outcome))?;
+    writeln!(out, "  total      {:.1} ms in {} rounds", report.total_ms, report.rounds.len())?;
+    writeln!(out, "  sent       {:.1} MiB: {} pages and {} zero pages", report.bytes_sent as f64 / MIB, report.pages_sent, report.pages_zero)?;
+    if report.outcome == Outcome::Moved {
+        let kept = if report.budget_kept { "kept" } else { "missed" };
+        writeln!(
+            out,
+            "  downtime   {} (predicted {}), budget of {} ms {kept}",
+            ms(report.downtime_ms),
+            ms(report.predicted_downtime_ms),
+            report.budget_ms
+        )?;
+        let terms = &report.downtime;
+        writeln!(
+            out,
+            "             pause {:.2}, drain {:.2}, last log {:.2}, last copy {:.2}, state {:.2}, restore {:.2}, commit {:.2}, resume {:.2}",
+            terms.pause_ms,
+            terms.drain_ms,
+            terms.final_log_ms,
+            terms.final_copy_ms,
+            terms.state_ms,
+            terms.restore_ms,
+            terms.commit_ms,
+            terms.resume_ms
+        )?;
+    }
+    if let Some(digest) = &report.memory_digest {
+        let equal = if digest.source == digest.destination { "equal" } else { "DIFFERENT" };
+        writeln!(out, "  memory     {equal} on both sides, digest {}", digest.source)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! The command line.
+
+mod args;
+mod client;
+mod launch;
+mod migrate;
+mod terminal;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+pub use args::{Cli, Command};
+
+/// Exit codes that scripts can rely on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Done.
+    Done = 0,
+    /// Failed; a guest that ran still runs where it ran.
+    Failed = 1,
+    /// Bad usage.
+    Usage = 2,
+    /// A migration is in doubt.
+    InDoubt = 3,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Parses the arguments and does what they say.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Done };
+            // Nowhere to report to if the terminal is gone.
+            let _ = error.print();
+            return exit.into();
+        }
+    };
+    match dispatch(cli.command) {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            eprintln!("godwit: {error:#}");
+            let usage = error.downcast_ref::<crate::config::ConfigError>().is_some();
+            if usage { Exit::Usage.into() } else { Exit::Failed.into() }
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<Exit> {
+    match command {
+        Command::Run(args) => launch::run(args),
+        Command::Receive(args) => launch::receive(args),
+        Command::Migrate(args) => migrate::run(args),
+        Command::Status(args) => client::status(&args),
+        Command::Cancel(args) => client::cancel(&args),
+        Command::Pause(args) => client::pause(&args),
+        Command::Resume(args) => client::resume(&args),
+        Command::Stop(args) => client::stop(&args),
+        Command::Ps(args) => client::ps(&args),
+        Command::Console(args) => client::console(&args),
+        Command::Probe(args) => crate::probe::run(args.json),
+    }
+}

@@ -1,0 +1,96 @@
+//! Clocks that go on: TSC, kvmclock and the TSC deadline advance by the time that a machine stood still.
+//!
+//! The guest's TSC is the host's plus an offset per vCPU (Documentation/virt/kvm/devices/vcpu.rst, 4). The
+//! source saves what the guest's clocks say at one instant; the destination adds the time since then, as its
+//! own clock measured it, and computes offsets against its own TSC at one instant, so that vCPUs whose
+//! clocks were equal stay equal.
+
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::{VcpuFd, VmFd};
+use migration_state::Record;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::kvm;
+use crate::vcpu::{MSR_TSC_DEADLINE, VcpuRecord, VcpuStateError, set_msr};
+
+/// A clock could not be read or set.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum ClockError {
+    #[error("TSC offset of vCPU {id}: {source}")]
+    TscOffset { id: usize, source: vmm_sys_util::errno::Error },
+    #[error("KVM_GET_CLOCK: {0}")]
+    Get(kvm_ioctls::Error),
+    #[error("KVM_SET_CLOCK: {0}")]
+    Set(kvm_ioctls::Error),
+    #[error("TSC deadline: {0}")]
+    Deadline(#[from] VcpuStateError),
+}
+
+/// A machine's clocks at one instant; each vCPU's TSC of that instant is in its own record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockRecord {
+    /// kvmclock, in nanoseconds.
+    pub kvmclock_ns: u64,
+    /// From the pause of the vCPUs to that instant, in nanoseconds.
+    pub since_pause_ns: u64,
+    /// Frequency of the guest's TSC in kHz.
+    pub tsc_khz: u32,
+}
+
+impl Record for ClockRecord {
+    const KIND: &'static str = "clock";
+    const VERSION: u16 = 1;
+}
+
+/// Reads the clocks of a machine that was paused at `paused_at`. Returns its record and each vCPU's TSC.
+pub fn save(
+    vm: &VmFd,
+    vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
+    tsc_khz: u32,
+    paused_at: Instant,
+) -> Result<(ClockRecord, Vec<u64>), ClockError> {
+    let offsets = vcpus
+        .iter()
+        .enumerate()
+        .map(|(id, vcpu)| kvm::tsc_offset(vcpu).map_err(|source| ClockError::TscOffset { id, source }))
+        .collect::<Result<Vec<_>, _>>()?;
+    let clock = vm.get_clock().map_err(ClockError::Get)?;
+    let tsc = kvm::host_tsc();
+    let since_pause = paused_at.elapsed();
+    let record =
+        ClockRecord { kvmclock_ns: clock.clock, since_pause_ns: since_pause.as_nanos() as u64, tsc_khz };
+    Ok((record, offsets.into_iter().map(|offset| tsc.wrapping_add(offset)).collect()))
+}
+
+/// Sets the clocks of a machine that has been paused since `stopped_at`, and arms the deadline timers.
+pub fn advance(
+    vm: &VmFd,
+    vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
+    clock: &ClockRecord,
+    records: &[VcpuRecord],
+    stopped_at: Instant,
+) -> Result<(), ClockError> {
+    // Both sides estimate the same pause; an estimate that is too short must not turn a clock back.
+    let gap = stopped_at.elapsed().saturating_sub(Duration::from_nanos(clock.since_pause_ns));
+    let tsc = kvm::host_tsc();
+    let ticks = (gap.as_nanos().saturating_mul(u128::from(clock.tsc_khz)) / 1_000_000) as u64;
+    for (id, (vcpu, record)) in vcpus.iter().zip(records).enumerate() {
+        let offset = record.tsc.wrapping_add(ticks).wrapping_sub(tsc);
+        kvm::set_tsc_offset(vcpu, offset).map_err(|source| ClockError::TscOffset { id, source })?;
+    }
+    let now = kvm_clock_data {
+        clock: clock.kvmclock_ns.saturating_add(gap.as_nanos() as u64),
+        ..Default::default()
+    };
+    vm.set_clock(&now).map_err(ClockError::Set)?;
+    for (vcpu, record) in vcpus.iter().zip(records) {
+        if record.tsc_deadline() != 0 {
+            set_msr(vcpu, MSR_TSC_DEADLINE, record.tsc_deadline())?;
+        }
+    }
+    Ok(())
+}

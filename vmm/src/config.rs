@@ -1,0 +1,267 @@
+//! A machine's configuration: what the command line and the configuration file say, checked.
+//!
+//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`), so that one file serves both.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
+use crate::cpu::{CpuError, Template};
+use crate::memory::{self, MemoryError};
+
+/// Most vCPUs of a machine.
+pub const MAX_CPUS: u8 = 32;
+/// vCPUs of a machine whose configuration does not say.
+pub const DEFAULT_CPUS: u8 = 1;
+/// Memory of a machine whose configuration does not say, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// One slot is the entropy device's.
+const MAX_DISKS: usize = layout::VIRTIO_GSIS.len() - 1;
+const DISK_ID_MAX: usize = 64;
+
+/// A configuration that cannot be used.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum ConfigError {
+    #[error("configuration file {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("configuration file {path}: {source}")]
+    Parse { path: PathBuf, source: serde_json::Error },
+    #[error("cpus: expected 1 to {MAX_CPUS}, got {0}")]
+    Cpus(u64),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Template(#[from] CpuError),
+    #[error("disks: expected at most {MAX_DISKS}, got {0}")]
+    TooManyDisks(usize),
+    #[error("disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-'")]
+    DiskId { got: String },
+    #[error("disk id {0:?} is used twice; name disks apart with id=")]
+    DuplicateDisk(String),
+    #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
+    NoKernel,
+}
+
+/// A disk of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Its name, unique in the machine.
+    pub id: String,
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What to boot.
+    pub boot: BootSource,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Whether guest memory is a memfd.
+    pub shared_memory: bool,
+    /// CPU template.
+    pub template: Template,
+    /// Why this template, if it was chosen and not asked for.
+    pub template_reason: Option<&'static str>,
+    /// Disks in bus order.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// What was asked for, before any check; `None` where nothing was said.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// Path of the kernel.
+    pub kernel: Option<PathBuf>,
+    /// Path of the initrd.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: Option<String>,
+    /// Number of vCPUs.
+    pub cpus: Option<u64>,
+    /// Guest memory in bytes.
+    pub memory: Option<u64>,
+    /// Whether guest memory is to be a memfd.
+    pub shared_memory: bool,
+    /// Name of a CPU template.
+    pub cpu_template: Option<String>,
+    /// Disks.
+    pub disks: Vec<DiskConfig>,
+}
+
+impl Wishes {
+    /// What a configuration file asks for.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let file: File = serde_json::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source })?;
+        Ok(Self {
+            kernel: Some(file.boot_source.kernel_image_path),
+            initrd: file.boot_source.initrd_path,
+            cmdline: file.boot_source.boot_args,
+            cpus: file.machine_config.as_ref().map(|machine| machine.vcpu_count),
+            memory: file.machine_config.as_ref().map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
+            shared_memory: false,
+            cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
+            disks: file.drives.into_iter().map(DiskConfig::from).collect(),
+        })
+    }
+
+    /// These wishes, with `over` where it says something.
+    pub fn overridden_by(self, over: Wishes) -> Self {
+        Self {
+            kernel: over.kernel.or(self.kernel),
+            initrd: over.initrd.or(self.initrd),
+            cmdline: over.cmdline.or(self.cmdline),
+            cpus: over.cpus.or(self.cpus),
+            memory: over.memory.or(self.memory),
+            shared_memory: over.shared_memory || self.shared_memory,
+            cpu_template: over.cpu_template.or(self.cpu_template),
+            disks: [self.disks, over.disks].concat(),
+        }
+    }
+
+    /// Checks everything that can be checked without building the machine.
+    pub fn check(self) -> Result<Config, ConfigError> {
+        let cpus = self.cpus.unwrap_or(DEFAULT_CPUS.into());
+        let cpus = u8::try_from(cpus)
+            .ok()
+            .filter(|cpus| (1..=MAX_CPUS).contains(cpus))
+            .ok_or(ConfigError::Cpus(cpus))?;
+        let memory = self.memory.unwrap_or(DEFAULT_MEMORY);
+        memory::check_size(memory)?;
+        let (template, template_reason) = match self.cpu_template {
+            Some(name) => (name.parse()?, None),
+            None => {
+                let (template, reason) = Template::probe();
+                (template, Some(reason))
+            }
+        };
+        check_disks(&self.disks)?;
+        let boot = BootSource {
+            kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
+            initrd: self.initrd,
+            cmdline: self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.into()),
+        };
+        let shared_memory = self.shared_memory;
+        Ok(Config { boot, cpus, memory, shared_memory, template, template_reason, disks: self.disks })
+    }
+}
+
+fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
+    if disks.len() > MAX_DISKS {
+        return Err(ConfigError::TooManyDisks(disks.len()));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+        if disk.id.is_empty() || disk.id.len() > DISK_ID_MAX || !disk.id.bytes().all(allowed) {
+            return Err(ConfigError::DiskId { got: disk.id.clone() });
+        }
+        if disks[..index].iter().any(|other| other.id == disk.id) {
+            return Err(ConfigError::DuplicateDisk(disk.id.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// Firecracker's configuration file, as far as it is served. Unknown sections are errors, not silence.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    boot_source: BootSourceSection,
+    machine_config: Option<MachineSection>,
+    #[serde(default)]
+    drives: Vec<DriveSection>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct BootSourceSection {
+    kernel_image_path: PathBuf,
+    initrd_path: Option<PathBuf>,
+    boot_args: Option<String>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct MachineSection {
+    vcpu_count: u64,
+    mem_size_mib: u64,
+    cpu_template: Option<String>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct DriveSection {
+    drive_id: String,
+    path_on_host: PathBuf,
+    #[serde(default)]
+    is_read_only: bool,
+    /// Firecracker's files have it; the guest finds its root on the kernel command line here.
+    #[serde(default)]
+    is_root_device: bool,
+}
+
+impl From<DriveSection> for DiskConfig {
+    fn from(drive: DriveSection) -> Self {
+        Self { id: drive.drive_id, path: drive.path_on_host, read_only: drive.is_read_only }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wishes() -> Wishes {
+        Wishes { kernel: Some("vmlinux".into()), memory: Some(64 << 20), ..Default::default() }
+    }
+
+    #[test]
+    fn defaults_and_limits() {
+        let config = wishes().check().unwrap();
+        assert_eq!((config.cpus, config.memory), (1, 64 << 20));
+        for bad in [0, 33, 1 << 40] {
+            let error = Wishes { cpus: Some(bad), ..wishes() }.check().unwrap_err();
+            assert_eq!(error.to_string(), format!("cpus: expected 1 to 32, got {bad}"));
+        }
+        assert!(matches!(Wishes::default().check(), Err(ConfigError::NoKernel)));
+    }
+
+    #[test]
+    fn disks_have_distinct_names() {
+        let disk = |id: &str| DiskConfig { id: id.into(), path: "x".into(), read_only: false };
+        let twice = Wishes { disks: vec![disk("a"), disk("a")], ..wishes() };
+        assert!(matches!(twice.check(), Err(ConfigError::DuplicateDisk(id)) if id == "a"));
+        let bad = Wishes { disks: vec![disk("a/b")], ..wishes() };
+        assert!(matches!(bad.check(), Err(ConfigError::DiskId { .. })));
+    }
+
+    #[test]
+    fn the_command_line_overrides_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.json");
+        std::fs::write(
+            &path,
+            r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
+                "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
+                "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true}]}"#,
+        )
+        .unwrap();
+        let file = Wishes::from_file(&path).unwrap();
+        let config = file.overridden_by(Wishes { cpus: Some(4), ..Default::default() }).check().unwrap();
+        assert_eq!((config.cpus, config.memory, config.boot.cmdline.as_str()), (4, 128 << 20, "quiet"));
+        assert_eq!(config.disks[0].id, "root");
+
+        std::fs::write(&path, r#"{"boot-source": {"kernel_image_path": "k"}, "balloon": {}}"#).unwrap();
+        let error = Wishes::from_file(&path).unwrap_err().to_string();
+        assert!(error.contains("unknown field `balloon`"), "{error}");
+    }
+}

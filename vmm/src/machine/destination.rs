@@ -1,0 +1,214 @@
+//! The machine as the migration engine's destination.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::GuestMemory;
+use devices::virtio::block::{Backend, BlockState};
+use devices::virtio::rng::RngState;
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::{Cap, Kvm};
+use migration::{Destination, DeviceDescription, Difference, MachineDescription, MachineError as PortError};
+use migration_state::Record;
+
+use super::description::{cpuid_entries, disk_description, rng_description};
+use super::devices::RNG_ID;
+use super::state::Pending;
+use super::{EventSink, Machine, MachineError, Spec, open_kvm};
+use crate::boot::layout;
+use crate::config::MAX_CPUS;
+use crate::console::Console;
+use crate::cpu::{self, Template};
+use crate::memory;
+
+/// TSC frequencies that differ by no more than this, in parts per million, count as equal; it is what KVM
+/// itself tolerates (its module parameter `tsc_tolerance_ppm`).
+pub const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// What this host offers to a machine that arrives.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    /// Disks by name: host paths never come from the peer.
+    pub disks: BTreeMap<String, PathBuf>,
+    /// Most guest memory in bytes.
+    pub max_memory: Option<u64>,
+}
+
+/// Builds and restores one arriving machine.
+pub struct MigrationDestination {
+    kvm: Kvm,
+    host: Vec<kvm_cpuid_entry2>,
+    host_tsc_khz: u32,
+    arrival: Arrival,
+    console: Console,
+    events: EventSink,
+    machine: Option<Machine>,
+    pending: Option<Pending>,
+}
+
+impl MigrationDestination {
+    /// For this host. Fails where KVM is not usable, before anybody connects.
+    pub fn new(arrival: Arrival, console: Console, events: EventSink) -> Result<Self, MachineError> {
+        let kvm = open_kvm()?;
+        let host = cpu::host_cpuid(&kvm)?;
+        let host_tsc_khz = host_tsc_khz(&kvm)?;
+        Ok(Self { kvm, host, host_tsc_khz, arrival, console, events, machine: None, pending: None })
+    }
+
+    /// The machine, once it has been received.
+    pub fn into_machine(self) -> Option<Machine> {
+        self.machine
+    }
+
+    fn check_memory(&self, description: &MachineDescription) -> Vec<Difference> {
+        let mut size = 0u64;
+        let mut regions = Vec::new();
+        for region in &description.memory {
+            size = size.saturating_add(region.len);
+            regions.push((region.gpa, region.len));
+        }
+        if let Some(limit) = self.arrival.max_memory.filter(|limit| size > *limit) {
+            let expected = format!("{size} bytes");
+            return vec![difference("memory", expected, format!("at most {limit} bytes (--max-memory)"))];
+        }
+        if let Err(error) = memory::check_size(size) {
+            return vec![difference("memory", format!("{size} bytes"), error.to_string())];
+        }
+        let here = layout::ram_ranges(size);
+        if regions != here {
+            return vec![difference("memory map", format!("{regions:x?}"), format!("{here:x?}"))];
+        }
+        Vec::new()
+    }
+
+    fn check_tsc(&self, description: &MachineDescription) -> Option<Difference> {
+        let (expected, got) = (u64::from(description.tsc_khz), u64::from(self.host_tsc_khz));
+        let close = expected.abs_diff(got) * 1_000_000 <= expected * TSC_TOLERANCE_PPM;
+        if close || self.kvm.check_extension(Cap::TscControl) {
+            return None;
+        }
+        let expected = format!("{expected} kHz within {TSC_TOLERANCE_PPM} ppm");
+        Some(difference("tsc frequency", expected, format!("{got} kHz, and no TSC scaling")))
+    }
+
+    fn check_devices(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
+        let mut differences: Vec<_> = devices
+            .iter()
+            .enumerate()
+            .filter_map(|(index, device)| self.check_device(index, device))
+            .collect();
+        let is_disk = |id: &String| devices.iter().any(|d| d.id == *id && d.kind == BlockState::KIND);
+        for id in self.arrival.disks.keys().filter(|id| !is_disk(id)) {
+            let got = format!("--disk {id}=…");
+            differences.push(difference(&format!("disk {id:?}"), "no such disk in the machine", got));
+        }
+        differences
+    }
+
+    fn check_device(&self, index: usize, device: &DeviceDescription) -> Option<Difference> {
+        let what = format!("device {:?}", device.id);
+        if index == 0 || device.kind == RngState::KIND {
+            let here = rng_description(RNG_ID);
+            return (index != 0 || *device != here)
+                .then(|| difference(&what, format!("{device:?}"), format!("{here:?} as the first device")));
+        }
+        if device.kind != BlockState::KIND {
+            let expected = format!("kind {:?}", device.kind);
+            return Some(difference(&what, expected, format!("kinds {:?}, {:?}", RngState::KIND, BlockState::KIND)));
+        }
+        let what = format!("disk {:?}", device.id);
+        let Some(path) = self.arrival.disks.get(&device.id) else {
+            return Some(difference(&what, "a backend", format!("none (use --disk {}=PATH)", device.id)));
+        };
+        match Backend::open(path, device.read_only) {
+            Err(error) => Some(difference(&what, "a usable backend", error.to_string())),
+            Ok(backend) => {
+                let here = disk_description(&device.id, &backend);
+                (*device != here).then(|| difference(&what, summary(device), summary(&here)))
+            }
+        }
+    }
+
+    fn build(&self, description: &MachineDescription) -> Result<Machine, MachineError> {
+        let mut disks = Vec::new();
+        for device in description.devices.iter().filter(|device| device.kind == BlockState::KIND) {
+            let path = self.arrival.disks.get(&device.id).ok_or_else(|| MachineError::Mismatch {
+                what: "disk",
+                expected: device.id.clone(),
+                got: "no backend of that name".into(),
+            })?;
+            disks.push((device.id.clone(), Arc::new(Backend::open(path, device.read_only)?)));
+        }
+        let spec = Spec {
+            ranges: description.memory.iter().map(|region| (region.gpa, region.len)).collect(),
+            shared_memory: description.shared_memory,
+            cpus: description.cpus,
+            template: description.cpu_template.parse()?,
+            cpuid: cpuid_entries(&description.cpuid, &self.host),
+            tsc_khz: Some(description.tsc_khz).filter(|khz| *khz != self.host_tsc_khz),
+            disks,
+        };
+        Machine::build(open_kvm()?, spec, &self.console, self.events.clone())
+    }
+}
+
+impl Destination for MigrationDestination {
+    fn check(&self, description: &MachineDescription) -> Vec<Difference> {
+        let mut differences = self.check_memory(description);
+        if !(1..=MAX_CPUS).contains(&description.cpus) {
+            let got = description.cpus.to_string();
+            differences.push(difference("vCPUs", got, format!("1 to {MAX_CPUS}")));
+        }
+        if description.cpu_template.parse::<Template>().is_err() {
+            let expected = description.cpu_template.clone();
+            differences.push(difference("cpu template", expected, format!("one of {}", Template::names())));
+        }
+        differences.extend(cpu::compare(&description.cpuid, &self.host));
+        differences.extend(self.check_tsc(description));
+        differences.extend(self.check_devices(&description.devices));
+        differences
+    }
+
+    fn create(&mut self, description: &MachineDescription) -> Result<GuestMemory, PortError> {
+        let machine = self.build(description)?;
+        let memory = machine.memory.clone();
+        self.machine = Some(machine);
+        Ok(memory)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
+        let machine = self.machine.as_ref().ok_or("restore: expected a machine, got none")?;
+        self.pending = Some(machine.restore(state)?);
+        Ok(())
+    }
+
+    fn resume(&mut self, stopped_at: Instant) -> Result<(), PortError> {
+        let machine = self.machine.as_ref().ok_or("resume: expected a machine, got none")?;
+        let pending = self.pending.take().ok_or("resume: expected a restored machine, got a bare one")?;
+        machine.devices.take_locks()?;
+        machine.devices.invalidate()?;
+        Ok(machine.run_restored(&pending, stopped_at)?)
+    }
+
+    fn discard(&mut self) {
+        self.pending = None;
+        self.machine = None;
+    }
+}
+
+fn host_tsc_khz(kvm: &Kvm) -> Result<u32, MachineError> {
+    let vm = kvm.create_vm().map_err(super::kvm_error("KVM_CREATE_VM"))?;
+    let vcpu = vm.create_vcpu(0).map_err(super::kvm_error("KVM_CREATE_VCPU"))?;
+    vcpu.get_tsc_khz().map_err(super::kvm_error("KVM_GET_TSC_KHZ"))
+}
+
+fn summary(device: &DeviceDescription) -> String {
+    let mode = if device.read_only { "read-only" } else { "writable" };
+    format!("{} version {}, {} bytes, {mode}", device.kind, device.version, device.backend_size)
+}
+
+fn difference(what: &str, expected: impl Into<String>, got: impl Into<String>) -> Difference {
+    Difference { what: what.into(), expected: expected.into(), got: got.into() }
+}

@@ -1,0 +1,204 @@
+//! The machine's devices: built, wired to KVM, stopped and resumed together.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::bus::{Bus, BusDevice};
+use devices::legacy::{AcpiPower, I8042, Serial};
+use devices::virtio::block::{Backend, Block};
+use devices::virtio::mmio::Transport;
+use devices::virtio::rng::Rng;
+use devices::virtio::VirtioDevice;
+use devices::{ExitEvent, GuestMemory};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use migration_state::Envelope;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device_thread::DeviceThread;
+use super::{EventSink, MachineError, MachineEvent, kvm_error};
+use crate::boot::{VirtioMmioSlot, layout};
+use crate::console::Console;
+
+/// Ports of a 16550.
+const SERIAL_PORTS: u64 = 8;
+/// The name of the entropy device.
+pub(super) const RNG_ID: &str = "rng";
+
+/// A virtio device in its slot.
+pub(super) struct VirtioSlot {
+    pub(super) id: String,
+    pub(super) address: VirtioMmioSlot,
+    /// The disk behind it, if it is one.
+    pub(super) disk: Option<Arc<Backend>>,
+    transport: Arc<Mutex<Transport>>,
+}
+
+impl VirtioSlot {
+    pub(super) fn transport(&self) -> MutexGuard<'_, Transport> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn instance(&self) -> String {
+        format!("virtio/{}", self.id)
+    }
+}
+
+/// All devices of a machine.
+pub(super) struct DeviceSet {
+    // Ends first, so that no queue is served while the devices go.
+    _thread: DeviceThread,
+    pub(super) pio: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+    pub(super) serial: Arc<Mutex<Serial>>,
+    i8042: Arc<Mutex<I8042>>,
+    power: Arc<Mutex<AcpiPower>>,
+    pub(super) virtio: Vec<VirtioSlot>,
+}
+
+impl DeviceSet {
+    pub(super) fn build(
+        vm: &VmFd,
+        memory: &GuestMemory,
+        disks: &[(String, Arc<Backend>)],
+        console: &Console,
+        events: EventSink,
+    ) -> Result<Self, MachineError> {
+        let exit = ExitEvent::new().map_err(io_error("exit event"))?;
+        let serial = Serial::new(interrupt(vm, layout::SERIAL_GSI)?, console.sink())?;
+        let serial = Arc::new(Mutex::new(serial));
+        let i8042 = Arc::new(Mutex::new(I8042::new(exit.clone())));
+        let power = AcpiPower::new(exit.clone(), interrupt(vm, layout::POWER_GSI)?);
+        let power = Arc::new(Mutex::new(power));
+        let mut pio = Bus::new();
+        pio.insert(layout::SERIAL_PORT.into(), SERIAL_PORTS, serial.clone())?;
+        pio.insert(layout::I8042_PORT.into(), I8042::LEN, i8042.clone())?;
+        pio.insert(layout::ACPI_POWER_PORT.into(), AcpiPower::LEN, power.clone())?;
+
+        let mut virtio = vec![virtio_slot(vm, memory, 0, RNG_ID, None, Box::new(Rng::new()))?];
+        for (id, backend) in disks {
+            let device = Box::new(Block::new(backend.clone(), id));
+            virtio.push(virtio_slot(vm, memory, virtio.len(), id, Some(backend.clone()), device)?);
+        }
+        let mut mmio = Bus::new();
+        for slot in &virtio {
+            let device: Arc<Mutex<dyn BusDevice>> = slot.transport.clone();
+            mmio.insert(slot.address.base, layout::VIRTIO_MMIO_LEN, device)?;
+        }
+        let workers = virtio.iter().map(|slot| slot.transport().worker()).collect();
+        let on_exit = Box::new(move |reason| events(MachineEvent::Exit(reason)));
+        let thread = DeviceThread::start(workers, exit, on_exit).map_err(io_error("device thread"))?;
+        Ok(Self { _thread: thread, pio: Arc::new(pio), mmio: Arc::new(mmio), serial, i8042, power, virtio })
+    }
+
+    /// What firmware tables say about the virtio devices.
+    pub(super) fn slots(&self) -> Vec<VirtioMmioSlot> {
+        self.virtio.iter().map(|slot| slot.address).collect()
+    }
+
+    pub(super) fn press_power_button(&self) -> std::io::Result<()> {
+        lock(&self.power).press()
+    }
+
+    /// Writes back what backends have cached.
+    pub(super) fn flush(&self) -> Result<(), MachineError> {
+        self.for_each_backend(|transport| transport.flush())
+    }
+
+    /// No device writes guest memory when it returns, and what the guest was told is on the disk.
+    pub(super) fn drain(&self) -> Result<(), MachineError> {
+        for slot in &self.virtio {
+            slot.transport().pause();
+        }
+        for slot in &self.virtio {
+            slot.transport().drain()?;
+        }
+        Ok(())
+    }
+
+    /// Devices go on; every queue is looked at.
+    pub(super) fn resume(&self) {
+        for slot in &self.virtio {
+            slot.transport().resume();
+        }
+    }
+
+    pub(super) fn take_locks(&self) -> Result<(), MachineError> {
+        self.for_each_backend(|transport| transport.take_locks())
+    }
+
+    pub(super) fn release_locks(&self) -> Result<(), MachineError> {
+        self.for_each_backend(|transport| transport.release_locks())
+    }
+
+    /// Nothing read from a disk before is used from here on.
+    pub(super) fn invalidate(&self) -> Result<(), MachineError> {
+        self.for_each_backend(|transport| transport.invalidate())
+    }
+
+    pub(super) fn save(&self, envelope: &mut Envelope) -> Result<(), MachineError> {
+        lock(&self.serial).save(envelope, "serial")?;
+        lock(&self.i8042).save(envelope, "i8042")?;
+        lock(&self.power).save(envelope, "power")?;
+        for slot in &self.virtio {
+            slot.transport().save(envelope, &slot.instance())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn restore(&self, envelope: &mut Envelope) -> Result<(), MachineError> {
+        lock(&self.serial).restore(envelope, "serial")?;
+        lock(&self.i8042).restore(envelope, "i8042")?;
+        lock(&self.power).restore(envelope, "power")?;
+        for slot in &self.virtio {
+            slot.transport().restore(envelope, &slot.instance())?;
+        }
+        Ok(())
+    }
+
+    fn for_each_backend(
+        &self,
+        act: impl Fn(&Transport) -> Result<(), devices::virtio::HostError>,
+    ) -> Result<(), MachineError> {
+        for slot in &self.virtio {
+            act(&slot.transport()).map_err(|source| MachineError::Backend { id: slot.id.clone(), source })?;
+        }
+        Ok(())
+    }
+}
+
+fn virtio_slot(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    index: usize,
+    id: &str,
+    disk: Option<Arc<Backend>>,
+    device: Box<dyn VirtioDevice>,
+) -> Result<VirtioSlot, MachineError> {
+    let gsi = *layout::VIRTIO_GSIS.get(index).ok_or_else(|| MachineError::Mismatch {
+        what: "virtio devices",
+        expected: format!("at most {}", layout::VIRTIO_GSIS.len()),
+        got: format!("at least {}", index + 1),
+    })?;
+    let base = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_LEN * index as u64;
+    let transport = Transport::new(device, memory.clone(), interrupt(vm, gsi)?)?;
+    for (queue, event) in (0u32..).zip(transport.queue_events()) {
+        let address = IoEventAddress::Mmio(base + Transport::NOTIFY_OFFSET);
+        vm.register_ioevent(event, &address, queue).map_err(kvm_error("KVM_IOEVENTFD"))?;
+    }
+    let address = VirtioMmioSlot { base, gsi };
+    Ok(VirtioSlot { id: id.into(), address, disk, transport: Arc::new(Mutex::new(transport)) })
+}
+
+/// An eventfd that raises the interrupt `gsi`.
+fn interrupt(vm: &VmFd, gsi: u32) -> Result<EventFd, MachineError> {
+    let event = EventFd::new(EFD_NONBLOCK).map_err(io_error("interrupt eventfd"))?;
+    vm.register_irqfd(&event, gsi).map_err(kvm_error("KVM_IRQFD"))?;
+    Ok(event)
+}
+
+fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn io_error(what: &'static str) -> impl Fn(std::io::Error) -> MachineError {
+    move |source| MachineError::Io { what, source }
+}

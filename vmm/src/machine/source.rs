@@ -1,0 +1,76 @@
+//! The machine as the migration engine's source.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::GuestMemory;
+use migration::{MachineDescription, MachineError as PortError, PageSet, Source};
+
+use super::Machine;
+use crate::memory;
+use crate::vcpu::Holder;
+
+/// A machine that is lent to a migration job.
+pub struct MigrationSource {
+    machine: Arc<Machine>,
+    paused_at: Option<Instant>,
+}
+
+impl MigrationSource {
+    /// The supervisor keeps its own handle and refuses what conflicts meanwhile.
+    pub fn new(machine: Arc<Machine>) -> Self {
+        Self { machine, paused_at: None }
+    }
+}
+
+impl Source for MigrationSource {
+    fn describe(&self) -> MachineDescription {
+        self.machine.describe()
+    }
+
+    fn memory(&self) -> GuestMemory {
+        self.machine.memory.clone()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), PortError> {
+        memory::forget_device_writes(&self.machine.memory);
+        Ok(self.machine.set_dirty_log(true)?)
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), PortError> {
+        Ok(self.machine.set_dirty_log(false)?)
+    }
+
+    fn harvest(&mut self, into: &mut PageSet) -> Result<(), PortError> {
+        Ok(self.machine.harvest(into)?)
+    }
+
+    fn flush(&mut self) -> Result<(), PortError> {
+        Ok(self.machine.devices.flush()?)
+    }
+
+    fn pause(&mut self) -> Result<Instant, PortError> {
+        let paused_at = self.machine.pause(Holder::Migration)?;
+        self.paused_at = Some(paused_at);
+        Ok(paused_at)
+    }
+
+    fn drain(&mut self) -> Result<(), PortError> {
+        Ok(self.machine.devices.drain()?)
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, PortError> {
+        let paused_at = self.paused_at.ok_or("save: expected a paused machine, got a running one")?;
+        Ok(self.machine.save(paused_at)?)
+    }
+
+    fn release(&mut self) -> Result<(), PortError> {
+        Ok(self.machine.devices.release_locks()?)
+    }
+
+    fn resume(&mut self) -> Result<(), PortError> {
+        self.paused_at = None;
+        self.machine.devices.resume();
+        Ok(self.machine.resume(Holder::Migration)?)
+    }
+}

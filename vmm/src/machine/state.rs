@@ -1,0 +1,132 @@
+//! The whole machine's saved state: vCPUs, interrupt controllers, PIT, clocks, devices.
+
+use std::time::Instant;
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+};
+use migration_state::{Envelope, Record};
+use serde::{Deserialize, Serialize};
+
+use super::{Machine, MachineError, kvm_error};
+use crate::clock::{self, ClockRecord};
+use crate::vcpu::{self, Holder, VcpuRecord, bytes, parse};
+
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+/// The interrupt controllers that are not a vCPU's own, and the PIT. Each byte string is the KVM structure
+/// of that name, whose layout is kernel ABI.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct ChipsetRecord {
+    /// `kvm_irqchip` of the 8259 master, the slave and the I/O APIC.
+    irqchips: Vec<Vec<u8>>,
+    /// `kvm_pit_state2`.
+    pit: Vec<u8>,
+}
+
+impl Record for ChipsetRecord {
+    const KIND: &'static str = "chipset";
+    const VERSION: u16 = 1;
+}
+
+/// What belongs to the machine as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct MachineRecord {
+    /// The user had paused the guest: it stays so wherever it goes.
+    paused_by_user: bool,
+}
+
+impl Record for MachineRecord {
+    const KIND: &'static str = "machine";
+    const VERSION: u16 = 1;
+}
+
+/// What is left to do for a restored machine when it may run.
+#[derive(Debug)]
+pub(super) struct Pending {
+    clock: ClockRecord,
+    vcpus: Vec<VcpuRecord>,
+}
+
+impl Machine {
+    /// Saves a machine that is paused since `paused_at`, with its devices drained.
+    pub(super) fn save(&self, paused_at: Instant) -> Result<Vec<u8>, MachineError> {
+        let mut envelope = Envelope::new();
+        let record = MachineRecord { paused_by_user: self.is_held_by(Holder::User) };
+        envelope.put("machine", &record)?;
+        let vcpus = self.vcpus.lock_all();
+        let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc_khz, paused_at)?;
+        envelope.put("clock", &clock)?;
+        for (id, (vcpu, tsc)) in vcpus.iter().zip(tscs).enumerate() {
+            envelope.put(&format!("vcpu{id}"), &vcpu::save(&self.kvm, vcpu, tsc)?)?;
+        }
+        envelope.put("chipset", &self.save_chipset()?)?;
+        self.devices.save(&mut envelope)?;
+        Ok(envelope.encode()?)
+    }
+
+    /// Restores a saved state into a new machine. Untrusted input.
+    pub(super) fn restore(&self, state: &[u8]) -> Result<Pending, MachineError> {
+        let mut envelope = Envelope::decode(state)?;
+        let machine: MachineRecord = envelope.take("machine")?;
+        let clock: ClockRecord = envelope.take("clock")?;
+        let chipset: ChipsetRecord = envelope.take("chipset")?;
+        self.restore_chipset(&chipset)?;
+        let vcpus = self.vcpus.lock_all();
+        let mut records = Vec::with_capacity(vcpus.len());
+        for (id, vcpu) in vcpus.iter().enumerate() {
+            let record: VcpuRecord = envelope.take(&format!("vcpu{id}"))?;
+            vcpu::restore(&self.kvm, vcpu, &record)?;
+            records.push(record);
+        }
+        drop(vcpus);
+        self.devices.restore(&mut envelope)?;
+        envelope.finish()?;
+        if machine.paused_by_user {
+            self.vcpus.gate().close(Holder::User);
+        }
+        Ok(Pending { clock, vcpus: records })
+    }
+
+    /// Moves the clocks on and lets the guest run, see [`clock::advance`].
+    pub(super) fn run_restored(&self, pending: &Pending, stopped_at: Instant) -> Result<(), MachineError> {
+        let vcpus = self.vcpus.lock_all();
+        clock::advance(&self.vm, &vcpus, &pending.clock, &pending.vcpus, stopped_at)?;
+        for vcpu in &vcpus {
+            // See `Machine::resume`.
+            let _ = vcpu.kvmclock_ctrl();
+        }
+        drop(vcpus);
+        self.start()
+    }
+
+    fn save_chipset(&self) -> Result<ChipsetRecord, MachineError> {
+        let irqchips = CHIPS
+            .iter()
+            .map(|chip_id| {
+                let mut chip = kvm_irqchip { chip_id: *chip_id, ..Default::default() };
+                self.vm.get_irqchip(&mut chip).map_err(kvm_error("KVM_GET_IRQCHIP"))?;
+                Ok(bytes(&chip))
+            })
+            .collect::<Result<_, MachineError>>()?;
+        let pit = self.vm.get_pit2().map_err(kvm_error("KVM_GET_PIT2"))?;
+        Ok(ChipsetRecord { irqchips, pit: bytes(&pit) })
+    }
+
+    fn restore_chipset(&self, record: &ChipsetRecord) -> Result<(), MachineError> {
+        if record.irqchips.len() != CHIPS.len() {
+            return Err(MachineError::Mismatch {
+                what: "interrupt controllers",
+                expected: CHIPS.len().to_string(),
+                got: record.irqchips.len().to_string(),
+            });
+        }
+        for (chip_id, bytes) in CHIPS.iter().zip(&record.irqchips) {
+            let mut chip: kvm_irqchip = parse("kvm_irqchip", bytes)?;
+            chip.chip_id = *chip_id;
+            self.vm.set_irqchip(&chip).map_err(kvm_error("KVM_SET_IRQCHIP"))?;
+        }
+        let pit: kvm_pit_state2 = parse("kvm_pit_state2", &record.pit)?;
+        self.vm.set_pit2(&pit).map_err(kvm_error("KVM_SET_PIT2"))
+    }
+}

@@ -1,0 +1,67 @@
+//! Jobs on threads of their own: a migration away, and waiting for one that arrives.
+
+use std::io;
+use std::sync::Arc;
+
+use migration::{Control, Endpoint, Listener, MigrateOptions, ReceiveOptions};
+
+use super::request::{Event, SupervisorHandle};
+use super::{Life, Supervisor};
+use crate::machine::{Machine, MigrationDestination, MigrationSource};
+
+/// Moves `machine` and tells the supervisor how it ended.
+pub(super) fn start_migration(
+    machine: Arc<Machine>,
+    destination: Endpoint,
+    options: MigrateOptions,
+    control: Arc<Control>,
+    supervisor: SupervisorHandle,
+) -> io::Result<()> {
+    std::thread::Builder::new().name("migration".into()).spawn(move || {
+        let mut source = MigrationSource::new(machine);
+        let report = migration::migrate(&mut source, &destination, &options, &control);
+        if let Some(error) = &report.error {
+            tracing::warn!("migration to {destination} ended: {error}");
+        }
+        // The supervisor must be the last owner of the machine when it hears of the end.
+        drop(source);
+        supervisor.send(Event::MigrationEnded(Box::new(report)));
+    })?;
+    Ok(())
+}
+
+impl Supervisor {
+    /// Waits at `listener` for a machine, on a thread of its own, until one has arrived for good.
+    pub fn receive(&mut self, listener: Listener, destination: MigrationDestination) -> io::Result<()> {
+        let control = Arc::new(Control::new()?);
+        self.life = Some(Life::Receiving(control.clone()));
+        let supervisor = self.handle.clone();
+        std::thread::Builder::new().name("receive".into()).spawn(move || {
+            supervisor.send(wait_for_machine(&listener, destination, &control));
+        })?;
+        Ok(())
+    }
+}
+
+/// A failed attempt is logged, and the next may come.
+fn wait_for_machine(listener: &Listener, mut destination: MigrationDestination, control: &Control) -> Event {
+    loop {
+        let connection = match listener.accept(control) {
+            Ok(connection) => connection,
+            Err(error) => return Event::ReceiveFailed(error.to_string()),
+        };
+        let result = migration::receive(&mut destination, &connection, &ReceiveOptions::default(), control);
+        let reason = match result {
+            Ok(_) => None,
+            Err(error) if error.is_committed() => Some(error.to_string()),
+            Err(error) => {
+                tracing::warn!("the machine was not received: {error}; waiting for the next attempt");
+                continue;
+            }
+        };
+        return match destination.into_machine() {
+            Some(machine) => Event::Received(Box::new(machine), reason),
+            None => Event::ReceiveFailed("the engine kept no machine".into()),
+        };
+    }
+}

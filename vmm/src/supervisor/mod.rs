@@ -1,0 +1,298 @@
+//! The supervisor: the only owner of the machine, always responsive, on the main thread.
+
+mod jobs;
+mod request;
+
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use devices::GuestExit;
+use migration::{Control, Endpoint, MigrateOptions, Outcome, Report};
+use thiserror::Error;
+use tokio::sync::broadcast;
+
+use crate::VERSION;
+use crate::api::{ApiServer, InstanceInfo, InstanceState};
+use crate::console::Console;
+use crate::machine::{EventSink, Machine, MachineEvent};
+use crate::vcpu::{Holder, VcpuFailure};
+
+pub(crate) use request::Event;
+pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
+
+/// How long a guest may take to shut down after the power button.
+pub const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
+
+/// How a VM's process ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest reset or powered itself off.
+    Guest(GuestExit),
+    /// Somebody stopped it.
+    Stopped,
+    /// The guest runs elsewhere now.
+    Moved,
+}
+
+/// Why a VM's process ends with a failure.
+#[derive(Clone, Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum SupervisorError {
+    #[error(transparent)]
+    Vcpu(#[from] VcpuFailure),
+    #[error("{0}")]
+    Receive(String),
+}
+
+/// Where the machine is in its life cycle.
+enum Life {
+    Receiving(Arc<Control>),
+    Here(Arc<Machine>),
+    InDoubt(Arc<Machine>),
+}
+
+struct MigrationJob {
+    control: Arc<Control>,
+    reports: broadcast::Sender<Report>,
+}
+
+/// The supervisor and what it needs to make one.
+pub struct Supervisor {
+    name: String,
+    events: mpsc::Receiver<Event>,
+    handle: SupervisorHandle,
+    console: Console,
+    life: Option<Life>,
+    migration: Option<MigrationJob>,
+    stop_at: Option<Instant>,
+}
+
+impl Supervisor {
+    /// A supervisor without a machine yet.
+    pub fn new(name: &str, console: Console) -> Self {
+        let (sender, events) = mpsc::channel();
+        let handle = SupervisorHandle::new(sender);
+        Self { name: name.into(), events, handle, console, life: None, migration: None, stop_at: None }
+    }
+
+    /// A way to it, for other threads.
+    pub fn handle(&self) -> SupervisorHandle {
+        self.handle.clone()
+    }
+
+    /// Where a machine reports to.
+    pub fn event_sink(&self) -> EventSink {
+        let handle = Mutex::new(self.handle.clone());
+        Arc::new(move |event| {
+            let handle = handle.lock().unwrap_or_else(PoisonError::into_inner);
+            handle.send(match event {
+                MachineEvent::Exit(reason) => Event::GuestExit(reason),
+                MachineEvent::VcpuFailed(failure) => Event::VcpuFailed(failure),
+            });
+        })
+    }
+
+    /// Takes a machine, which runs from here on.
+    pub fn adopt(&mut self, machine: Machine, server: &ApiServer) {
+        let mut input = server.console_input().lock().unwrap_or_else(PoisonError::into_inner);
+        *input = Some(machine.serial());
+        self.life = Some(Life::Here(Arc::new(machine)));
+    }
+
+    /// Serves requests until the VM ends.
+    pub fn run(mut self, server: ApiServer) -> Result<Ending, SupervisorError> {
+        let ending = loop {
+            let wait = self.stop_at.map_or(request::NEVER, |at| at.saturating_duration_since(Instant::now()));
+            match self.events.recv_timeout(wait) {
+                Ok(event) => {
+                    if let Some(ending) = self.handle_event(event, &server) {
+                        break ending;
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    tracing::info!("the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it");
+                    break Ok(Ending::Stopped);
+                }
+                // `self.handle` keeps the channel open.
+                Err(mpsc::RecvTimeoutError::Disconnected) => break Ok(Ending::Stopped),
+            }
+        };
+        self.end(server);
+        ending
+    }
+
+    fn handle_event(&mut self, event: Event, server: &ApiServer) -> Option<Result<Ending, SupervisorError>> {
+        match event {
+            Event::Request(Request::Stop(reply)) => {
+                answer(reply, Ok(()));
+                return Some(Ok(Ending::Stopped));
+            }
+            Event::Request(request) => self.handle_request(request),
+            Event::GuestExit(reason) => return Some(Ok(Ending::Guest(reason))),
+            // A triple fault is how a guest without other means resets (`reboot=t`).
+            Event::VcpuFailed(VcpuFailure::TripleFault(_)) => return Some(Ok(Ending::Guest(GuestExit::Reset))),
+            Event::VcpuFailed(failure) => return Some(Err(failure.into())),
+            Event::Escape | Event::Terminate => return self.terminate().map(Ok),
+            Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
+            Event::Received(machine, reason) => {
+                self.adopt(*machine, server);
+                match reason {
+                    None => tracing::info!("received: the guest runs here"),
+                    Some(reason) => tracing::error!("received, but the guest stays paused: {reason}"),
+                }
+            }
+            Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),
+        }
+        None
+    }
+
+    fn handle_request(&mut self, request: Request) {
+        match request {
+            Request::Info(reply) => answer(reply, Ok(self.info())),
+            Request::Pause(reply) => answer(reply, self.pause()),
+            Request::Resume(reply) => answer(reply, self.resume()),
+            Request::PowerButton(reply) => answer(reply, self.press_power_button()),
+            Request::Migrate { destination, options, reply } => {
+                answer(reply, self.migrate(destination, *options));
+            }
+            Request::Progress(reply) => {
+                answer(reply, self.control().map(|control| control.progress()).ok_or(Refusal::NoMigration));
+            }
+            Request::Cancel(reply) => answer(reply, self.cancel()),
+            // Answered where the loop can end.
+            Request::Stop(reply) => answer(reply, Err(Refusal::Gone)),
+        }
+    }
+
+    fn machine(&self) -> Result<&Arc<Machine>, Refusal> {
+        match &self.life {
+            Some(Life::Here(machine)) => Ok(machine),
+            Some(Life::InDoubt(_)) => Err(Refusal::InDoubt),
+            Some(Life::Receiving(_)) | None => Err(Refusal::NoMachine),
+        }
+    }
+
+    /// The machine, if no migration has it.
+    fn idle_machine(&self) -> Result<&Arc<Machine>, Refusal> {
+        if self.migration.is_some() { Err(Refusal::Migrating) } else { self.machine() }
+    }
+
+    fn control(&self) -> Option<&Arc<Control>> {
+        match (&self.migration, &self.life) {
+            (Some(job), _) => Some(&job.control),
+            (None, Some(Life::Receiving(control))) => Some(control),
+            _ => None,
+        }
+    }
+
+    fn info(&self) -> InstanceInfo {
+        let machine = match &self.life {
+            Some(Life::Here(machine) | Life::InDoubt(machine)) => Some(machine),
+            Some(Life::Receiving(_)) | None => None,
+        };
+        let state = match &self.life {
+            Some(Life::InDoubt(_)) => InstanceState::InDoubt,
+            Some(Life::Here(machine)) if machine.is_held_by(Holder::User) => InstanceState::Paused,
+            Some(Life::Here(machine)) if machine.is_held_by(Holder::Startup) => InstanceState::Paused,
+            Some(Life::Here(_)) => InstanceState::Running,
+            Some(Life::Receiving(_)) | None => InstanceState::Receiving,
+        };
+        InstanceInfo {
+            app_name: "godwit".into(),
+            id: self.name.clone(),
+            state,
+            vmm_version: VERSION.into(),
+            pid: std::process::id(),
+            vcpu_count: machine.map_or(0, |machine| machine.cpus()),
+            mem_size_mib: machine.map_or(0, |machine| machine.memory_size() >> 20),
+            cpu_template: machine.map_or_else(String::new, |machine| machine.template().to_string()),
+            migration: self.control().map(|control| control.progress()),
+        }
+    }
+
+    fn pause(&self) -> Result<(), Refusal> {
+        self.idle_machine()?.pause(Holder::User).map(drop).map_err(failed)
+    }
+
+    fn resume(&self) -> Result<(), Refusal> {
+        self.idle_machine()?.resume(Holder::User).map_err(failed)
+    }
+
+    fn press_power_button(&self) -> Result<(), Refusal> {
+        self.idle_machine()?.press_power_button().map_err(failed)
+    }
+
+    fn migrate(&mut self, destination: Endpoint, options: MigrateOptions) -> Result<MigrationFeed, Refusal> {
+        let machine = self.idle_machine()?.clone();
+        let control = Arc::new(Control::new().map_err(failed)?);
+        let (reports, report) = broadcast::channel(1);
+        jobs::start_migration(machine, destination, options, control.clone(), self.handle.clone())
+            .map_err(failed)?;
+        self.migration = Some(MigrationJob { control: control.clone(), reports });
+        Ok(MigrationFeed { control, report })
+    }
+
+    fn cancel(&self) -> Result<(), Refusal> {
+        let job = self.migration.as_ref().ok_or(Refusal::NoMigration)?;
+        job.control.cancel();
+        Ok(())
+    }
+
+    /// First time: the power button. Second time, or where nobody would hear the button: the end.
+    fn terminate(&mut self) -> Option<Ending> {
+        if self.stop_at.is_some() {
+            return Some(Ending::Stopped);
+        }
+        if let Some(job) = &self.migration {
+            job.control.cancel();
+        }
+        let Ok(machine) = self.machine() else { return Some(Ending::Stopped) };
+        if machine.is_held_by(Holder::User) {
+            return Some(Ending::Stopped);
+        }
+        if let Err(error) = machine.press_power_button() {
+            tracing::warn!(%error, "stopping without the power button");
+            return Some(Ending::Stopped);
+        }
+        self.stop_at = Some(Instant::now() + POWER_OFF_GRACE);
+        None
+    }
+
+    fn migration_ended(&mut self, report: Report) -> Option<Ending> {
+        let outcome = report.outcome;
+        if let Some(job) = self.migration.take() {
+            // Nobody needs to be waiting for it.
+            let _ = job.reports.send(report);
+        }
+        match outcome {
+            Outcome::Moved => Some(Ending::Moved),
+            Outcome::InDoubt => {
+                if let Some(Life::Here(machine)) = self.life.take() {
+                    self.life = Some(Life::InDoubt(machine));
+                }
+                None
+            }
+            Outcome::Failed | Outcome::Cancelled => None,
+        }
+    }
+
+    /// Everything goes in order: jobs, machine, console, API.
+    fn end(mut self, server: ApiServer) {
+        if let Some(control) = self.control() {
+            control.cancel();
+        }
+        self.migration = None;
+        self.life = None;
+        self.console.flush();
+        drop(server);
+    }
+}
+
+fn answer<T>(reply: request::Reply<T>, result: Result<T, Refusal>) {
+    // Whoever asked may have gone; what was asked for is done all the same.
+    let _ = reply.send(result);
+}
+
+fn failed(error: impl std::fmt::Display) -> Refusal {
+    Refusal::Failed(error.to_string())
+}

@@ -1,0 +1,118 @@
+//! What can be asked of the supervisor, and how it answers.
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use devices::GuestExit;
+use migration::{MigrateOptions, Progress, Report};
+use thiserror::Error;
+use tokio::sync::{broadcast, oneshot};
+
+use crate::api::InstanceInfo;
+use crate::machine::Machine;
+use crate::vcpu::VcpuFailure;
+
+/// Why a request was refused.
+#[derive(Clone, Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum Refusal {
+    #[error("a migration is under way: expected none; `godwit status` shows it")]
+    Migrating,
+    #[error("no machine here yet: it is still being received")]
+    NoMachine,
+    #[error("the last migration is in doubt: the guest may run at the destination, and stays paused here")]
+    InDoubt,
+    #[error("no migration is under way")]
+    NoMigration,
+    #[error("{0}")]
+    Failed(String),
+    #[error("the VM has just ended")]
+    Gone,
+}
+
+/// The answer to a request.
+pub type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// Something that can be asked of the supervisor.
+pub enum Request {
+    /// What and how is this VM?
+    Info(Reply<InstanceInfo>),
+    /// Hold the vCPUs out of the guest.
+    Pause(Reply<()>),
+    /// Let them in again.
+    Resume(Reply<()>),
+    /// Ask the guest to shut down.
+    PowerButton(Reply<()>),
+    /// End.
+    Stop(Reply<()>),
+    /// Move to `destination`; the answer is a feed that ends with the report.
+    Migrate {
+        /// Where to.
+        destination: migration::Endpoint,
+        /// How.
+        options: Box<MigrateOptions>,
+        /// Answered when the job has started.
+        reply: Reply<MigrationFeed>,
+    },
+    /// How far is the migration?
+    Progress(Reply<Progress>),
+    /// End the migration; the guest runs on here.
+    Cancel(Reply<()>),
+}
+
+/// A migration job as its clients see it.
+pub struct MigrationFeed {
+    /// Where it is.
+    pub control: std::sync::Arc<migration::Control>,
+    /// Delivers the report when it has ended.
+    pub report: broadcast::Receiver<Report>,
+}
+
+/// What the supervisor waits for.
+pub(crate) enum Event {
+    /// From the API.
+    Request(Request),
+    /// The guest wants to end.
+    GuestExit(GuestExit),
+    /// A vCPU cannot go on.
+    VcpuFailed(VcpuFailure),
+    /// The user at the terminal typed the escape key.
+    Escape,
+    /// SIGTERM or SIGINT.
+    Terminate,
+    /// The migration job has ended.
+    MigrationEnded(Box<Report>),
+    /// The receiving job has a machine, running or (with a reason) paused.
+    Received(Box<Machine>, Option<String>),
+    /// The receiving job cannot go on.
+    ReceiveFailed(String),
+}
+
+/// A way to the supervisor, for any thread.
+#[derive(Clone)]
+pub struct SupervisorHandle {
+    events: mpsc::Sender<Event>,
+}
+
+impl SupervisorHandle {
+    pub(crate) fn new(events: mpsc::Sender<Event>) -> Self {
+        Self { events }
+    }
+
+    /// Sends an event; if the supervisor is gone, so is the process in a moment.
+    pub(crate) fn send(&self, event: Event) {
+        if self.events.send(event).is_err() {
+            tracing::debug!("an event came after the end");
+        }
+    }
+
+    /// Asks and waits for the answer.
+    pub async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Request(request(reply)));
+        answer.await.unwrap_or(Err(Refusal::Gone))
+    }
+}
+
+/// Nothing to wait for.
+pub(crate) const NEVER: Duration = Duration::from_secs(u32::MAX as u64);

@@ -1,0 +1,120 @@
+//! vCPUs: a thread for each, its gate, its state.
+
+mod gate;
+mod kick;
+mod run;
+mod state;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VcpuFd;
+use thiserror::Error;
+use vmm_sys_util::signal::Killable;
+
+pub use gate::{Gate, Holder};
+pub use run::{Buses, VcpuFailure};
+pub use state::{MSR_TSC_DEADLINE, VcpuRecord, VcpuStateError, bytes, parse, restore, save, set_msr};
+
+/// A vCPU that does not leave the guest within this time is stuck in the kernel.
+const PARK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// vCPU threads could not be started or held.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum VcpuError {
+    #[error("kick signal handler: {0}")]
+    Handler(vmm_sys_util::errno::Error),
+    #[error("vCPU thread {id}: {source}")]
+    Spawn { id: u8, source: std::io::Error },
+    #[error("vCPUs still in the guest after {0:?}")]
+    NotParked(Duration),
+    #[error("vCPUs have not entered the guest after {0:?}")]
+    NotEntered(Duration),
+}
+
+/// All vCPUs of a machine.
+pub struct VcpuSet {
+    gate: Arc<Gate>,
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl VcpuSet {
+    /// Starts a thread for each vCPU; all wait at the gate, which [`Holder::Startup`] holds.
+    /// A vCPU that fails is reported to `on_failure`, from its thread.
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        buses: Buses,
+        on_failure: Arc<dyn Fn(VcpuFailure) + Send + Sync>,
+    ) -> Result<Self, VcpuError> {
+        kick::install_handler().map_err(VcpuError::Handler)?;
+        let gate = Arc::new(Gate::new(vcpus.len()));
+        let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        let set = Self { gate: gate.clone(), vcpus, threads: Mutex::default() };
+        for (id, vcpu) in (0u8..).zip(&set.vcpus) {
+            let (gate, vcpu, buses, on_failure) = (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{id}"))
+                .spawn(move || {
+                    if let Err(failure) = run::run(id, &vcpu, &gate, &buses) {
+                        gate.retire();
+                        on_failure(failure);
+                    }
+                })
+                .map_err(|source| VcpuError::Spawn { id, source })?;
+            set.lock_threads().push(thread);
+        }
+        Ok(set)
+    }
+
+    /// Closes the gate for `holder` and waits until every vCPU is out of the guest.
+    /// Returns the instant at which the first one was asked to leave.
+    pub fn pause(&self, holder: Holder) -> Result<Instant, VcpuError> {
+        let asked = Instant::now();
+        self.gate.close(holder);
+        self.kick();
+        if self.gate.wait_parked(PARK_TIMEOUT) { Ok(asked) } else { Err(VcpuError::NotParked(PARK_TIMEOUT)) }
+    }
+
+    /// Lets go for `holder`. If nobody else holds the gate, returns when the last vCPU has left it.
+    pub fn resume(&self, holder: Holder) -> Result<(), VcpuError> {
+        self.gate.open(holder);
+        if self.gate.wait_entered(PARK_TIMEOUT) { Ok(()) } else { Err(VcpuError::NotEntered(PARK_TIMEOUT)) }
+    }
+
+    /// The gate, to ask who holds it.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// The vCPUs in order of their ids. Blocks while they run: pause first.
+    pub fn lock_all(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
+        self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner)).collect()
+    }
+
+    /// One kick is enough: it comes after a change of the gate, and a thread looks at the gate after every
+    /// kick and before it enters the guest.
+    fn kick(&self) {
+        for thread in self.lock_threads().iter() {
+            // Fails only for a thread that has ended, which needs no kick.
+            let _ = thread.kill(kick::signal());
+        }
+    }
+
+    fn lock_threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        self.gate.end();
+        self.kick();
+        for thread in self.lock_threads().drain(..) {
+            // A panic in a vCPU thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

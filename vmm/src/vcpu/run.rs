@@ -1,0 +1,94 @@
+//! What a vCPU thread does: gate, guest, exit, again.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::bus::Bus;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use thiserror::Error;
+
+use super::gate::{Gate, Next};
+use super::kick::Kickable;
+
+/// The buses that a vCPU's exits go to.
+#[derive(Clone)]
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+}
+
+/// Why a vCPU stopped for good.
+#[derive(Clone, Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum VcpuFailure {
+    #[error("vCPU {0}: triple fault")]
+    TripleFault(u8),
+    #[error("vCPU {id}: KVM could not go on (internal error {suberror}) at rip {rip:#x}, cs {cs:#x}: {hint}")]
+    Internal { id: u8, suberror: u32, rip: u64, cs: u16, hint: &'static str },
+    #[error("vCPU {id}: KVM could not enter the guest, hardware reason {reason:#x}")]
+    Entry { id: u8, reason: u64 },
+    #[error("vCPU {id}: unexpected exit {exit}")]
+    Unexpected { id: u8, exit: String },
+    #[error("vCPU {id}: KVM_RUN: {source}")]
+    Run { id: u8, source: kvm_ioctls::Error },
+}
+
+const INTERNAL_ERROR_EMULATION: u32 = 1;
+
+/// Until the gate sends the thread home, or the vCPU fails.
+pub(super) fn run(id: u8, vcpu: &Mutex<VcpuFd>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
+    let _kickable = Kickable::new(&mut vcpu.lock().unwrap_or_else(PoisonError::into_inner));
+    while gate.pass() == Next::Enter {
+        // Held while the vCPU is in the guest, free while the thread is parked, so that whoever holds the
+        // gate can save and restore it.
+        let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        run_until_kicked(id, &mut vcpu, buses)?;
+    }
+    Ok(())
+}
+
+fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), VcpuFailure> {
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                buses.pio.read(port.into(), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                buses.pio.write(port.into(), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                buses.mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                buses.mmio.write(address, data);
+            }
+            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Shutdown) => return Err(VcpuFailure::TripleFault(id)),
+            Ok(VcpuExit::InternalError) => return Err(internal_error(id, vcpu)),
+            Ok(VcpuExit::FailEntry(reason, _)) => return Err(VcpuFailure::Entry { id, reason }),
+            Ok(exit) => return Err(VcpuFailure::Unexpected { id, exit: format!("{exit:?}") }),
+            Err(error) if error.errno() == libc::EINTR => {
+                // KVM_RUN has finished what was pending (api.rst, 5: immediate_exit), so the state is whole.
+                vcpu.set_kvm_immediate_exit(0);
+                return Ok(());
+            }
+            Err(error) if error.errno() == libc::EAGAIN => {}
+            Err(source) => return Err(VcpuFailure::Run { id, source }),
+        }
+    }
+}
+
+fn internal_error(id: u8, vcpu: &mut VcpuFd) -> VcpuFailure {
+    let (rip, cs) = match (vcpu.get_regs(), vcpu.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => (regs.rip, sregs.cs.selector),
+        _ => (0, 0),
+    };
+    let suberror = crate::kvm::internal_suberror(vcpu);
+    let hint = if suberror == INTERNAL_ERROR_EMULATION {
+        "an instruction that KVM's emulator does not know; another --cpu-template may keep the guest from using it"
+    } else {
+        "the kernel's log may say more"
+    };
+    VcpuFailure::Internal { id, suberror, rip, cs, hint }
+}

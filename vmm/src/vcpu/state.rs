@@ -1,0 +1,191 @@
+//! The saved state of a vCPU, and its way in and out of KVM.
+#![allow(unsafe_code)] // KVM_SET_XSAVE is unsafe where extended state can exceed 4096 bytes.
+
+use std::collections::HashSet;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
+use migration_state::Record;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// IA32_TSC: moved by its offset instead, see [`crate::clock`].
+const MSR_TSC: u32 = 0x10;
+/// IA32_TSC_DEADLINE: armed when the clocks have been moved on.
+pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// KVM takes no more MSRs in one call.
+const MSR_BATCH: usize = 256;
+
+/// A vCPU's state could not be saved or restored.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum VcpuStateError {
+    #[error("{what}: {source}")]
+    Kvm { what: &'static str, source: kvm_ioctls::Error },
+    #[error("{what}: expected {expected} bytes, got {got}")]
+    Length { what: &'static str, expected: usize, got: usize },
+    #[error("MSR {index:#x}: KVM refuses the value {value:#x}")]
+    Msr { index: u32, value: u64 },
+    #[error("{0} MSRs: more than the kernel knows")]
+    TooManyMsrs(usize),
+    #[error("MSR {0:#x}: this host's KVM does not know it")]
+    UnknownMsr(u32),
+}
+
+/// A vCPU as saved. Each byte string is the KVM structure of that name, whose layout is kernel ABI.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuRecord {
+    /// `kvm_regs`.
+    pub regs: Vec<u8>,
+    /// `kvm_sregs`.
+    pub sregs: Vec<u8>,
+    /// `kvm_xsave`, 4096 bytes.
+    pub xsave: Vec<u8>,
+    /// `kvm_xcrs`.
+    pub xcrs: Vec<u8>,
+    /// `kvm_debugregs`.
+    pub debugregs: Vec<u8>,
+    /// `kvm_lapic_state`.
+    pub lapic: Vec<u8>,
+    /// `kvm_vcpu_events`.
+    pub events: Vec<u8>,
+    /// `kvm_mp_state`.
+    pub mp_state: u32,
+    /// Index and value of every MSR that KVM lists and can read, but for the TSC.
+    pub msrs: Vec<(u32, u64)>,
+    /// The guest's TSC when the machine's clock was read.
+    pub tsc: u64,
+}
+
+impl Record for VcpuRecord {
+    const KIND: &'static str = "vcpu";
+    const VERSION: u16 = 1;
+}
+
+impl VcpuRecord {
+    /// The saved IA32_TSC_DEADLINE; 0 means that none is armed.
+    pub fn tsc_deadline(&self) -> u64 {
+        self.msrs.iter().find(|(index, _)| *index == MSR_TSC_DEADLINE).map_or(0, |(_, value)| *value)
+    }
+}
+
+/// Saves a vCPU that is out of the guest. `tsc` is its guest's TSC at the time for which the machine's
+/// clock is saved.
+pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateError> {
+    // mp_state first: KVM_GET_MP_STATE applies pending INITs and SIPIs, which change the rest.
+    let mp_state = vcpu.get_mp_state().map_err(kvm_error("KVM_GET_MP_STATE"))?.mp_state;
+    Ok(VcpuRecord {
+        regs: bytes(&vcpu.get_regs().map_err(kvm_error("KVM_GET_REGS"))?),
+        sregs: bytes(&vcpu.get_sregs().map_err(kvm_error("KVM_GET_SREGS"))?),
+        xsave: bytes(&vcpu.get_xsave().map_err(kvm_error("KVM_GET_XSAVE"))?),
+        xcrs: bytes(&vcpu.get_xcrs().map_err(kvm_error("KVM_GET_XCRS"))?),
+        debugregs: bytes(&vcpu.get_debug_regs().map_err(kvm_error("KVM_GET_DEBUGREGS"))?),
+        lapic: bytes(&vcpu.get_lapic().map_err(kvm_error("KVM_GET_LAPIC"))?),
+        msrs: save_msrs(kvm, vcpu)?,
+        events: bytes(&vcpu.get_vcpu_events().map_err(kvm_error("KVM_GET_VCPU_EVENTS"))?),
+        mp_state,
+        tsc,
+    })
+}
+
+/// Gives a saved state to a new vCPU, everything but the TSC and the deadline timer. Untrusted input.
+pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
+    let mp_state = kvm_bindings::kvm_mp_state { mp_state: record.mp_state };
+    vcpu.set_mp_state(mp_state).map_err(kvm_error("KVM_SET_MP_STATE"))?;
+    vcpu.set_regs(&parse("kvm_regs", &record.regs)?).map_err(kvm_error("KVM_SET_REGS"))?;
+    vcpu.set_sregs(&parse("kvm_sregs", &record.sregs)?).map_err(kvm_error("KVM_SET_SREGS"))?;
+    let xsave = parse("kvm_xsave", &record.xsave)?;
+    // SAFETY: no extended state beyond 4096 bytes exists: that takes a request through arch_prctl, which
+    // this program never makes.
+    unsafe { vcpu.set_xsave(&xsave) }.map_err(kvm_error("KVM_SET_XSAVE"))?;
+    vcpu.set_xcrs(&parse("kvm_xcrs", &record.xcrs)?).map_err(kvm_error("KVM_SET_XCRS"))?;
+    vcpu.set_debug_regs(&parse("kvm_debugregs", &record.debugregs)?)
+        .map_err(kvm_error("KVM_SET_DEBUGREGS"))?;
+    // Before the MSRs: the LAPIC's mode decides whether the deadline MSR can be armed.
+    vcpu.set_lapic(&parse("kvm_lapic_state", &record.lapic)?).map_err(kvm_error("KVM_SET_LAPIC"))?;
+    restore_msrs(kvm, vcpu, &record.msrs)?;
+    // Last: everything above can queue or clear events.
+    vcpu.set_vcpu_events(&parse("kvm_vcpu_events", &record.events)?)
+        .map_err(kvm_error("KVM_SET_VCPU_EVENTS"))?;
+    Ok(())
+}
+
+/// Sets one MSR.
+pub fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), VcpuStateError> {
+    if try_set_msr(vcpu, index, value)? { Ok(()) } else { Err(VcpuStateError::Msr { index, value }) }
+}
+
+fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let list = kvm.get_msr_index_list().map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
+    let mut wanted: Vec<u32> = list.as_slice().iter().copied().filter(|index| *index != MSR_TSC).collect();
+    if !wanted.contains(&MSR_TSC_DEADLINE) {
+        wanted.push(MSR_TSC_DEADLINE);
+    }
+    let mut saved = Vec::with_capacity(wanted.len());
+    let mut rest = wanted.as_slice();
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(MSR_BATCH)];
+        let entries: Vec<_> =
+            batch.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let mut msrs =
+            Msrs::from_entries(&entries).map_err(|_| VcpuStateError::TooManyMsrs(entries.len()))?;
+        let read = vcpu.get_msrs(&mut msrs).map_err(kvm_error("KVM_GET_MSRS"))?;
+        saved.extend(msrs.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
+        // KVM stops at the first MSR that this guest's CPUID does not have: it has no value to save.
+        rest = &rest[(read + usize::from(read < batch.len()))..];
+    }
+    Ok(saved)
+}
+
+fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuStateError> {
+    let list = kvm.get_msr_index_list().map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
+    let known: HashSet<u32> = list.as_slice().iter().copied().chain([MSR_TSC_DEADLINE]).collect();
+    if msrs.len() > known.len() {
+        return Err(VcpuStateError::TooManyMsrs(msrs.len()));
+    }
+    for (index, value) in msrs.iter().filter(|(index, _)| *index != MSR_TSC_DEADLINE) {
+        let reset = read_msr(vcpu, *index)?;
+        // What a new vCPU already holds needs no write; some of those KVM would refuse to take.
+        if reset == Some(*value) {
+            continue;
+        }
+        if !known.contains(index) {
+            return Err(VcpuStateError::UnknownMsr(*index));
+        }
+        set_msr(vcpu, *index, *value)?;
+    }
+    Ok(())
+}
+
+/// `None` if KVM has no such MSR for this guest.
+fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuStateError> {
+    let entry = kvm_msr_entry { index, ..Default::default() };
+    let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuStateError::TooManyMsrs(1))?;
+    let read = vcpu.get_msrs(&mut msrs).map_err(kvm_error("KVM_GET_MSRS"))?;
+    Ok((read == 1).then(|| msrs.as_slice()[0].data))
+}
+
+fn try_set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, VcpuStateError> {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    let msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuStateError::TooManyMsrs(1))?;
+    Ok(vcpu.set_msrs(&msrs).map_err(kvm_error("KVM_SET_MSRS"))? == 1)
+}
+
+/// The structure's bytes as the kernel lays it out.
+pub fn bytes<T: IntoBytes + Immutable>(value: &T) -> Vec<u8> {
+    value.as_bytes().to_vec()
+}
+
+/// The structure from exactly as many bytes as it has.
+pub fn parse<T: FromBytes>(what: &'static str, bytes: &[u8]) -> Result<T, VcpuStateError> {
+    T::read_from_bytes(bytes).map_err(|_| VcpuStateError::Length {
+        what,
+        expected: size_of::<T>(),
+        got: bytes.len(),
+    })
+}
+
+fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
+    move |source| VcpuStateError::Kvm { what, source }
+}
