@@ -1,1 +1,34 @@
-//! The migration engine.
+//! The migration engine: moves a running machine from one process to another, without knowing what the
+//! machine is made of.
+//!
+//! A machine is a [`Source`] or a [`Destination`] to the engine; [`migrate`] and [`receive`] are the two ends
+//! of one migration over a [`Connection`]. `PROTOCOL.md` says what goes over the wire, `DESIGN.md` how the
+//! parts fit together; both lie beside this crate's `Cargo.toml`.
+
+mod control;
+mod converge;
+mod destination;
+mod link;
+mod options;
+mod page_set;
+mod ports;
+mod protocol;
+mod report;
+mod source;
+mod text;
+mod transport;
+
+pub use control::{Control, Phase, Progress};
+pub use converge::FixedCosts;
+pub use destination::{ReceiveError, Received, receive};
+pub use link::LinkError;
+pub use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE};
+pub use options::{MigrateOptions, OnMiss, ReceiveOptions};
+pub use page_set::{PageSet, PageSetError, Ranges};
+pub use ports::{
+    CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MachineError, MemoryRegion,
+    Source,
+};
+pub use report::{Downtime, MemoryDigest, Outcome, Report, Round};
+pub use source::migrate;
+pub use transport::{Connection, Endpoint, EndpointError, Listener, TransportError};

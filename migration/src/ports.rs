@@ -78,9 +78,10 @@ pub struct Difference {
 
 /// The machine at the source.
 ///
-/// Calls come from one migration job, in the order of a migration: `start_dirty_log`, `harvest`…, `flush`,
-/// `pause`, `drain`, `harvest`, `save`, and then either `release` and `moved`, or `resume`. Whatever ends a
-/// migration before `release`, the engine calls `resume` (if it paused) and `stop_dirty_log` (if it started).
+/// Calls come from one migration job, in the order of a migration: `start_dirty_log`, `harvest`… with a `flush`
+/// or a few in between, `pause`, `drain`, `harvest`, `save`, `harvest` twice, `release`. Whatever ends a
+/// migration before "go" is on its way, the engine calls `resume` if it called `pause`, then `stop_dirty_log`
+/// if it called `start_dirty_log`, also where that call failed or panicked. After "go" it calls nothing.
 pub trait Source: Send {
     /// What the destination must be able to run.
     fn describe(&self) -> MachineDescription;
@@ -91,7 +92,7 @@ pub trait Source: Send {
     /// Turns dirty logging on. Pages written from here on show up in `harvest`.
     fn start_dirty_log(&mut self) -> Result<(), MachineError>;
 
-    /// Turns dirty logging off.
+    /// Turns dirty logging off; also after a `start_dirty_log` that failed.
     fn stop_dirty_log(&mut self) -> Result<(), MachineError>;
 
     /// Adds every page written since the last harvest, by vCPUs or by devices, to `into` and forgets it.
@@ -108,14 +109,17 @@ pub trait Source: Send {
     fn drain(&mut self) -> Result<(), MachineError>;
 
     /// The state of vCPUs, interrupt controllers, clocks and devices: an encoded envelope
-    /// (`migration_state::Envelope`). The machine is paused and drained.
+    /// (`migration_state::Envelope`), at most 64 MiB. The machine is paused and drained. Pages that this call
+    /// writes show up in the next harvest; after that, nothing may write guest RAM any more.
     fn save(&mut self) -> Result<Vec<u8>, MachineError>;
 
-    /// Gives up the disk locks, right before "go" is sent: the point of no return.
+    /// Gives up the disk locks, right before "go" is sent: the point of no return. Should the connection not
+    /// take a single byte of "go", `resume` follows, which takes the locks again.
     fn release(&mut self) -> Result<(), MachineError>;
 
     /// Lets the guest run on after a pause that led to nothing. Devices and vCPUs go on where they were.
-    /// The guest stays paused if the user had paused it before the migration.
+    /// The guest stays paused if the user had paused it before the migration. Also comes after a `pause` that
+    /// failed, and takes back the disk locks where `release` gave them up.
     fn resume(&mut self) -> Result<(), MachineError>;
 }
 

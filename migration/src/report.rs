@@ -1,5 +1,7 @@
 //! The report of one migration: the object that `godwit migrate --json` prints.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
@@ -105,4 +107,70 @@ pub struct Report {
     pub verify_ms: f64,
     /// With `--verify`.
     pub memory_digest: Option<MemoryDigest>,
+}
+
+impl Downtime {
+    /// The sum of the terms.
+    pub(crate) fn total_ms(&self) -> f64 {
+        let Self {
+            pause_ms,
+            drain_ms,
+            final_log_ms,
+            final_copy_ms,
+            state_ms,
+            restore_ms,
+            commit_ms,
+            resume_ms,
+        } = *self;
+        pause_ms + drain_ms + final_log_ms + final_copy_ms + state_ms + restore_ms + commit_ms + resume_ms
+    }
+}
+
+impl Report {
+    /// The report of a migration that has not done anything yet.
+    pub(crate) fn new(budget_ms: f64) -> Self {
+        Self {
+            outcome: Outcome::Failed,
+            error: None,
+            mode: "precopy".into(),
+            budget_ms,
+            budget_kept: false,
+            predicted_downtime_ms: None,
+            downtime_ms: None,
+            downtime: Downtime::default(),
+            predicted_total_ms: None,
+            total_ms: 0.0,
+            rounds: Vec::new(),
+            bytes_sent: 0,
+            pages_sent: 0,
+            pages_zero: 0,
+            streams: 1,
+            data_path: "gather".into(),
+            verify_ms: 0.0,
+            memory_digest: None,
+        }
+    }
+
+    /// Adds an error to those that are already there.
+    pub(crate) fn add_error(&mut self, error: &str) {
+        self.error = Some(
+            self.error
+                .take()
+                .map_or_else(|| error.into(), |before| format!("{before}; {error}")),
+        );
+    }
+
+    /// Puts the error that came first, and caused the others, before them.
+    pub(crate) fn put_error_first(&mut self, error: &str) {
+        self.error = Some(
+            self.error
+                .take()
+                .map_or_else(|| error.into(), |after| format!("{error}; {after}")),
+        );
+    }
+}
+
+/// A duration in the report's unit.
+pub(crate) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }

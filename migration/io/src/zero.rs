@@ -15,11 +15,14 @@ pub fn is_zero_page(memory: &GuestMemory, gpa: u64) -> Result<bool, MemoryIoErro
     let slice = slice_of(memory, MemoryRange { gpa, len: PAGE_SIZE })?;
     let guard = slice.ptr_guard();
     let base = guard.as_ptr().cast::<__m128i>();
+    if !base.is_aligned() {
+        // A region that does not start at a page.
+        return Err(MemoryIoError::Unaligned { gpa });
+    }
     // 64 bytes a time: small enough that a page with content is left soon, large enough for the pipeline.
     for at in (0..PAGE_SIZE as usize / size_of::<__m128i>()).step_by(4) {
-        // SAFETY: `at` to `at + 3` lie within the page that `slice` covers, and the page is 16-byte aligned
-        // because mappings and region starts are page-aligned. Volatile reads through a raw pointer are how
-        // memory is read that somebody else may write.
+        // SAFETY: `at` to `at + 3` lie within the page that `slice` covers, and `base` is aligned. Volatile
+        // reads through a raw pointer are how memory is read that somebody else may write.
         let parts: [__m128i; 4] = std::array::from_fn(|part| unsafe { base.add(at + part).read_volatile() });
         if !all_zero(parts) {
             return Ok(false);

@@ -1,0 +1,115 @@
+//! Waiting for a socket, with an end.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::LinkError;
+use crate::transport::Connection;
+
+/// What the socket is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Data to read.
+    Data,
+    /// Room to write, or data to read, which then is an interruption.
+    Room,
+    /// Room to write, whatever the peer says.
+    RoomAlone,
+}
+
+impl Wanted {
+    /// The same without interruptions.
+    pub(super) fn alone(self) -> Self {
+        if self == Wanted::Room {
+            Wanted::RoomAlone
+        } else {
+            self
+        }
+    }
+}
+
+/// How long to wait for a peer. A peer gains time by moving a quantum of bytes, not by moving one.
+#[derive(Clone, Debug)]
+pub(super) struct Patience {
+    span: Duration,
+    deadline: Instant,
+    moved: usize,
+}
+
+impl Patience {
+    /// Bytes that the peer has to move within the time to get it anew.
+    const QUANTUM: usize = 64 << 10;
+
+    pub(super) fn new(span: Duration) -> Self {
+        Self {
+            span,
+            deadline: Instant::now() + span,
+            moved: 0,
+        }
+    }
+
+    /// Bytes were moved.
+    pub(super) fn reward(&mut self, bytes: usize) {
+        self.moved += bytes;
+        if self.moved >= Self::QUANTUM {
+            *self = Self::new(self.span);
+        }
+    }
+}
+
+/// Waits until the connection has what is wanted, `wake` is readable (an error), or time is up (an error).
+/// Answers whether there is data to read that nobody asked for.
+pub(super) fn wait(
+    connection: &Connection,
+    wanted: Wanted,
+    wake: Option<BorrowedFd<'_>>,
+    patience: &Patience,
+    what: &'static str,
+) -> Result<bool, LinkError> {
+    let flags = match wanted {
+        Wanted::Data => PollFlags::IN,
+        Wanted::Room => PollFlags::IN | PollFlags::OUT,
+        Wanted::RoomAlone => PollFlags::OUT,
+    };
+    let socket = connection.as_fd();
+    let mut events = vec![PollFd::from_borrowed_fd(socket, flags)];
+    events.extend(wake.map(|wake| PollFd::from_borrowed_fd(wake, PollFlags::IN)));
+    loop {
+        let left = patience.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(LinkError::TimedOut {
+                what,
+                after: patience.span,
+            });
+        }
+        match poll(&mut events, Some(&timespec(left))) {
+            Ok(0) | Err(Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(error) => return Err(LinkError::Wait(error.into())),
+        }
+        if events.get(1).is_some_and(|wake| !wake.revents().is_empty()) {
+            return Err(LinkError::Cancelled);
+        }
+        return Ok(wanted == Wanted::Room && events[0].revents().contains(PollFlags::IN));
+    }
+}
+
+/// Whether there is something to read, or the end of the connection, without waiting.
+pub(super) fn ready_now(connection: &Connection) -> Result<bool, LinkError> {
+    let mut events = [PollFd::new(connection, PollFlags::IN)];
+    match poll(&mut events, Some(&timespec(Duration::ZERO))) {
+        Ok(count) => Ok(count > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(LinkError::Wait(error.into())),
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec::try_from(duration).unwrap_or(Timespec {
+        tv_sec: i64::MAX,
+        tv_nsec: 0,
+    })
+}

@@ -1,0 +1,305 @@
+//! Frames: an eight-byte header and a bounded content.
+
+use migration_io::{MemoryRange, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
+
+use super::{Message, ProtocolError};
+
+/// Bytes of a frame's header: kind, three zeroes, length of the content as u32 (little-endian).
+pub(crate) const HEADER_LEN: usize = 8;
+/// Most bytes of page content that follow one table.
+pub(crate) const MAX_BATCH_BYTES: u64 = 1 << 20;
+/// Most ranges of either sort in one table.
+pub(crate) const MAX_BATCH_RANGES: usize = 256;
+/// Most bytes of zero pages in one table: bounds what one small frame can make the destination do.
+const MAX_BATCH_ZERO_BYTES: u64 = MAX_BATCH_BYTES * MAX_BATCH_RANGES as u64;
+
+/// What a frame holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A [`Message`].
+    Control = 1,
+    /// A [`PageTable`]; the pages' content follows the frame.
+    Pages = 2,
+    /// The machine's state.
+    State = 3,
+}
+
+/// A frame's header, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) kind: Kind,
+    /// Bytes of the content, within the kind's limit.
+    pub(crate) len: u32,
+}
+
+/// A frame from the peer, checked as far as that is possible without a machine.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Frame {
+    Message(Message),
+    Pages(PageTable),
+    State(Vec<u8>),
+}
+
+/// Which pages come, and which are zero.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PageTable {
+    /// Pages whose content follows the frame, in this order.
+    pub(crate) data: Vec<Span>,
+    /// Pages that hold nothing but zeroes.
+    pub(crate) zero: Vec<Span>,
+}
+
+/// A range of pages on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Span {
+    pub(crate) gpa: u64,
+    pub(crate) len: u64,
+}
+
+impl Kind {
+    fn limit(self) -> u32 {
+        match self {
+            Kind::Control => 1 << 20,
+            Kind::Pages => 16 << 10,
+            Kind::State => migration_state::MAX_ENCODED_LEN as u32,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Control => "control",
+            Kind::Pages => "pages",
+            Kind::State => "state",
+        }
+    }
+}
+
+impl Header {
+    /// A header for content of a length that the kind allows.
+    pub(crate) fn new(kind: Kind, len: usize) -> Result<Self, ProtocolError> {
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        if len > kind.limit() {
+            return Err(ProtocolError::TooLong {
+                kind: kind.name(),
+                limit: kind.limit(),
+                got: len,
+            });
+        }
+        Ok(Self { kind, len })
+    }
+
+    pub(crate) fn encode(self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0] = self.kind as u8;
+        bytes[4..].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: [u8; HEADER_LEN]) -> Result<Self, ProtocolError> {
+        let [kind, 0, 0, 0, a, b, c, d] = bytes else {
+            return Err(ProtocolError::Header { got: bytes });
+        };
+        let kind = match kind {
+            1 => Kind::Control,
+            2 => Kind::Pages,
+            3 => Kind::State,
+            _ => return Err(ProtocolError::Header { got: bytes }),
+        };
+        Self::new(kind, u32::from_le_bytes([a, b, c, d]) as usize)
+    }
+}
+
+impl Frame {
+    /// What it is, for messages.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Frame::Message(message) => message.name(),
+            Frame::Pages(_) => "pages",
+            Frame::State(_) => "the state",
+        }
+    }
+
+    /// Reads a frame's content.
+    pub(crate) fn decode(kind: Kind, content: Vec<u8>) -> Result<Self, ProtocolError> {
+        match kind {
+            Kind::Control => Ok(Frame::Message(read(kind, &content)?)),
+            Kind::Pages => Ok(Frame::Pages(read::<PageTable>(kind, &content)?.check()?)),
+            Kind::State => Ok(Frame::State(content)),
+        }
+    }
+}
+
+impl PageTable {
+    /// Bytes of content that follow.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        self.data.iter().map(|span| span.len).sum()
+    }
+
+    fn check(self) -> Result<Self, ProtocolError> {
+        let refuse = |why| Err(ProtocolError::Batch { why });
+        if self.data.len().max(self.zero.len()) > MAX_BATCH_RANGES {
+            return refuse("more than 256 ranges");
+        }
+        let in_pages = |span: &Span| {
+            span.gpa.is_multiple_of(PAGE_SIZE) && span.len.is_multiple_of(PAGE_SIZE) && span.len > 0
+        };
+        if !self.data.iter().chain(&self.zero).all(in_pages) {
+            return refuse("a range that is empty or not made of whole pages");
+        }
+        let total = |spans: &[Span]| spans.iter().fold(0u64, |sum, span| sum.saturating_add(span.len));
+        if total(&self.data) > MAX_BATCH_BYTES {
+            return refuse("more than 1 MiB of content");
+        }
+        if total(&self.zero) > MAX_BATCH_ZERO_BYTES {
+            return refuse("more than 256 MiB of zero pages");
+        }
+        Ok(self)
+    }
+}
+
+impl From<MemoryRange> for Span {
+    fn from(range: MemoryRange) -> Self {
+        Self {
+            gpa: range.gpa,
+            len: range.len,
+        }
+    }
+}
+
+impl From<Span> for MemoryRange {
+    fn from(span: Span) -> Self {
+        Self {
+            gpa: span.gpa,
+            len: span.len,
+        }
+    }
+}
+
+fn read<'a, T: Deserialize<'a>>(kind: Kind, content: &'a [u8]) -> Result<T, ProtocolError> {
+    let (value, rest) = postcard::take_from_bytes(content).map_err(|source| ProtocolError::Content {
+        kind: kind.name(),
+        source,
+    })?;
+    match rest.len() {
+        0 => Ok(value),
+        count => Err(ProtocolError::Trailing {
+            kind: kind.name(),
+            count,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::protocol::Hello;
+
+    fn content(value: &impl Serialize) -> Vec<u8> {
+        postcard::to_stdvec(value).unwrap()
+    }
+
+    #[test]
+    fn messages_keep_their_place_on_the_wire() {
+        let number = |message: &Message| content(message)[0];
+        let abort = Message::Abort {
+            cancelled: true,
+            reason: "x".into(),
+        };
+        assert_eq!(number(&Message::Hello(Hello::ours())), 0);
+        assert_eq!(number(&Message::RoundEnd(1)), 6);
+        assert_eq!(
+            number(&Message::Go {
+                stopped_for_ns: 1,
+                round_trip_ns: 2
+            }),
+            11
+        );
+        assert_eq!(content(&abort), [14, 1, 1, b'x']);
+        assert_eq!(number(&Message::KeepAlive), 15);
+        let header = Header::new(Kind::Pages, 0x1234).unwrap();
+        assert_eq!(header.encode(), [2, 0, 0, 0, 0x34, 0x12, 0, 0]);
+        assert_eq!(Header::decode(header.encode()).unwrap(), header);
+    }
+
+    #[test]
+    fn frames_over_their_limit_are_refused() {
+        assert!(matches!(
+            Header::decode([1, 0, 0, 0, 1, 0, 16, 0]),
+            Err(ProtocolError::TooLong { .. })
+        ));
+        assert!(matches!(
+            Header::decode([3, 0, 0, 0, 1, 0, 0, 4]),
+            Err(ProtocolError::TooLong { .. })
+        ));
+        assert!(matches!(
+            Header::decode(*b"HTTP/1.1"),
+            Err(ProtocolError::Header { .. })
+        ));
+        assert!(matches!(
+            Header::decode([1, 1, 0, 0, 0, 0, 0, 0]),
+            Err(ProtocolError::Header { .. })
+        ));
+        let trailing = Frame::decode(Kind::Control, vec![15, 0]);
+        assert!(matches!(trailing, Err(ProtocolError::Trailing { count: 1, .. })));
+    }
+
+    #[test]
+    fn tables_over_their_limits_are_refused() {
+        let span = |gpa, len| Span { gpa, len };
+        let check = |data: Vec<Span>, zero: Vec<Span>| PageTable { data, zero }.check();
+        assert!(check(vec![span(0, 1 << 20)], vec![span(1 << 30, 1 << 28)]).is_ok());
+        assert!(check(vec![span(0, 1 << 20), span(1 << 21, 4096)], vec![]).is_err());
+        assert!(check(vec![], vec![span(0, (1 << 28) + 4096)]).is_err());
+        assert!(check(vec![span(0, 4096); 257], vec![]).is_err());
+        for bad in [span(1, 4096), span(0, 1), span(0, 0), span(0, u64::MAX - 4095)] {
+            assert!(check(vec![bad, bad], vec![]).is_err());
+            assert!(check(vec![], vec![bad, bad]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_full_table_fits_its_frame() {
+        let spans = vec![
+            Span {
+                gpa: u64::MAX - 4095,
+                len: 1 << 20
+            };
+            MAX_BATCH_RANGES
+        ];
+        let table = PageTable {
+            data: spans.clone(),
+            zero: spans,
+        };
+        assert!(Header::new(Kind::Pages, content(&table).len()).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn any_content_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
+            for kind in [Kind::Control, Kind::Pages, Kind::State] {
+                let _ = Frame::decode(kind, bytes.clone());
+            }
+        }
+
+        #[test]
+        fn any_content_of_a_known_variant_is_read_or_refused(
+            variant in 0u8..18,
+            bytes in proptest::collection::vec(any::<u8>(), 0..512),
+        ) {
+            let bytes = [&[variant][..], &bytes].concat();
+            let _ = Frame::decode(Kind::Control, bytes);
+        }
+
+        #[test]
+        fn any_header_is_within_its_limit_or_refused(bytes in any::<[u8; 8]>(), kind in 0u8..5) {
+            let bytes = [kind, 0, 0, 0, bytes[4], bytes[5], bytes[6], bytes[7]];
+            if let Ok(header) = Header::decode(bytes) {
+                prop_assert!(header.len <= header.kind.limit());
+                prop_assert_eq!(header.encode(), bytes);
+            }
+        }
+    }
+}

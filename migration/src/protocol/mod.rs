@@ -1,0 +1,51 @@
+//! What goes over the wire; `PROTOCOL.md` is the description.
+
+mod frame;
+mod message;
+
+pub(crate) use frame::{Frame, HEADER_LEN, Header, Kind, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable, Span};
+pub(crate) use message::{Hello, Message};
+
+/// Why bytes from the peer are not what the protocol allows.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// A frame of no known kind: not a peer of ours, or one that lost its place.
+    #[error("expected a frame of kind 1 to 3, got header {got:02x?}")]
+    Header {
+        /// The header.
+        got: [u8; 8],
+    },
+    /// A frame is longer than its kind may be.
+    #[error("a frame of kind {kind} has at most {limit} bytes, got {got}")]
+    TooLong {
+        /// The kind.
+        kind: &'static str,
+        /// The limit, in bytes.
+        limit: u32,
+        /// What the header says, in bytes.
+        got: u32,
+    },
+    /// A frame's content cannot be read.
+    #[error("a frame of kind {kind} cannot be read")]
+    Content {
+        /// The kind.
+        kind: &'static str,
+        /// What the decoder says.
+        #[source]
+        source: postcard::Error,
+    },
+    /// A frame has bytes after its content.
+    #[error("a frame of kind {kind} has {count} bytes too many")]
+    Trailing {
+        /// The kind.
+        kind: &'static str,
+        /// How many.
+        count: usize,
+    },
+    /// A table of pages is larger than a batch may be, or names something that is not whole pages.
+    #[error("a batch of pages is not allowed: {why}")]
+    Batch {
+        /// What is wrong.
+        why: &'static str,
+    },
+}

@@ -1,0 +1,95 @@
+use std::time::{Duration, Instant};
+
+use super::handshake::unexpected;
+use super::switch::Stopped;
+use super::{Job, MigrateError};
+use crate::control::Phase;
+use crate::link::{KeepAlive, Link};
+use crate::protocol::Message;
+use crate::report::ms;
+
+impl Job<'_> {
+    /// Hands the guest over: "ready", the locks, "go", "resumed".
+    pub(super) fn commit(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        stopped: Stopped,
+        round_trip: Duration,
+    ) -> Result<(), MigrateError> {
+        let Stopped {
+            paused_at,
+            state_sent_at,
+            verifying,
+            mut dirty,
+        } = stopped;
+        let restored = match link.receive_message("ready")? {
+            Message::Ready { restore_ns } => Duration::from_nanos(restore_ns),
+            other => return Err(unexpected("ready", &other)),
+        };
+        self.report.downtime.restore_ms = ms(restored.min(state_sent_at.elapsed()));
+        self.call("harvest", |source| source.harvest(&mut dirty))?;
+        if !dirty.is_empty() {
+            return Err(MigrateError::DirtyAtCommit { pages: dirty.len() });
+        }
+        // Whatever can still be noticed is noticed before the locks are given up.
+        link.check("nothing after ready")?;
+        alive.during(|| self.call("release", |source| source.release()))?;
+        self.control.update(|progress| progress.phase = Phase::Commit);
+        let go_sent_at = self.send_go(link, paused_at, round_trip)?;
+        let resumed = match link.receive_message("resumed") {
+            Ok(Message::Resumed { resume_ns }) => Duration::from_nanos(resume_ns),
+            Ok(Message::ResumeFailed { reason }) => {
+                return Err(MigrateError::NotResumed {
+                    reason: crate::text::clean(&reason),
+                });
+            }
+            Ok(other) => return Err(unexpected("resumed", &other)),
+            Err(error) => return Err(MigrateError::NoAnswer(error)),
+        };
+        let arrived_at = Instant::now();
+
+        // The way back of "resumed" is no downtime. It was not longer than what this exchange leaves for it.
+        let exchange = arrived_at.duration_since(go_sent_at);
+        let resumed = resumed.min(exchange);
+        let way_back = (round_trip / 2).min((exchange - resumed) / 2);
+        let total = arrived_at.duration_since(paused_at) - way_back - verifying;
+        let downtime = &mut self.report.downtime;
+        downtime.resume_ms = ms(resumed);
+        downtime.commit_ms = 0.0;
+        downtime.commit_ms = (ms(total) - downtime.total_ms()).max(0.0);
+        let downtime_ms = downtime.total_ms();
+        self.report.downtime_ms = Some(downtime_ms);
+        self.report.budget_kept = downtime_ms <= self.report.budget_ms;
+        Ok(())
+    }
+
+    /// Sends "go". Only if not a byte of it was accepted by the system is the guest still ours.
+    fn send_go(
+        &mut self,
+        link: &mut Link<'_>,
+        paused_at: Instant,
+        round_trip: Duration,
+    ) -> Result<Instant, MigrateError> {
+        let now = Instant::now();
+        let go = Message::Go {
+            stopped_for_ns: nanoseconds(now.duration_since(paused_at)),
+            round_trip_ns: nanoseconds(round_trip),
+        };
+        link.check("nothing before go")?;
+        link.ignore_cancel();
+        self.standing.gone = true;
+        match link.send(&go) {
+            Ok(()) => Ok(now),
+            Err(error) if link.is_torn() => Err(MigrateError::NoAnswer(error)),
+            Err(error) => {
+                self.standing.gone = false;
+                Err(error.into())
+            }
+        }
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

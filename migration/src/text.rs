@@ -1,0 +1,31 @@
+//! Errors as one line of text.
+
+use std::error::Error;
+use std::fmt::Write;
+
+/// Most characters of a text that came from a peer.
+const MAX_PEER_TEXT: usize = 1024;
+
+/// An error and its causes, on one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// A peer's text, safe to print: cut to a bound, without control characters that a terminal would obey.
+pub(crate) fn clean(text: &str) -> String {
+    let printable = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().take(MAX_PEER_TEXT).map(printable).collect()
+}
+
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    clean(text.unwrap_or("no message"))
+}

@@ -1,0 +1,266 @@
+use std::fs::{self, Metadata};
+use std::io;
+use std::net::{TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::{Connection, Endpoint, TransportError};
+use crate::control::Control;
+
+/// Waits for connections. A Unix socket's file goes with the listener.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    endpoint: Endpoint,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix {
+        listener: UnixListener,
+        _file: SocketFile,
+    },
+}
+
+/// The file of a Unix socket, removed on drop unless somebody else has put another in its place.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Listener {
+    /// Listens. A socket file that a dead process left behind is taken over.
+    pub fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
+        let failed = |source| TransportError::Listen {
+            endpoint: endpoint.clone(),
+            source,
+        };
+        let (socket, endpoint) = match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let resolve = |source| TransportError::Resolve {
+                    endpoint: endpoint.clone(),
+                    source,
+                };
+                let addresses: Vec<_> = (host.as_str(), *port)
+                    .to_socket_addrs()
+                    .map_err(resolve)?
+                    .collect();
+                let listener = TcpListener::bind(&addresses[..]).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let port = listener.local_addr().map_err(failed)?.port();
+                (
+                    Socket::Tcp(listener),
+                    Endpoint::Tcp {
+                        host: host.clone(),
+                        port,
+                    },
+                )
+            }
+            Endpoint::Unix(path) => {
+                clear_stale(path, endpoint)?;
+                let listener = UnixListener::bind(path).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let file = SocketFile::new(path).map_err(failed)?;
+                (
+                    Socket::Unix {
+                        listener,
+                        _file: file,
+                    },
+                    endpoint.clone(),
+                )
+            }
+        };
+        Ok(Self { socket, endpoint })
+    }
+
+    /// Where it listens, with the port that the system chose if it was to choose one.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Waits for the next connection, or until `control` is cancelled.
+    pub fn accept(&self, control: &Control) -> Result<Connection, TransportError> {
+        let failed = |source| TransportError::Accept {
+            endpoint: self.endpoint.clone(),
+            source,
+        };
+        loop {
+            if control.is_cancelled() {
+                return Err(TransportError::Cancelled);
+            }
+            match self.try_accept() {
+                Ok(connection) => return Ok(connection),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let (socket, wake) = (self.as_fd(), control.wake());
+                    let mut events = [socket, wake].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+                    match poll(&mut events, None) {
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(error) => return Err(failed(error.into())),
+                    }
+                }
+                // The peer was gone again before it was its turn.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+
+    fn try_accept(&self) -> io::Result<Connection> {
+        match &self.socket {
+            Socket::Tcp(listener) => {
+                let (stream, peer) = listener.accept()?;
+                Connection::from_tcp(stream, peer)
+            }
+            Socket::Unix { listener, .. } => {
+                let (stream, _) = listener.accept()?;
+                Connection::from_unix(stream, self.endpoint.to_string())
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Unix { listener, .. } => listener.as_fd(),
+        }
+    }
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = |metadata: Metadata| metadata.dev() == self.device && metadata.ino() == self.inode;
+        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
+            // Whoever removed it first has done our work.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes room for a socket: removes one that nobody listens on, refuses whatever else is there.
+fn clear_stale(path: &Path, endpoint: &Endpoint) -> Result<(), TransportError> {
+    let failed = |source| TransportError::Listen {
+        endpoint: endpoint.clone(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => {}
+        Ok(_) => {
+            return Err(TransportError::NotASocket {
+                endpoint: endpoint.clone(),
+            });
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
+        Ok(_) => Err(TransportError::InUse {
+            endpoint: endpoint.clone(),
+        }),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn unix(path: &Path) -> Endpoint {
+        Endpoint::Unix(path.to_owned())
+    }
+
+    #[test]
+    fn a_socket_in_use_is_refused_and_a_stale_one_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let endpoint = unix(&dir.path().join("a"));
+        let listener = Listener::bind(&endpoint).unwrap();
+        assert!(matches!(
+            Listener::bind(&endpoint),
+            Err(TransportError::InUse { .. })
+        ));
+        drop(listener);
+        assert!(!dir.path().join("a").exists());
+
+        drop(UnixListener::bind(dir.path().join("a")).unwrap());
+        assert!(dir.path().join("a").exists(), "left behind");
+        let listener = Listener::bind(&endpoint).unwrap();
+
+        fs::remove_file(dir.path().join("a")).unwrap();
+        fs::write(dir.path().join("a"), "precious").unwrap();
+        drop(listener);
+        assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"precious");
+        assert!(matches!(
+            Listener::bind(&endpoint),
+            Err(TransportError::NotASocket { .. })
+        ));
+    }
+
+    #[test]
+    fn a_listener_that_waits_is_woken_by_cancel() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let control = Control::new().unwrap();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| listener.accept(&control));
+            control.cancel();
+            assert!(matches!(waiting.join().unwrap(), Err(TransportError::Cancelled)));
+        });
+    }
+
+    #[test]
+    fn nobody_there_is_an_error_that_names_the_place() {
+        let endpoint = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap())
+            .unwrap()
+            .endpoint()
+            .clone();
+        let error = Connection::connect(&endpoint, Duration::from_secs(5)).unwrap_err();
+        assert!(error.to_string().contains(&endpoint.to_string()), "{error}");
+        let error =
+            Connection::connect(&unix(Path::new("/nonexistent/x")), Duration::from_secs(5)).unwrap_err();
+        assert!(matches!(error, TransportError::Connect { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_connect_that_nobody_accepts_times_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("full");
+        let listener = UnixListener::bind(&path).unwrap();
+        // Linux takes a second listen as a change of the queue's length.
+        rustix::net::listen(&listener, 1).unwrap();
+        let patience = Duration::from_millis(20);
+        let mut waiting = Vec::new();
+        let error = loop {
+            match Connection::connect(&unix(&path), patience) {
+                Ok(connection) => waiting.push(connection),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, TransportError::ConnectTimedOut { .. }), "{error}");
+    }
+}

@@ -1,0 +1,76 @@
+//! Connections between two monitors: TCP or a Unix socket behind one type.
+
+mod connection;
+mod endpoint;
+mod listener;
+
+pub use connection::Connection;
+pub use endpoint::{Endpoint, EndpointError};
+pub use listener::Listener;
+
+use std::io;
+use std::time::Duration;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The host's name means nothing here.
+    #[error("cannot find the host of {endpoint}")]
+    Resolve {
+        /// Where to.
+        endpoint: Endpoint,
+        /// What the resolver says.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody answers there.
+    #[error("cannot connect to {endpoint}")]
+    Connect {
+        /// Where to.
+        endpoint: Endpoint,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody answers there in time.
+    #[error("cannot connect to {endpoint}: no answer within {} ms", after.as_millis())]
+    ConnectTimedOut {
+        /// Where to.
+        endpoint: Endpoint,
+        /// How long it was tried.
+        after: Duration,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {endpoint}")]
+    Listen {
+        /// Where.
+        endpoint: Endpoint,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process listens on that socket.
+    #[error("cannot listen on {endpoint}: the socket is in use")]
+    InUse {
+        /// Where.
+        endpoint: Endpoint,
+    },
+    /// Something that is no socket is in the way.
+    #[error("cannot listen on {endpoint}: expected a free path or a socket, found another kind of file")]
+    NotASocket {
+        /// Where.
+        endpoint: Endpoint,
+    },
+    /// The listener or the new connection failed.
+    #[error("cannot accept a connection on {endpoint}")]
+    Accept {
+        /// Where.
+        endpoint: Endpoint,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody asked to stop waiting.
+    #[error("cancelled")]
+    Cancelled,
+}
