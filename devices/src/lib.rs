@@ -6,6 +6,7 @@
 
 pub mod bus;
 pub mod legacy;
+pub mod virtio;
 
 mod exit;
 mod limited;
