@@ -180,10 +180,15 @@ impl Driver {
         self.run();
     }
 
+    /// Lets the device thread look once at what it was kicked for; whether there was anything.
+    pub(crate) fn turn(&mut self) -> bool {
+        self.thread.run_with_timeout(0).unwrap() > 0
+    }
+
     pub(crate) fn run(&mut self) {
         // A turn that makes no progress would show up as a loop without an end.
         for _ in 0..10_000 {
-            if self.thread.run_with_timeout(0).unwrap() == 0 {
+            if !self.turn() {
                 return;
             }
         }

@@ -216,6 +216,14 @@ fn hostile_chains_come_back() {
     driver.publish(200);
     driver.kick();
     assert_eq!(driver.used(), [(200, 0)]);
+    // A chain that would be fine if it did not go on outside the table.
+    header(&driver, FLUSH, 0);
+    driver.describe(200, HEADER, 16, 1, 201);
+    driver.describe(201, STATUS, 1, 3, 256);
+    driver.publish(200);
+    driver.kick();
+    assert_eq!(driver.used(), [(200, 0)]);
+    assert_eq!(driver.bytes(STATUS, 1), [0xff]);
     // And the device still works.
     assert_eq!(request(&mut driver, IN, 1, &[writes(BUFFER, 512)]), (OK, 513));
 }

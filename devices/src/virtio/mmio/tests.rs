@@ -150,8 +150,19 @@ fn a_full_ring_is_served_in_turns() {
     for _ in 0..256 {
         driver.add(&[writes(DATA, 8)]);
     }
-    driver.kick();
-    assert_eq!(driver.used().len(), 256);
+    driver.set(0x050, 0);
+    driver.turn();
+    assert_eq!(driver.used().len(), 64, "a turn is 64 chains");
+    driver.run();
+    assert_eq!(driver.used().len(), 192);
+    for _ in 0..10 {
+        driver.add(&[writes(DATA, 0x10_0000)]);
+    }
+    driver.set(0x050, 0);
+    driver.turn();
+    assert_eq!(driver.used().len(), 4, "or 4 MiB");
+    driver.run();
+    assert_eq!(driver.used().len(), 6);
     // Indices wrap.
     for _ in 0..1000 {
         driver.submit(&[writes(DATA, 8)]);
