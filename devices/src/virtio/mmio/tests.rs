@@ -284,105 +284,32 @@ fn a_running_device_is_not_saved() {
     );
 }
 
+/// Makes one thing in a good state bad.
+type Spoil = fn(&mut TransportState);
+
 #[test]
 fn hostile_state_is_refused_by_name() {
-    let source = Driver::ready(Rng::new());
-    let good: TransportState = source.save().take("dev0").unwrap();
-    let queue = good.queues[0];
-    let cases = [
-        (
-            "device ID",
-            TransportState {
-                device_type: 2,
-                ..good.clone()
-            },
-        ),
-        (
-            "device status",
-            TransportState {
-                status: 0x10,
-                ..good.clone()
-            },
-        ),
-        (
-            "device status",
-            TransportState {
-                status: DRIVER_OK,
-                ..good.clone()
-            },
-        ),
-        (
-            "features",
-            TransportState {
-                driver_features: u64::MAX,
-                ..good.clone()
-            },
-        ),
-        (
-            "features",
-            TransportState {
-                driver_features: 0,
-                ..good.clone()
-            },
-        ),
-        (
-            "interrupt status",
-            TransportState {
-                interrupt_status: 4,
-                ..good.clone()
-            },
-        ),
-        (
-            "queue sizes",
-            TransportState {
-                queues: vec![],
-                ..good.clone()
-            },
-        ),
-        (
-            "queue sizes",
-            TransportState {
-                queues: vec![queue; 2],
-                ..good.clone()
-            },
-        ),
-        ("queue 0", with(&good, QueueRecord { size: 0, ..queue })),
-        ("queue 0", with(&good, QueueRecord { size: 3, ..queue })),
-        ("queue 0", with(&good, QueueRecord { size: 512, ..queue })),
-        (
-            "queue 0",
-            with(
-                &good,
-                QueueRecord {
-                    used_ring: 1,
-                    ..queue
-                },
-            ),
-        ),
-        (
-            "queue 0",
-            with(
-                &good,
-                QueueRecord {
-                    descriptor_table: END,
-                    ..queue
-                },
-            ),
-        ),
-        (
-            "queue sizes",
-            with(
-                &good,
-                QueueRecord {
-                    max_size: 512,
-                    ..queue
-                },
-            ),
-        ),
+    let cases: [(&str, Spoil); 14] = [
+        ("device ID", |state| state.device_type = 2),
+        ("device status", |state| state.status = 0x10),
+        ("device status", |state| state.status = DRIVER_OK),
+        ("features", |state| state.driver_features = u64::MAX),
+        ("features", |state| state.driver_features = 0),
+        ("interrupt status", |state| state.interrupt_status = 4),
+        ("queue sizes", |state| state.queues.clear()),
+        ("queue sizes", |state| state.queues.push(state.queues[0])),
+        ("queue sizes", |state| state.queues[0].max_size = 512),
+        ("queue 0", |state| state.queues[0].size = 0),
+        ("queue 0", |state| state.queues[0].size = 3),
+        ("queue 0", |state| state.queues[0].size = 512),
+        ("queue 0", |state| state.queues[0].used_ring = 1),
+        ("queue 0", |state| state.queues[0].descriptor_table = END),
     ];
-    for (name, state) in cases {
+    let source = Driver::ready(Rng::new());
+    for (name, spoil) in cases {
         let mut envelope = source.save();
-        envelope.take::<TransportState>("dev0").unwrap();
+        let mut state: TransportState = envelope.take("dev0").unwrap();
+        spoil(&mut state);
         envelope.put("dev0", &state).unwrap();
         let error = source
             .move_to(Rng::new(), envelope)
@@ -390,13 +317,6 @@ fn hostile_state_is_refused_by_name() {
             .expect(name)
             .to_string();
         assert!(error.contains(name), "{error}");
-    }
-}
-
-fn with(state: &TransportState, queue: QueueRecord) -> TransportState {
-    TransportState {
-        queues: vec![queue],
-        ..state.clone()
     }
 }
 
