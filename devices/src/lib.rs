@@ -1,1 +1,19 @@
-//! devices
+//! The devices that a guest sees: virtio over MMIO and a few legacy ones.
+//!
+//! A device knows guest memory, eventfds for kicks and interrupts, and what backs it on the host. It does not
+//! know KVM: the machine maps addresses to a [`bus::Bus`], registers the eventfds, and decides when devices
+//! stop and go on. `DESIGN.md` beside this crate's manifest has the picture and the rules.
+
+pub mod bus;
+pub mod legacy;
+pub mod virtio;
+
+mod exit;
+mod limited;
+
+pub use exit::{ExitEvent, GuestExit};
+
+/// Guest RAM with a bitmap of the pages that devices wrote.
+///
+/// Every write to it goes through `vm-memory`, which marks the pages; a raw pointer or iovec would not.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;

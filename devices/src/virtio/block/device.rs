@@ -1,0 +1,189 @@
+//! The device: requests from one queue, carried out in order on the device thread.
+
+use std::sync::Arc;
+
+use migration_state::Envelope;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::ID_LEN;
+use super::backend::Backend;
+use super::request::{Disk, OK, Request, RequestError};
+use super::state::BlockState;
+use crate::GuestMemory;
+use crate::limited::Limited;
+use crate::virtio::device::RING_FEATURES;
+use crate::virtio::{
+    Chain, ChainError, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueAccess, QueueError,
+    VirtioDevice,
+};
+
+const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
+const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+
+/// Data buffers in one request: a queue's worth without header and status byte.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Capacity at 0, the maximum segment size at 8 (not offered), the maximum number of segments at 12.
+const CONFIG_LEN: usize = 16;
+
+/// A disk.
+#[derive(Debug)]
+pub struct Block {
+    backend: Arc<Backend>,
+    id: [u8; ID_LEN],
+    /// The driver did not accept FLUSH, so it counts on every write being durable (virtio 1.2, 5.2.6.2).
+    pub(super) write_through: bool,
+    complaints: Limited,
+}
+
+impl Block {
+    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut.
+    pub fn new(backend: Arc<Backend>, id: &str) -> Self {
+        let mut padded = [0; ID_LEN];
+        for (to, from) in padded.iter_mut().zip(id.bytes()) {
+            *to = from;
+        }
+        Self {
+            backend,
+            id: padded,
+            write_through: false,
+            complaints: Limited::default(),
+        }
+    }
+
+    /// What it is on.
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+
+    /// Serves one chain; returns the bytes written to guest memory.
+    fn serve(&self, memory: &GuestMemory, chain: Result<Chain, ChainError>) -> u32 {
+        let chain = match chain {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.complain(&error);
+                return 0;
+            }
+        };
+        let disk = Disk {
+            backend: &self.backend,
+            id: &self.id,
+            write_through: self.write_through,
+        };
+        match Request::parse(memory, chain) {
+            Ok(request) => {
+                let status = request.status;
+                match request.execute(memory, &disk) {
+                    Ok(written) => self.finish(memory, status, OK, written),
+                    Err(error) => self.fail(memory, status, &error),
+                }
+            }
+            Err((Some(status), error)) => self.fail(memory, status, &error),
+            Err((None, error)) => {
+                self.complain(&error);
+                0
+            }
+        }
+    }
+
+    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> u32 {
+        self.complain(error);
+        self.finish(memory, status, error.status(), 0)
+    }
+
+    fn finish(&self, memory: &GuestMemory, status: GuestAddress, value: u8, written: u32) -> u32 {
+        match memory.write_obj(value, status) {
+            Ok(()) => written.saturating_add(1),
+            Err(error) => {
+                self.complain(&error);
+                written
+            }
+        }
+    }
+
+    fn complain(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.complaints.count() {
+            let disk = self.backend.path().display();
+            tracing::warn!(%disk, count, "virtio-block: request failed: {error}");
+        }
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = if self.backend.read_only() { F_RO } else { 0 };
+        RING_FEATURES | F_FLUSH | F_SEG_MAX | read_only
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; CONFIG_LEN];
+        config[..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
+        config[12..].copy_from_slice(&SEG_MAX.to_le_bytes());
+        data.fill(0);
+        let tail = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| config.get(offset..));
+        for (to, from) in data.iter_mut().zip(tail.unwrap_or_default()) {
+            *to = *from;
+        }
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        tracing::debug!(
+            offset,
+            len = data.len(),
+            "virtio-block: nothing in the configuration is writable"
+        );
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.write_through = features & F_FLUSH == 0;
+    }
+
+    fn process_queue(&mut self, _index: usize, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
+        queue.serve(|memory, chain| self.serve(memory, chain))
+    }
+
+    fn reset(&mut self) {
+        self.write_through = false;
+    }
+
+    fn drain(&mut self) -> Result<(), DeviceError> {
+        if self.backend.read_only() {
+            return Ok(());
+        }
+        self.backend
+            .flush()
+            .map_err(|error| DeviceError::Host(HostError::from(error)))
+    }
+
+    fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state = BlockState {
+            sectors: self.backend.sectors(),
+            read_only: self.backend.read_only(),
+            id: self.id,
+        };
+        Ok(envelope.put(instance, &state)?)
+    }
+
+    fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state: BlockState = envelope.take(instance)?;
+        state.check(&self.backend)?;
+        self.id = state.id;
+        Ok(())
+    }
+
+    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        Some(self.backend.clone())
+    }
+}

@@ -1,0 +1,20 @@
+//! The block device (virtio 1.2, 5.2) on a raw file or a block device of the host.
+
+mod backend;
+mod device;
+mod request;
+mod state;
+mod sys;
+
+#[cfg(test)]
+mod tests;
+
+pub use backend::{Backend, BackendError};
+pub use device::Block;
+pub use state::BlockState;
+
+/// The unit of addresses and capacity on the wire, in bytes, whatever the disk's own blocks are.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// Bytes of a device's identity string.
+pub const ID_LEN: usize = virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES as usize;

@@ -1,0 +1,173 @@
+//! One request: parsed from a descriptor chain, carried out on a backend.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use vm_memory::{GuestAddress, GuestMemoryError};
+
+use super::backend::{Backend, BackendError};
+use super::{ID_LEN, SECTOR_SIZE};
+use crate::GuestMemory;
+use crate::virtio::{Buffers, Chain};
+
+/// Type, a reserved word, sector; each little-endian.
+const HEADER_LEN: usize = 16;
+
+/// A request and where its outcome goes.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// GPA of the status byte.
+    pub(super) status: GuestAddress,
+    kind: u32,
+    sector: u64,
+    /// What the driver provides and what it wants filled, without header and status byte.
+    readable: Buffers,
+    writable: Buffers,
+}
+
+/// Why a request is not done. `Unsupported` has a status of its own, all others are I/O errors to the guest.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RequestError {
+    #[error("expected a writable byte for the status, got none")]
+    NoStatus,
+    #[error("expected a header of {HEADER_LEN} bytes, got {got}")]
+    Header { got: usize },
+    #[error("request type {0} is not supported")]
+    Unsupported(u32),
+    #[error("expected buffers of one direction, got both")]
+    Direction,
+    #[error("expected whole sectors, got {len} bytes")]
+    PartialSector { len: u64 },
+    #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
+    OutOfRange { capacity: u64, sector: u64, len: u64 },
+    #[error("write to a read-only disk")]
+    ReadOnly,
+    #[error("guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+impl RequestError {
+    /// The status byte that tells the guest.
+    pub(super) fn status(&self) -> u8 {
+        match self {
+            Self::Unsupported(_) => VIRTIO_BLK_S_UNSUPP as u8,
+            _ => VIRTIO_BLK_S_IOERR as u8,
+        }
+    }
+}
+
+/// The status byte of a request that was done.
+pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
+
+/// What a request is carried out on.
+pub(super) struct Disk<'a> {
+    pub(super) backend: &'a Backend,
+    pub(super) id: &'a [u8; ID_LEN],
+    /// Whether a write must be durable when the guest hears that it is done.
+    pub(super) write_through: bool,
+}
+
+impl Request {
+    /// Finds the parts of a request in a chain, however the driver split them (virtio 1.2, 5.2.6 and
+    /// 2.7.4.1: the framing is the driver's choice). The error comes with the status byte's address if that
+    /// much was found.
+    pub(super) fn parse(
+        memory: &GuestMemory,
+        chain: Chain,
+    ) -> Result<Self, (Option<GuestAddress>, RequestError)> {
+        let Chain {
+            mut readable,
+            mut writable,
+        } = chain;
+        let Some(status) = writable.take_last_byte() else {
+            return Err((None, RequestError::NoStatus));
+        };
+        let mut header = [0; HEADER_LEN];
+        match readable.read(memory, &mut header) {
+            Ok(HEADER_LEN) => {}
+            Ok(got) => return Err((Some(status), RequestError::Header { got })),
+            Err(error) => return Err((Some(status), error.into())),
+        }
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
+        let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+        Ok(Self {
+            status,
+            kind,
+            sector: u64::from_le_bytes(sector),
+            readable,
+            writable,
+        })
+    }
+
+    /// Carries the request out; returns the bytes written to guest memory, without the status byte.
+    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+        match self.kind {
+            VIRTIO_BLK_T_IN => self.read(memory, disk.backend),
+            VIRTIO_BLK_T_OUT => self.write(memory, disk),
+            VIRTIO_BLK_T_FLUSH => {
+                disk.backend.flush()?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_GET_ID => self.identify(memory, disk.id),
+            other => Err(RequestError::Unsupported(other)),
+        }
+    }
+
+    fn read(self, memory: &GuestMemory, backend: &Backend) -> Result<u32, RequestError> {
+        if !self.readable.is_empty() {
+            return Err(RequestError::Direction);
+        }
+        let mut offset = self.check_range(&self.writable, backend)?;
+        for (address, len) in self.writable.iter() {
+            backend.read(memory, address, len, offset)?;
+            offset += u64::from(len);
+        }
+        // A chain is at most 4 GiB long, and the status byte is part of it.
+        Ok(self.writable.len() as u32)
+    }
+
+    fn write(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+        if !self.writable.is_empty() {
+            return Err(RequestError::Direction);
+        }
+        if disk.backend.read_only() {
+            return Err(RequestError::ReadOnly);
+        }
+        let mut offset = self.check_range(&self.readable, disk.backend)?;
+        for (address, len) in self.readable.iter() {
+            disk.backend.write(memory, address, len, offset)?;
+            offset += u64::from(len);
+        }
+        if disk.write_through {
+            disk.backend.flush()?;
+        }
+        Ok(0)
+    }
+
+    fn identify(mut self, memory: &GuestMemory, id: &[u8; ID_LEN]) -> Result<u32, RequestError> {
+        if !self.readable.is_empty() {
+            return Err(RequestError::Direction);
+        }
+        // At most `ID_LEN`.
+        Ok(self.writable.fill(memory, id)? as u32)
+    }
+
+    /// The byte offset of the request's data, all of which is on the disk.
+    fn check_range(&self, data: &Buffers, backend: &Backend) -> Result<u64, RequestError> {
+        let (len, sector, capacity) = (data.len(), self.sector, backend.sectors());
+        if !len.is_multiple_of(SECTOR_SIZE) {
+            return Err(RequestError::PartialSector { len });
+        }
+        match sector.checked_add(len / SECTOR_SIZE) {
+            Some(end) if end <= capacity => Ok(sector * SECTOR_SIZE),
+            _ => Err(RequestError::OutOfRange {
+                capacity,
+                sector,
+                len,
+            }),
+        }
+    }
+}

@@ -1,0 +1,446 @@
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use migration_state::Envelope;
+use tempfile::TempDir;
+
+use super::*;
+use crate::virtio::testing::{DATA, Driver, END, Part, VERSION_1, reads, writes};
+use crate::virtio::{DeviceError, VirtioDevice};
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+const HEADER: u64 = DATA;
+const STATUS: u64 = DATA + 0x100;
+const BUFFER: u64 = DATA + 0x1000;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+struct Disk {
+    dir: TempDir,
+}
+
+impl Disk {
+    /// 64 sectors, each filled with its number.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let content: Vec<u8> = (0..64u8).flat_map(|sector| [sector; 512]).collect();
+        fs::write(dir.path().join("disk"), content).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("disk")
+    }
+
+    fn device(&self, read_only: bool) -> Block {
+        Block::new(Arc::new(Backend::open(&self.path(), read_only).unwrap()), "root")
+    }
+
+    fn driver(&self) -> Driver {
+        Driver::ready(self.device(false))
+    }
+}
+
+fn header(driver: &Driver, kind: u32, sector: u64) {
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&kind.to_le_bytes());
+    bytes[8..].copy_from_slice(&sector.to_le_bytes());
+    driver.fill(HEADER, &bytes);
+    driver.fill(STATUS, &[0xff]);
+}
+
+/// Sends a request in the usual three parts; returns the status and the bytes written.
+fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Part]) -> (u8, u32) {
+    header(driver, kind, sector);
+    let parts = [&[reads(HEADER, 16)], data, &[writes(STATUS, 1)]].concat();
+    let written = driver.submit(&parts);
+    (driver.bytes(STATUS, 1)[0], written)
+}
+
+#[test]
+fn what_is_written_is_read_and_on_the_disk() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    driver.fill(BUFFER, &[0xab; 1024]);
+    assert_eq!(request(&mut driver, OUT, 3, &[reads(BUFFER, 1024)]), (OK, 1));
+    assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
+    driver.take_dirty(0);
+    let halves = [writes(BUFFER + 0x1000, 100), writes(BUFFER + 0x3000, 1436)];
+    assert_eq!(request(&mut driver, IN, 3, &halves), (OK, 1537));
+    assert_eq!(driver.bytes(BUFFER + 0x1000, 100), [0xab; 100]);
+    assert_eq!(driver.bytes(BUFFER + 0x3000, 924), [0xab; 924]);
+    assert_eq!(driver.bytes(BUFFER + 0x3000 + 924, 512), [5; 512]);
+    assert!(driver.take_dirty(BUFFER + 0x3000), "read data marks its pages");
+    let content = fs::read(disk.path()).unwrap();
+    assert_eq!(content[3 * 512..5 * 512], [0xab; 1024]);
+    assert_eq!(content[5 * 512], 5);
+    assert!(driver.interrupts() > 0);
+}
+
+#[test]
+fn a_write_marks_no_data_pages() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    header(&driver, OUT, 0);
+    driver.take_dirty(0);
+    driver.submit(&[reads(HEADER, 16), reads(BUFFER, 512), writes(STATUS, 1)]);
+    assert!(!driver.take_dirty(BUFFER));
+}
+
+#[test]
+fn the_configuration_says_what_the_disk_is() {
+    let disk = Disk::new();
+    let mut driver = Driver::new(disk.device(true));
+    assert_eq!(
+        (driver.get(0x100), driver.get(0x104), driver.get(0x10c)),
+        (64, 0, 254)
+    );
+    assert_eq!(
+        driver.offered() & (1 << 5 | 1 << 9 | 1 << 2),
+        1 << 5 | 1 << 9 | 1 << 2
+    );
+    assert_eq!(Driver::new(disk.device(false)).offered() & 1 << 5, 0);
+    let mut config = [0xff; 20];
+    disk.device(false).read_config(12, &mut config);
+    assert_eq!(config[..4], [254, 0, 0, 0]);
+    assert_eq!(config[4..], [0; 16]);
+}
+
+#[test]
+fn the_identity_is_padded_or_cut() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    assert_eq!(request(&mut driver, GET_ID, 0, &[writes(BUFFER, 20)]), (OK, 21));
+    assert_eq!(driver.bytes(BUFFER, 20), *b"root\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(request(&mut driver, GET_ID, 0, &[writes(BUFFER, 2)]), (OK, 3));
+    assert_eq!(request(&mut driver, GET_ID, 0, &[reads(BUFFER, 20)]).0, IOERR);
+}
+
+#[test]
+fn the_guest_is_told_what_fails() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    let sector = [writes(BUFFER, 512)];
+    assert_eq!(request(&mut driver, IN, 64, &sector), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, u64::MAX, &sector), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 1 << 55, &sector), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 63, &[writes(BUFFER, 1024)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, OUT, 64, &[reads(BUFFER, 512)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 0, &[writes(BUFFER, 511)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 0, &[reads(BUFFER, 512)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, OUT, 0, &[writes(BUFFER, 512)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 0, &[writes(END - 100, 512)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 0, &[writes(u64::MAX, 512)]), (IOERR, 1));
+    assert_eq!(
+        request(&mut driver, IN, 0, &[writes(BUFFER, 0xffff_fe00)]),
+        (IOERR, 1)
+    );
+    assert_eq!(request(&mut driver, 11, 0, &[]), (UNSUPP, 1));
+    assert_eq!(request(&mut driver, IN, 63, &sector), (OK, 513));
+    assert_eq!(fs::metadata(disk.path()).unwrap().len(), 64 * 512);
+}
+
+#[test]
+fn a_disk_that_shrinks_is_an_error_for_the_guest() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    File::options()
+        .write(true)
+        .open(disk.path())
+        .unwrap()
+        .set_len(512)
+        .unwrap();
+    assert_eq!(request(&mut driver, IN, 10, &[writes(BUFFER, 512)]), (IOERR, 1));
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let disk = Disk::new();
+    let mut driver = Driver::ready(disk.device(true));
+    driver.fill(BUFFER, &[0xab; 512]);
+    assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (IOERR, 1));
+    assert_eq!(request(&mut driver, IN, 7, &[writes(BUFFER, 512)]), (OK, 513));
+    assert_eq!(driver.bytes(BUFFER, 512), [7; 512]);
+    assert_eq!(fs::read(disk.path()).unwrap()[..512], [0; 512]);
+}
+
+#[test]
+fn the_driver_may_split_as_it_likes() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    header(&driver, IN, 9);
+    // The header in three parts, data and status in one.
+    let parts = [
+        reads(HEADER, 1),
+        reads(HEADER + 1, 10),
+        reads(HEADER + 11, 5),
+        writes(BUFFER, 513),
+    ];
+    assert_eq!(driver.submit(&parts), 513);
+    assert_eq!(driver.bytes(BUFFER, 512), [9; 512]);
+    assert_eq!(driver.bytes(BUFFER + 512, 1), [OK]);
+    // Header and data in one.
+    header(&driver, OUT, 9);
+    driver.fill(HEADER + 16, &[0xee; 512]);
+    assert_eq!(
+        driver.submit(&[reads(HEADER, 528), writes(STATUS, 1), writes(STATUS, 0)]),
+        1
+    );
+    assert_eq!(fs::read(disk.path()).unwrap()[9 * 512..10 * 512], [0xee; 512]);
+}
+
+#[test]
+fn hostile_chains_come_back() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    header(&driver, IN, 0);
+    assert_eq!(driver.submit(&[reads(HEADER, 16)]), 0);
+    assert_eq!(driver.submit(&[reads(HEADER, 16), writes(STATUS, 0)]), 0);
+    assert_eq!(driver.submit(&[reads(HEADER, 15), writes(STATUS, 1)]), 1);
+    assert_eq!(driver.bytes(STATUS, 1), [IOERR]);
+    assert_eq!(driver.submit(&[writes(STATUS, 1)]), 1);
+    assert_eq!(driver.submit(&[writes(STATUS, 1), reads(HEADER, 16)]), 0);
+    assert_eq!(driver.submit(&[reads(HEADER, 16), writes(END, 1)]), 0);
+    assert_eq!(driver.submit(&[reads(HEADER, 16), writes(u64::MAX, u32::MAX)]), 0);
+    assert_eq!(driver.submit(&[reads(END, 16), writes(STATUS, 1)]), 1);
+    // A chain that bites its tail.
+    driver.describe(200, HEADER, 16, 1, 201);
+    driver.describe(201, HEADER, 16, 1, 200);
+    driver.publish(200);
+    driver.kick();
+    assert_eq!(driver.used(), [(200, 0)]);
+    // A chain that would be fine if it did not go on outside the table.
+    header(&driver, FLUSH, 0);
+    driver.describe(200, HEADER, 16, 1, 201);
+    driver.describe(201, STATUS, 1, 3, 256);
+    driver.publish(200);
+    driver.kick();
+    assert_eq!(driver.used(), [(200, 0)]);
+    assert_eq!(driver.bytes(STATUS, 1), [0xff]);
+    // And the device still works.
+    assert_eq!(request(&mut driver, IN, 1, &[writes(BUFFER, 512)]), (OK, 513));
+}
+
+#[test]
+fn indirect_descriptors() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    header(&driver, IN, 5);
+    let table = BUFFER + 0x8000;
+    let mut bytes = Vec::new();
+    for (index, (address, len, flags)) in
+        (1u16..).zip([(HEADER, 16u32, 1u16), (BUFFER, 512, 3), (STATUS, 1, 2)])
+    {
+        bytes.extend(address.to_le_bytes());
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(index.to_le_bytes());
+    }
+    driver.fill(table, &bytes);
+    driver.describe(0, table, 48, 4, 0);
+    driver.publish(0);
+    driver.kick();
+    assert_eq!(driver.used(), [(0, 513)]);
+    assert_eq!(driver.bytes(BUFFER, 512), [5; 512]);
+    // Four thousand descriptors in a table are more than the queue's 256.
+    let long: Vec<u8> = bytes[..16].iter().copied().cycle().take(16 * 4096).collect();
+    driver.fill(table, &long);
+    for index in 0..4096u64 {
+        driver.fill(table + 16 * index + 14, &(index as u16 + 1).to_le_bytes());
+    }
+    driver.describe(0, table, 16 * 4096, 4, 0);
+    driver.publish(0);
+    driver.kick();
+    assert_eq!(driver.used(), [(0, 0)]);
+}
+
+#[test]
+fn a_reset_forgets_requests_that_were_not_taken() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    header(&driver, OUT, 0);
+    driver.fill(BUFFER, &[0xab; 512]);
+    driver.add(&[reads(HEADER, 16), reads(BUFFER, 512), writes(STATUS, 1)]);
+    driver.set(0x050, 0);
+    driver.set(0x070, 0);
+    driver.run();
+    assert_eq!(driver.bytes(STATUS, 1), [0xff]);
+    assert_eq!(fs::read(disk.path()).unwrap()[..512], [0; 512]);
+    driver.bring_up();
+    assert_eq!(request(&mut driver, IN, 1, &[writes(BUFFER, 512)]), (OK, 513));
+}
+
+#[test]
+fn without_flush_every_write_is_written_through() {
+    let disk = Disk::new();
+    let mut device = disk.device(false);
+    device.activate(VERSION_1);
+    assert!(device.write_through);
+    device.activate(device.features());
+    assert!(!device.write_through);
+    // A driver that cannot flush can still write.
+    let mut driver = Driver::new(disk.device(false));
+    assert!(driver.negotiate(VERSION_1));
+    driver.set_up_queue(0x1000, 0x3000, 0x4000);
+    driver.set(0x070, 15);
+    driver.fill(BUFFER, &[0xcd; 512]);
+    assert_eq!(request(&mut driver, OUT, 2, &[reads(BUFFER, 512)]), (OK, 1));
+    assert_eq!(fs::read(disk.path()).unwrap()[1024..1536], [0xcd; 512]);
+}
+
+#[test]
+fn a_disk_moves_in_the_middle_of_a_sequence() {
+    let disk = Disk::new();
+    let mut source = disk.driver();
+    let backend = source.transport.host_backend().unwrap();
+    backend.take_locks().unwrap();
+    source.fill(BUFFER, &[0xab; 512]);
+    assert_eq!(request(&mut source, OUT, 3, &[reads(BUFFER, 512)]), (OK, 1));
+    header(&source, IN, 3);
+    let head = source.add(&[reads(HEADER, 16), writes(BUFFER + 0x1000, 512), writes(STATUS, 1)]);
+    let envelope = source.save();
+
+    let mut destination = source.move_to(disk.device(false), envelope).unwrap();
+    assert!(destination.transport.take_locks().is_err());
+    source.transport.release_locks().unwrap();
+    destination.transport.take_locks().unwrap();
+    destination.transport.invalidate().unwrap();
+    destination.transport.resume();
+    destination.run();
+    assert_eq!(destination.used(), [(u32::from(head), 513)]);
+    assert_eq!(destination.bytes(BUFFER + 0x1000, 512), [0xab; 512]);
+    assert_eq!(
+        request(&mut destination, GET_ID, 0, &[writes(BUFFER, 20)]),
+        (OK, 21)
+    );
+    assert_eq!(destination.bytes(BUFFER, 4), *b"root");
+}
+
+#[test]
+fn another_disk_is_refused() {
+    let (disk, other) = (Disk::new(), Disk::new());
+    let source = disk.driver();
+    File::options()
+        .write(true)
+        .open(other.path())
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    let error = source
+        .move_to(other.device(false), source.save())
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("disk size in sectors: expected 8, got 64"),
+        "{error}"
+    );
+    let error = source
+        .move_to(disk.device(true), source.save())
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("disk: expected read-only, got writable"),
+        "{error}"
+    );
+    let error = disk
+        .device(false)
+        .restore(&mut Envelope::new(), "dev0")
+        .unwrap_err();
+    assert!(matches!(error, DeviceError::State(_)));
+}
+
+#[test]
+fn what_is_no_disk_is_refused_by_name() {
+    let disk = Disk::new();
+    let dir = disk.dir.path();
+    let open = |path: &Path| Backend::open(path, false).unwrap_err();
+    assert!(matches!(open(&dir.join("none")), BackendError::Missing { .. }));
+    assert!(matches!(
+        open(dir),
+        BackendError::NotADisk {
+            got: "a directory",
+            ..
+        }
+    ));
+    let read_only = Backend::open(dir, true).unwrap_err();
+    assert!(matches!(
+        read_only,
+        BackendError::NotADisk {
+            got: "a directory",
+            ..
+        }
+    ));
+    assert!(matches!(
+        open(Path::new("/dev/null")),
+        BackendError::NotADisk {
+            got: "something else",
+            ..
+        }
+    ));
+    // Even root may not write here.
+    let error = open(Path::new("/sys/kernel/uevent_seqnum"));
+    assert!(
+        matches!(error, BackendError::Permission { read_only: false, .. }),
+        "{error}"
+    );
+    for size in [0, 511, 513] {
+        File::options()
+            .write(true)
+            .open(disk.path())
+            .unwrap()
+            .set_len(size)
+            .unwrap();
+        let error = open(&disk.path());
+        assert!(matches!(error, BackendError::Size { got, .. } if got == size));
+        assert!(
+            error
+                .to_string()
+                .contains("expected a size that is a positive multiple of 512"),
+            "{error}"
+        );
+        assert!(!error.to_string().contains('\n'));
+    }
+}
+
+#[test]
+fn locks_belong_to_the_open_disk() {
+    let disk = Disk::new();
+    let open = |read_only| Backend::open(&disk.path(), read_only).unwrap();
+    let (first, second, reader) = (open(false), open(false), open(true));
+    first.lock().unwrap();
+    first.lock().unwrap();
+    let error = second.lock().unwrap_err();
+    assert!(
+        matches!(error, BackendError::Locked { read_only: false, .. }),
+        "{error}"
+    );
+    assert!(reader.lock().is_err());
+    first.unlock().unwrap();
+    reader.lock().unwrap();
+    open(true).lock().unwrap();
+    assert!(second.lock().is_err());
+    drop(reader);
+    second.lock().unwrap();
+}
+
+#[test]
+fn golden_record() {
+    let mut id = [0; ID_LEN];
+    id[..2].copy_from_slice(b"vd");
+    let state = BlockState {
+        sectors: 300,
+        read_only: true,
+        id,
+    };
+    let golden = "ac0201 7664000000000000000000000000000000000000";
+    migration_state::assert_golden(1, golden, &state);
+}

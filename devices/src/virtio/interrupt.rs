@@ -1,0 +1,69 @@
+//! A virtio device's interrupt: a line and the reasons for raising it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// The interrupt line of one device and its interrupt status register (virtio 1.2, 4.2.2).
+///
+/// A reason is recorded before the line is raised, so the guest never finds the register empty after an
+/// interrupt that it has not seen the reason of.
+#[derive(Debug)]
+pub struct Interrupt {
+    line: EventFd,
+    status: AtomicU32,
+}
+
+/// The device used a buffer.
+pub(crate) const USED_BUFFER: u32 = 1 << 0;
+/// The configuration or the device status changed.
+pub(crate) const CONFIG_CHANGE: u32 = 1 << 1;
+
+impl Interrupt {
+    /// An interrupt that raises `line`, with no reason pending.
+    pub fn new(line: EventFd) -> Self {
+        Self {
+            line,
+            status: AtomicU32::new(0),
+        }
+    }
+
+    /// Tells the guest that buffers were used.
+    pub fn used_buffer(&self) {
+        self.raise(USED_BUFFER);
+    }
+
+    /// Tells the guest that the configuration or the device status changed.
+    pub fn config_change(&self) {
+        self.raise(CONFIG_CHANGE);
+    }
+
+    /// The reasons pending.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The guest has seen these reasons.
+    pub(crate) fn acknowledge(&self, reasons: u32) {
+        self.status.fetch_and(!reasons, Ordering::SeqCst);
+    }
+
+    /// Makes `status` the reasons pending, without raising the line.
+    pub(crate) fn set_status(&self, status: u32) {
+        self.status.store(status, Ordering::SeqCst);
+    }
+
+    /// Raises the line again if a reason is pending.
+    pub(crate) fn raise_again(&self) {
+        if self.status() != 0 {
+            self.raise(0);
+        }
+    }
+
+    fn raise(&self, reason: u32) {
+        self.status.fetch_or(reason, Ordering::SeqCst);
+        if let Err(error) = self.line.write(1) {
+            tracing::error!(%error, "cannot raise a virtio interrupt");
+        }
+    }
+}

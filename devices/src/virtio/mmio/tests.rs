@@ -1,0 +1,348 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use event_manager::{EventManager, SubscriberOps};
+use migration_state::Envelope;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET};
+use super::*;
+use crate::bus::BusDevice;
+use crate::virtio::rng::Rng;
+use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, USED, VERSION_1, writes};
+
+const NEEDS_RESET_SEEN: u32 = 15 | NEEDS_RESET as u32;
+
+#[test]
+fn identification() {
+    let mut driver = Driver::new(Rng::new());
+    assert_eq!(driver.get(0x000).to_le_bytes(), *b"virt");
+    assert_eq!(driver.get(0x004), 2);
+    assert_eq!(driver.get(0x034), 256);
+    assert_eq!(driver.get(0x0b0), u32::MAX);
+    driver.set(0x030, 1);
+    assert_eq!(driver.get(0x034), 0);
+    driver.set(0x014, 7);
+    assert_eq!(driver.get(0x010), 0);
+}
+
+#[test]
+fn features_must_be_offered_and_modern() {
+    let mut driver = Driver::new(Rng::new());
+    let offered = driver.offered();
+    assert_eq!(offered & VERSION_1, VERSION_1);
+    assert!(!driver.negotiate(0));
+    assert!(!driver.negotiate(VERSION_1 | 1));
+    assert!(!driver.negotiate(VERSION_1 | 1 << 60));
+    assert!(driver.negotiate(VERSION_1));
+    // Too late for another choice.
+    driver.set(0x024, 0);
+    driver.set(0x020, 1);
+    driver.set(0x070, 15);
+    assert_eq!(driver.get(0x070), 15);
+}
+
+#[test]
+fn steps_out_of_order_are_not_taken() {
+    let mut driver = Driver::new(Rng::new());
+    for (write, read) in [
+        (2, 0),
+        (4, 0),
+        (8, 0),
+        (1, 1),
+        (4, 1),
+        (3, 3),
+        (2, 3),
+        (7, 3),
+        (0x100, 3),
+        (0, 0),
+    ] {
+        driver.set(0x070, write);
+        assert_eq!(driver.get(0x070), read, "after {write}");
+    }
+    driver.set_up_queue(DESCRIPTORS, AVAILABLE, USED);
+    assert_eq!(driver.get(0x044), 0);
+    // A device that the driver gave up only takes a reset.
+    driver.set(0x070, 0x81);
+    driver.set(0x070, 0x83);
+    assert_eq!(driver.get(0x070), 0x81);
+    driver.set(0x070, 0);
+    assert_eq!(driver.get(0x070), 0);
+}
+
+#[test]
+fn queues_are_fixed_once_in_use() {
+    let mut driver = Driver::ready(Rng::new());
+    driver.set(0x044, 0);
+    assert_eq!(driver.get(0x044), 1);
+    driver.set(0x080, 0xdead_0000);
+    assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
+}
+
+#[test]
+fn impossible_queues_need_a_reset() {
+    let cases = [
+        (END, AVAILABLE, USED),
+        (DESCRIPTORS, u64::MAX - 1, USED),
+        (DESCRIPTORS, AVAILABLE, END - 8),
+        (DESCRIPTORS + 8, AVAILABLE, USED),
+        (DESCRIPTORS, AVAILABLE + 1, USED),
+        (DESCRIPTORS, AVAILABLE, USED + 2),
+        (DESCRIPTORS, 0, USED),
+    ];
+    for (descriptors, available, used) in cases {
+        let mut driver = Driver::new(Rng::new());
+        assert!(driver.negotiate(VERSION_1));
+        driver.set_up_queue(descriptors, available, used);
+        driver.set(0x070, 15);
+        assert_eq!(driver.get(0x070), NEEDS_RESET_SEEN);
+        assert_eq!((driver.interrupts(), driver.get(0x060)), (1, 2));
+        driver.kick();
+        driver.bring_up();
+        assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
+    }
+}
+
+#[test]
+fn a_broken_ring_needs_a_reset() {
+    let mut driver = Driver::ready(Rng::new());
+    driver
+        .memory
+        .write_obj(300u16, GuestAddress(AVAILABLE + 2))
+        .unwrap();
+    driver.kick();
+    assert_eq!(driver.get(0x070), NEEDS_RESET_SEEN);
+    driver.bring_up();
+    driver.publish(256);
+    driver.kick();
+    assert_eq!(driver.get(0x070), NEEDS_RESET_SEEN);
+    driver.bring_up();
+    assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
+}
+
+#[test]
+fn interrupts_are_acknowledged() {
+    let mut driver = Driver::ready(Rng::new());
+    driver.submit(&[writes(DATA, 8)]);
+    assert_eq!((driver.interrupts(), driver.get(0x060)), (1, 1));
+    driver.set(0x064, 2);
+    assert_eq!(driver.get(0x060), 1);
+    driver.set(0x064, 1);
+    assert_eq!(driver.get(0x060), 0);
+}
+
+#[test]
+fn event_idx_suppresses_interrupts() {
+    let mut driver = Driver::ready(Rng::new());
+    // used_event far ahead: no interrupt until then.
+    driver
+        .memory
+        .write_obj(100u16, GuestAddress(AVAILABLE + 4 + 512))
+        .unwrap();
+    driver.add(&[writes(DATA, 8)]);
+    driver.kick();
+    assert_eq!((driver.interrupts(), driver.get(0x060)), (0, 0));
+}
+
+#[test]
+fn a_full_ring_is_served_in_turns() {
+    let mut driver = Driver::ready(Rng::new());
+    for _ in 0..256 {
+        driver.add(&[writes(DATA, 8)]);
+    }
+    driver.set(0x050, 0);
+    driver.turn();
+    assert_eq!(driver.used().len(), 64, "a turn is 64 chains");
+    driver.run();
+    assert_eq!(driver.used().len(), 192);
+    for _ in 0..10 {
+        driver.add(&[writes(DATA, 0x10_0000)]);
+    }
+    driver.set(0x050, 0);
+    driver.turn();
+    assert_eq!(driver.used().len(), 4, "or 4 MiB");
+    driver.run();
+    assert_eq!(driver.used().len(), 6);
+    // Indices wrap.
+    for _ in 0..1000 {
+        driver.submit(&[writes(DATA, 8)]);
+    }
+}
+
+#[test]
+fn accesses_of_any_size() {
+    let mut driver = Driver::new(Rng::new());
+    for offset in [0, 2, 4, 0xfc, 0xfe, 0x100, 0x10c, 0xfff, u64::MAX] {
+        for len in 0..17 {
+            let mut data = vec![0xaa; len];
+            driver.transport.read(offset, &mut data);
+            if offset != 0 && offset != 4 {
+                assert!(data.iter().all(|&byte| byte == 0), "{len} bytes at {offset:#x}");
+            }
+            driver.transport.write(offset, &data);
+        }
+    }
+}
+
+#[test]
+fn a_paused_device_leaves_memory_alone_and_resume_looks_once() {
+    let mut driver = Driver::ready(Rng::new());
+    driver.transport.pause();
+    driver.add(&[writes(DATA, 8)]);
+    driver.kick();
+    assert!(driver.used().is_empty());
+    driver.transport.resume();
+    driver.run();
+    assert_eq!(driver.used(), [(0, 8)]);
+}
+
+#[test]
+fn a_reset_ends_all_writes_whatever_is_in_flight() {
+    let mut driver = Driver::new(Rng::new());
+    let done = Arc::new(AtomicBool::new(false));
+    let thread = {
+        let (worker, done) = (driver.transport.worker(), done.clone());
+        std::thread::spawn(move || {
+            let mut manager = EventManager::new().unwrap();
+            manager.add_subscriber(worker);
+            let mut turns = 0;
+            while !done.load(Ordering::SeqCst) {
+                turns += manager.run_with_timeout(1).unwrap();
+            }
+            turns
+        })
+    };
+    for round in 0..500u32 {
+        driver.bring_up();
+        for _ in 0..50 {
+            driver.add(&[writes(DATA, 4096)]);
+        }
+        driver.set(0x050, 0);
+        (0..round % 64).for_each(|_| std::thread::yield_now());
+        driver.set(0x070, 0);
+        driver.fill(DATA, &[0; 4096]);
+        (0..10).for_each(|_| std::thread::yield_now());
+        assert_eq!(driver.bytes(DATA, 4096), [0; 4096]);
+    }
+    done.store(true, Ordering::SeqCst);
+    assert!(thread.join().unwrap() > 0);
+}
+
+#[test]
+fn requests_and_interrupts_under_way_move() {
+    let mut source = Driver::ready(Rng::new());
+    source.submit(&[writes(DATA, 8)]);
+    let head = source.add(&[writes(DATA, 9)]);
+    source.set(0x014, 1);
+    // Kicked, not served: the kick is lost with the source.
+    source.set(0x050, 0);
+    let envelope = source.save();
+
+    let mut destination = source.move_to(Rng::new(), envelope).unwrap();
+    destination.run();
+    assert!(destination.used().is_empty());
+    destination.transport.resume();
+    assert_eq!(
+        destination.interrupts(),
+        1,
+        "the first request's, not acknowledged"
+    );
+    destination.run();
+    assert_eq!(destination.used(), [(u32::from(head), 9)]);
+    assert_eq!(destination.get(0x014), 0, "a write-only register");
+    assert_eq!(
+        destination.get(0x010),
+        1,
+        "the features' upper half is still selected"
+    );
+    assert_eq!(destination.get(0x0fc), 1);
+    assert_eq!(destination.submit(&[writes(DATA, 10)]), 10);
+    // And the source could have gone on.
+    source.transport.resume();
+}
+
+#[test]
+fn a_half_set_up_device_moves() {
+    let mut source = Driver::new(Rng::new());
+    assert!(source.negotiate(VERSION_1));
+    source.set_up_queue(DESCRIPTORS, AVAILABLE, USED);
+    let envelope = source.save();
+    let mut destination = source.move_to(Rng::new(), envelope).unwrap();
+    destination.transport.resume();
+    destination.set(0x070, 15);
+    assert_eq!(destination.get(0x070), 15);
+    destination.kick();
+}
+
+#[test]
+fn a_running_device_is_not_saved() {
+    let driver = Driver::ready(Rng::new());
+    let error = driver.transport.save(&mut Envelope::new(), "dev0").unwrap_err();
+    assert!(
+        matches!(error, TransportError::NotPaused { device: 4 }),
+        "{error}"
+    );
+}
+
+/// Makes one thing in a good state bad.
+type Spoil = fn(&mut TransportState);
+
+#[test]
+fn hostile_state_is_refused_by_name() {
+    let cases: [(&str, Spoil); 14] = [
+        ("device ID", |state| state.device_type = 2),
+        ("device status", |state| state.status = 0x10),
+        ("device status", |state| state.status = DRIVER_OK),
+        ("features", |state| state.driver_features = u64::MAX),
+        ("features", |state| state.driver_features = 0),
+        ("interrupt status", |state| state.interrupt_status = 4),
+        ("queue sizes", |state| state.queues.clear()),
+        ("queue sizes", |state| state.queues.push(state.queues[0])),
+        ("queue sizes", |state| state.queues[0].max_size = 512),
+        ("queue 0", |state| state.queues[0].size = 0),
+        ("queue 0", |state| state.queues[0].size = 3),
+        ("queue 0", |state| state.queues[0].size = 512),
+        ("queue 0", |state| state.queues[0].used_ring = 1),
+        ("queue 0", |state| state.queues[0].descriptor_table = END),
+    ];
+    let source = Driver::ready(Rng::new());
+    for (name, spoil) in cases {
+        let mut envelope = source.save();
+        let mut state: TransportState = envelope.take("dev0").unwrap();
+        spoil(&mut state);
+        envelope.put("dev0", &state).unwrap();
+        let error = source
+            .move_to(Rng::new(), envelope)
+            .err()
+            .expect(name)
+            .to_string();
+        assert!(error.contains(name), "{error}");
+    }
+}
+
+#[test]
+fn golden_record() {
+    let queue = QueueRecord {
+        max_size: 256,
+        size: 128,
+        ready: true,
+        next_avail: 3,
+        next_used: 2,
+        descriptor_table: 0x1000,
+        available_ring: 0x2000,
+        used_ring: 0x3000,
+    };
+    let state = TransportState {
+        device_type: 2,
+        status: 15,
+        driver_features: 1 << 32 | u64::from(FEATURES_OK),
+        device_features_select: 1,
+        driver_features_select: 0,
+        queue_select: 5,
+        interrupt_status: 1,
+        config_generation: 9,
+        queues: vec![queue],
+    };
+    let golden = "02 0f 8880808010 01 00 05 01 09 01 8002 8001 01 03 02 8020 8040 8060";
+    migration_state::assert_golden(1, golden, &state);
+}

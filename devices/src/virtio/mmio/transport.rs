@@ -1,0 +1,314 @@
+//! The registers of a virtio device, and its life cycle for the machine.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use migration_state::{Envelope, StateError};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::registers as reg;
+use super::shared::{Shared, Worker};
+use super::state::{LayoutError, QueueRecord, TransportState};
+use crate::GuestMemory;
+use crate::virtio::{DeviceError, HostBackend, HostError, Interrupt, VirtioDevice};
+
+/// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
+pub struct Transport {
+    pub(super) shared: Arc<Shared>,
+    backend: Option<Arc<dyn HostBackend>>,
+    pub(super) device_type: u32,
+    pub(super) offered: u64,
+    pub(super) driver_features: u64,
+    pub(super) device_features_select: u32,
+    pub(super) driver_features_select: u32,
+    pub(super) queue_select: u32,
+    pub(super) config_generation: u32,
+    /// As the driver wrote them; where a live queue got to is in [`Shared`].
+    pub(super) queues: Vec<QueueRecord>,
+}
+
+/// Why a transport cannot be built, saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// No file descriptor for a queue's kicks.
+    #[error("virtio device {device}: cannot make an event for a queue")]
+    Event {
+        /// The device ID.
+        device: u32,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Saving or restoring while queues are served.
+    #[error("virtio device {device}: expected it to be paused, but it is running")]
+    NotPaused {
+        /// The device ID.
+        device: u32,
+    },
+    /// The transport's saved state cannot be read or written.
+    #[error("virtio device {device}: saved state of the transport")]
+    State {
+        /// The device ID.
+        device: u32,
+        /// The cause.
+        #[source]
+        source: StateError,
+    },
+    /// The saved state does not fit the device that is here.
+    #[error("virtio device {device}: {what} in the saved state: expected {expected}, got {got}")]
+    Mismatch {
+        /// The device ID.
+        device: u32,
+        /// What differs.
+        what: &'static str,
+        /// What the device here allows.
+        expected: String,
+        /// What the saved state says.
+        got: String,
+    },
+    /// A queue in the saved state cannot be served.
+    #[error("virtio device {device}: queue {index} in the saved state: {reason}")]
+    Queue {
+        /// The device ID.
+        device: u32,
+        /// The queue.
+        index: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The device itself failed.
+    #[error("virtio device {device}: {source}")]
+    Device {
+        /// The device ID.
+        device: u32,
+        /// The cause.
+        #[source]
+        source: DeviceError,
+    },
+}
+
+impl Transport {
+    /// Puts `device` behind registers. It finds its buffers in `memory` and interrupts through `line`.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        line: EventFd,
+    ) -> Result<Self, TransportError> {
+        let device_type = device.device_type();
+        let queues: Vec<_> = device
+            .queue_sizes()
+            .iter()
+            .map(|&size| QueueRecord::new(size))
+            .collect();
+        let events: Result<Vec<_>, _> = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
+        let events = events.map_err(|source| TransportError::Event {
+            device: device_type,
+            source,
+        })?;
+        Ok(Self {
+            backend: device.host_backend(),
+            device_type,
+            offered: device.features() | reg::VERSION_1,
+            driver_features: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            queue_select: 0,
+            config_generation: 0,
+            queues,
+            shared: Arc::new(Shared::new(device, memory, Interrupt::new(line), events)),
+        })
+    }
+
+    /// The half that serves the queues, for the device thread.
+    pub fn worker(&self) -> Worker {
+        Worker(self.shared.clone())
+    }
+
+    /// The device ID (virtio 1.2, 5).
+    pub fn device_type(&self) -> u32 {
+        self.device_type
+    }
+
+    /// An eventfd for each queue. The machine raises it when the guest writes the queue's index, as 32 bits,
+    /// to [`Transport::NOTIFY_OFFSET`].
+    pub fn queue_events(&self) -> &[EventFd] {
+        &self.shared.queue_events
+    }
+
+    /// Offset of the QueueNotify register.
+    pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
+
+    /// Stops serving queues. When it returns no request is in flight and guest memory is left alone.
+    pub fn pause(&self) {
+        self.shared.core().paused = true;
+    }
+
+    /// Serves queues again. Whatever happened meanwhile, or before a restore, every queue is looked at once
+    /// and an interrupt that the guest has not acknowledged is raised again.
+    pub fn resume(&self) {
+        self.shared.core().paused = false;
+        self.shared.interrupt.raise_again();
+        for index in 0..self.queues.len() {
+            self.shared.kick(index);
+        }
+    }
+
+    /// Makes what the guest was told is done durable. After [`Transport::pause`].
+    pub fn drain(&self) -> Result<(), TransportError> {
+        self.shared
+            .core()
+            .device
+            .drain()
+            .map_err(|source| self.device_error(source))
+    }
+
+    /// What backs the device on the host. Its calls need no lock of the transport's.
+    pub fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        self.backend.clone()
+    }
+
+    /// Takes the backend's locks. Nothing to do where there is no backend.
+    pub fn take_locks(&self) -> Result<(), HostError> {
+        self.backend
+            .as_ref()
+            .map_or(Ok(()), |backend| backend.take_locks())
+    }
+
+    /// Gives up the backend's locks.
+    pub fn release_locks(&self) -> Result<(), HostError> {
+        self.backend
+            .as_ref()
+            .map_or(Ok(()), |backend| backend.release_locks())
+    }
+
+    /// Makes what was written to the backend durable, also while the guest runs.
+    pub fn flush(&self) -> Result<(), HostError> {
+        self.backend.as_ref().map_or(Ok(()), |backend| backend.flush())
+    }
+
+    /// Drops what is cached from the backend.
+    pub fn invalidate(&self) -> Result<(), HostError> {
+        self.backend
+            .as_ref()
+            .map_or(Ok(()), |backend| backend.invalidate())
+    }
+
+    /// Adds the saved state of transport and device to `envelope`. After [`Transport::pause`].
+    pub fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+        let core = self.shared.core();
+        if !core.paused {
+            return Err(TransportError::NotPaused {
+                device: self.device_type,
+            });
+        }
+        let live = |index: usize| core.queues.get(index).and_then(Option::as_ref);
+        let record =
+            |(index, queue): (usize, &QueueRecord)| live(index).map_or(*queue, |live| queue.at(live));
+        let state = TransportState {
+            device_type: self.device_type,
+            status: self.shared.status(),
+            driver_features: self.driver_features,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            queue_select: self.queue_select,
+            interrupt_status: self.shared.interrupt.status(),
+            config_generation: self.config_generation,
+            queues: self.queues.iter().enumerate().map(record).collect(),
+        };
+        envelope
+            .put(instance, &state)
+            .map_err(|source| self.state_error(source))?;
+        core.device
+            .save(envelope, instance)
+            .map_err(|source| self.device_error(source))
+    }
+
+    /// Takes the saved state of transport and device out of `envelope`. Afterwards the transport is paused;
+    /// after an error it is as after a reset, and paused.
+    pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+        self.reset();
+        self.pause();
+        let restored = self.try_restore(envelope, instance);
+        if restored.is_err() {
+            self.reset();
+        }
+        restored
+    }
+
+    fn try_restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+        let state: TransportState = envelope
+            .take(instance)
+            .map_err(|source| self.state_error(source))?;
+        state.check(self.device_type, self.offered, &self.queues)?;
+        let mut queues = Vec::new();
+        if state.is_active() {
+            for (index, queue) in state.queues.iter().enumerate() {
+                let opened = queue.open(state.driver_features, &self.shared.memory);
+                queues.push(opened.map_err(|error| TransportError::Queue {
+                    device: self.device_type,
+                    index,
+                    reason: describe(&error),
+                })?);
+            }
+        }
+        let mut core = self.shared.core();
+        core.device
+            .restore(envelope, instance)
+            .map_err(|source| self.device_error(source))?;
+        core.queues = queues;
+        core.active = state.is_active();
+        if core.active {
+            core.device.activate(state.driver_features);
+        }
+        self.shared.status.store(state.status, Ordering::SeqCst);
+        drop(core);
+        self.shared.interrupt.set_status(state.interrupt_status);
+        self.driver_features = state.driver_features;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.queue_select = state.queue_select;
+        // A driver in the middle of reading the configuration reads it again, from this host's device.
+        self.config_generation = state.config_generation.wrapping_add(1);
+        self.queues = state.queues;
+        Ok(())
+    }
+
+    pub(super) fn reset(&mut self) {
+        let mut core = self.shared.core();
+        core.device.reset();
+        core.queues.clear();
+        core.active = false;
+        self.shared.status.store(0, Ordering::SeqCst);
+        self.shared.interrupt.set_status(0);
+        drop(core);
+        self.driver_features = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.queue_select = 0;
+        for queue in &mut self.queues {
+            *queue = QueueRecord::new(queue.max_size);
+        }
+    }
+
+    fn state_error(&self, source: StateError) -> TransportError {
+        TransportError::State {
+            device: self.device_type,
+            source,
+        }
+    }
+
+    fn device_error(&self, source: DeviceError) -> TransportError {
+        TransportError::Device {
+            device: self.device_type,
+            source,
+        }
+    }
+}
+
+fn describe(error: &LayoutError) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}

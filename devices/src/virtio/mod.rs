@@ -1,0 +1,21 @@
+//! virtio 1.2 devices: what they share, the MMIO transport, and the devices themselves.
+
+pub mod block;
+pub mod mmio;
+pub mod rng;
+
+mod chain;
+mod device;
+mod interrupt;
+mod queue;
+
+#[cfg(test)]
+mod testing;
+
+pub use chain::{Buffers, Chain, ChainError};
+pub use device::{DeviceError, HostBackend, HostError, VirtioDevice};
+pub use interrupt::Interrupt;
+pub use queue::{Progress, QueueAccess, QueueError};
+
+/// Largest queue that our devices offer, in descriptors.
+pub const QUEUE_SIZE: u16 = 256;

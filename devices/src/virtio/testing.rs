@@ -1,0 +1,272 @@
+//! A driver for tests: sets up a queue through the registers and puts descriptor chains into guest memory.
+
+use event_manager::{EventManager, SubscriberOps};
+use migration_state::Envelope;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::mmio::{Transport, TransportError, Worker};
+use super::{QUEUE_SIZE, VirtioDevice};
+use crate::GuestMemory;
+use crate::bus::BusDevice;
+
+pub(crate) const DESCRIPTORS: u64 = 0x1000;
+pub(crate) const AVAILABLE: u64 = 0x3000;
+pub(crate) const USED: u64 = 0x4000;
+/// Where tests put their buffers; memory ends at [`END`].
+pub(crate) const DATA: u64 = 0x1_0000;
+pub(crate) const END: u64 = 0x20_0000;
+
+pub(crate) const VERSION_1: u64 = 1 << 32;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// One buffer of a chain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) address: u64,
+    pub(crate) len: u32,
+    pub(crate) write: bool,
+}
+
+pub(crate) fn reads(address: u64, len: u32) -> Part {
+    Part {
+        address,
+        len,
+        write: false,
+    }
+}
+
+pub(crate) fn writes(address: u64, len: u32) -> Part {
+    Part {
+        address,
+        len,
+        write: true,
+    }
+}
+
+pub(crate) fn memory() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), END as usize)]).unwrap()
+}
+
+pub(crate) struct Driver {
+    pub(crate) transport: Transport,
+    pub(crate) memory: GuestMemory,
+    line: EventFd,
+    thread: EventManager<Worker>,
+    next_descriptor: u16,
+    added: u16,
+    seen: u16,
+}
+
+impl Driver {
+    /// A device after power-on.
+    pub(crate) fn new(device: impl VirtioDevice + 'static) -> Self {
+        Self::with_memory(device, memory())
+    }
+
+    fn with_memory(device: impl VirtioDevice + 'static, memory: GuestMemory) -> Self {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let transport = Transport::new(Box::new(device), memory.clone(), line.try_clone().unwrap()).unwrap();
+        let mut thread = EventManager::new().unwrap();
+        thread.add_subscriber(transport.worker());
+        Self {
+            transport,
+            memory,
+            line,
+            thread,
+            next_descriptor: 0,
+            added: 0,
+            seen: 0,
+        }
+    }
+
+    /// A device that the driver has brought up, with all features.
+    pub(crate) fn ready(device: impl VirtioDevice + 'static) -> Self {
+        let mut driver = Self::new(device);
+        driver.bring_up();
+        driver
+    }
+
+    pub(crate) fn bring_up(&mut self) {
+        let features = self.offered();
+        assert!(self.negotiate(features));
+        self.set_up_queue(DESCRIPTORS, AVAILABLE, USED);
+        self.set(0x070, 15);
+        assert_eq!(self.get(0x070), 15);
+        self.memory
+            .write_slice(&[0; 0x4000], GuestAddress(DESCRIPTORS))
+            .unwrap();
+        (self.next_descriptor, self.added, self.seen) = (0, 0, 0);
+    }
+
+    pub(crate) fn offered(&mut self) -> u64 {
+        self.set(0x014, 1);
+        let high = self.get(0x010);
+        self.set(0x014, 0);
+        u64::from(high) << 32 | u64::from(self.get(0x010))
+    }
+
+    /// Goes as far as FEATURES_OK; whether the device took it.
+    pub(crate) fn negotiate(&mut self, features: u64) -> bool {
+        self.set(0x070, 0);
+        self.set(0x070, 1);
+        self.set(0x070, 3);
+        for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
+            self.set(0x024, select);
+            self.set(0x020, half);
+        }
+        self.set(0x070, 11);
+        self.get(0x070) == 11
+    }
+
+    pub(crate) fn set_up_queue(&mut self, descriptors: u64, available: u64, used: u64) {
+        self.set(0x030, 0);
+        self.set(0x038, u32::from(QUEUE_SIZE));
+        for (register, address) in [(0x080, descriptors), (0x090, available), (0x0a0, used)] {
+            self.set(register, address as u32);
+            self.set(register + 4, (address >> 32) as u32);
+        }
+        self.set(0x044, 1);
+    }
+
+    pub(crate) fn get(&mut self, offset: u64) -> u32 {
+        let mut word = [0; 4];
+        self.transport.read(offset, &mut word);
+        u32::from_le_bytes(word)
+    }
+
+    pub(crate) fn set(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// Makes a chain available, without a kick; returns its head.
+    pub(crate) fn add(&mut self, parts: &[Part]) -> u16 {
+        let head = self.next_descriptor;
+        for (index, part) in parts.iter().enumerate() {
+            let last = index + 1 == parts.len();
+            let at = self.next_descriptor;
+            self.next_descriptor = (at + 1) % QUEUE_SIZE;
+            let flags = if part.write { WRITE } else { 0 } | if last { 0 } else { NEXT };
+            self.describe(at, part.address, part.len, flags, self.next_descriptor);
+        }
+        self.publish(head);
+        head
+    }
+
+    pub(crate) fn describe(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let mut descriptor = [0; 16];
+        descriptor[..8].copy_from_slice(&address.to_le_bytes());
+        descriptor[8..12].copy_from_slice(&len.to_le_bytes());
+        descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+        descriptor[14..].copy_from_slice(&next.to_le_bytes());
+        let at = GuestAddress(DESCRIPTORS + 16 * u64::from(index));
+        self.memory.write_slice(&descriptor, at).unwrap();
+    }
+
+    pub(crate) fn publish(&mut self, head: u16) {
+        let entry = AVAILABLE + 4 + 2 * u64::from(self.added % QUEUE_SIZE);
+        self.memory.write_obj(head.to_le(), GuestAddress(entry)).unwrap();
+        self.added = self.added.wrapping_add(1);
+        self.memory
+            .write_obj(self.added.to_le(), GuestAddress(AVAILABLE + 2))
+            .unwrap();
+    }
+
+    /// Kicks the queue and lets the device thread work until it has nothing left to do.
+    pub(crate) fn kick(&mut self) {
+        self.set(0x050, 0);
+        self.run();
+    }
+
+    /// Lets the device thread look once at what it was kicked for; whether there was anything.
+    pub(crate) fn turn(&mut self) -> bool {
+        self.thread.run_with_timeout(0).unwrap() > 0
+    }
+
+    pub(crate) fn run(&mut self) {
+        // A turn that makes no progress would show up as a loop without an end.
+        for _ in 0..10_000 {
+            if !self.turn() {
+                return;
+            }
+        }
+        panic!("the device thread does not come to rest");
+    }
+
+    /// (head, bytes written) of the chains that came back since the last call.
+    pub(crate) fn used(&mut self) -> Vec<(u32, u32)> {
+        let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        let mut used = Vec::new();
+        while self.seen != index {
+            let at = USED + 4 + 8 * u64::from(self.seen % QUEUE_SIZE);
+            used.push(self.memory.read_obj::<[u32; 2]>(GuestAddress(at)).unwrap().into());
+            self.seen = self.seen.wrapping_add(1);
+        }
+        // used_event: interrupt after the next chain.
+        let used_event = AVAILABLE + 4 + 2 * u64::from(QUEUE_SIZE);
+        self.memory
+            .write_obj(self.seen, GuestAddress(used_event))
+            .unwrap();
+        used
+    }
+
+    /// Adds a chain, kicks, and returns the bytes written to it.
+    pub(crate) fn submit(&mut self, parts: &[Part]) -> u32 {
+        let head = self.add(parts);
+        self.kick();
+        let used = self.used();
+        assert_eq!(used.len(), 1, "{used:?}");
+        assert_eq!(used[0].0, u32::from(head));
+        used[0].1
+    }
+
+    /// Interrupts since the last call.
+    pub(crate) fn interrupts(&self) -> u64 {
+        self.line.read().unwrap_or(0)
+    }
+
+    pub(crate) fn fill(&self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(crate) fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    /// Whether the page is marked as written by a device, and unmarks all.
+    pub(crate) fn take_dirty(&self, address: u64) -> bool {
+        let region: &MmapRegion<AtomicBitmap> = self.memory.find_region(GuestAddress(address)).unwrap();
+        let dirty = region.bitmap().dirty_at(address as usize);
+        region.bitmap().reset();
+        dirty
+    }
+
+    pub(crate) fn save(&self) -> Envelope {
+        self.transport.pause();
+        self.transport.drain().unwrap();
+        let mut envelope = Envelope::new();
+        self.transport.save(&mut envelope, "dev0").unwrap();
+        Envelope::decode(&envelope.encode()).unwrap()
+    }
+
+    /// The driver with its memory on another device, restored and still paused.
+    pub(crate) fn move_to(
+        &self,
+        device: impl VirtioDevice + 'static,
+        mut envelope: Envelope,
+    ) -> Result<Self, TransportError> {
+        let mut moved = Self::with_memory(device, self.memory.clone());
+        moved.transport.restore(&mut envelope, "dev0")?;
+        envelope.finish().unwrap();
+        Ok(Self {
+            next_descriptor: self.next_descriptor,
+            added: self.added,
+            seen: self.seen,
+            ..moved
+        })
+    }
+}
