@@ -5,7 +5,7 @@
 use core::arch::global_asm;
 use core::fmt;
 
-use bare_core::{PAGE, Ranges, STAMP_WORDS, Settings, WORDS};
+use guest_core::{PAGE, Ranges, STAMP_WORDS, Settings, WORDS};
 
 global_asm!(include_str!("boot.s"));
 

@@ -5,7 +5,7 @@
 use core::fmt::Write;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use bare_core::{PAGE, Pace, Settings, Share, body_intact, check, fill_body, stamp};
+use guest_core::{PAGE, Pace, Settings, Share, body_intact, check, fill_body, stamp};
 
 use crate::cpu;
 use crate::machine::{Machine, page, split};

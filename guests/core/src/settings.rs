@@ -1,4 +1,4 @@
-//! The command line: words of the form `key=value`; unknown words are passed over.
+//! The bare guest's command line: words of the form `key=value`; unknown words are passed over.
 
 /// How fast memory is dirtied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -7,6 +7,16 @@ pub enum Rate {
     Max,
     /// Bytes of dirtied pages per second, all CPUs together.
     BytesPerSecond(u64),
+}
+
+impl Rate {
+    /// `max`, or bytes per second as [`size`] reads them.
+    pub fn parse(value: &str) -> Option<Self> {
+        match value {
+            "max" => Some(Self::Max),
+            value => size(value).map(Self::BytesPerSecond),
+        }
+    }
 }
 
 /// What the command line asks for.
@@ -59,8 +69,7 @@ impl Settings {
     fn set(&mut self, key: &str, value: &str) -> Option<()> {
         match key {
             "workset" => self.workset = Some(size(value)?),
-            "rate" if value == "max" => self.rate = Rate::Max,
-            "rate" => self.rate = Rate::BytesPerSecond(size(value)?),
+            "rate" => self.rate = Rate::parse(value)?,
             "cpus" => self.cpus = value.parse().ok().filter(|n| (1..=Self::MAX_CPUS).contains(n))?,
             "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|khz| (1_000..100_000_000).contains(khz))?),
             "fill" => self.fill = flag(value)?,
@@ -80,8 +89,8 @@ fn flag(value: &str) -> Option<bool> {
     }
 }
 
-/// Bytes, with K, M or G.
-fn size(value: &str) -> Option<u64> {
+/// Bytes, with K, M or G (powers of 1024); `None` if it is no such number or too large.
+pub fn size(value: &str) -> Option<u64> {
     let (digits, shift) = match value.as_bytes().last()? {
         b'K' => (&value[..value.len() - 1], 10),
         b'M' => (&value[..value.len() - 1], 20),

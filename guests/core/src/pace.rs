@@ -3,7 +3,7 @@
 use crate::memory::PAGE;
 use crate::settings::Rate;
 
-/// One CPU's pace, on the TSC.
+/// One worker's pace, on a clock of so many ticks.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     pages_per_second: Option<u64>,
@@ -16,13 +16,13 @@ impl Pace {
     /// Most pages between two looks at the clock.
     pub const BATCH: u64 = 16;
 
-    /// A fair part of `rate` for one of `cpus` CPUs, from TSC value `now` on.
-    pub fn new(rate: Rate, cpus: u32, tsc_khz: u64, now: u64) -> Self {
+    /// A fair part of `rate` for one of `workers`, from clock value `now` on, at `khz` ticks a millisecond.
+    pub fn new(rate: Rate, workers: u32, khz: u64, now: u64) -> Self {
         let pages_per_second = match rate {
             Rate::Max => None,
-            Rate::BytesPerSecond(bytes) => Some(bytes / PAGE / u64::from(cpus.max(1))),
+            Rate::BytesPerSecond(bytes) => Some(bytes / PAGE / u64::from(workers.max(1))),
         };
-        Self { pages_per_second, ticks_per_second: (tsc_khz * 1000).max(1), since: now, done: 0 }
+        Self { pages_per_second, ticks_per_second: (khz * 1000).max(1), since: now, done: 0 }
     }
 
     /// Pages to dirty now; the caller does so. What fell due during a stop of more than 100 ms is forgotten:
