@@ -1,2 +1,42 @@
-//! main
-fn main() {}
+//! The workload agent of Linux guests: a heartbeat, memory and disk under load, and proof that nothing was lost.
+//!
+//! Every line on stdout is one event: `agent: <event> key=value…`. See `guests/DESIGN.md` for all of them.
+
+mod commands;
+mod disk;
+mod heartbeat;
+mod memory;
+mod power;
+mod report;
+mod settings;
+
+use std::sync::Arc;
+use std::thread;
+
+use report::Report;
+use settings::Settings;
+
+fn main() -> std::io::Result<()> {
+    let line = std::fs::read_to_string("/proc/cmdline")?;
+    let settings = Settings::parse(&line);
+    commands::quiet_terminal();
+    let report = Arc::new(Report::default());
+    for word in &settings.unknown {
+        report.error(format_args!("word={word} expected=a setting got=nonsense"));
+    }
+
+    let memory = memory::start(settings.dirty_bytes, settings.rate, report.clone());
+    let disk = settings.disk.as_ref().and_then(|device| disk::start(device, report.clone()));
+    let workloads = Arc::new(commands::Workloads::new(memory, disk));
+    workloads.wait_until_filled();
+    let cpus = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let device = settings.disk.as_deref().filter(|_| workloads.has_disk()).unwrap_or("-");
+    report.line(format_args!("ready cpus={cpus} dirty_mib={} disk={device}", settings.dirty_bytes >> 20));
+
+    power::watch(&report, &workloads);
+    {
+        let (report, workloads) = (report.clone(), workloads.clone());
+        thread::spawn(move || commands::serve(std::io::stdin().lock(), &report, &workloads));
+    }
+    heartbeat::run(settings.tick, &report)
+}

@@ -1,1 +1,3 @@
-//! tools/lab
+//! Emulated hosts with a network between them: see `DESIGN.md`.
+
+pub mod cpio;

@@ -1,2 +1,26 @@
-//! main
-fn main() {}
+//! The project's own commands: `cargo xtask --help`.
+
+mod guests;
+mod packages;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", about = "The project's own commands")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Builds the guests and what emulated hosts run into target/guests
+    Guests(guests::Options),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Guests(options) => guests::build(&options).map(|_| ()),
+    }
+}

@@ -1,0 +1,103 @@
+//! Commands from the console, one per line: `verify`, `reset`, `sync`, `poweroff`, `reboot`.
+
+use std::io::BufRead;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Sender, sync_channel};
+
+use rustix::system::{RebootCommand, reboot};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+
+use crate::disk::Request;
+use crate::memory::Verify;
+use crate::report::Report;
+
+/// The workloads that commands speak to.
+pub(crate) struct Workloads {
+    memory: Mutex<Sender<Verify>>,
+    disk: Mutex<Option<Sender<Request>>>,
+}
+
+impl Workloads {
+    /// Both workloads; there may be no disk.
+    pub(crate) fn new(memory: Sender<Verify>, disk: Option<Sender<Request>>) -> Self {
+        Self { memory: Mutex::new(memory), disk: Mutex::new(disk) }
+    }
+
+    /// Whether there is a disk under load.
+    pub(crate) fn has_disk(&self) -> bool {
+        self.disk.lock().is_ok_and(|disk| disk.is_some())
+    }
+
+    /// Waits until all memory is filled.
+    pub(crate) fn wait_until_filled(&self) {
+        self.verify_memory();
+    }
+
+    /// Verified pages and files.
+    fn verify(&self) -> (u64, u64) {
+        let files = self.disk.lock().ok().and_then(|disk| {
+            let (answer, answered) = sync_channel(1);
+            disk.as_ref()?.send(Request::Verify(answer)).ok()?;
+            answered.recv().ok()
+        });
+        (self.verify_memory(), files.unwrap_or(0))
+    }
+
+    fn verify_memory(&self) -> u64 {
+        let (answer, answered) = sync_channel(1);
+        let sent = self.memory.lock().is_ok_and(|memory| memory.send(answer).is_ok());
+        if sent { answered.recv().unwrap_or(0) } else { 0 }
+    }
+
+    /// Stops the disk workload and unmounts; done at once if there is none.
+    pub(crate) fn unmount(&self) {
+        let disk = self.disk.lock().ok().and_then(|mut disk| disk.take());
+        if let Some(disk) = disk {
+            let (answer, answered) = sync_channel(1);
+            if disk.send(Request::Stop(answer)).is_ok() {
+                let _ = answered.recv();
+            }
+        }
+    }
+
+    /// Unmounts and ends the machine.
+    pub(crate) fn end(&self, how: RebootCommand, report: &Report) {
+        self.unmount();
+        rustix::fs::sync();
+        if let Err(error) = reboot(how) {
+            report.error(format_args!("reboot expected=end got={error:?}"));
+        }
+    }
+}
+
+/// Reads commands until the console ends.
+pub(crate) fn serve(input: impl BufRead, report: &Report, workloads: &Workloads) {
+    for line in input.lines().map_while(Result::ok) {
+        match line.trim() {
+            "" => {}
+            "verify" => {
+                let (pages, files) = workloads.verify();
+                report.line(format_args!("verified pages={pages} files={files} errors={}", report.errors()));
+            }
+            "reset" => report.reset.store(true, Ordering::Relaxed),
+            "sync" => {
+                workloads.unmount();
+                report.line(format_args!("unmounted"));
+            }
+            "poweroff" => workloads.end(RebootCommand::PowerOff, report),
+            "reboot" => workloads.end(RebootCommand::Restart, report),
+            other => report.line(format_args!("unknown command={other}")),
+        }
+    }
+}
+
+/// Keeps the terminal from printing the commands between our lines.
+pub(crate) fn quiet_terminal() {
+    let input = std::io::stdin();
+    if let Ok(mut modes) = tcgetattr(&input) {
+        modes.local_modes.remove(LocalModes::ECHO);
+        // A console that refuses echoes: ugly, not wrong.
+        let _ = tcsetattr(&input, OptionalActions::Now, &modes);
+    }
+}

@@ -1,0 +1,140 @@
+//! The memory workload: stamped pages, overwritten in sweeps, each checked before it is overwritten.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_core::{PAGE, Pace, Rate, STAMP_WORDS, WORDS, body_intact, check, fill_body, stamp};
+
+use crate::report::Report;
+
+/// How long the workload waits when nothing is due.
+const NAP: Duration = Duration::from_millis(5);
+/// Nanoseconds of the monotonic clock in a millisecond: the pace's clock.
+const KHZ: u64 = 1_000_000;
+
+/// Asks the workload to verify everything; the answer is the number of pages.
+pub(crate) type Verify = SyncSender<u64>;
+
+/// Starts the workload on `bytes` of memory. The first [`Verify`] is answered when all of it is filled.
+pub(crate) fn start(bytes: u64, rate: Rate, report: Arc<Report>) -> Sender<Verify> {
+    let (sender, requests) = channel();
+    thread::spawn(move || run(Pages::filled(bytes / PAGE), rate, &report, &requests));
+    sender
+}
+
+fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify>) {
+    let start = Instant::now();
+    let nanoseconds = || start.elapsed().as_nanos() as u64;
+    let mut pace = Pace::new(rate, 1, KHZ, nanoseconds());
+    loop {
+        let due = if pages.count == 0 { 0 } else { pace.due(nanoseconds()) };
+        for _ in 0..due {
+            pages.dirty_next(report);
+        }
+        report.pages.fetch_add(due, Ordering::Relaxed);
+        let nap = if due == 0 { NAP } else { Duration::ZERO };
+        match requests.recv_timeout(nap) {
+            // Whoever asked may have gone meanwhile.
+            Ok(answer) => drop(answer.send(pages.verify(report))),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+struct Pages {
+    words: Vec<u64>,
+    /// Where the first whole page of the memory begins.
+    first: usize,
+    count: u64,
+    position: u64,
+    generation: u64,
+}
+
+impl Pages {
+    fn filled(count: u64) -> Self {
+        let words = vec![0; (count as usize + 1) * WORDS];
+        let first = words.as_ptr().align_offset(PAGE as usize);
+        let mut pages = Self { words, first, count, position: 0, generation: 0 };
+        for number in 0..count {
+            let (head, body) = pages.split(number);
+            head.copy_from_slice(&stamp(number, 0));
+            fill_body(number, body);
+        }
+        pages
+    }
+
+    fn split(&mut self, number: u64) -> (&mut [u64], &mut [u64]) {
+        let at = self.first + number as usize * WORDS;
+        self.words[at..at + WORDS].split_at_mut(STAMP_WORDS)
+    }
+
+    fn check(&mut self, number: u64, generation: u64, report: &Report) -> bool {
+        let (head, _) = self.split(number);
+        let Some(head) = head.first_chunk::<STAMP_WORDS>() else { return false };
+        let Err(seen) = check(head, number, generation) else { return true };
+        let (page, got, intact) = (seen.page, seen.generation, u8::from(seen.intact));
+        report.error(format_args!(
+            "page={number} expected={generation} got={got} got_page={page} intact={intact}"
+        ));
+        false
+    }
+
+    fn dirty_next(&mut self, report: &Report) {
+        let (number, generation) = (self.position, self.generation);
+        self.check(number, generation, report);
+        self.split(number).0.copy_from_slice(&stamp(number, generation + 1));
+        self.position += 1;
+        if self.position == self.count {
+            self.position = 0;
+            self.generation += 1;
+        }
+    }
+
+    fn verify(&mut self, report: &Report) -> u64 {
+        for number in 0..self.count {
+            let generation = self.generation + u64::from(number < self.position);
+            if self.check(number, generation, report) && !body_intact(number, self.split(number).1) {
+                report.error(format_args!("page={number} expected=body got=other"));
+            }
+        }
+        self.count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sweeps_keep_every_stamp() {
+        let report = Report::default();
+        let mut pages = Pages::filled(10);
+        for _ in 0..25 {
+            pages.dirty_next(&report);
+        }
+        assert_eq!((pages.generation, pages.position), (2, 5));
+        assert_eq!(pages.verify(&report), 10);
+        assert_eq!(report.errors(), 0);
+    }
+
+    #[test]
+    fn a_stale_page_and_a_lost_body_are_seen() {
+        let report = Report::default();
+        let mut pages = Pages::filled(10);
+        for _ in 0..13 {
+            pages.dirty_next(&report);
+        }
+        pages.split(7).0.copy_from_slice(&stamp(7, 0));
+        pages.split(2).1[100] = 0;
+        pages.verify(&report);
+        assert_eq!(report.errors(), 2);
+        for _ in 0..10 {
+            pages.dirty_next(&report);
+        }
+        assert_eq!(report.errors(), 3);
+    }
+}

@@ -1,0 +1,75 @@
+//! What the kernel's command line says to the agent.
+
+use std::time::Duration;
+
+use guest_core::{Rate, size};
+
+/// The words `godwit.<key>=<value>`.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// `dirty`: bytes of memory to work on.
+    pub(crate) dirty_bytes: u64,
+    /// `rate`: bytes of dirtied pages per second.
+    pub(crate) rate: Rate,
+    /// `tick`: time between two heartbeats.
+    pub(crate) tick: Duration,
+    /// `disk`: a device with an ext4 file system to work on.
+    pub(crate) disk: Option<String>,
+    /// Words with our prefix that make no sense.
+    pub(crate) unknown: Vec<String>,
+}
+
+impl Settings {
+    /// Reads a command line; what is not ours is passed over.
+    pub(crate) fn parse(line: &str) -> Self {
+        let mut settings = Self {
+            dirty_bytes: 0,
+            rate: Rate::BytesPerSecond(0),
+            tick: Duration::from_millis(50),
+            disk: None,
+            unknown: Vec::new(),
+        };
+        for word in line.split_ascii_whitespace() {
+            let Some(ours) = word.strip_prefix("godwit.") else { continue };
+            if ours.split_once('=').and_then(|(key, value)| settings.set(key, value)).is_none() {
+                settings.unknown.push(word.to_owned());
+            }
+        }
+        settings
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Option<()> {
+        match key {
+            "dirty" => self.dirty_bytes = size(value)?,
+            "rate" => self.rate = Rate::parse(value)?,
+            "tick" => self.tick = milliseconds(value)?,
+            "disk" => self.disk = Some(value.to_owned()),
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+fn milliseconds(value: &str) -> Option<Duration> {
+    let number: u64 = value.strip_suffix("ms").unwrap_or(value).parse().ok()?;
+    (1..=60_000).contains(&number).then(|| Duration::from_millis(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_words_are_read_and_nonsense_is_kept() {
+        let line = "console=ttyS0 godwit.dirty=64M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.x=1";
+        let expected = Settings {
+            dirty_bytes: 64 << 20,
+            rate: Rate::Max,
+            tick: Duration::from_millis(20),
+            disk: Some("/dev/vda".into()),
+            unknown: vec!["godwit.x=1".into()],
+        };
+        assert_eq!(Settings::parse(line), expected);
+        assert_eq!(Settings::parse("godwit.tick=0ms godwit.dirty godwit.rate=quick").unknown.len(), 3);
+    }
+}

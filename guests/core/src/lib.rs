@@ -1,0 +1,14 @@
+//! What the guests decide without a machine: which pages they own, what these hold, when the next is due, what
+//! the bare guest's command line says. No std, so that the bare guest can use it; tested on the host.
+
+#![cfg_attr(not(test), no_std)]
+
+mod memory;
+mod pace;
+mod settings;
+mod stamp;
+
+pub use memory::{PAGE, Ranges, Share};
+pub use pace::Pace;
+pub use settings::{Rate, Settings, size};
+pub use stamp::{STAMP_WORDS, Seen, WORDS, body_intact, check, fill_body, stamp};

@@ -1,0 +1,131 @@
+//! The bare guest's command line: words of the form `key=value`; unknown words are passed over.
+
+/// How fast memory is dirtied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rate {
+    /// As fast as the CPUs can.
+    Max,
+    /// Bytes of dirtied pages per second, all CPUs together.
+    BytesPerSecond(u64),
+}
+
+impl Rate {
+    /// `max`, or bytes per second as [`size`] reads them.
+    pub fn parse(value: &str) -> Option<Self> {
+        match value {
+            "max" => Some(Self::Max),
+            value => size(value).map(Self::BytesPerSecond),
+        }
+    }
+}
+
+/// What the command line asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Bytes that are dirtied; `None`: all usable memory.
+    pub workset: Option<u64>,
+    /// How fast.
+    pub rate: Rate,
+    /// Number of CPUs to use, this one included.
+    pub cpus: u32,
+    /// TSC ticks per millisecond; `None`: measured against the local APIC's timer.
+    pub tsc_khz: Option<u64>,
+    /// Whether memory outside the working set is stamped once as well.
+    pub fill: bool,
+    /// Milliseconds between two reports.
+    pub tick_ms: u64,
+    /// Whether a CPU with nothing due spins (finer gaps) instead of waiting for its timer.
+    pub spin: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            workset: None,
+            rate: Rate::BytesPerSecond(0),
+            cpus: 1,
+            tsc_khz: None,
+            fill: true,
+            tick_ms: 50,
+            spin: false,
+        }
+    }
+}
+
+impl Settings {
+    /// Most CPUs that the image has stacks for.
+    pub const MAX_CPUS: u32 = 32;
+
+    /// Reads a command line. The error is the word that makes no sense.
+    pub fn parse(line: &str) -> Result<Self, &str> {
+        let mut settings = Self::default();
+        for word in line.split_ascii_whitespace() {
+            let Some((key, value)) = word.split_once('=') else { continue };
+            settings.set(key, value).ok_or(word)?;
+        }
+        Ok(settings)
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Option<()> {
+        match key {
+            "workset" => self.workset = Some(size(value)?),
+            "rate" => self.rate = Rate::parse(value)?,
+            "cpus" => self.cpus = value.parse().ok().filter(|n| (1..=Self::MAX_CPUS).contains(n))?,
+            "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|khz| (1_000..100_000_000).contains(khz))?),
+            "fill" => self.fill = flag(value)?,
+            "tick" => self.tick_ms = value.parse().ok().filter(|ms| (1..=60_000).contains(ms))?,
+            "idle" => self.spin = ["halt", "spin"].iter().position(|name| *name == value)? == 1,
+            _ => {}
+        }
+        Some(())
+    }
+}
+
+fn flag(value: &str) -> Option<bool> {
+    match value {
+        "0" => Some(false),
+        "1" => Some(true),
+        _ => None,
+    }
+}
+
+/// Bytes, with K, M or G (powers of 1024); `None` if it is no such number or too large.
+pub fn size(value: &str) -> Option<u64> {
+    let (digits, shift) = match value.as_bytes().last()? {
+        b'K' => (&value[..value.len() - 1], 10),
+        b'M' => (&value[..value.len() - 1], 20),
+        b'G' => (&value[..value.len() - 1], 30),
+        _ => (value, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_set_what_they_name() {
+        let settings =
+            Settings::parse("console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin quiet");
+        let expected = Settings {
+            workset: Some(512 << 20),
+            rate: Rate::Max,
+            cpus: 4,
+            tsc_khz: Some(2_300_000),
+            fill: false,
+            tick_ms: 20,
+            spin: true,
+        };
+        assert_eq!(settings, Ok(expected));
+        assert_eq!(Settings::parse("").map(|s| s.rate), Ok(Rate::BytesPerSecond(0)));
+        assert_eq!(Settings::parse("rate=100M").map(|s| s.rate), Ok(Rate::BytesPerSecond(100 << 20)));
+    }
+
+    #[test]
+    fn a_word_without_sense_is_named() {
+        for word in ["rate=fast", "workset=1T", "workset=M", "workset=99999999999G", "cpus=0", "cpus=33", "tick=0"] {
+            assert_eq!(Settings::parse(word), Err(word));
+        }
+    }
+}

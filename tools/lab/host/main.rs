@@ -1,0 +1,2 @@
+//! The first program of an emulated host.
+fn main() {}

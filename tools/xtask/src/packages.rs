@@ -1,0 +1,142 @@
+//! Debian packages: unpacked beside the build where that is enough, installed only where it is not.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::workspace::{output, say};
+
+/// A package that lies unpacked in a folder of ours.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub(crate) struct Unpacked {
+    /// The package's name.
+    pub(crate) name: String,
+    /// Its version.
+    pub(crate) version: String,
+    /// Where its files are.
+    pub(crate) root: PathBuf,
+}
+
+/// What the package index says of a package.
+pub(crate) struct Candidate {
+    /// The package's name.
+    pub(crate) name: String,
+    /// The version that would be installed.
+    pub(crate) version: String,
+    depends: String,
+}
+
+impl Candidate {
+    /// The first dependency whose name starts with `prefix`.
+    pub(crate) fn dependency(&self, prefix: &str) -> Result<String> {
+        let names = self.depends.split([',', '|']).filter_map(|entry| entry.split_whitespace().next());
+        let found = names.into_iter().find(|name| name.starts_with(prefix));
+        found.map(str::to_owned).with_context(|| {
+            format!("{} {}: expected a dependency {prefix}…, found \"{}\"", self.name, self.version, self.depends)
+        })
+    }
+}
+
+/// Installs those of `names` that are missing, system-wide.
+#[allow(dead_code, reason = "used by the lab")]
+pub(crate) fn ensure(names: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    need_debian(&missing)?;
+    say(format_args!("installing {}", missing.join(" ")));
+    let install = || {
+        let mut command = as_root("apt-get");
+        command.args(["install", "--yes", "--quiet", "--no-install-recommends"]).args(&missing);
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        output(&mut command)
+    };
+    if install().is_err() {
+        update()?;
+        install()?;
+    }
+    Ok(())
+}
+
+/// What the index offers of a package. Updates the index if it does not know the name.
+pub(crate) fn candidate(name: &str) -> Result<Candidate> {
+    need_debian(&[name])?;
+    match show(name) {
+        Ok(candidate) => Ok(candidate),
+        Err(_) => {
+            update()?;
+            show(name)
+        }
+    }
+}
+
+/// Downloads a package and unpacks it below `cache`, which keeps it: a second call does nothing.
+pub(crate) fn unpack(candidate: &Candidate, cache: &Path) -> Result<Unpacked> {
+    let Candidate { name, version, .. } = candidate;
+    let root = cache.join(format!("{name}_{}", version.replace([':', '/'], "-")));
+    let unpacked = Unpacked { name: name.clone(), version: version.clone(), root: root.clone() };
+    if root.is_dir() {
+        return Ok(unpacked);
+    }
+    say(format_args!("downloading {name} {version}"));
+    std::fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    let work = tempfile::tempdir_in(cache).with_context(|| format!("cannot write to {}", cache.display()))?;
+    output(Command::new("apt-get").args(["download", &format!("{name}={version}")]).current_dir(work.path()))?;
+    let files = work.path().join("files");
+    for entry in std::fs::read_dir(work.path())? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            output(Command::new("dpkg-deb").arg("--extract").arg(path).arg(&files))?;
+        }
+    }
+    std::fs::rename(&files, &root).with_context(|| format!("{name} {version}: nothing was downloaded"))?;
+    Ok(unpacked)
+}
+
+/// Brings the package index up to date.
+pub(crate) fn update() -> Result<()> {
+    say("updating the package index");
+    output(as_root("apt-get").args(["update", "--quiet"])).map(|_| ())
+}
+
+fn show(name: &str) -> Result<Candidate> {
+    let text = output(Command::new("apt-cache").args(["show", "--no-all-versions", name]))?;
+    let field = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+        line.map(str::to_owned)
+    };
+    let version = field("Version").with_context(|| format!("the package index has no version of {name}"))?;
+    Ok(Candidate { name: name.to_owned(), version, depends: field("Depends").unwrap_or_default() })
+}
+
+fn installed(name: &str) -> bool {
+    output(Command::new("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", name]))
+        .is_ok_and(|status| status == "installed")
+}
+
+/// One error that says what is missing, where there is no apt of Debian 12.
+fn need_debian(wanted: &[&str]) -> Result<()> {
+    let release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let field = |key: &str| {
+        let value = release.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        value.unwrap_or("").trim_matches('"').to_owned()
+    };
+    let (id, version) = (field("ID"), field("VERSION_ID"));
+    if id != "debian" || version.parse::<u32>().is_ok_and(|version| version < 12) {
+        let found = [id, version].join(" ");
+        bail!("set-up needs Debian 12 (apt) for the packages {}; this is \"{}\"", wanted.join(" "), found.trim());
+    }
+    Ok(())
+}
+
+fn as_root(program: &str) -> Command {
+    if rustix::process::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.args(["--", program]);
+    command
+}
