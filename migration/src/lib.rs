@@ -31,4 +31,5 @@ pub use ports::{
 };
 pub use report::{Downtime, MemoryDigest, Outcome, Report, Round};
 pub use source::migrate;
+pub use text::chain;
 pub use transport::{Connection, Endpoint, EndpointError, Listener, TransportError};

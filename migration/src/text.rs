@@ -7,7 +7,7 @@ use std::fmt::Write;
 const MAX_PEER_TEXT: usize = 1024;
 
 /// An error and its causes, on one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
+pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -20,13 +20,13 @@ use crate::vcpu::{MSR_TSC_DEADLINE, VcpuRecord, VcpuStateError, set_msr};
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum ClockError {
-    #[error("TSC offset of vCPU {id}: {source}")]
+    #[error("TSC offset of vCPU {id}")]
     TscOffset { id: usize, source: vmm_sys_util::errno::Error },
     #[error("KVM_GET_CLOCK: {0}")]
     Get(kvm_ioctls::Error),
     #[error("KVM_SET_CLOCK: {0}")]
     Set(kvm_ioctls::Error),
-    #[error("TSC deadline: {0}")]
+    #[error("TSC deadline")]
     Deadline(#[from] VcpuStateError),
 }
 

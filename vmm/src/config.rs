@@ -25,9 +25,9 @@ const DISK_ID_MAX: usize = 64;
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum ConfigError {
-    #[error("configuration file {path}: {source}")]
+    #[error("configuration file {path}")]
     Read { path: PathBuf, source: std::io::Error },
-    #[error("configuration file {path}: {source}")]
+    #[error("configuration file {path}")]
     Parse { path: PathBuf, source: serde_json::Error },
     #[error("cpus: expected 1 to {MAX_CPUS}, got {0}")]
     Cpus(u64),

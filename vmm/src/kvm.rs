@@ -6,6 +6,7 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::{errno, ioctl_iow_nr};
 
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 /// The vCPU's TSC offset: guest TSC = host TSC + offset, modulo 2^64
@@ -20,7 +21,10 @@ pub fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, errno::Error> {
 
 /// Sets the vCPU's TSC offset.
 pub fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), errno::Error> {
-    vcpu.set_device_attr(&tsc_attribute(&raw const offset as u64))
+    let attribute = tsc_attribute(&raw const offset as u64);
+    // SAFETY: the kernel reads eight bytes from `offset`, which lives until after the call.
+    let result = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) };
+    if result == 0 { Ok(()) } else { Err(errno::Error::last()) }
 }
 
 /// This CPU's time-stamp counter.

@@ -23,23 +23,23 @@ use crate::boot::layout;
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum MemoryError {
-    #[error("memory: expected a multiple of {} bytes, got {0}", layout::PAGE_SIZE)]
+    #[error("memory: expected a multiple of {page} bytes, got {0}", page = layout::PAGE_SIZE)]
     NotPages(u64),
     #[error("memory: expected at least {MIN_MEMORY} bytes, got {0}")]
     TooSmall(u64),
     #[error("memory: {got} bytes, but this host has {host}")]
     MoreThanHost { got: u64, host: u64 },
-    #[error("memfd of {len} bytes: {source}")]
+    #[error("memfd of {len} bytes")]
     Memfd { len: u64, source: io::Error },
-    #[error("mapping {len} bytes of guest memory: {source}")]
+    #[error("mapping {len} bytes of guest memory")]
     Map { len: u64, source: MmapRegionError },
-    #[error("guest memory: {0}")]
+    #[error("guest memory")]
     Regions(String),
-    #[error("KVM_SET_USER_MEMORY_REGION slot {slot}: {source}")]
+    #[error("KVM_SET_USER_MEMORY_REGION slot {slot}")]
     Slot { slot: u32, source: kvm_ioctls::Error },
-    #[error("KVM_GET_DIRTY_LOG slot {slot}: {source}")]
+    #[error("KVM_GET_DIRTY_LOG slot {slot}")]
     DirtyLog { slot: u32, source: kvm_ioctls::Error },
-    #[error("page set: {0}")]
+    #[error("page set")]
     PageSet(#[from] migration::PageSetError),
 }
 

@@ -68,8 +68,7 @@ const CAPABILITIES: &[(Cap, &str, &str, bool, &str)] = &[
     (Cap::AdjustClock, "kvmclock", MIGRATION, true, "a paravirtual clock that goes on"),
     (Cap::TscDeadlineTimer, "tsc-deadline", BOOT, false, "precise timers"),
     (Cap::TscControl, "tsc-scaling", MIGRATION, false, "moves between hosts of different TSC frequency"),
-    (Cap::ManualDirtyLogProtect2, "manual-dirty-log", MIGRATION, false, "cheap dirty logging"),
-    (Cap::DirtyLogRingAcqRel, "dirty-ring", MIGRATION, false, "which vCPU dirties"),
+    (Cap::DirtyLogRing, "dirty-ring", MIGRATION, false, "which vCPU dirties"),
 ];
 
 /// Looks at this host.

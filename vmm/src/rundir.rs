@@ -16,7 +16,7 @@ const NAME_MAX: usize = 64;
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum RundirError {
-    #[error("run-time directory {path}: {source}")]
+    #[error("run-time directory {path}")]
     Directory { path: PathBuf, source: io::Error },
     #[error("run-time directory {path}: expected mode 0700 and your own, got mode {mode:04o}, owner {owner}")]
     NotPrivate { path: PathBuf, mode: u32, owner: u32 },
@@ -26,7 +26,7 @@ pub enum RundirError {
     InUse { path: PathBuf },
     #[error("API socket {path}: expected a free path or a stale socket, got something else")]
     NotASocket { path: PathBuf },
-    #[error("API socket {path}: {source}")]
+    #[error("API socket {path}")]
     Socket { path: PathBuf, source: io::Error },
     #[error("no VM {name:?}: {path} is not there; `godwit ps` lists the running ones")]
     NoSuchVm { name: String, path: PathBuf },

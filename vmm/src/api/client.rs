@@ -21,11 +21,11 @@ use super::types::Fault;
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum ClientError {
-    #[error("API socket {path}: {source}")]
+    #[error("API socket {path}")]
     Connect { path: PathBuf, source: io::Error },
-    #[error("API socket {path}: {source}")]
+    #[error("API socket {path}")]
     Http { path: PathBuf, source: hyper::Error },
-    #[error("API socket {path}: expected JSON, got {source}")]
+    #[error("API socket {path}: expected JSON")]
     Json { path: PathBuf, source: serde_json::Error },
     #[error("{message}")]
     Refused { status: StatusCode, message: String },

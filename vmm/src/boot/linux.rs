@@ -1,7 +1,7 @@
 //! The 64-bit Linux boot protocol (Documentation/arch/x86/boot.rst), for bzImage and for an ELF kernel
 //! without a PVH note.
 
-use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::{Initrd, layout};
@@ -43,8 +43,8 @@ pub(super) fn write_zero_page(
 
     let ram = layout::usable_ranges(size).into_iter().map(|(addr, size)| (addr, size, E820_RAM));
     let reserved = (layout::MP_TABLE, layout::HIGH_MEMORY - layout::MP_TABLE, E820_RESERVED);
-    for (index, (addr, size, type_)) in ram.chain([reserved]).enumerate() {
-        params.e820_table[index] = boot_e820_entry { addr, size, type_ };
+    for (index, (addr, size, r#type)) in ram.chain([reserved]).enumerate() {
+        params.e820_table[index] = boot_e820_entry { addr, size, r#type };
         params.e820_entries = index as u8 + 1;
     }
     memory.write_obj(params, GuestAddress(layout::ZERO_PAGE))

@@ -28,7 +28,7 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum BootError {
-    #[error("{what} {path}: {source}")]
+    #[error("{what} {path}")]
     Open { what: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{what} {path}: expected a file, got a directory")]
     Directory { what: &'static str, path: PathBuf },
@@ -36,7 +36,7 @@ pub enum BootError {
     UnknownFormat(PathBuf),
     #[error("kernel {path}: truncated: its header promises {expected} bytes, the file has {got}")]
     Truncated { path: PathBuf, expected: u64, got: u64 },
-    #[error("kernel {path}: {source} (truncated file, or too little memory?)")]
+    #[error("kernel {path}: cannot be loaded (a truncated file, or too little memory?)")]
     Load { path: PathBuf, source: linux_loader::loader::Error },
     #[error("kernel {0}: expected a bzImage with a 64-bit entry point (boot protocol 2.12 or later)")]
     No64BitEntry(PathBuf),
@@ -46,7 +46,7 @@ pub enum BootError {
     CmdlineTooLong { got: usize, limit: usize },
     #[error("kernel command line: a NUL byte at position {0}")]
     CmdlineNul(usize),
-    #[error("guest memory: {0}")]
+    #[error("guest memory")]
     Memory(#[from] GuestMemoryError),
 }
 

@@ -1,6 +1,6 @@
 //! The PVH boot protocol (Xen's `docs/misc/pvh.pandoc`): 32-bit entry with a start-info block.
 
-use linux_loader::loader_gen::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
+use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
 use super::{Initrd, layout};

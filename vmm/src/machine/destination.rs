@@ -25,7 +25,7 @@ use crate::memory;
 
 /// TSC frequencies that differ by no more than this, in parts per million, count as equal; it is what KVM
 /// itself tolerates (its module parameter `tsc_tolerance_ppm`).
-pub const TSC_TOLERANCE_PPM: u64 = 250;
+const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// What this host offers to a machine that arrives.
 #[derive(Clone, Debug)]
@@ -123,7 +123,7 @@ impl MigrationDestination {
             return Some(difference(&what, "a backend", format!("none (use --disk {}=PATH)", device.id)));
         };
         match Backend::open(path, device.read_only) {
-            Err(error) => Some(difference(&what, "a usable backend", error.to_string())),
+            Err(error) => Some(difference(&what, "a usable backend", migration::chain(&error))),
             Ok(backend) => {
                 let here = disk_description(&device.id, &backend);
                 (*device != here).then(|| difference(&what, summary(device), summary(&here)))

@@ -20,6 +20,8 @@ use crate::console::Console;
 
 /// Ports of a 16550.
 const SERIAL_PORTS: u64 = 8;
+/// Ports of the keyboard controller: data at the first, command and status at the fifth.
+const I8042_PORTS: u64 = 5;
 /// The name of the entropy device.
 pub(super) const RNG_ID: &str = "rng";
 
@@ -70,7 +72,7 @@ impl DeviceSet {
         let power = Arc::new(Mutex::new(power));
         let mut pio = Bus::new();
         pio.insert(layout::SERIAL_PORT.into(), SERIAL_PORTS, serial.clone())?;
-        pio.insert(layout::I8042_PORT.into(), I8042::LEN, i8042.clone())?;
+        pio.insert(layout::I8042_PORT.into(), I8042_PORTS, i8042.clone())?;
         pio.insert(layout::ACPI_POWER_PORT.into(), AcpiPower::LEN, power.clone())?;
 
         let mut virtio = vec![virtio_slot(vm, memory, 0, RNG_ID, None, Box::new(Rng::new()))?];

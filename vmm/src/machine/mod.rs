@@ -37,9 +37,9 @@ use self::devices::DeviceSet;
 pub enum MachineError {
     #[error("/dev/kvm: {0}; `godwit probe` says what this host offers")]
     NoKvm(kvm_ioctls::Error),
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Kvm { what: &'static str, source: kvm_ioctls::Error },
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Io { what: &'static str, source: std::io::Error },
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -55,7 +55,7 @@ pub enum MachineError {
     Clock(#[from] ClockError),
     #[error(transparent)]
     Disk(#[from] BackendError),
-    #[error("{id}: {source}")]
+    #[error("{id}")]
     Backend { id: String, source: HostError },
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -63,7 +63,7 @@ pub enum MachineError {
     Serial(#[from] ::devices::legacy::SerialError),
     #[error(transparent)]
     Bus(#[from] ::devices::bus::BusError),
-    #[error("saved state: {0}")]
+    #[error("saved state")]
     State(#[from] migration_state::StateError),
     #[error("saved state: {what}: expected {expected}, got {got}")]
     Mismatch { what: &'static str, expected: String, got: String },

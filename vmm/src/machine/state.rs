@@ -62,7 +62,7 @@ impl Machine {
         }
         envelope.put("chipset", &self.save_chipset()?)?;
         self.devices.save(&mut envelope)?;
-        Ok(envelope.encode()?)
+        Ok(envelope.encode())
     }
 
     /// Restores a saved state into a new machine. Untrusted input.

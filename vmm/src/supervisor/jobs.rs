@@ -48,14 +48,14 @@ fn wait_for_machine(listener: &Listener, mut destination: MigrationDestination, 
     loop {
         let connection = match listener.accept(control) {
             Ok(connection) => connection,
-            Err(error) => return Event::ReceiveFailed(error.to_string()),
+            Err(error) => return Event::ReceiveFailed(migration::chain(&error)),
         };
         let result = migration::receive(&mut destination, &connection, &ReceiveOptions::default(), control);
         let reason = match result {
             Ok(_) => None,
-            Err(error) if error.is_committed() => Some(error.to_string()),
+            Err(error) if error.is_committed() => Some(migration::chain(&error)),
             Err(error) => {
-                tracing::warn!("the machine was not received: {error}; waiting for the next attempt");
+                tracing::warn!("the machine was not received: {}; waiting for the next attempt", migration::chain(&error));
                 continue;
             }
         };

@@ -293,6 +293,6 @@ fn answer<T>(reply: request::Reply<T>, result: Result<T, Refusal>) {
     let _ = reply.send(result);
 }
 
-fn failed(error: impl std::fmt::Display) -> Refusal {
-    Refusal::Failed(error.to_string())
+fn failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Failed(migration::chain(&error))
 }

@@ -26,7 +26,7 @@ const PARK_TIMEOUT: Duration = Duration::from_secs(10);
 pub enum VcpuError {
     #[error("kick signal handler: {0}")]
     Handler(vmm_sys_util::errno::Error),
-    #[error("vCPU thread {id}: {source}")]
+    #[error("vCPU thread {id}")]
     Spawn { id: u8, source: std::io::Error },
     #[error("vCPUs still in the guest after {0:?}")]
     NotParked(Duration),

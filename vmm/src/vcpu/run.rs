@@ -30,7 +30,7 @@ pub enum VcpuFailure {
     Entry { id: u8, reason: u64 },
     #[error("vCPU {id}: unexpected exit {exit}")]
     Unexpected { id: u8, exit: String },
-    #[error("vCPU {id}: KVM_RUN: {source}")]
+    #[error("vCPU {id}: KVM_RUN")]
     Run { id: u8, source: kvm_ioctls::Error },
 }
 

@@ -21,7 +21,7 @@ const MSR_BATCH: usize = 256;
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum VcpuStateError {
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Kvm { what: &'static str, source: kvm_ioctls::Error },
     #[error("{what}: expected {expected} bytes, got {got}")]
     Length { what: &'static str, expected: usize, got: usize },
