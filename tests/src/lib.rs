@@ -1,1 +1,22 @@
-//! tests
+//! The end-to-end harness: VMs as processes, their output as events, guests that tell what they live through.
+//!
+//! The scenarios are in `tests/tests/`; `cargo xtask test` builds what they need and runs them. See `DESIGN.md`.
+
+mod fixtures;
+mod guest;
+mod host;
+mod journey;
+mod output;
+mod process;
+
+pub use fixtures::{Fixtures, count, memory};
+pub use guest::{Event, Tick, check_ticks};
+pub use host::{Host, Migration, Vm};
+pub use journey::{BareGuest, Journey};
+pub use output::Output;
+pub use process::{Finished, Process};
+
+use std::time::Duration;
+
+/// How long anything may take before a test gives up: it only costs time where something is broken.
+pub const PATIENCE: Duration = Duration::from_secs(180);

@@ -1,0 +1,185 @@
+//! A bare guest on its way from process to process.
+
+use anyhow::{Context, Result, ensure};
+use migration::Report;
+
+use crate::{Event, Host, PATIENCE, Vm, check_ticks};
+
+/// The share of the reported downtime that the guest must have seen: less would be a clock that hides the gap.
+const SEEN: f64 = 0.9;
+
+/// A bare guest's machine and work.
+#[derive(Clone, Copy, Debug)]
+pub struct BareGuest<'a> {
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// vCPUs, all of them at work.
+    pub cpus: u32,
+    /// Bytes to dirty, as the guest reads them, e.g. `256M`; empty: all memory.
+    pub workset: &'a str,
+    /// Bytes per second, e.g. `100M` or `max`.
+    pub rate: &'a str,
+    /// Whether memory outside the working set is stamped as well.
+    pub fill: bool,
+}
+
+impl Default for BareGuest<'_> {
+    fn default() -> Self {
+        Self {
+            memory_mib: 64,
+            cpus: 1,
+            workset: "16M",
+            rate: "10M",
+            fill: true,
+        }
+    }
+}
+
+impl BareGuest<'_> {
+    /// The options of `godwit run` for it.
+    pub fn options(&self, host: &Host) -> Result<Vec<String>> {
+        let tsc_khz = host.fixtures().probe()?["tsc_khz"]
+            .as_u64()
+            .context("the probe knows no TSC frequency")?;
+        let Self {
+            memory_mib,
+            cpus,
+            workset,
+            rate,
+            fill,
+        } = *self;
+        let mut cmdline = format!(
+            "cpus={cpus} rate={rate} fill={} tsc_khz={tsc_khz}",
+            u8::from(fill)
+        );
+        if !workset.is_empty() {
+            cmdline.push_str(&format!(" workset={workset}"));
+        }
+        let kernel = host.fixtures().bare().display().to_string();
+        let (cpus, memory) = (cpus.to_string(), format!("{memory_mib}M"));
+        let options = [
+            "--kernel",
+            &kernel,
+            "--cmdline",
+            &cmdline,
+            "--cpus",
+            &cpus,
+            "--memory",
+            &memory,
+        ];
+        Ok(options.map(str::to_owned).to_vec())
+    }
+
+    /// Boots it and waits until it works.
+    pub fn boot(&self, host: &Host, name: &str, more: &[&str]) -> Result<Vm> {
+        let options = self.options(host)?;
+        let vm = host.run(
+            name,
+            options.iter().map(String::as_str).chain(more.iter().copied()),
+        )?;
+        vm.process
+            .stdout()
+            .wait("bare: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+        vm.next_tick()?;
+        Ok(vm)
+    }
+}
+
+/// A guest that moves from one process to the next.
+pub struct Journey {
+    /// The host that it moves on.
+    pub host: Host,
+    /// Where it is now.
+    pub vm: Vm,
+    /// What it printed in the processes before, to the last byte: a line may begin in one and end in the next.
+    before: String,
+    moves: u32,
+}
+
+impl Journey {
+    /// Starts with a guest that is up.
+    pub fn start(host: Host, guest: &BareGuest<'_>, more: &[&str]) -> Result<Self> {
+        let vm = guest.boot(&host, "vm-0", more)?;
+        Ok(Self {
+            host,
+            vm,
+            before: String::new(),
+            moves: 0,
+        })
+    }
+
+    /// A receiver for the next move, and where it listens.
+    pub fn receiver(&self, listen: &str) -> Result<(Vm, String)> {
+        self.host
+            .receive(&format!("vm-{}", self.moves + 1), listen, [""; 0])
+    }
+
+    /// Moves the guest to a new process that listens on a free port.
+    pub fn hop(&mut self, arguments: &[&str]) -> Result<Report> {
+        let (receiver, endpoint) = self.receiver("tcp:127.0.0.1:0")?;
+        self.hop_to(receiver, &endpoint, arguments)
+    }
+
+    /// Moves the guest to `receiver`.
+    pub fn hop_to(&mut self, receiver: Vm, endpoint: &str, arguments: &[&str]) -> Result<Report> {
+        let report = self.vm.migrate(endpoint, arguments)?.moved()?;
+        self.arrive(receiver)?;
+        Ok(report)
+    }
+
+    /// Takes over what `receiver` received: the source must end by itself, with status 0.
+    pub fn arrive(&mut self, receiver: Vm) -> Result<()> {
+        self.vm.wait_success(PATIENCE)?;
+        self.before.push_str(&self.vm.process.stdout().text());
+        self.vm = receiver;
+        self.moves += 1;
+        Ok(())
+    }
+
+    /// As [`Journey::hop`], and compares the gap that the guest lived through with the report.
+    pub fn hop_and_check_gap(&mut self, arguments: &[&str]) -> Result<Report> {
+        self.command(b"r", "reset")?;
+        let report = self.hop(arguments)?;
+        // The first whole tick may have been made before the pause and printed after it.
+        self.vm.tick_from(0)?;
+        let seen = self.vm.next_tick()?.max_gap_us as f64 / 1e3;
+        let stood = report.downtime_ms.context("no downtime")? + report.verify_ms;
+        ensure!(
+            seen >= SEEN * stood,
+            "the guest stood still for {stood} ms and saw a gap of {seen} ms: {report:?}"
+        );
+        Ok(report)
+    }
+
+    /// Lets the guest check every page; returns how many it checked.
+    pub fn verify(&mut self) -> Result<u64> {
+        let verified = self.command(b"v", "verified")?;
+        ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
+        verified.number("pages")
+    }
+
+    /// Checks every tick of its life so far: one after the other, without a gap, across all processes.
+    pub fn check_life(&self) -> Result<u64> {
+        let life = self.before.clone() + &self.vm.process.stdout().text();
+        // The last line may be on its way.
+        let (whole, _) = life.rsplit_once('\n').context("the guest printed nothing")?;
+        check_ticks(whole, Some(1))
+    }
+
+    /// Ends the guest from inside.
+    pub fn end(mut self) -> Result<()> {
+        self.check_life()?;
+        self.vm.process.send(b"q")?;
+        self.vm.wait_success(PATIENCE)?;
+        self.host.check_clean()
+    }
+
+    fn command(&mut self, letter: &[u8], answer: &str) -> Result<Event> {
+        let mark = self.vm.process.stdout().mark();
+        self.vm.process.send(letter)?;
+        self.vm
+            .process
+            .stdout()
+            .wait(answer, mark, PATIENCE, |line| Event::named(line, answer))
+    }
+}

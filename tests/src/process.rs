@@ -1,0 +1,218 @@
+//! A child process that never outlives the test.
+#![allow(unsafe_code)] // `pre_exec`: the child asks for a signal at the death of its parent.
+
+use std::io::Write;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, set_parent_process_death_signal};
+
+use crate::Output;
+
+/// A running program. Dropping it kills and reaps it.
+pub struct Process {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Output,
+    stderr: Output,
+    shown: String,
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// The exit code; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// What it printed on stdout.
+    pub stdout: String,
+    /// What it printed on stderr.
+    pub stderr: String,
+}
+
+impl Process {
+    /// Starts the command with its standard streams in our hands.
+    ///
+    /// The process dies with the thread that calls this, at the latest.
+    pub fn spawn(mut command: Command) -> Result<Self> {
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let shown = words
+            .map(|word| word.to_string_lossy())
+            .collect::<Vec<_>>()
+            .join(" ");
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        // SAFETY: the closure runs between fork and exec and makes a single prctl call: no allocation, no lock.
+        unsafe {
+            command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into));
+        }
+        let mut child = command.spawn().with_context(|| format!("cannot start {shown}"))?;
+        let stdin = child.stdin.take();
+        let stdout = Output::follow(child.stdout.take().context("stdout")?);
+        let stderr = Output::follow(child.stderr.take().context("stderr")?);
+        Ok(Self {
+            child,
+            stdin,
+            stdout,
+            stderr,
+            shown,
+        })
+    }
+
+    /// Runs the command to its end.
+    pub fn run(command: Command, timeout: Duration) -> Result<Finished> {
+        let mut process = Self::spawn(command)?;
+        process.close_stdin();
+        process.finish(timeout)
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Standard output so far.
+    pub fn stdout(&self) -> &Output {
+        &self.stdout
+    }
+
+    /// Standard error so far.
+    pub fn stderr(&self) -> &Output {
+        &self.stderr
+    }
+
+    /// Writes to its standard input.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("standard input is closed")?;
+        stdin
+            .write_all(bytes)
+            .and_then(|()| stdin.flush())
+            .with_context(|| format!("input of {}", self.shown))
+    }
+
+    /// Ends its standard input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(self.pid(), signal).with_context(|| format!("cannot signal {}", self.shown))
+    }
+
+    /// Waits for its end; an error if it is still there after `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).context("pidfd_open")?;
+        let timeout = Timespec::try_from(timeout).context("timeout")?;
+        let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)).context("poll")?;
+        ensure!(
+            ready > 0,
+            "{} does not end; its last messages:\n{}",
+            self.shown,
+            self.stderr.text()
+        );
+        self.child.wait().context("wait")
+    }
+
+    /// Waits for its end and returns what it printed.
+    pub fn finish(mut self, timeout: Duration) -> Result<Finished> {
+        let status = self.wait(timeout)?;
+        self.stdout.wait_end(timeout)?;
+        self.stderr.wait_end(timeout)?;
+        Ok(Finished {
+            code: status.code(),
+            stdout: self.stdout.text(),
+            stderr: self.stderr.text(),
+        })
+    }
+
+    /// Waits for an end with status 0.
+    pub fn wait_success(&mut self, timeout: Duration) -> Result<()> {
+        let status = self.wait(timeout)?;
+        if !status.success() {
+            let how = status
+                .signal()
+                .map_or_else(|| status.to_string(), |signal| format!("signal {signal}"));
+            bail!(
+                "{} ended with {how}; its last messages:\n{}",
+                self.shown,
+                self.stderr.text()
+            );
+        }
+        self.stdout.wait_end(timeout)
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended long ago; then neither does anything.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Finished {
+    /// Fails unless the exit code is `code`.
+    pub fn expect_code(&self, code: i32) -> Result<&Self> {
+        ensure!(
+            self.code == Some(code),
+            "expected exit code {code}, got {:?}\nstdout: {}\nstderr: {}",
+            self.code,
+            self.stdout,
+            self.stderr
+        );
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn status_and_output_are_kept() {
+        let finished =
+            Process::run(shell("echo out; echo err >&2; exit 3"), Duration::from_secs(10)).unwrap();
+        assert_eq!(
+            (finished.stdout.as_str(), finished.stderr.as_str()),
+            ("out\n", "err\n")
+        );
+        finished.expect_code(3).unwrap();
+        assert!(
+            finished
+                .expect_code(0)
+                .unwrap_err()
+                .to_string()
+                .contains("got Some(3)")
+        );
+    }
+
+    #[test]
+    fn dropping_kills() {
+        let mut process = Process::spawn(shell("echo up; read line")).unwrap();
+        process
+            .stdout()
+            .wait("up", 0, Duration::from_secs(10), |line| {
+                (line == "up").then_some(())
+            })
+            .unwrap();
+        assert!(process.wait(Duration::from_millis(10)).is_err());
+        let output = process.stdout().clone();
+        drop(process);
+        output.wait_end(Duration::from_secs(10)).unwrap();
+    }
+}

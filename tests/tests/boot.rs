@@ -1,0 +1,102 @@
+//! The bare guest boots, works and ends, on machines of all shapes.
+
+use anyhow::{Result, ensure};
+use tests::{BareGuest, Event, Host, Journey, PATIENCE};
+
+/// Boots the guest, lets it verify its memory, and ends it; returns the number of pages that it has.
+fn boot_and_end(guest: BareGuest<'_>, more: &[&str]) -> Result<u64> {
+    let mut journey = Journey::start(Host::new()?, &guest, more)?;
+    let start = journey
+        .vm
+        .process
+        .stdout()
+        .wait("start", 0, PATIENCE, |line| Event::named(line, "start"))?;
+    ensure!(
+        start.number("cpus")? == u64::from(guest.cpus),
+        "expected {} CPUs, got {start:?}",
+        guest.cpus
+    );
+    let pages = start.number("pages")?;
+    let status = journey.vm.status()?;
+    ensure!(
+        status["vcpu_count"] == guest.cpus && status["mem_size_mib"] == guest.memory_mib,
+        "got {status}"
+    );
+    let verified = journey.verify()?;
+    ensure!(
+        verified <= pages && verified > 0,
+        "expected at most {pages} verified pages, got {verified}"
+    );
+    journey.end()?;
+    Ok(pages)
+}
+
+#[test]
+fn one_vcpu() -> Result<()> {
+    let pages = boot_and_end(BareGuest::default(), &[])?;
+    ensure!(
+        (15_000..16_384).contains(&pages),
+        "expected nearly all of 64 MiB, got {pages} pages"
+    );
+    Ok(())
+}
+
+#[test]
+fn four_vcpus() -> Result<()> {
+    boot_and_end(
+        BareGuest {
+            cpus: 4,
+            ..Default::default()
+        },
+        &[],
+    )
+    .map(drop)
+}
+
+#[test]
+fn shared_memory() -> Result<()> {
+    boot_and_end(BareGuest::default(), &["--shared-memory"]).map(drop)
+}
+
+#[test]
+fn memory_on_both_sides_of_the_hole() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 5 << 10,
+        workset: "32M",
+        fill: false,
+        ..Default::default()
+    };
+    let pages = boot_and_end(guest, &[])?;
+    ensure!(
+        pages > (5 << 18) - 1000,
+        "expected nearly all of 5 GiB, got {pages} pages"
+    );
+    Ok(())
+}
+
+#[test]
+fn configuration_file() -> Result<()> {
+    let host = Host::new()?;
+    let options = BareGuest {
+        cpus: 2,
+        ..Default::default()
+    }
+    .options(&host)?;
+    let after = |option: &str| options.iter().skip_while(|word| *word != option).nth(1).cloned();
+    let file = serde_json::json!({
+        "boot-source": { "kernel_image_path": after("--kernel"), "boot_args": after("--cmdline") },
+        "machine-config": { "vcpu_count": 2, "mem_size_mib": 96 },
+    });
+    let path = host.path("vm.json");
+    std::fs::write(&path, file.to_string())?;
+    let mut vm = host.run("filed", ["--config-file".as_ref(), path.as_os_str()])?;
+    vm.check_running()?;
+    let status = vm.status()?;
+    ensure!(
+        status["vcpu_count"] == 2 && status["mem_size_mib"] == 96,
+        "got {status}"
+    );
+    vm.process.send(b"q")?;
+    vm.wait_success(PATIENCE)?;
+    host.check_clean()
+}

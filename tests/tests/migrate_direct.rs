@@ -1,0 +1,166 @@
+//! Guests move between two processes of this machine.
+
+use anyhow::{Context, Result, ensure};
+use migration::Outcome;
+use tests::{BareGuest, Host, Journey, count, memory};
+
+/// Moves a guest under load back and forth, digests and gaps checked each time, and says what it cost.
+fn back_and_forth(cpus: u32) -> Result<()> {
+    let (moves, memory_mib) = (count(5)?, memory(512)?);
+    let guest = BareGuest {
+        memory_mib,
+        cpus,
+        workset: "",
+        rate: "100M",
+        fill: true,
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut downtimes = Vec::new();
+    for number in 1..=moves {
+        let report = journey
+            .hop_and_check_gap(&["--verify"])
+            .with_context(|| format!("move {number} of {moves}"))?;
+        ensure!(
+            report.memory_digest.is_some(),
+            "no digest with --verify: {report:?}"
+        );
+        ensure!(
+            report.pages_sent >= memory_mib << 8,
+            "fewer pages than the guest has: {report:?}"
+        );
+        downtimes.push(report.downtime_ms.context("no downtime")?);
+    }
+    let pages = journey.verify()?;
+    journey.end()?;
+    downtimes.sort_by(f64::total_cmp);
+    println!(
+        "{moves} moves of {memory_mib} MiB, {cpus} vCPUs, {pages} pages verified: downtime median {:.1} ms, longest {:.1} ms",
+        downtimes[downtimes.len() / 2],
+        downtimes[downtimes.len() - 1]
+    );
+    Ok(())
+}
+
+#[test]
+fn back_and_forth_with_one_vcpu() -> Result<()> {
+    back_and_forth(1)
+}
+
+#[test]
+fn back_and_forth_with_four_vcpus() -> Result<()> {
+    back_and_forth(4)
+}
+
+#[test]
+fn over_a_unix_socket() -> Result<()> {
+    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let path = journey.host.path("migrate.sock");
+    let (receiver, endpoint) = journey.receiver(&format!("unix:{}", path.display()))?;
+    journey.hop_to(receiver, &endpoint, &["--verify"])?;
+    journey.vm.check_running()?;
+    ensure!(!path.exists(), "the socket's file is still there");
+    journey.end()
+}
+
+#[test]
+fn shared_memory_and_a_machine_with_the_hole() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 4 << 10,
+        workset: "32M",
+        fill: false,
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &["--shared-memory"])?;
+    journey.hop_and_check_gap(&["--verify"])?;
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn a_paused_guest_arrives_paused() -> Result<()> {
+    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    journey.vm.godwit("pause", &[])?.expect_code(0)?;
+    journey.hop(&["--verify"])?;
+    ensure!(
+        journey.vm.state()? == "Paused",
+        "expected Paused, got {}",
+        journey.vm.state()?
+    );
+    let printed = journey.vm.process.stdout().text();
+    ensure!(printed.is_empty(), "a paused guest printed {printed:?}");
+    journey.vm.godwit("resume", &[])?.expect_code(0)?;
+    journey.vm.check_running()?;
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn a_missed_budget_fails_with_numbers_or_switches() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 512,
+        workset: "256M",
+        rate: "max",
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
+    let error = journey
+        .vm
+        .migrate(&endpoint, &["--max-downtime", "1ms"])?
+        .stayed(Outcome::Failed)?;
+    let numbers = error
+        .split_whitespace()
+        .filter(|word| word.starts_with(|c: char| c.is_ascii_digit()))
+        .count();
+    ensure!(
+        numbers >= 2,
+        "expected the budget and the prediction in {error:?}"
+    );
+    journey.vm.check_running()?;
+
+    let arguments = ["--max-downtime", "1ms", "--on-miss", "switch", "--verify"];
+    let report = journey.hop_to(receiver, &endpoint, &arguments)?;
+    ensure!(
+        !report.budget_kept,
+        "a budget of 1 ms kept by a guest at full rate: {report:?}"
+    );
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn the_report_has_the_promised_fields() -> Result<()> {
+    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
+    let finished = journey
+        .vm
+        .start_migration(&endpoint, &["--verify"])?
+        .finish(tests::PATIENCE)?;
+    let report: serde_json::Value = serde_json::from_str(&finished.expect_code(0)?.stdout)?;
+    let fields = |value: &serde_json::Value| {
+        let mut names: Vec<_> = value
+            .as_object()
+            .into_iter()
+            .flat_map(|map| map.keys().cloned())
+            .collect();
+        names.sort();
+        names.join(" ")
+    };
+    let top = "budget_kept budget_ms bytes_sent data_path downtime downtime_ms error memory_digest mode outcome \
+               pages_sent pages_zero predicted_downtime_ms predicted_total_ms rounds streams total_ms verify_ms";
+    ensure!(fields(&report) == top, "expected {top}, got {}", fields(&report));
+    let terms = "commit_ms drain_ms final_copy_ms final_log_ms pause_ms restore_ms resume_ms state_ms";
+    ensure!(
+        fields(&report["downtime"]) == terms,
+        "got {}",
+        fields(&report["downtime"])
+    );
+    let round = "bandwidth_bytes_per_s bytes dirty_bytes_per_s ms n pages throttle_percent";
+    ensure!(
+        fields(&report["rounds"][0]) == round,
+        "got {}",
+        fields(&report["rounds"][0])
+    );
+    journey.arrive(receiver)?;
+    journey.end()
+}
