@@ -2,7 +2,14 @@
 
 fn main() {
     let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| ".".into());
-    for argument in ["-nostartfiles", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,norelro"] {
+    for argument in [
+        "-nostartfiles",
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        "-Wl,--build-id=none",
+        "-Wl,-z,norelro",
+    ] {
         println!("cargo:rustc-link-arg-bins={argument}");
     }
     println!("cargo:rustc-link-arg-bins=-Wl,-T,{folder}/link.ld");

@@ -21,7 +21,10 @@ use crate::vcpu::{MSR_TSC_DEADLINE, VcpuRecord, VcpuStateError, set_msr};
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum ClockError {
     #[error("TSC offset of vCPU {id}")]
-    TscOffset { id: usize, source: vmm_sys_util::errno::Error },
+    TscOffset {
+        id: usize,
+        source: vmm_sys_util::errno::Error,
+    },
     #[error("KVM_GET_CLOCK: {0}")]
     Get(kvm_ioctls::Error),
     #[error("KVM_SET_CLOCK: {0}")]
@@ -61,9 +64,18 @@ pub fn save(
     let clock = vm.get_clock().map_err(ClockError::Get)?;
     let tsc = kvm::host_tsc();
     let since_pause = paused_at.elapsed();
-    let record =
-        ClockRecord { kvmclock_ns: clock.clock, since_pause_ns: since_pause.as_nanos() as u64, tsc_khz };
-    Ok((record, offsets.into_iter().map(|offset| tsc.wrapping_add(offset)).collect()))
+    let record = ClockRecord {
+        kvmclock_ns: clock.clock,
+        since_pause_ns: since_pause.as_nanos() as u64,
+        tsc_khz,
+    };
+    Ok((
+        record,
+        offsets
+            .into_iter()
+            .map(|offset| tsc.wrapping_add(offset))
+            .collect(),
+    ))
 }
 
 /// Sets the clocks of a machine that has been paused since `stopped_at`, and arms the deadline timers.
@@ -75,7 +87,9 @@ pub fn advance(
     stopped_at: Instant,
 ) -> Result<(), ClockError> {
     // Both sides estimate the same pause; an estimate that is too short must not turn a clock back.
-    let gap = stopped_at.elapsed().saturating_sub(Duration::from_nanos(clock.since_pause_ns));
+    let gap = stopped_at
+        .elapsed()
+        .saturating_sub(Duration::from_nanos(clock.since_pause_ns));
     let tsc = kvm::host_tsc();
     let ticks = (gap.as_nanos().saturating_mul(u128::from(clock.tsc_khz)) / 1_000_000) as u64;
     for (id, (vcpu, record)) in vcpus.iter().zip(records).enumerate() {

@@ -28,7 +28,10 @@ pub enum ConfigError {
     #[error("configuration file {path}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("configuration file {path}")]
-    Parse { path: PathBuf, source: serde_json::Error },
+    Parse {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
     #[error("cpus: expected 1 to {MAX_CPUS}, got {0}")]
     Cpus(u64),
     #[error(transparent)]
@@ -99,16 +102,23 @@ pub struct Wishes {
 impl Wishes {
     /// What a configuration file asks for.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        let file: File = serde_json::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
+        let file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.into(),
+            source,
+        })?;
         Ok(Self {
             kernel: Some(file.boot_source.kernel_image_path),
             initrd: file.boot_source.initrd_path,
             cmdline: file.boot_source.boot_args,
             cpus: file.machine_config.as_ref().map(|machine| machine.vcpu_count),
-            memory: file.machine_config.as_ref().map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
+            memory: file
+                .machine_config
+                .as_ref()
+                .map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
             shared_memory: false,
             cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
             disks: file.drives.into_iter().map(DiskConfig::from).collect(),
@@ -152,7 +162,15 @@ impl Wishes {
             cmdline: self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.into()),
         };
         let shared_memory = self.shared_memory;
-        Ok(Config { boot, cpus, memory, shared_memory, template, template_reason, disks: self.disks })
+        Ok(Config {
+            boot,
+            cpus,
+            memory,
+            shared_memory,
+            template,
+            template_reason,
+            disks: self.disks,
+        })
     }
 }
 
@@ -212,7 +230,11 @@ struct DriveSection {
 
 impl From<DriveSection> for DiskConfig {
     fn from(drive: DriveSection) -> Self {
-        Self { id: drive.drive_id, path: drive.path_on_host, read_only: drive.is_read_only }
+        Self {
+            id: drive.drive_id,
+            path: drive.path_on_host,
+            read_only: drive.is_read_only,
+        }
     }
 }
 
@@ -221,7 +243,11 @@ mod tests {
     use super::*;
 
     fn wishes() -> Wishes {
-        Wishes { kernel: Some("vmlinux".into()), memory: Some(64 << 20), ..Default::default() }
+        Wishes {
+            kernel: Some("vmlinux".into()),
+            memory: Some(64 << 20),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -229,7 +255,12 @@ mod tests {
         let config = wishes().check().unwrap();
         assert_eq!((config.cpus, config.memory), (1, 64 << 20));
         for bad in [0, 33, 1 << 40] {
-            let error = Wishes { cpus: Some(bad), ..wishes() }.check().unwrap_err();
+            let error = Wishes {
+                cpus: Some(bad),
+                ..wishes()
+            }
+            .check()
+            .unwrap_err();
             assert_eq!(error.to_string(), format!("cpus: expected 1 to 32, got {bad}"));
         }
         assert!(matches!(Wishes::default().check(), Err(ConfigError::NoKernel)));
@@ -237,10 +268,20 @@ mod tests {
 
     #[test]
     fn disks_have_distinct_names() {
-        let disk = |id: &str| DiskConfig { id: id.into(), path: "x".into(), read_only: false };
-        let twice = Wishes { disks: vec![disk("a"), disk("a")], ..wishes() };
+        let disk = |id: &str| DiskConfig {
+            id: id.into(),
+            path: "x".into(),
+            read_only: false,
+        };
+        let twice = Wishes {
+            disks: vec![disk("a"), disk("a")],
+            ..wishes()
+        };
         assert!(matches!(twice.check(), Err(ConfigError::DuplicateDisk(id)) if id == "a"));
-        let bad = Wishes { disks: vec![disk("a/b")], ..wishes() };
+        let bad = Wishes {
+            disks: vec![disk("a/b")],
+            ..wishes()
+        };
         assert!(matches!(bad.check(), Err(ConfigError::DiskId { .. })));
     }
 
@@ -256,12 +297,25 @@ mod tests {
         )
         .unwrap();
         let file = Wishes::from_file(&path).unwrap();
-        let config = file.overridden_by(Wishes { cpus: Some(4), ..Default::default() }).check().unwrap();
-        assert_eq!((config.cpus, config.memory, config.boot.cmdline.as_str()), (4, 128 << 20, "quiet"));
+        let config = file
+            .overridden_by(Wishes {
+                cpus: Some(4),
+                ..Default::default()
+            })
+            .check()
+            .unwrap();
+        assert_eq!(
+            (config.cpus, config.memory, config.boot.cmdline.as_str()),
+            (4, 128 << 20, "quiet")
+        );
         assert_eq!(config.disks[0].id, "root");
 
-        std::fs::write(&path, r#"{"boot-source": {"kernel_image_path": "k"}, "balloon": {}}"#).unwrap();
-        let error = Wishes::from_file(&path).unwrap_err().to_string();
+        std::fs::write(
+            &path,
+            r#"{"boot-source": {"kernel_image_path": "k"}, "balloon": {}}"#,
+        )
+        .unwrap();
+        let error = migration::chain(&Wishes::from_file(&path).unwrap_err());
         assert!(error.contains("unknown field `balloon`"), "{error}");
     }
 }

@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use devices::legacy::Serial;
 use tokio::sync::broadcast;
 
 /// Bytes that wait for standard output before the oldest are lost.
@@ -43,19 +44,30 @@ impl Console {
     pub fn to_stdout() -> io::Result<Self> {
         let console = Self::detached();
         let shared = console.shared.clone();
-        std::thread::Builder::new().name("console".into()).spawn(move || shared.carry_to(io::stdout()))?;
+        std::thread::Builder::new()
+            .name("console".into())
+            .spawn(move || shared.carry_to(io::stdout()))?;
         Ok(console)
     }
 
     fn detached() -> Self {
         let (clients, _) = broadcast::channel(CLIENT_CHUNKS);
-        Self { shared: Arc::new(Shared { output: Mutex::default(), changed: Condvar::new(), clients }) }
+        Self {
+            shared: Arc::new(Shared {
+                output: Mutex::default(),
+                changed: Condvar::new(),
+                clients,
+            }),
+        }
     }
 
     /// The last output, and everything that comes after it.
     pub fn attach(&self) -> (Vec<u8>, broadcast::Receiver<Vec<u8>>) {
         let output = self.shared.lock();
-        (output.history.iter().copied().collect(), self.shared.clients.subscribe())
+        (
+            output.history.iter().copied().collect(),
+            self.shared.clients.subscribe(),
+        )
     }
 
     /// Waits, for a bounded time, until standard output has taken everything.
@@ -63,7 +75,10 @@ impl Console {
         let output = self.shared.lock();
         let unfinished = |output: &mut Output| !output.backlog.is_empty() || output.writing;
         // Giving up after the time-out is all that can be done about a reader that does not read.
-        let _ = self.shared.changed.wait_timeout_while(output, FLUSH_TIMEOUT, unfinished);
+        let _ = self
+            .shared
+            .changed
+            .wait_timeout_while(output, FLUSH_TIMEOUT, unfinished);
     }
 
     /// The serial port's end of it.
@@ -91,6 +106,31 @@ impl Shared {
             self.lock().writing = false;
             self.changed.notify_all();
         }
+    }
+}
+
+/// Where console input goes; nowhere until there is a machine.
+#[derive(Clone, Default)]
+pub struct ConsoleInput(Arc<Mutex<Option<Arc<Mutex<Serial>>>>>);
+
+impl ConsoleInput {
+    /// How long to wait before offering again what a guest that does not read has no room for.
+    pub const RETRY: Duration = Duration::from_millis(20);
+
+    /// From here on input goes to `serial`.
+    pub fn connect(&self, serial: Arc<Mutex<Serial>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(serial);
+    }
+
+    /// Offers input to the guest; returns how many bytes were taken. Without a machine all are, and lost.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        let serial = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        serial.map_or(bytes.len(), |serial| {
+            serial
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .enqueue(bytes)
+        })
     }
 }
 

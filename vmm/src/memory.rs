@@ -14,7 +14,8 @@ use thiserror::Error;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::boot::layout;
@@ -68,8 +69,11 @@ pub fn create(ranges: &[(u64, u64)], shared: bool) -> Result<GuestMemory, Memory
         .iter()
         .map(|(gpa, len)| {
             let mapping = map(*len, shared)?;
-            GuestRegionMmap::new(mapping, GuestAddress(*gpa))
-                .ok_or_else(|| MemoryError::Regions(format!("{len} bytes at {gpa:#x} pass the end of the address space")))
+            GuestRegionMmap::new(mapping, GuestAddress(*gpa)).ok_or_else(|| {
+                MemoryError::Regions(format!(
+                    "{len} bytes at {gpa:#x} pass the end of the address space"
+                ))
+            })
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Regions(error.to_string()))
@@ -81,7 +85,10 @@ fn map(len: u64, shared: bool) -> Result<MmapRegion<AtomicBitmap>, MemoryError> 
     let mut builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
     if shared {
-        let wrap = |source: rustix::io::Errno| MemoryError::Memfd { len, source: source.into() };
+        let wrap = |source: rustix::io::Errno| MemoryError::Memfd {
+            len,
+            source: source.into(),
+        };
         let memfd = rustix::fs::memfd_create("godwit-guest-memory", MemfdFlags::CLOEXEC).map_err(wrap)?;
         rustix::fs::ftruncate(&memfd, len).map_err(wrap)?;
         builder = builder
@@ -90,7 +97,9 @@ fn map(len: u64, shared: bool) -> Result<MmapRegion<AtomicBitmap>, MemoryError> 
     } else {
         builder = builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
     }
-    let region = builder.build().map_err(|source| MemoryError::Map { len, source })?;
+    let region = builder
+        .build()
+        .map_err(|source| MemoryError::Map { len, source })?;
     advise_huge_pages(&region);
     Ok(region)
 }
@@ -99,7 +108,11 @@ fn map(len: u64, shared: bool) -> Result<MmapRegion<AtomicBitmap>, MemoryError> 
 fn advise_huge_pages(region: &MmapRegion<AtomicBitmap>) {
     // SAFETY: the range is one mapping that `region` owns, and MADV_HUGEPAGE does not change its content.
     let advised = unsafe {
-        rustix::mm::madvise(region.as_ptr().cast(), region.size(), rustix::mm::Advice::LinuxHugepage)
+        rustix::mm::madvise(
+            region.as_ptr().cast(),
+            region.size(),
+            rustix::mm::Advice::LinuxHugepage,
+        )
     };
     if let Err(error) = advised {
         tracing::debug!(%error, "no huge pages for guest memory");
@@ -159,7 +172,10 @@ fn device_writes(region: &GuestRegionMmap<AtomicBitmap>) -> Vec<u64> {
 
 /// The memfds behind shared memory, in region order; empty for anonymous memory.
 pub fn memfds(memory: &GuestMemory) -> Vec<i32> {
-    memory.iter().filter_map(|region| region.file_offset().map(|file| file.file().as_raw_fd())).collect()
+    memory
+        .iter()
+        .filter_map(|region| region.file_offset().map(|file| file.file().as_raw_fd()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -168,9 +184,15 @@ mod tests {
 
     #[test]
     fn bad_sizes_are_refused_by_name() {
-        assert_eq!(check_size(0).unwrap_err().to_string(), "memory: expected at least 2097152 bytes, got 0");
+        assert_eq!(
+            check_size(0).unwrap_err().to_string(),
+            "memory: expected at least 2097152 bytes, got 0"
+        );
         assert!(matches!(check_size(4097), Err(MemoryError::NotPages(4097))));
-        assert!(matches!(check_size(1 << 50), Err(MemoryError::MoreThanHost { .. })));
+        assert!(matches!(
+            check_size(1 << 50),
+            Err(MemoryError::MoreThanHost { .. })
+        ));
         check_size(64 << 20).unwrap();
     }
 

@@ -52,23 +52,83 @@ const POSTCOPY: &str = "postcopy";
 
 /// Capabilities of KVM: name, purpose, whether required, what it is good for.
 const CAPABILITIES: &[(Cap, &str, &str, bool, &str)] = &[
-    (Cap::Irqchip, "irqchip", BOOT, true, "interrupt controllers in the kernel"),
+    (
+        Cap::Irqchip,
+        "irqchip",
+        BOOT,
+        true,
+        "interrupt controllers in the kernel",
+    ),
     (Cap::Pit2, "pit", BOOT, true, "timer in the kernel"),
     (Cap::UserMemory, "user-memory", BOOT, true, "guest memory"),
-    (Cap::ExtCpuid, "cpuid", BOOT, true, "what the guest's CPUs announce"),
+    (
+        Cap::ExtCpuid,
+        "cpuid",
+        BOOT,
+        true,
+        "what the guest's CPUs announce",
+    ),
     (Cap::Irqfd, "irqfd", BOOT, true, "device interrupts"),
     (Cap::Ioeventfd, "ioeventfd", BOOT, true, "device kicks"),
     (Cap::SetTssAddr, "tss-address", BOOT, true, "real mode"),
-    (Cap::ImmediateExit, "immediate-exit", BOOT, true, "pausing vCPUs without a race"),
-    (Cap::MpState, "mp-state", MIGRATION, true, "state of application processors"),
-    (Cap::VcpuEvents, "vcpu-events", MIGRATION, true, "exceptions and interrupts in flight"),
-    (Cap::Debugregs, "debug-registers", MIGRATION, true, "debug registers"),
+    (
+        Cap::ImmediateExit,
+        "immediate-exit",
+        BOOT,
+        true,
+        "pausing vCPUs without a race",
+    ),
+    (
+        Cap::MpState,
+        "mp-state",
+        MIGRATION,
+        true,
+        "state of application processors",
+    ),
+    (
+        Cap::VcpuEvents,
+        "vcpu-events",
+        MIGRATION,
+        true,
+        "exceptions and interrupts in flight",
+    ),
+    (
+        Cap::Debugregs,
+        "debug-registers",
+        MIGRATION,
+        true,
+        "debug registers",
+    ),
     (Cap::Xsave, "xsave", MIGRATION, true, "extended state"),
     (Cap::Xcrs, "xcrs", MIGRATION, true, "extended control registers"),
-    (Cap::AdjustClock, "kvmclock", MIGRATION, true, "a paravirtual clock that goes on"),
-    (Cap::TscDeadlineTimer, "tsc-deadline", BOOT, false, "precise timers"),
-    (Cap::TscControl, "tsc-scaling", MIGRATION, false, "moves between hosts of different TSC frequency"),
-    (Cap::DirtyLogRing, "dirty-ring", MIGRATION, false, "which vCPU dirties"),
+    (
+        Cap::AdjustClock,
+        "kvmclock",
+        MIGRATION,
+        true,
+        "a paravirtual clock that goes on",
+    ),
+    (
+        Cap::TscDeadlineTimer,
+        "tsc-deadline",
+        BOOT,
+        false,
+        "precise timers",
+    ),
+    (
+        Cap::TscControl,
+        "tsc-scaling",
+        MIGRATION,
+        false,
+        "moves between hosts of different TSC frequency",
+    ),
+    (
+        Cap::DirtyLogRing,
+        "dirty-ring",
+        MIGRATION,
+        false,
+        "which vCPU dirties",
+    ),
 ];
 
 /// Looks at this host.
@@ -132,7 +192,11 @@ fn print(out: &mut impl Write, findings: &Findings) -> std::io::Result<()> {
             (false, true) => "LACKS",
             (false, false) => "lacks",
         };
-        writeln!(out, "  {mark} {:<18} {:<10} {}", check.name, check.purpose, check.detail)?;
+        writeln!(
+            out,
+            "  {mark} {:<18} {:<10} {}",
+            check.name, check.purpose, check.detail
+        )?;
     }
     Ok(())
 }
@@ -140,29 +204,52 @@ fn print(out: &mut impl Write, findings: &Findings) -> std::io::Result<()> {
 fn check_kvm(checks: &mut Vec<Check>) -> Option<Kvm> {
     let (kvm, detail) = match Kvm::new() {
         Ok(kvm) => (Some(kvm), "can be opened".to_owned()),
-        Err(error) if error.errno() == libc::ENOENT => {
-            (None, "not there: enable virtualisation in the firmware and load kvm-intel or kvm-amd".to_owned())
-        }
-        Err(error) if error.errno() == libc::EACCES => {
-            (None, "no permission: join the group kvm, or run as root".to_owned())
-        }
+        Err(error) if error.errno() == libc::ENOENT => (
+            None,
+            "not there: enable virtualisation in the firmware and load kvm-intel or kvm-amd".to_owned(),
+        ),
+        Err(error) if error.errno() == libc::EACCES => (
+            None,
+            "no permission: join the group kvm, or run as root".to_owned(),
+        ),
         Err(error) => (None, error.to_string()),
     };
-    checks.push(Check { name: "/dev/kvm", purpose: BOOT, required: true, present: kvm.is_some(), detail });
+    checks.push(Check {
+        name: "/dev/kvm",
+        purpose: BOOT,
+        required: true,
+        present: kvm.is_some(),
+        detail,
+    });
     kvm
 }
 
 fn check_vm(kvm: &Kvm, checks: &mut Vec<Check>) -> Option<VmFd> {
     let vm = kvm.create_vm();
-    let detail = vm.as_ref().map_or_else(|error| format!("KVM_CREATE_VM: {error}"), |_| "can be created".into());
-    checks.push(Check { name: "vm", purpose: BOOT, required: true, present: vm.is_ok(), detail });
+    let detail = vm.as_ref().map_or_else(
+        |error| format!("KVM_CREATE_VM: {error}"),
+        |_| "can be created".into(),
+    );
+    checks.push(Check {
+        name: "vm",
+        purpose: BOOT,
+        required: true,
+        present: vm.is_ok(),
+        detail,
+    });
     vm.ok()
 }
 
 fn check_capabilities(vm: &VmFd, checks: &mut Vec<Check>) {
     for (cap, name, purpose, required, detail) in CAPABILITIES {
         let present = vm.check_extension(*cap);
-        checks.push(Check { name, purpose, required: *required, present, detail: (*detail).into() });
+        checks.push(Check {
+            name,
+            purpose,
+            required: *required,
+            present,
+            detail: (*detail).into(),
+        });
     }
 }
 
@@ -171,7 +258,13 @@ fn check_vcpu(vm: &VmFd, checks: &mut Vec<Check>) -> u32 {
     let vcpu = vm.create_irq_chip().and_then(|()| vm.create_vcpu(0));
     let tsc_khz = vcpu.as_ref().map_or(0, |vcpu| vcpu.get_tsc_khz().unwrap_or(0));
     let detail = format!("guest TSC at {tsc_khz} kHz");
-    checks.push(Check { name: "tsc", purpose: MIGRATION, required: true, present: tsc_khz > 0, detail });
+    checks.push(Check {
+        name: "tsc",
+        purpose: MIGRATION,
+        required: true,
+        present: tsc_khz > 0,
+        detail,
+    });
     let offset = vcpu.as_ref().ok().map(crate::kvm::tsc_offset);
     let detail = match &offset {
         Some(Ok(_)) => "clocks that go on".to_owned(),
@@ -179,7 +272,13 @@ fn check_vcpu(vm: &VmFd, checks: &mut Vec<Check>) -> u32 {
         None => "no vCPU".to_owned(),
     };
     let present = matches!(offset, Some(Ok(_)));
-    checks.push(Check { name: "tsc-offset", purpose: MIGRATION, required: true, present, detail });
+    checks.push(Check {
+        name: "tsc-offset",
+        purpose: MIGRATION,
+        required: true,
+        present,
+        detail,
+    });
     tsc_khz
 }
 
@@ -188,6 +287,16 @@ fn check_userfaultfd(checks: &mut Vec<Check>) {
     let open = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
     let root = rustix::process::geteuid().is_root();
     let present = device || open.as_ref().is_ok_and(|value| value.trim() == "1" || root);
-    let detail = if present { "page faults in user space" } else { "no userfaultfd, or no permission for it" };
-    checks.push(Check { name: "userfaultfd", purpose: POSTCOPY, required: true, present, detail: detail.into() });
+    let detail = if present {
+        "page faults in user space"
+    } else {
+        "no userfaultfd, or no permission for it"
+    };
+    checks.push(Check {
+        name: "userfaultfd",
+        purpose: POSTCOPY,
+        required: true,
+        present,
+        detail: detail.into(),
+    });
 }

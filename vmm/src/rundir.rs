@@ -20,7 +20,9 @@ pub enum RundirError {
     Directory { path: PathBuf, source: io::Error },
     #[error("run-time directory {path}: expected mode 0700 and your own, got mode {mode:04o}, owner {owner}")]
     NotPrivate { path: PathBuf, mode: u32, owner: u32 },
-    #[error("VM name {got:?}: expected 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not starting with '.'")]
+    #[error(
+        "VM name {got:?}: expected 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not starting with '.'"
+    )]
     BadName { got: String },
     #[error("API socket {path}: in use by a running VM; choose another --name or --api-sock")]
     InUse { path: PathBuf },
@@ -50,9 +52,15 @@ impl ApiSocket {
 
     /// Binds a socket at `path`. A socket file that nobody listens on any more is replaced.
     pub fn bind(path: &Path) -> Result<Self, RundirError> {
-        let wrap = |source| RundirError::Socket { path: path.into(), source };
+        let wrap = |source| RundirError::Socket {
+            path: path.into(),
+            source,
+        };
         // Two processes that reclaim the same stale socket must not delete each other's.
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
         let guard = File::open(parent).map_err(wrap)?;
         flock(&guard, FlockOperation::LockExclusive).map_err(|error| wrap(error.into()))?;
         if let Ok(metadata) = fs::symlink_metadata(path) {
@@ -68,7 +76,10 @@ impl ApiSocket {
             }
         }
         let listener = UnixListener::bind(path).map_err(wrap)?;
-        let socket = Self { listener, path: path.into() };
+        let socket = Self {
+            listener,
+            path: path.into(),
+        };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(wrap)?;
         Ok(socket)
     }
@@ -98,7 +109,14 @@ pub fn resolve(vm: &str) -> Result<PathBuf, RundirError> {
     }
     check_name(vm)?;
     let path = directory()?.join(format!("{vm}.{SUFFIX}"));
-    if path.exists() { Ok(path) } else { Err(RundirError::NoSuchVm { name: vm.into(), path }) }
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(RundirError::NoSuchVm {
+            name: vm.into(),
+            path,
+        })
+    }
 }
 
 /// Names and sockets of all VMs in the run-time directory, by name. Sockets that nobody listens on are left
@@ -108,7 +126,12 @@ pub fn list() -> Result<Vec<(String, PathBuf)>, RundirError> {
     let entries = match fs::read_dir(&directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(RundirError::Directory { path: directory, source }),
+        Err(source) => {
+            return Err(RundirError::Directory {
+                path: directory,
+                source,
+            });
+        }
     };
     let mut found: Vec<_> = entries
         .filter_map(Result::ok)
@@ -130,13 +153,24 @@ fn directory() -> Result<PathBuf, RundirError> {
 
 fn create_private(path: &Path) -> Result<(), RundirError> {
     use std::os::unix::fs::MetadataExt;
-    let wrap = |source| RundirError::Directory { path: path.into(), source };
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(wrap)?;
+    let wrap = |source| RundirError::Directory {
+        path: path.into(),
+        source,
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(wrap)?;
     let metadata = fs::metadata(path).map_err(wrap)?;
     let mode = metadata.mode() & 0o7777;
     let owner = metadata.uid();
     if mode & 0o077 != 0 || owner != rustix::process::geteuid().as_raw() {
-        return Err(RundirError::NotPrivate { path: path.into(), mode, owner });
+        return Err(RundirError::NotPrivate {
+            path: path.into(),
+            mode,
+            owner,
+        });
     }
     Ok(())
 }
@@ -172,7 +206,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("precious");
         fs::write(&path, "data").unwrap();
-        assert!(matches!(ApiSocket::bind(&path), Err(RundirError::NotASocket { .. })));
+        assert!(matches!(
+            ApiSocket::bind(&path),
+            Err(RundirError::NotASocket { .. })
+        ));
         assert_eq!(fs::read(&path).unwrap(), b"data");
     }
 

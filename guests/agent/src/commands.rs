@@ -21,7 +21,10 @@ pub(crate) struct Workloads {
 impl Workloads {
     /// Both workloads; there may be no disk.
     pub(crate) fn new(memory: Sender<Verify>, disk: Option<Sender<Request>>) -> Self {
-        Self { memory: Mutex::new(memory), disk: Mutex::new(disk) }
+        Self {
+            memory: Mutex::new(memory),
+            disk: Mutex::new(disk),
+        }
     }
 
     /// Whether there is a disk under load.
@@ -78,7 +81,10 @@ pub(crate) fn serve(input: impl BufRead, report: &Report, workloads: &Workloads)
             "" => {}
             "verify" => {
                 let (pages, files) = workloads.verify();
-                report.line(format_args!("verified pages={pages} files={files} errors={}", report.errors()));
+                report.line(format_args!(
+                    "verified pages={pages} files={files} errors={}",
+                    report.errors()
+                ));
             }
             "reset" => report.reset.store(true, Ordering::Relaxed),
             "sync" => {

@@ -56,7 +56,11 @@ pub(crate) fn start(device: &str, report: Arc<Report>) -> Option<Sender<Request>
 
 /// Works until it is asked to stop; returns where to answer.
 fn run(folder: &Path, report: &Report, requests: &Receiver<Request>) -> Option<SyncSender<()>> {
-    let mut files = Files { folder: folder.join("files"), first: 0, next: 0 };
+    let mut files = Files {
+        folder: folder.join("files"),
+        first: 0,
+        next: 0,
+    };
     files.clear(report);
     let mut nap = Duration::ZERO;
     loop {
@@ -152,13 +156,27 @@ fn content(number: u64) -> Vec<u8> {
 
 /// What is wrong with a file's content.
 fn damage(number: u64, content: &[u8]) -> Option<String> {
-    let word = |at: usize| content.get(at..).and_then(|rest| rest.first_chunk()).map(|word| u64::from_le_bytes(*word));
-    let expected = [Some(number), Some(content.len() as u64), content.get(HEADER..).map(xxh3_64)];
+    let word = |at: usize| {
+        content
+            .get(at..)
+            .and_then(|rest| rest.first_chunk())
+            .map(|word| u64::from_le_bytes(*word))
+    };
+    let expected = [
+        Some(number),
+        Some(content.len() as u64),
+        content.get(HEADER..).map(xxh3_64),
+    ];
     let got = [word(0), word(8), word(16)];
     let names = ["number", "length", "checksum"];
     let wrong = (0..names.len()).find(|at| expected[*at] != got[*at] || got[*at].is_none())?;
     let show = |value: Option<u64>| value.map_or("nothing".to_owned(), |value| format!("{value:#x}"));
-    Some(format!("field={} expected={} got={}", names[wrong], show(expected[wrong]), show(got[wrong])))
+    Some(format!(
+        "field={} expected={} got={}",
+        names[wrong],
+        show(expected[wrong]),
+        show(got[wrong])
+    ))
 }
 
 fn write(path: &Path, number: u64) -> io::Result<()> {
@@ -169,7 +187,10 @@ fn write(path: &Path, number: u64) -> io::Result<()> {
 
 /// Reads a file past the page cache where the file system can.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let direct = OpenOptions::new().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path);
+    let direct = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECT.bits() as i32)
+        .open(path);
     let mut file = match direct {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => File::open(path)?,
         other => other?,
@@ -194,7 +215,11 @@ mod tests {
     fn files_rotate_and_verify() {
         let folder = tempfile::tempdir().unwrap();
         let report = Report::default();
-        let mut files = Files { folder: folder.path().join("files"), first: 0, next: 0 };
+        let mut files = Files {
+            folder: folder.path().join("files"),
+            first: 0,
+            next: 0,
+        };
         files.clear(&report);
         for _ in 0..20 {
             assert!(files.step(&report));
@@ -207,7 +232,11 @@ mod tests {
     fn damage_and_loss_are_errors() {
         let folder = tempfile::tempdir().unwrap();
         let report = Report::default();
-        let mut files = Files { folder: folder.path().join("files"), first: 0, next: 0 };
+        let mut files = Files {
+            folder: folder.path().join("files"),
+            first: 0,
+            next: 0,
+        };
         files.clear(&report);
         for _ in 0..4 {
             files.step(&report);

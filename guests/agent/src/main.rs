@@ -26,12 +26,22 @@ fn main() -> std::io::Result<()> {
     }
 
     let memory = memory::start(settings.dirty_bytes, settings.rate, report.clone());
-    let disk = settings.disk.as_ref().and_then(|device| disk::start(device, report.clone()));
+    let disk = settings
+        .disk
+        .as_ref()
+        .and_then(|device| disk::start(device, report.clone()));
     let workloads = Arc::new(commands::Workloads::new(memory, disk));
     workloads.wait_until_filled();
     let cpus = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let device = settings.disk.as_deref().filter(|_| workloads.has_disk()).unwrap_or("-");
-    report.line(format_args!("ready cpus={cpus} dirty_mib={} disk={device}", settings.dirty_bytes >> 20));
+    let device = settings
+        .disk
+        .as_deref()
+        .filter(|_| workloads.has_disk())
+        .unwrap_or("-");
+    report.line(format_args!(
+        "ready cpus={cpus} dirty_mib={} disk={device}",
+        settings.dirty_bytes >> 20
+    ));
 
     power::watch(&report, &workloads);
     {

@@ -30,7 +30,11 @@ fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify
     let nanoseconds = || start.elapsed().as_nanos() as u64;
     let mut pace = Pace::new(rate, 1, KHZ, nanoseconds());
     loop {
-        let due = if pages.count == 0 { 0 } else { pace.due(nanoseconds()) };
+        let due = if pages.count == 0 {
+            0
+        } else {
+            pace.due(nanoseconds())
+        };
         for _ in 0..due {
             pages.dirty_next(report);
         }
@@ -58,7 +62,13 @@ impl Pages {
     fn filled(count: u64) -> Self {
         let words = vec![0; (count as usize + 1) * WORDS];
         let first = words.as_ptr().align_offset(PAGE as usize);
-        let mut pages = Self { words, first, count, position: 0, generation: 0 };
+        let mut pages = Self {
+            words,
+            first,
+            count,
+            position: 0,
+            generation: 0,
+        };
         for number in 0..count {
             let (head, body) = pages.split(number);
             head.copy_from_slice(&stamp(number, 0));
@@ -74,8 +84,12 @@ impl Pages {
 
     fn check(&mut self, number: u64, generation: u64, report: &Report) -> bool {
         let (head, _) = self.split(number);
-        let Some(head) = head.first_chunk::<STAMP_WORDS>() else { return false };
-        let Err(seen) = check(head, number, generation) else { return true };
+        let Some(head) = head.first_chunk::<STAMP_WORDS>() else {
+            return false;
+        };
+        let Err(seen) = check(head, number, generation) else {
+            return true;
+        };
         let (page, got, intact) = (seen.page, seen.generation, u8::from(seen.intact));
         report.error(format_args!(
             "page={number} expected={generation} got={got} got_page={page} intact={intact}"
@@ -86,7 +100,9 @@ impl Pages {
     fn dirty_next(&mut self, report: &Report) {
         let (number, generation) = (self.position, self.generation);
         self.check(number, generation, report);
-        self.split(number).0.copy_from_slice(&stamp(number, generation + 1));
+        self.split(number)
+            .0
+            .copy_from_slice(&stamp(number, generation + 1));
         self.position += 1;
         if self.position == self.count {
             self.position = 0;

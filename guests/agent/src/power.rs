@@ -17,13 +17,17 @@ const KEY_POWER: u16 = 116;
 
 /// Listens to every input device that there is.
 pub(crate) fn watch(report: &Arc<Report>, workloads: &Arc<Workloads>) {
-    let Ok(entries) = std::fs::read_dir("/dev/input") else { return };
+    let Ok(entries) = std::fs::read_dir("/dev/input") else {
+        return;
+    };
     for entry in entries.flatten() {
         let name = entry.file_name();
         if !name.to_string_lossy().starts_with("event") {
             continue;
         }
-        let Ok(device) = File::open(entry.path()) else { continue };
+        let Ok(device) = File::open(entry.path()) else {
+            continue;
+        };
         let (report, workloads) = (report.clone(), workloads.clone());
         thread::spawn(move || listen(device, &report, &workloads));
     }

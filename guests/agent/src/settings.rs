@@ -30,8 +30,14 @@ impl Settings {
             unknown: Vec::new(),
         };
         for word in line.split_ascii_whitespace() {
-            let Some(ours) = word.strip_prefix("godwit.") else { continue };
-            if ours.split_once('=').and_then(|(key, value)| settings.set(key, value)).is_none() {
+            let Some(ours) = word.strip_prefix("godwit.") else {
+                continue;
+            };
+            if ours
+                .split_once('=')
+                .and_then(|(key, value)| settings.set(key, value))
+                .is_none()
+            {
                 settings.unknown.push(word.to_owned());
             }
         }
@@ -52,7 +58,9 @@ impl Settings {
 
 fn milliseconds(value: &str) -> Option<Duration> {
     let number: u64 = value.strip_suffix("ms").unwrap_or(value).parse().ok()?;
-    (1..=60_000).contains(&number).then(|| Duration::from_millis(number))
+    (1..=60_000)
+        .contains(&number)
+        .then(|| Duration::from_millis(number))
 }
 
 #[cfg(test)]
@@ -70,6 +78,11 @@ mod tests {
             unknown: vec!["godwit.x=1".into()],
         };
         assert_eq!(Settings::parse(line), expected);
-        assert_eq!(Settings::parse("godwit.tick=0ms godwit.dirty godwit.rate=quick").unknown.len(), 3);
+        assert_eq!(
+            Settings::parse("godwit.tick=0ms godwit.dirty godwit.rate=quick")
+                .unknown
+                .len(),
+            3
+        );
     }
 }

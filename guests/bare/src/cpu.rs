@@ -1,6 +1,9 @@
 //! This CPU as CPL 3 sees it: the services of `boot.s`, the TSC, the local APIC.
 
-#![allow(unsafe_code, reason = "privileged services, the TSC, memory-mapped APIC registers")]
+#![allow(
+    unsafe_code,
+    reason = "privileged services, the TSC, memory-mapped APIC registers"
+)]
 
 use core::arch::x86_64::_rdtsc;
 use core::sync::atomic::{AtomicU32, Ordering};

@@ -1,6 +1,9 @@
 //! What the VMM says about the machine (PVH's hvm_start_info), and memory as this guest uses it.
 
-#![allow(unsafe_code, reason = "reads the VMM's tables, extends the page tables, reads and writes raw pages")]
+#![allow(
+    unsafe_code,
+    reason = "reads the VMM's tables, extends the page tables, reads and writes raw pages"
+)]
 
 use core::arch::global_asm;
 use core::fmt;
@@ -108,7 +111,9 @@ pub(crate) fn discover() -> Result<Machine, Problem> {
 /// Nobody else may use the page while the reference lives: each page belongs to one CPU.
 pub(crate) unsafe fn page(ranges: &Ranges, page: u64) -> Option<&'static mut [u64; WORDS]> {
     // SAFETY: RAM above the image, mapped by `discover`, aligned; the caller promises that it is not shared.
-    ranges.address(page).map(|address| unsafe { &mut *(address as *mut [u64; WORDS]) })
+    ranges
+        .address(page)
+        .map(|address| unsafe { &mut *(address as *mut [u64; WORDS]) })
 }
 
 /// The stamp and the body of a page.
@@ -124,7 +129,12 @@ fn ram(entries: &[MemmapEntry]) -> impl Iterator<Item = (u64, u64)> + '_ {
     entries
         .iter()
         .filter(|entry| entry.kind == MEMMAP_RAM)
-        .map(|entry| (entry.address, entry.address.saturating_add(entry.size).min(MAPPED_LIMIT)))
+        .map(|entry| {
+            (
+                entry.address,
+                entry.address.saturating_add(entry.size).min(MAPPED_LIMIT),
+            )
+        })
 }
 
 /// The command line, copied: what lies in memory there is overwritten later. Cut at 1023 bytes.
@@ -162,7 +172,12 @@ fn map_up_to(top: u64, mut free: u64) -> u64 {
             unsafe { table.add(entry as usize).write(gib + (entry << 21) + 0x87) };
         }
         // SAFETY: only the first CPU runs; an entry that was absent becomes present, which no TLB has cached.
-        unsafe { (&raw mut pdpt).cast::<u64>().add((gib / GIB) as usize).write_volatile(table as u64 + 7) };
+        unsafe {
+            (&raw mut pdpt)
+                .cast::<u64>()
+                .add((gib / GIB) as usize)
+                .write_volatile(table as u64 + 7)
+        };
         gib += GIB;
     }
     free

@@ -48,7 +48,10 @@ fn first_cpu() -> ! {
 extern "C" fn bare_fault(vector: u64, rip: u64, cr2: u64, code: u64) -> ! {
     serial::only_once();
     let mut line = Line::new();
-    let _ = write!(line, "fault vector={vector} rip={rip:#x} cr2={cr2:#x} code={code:#x}");
+    let _ = write!(
+        line,
+        "fault vector={vector} rip={rip:#x} cr2={cr2:#x} code={code:#x}"
+    );
     line.print(|| {});
     cpu::stop()
 }
@@ -57,7 +60,9 @@ extern "C" fn bare_fault(vector: u64, rip: u64, cr2: u64, code: u64) -> ! {
 fn panicked(info: &PanicInfo<'_>) -> ! {
     serial::only_once();
     let mut line = Line::new();
-    let place = info.location().map_or(("?", 0), |place| (place.file(), place.line()));
+    let place = info
+        .location()
+        .map_or(("?", 0), |place| (place.file(), place.line()));
     let _ = write!(line, "fault panic={}:{}", place.0, place.1);
     line.print(|| {});
     cpu::stop()

@@ -20,12 +20,19 @@ unsafe impl<T: Send + Sync> Sync for Once<T> {}
 
 impl<T> Once<T> {
     pub(crate) const fn new() -> Self {
-        Self { state: AtomicU8::new(EMPTY), value: UnsafeCell::new(None) }
+        Self {
+            state: AtomicU8::new(EMPTY),
+            value: UnsafeCell::new(None),
+        }
     }
 
     /// Sets the value; a second call changes nothing.
     pub(crate) fn set(&self, value: T) {
-        if self.state.compare_exchange(EMPTY, BUSY, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+        if self
+            .state
+            .compare_exchange(EMPTY, BUSY, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
+        {
             // SAFETY: BUSY is reached once, and nobody reads before SET.
             unsafe { *self.value.get() = Some(value) };
             self.state.store(SET, Ordering::Release);

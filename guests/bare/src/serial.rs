@@ -21,7 +21,10 @@ pub(crate) struct Line {
 impl Line {
     /// A line that begins with the guest's prefix.
     pub(crate) fn new() -> Self {
-        let mut line = Self { bytes: [0; 240], used: 0 };
+        let mut line = Self {
+            bytes: [0; 240],
+            used: 0,
+        };
         let _ = line.write_str("bare: ");
         line
     }

@@ -79,15 +79,26 @@ impl Plan {
     fn new(machine: Machine) -> Self {
         let (tsc, apic) = cpu::compare_clocks();
         // Every VMM of the kind runs the APIC timer at 1 GHz; so it measures the TSC if nobody told.
-        let tsc_khz = machine.settings.tsc_khz.unwrap_or(tsc.saturating_mul(1_000_000) / apic.max(1)).max(1);
+        let tsc_khz = machine
+            .settings
+            .tsc_khz
+            .unwrap_or(tsc.saturating_mul(1_000_000) / apic.max(1))
+            .max(1);
         let apic_ticks_per_ms = (apic.saturating_mul(tsc_khz) / tsc.max(1)) as u32;
         let all = machine.ranges.pages();
-        let count = machine.settings.workset.map_or(all, |bytes| bytes / PAGE).min(all);
+        let count = machine
+            .settings
+            .workset
+            .map_or(all, |bytes| bytes / PAGE)
+            .min(all);
         let rest = if machine.settings.fill { all - count } else { 0 };
         Self {
             machine,
             workset: Share { first: 0, count },
-            rest: Share { first: count, count: rest },
+            rest: Share {
+                first: count,
+                count: rest,
+            },
             tsc_khz,
             apic_ticks_per_ms,
             start: cpu::tsc(),
@@ -103,16 +114,25 @@ impl Plan {
     }
 
     fn sum(&self, field: impl Fn(&Cpu) -> &AtomicU64) -> u64 {
-        self.cpus().iter().map(|cpu| field(cpu).load(Ordering::Relaxed)).sum()
+        self.cpus()
+            .iter()
+            .map(|cpu| field(cpu).load(Ordering::Relaxed))
+            .sum()
     }
 
     fn longest_gap(&self) -> u64 {
-        self.cpus().iter().map(|cpu| cpu.longest_gap.load(Ordering::Relaxed)).max().unwrap_or(0)
+        self.cpus()
+            .iter()
+            .map(|cpu| cpu.longest_gap.load(Ordering::Relaxed))
+            .max()
+            .unwrap_or(0)
     }
 
     /// Whether all CPUs have come to a phase.
     fn all_in(&self, phase: u32) -> bool {
-        self.cpus().iter().all(|cpu| cpu.phase.load(Ordering::Acquire) >= phase)
+        self.cpus()
+            .iter()
+            .all(|cpu| cpu.phase.load(Ordering::Acquire) >= phase)
     }
 }
 
@@ -123,20 +143,36 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
     let Some(plan) = PLAN.get() else { cpu::stop() };
     for other in 1..plan.machine.settings.cpus {
         if !start_other(plan, other) {
-            say(&CPUS[0], format_args!("fault cpu={other} expected=online got=nothing"));
+            say(
+                &CPUS[0],
+                format_args!("fault cpu={other} expected=online got=nothing"),
+            );
             cpu::stop();
         }
     }
-    let (cpus, pages, workset) = (plan.machine.settings.cpus, plan.machine.ranges.pages(), plan.workset.count);
+    let (cpus, pages, workset) = (
+        plan.machine.settings.cpus,
+        plan.machine.ranges.pages(),
+        plan.workset.count,
+    );
     let khz = plan.tsc_khz;
-    say(&CPUS[0], format_args!("start cpus={cpus} pages={pages} workset_pages={workset} tsc_khz={khz}"));
+    say(
+        &CPUS[0],
+        format_args!("start cpus={cpus} pages={pages} workset_pages={workset} tsc_khz={khz}"),
+    );
     let mut worker = Worker::new(plan, 0);
     worker.fill();
     worker.wait_for(|| plan.all_in(FILLED));
-    plan.cpus().iter().for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
+    plan.cpus()
+        .iter()
+        .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
     say(&CPUS[0], format_args!("ready"));
     READY.store(true, Ordering::Release);
-    let mut console = Console { plan, ticks: 0, next: 0 };
+    let mut console = Console {
+        plan,
+        ticks: 0,
+        next: 0,
+    };
     worker.run(|worker, now| console.poll(worker, now))
 }
 
@@ -162,7 +198,9 @@ fn start_other(plan: &Plan, other: u32) -> bool {
     cpu::start_other(other, || {
         wait(10, &|| false);
     });
-    wait(START_MS, &|| CPUS[other as usize].phase.load(Ordering::Acquire) >= ONLINE)
+    wait(START_MS, &|| {
+        CPUS[other as usize].phase.load(Ordering::Acquire) >= ONLINE
+    })
 }
 
 /// Prints a line; `cpu` is the one that runs this.
@@ -205,7 +243,9 @@ impl Worker {
         for share in [self.own, self.rest] {
             for number in share.first..share.first + share.count {
                 // SAFETY: the page is in this CPU's share.
-                let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else { continue };
+                let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else {
+                    continue;
+                };
                 let (head, body) = split(words);
                 *head = stamp(number, 0);
                 fill_body(number, body);
@@ -257,7 +297,9 @@ impl Worker {
     fn dirty_next(&mut self) {
         let number = self.own.first + self.position;
         // SAFETY: the page is in this CPU's share.
-        let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else { return };
+        let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else {
+            return;
+        };
         let (head, _) = split(words);
         let seen = check(head, number, self.generation);
         *head = stamp(number, self.generation + 1);
@@ -294,13 +336,21 @@ impl Worker {
         for (share, sweep) in [(self.own, true), (self.rest, false)] {
             for offset in 0..share.count {
                 let number = share.first + offset;
-                let generation = if sweep { self.generation + u64::from(offset < self.position) } else { 0 };
+                let generation = if sweep {
+                    self.generation + u64::from(offset < self.position)
+                } else {
+                    0
+                };
                 // SAFETY: the page is in this CPU's share.
-                let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else { continue };
+                let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else {
+                    continue;
+                };
                 let (head, body) = split(words);
                 if let Err(seen) = check(head, number, generation) {
                     let (got, of) = (seen.generation, seen.page);
-                    self.error(format_args!("page={number} expected={generation} got={got} got_page={of}"));
+                    self.error(format_args!(
+                        "page={number} expected={generation} got={got} got_page={of}"
+                    ));
                 } else if !body_intact(number, body) {
                     self.error(format_args!("page={number} expected=body got=other"));
                 }
@@ -334,16 +384,26 @@ impl Console {
             return self.next;
         }
         let tick = self.plan.machine.settings.tick_ms * self.plan.tsc_khz;
-        self.next = if self.next + tick > now { self.next + tick } else { now + tick };
+        self.next = if self.next + tick > now {
+            self.next + tick
+        } else {
+            now + tick
+        };
         self.ticks += 1;
         let (n, us) = (self.ticks, self.plan.us(now.saturating_sub(self.plan.start)));
         let gap = self.plan.us(self.plan.longest_gap());
         let (pages, errors) = (self.plan.sum(|cpu| &cpu.pages), self.plan.sum(|cpu| &cpu.errors));
-        say(worker.cpu, format_args!("tick n={n} us={us} max_gap_us={gap} pages={pages} errors={errors}"));
+        say(
+            worker.cpu,
+            format_args!("tick n={n} us={us} max_gap_us={gap} pages={pages} errors={errors}"),
+        );
         match serial::receive() {
             Some(b'v') => self.verify(worker),
             Some(b'r') => {
-                self.plan.cpus().iter().for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
+                self.plan
+                    .cpus()
+                    .iter()
+                    .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
                 say(worker.cpu, format_args!("reset"));
             }
             Some(b'q') => cpu::end(),
@@ -356,7 +416,10 @@ impl Console {
         let phase = WANTED_PHASE.fetch_add(1, Ordering::AcqRel) + 1;
         worker.follow();
         worker.wait_for(|| self.plan.all_in(phase));
-        let (pages, errors) = (self.plan.sum(|cpu| &cpu.verified), self.plan.sum(|cpu| &cpu.errors));
+        let (pages, errors) = (
+            self.plan.sum(|cpu| &cpu.verified),
+            self.plan.sum(|cpu| &cpu.errors),
+        );
         say(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
     }
 }

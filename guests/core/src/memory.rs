@@ -36,7 +36,9 @@ impl Ranges {
         if pages == 0 {
             return true;
         }
-        let Some(slot) = self.list.get_mut(self.used) else { return false };
+        let Some(slot) = self.list.get_mut(self.used) else {
+            return false;
+        };
         *slot = Range { start, pages };
         self.used += 1;
         true
@@ -60,7 +62,11 @@ impl Ranges {
 
     /// End of the highest range.
     pub fn end(&self) -> u64 {
-        self.list.iter().map(|range| range.start + range.pages * PAGE).max().unwrap_or(0)
+        self.list
+            .iter()
+            .map(|range| range.start + range.pages * PAGE)
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -70,7 +76,10 @@ impl Share {
         let (cpu, cpus) = (u64::from(cpu), u64::from(cpus.max(1)));
         let start = self.count * cpu / cpus;
         let end = self.count * (cpu + 1) / cpus;
-        Self { first: self.first + start, count: end - start }
+        Self {
+            first: self.first + start,
+            count: end - start,
+        }
     }
 }
 
@@ -86,7 +95,13 @@ mod tests {
         assert!(ranges.add(0x1_0000_0000, 0x1_0000_2000));
         assert_eq!(ranges.pages(), 4);
         let addresses: Vec<_> = (0..5).map(|page| ranges.address(page)).collect();
-        let expected = [Some(0x10_1000), Some(0x10_2000), Some(0x1_0000_0000), Some(0x1_0000_1000), None];
+        let expected = [
+            Some(0x10_1000),
+            Some(0x10_2000),
+            Some(0x1_0000_0000),
+            Some(0x1_0000_1000),
+            None,
+        ];
         assert_eq!(addresses, expected);
         assert_eq!(ranges.end(), 0x1_0000_2000);
     }
@@ -102,7 +117,10 @@ mod tests {
 
     #[test]
     fn parts_cover_everything_once() {
-        let share = Share { first: 10, count: 1001 };
+        let share = Share {
+            first: 10,
+            count: 1001,
+        };
         let mut next = 10;
         for cpu in 0..7 {
             let part = share.part(cpu, 7);

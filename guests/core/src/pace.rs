@@ -22,17 +22,25 @@ impl Pace {
             Rate::Max => None,
             Rate::BytesPerSecond(bytes) => Some(bytes / PAGE / u64::from(workers.max(1))),
         };
-        Self { pages_per_second, ticks_per_second: (khz * 1000).max(1), since: now, done: 0 }
+        Self {
+            pages_per_second,
+            ticks_per_second: (khz * 1000).max(1),
+            since: now,
+            done: 0,
+        }
     }
 
     /// Pages to dirty now; the caller does so. What fell due during a stop of more than 100 ms is forgotten:
     /// a guest that was held back goes on at its rate.
     pub fn due(&mut self, now: u64) -> u64 {
-        let Some(rate) = self.pages_per_second else { return Self::BATCH };
+        let Some(rate) = self.pages_per_second else {
+            return Self::BATCH;
+        };
         let elapsed = now.saturating_sub(self.since);
         let seconds = elapsed / self.ticks_per_second;
         let rest = elapsed % self.ticks_per_second;
-        let owed = seconds * rate + (u128::from(rest) * u128::from(rate) / u128::from(self.ticks_per_second)) as u64;
+        let owed =
+            seconds * rate + (u128::from(rest) * u128::from(rate) / u128::from(self.ticks_per_second)) as u64;
         let due = owed.saturating_sub(self.done);
         if due > rate / 10 + Self::BATCH {
             self.since = now;

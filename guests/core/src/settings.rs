@@ -60,7 +60,9 @@ impl Settings {
     pub fn parse(line: &str) -> Result<Self, &str> {
         let mut settings = Self::default();
         for word in line.split_ascii_whitespace() {
-            let Some((key, value)) = word.split_once('=') else { continue };
+            let Some((key, value)) = word.split_once('=') else {
+                continue;
+            };
             settings.set(key, value).ok_or(word)?;
         }
         Ok(settings)
@@ -71,7 +73,14 @@ impl Settings {
             "workset" => self.workset = Some(size(value)?),
             "rate" => self.rate = Rate::parse(value)?,
             "cpus" => self.cpus = value.parse().ok().filter(|n| (1..=Self::MAX_CPUS).contains(n))?,
-            "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|khz| (1_000..100_000_000).contains(khz))?),
+            "tsc_khz" => {
+                self.tsc_khz = Some(
+                    value
+                        .parse()
+                        .ok()
+                        .filter(|khz| (1_000..100_000_000).contains(khz))?,
+                )
+            }
             "fill" => self.fill = flag(value)?,
             "tick" => self.tick_ms = value.parse().ok().filter(|ms| (1..=60_000).contains(ms))?,
             "idle" => self.spin = ["halt", "spin"].iter().position(|name| *name == value)? == 1,
@@ -106,8 +115,9 @@ mod tests {
 
     #[test]
     fn words_set_what_they_name() {
-        let settings =
-            Settings::parse("console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin quiet");
+        let settings = Settings::parse(
+            "console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin quiet",
+        );
         let expected = Settings {
             workset: Some(512 << 20),
             rate: Rate::Max,
@@ -119,12 +129,23 @@ mod tests {
         };
         assert_eq!(settings, Ok(expected));
         assert_eq!(Settings::parse("").map(|s| s.rate), Ok(Rate::BytesPerSecond(0)));
-        assert_eq!(Settings::parse("rate=100M").map(|s| s.rate), Ok(Rate::BytesPerSecond(100 << 20)));
+        assert_eq!(
+            Settings::parse("rate=100M").map(|s| s.rate),
+            Ok(Rate::BytesPerSecond(100 << 20))
+        );
     }
 
     #[test]
     fn a_word_without_sense_is_named() {
-        for word in ["rate=fast", "workset=1T", "workset=M", "workset=99999999999G", "cpus=0", "cpus=33", "tick=0"] {
+        for word in [
+            "rate=fast",
+            "workset=1T",
+            "workset=M",
+            "workset=99999999999G",
+            "cpus=0",
+            "cpus=33",
+            "tick=0",
+        ] {
             assert_eq!(Settings::parse(word), Err(word));
         }
     }

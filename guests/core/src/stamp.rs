@@ -25,7 +25,16 @@ pub struct Seen {
 /// The stamp of a page in a generation.
 pub fn stamp(page: u64, generation: u64) -> [u64; STAMP_WORDS] {
     let sum = checksum(page, generation);
-    [page, generation, sum, !page, !generation, sum ^ page, sum ^ generation, !sum]
+    [
+        page,
+        generation,
+        sum,
+        !page,
+        !generation,
+        sum ^ page,
+        sum ^ generation,
+        !sum,
+    ]
 }
 
 /// Compares the head of a page with the stamp that belongs there.
@@ -33,7 +42,11 @@ pub fn check(head: &[u64; STAMP_WORDS], page: u64, generation: u64) -> Result<()
     if same(head, &stamp(page, generation)) {
         return Ok(());
     }
-    Err(Seen { page: head[0], generation: head[1], intact: same(head, &stamp(head[0], head[1])) })
+    Err(Seen {
+        page: head[0],
+        generation: head[1],
+        intact: same(head, &stamp(head[0], head[1])),
+    })
 }
 
 /// Writes the body, all but the stamp, of a page.
@@ -83,9 +96,30 @@ mod tests {
     fn a_stamp_fits_its_page_and_generation_only() {
         let head = stamp(7, 3);
         assert_eq!(check(&head, 7, 3), Ok(()));
-        assert_eq!(check(&head, 7, 4), Err(Seen { page: 7, generation: 3, intact: true }));
-        assert_eq!(check(&head, 8, 3), Err(Seen { page: 7, generation: 3, intact: true }));
-        assert_eq!(check(&[0; STAMP_WORDS], 0, 0), Err(Seen { page: 0, generation: 0, intact: false }));
+        assert_eq!(
+            check(&head, 7, 4),
+            Err(Seen {
+                page: 7,
+                generation: 3,
+                intact: true
+            })
+        );
+        assert_eq!(
+            check(&head, 8, 3),
+            Err(Seen {
+                page: 7,
+                generation: 3,
+                intact: true
+            })
+        );
+        assert_eq!(
+            check(&[0; STAMP_WORDS], 0, 0),
+            Err(Seen {
+                page: 0,
+                generation: 0,
+                intact: false
+            })
+        );
     }
 
     #[test]

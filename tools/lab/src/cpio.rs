@@ -77,13 +77,29 @@ impl Archive {
     }
 
     fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> Result<(), CpioError> {
-        let len = u32::try_from(content.len())
-            .map_err(|_| CpioError::TooLarge { path: path.to_owned(), len: content.len() })?;
+        let len = u32::try_from(content.len()).map_err(|_| CpioError::TooLarge {
+            path: path.to_owned(),
+            len: content.len(),
+        })?;
         self.next_inode += 1;
         let links = if mode & DIRECTORY == DIRECTORY { 2 } else { 1 };
         // Inode, mode, uid, gid, links, mtime, size, device of the file system, device, name with its zero, no checksum.
         let name = path.len() as u32 + 1;
-        let fields = [self.next_inode, mode, 0, 0, links, 0, len, 0, 0, device.0, device.1, name, 0];
+        let fields = [
+            self.next_inode,
+            mode,
+            0,
+            0,
+            links,
+            0,
+            len,
+            0,
+            0,
+            device.0,
+            device.1,
+            name,
+            0,
+        ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -142,7 +158,10 @@ mod tests {
             ("dev", 0o040_755, b""),
             ("dev/console", 0o020_600, b""),
         ];
-        let expected: Vec<_> = expected.iter().map(|(n, m, c)| ((*n).to_owned(), *m, c.to_vec())).collect();
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|(n, m, c)| ((*n).to_owned(), *m, c.to_vec()))
+            .collect();
         assert_eq!(read(&bytes), expected);
     }
 
@@ -151,6 +170,9 @@ mod tests {
         let mut archive = Archive::new();
         archive.file("a/b/c", 0o644, &[7; 1001]).unwrap();
         let bytes = archive.finish().unwrap();
-        assert_eq!(read(&bytes).iter().map(|e| e.0.as_str()).collect::<Vec<_>>(), ["a", "a/b", "a/b/c"]);
+        assert_eq!(
+            read(&bytes).iter().map(|e| e.0.as_str()).collect::<Vec<_>>(),
+            ["a", "a/b", "a/b/c"]
+        );
     }
 }

@@ -19,8 +19,15 @@ const KERNEL: &str = "linux-image-cloud-amd64";
 const BUSYBOX: &str = "busybox-static";
 
 /// Modules of an emulated host, besides what they depend on: KVM, its devices.
-const LAB_MODULES: [&str; 7] =
-    ["kvm-amd", "kvm-intel", "virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng"];
+const LAB_MODULES: [&str; 7] = [
+    "kvm-amd",
+    "kvm-intel",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+];
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {
@@ -48,7 +55,10 @@ pub(crate) fn build(options: &Options) -> Result<PathBuf> {
     stock::initrd(&root, &cache, &kernel, &packages.busybox, &agent)?;
     cache.make(
         "lab",
-        &cache::Key::new("lab 1").text(&packages.kernel.version).text(&packages.busybox.version).text(LAB_MODULES.join(" ")),
+        &cache::Key::new("lab 1")
+            .text(&packages.kernel.version)
+            .text(&packages.busybox.version)
+            .text(LAB_MODULES.join(" ")),
         &["lab/vmlinuz", "lab/busybox", "lab/modules/order"],
         || {
             cache.copy(&kernel.vmlinuz(), "lab/vmlinuz")?;

@@ -31,10 +31,16 @@ pub(crate) struct Candidate {
 impl Candidate {
     /// The first dependency whose name starts with `prefix`.
     pub(crate) fn dependency(&self, prefix: &str) -> Result<String> {
-        let names = self.depends.split([',', '|']).filter_map(|entry| entry.split_whitespace().next());
+        let names = self
+            .depends
+            .split([',', '|'])
+            .filter_map(|entry| entry.split_whitespace().next());
         let found = names.into_iter().find(|name| name.starts_with(prefix));
         found.map(str::to_owned).with_context(|| {
-            format!("{} {}: expected a dependency {prefix}…, found \"{}\"", self.name, self.version, self.depends)
+            format!(
+                "{} {}: expected a dependency {prefix}…, found \"{}\"",
+                self.name, self.version, self.depends
+            )
         })
     }
 }
@@ -50,7 +56,9 @@ pub(crate) fn ensure(names: &[&str]) -> Result<()> {
     say(format_args!("installing {}", missing.join(" ")));
     let install = || {
         let mut command = as_root("apt-get");
-        command.args(["install", "--yes", "--quiet", "--no-install-recommends"]).args(&missing);
+        command
+            .args(["install", "--yes", "--quiet", "--no-install-recommends"])
+            .args(&missing);
         command.env("DEBIAN_FRONTEND", "noninteractive");
         output(&mut command)
     };
@@ -77,14 +85,22 @@ pub(crate) fn candidate(name: &str) -> Result<Candidate> {
 pub(crate) fn unpack(candidate: &Candidate, cache: &Path) -> Result<Unpacked> {
     let Candidate { name, version, .. } = candidate;
     let root = cache.join(format!("{name}_{}", version.replace([':', '/'], "-")));
-    let unpacked = Unpacked { name: name.clone(), version: version.clone(), root: root.clone() };
+    let unpacked = Unpacked {
+        name: name.clone(),
+        version: version.clone(),
+        root: root.clone(),
+    };
     if root.is_dir() {
         return Ok(unpacked);
     }
     say(format_args!("downloading {name} {version}"));
     std::fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).with_context(|| format!("cannot write to {}", cache.display()))?;
-    output(Command::new("apt-get").args(["download", &format!("{name}={version}")]).current_dir(work.path()))?;
+    output(
+        Command::new("apt-get")
+            .args(["download", &format!("{name}={version}")])
+            .current_dir(work.path()),
+    )?;
     let files = work.path().join("files");
     for entry in std::fs::read_dir(work.path())? {
         let path = entry?.path();
@@ -105,11 +121,17 @@ pub(crate) fn update() -> Result<()> {
 fn show(name: &str) -> Result<Candidate> {
     let text = output(Command::new("apt-cache").args(["show", "--no-all-versions", name]))?;
     let field = |key: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
         line.map(str::to_owned)
     };
     let version = field("Version").with_context(|| format!("the package index has no version of {name}"))?;
-    Ok(Candidate { name: name.to_owned(), version, depends: field("Depends").unwrap_or_default() })
+    Ok(Candidate {
+        name: name.to_owned(),
+        version,
+        depends: field("Depends").unwrap_or_default(),
+    })
 }
 
 fn installed(name: &str) -> bool {
@@ -121,13 +143,19 @@ fn installed(name: &str) -> bool {
 fn need_debian(wanted: &[&str]) -> Result<()> {
     let release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
     let field = |key: &str| {
-        let value = release.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        let value = release
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         value.unwrap_or("").trim_matches('"').to_owned()
     };
     let (id, version) = (field("ID"), field("VERSION_ID"));
     if id != "debian" || version.parse::<u32>().is_ok_and(|version| version < 12) {
         let found = [id, version].join(" ");
-        bail!("set-up needs Debian 12 (apt) for the packages {}; this is \"{}\"", wanted.join(" "), found.trim());
+        bail!(
+            "set-up needs Debian 12 (apt) for the packages {}; this is \"{}\"",
+            wanted.join(" "),
+            found.trim()
+        );
     }
     Ok(())
 }

@@ -9,7 +9,10 @@ use anyhow::{Context, Result, bail};
 pub(crate) fn root() -> Result<PathBuf> {
     // Set by cargo for this crate, two folders below the root.
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let root = manifest.ancestors().nth(2).context("tools/xtask has no workspace above it")?;
+    let root = manifest
+        .ancestors()
+        .nth(2)
+        .context("tools/xtask has no workspace above it")?;
     Ok(root.to_path_buf())
 }
 
@@ -17,7 +20,10 @@ pub(crate) fn root() -> Result<PathBuf> {
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     // These would replace the flags in .cargo/config.toml.
-    command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("CARGO_TARGET_DIR");
+    command
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_TARGET_DIR");
     command
 }
 
@@ -28,7 +34,9 @@ pub(crate) fn say(what: impl std::fmt::Display) {
 
 /// Runs a command to its end; an error tells the command and its status.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("cannot start {}", shown(command)))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
     if !status.success() {
         bail!("{} ended with {status}", shown(command));
     }
@@ -37,15 +45,25 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs a command and returns what it prints on stdout; an error carries its stderr.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("cannot start {}", shown(command)))?;
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
     if !output.status.success() {
         let reason = String::from_utf8_lossy(&output.stderr);
-        bail!("{} ended with {}: {}", shown(command), output.status, reason.trim());
+        bail!(
+            "{} ended with {}: {}",
+            shown(command),
+            output.status,
+            reason.trim()
+        );
     }
     String::from_utf8(output.stdout).with_context(|| format!("{} printed no text", shown(command)))
 }
 
 fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
 }

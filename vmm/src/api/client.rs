@@ -26,7 +26,10 @@ pub enum ClientError {
     #[error("API socket {path}")]
     Http { path: PathBuf, source: hyper::Error },
     #[error("API socket {path}: expected JSON")]
-    Json { path: PathBuf, source: serde_json::Error },
+    Json {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
     #[error("{message}")]
     Refused { status: StatusCode, message: String },
 }
@@ -50,7 +53,12 @@ impl Client {
     }
 
     /// Sends a request whose answer has no content.
-    pub async fn send_json<B: Serialize>(&self, method: Method, route: &str, body: &B) -> Result<(), ClientError> {
+    pub async fn send_json<B: Serialize>(
+        &self,
+        method: Method,
+        route: &str,
+        body: &B,
+    ) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
         let response = self.send(method, route, body.into(), None).await?;
         self.collect(response).await?;
@@ -87,8 +95,12 @@ impl Client {
 
     /// Opens the console: from here on the stream carries its bytes.
     pub async fn console(&self) -> Result<TokioIo<hyper::upgrade::Upgraded>, ClientError> {
-        let response = self.request(Method::GET, "/console", Bytes::new(), Some(CONSOLE_PROTOCOL)).await?;
-        let upgraded = hyper::upgrade::on(response).await.map_err(|source| self.http(source))?;
+        let response = self
+            .request(Method::GET, "/console", Bytes::new(), Some(CONSOLE_PROTOCOL))
+            .await?;
+        let upgraded = hyper::upgrade::on(response)
+            .await
+            .map_err(|source| self.http(source))?;
         Ok(TokioIo::new(upgraded))
     }
 
@@ -109,20 +121,32 @@ impl Client {
         body: Bytes,
         upgrade: Option<&str>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let connect = |source| ClientError::Connect { path: self.path.clone(), source };
+        let connect = |source| ClientError::Connect {
+            path: self.path.clone(),
+            source,
+        };
         let stream = UnixStream::connect(&self.path).await.map_err(connect)?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.http(source))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|source| self.http(source))?;
         tokio::spawn(connection.with_upgrades());
-        let mut request =
-            Request::builder().method(method).uri(route).header(HOST, "localhost").header(CONTENT_TYPE, "application/json");
+        let mut request = Request::builder()
+            .method(method)
+            .uri(route)
+            .header(HOST, "localhost")
+            .header(CONTENT_TYPE, "application/json");
         if let Some(protocol) = upgrade {
-            request = request.header(UPGRADE, protocol).header(hyper::header::CONNECTION, "Upgrade");
+            request = request
+                .header(UPGRADE, protocol)
+                .header(hyper::header::CONNECTION, "Upgrade");
         }
         let request = request
             .body(Full::new(body))
             .map_err(|error| connect(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
-        let response = sender.send_request(request).await.map_err(|source| self.http(source))?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|source| self.http(source))?;
         let status = response.status();
         if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(response);
@@ -134,14 +158,24 @@ impl Client {
     }
 
     async fn collect(&self, body: Incoming) -> Result<Bytes, ClientError> {
-        Ok(body.collect().await.map_err(|source| self.http(source))?.to_bytes())
+        Ok(body
+            .collect()
+            .await
+            .map_err(|source| self.http(source))?
+            .to_bytes())
     }
 
     fn http(&self, source: hyper::Error) -> ClientError {
-        ClientError::Http { path: self.path.clone(), source }
+        ClientError::Http {
+            path: self.path.clone(),
+            source,
+        }
     }
 
     fn json(&self, source: serde_json::Error) -> ClientError {
-        ClientError::Json { path: self.path.clone(), source }
+        ClientError::Json {
+            path: self.path.clone(),
+            source,
+        }
     }
 }

@@ -21,5 +21,6 @@ pub mod client;
 
 pub use server::ApiServer;
 pub use types::{
-    Action, ActionType, Fault, InstanceInfo, InstanceState, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
+    Action, ActionType, Fault, InstanceInfo, InstanceState, MigrationEvent, MigrationRequest, Version,
+    VmState, VmUpdate,
 };

@@ -1,7 +1,6 @@
 //! The routes: each turns HTTP into one request to the supervisor.
 
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Json;
@@ -12,7 +11,6 @@ use axum::extract::{Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
-use devices::legacy::Serial;
 use hyper_util::rt::TokioIo;
 use migration::{Endpoint, MigrateOptions, Progress};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,13 +21,11 @@ use super::types::{
     Action, ActionType, Fault, InstanceInfo, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
 };
 use crate::VERSION;
-use crate::console::Console;
+use crate::console::{Console, ConsoleInput};
 use crate::supervisor::{MigrationFeed, Refusal, Request, SupervisorHandle};
 
 /// How often a migration's stream has a line.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// How long console input waits for a guest that does not read before it tries again.
-const INPUT_RETRY: Duration = Duration::from_millis(20);
 /// Most bytes read at once from a console client.
 const INPUT_CHUNK: usize = 4096;
 /// The protocol that `GET /console` upgrades to.
@@ -42,9 +38,6 @@ pub(super) struct Context {
     pub(super) console: Console,
     pub(super) input: ConsoleInput,
 }
-
-/// Where console input goes; empty until there is a machine.
-pub type ConsoleInput = Arc<Mutex<Option<Arc<Mutex<Serial>>>>>;
 
 pub(super) fn router(context: Context) -> Router {
     Router::new()
@@ -62,7 +55,13 @@ struct Failure(StatusCode, String);
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        (self.0, Json(Fault { fault_message: self.1 })).into_response()
+        (
+            self.0,
+            Json(Fault {
+                fault_message: self.1,
+            }),
+        )
+            .into_response()
     }
 }
 
@@ -91,7 +90,9 @@ async fn info(State(context): State<Context>) -> Answer<Json<InstanceInfo>> {
 }
 
 async fn version() -> Json<Version> {
-    Json(Version { godwit_version: VERSION.into() })
+    Json(Version {
+        godwit_version: VERSION.into(),
+    })
 }
 
 async fn update(State(context): State<Context>, body: JsonBody<VmUpdate>) -> Answer<StatusCode> {
@@ -126,7 +127,11 @@ async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest
     });
     let feed = context
         .supervisor
-        .ask(|reply| Request::Migrate { destination, options, reply })
+        .ask(|reply| Request::Migrate {
+            destination,
+            options,
+            reply,
+        })
         .await?;
     let (lines, stream) = mpsc::channel::<Result<Bytes, Infallible>>(16);
     tokio::spawn(tell(feed, lines));
@@ -147,7 +152,9 @@ async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infalli
             _ = ticks.tick() => MigrationEvent::Progress(feed.control.progress()),
         };
         let last = matches!(event, MigrationEvent::Report(_));
-        let Ok(mut line) = serde_json::to_vec(&event) else { return };
+        let Ok(mut line) = serde_json::to_vec(&event) else {
+            return;
+        };
         line.push(b'\n');
         if lines.send(Ok(line.into())).await.is_err() || last {
             return;
@@ -176,7 +183,10 @@ async fn console(State(context): State<Context>, request: HttpRequest) -> Answer
             Err(error) => tracing::debug!(%error, "console client did not upgrade"),
         }
     });
-    let headers = [(header::UPGRADE, CONSOLE_PROTOCOL), (header::CONNECTION, "Upgrade")];
+    let headers = [
+        (header::UPGRADE, CONSOLE_PROTOCOL),
+        (header::CONNECTION, "Upgrade"),
+    ];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
@@ -219,11 +229,9 @@ where
 
 async fn send_input(input: &ConsoleInput, mut bytes: &[u8]) {
     while !bytes.is_empty() {
-        let Some(serial) = input.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return };
-        let taken = serial.lock().unwrap_or_else(PoisonError::into_inner).enqueue(bytes);
-        bytes = &bytes[taken..];
+        bytes = &bytes[input.offer(bytes)..];
         if !bytes.is_empty() {
-            tokio::time::sleep(INPUT_RETRY).await;
+            tokio::time::sleep(ConsoleInput::RETRY).await;
         }
     }
 }

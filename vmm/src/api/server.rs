@@ -9,9 +9,8 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
-pub use super::routes::ConsoleInput;
 use super::routes::{Context, router};
-use crate::console::Console;
+use crate::console::{Console, ConsoleInput};
 use crate::rundir::ApiSocket;
 use crate::supervisor::{Event, SupervisorHandle};
 
@@ -34,8 +33,14 @@ impl ApiServer {
         listener.set_nonblocking(true)?;
         let end = Arc::new(Notify::new());
         let input = ConsoleInput::default();
-        let context = Context { supervisor, console, input: input.clone() };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let context = Context {
+            supervisor,
+            console,
+            input: input.clone(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         // Inside the runtime, but before the thread starts, so that an error is the caller's.
         let (listener, signals) = {
             let _inside = runtime.enter();
@@ -57,7 +62,12 @@ impl ApiServer {
             });
             runtime.shutdown_background();
         })?;
-        Ok(Self { end, thread: Some(thread), socket, input })
+        Ok(Self {
+            end,
+            thread: Some(thread),
+            socket,
+            input,
+        })
     }
 
     /// Where console input goes once there is a machine.

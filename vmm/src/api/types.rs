@@ -112,7 +112,7 @@ pub struct MigrationRequest {
 }
 
 /// The budget of a migration that is given none.
-pub const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(300);
+const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(300);
 
 fn default_max_downtime_ms() -> f64 {
     DEFAULT_MAX_DOWNTIME.as_secs_f64() * 1e3

@@ -106,7 +106,14 @@ fn dsdt(slots: &[VirtioMmioSlot]) -> Sdt {
     let scope = Scope::raw(Path::new("\\_SB_"), body);
     let s5 = Package::new(vec![&SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
 
-    let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut dsdt = Sdt::new(
+        *b"DSDT",
+        HEADER_LEN,
+        DSDT_REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
     dsdt.append_slice(&scope);
     let mut sleep = Vec::new();
     Name::new("\\_S5_".into(), &s5).to_aml_bytes(&mut sleep);
@@ -123,7 +130,10 @@ fn virtio_device(name: &str, uid: u64, slot: VirtioMmioSlot, body: &mut Vec<u8>)
             &Name::new("_HID".into(), &"LNRO0005"),
             &Name::new("_UID".into(), &uid),
             &Name::new("_CCA".into(), &aml::ONE),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt])),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&registers, &interrupt]),
+            ),
         ],
     )
     .to_aml_bytes(body);
@@ -146,14 +156,23 @@ fn serial_device(body: &mut Vec<u8>) {
 /// A control-method power button, notified by a generic event device (ACPI 6.5, 5.6.9) whose interrupt the
 /// machine raises.
 fn power_button(body: &mut Vec<u8>) {
-    Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(body);
+    Device::new(
+        "PWRB".into(),
+        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
+    )
+    .to_aml_bytes(body);
     let interrupt = Interrupt::new(true, true, false, false, layout::POWER_GSI);
     Device::new(
         "GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
-            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)]),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
+            ),
         ],
     )
     .to_aml_bytes(body);
@@ -178,7 +197,10 @@ mod tests {
         let slots: Vec<_> = layout::VIRTIO_GSIS
             .iter()
             .enumerate()
-            .map(|(i, gsi)| VirtioMmioSlot { base: layout::VIRTIO_MMIO + 0x1000 * i as u64, gsi: *gsi })
+            .map(|(i, gsi)| VirtioMmioSlot {
+                base: layout::VIRTIO_MMIO + 0x1000 * i as u64,
+                gsi: *gsi,
+            })
             .collect();
         let block = build(32, &slots);
         assert!(block.len() <= layout::ACPI_MAX);
@@ -187,8 +209,10 @@ mod tests {
         let xsdt = table(&block, u64::from_le_bytes(block[24..32].try_into().unwrap()));
         assert_eq!(&xsdt[..4], b"XSDT");
         assert_eq!(sum(xsdt), 0);
-        let entries: Vec<u64> =
-            xsdt[36..].chunks(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect();
+        let entries: Vec<u64> = xsdt[36..]
+            .chunks(8)
+            .map(|c| u64::from_le_bytes(c.try_into().unwrap()))
+            .collect();
         let fadt = table(&block, entries[0]);
         assert_eq!(&fadt[..4], b"FACP");
         assert_eq!(sum(fadt), 0);

@@ -33,9 +33,12 @@ impl Entry {
     /// General registers at the first instruction.
     pub fn regs(&self) -> kvm_regs {
         match *self {
-            Entry::Pvh { rip } => {
-                kvm_regs { rip, rflags: RFLAGS_RESERVED, rbx: layout::PVH_START_INFO, ..Default::default() }
-            }
+            Entry::Pvh { rip } => kvm_regs {
+                rip,
+                rflags: RFLAGS_RESERVED,
+                rbx: layout::PVH_START_INFO,
+                ..Default::default()
+            },
             Entry::Linux64 { rip } => kvm_regs {
                 rip,
                 rflags: RFLAGS_RESERVED,
@@ -57,7 +60,13 @@ impl Entry {
         };
         let data = segment(2, 0xc093, 0, 0xffff_ffff);
         sregs.cs = code;
-        for register in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+        for register in [
+            &mut sregs.ds,
+            &mut sregs.es,
+            &mut sregs.fs,
+            &mut sregs.gs,
+            &mut sregs.ss,
+        ] {
             *register = data;
         }
         sregs.tr = segment(3, 0x008b, 0, 0x67);

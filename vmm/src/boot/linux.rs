@@ -25,13 +25,16 @@ pub(super) fn write_zero_page(
     header: Option<setup_header>,
     initrd: Option<Initrd>,
 ) -> Result<(), GuestMemoryError> {
-    let mut params = boot_params::default();
-    params.hdr = header.unwrap_or(setup_header {
+    let hdr = header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
         kernel_alignment: KERNEL_ALIGNMENT,
         ..Default::default()
     });
+    let mut params = boot_params {
+        hdr,
+        ..Default::default()
+    };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = layout::CMDLINE_MAX as u32 - 1;
@@ -41,8 +44,14 @@ pub(super) fn write_zero_page(
     }
     params.acpi_rsdp_addr = layout::ACPI;
 
-    let ram = layout::usable_ranges(size).into_iter().map(|(addr, size)| (addr, size, E820_RAM));
-    let reserved = (layout::MP_TABLE, layout::HIGH_MEMORY - layout::MP_TABLE, E820_RESERVED);
+    let ram = layout::usable_ranges(size)
+        .into_iter()
+        .map(|(addr, size)| (addr, size, E820_RAM));
+    let reserved = (
+        layout::MP_TABLE,
+        layout::HIGH_MEMORY - layout::MP_TABLE,
+        E820_RESERVED,
+    );
     for (index, (addr, size, r#type)) in ram.chain([reserved]).enumerate() {
         params.e820_table[index] = boot_e820_entry { addr, size, r#type };
         params.e820_entries = index as u8 + 1;
@@ -62,7 +71,10 @@ pub(super) fn write_page_tables(memory: &GuestMemory) -> Result<(), GuestMemoryE
         memory.write_obj(directory | PRESENT_WRITABLE, GuestAddress(pdpt + gib * 8))?;
         for entry in 0..512 {
             let frame = (gib << 30) | (entry << 21);
-            memory.write_obj(frame | PRESENT_WRITABLE | LARGE, GuestAddress(directory + entry * 8))?;
+            memory.write_obj(
+                frame | PRESENT_WRITABLE | LARGE,
+                GuestAddress(directory + entry * 8),
+            )?;
         }
     }
     Ok(())

@@ -29,7 +29,11 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum BootError {
     #[error("{what} {path}")]
-    Open { what: &'static str, path: PathBuf, source: std::io::Error },
+    Open {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{what} {path}: expected a file, got a directory")]
     Directory { what: &'static str, path: PathBuf },
     #[error("kernel {0}: expected an ELF vmlinux or a bzImage, got neither magic number")]
@@ -37,11 +41,21 @@ pub enum BootError {
     #[error("kernel {path}: truncated: its header promises {expected} bytes, the file has {got}")]
     Truncated { path: PathBuf, expected: u64, got: u64 },
     #[error("kernel {path}: cannot be loaded (a truncated file, or too little memory?)")]
-    Load { path: PathBuf, source: linux_loader::loader::Error },
+    Load {
+        path: PathBuf,
+        source: linux_loader::loader::Error,
+    },
     #[error("kernel {0}: expected a bzImage with a 64-bit entry point (boot protocol 2.12 or later)")]
     No64BitEntry(PathBuf),
-    #[error("initrd {path}: {size} bytes do not fit between the kernel's end at {kernel_end:#x} and {limit:#x}")]
-    InitrdTooLarge { path: PathBuf, size: u64, kernel_end: u64, limit: u64 },
+    #[error(
+        "initrd {path}: {size} bytes do not fit between the kernel's end at {kernel_end:#x} and {limit:#x}"
+    )]
+    InitrdTooLarge {
+        path: PathBuf,
+        size: u64,
+        kernel_end: u64,
+        limit: u64,
+    },
     #[error("kernel command line: {got} bytes, at most {limit} fit")]
     CmdlineTooLong { got: usize, limit: usize },
     #[error("kernel command line: a NUL byte at position {0}")]
@@ -96,7 +110,9 @@ pub fn load(
             linux::write_zero_page(memory, size, header, initrd)?;
             linux::write_page_tables(memory)?;
             let offset = if is_bzimage { linux::BZIMAGE_64BIT_ENTRY } else { 0 };
-            Ok(Entry::Linux64 { rip: loaded.kernel_load.0 + offset })
+            Ok(Entry::Linux64 {
+                rip: loaded.kernel_load.0 + offset,
+            })
         }
     }
 }
@@ -115,20 +131,34 @@ enum Format {
 }
 
 fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
-    let wrap = |source| BootError::Open { what, path: path.into(), source };
+    let wrap = |source| BootError::Open {
+        what,
+        path: path.into(),
+        source,
+    };
     let file = File::open(path).map_err(wrap)?;
     let metadata = file.metadata().map_err(wrap)?;
     if metadata.is_dir() {
-        return Err(BootError::Directory { what, path: path.into() });
+        return Err(BootError::Directory {
+            what,
+            path: path.into(),
+        });
     }
     Ok((file, metadata.len()))
 }
 
 fn open_kernel(path: &Path) -> Result<(File, Format), BootError> {
     let (mut file, size) = open("kernel", path)?;
-    let wrap = |source| BootError::Open { what: "kernel", path: path.into(), source };
+    let wrap = |source| BootError::Open {
+        what: "kernel",
+        path: path.into(),
+        source,
+    };
     let mut head = Vec::new();
-    Read::by_ref(&mut file).take(0x206).read_to_end(&mut head).map_err(wrap)?;
+    Read::by_ref(&mut file)
+        .take(0x206)
+        .read_to_end(&mut head)
+        .map_err(wrap)?;
     file.seek(SeekFrom::Start(0)).map_err(wrap)?;
     if head.starts_with(b"\x7fELF") {
         return Ok((file, Format::Elf));
@@ -137,11 +167,19 @@ fn open_kernel(path: &Path) -> Result<(File, Format), BootError> {
         return Err(BootError::UnknownFormat(path.into()));
     }
     // Boot protocol: setup_sects at 0x1f1 (0 means 4), syssize in 16-byte units at 0x1f4.
-    let sectors = if head[0x1f1] == 0 { 4 } else { u64::from(head[0x1f1]) };
+    let sectors = if head[0x1f1] == 0 {
+        4
+    } else {
+        u64::from(head[0x1f1])
+    };
     let paragraphs = u32::from_le_bytes([head[0x1f4], head[0x1f5], head[0x1f6], head[0x1f7]]);
     let expected = (sectors + 1) * 512 + u64::from(paragraphs) * 16;
     if size < expected {
-        return Err(BootError::Truncated { path: path.into(), expected, got: size });
+        return Err(BootError::Truncated {
+            path: path.into(),
+            expected,
+            got: size,
+        });
     }
     Ok((file, Format::BzImage))
 }
@@ -157,7 +195,10 @@ fn load_kernel(
         Format::Elf => Elf::load(memory, None, &mut image, start),
         Format::BzImage => BzImage::load(memory, None, &mut image, start),
     }
-    .map_err(|source| BootError::Load { path: path.into(), source })?;
+    .map_err(|source| BootError::Load {
+        path: path.into(),
+        source,
+    })?;
     if let Some(header) = &loaded.setup_header
         && (header.version < 0x20c || header.xloadflags & linux::XLF_KERNEL_64 == 0)
     {
@@ -168,7 +209,12 @@ fn load_kernel(
 
 fn load_initrd(memory: &GuestMemory, path: &Path, kernel_end: u64, limit: u64) -> Result<Initrd, BootError> {
     let (mut file, size) = open("initrd", path)?;
-    let too_large = || BootError::InitrdTooLarge { path: path.into(), size, kernel_end, limit };
+    let too_large = || BootError::InitrdTooLarge {
+        path: path.into(),
+        size,
+        kernel_end,
+        limit,
+    };
     let gpa = limit.checked_sub(size).ok_or_else(too_large)? & !(layout::PAGE_SIZE - 1);
     if gpa < kernel_end.max(layout::HIGH_MEMORY) {
         return Err(too_large());
@@ -188,7 +234,10 @@ fn full_cmdline(cmdline: &str, slots: &[VirtioMmioSlot]) -> String {
 fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
     let limit = layout::CMDLINE_MAX - 1;
     if cmdline.len() > limit {
-        return Err(BootError::CmdlineTooLong { got: cmdline.len(), limit });
+        return Err(BootError::CmdlineTooLong {
+            got: cmdline.len(),
+            limit,
+        });
     }
     if let Some(position) = cmdline.bytes().position(|byte| byte == 0) {
         return Err(BootError::CmdlineNul(position));

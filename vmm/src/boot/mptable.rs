@@ -8,7 +8,7 @@ const APIC_VERSION: u8 = 0x14;
 
 /// The floating pointer and the configuration table for `cpus` vCPUs, to be put at
 /// [`layout::MP_TABLE`]. Interrupts 0 to 23 go straight to the I/O APIC's pins of the same number.
-pub fn build(cpus: u8) -> Vec<u8> {
+pub(super) fn build(cpus: u8) -> Vec<u8> {
     let ioapic_id = cpus;
     let mut entries = Vec::new();
     let mut count = 0u16;
@@ -59,7 +59,10 @@ pub fn build(cpus: u8) -> Vec<u8> {
 
 /// The byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
+    bytes
+        .iter()
+        .fold(0u8, |sum, byte| sum.wrapping_add(*byte))
+        .wrapping_neg()
 }
 
 #[cfg(test)]
@@ -74,7 +77,11 @@ mod tests {
     fn checksums_hold_and_the_largest_machine_fits() {
         for cpus in [1, 2, 32] {
             let bytes = build(cpus);
-            assert!(bytes.len() <= layout::MP_TABLE_MAX, "{cpus} CPUs take {} bytes", bytes.len());
+            assert!(
+                bytes.len() <= layout::MP_TABLE_MAX,
+                "{cpus} CPUs take {} bytes",
+                bytes.len()
+            );
             assert_eq!(sum(&bytes[..16]), 0);
             assert_eq!(sum(&bytes[16..]), 0);
             let length = u16::from_le_bytes([bytes[20], bytes[21]]) as usize;

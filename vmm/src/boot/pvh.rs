@@ -15,17 +15,32 @@ pub(super) fn write_start_info(
     size: u64,
     initrd: Option<Initrd>,
 ) -> Result<(), GuestMemoryError> {
-    let ram = layout::usable_ranges(size).into_iter().map(|(addr, size)| (addr, size, MEMORY_RAM));
-    let reserved = (layout::MP_TABLE, layout::HIGH_MEMORY - layout::MP_TABLE, MEMORY_RESERVED);
+    let ram = layout::usable_ranges(size)
+        .into_iter()
+        .map(|(addr, size)| (addr, size, MEMORY_RAM));
+    let reserved = (
+        layout::MP_TABLE,
+        layout::HIGH_MEMORY - layout::MP_TABLE,
+        MEMORY_RESERVED,
+    );
     let mut entries = 0;
     for (addr, size, type_) in ram.chain([reserved]) {
-        let entry = hvm_memmap_table_entry { addr, size, type_, reserved: 0 };
+        let entry = hvm_memmap_table_entry {
+            addr,
+            size,
+            type_,
+            reserved: 0,
+        };
         let offset = u64::from(entries) * size_of::<hvm_memmap_table_entry>() as u64;
         memory.write_slice(entry.as_slice(), GuestAddress(layout::PVH_MEMORY_MAP + offset))?;
         entries += 1;
     }
     if let Some(initrd) = initrd {
-        let module = hvm_modlist_entry { paddr: initrd.gpa, size: initrd.len, ..Default::default() };
+        let module = hvm_modlist_entry {
+            paddr: initrd.gpa,
+            size: initrd.len,
+            ..Default::default()
+        };
         memory.write_slice(module.as_slice(), GuestAddress(layout::PVH_MODULES))?;
     }
     let start_info = hvm_start_info {

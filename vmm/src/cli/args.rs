@@ -33,7 +33,7 @@ Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 i
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
 #[command(name = "godwit", version, propagate_version = true)]
-pub struct Cli {
+pub(super) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -41,7 +41,7 @@ pub struct Cli {
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     /// Boot a guest and run it until it ends, is stopped, or has moved.
     #[command(after_help = RUN_EXAMPLES)]
     Run(RunArgs),
@@ -71,7 +71,7 @@ pub enum Command {
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
-pub struct RunArgs {
+pub(super) struct RunArgs {
     #[command(flatten)]
     pub(super) common: CommonArgs,
     /// Configuration in Firecracker's format; other options override it
@@ -105,7 +105,7 @@ pub struct RunArgs {
 
 /// What `run` and `receive` have in common.
 #[derive(Debug, Args)]
-pub struct CommonArgs {
+pub(super) struct CommonArgs {
     /// Name of the VM [default: vm-PID]
     #[arg(long)]
     pub(super) name: Option<String>,
@@ -119,7 +119,7 @@ pub struct CommonArgs {
 
 /// Arguments of `receive`.
 #[derive(Debug, Args)]
-pub struct ReceiveArgs {
+pub(super) struct ReceiveArgs {
     #[command(flatten)]
     pub(super) common: CommonArgs,
     /// Where to listen: tcp:HOST:PORT or unix:PATH
@@ -135,7 +135,7 @@ pub struct ReceiveArgs {
 
 /// Arguments of `migrate`.
 #[derive(Debug, Args)]
-pub struct MigrateArgs {
+pub(super) struct MigrateArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
@@ -158,7 +158,7 @@ pub struct MigrateArgs {
 
 /// See [`migration::OnMiss`].
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum OnMissArg {
+pub(super) enum OnMissArg {
     /// Give up; the guest runs on here.
     Fail,
     /// Move it nevertheless.
@@ -167,7 +167,7 @@ pub enum OnMissArg {
 
 /// A VM.
 #[derive(Debug, Args)]
-pub struct VmArgs {
+pub(super) struct VmArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
@@ -175,7 +175,7 @@ pub struct VmArgs {
 
 /// A VM, and how to print.
 #[derive(Debug, Args)]
-pub struct OutputArgs {
+pub(super) struct OutputArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
@@ -186,7 +186,7 @@ pub struct OutputArgs {
 
 /// Arguments of `stop`.
 #[derive(Debug, Args)]
-pub struct StopArgs {
+pub(super) struct StopArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
@@ -197,7 +197,7 @@ pub struct StopArgs {
 
 /// How to print a list.
 #[derive(Debug, Args)]
-pub struct ListArgs {
+pub(super) struct ListArgs {
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
@@ -205,7 +205,7 @@ pub struct ListArgs {
 
 /// A disk of `run`; without an id it is named by its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunDisk {
+pub(super) struct RunDisk {
     id: Option<String>,
     path: PathBuf,
     read_only: bool,
@@ -223,7 +223,11 @@ impl RunDisk {
 }
 
 fn run_disk(text: &str) -> Result<RunDisk, String> {
-    let mut disk = RunDisk { id: None, path: PathBuf::new(), read_only: false };
+    let mut disk = RunDisk {
+        id: None,
+        path: PathBuf::new(),
+        read_only: false,
+    };
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("id", id)) => disk.id = Some(id.into()),
@@ -259,7 +263,14 @@ mod tests {
     #[test]
     fn disks() {
         let disk = run_disk("id=root,path=/a b,ro").unwrap();
-        assert_eq!(disk, RunDisk { id: Some("root".into()), path: "/a b".into(), read_only: true });
+        assert_eq!(
+            disk,
+            RunDisk {
+                id: Some("root".into()),
+                path: "/a b".into(),
+                read_only: true
+            }
+        );
         assert_eq!(run_disk("path=x").unwrap().config(3).id, "disk3");
         assert!(run_disk("id=x").unwrap_err().contains("no path"));
         assert!(run_disk("path=x,rw").unwrap_err().contains("\"rw\""));
@@ -271,7 +282,14 @@ mod tests {
         for bad in [
             &["godwit", "run"][..],
             &["godwit", "migrate", "web", "host:7000"],
-            &["godwit", "migrate", "web", "tcp:host:7000", "--max-downtime", "soon"],
+            &[
+                "godwit",
+                "migrate",
+                "web",
+                "tcp:host:7000",
+                "--max-downtime",
+                "soon",
+            ],
             &["godwit", "receive", "--listen", "tcp:host"],
         ] {
             assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");

@@ -29,7 +29,10 @@ pub(super) fn connect(vm: &str) -> anyhow::Result<Client> {
 
 /// Runs a client's future on this thread.
 pub(super) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("runtime")?;
     let result = runtime.block_on(future);
     // A read from a terminal may still be under way on a helper thread.
     runtime.shutdown_background();
@@ -47,7 +50,11 @@ pub(super) fn status(args: &OutputArgs) -> anyhow::Result<Exit> {
     writeln!(out, "{}: {}", info.id, info.state)?;
     writeln!(out, "  process    {} (godwit {})", info.pid, info.vmm_version)?;
     if info.vcpu_count > 0 {
-        writeln!(out, "  machine    {} vCPUs, {} MiB, CPU template {}", info.vcpu_count, info.mem_size_mib, info.cpu_template)?;
+        writeln!(
+            out,
+            "  machine    {} vCPUs, {} MiB, CPU template {}",
+            info.vcpu_count, info.mem_size_mib, info.cpu_template
+        )?;
     }
     if let Some(progress) = info.migration {
         writeln!(out, "  migration  {}", serde_json::to_string(&progress)?)?;
@@ -90,14 +97,20 @@ pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {
         }
         act(&client, ActionType::Stop).await?;
         if !ended(&path, STOP_TIMEOUT).await {
-            bail!("{}: still there after {STOP_TIMEOUT:?} (process {})", args.vm, info.pid);
+            bail!(
+                "{}: still there after {STOP_TIMEOUT:?} (process {})",
+                args.vm,
+                info.pid
+            );
         }
         Ok(Exit::Done)
     })?
 }
 
 async fn act(client: &Client, action_type: ActionType) -> anyhow::Result<()> {
-    Ok(client.send_json(Method::PUT, "/actions", &Action { action_type }).await?)
+    Ok(client
+        .send_json(Method::PUT, "/actions", &Action { action_type })
+        .await?)
 }
 
 /// Whether nobody answers at the socket any more, within `timeout`.
@@ -128,10 +141,18 @@ pub(super) fn ps(args: &ListArgs) -> anyhow::Result<Exit> {
         writeln!(out, "{}", serde_json::to_string(&infos)?)?;
         return Ok(Exit::Done);
     }
-    writeln!(out, "{:<24} {:<10} {:>8} {:>5} {:>10}", "NAME", "STATE", "PID", "VCPUS", "MEMORY")?;
+    writeln!(
+        out,
+        "{:<24} {:<10} {:>8} {:>5} {:>10}",
+        "NAME", "STATE", "PID", "VCPUS", "MEMORY"
+    )?;
     for info in infos {
         let memory = format!("{} MiB", info.mem_size_mib);
-        writeln!(out, "{:<24} {:<10} {:>8} {:>5} {memory:>10}", info.id, info.state, info.pid, info.vcpu_count)?;
+        writeln!(
+            out,
+            "{:<24} {:<10} {:>8} {:>5} {memory:>10}",
+            info.id, info.state, info.pid, info.vcpu_count
+        )?;
     }
     Ok(Exit::Done)
 }

@@ -3,8 +3,6 @@
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
-use std::time::Duration;
 
 use anyhow::Context;
 use migration::Listener;
@@ -16,15 +14,13 @@ use super::args::{CommonArgs, ReceiveArgs, RunArgs};
 use super::terminal::{ESCAPE, RawTerminal};
 use crate::api::ApiServer;
 use crate::config::Wishes;
-use crate::console::Console;
+use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination};
 use crate::rundir::ApiSocket;
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
 /// The log's verbosity, in tracing's syntax.
 const LOG_VARIABLE: &str = "GODWIT_LOG";
-/// How long console input waits for a guest that does not read before it tries again.
-const INPUT_RETRY: Duration = Duration::from_millis(20);
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
@@ -50,7 +46,10 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
-    let arrival = Arrival { disks: args.disks.into_iter().collect(), max_memory: args.max_memory };
+    let arrival = Arrival {
+        disks: args.disks.into_iter().collect(),
+        max_memory: args.max_memory,
+    };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let listener = Listener::bind(&args.listen)?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -82,12 +81,20 @@ fn wishes(args: &RunArgs) -> Wishes {
         memory: args.memory,
         shared_memory: args.shared_memory,
         cpu_template: args.cpu_template.clone(),
-        disks: args.disks.iter().enumerate().map(|(index, disk)| disk.config(index)).collect(),
+        disks: args
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| disk.config(index))
+            .collect(),
     }
 }
 
 fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {
-    let name = common.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()));
+    let name = common
+        .name
+        .clone()
+        .unwrap_or_else(|| format!("vm-{}", std::process::id()));
     let socket = match &common.api_sock {
         Some(path) => ApiSocket::bind(path)?,
         None => ApiSocket::for_name(&name)?,
@@ -98,13 +105,21 @@ fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {
 /// To stderr or a file, never to stdout, which is the guest's console.
 fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_timer(Uptime::default()).with_target(false);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_timer(Uptime::default())
+        .with_target(false);
     match path {
         Some(path) => {
             let file = open_log(path)?;
-            log.with_ansi(false).with_writer(std::sync::Mutex::new(file)).init();
+            log.with_ansi(false)
+                .with_writer(std::sync::Mutex::new(file))
+                .init();
         }
-        None => log.with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).init(),
+        None => log
+            .with_ansi(io::stderr().is_terminal())
+            .with_writer(io::stderr)
+            .init(),
     }
     Ok(())
 }
@@ -130,12 +145,9 @@ fn forward_stdin(server: &ApiServer, supervisor: SupervisorHandle, escape: bool)
                     continue;
                 }
                 while !bytes.is_empty() {
-                    let serial = input.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                    let Some(serial) = serial else { break };
-                    let taken = serial.lock().unwrap_or_else(PoisonError::into_inner).enqueue(bytes);
-                    bytes = &bytes[taken..];
+                    bytes = &bytes[input.offer(bytes)..];
                     if !bytes.is_empty() {
-                        std::thread::sleep(INPUT_RETRY);
+                        std::thread::sleep(ConsoleInput::RETRY);
                     }
                 }
             }

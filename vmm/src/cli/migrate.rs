@@ -9,7 +9,7 @@ use migration::{OnMiss, Outcome, Phase, Progress, Report};
 use super::Exit;
 use super::args::{MigrateArgs, OnMissArg};
 use super::client::{block_on, connect};
-use crate::api::client::Client;
+use crate::api::client::{Client, ClientError};
 use crate::api::{MigrationEvent, MigrationRequest};
 
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
@@ -24,7 +24,9 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
         verify: args.verify,
     };
     let Some(report) = block_on(follow(&client, &request))?? else {
-        eprintln!("godwit: the VM's process ended without a report; ask the destination and read the VM's log");
+        eprintln!(
+            "godwit: the VM's process ended without a report; ask the destination and read the VM's log"
+        );
         return Ok(Exit::InDoubt);
     };
     let mut stdout = std::io::stdout().lock();
@@ -48,9 +50,13 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
 async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<Option<Report>> {
     let bar = bar()?;
     let mut report = None;
-    let events = client.stream("/migration", request, |event| match event {
-        MigrationEvent::Progress(progress) => show(&bar, &progress),
-        MigrationEvent::Report(last) => report = Some(*last),
+    let mut started = false;
+    let events = client.stream("/migration", request, |event| {
+        started = true;
+        match event {
+            MigrationEvent::Progress(progress) => show(&bar, &progress),
+            MigrationEvent::Report(last) => report = Some(*last),
+        }
     });
     let cancel = async {
         loop {
@@ -70,7 +76,7 @@ async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<O
     match result {
         Ok(()) => Ok(report),
         // The stream broke off: the report is what counts, if it had come.
-        Err(crate::api::client::ClientError::Http { .. }) => Ok(report),
+        Err(ClientError::Http { .. }) if started => Ok(report),
         Err(error) => Err(error.into()),
     }
 }
@@ -87,7 +93,9 @@ fn show(bar: &ProgressBar, progress: &Progress) {
     const MIB: f64 = (1 << 20) as f64;
     bar.set_length(progress.total_bytes.max(1));
     bar.set_position(progress.total_bytes.saturating_sub(progress.remaining_bytes));
-    let predicted = progress.predicted_downtime_ms.map_or("?".into(), |ms| format!("{ms:.1}"));
+    let predicted = progress
+        .predicted_downtime_ms
+        .map_or("?".into(), |ms| format!("{ms:.1}"));
     bar.set_message(format!(
         "{} round {}, {:.0} MiB left, dirtied {:.0} MiB/s, sent {:.0} MiB/s, throttle {:.0} %, downtime {predicted} ms",
         phase(progress.phase),
@@ -123,8 +131,19 @@ fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
     const MIB: f64 = (1 << 20) as f64;
     let ms = |value: Option<f64>| value.map_or("unknown".into(), |ms| format!("{ms:.2} ms"));
     writeln!(out, "migration {}", outcome(report.outcome))?;
-    writeln!(out, "  total      {:.1} ms in {} rounds", report.total_ms, report.rounds.len())?;
-    writeln!(out, "  sent       {:.1} MiB: {} pages and {} zero pages", report.bytes_sent as f64 / MIB, report.pages_sent, report.pages_zero)?;
+    writeln!(
+        out,
+        "  total      {:.1} ms in {} rounds",
+        report.total_ms,
+        report.rounds.len()
+    )?;
+    writeln!(
+        out,
+        "  sent       {:.1} MiB: {} pages and {} zero pages",
+        report.bytes_sent as f64 / MIB,
+        report.pages_sent,
+        report.pages_zero
+    )?;
     if report.outcome == Outcome::Moved {
         let kept = if report.budget_kept { "kept" } else { "missed" };
         writeln!(
@@ -149,8 +168,16 @@ fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
         )?;
     }
     if let Some(digest) = &report.memory_digest {
-        let equal = if digest.source == digest.destination { "equal" } else { "DIFFERENT" };
-        writeln!(out, "  memory     {equal} on both sides, digest {}", digest.source)?;
+        let equal = if digest.source == digest.destination {
+            "equal"
+        } else {
+            "DIFFERENT"
+        };
+        writeln!(
+            out,
+            "  memory     {equal} on both sides, digest {}",
+            digest.source
+        )?;
     }
     Ok(())
 }

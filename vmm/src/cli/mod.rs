@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-pub use args::{Cli, Command};
+use args::{Cli, Command};
 
 /// Exit codes that scripts can rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,11 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Done };
+            let exit = if error.use_stderr() {
+                Exit::Usage
+            } else {
+                Exit::Done
+            };
             // Nowhere to report to if the terminal is gone.
             let _ = error.print();
             return exit.into();
@@ -48,7 +52,11 @@ pub fn main() -> ExitCode {
         Err(error) => {
             eprintln!("godwit: {error:#}");
             let usage = error.downcast_ref::<crate::config::ConfigError>().is_some();
-            if usage { Exit::Usage.into() } else { Exit::Failed.into() }
+            if usage {
+                Exit::Usage.into()
+            } else {
+                Exit::Failed.into()
+            }
         }
     }
 }

@@ -12,7 +12,8 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
 
 /// A duration such as `20ms` or `1s`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("expected a duration such as 20ms or 1s: {error}"))
+    humantime::parse_duration(text)
+        .map_err(|error| format!("expected a duration such as 20ms or 1s: {error}"))
 }
 
 #[cfg(test)]

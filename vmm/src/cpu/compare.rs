@@ -32,10 +32,17 @@ pub fn compare(guest: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> Vec<Difference
     let mut differences = Vec::new();
     let (expected, got) = (vendor_of(guest), vendor_of_host(host));
     if expected != got {
-        differences.push(Difference { what: "cpu vendor".into(), expected, got });
+        differences.push(Difference {
+            what: "cpu vendor".into(),
+            expected,
+            got,
+        });
     }
     for (function, index, mask) in FEATURE_LEAVES {
-        let Some(leaf) = guest.iter().find(|leaf| leaf.function == *function && leaf.index == *index) else {
+        let Some(leaf) = guest
+            .iter()
+            .find(|leaf| leaf.function == *function && leaf.index == *index)
+        else {
             continue;
         };
         let offered = host
@@ -55,7 +62,11 @@ pub fn compare(guest: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> Vec<Difference
 fn missing_bit(function: u32, index: u32, register: usize, bit: u32) -> Difference {
     let name = features::name(function, index, register, bit)
         .map_or_else(|| format!("bit {bit}"), |name| format!("{name} (bit {bit})"));
-    let subleaf = if index == 0 { String::new() } else { format!(".{index}") };
+    let subleaf = if index == 0 {
+        String::new()
+    } else {
+        format!(".{index}")
+    };
     Difference {
         what: format!("cpuid {function:#x}{subleaf} {} {name}", REGISTERS[register]),
         expected: "present".into(),
@@ -65,7 +76,9 @@ fn missing_bit(function: u32, index: u32, register: usize, bit: u32) -> Differen
 
 fn vendor_of(guest: &[CpuidLeaf]) -> String {
     let leaf = guest.iter().find(|leaf| leaf.function == 0);
-    leaf.map_or_else(String::new, |leaf| vendor([leaf.registers[1], leaf.registers[3], leaf.registers[2]]))
+    leaf.map_or_else(String::new, |leaf| {
+        vendor([leaf.registers[1], leaf.registers[3], leaf.registers[2]])
+    })
 }
 
 fn vendor_of_host(host: &[kvm_cpuid_entry2]) -> String {
@@ -74,7 +87,12 @@ fn vendor_of_host(host: &[kvm_cpuid_entry2]) -> String {
 }
 
 fn vendor(words: [u32; 3]) -> String {
-    words.iter().flat_map(|word| word.to_le_bytes()).map(char::from).filter(char::is_ascii_graphic).collect()
+    words
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .map(char::from)
+        .filter(char::is_ascii_graphic)
+        .collect()
 }
 
 #[cfg(test)]
@@ -83,11 +101,22 @@ mod tests {
 
     fn entry(function: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
     }
 
     fn leaf(function: u32, registers: [u32; 4]) -> CpuidLeaf {
-        CpuidLeaf { function, index: 0, registers }
+        CpuidLeaf {
+            function,
+            index: 0,
+            registers,
+        }
     }
 
     #[test]
@@ -95,7 +124,10 @@ mod tests {
         let host = [entry(1, [0, 0, 1 << 0, 0])];
         let guest = [leaf(1, [0, 0, 1 << 0 | 1 << 28 | 1 << 13, HTT])];
         let what: Vec<_> = compare(&guest, &host).into_iter().map(|d| d.what).collect();
-        assert_eq!(what, ["cpuid 0x1 ecx cx16 (bit 13)", "cpuid 0x1 ecx avx (bit 28)"]);
+        assert_eq!(
+            what,
+            ["cpuid 0x1 ecx cx16 (bit 13)", "cpuid 0x1 ecx avx (bit 28)"]
+        );
     }
 
     #[test]
@@ -104,6 +136,9 @@ mod tests {
         let intel = [0, 0x756e_6547, 0x6c65_746e, 0x4965_6e69];
         assert!(compare(&[leaf(7, [0, 1, 0, 0])], &[entry(7, [0, 3, 0, 0])]).is_empty());
         let found = compare(&[leaf(0, amd)], &[entry(0, intel)]);
-        assert_eq!((found[0].expected.as_str(), found[0].got.as_str()), ("AuthenticAMD", "GenuineIntel"));
+        assert_eq!(
+            (found[0].expected.as_str(), found[0].got.as_str()),
+            ("AuthenticAMD", "GenuineIntel")
+        );
     }
 }

@@ -16,7 +16,10 @@ pub(super) fn name(function: u32, index: u32, register: usize, bit: u32) -> Opti
         (0x8000_0001, 0, EDX) => EXT1_EDX,
         _ => return None,
     };
-    table.iter().find(|(position, _)| *position == bit).map(|(_, name)| *name)
+    table
+        .iter()
+        .find(|(position, _)| *position == bit)
+        .map(|(_, name)| *name)
 }
 
 #[rustfmt::skip]

@@ -33,7 +33,9 @@ const EXT1_ECX_SVM: u32 = 1 << 2;
 /// What this host can offer a guest, before any template: KVM's table and what KVM emulates on top.
 /// Nested virtualisation is left out.
 pub fn host_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, CpuError> {
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuError::Supported)?;
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(CpuError::Supported)?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let mut entries = supported.as_slice().to_vec();
     for entry in &mut entries {
@@ -53,11 +55,7 @@ pub fn host_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, CpuError> {
 
 /// The table of a new machine: the host's, masked by `template`, with a topology of `cpus` cores in one
 /// socket. Leaves that name a CPU hold CPU 0's values; see [`for_vcpu`].
-pub fn machine_cpuid(
-    host: &[kvm_cpuid_entry2],
-    template: Template,
-    cpus: u8,
-) -> Vec<kvm_cpuid_entry2> {
+pub fn machine_cpuid(host: &[kvm_cpuid_entry2], template: Template, cpus: u8) -> Vec<kvm_cpuid_entry2> {
     let mut entries = host.to_vec();
     template.apply(&mut entries);
     topology::apply(&mut entries, cpus);

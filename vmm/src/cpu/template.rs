@@ -53,27 +53,82 @@ const PVM: &[Mask] = &[
         index: 0,
         clear: [
             0,
-            1 << 0 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 23 | 1 << 24
+            1 << 0
+                | 1 << 3
+                | 1 << 5
+                | 1 << 7
+                | 1 << 8
+                | 1 << 9
+                | 1 << 10
+                | 1 << 18
+                | 1 << 19
+                | 1 << 20
+                | 1 << 23
+                | 1 << 24
                 | AVX512_EBX,
             u32::MAX,
             1 << 4 | AVX512_EDX | 1 << 29,
         ],
     },
-    Mask { function: 7, index: 1, clear: [u32::MAX; 4] },
-    Mask { function: 0xd, index: 0, clear: [u32::MAX; 4] },
-    Mask { function: 0xd, index: 1, clear: [u32::MAX; 4] },
-    Mask { function: 0x8000_0001, index: 0, clear: [0, 0, 0, 1 << 27] },
+    Mask {
+        function: 7,
+        index: 1,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 0xd,
+        index: 0,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 0xd,
+        index: 1,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 0x8000_0001,
+        index: 0,
+        clear: [0, 0, 0, 1 << 27],
+    },
 ];
 
 /// Keeps x86-64-v2: clears AVX and later, and every extended feature of leaf 7.
 const BASELINE: &[Mask] = &[
-    Mask { function: 1, index: 0, clear: [0, 0, 1 << 12 | 1 << 22 | 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30, 0] },
-    Mask { function: 7, index: 0, clear: [u32::MAX, u32::MAX, u32::MAX, !SPECULATION_EDX] },
-    Mask { function: 7, index: 1, clear: [u32::MAX; 4] },
-    Mask { function: 7, index: 2, clear: [u32::MAX; 4] },
-    Mask { function: 0xd, index: 0, clear: [u32::MAX; 4] },
-    Mask { function: 0xd, index: 1, clear: [u32::MAX; 4] },
-    Mask { function: 0x8000_0001, index: 0, clear: [0, 1 << 6 | 1 << 11 | 1 << 15 | 1 << 16, 0, 0] },
+    Mask {
+        function: 1,
+        index: 0,
+        clear: [0, 0, 1 << 12 | 1 << 22 | 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30, 0],
+    },
+    Mask {
+        function: 7,
+        index: 0,
+        clear: [u32::MAX, u32::MAX, u32::MAX, !SPECULATION_EDX],
+    },
+    Mask {
+        function: 7,
+        index: 1,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 7,
+        index: 2,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 0xd,
+        index: 0,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 0xd,
+        index: 1,
+        clear: [u32::MAX; 4],
+    },
+    Mask {
+        function: 0x8000_0001,
+        index: 0,
+        clear: [0, 1 << 6 | 1 << 11 | 1 << 15 | 1 << 16, 0, 0],
+    },
 ];
 
 /// AVX512 F, DQ, IFMA, PF, ER, CD, BW, VL.
@@ -87,7 +142,10 @@ impl Template {
     /// The template that fits this host, and why.
     pub fn probe() -> (Self, &'static str) {
         if Path::new(PVM_MODULE).exists() {
-            (Template::Pvm, "KVM here is kvm-pvm: guest kernel code is emulated")
+            (
+                Template::Pvm,
+                "KVM here is kvm-pvm: guest kernel code is emulated",
+            )
         } else {
             (Template::Host, "KVM here runs guest kernel code natively")
         }
@@ -107,7 +165,9 @@ impl Template {
         };
         for entry in entries {
             let of_entry = |mask: &&Mask| mask.function == entry.function && mask.index == entry.index;
-            let Some(mask) = masks.iter().find(of_entry) else { continue };
+            let Some(mask) = masks.iter().find(of_entry) else {
+                continue;
+            };
             entry.eax &= !mask.clear[0];
             entry.ebx &= !mask.clear[1];
             entry.ecx &= !mask.clear[2];
@@ -132,7 +192,10 @@ impl FromStr for Template {
     fn from_str(name: &str) -> Result<Self, CpuError> {
         ALL.into_iter()
             .find(|template| template.to_string() == name)
-            .ok_or_else(|| CpuError::UnknownTemplate { got: name.into(), expected: Template::names() })
+            .ok_or_else(|| CpuError::UnknownTemplate {
+                got: name.into(),
+                expected: Template::names(),
+            })
     }
 }
 
@@ -146,12 +209,19 @@ mod tests {
             assert_eq!(template.to_string().parse::<Template>().unwrap(), template);
         }
         let error = "T2".parse::<Template>().unwrap_err().to_string();
-        assert_eq!(error, "unknown CPU template \"T2\", expected one of host, pvm, baseline");
+        assert_eq!(
+            error,
+            "unknown CPU template \"T2\", expected one of host, pvm, baseline"
+        );
     }
 
     #[test]
     fn pvm_hides_cmpxchg16b() {
-        let mut entries = [kvm_cpuid_entry2 { function: 1, ecx: u32::MAX, ..Default::default() }];
+        let mut entries = [kvm_cpuid_entry2 {
+            function: 1,
+            ecx: u32::MAX,
+            ..Default::default()
+        }];
         Template::Pvm.apply(&mut entries);
         assert_eq!(entries[0].ecx & (1 << 13), 0);
         assert_ne!(entries[0].ecx & (1 << 31), 0);

@@ -22,7 +22,11 @@ pub(super) fn apply(entries: &mut Vec<kvm_cpuid_entry2>, cpus: u8) {
             4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
                 let level = (entry.eax >> 5) & 7;
                 let sharing = if level >= 3 { count - 1 } else { 0 };
-                let cores = if entry.function == 4 { ((1 << bits) - 1) << 26 } else { 0 };
+                let cores = if entry.function == 4 {
+                    ((1 << bits) - 1) << 26
+                } else {
+                    0
+                };
                 entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | cores;
             }
             0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (bits << 12) | (count - 1),
@@ -76,14 +80,24 @@ mod tests {
     #[test]
     fn four_cores() {
         let mut entries = vec![
-            kvm_cpuid_entry2 { function: 1, ebx: 0xff01_0800, ..Default::default() },
-            kvm_cpuid_entry2 { function: 0xb, ..Default::default() },
+            kvm_cpuid_entry2 {
+                function: 1,
+                ebx: 0xff01_0800,
+                ..Default::default()
+            },
+            kvm_cpuid_entry2 {
+                function: 0xb,
+                ..Default::default()
+            },
         ];
         apply(&mut entries, 4);
         set_apic_id(&mut entries, 3);
         assert_eq!(entries[0].ebx, 0x0304_0800);
         assert_ne!(entries[0].edx & HTT, 0);
-        let core = entries.iter().find(|e| e.function == 0xb && e.index == 1).unwrap();
+        let core = entries
+            .iter()
+            .find(|e| e.function == 0xb && e.index == 1)
+            .unwrap();
         assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (2, 4, 0x201, 3));
     }
 }

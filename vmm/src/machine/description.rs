@@ -14,8 +14,10 @@ impl Machine {
     /// What a destination must be able to run.
     pub(super) fn describe(&self) -> MachineDescription {
         use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-        let memory_regions =
-            self.memory.iter().map(|region| MemoryRegion { gpa: region.start_addr().0, len: region.len() });
+        let memory_regions = self.memory.iter().map(|region| MemoryRegion {
+            gpa: region.start_addr().0,
+            len: region.len(),
+        });
         MachineDescription {
             memory: memory_regions.collect(),
             shared_memory: !memory::memfds(&self.memory).is_empty(),
@@ -49,7 +51,11 @@ pub(super) fn cpuid_entries(leaves: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> 
         .iter()
         .map(|leaf| {
             let [eax, ebx, ecx, edx] = leaf.registers;
-            let flags = if indexed(leaf.function) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+            let flags = if indexed(leaf.function) {
+                KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            } else {
+                0
+            };
             kvm_cpuid_entry2 {
                 function: leaf.function,
                 index: leaf.index,

@@ -54,7 +54,16 @@ impl MigrationDestination {
         let kvm = open_kvm()?;
         let host = cpu::host_cpuid(&kvm)?;
         let host_tsc_khz = host_tsc_khz(&kvm)?;
-        Ok(Self { kvm, host, host_tsc_khz, arrival, console, events, machine: None, pending: None })
+        Ok(Self {
+            kvm,
+            host,
+            host_tsc_khz,
+            arrival,
+            console,
+            events,
+            machine: None,
+            pending: None,
+        })
     }
 
     /// The machine, once it has been received.
@@ -71,14 +80,22 @@ impl MigrationDestination {
         }
         if let Some(limit) = self.arrival.max_memory.filter(|limit| size > *limit) {
             let expected = format!("{size} bytes");
-            return vec![difference("memory", expected, format!("at most {limit} bytes (--max-memory)"))];
+            return vec![difference(
+                "memory",
+                expected,
+                format!("at most {limit} bytes (--max-memory)"),
+            )];
         }
         if let Err(error) = memory::check_size(size) {
             return vec![difference("memory", format!("{size} bytes"), error.to_string())];
         }
         let here = layout::ram_ranges(size);
         if regions != here {
-            return vec![difference("memory map", format!("{regions:x?}"), format!("{here:x?}"))];
+            return vec![difference(
+                "memory map",
+                format!("{regions:x?}"),
+                format!("{here:x?}"),
+            )];
         }
         Vec::new()
     }
@@ -90,7 +107,11 @@ impl MigrationDestination {
             return None;
         }
         let expected = format!("{expected} kHz within {TSC_TOLERANCE_PPM} ppm");
-        Some(difference("tsc frequency", expected, format!("{got} kHz, and no TSC scaling")))
+        Some(difference(
+            "tsc frequency",
+            expected,
+            format!("{got} kHz, and no TSC scaling"),
+        ))
     }
 
     fn check_devices(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
@@ -102,7 +123,11 @@ impl MigrationDestination {
         let is_disk = |id: &String| devices.iter().any(|d| d.id == *id && d.kind == BlockState::KIND);
         for id in self.arrival.disks.keys().filter(|id| !is_disk(id)) {
             let got = format!("--disk {id}=…");
-            differences.push(difference(&format!("disk {id:?}"), "no such disk in the machine", got));
+            differences.push(difference(
+                &format!("disk {id:?}"),
+                "no such disk in the machine",
+                got,
+            ));
         }
         differences
     }
@@ -111,16 +136,29 @@ impl MigrationDestination {
         let what = format!("device {:?}", device.id);
         if index == 0 || device.kind == RngState::KIND {
             let here = rng_description(RNG_ID);
-            return (index != 0 || *device != here)
-                .then(|| difference(&what, format!("{device:?}"), format!("{here:?} as the first device")));
+            return (index != 0 || *device != here).then(|| {
+                difference(
+                    &what,
+                    format!("{device:?}"),
+                    format!("{here:?} as the first device"),
+                )
+            });
         }
         if device.kind != BlockState::KIND {
             let expected = format!("kind {:?}", device.kind);
-            return Some(difference(&what, expected, format!("kinds {:?}, {:?}", RngState::KIND, BlockState::KIND)));
+            return Some(difference(
+                &what,
+                expected,
+                format!("kinds {:?}, {:?}", RngState::KIND, BlockState::KIND),
+            ));
         }
         let what = format!("disk {:?}", device.id);
         let Some(path) = self.arrival.disks.get(&device.id) else {
-            return Some(difference(&what, "a backend", format!("none (use --disk {}=PATH)", device.id)));
+            return Some(difference(
+                &what,
+                "a backend",
+                format!("none (use --disk {}=PATH)", device.id),
+            ));
         };
         match Backend::open(path, device.read_only) {
             Err(error) => Some(difference(&what, "a usable backend", migration::chain(&error))),
@@ -133,16 +171,31 @@ impl MigrationDestination {
 
     fn build(&self, description: &MachineDescription) -> Result<Machine, MachineError> {
         let mut disks = Vec::new();
-        for device in description.devices.iter().filter(|device| device.kind == BlockState::KIND) {
-            let path = self.arrival.disks.get(&device.id).ok_or_else(|| MachineError::Mismatch {
-                what: "disk",
-                expected: device.id.clone(),
-                got: "no backend of that name".into(),
-            })?;
-            disks.push((device.id.clone(), Arc::new(Backend::open(path, device.read_only)?)));
+        for device in description
+            .devices
+            .iter()
+            .filter(|device| device.kind == BlockState::KIND)
+        {
+            let path = self
+                .arrival
+                .disks
+                .get(&device.id)
+                .ok_or_else(|| MachineError::Mismatch {
+                    what: "disk",
+                    expected: device.id.clone(),
+                    got: "no backend of that name".into(),
+                })?;
+            disks.push((
+                device.id.clone(),
+                Arc::new(Backend::open(path, device.read_only)?),
+            ));
         }
         let spec = Spec {
-            ranges: description.memory.iter().map(|region| (region.gpa, region.len)).collect(),
+            ranges: description
+                .memory
+                .iter()
+                .map(|region| (region.gpa, region.len))
+                .collect(),
             shared_memory: description.shared_memory,
             cpus: description.cpus,
             template: description.cpu_template.parse()?,
@@ -163,7 +216,11 @@ impl Destination for MigrationDestination {
         }
         if description.cpu_template.parse::<Template>().is_err() {
             let expected = description.cpu_template.clone();
-            differences.push(difference("cpu template", expected, format!("one of {}", Template::names())));
+            differences.push(difference(
+                "cpu template",
+                expected,
+                format!("one of {}", Template::names()),
+            ));
         }
         differences.extend(cpu::compare(&description.cpuid, &self.host));
         differences.extend(self.check_tsc(description));
@@ -179,14 +236,23 @@ impl Destination for MigrationDestination {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
-        let machine = self.machine.as_ref().ok_or("restore: expected a machine, got none")?;
+        let machine = self
+            .machine
+            .as_ref()
+            .ok_or("restore: expected a machine, got none")?;
         self.pending = Some(machine.restore(state)?);
         Ok(())
     }
 
     fn resume(&mut self, stopped_at: Instant) -> Result<(), PortError> {
-        let machine = self.machine.as_ref().ok_or("resume: expected a machine, got none")?;
-        let pending = self.pending.take().ok_or("resume: expected a restored machine, got a bare one")?;
+        let machine = self
+            .machine
+            .as_ref()
+            .ok_or("resume: expected a machine, got none")?;
+        let pending = self
+            .pending
+            .take()
+            .ok_or("resume: expected a restored machine, got a bare one")?;
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
         Ok(machine.run_restored(&pending, stopped_at)?)
@@ -206,9 +272,16 @@ fn host_tsc_khz(kvm: &Kvm) -> Result<u32, MachineError> {
 
 fn summary(device: &DeviceDescription) -> String {
     let mode = if device.read_only { "read-only" } else { "writable" };
-    format!("{} version {}, {} bytes, {mode}", device.kind, device.version, device.backend_size)
+    format!(
+        "{} version {}, {} bytes, {mode}",
+        device.kind, device.version, device.backend_size
+    )
 }
 
 fn difference(what: &str, expected: impl Into<String>, got: impl Into<String>) -> Difference {
-    Difference { what: what.into(), expected: expected.into(), got: got.into() }
+    Difference {
+        what: what.into(),
+        expected: expected.into(),
+        got: got.into(),
+    }
 }

@@ -31,16 +31,24 @@ impl DeviceThread {
         manager.add_subscriber(Box::new(ExitWatch { exit, on_exit }));
         let end = EventFd::new(EFD_NONBLOCK)?;
         let ended = Arc::new(AtomicBool::new(false));
-        manager.add_subscriber(Box::new(EndWatch { end: end.try_clone()?, ended: ended.clone() }));
-        let thread = std::thread::Builder::new().name("devices".into()).spawn(move || {
-            while !ended.load(Ordering::Acquire) {
-                if let Err(error) = manager.run() {
-                    tracing::error!(?error, "device thread");
-                    return;
+        manager.add_subscriber(Box::new(EndWatch {
+            end: end.try_clone()?,
+            ended: ended.clone(),
+        }));
+        let thread = std::thread::Builder::new()
+            .name("devices".into())
+            .spawn(move || {
+                while !ended.load(Ordering::Acquire) {
+                    if let Err(error) = manager.run() {
+                        tracing::error!(?error, "device thread");
+                        return;
+                    }
                 }
-            }
-        })?;
-        Ok(Self { end, thread: Some(thread) })
+            })?;
+        Ok(Self {
+            end,
+            thread: Some(thread),
+        })
     }
 }
 

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
+use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Backend, Block};
 use devices::virtio::mmio::Transport;
 use devices::virtio::rng::Rng;
-use devices::virtio::VirtioDevice;
 use devices::{ExitEvent, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration_state::Envelope;
@@ -78,7 +78,14 @@ impl DeviceSet {
         let mut virtio = vec![virtio_slot(vm, memory, 0, RNG_ID, None, Box::new(Rng::new()))?];
         for (id, backend) in disks {
             let device = Box::new(Block::new(backend.clone(), id));
-            virtio.push(virtio_slot(vm, memory, virtio.len(), id, Some(backend.clone()), device)?);
+            virtio.push(virtio_slot(
+                vm,
+                memory,
+                virtio.len(),
+                id,
+                Some(backend.clone()),
+                device,
+            )?);
         }
         let mut mmio = Bus::new();
         for slot in &virtio {
@@ -88,7 +95,15 @@ impl DeviceSet {
         let workers = virtio.iter().map(|slot| slot.transport().worker()).collect();
         let on_exit = Box::new(move |reason| events(MachineEvent::Exit(reason)));
         let thread = DeviceThread::start(workers, exit, on_exit).map_err(io_error("device thread"))?;
-        Ok(Self { _thread: thread, pio: Arc::new(pio), mmio: Arc::new(mmio), serial, i8042, power, virtio })
+        Ok(Self {
+            _thread: thread,
+            pio: Arc::new(pio),
+            mmio: Arc::new(mmio),
+            serial,
+            i8042,
+            power,
+            virtio,
+        })
     }
 
     /// What firmware tables say about the virtio devices.
@@ -161,7 +176,10 @@ impl DeviceSet {
         act: impl Fn(&Transport) -> Result<(), devices::virtio::HostError>,
     ) -> Result<(), MachineError> {
         for slot in &self.virtio {
-            act(&slot.transport()).map_err(|source| MachineError::Backend { id: slot.id.clone(), source })?;
+            act(&slot.transport()).map_err(|source| MachineError::Backend {
+                id: slot.id.clone(),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -175,19 +193,27 @@ fn virtio_slot(
     disk: Option<Arc<Backend>>,
     device: Box<dyn VirtioDevice>,
 ) -> Result<VirtioSlot, MachineError> {
-    let gsi = *layout::VIRTIO_GSIS.get(index).ok_or_else(|| MachineError::Mismatch {
-        what: "virtio devices",
-        expected: format!("at most {}", layout::VIRTIO_GSIS.len()),
-        got: format!("at least {}", index + 1),
-    })?;
+    let gsi = *layout::VIRTIO_GSIS
+        .get(index)
+        .ok_or_else(|| MachineError::Mismatch {
+            what: "virtio devices",
+            expected: format!("at most {}", layout::VIRTIO_GSIS.len()),
+            got: format!("at least {}", index + 1),
+        })?;
     let base = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_LEN * index as u64;
     let transport = Transport::new(device, memory.clone(), interrupt(vm, gsi)?)?;
     for (queue, event) in (0u32..).zip(transport.queue_events()) {
         let address = IoEventAddress::Mmio(base + Transport::NOTIFY_OFFSET);
-        vm.register_ioevent(event, &address, queue).map_err(kvm_error("KVM_IOEVENTFD"))?;
+        vm.register_ioevent(event, &address, queue)
+            .map_err(kvm_error("KVM_IOEVENTFD"))?;
     }
     let address = VirtioMmioSlot { base, gsi };
-    Ok(VirtioSlot { id: id.into(), address, disk, transport: Arc::new(Mutex::new(transport)) })
+    Ok(VirtioSlot {
+        id: id.into(),
+        address,
+        disk,
+        transport: Arc::new(Mutex::new(transport)),
+    })
 }
 
 /// An eventfd that raises the interrupt `gsi`.

@@ -10,9 +10,9 @@ mod state;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ::devices::virtio::HostError;
 use ::devices::virtio::block::{Backend, BackendError};
 use ::devices::virtio::mmio::TransportError;
-use ::devices::virtio::HostError;
 use ::devices::{GuestExit, GuestMemory};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -38,9 +38,15 @@ pub enum MachineError {
     #[error("/dev/kvm: {0}; `godwit probe` says what this host offers")]
     NoKvm(kvm_ioctls::Error),
     #[error("{what}")]
-    Kvm { what: &'static str, source: kvm_ioctls::Error },
+    Kvm {
+        what: &'static str,
+        source: kvm_ioctls::Error,
+    },
     #[error("{what}")]
-    Io { what: &'static str, source: std::io::Error },
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -66,7 +72,11 @@ pub enum MachineError {
     #[error("saved state")]
     State(#[from] migration_state::StateError),
     #[error("saved state: {what}: expected {expected}, got {got}")]
-    Mismatch { what: &'static str, expected: String, got: String },
+    Mismatch {
+        what: &'static str,
+        expected: String,
+        got: String,
+    },
 }
 
 /// What a machine is built from, whether it boots or is received.
@@ -148,20 +158,32 @@ impl Machine {
     }
 
     /// Builds a machine whose vCPUs are in their reset state and wait at the gate.
-    pub(crate) fn build(kvm: Kvm, spec: Spec, console: &Console, events: EventSink) -> Result<Self, MachineError> {
+    pub(crate) fn build(
+        kvm: Kvm,
+        spec: Spec,
+        console: &Console,
+        events: EventSink,
+    ) -> Result<Self, MachineError> {
         let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(kvm_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.set_tss_address(layout::KVM_TSS as usize).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
+        vm.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
         let memory = memory::create(&spec.ranges, spec.shared_memory)?;
         memory::register(&vm, &memory)?;
         let vcpus = create_vcpus(&vm, &spec)?;
         let tsc_khz = vcpus[0].get_tsc_khz().map_err(kvm_error("KVM_GET_TSC_KHZ"))?;
         let devices = DeviceSet::build(&vm, &memory, &spec.disks, console, events.clone())?;
-        let buses = Buses { pio: devices.pio.clone(), mmio: devices.mmio.clone() };
+        let buses = Buses {
+            pio: devices.pio.clone(),
+            mmio: devices.mmio.clone(),
+        };
         let on_failure = Arc::new(move |failure| events(MachineEvent::VcpuFailed(failure)));
         let vcpus = VcpuSet::start(vcpus, buses, on_failure)?;
         Ok(Self {
@@ -188,7 +210,9 @@ impl Machine {
         let mut sregs = vcpus[0].get_sregs().map_err(kvm_error("KVM_GET_SREGS"))?;
         entry.adjust_sregs(&mut sregs);
         vcpus[0].set_sregs(&sregs).map_err(kvm_error("KVM_SET_SREGS"))?;
-        vcpus[0].set_regs(&entry.regs()).map_err(kvm_error("KVM_SET_REGS"))?;
+        vcpus[0]
+            .set_regs(&entry.regs())
+            .map_err(kvm_error("KVM_SET_REGS"))?;
         Ok(())
     }
 
@@ -221,7 +245,12 @@ impl Machine {
 
     /// Presses the power button.
     pub fn press_power_button(&self) -> Result<(), MachineError> {
-        self.devices.press_power_button().map_err(|source| MachineError::Io { what: "power button", source })
+        self.devices
+            .press_power_button()
+            .map_err(|source| MachineError::Io {
+                what: "power button",
+                source,
+            })
     }
 
     /// The serial port, for input from the console.
@@ -258,7 +287,8 @@ fn create_vcpus(vm: &VmFd, spec: &Spec) -> Result<Vec<VcpuFd>, MachineError> {
     (0..spec.cpus)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(kvm_error("KVM_CREATE_VCPU"))?;
-            vcpu.set_cpuid2(&cpu::for_vcpu(&spec.cpuid, id)?).map_err(kvm_error("KVM_SET_CPUID2"))?;
+            vcpu.set_cpuid2(&cpu::for_vcpu(&spec.cpuid, id)?)
+                .map_err(kvm_error("KVM_SET_CPUID2"))?;
             if let Some(khz) = spec.tsc_khz
                 && vm.check_extension(Cap::TscControl)
             {

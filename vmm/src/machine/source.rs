@@ -19,7 +19,10 @@ pub struct MigrationSource {
 impl MigrationSource {
     /// The supervisor keeps its own handle and refuses what conflicts meanwhile.
     pub fn new(machine: Arc<Machine>) -> Self {
-        Self { machine, paused_at: None }
+        Self {
+            machine,
+            paused_at: None,
+        }
     }
 }
 
@@ -60,7 +63,9 @@ impl Source for MigrationSource {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, PortError> {
-        let paused_at = self.paused_at.ok_or("save: expected a paused machine, got a running one")?;
+        let paused_at = self
+            .paused_at
+            .ok_or("save: expected a paused machine, got a running one")?;
         Ok(self.machine.save(paused_at)?)
     }
 

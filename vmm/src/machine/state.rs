@@ -52,7 +52,9 @@ impl Machine {
     /// Saves a machine that is paused since `paused_at`, with its devices drained.
     pub(super) fn save(&self, paused_at: Instant) -> Result<Vec<u8>, MachineError> {
         let mut envelope = Envelope::new();
-        let record = MachineRecord { paused_by_user: self.is_held_by(Holder::User) };
+        let record = MachineRecord {
+            paused_by_user: self.is_held_by(Holder::User),
+        };
         envelope.put("machine", &record)?;
         let vcpus = self.vcpus.lock_all();
         let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc_khz, paused_at)?;
@@ -85,7 +87,10 @@ impl Machine {
         if machine.paused_by_user {
             self.vcpus.gate().close(Holder::User);
         }
-        Ok(Pending { clock, vcpus: records })
+        Ok(Pending {
+            clock,
+            vcpus: records,
+        })
     }
 
     /// Moves the clocks on and lets the guest run, see [`clock::advance`].
@@ -104,13 +109,21 @@ impl Machine {
         let irqchips = CHIPS
             .iter()
             .map(|chip_id| {
-                let mut chip = kvm_irqchip { chip_id: *chip_id, ..Default::default() };
-                self.vm.get_irqchip(&mut chip).map_err(kvm_error("KVM_GET_IRQCHIP"))?;
+                let mut chip = kvm_irqchip {
+                    chip_id: *chip_id,
+                    ..Default::default()
+                };
+                self.vm
+                    .get_irqchip(&mut chip)
+                    .map_err(kvm_error("KVM_GET_IRQCHIP"))?;
                 Ok(bytes(&chip))
             })
             .collect::<Result<_, MachineError>>()?;
         let pit = self.vm.get_pit2().map_err(kvm_error("KVM_GET_PIT2"))?;
-        Ok(ChipsetRecord { irqchips, pit: bytes(&pit) })
+        Ok(ChipsetRecord {
+            irqchips,
+            pit: bytes(&pit),
+        })
     }
 
     fn restore_chipset(&self, record: &ChipsetRecord) -> Result<(), MachineError> {

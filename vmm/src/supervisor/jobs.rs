@@ -17,16 +17,18 @@ pub(super) fn start_migration(
     control: Arc<Control>,
     supervisor: SupervisorHandle,
 ) -> io::Result<()> {
-    std::thread::Builder::new().name("migration".into()).spawn(move || {
-        let mut source = MigrationSource::new(machine);
-        let report = migration::migrate(&mut source, &destination, &options, &control);
-        if let Some(error) = &report.error {
-            tracing::warn!("migration to {destination} ended: {error}");
-        }
-        // The supervisor must be the last owner of the machine when it hears of the end.
-        drop(source);
-        supervisor.send(Event::MigrationEnded(Box::new(report)));
-    })?;
+    std::thread::Builder::new()
+        .name("migration".into())
+        .spawn(move || {
+            let mut source = MigrationSource::new(machine);
+            let report = migration::migrate(&mut source, &destination, &options, &control);
+            if let Some(error) = &report.error {
+                tracing::warn!("migration to {destination} ended: {error}");
+            }
+            // The supervisor must be the last owner of the machine when it hears of the end.
+            drop(source);
+            supervisor.send(Event::MigrationEnded(Box::new(report)));
+        })?;
     Ok(())
 }
 
@@ -36,9 +38,11 @@ impl Supervisor {
         let control = Arc::new(Control::new()?);
         self.life = Some(Life::Receiving(control.clone()));
         let supervisor = self.handle.clone();
-        std::thread::Builder::new().name("receive".into()).spawn(move || {
-            supervisor.send(wait_for_machine(&listener, destination, &control));
-        })?;
+        std::thread::Builder::new()
+            .name("receive".into())
+            .spawn(move || {
+                supervisor.send(wait_for_machine(&listener, destination, &control));
+            })?;
         Ok(())
     }
 }
@@ -55,7 +59,10 @@ fn wait_for_machine(listener: &Listener, mut destination: MigrationDestination, 
             Ok(_) => None,
             Err(error) if error.is_committed() => Some(migration::chain(&error)),
             Err(error) => {
-                tracing::warn!("the machine was not received: {}; waiting for the next attempt", migration::chain(&error));
+                tracing::warn!(
+                    "the machine was not received: {}; waiting for the next attempt",
+                    migration::chain(&error)
+                );
                 continue;
             }
         };

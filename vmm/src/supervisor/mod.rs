@@ -72,7 +72,15 @@ impl Supervisor {
     pub fn new(name: &str, console: Console) -> Self {
         let (sender, events) = mpsc::channel();
         let handle = SupervisorHandle::new(sender);
-        Self { name: name.into(), events, handle, console, life: None, migration: None, stop_at: None }
+        Self {
+            name: name.into(),
+            events,
+            handle,
+            console,
+            life: None,
+            migration: None,
+            stop_at: None,
+        }
     }
 
     /// A way to it, for other threads.
@@ -94,15 +102,16 @@ impl Supervisor {
 
     /// Takes a machine, which runs from here on.
     pub fn adopt(&mut self, machine: Machine, server: &ApiServer) {
-        let mut input = server.console_input().lock().unwrap_or_else(PoisonError::into_inner);
-        *input = Some(machine.serial());
+        server.console_input().connect(machine.serial());
         self.life = Some(Life::Here(Arc::new(machine)));
     }
 
     /// Serves requests until the VM ends.
     pub fn run(mut self, server: ApiServer) -> Result<Ending, SupervisorError> {
         let ending = loop {
-            let wait = self.stop_at.map_or(request::NEVER, |at| at.saturating_duration_since(Instant::now()));
+            let wait = self
+                .stop_at
+                .map_or(request::NEVER, |at| at.saturating_duration_since(Instant::now()));
             match self.events.recv_timeout(wait) {
                 Ok(event) => {
                     if let Some(ending) = self.handle_event(event, &server) {
@@ -130,7 +139,9 @@ impl Supervisor {
             Event::Request(request) => self.handle_request(request),
             Event::GuestExit(reason) => return Some(Ok(Ending::Guest(reason))),
             // A triple fault is how a guest without other means resets (`reboot=t`).
-            Event::VcpuFailed(VcpuFailure::TripleFault(_)) => return Some(Ok(Ending::Guest(GuestExit::Reset))),
+            Event::VcpuFailed(VcpuFailure::TripleFault(_)) => {
+                return Some(Ok(Ending::Guest(GuestExit::Reset)));
+            }
             Event::VcpuFailed(failure) => return Some(Err(failure.into())),
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
             Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
@@ -152,11 +163,20 @@ impl Supervisor {
             Request::Pause(reply) => answer(reply, self.pause()),
             Request::Resume(reply) => answer(reply, self.resume()),
             Request::PowerButton(reply) => answer(reply, self.press_power_button()),
-            Request::Migrate { destination, options, reply } => {
+            Request::Migrate {
+                destination,
+                options,
+                reply,
+            } => {
                 answer(reply, self.migrate(destination, *options));
             }
             Request::Progress(reply) => {
-                answer(reply, self.control().map(|control| control.progress()).ok_or(Refusal::NoMigration));
+                answer(
+                    reply,
+                    self.control()
+                        .map(|control| control.progress())
+                        .ok_or(Refusal::NoMigration),
+                );
             }
             Request::Cancel(reply) => answer(reply, self.cancel()),
             // Answered where the loop can end.
@@ -174,7 +194,11 @@ impl Supervisor {
 
     /// The machine, if no migration has it.
     fn idle_machine(&self) -> Result<&Arc<Machine>, Refusal> {
-        if self.migration.is_some() { Err(Refusal::Migrating) } else { self.machine() }
+        if self.migration.is_some() {
+            Err(Refusal::Migrating)
+        } else {
+            self.machine()
+        }
     }
 
     fn control(&self) -> Option<&Arc<Control>> {
@@ -226,9 +250,18 @@ impl Supervisor {
         let machine = self.idle_machine()?.clone();
         let control = Arc::new(Control::new().map_err(failed)?);
         let (reports, report) = broadcast::channel(1);
-        jobs::start_migration(machine, destination, options, control.clone(), self.handle.clone())
-            .map_err(failed)?;
-        self.migration = Some(MigrationJob { control: control.clone(), reports });
+        jobs::start_migration(
+            machine,
+            destination,
+            options,
+            control.clone(),
+            self.handle.clone(),
+        )
+        .map_err(failed)?;
+        self.migration = Some(MigrationJob {
+            control: control.clone(),
+            reports,
+        });
         Ok(MigrationFeed { control, report })
     }
 
@@ -246,7 +279,9 @@ impl Supervisor {
         if let Some(job) = &self.migration {
             job.control.cancel();
         }
-        let Ok(machine) = self.machine() else { return Some(Ending::Stopped) };
+        let Ok(machine) = self.machine() else {
+            return Some(Ending::Stopped);
+        };
         if machine.is_held_by(Holder::User) {
             return Some(Ending::Stopped);
         }

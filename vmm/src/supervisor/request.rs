@@ -31,7 +31,7 @@ pub enum Refusal {
 }
 
 /// The answer to a request.
-pub type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
 
 /// Something that can be asked of the supervisor.
 pub enum Request {

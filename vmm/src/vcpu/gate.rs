@@ -41,8 +41,16 @@ struct State {
 impl Gate {
     /// A gate for `threads` vCPU threads, held by [`Holder::Startup`].
     pub fn new(threads: usize) -> Self {
-        let state = State { holders: Holder::Startup as u8, ending: false, threads, parked: 0 };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let state = State {
+            holders: Holder::Startup as u8,
+            ending: false,
+            threads,
+            parked: 0,
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
     }
 
     /// Closes the gate for `holder`. Threads in the guest do not notice: kick them.

@@ -52,9 +52,14 @@ impl VcpuSet {
         kick::install_handler().map_err(VcpuError::Handler)?;
         let gate = Arc::new(Gate::new(vcpus.len()));
         let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
-        let set = Self { gate: gate.clone(), vcpus, threads: Mutex::default() };
+        let set = Self {
+            gate: gate.clone(),
+            vcpus,
+            threads: Mutex::default(),
+        };
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
-            let (gate, vcpu, buses, on_failure) = (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
+            let (gate, vcpu, buses, on_failure) =
+                (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .spawn(move || {
@@ -75,13 +80,21 @@ impl VcpuSet {
         let asked = Instant::now();
         self.gate.close(holder);
         self.kick();
-        if self.gate.wait_parked(PARK_TIMEOUT) { Ok(asked) } else { Err(VcpuError::NotParked(PARK_TIMEOUT)) }
+        if self.gate.wait_parked(PARK_TIMEOUT) {
+            Ok(asked)
+        } else {
+            Err(VcpuError::NotParked(PARK_TIMEOUT))
+        }
     }
 
     /// Lets go for `holder`. If nobody else holds the gate, returns when the last vCPU has left it.
     pub fn resume(&self, holder: Holder) -> Result<(), VcpuError> {
         self.gate.open(holder);
-        if self.gate.wait_entered(PARK_TIMEOUT) { Ok(()) } else { Err(VcpuError::NotEntered(PARK_TIMEOUT)) }
+        if self.gate.wait_entered(PARK_TIMEOUT) {
+            Ok(())
+        } else {
+            Err(VcpuError::NotEntered(PARK_TIMEOUT))
+        }
     }
 
     /// The gate, to ask who holds it.
@@ -91,7 +104,10 @@ impl VcpuSet {
 
     /// The vCPUs in order of their ids. Blocks while they run: pause first.
     pub fn lock_all(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
-        self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner)).collect()
+        self.vcpus
+            .iter()
+            .map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner))
+            .collect()
     }
 
     /// One kick is enough: it comes after a change of the gate, and a thread looks at the gate after every

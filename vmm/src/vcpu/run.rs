@@ -25,7 +25,13 @@ pub enum VcpuFailure {
     #[error("vCPU {0}: triple fault")]
     TripleFault(u8),
     #[error("vCPU {id}: KVM could not go on (internal error {suberror}) at rip {rip:#x}, cs {cs:#x}: {hint}")]
-    Internal { id: u8, suberror: u32, rip: u64, cs: u16, hint: &'static str },
+    Internal {
+        id: u8,
+        suberror: u32,
+        rip: u64,
+        cs: u16,
+        hint: &'static str,
+    },
     #[error("vCPU {id}: KVM could not enter the guest, hardware reason {reason:#x}")]
     Entry { id: u8, reason: u64 },
     #[error("vCPU {id}: unexpected exit {exit}")]
@@ -67,7 +73,12 @@ fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), Vcpu
             Ok(VcpuExit::Shutdown) => return Err(VcpuFailure::TripleFault(id)),
             Ok(VcpuExit::InternalError) => return Err(internal_error(id, vcpu)),
             Ok(VcpuExit::FailEntry(reason, _)) => return Err(VcpuFailure::Entry { id, reason }),
-            Ok(exit) => return Err(VcpuFailure::Unexpected { id, exit: format!("{exit:?}") }),
+            Ok(exit) => {
+                return Err(VcpuFailure::Unexpected {
+                    id,
+                    exit: format!("{exit:?}"),
+                });
+            }
             Err(error) if error.errno() == libc::EINTR => {
                 // KVM_RUN has finished what was pending (api.rst, 5: immediate_exit), so the state is whole.
                 vcpu.set_kvm_immediate_exit(0);
@@ -90,5 +101,11 @@ fn internal_error(id: u8, vcpu: &mut VcpuFd) -> VcpuFailure {
     } else {
         "the kernel's log may say more"
     };
-    VcpuFailure::Internal { id, suberror, rip, cs, hint }
+    VcpuFailure::Internal {
+        id,
+        suberror,
+        rip,
+        cs,
+        hint,
+    }
 }

@@ -22,9 +22,16 @@ const MSR_BATCH: usize = 256;
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum VcpuStateError {
     #[error("{what}")]
-    Kvm { what: &'static str, source: kvm_ioctls::Error },
+    Kvm {
+        what: &'static str,
+        source: kvm_ioctls::Error,
+    },
     #[error("{what}: expected {expected} bytes, got {got}")]
-    Length { what: &'static str, expected: usize, got: usize },
+    Length {
+        what: &'static str,
+        expected: usize,
+        got: usize,
+    },
     #[error("MSR {index:#x}: KVM refuses the value {value:#x}")]
     Msr { index: u32, value: u64 },
     #[error("{0} MSRs: more than the kernel knows")]
@@ -66,7 +73,10 @@ impl Record for VcpuRecord {
 impl VcpuRecord {
     /// The saved IA32_TSC_DEADLINE; 0 means that none is armed.
     pub fn tsc_deadline(&self) -> u64 {
-        self.msrs.iter().find(|(index, _)| *index == MSR_TSC_DEADLINE).map_or(0, |(_, value)| *value)
+        self.msrs
+            .iter()
+            .find(|(index, _)| *index == MSR_TSC_DEADLINE)
+            .map_or(0, |(_, value)| *value)
     }
 }
 
@@ -74,7 +84,10 @@ impl VcpuRecord {
 /// clock is saved.
 pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateError> {
     // mp_state first: KVM_GET_MP_STATE applies pending INITs and SIPIs, which change the rest.
-    let mp_state = vcpu.get_mp_state().map_err(kvm_error("KVM_GET_MP_STATE"))?.mp_state;
+    let mp_state = vcpu
+        .get_mp_state()
+        .map_err(kvm_error("KVM_GET_MP_STATE"))?
+        .mp_state;
     Ok(VcpuRecord {
         regs: bytes(&vcpu.get_regs().map_err(kvm_error("KVM_GET_REGS"))?),
         sregs: bytes(&vcpu.get_sregs().map_err(kvm_error("KVM_GET_SREGS"))?),
@@ -91,19 +104,26 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateE
 
 /// Gives a saved state to a new vCPU, everything but the TSC and the deadline timer. Untrusted input.
 pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
-    let mp_state = kvm_bindings::kvm_mp_state { mp_state: record.mp_state };
-    vcpu.set_mp_state(mp_state).map_err(kvm_error("KVM_SET_MP_STATE"))?;
-    vcpu.set_regs(&parse("kvm_regs", &record.regs)?).map_err(kvm_error("KVM_SET_REGS"))?;
-    vcpu.set_sregs(&parse("kvm_sregs", &record.sregs)?).map_err(kvm_error("KVM_SET_SREGS"))?;
+    let mp_state = kvm_bindings::kvm_mp_state {
+        mp_state: record.mp_state,
+    };
+    vcpu.set_mp_state(mp_state)
+        .map_err(kvm_error("KVM_SET_MP_STATE"))?;
+    vcpu.set_regs(&parse("kvm_regs", &record.regs)?)
+        .map_err(kvm_error("KVM_SET_REGS"))?;
+    vcpu.set_sregs(&parse("kvm_sregs", &record.sregs)?)
+        .map_err(kvm_error("KVM_SET_SREGS"))?;
     let xsave = parse("kvm_xsave", &record.xsave)?;
     // SAFETY: no extended state beyond 4096 bytes exists: that takes a request through arch_prctl, which
     // this program never makes.
     unsafe { vcpu.set_xsave(&xsave) }.map_err(kvm_error("KVM_SET_XSAVE"))?;
-    vcpu.set_xcrs(&parse("kvm_xcrs", &record.xcrs)?).map_err(kvm_error("KVM_SET_XCRS"))?;
+    vcpu.set_xcrs(&parse("kvm_xcrs", &record.xcrs)?)
+        .map_err(kvm_error("KVM_SET_XCRS"))?;
     vcpu.set_debug_regs(&parse("kvm_debugregs", &record.debugregs)?)
         .map_err(kvm_error("KVM_SET_DEBUGREGS"))?;
     // Before the MSRs: the LAPIC's mode decides whether the deadline MSR can be armed.
-    vcpu.set_lapic(&parse("kvm_lapic_state", &record.lapic)?).map_err(kvm_error("KVM_SET_LAPIC"))?;
+    vcpu.set_lapic(&parse("kvm_lapic_state", &record.lapic)?)
+        .map_err(kvm_error("KVM_SET_LAPIC"))?;
     restore_msrs(kvm, vcpu, &record.msrs)?;
     // Last: everything above can queue or clear events.
     vcpu.set_vcpu_events(&parse("kvm_vcpu_events", &record.events)?)
@@ -113,12 +133,23 @@ pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), Vcpu
 
 /// Sets one MSR.
 pub fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), VcpuStateError> {
-    if try_set_msr(vcpu, index, value)? { Ok(()) } else { Err(VcpuStateError::Msr { index, value }) }
+    if try_set_msr(vcpu, index, value)? {
+        Ok(())
+    } else {
+        Err(VcpuStateError::Msr { index, value })
+    }
 }
 
 fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
-    let list = kvm.get_msr_index_list().map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
-    let mut wanted: Vec<u32> = list.as_slice().iter().copied().filter(|index| *index != MSR_TSC).collect();
+    let list = kvm
+        .get_msr_index_list()
+        .map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
+    let mut wanted: Vec<u32> = list
+        .as_slice()
+        .iter()
+        .copied()
+        .filter(|index| *index != MSR_TSC)
+        .collect();
     if !wanted.contains(&MSR_TSC_DEADLINE) {
         wanted.push(MSR_TSC_DEADLINE);
     }
@@ -126,12 +157,21 @@ fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError
     let mut rest = wanted.as_slice();
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MSR_BATCH)];
-        let entries: Vec<_> =
-            batch.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|index| kvm_msr_entry {
+                index: *index,
+                ..Default::default()
+            })
+            .collect();
         let mut msrs =
             Msrs::from_entries(&entries).map_err(|_| VcpuStateError::TooManyMsrs(entries.len()))?;
         let read = vcpu.get_msrs(&mut msrs).map_err(kvm_error("KVM_GET_MSRS"))?;
-        saved.extend(msrs.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
+        saved.extend(
+            msrs.as_slice()[..read]
+                .iter()
+                .map(|entry| (entry.index, entry.data)),
+        );
         // KVM stops at the first MSR that this guest's CPUID does not have: it has no value to save.
         rest = &rest[(read + usize::from(read < batch.len()))..];
     }
@@ -139,8 +179,15 @@ fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError
 }
 
 fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuStateError> {
-    let list = kvm.get_msr_index_list().map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
-    let known: HashSet<u32> = list.as_slice().iter().copied().chain([MSR_TSC_DEADLINE]).collect();
+    let list = kvm
+        .get_msr_index_list()
+        .map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
+    let known: HashSet<u32> = list
+        .as_slice()
+        .iter()
+        .copied()
+        .chain([MSR_TSC_DEADLINE])
+        .collect();
     if msrs.len() > known.len() {
         return Err(VcpuStateError::TooManyMsrs(msrs.len()));
     }
@@ -160,14 +207,21 @@ fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Vcp
 
 /// `None` if KVM has no such MSR for this guest.
 fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuStateError> {
-    let entry = kvm_msr_entry { index, ..Default::default() };
+    let entry = kvm_msr_entry {
+        index,
+        ..Default::default()
+    };
     let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuStateError::TooManyMsrs(1))?;
     let read = vcpu.get_msrs(&mut msrs).map_err(kvm_error("KVM_GET_MSRS"))?;
     Ok((read == 1).then(|| msrs.as_slice()[0].data))
 }
 
 fn try_set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, VcpuStateError> {
-    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
     let msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuStateError::TooManyMsrs(1))?;
     Ok(vcpu.set_msrs(&msrs).map_err(kvm_error("KVM_SET_MSRS"))? == 1)
 }

@@ -47,7 +47,12 @@ impl Key {
     }
 
     fn hex(&self) -> String {
-        self.0.clone().finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        self.0
+            .clone()
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -62,9 +67,13 @@ impl Cache {
     pub(super) fn open(target: &Path) -> Result<Self> {
         let stamps = target.join("cache/stamps");
         fs::create_dir_all(&stamps).with_context(|| format!("cannot create {}", stamps.display()))?;
-        let lock = File::create(target.join("cache/lock")).context("cannot create the lock of target/guests")?;
+        let lock =
+            File::create(target.join("cache/lock")).context("cannot create the lock of target/guests")?;
         flock(&lock, FlockOperation::LockExclusive).context("cannot lock target/guests")?;
-        Ok(Self { target: target.to_path_buf(), _lock: lock })
+        Ok(Self {
+            target: target.to_path_buf(),
+            _lock: lock,
+        })
     }
 
     /// Where an artifact is.
@@ -145,8 +154,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path()).unwrap();
         let key = Key::new("a");
-        cache.make("thing", &key, &["file"], || cache.write("file", b"")).unwrap();
-        cache.make("thing", &Key::new("b"), &["file"], || bail!("half-way")).unwrap_err();
+        cache
+            .make("thing", &key, &["file"], || cache.write("file", b""))
+            .unwrap();
+        cache
+            .make("thing", &Key::new("b"), &["file"], || bail!("half-way"))
+            .unwrap_err();
         let mut again = false;
         cache
             .make("thing", &key, &["file"], || {

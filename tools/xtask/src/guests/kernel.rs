@@ -22,8 +22,13 @@ impl Kernel {
         let folder = package.root.join("lib/modules");
         let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
         let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let release = names.next().with_context(|| format!("{} is empty", folder.display()))?;
-        Ok(Self { package: package.clone(), release })
+        let release = names
+            .next()
+            .with_context(|| format!("{} is empty", folder.display()))?;
+        Ok(Self {
+            package: package.clone(),
+            release,
+        })
     }
 
     /// Version of the package, for keys.
@@ -45,7 +50,8 @@ impl Kernel {
     pub(super) fn build(&self, cache: &Cache) -> Result<()> {
         let key = Key::new("kernel 1").text(self.version());
         cache.make("kernel", &key, &["stock/vmlinuz", "stock/vmlinux"], || {
-            let image = fs::read(self.vmlinuz()).with_context(|| format!("cannot read {:?}", self.vmlinuz()))?;
+            let image =
+                fs::read(self.vmlinuz()).with_context(|| format!("cannot read {:?}", self.vmlinuz()))?;
             cache.write("stock/vmlinux", &vmlinux(&image)?)?;
             cache.write("stock/vmlinuz", &image)
         })
@@ -60,21 +66,35 @@ const LARGEST_KERNEL: usize = 1 << 30;
 
 /// The ELF kernel in a bzImage (Linux, Documentation/x86/boot.rst: setup_sects, payload_offset, payload_length).
 fn vmlinux(image: &[u8]) -> Result<Vec<u8>> {
-    ensure!(image.get(0x202..0x206) == Some(b"HdrS"), "expected a bzImage with a \"HdrS\" header");
+    ensure!(
+        image.get(0x202..0x206) == Some(b"HdrS"),
+        "expected a bzImage with a \"HdrS\" header"
+    );
     let setup = match image[0x1f1] {
         0 => 4,
         sectors => usize::from(sectors),
     };
     let start = (setup + 1) * 512 + word(image, 0x248)?;
-    let payload = image.get(start..).and_then(|rest| rest.get(..word(image, 0x24c).ok()?));
+    let payload = image
+        .get(start..)
+        .and_then(|rest| rest.get(..word(image, 0x24c).ok()?));
     let payload = payload.context("the bzImage is shorter than its payload")?;
-    ensure!(word(payload, 0)? == LZ4_LEGACY as usize, "expected a payload compressed with LZ4 (legacy frame)");
+    ensure!(
+        word(payload, 0)? == LZ4_LEGACY as usize,
+        "expected a payload compressed with LZ4 (legacy frame)"
+    );
     // The kernel's build appends the length of what is inside.
     let (blocks, len) = payload.split_at(payload.len().saturating_sub(4));
     let len = word(len, 0)?;
-    ensure!(len <= LARGEST_KERNEL, "the payload claims {len} bytes, more than {LARGEST_KERNEL}");
+    ensure!(
+        len <= LARGEST_KERNEL,
+        "the payload claims {len} bytes, more than {LARGEST_KERNEL}"
+    );
     let kernel = decompress(&blocks[4..], len)?;
-    ensure!(kernel.starts_with(b"\x7fELF"), "expected an ELF file in the payload");
+    ensure!(
+        kernel.starts_with(b"\x7fELF"),
+        "expected an ELF file in the payload"
+    );
     Ok(kernel)
 }
 
@@ -92,7 +112,8 @@ fn decompress(mut blocks: &[u8], len: usize) -> Result<Vec<u8>> {
         };
         blocks = rest;
         let end = len.min(done + LZ4_BLOCK);
-        done += lz4_flex::block::decompress_into(block, &mut kernel[done..end]).context("a broken LZ4 block")?;
+        done +=
+            lz4_flex::block::decompress_into(block, &mut kernel[done..end]).context("a broken LZ4 block")?;
     }
     ensure!(done == len, "the payload holds {done} bytes, expected {len}");
     Ok(kernel)
@@ -100,7 +121,10 @@ fn decompress(mut blocks: &[u8], len: usize) -> Result<Vec<u8>> {
 
 /// A little-endian 32-bit word.
 fn word(bytes: &[u8], at: usize) -> Result<usize> {
-    let four = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>()).context("the image ends too early")?;
+    let four = bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk::<4>())
+        .context("the image ends too early")?;
     Ok(u32::from_le_bytes(*four) as usize)
 }
 

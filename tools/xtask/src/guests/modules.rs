@@ -29,8 +29,16 @@ pub(super) fn closure(folder: &Path, names: &[&str]) -> Result<Vec<Module>> {
     index(&folder.join("kernel"), &mut found)?;
     let list = folder.join("modules.builtin");
     let builtin = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
-    let builtin = builtin.lines().filter_map(|line| Some(identity(Path::new(line).file_stem()?.to_str()?))).collect();
-    let mut order = Order { found, builtin, done: BTreeSet::new(), modules: Vec::new() };
+    let builtin = builtin
+        .lines()
+        .filter_map(|line| Some(identity(Path::new(line).file_stem()?.to_str()?)))
+        .collect();
+    let mut order = Order {
+        found,
+        builtin,
+        done: BTreeSet::new(),
+        modules: Vec::new(),
+    };
     for name in names {
         order.add(&identity(name), &[])?;
     }
@@ -55,7 +63,10 @@ impl Order {
         let Some(path) = self.found.get(name).cloned() else {
             bail!("the kernel package has no module {name}");
         };
-        let module = Module { name: path.file_name().unwrap_or_default().to_string_lossy().into(), path };
+        let module = Module {
+            name: path.file_name().unwrap_or_default().to_string_lossy().into(),
+            path,
+        };
         let above = [above, &[name]].concat();
         for needed in depends(&module.content()?) {
             self.add(&identity(&needed), &above)?;
@@ -69,9 +80,16 @@ impl Order {
 /// The `depends=` entry of a module's `.modinfo`, a section of zero-terminated `key=value` texts.
 fn depends(module: &[u8]) -> Vec<String> {
     let entries = module.split(|byte| *byte == 0);
-    let value = entries.filter_map(|entry| entry.strip_prefix(b"depends=")).next().unwrap_or_default();
+    let value = entries
+        .filter_map(|entry| entry.strip_prefix(b"depends="))
+        .next()
+        .unwrap_or_default();
     let value = String::from_utf8_lossy(value);
-    value.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
+    value
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Module names treat `-` and `_` alike.
@@ -84,7 +102,10 @@ fn index(folder: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<()> {
         let path = entry?.path();
         if path.is_dir() {
             index(&path, found)?;
-        } else if let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".ko")) {
+        } else if let Some(name) = path
+            .file_name()
+            .and_then(|name| name.to_str()?.strip_suffix(".ko"))
+        {
             found.insert(identity(name), path);
         }
     }
@@ -107,12 +128,20 @@ mod tests {
     }
 
     fn names(folder: &Path, wanted: &[&str]) -> Result<Vec<String>> {
-        Ok(closure(folder, wanted)?.into_iter().map(|module| module.name).collect())
+        Ok(closure(folder, wanted)?
+            .into_iter()
+            .map(|module| module.name)
+            .collect())
     }
 
     #[test]
     fn what_is_needed_comes_first_and_once() {
-        let tree = tree(&[("net-x", "failover,ring"), ("failover", "ring,crc_x"), ("ring", ""), ("blk", "ring")]);
+        let tree = tree(&[
+            ("net-x", "failover,ring"),
+            ("failover", "ring,crc_x"),
+            ("ring", ""),
+            ("blk", "ring"),
+        ]);
         let order = names(tree.path(), &["net_x", "blk", "crc_x"]).unwrap();
         assert_eq!(order, ["ring.ko", "failover.ko", "net-x.ko", "blk.ko"]);
     }
@@ -120,7 +149,17 @@ mod tests {
     #[test]
     fn unknown_and_circular_are_errors() {
         let tree = tree(&[("a", "b"), ("b", "a"), ("c", "nothing")]);
-        assert!(names(tree.path(), &["a"]).unwrap_err().to_string().contains("needs itself"));
-        assert!(names(tree.path(), &["c"]).unwrap_err().to_string().contains("no module nothing"));
+        assert!(
+            names(tree.path(), &["a"])
+                .unwrap_err()
+                .to_string()
+                .contains("needs itself")
+        );
+        assert!(
+            names(tree.path(), &["c"])
+                .unwrap_err()
+                .to_string()
+                .contains("no module nothing")
+        );
     }
 }

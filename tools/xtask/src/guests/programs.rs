@@ -29,13 +29,30 @@ pub(super) fn bare(root: &Path, cache: &Cache) -> Result<()> {
 
 /// The workload agent of Linux guests; returns its path.
 pub(super) fn agent(root: &Path, cache: &Cache) -> Result<PathBuf> {
-    member(root, cache, "agent", &["guests/agent", "guests/core"], &["--package", "guest-agent"], "guest-agent", "cache/agent")
+    member(
+        root,
+        cache,
+        "agent",
+        &["guests/agent", "guests/core"],
+        &["--package", "guest-agent"],
+        "guest-agent",
+        "cache/agent",
+    )
 }
 
 /// The first program of an emulated host: `lab/init`.
 pub(super) fn lab_host(root: &Path, cache: &Cache) -> Result<()> {
     let build = ["--package", "lab", "--bin", "lab-host"];
-    member(root, cache, "lab-host", &["tools/lab"], &build, "lab-host", "lab/init").map(|_| ())
+    member(
+        root,
+        cache,
+        "lab-host",
+        &["tools/lab"],
+        &build,
+        "lab-host",
+        "lab/init",
+    )
+    .map(|_| ())
 }
 
 fn member(
@@ -48,7 +65,10 @@ fn member(
     artifact: &str,
 ) -> Result<PathBuf> {
     let mut key = Key::new("member 2").text(compiler()?);
-    for path in ["Cargo.toml", "Cargo.lock", ".cargo/config.toml"].iter().chain(sources) {
+    for path in ["Cargo.toml", "Cargo.lock", ".cargo/config.toml"]
+        .iter()
+        .chain(sources)
+    {
         key = key.path(&root.join(path))?;
     }
     cache.make(name, &key, &[artifact], || {

@@ -18,7 +18,13 @@ const MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_rng", "button",
 const INIT: &str = "guests/stock/init";
 
 /// Makes `stock/initrd`.
-pub(super) fn initrd(root: &Path, cache: &Cache, kernel: &Kernel, busybox: &Unpacked, agent: &Path) -> Result<()> {
+pub(super) fn initrd(
+    root: &Path,
+    cache: &Cache,
+    kernel: &Kernel,
+    busybox: &Unpacked,
+    agent: &Path,
+) -> Result<()> {
     let key = Key::new("initrd 1")
         .text(kernel.version())
         .text(&busybox.version)

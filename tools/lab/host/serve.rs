@@ -1,0 +1,156 @@
+//! Starts processes for the lab and carries their input, output, signals and ends.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use lab::wire::{self, Frame, Kind};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// The way to the lab, shared by everybody who has something to say.
+type Port = Arc<Mutex<File>>;
+
+/// A process as the lab's frames reach it.
+struct Running {
+    stdin: Sender<Vec<u8>>,
+    handle: OwnedFd,
+}
+
+/// Serves until the lab goes away.
+pub(crate) fn serve() -> io::Result<()> {
+    let mut from = open_port()?;
+    let port = Arc::new(Mutex::new(from.try_clone()?));
+    say(&port, Kind::Hello, 0, &[]);
+    let mut running = HashMap::new();
+    loop {
+        let Frame { kind, process, body } = wire::read(&mut from)?;
+        match kind {
+            Kind::Spawn => match start(&wire::split(&body), process, &port) {
+                Ok(started) => drop(running.insert(process, started)),
+                Err(error) => say(&port, Kind::Refused, process, error.to_string().as_bytes()),
+            },
+            Kind::Stdin => {
+                if let Some(to) = running.get(&process) {
+                    // Fails when the process has closed its input.
+                    let _ = to.stdin.send(body);
+                }
+            }
+            Kind::Signal => {
+                let number = body.first_chunk().map_or(0, |number| i32::from_le_bytes(*number));
+                if let (Some(to), Some(signal)) = (running.get(&process), Signal::from_named_raw(number)) {
+                    // Fails when the process has ended.
+                    let _ = pidfd_send_signal(&to.handle, signal);
+                }
+            }
+            Kind::Hello | Kind::Refused | Kind::Stdout | Kind::Stderr | Kind::Exit => {
+                println!("lab-host: a frame of the wrong direction: {kind:?}");
+            }
+        }
+    }
+}
+
+/// The virtio-serial port named `lab`.
+fn open_port() -> io::Result<File> {
+    for entry in fs::read_dir("/sys/class/virtio-ports")? {
+        let path = entry?.path();
+        let name = fs::read_to_string(path.join("name")).unwrap_or_default();
+        if let (true, Some(device)) = (name.trim() == "lab", path.file_name()) {
+            return OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(PathBuf::from("/dev").join(device));
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        "no virtio-serial port named lab",
+    ))
+}
+
+/// Sends a frame. If the lab is gone, the reader ends the program.
+fn say(port: &Port, kind: Kind, process: u32, body: &[u8]) {
+    let _ = wire::write(
+        &mut *port.lock().unwrap_or_else(PoisonError::into_inner),
+        kind,
+        process,
+        body,
+    );
+}
+
+fn start(words: &[String], process: u32, port: &Port) -> io::Result<Running> {
+    let (program, arguments) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .env("PATH", "/bin")
+        .env("HOME", "/")
+        .env("TERM", "linux")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let pid = Pid::from_raw(child.id() as i32).ok_or(io::ErrorKind::NotFound)?;
+    let handle = pidfd_open(pid, PidfdFlags::empty())?;
+    let (stdin, input) = channel();
+    if let Some(to) = child.stdin.take() {
+        thread::spawn(move || feed(&input, to));
+    }
+    let port = port.clone();
+    thread::spawn(move || watch(child, process, &port));
+    Ok(Running { stdin, handle })
+}
+
+/// Writes what comes until an empty piece, or until nobody reads it.
+fn feed(input: &Receiver<Vec<u8>>, mut to: impl Write) {
+    while let Ok(bytes) = input.recv() {
+        if bytes.is_empty() || to.write_all(&bytes).is_err() {
+            return;
+        }
+    }
+}
+
+/// Carries output until both streams have ended, then tells how the process ended.
+fn watch(mut child: Child, process: u32, port: &Port) {
+    let outputs = [
+        child
+            .stdout
+            .take()
+            .map(|from| carry(from, Kind::Stdout, process, port)),
+        child
+            .stderr
+            .take()
+            .map(|from| carry(from, Kind::Stderr, process, port)),
+    ];
+    let status = child.wait();
+    for output in outputs.into_iter().flatten() {
+        let _ = output.join();
+    }
+    let status = status.map_or(-1, ExitStatusExt::into_raw);
+    say(port, Kind::Exit, process, &status.to_le_bytes());
+}
+
+fn carry(
+    mut from: impl Read + Send + 'static,
+    kind: Kind,
+    process: u32,
+    port: &Port,
+) -> thread::JoinHandle<()> {
+    let port = port.clone();
+    thread::spawn(move || {
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            match from.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(len) => say(&port, kind, process, &buffer[..len]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    })
+}
