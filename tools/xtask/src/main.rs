@@ -1,7 +1,12 @@
 //! The project's own commands: `cargo xtask --help`.
 
 mod guests;
+mod lint;
 mod packages;
+mod runner;
+mod soak;
+mod steps;
+mod test;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -17,10 +22,19 @@ struct Arguments {
 enum Command {
     /// Builds the guests and what emulated hosts run into target/guests
     Guests(guests::Options),
+    /// Checks formatting, clippy's advice, and the dependencies' licences, versions and sources
+    Lint,
+    /// Sets everything up and tests it: lint, unit tests, and the scenarios of both lanes
+    Test(test::Options),
+    /// Runs scenarios with long counts
+    Soak(soak::Options),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Guests(options) => guests::build(&options).map(|_| ()),
+        Command::Lint => lint::run_all(),
+        Command::Test(options) => test::run(&options),
+        Command::Soak(options) => soak::run(&options),
     }
 }

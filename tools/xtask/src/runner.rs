@@ -1,0 +1,141 @@
+//! Running tests, and building what they need.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::steps::Counts;
+use crate::workspace::{cargo, root, run};
+use crate::{guests, packages};
+
+/// What is installed system-wide: the emulator for the lab, file system tools for the shared disk.
+const PACKAGES: [&str; 3] = ["e2fsprogs", "qemu-system-x86", "util-linux"];
+
+/// Scenarios that need the machine's own KVM; one binary each.
+const DIRECT: [&str; 5] = ["boot", "control", "migrate_direct", "faults", "bad_input"];
+/// Scenarios on emulated hosts.
+const LAB: &str = "lab";
+
+/// Where a scenario runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    Direct,
+    Lab,
+}
+
+/// What scenarios work with.
+pub(crate) struct Prepared {
+    root: PathBuf,
+    pub(crate) godwit: PathBuf,
+    pub(crate) guests: PathBuf,
+}
+
+/// Installs and builds everything that scenarios and the demo need.
+pub(crate) fn prepare() -> Result<Prepared> {
+    packages::ensure(&PACKAGES)?;
+    let root = root()?;
+    let guests = guests::build(&guests::Options::default())?;
+    run(cargo()
+        .current_dir(&root)
+        .args(["build", "--quiet", "--release", "--package", "vmm"]))?;
+    let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
+    Ok(Prepared { root, godwit, guests })
+}
+
+/// Whether the machine has a KVM of its own. One that is there and does not work is a failure, not an absence.
+pub(crate) fn has_kvm() -> bool {
+    Path::new("/dev/kvm").exists()
+}
+
+impl Prepared {
+    /// Every test outside `tests/`: those that need nothing but the sources and the guests.
+    pub(crate) fn unit_tests(&self, filter: Option<&str>) -> Result<Counts> {
+        let mut command = self.cargo_test();
+        command.args(["--workspace", "--exclude", "tests"]);
+        counted(&mut finish(command, filter, &[]))
+    }
+
+    /// The tests of the harness itself.
+    pub(crate) fn harness_tests(&self, filter: Option<&str>) -> Result<Counts> {
+        let mut command = self.cargo_test();
+        command.args(["--package", "tests", "--lib"]);
+        counted(&mut finish(command, filter, &[]))
+    }
+
+    /// The scenarios of a lane, one at a time: they measure, and each of them fills the machine.
+    pub(crate) fn scenarios(
+        &self,
+        lane: Lane,
+        filter: Option<&str>,
+        settings: &[(&str, String)],
+    ) -> Result<Counts> {
+        let mut command = self.scenario_command(lane);
+        command.envs(settings.iter().map(|(key, value)| (key, value)));
+        counted(&mut finish(
+            command,
+            filter,
+            &["--test-threads=1", "--show-output"],
+        ))
+    }
+
+    /// How many scenarios a lane has.
+    pub(crate) fn count_scenarios(&self, lane: Lane, filter: Option<&str>) -> Result<Counts> {
+        let listed = crate::workspace::output(&mut finish(self.scenario_command(lane), filter, &["--list"]))?;
+        let skipped = listed.lines().filter(|line| line.ends_with(": test")).count() as u64;
+        Ok(Counts {
+            skipped,
+            ..Default::default()
+        })
+    }
+
+    fn scenario_command(&self, lane: Lane) -> Command {
+        let mut command = self.cargo_test();
+        command.args(["--package", "tests"]);
+        let names: &[&str] = if lane == Lane::Direct { &DIRECT } else { &[LAB] };
+        command.args(names.iter().flat_map(|name| ["--test", name]));
+        command
+    }
+
+    fn cargo_test(&self) -> Command {
+        let mut command = cargo();
+        command.current_dir(&self.root).args(["test", "--no-fail-fast"]);
+        command
+            .env("GODWIT_BIN", &self.godwit)
+            .env("GODWIT_GUESTS", &self.guests);
+        // The error of a test says where it is from; thirty frames of the test runner do not.
+        command.env("RUST_LIB_BACKTRACE", "0");
+        command
+    }
+}
+
+/// Adds what goes to the test runners: their options, and which tests to run.
+fn finish(mut command: Command, filter: Option<&str>, options: &[&str]) -> Command {
+    command.arg("--").args(options).args(filter);
+    command
+}
+
+/// Runs tests, passes their output on, and adds up the runners' closing lines.
+fn counted(command: &mut Command) -> Result<Counts> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo test")?;
+    let stdout = child.stdout.take().context("cargo test without an output")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(stdout).split(b'\n') {
+        let line = line.context("output of cargo test")?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        if let Some(of_runner) = Counts::parse(&line) {
+            counts += of_runner;
+        }
+    }
+    let status = child.wait().context("cargo test")?;
+    // Tests that fail are counted; this is something that does not build or a runner that crashed.
+    if !status.success() && counts.failed == 0 {
+        bail!("cargo test ended with {status} and no failed test");
+    }
+    Ok(counts)
+}
