@@ -1,6 +1,8 @@
 //! A sign of life while this side is busy with its machine.
 
+use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Link;
@@ -40,8 +42,20 @@ impl KeepAlive {
         step()
     }
 
-    /// The thread's body; ends after [`KeepAlive::stop`].
-    pub(crate) fn run(&self, link: &mut Link<'_>) {
+    /// Starts the thread; it ends after [`KeepAlive::stop`].
+    pub(crate) fn start<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        mut link: Link<'scope>,
+    ) -> io::Result<()> {
+        let body = move || self.run(&mut link);
+        thread::Builder::new()
+            .name("keep-alive".into())
+            .spawn_scoped(scope, body)
+            .map(|_| ())
+    }
+
+    fn run(&self, link: &mut Link<'_>) {
         link.only_send();
         let mut state = self.lock();
         while !state.stop {

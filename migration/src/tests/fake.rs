@@ -21,6 +21,8 @@ pub(super) enum Fault {
     Panic,
     /// It works, but later.
     Slow(Duration),
+    /// The same, the first time.
+    SlowOnce(Duration),
 }
 
 /// Faults by the name of the call.
@@ -294,6 +296,12 @@ impl FakeSource {
 
     fn enter(&mut self, call: &'static str) -> Result<(), MachineError> {
         self.calls.push(call);
+        if let Some(&Fault::SlowOnce(time)) = self.faults.get(call) {
+            self.faults.insert(call, Fault::Slow(time));
+            let slow = fault(&self.faults, call);
+            self.faults.remove(call);
+            return slow;
+        }
         fault(&self.faults, call)
     }
 }
@@ -303,7 +311,7 @@ fn fault(faults: &Faults, call: &'static str) -> Result<(), MachineError> {
         None => Ok(()),
         Some(Fault::Error) => Err(format!("injected into {call}").into()),
         Some(Fault::Panic) => panic!("injected into {call}"),
-        Some(Fault::Slow(time)) => {
+        Some(Fault::Slow(time) | Fault::SlowOnce(time)) => {
             // Not a wait for something: the time itself is what is simulated.
             thread::sleep(*time);
             Ok(())
