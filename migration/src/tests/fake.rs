@@ -266,6 +266,8 @@ pub(super) struct FakeSource {
     pub(super) written_by_save: Option<u64>,
     /// Called by `pause`, to make something happen right then.
     pub(super) on_pause: Option<Box<dyn FnMut() + Send>>,
+    /// The same for `release`.
+    pub(super) on_release: Option<Box<dyn FnMut() + Send>>,
     pub(super) calls: Vec<&'static str>,
 }
 
@@ -278,6 +280,7 @@ impl FakeSource {
             locked: true,
             written_by_save: None,
             on_pause: None,
+            on_release: None,
             calls: Vec::new(),
         }
     }
@@ -405,6 +408,9 @@ impl Source for FakeSource {
     fn release(&mut self) -> Result<(), MachineError> {
         self.enter("release")?;
         self.locked = false;
+        if let Some(on_release) = &mut self.on_release {
+            on_release();
+        }
         Ok(())
     }
 

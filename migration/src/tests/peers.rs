@@ -2,14 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::fake::{FakeDestination, FakeSource, Guest, Load, describe};
+use super::fake::{FakeDestination, FakeSource, Fault, Guest, Load, describe};
 use super::rig::{assert_moved, assert_stayed, attempt, control, hasty, listener, options};
 use crate::protocol::{Header, Hello, Kind, Message};
 use crate::*;
@@ -36,9 +36,17 @@ enum Way {
     ToSource,
 }
 
-/// Forwards one connection, and cuts it after so many bytes one way. Returns where it listens and how many
-/// bytes went either way.
-fn proxy(to: &Endpoint, way: Way, limit: u64) -> (Endpoint, [Arc<AtomicU64>; 2], thread::JoinHandle<()>) {
+/// Forwards one connection, and cuts it after so many bytes one way.
+struct Proxy {
+    endpoint: Endpoint,
+    /// Bytes that went to the destination and to the source.
+    passed: [Arc<AtomicU64>; 2],
+    running: thread::JoinHandle<()>,
+    /// The stream to the source, once there is one.
+    source: Arc<OnceLock<TcpStream>>,
+}
+
+fn proxy(to: &Endpoint, way: Way, limit: u64) -> Proxy {
     let Endpoint::Tcp { host, port } = to.clone() else {
         panic!("TCP only")
     };
@@ -47,19 +55,26 @@ fn proxy(to: &Endpoint, way: Way, limit: u64) -> (Endpoint, [Arc<AtomicU64>; 2],
         host: host.clone(),
         port: front.local_addr().unwrap().port(),
     };
-    let counts: [Arc<AtomicU64>; 2] = Default::default();
-    let passed = counts.clone();
+    let passed: [Arc<AtomicU64>; 2] = Default::default();
+    let source = Arc::new(OnceLock::new());
+    let (counts, to_source) = (passed.clone(), source.clone());
     let running = thread::spawn(move || {
         let (a, _) = front.accept().unwrap();
+        to_source.set(a.try_clone().unwrap()).unwrap();
         let b = TcpStream::connect((host, port)).unwrap();
         let [there, back] =
             [Way::ToDestination, Way::ToSource].map(|this| if this == way { limit } else { u64::MAX });
         thread::scope(|scope| {
-            scope.spawn(|| pump(&a, &b, there, &passed[0]));
-            scope.spawn(|| pump(&b, &a, back, &passed[1]));
+            scope.spawn(|| pump(&a, &b, there, &counts[0]));
+            scope.spawn(|| pump(&b, &a, back, &counts[1]));
         });
     });
-    (endpoint, counts, running)
+    Proxy {
+        endpoint,
+        passed,
+        running,
+        source,
+    }
 }
 
 fn pump(mut from: &TcpStream, mut to: &TcpStream, limit: u64, passed: &AtomicU64) {
@@ -86,9 +101,15 @@ fn cut(way: Way, limit: u64) -> (Outcome, [u64; 2]) {
     let mut source = busy();
     let mut destination = FakeDestination::default();
     let listener = listener();
-    let (through, counts, running) = proxy(listener.endpoint(), way, limit);
-    let (report, received) = attempt(&mut source, &through, &mut destination, &listener, &options());
-    running.join().unwrap();
+    let through = proxy(listener.endpoint(), way, limit);
+    let (report, received) = attempt(
+        &mut source,
+        &through.endpoint,
+        &mut destination,
+        &listener,
+        &options(),
+    );
+    through.running.join().unwrap();
     let what = format!("{way:?} {limit}: {report:?} {received:?}");
     match report.outcome {
         Outcome::Moved => {
@@ -107,7 +128,10 @@ fn cut(way: Way, limit: u64) -> (Outcome, [u64; 2]) {
             assert_stayed(&mut source, &report, outcome);
         }
     }
-    (report.outcome, counts.map(|count| count.load(Ordering::SeqCst)))
+    (
+        report.outcome,
+        through.passed.map(|count| count.load(Ordering::SeqCst)),
+    )
 }
 
 #[test]
@@ -128,6 +152,78 @@ fn a_connection_may_be_cut_after_any_byte() {
     for limit in starts.chain(pages) {
         cut(Way::ToDestination, limit);
     }
+}
+
+#[test]
+fn a_peer_that_is_gone_before_a_byte_of_go_leaves_the_guest_running() {
+    let mut source = busy();
+    let mut destination = FakeDestination::default();
+    let listener = listener();
+    let through = proxy(listener.endpoint(), Way::ToSource, u64::MAX);
+    let stream = through.source.clone();
+    source.on_release = Some(Box::new(move || {
+        stream.get().unwrap().shutdown(Shutdown::Both).unwrap()
+    }));
+    let (report, received) = attempt(
+        &mut source,
+        &through.endpoint,
+        &mut destination,
+        &listener,
+        &options(),
+    );
+    through.running.join().unwrap();
+    assert!(source.calls.contains(&"release"));
+    assert!(
+        matches!(
+            received,
+            Err(ReceiveError::Link(LinkError::Closed { what: "go" }))
+        ),
+        "{received:?}"
+    );
+    assert_stayed(&mut source, &report, Outcome::Failed);
+}
+
+#[test]
+fn after_ready_only_the_source_decides() {
+    let mut source = busy();
+    let (here, there) = (control(), Arc::new(control()));
+    let cancel = there.clone();
+    let mut destination = FakeDestination::default();
+    source.on_release = Some(Box::new(move || cancel.cancel()));
+    let listener = listener();
+    let report = thread::scope(|scope| {
+        scope.spawn(|| {
+            let connection = listener.accept(&there).unwrap();
+            receive(&mut destination, &connection, &ReceiveOptions::default(), &there).unwrap();
+        });
+        migrate(&mut source, listener.endpoint(), &options(), &here)
+    });
+    assert_moved(&source, &destination, &report);
+}
+
+#[test]
+fn a_cancel_after_go_comes_too_late() {
+    let mut source = busy();
+    let (here, there) = (Arc::new(control()), control());
+    let mut destination = FakeDestination::default();
+    destination
+        .faults
+        .insert("resume", Fault::Slow(Duration::from_millis(200)));
+    let listener = listener();
+    let report = thread::scope(|scope| {
+        scope.spawn(|| {
+            let connection = listener.accept(&there).unwrap();
+            receive(&mut destination, &connection, &ReceiveOptions::default(), &there).unwrap();
+        });
+        scope.spawn(|| {
+            while there.progress().phase != Phase::Commit {
+                thread::yield_now();
+            }
+            here.cancel();
+        });
+        migrate(&mut source, listener.endpoint(), &options(), &here)
+    });
+    assert_moved(&source, &destination, &report);
 }
 
 #[test]
@@ -248,6 +344,21 @@ fn a_destination_that_talks_nonsense_is_left() {
     let error = meet(|stream| say_bytes(stream, &[&header[..], &newer].concat()));
     assert!(
         error.contains("versions 2 to 3 (godwit 9.9), expected one of 1 to 1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_destination_that_trickles_is_left() {
+    let error = meet(|mut stream| {
+        stream.set_read_timeout(Some(Duration::from_millis(40))).unwrap();
+        // One byte now and then of what would be a long frame.
+        stream.write_all(&[1, 0, 0, 0, 0, 0, 1, 0]).unwrap();
+        let mut rest = [0; 64];
+        while !matches!(stream.read(&mut rest), Ok(0)) && stream.write_all(&[0]).is_ok() {}
+    });
+    assert!(
+        error.contains("timed out after 300 ms waiting for hello"),
         "{error}"
     );
 }
