@@ -17,6 +17,9 @@ pub(crate) struct KeepAlive {
     interval: Duration,
 }
 
+/// A peer may be less patient than this side is.
+const MAX_INTERVAL: Duration = Duration::from_secs(2);
+
 #[derive(Debug, Default)]
 struct State {
     /// Since when this side is silent; `None` while the connection is used by its owner.
@@ -30,7 +33,7 @@ impl KeepAlive {
         Self {
             state: Mutex::default(),
             changed: Condvar::new(),
-            interval: io_timeout / 4,
+            interval: (io_timeout / 4).min(MAX_INTERVAL),
         }
     }
 

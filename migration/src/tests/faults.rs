@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::fake::{FakeDestination, FakeSource, Fault, Guest, Load};
+use super::fake::{FakeDestination, FakeSource, Fault};
+use super::guest::{Guest, Load};
 use super::rig::{assert_moved, assert_stayed, direct, hasty, options};
 use crate::*;
 

@@ -2,6 +2,7 @@
 
 mod fake;
 mod faults;
+mod guest;
 mod moves;
 mod peers;
 mod rig;

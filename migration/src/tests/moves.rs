@@ -3,7 +3,8 @@
 use std::thread;
 use std::time::Duration;
 
-use super::fake::{FakeDestination, FakeSource, Fault, Guest, HIGH, Load};
+use super::fake::{FakeDestination, FakeSource, Fault};
+use super::guest::{Guest, HIGH, Load};
 use super::rig::{assert_moved, assert_stayed, attempt, control, direct, listener, options};
 use crate::*;
 

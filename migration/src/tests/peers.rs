@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::fake::{FakeDestination, FakeSource, Fault, Guest, Load, describe};
+use super::fake::{FakeDestination, FakeSource, Fault, describe};
+use super::guest::{Guest, Load};
 use super::rig::{assert_moved, assert_stayed, attempt, control, hasty, listener, options};
 use crate::protocol::{Header, Hello, Kind, Message};
 use crate::*;
