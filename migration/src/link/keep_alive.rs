@@ -22,8 +22,8 @@ const MAX_INTERVAL: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Since when this side is silent; `None` while the connection is used by its owner.
-    silent_since: Option<Instant>,
+    /// Whether a step runs, so that the connection's owner is silent.
+    busy: bool,
     stop: bool,
 }
 
@@ -39,7 +39,7 @@ impl KeepAlive {
 
     /// Runs a step of this side's own. Nothing else may be sent meanwhile.
     pub(crate) fn during<T>(&self, step: impl FnOnce() -> T) -> T {
-        self.lock().silent_since = Some(Instant::now());
+        self.lock().busy = true;
         // Also after a panic, else the thread would speak into what the clean-up says.
         let _silence = Silence(self);
         step()
@@ -60,17 +60,18 @@ impl KeepAlive {
 
     fn run(&self, link: &mut Link<'_>) {
         link.only_send();
+        let mut last = Instant::now();
         let mut state = self.lock();
         while !state.stop {
-            let waited = self.changed.wait_timeout(state, self.interval);
+            let waited = self.changed.wait_timeout(state, self.interval / 2);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if state
-                .silent_since
-                .is_some_and(|since| since.elapsed() >= self.interval)
-            {
+            // Counted from the last sign of life, not from the start of the step: many short steps in a row
+            // are as silent as a long one.
+            if state.busy && last.elapsed() >= self.interval {
                 // Under the lock: `during` does not return while a frame is half sent. A failure is found by
                 // the owner of the connection as well.
                 let _ = link.send(&Message::KeepAlive);
+                last = Instant::now();
             }
         }
     }
@@ -90,6 +91,6 @@ struct Silence<'a>(&'a KeepAlive);
 
 impl Drop for Silence<'_> {
     fn drop(&mut self) {
-        self.0.lock().silent_since = None;
+        self.0.lock().busy = false;
     }
 }

@@ -1,16 +1,13 @@
 //! The ports of a machine in memory, with faults on request.
 
 use std::collections::HashMap;
-
 use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_state::Envelope;
-
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::guest::Guest;
-
 use crate::*;
 
 /// What a call of a port does instead of its work.

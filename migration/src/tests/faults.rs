@@ -106,36 +106,26 @@ fn a_clean_up_that_fails_is_reported_after_the_cause() {
 
 #[test]
 fn a_step_longer_than_the_time_out_is_bridged_by_keep_alives() {
-    let slow = Fault::Slow(Duration::from_millis(800));
+    let slow = Fault::Slow(Duration::from_millis(1300));
     let mut source = busy();
-    source.faults.insert("flush", slow);
     source.faults.insert("drain", slow);
-    source.faults.insert("save", slow);
     let mut destination = FakeDestination::default();
     for call in ["create", "restore", "resume"] {
         destination.faults.insert(call, slow);
     }
-    let (report, received) = direct(
-        &mut source,
-        &mut destination,
-        &MigrateOptions {
-            verify: true,
-            ..hasty()
-        },
-    );
+    let (report, received) = direct(&mut source, &mut destination, &hasty());
     received.unwrap();
     assert_moved(&source, &destination, &report);
     let Downtime {
         drain_ms,
-        state_ms,
         restore_ms,
         resume_ms,
         ..
     } = report.downtime;
     assert!(
-        [drain_ms, state_ms, restore_ms, resume_ms]
+        [drain_ms, restore_ms, resume_ms]
             .iter()
-            .all(|term| *term >= 800.0),
+            .all(|term| *term >= 1300.0),
         "{report:?}"
     );
 }
@@ -146,9 +136,9 @@ fn a_step_longer_than_a_step_may_be_is_given_up() {
     let mut destination = FakeDestination::default();
     destination
         .faults
-        .insert("restore", Fault::Slow(Duration::from_millis(1500)));
+        .insert("restore", Fault::Slow(Duration::from_millis(3000)));
     let options = MigrateOptions {
-        step_timeout: Duration::from_millis(600),
+        step_timeout: Duration::from_millis(1500),
         ..hasty()
     };
     let (report, received) = direct(&mut source, &mut destination, &options);

@@ -240,7 +240,7 @@ fn nobody_at_the_destination_is_a_failure() {
 }
 
 /// A source that meets a destination made by hand. Returns the error that it reports.
-fn meet(answer: impl FnOnce(TcpStream) + Send) -> String {
+fn meet(options: &MigrateOptions, answer: impl FnOnce(TcpStream) + Send) -> String {
     let mut source = busy();
     let fake = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = Endpoint::Tcp {
@@ -249,7 +249,7 @@ fn meet(answer: impl FnOnce(TcpStream) + Send) -> String {
     };
     let report = thread::scope(|scope| {
         scope.spawn(|| answer(fake.accept().unwrap().0));
-        migrate(&mut source, &to, &hasty(), &control())
+        migrate(&mut source, &to, options, &control())
     });
     assert_stayed(&mut source, &report, Outcome::Failed);
     report.error.unwrap()
@@ -279,12 +279,12 @@ fn greeting() -> Vec<Message> {
 #[test]
 fn a_silent_destination_is_left() {
     let began = Instant::now();
-    let error = meet(listen);
+    let error = meet(&hasty(), listen);
     assert!(
-        error.contains("timed out after 300 ms waiting for hello"),
+        error.contains("timed out after 1000 ms waiting for hello"),
         "{error}"
     );
-    let error = meet(|stream| say(stream, &greeting()));
+    let error = meet(&hasty(), |stream| say(stream, &greeting()));
     assert!(error.contains("waiting for accept or refuse"), "{error}");
     assert!(began.elapsed() < Duration::from_secs(20));
 }
@@ -326,23 +326,27 @@ fn a_destination_that_does_not_read_is_left() {
 
 #[test]
 fn a_destination_that_talks_nonsense_is_left() {
-    let error = meet(|stream| say_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+    let error = meet(&options(), |stream| {
+        say_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    });
     assert!(error.contains("does not speak the protocol"), "{error}");
-    let error = meet(|stream| say(stream, &[Message::Accept]));
+    let error = meet(&options(), |stream| say(stream, &[Message::Accept]));
     assert!(error.contains("said \"accept\", expected hello"), "{error}");
     let early = [greeting(), vec![Message::Accept, Message::RoundAck(7)]].concat();
-    let error = meet(|stream| say(stream, &early));
+    let error = meet(&options(), |stream| say(stream, &early));
     assert!(error.contains("said \"round ack\""), "{error}");
     let ready = [
         greeting(),
         vec![Message::Accept, Message::Ready { restore_ns: u64::MAX }],
     ]
     .concat();
-    let error = meet(|stream| say(stream, &ready));
+    let error = meet(&options(), |stream| say(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
     let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 2u16, 3u16, "9.9")).unwrap();
     let header = Header::new(Kind::Control, newer.len()).unwrap().encode();
-    let error = meet(|stream| say_bytes(stream, &[&header[..], &newer].concat()));
+    let error = meet(&options(), |stream| {
+        say_bytes(stream, &[&header[..], &newer].concat())
+    });
     assert!(
         error.contains("versions 2 to 3 (godwit 9.9), expected one of 1 to 1"),
         "{error}"
@@ -351,7 +355,7 @@ fn a_destination_that_talks_nonsense_is_left() {
 
 #[test]
 fn a_destination_that_trickles_is_left() {
-    let error = meet(|mut stream| {
+    let error = meet(&hasty(), |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(40))).unwrap();
         // One byte now and then of what would be a long frame.
         stream.write_all(&[1, 0, 0, 0, 0, 0, 1, 0]).unwrap();
@@ -359,14 +363,14 @@ fn a_destination_that_trickles_is_left() {
         while !matches!(stream.read(&mut rest), Ok(0)) && stream.write_all(&[0]).is_ok() {}
     });
     assert!(
-        error.contains("timed out after 300 ms waiting for hello"),
+        error.contains("timed out after 1000 ms waiting for hello"),
         "{error}"
     );
 }
 
 #[test]
 fn a_destination_that_only_keeps_itself_alive_is_left() {
-    let error = meet(|mut stream| {
+    let error = meet(&hasty(), |mut stream| {
         let alive = frame(&Message::KeepAlive);
         while stream.write_all(&alive).is_ok() {}
     });
@@ -382,8 +386,8 @@ fn attack(bytes: &[u8], close: bool) -> ReceiveError {
     let mut destination = FakeDestination::default();
     let there = control();
     let hasty = ReceiveOptions {
-        io_timeout: Duration::from_millis(300),
-        step_timeout: Duration::from_secs(1),
+        io_timeout: Duration::from_secs(2),
+        step_timeout: Duration::from_secs(4),
     };
     let received = thread::scope(|scope| {
         scope.spawn(|| {

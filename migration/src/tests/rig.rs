@@ -16,10 +16,10 @@ pub(super) fn options() -> MigrateOptions {
 
 /// Options of a test that waits for a time-out.
 pub(super) fn hasty() -> MigrateOptions {
-    let io_timeout = Duration::from_millis(300);
+    let io_timeout = Duration::from_secs(1);
     MigrateOptions {
         io_timeout,
-        step_timeout: Duration::from_secs(3),
+        step_timeout: Duration::from_secs(4),
         ..options()
     }
 }
