@@ -28,6 +28,7 @@ pub(crate) fn shell(options: &Options) -> Result<()> {
     let artifacts = guests::build(&guests::Options::default())?;
     packages::ensure(&["qemu-system-x86"])?;
     let root = root()?;
+    say("building godwit");
     run(cargo().current_dir(&root).args([
         "build",
         "--quiet",
