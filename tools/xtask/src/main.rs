@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask --help`.
 
 mod guests;
+mod lab;
 mod packages;
 mod workspace;
 
@@ -17,10 +18,13 @@ struct Arguments {
 enum Command {
     /// Builds the guests and what emulated hosts run into target/guests
     Guests(guests::Options),
+    /// Starts emulated hosts and a shell on the first of them
+    Lab(lab::Options),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Guests(options) => guests::build(&options).map(|_| ()),
+        Command::Lab(options) => lab::shell(&options),
     }
 }

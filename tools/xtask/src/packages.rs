@@ -46,7 +46,6 @@ impl Candidate {
 }
 
 /// Installs those of `names` that are missing, system-wide.
-#[allow(dead_code, reason = "used by the lab")]
 pub(crate) fn ensure(names: &[&str]) -> Result<()> {
     let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
     if missing.is_empty() {
