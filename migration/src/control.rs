@@ -3,10 +3,13 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
+
+use crate::report::ms;
 
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,14 +55,21 @@ pub struct Progress {
     pub elapsed_ms: f64,
 }
 
-/// Cancels one migration from any thread, and shows how far it is. One value serves one migration: it stays
-/// cancelled once it is.
+/// Cancels a migration from any thread, and shows how far it is. Once cancelled it stays so; a destination that
+/// was not cancelled may use one value for all of its attempts.
 #[derive(Debug)]
 pub struct Control {
     cancelled: AtomicBool,
     /// Readable for ever once cancelled, so that whoever waits for a socket waits for this as well.
     wake: OwnedFd,
-    progress: Mutex<Progress>,
+    live: Mutex<Live>,
+}
+
+#[derive(Debug, Default)]
+struct Live {
+    progress: Progress,
+    /// Set while a migration is under way.
+    started: Option<Instant>,
 }
 
 impl Control {
@@ -69,7 +79,7 @@ impl Control {
         Ok(Self {
             cancelled: AtomicBool::new(false),
             wake,
-            progress: Mutex::default(),
+            live: Mutex::default(),
         })
     }
 
@@ -87,7 +97,14 @@ impl Control {
 
     /// How far the migration is.
     pub fn progress(&self) -> Progress {
-        *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        let live = self.lock();
+        let elapsed_ms = live
+            .started
+            .map_or(live.progress.elapsed_ms, |started| ms(started.elapsed()));
+        Progress {
+            elapsed_ms,
+            ..live.progress
+        }
     }
 
     /// What becomes readable when the migration is cancelled.
@@ -95,7 +112,32 @@ impl Control {
         self.wake.as_fd()
     }
 
+    /// A migration begins.
+    pub(crate) fn begin(&self) {
+        let progress = Progress {
+            phase: Phase::Handshake,
+            ..Progress::default()
+        };
+        *self.lock() = Live {
+            progress,
+            started: Some(Instant::now()),
+        };
+    }
+
+    /// It ended.
+    pub(crate) fn end(&self) {
+        let mut live = self.lock();
+        live.progress.phase = Phase::Done;
+        if let Some(started) = live.started.take() {
+            live.progress.elapsed_ms = ms(started.elapsed());
+        }
+    }
+
     pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
-        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.lock().progress);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

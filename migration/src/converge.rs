@@ -121,14 +121,9 @@ impl Policy {
         }
     }
 
-    /// Whether a downtime is within the budget.
-    pub(crate) fn fits(&self, downtime: Duration) -> bool {
-        downtime <= self.budget
-    }
-
     /// Judges the downtime that a pause after `round` would bring.
     pub(crate) fn judge(&mut self, round: u32, predicted: Duration) -> Verdict {
-        if self.fits(predicted) {
+        if predicted <= self.budget {
             return Verdict::Switch;
         }
         // A tenth less is a gain; anything smaller is noise.

@@ -256,7 +256,7 @@ impl Migration {
         Ok(report)
     }
 
-    /// The error of a guest that stayed; fails if it did not, or if no reason was given.
+    /// The line on stderr about a guest that stayed; fails if it did not, or if no reason was given.
     pub fn stayed(self, outcome: Outcome) -> Result<String> {
         ensure!(
             self.code == Some(1),
@@ -267,12 +267,11 @@ impl Migration {
         let report = self.report.context("no report")?;
         ensure!(report.outcome == outcome, "expected {outcome:?}, got {report:?}");
         let error = report.error.context("no reason in the report")?;
-        ensure!(!error.contains('\n'), "expected one line, got {error:?}");
+        let line = self.stderr.trim_end();
         ensure!(
-            self.stderr.contains(&error),
-            "expected the reason on stderr, got {:?}",
-            self.stderr
+            line.ends_with(&error) && !line.contains('\n'),
+            "expected one line with {error:?}, got {line:?}"
         );
-        Ok(error)
+        Ok(line.to_owned())
     }
 }

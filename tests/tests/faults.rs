@@ -215,7 +215,7 @@ fn losing_the_client_cancels_nothing() -> Result<()> {
 #[test]
 fn conflicting_requests_are_refused_meanwhile() -> Result<()> {
     let journey = Journey::start(Host::new()?, &busy_guest(), &[])?;
-    let (_receiver, endpoint) = journey.receiver(ANY_PORT)?;
+    let (mut receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let migration = journey.vm.start_migration(&endpoint, &HOPELESS)?;
     wait_for_precopy(&journey.vm)?;
     for refused in [
@@ -233,6 +233,8 @@ fn conflicting_requests_are_refused_meanwhile() -> Result<()> {
     Migration::of(migration.finish(PATIENCE)?)?.stayed(Outcome::Cancelled)?;
     let nothing = journey.vm.godwit("cancel", &[])?;
     nothing.expect_code(1)?;
+    receiver.process.signal(Signal::TERM)?;
+    receiver.wait_success(PATIENCE)?;
     journey.end()
 }
 
@@ -301,7 +303,7 @@ fn a_destination_that_talks_nonsense() -> Result<()> {
         // Until the other side hangs up.
         std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
     });
-    fails_at(&format!("tcp:{address}"), "expected")?;
+    fails_at(&format!("tcp:{address}"), &address)?;
     nonsense
         .join()
         .ok()
@@ -317,7 +319,7 @@ fn a_destination_that_cannot_run_the_machine() -> Result<()> {
     let disk = format!("id=data,path={}", image.display());
     let mut journey = Journey::start(host, &BareGuest::default(), &["--disk", &disk])?;
 
-    let (small, endpoint) = journey.host.receive("small", ANY_PORT, ["--max-memory", "32M"])?;
+    let (mut small, endpoint) = journey.host.receive("small", ANY_PORT, ["--max-memory", "32M"])?;
     let error = journey.vm.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
     ensure!(
         error.contains("memory") && error.contains("data"),
@@ -341,8 +343,8 @@ fn a_destination_that_cannot_run_the_machine() -> Result<()> {
         again.stderr
     );
     journey.verify()?;
-    drop(small);
-    std::fs::remove_file(journey.host.run_dir().join("small.sock"))?;
+    small.process.signal(Signal::TERM)?;
+    small.wait_success(PATIENCE)?;
     journey.end()
 }
 

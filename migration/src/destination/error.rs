@@ -21,7 +21,7 @@ pub enum ReceiveError {
         release: String,
     },
     /// The machine cannot run here.
-    #[error("the machine cannot run here: {}", list(differences))]
+    #[error("the machine cannot run here: {}", crate::text::list(differences))]
     Refused {
         /// Why; never empty.
         differences: Vec<Difference>,
@@ -50,6 +50,9 @@ pub enum ReceiveError {
     /// The engine or the machine panicked before "go".
     #[error("panicked: {0}")]
     Panic(String),
+    /// The system gave no thread.
+    #[error("no thread for keep-alives")]
+    Thread(#[source] std::io::Error),
     /// After "go" the machine could not be let run; it is kept, paused.
     #[error("\"go\" came, but the guest does not run; it is kept here, paused")]
     NotResumed(#[source] MachineError),
@@ -60,10 +63,4 @@ impl ReceiveError {
     pub fn is_committed(&self) -> bool {
         matches!(self, ReceiveError::NotResumed(_))
     }
-}
-
-fn list(differences: &[Difference]) -> String {
-    let one =
-        |Difference { what, expected, got }: &Difference| format!("{what}: expected {expected}, got {got}");
-    crate::text::clean(&differences.iter().map(one).collect::<Vec<_>>().join("; "))
 }

@@ -18,6 +18,8 @@ pub(super) struct Job<'a> {
     destination: &'a mut dyn Destination,
     control: &'a Control,
     built: bool,
+    /// When the machine was accepted; the guest was not paused before that.
+    accepted_at: Instant,
     /// "go" came: the machine is ours.
     committed: bool,
 }
@@ -28,13 +30,13 @@ impl<'a> Job<'a> {
             destination,
             control,
             built: false,
+            accepted_at: Instant::now(),
             committed: false,
         }
     }
 
     /// The migration as it goes when nothing goes wrong.
     pub(super) fn run(&mut self, link: &mut Link<'_>, alive: &KeepAlive) -> Result<Received, ReceiveError> {
-        self.control.update(|progress| progress.phase = Phase::Handshake);
         hello(link)?;
         let description = described(link)?;
         let mut incoming = self.build(link, alive, &description)?;
@@ -88,6 +90,7 @@ impl<'a> Job<'a> {
             return Err(ReceiveError::OtherMemory);
         }
         let incoming = Incoming::new(memory)?;
+        self.accepted_at = Instant::now();
         link.send(&Message::Accept)?;
         let total = description.memory.iter().map(|region| region.len).sum();
         self.control.update(|progress| {
@@ -134,7 +137,10 @@ impl<'a> Job<'a> {
         let began = Instant::now();
         alive.during(|| call("restore", self.destination.restore(state)))?;
         let restore_ns = nanoseconds(began.elapsed());
-        Ok(link.send(&Message::Ready { restore_ns })?)
+        link.send(&Message::Ready { restore_ns })?;
+        // From here on "go" may be under way: only the source, or its silence, may end it.
+        link.ignore_cancel();
+        Ok(())
     }
 
     /// Waits for "go" and lets the guest run. Returns how long that took, in milliseconds.
@@ -154,12 +160,14 @@ impl<'a> Job<'a> {
         };
         let arrived_at = Instant::now();
         self.committed = true;
-        link.ignore_cancel();
         self.control.update(|progress| progress.phase = Phase::Commit);
         // Half a round trip ago "go" was sent, and the guest had been paused for that long.
         let ago =
             Duration::from_nanos(stopped_for_ns).saturating_add(Duration::from_nanos(round_trip_ns / 2));
-        let stopped_at = arrived_at.checked_sub(ago).unwrap_or(arrived_at);
+        let stopped_at = arrived_at
+            .checked_sub(ago)
+            .unwrap_or(self.accepted_at)
+            .max(self.accepted_at);
         alive
             .during(|| self.destination.resume(stopped_at))
             .map_err(ReceiveError::NotResumed)?;

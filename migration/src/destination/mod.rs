@@ -9,7 +9,7 @@ pub use error::ReceiveError;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
-use crate::control::{Control, Phase};
+use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::ReceiveOptions;
 use crate::ports::{Destination, MachineDescription};
@@ -31,8 +31,8 @@ pub struct Received {
 
 /// Receives one machine over a connection.
 ///
-/// Blocks until the migration has ended; `control` cancels it from another thread, up to "go". After an error
-/// before "go" the machine was discarded and `destination` is ready for another attempt; after one with
+/// Blocks until the migration has ended; `control` cancels it from another thread, up to "ready": from then on
+/// only the source decides. After an error before "go" the machine was discarded and `destination` is ready for another attempt; after one with
 /// [`ReceiveError::is_committed`] the machine is kept, paused, and is the only copy that may ever run.
 pub fn receive(
     destination: &mut dyn Destination,
@@ -43,16 +43,17 @@ pub fn receive(
     let new_link = || Link::new(connection, control, options.io_timeout, options.step_timeout);
     let alive = KeepAlive::new(options.io_timeout);
     let mut link = new_link();
+    control.begin();
     let mut job = Job::new(destination, control);
     thread::scope(|scope| {
-        scope.spawn(|| alive.run(&mut new_link()));
+        alive.start(scope, new_link()).map_err(ReceiveError::Thread)?;
         let result = catch_unwind(AssertUnwindSafe(|| job.run(&mut link, &alive)));
         alive.stop();
         let result = result.unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
         if let Err(error) = &result {
             conclude(&mut job, &mut link, error);
         }
-        control.update(|progress| progress.phase = Phase::Done);
+        control.end();
         result
     })
 }

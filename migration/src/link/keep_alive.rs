@@ -1,6 +1,8 @@
 //! A sign of life while this side is busy with its machine.
 
+use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Link;
@@ -15,10 +17,13 @@ pub(crate) struct KeepAlive {
     interval: Duration,
 }
 
+/// A peer may be less patient than this side is.
+const MAX_INTERVAL: Duration = Duration::from_secs(2);
+
 #[derive(Debug, Default)]
 struct State {
-    /// Since when this side is silent; `None` while the connection is used by its owner.
-    silent_since: Option<Instant>,
+    /// Whether a step runs, so that the connection's owner is silent.
+    busy: bool,
     stop: bool,
 }
 
@@ -28,32 +33,45 @@ impl KeepAlive {
         Self {
             state: Mutex::default(),
             changed: Condvar::new(),
-            interval: io_timeout / 4,
+            interval: (io_timeout / 4).min(MAX_INTERVAL),
         }
     }
 
     /// Runs a step of this side's own. Nothing else may be sent meanwhile.
     pub(crate) fn during<T>(&self, step: impl FnOnce() -> T) -> T {
-        self.lock().silent_since = Some(Instant::now());
+        self.lock().busy = true;
         // Also after a panic, else the thread would speak into what the clean-up says.
         let _silence = Silence(self);
         step()
     }
 
-    /// The thread's body; ends after [`KeepAlive::stop`].
-    pub(crate) fn run(&self, link: &mut Link<'_>) {
+    /// Starts the thread; it ends after [`KeepAlive::stop`].
+    pub(crate) fn start<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        mut link: Link<'scope>,
+    ) -> io::Result<()> {
+        let body = move || self.run(&mut link);
+        thread::Builder::new()
+            .name("keep-alive".into())
+            .spawn_scoped(scope, body)
+            .map(|_| ())
+    }
+
+    fn run(&self, link: &mut Link<'_>) {
         link.only_send();
+        let mut last = Instant::now();
         let mut state = self.lock();
         while !state.stop {
-            let waited = self.changed.wait_timeout(state, self.interval);
+            let waited = self.changed.wait_timeout(state, self.interval / 2);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if state
-                .silent_since
-                .is_some_and(|since| since.elapsed() >= self.interval)
-            {
+            // Counted from the last sign of life, not from the start of the step: many short steps in a row
+            // are as silent as a long one.
+            if state.busy && last.elapsed() >= self.interval {
                 // Under the lock: `during` does not return while a frame is half sent. A failure is found by
                 // the owner of the connection as well.
                 let _ = link.send(&Message::KeepAlive);
+                last = Instant::now();
             }
         }
     }
@@ -73,6 +91,6 @@ struct Silence<'a>(&'a KeepAlive);
 
 impl Drop for Silence<'_> {
     fn drop(&mut self) {
-        self.0.lock().silent_since = None;
+        self.0.lock().busy = false;
     }
 }

@@ -28,13 +28,13 @@ impl Job<'_> {
             other => return Err(unexpected("ready", &other)),
         };
         self.report.downtime.restore_ms = ms(restored.min(state_sent_at.elapsed()));
-        self.call("harvest", |source| source.harvest(&mut dirty))?;
+        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
         if !dirty.is_empty() {
             return Err(MigrateError::DirtyAtCommit { pages: dirty.len() });
         }
         // Whatever can still be noticed is noticed before the locks are given up.
         link.check("nothing after ready")?;
-        alive.during(|| self.call("release", |source| source.release()))?;
+        self.call(alive, "release", |source| source.release())?;
         self.control.update(|progress| progress.phase = Phase::Commit);
         let go_sent_at = self.send_go(link, paused_at, round_trip)?;
         let resumed = match link.receive_message("resumed") {
@@ -53,7 +53,9 @@ impl Job<'_> {
         let exchange = arrived_at.duration_since(go_sent_at);
         let resumed = resumed.min(exchange);
         let way_back = (round_trip / 2).min((exchange - resumed) / 2);
-        let total = arrived_at.duration_since(paused_at) - way_back - verifying;
+        let total = arrived_at
+            .duration_since(paused_at)
+            .saturating_sub(way_back + verifying);
         let downtime = &mut self.report.downtime;
         downtime.resume_ms = ms(resumed);
         downtime.commit_ms = 0.0;

@@ -30,7 +30,7 @@ pub(crate) enum MigrateError {
         theirs: String,
         release: String,
     },
-    #[error("the destination cannot run this machine: {}", list(differences))]
+    #[error("the destination cannot run this machine: {}", crate::text::list(differences))]
     Refused { differences: Vec<Difference> },
     #[error(
         "downtime would be {predicted:.1?} after {rounds} rounds, budget {budget:.1?}: {remaining} bytes are dirty, \
@@ -57,10 +57,6 @@ pub(crate) enum MigrateError {
     NoAnswer(#[source] LinkError),
     #[error("the migration engine panicked: {0}")]
     Panic(String),
-}
-
-fn list(differences: &[Difference]) -> String {
-    let one =
-        |Difference { what, expected, got }: &Difference| format!("{what}: expected {expected}, got {got}");
-    crate::text::clean(&differences.iter().map(one).collect::<Vec<_>>().join("; "))
+    #[error("no thread for keep-alives")]
+    Thread(#[source] std::io::Error),
 }

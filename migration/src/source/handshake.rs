@@ -1,7 +1,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Job, MigrateError};
-use crate::control::Phase;
+
 use crate::link::{Link, LinkError};
 use crate::protocol::{Hello, Message};
 use crate::text::clean;
@@ -12,7 +12,6 @@ const PINGS: usize = 4;
 impl Job<'_> {
     /// Agrees with the destination on version and machine. Returns the round trip.
     pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Duration, MigrateError> {
-        self.control.update(|progress| progress.phase = Phase::Handshake);
         link.send(&Message::Hello(Hello::ours()))?;
         let theirs = match link.receive_message("hello")? {
             Message::Hello(hello) => hello,

@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::Instant;
 
-use crate::control::{Control, Phase};
+use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
 use crate::ports::{MachineError, Source};
@@ -32,20 +32,23 @@ pub fn migrate(
     options: &MigrateOptions,
     control: &Control,
 ) -> Report {
-    let started = Instant::now();
+    control.begin();
     let mut job = Job {
         source,
         options,
         control,
-        started,
+        started: Instant::now(),
         report: Report::new(ms(options.max_downtime)),
         standing: Standing::default(),
     };
-    let result = match Connection::connect(to, options.connect_timeout) {
-        Ok(connection) => job.run(&connection),
-        Err(error) => Err(error.into()),
-    };
-    job.conclude(result)
+    match Connection::connect(to, options.connect_timeout) {
+        Ok(connection) => {
+            let result = job.run(&connection);
+            job.conclude(result, &format!("migration to {to}: "))
+        }
+        // It names the place itself.
+        Err(error) => job.conclude(Err(error.into()), ""),
+    }
 }
 
 /// One migration under way.
@@ -76,7 +79,7 @@ impl Job<'_> {
         let alive = KeepAlive::new(options.io_timeout);
         let mut link = new_link();
         thread::scope(|scope| {
-            scope.spawn(|| alive.run(&mut new_link()));
+            alive.start(scope, new_link()).map_err(MigrateError::Thread)?;
             let result = catch_unwind(AssertUnwindSafe(|| self.transfer(&mut link, &alive)));
             alive.stop();
             let result = result.unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
@@ -127,8 +130,8 @@ impl Job<'_> {
         self.report.add_error(&error);
     }
 
-    fn conclude(mut self, result: Result<(), MigrateError>) -> Report {
-        self.control.update(|progress| progress.phase = Phase::Done);
+    fn conclude(mut self, result: Result<(), MigrateError>, prefix: &str) -> Report {
+        self.control.end();
         self.report.total_ms = ms(self.started.elapsed());
         self.report.outcome = match &result {
             Ok(()) => Outcome::Moved,
@@ -137,7 +140,7 @@ impl Job<'_> {
             Err(_) => Outcome::Failed,
         };
         if let Err(error) = result {
-            self.report.put_error_first(&chain(&error));
+            self.report.put_error_first(&format!("{prefix}{}", chain(&error)));
         }
         self.report
     }

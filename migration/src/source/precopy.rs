@@ -9,6 +9,7 @@ use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::{Bandwidth, FixedCosts, Policy, Verdict, time_left};
 use crate::link::{KeepAlive, Link};
+use crate::options::MigrateOptions;
 use crate::page_set::PageSet;
 use crate::protocol::Message;
 use crate::report::{Round, ms};
@@ -46,7 +47,7 @@ impl Job<'_> {
         });
         let mut dirty = PageSet::of(memory)?;
         self.standing.logging = true;
-        self.call("start_dirty_log", |source| source.start_dirty_log())?;
+        self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
         // Every attempt starts with all pages and a new log, so an attempt that fails has nothing to put back
         // of what it harvested.
         dirty.insert_all();
@@ -57,41 +58,52 @@ impl Job<'_> {
             dirty_rate: 0.0,
             harvested_at: Instant::now(),
         };
-        let options = self.options;
-        let mut policy = Policy::new(options.max_downtime, options.on_miss, options.max_rounds);
+        let MigrateOptions {
+            max_downtime,
+            on_miss,
+            max_rounds,
+            ..
+        } = *self.options;
+        let mut policy = Policy::new(max_downtime, on_miss, max_rounds);
         let mut n = 0;
         loop {
             n += 1;
-            self.round(link, memory, n, &mut dirty, &mut model)?;
-            let predicted = self.predict(&dirty, &model);
-            let verdict = policy.judge(n, predicted);
+            self.round(link, alive, memory, n, &mut dirty, &mut model)?;
+            let mut predicted = self.predict(&dirty, &model);
             if n == 1 {
                 self.predict_total(&dirty, &model, predicted);
             }
+            let mut verdict = policy.judge(n, predicted);
+            if verdict == Verdict::Switch {
+                self.flush(alive, &mut model)?;
+                self.harvest(alive, &mut dirty, &mut model)?;
+                predicted = self.predict(&dirty, &model);
+                // What a slow flush costs, or what was written meanwhile, may ask for one more round.
+                verdict = policy.judge(n, predicted);
+            }
             match verdict {
                 Verdict::Continue => {}
+                Verdict::Switch => return Ok(Copied { dirty, rounds: n }),
                 Verdict::GiveUp => return Err(self.missed(n, predicted, &dirty, &model)),
-                Verdict::Switch => {
-                    let forced = !policy.fits(predicted);
-                    // While the guest runs a flush costs it nothing; what it left for the drain is the next
-                    // flush, which is at most as long.
-                    let began = Instant::now();
-                    alive.during(|| self.call("flush", |source| source.flush()))?;
-                    model.costs.drain = options.fixed_costs.drain.max(began.elapsed());
-                    self.harvest(&mut dirty, &mut model)?;
-                    let predicted = self.predict(&dirty, &model);
-                    if forced || policy.fits(predicted) || n >= options.max_rounds {
-                        return Ok(Copied { dirty, rounds: n });
-                    }
-                }
             }
         }
+    }
+
+    /// Flushes disks while that costs the guest nothing, and learns what the drain will cost: a flush that
+    /// follows another one has only the last moment's writes left, as the drain has.
+    fn flush(&mut self, alive: &KeepAlive, model: &mut Model) -> Result<(), MigrateError> {
+        self.call(alive, "flush", |source| source.flush())?;
+        let began = Instant::now();
+        self.call(alive, "flush", |source| source.flush())?;
+        model.costs.drain = self.options.fixed_costs.drain.max(began.elapsed());
+        Ok(())
     }
 
     /// Sends the dirty pages and harvests those that were written meanwhile.
     fn round(
         &mut self,
         link: &mut Link<'_>,
+        alive: &KeepAlive,
         memory: &GuestMemory,
         n: u32,
         dirty: &mut PageSet,
@@ -104,7 +116,14 @@ impl Job<'_> {
         let elapsed = began.elapsed();
         let bytes = link.bytes_sent() - sent_before;
         model.bandwidth.sample(bytes, elapsed);
-        self.harvest(dirty, model)?;
+        let harvested_at = Instant::now();
+        self.harvest(alive, dirty, model)?;
+        let span = harvested_at
+            .duration_since(model.harvested_at)
+            .as_secs_f64()
+            .max(1e-6);
+        model.dirty_rate = (dirty.len() * PAGE_SIZE) as f64 / span;
+        model.harvested_at = harvested_at;
         let round = Round {
             n,
             pages: sent,
@@ -132,14 +151,15 @@ impl Job<'_> {
         Ok(sent.data + sent.zero)
     }
 
-    fn harvest(&mut self, dirty: &mut PageSet, model: &mut Model) -> Result<(), MigrateError> {
+    fn harvest(
+        &mut self,
+        alive: &KeepAlive,
+        dirty: &mut PageSet,
+        model: &mut Model,
+    ) -> Result<(), MigrateError> {
         let began = Instant::now();
-        let before = dirty.len();
-        self.call("harvest", |source| source.harvest(dirty))?;
+        self.call(alive, "harvest", |source| source.harvest(dirty))?;
         model.costs.final_log = began.elapsed();
-        let span = began.duration_since(model.harvested_at).as_secs_f64().max(1e-6);
-        model.dirty_rate = (dirty.len() - before) as f64 * PAGE_SIZE as f64 / span;
-        model.harvested_at = began;
         Ok(())
     }
 
@@ -151,13 +171,12 @@ impl Job<'_> {
             .total(model.round_trip)
             .saturating_add(model.bandwidth.time_for(bytes));
         self.report.predicted_downtime_ms = Some(ms(predicted));
-        let elapsed_ms = ms(self.started.elapsed());
+
         self.control.update(|progress| {
             progress.remaining_bytes = bytes;
             progress.dirty_bytes_per_s = model.dirty_rate;
             progress.bandwidth_bytes_per_s = model.bandwidth.bytes_per_s();
             progress.predicted_downtime_ms = Some(ms(predicted));
-            progress.elapsed_ms = elapsed_ms;
         });
         predicted
     }

@@ -38,20 +38,20 @@ impl Job<'_> {
         self.control
             .update(|progress| progress.phase = Phase::StopAndCopy);
         self.standing.paused = true;
-        let paused_at = self.call("pause", |source| source.pause())?;
+        let paused_at = self.call(alive, "pause", |source| source.pause())?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
-        alive.during(|| self.call("drain", |source| source.drain()))?;
+        self.call(alive, "drain", |source| source.drain())?;
         self.report.downtime.drain_ms = lap.ms();
-        self.call("harvest", |source| source.harvest(&mut dirty))?;
+        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
         self.report.downtime.final_log_ms = lap.ms();
         self.send_set(link, memory, &dirty.take())?;
         finish_round(link, rounds + 1)?;
         self.report.downtime.final_copy_ms = lap.ms();
 
-        let state = alive.during(|| self.call("save", |source| source.save()))?;
+        let state = self.call(alive, "save", |source| source.save())?;
         // Saving may write guest memory of its own (a clock's page, a queue's index).
-        self.call("harvest", |source| source.harvest(&mut dirty))?;
+        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
         if !dirty.is_empty() {
             self.send_set(link, memory, &dirty.take())?;
         }
@@ -100,13 +100,16 @@ impl Job<'_> {
         }
     }
 
-    /// Calls the machine.
+    /// Calls the machine, and keeps the connection alive while it is at work.
     pub(super) fn call<T>(
         &mut self,
+        alive: &KeepAlive,
         call: &'static str,
         port: impl FnOnce(&mut dyn Source) -> Result<T, MachineError>,
     ) -> Result<T, MigrateError> {
-        port(self.source).map_err(|source| MigrateError::Machine { call, source })
+        alive
+            .during(|| port(self.source))
+            .map_err(|source| MigrateError::Machine { call, source })
     }
 }
 

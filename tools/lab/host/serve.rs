@@ -13,6 +13,7 @@ use std::thread;
 
 use lab::wire::{self, Frame, Kind};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 /// The way to the lab, shared by everybody who has something to say.
 type Port = Arc<Mutex<File>>;
@@ -32,7 +33,7 @@ pub(crate) fn serve() -> io::Result<()> {
     loop {
         let Frame { kind, process, body } = wire::read(&mut from)?;
         match kind {
-            Kind::Spawn => match start(&wire::split(&body), process, &port) {
+            Kind::Spawn | Kind::Terminal => match start(kind, &wire::split(&body), process, &port) {
                 Ok(started) => drop(running.insert(process, started)),
                 Err(error) => say(&port, Kind::Refused, process, error.to_string().as_bytes()),
             },
@@ -84,26 +85,53 @@ fn say(port: &Port, kind: Kind, process: u32, body: &[u8]) {
     );
 }
 
-fn start(words: &[String], process: u32, port: &Port) -> io::Result<Running> {
+fn start(how: Kind, words: &[String], process: u32, port: &Port) -> io::Result<Running> {
     let (program, arguments) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .args(arguments)
         .env("PATH", "/bin")
         .env("HOME", "/")
-        .env("TERM", "linux")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+        .env("TERM", "linux");
+    let terminal = if how == Kind::Terminal {
+        Some(attach_terminal(&mut command)?)
+    } else {
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        None
+    };
+    let mut child = command.spawn()?;
+    // Keeps the terminal's other end; its output ends when the last program closes it.
+    drop(command);
     let pid = Pid::from_raw(child.id() as i32).ok_or(io::ErrorKind::NotFound)?;
     let handle = pidfd_open(pid, PidfdFlags::empty())?;
     let (stdin, input) = channel();
     if let Some(to) = child.stdin.take() {
         thread::spawn(move || feed(&input, to));
+    } else if let Some(terminal) = &terminal {
+        let to = terminal.try_clone()?;
+        thread::spawn(move || feed(&input, to));
     }
     let port = port.clone();
-    thread::spawn(move || watch(child, process, &port));
+    thread::spawn(move || watch(child, terminal, process, &port));
     Ok(Running { stdin, handle })
+}
+
+/// Gives a command a new terminal; returns our end of it.
+fn attach_terminal(command: &mut Command) -> io::Result<File> {
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&ours)?;
+    unlockpt(&ours)?;
+    let name = ptsname(&ours, Vec::new())?;
+    let name = name.to_str().map_err(io::Error::other)?;
+    let theirs = OpenOptions::new().read(true).write(true).open(name)?;
+    command
+        .stdin(theirs.try_clone()?)
+        .stdout(theirs.try_clone()?)
+        .stderr(theirs);
+    Ok(File::from(ours))
 }
 
 /// Writes what comes until an empty piece, or until nobody reads it.
@@ -116,8 +144,9 @@ fn feed(input: &Receiver<Vec<u8>>, mut to: impl Write) {
 }
 
 /// Carries output until both streams have ended, then tells how the process ended.
-fn watch(mut child: Child, process: u32, port: &Port) {
+fn watch(mut child: Child, terminal: Option<File>, process: u32, port: &Port) {
     let outputs = [
+        terminal.map(|from| carry(from, Kind::Stdout, process, port)),
         child
             .stdout
             .take()

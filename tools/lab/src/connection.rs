@@ -78,8 +78,8 @@ impl Connection {
         self.wait(deadline, |state| state.up.then_some(()))
     }
 
-    /// Asks for a process; its number.
-    pub(crate) fn spawn(&self, words: &[&str]) -> io::Result<u32> {
+    /// Asks for a process, by [`Kind::Spawn`] or [`Kind::Terminal`]; its number.
+    pub(crate) fn spawn(&self, how: Kind, words: &[&str]) -> io::Result<u32> {
         let process = {
             let mut state = self.lock();
             let process = state.next;
@@ -87,7 +87,7 @@ impl Connection {
             state.processes.insert(process, Transcript::default());
             process
         };
-        self.send(Kind::Spawn, process, &wire::join(words.iter().copied()))?;
+        self.send(how, process, &wire::join(words.iter().copied()))?;
         Ok(process)
     }
 
@@ -177,7 +177,7 @@ impl Transcript {
                 );
             }
             Kind::Refused => self.refused = Some(String::from_utf8_lossy(&frame.body).into_owned()),
-            Kind::Hello | Kind::Spawn | Kind::Stdin | Kind::Signal => {}
+            Kind::Hello | Kind::Spawn | Kind::Terminal | Kind::Stdin | Kind::Signal => {}
         }
     }
 
@@ -227,8 +227,8 @@ mod tests {
     #[test]
     fn output_of_two_processes_is_kept_apart_and_in_lines() {
         let (connection, mut host) = pair();
-        let first = connection.spawn(&["a", "b"]).unwrap();
-        let second = connection.spawn(&["c"]).unwrap();
+        let first = connection.spawn(Kind::Spawn, &["a", "b"]).unwrap();
+        let second = connection.spawn(Kind::Spawn, &["c"]).unwrap();
         assert_eq!(wire::split(&wire::read(&mut host).unwrap().body), ["a", "b"]);
         wire::write(&mut host, Kind::Stdout, first, b"one\r\ntw").unwrap();
         wire::write(&mut host, Kind::Stderr, first, b"aside\n").unwrap();
@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn a_host_that_goes_ends_every_wait() {
         let (connection, host) = pair();
-        let process = connection.spawn(&["a"]).unwrap();
+        let process = connection.spawn(Kind::Spawn, &["a"]).unwrap();
         drop(host);
         let missed = connection
             .wait_for(process, soon(), |seen| seen.ended)

@@ -16,6 +16,7 @@ use crate::LabError;
 use crate::connection::{Connection, Missed};
 use crate::process::{Output, Process};
 use crate::qemu::Qemu;
+use crate::wire::Kind;
 
 /// How long a host may take to come up.
 const UP_WITHIN: Duration = Duration::from_secs(60);
@@ -88,7 +89,13 @@ impl Host {
 
     /// Starts a program. That it cannot be started is told by the first wait.
     pub fn spawn(&self, words: &[&str]) -> Result<Process, LabError> {
-        Process::start(self.connection()?, self.identity.clone(), words)
+        Process::start(self.connection()?, self.identity.clone(), Kind::Spawn, words)
+    }
+
+    /// Starts a program on a terminal of its own: all that it prints is standard output.
+    pub fn terminal(&self, words: &[&str]) -> Result<Process, LabError> {
+        let words = [&["setsid", "-c"], words].concat();
+        Process::start(self.connection()?, self.identity.clone(), Kind::Terminal, &words)
     }
 
     /// Its address on the hosts' network.

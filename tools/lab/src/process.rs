@@ -53,9 +53,10 @@ impl Process {
     pub(crate) fn start(
         connection: Arc<Connection>,
         host: Arc<Identity>,
+        how: Kind,
         words: &[&str],
     ) -> Result<Self, LabError> {
-        let number = connection.spawn(words).map_err(|_| host.gone())?;
+        let number = connection.spawn(how, words).map_err(|_| host.gone())?;
         Ok(Self {
             connection,
             host,
@@ -66,14 +67,14 @@ impl Process {
     }
 
     /// Writes to the program's standard input.
-    pub fn write_stdin(&mut self, bytes: &[u8]) -> Result<(), LabError> {
+    pub fn write_stdin(&self, bytes: &[u8]) -> Result<(), LabError> {
         bytes
             .chunks(LONGEST)
             .try_for_each(|piece| self.send(Kind::Stdin, piece))
     }
 
     /// Ends the program's standard input.
-    pub fn close_stdin(&mut self) -> Result<(), LabError> {
+    pub fn close_stdin(&self) -> Result<(), LabError> {
         self.send(Kind::Stdin, &[])
     }
 

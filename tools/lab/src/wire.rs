@@ -27,6 +27,8 @@ pub enum Kind {
     Stderr = 7,
     /// From the host: the process has ended and so has its output; the body is the wait status (4 bytes).
     Exit = 8,
+    /// To the host: as `Spawn`, with a terminal as its standard input, output and error.
+    Terminal = 9,
 }
 
 /// One frame.
@@ -80,8 +82,10 @@ pub fn read(from: &mut impl Read) -> io::Result<Frame> {
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::{Exit, Hello, Refused, Signal, Spawn, Stderr, Stdin, Stdout};
-        let all = [Hello, Spawn, Stdin, Signal, Refused, Stdout, Stderr, Exit];
+        use Kind::{Exit, Hello, Refused, Signal, Spawn, Stderr, Stdin, Stdout, Terminal};
+        let all = [
+            Hello, Spawn, Stdin, Signal, Refused, Stdout, Stderr, Exit, Terminal,
+        ];
         all.into_iter().find(|kind| *kind as u8 == byte)
     }
 }

@@ -1,5 +1,7 @@
 //! A real lab: needs QEMU and what `cargo xtask guests` makes.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test from end to end")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -70,6 +72,14 @@ fn programs_run(lab: &Lab) {
     sleeper.signal(Signal::Terminate).unwrap();
     let end = sleeper.wait(SOON).unwrap().status;
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&end), Some(15));
+
+    // A terminal is one.
+    let mut shell = lab.host(0).terminal(&["sh"]).unwrap();
+    shell
+        .write_stdin(b"test -t 0 && echo is a ${X}terminal; exit 7\n")
+        .unwrap();
+    shell.wait_line(|line| line == "is a terminal", SOON).unwrap();
+    assert_eq!(shell.wait(SOON).unwrap().status.code(), Some(7));
 
     // Much output arrives whole.
     let output = lab.host(0).run(&["seq", "1", "100000"]).unwrap();

@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask --help`.
 
 mod guests;
+mod lab;
 mod lint;
 mod packages;
 mod runner;
@@ -28,6 +29,8 @@ enum Command {
     Test(test::Options),
     /// Runs scenarios with long counts
     Soak(soak::Options),
+    /// Starts emulated hosts and a shell on the first of them
+    Lab(lab::Options),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -36,5 +39,6 @@ fn main() -> anyhow::Result<()> {
         Command::Lint => lint::run_all(),
         Command::Test(options) => test::run(&options),
         Command::Soak(options) => soak::run(&options),
+        Command::Lab(options) => lab::shell(&options),
     }
 }

@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 pub mod acpi;
 pub mod entry;
+mod format;
 pub mod layout;
 mod linux;
 mod mptable;
@@ -20,6 +21,8 @@ mod pvh;
 
 pub use acpi::VirtioMmioSlot;
 pub use entry::Entry;
+
+use format::Format;
 
 /// The command line for a Linux guest that is given none.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
@@ -40,10 +43,10 @@ pub enum BootError {
     UnknownFormat(PathBuf),
     #[error("kernel {path}: truncated: its header promises {expected} bytes, the file has {got}")]
     Truncated { path: PathBuf, expected: u64, got: u64 },
-    #[error("kernel {path}: cannot be loaded (a truncated file, or too little memory?)")]
+    #[error("kernel {path}: {cause} (too little memory?)")]
     Load {
         path: PathBuf,
-        source: linux_loader::loader::Error,
+        cause: linux_loader::loader::Error,
     },
     #[error("kernel {0}: expected a bzImage with a 64-bit entry point (boot protocol 2.12 or later)")]
     No64BitEntry(PathBuf),
@@ -124,12 +127,6 @@ struct Initrd {
     len: u64,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Format {
-    Elf,
-    BzImage,
-}
-
 fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
     let wrap = |source| BootError::Open {
         what,
@@ -156,24 +153,11 @@ fn open_kernel(path: &Path) -> Result<(File, Format), BootError> {
     };
     let mut head = Vec::new();
     Read::by_ref(&mut file)
-        .take(0x206)
+        .take(format::HEAD_LEN)
         .read_to_end(&mut head)
         .map_err(wrap)?;
     file.seek(SeekFrom::Start(0)).map_err(wrap)?;
-    if head.starts_with(b"\x7fELF") {
-        return Ok((file, Format::Elf));
-    }
-    if head.get(0x202..0x206) != Some(b"HdrS".as_slice()) {
-        return Err(BootError::UnknownFormat(path.into()));
-    }
-    // Boot protocol: setup_sects at 0x1f1 (0 means 4), syssize in 16-byte units at 0x1f4.
-    let sectors = if head[0x1f1] == 0 {
-        4
-    } else {
-        u64::from(head[0x1f1])
-    };
-    let paragraphs = u32::from_le_bytes([head[0x1f4], head[0x1f5], head[0x1f6], head[0x1f7]]);
-    let expected = (sectors + 1) * 512 + u64::from(paragraphs) * 16;
+    let (format, expected) = format::recognise(&head).ok_or_else(|| BootError::UnknownFormat(path.into()))?;
     if size < expected {
         return Err(BootError::Truncated {
             path: path.into(),
@@ -181,7 +165,7 @@ fn open_kernel(path: &Path) -> Result<(File, Format), BootError> {
             got: size,
         });
     }
-    Ok((file, Format::BzImage))
+    Ok((file, format))
 }
 
 fn load_kernel(
@@ -195,9 +179,9 @@ fn load_kernel(
         Format::Elf => Elf::load(memory, None, &mut image, start),
         Format::BzImage => BzImage::load(memory, None, &mut image, start),
     }
-    .map_err(|source| BootError::Load {
+    .map_err(|cause| BootError::Load {
         path: path.into(),
-        source,
+        cause,
     })?;
     if let Some(header) = &loaded.setup_header
         && (header.version < 0x20c || header.xloadflags & linux::XLF_KERNEL_64 == 0)

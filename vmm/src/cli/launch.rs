@@ -1,7 +1,7 @@
 //! `run` and `receive`: the commands that become a VM.
 
 use std::fs::OpenOptions;
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -110,16 +110,8 @@ fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
         .with_timer(Uptime::default())
         .with_target(false);
     match path {
-        Some(path) => {
-            let file = open_log(path)?;
-            log.with_ansi(false)
-                .with_writer(std::sync::Mutex::new(file))
-                .init();
-        }
-        None => log
-            .with_ansi(io::stderr().is_terminal())
-            .with_writer(io::stderr)
-            .init(),
+        Some(path) => log.with_writer(std::sync::Mutex::new(open_log(path)?)).init(),
+        None => log.with_writer(io::stderr).init(),
     }
     Ok(())
 }

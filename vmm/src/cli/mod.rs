@@ -13,6 +13,9 @@ use clap::Parser;
 
 use args::{Cli, Command};
 
+use crate::config::ConfigError;
+use crate::rundir::RundirError;
+
 /// Exit codes that scripts can rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -51,14 +54,19 @@ pub fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             eprintln!("godwit: {error:#}");
-            let usage = error.downcast_ref::<crate::config::ConfigError>().is_some();
-            if usage {
+            if is_usage(&error) {
                 Exit::Usage.into()
             } else {
                 Exit::Failed.into()
             }
         }
     }
+}
+
+/// Whether the arguments were wrong, rather than the world.
+fn is_usage(error: &anyhow::Error) -> bool {
+    let name = error.downcast_ref::<RundirError>();
+    matches!(name, Some(RundirError::BadName { .. })) || error.downcast_ref::<ConfigError>().is_some()
 }
 
 fn dispatch(command: Command) -> anyhow::Result<Exit> {

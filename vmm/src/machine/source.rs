@@ -14,6 +14,8 @@ use crate::vcpu::Holder;
 pub struct MigrationSource {
     machine: Arc<Machine>,
     paused_at: Option<Instant>,
+    /// The disk locks were given up for a "go" that may not have been sent.
+    released: bool,
 }
 
 impl MigrationSource {
@@ -22,6 +24,7 @@ impl MigrationSource {
         Self {
             machine,
             paused_at: None,
+            released: false,
         }
     }
 }
@@ -70,11 +73,16 @@ impl Source for MigrationSource {
     }
 
     fn release(&mut self) -> Result<(), PortError> {
+        self.released = true;
         Ok(self.machine.devices.release_locks()?)
     }
 
     fn resume(&mut self) -> Result<(), PortError> {
         self.paused_at = None;
+        if self.released {
+            self.machine.devices.take_locks()?;
+            self.released = false;
+        }
         self.machine.devices.resume();
         Ok(self.machine.resume(Holder::Migration)?)
     }

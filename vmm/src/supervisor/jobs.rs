@@ -2,11 +2,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use migration::{Control, Endpoint, Listener, MigrateOptions, ReceiveOptions};
 
 use super::request::{Event, SupervisorHandle};
-use super::{Life, Supervisor};
+use super::{Job, Life, Supervisor};
 use crate::machine::{Machine, MigrationDestination, MigrationSource};
 
 /// Moves `machine` and tells the supervisor how it ended.
@@ -16,7 +17,7 @@ pub(super) fn start_migration(
     options: MigrateOptions,
     control: Arc<Control>,
     supervisor: SupervisorHandle,
-) -> io::Result<()> {
+) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("migration".into())
         .spawn(move || {
@@ -28,21 +29,20 @@ pub(super) fn start_migration(
             // The supervisor must be the last owner of the machine when it hears of the end.
             drop(source);
             supervisor.send(Event::MigrationEnded(Box::new(report)));
-        })?;
-    Ok(())
+        })
 }
 
 impl Supervisor {
     /// Waits at `listener` for a machine, on a thread of its own, until one has arrived for good.
     pub fn receive(&mut self, listener: Listener, destination: MigrationDestination) -> io::Result<()> {
         let control = Arc::new(Control::new()?);
-        self.life = Some(Life::Receiving(control.clone()));
-        let supervisor = self.handle.clone();
-        std::thread::Builder::new()
+        let (job_control, supervisor) = (control.clone(), self.handle.clone());
+        let thread = std::thread::Builder::new()
             .name("receive".into())
             .spawn(move || {
-                supervisor.send(wait_for_machine(&listener, destination, &control));
+                supervisor.send(wait_for_machine(&listener, destination, &job_control));
             })?;
+        self.life = Some(Life::Receiving(Job { control, thread }));
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ mod jobs;
 mod request;
 
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::GuestExit;
@@ -46,13 +47,28 @@ pub enum SupervisorError {
 
 /// Where the machine is in its life cycle.
 enum Life {
-    Receiving(Arc<Control>),
+    Receiving(Job),
     Here(Arc<Machine>),
     InDoubt(Arc<Machine>),
 }
 
-struct MigrationJob {
+/// A job on a thread of its own.
+struct Job {
     control: Arc<Control>,
+    thread: JoinHandle<()>,
+}
+
+impl Job {
+    /// Cancels it and waits for its end: what it holds (a listening socket, the machine) is then gone.
+    fn end(self) {
+        self.control.cancel();
+        // A panic in it has been reported by the panic hook.
+        let _ = self.thread.join();
+    }
+}
+
+struct MigrationJob {
+    job: Job,
     reports: broadcast::Sender<Report>,
 }
 
@@ -203,8 +219,8 @@ impl Supervisor {
 
     fn control(&self) -> Option<&Arc<Control>> {
         match (&self.migration, &self.life) {
-            (Some(job), _) => Some(&job.control),
-            (None, Some(Life::Receiving(control))) => Some(control),
+            (Some(migration), _) => Some(&migration.job.control),
+            (None, Some(Life::Receiving(job))) => Some(&job.control),
             _ => None,
         }
     }
@@ -250,7 +266,7 @@ impl Supervisor {
         let machine = self.idle_machine()?.clone();
         let control = Arc::new(Control::new().map_err(failed)?);
         let (reports, report) = broadcast::channel(1);
-        jobs::start_migration(
+        let thread = jobs::start_migration(
             machine,
             destination,
             options,
@@ -258,16 +274,21 @@ impl Supervisor {
             self.handle.clone(),
         )
         .map_err(failed)?;
-        self.migration = Some(MigrationJob {
+        let job = Job {
             control: control.clone(),
-            reports,
-        });
+            thread,
+        };
+        self.migration = Some(MigrationJob { job, reports });
         Ok(MigrationFeed { control, report })
     }
 
     fn cancel(&self) -> Result<(), Refusal> {
-        let job = self.migration.as_ref().ok_or(Refusal::NoMigration)?;
-        job.control.cancel();
+        self.migration
+            .as_ref()
+            .ok_or(Refusal::NoMigration)?
+            .job
+            .control
+            .cancel();
         Ok(())
     }
 
@@ -276,8 +297,8 @@ impl Supervisor {
         if self.stop_at.is_some() {
             return Some(Ending::Stopped);
         }
-        if let Some(job) = &self.migration {
-            job.control.cancel();
+        if let Some(migration) = &self.migration {
+            migration.job.control.cancel();
         }
         let Ok(machine) = self.machine() else {
             return Some(Ending::Stopped);
@@ -289,15 +310,18 @@ impl Supervisor {
             tracing::warn!(%error, "stopping without the power button");
             return Some(Ending::Stopped);
         }
+        tracing::info!(
+            "asked the guest to shut down; it has {POWER_OFF_GRACE:?}, a second time ends it at once"
+        );
         self.stop_at = Some(Instant::now() + POWER_OFF_GRACE);
         None
     }
 
     fn migration_ended(&mut self, report: Report) -> Option<Ending> {
         let outcome = report.outcome;
-        if let Some(job) = self.migration.take() {
+        if let Some(migration) = self.migration.take() {
             // Nobody needs to be waiting for it.
-            let _ = job.reports.send(report);
+            let _ = migration.reports.send(report);
         }
         match outcome {
             Outcome::Moved => Some(Ending::Moved),
@@ -313,11 +337,12 @@ impl Supervisor {
 
     /// Everything goes in order: jobs, machine, console, API.
     fn end(mut self, server: ApiServer) {
-        if let Some(control) = self.control() {
-            control.cancel();
+        if let Some(migration) = self.migration.take() {
+            migration.job.end();
         }
-        self.migration = None;
-        self.life = None;
+        if let Some(Life::Receiving(job)) = self.life.take() {
+            job.end();
+        }
         self.console.flush();
         drop(server);
     }

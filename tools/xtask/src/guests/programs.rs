@@ -42,17 +42,9 @@ pub(super) fn agent(root: &Path, cache: &Cache) -> Result<PathBuf> {
 
 /// The first program of an emulated host: `lab/init`.
 pub(super) fn lab_host(root: &Path, cache: &Cache) -> Result<()> {
+    let sources = ["tools/lab/Cargo.toml", "tools/lab/src", "tools/lab/host"];
     let build = ["--package", "lab", "--bin", "lab-host"];
-    member(
-        root,
-        cache,
-        "lab-host",
-        &["tools/lab"],
-        &build,
-        "lab-host",
-        "lab/init",
-    )
-    .map(|_| ())
+    member(root, cache, "lab-host", &sources, &build, "lab-host", "lab/init").map(|_| ())
 }
 
 fn member(

@@ -4,9 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
+use ::lab::cpio::Archive;
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
-use lab::cpio::Archive;
 
 use super::cache::{Cache, Key};
 use super::kernel::Kernel;

@@ -1,0 +1,254 @@
+//! The ports of a machine in memory, with faults on request.
+
+use std::collections::HashMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration_state::Envelope;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::guest::Guest;
+use crate::*;
+
+/// What a call of a port does instead of its work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Fault {
+    Error,
+    Panic,
+    /// It works, but later.
+    Slow(Duration),
+    /// The same, the first time.
+    SlowOnce(Duration),
+}
+
+/// Faults by the name of the call.
+pub(super) type Faults = HashMap<&'static str, Fault>;
+
+/// The source's ports.
+pub(super) struct FakeSource {
+    pub(super) guest: Guest,
+    pub(super) faults: Faults,
+    pub(super) logging: bool,
+    pub(super) locked: bool,
+    /// Page written by `save`, as a clock's page would be.
+    pub(super) written_by_save: Option<u64>,
+    /// Called by `pause`, to make something happen right then.
+    pub(super) on_pause: Option<Box<dyn FnMut() + Send>>,
+    /// The same for `release`.
+    pub(super) on_release: Option<Box<dyn FnMut() + Send>>,
+    pub(super) calls: Vec<&'static str>,
+}
+
+impl FakeSource {
+    pub(super) fn new(guest: Guest) -> Self {
+        Self {
+            guest,
+            faults: Faults::new(),
+            logging: false,
+            locked: true,
+            written_by_save: None,
+            on_pause: None,
+            on_release: None,
+            calls: Vec::new(),
+        }
+    }
+
+    /// Asserts that the guest runs here as before a migration.
+    pub(super) fn assert_runs(&self) {
+        assert!(
+            !self.guest.is_held(),
+            "the guest is held; calls: {:?}",
+            self.calls
+        );
+        self.guest.await_progress();
+        assert!(!self.logging, "dirty logging is on; calls: {:?}", self.calls);
+        assert!(self.locked, "the disk locks are gone");
+    }
+
+    fn enter(&mut self, call: &'static str) -> Result<(), MachineError> {
+        self.calls.push(call);
+        if let Some(&Fault::SlowOnce(time)) = self.faults.get(call) {
+            self.faults.insert(call, Fault::Slow(time));
+            let slow = fault(&self.faults, call);
+            self.faults.remove(call);
+            return slow;
+        }
+        fault(&self.faults, call)
+    }
+}
+
+fn fault(faults: &Faults, call: &'static str) -> Result<(), MachineError> {
+    match faults.get(call) {
+        None => Ok(()),
+        Some(Fault::Error) => Err(format!("injected into {call}").into()),
+        Some(Fault::Panic) => panic!("injected into {call}"),
+        Some(Fault::Slow(time) | Fault::SlowOnce(time)) => {
+            // Not a wait for something: the time itself is what is simulated.
+            thread::sleep(*time);
+            Ok(())
+        }
+    }
+}
+
+pub(super) fn describe(memory: &GuestMemory) -> MachineDescription {
+    MachineDescription {
+        memory: memory
+            .iter()
+            .map(|region| MemoryRegion {
+                gpa: region.start_addr().0,
+                len: region.len(),
+            })
+            .collect(),
+        shared_memory: false,
+        cpus: 1,
+        cpu_template: "none".into(),
+        cpuid: vec![CpuidLeaf {
+            function: 1,
+            index: 0,
+            registers: [1, 2, 3, 4],
+        }],
+        tsc_khz: 2_000_000,
+        devices: Vec::new(),
+    }
+}
+
+impl Source for FakeSource {
+    fn describe(&self) -> MachineDescription {
+        describe(&self.guest.memory)
+    }
+
+    fn memory(&self) -> GuestMemory {
+        self.guest.memory.clone()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), MachineError> {
+        self.logging = true;
+        self.guest.forget_dirty();
+        self.enter("start_dirty_log")
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), MachineError> {
+        self.logging = false;
+        self.enter("stop_dirty_log")
+    }
+
+    fn harvest(&mut self, into: &mut PageSet) -> Result<(), MachineError> {
+        assert!(self.logging);
+        self.enter("harvest")?;
+        for (index, region) in self.guest.memory.iter().enumerate() {
+            into.insert_bitmap(index, &region.get_mmap().bitmap().get_and_reset())?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), MachineError> {
+        assert!(!self.guest.is_held());
+        self.enter("flush")
+    }
+
+    fn pause(&mut self) -> Result<Instant, MachineError> {
+        let now = Instant::now();
+        self.guest.hold();
+        if let Some(on_pause) = &mut self.on_pause {
+            on_pause();
+        }
+        self.enter("pause")?;
+        Ok(now)
+    }
+
+    fn drain(&mut self) -> Result<(), MachineError> {
+        assert!(self.guest.is_held());
+        // A device completes a request into guest memory.
+        self.guest.write(PAGE_SIZE, false);
+        self.enter("drain")
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, MachineError> {
+        self.enter("save")?;
+        if let Some(gpa) = self.written_by_save {
+            self.guest.write(gpa, false);
+        }
+        let mut envelope = Envelope::new();
+        envelope.put("guest", &self.guest.registers())?;
+        Ok(envelope.encode())
+    }
+
+    fn release(&mut self) -> Result<(), MachineError> {
+        self.enter("release")?;
+        self.locked = false;
+        if let Some(on_release) = &mut self.on_release {
+            on_release();
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.locked = true;
+        self.guest.release();
+        self.enter("resume")
+    }
+}
+
+/// The destination's ports.
+#[derive(Default)]
+pub(super) struct FakeDestination {
+    pub(super) guest: Option<Guest>,
+    pub(super) faults: Faults,
+    pub(super) differences: Vec<Difference>,
+    /// Pages that `create` forgets to build.
+    pub(super) missing_pages: u64,
+    pub(super) running: bool,
+    pub(super) stopped_at: Option<Instant>,
+    pub(super) discarded: u32,
+}
+
+impl Destination for FakeDestination {
+    fn check(&self, _: &MachineDescription) -> Vec<Difference> {
+        if let Err(error) = fault(&self.faults, "check") {
+            return vec![Difference {
+                what: "fault".into(),
+                expected: "none".into(),
+                got: error.to_string(),
+            }];
+        }
+        self.differences.clone()
+    }
+
+    fn create(&mut self, description: &MachineDescription) -> Result<GuestMemory, MachineError> {
+        assert!(self.guest.is_none() && !self.running);
+        let pages: Vec<u64> = description
+            .memory
+            .iter()
+            .map(|region| region.len / PAGE_SIZE)
+            .collect();
+        let guest = Guest::new(pages[0] - self.missing_pages, pages[1]);
+        let memory = guest.memory.clone();
+        self.guest = Some(guest);
+        fault(&self.faults, "create")?;
+        Ok(memory)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        fault(&self.faults, "restore")?;
+        let mut envelope = Envelope::decode(state)?;
+        self.guest
+            .as_ref()
+            .ok_or("not built")?
+            .load(envelope.take("guest")?);
+        Ok(envelope.finish()?)
+    }
+
+    fn resume(&mut self, stopped_at: Instant) -> Result<(), MachineError> {
+        fault(&self.faults, "resume")?;
+        self.stopped_at = Some(stopped_at);
+        self.running = true;
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        assert!(!self.running);
+        self.discarded += 1;
+        self.guest = None;
+        let _ = fault(&self.faults, "discard");
+    }
+}

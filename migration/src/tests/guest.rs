@@ -1,0 +1,243 @@
+//! Guest memory with a thread in the place of vCPUs.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use migration_state::Record;
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::{GuestMemory, PAGE_SIZE};
+
+/// First address of the second region.
+pub(super) const HIGH: u64 = 4 << 30;
+
+/// Memory, and a thread that writes it while nobody holds it.
+pub(super) struct Guest {
+    pub(super) memory: GuestMemory,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<GuestState>,
+    changed: Condvar,
+}
+
+/// What is saved and restored, besides memory: the vCPUs' registers, so to speak.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Registers {
+    /// Writes so far.
+    pub(super) generation: u64,
+    /// Generation of each page that was written; 0 means zeroed.
+    pub(super) stamps: Vec<(u64, u64)>,
+}
+
+impl Record for Registers {
+    const KIND: &'static str = "fake-registers";
+    const VERSION: u16 = 1;
+}
+
+#[derive(Default)]
+struct GuestState {
+    held: bool,
+    inside: bool,
+    stop: bool,
+    generation: u64,
+    stamps: HashMap<u64, u64>,
+}
+
+/// How the thread uses memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Load {
+    /// Pages from which it writes one at random at a time; 0 means an idle guest that only counts.
+    pub(super) pages: u64,
+}
+
+impl Guest {
+    /// A machine of `low` pages at 0 and `high` at 4 GiB, held.
+    pub(super) fn new(low: u64, high: u64) -> Self {
+        let ranges = [
+            (GuestAddress(0), (low * PAGE_SIZE) as usize),
+            (GuestAddress(HIGH), (high * PAGE_SIZE) as usize),
+        ];
+        Self::with_memory(GuestMemory::from_ranges(&ranges).unwrap())
+    }
+
+    fn with_memory(memory: GuestMemory) -> Self {
+        let state = GuestState {
+            held: true,
+            ..GuestState::default()
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
+        Self {
+            memory,
+            shared,
+            thread: None,
+        }
+    }
+
+    pub(super) fn start(&mut self, load: Load) {
+        let (memory, shared) = (self.memory.clone(), self.shared.clone());
+        self.release();
+        self.thread = Some(thread::spawn(move || run(&memory, &shared, load)));
+    }
+
+    /// Writes one page, as the guest would.
+    pub(super) fn write(&self, gpa: u64, zero: bool) {
+        write(&self.memory, &mut self.shared.state.lock().unwrap(), gpa, zero);
+    }
+
+    pub(super) fn hold(&self) {
+        let mut state = self.shared.state.lock().unwrap();
+        state.held = true;
+        while state.inside {
+            state = self.shared.changed.wait(state).unwrap();
+        }
+    }
+
+    pub(super) fn release(&self) {
+        self.shared.state.lock().unwrap().held = false;
+        self.shared.changed.notify_all();
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.shared.state.lock().unwrap().held
+    }
+
+    /// Returns once the guest has made progress from here on.
+    pub(super) fn await_progress(&self) {
+        let mut state = self.shared.state.lock().unwrap();
+        let from = state.generation;
+        while state.generation == from {
+            let (next, waited) = self
+                .shared
+                .changed
+                .wait_timeout(state, Duration::from_secs(10))
+                .unwrap();
+            assert!(!waited.timed_out(), "the guest does not run");
+            state = next;
+        }
+    }
+
+    pub(super) fn registers(&self) -> Registers {
+        let state = self.shared.state.lock().unwrap();
+        let mut stamps: Vec<_> = state.stamps.iter().map(|(gpa, stamp)| (*gpa, *stamp)).collect();
+        stamps.sort_unstable();
+        Registers {
+            generation: state.generation,
+            stamps,
+        }
+    }
+
+    pub(super) fn load(&self, registers: Registers) {
+        let mut state = self.shared.state.lock().unwrap();
+        state.generation = registers.generation;
+        state.stamps = registers.stamps.into_iter().collect();
+    }
+
+    /// Asserts that every page holds what its last write left there. The guest must be held.
+    pub(super) fn check_stamps(&self) {
+        assert!(self.is_held());
+        let stamps: HashMap<u64, u64> = self.registers().stamps.into_iter().collect();
+        for region in self.memory.iter() {
+            for gpa in (region.start_addr().0..)
+                .take(region.len() as usize)
+                .step_by(PAGE_SIZE as usize)
+            {
+                let stamp = stamps.get(&gpa).copied().unwrap_or(0);
+                let page: [u64; 512] = std::array::from_fn(|at| {
+                    self.memory.read_obj(GuestAddress(gpa + at as u64 * 8)).unwrap()
+                });
+                assert_eq!(page, content(gpa, stamp), "page {gpa:#x}");
+            }
+        }
+    }
+
+    pub(super) fn forget_dirty(&self) {
+        for region in self.memory.iter() {
+            region.get_mmap().bitmap().reset();
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.shared.state.lock().unwrap().stop = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn run(memory: &GuestMemory, shared: &Shared, load: Load) {
+    let gpas: Vec<u64> = memory
+        .iter()
+        .flat_map(|region| {
+            (region.start_addr().0..)
+                .take(region.len() as usize)
+                .step_by(4096)
+        })
+        .collect();
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut state = shared.state.lock().unwrap();
+    loop {
+        while state.held && !state.stop {
+            state.inside = false;
+            shared.changed.notify_all();
+            state = shared.changed.wait(state).unwrap();
+        }
+        if state.stop {
+            return;
+        }
+        state.inside = true;
+        for _ in 0..16 {
+            random = random
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            if load.pages == 0 {
+                state.generation += 1;
+            } else {
+                let page = (random >> 33) % load.pages;
+                write(
+                    memory,
+                    &mut state,
+                    gpas[page as usize % gpas.len()],
+                    random & 0x7000_0000 == 0,
+                );
+            }
+        }
+        shared.changed.notify_all();
+        drop(state);
+        // On two cores the engine has to get a turn as well.
+        thread::yield_now();
+        state = shared.state.lock().unwrap();
+    }
+}
+
+fn write(memory: &GuestMemory, state: &mut GuestState, gpa: u64, zero: bool) {
+    state.generation += 1;
+    let stamp = if zero { 0 } else { state.generation };
+    state.stamps.insert(gpa, stamp);
+    let bytes: Vec<u8> = content(gpa, stamp)
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    memory.write_slice(&bytes, GuestAddress(gpa)).unwrap();
+}
+
+fn content(gpa: u64, stamp: u64) -> [u64; 512] {
+    std::array::from_fn(|at| {
+        if stamp == 0 {
+            0
+        } else {
+            gpa ^ stamp.rotate_left(at as u32)
+        }
+    })
+}

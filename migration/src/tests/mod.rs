@@ -1,0 +1,8 @@
+//! The engine from end to end, over real sockets, with machines made of memory and a thread.
+
+mod fake;
+mod faults;
+mod guest;
+mod moves;
+mod peers;
+mod rig;
