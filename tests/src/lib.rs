@@ -6,6 +6,7 @@ mod fixtures;
 mod guest;
 mod host;
 mod journey;
+mod lab_journey;
 mod output;
 mod process;
 
@@ -13,6 +14,7 @@ pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
 pub use host::{Host, Migration, Vm};
 pub use journey::{BareGuest, Journey};
+pub use lab_journey::{LabJourney, StockGuest, ended, payload};
 pub use output::Output;
 pub use process::{Finished, Process};
 

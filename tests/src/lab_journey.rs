@@ -1,0 +1,266 @@
+//! A Debian guest on emulated hosts, on its way from host to host.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::{Lab, Payload, Process};
+use migration::{Progress, Report};
+
+use crate::{Event, Finished, Fixtures, Migration, PATIENCE, Tick, check_ticks};
+
+/// Where hosts receive guests.
+const PORT: u16 = 7000;
+/// The share of the reported downtime that the guest must have seen.
+const SEEN: f64 = 0.9;
+
+/// A Debian guest's machine and work.
+#[derive(Clone, Debug)]
+pub struct StockGuest {
+    /// `vmlinux` or `vmlinuz`.
+    pub kernel: &'static str,
+    /// vCPUs.
+    pub cpus: u32,
+    /// Whether the hosts' shared disk is the guest's, formatted, and under load.
+    pub disk: bool,
+    /// More words for the kernel.
+    pub words: &'static str,
+}
+
+impl Default for StockGuest {
+    fn default() -> Self {
+        Self {
+            kernel: "vmlinux",
+            cpus: 2,
+            disk: false,
+            words: "",
+        }
+    }
+}
+
+impl StockGuest {
+    /// The options of `godwit run`, where the guests are in the folder `guests`.
+    pub fn options(&self, guests: &str) -> Vec<String> {
+        // Kernel messages would end up in the middle of the agent's lines.
+        let mut cmdline = "console=ttyS0 reboot=k panic=-1 quiet loglevel=1".to_owned();
+        cmdline.push_str(" godwit.dirty=32M godwit.rate=4M");
+        if self.disk {
+            cmdline.push_str(" godwit.disk=/dev/vda");
+        }
+        cmdline.push_str(&format!(" {}", self.words));
+        let (kernel, initrd) = (
+            format!("{guests}/stock/{}", self.kernel),
+            format!("{guests}/stock/initrd"),
+        );
+        let cpus = self.cpus.to_string();
+        let mut options = vec!["--kernel", &kernel, "--initrd", &initrd, "--cmdline", &cmdline];
+        options.extend(["--cpus", &cpus, "--memory", "256M"]);
+        if self.disk {
+            options.extend(["--disk", "id=data,path=/dev/vda"]);
+        }
+        options.into_iter().map(str::to_owned).collect()
+    }
+}
+
+/// A guest that moves between hosts 0 and 1 of a lab.
+pub struct LabJourney {
+    /// The hosts.
+    pub lab: Lab,
+    /// The `godwit` process that has the guest.
+    pub vm: Process,
+    guest: StockGuest,
+    host: usize,
+    moves: u32,
+    /// What the guest printed on the hosts before, to the last byte.
+    before: String,
+}
+
+/// What a lab's hosts carry.
+pub fn payload(fixtures: &Fixtures) -> Payload {
+    Payload::new(&fixtures.guests).with("bin/godwit", &fixtures.godwit)
+}
+
+impl LabJourney {
+    /// Boots the guest on host 0 and waits until it works.
+    pub fn start(lab: Lab, guest: StockGuest) -> Result<Self> {
+        let options = guest.options("/guests");
+        let words = ["godwit", "run", "--name", "vm-0"]
+            .into_iter()
+            .chain(options.iter().map(String::as_str));
+        let vm = lab.host(0).spawn(&words.collect::<Vec<_>>())?;
+        let mut journey = Self {
+            lab,
+            vm,
+            guest,
+            host: 0,
+            moves: 0,
+            before: String::new(),
+        };
+        let ready = journey.event("ready")?;
+        let cpus = u64::from(journey.guest.cpus);
+        ensure!(
+            ready.number("cpus")? == cpus,
+            "expected {cpus} CPUs, got {ready:?}"
+        );
+        Ok(journey)
+    }
+
+    /// The index of the host that it is on.
+    pub fn host(&self) -> usize {
+        self.host
+    }
+
+    /// The index of the other one.
+    pub fn other(&self) -> usize {
+        1 - self.host
+    }
+
+    /// Waits for an event that was not looked at before.
+    pub fn event(&mut self, name: &str) -> Result<Event> {
+        let line = self
+            .vm
+            .wait_line(|line| Event::named(line, name).is_some(), PATIENCE)?;
+        Event::named(&line, name).context("not the event that was waited for")
+    }
+
+    /// Sends a command and waits for the answer.
+    pub fn command(&mut self, command: &str, answer: &str) -> Result<Event> {
+        self.vm.write_stdin(format!("{command}\n").as_bytes())?;
+        self.event(answer)
+    }
+
+    /// Waits for a tick that was not looked at before.
+    pub fn tick(&mut self) -> Result<Tick> {
+        let line = self.vm.wait_line(|line| Tick::parse(line).is_some(), PATIENCE)?;
+        Tick::parse(&line).context("not a tick")
+    }
+
+    /// Shows that the guest runs and is well: ticks from now on, without errors.
+    pub fn check_running(&mut self) -> Result<Tick> {
+        // What is already there says nothing about now; that no line fits is what is wanted.
+        let _ = self.vm.wait_line(|_| false, Duration::ZERO);
+        let (first, second) = (self.tick()?, self.tick()?);
+        ensure!(
+            second.n > first.n && second.errors == 0,
+            "expected ticks to go on, got {first:?} and {second:?}"
+        );
+        Ok(second)
+    }
+
+    /// Starts a receiver on the other host; also returns where it listens.
+    pub fn receiver(&self) -> Result<(Process, String)> {
+        let name = format!("vm-{}", self.moves + 1);
+        let listen = format!("tcp:0.0.0.0:{PORT}");
+        let mut words = vec!["godwit", "receive", "--name", &name, "--listen", &listen];
+        if self.guest.disk {
+            words.extend(["--disk", "data=/dev/vda"]);
+        }
+        let host = self.lab.host(self.other());
+        let mut receiver = host.spawn(&words)?;
+        receiver.wait_line(|line| line.contains(" is listening on "), PATIENCE)?;
+        Ok((receiver, format!("tcp:{}:{PORT}", host.address())))
+    }
+
+    /// Starts `godwit migrate --json`.
+    pub fn start_migration(&self, endpoint: &str, arguments: &[&str]) -> Result<Process> {
+        let name = self.name();
+        let words = [&["godwit", "migrate", &name, endpoint, "--json"], arguments].concat();
+        Ok(self.lab.host(self.host).spawn(&words)?)
+    }
+
+    /// Migrates to an endpoint and waits for the end of that.
+    pub fn migrate(&self, endpoint: &str, arguments: &[&str]) -> Result<Migration> {
+        ended(self.start_migration(endpoint, arguments)?)
+    }
+
+    /// Moves the guest to the other host; it must see the gap that the report tells, and its counter must go on.
+    pub fn hop(&mut self, arguments: &[&str]) -> Result<Report> {
+        let (receiver, endpoint) = self.receiver()?;
+        self.hop_to(receiver, &endpoint, arguments)
+    }
+
+    /// As [`LabJourney::hop`], to a receiver that was started before.
+    pub fn hop_to(&mut self, receiver: Process, endpoint: &str, arguments: &[&str]) -> Result<Report> {
+        self.command("reset", "reset")?;
+        let report = self.migrate(endpoint, arguments)?.moved()?;
+        let source = self.vm.wait(PATIENCE)?;
+        ensure!(
+            source.status.success(),
+            "the source ended with {}: {}",
+            source.status,
+            source.stderr
+        );
+        self.before.push_str(&source.stdout);
+        self.vm = receiver;
+        self.host = self.other();
+        self.moves += 1;
+        // The first whole tick may have been made before the pause and printed after it.
+        self.tick()?;
+        let seen = self.tick()?.max_gap_us as f64 / 1e3;
+        let stood = report.downtime_ms.context("no downtime")? + report.verify_ms;
+        ensure!(
+            seen >= SEEN * stood,
+            "the guest stood still for {stood} ms and saw a gap of {seen} ms"
+        );
+        Ok(report)
+    }
+
+    /// Where the guest's migration is, if there is one.
+    pub fn progress(&self) -> Result<Option<Progress>> {
+        let output = self
+            .lab
+            .host(self.host)
+            .run(&["godwit", "status", &self.name(), "--json"])?;
+        let status: serde_json::Value = serde_json::from_str(&output.stdout).context(output.stderr)?;
+        Ok(serde_json::from_value(status["migration"].clone())?)
+    }
+
+    /// Lets the guest check all its memory and files; returns what it says.
+    pub fn verify(&mut self) -> Result<Event> {
+        let verified = self.command("verify", "verified")?;
+        ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
+        ensure!(
+            verified.number("pages")? > 0,
+            "nothing was verified: {verified:?}"
+        );
+        ensure!(
+            !self.guest.disk || verified.number("files")? > 0,
+            "no file was verified: {verified:?}"
+        );
+        Ok(verified)
+    }
+
+    /// Ends the guest from inside and checks its whole life.
+    pub fn power_off(self) -> Result<Lab> {
+        self.vm.write_stdin(b"poweroff\n")?;
+        self.ended()
+    }
+
+    /// Waits for the guest's end and checks its whole life.
+    pub fn ended(mut self) -> Result<Lab> {
+        let output = self.vm.wait(PATIENCE)?;
+        ensure!(
+            output.status.success(),
+            "godwit ended with {}: {}",
+            output.status,
+            output.stderr
+        );
+        check_ticks(&(self.before + &output.stdout).replace('\r', ""), None)?;
+        let left = self.lab.host(self.host).run(&["ls", "/run/godwit"])?.stdout;
+        ensure!(
+            left.trim().is_empty(),
+            "left behind in the run-time directory: {left}"
+        );
+        Ok(self.lab)
+    }
+
+    fn name(&self) -> String {
+        format!("vm-{}", self.moves)
+    }
+}
+
+/// Waits for the end of `godwit migrate --json`.
+pub fn ended(mut migration: Process) -> Result<Migration> {
+    let output = migration.wait(PATIENCE)?;
+    let (code, stdout, stderr) = (output.status.code(), output.stdout, output.stderr);
+    Migration::of(Finished { code, stdout, stderr })
+}

@@ -1,0 +1,146 @@
+//! Debian guests on emulated hosts with ordinary KVM: unmodified kernels, real hosts, power cuts.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use lab::{Lab, Signal};
+use migration::{Outcome, Phase};
+use tests::{Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
+
+/// Emulated hosts are slow, and how slow says nothing: no move fails for its downtime.
+const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
+const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
+
+fn two_hosts() -> Result<Lab> {
+    Ok(Lab::builder(payload(&Fixtures::from_env()?)).hosts(2).start()?)
+}
+
+/// Runs a tool of this machine, and fails if that does.
+fn tool(words: &[&str]) -> Result<()> {
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]);
+    // Not everybody has them in the path.
+    command.env(
+        "PATH",
+        format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()),
+    );
+    Process::run(command, PATIENCE)?
+        .expect_code(0)
+        .with_context(|| words.join(" "))
+        .map(drop)
+}
+
+#[test]
+fn a_debian_guest_back_and_forth() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let image = directory.path().join("disk").display().to_string();
+    std::fs::File::create(&image)?.set_len(64 << 20)?;
+    tool(&["mkfs.ext4", "-q", "-F", &image])?;
+    let lab = Lab::builder(payload(&Fixtures::from_env()?))
+        .hosts(2)
+        .shared_image(&image)
+        .start()?;
+    let mut journey = LabJourney::start(
+        lab,
+        StockGuest {
+            disk: true,
+            ..Default::default()
+        },
+    )?;
+    let moves = count(2)?;
+    for number in 1..=moves {
+        let report = journey
+            .hop(&VERIFIED)
+            .with_context(|| format!("move {number} of {moves}"))?;
+        ensure!(
+            report.memory_digest.is_some(),
+            "no digest with --verify: {report:?}"
+        );
+        let verified = journey
+            .verify()
+            .with_context(|| format!("after move {number} of {moves}"))?;
+        println!(
+            "move {number} of {moves}: downtime {:?} ms, {verified:?}",
+            report.downtime_ms
+        );
+    }
+    drop(journey.power_off()?);
+    tool(&["e2fsck", "-fn", &image])
+}
+
+#[test]
+fn kernels_of_both_formats_with_and_without_acpi() -> Result<()> {
+    let mut lab = Lab::builder(payload(&Fixtures::from_env()?)).start()?;
+    for (kernel, words) in [("vmlinuz", ""), ("vmlinux", "acpi=off"), ("vmlinux", "")] {
+        let guest = StockGuest {
+            kernel,
+            words,
+            ..Default::default()
+        };
+        let mut journey = LabJourney::start(lab, guest).with_context(|| format!("{kernel} {words}"))?;
+        journey.verify()?;
+        // Without ACPI a guest cannot power itself off; it can reset.
+        let end: &[u8] = if words.is_empty() {
+            b"poweroff\n"
+        } else {
+            b"reboot\n"
+        };
+        journey.vm.write_stdin(end)?;
+        lab = journey.ended().with_context(|| format!("{kernel} {words}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_power_button_shuts_a_guest_down() -> Result<()> {
+    let lab = Lab::builder(payload(&Fixtures::from_env()?)).start()?;
+    let mut journey = LabJourney::start(lab, StockGuest::default())?;
+    journey.check_running()?;
+    journey.vm.signal(Signal::Terminate)?;
+    journey
+        .vm
+        .wait_line(|line| line == "agent: power button", PATIENCE)?;
+    journey.ended().map(drop)
+}
+
+#[test]
+fn a_host_with_another_cpu_is_refused() -> Result<()> {
+    let payload = payload(&Fixtures::from_env()?);
+    let lab = Lab::builder(payload)
+        .hosts(2)
+        .cpu(1, "EPYC,+svm,+npt,-avx2")
+        .start()?;
+    let mut journey = LabJourney::start(lab, StockGuest::default())?;
+    let (receiver, endpoint) = journey.receiver()?;
+    let line = journey
+        .migrate(&endpoint, &ANY_DOWNTIME)?
+        .stayed(Outcome::Failed)?;
+    ensure!(
+        line.contains("cpuid") && line.contains("avx2"),
+        "expected the difference in {line:?}"
+    );
+    journey.check_running()?;
+    drop(receiver);
+    journey.power_off().map(drop)
+}
+
+#[test]
+fn a_destination_that_loses_its_power() -> Result<()> {
+    let mut journey = LabJourney::start(two_hosts()?, StockGuest::default())?;
+    let (receiver, endpoint) = journey.receiver()?;
+    let migration = journey.start_migration(&endpoint, &ANY_DOWNTIME)?;
+    while !journey
+        .progress()?
+        .is_some_and(|progress| progress.phase == Phase::Precopy && progress.bytes_sent > 0)
+    {
+        // Each look takes a while: a program starts on an emulated host.
+    }
+    journey.lab.host(1).kill();
+    ended(migration)?.stayed(Outcome::Failed)?;
+    journey.check_running()?;
+    drop(receiver);
+    journey.lab.host(1).restart()?;
+    journey.hop(&VERIFIED)?;
+    journey.verify()?;
+    journey.power_off().map(drop)
+}
