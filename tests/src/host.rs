@@ -45,18 +45,20 @@ pub struct Migration {
 }
 
 impl Host {
-    /// A new place with nothing in it.
+    /// A new place with nothing in it, for what the environment names.
     pub fn new() -> Result<Self> {
+        Self::with(Fixtures::from_env()?)
+    }
+
+    /// A new place with nothing in it.
+    pub fn with(fixtures: Fixtures) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("godwit-test-")
             .tempdir()
             .context("temporary directory")?;
         std::fs::create_dir(directory.path().join("run"))?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                fixtures: Fixtures::from_env()?,
-                directory,
-            }),
+            inner: Arc::new(Inner { fixtures, directory }),
         })
     }
 

@@ -100,12 +100,17 @@ impl Journey {
     /// Starts with a guest that is up.
     pub fn start(host: Host, guest: &BareGuest<'_>, more: &[&str]) -> Result<Self> {
         let vm = guest.boot(&host, "vm-0", more)?;
-        Ok(Self {
+        Ok(Self::of(host, vm))
+    }
+
+    /// Starts with any guest in a VM of the name `vm-0`.
+    pub fn of(host: Host, vm: Vm) -> Self {
+        Self {
             host,
             vm,
             before: String::new(),
             moves: 0,
-        })
+        }
     }
 
     /// A receiver for the next move, and where it listens.
@@ -160,10 +165,16 @@ impl Journey {
 
     /// Checks every tick of its life so far: one after the other, without a gap, across all processes.
     pub fn check_life(&self) -> Result<u64> {
-        let life = self.before.clone() + &self.vm.process.stdout().text();
+        check_ticks(&self.life()?, Some(1))
+    }
+
+    /// All whole lines that it has printed, in all processes.
+    pub fn life(&self) -> Result<String> {
+        let mut life = self.before.clone() + &self.vm.process.stdout().text();
         // The last line may be on its way.
-        let (whole, _) = life.rsplit_once('\n').context("the guest printed nothing")?;
-        check_ticks(whole, Some(1))
+        let end = life.rfind('\n').context("the guest printed nothing")?;
+        life.truncate(end);
+        Ok(life)
     }
 
     /// Ends the guest from inside.

@@ -278,7 +278,7 @@ fn sockets_that_cannot_be_had() -> Result<()> {
     check(
         &host,
         &run(&host, &["--name", "a/b"])?,
-        FAILED,
+        USAGE,
         &["a/b", "expected"],
     )?;
     check(

@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask --help`.
 
+mod demo;
 mod guests;
 mod lab;
 mod lint;
@@ -23,6 +24,8 @@ struct Arguments {
 enum Command {
     /// Builds the guests and what emulated hosts run into target/guests
     Guests(guests::Options),
+    /// Boots a Debian guest, moves it under load, and shows that nothing was lost
+    Demo(demo::Options),
     /// Checks formatting, clippy's advice, and the dependencies' licences, versions and sources
     Lint,
     /// Sets everything up and tests it: lint, unit tests, and the scenarios of both lanes
@@ -36,6 +39,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Guests(options) => guests::build(&options).map(|_| ()),
+        Command::Demo(options) => demo::run(&options),
         Command::Lint => lint::run_all(),
         Command::Test(options) => test::run(&options),
         Command::Soak(options) => soak::run(&options),
