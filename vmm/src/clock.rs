@@ -108,3 +108,18 @@ pub fn advance(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_record() {
+        let record = ClockRecord {
+            kvmclock_ns: 1 << 40,
+            since_pause_ns: 1000,
+            tsc_khz: 2_300_000,
+        };
+        migration_state::assert_golden(1, "808080808020e807e0b08c01", &record);
+    }
+}

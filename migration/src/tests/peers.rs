@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use super::fake::{FakeDestination, FakeSource, Fault, describe};
 use super::guest::{Guest, Load};
 use super::rig::{assert_moved, assert_stayed, attempt, control, hasty, listener, options};
+use crate::link::Link;
 use crate::protocol::{Header, Hello, Kind, Message};
 use crate::*;
 
@@ -486,4 +487,33 @@ proptest! {
         let opening: Vec<u8> = if known { opening.iter().flat_map(frame).collect() } else { Vec::new() };
         attack(&[opening, bytes].concat(), true);
     }
+}
+
+#[test]
+fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(&Endpoint::Unix(dir.path().join("s"))).unwrap();
+    let (control, patience) = (control(), Duration::from_millis(100));
+    let connect = || Connection::connect(listener.endpoint(), Duration::from_secs(5)).unwrap();
+
+    let connection = connect();
+    drop(listener.accept(&control).unwrap());
+    let mut link = Link::new(&connection, &control, patience, patience);
+    assert!(link.send(&Message::Ping).is_err() && !link.is_torn());
+
+    let connection = connect();
+    let _unread = listener.accept(&control).unwrap();
+    let mut link = Link::new(&connection, &control, patience, patience);
+    let error = link.send_state(&vec![1; 32 << 20]).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LinkError::TimedOut {
+                what: "the state",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(link.is_torn());
 }

@@ -79,17 +79,30 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     }
 }
 
-/// RAM as the guest's firmware map reports it: `ram_ranges` without the MP table and the range from
-/// 640 KiB to 1 MiB.
-pub fn usable_ranges(size: u64) -> Vec<(u64, u64)> {
-    let mut usable = vec![(0, MP_TABLE)];
+/// What a range of the firmware memory map is: the types of E820, which PVH uses as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum RangeType {
+    /// The guest may use it.
+    Ram = 1,
+    /// It holds the firmware tables.
+    Reserved = 2,
+}
+
+/// The memory map that firmware would report, as `(gpa, length, type)`: RAM, with the MP table and everything
+/// from there to 1 MiB reserved.
+pub fn memory_map(size: u64) -> Vec<(u64, u64, RangeType)> {
+    let mut map = vec![
+        (0, MP_TABLE, RangeType::Ram),
+        (MP_TABLE, HIGH_MEMORY - MP_TABLE, RangeType::Reserved),
+    ];
     for (gpa, len) in ram_ranges(size) {
         let start = gpa.max(HIGH_MEMORY);
         if gpa + len > start {
-            usable.push((start, gpa + len - start));
+            map.push((start, gpa + len - start, RangeType::Ram));
         }
     }
-    usable
+    map
 }
 
 #[cfg(test)]
@@ -99,13 +112,21 @@ mod tests {
     #[test]
     fn small_machines_have_one_range() {
         assert_eq!(ram_ranges(64 << 20), [(0, 64 << 20)]);
-        assert_eq!(usable_ranges(64 << 20), [(0, 0x9_fc00), (0x10_0000, 63 << 20)]);
+        let map = [
+            (0, 0x9_fc00, RangeType::Ram),
+            (0x9_fc00, 0x6_0400, RangeType::Reserved),
+            (0x10_0000, 63 << 20, RangeType::Ram),
+        ];
+        assert_eq!(memory_map(64 << 20), map);
     }
 
     #[test]
     fn large_machines_go_on_above_the_hole() {
         let ranges = ram_ranges(5 << 30);
         assert_eq!(ranges, [(0, 3 << 30), (4 << 30, 2 << 30)]);
-        assert_eq!(usable_ranges(5 << 30).last(), Some(&(4 << 30, 2 << 30)));
+        assert_eq!(
+            memory_map(5 << 30).last(),
+            Some(&(4 << 30, 2 << 30, RangeType::Ram))
+        );
     }
 }

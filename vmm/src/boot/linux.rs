@@ -16,8 +16,6 @@ const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
-const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
 
 pub(super) fn write_zero_page(
     memory: &GuestMemory,
@@ -44,17 +42,13 @@ pub(super) fn write_zero_page(
     }
     params.acpi_rsdp_addr = layout::ACPI;
 
-    let ram = layout::usable_ranges(size)
-        .into_iter()
-        .map(|(addr, size)| (addr, size, E820_RAM));
-    let reserved = (
-        layout::MP_TABLE,
-        layout::HIGH_MEMORY - layout::MP_TABLE,
-        E820_RESERVED,
-    );
-    for (index, (addr, size, r#type)) in ram.chain([reserved]).enumerate() {
-        params.e820_table[index] = boot_e820_entry { addr, size, r#type };
-        params.e820_entries = index as u8 + 1;
+    for (entry, (addr, size, kind)) in params.e820_table.iter_mut().zip(layout::memory_map(size)) {
+        *entry = boot_e820_entry {
+            addr,
+            size,
+            r#type: kind as u32,
+        };
+        params.e820_entries += 1;
     }
     memory.write_obj(params, GuestAddress(layout::ZERO_PAGE))
 }

@@ -7,28 +7,18 @@ use super::{Initrd, layout};
 use devices::GuestMemory;
 
 const START_INFO_MAGIC: u32 = 0x336e_c578;
-const MEMORY_RAM: u32 = 1;
-const MEMORY_RESERVED: u32 = 2;
 
 pub(super) fn write_start_info(
     memory: &GuestMemory,
     size: u64,
     initrd: Option<Initrd>,
 ) -> Result<(), GuestMemoryError> {
-    let ram = layout::usable_ranges(size)
-        .into_iter()
-        .map(|(addr, size)| (addr, size, MEMORY_RAM));
-    let reserved = (
-        layout::MP_TABLE,
-        layout::HIGH_MEMORY - layout::MP_TABLE,
-        MEMORY_RESERVED,
-    );
     let mut entries = 0;
-    for (addr, size, type_) in ram.chain([reserved]) {
+    for (addr, size, kind) in layout::memory_map(size) {
         let entry = hvm_memmap_table_entry {
             addr,
             size,
-            type_,
+            type_: kind as u32,
             reserved: 0,
         };
         let offset = u64::from(entries) * size_of::<hvm_memmap_table_entry>() as u64;

@@ -34,109 +34,65 @@ struct Mask {
     clear: [u32; 4],
 }
 
-/// Instructions that the emulator does not know: CMPXCHG16B, MONITOR, POPCNT, RDRAND, FMA, MOVBE, AVX and
-/// everything that needs XSAVE in kernel code, STAC/CLAC, INVPCID, FSGSBASE in kernel code, RDTSCP, RDPID,
-/// RDSEED, ADX, CLWB, CLFLUSHOPT, UMIP. PKU and LA57 would need kernel code that is not emulated either.
+const fn mask(function: u32, index: u32, clear: [u32; 4]) -> Mask {
+    Mask {
+        function,
+        index,
+        clear,
+    }
+}
+
+const fn bits(positions: &[u32]) -> u32 {
+    let mut mask = 0;
+    let mut index = 0;
+    while index < positions.len() {
+        mask |= 1 << positions[index];
+        index += 1;
+    }
+    mask
+}
+
+const ALL_BITS: u32 = u32::MAX;
+
+/// Instructions that the emulator does not know: MONITOR, FMA, CMPXCHG16B, PCID, MOVBE, POPCNT, XSAVE and AVX,
+/// F16C, RDRAND in leaf 1; FSGSBASE, BMI, AVX2, SMEP, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB, AVX-512
+/// and all of ECX (UMIP, PKU, RDPID, LA57 …) in leaf 7; RDTSCP.
 const PVM: &[Mask] = &[
-    Mask {
-        function: 1,
-        index: 0,
-        clear: [
+    mask(1, 0, [0, 0, bits(&[3, 12, 13, 17, 22, 23, 26, 28, 29, 30]), 0]),
+    mask(
+        7,
+        0,
+        [
             0,
-            0,
-            1 << 3 | 1 << 12 | 1 << 13 | 1 << 17 | 1 << 22 | 1 << 23 | 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30,
-            0,
+            bits(&[0, 3, 5, 7, 8, 9, 10, 18, 19, 20, 23, 24]) | AVX512_EBX,
+            ALL_BITS,
+            bits(&[4, 29]) | AVX512_EDX,
         ],
-    },
-    Mask {
-        function: 7,
-        index: 0,
-        clear: [
-            0,
-            1 << 0
-                | 1 << 3
-                | 1 << 5
-                | 1 << 7
-                | 1 << 8
-                | 1 << 9
-                | 1 << 10
-                | 1 << 18
-                | 1 << 19
-                | 1 << 20
-                | 1 << 23
-                | 1 << 24
-                | AVX512_EBX,
-            u32::MAX,
-            1 << 4 | AVX512_EDX | 1 << 29,
-        ],
-    },
-    Mask {
-        function: 7,
-        index: 1,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 0xd,
-        index: 0,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 0xd,
-        index: 1,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 0x8000_0001,
-        index: 0,
-        clear: [0, 0, 0, 1 << 27],
-    },
+    ),
+    mask(7, 1, [ALL_BITS; 4]),
+    mask(0xd, 0, [ALL_BITS; 4]),
+    mask(0xd, 1, [ALL_BITS; 4]),
+    mask(0x8000_0001, 0, [0, 0, 0, bits(&[27])]),
 ];
 
-/// Keeps x86-64-v2: clears AVX and later, and every extended feature of leaf 7.
+/// Keeps x86-64-v2: clears FMA, MOVBE, XSAVE, AVX, F16C, RDRAND, every extended feature of leaf 7 but the
+/// mitigations, and AMD's own (SSE4A, XOP, LWP, FMA4).
 const BASELINE: &[Mask] = &[
-    Mask {
-        function: 1,
-        index: 0,
-        clear: [0, 0, 1 << 12 | 1 << 22 | 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30, 0],
-    },
-    Mask {
-        function: 7,
-        index: 0,
-        clear: [u32::MAX, u32::MAX, u32::MAX, !SPECULATION_EDX],
-    },
-    Mask {
-        function: 7,
-        index: 1,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 7,
-        index: 2,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 0xd,
-        index: 0,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 0xd,
-        index: 1,
-        clear: [u32::MAX; 4],
-    },
-    Mask {
-        function: 0x8000_0001,
-        index: 0,
-        clear: [0, 1 << 6 | 1 << 11 | 1 << 15 | 1 << 16, 0, 0],
-    },
+    mask(1, 0, [0, 0, bits(&[12, 22, 26, 28, 29, 30]), 0]),
+    mask(7, 0, [ALL_BITS, ALL_BITS, ALL_BITS, !SPECULATION_EDX]),
+    mask(7, 1, [ALL_BITS; 4]),
+    mask(7, 2, [ALL_BITS; 4]),
+    mask(0xd, 0, [ALL_BITS; 4]),
+    mask(0xd, 1, [ALL_BITS; 4]),
+    mask(0x8000_0001, 0, [0, 0, bits(&[6, 11, 15, 16]), 0]),
 ];
 
-/// AVX512 F, DQ, IFMA, PF, ER, CD, BW, VL.
-const AVX512_EBX: u32 = 1 << 16 | 1 << 17 | 1 << 21 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 30 | 1 << 31;
-/// AVX512 4VNNIW, 4FMAPS, VP2INTERSECT, FP16; AMX.
-const AVX512_EDX: u32 = 1 << 2 | 1 << 3 | 1 << 8 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 25;
+/// AVX-512 F, DQ, IFMA, PF, ER, CD, BW, VL.
+const AVX512_EBX: u32 = bits(&[16, 17, 21, 26, 27, 28, 30, 31]);
+/// AVX-512 4VNNIW, 4FMAPS, VP2INTERSECT, FP16; AMX.
+const AVX512_EDX: u32 = bits(&[2, 3, 8, 22, 23, 24, 25]);
 /// IBRS/IBPB, STIBP, L1D_FLUSH, ARCH_CAPABILITIES, SSBD: mitigations, not features.
-const SPECULATION_EDX: u32 = 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 31;
+const SPECULATION_EDX: u32 = bits(&[26, 27, 28, 29, 31]);
 
 impl Template {
     /// The template that fits this host, and why.

@@ -143,3 +143,18 @@ impl Machine {
         self.vm.set_pit2(&pit).map_err(kvm_error("KVM_SET_PIT2"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_records() {
+        migration_state::assert_golden(1, "01", &MachineRecord { paused_by_user: true });
+        let chipset = ChipsetRecord {
+            irqchips: vec![vec![1, 2], vec![3], vec![]],
+            pit: vec![4],
+        };
+        migration_state::assert_golden(1, "030201020103000104", &chipset);
+    }
+}

@@ -243,3 +243,43 @@ pub fn parse<T: FromBytes>(what: &'static str, bytes: &[u8]) -> Result<T, VcpuSt
 fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
     move |source| VcpuStateError::Kvm { what, source }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_record() {
+        let record = VcpuRecord {
+            regs: vec![1, 2],
+            sregs: vec![3],
+            xsave: vec![4],
+            xcrs: vec![5],
+            debugregs: vec![6],
+            lapic: vec![7],
+            events: vec![8],
+            mp_state: 3,
+            msrs: vec![(0x6e0, 300)],
+            tsc: 1 << 40,
+        };
+        migration_state::assert_golden(
+            1,
+            "0201020103010401050106010701080301e00dac02808080808020",
+            &record,
+        );
+        assert_eq!(record.tsc_deadline(), 300);
+    }
+
+    #[test]
+    fn structures_of_another_length_are_refused() {
+        let whole = bytes(&kvm_bindings::kvm_regs::default());
+        assert!(parse::<kvm_bindings::kvm_regs>("kvm_regs", &whole).is_ok());
+        for wrong in [&whole[1..], &[whole.as_slice(), &[0]].concat()] {
+            let error = parse::<kvm_bindings::kvm_regs>("kvm_regs", wrong).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("kvm_regs: expected 144 bytes, got {}", wrong.len())
+            );
+        }
+    }
+}
