@@ -10,28 +10,49 @@ use cargo_metadata::MetadataCommand;
 
 use crate::workspace::{cargo, root, run, say};
 
-/// Checks the sources; the error of the first check that fails.
+/// The bare guest's workspace: cargo finds its target and flags by the current folder.
+const BARE: &str = "guests/bare";
+
+/// Makes all checks, and fails if one of them does.
 pub(crate) fn run_all() -> Result<()> {
     let root = root()?;
-    // Its own folder: cargo finds the guest's target and flags by the current one.
-    let bare = root.join("guests/bare");
-    say("formatting");
-    run(cargo().current_dir(&root).args(["fmt", "--all", "--check"]))?;
-    run(cargo().current_dir(&bare).args(["fmt", "--check"]))?;
-    say("clippy");
+    let checks: [(&str, fn(&Path) -> Result<()>); 3] = [
+        ("formatting", formatting),
+        ("clippy", clippy),
+        ("dependencies", dependencies),
+    ];
+    let mut failed = Vec::new();
+    for (name, check) in checks {
+        say(name);
+        if let Err(error) = check(&root) {
+            say(format_args!("{name}: {error:#}"));
+            failed.push(name);
+        }
+    }
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        bail!("failed: {}", failed.join(", "))
+    }
+}
+
+fn formatting(root: &Path) -> Result<()> {
+    run(cargo().current_dir(root).args(["fmt", "--all", "--check"]))?;
+    run(cargo().current_dir(root.join(BARE)).args(["fmt", "--check"]))
+}
+
+fn clippy(root: &Path) -> Result<()> {
     let deny = ["--", "--deny", "warnings"];
     run(cargo()
-        .current_dir(&root)
+        .current_dir(root)
         .args(["clippy", "--quiet", "--workspace", "--all-targets"])
         .args(deny))?;
     let target = root.join("target/bare");
-    run(cargo()
-        .current_dir(&bare)
+    let mut bare = cargo();
+    bare.current_dir(root.join(BARE))
         .args(["clippy", "--quiet", "--release", "--target-dir"])
-        .arg(target)
-        .args(deny))?;
-    say("dependencies");
-    dependencies(&root)
+        .arg(target);
+    run(bare.args(deny))
 }
 
 /// Holds what is in the lock file against the policy. Needs no network: clippy has fetched everything.

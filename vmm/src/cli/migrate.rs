@@ -37,7 +37,11 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
         print_report(&mut stdout, &report)?;
     }
     if let Some(error) = &report.error {
-        eprintln!("godwit: migration to {}: {}: {error}", args.destination, outcome(report.outcome));
+        eprintln!(
+            "godwit: migration to {}: {}: {error}",
+            args.destination,
+            outcome(report.outcome)
+        );
     }
     Ok(match report.outcome {
         Outcome::Moved => Exit::Done,
