@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::workspace::{output, say};
 
+/// What a failure of apt is most often about.
+const NEEDS_ROOT: &str = "apt-get needs root (or sudo) and the package archive";
+
 /// A package that lies unpacked in a folder of ours.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub(crate) struct Unpacked {
@@ -45,7 +48,7 @@ impl Candidate {
     }
 }
 
-/// Installs those of `names` that are missing, system-wide.
+/// Installs those of `names` that are missing, system-wide, as root or through sudo.
 pub(crate) fn ensure(names: &[&str]) -> Result<()> {
     let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
     if missing.is_empty() {
@@ -59,7 +62,7 @@ pub(crate) fn ensure(names: &[&str]) -> Result<()> {
             .args(["install", "--yes", "--quiet", "--no-install-recommends"])
             .args(&missing);
         command.env("DEBIAN_FRONTEND", "noninteractive");
-        output(&mut command)
+        output(&mut command).context(NEEDS_ROOT)
     };
     if install().is_err() {
         update()?;
@@ -114,7 +117,8 @@ pub(crate) fn unpack(candidate: &Candidate, cache: &Path) -> Result<Unpacked> {
 /// Brings the package index up to date.
 pub(crate) fn update() -> Result<()> {
     say("updating the package index");
-    output(as_root("apt-get").args(["update", "--quiet"])).map(|_| ())
+    let updated = output(as_root("apt-get").args(["update", "--quiet"]));
+    updated.map(|_| ()).context(NEEDS_ROOT)
 }
 
 fn show(name: &str) -> Result<Candidate> {
@@ -141,22 +145,30 @@ fn installed(name: &str) -> bool {
 /// One error that says what is missing, where there is no apt of Debian 12.
 fn need_debian(wanted: &[&str]) -> Result<()> {
     let release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    match foreign(&release) {
+        None => Ok(()),
+        Some(system) => {
+            bail!(
+                "set-up needs Debian 12 (apt) for the packages {}; this is \"{system}\"",
+                wanted.join(" ")
+            )
+        }
+    }
+}
+
+/// The system's name by its os-release(5), if it is not Debian 12 or later.
+fn foreign(release: &str) -> Option<String> {
     let field = |key: &str| {
         let value = release
             .lines()
             .find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
-        value.unwrap_or("").trim_matches('"').to_owned()
+        value.unwrap_or_default().trim_matches('"').to_owned()
     };
     let (id, version) = (field("ID"), field("VERSION_ID"));
-    if id != "debian" || version.parse::<u32>().is_ok_and(|version| version < 12) {
-        let found = [id, version].join(" ");
-        bail!(
-            "set-up needs Debian 12 (apt) for the packages {}; this is \"{}\"",
-            wanted.join(" "),
-            found.trim()
-        );
-    }
-    Ok(())
+    // Debian's testing has no version.
+    let old = version.parse::<u32>().is_ok_and(|version| version < 12);
+    let name = [id.as_str(), version.as_str()].join(" ");
+    (id != "debian" || old).then(|| name.trim().to_owned())
 }
 
 fn as_root(program: &str) -> Command {
@@ -166,4 +178,36 @@ fn as_root(program: &str) -> Command {
     let mut command = Command::new("sudo");
     command.args(["--", program]);
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_debian_12_and_later_will_do() {
+        let release = |id: &str, version: &str| format!("NAME=\"x\"\nID={id}\nVERSION_ID=\"{version}\"\n");
+        assert_eq!(foreign(&release("debian", "12")), None);
+        assert_eq!(foreign(&release("debian", "13")), None);
+        assert_eq!(foreign("ID=debian\n"), None);
+        assert_eq!(foreign(&release("debian", "11")), Some("debian 11".to_owned()));
+        assert_eq!(foreign(&release("fedora", "43")), Some("fedora 43".to_owned()));
+        assert_eq!(foreign(""), Some(String::new()));
+    }
+
+    #[test]
+    fn a_dependency_is_found_by_its_prefix() {
+        let depends = "libc6 (>= 2.36), linux-image-6.1.0-1-cloud-amd64 (= 6.1.1-1)";
+        let package = Candidate {
+            name: "meta".to_owned(),
+            version: "1".to_owned(),
+            depends: depends.to_owned(),
+        };
+        assert_eq!(
+            package.dependency("linux-image-").unwrap(),
+            "linux-image-6.1.0-1-cloud-amd64"
+        );
+        let error = package.dependency("qemu-").unwrap_err().to_string();
+        assert!(error.contains("expected a dependency qemu-"), "{error}");
+    }
 }
