@@ -181,11 +181,11 @@ pub(crate) fn run(json: bool) -> anyhow::Result<Exit> {
 
 fn print(out: &mut impl Write, findings: &Findings) -> std::io::Result<()> {
     let (template, reason) = Template::probe();
-    let verdict = |yes: bool| if yes { "yes" } else { "no" };
-    writeln!(out, "boot guests:              {}", verdict(findings.boot))?;
-    writeln!(out, "move guests:              {}", verdict(findings.migration))?;
-    writeln!(out, "offer what post-copy needs: {}", verdict(findings.postcopy))?;
-    writeln!(out, "CPU template:             {template} ({reason})")?;
+    let verdict = |yes: bool| if yes { "yes" } else { "no, see what it LACKS below" };
+    writeln!(out, "boots guests:   {}", verdict(findings.boot))?;
+    writeln!(out, "moves guests:   {}", verdict(findings.migration))?;
+    writeln!(out, "post-copy:      {}", verdict(findings.postcopy))?;
+    writeln!(out, "CPU template:   {template} ({reason})")?;
     for check in &findings.checks {
         let mark = match (check.present, check.required) {
             (true, _) => "has  ",

@@ -4,10 +4,12 @@
 #![no_std]
 #![no_main]
 
+mod console;
 mod cpu;
 mod machine;
 mod mem;
 mod once;
+mod plan;
 mod serial;
 mod work;
 

@@ -5,6 +5,7 @@ mod kick;
 mod run;
 mod state;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -63,7 +64,8 @@ impl VcpuSet {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .spawn(move || {
-                    if let Err(failure) = run::run(id, &vcpu, &gate, &buses) {
+                    let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &buses)));
+                    if let Err(failure) = ran.unwrap_or(Err(VcpuFailure::Panicked(id))) {
                         gate.retire();
                         on_failure(failure);
                     }

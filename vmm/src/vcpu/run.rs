@@ -36,6 +36,8 @@ pub enum VcpuFailure {
     Entry { id: u8, reason: u64 },
     #[error("vCPU {id}: unexpected exit {exit}")]
     Unexpected { id: u8, exit: String },
+    #[error("vCPU {0}: its thread panicked, see above")]
+    Panicked(u8),
     #[error("vCPU {id}: KVM_RUN")]
     Run { id: u8, source: kvm_ioctls::Error },
 }

@@ -1,0 +1,71 @@
+//! The first CPU's reports and its ear for commands.
+
+use core::sync::atomic::Ordering;
+
+use crate::cpu;
+use crate::plan::{Plan, say};
+use crate::serial;
+use crate::work::{Worker, ask_for_verification};
+
+/// When the next report is due, and how many there were.
+pub(crate) struct Console {
+    plan: &'static Plan,
+    ticks: u64,
+    next: u64,
+}
+
+impl Console {
+    /// Nothing reported yet.
+    pub(crate) fn new(plan: &'static Plan) -> Self {
+        Self {
+            plan,
+            ticks: 0,
+            next: 0,
+        }
+    }
+
+    /// Reports and listens if a tick is over. Returns the TSC value of the next.
+    pub(crate) fn poll(&mut self, worker: &mut Worker, now: u64) -> u64 {
+        if now < self.next {
+            return self.next;
+        }
+        let tick = self.plan.machine.settings.tick_ms * self.plan.tsc_khz;
+        self.next = if self.next + tick > now {
+            self.next + tick
+        } else {
+            now + tick
+        };
+        self.ticks += 1;
+        let (n, us) = (self.ticks, self.plan.us(now.saturating_sub(self.plan.start)));
+        let gap = self.plan.us(self.plan.longest_gap());
+        let (pages, errors) = (self.plan.sum(|cpu| &cpu.pages), self.plan.sum(|cpu| &cpu.errors));
+        say(
+            worker.cpu,
+            format_args!("tick n={n} us={us} max_gap_us={gap} pages={pages} errors={errors}"),
+        );
+        match serial::receive() {
+            Some(b'v') => self.verify(worker),
+            Some(b'r') => {
+                self.plan
+                    .cpus()
+                    .iter()
+                    .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
+                say(worker.cpu, format_args!("reset"));
+            }
+            Some(b'q') => cpu::end(),
+            _ => {}
+        }
+        self.next
+    }
+
+    fn verify(&self, worker: &mut Worker) {
+        let phase = ask_for_verification();
+        worker.follow();
+        worker.wait_for(|| self.plan.all_in(phase));
+        let (pages, errors) = (
+            self.plan.sum(|cpu| &cpu.verified),
+            self.plan.sum(|cpu| &cpu.errors),
+        );
+        say(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
+    }
+}
