@@ -244,7 +244,8 @@ impl LabJourney {
             output.status,
             output.stderr
         );
-        check_ticks(&(self.before + &output.stdout).replace('\r', ""), None)?;
+        let life = (self.before + &output.stdout).replace('\r', "");
+        check_ticks(until_farewell(&life), None)?;
         let left = self.lab.host(self.host).run(&["ls", "/run/godwit"])?.stdout;
         ensure!(
             left.trim().is_empty(),
@@ -258,9 +259,27 @@ impl LabJourney {
     }
 }
 
+/// What a guest printed before its kernel said that it ends; that message may cut the agent's last line in two.
+fn until_farewell(life: &str) -> &str {
+    let whole = life.find("] reboot: ").and_then(|at| life[..at].rfind('\n'));
+    whole.map_or(life, |end| &life[..end])
+}
+
 /// Waits for the end of `godwit migrate --json`.
 pub fn ended(mut migration: Process) -> Result<Migration> {
     let output = migration.wait(PATIENCE)?;
     let (code, stdout, stderr) = (output.status.code(), output.stdout, output.stderr);
     Migration::of(Finished { code, stdout, stderr })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_cut_by_the_kernels_last_message() {
+        let life = "agent: tick n=1\nagent: tick n=2[   29.219266] reboot: Power down\n";
+        assert_eq!(until_farewell(life), "agent: tick n=1");
+        assert_eq!(until_farewell("agent: tick n=1\n"), "agent: tick n=1\n");
+    }
 }

@@ -13,11 +13,14 @@ use crate::workspace::{cargo, root, run, say};
 /// The bare guest's workspace: cargo finds its target and flags by the current folder.
 const BARE: &str = "guests/bare";
 
+/// A check of the workspace at a path.
+type Check = fn(&Path) -> Result<()>;
+
 /// Makes all checks, and fails if one of them does.
 pub(crate) fn run_all() -> Result<()> {
     let root = root()?;
-    let checks: [(&str, fn(&Path) -> Result<()>); 3] = [
-        ("formatting", formatting),
+    let checks = [
+        ("formatting", formatting as Check),
         ("clippy", clippy),
         ("dependencies", dependencies),
     ];
@@ -45,7 +48,13 @@ fn clippy(root: &Path) -> Result<()> {
     let deny = ["--", "--deny", "warnings"];
     run(cargo()
         .current_dir(root)
-        .args(["clippy", "--quiet", "--workspace", "--all-targets"])
+        .args([
+            "clippy",
+            "--quiet",
+            "--keep-going",
+            "--workspace",
+            "--all-targets",
+        ])
         .args(deny))?;
     let target = root.join("target/bare");
     let mut bare = cargo();
