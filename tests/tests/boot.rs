@@ -54,6 +54,15 @@ fn four_vcpus() -> Result<()> {
 }
 
 #[test]
+fn as_many_vcpus_as_there_may_be() -> Result<()> {
+    let guest = BareGuest {
+        cpus: 32,
+        ..Default::default()
+    };
+    boot_and_end(guest, &[]).map(drop)
+}
+
+#[test]
 fn shared_memory() -> Result<()> {
     boot_and_end(BareGuest::default(), &["--shared-memory"]).map(drop)
 }
