@@ -279,7 +279,7 @@ fn the_probe_and_the_version() -> Result<()> {
     }
     let said = host.godwit(["probe"])?.expect_code(0)?.stdout.clone();
     ensure!(
-        said.contains("boot guests:") && said.contains("CPU template:"),
+        said.contains("boots guests:") && said.contains("CPU template:"),
         "got {said}"
     );
     let version = host.godwit(["--version"])?.expect_code(0)?.stdout.clone();
