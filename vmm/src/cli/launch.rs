@@ -36,7 +36,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let mut supervisor = Supervisor::new(&name, console.clone());
     let machine = Machine::boot(&config, &console, supervisor.event_sink())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
-    machine.start()?;
+    machine.start();
     supervisor.adopt(machine, &server);
     supervise(supervisor, server)
 }

@@ -217,9 +217,9 @@ impl Machine {
     }
 
     /// Lets a new machine's vCPUs into the guest.
-    pub fn start(&self) -> Result<(), MachineError> {
+    pub fn start(&self) {
         self.devices.resume();
-        Ok(self.vcpus.resume(Holder::Startup)?)
+        self.vcpus.resume(Holder::Startup);
     }
 
     /// Holds the vCPUs out of the guest for `holder`. Returns the instant at which the first was asked to
@@ -229,13 +229,13 @@ impl Machine {
     }
 
     /// Lets go for `holder`.
-    pub fn resume(&self, holder: Holder) -> Result<(), MachineError> {
-        for vcpu in self.vcpus.lock_all() {
+    pub fn resume(&self, holder: Holder) {
+        for vcpu in self.vcpus.lock_parked() {
             // Tells the guest that it stood still, so that its watchdogs keep quiet. A guest without
             // kvmclock has none to tell.
             let _ = vcpu.kvmclock_ctrl();
         }
-        Ok(self.vcpus.resume(holder)?)
+        self.vcpus.resume(holder);
     }
 
     /// Whether `holder` holds the vCPUs.
