@@ -1,5 +1,6 @@
 //! `run` and `receive`: the commands that become a VM.
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RunArgs};
 use super::terminal::{ESCAPE, RawTerminal};
 use crate::api::ApiServer;
-use crate::config::Wishes;
+use crate::config::{ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination};
 use crate::rundir::ApiSocket;
@@ -43,11 +44,12 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
+    let disks = received_disks(args.disks)?;
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let arrival = Arrival {
-        disks: args.disks.into_iter().collect(),
+        disks,
         max_memory: args.max_memory,
     };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
@@ -88,6 +90,17 @@ fn wishes(args: &RunArgs) -> Wishes {
             .map(|(index, disk)| disk.config(index))
             .collect(),
     }
+}
+
+fn received_disks(disks: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, PathBuf>, ConfigError> {
+    let mut by_id = BTreeMap::new();
+    for (id, path) in disks {
+        check_disk_id(&id)?;
+        if by_id.insert(id.clone(), path).is_some() {
+            return Err(ConfigError::DuplicateDisk(id));
+        }
+    }
+    Ok(by_id)
 }
 
 fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {

@@ -23,7 +23,9 @@ const SERIAL_PORTS: u64 = 8;
 /// Ports of the keyboard controller: data at the first, command and status at the fifth.
 const I8042_PORTS: u64 = 5;
 /// The name of the entropy device.
-pub(super) const RNG_ID: &str = "rng";
+pub(crate) const RNG_ID: &str = "rng";
+/// Begins the name of a virtio device's saved state; the device's own name follows.
+pub(crate) const INSTANCE_PREFIX: &str = "virtio/";
 
 /// A virtio device in its slot.
 pub(super) struct VirtioSlot {
@@ -40,7 +42,7 @@ impl VirtioSlot {
     }
 
     fn instance(&self) -> String {
-        format!("virtio/{}", self.id)
+        format!("{INSTANCE_PREFIX}{}", self.id)
     }
 }
 

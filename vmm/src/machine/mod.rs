@@ -1,5 +1,6 @@
 //! The machine: KVM, memory, vCPUs, devices, and what can be done to them as a whole.
 
+mod arrival;
 mod description;
 mod destination;
 mod device_thread;
@@ -26,8 +27,11 @@ use crate::cpu::{self, CpuError, Template};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{Buses, Holder, VcpuError, VcpuFailure, VcpuSet, VcpuStateError, set_msr};
 
-pub use destination::{Arrival, MigrationDestination};
+pub use arrival::Arrival;
+pub use destination::MigrationDestination;
 pub use source::MigrationSource;
+
+pub(crate) use self::devices::{INSTANCE_PREFIX, RNG_ID};
 
 use self::devices::DeviceSet;
 
