@@ -12,12 +12,13 @@ use tracing_subscriber::fmt::time::Uptime;
 
 use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RunArgs};
+use super::signals::Held;
 use super::terminal::{ESCAPE, RawTerminal};
 use crate::api::ApiServer;
 use crate::config::{ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination};
-use crate::rundir::ApiSocket;
+use crate::rundir::{ApiSocket, check_name};
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
 /// The log's verbosity, in tracing's syntax.
@@ -32,11 +33,13 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     } else {
         tracing::info!("CPU template {}", config.template);
     }
+    let held = Held::hold();
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let machine = Machine::boot(&config, &console, supervisor.event_sink())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
+    drop(held);
     machine.start();
     supervisor.adopt(machine, &server);
     supervise(supervisor, server)
@@ -45,6 +48,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
     let disks = received_disks(args.disks)?;
+    let held = Held::hold();
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
@@ -55,6 +59,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let listener = Listener::bind(&args.listen)?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
+    drop(held);
     // Scripts wait for this line.
     eprintln!("godwit: {name} is listening on {}", listener.endpoint());
     supervisor.receive(listener, destination).context("receive job")?;
@@ -108,6 +113,7 @@ fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {
         .name
         .clone()
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
+    check_name(&name)?;
     let socket = match &common.api_sock {
         Some(path) => ApiSocket::bind(path)?,
         None => ApiSocket::for_name(&name)?,

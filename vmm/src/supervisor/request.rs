@@ -78,7 +78,7 @@ pub(crate) enum Event {
     VcpuFailed(VcpuFailure),
     /// The user at the terminal typed the escape key.
     Escape,
-    /// SIGTERM or SIGINT.
+    /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
     /// The migration job has ended.
     MigrationEnded(Box<Report>),
