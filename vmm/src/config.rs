@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
 use crate::cpu::{CpuError, Template};
+use crate::machine::{INSTANCE_PREFIX, RNG_ID};
 use crate::memory::{self, MemoryError};
 
 /// Most vCPUs of a machine.
@@ -17,9 +18,10 @@ pub const MAX_CPUS: u8 = 32;
 pub const DEFAULT_CPUS: u8 = 1;
 /// Memory of a machine whose configuration does not say, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// One slot is the entropy device's.
-const MAX_DISKS: usize = layout::VIRTIO_GSIS.len() - 1;
-const DISK_ID_MAX: usize = 64;
+/// Most disks of a machine: one slot is the entropy device's.
+pub const MAX_DISKS: usize = layout::VIRTIO_GSIS.len() - 1;
+/// Most bytes of a disk's name: it is part of the name of the disk's saved state.
+const DISK_ID_MAX: usize = migration_state::MAX_NAME_LEN - INSTANCE_PREFIX.len();
 
 /// A configuration that cannot be used.
 #[derive(Debug, Error)]
@@ -40,7 +42,7 @@ pub enum ConfigError {
     Template(#[from] CpuError),
     #[error("disks: expected at most {MAX_DISKS}, got {0}")]
     TooManyDisks(usize),
-    #[error("disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-'")]
+    #[error("disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-', and not {RNG_ID:?}")]
     DiskId { got: String },
     #[error("disk id {0:?} is used twice; name disks apart with id=")]
     DuplicateDisk(String),
@@ -179,13 +181,19 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         return Err(ConfigError::TooManyDisks(disks.len()));
     }
     for (index, disk) in disks.iter().enumerate() {
-        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
-        if disk.id.is_empty() || disk.id.len() > DISK_ID_MAX || !disk.id.bytes().all(allowed) {
-            return Err(ConfigError::DiskId { got: disk.id.clone() });
-        }
+        check_disk_id(&disk.id)?;
         if disks[..index].iter().any(|other| other.id == disk.id) {
             return Err(ConfigError::DuplicateDisk(disk.id.clone()));
         }
+    }
+    Ok(())
+}
+
+/// Whether a disk can have this name.
+pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+    if id.is_empty() || id.len() > DISK_ID_MAX || !id.bytes().all(allowed) || id == RNG_ID {
+        return Err(ConfigError::DiskId { got: id.into() });
     }
     Ok(())
 }
@@ -278,11 +286,14 @@ mod tests {
             ..wishes()
         };
         assert!(matches!(twice.check(), Err(ConfigError::DuplicateDisk(id)) if id == "a"));
-        let bad = Wishes {
-            disks: vec![disk("a/b")],
-            ..wishes()
-        };
-        assert!(matches!(bad.check(), Err(ConfigError::DiskId { .. })));
+        for bad in ["", "a/b", "rng", &"x".repeat(DISK_ID_MAX + 1)] {
+            let bad = Wishes {
+                disks: vec![disk(bad)],
+                ..wishes()
+            };
+            assert!(matches!(bad.check(), Err(ConfigError::DiskId { .. })));
+        }
+        check_disk_id(&"x".repeat(DISK_ID_MAX)).unwrap();
     }
 
     #[test]

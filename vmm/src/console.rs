@@ -50,7 +50,8 @@ impl Console {
         Ok(console)
     }
 
-    fn detached() -> Self {
+    /// A console whose output goes to those who attach, and nowhere else.
+    pub(crate) fn detached() -> Self {
         let (clients, _) = broadcast::channel(CLIENT_CHUNKS);
         Self {
             shared: Arc::new(Shared {

@@ -1,8 +1,8 @@
 //! Names of VMs: each is an API socket in a directory of the user's.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -34,11 +34,13 @@ pub enum RundirError {
     NoSuchVm { name: String, path: PathBuf },
 }
 
-/// A bound API socket. Dropping it removes the socket's file.
+/// A bound API socket. Dropping it removes the socket's file, unless somebody put another in its place.
 #[derive(Debug)]
 pub struct ApiSocket {
     listener: UnixListener,
     path: PathBuf,
+    /// The file's device and inode.
+    file: (u64, u64),
 }
 
 impl ApiSocket {
@@ -76,9 +78,11 @@ impl ApiSocket {
             }
         }
         let listener = UnixListener::bind(path).map_err(wrap)?;
+        let file = fs::symlink_metadata(path).map_err(wrap)?;
         let socket = Self {
             listener,
             path: path.into(),
+            file: (file.dev(), file.ino()),
         };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(wrap)?;
         Ok(socket)
@@ -97,8 +101,11 @@ impl ApiSocket {
 
 impl Drop for ApiSocket {
     fn drop(&mut self) {
-        // If somebody removed it before, the aim is reached.
-        let _ = fs::remove_file(&self.path);
+        let ours = |file: Metadata| (file.dev(), file.ino()) == self.file;
+        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
+            // If somebody removes it first, the aim is reached.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -152,7 +159,6 @@ fn directory() -> Result<PathBuf, RundirError> {
 }
 
 fn create_private(path: &Path) -> Result<(), RundirError> {
-    use std::os::unix::fs::MetadataExt;
     let wrap = |source| RundirError::Directory {
         path: path.into(),
         source,
@@ -175,7 +181,8 @@ fn create_private(path: &Path) -> Result<(), RundirError> {
     Ok(())
 }
 
-fn check_name(name: &str) -> Result<(), RundirError> {
+/// Whether a VM can have this name.
+pub fn check_name(name: &str) -> Result<(), RundirError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.bytes().all(allowed) {
         return Err(RundirError::BadName { got: name.into() });
@@ -199,6 +206,17 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         ApiSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn another_vms_socket_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        let first = ApiSocket::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _second = ApiSocket::bind(&path).unwrap();
+        drop(first);
+        assert!(matches!(ApiSocket::bind(&path), Err(RundirError::InUse { .. })));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::routes::{Context, router};
@@ -26,8 +26,8 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Serves `socket` on a thread of its own. The thread also turns SIGTERM and SIGINT into events for the
-    /// supervisor.
+    /// Serves `socket` on a thread of its own. The thread also turns SIGTERM, SIGINT and SIGHUP into events for
+    /// the supervisor.
     pub fn start(socket: ApiSocket, supervisor: SupervisorHandle, console: Console) -> io::Result<Self> {
         let listener = socket.listener().try_clone()?;
         listener.set_nonblocking(true)?;
@@ -44,7 +44,7 @@ impl ApiServer {
         // Inside the runtime, but before the thread starts, so that an error is the caller's.
         let (listener, signals) = {
             let _inside = runtime.enter();
-            let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+            let signals = end_signals()?;
             (UnixListener::from_std(listener)?, signals)
         };
         let ended = end.clone();
@@ -91,6 +91,26 @@ impl Drop for ApiServer {
     }
 }
 
+/// The signals that ask for the end, but for those that whoever started this process has it ignore: a shell does
+/// so with SIGINT for a background job, which Ctrl-C on the foreground job is not meant for.
+fn end_signals() -> io::Result<Vec<Signal>> {
+    let ignored = std::fs::read_to_string("/proc/self/status").map_or(0, |status| ignored_signals(&status));
+    let kinds = [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ];
+    let heard = |kind: &SignalKind| ignored >> (kind.as_raw_value() - 1) & 1 == 0;
+    kinds.into_iter().filter(heard).map(signal).collect()
+}
+
+/// The mask of ignored signals in a process's status: bit n - 1 is signal n (proc_pid_status(5)).
+fn ignored_signals(status: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
 async fn serve(listener: UnixListener, context: Context, end: Arc<Notify>) {
     let ending = Arc::new(Notify::new());
     let shutdown = {
@@ -112,5 +132,17 @@ async fn serve(listener: UnixListener, context: Context, end: Arc<Notify>) {
             }
         }
         () = deadline => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mask_of_ignored_signals() {
+        let status = "Name:\tgodwit\nSigBlk:\tffff\nSigIgn:\t0000000000001002\nSigCgt:\t01\n";
+        assert_eq!(ignored_signals(status), 0x1002);
+        assert_eq!(ignored_signals(""), 0);
     }
 }

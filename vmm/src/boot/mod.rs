@@ -1,8 +1,9 @@
 //! From files to a guest that is ready to execute its first instruction: kernel, initrd, command line,
 //! firmware tables.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use devices::GuestMemory;
@@ -37,8 +38,12 @@ pub enum BootError {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("{what} {path}: expected a file, got a directory")]
-    Directory { what: &'static str, path: PathBuf },
+    #[error("{what} {path}: expected a file, got {got}")]
+    NotAFile {
+        what: &'static str,
+        path: PathBuf,
+        got: &'static str,
+    },
     #[error("kernel {0}: expected an ELF vmlinux or a bzImage, got neither magic number")]
     UnknownFormat(PathBuf),
     #[error("kernel {path}: truncated: its header promises {expected} bytes, the file has {got}")]
@@ -133,12 +138,23 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
         path: path.into(),
         source,
     };
-    let file = File::open(path).map_err(wrap)?;
+    // Without O_NONBLOCK a FIFO would block before it could be refused.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(wrap)?;
     let metadata = file.metadata().map_err(wrap)?;
-    if metadata.is_dir() {
-        return Err(BootError::Directory {
+    if !metadata.is_file() {
+        let got = if metadata.is_dir() {
+            "a directory"
+        } else {
+            "something else"
+        };
+        return Err(BootError::NotAFile {
             what,
             path: path.into(),
+            got,
         });
     }
     Ok((file, metadata.len()))

@@ -1,5 +1,6 @@
 //! `run` and `receive`: the commands that become a VM.
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -11,12 +12,13 @@ use tracing_subscriber::fmt::time::Uptime;
 
 use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RunArgs};
+use super::signals::Held;
 use super::terminal::{ESCAPE, RawTerminal};
 use crate::api::ApiServer;
-use crate::config::Wishes;
+use crate::config::{ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination};
-use crate::rundir::ApiSocket;
+use crate::rundir::{ApiSocket, check_name};
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
 /// The log's verbosity, in tracing's syntax.
@@ -31,28 +33,33 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     } else {
         tracing::info!("CPU template {}", config.template);
     }
+    let held = Held::hold();
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let machine = Machine::boot(&config, &console, supervisor.event_sink())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
-    machine.start()?;
+    drop(held);
+    machine.start();
     supervisor.adopt(machine, &server);
     supervise(supervisor, server)
 }
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
+    let disks = received_disks(args.disks)?;
+    let held = Held::hold();
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let arrival = Arrival {
-        disks: args.disks.into_iter().collect(),
+        disks,
         max_memory: args.max_memory,
     };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let listener = Listener::bind(&args.listen)?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
+    drop(held);
     // Scripts wait for this line.
     eprintln!("godwit: {name} is listening on {}", listener.endpoint());
     supervisor.receive(listener, destination).context("receive job")?;
@@ -90,11 +97,23 @@ fn wishes(args: &RunArgs) -> Wishes {
     }
 }
 
+fn received_disks(disks: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, PathBuf>, ConfigError> {
+    let mut by_id = BTreeMap::new();
+    for (id, path) in disks {
+        check_disk_id(&id)?;
+        if by_id.insert(id.clone(), path).is_some() {
+            return Err(ConfigError::DuplicateDisk(id));
+        }
+    }
+    Ok(by_id)
+}
+
 fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {
     let name = common
         .name
         .clone()
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
+    check_name(&name)?;
     let socket = match &common.api_sock {
         Some(path) => ApiSocket::bind(path)?,
         None => ApiSocket::for_name(&name)?,

@@ -29,19 +29,16 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
         );
         return Ok(Exit::InDoubt);
     };
-    let mut stdout = std::io::stdout().lock();
-    if args.json {
-        serde_json::to_writer(&mut stdout, &report)?;
-        writeln!(stdout)?;
-    } else {
-        print_report(&mut stdout, &report)?;
+    // What became of the guest counts, whether or not anybody reads about it.
+    if let Err(error) = print(&report, args.json) {
+        tell(&format!("cannot print the report: {error}"));
     }
     if let Some(error) = &report.error {
-        eprintln!(
-            "godwit: migration to {}: {}: {error}",
+        tell(&format!(
+            "migration to {}: {}: {error}",
             args.destination,
             outcome(report.outcome)
-        );
+        ));
     }
     Ok(match report.outcome {
         Outcome::Moved => Exit::Done,
@@ -129,6 +126,22 @@ fn outcome(outcome: Outcome) -> &'static str {
         Outcome::Cancelled => "cancelled, the guest runs on here",
         Outcome::InDoubt => "in doubt, the guest stays paused here",
     }
+}
+
+fn print(report: &Report, json: bool) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    if json {
+        serde_json::to_writer(&mut stdout, report)?;
+        writeln!(stdout)?;
+    } else {
+        print_report(&mut stdout, report)?;
+    }
+    stdout.flush()
+}
+
+/// One line on standard error, if anybody reads it: `eprintln!` panics where nobody does.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "godwit: {line}");
 }
 
 fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {

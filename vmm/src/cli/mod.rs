@@ -4,6 +4,7 @@ mod args;
 mod client;
 mod launch;
 mod migrate;
+mod signals;
 mod terminal;
 mod units;
 

@@ -1,40 +1,29 @@
 //! The machine as the migration engine's destination.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use devices::GuestMemory;
 use devices::virtio::block::{Backend, BlockState};
-use devices::virtio::rng::RngState;
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-use migration::{Destination, DeviceDescription, Difference, MachineDescription, MachineError as PortError};
+use migration::{CpuidLeaf, Destination, Difference, MachineDescription, MachineError as PortError};
 use migration_state::Record;
 
-use super::description::{cpuid_entries, disk_description, rng_description};
-use super::devices::RNG_ID;
+use super::arrival::{Arrival, difference};
+use super::description::cpuid_entries;
 use super::state::Pending;
 use super::{EventSink, Machine, MachineError, Spec, open_kvm};
 use crate::boot::layout;
+use crate::clock::ClockError;
 use crate::config::MAX_CPUS;
 use crate::console::Console;
 use crate::cpu::{self, Template};
-use crate::memory;
+use crate::{kvm, memory};
 
 /// TSC frequencies that differ by no more than this, in parts per million, count as equal; it is what KVM
 /// itself tolerates (its module parameter `tsc_tolerance_ppm`).
 const TSC_TOLERANCE_PPM: u64 = 250;
-
-/// What this host offers to a machine that arrives.
-#[derive(Clone, Debug)]
-pub struct Arrival {
-    /// Disks by name: host paths never come from the peer.
-    pub disks: BTreeMap<String, PathBuf>,
-    /// Most guest memory in bytes.
-    pub max_memory: Option<u64>,
-}
 
 /// Builds and restores one arriving machine.
 pub struct MigrationDestination {
@@ -114,61 +103,6 @@ impl MigrationDestination {
         ))
     }
 
-    fn check_devices(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
-        let mut differences: Vec<_> = devices
-            .iter()
-            .enumerate()
-            .filter_map(|(index, device)| self.check_device(index, device))
-            .collect();
-        let is_disk = |id: &String| devices.iter().any(|d| d.id == *id && d.kind == BlockState::KIND);
-        for id in self.arrival.disks.keys().filter(|id| !is_disk(id)) {
-            let got = format!("--disk {id}=…");
-            differences.push(difference(
-                &format!("disk {id:?}"),
-                "no such disk in the machine",
-                got,
-            ));
-        }
-        differences
-    }
-
-    fn check_device(&self, index: usize, device: &DeviceDescription) -> Option<Difference> {
-        let what = format!("device {:?}", device.id);
-        if index == 0 || device.kind == RngState::KIND {
-            let here = rng_description(RNG_ID);
-            return (index != 0 || *device != here).then(|| {
-                difference(
-                    &what,
-                    format!("{device:?}"),
-                    format!("{here:?} as the first device"),
-                )
-            });
-        }
-        if device.kind != BlockState::KIND {
-            let expected = format!("kind {:?}", device.kind);
-            return Some(difference(
-                &what,
-                expected,
-                format!("kinds {:?}, {:?}", RngState::KIND, BlockState::KIND),
-            ));
-        }
-        let what = format!("disk {:?}", device.id);
-        let Some(path) = self.arrival.disks.get(&device.id) else {
-            return Some(difference(
-                &what,
-                "a backend",
-                format!("none (use --disk {}=PATH)", device.id),
-            ));
-        };
-        match Backend::open(path, device.read_only) {
-            Err(error) => Some(difference(&what, "a usable backend", migration::chain(&error))),
-            Ok(backend) => {
-                let here = disk_description(&device.id, &backend);
-                (*device != here).then(|| difference(&what, summary(device), summary(&here)))
-            }
-        }
-    }
-
     fn build(&self, description: &MachineDescription) -> Result<Machine, MachineError> {
         let mut disks = Vec::new();
         for device in description
@@ -222,9 +156,9 @@ impl Destination for MigrationDestination {
                 format!("one of {}", Template::names()),
             ));
         }
-        differences.extend(cpu::compare(&description.cpuid, &self.host));
+        differences.extend(check_cpuid(&description.cpuid, &self.host));
         differences.extend(self.check_tsc(description));
-        differences.extend(self.check_devices(&description.devices));
+        differences.extend(self.arrival.check_devices(&description.devices));
         differences
     }
 
@@ -267,21 +201,38 @@ impl Destination for MigrationDestination {
 fn host_tsc_khz(kvm: &Kvm) -> Result<u32, MachineError> {
     let vm = kvm.create_vm().map_err(super::kvm_error("KVM_CREATE_VM"))?;
     let vcpu = vm.create_vcpu(0).map_err(super::kvm_error("KVM_CREATE_VCPU"))?;
+    // After "go" it would be too late to find out that this kernel has no TSC offsets.
+    kvm::tsc_offset(&vcpu).map_err(|source| ClockError::TscOffset { id: 0, source })?;
     vcpu.get_tsc_khz().map_err(super::kvm_error("KVM_GET_TSC_KHZ"))
 }
 
-fn summary(device: &DeviceDescription) -> String {
-    let mode = if device.read_only { "read-only" } else { "writable" };
-    format!(
-        "{} version {}, {} bytes, {mode}",
-        device.kind, device.version, device.backend_size
-    )
+/// No table that KVM would take has more leaves; more of them would only cost time.
+fn check_cpuid(leaves: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> Vec<Difference> {
+    if leaves.len() > KVM_MAX_CPUID_ENTRIES {
+        let got = format!("at most {KVM_MAX_CPUID_ENTRIES}");
+        return vec![difference("cpuid leaves", leaves.len().to_string(), got)];
+    }
+    cpu::compare(leaves, host)
 }
 
-fn difference(what: &str, expected: impl Into<String>, got: impl Into<String>) -> Difference {
-    Difference {
-        what: what.into(),
-        expected: expected.into(),
-        got: got.into(),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_leaves_than_kvm_takes_are_not_looked_at() {
+        let leaf = CpuidLeaf {
+            function: 1,
+            index: 0,
+            registers: [u32::MAX; 4],
+        };
+        let found = check_cpuid(&vec![leaf; KVM_MAX_CPUID_ENTRIES + 1], &[]);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].what, "cpuid leaves");
+        assert!(
+            check_cpuid(&[leaf], &[])
+                .iter()
+                .all(|found| found.what != "cpuid leaves")
+        );
     }
 }

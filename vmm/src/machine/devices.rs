@@ -8,7 +8,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Backend, Block};
 use devices::virtio::mmio::Transport;
 use devices::virtio::rng::Rng;
-use devices::{ExitEvent, GuestMemory};
+use devices::{ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration_state::Envelope;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -23,7 +23,9 @@ const SERIAL_PORTS: u64 = 8;
 /// Ports of the keyboard controller: data at the first, command and status at the fifth.
 const I8042_PORTS: u64 = 5;
 /// The name of the entropy device.
-pub(super) const RNG_ID: &str = "rng";
+pub(crate) const RNG_ID: &str = "rng";
+/// Begins the name of a virtio device's saved state; the device's own name follows.
+pub(crate) const INSTANCE_PREFIX: &str = "virtio/";
 
 /// A virtio device in its slot.
 pub(super) struct VirtioSlot {
@@ -40,7 +42,7 @@ impl VirtioSlot {
     }
 
     fn instance(&self) -> String {
-        format!("virtio/{}", self.id)
+        format!("{INSTANCE_PREFIX}{}", self.id)
     }
 }
 
@@ -51,6 +53,7 @@ pub(super) struct DeviceSet {
     pub(super) pio: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
     pub(super) serial: Arc<Mutex<Serial>>,
+    exit: ExitEvent,
     i8042: Arc<Mutex<I8042>>,
     power: Arc<Mutex<AcpiPower>>,
     pub(super) virtio: Vec<VirtioSlot>,
@@ -94,12 +97,14 @@ impl DeviceSet {
         }
         let workers = virtio.iter().map(|slot| slot.transport().worker()).collect();
         let on_exit = Box::new(move |reason| events(MachineEvent::Exit(reason)));
-        let thread = DeviceThread::start(workers, exit, on_exit).map_err(io_error("device thread"))?;
+        let thread =
+            DeviceThread::start(workers, exit.clone(), on_exit).map_err(io_error("device thread"))?;
         Ok(Self {
             _thread: thread,
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
             serial,
+            exit,
             i8042,
             power,
             virtio,
@@ -109,6 +114,11 @@ impl DeviceSet {
     /// What firmware tables say about the virtio devices.
     pub(super) fn slots(&self) -> Vec<VirtioMmioSlot> {
         self.virtio.iter().map(|slot| slot.address).collect()
+    }
+
+    /// How the guest ended, if it did.
+    pub(super) fn exit_reason(&self) -> Option<GuestExit> {
+        self.exit.reason()
     }
 
     pub(super) fn press_power_button(&self) -> std::io::Result<()> {

@@ -1,5 +1,6 @@
 //! The machine: KVM, memory, vCPUs, devices, and what can be done to them as a whole.
 
+mod arrival;
 mod description;
 mod destination;
 mod device_thread;
@@ -26,8 +27,11 @@ use crate::cpu::{self, CpuError, Template};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{Buses, Holder, VcpuError, VcpuFailure, VcpuSet, VcpuStateError, set_msr};
 
-pub use destination::{Arrival, MigrationDestination};
+pub use arrival::Arrival;
+pub use destination::MigrationDestination;
 pub use source::MigrationSource;
+
+pub(crate) use self::devices::{INSTANCE_PREFIX, RNG_ID};
 
 use self::devices::DeviceSet;
 
@@ -217,9 +221,9 @@ impl Machine {
     }
 
     /// Lets a new machine's vCPUs into the guest.
-    pub fn start(&self) -> Result<(), MachineError> {
+    pub fn start(&self) {
         self.devices.resume();
-        Ok(self.vcpus.resume(Holder::Startup)?)
+        self.vcpus.resume(Holder::Startup);
     }
 
     /// Holds the vCPUs out of the guest for `holder`. Returns the instant at which the first was asked to
@@ -229,18 +233,23 @@ impl Machine {
     }
 
     /// Lets go for `holder`.
-    pub fn resume(&self, holder: Holder) -> Result<(), MachineError> {
-        for vcpu in self.vcpus.lock_all() {
+    pub fn resume(&self, holder: Holder) {
+        for vcpu in self.vcpus.lock_parked() {
             // Tells the guest that it stood still, so that its watchdogs keep quiet. A guest without
             // kvmclock has none to tell.
             let _ = vcpu.kvmclock_ctrl();
         }
-        Ok(self.vcpus.resume(holder)?)
+        self.vcpus.resume(holder);
     }
 
     /// Whether `holder` holds the vCPUs.
     pub fn is_held_by(&self, holder: Holder) -> bool {
         self.vcpus.gate().held_by(holder)
+    }
+
+    /// Whether a vCPU has failed, which a [`MachineEvent`] says as well.
+    fn has_failed_vcpu(&self) -> bool {
+        self.vcpus.gate().has_retired()
     }
 
     /// Presses the power button.

@@ -102,7 +102,8 @@ impl Machine {
             let _ = vcpu.kvmclock_ctrl();
         }
         drop(vcpus);
-        self.start()
+        self.start();
+        Ok(())
     }
 
     fn save_chipset(&self) -> Result<ChipsetRecord, MachineError> {

@@ -1,6 +1,7 @@
 //! Jobs on threads of their own: a migration away, and waiting for one that arrives.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -40,7 +41,9 @@ impl Supervisor {
         let thread = std::thread::Builder::new()
             .name("receive".into())
             .spawn(move || {
-                supervisor.send(wait_for_machine(&listener, destination, &job_control));
+                let wait = AssertUnwindSafe(|| wait_for_machine(&listener, destination, &job_control));
+                let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());
+                supervisor.send(catch_unwind(wait).unwrap_or_else(panicked));
             })?;
         self.life = Some(Life::Receiving(Job { control, thread }));
         Ok(())

@@ -2,6 +2,8 @@
 
 mod jobs;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -49,6 +51,7 @@ pub enum SupervisorError {
 enum Life {
     Receiving(Job),
     Here(Arc<Machine>),
+    /// "go" was sent or received, and what came of it is not known or not good: kept, and never run by itself.
     InDoubt(Arc<Machine>),
 }
 
@@ -81,6 +84,8 @@ pub struct Supervisor {
     life: Option<Life>,
     migration: Option<MigrationJob>,
     stop_at: Option<Instant>,
+    /// Somebody asked for the end while a machine was being received.
+    leaving: bool,
 }
 
 impl Supervisor {
@@ -96,6 +101,7 @@ impl Supervisor {
             life: None,
             migration: None,
             stop_at: None,
+            leaving: false,
         }
     }
 
@@ -142,6 +148,7 @@ impl Supervisor {
                 Err(mpsc::RecvTimeoutError::Disconnected) => break Ok(Ending::Stopped),
             }
         };
+        let ending = self.settle(ending);
         self.end(server);
         ending
     }
@@ -150,7 +157,7 @@ impl Supervisor {
         match event {
             Event::Request(Request::Stop(reply)) => {
                 answer(reply, Ok(()));
-                return Some(Ok(Ending::Stopped));
+                return (!self.call_off()).then_some(Ok(Ending::Stopped));
             }
             Event::Request(request) => self.handle_request(request),
             Event::GuestExit(reason) => return Some(Ok(Ending::Guest(reason))),
@@ -161,13 +168,18 @@ impl Supervisor {
             Event::VcpuFailed(failure) => return Some(Err(failure.into())),
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
             Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
-            Event::Received(machine, reason) => {
+            Event::Received(machine, None) => {
+                tracing::info!("received: the guest runs here");
                 self.adopt(*machine, server);
-                match reason {
-                    None => tracing::info!("received: the guest runs here"),
-                    Some(reason) => tracing::error!("received, but the guest stays paused: {reason}"),
+                if self.leaving {
+                    return self.terminate().map(Ok);
                 }
             }
+            Event::Received(machine, Some(reason)) => {
+                tracing::error!("received, but the guest stays paused: {reason}");
+                self.life = Some(Life::InDoubt(Arc::new(*machine)));
+            }
+            Event::ReceiveFailed(_) if self.leaving => return Some(Ok(Ending::Stopped)),
             Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),
         }
         None
@@ -255,7 +267,8 @@ impl Supervisor {
     }
 
     fn resume(&self) -> Result<(), Refusal> {
-        self.idle_machine()?.resume(Holder::User).map_err(failed)
+        self.idle_machine()?.resume(Holder::User);
+        Ok(())
     }
 
     fn press_power_button(&self) -> Result<(), Refusal> {
@@ -294,6 +307,9 @@ impl Supervisor {
 
     /// First time: the power button. Second time, or where nobody would hear the button: the end.
     fn terminate(&mut self) -> Option<Ending> {
+        if self.call_off() {
+            return None;
+        }
         if self.stop_at.is_some() {
             return Some(Ending::Stopped);
         }
@@ -317,6 +333,17 @@ impl Supervisor {
         None
     }
 
+    /// Calls off waiting for a machine, if that is what goes on. The job then says how it ended: after
+    /// "ready" it cannot be called off, and a machine that arrives all the same is the only copy of its guest.
+    fn call_off(&mut self) -> bool {
+        let Some(Life::Receiving(job)) = &self.life else {
+            return false;
+        };
+        job.control.cancel();
+        self.leaving = true;
+        true
+    }
+
     fn migration_ended(&mut self, report: Report) -> Option<Ending> {
         let outcome = report.outcome;
         if let Some(migration) = self.migration.take() {
@@ -335,11 +362,35 @@ impl Supervisor {
         }
     }
 
+    /// Ends the migration under way, if there is one, and hands its report to whoever asked for it. If the end
+    /// came too late for it, the guest was moved and not stopped.
+    fn settle(&mut self, ending: Result<Ending, SupervisorError>) -> Result<Ending, SupervisorError> {
+        let Some(MigrationJob { job, reports }) = self.migration.take() else {
+            return ending;
+        };
+        job.end();
+        let report = self.events.try_iter().find_map(|event| match event {
+            Event::MigrationEnded(report) => Some(*report),
+            _ => None,
+        });
+        let Some(mut report) = report else {
+            return ending;
+        };
+        let moved = report.outcome == Outcome::Moved;
+        if !moved {
+            let before = report
+                .error
+                .take()
+                .map_or_else(String::new, |error| format!("{error}; "));
+            report.error = Some(format!("{before}the VM has ended meanwhile"));
+        }
+        // Nobody needs to be waiting for it.
+        let _ = reports.send(report);
+        if moved { Ok(Ending::Moved) } else { ending }
+    }
+
     /// Everything goes in order: jobs, machine, console, API.
     fn end(mut self, server: ApiServer) {
-        if let Some(migration) = self.migration.take() {
-            migration.job.end();
-        }
         if let Some(Life::Receiving(job)) = self.life.take() {
             job.end();
         }

@@ -20,7 +20,7 @@ pub enum Refusal {
     Migrating,
     #[error("no machine here yet: it is still being received")]
     NoMachine,
-    #[error("the last migration is in doubt: the guest may run at the destination, and stays paused here")]
+    #[error("the last migration is in doubt: the guest may run at its other end, and stays paused here")]
     InDoubt,
     #[error("no migration is under way")]
     NoMigration,
@@ -78,7 +78,7 @@ pub(crate) enum Event {
     VcpuFailed(VcpuFailure),
     /// The user at the terminal typed the escape key.
     Escape,
-    /// SIGTERM or SIGINT.
+    /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
     /// The migration job has ended.
     MigrationEnded(Box<Report>),

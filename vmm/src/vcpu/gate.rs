@@ -36,6 +36,8 @@ struct State {
     ending: bool,
     threads: usize,
     parked: usize,
+    /// Those among the parked that will not come back.
+    retired: usize,
 }
 
 impl Gate {
@@ -46,6 +48,7 @@ impl Gate {
             ending: false,
             threads,
             parked: 0,
+            retired: 0,
         };
         Self {
             state: Mutex::new(state),
@@ -82,8 +85,16 @@ impl Gate {
 
     /// A vCPU thread that will not come back, because it failed, counts as parked for ever.
     pub fn retire(&self) {
-        self.lock().parked += 1;
+        let mut state = self.lock();
+        state.parked += 1;
+        state.retired += 1;
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Whether a vCPU thread will not come back.
+    pub fn has_retired(&self) -> bool {
+        self.lock().retired > 0
     }
 
     /// Called by vCPU threads outside the guest: waits while the gate is closed.
@@ -107,10 +118,12 @@ impl Gate {
         self.wait(timeout, |state| state.parked == state.threads)
     }
 
-    /// Waits until every thread has left the gate for the guest, or the gate is closed again; false after
-    /// `timeout`.
+    /// Waits until every thread that can has left the gate for the guest, or the gate is closed again; false
+    /// after `timeout`.
     pub fn wait_entered(&self, timeout: Duration) -> bool {
-        self.wait(timeout, |state| state.parked == 0 || state.holders != 0)
+        self.wait(timeout, |state| {
+            state.parked == state.retired || state.holders != 0
+        })
     }
 
     fn wait(&self, timeout: Duration, done: impl Fn(&State) -> bool) -> bool {
@@ -155,6 +168,15 @@ mod tests {
             assert_eq!(thread.join().unwrap(), Next::Enter);
         }
         assert!(gate.wait_entered(Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn a_retired_thread_holds_up_neither_pause_nor_resume() {
+        let gate = Gate::new(1);
+        gate.retire();
+        assert!(gate.wait_parked(Duration::ZERO));
+        gate.open(Holder::Startup);
+        assert!(gate.wait_entered(Duration::ZERO));
     }
 
     #[test]

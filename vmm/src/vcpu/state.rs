@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{KVM_MP_STATE_SIPI_RECEIVED, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,8 @@ pub enum VcpuStateError {
         expected: usize,
         got: usize,
     },
+    #[error("kvm_mp_state: expected 0 to {KVM_MP_STATE_SIPI_RECEIVED}, got {got}")]
+    MpState { got: u32 },
     #[error("MSR {index:#x}: KVM refuses the value {value:#x}")]
     Msr { index: u32, value: u64 },
     #[error("{0} MSRs: more than the kernel knows")]
@@ -105,7 +107,7 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateE
 /// Gives a saved state to a new vCPU, everything but the TSC and the deadline timer. Untrusted input.
 pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
     let mp_state = kvm_bindings::kvm_mp_state {
-        mp_state: record.mp_state,
+        mp_state: check_mp_state(record.mp_state)?,
     };
     vcpu.set_mp_state(mp_state)
         .map_err(kvm_error("KVM_SET_MP_STATE"))?;
@@ -129,6 +131,15 @@ pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), Vcpu
     vcpu.set_vcpu_events(&parse("kvm_vcpu_events", &record.events)?)
         .map_err(kvm_error("KVM_SET_VCPU_EVENTS"))?;
     Ok(())
+}
+
+/// The states of a processor with a local APIC (api.rst, 4.38). KVM takes others too, and then does not know
+/// how to run them.
+fn check_mp_state(got: u32) -> Result<u32, VcpuStateError> {
+    if got > KVM_MP_STATE_SIPI_RECEIVED {
+        return Err(VcpuStateError::MpState { got });
+    }
+    Ok(got)
 }
 
 /// Sets one MSR.
@@ -268,6 +279,17 @@ mod tests {
             &record,
         );
         assert_eq!(record.tsc_deadline(), 300);
+    }
+
+    #[test]
+    fn unknown_processor_states_are_refused() {
+        assert!((0..=4).all(|known| check_mp_state(known).is_ok()));
+        for unknown in [5, 9, u32::MAX] {
+            assert!(matches!(
+                check_mp_state(unknown),
+                Err(VcpuStateError::MpState { .. })
+            ));
+        }
     }
 
     #[test]

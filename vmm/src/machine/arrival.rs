@@ -1,0 +1,184 @@
+//! What this host offers to a machine that arrives, and what of its devices that leaves out.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use devices::virtio::block::{Backend, BlockState};
+use devices::virtio::rng::RngState;
+use migration::{DeviceDescription, Difference};
+use migration_state::Record;
+
+use super::description::{disk_description, rng_description};
+use super::devices::RNG_ID;
+use crate::config::MAX_DISKS;
+
+/// What this host offers to a machine that arrives.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    /// Disks by name: host paths never come from the peer.
+    pub disks: BTreeMap<String, PathBuf>,
+    /// Most guest memory in bytes.
+    pub max_memory: Option<u64>,
+}
+
+impl Arrival {
+    /// Everything about a machine's devices that cannot be had here.
+    pub(super) fn check_devices(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
+        if !(1..=MAX_DISKS + 1).contains(&devices.len()) {
+            let here = format!("1 to {}", MAX_DISKS + 1);
+            return vec![difference("devices", devices.len().to_string(), here)];
+        }
+        let mut differences: Vec<_> = devices
+            .iter()
+            .enumerate()
+            .filter_map(|(index, device)| self.check_device(index, device))
+            .collect();
+        differences.extend(self.shared_disks(devices));
+        let is_disk = |id: &String| devices.iter().any(|d| d.id == *id && d.kind == BlockState::KIND);
+        for id in self.disks.keys().filter(|id| !is_disk(id)) {
+            let got = format!("--disk {id}=…");
+            differences.push(difference(
+                &format!("disk {id:?}"),
+                "no such disk in the machine",
+                got,
+            ));
+        }
+        differences
+    }
+
+    fn check_device(&self, index: usize, device: &DeviceDescription) -> Option<Difference> {
+        let what = format!("device {:?}", device.id);
+        if index == 0 || device.kind == RngState::KIND {
+            let here = rng_description(RNG_ID);
+            return (index != 0 || *device != here).then(|| {
+                difference(
+                    &what,
+                    format!("{device:?}"),
+                    format!("{here:?} as the first device"),
+                )
+            });
+        }
+        if device.kind != BlockState::KIND {
+            let expected = format!("kind {:?}", device.kind);
+            return Some(difference(
+                &what,
+                expected,
+                format!("kinds {:?}, {:?}", RngState::KIND, BlockState::KIND),
+            ));
+        }
+        let what = format!("disk {:?}", device.id);
+        let Some(path) = self.disks.get(&device.id) else {
+            return Some(difference(
+                &what,
+                "a backend",
+                format!("none (use --disk {}=PATH)", device.id),
+            ));
+        };
+        match Backend::open(path, device.read_only) {
+            Err(error) => Some(difference(&what, "a usable backend", migration::chain(&error))),
+            Ok(backend) => {
+                let here = disk_description(&device.id, &backend);
+                (*device != here).then(|| difference(&what, summary(device), summary(&here)))
+            }
+        }
+    }
+
+    /// Two disks with one name or one backend: their locks would exclude each other, after "go".
+    fn shared_disks(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
+        let file = |device: &DeviceDescription| self.disks.get(&device.id).and_then(|path| identity(path));
+        let mut differences = Vec::new();
+        for (index, device) in devices.iter().enumerate() {
+            for other in &devices[..index] {
+                let writable = !(device.read_only && other.read_only);
+                if device.id == other.id {
+                    let what = format!("device {:?}", device.id);
+                    differences.push(difference(&what, "a name of its own", "two of that name"));
+                } else if writable && file(device).is_some_and(|id| file(other) == Some(id)) {
+                    let what = format!("disk {:?}", device.id);
+                    let got = format!("that of disk {:?}", other.id);
+                    differences.push(difference(&what, "a backend of its own", got));
+                }
+            }
+        }
+        differences
+    }
+}
+
+/// What tells one file from another, by whatever name.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = path.metadata().ok()?;
+    Some(if metadata.file_type().is_block_device() {
+        (u64::MAX, metadata.rdev())
+    } else {
+        (metadata.dev(), metadata.ino())
+    })
+}
+
+fn summary(device: &DeviceDescription) -> String {
+    let mode = if device.read_only { "read-only" } else { "writable" };
+    format!(
+        "{} version {}, {} bytes, {mode}",
+        device.kind, device.version, device.backend_size
+    )
+}
+
+pub(super) fn difference(what: &str, expected: impl Into<String>, got: impl Into<String>) -> Difference {
+    Difference {
+        what: what.into(),
+        expected: expected.into(),
+        got: got.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str, read_only: bool) -> DeviceDescription {
+        DeviceDescription {
+            id: id.into(),
+            kind: BlockState::KIND.into(),
+            version: BlockState::VERSION,
+            backend_size: 512,
+            read_only,
+        }
+    }
+
+    fn check(arrival: &Arrival, disks: &[DeviceDescription]) -> Vec<String> {
+        let devices = [&[rng_description(RNG_ID)], disks].concat();
+        let found = arrival.check_devices(&devices);
+        found.into_iter().map(|difference| difference.got).collect()
+    }
+
+    #[test]
+    fn every_disk_has_a_name_and_a_backend_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("a"), [0; 512]).unwrap();
+        std::fs::hard_link(path("a"), path("also-a")).unwrap();
+        std::fs::write(path("b"), [0; 512]).unwrap();
+        let arrival = |other: &str| Arrival {
+            disks: [("x".into(), path("a")), ("y".into(), path(other))].into(),
+            max_memory: None,
+        };
+        let both = [disk("x", false), disk("y", false)];
+        assert!(check(&arrival("b"), &both).is_empty());
+        assert_eq!(check(&arrival("also-a"), &both), ["that of disk \"x\""]);
+        let read_only = [disk("x", true), disk("y", true)];
+        assert!(check(&arrival("also-a"), &read_only).is_empty());
+        let twice = [disk("x", false), disk("y", false), disk("x", false)];
+        assert_eq!(check(&arrival("b"), &twice), ["two of that name"]);
+    }
+
+    #[test]
+    fn only_as_many_devices_as_there_are_slots_are_looked_at() {
+        let arrival = Arrival {
+            disks: BTreeMap::new(),
+            max_memory: None,
+        };
+        assert_eq!(arrival.check_devices(&[])[0].expected, "0");
+        let many = vec![disk("x", false); 100_000];
+        assert_eq!(check(&arrival, &many), ["1 to 13"]);
+    }
+}

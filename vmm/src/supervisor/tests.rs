@@ -1,0 +1,95 @@
+use super::*;
+use crate::rundir::ApiSocket;
+
+struct Rig {
+    supervisor: Supervisor,
+    server: ApiServer,
+    _directory: tempfile::TempDir,
+}
+
+fn rig() -> Rig {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = ApiSocket::bind(&directory.path().join("vm.sock")).unwrap();
+    let console = Console::detached();
+    let supervisor = Supervisor::new("vm", console.clone());
+    let server = ApiServer::start(socket, supervisor.handle(), console).unwrap();
+    Rig {
+        supervisor,
+        server,
+        _directory: directory,
+    }
+}
+
+fn job() -> Job {
+    Job {
+        control: Arc::new(Control::new().unwrap()),
+        thread: std::thread::spawn(|| {}),
+    }
+}
+
+fn report(outcome: &str) -> Box<Report> {
+    let text = format!(
+        r#"{{"outcome":"{outcome}","error":"why","mode":"precopy","budget_ms":1,"budget_kept":false,
+        "predicted_downtime_ms":null,"downtime_ms":null,"downtime":{{"pause_ms":0,"drain_ms":0,"final_log_ms":0,
+        "final_copy_ms":0,"state_ms":0,"restore_ms":0,"commit_ms":0,"resume_ms":0}},"predicted_total_ms":null,
+        "total_ms":1,"rounds":[],"bytes_sent":0,"pages_sent":0,"pages_zero":0,"streams":1,"data_path":"gather",
+        "verify_ms":0,"memory_digest":null}}"#
+    );
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn a_job_that_receives_is_called_off_and_has_the_last_word() {
+    let stop = || Event::Request(Request::Stop(tokio::sync::oneshot::channel().0));
+    for ask in [stop(), Event::Terminate] {
+        let mut rig = rig();
+        let job = job();
+        let control = job.control.clone();
+        rig.supervisor.life = Some(Life::Receiving(job));
+        assert!(rig.supervisor.handle_event(ask, &rig.server).is_none());
+        assert!(control.is_cancelled());
+        // A second time is no reason either to throw away what may have arrived.
+        assert!(
+            rig.supervisor
+                .handle_event(Event::Terminate, &rig.server)
+                .is_none()
+        );
+        let last = Event::ReceiveFailed("cancelled".into());
+        let ending = rig.supervisor.handle_event(last, &rig.server);
+        assert!(matches!(ending, Some(Ok(Ending::Stopped))));
+    }
+}
+
+#[test]
+fn a_receive_that_fails_by_itself_is_a_failure() {
+    let mut rig = rig();
+    rig.supervisor.life = Some(Life::Receiving(job()));
+    let ending = rig
+        .supervisor
+        .handle_event(Event::ReceiveFailed("no sockets".into()), &rig.server);
+    assert!(matches!(ending, Some(Err(SupervisorError::Receive(_)))));
+}
+
+#[test]
+fn the_end_of_the_vm_leaves_no_migration_without_a_report() {
+    for (outcome, end) in [
+        ("moved", Ending::Moved),
+        ("cancelled", Ending::Stopped),
+        ("in-doubt", Ending::Stopped),
+    ] {
+        let mut rig = rig();
+        let (reports, mut feed) = broadcast::channel(1);
+        rig.supervisor.migration = Some(MigrationJob { job: job(), reports });
+        let handle = rig.supervisor.handle();
+        handle.send(Event::Escape);
+        handle.send(Event::MigrationEnded(report(outcome)));
+        let ending = rig.supervisor.settle(Ok(Ending::Stopped));
+        assert_eq!(ending.unwrap(), end);
+        let error = feed.try_recv().unwrap().error.unwrap();
+        assert_eq!(
+            error.contains("ended meanwhile"),
+            end == Ending::Stopped,
+            "{error}"
+        );
+    }
+}
