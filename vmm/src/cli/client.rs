@@ -131,7 +131,7 @@ pub(super) fn ps(args: &ListArgs) -> anyhow::Result<Exit> {
             match Client::new(path).get("/").await {
                 Ok(info) => infos.push(info),
                 // It may have ended just now.
-                Err(error) => eprintln!("godwit: {name}: {error}"),
+                Err(error) => eprintln!("godwit: {name}: {}", migration::chain(&error)),
             }
         }
         infos

@@ -65,7 +65,7 @@ async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<O
                 std::future::pending::<()>().await;
             }
             if let Err(error) = client.delete("/migration").await {
-                eprintln!("godwit: cannot cancel: {error}");
+                tell(&format!("cannot cancel: {}", migration::chain(&error)));
             }
         }
     };

@@ -14,8 +14,6 @@ use crate::vcpu::Holder;
 pub struct MigrationSource {
     machine: Arc<Machine>,
     paused_at: Option<Instant>,
-    /// The disk locks were given up for a "go" that may not have been sent.
-    released: bool,
 }
 
 impl MigrationSource {
@@ -24,7 +22,6 @@ impl MigrationSource {
         Self {
             machine,
             paused_at: None,
-            released: false,
         }
     }
 }
@@ -81,18 +78,11 @@ impl Source for MigrationSource {
     }
 
     fn release(&mut self) -> Result<(), PortError> {
-        self.released = true;
         Ok(self.machine.devices.release_locks()?)
     }
 
     fn resume(&mut self) -> Result<(), PortError> {
         self.paused_at = None;
-        if self.released {
-            self.machine.devices.take_locks()?;
-            self.released = false;
-        }
-        self.machine.devices.resume();
-        self.machine.resume(Holder::Migration);
-        Ok(())
+        Ok(self.machine.take_back()?)
     }
 }

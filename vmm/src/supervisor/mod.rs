@@ -245,6 +245,11 @@ impl Supervisor {
         let state = match &self.life {
             Some(Life::InDoubt(_)) => InstanceState::InDoubt,
             Some(Life::Here(machine)) if machine.is_held_by(Holder::User) => InstanceState::Paused,
+            Some(Life::Here(machine))
+                if self.migration.is_none() && machine.is_held_by(Holder::Migration) =>
+            {
+                InstanceState::Paused
+            }
             Some(Life::Here(machine)) if machine.is_held_by(Holder::Startup) => InstanceState::Paused,
             Some(Life::Here(_)) => InstanceState::Running,
             Some(Life::Receiving(_)) | None => InstanceState::Receiving,
@@ -267,7 +272,12 @@ impl Supervisor {
     }
 
     fn resume(&self) -> Result<(), Refusal> {
-        self.idle_machine()?.resume(Holder::User);
+        let machine = self.idle_machine()?;
+        if machine.is_held_by(Holder::Migration) {
+            // One that failed could not give the guest back: somebody had its disks.
+            machine.take_back().map_err(failed)?;
+        }
+        machine.resume(Holder::User);
         Ok(())
     }
 
