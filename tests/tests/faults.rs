@@ -215,6 +215,24 @@ fn losing_the_client_cancels_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_guest_that_ends_while_it_moves() -> Result<()> {
+    let host = Host::new()?;
+    let mut vm = busy_guest().boot(&host, "ends", &[])?;
+    let (receiver, endpoint) = host.receive("waits", ANY_PORT, [""; 0])?;
+    let migration = vm.start_migration(&endpoint, &HOPELESS)?;
+    wait_for_precopy(&vm)?;
+    vm.process.send(b"q")?;
+    Migration::of(migration.finish(PATIENCE)?)?.stayed(Outcome::Cancelled)?;
+    vm.process.wait_success(PATIENCE)?;
+    ensure!(receiver.state()? == "Receiving", "got {}", receiver.status()?);
+
+    let mut journey = Journey::start(host, &BareGuest::default(), &[])?;
+    journey.hop_to(receiver, &endpoint, &["--on-miss", "switch", "--verify"])?;
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
 fn conflicting_requests_are_refused_meanwhile() -> Result<()> {
     let journey = Journey::start(Host::new()?, &busy_guest(), &[])?;
     let (mut receiver, endpoint) = journey.receiver(ANY_PORT)?;

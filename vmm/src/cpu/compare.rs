@@ -38,6 +38,7 @@ pub fn compare(guest: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> Vec<Difference
             got,
         });
     }
+    differences.extend(compare_address_bits(guest, host));
     for (function, index, mask) in FEATURE_LEAVES {
         let Some(leaf) = guest
             .iter()
@@ -57,6 +58,23 @@ pub fn compare(guest: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> Vec<Difference
         }
     }
     differences
+}
+
+/// A guest that believes in more physical address bits than the host has could use addresses that fault.
+fn compare_address_bits(guest: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> Option<Difference> {
+    const ADDRESS_SIZES: u32 = 0x8000_0008;
+    let expected = guest
+        .iter()
+        .find(|leaf| leaf.function == ADDRESS_SIZES)?
+        .registers[0]
+        & 0xff;
+    let entry = host.iter().find(|entry| entry.function == ADDRESS_SIZES);
+    let got = entry.map_or(0, |entry| entry.eax & 0xff);
+    (expected > got).then(|| Difference {
+        what: "physical address bits".into(),
+        expected: expected.to_string(),
+        got: got.to_string(),
+    })
 }
 
 fn missing_bit(function: u32, index: u32, register: usize, bit: u32) -> Difference {
@@ -128,6 +146,14 @@ mod tests {
             what,
             ["cpuid 0x1 ecx cx16 (bit 13)", "cpuid 0x1 ecx avx (bit 28)"]
         );
+    }
+
+    #[test]
+    fn more_address_bits_than_the_host_has_are_refused() {
+        let host = [entry(0x8000_0008, [0x302e, 0, 0, 0])];
+        assert!(compare(&[leaf(0x8000_0008, [0x302e, 0, 0, 0])], &host).is_empty());
+        let found = compare(&[leaf(0x8000_0008, [0x3034, 0, 0, 0])], &host);
+        assert_eq!((found[0].expected.as_str(), found[0].got.as_str()), ("52", "46"));
     }
 
     #[test]

@@ -12,14 +12,16 @@ use super::{Machine, MachineError, kvm_error};
 use crate::clock::{self, ClockRecord};
 use crate::vcpu::{self, Holder, VcpuRecord, bytes, parse};
 
-const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-
 /// The interrupt controllers that are not a vCPU's own, and the PIT. Each byte string is the KVM structure
 /// of that name, whose layout is kernel ABI.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct ChipsetRecord {
-    /// `kvm_irqchip` of the 8259 master, the slave and the I/O APIC.
-    irqchips: Vec<Vec<u8>>,
+    /// `kvm_irqchip` of the 8259 master.
+    pic_master: Vec<u8>,
+    /// `kvm_irqchip` of the 8259 slave.
+    pic_slave: Vec<u8>,
+    /// `kvm_irqchip` of the I/O APIC.
+    ioapic: Vec<u8>,
     /// `kvm_pit_state2`.
     pit: Vec<u8>,
 }
@@ -107,41 +109,38 @@ impl Machine {
     }
 
     fn save_chipset(&self) -> Result<ChipsetRecord, MachineError> {
-        let irqchips = CHIPS
-            .iter()
-            .map(|chip_id| {
-                let mut chip = kvm_irqchip {
-                    chip_id: *chip_id,
-                    ..Default::default()
-                };
-                self.vm
-                    .get_irqchip(&mut chip)
-                    .map_err(kvm_error("KVM_GET_IRQCHIP"))?;
-                Ok(bytes(&chip))
-            })
-            .collect::<Result<_, MachineError>>()?;
         let pit = self.vm.get_pit2().map_err(kvm_error("KVM_GET_PIT2"))?;
         Ok(ChipsetRecord {
-            irqchips,
+            pic_master: self.save_irqchip(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: self.save_irqchip(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: self.save_irqchip(KVM_IRQCHIP_IOAPIC)?,
             pit: bytes(&pit),
         })
     }
 
     fn restore_chipset(&self, record: &ChipsetRecord) -> Result<(), MachineError> {
-        if record.irqchips.len() != CHIPS.len() {
-            return Err(MachineError::Mismatch {
-                what: "interrupt controllers",
-                expected: CHIPS.len().to_string(),
-                got: record.irqchips.len().to_string(),
-            });
-        }
-        for (chip_id, bytes) in CHIPS.iter().zip(&record.irqchips) {
-            let mut chip: kvm_irqchip = parse("kvm_irqchip", bytes)?;
-            chip.chip_id = *chip_id;
-            self.vm.set_irqchip(&chip).map_err(kvm_error("KVM_SET_IRQCHIP"))?;
-        }
+        self.restore_irqchip(KVM_IRQCHIP_PIC_MASTER, &record.pic_master)?;
+        self.restore_irqchip(KVM_IRQCHIP_PIC_SLAVE, &record.pic_slave)?;
+        self.restore_irqchip(KVM_IRQCHIP_IOAPIC, &record.ioapic)?;
         let pit: kvm_pit_state2 = parse("kvm_pit_state2", &record.pit)?;
         self.vm.set_pit2(&pit).map_err(kvm_error("KVM_SET_PIT2"))
+    }
+
+    fn save_irqchip(&self, chip_id: u32) -> Result<Vec<u8>, MachineError> {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        self.vm
+            .get_irqchip(&mut chip)
+            .map_err(kvm_error("KVM_GET_IRQCHIP"))?;
+        Ok(bytes(&chip))
+    }
+
+    fn restore_irqchip(&self, chip_id: u32, saved: &[u8]) -> Result<(), MachineError> {
+        let mut chip: kvm_irqchip = parse("kvm_irqchip", saved)?;
+        chip.chip_id = chip_id;
+        self.vm.set_irqchip(&chip).map_err(kvm_error("KVM_SET_IRQCHIP"))
     }
 }
 
@@ -153,9 +152,11 @@ mod tests {
     fn golden_records() {
         migration_state::assert_golden(1, "01", &MachineRecord { paused_by_user: true });
         let chipset = ChipsetRecord {
-            irqchips: vec![vec![1, 2], vec![3], vec![]],
+            pic_master: vec![1, 2],
+            pic_slave: vec![3],
+            ioapic: vec![],
             pit: vec![4],
         };
-        migration_state::assert_golden(1, "030201020103000104", &chipset);
+        migration_state::assert_golden(1, "0201020103000104", &chipset);
     }
 }
