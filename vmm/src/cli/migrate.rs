@@ -122,8 +122,8 @@ fn phase(phase: Phase) -> &'static str {
 fn outcome(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Moved => "done",
-        Outcome::Failed => "failed, the guest runs on here",
-        Outcome::Cancelled => "cancelled, the guest runs on here",
+        Outcome::Failed => "failed, the guest was not moved",
+        Outcome::Cancelled => "cancelled, the guest was not moved",
         Outcome::InDoubt => "in doubt, the guest stays paused here",
     }
 }
