@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use migration_state::{Envelope, Record, StateError};
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::NoEvents;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::limited::Limited;
@@ -24,9 +24,6 @@ pub struct Serial {
     irq: EventFd,
     console: Console,
     input: VecDeque<u8>,
-    /// Raised when there is room for input again after some was refused.
-    room: EventFd,
-    refused: bool,
     complaints: Limited,
 }
 
@@ -60,25 +57,17 @@ impl Serial {
             irq,
             console,
             input: VecDeque::new(),
-            room: EventFd::new(EFD_NONBLOCK).map_err(SerialError::Event)?,
-            refused: false,
             complaints: Limited::default(),
         })
     }
 
-    /// Sends `bytes` to the guest; returns how many were taken. The others did not fit: wait for
-    /// [`Serial::room`] and try again.
+    /// Sends `bytes` to the guest; returns how many were taken. The others did not fit: offer
+    /// them again once the guest has read.
     pub fn enqueue(&mut self, bytes: &[u8]) -> usize {
         let taken = bytes.len().min(INPUT_LIMIT.saturating_sub(self.input.len()));
         self.input.extend(&bytes[..taken]);
-        self.refused |= taken < bytes.len();
         self.feed();
         taken
-    }
-
-    /// Becomes readable when input is taken again after some was refused.
-    pub fn room(&self) -> &EventFd {
-        &self.room
     }
 
     /// Adds the saved state, waiting input included, to `envelope`.
@@ -117,12 +106,6 @@ impl Serial {
                     self.input.drain(..chunk.len());
                     self.complain(&error);
                 }
-            }
-        }
-        if self.refused && self.input.len() <= INPUT_LIMIT / 2 {
-            self.refused = false;
-            if let Err(error) = self.room.write(1) {
-                tracing::warn!(%error, "serial port: cannot say that there is room for input");
             }
         }
     }
@@ -250,6 +233,8 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
     use super::*;
 
     const DATA: u64 = 0;
@@ -322,9 +307,9 @@ mod tests {
         let taken = serial.enqueue(&flood);
         assert_eq!(taken, INPUT_LIMIT);
         assert_eq!(serial.enqueue(&flood), FIFO_SIZE);
-        assert!(serial.room().read().is_err());
+        assert_eq!(serial.enqueue(&flood), 0);
         assert_eq!(read_all(&mut serial).len(), INPUT_LIMIT + FIFO_SIZE);
-        assert_eq!(serial.room().read().unwrap(), 1);
+        assert_eq!(serial.enqueue(b"x"), 1);
     }
 
     #[test]
