@@ -116,9 +116,7 @@ impl LabJourney {
 
     /// Waits for an event that was not looked at before.
     pub fn event(&mut self, name: &str) -> Result<Event> {
-        let line = self
-            .vm
-            .wait_line(|line| Event::named(line, name).is_some(), PATIENCE)?;
+        let line = self.line(|line| Event::named(line, name).is_some())?;
         Event::named(&line, name).context("not the event that was waited for")
     }
 
@@ -130,8 +128,28 @@ impl LabJourney {
 
     /// Waits for a tick that was not looked at before.
     pub fn tick(&mut self) -> Result<Tick> {
-        let line = self.vm.wait_line(|line| Tick::parse(line).is_some(), PATIENCE)?;
+        let line = self.line(|line| Tick::parse(line).is_some())?;
         Tick::parse(&line).context("not a tick")
+    }
+
+    /// Waits for a line of the guest's. If none comes, the error tells how the host and its VM are.
+    fn line(&mut self, wanted: impl FnMut(&str) -> bool) -> Result<String> {
+        let waited = self.vm.wait_line(wanted, PATIENCE);
+        waited.map_err(|error| anyhow::Error::from(error).context(self.look_at_host()))
+    }
+
+    /// What the VM says of itself, where its threads are, and what the host's kernel said last.
+    fn look_at_host(&self) -> String {
+        let look = format!(
+            "godwit status {}; for task in /proc/[0-9]*/task/*; do grep -q godwit $task/../../cmdline && \
+             echo \"$(cat $task/comm): $(cat $task/wchan) $(cut -d' ' -f3,14,15 $task/stat)\"; done; \
+             head -3 /proc/interrupts; grep -E 'LOC|virtio' /proc/interrupts; dmesg | tail -n 5",
+            self.name()
+        );
+        match self.lab.host(self.host).run(&["sh", "-c", &look]) {
+            Ok(seen) => format!("host {}: {}{}", self.host, seen.stdout, seen.stderr),
+            Err(error) => format!("host {} does not answer: {error}", self.host),
+        }
     }
 
     /// Shows that the guest runs and is well: ticks from now on, without errors.
