@@ -218,8 +218,10 @@ impl Host {
             .arg(&machine.kernel)
             .arg("-initrd")
             .arg(&machine.initramfs);
+        // A one-shot timer interrupt that comes while a guest runs is sometimes lost under TCG with SVM, and then
+        // that guest keeps the host's only CPU until another interrupt comes. A periodic tick survives a loss.
         command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 reboot=t mitigations=off quiet lab.name=host{index} lab.address={}/24",
+            "console=ttyS0 panic=-1 reboot=t mitigations=off quiet nohz=off highres=off lab.name=host{index} lab.address={}/24",
             self.address()
         ));
         let console = self.identity.path("console");
