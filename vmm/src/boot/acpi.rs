@@ -11,6 +11,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
+use devices::legacy::AcpiPower;
 
 use super::layout;
 
@@ -29,11 +30,6 @@ pub const SLEEP_CONTROL: u16 = 0;
 pub const SLEEP_STATUS: u16 = 1;
 /// Port offset of the reset register.
 pub const RESET: u16 = 2;
-/// What a reset writes there.
-pub const RESET_VALUE: u8 = 1;
-/// SLP_TYP of S5 (soft off).
-pub const SLEEP_TYPE_S5: u8 = 5;
-
 /// A virtio-mmio device as firmware tables name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmioSlot {
@@ -79,7 +75,7 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (BOOT_NO_VGA | BOOT_NO_MSI | BOOT_NO_RTC).into();
     fadt.reset_reg = port(RESET);
-    fadt.reset_value = RESET_VALUE;
+    fadt.reset_value = AcpiPower::RESET_VALUE;
     fadt.sleep_control_reg = port(SLEEP_CONTROL);
     fadt.sleep_status_reg = port(SLEEP_STATUS);
     fadt.finalize()
@@ -104,7 +100,12 @@ fn dsdt(slots: &[VirtioMmioSlot]) -> Sdt {
     serial_device(&mut body);
     power_button(&mut body);
     let scope = Scope::raw(Path::new("\\_SB_"), body);
-    let s5 = Package::new(vec![&SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
+    let s5 = Package::new(vec![
+        &AcpiPower::SLEEP_TYPE_S5,
+        &aml::ZERO,
+        &aml::ZERO,
+        &aml::ZERO,
+    ]);
 
     let mut dsdt = Sdt::new(
         *b"DSDT",
