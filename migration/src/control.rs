@@ -30,29 +30,41 @@ pub enum Phase {
     Done,
 }
 
-/// A live picture of a migration. Times in milliseconds, rates in bytes per second.
+/// A live picture of a migration, and one sample of its trace. Times in milliseconds, rates in bytes per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,
     /// The round under way, counted from 1.
     pub round: u32,
-    /// Bytes of guest memory left to send in this round.
+    /// Bytes of guest memory that the destination does not have as they are now.
     pub remaining_bytes: u64,
     /// Bytes of guest RAM.
     pub total_bytes: u64,
     /// Bytes put on the wire so far.
     pub bytes_sent: u64,
-    /// What the guest dirtied per second in the last round.
+    /// What the guest dirties per second.
     pub dirty_bytes_per_s: f64,
-    /// What was sent per second, as far as it was measured.
+    /// What is sent per second.
     pub bandwidth_bytes_per_s: f64,
-    /// Share of time that the vCPUs are held out of the guest, in percent.
+    /// Share of time that the vCPUs are held out of the guest, in percent; that of the slowest.
     pub throttle_percent: f64,
     /// The downtime if the guest were paused now.
     pub predicted_downtime_ms: Option<f64>,
+    /// When it will have ended, counted from its start.
+    pub predicted_total_ms: Option<f64>,
     /// Since the start of the migration.
     pub elapsed_ms: f64,
+}
+
+/// What an operator decides about a machine that is ready at the destination while the source is silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decision {
+    /// It runs here. Only right if it will never run at the source again.
+    Run,
+    /// It is thrown away here.
+    Discard,
 }
 
 /// Cancels a migration from any thread, and shows how far it is. Once cancelled it stays so; a destination that
@@ -65,11 +77,36 @@ pub struct Control {
     live: Mutex<Live>,
 }
 
+/// Samples in the order in which they were taken.
+#[derive(Debug, Default)]
+struct Trace {
+    samples: Vec<Progress>,
+}
+
+impl Trace {
+    /// Some hours at a sample every 20 ms; later ones are not kept.
+    const MOST: usize = 1 << 20;
+}
+
 #[derive(Debug, Default)]
 struct Live {
     progress: Progress,
+    trace: Trace,
+    decision: Option<Decision>,
     /// Set while a migration is under way.
     started: Option<Instant>,
+}
+
+impl Live {
+    fn keep_sample(&mut self) {
+        if self.trace.samples.len() < Trace::MOST {
+            let elapsed_ms = self.started.map_or(0.0, |started| ms(started.elapsed()));
+            self.trace.samples.push(Progress {
+                elapsed_ms,
+                ..self.progress
+            });
+        }
+    }
 }
 
 impl Control {
@@ -90,6 +127,13 @@ impl Control {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
+    /// Decides for a machine that waits for "go" while its source is gone; without one that waits, a decision
+    /// has no effect.
+    pub fn decide(&self, decision: Decision) {
+        self.lock().decision = Some(decision);
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
     /// Whether somebody asked the migration to end.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
@@ -107,6 +151,11 @@ impl Control {
         }
     }
 
+    /// The samples of the trace from number `from` on; an empty answer means that there are no newer ones yet.
+    pub fn samples(&self, from: usize) -> Vec<Progress> {
+        self.lock().trace.samples.get(from..).unwrap_or_default().to_vec()
+    }
+
     /// What becomes readable when the migration is cancelled.
     pub(crate) fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
@@ -120,13 +169,23 @@ impl Control {
         };
         *self.lock() = Live {
             progress,
+            trace: Trace::default(),
+            decision: None,
             started: Some(Instant::now()),
         };
+    }
+
+    /// Changes the picture and keeps it as a sample of the trace.
+    pub(crate) fn sample(&self, change: impl FnOnce(&mut Progress)) {
+        let mut live = self.lock();
+        change(&mut live.progress);
+        live.keep_sample();
     }
 
     /// It ended.
     pub(crate) fn end(&self) {
         let mut live = self.lock();
+        live.keep_sample();
         live.progress.phase = Phase::Done;
         if let Some(started) = live.started.take() {
             live.progress.elapsed_ms = ms(started.elapsed());

@@ -165,6 +165,14 @@ impl PageSet {
         }
     }
 
+    /// The bitmaps of the regions, each with the region's number.
+    pub(crate) fn words(&self) -> impl Iterator<Item = (usize, &[u64])> {
+        self.regions
+            .iter()
+            .map(|region| region.words.as_slice())
+            .enumerate()
+    }
+
     /// Adds the pages of another set over the same regions.
     pub fn union(&mut self, other: &PageSet) -> Result<(), PageSetError> {
         let same = |(a, b): (&Bits, &Bits)| a.gpa == b.gpa && a.pages == b.pages;

@@ -50,6 +50,9 @@ pub enum ReceiveError {
     /// The engine or the machine panicked before "go".
     #[error("panicked: {0}")]
     Panic(String),
+    /// Nobody could be waited for, or somebody asked not to.
+    #[error(transparent)]
+    Transport(#[from] crate::transport::TransportError),
     /// The system gave no thread.
     #[error("no thread for keep-alives")]
     Thread(#[source] std::io::Error),

@@ -48,6 +48,7 @@ impl<'a> Job<'a> {
             description,
             resume_ms,
             bytes_received: link.bytes_received(),
+            confirmed: true,
         })
     }
 
@@ -80,7 +81,7 @@ impl<'a> Job<'a> {
             return Err(ReceiveError::Refused { differences });
         }
         self.built = true;
-        let memory = alive.during(|| call("create", self.destination.create(description)))?;
+        let memory = alive.during(|| call("create", self.destination.create(description, None)))?;
         let asked = description.memory.iter().map(|region| (region.gpa, region.len));
         if !memory
             .iter()

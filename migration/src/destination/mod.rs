@@ -15,7 +15,7 @@ use crate::options::ReceiveOptions;
 use crate::ports::{Destination, MachineDescription};
 use crate::protocol::Message;
 use crate::text::{chain, panic_message};
-use crate::transport::Connection;
+use crate::transport::{Connection, Endpoint, Listener, TransportError};
 use job::Job;
 
 /// What was received: the guest runs here.
@@ -25,16 +25,48 @@ pub struct Received {
     pub description: MachineDescription,
     /// How long it took after "go" until the last vCPU was let in, in milliseconds.
     pub resume_ms: f64,
-    /// Bytes that came over the connection.
+    /// Bytes that came over the connections.
     pub bytes_received: u64,
+    /// Whether the source knows that the guest runs here. If not, it will ask: keep the receiver.
+    pub confirmed: bool,
 }
 
-/// Receives one machine over a connection.
-///
-/// Blocks until the migration has ended; `control` cancels it from another thread, up to "ready": from then on
-/// only the source decides. After an error before "go" the machine was discarded and `destination` is ready for another attempt; after one with
-/// [`ReceiveError::is_committed`] the machine is kept, paused, and is the only copy that may ever run.
-pub fn receive(
+/// Listens for a machine, and afterwards answers a source that is in doubt about it.
+#[derive(Debug)]
+pub struct Receiver {
+    listener: Listener,
+    options: ReceiveOptions,
+}
+
+impl Receiver {
+    /// Listens. A socket file that a dead process left behind is taken over.
+    pub fn listen(endpoint: &Endpoint, options: ReceiveOptions) -> Result<Self, TransportError> {
+        let listener = Listener::bind(endpoint)?;
+        Ok(Self { listener, options })
+    }
+
+    /// Where it listens, with the port that the system chose if it was to choose one.
+    pub fn endpoint(&self) -> &Endpoint {
+        self.listener.endpoint()
+    }
+
+    /// Waits for a source and receives its machine.
+    ///
+    /// Blocks until that has ended; `control` cancels it from another thread, up to "ready": from then on only
+    /// the source decides, or an operator through [`Control::decide`]. After an error before "go" the machine
+    /// was discarded and `destination` is ready for another attempt; after one with
+    /// [`ReceiveError::is_committed`] the machine is kept, paused, and is the only copy that may ever run.
+    pub fn receive(
+        &mut self,
+        destination: &mut dyn Destination,
+        control: &Control,
+    ) -> Result<Received, ReceiveError> {
+        let connection = self.listener.accept(control)?;
+        receive(destination, &connection, &self.options, control)
+    }
+}
+
+fn receive(
     destination: &mut dyn Destination,
     connection: &Connection,
     options: &ReceiveOptions,

@@ -28,7 +28,7 @@ impl Job<'_> {
             other => return Err(unexpected("ready", &other)),
         };
         self.report.downtime.restore_ms = ms(restored.min(state_sent_at.elapsed()));
-        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
+        self.harvest_log(alive, &mut dirty)?;
         if !dirty.is_empty() {
             return Err(MigrateError::DirtyAtCommit { pages: dirty.len() });
         }

@@ -1,22 +1,25 @@
 //! The source's side of a migration.
 
 mod commit;
+mod doubt;
 mod error;
 mod handshake;
 mod pages;
 mod precopy;
 mod switch;
 
+pub use doubt::{Answer, AskError, Doubt};
 use error::MigrateError;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
 use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
-use crate::ports::{MachineError, Source};
+use crate::ports::{DirtyLog, MachineError, Source};
 use crate::report::{Outcome, Report, ms};
 use crate::text::{chain, panic_message};
 use crate::transport::{Connection, Endpoint};
@@ -31,7 +34,7 @@ pub fn migrate(
     to: &Endpoint,
     options: &MigrateOptions,
     control: &Control,
-) -> Report {
+) -> Migrated {
     control.begin();
     let mut job = Job {
         source,
@@ -40,15 +43,26 @@ pub fn migrate(
         started: Instant::now(),
         report: Report::new(ms(options.max_downtime)),
         standing: Standing::default(),
+        log: None,
     };
-    match Connection::connect(to, options.connect_timeout) {
+    let report = match Connection::connect(to, options.connect_timeout) {
         Ok(connection) => {
             let result = job.run(&connection);
             job.conclude(result, &format!("migration to {to}: "))
         }
         // It names the place itself.
         Err(error) => job.conclude(Err(error.into()), ""),
-    }
+    };
+    Migrated { report, doubt: None }
+}
+
+/// How a migration ended at the source.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Migrated {
+    /// What it did.
+    pub report: Report,
+    /// Where it is in doubt: whom to ask.
+    pub doubt: Option<Doubt>,
 }
 
 /// One migration under way.
@@ -59,6 +73,7 @@ struct Job<'a> {
     started: Instant,
     report: Report,
     standing: Standing,
+    log: Option<Arc<dyn DirtyLog>>,
 }
 
 /// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call

@@ -47,13 +47,14 @@ impl Job<'_> {
         });
         let mut dirty = PageSet::of(memory)?;
         self.standing.logging = true;
-        self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
+        let log = self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
+        self.log = Some(log);
         // Every attempt starts with all pages and a new log, so an attempt that fails has nothing to put back
         // of what it harvested.
         dirty.insert_all();
         let mut model = Model {
             bandwidth: Bandwidth::new(),
-            costs: self.options.fixed_costs,
+            costs: FixedCosts::default(),
             round_trip,
             dirty_rate: 0.0,
             harvested_at: Instant::now(),
@@ -95,7 +96,7 @@ impl Job<'_> {
         self.call(alive, "flush", |source| source.flush())?;
         let began = Instant::now();
         self.call(alive, "flush", |source| source.flush())?;
-        model.costs.drain = self.options.fixed_costs.drain.max(began.elapsed());
+        model.costs.drain = FixedCosts::default().drain.max(began.elapsed());
         Ok(())
     }
 
@@ -158,7 +159,7 @@ impl Job<'_> {
         model: &mut Model,
     ) -> Result<(), MigrateError> {
         let began = Instant::now();
-        self.call(alive, "harvest", |source| source.harvest(dirty))?;
+        self.harvest_log(alive, dirty)?;
         model.costs.final_log = began.elapsed();
         Ok(())
     }

@@ -43,7 +43,7 @@ impl Job<'_> {
         self.report.downtime.pause_ms = lap.ms();
         self.call(alive, "drain", |source| source.drain())?;
         self.report.downtime.drain_ms = lap.ms();
-        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
+        self.harvest_log(alive, &mut dirty)?;
         self.report.downtime.final_log_ms = lap.ms();
         self.send_set(link, memory, &dirty.take())?;
         finish_round(link, rounds + 1)?;
@@ -51,7 +51,7 @@ impl Job<'_> {
 
         let state = self.call(alive, "save", |source| source.save())?;
         // Saving may write guest memory of its own (a clock's page, a queue's index).
-        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
+        self.harvest_log(alive, &mut dirty)?;
         if !dirty.is_empty() {
             self.send_set(link, memory, &dirty.take())?;
         }
@@ -68,6 +68,17 @@ impl Job<'_> {
             verifying,
             dirty,
         })
+    }
+
+    /// Takes what is marked out of the log.
+    pub(super) fn harvest_log(&mut self, alive: &KeepAlive, dirty: &mut PageSet) -> Result<(), MigrateError> {
+        let failed = |source| MigrateError::Machine { call: "log", source };
+        let Some(log) = self.log.clone() else { return Ok(()) };
+        alive.during(|| log.peek(dirty)).map_err(failed)?;
+        for (region, words) in dirty.words() {
+            log.clear(region, 0, words).map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Compares digests of all memory. Returns how long that took.
