@@ -131,7 +131,11 @@ impl Control {
     /// has no effect.
     pub fn decide(&self, decision: Decision) {
         self.lock().decision = Some(decision);
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// What was decided, once.
+    pub(crate) fn take_decision(&self) -> Option<Decision> {
+        self.lock().decision.take()
     }
 
     /// Whether somebody asked the migration to end.

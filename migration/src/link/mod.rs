@@ -15,7 +15,7 @@ use migration_io::{Gather, GuestMemory, MemoryIoError, MemoryRange, Piece, Scatt
 use rustix::net::{RecvFlags, recv};
 
 use crate::control::Control;
-use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message, PageTable};
+use crate::protocol::{CompressedTable, Frame, HEADER_LEN, Header, Kind, Message, PageTable};
 use crate::text::clean;
 use crate::transport::Connection;
 use wait::{Patience, Wanted};
@@ -25,6 +25,9 @@ const CONTENT_PIECE: usize = 256 << 10;
 
 /// More of them at once are no signs of life.
 const MAX_KEEP_ALIVES: usize = 64;
+
+/// A stream may be idle for longer than any migration lasts.
+const IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The longest that an end waits for the other one to read its last words.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -118,6 +121,19 @@ impl<'a> Link<'a> {
         self.send_frame(Kind::State, state, "the state")
     }
 
+    /// Sends a part of the machine's state, for practice.
+    pub(crate) fn send_rehearsal(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        self.send_frame(Kind::Rehearsal, state, "a rehearsal")
+    }
+
+    /// Sends a table of compressed pages with their block.
+    pub(crate) fn send_compressed(&mut self, table: &CompressedTable, block: &[u8]) -> Result<(), LinkError> {
+        let what = "compressed pages";
+        let content = postcard::to_stdvec(table).map_err(|source| LinkError::Encode { what, source })?;
+        let header = encode_header(Kind::Compressed, content.len(), what)?;
+        self.send_bytes(&[&header, &content, block], what)
+    }
+
     /// Sends a table of pages with the content of those that have one.
     pub(crate) fn send_pages(&mut self, memory: &GuestMemory, table: &PageTable) -> Result<(), LinkError> {
         let what = "pages";
@@ -133,9 +149,25 @@ impl<'a> Link<'a> {
 
     /// The next frame that is no keep-alive. An abort is an error, as is silence.
     pub(crate) fn receive(&mut self, what: &'static str) -> Result<Frame, LinkError> {
-        let deadline = Instant::now() + self.step_timeout;
+        self.receive_while(what, || 0)
+    }
+
+    /// The same from a peer that is also busy elsewhere: as long as `progress` changes within the time of a
+    /// step, and the peer says that it is alive, it has time.
+    pub(crate) fn receive_while(
+        &mut self,
+        what: &'static str,
+        progress: impl Fn() -> u64,
+    ) -> Result<Frame, LinkError> {
+        let mut deadline = Instant::now() + self.step_timeout;
+        let mut last = progress();
         loop {
             self.check_cancel()?;
+            let now = progress();
+            if now != last {
+                last = now;
+                deadline = Instant::now() + self.step_timeout;
+            }
             // A peer that only keeps itself alive has the time of one step, no more.
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -149,6 +181,12 @@ impl<'a> Link<'a> {
                 frame => return Ok(frame),
             }
         }
+    }
+
+    /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
+    /// whoever ends the migration shuts this connection down.
+    pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        self.next_frame(IDLE, what)
     }
 
     /// The next message.
@@ -175,6 +213,11 @@ impl<'a> Link<'a> {
         })?;
         self.bytes_received += ranges.iter().map(|range| range.len).sum::<u64>();
         Ok(())
+    }
+
+    /// Receives bytes that follow a frame.
+    pub(crate) fn receive_bytes(&mut self, buffer: &mut [u8], what: &'static str) -> Result<(), LinkError> {
+        self.fill(buffer, Patience::new(self.io_timeout), what)
     }
 
     /// Tells the peer that it is over, and waits a moment for it to hang up: a connection that is closed with
@@ -212,10 +255,15 @@ impl<'a> Link<'a> {
 
     fn send_frame(&mut self, kind: Kind, content: &[u8], what: &'static str) -> Result<(), LinkError> {
         let header = encode_header(kind, content.len(), what)?;
+        self.send_bytes(&[&header, content], what)
+    }
+
+    fn send_bytes(&mut self, parts: &[&[u8]], what: &'static str) -> Result<(), LinkError> {
         let none = GuestMemory::new();
-        let gather = Gather::new(&none, [Piece::Bytes(&header), Piece::Bytes(content)])
+        let gather = Gather::new(&none, parts.iter().map(|part| Piece::Bytes(part)))
             .map_err(|source| LinkError::Io { what, source })?;
-        self.transmit(gather, header.len() as u64 + content.len() as u64, what)
+        let len = parts.iter().map(|part| part.len() as u64).sum();
+        self.transmit(gather, len, what)
     }
 
     fn transmit(&mut self, mut gather: Gather<'_>, len: u64, what: &'static str) -> Result<(), LinkError> {
