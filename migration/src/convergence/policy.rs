@@ -275,7 +275,7 @@ impl Policy {
         let last_chance = self.left(now).is_some_and(|left| next.after + after > left)
             || (seen.end_of_round && seen.round >= self.goal.max_rounds)
             || (self.missed.is_none() && !self.throttler.is_off());
-        if last_chance || !now.pays(now.dirty, next) {
+        if last_chance || !now.pays_to_go_on() {
             Verdict::Switch
         } else {
             Verdict::Continue

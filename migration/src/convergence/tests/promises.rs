@@ -6,7 +6,7 @@ use super::simulator::{MIB, Pattern, Vcpu, World, goal};
 use crate::convergence::{Goal, Verdict};
 
 #[test]
-fn explore() {
+fn explore2() {
     for (name, world) in [
         ("idle", World::new(goal(300), vec![])),
         (
@@ -17,10 +17,62 @@ fn explore() {
             "300 random",
             World::new(goal(20), vec![Vcpu::new(0, 512 * MIB, 300e6, Pattern::Random)]),
         ),
+        (
+            "1000 sweep",
+            World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 1000e6, Pattern::Sweep)]),
+        ),
+        (
+            "1000 sweep scattered",
+            World {
+                scattered: true,
+                ..World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 1000e6, Pattern::Sweep)])
+            },
+        ),
+        (
+            "300 sweep scattered",
+            World {
+                scattered: true,
+                ..World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 300e6, Pattern::Sweep)])
+            },
+        ),
+        (
+            "1000 random scattered",
+            World {
+                scattered: true,
+                ..World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 1000e6, Pattern::Random)])
+            },
+        ),
         ("overload sweep", overload(Pattern::Sweep, 1.2e9)),
         ("overload random", overload(Pattern::Random, 1.2e9)),
         ("overload greedy", overload(Pattern::Sweep, 1e12)),
-        ("qemu sweep", capped(Pattern::Sweep)),
+        (
+            "overload sweep scattered",
+            World {
+                scattered: true,
+                ..overload(Pattern::Sweep, 1.2e9)
+            },
+        ),
+        (
+            "overload greedy scattered",
+            World {
+                scattered: true,
+                ..overload(Pattern::Sweep, 1e12)
+            },
+        ),
+        (
+            "qemu sweep",
+            World {
+                bursts: true,
+                ..capped(Pattern::Sweep)
+            },
+        ),
+        (
+            "qemu random",
+            World {
+                bursts: true,
+                ..capped(Pattern::Random)
+            },
+        ),
         (
             "qemu sweep scattered",
             World {
@@ -29,52 +81,34 @@ fn explore() {
                 ..capped(Pattern::Sweep)
             },
         ),
-        (
-            "overload sweep scattered",
-            World {
-                scattered: true,
-                ..overload(Pattern::Sweep, 1.2e9)
-            },
-        ),
-        ("qemu random", capped(Pattern::Random)),
     ] {
-        let outcome = world.run();
-        println!(
-            "{name}: {:?} rounds {} downtime {:.2} ms (predicted {:.2}), total {:.3} s (predicted {:?}) dirty {:.1} MB off {:?}",
-            outcome.verdict,
-            outcome.rounds,
-            outcome.downtime * 1e3,
-            outcome.predicted.downtime.as_secs_f64() * 1e3,
-            outcome.total,
-            outcome.predicted_total(),
-            outcome.dirty / 1e6,
-            outcome.most_off,
-        );
-        if !world.vcpus.is_empty() && outcome.most_off[0] > 0.0 {
-            let ideal = ideal_duty(&world, outcome.dirty, outcome.total - outcome.downtime);
-            let r = world.vcpus[0].rate.min(1.2e9);
-            println!(
-                "   ideal duty {ideal:.3}, fraction {:.3}",
-                outcome.work / (r * ideal * (outcome.total - outcome.downtime))
-            );
-            let mut last = 0.0;
-            for p in &outcome.history {
-                if p.at - last > 0.2 && false {
-                    print!(
-                        " {:.2}/{:.0}/{:.0}/{:.2}",
-                        p.off,
-                        p.prediction.dirty_rate / 1e6,
-                        p.dirty / 1e6,
-                        p.prediction.total.map_or(0.0, |t| t.as_secs_f64())
-                    );
-                    last = p.at;
+        for noise in [0.05, 0.2] {
+            print!("{name} {noise}:");
+            for seed in 1..=8 {
+                let mut world = World {
+                    seed,
+                    noise,
+                    ..world.clone()
+                };
+                for v in &mut world.vcpus {
+                    v.start(seed * 977);
                 }
+                let o = world.run();
+                print!(
+                    " {}{} {:.1}({:.1})ms {:.2}s{:+.0}%{:+.0}ms",
+                    if o.verdict == Verdict::Switch { "" } else { "MISS" },
+                    o.rounds,
+                    o.downtime * 1e3,
+                    o.predicted.downtime.as_secs_f64() * 1e3,
+                    o.total,
+                    (o.predicted_total().unwrap_or(0.0) / o.total - 1.0) * 100.0,
+                    (o.predicted_total().unwrap_or(0.0) - o.total) * 1e3
+                );
             }
             println!();
         }
     }
 }
-
 fn overload(pattern: Pattern, rate: f64) -> World {
     let goal = Goal {
         bandwidth: Some(500e6),

@@ -14,7 +14,7 @@ const TICK: f64 = 0.01;
 /// A vCPU is in the guest once in such a period.
 const SLICE: f64 = 0.01;
 /// Zero pages are only cleared from the log, this fast.
-const ZERO: f64 = 3e10;
+const ZERO: f64 = 6e10;
 /// Writes to clean pages fault, which takes this long.
 const FAULT: f64 = BLOCK as f64 / 1.2e9;
 /// Writes to dirty pages do not.
@@ -57,6 +57,11 @@ impl Vcpu {
             pages: 0,
         }
     }
+
+    /// Where it begins.
+    pub(super) fn start(&mut self, position: u64) {
+        self.position = position % self.size;
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -75,7 +80,7 @@ pub(super) struct World {
     pub change: Option<(f64, f64)>,
     /// Whether round 1 takes memory in a scattered order.
     pub scattered: bool,
-    /// Whether the engine sends a piece without the cap at the end of each round.
+    /// Whether the engine sends a piece without the cap at the start and at the end of each round.
     pub bursts: bool,
     /// Whether the dirty ring tells who writes.
     pub ring: bool,
@@ -168,7 +173,12 @@ impl World {
         let mut outcome: Option<Outcome> = None;
         let (mut most_off, mut history) = (vec![0.0_f64; self.goal.cpus], Vec::new());
         while outcome.is_none() {
+            let start = run.at;
             let end_of_round = run.advance();
+            if self.bursts && (start == 0.0 || end_of_round) {
+                let seconds = (4 * MIB) as f64 / run.speed(None);
+                policy.burst(4 * MIB, Duration::from_secs_f64(seconds));
+            }
             let decision = run.observe(&mut policy, end_of_round);
             for (cpu, most) in most_off.iter_mut().enumerate() {
                 *most = most.max(decision.throttle.of(cpu));
@@ -187,10 +197,6 @@ impl World {
                 let missed = policy.missed().is_some();
                 outcome = Some(run.end(decision, missed));
             } else if end_of_round {
-                if self.bursts {
-                    let seconds = (4 * MIB) as f64 / run.speed(None);
-                    policy.burst(4 * MIB, Duration::from_secs_f64(seconds));
-                }
                 run.begin_round();
             }
             assert!(run.at < 600.0, "never ends");
