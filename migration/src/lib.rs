@@ -7,6 +7,8 @@
 
 mod control;
 mod converge;
+#[allow(dead_code, unused_imports)]
+mod convergence;
 mod destination;
 mod link;
 mod options;
