@@ -5,10 +5,9 @@
 //! of one migration. `PROTOCOL.md` says what goes over the wire, `DESIGN.md` how the
 //! parts fit together; both lie beside this crate's `Cargo.toml`.
 
+mod commit;
 mod control;
 mod converge;
-#[allow(dead_code, unused_imports)]
-mod convergence;
 mod destination;
 mod link;
 mod options;

@@ -26,6 +26,8 @@ pub(crate) struct Policy {
     throttler: Throttler,
     /// Share of the bandwidth that a throttled guest may dirty.
     target: f64,
+    /// Whether the guest was found to be too fast once.
+    overload: bool,
     /// What a round takes besides its bytes, seconds.
     overhead: Option<f64>,
     /// Zero pages, bytes per second.
@@ -53,8 +55,8 @@ impl Policy {
     const PUNCTUALITY: f64 = 0.85;
     /// A promise looks lost for so many seconds before it is given up.
     const PATIENCE: f64 = 0.2;
-    /// Zero pages per second until it was measured, in bytes.
-    const SCAN: f64 = 8e9;
+    /// Pages known to be zero, bytes per second, until it was measured: they only have to be cleared from the log.
+    const SCAN: f64 = 5e10;
 
     /// A policy that has not seen anything yet.
     pub(crate) fn new(goal: Goal) -> Self {
@@ -70,6 +72,7 @@ impl Policy {
             hot: WorkingSet::new(),
             most_dirty: 0.0,
             target: Self::TARGET,
+            overload: false,
             overhead: None,
             scan: Self::SCAN,
             between_rounds: false,
@@ -108,6 +111,7 @@ impl Policy {
         self.throttler
             .step(step.elapsed, step.dirtied, seen.by_vcpu, demand);
         let outlook = self.outlook(seen);
+        self.overload |= self.is_overload(seen, &outlook);
         let verdict = self.judge(seen, &outlook);
         if verdict != Verdict::Continue {
             self.throttler.release();
@@ -208,7 +212,7 @@ impl Policy {
             }
         }
         let target = self.target.min(0.8 * reachable);
-        let limit = if self.target < Self::TARGET {
+        let limit = if self.overload || self.target < Self::TARGET {
             target
         } else {
             Self::LIMIT.min(0.9 * reachable)
@@ -225,6 +229,18 @@ impl Policy {
         self.goal
             .deadline
             .map(|deadline| deadline.as_secs_f64() - now.at - now.costs_worst)
+    }
+
+    /// Whether the guest has to be slowed down sooner or later: it is already, or what was learnt at the end of
+    /// round 1 says so. Then it is better to begin at once, and to need less of it.
+    fn is_overload(&self, seen: &Observation<'_>, now: &Outlook) -> bool {
+        let learnt = seen.round <= 1 && seen.end_of_round;
+        let natural = self
+            .hot
+            .model()
+            .filter(|_| learnt)
+            .map(|model| model.frequency * now.working_set);
+        !self.throttler.is_off() || natural.is_some_and(|natural| natural > Self::LIMIT * now.link)
     }
 
     /// Round 1 is left alone: everything is sent at least once anyway. Unless the deadline is tight.
@@ -259,7 +275,7 @@ impl Policy {
         let last_chance = self.left(now).is_some_and(|left| next.after + after > left)
             || (seen.end_of_round && seen.round >= self.goal.max_rounds)
             || (self.missed.is_none() && !self.throttler.is_off());
-        if last_chance || !now.pays(now.dirty, next) {
+        if last_chance || !now.pays_to_go_on() {
             Verdict::Switch
         } else {
             Verdict::Continue

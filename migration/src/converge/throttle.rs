@@ -39,6 +39,8 @@ pub(super) struct Throttler {
     /// One per vCPU where it is known who dirties, else one for all.
     lanes: Vec<Lane>,
     epoch: Epoch,
+    /// Bytes dirtied beyond the target, to be made up for.
+    excess: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +62,7 @@ struct Epoch {
 /// What the rate may be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
-    /// Above this an unthrottled guest is slowed down. Bytes per second.
+    /// Above this the guest is slowed down. Bytes per second.
     pub limit: f64,
     /// To this. Bytes per second.
     pub target: f64,
@@ -77,6 +79,7 @@ impl Throttler {
             cpus,
             lanes: vec![Lane::new(0)],
             epoch: Epoch::default(),
+            excess: 0.0,
         }
     }
 
@@ -109,6 +112,11 @@ impl Throttler {
         if self.epoch.elapsed < Self::EPOCH {
             return false;
         }
+        let excess = demand.filter(|demand| demand.limit <= demand.target);
+        self.excess = excess.map_or(0.0, |demand| {
+            let excess = self.excess + self.epoch.dirtied - demand.target * self.epoch.elapsed;
+            excess.clamp(-0.1 * demand.target, 0.3 * demand.target)
+        });
         self.measure(by_vcpu);
         if let Some(demand) = demand {
             self.adapt(demand);
@@ -173,15 +181,11 @@ impl Throttler {
     }
 
     fn adapt(&mut self, demand: Demand) {
-        let allowed = if self.is_off() {
-            demand.limit
-        } else {
-            demand.target
-        };
-        if self.potential() <= allowed {
+        if self.potential() <= demand.limit {
             return self.release();
         }
-        let level = self.level(demand.target);
+        // Made up for within about a second, so that the dirty set shrinks as fast as planned.
+        let level = self.level(demand.target - self.excess);
         for lane in &mut self.lanes {
             let on = (level / lane.potential.max(1.0)).clamp(1.0 - FLOOR, 1.0);
             if (on - lane.on).abs() > Self::STEP * lane.on || on == 1.0 {

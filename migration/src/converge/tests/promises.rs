@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::simulator::{MIB, Pattern, Vcpu, World, goal};
-use crate::convergence::{Goal, Verdict};
+use crate::converge::{Goal, Verdict};
 
 #[test]
 fn explore2() {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::convergence::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
+use crate::converge::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
 use crate::options::OnMiss;
 
 pub(super) const MIB: u64 = 1 << 20;
