@@ -10,8 +10,10 @@ mod gather;
 mod memory;
 mod populate;
 mod scatter;
+mod sender;
 mod vectors;
 mod zero;
+mod zerocopy;
 
 #[cfg(test)]
 mod tests;
@@ -22,5 +24,6 @@ pub use gather::{Gather, Piece};
 pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE};
 pub use populate::populate;
 pub use scatter::Scatter;
+pub use sender::{SendCounters, SendPath, Sender};
 pub use vectors::Step;
 pub use zero::{is_zero_page, zero_pages, zero_range};
