@@ -327,16 +327,18 @@ impl Policy {
         now.at - *self.late_since.get_or_insert(now.at) >= Self::PATIENCE
     }
 
+    /// What the guest would dirty if all of its working set were clean, as far as round 1 has told: where
+    /// everything is dirtied again as soon as it is sent, the rate that can be seen is no more than the bandwidth.
+    fn hidden_rate(&self, now: &Outlook) -> f64 {
+        let saturated = self.throttler.is_off() && now.rate > 0.9 * now.link;
+        let model = self.hot.model().filter(|model| saturated && model.is_resolved());
+        model.map_or(0.0, |model| model.frequency * now.working_set)
+    }
+
     fn miss(&self, reason: Reason, now: &Outlook) -> Miss {
         let left = self.left(now).unwrap_or(0.0).max(0.0);
         let room = now.room().max(0.0);
-        let dirty_rate = match self.hot.model() {
-            // What is dirtied again as soon as it is sent hides how much more it could be.
-            Some(model) if self.throttler.is_off() && now.rate > 0.9 * now.link => now
-                .rate
-                .max(model.frequency.min(1.0) * now.working_set.min(now.dirty.max(self.most_dirty))),
-            _ => now.natural.max(now.rate),
-        };
+        let dirty_rate = now.natural.max(now.rate).max(self.hidden_rate(now));
         let converging = dirty_rate / Self::LIMIT;
         let needed = match reason {
             Reason::Costs => None,
