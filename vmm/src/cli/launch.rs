@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use migration::{ReceiveOptions, Receiver};
+use migration::Listener;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::Uptime;
 
@@ -55,15 +55,14 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let arrival = Arrival {
         disks,
         max_memory: args.max_memory,
-        reserve: None,
     };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
-    let receiver = Receiver::listen(&args.listen, ReceiveOptions::default())?;
+    let listener = Listener::bind(&args.listen)?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.
-    eprintln!("godwit: {name} is listening on {}", receiver.endpoint());
-    supervisor.receive(receiver, destination).context("receive job")?;
+    eprintln!("godwit: {name} is listening on {}", listener.endpoint());
+    supervisor.receive(listener, destination).context("receive job")?;
     supervise(supervisor, server)
 }
 

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use migration::{Control, Endpoint, MigrateOptions, Receiver};
+use migration::{Control, Endpoint, Listener, MigrateOptions, ReceiveOptions};
 
 use super::request::{Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
@@ -23,7 +23,7 @@ pub(super) fn start_migration(
         .name("migration".into())
         .spawn(move || {
             let mut source = MigrationSource::new(machine);
-            let report = migration::migrate(&mut source, &destination, &options, &control).report;
+            let report = migration::migrate(&mut source, &destination, &options, &control);
             if let Some(error) = &report.error {
                 tracing::warn!("migration to {destination} ended: {error}");
             }
@@ -34,14 +34,14 @@ pub(super) fn start_migration(
 }
 
 impl Supervisor {
-    /// Waits at `receiver` for a machine, on a thread of its own, until one has arrived for good.
-    pub fn receive(&mut self, mut receiver: Receiver, destination: MigrationDestination) -> io::Result<()> {
+    /// Waits at `listener` for a machine, on a thread of its own, until one has arrived for good.
+    pub fn receive(&mut self, listener: Listener, destination: MigrationDestination) -> io::Result<()> {
         let control = Arc::new(Control::new()?);
         let (job_control, supervisor) = (control.clone(), self.handle.clone());
         let thread = std::thread::Builder::new()
             .name("receive".into())
             .spawn(move || {
-                let wait = AssertUnwindSafe(|| wait_for_machine(&mut receiver, destination, &job_control));
+                let wait = AssertUnwindSafe(|| wait_for_machine(&listener, destination, &job_control));
                 let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());
                 supervisor.send(catch_unwind(wait).unwrap_or_else(panicked));
             })?;
@@ -51,20 +51,16 @@ impl Supervisor {
 }
 
 /// A failed attempt is logged, and the next may come.
-fn wait_for_machine(
-    receiver: &mut Receiver,
-    mut destination: MigrationDestination,
-    control: &Control,
-) -> Event {
+fn wait_for_machine(listener: &Listener, mut destination: MigrationDestination, control: &Control) -> Event {
     loop {
-        if let Err(error) = destination.prepare() {
-            return Event::ReceiveFailed(migration::chain(&error));
-        }
-        let result = receiver.receive(&mut destination, control);
+        let connection = match listener.accept(control) {
+            Ok(connection) => connection,
+            Err(error) => return Event::ReceiveFailed(migration::chain(&error)),
+        };
+        let result = migration::receive(&mut destination, &connection, &ReceiveOptions::default(), control);
         let reason = match result {
             Ok(_) => None,
             Err(error) if error.is_committed() => Some(migration::chain(&error)),
-            Err(error) if control.is_cancelled() => return Event::ReceiveFailed(migration::chain(&error)),
             Err(error) => {
                 tracing::warn!(
                     "the machine was not received: {}; waiting for the next attempt",
