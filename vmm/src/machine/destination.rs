@@ -1,5 +1,6 @@
 //! The machine as the migration engine's destination.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -162,11 +163,23 @@ impl Destination for MigrationDestination {
         differences
     }
 
-    fn create(&mut self, description: &MachineDescription) -> Result<GuestMemory, PortError> {
+    fn create(
+        &mut self,
+        description: &MachineDescription,
+        _files: Option<Vec<OwnedFd>>,
+    ) -> Result<GuestMemory, PortError> {
         let machine = self.build(description)?;
         let memory = machine.memory.clone();
         self.machine = Some(machine);
         Ok(memory)
+    }
+
+    fn is_resident(&self) -> bool {
+        false
+    }
+
+    fn rehearse(&mut self, _state: &[u8]) -> Result<(), PortError> {
+        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {

@@ -1,10 +1,11 @@
 //! The machine as the migration engine's source.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use devices::GuestMemory;
-use migration::{MachineDescription, MachineError as PortError, PageSet, Source};
+use migration::{DirtyLog, MachineDescription, MachineError as PortError, PageSet, Rehearsal, Source};
 
 use super::Machine;
 use crate::memory;
@@ -35,17 +36,38 @@ impl Source for MigrationSource {
         self.machine.memory.clone()
     }
 
-    fn start_dirty_log(&mut self) -> Result<(), PortError> {
+    fn populated(&self, into: &mut PageSet) -> Result<(), PortError> {
+        into.insert_all();
+        Ok(())
+    }
+
+    fn memory_files(&self) -> Option<Vec<OwnedFd>> {
+        None
+    }
+
+    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError> {
         memory::forget_device_writes(&self.machine.memory);
-        Ok(self.machine.set_dirty_log(true)?)
+        self.machine.set_dirty_log(true)?;
+        Ok(Arc::new(Log {
+            machine: self.machine.clone(),
+            seen: Mutex::new(PageSet::of(&self.machine.memory)?),
+        }))
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), PortError> {
         Ok(self.machine.set_dirty_log(false)?)
     }
 
-    fn harvest(&mut self, into: &mut PageSet) -> Result<(), PortError> {
-        Ok(self.machine.harvest(into)?)
+    fn throttle(&mut self, _shares: &[f64]) -> Result<(), PortError> {
+        Err("throttle: not there yet".into())
+    }
+
+    fn rehearse(&mut self) -> Result<Rehearsal, PortError> {
+        Ok(Rehearsal {
+            pause: Duration::ZERO,
+            save: Duration::ZERO,
+            state: Vec::new(),
+        })
     }
 
     fn flush(&mut self) -> Result<(), PortError> {
@@ -84,5 +106,38 @@ impl Source for MigrationSource {
     fn resume(&mut self) -> Result<(), PortError> {
         self.paused_at = None;
         Ok(self.machine.take_back()?)
+    }
+}
+
+/// Temporary: KVM's log as a set of its own.
+struct Log {
+    machine: Arc<Machine>,
+    seen: Mutex<PageSet>,
+}
+
+impl DirtyLog for Log {
+    fn peek(&self, into: &mut PageSet) -> Result<(), PortError> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        self.machine.harvest(&mut seen)?;
+        Ok(into.union(&seen)?)
+    }
+
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), PortError> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cleared = PageSet::of(&self.machine.memory)?;
+        let mut bitmap = vec![0; first as usize / 64];
+        bitmap.extend_from_slice(words);
+        cleared.insert_bitmap(region, &bitmap)?;
+        let before = seen.take();
+        for range in before.ranges(4096) {
+            if !cleared.contains(range.gpa) {
+                seen.insert_range(range)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn by_vcpu(&self) -> Vec<u64> {
+        Vec::new()
     }
 }
