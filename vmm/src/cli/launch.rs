@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use migration::Listener;
+use migration::{ReceiveOptions, Receiver};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::Uptime;
 
@@ -57,12 +57,12 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         max_memory: args.max_memory,
     };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
-    let listener = Listener::bind(&args.listen)?;
+    let receiver = Receiver::listen(&args.listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.
-    eprintln!("godwit: {name} is listening on {}", listener.endpoint());
-    supervisor.receive(listener, destination).context("receive job")?;
+    eprintln!("godwit: {name} is listening on {}", receiver.endpoint());
+    supervisor.receive(receiver, destination).context("receive job")?;
     supervise(supervisor, server)
 }
 

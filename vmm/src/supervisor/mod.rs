@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::GuestExit;
-use migration::{Control, Endpoint, MigrateOptions, Outcome, Report};
+use migration::{Control, Endpoint, MigrateOptions, Outcome, Receiver, Report};
 use thiserror::Error;
 use tokio::sync::broadcast;
 
@@ -20,7 +20,7 @@ use crate::console::Console;
 use crate::machine::{EventSink, Machine, MachineEvent};
 use crate::vcpu::{Holder, VcpuFailure};
 
-pub(crate) use request::Event;
+pub(crate) use request::{Arrived, Event};
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 
 /// How long a guest may take to shut down after the power button.
@@ -83,6 +83,8 @@ pub struct Supervisor {
     console: Console,
     life: Option<Life>,
     migration: Option<MigrationJob>,
+    /// Answers a source that does not know that its guest runs here.
+    receiver: Option<Receiver>,
     stop_at: Option<Instant>,
     /// Somebody asked for the end while a machine was being received.
     leaving: bool,
@@ -100,6 +102,7 @@ impl Supervisor {
             console,
             life: None,
             migration: None,
+            receiver: None,
             stop_at: None,
             leaving: false,
         }
@@ -167,22 +170,29 @@ impl Supervisor {
             }
             Event::VcpuFailed(failure) => return Some(Err(failure.into())),
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
-            Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
-            Event::Received(machine, None) => {
-                tracing::info!("received: the guest runs here");
-                self.adopt(*machine, server);
-                if self.leaving {
-                    return self.terminate().map(Ok);
-                }
-            }
-            Event::Received(machine, Some(reason)) => {
-                tracing::error!("received, but the guest stays paused: {reason}");
-                self.life = Some(Life::InDoubt(Arc::new(*machine)));
-            }
+            Event::MigrationEnded(report) => return self.migration_ended(report.report).map(Ok),
+            Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
             Event::ReceiveFailed(_) if self.leaving => return Some(Ok(Ending::Stopped)),
             Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),
         }
         None
+    }
+
+    fn received(&mut self, arrived: Arrived, server: &ApiServer) -> Option<Ending> {
+        let Arrived {
+            machine,
+            reason,
+            receiver,
+        } = arrived;
+        self.receiver = receiver;
+        if let Some(reason) = reason {
+            tracing::error!("received, but the guest stays paused: {reason}");
+            self.life = Some(Life::InDoubt(Arc::new(machine)));
+            return None;
+        }
+        tracing::info!("received: the guest runs here");
+        self.adopt(machine, server);
+        if self.leaving { self.terminate() } else { None }
     }
 
     fn handle_request(&mut self, request: Request) {
@@ -380,7 +390,7 @@ impl Supervisor {
         };
         job.end();
         let report = self.events.try_iter().find_map(|event| match event {
-            Event::MigrationEnded(report) => Some(*report),
+            Event::MigrationEnded(migrated) => Some(migrated.report),
             _ => None,
         });
         let Some(mut report) = report else {
@@ -404,6 +414,7 @@ impl Supervisor {
         if let Some(Life::Receiving(job)) = self.life.take() {
             job.end();
         }
+        drop(self.receiver.take());
         self.console.flush();
         drop(server);
     }

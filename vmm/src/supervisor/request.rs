@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use devices::GuestExit;
-use migration::{MigrateOptions, Progress, Report};
+use migration::{MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
@@ -81,11 +81,20 @@ pub(crate) enum Event {
     /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
     /// The migration job has ended.
-    MigrationEnded(Box<Report>),
-    /// The receiving job has a machine, running or (with a reason) paused.
-    Received(Box<Machine>, Option<String>),
+    MigrationEnded(Box<Migrated>),
+    /// The receiving job has a machine.
+    Received(Box<Arrived>),
     /// The receiving job cannot go on.
     ReceiveFailed(String),
+}
+
+/// A machine that came after "go".
+pub(crate) struct Arrived {
+    pub(crate) machine: Machine,
+    /// Why it is paused, if it does not run.
+    pub(crate) reason: Option<String>,
+    /// Where its source will ask, if that does not know what became of it.
+    pub(crate) receiver: Option<Receiver>,
 }
 
 /// A way to the supervisor, for any thread.
