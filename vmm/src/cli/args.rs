@@ -95,6 +95,9 @@ pub(super) struct RunArgs {
     /// Back guest memory by a memfd, which other processes can share
     #[arg(long)]
     pub(super) shared_memory: bool,
+    /// Track dirty pages with a ring per vCPU instead of a bitmap, which tells a migration which vCPU dirties
+    #[arg(long)]
+    pub(super) dirty_ring: bool,
     /// What the guest's CPUs announce: host, pvm, baseline [default: chosen by a probe and printed]
     #[arg(long, value_name = "NAME")]
     pub(super) cpu_template: Option<String>,
@@ -131,6 +134,9 @@ pub(super) struct ReceiveArgs {
     /// Refuse machines with more memory than this [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(super) max_memory: Option<u64>,
+    /// Make this much memory resident before listening, for a machine that has exactly that much
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    pub(super) reserve: Option<u64>,
 }
 
 /// Arguments of `migrate`.
