@@ -13,14 +13,13 @@
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.
 
+mod migrate;
 mod routes;
 mod server;
 mod types;
 
 pub mod client;
 
+pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Verdict};
 pub use server::ApiServer;
-pub use types::{
-    Action, ActionType, Fault, InstanceInfo, InstanceState, MigrationEvent, MigrationRequest, Version,
-    VmState, VmUpdate,
-};
+pub use types::{Action, ActionType, Fault, InstanceInfo, InstanceState, Version, VmState, VmUpdate};

@@ -12,14 +12,13 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
 use hyper_util::rt::TokioIo;
-use migration::{Endpoint, MigrateOptions, Progress};
+use migration::Progress;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::types::{
-    Action, ActionType, Fault, InstanceInfo, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
-};
+use super::migrate::{MigrationEvent, MigrationRequest, RequestError};
+use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
 use crate::VERSION;
 use crate::console::{Console, ConsoleInput};
 use crate::supervisor::{MigrationFeed, Refusal, Request, SupervisorHandle};
@@ -76,6 +75,12 @@ impl From<Refusal> for Failure {
     }
 }
 
+impl From<RequestError> for Failure {
+    fn from(error: RequestError) -> Self {
+        Failure(StatusCode::BAD_REQUEST, error.to_string())
+    }
+}
+
 impl From<JsonRejection> for Failure {
     fn from(rejection: JsonRejection) -> Self {
         Failure(StatusCode::BAD_REQUEST, rejection.body_text())
@@ -113,18 +118,8 @@ async fn action(State(context): State<Context>, body: JsonBody<Action>) -> Answe
 
 async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest>) -> Answer<Response> {
     let Json(request) = body?;
-    let destination: Endpoint = request
-        .destination
-        .parse()
-        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("destination: {error}")))?;
-    let max_downtime = Duration::try_from_secs_f64(request.max_downtime_ms / 1e3)
-        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("max_downtime_ms: {error}")))?;
-    let options = Box::new(MigrateOptions {
-        max_downtime,
-        on_miss: request.on_miss,
-        verify: request.verify,
-        ..Default::default()
-    });
+    let (destination, options) = request.check()?;
+    let options = Box::new(options);
     let feed = context
         .supervisor
         .ask(|reply| Request::Migrate {
