@@ -9,6 +9,7 @@
 //! | `PUT /migration` | [`MigrationRequest`]; the response is a stream of [`MigrationEvent`] lines |
 //! | `GET /migration` | the live `Progress`, 404 if there is none |
 //! | `DELETE /migration` | cancels |
+//! | `PUT /migration/resolve` | [`ResolveRequest`]; the response is a [`Resolution`] |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.

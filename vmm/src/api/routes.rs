@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::migrate::{MigrationEvent, MigrationRequest, RequestError};
+use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
 use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
 use crate::VERSION;
 use crate::console::{Console, ConsoleInput};
@@ -45,6 +45,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/vm", patch(update))
         .route("/actions", put(action))
         .route("/migration", put(migrate).get(progress).delete(cancel))
+        .route("/migration/resolve", put(resolve))
         .route("/console", get(console))
         .with_state(context)
 }
@@ -68,7 +69,12 @@ impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal {
             Refusal::NoMigration => StatusCode::NOT_FOUND,
-            Refusal::Migrating | Refusal::NoMachine | Refusal::InDoubt => StatusCode::CONFLICT,
+            Refusal::Migrating
+            | Refusal::NoMachine
+            | Refusal::InDoubt
+            | Refusal::NoDoubt
+            | Refusal::Resolving
+            | Refusal::NothingToDecide => StatusCode::CONFLICT,
             Refusal::Failed(_) | Refusal::Gone => StatusCode::BAD_REQUEST,
         };
         Failure(status, refusal.to_string())
@@ -164,6 +170,15 @@ async fn progress(State(context): State<Context>) -> Answer<Json<Progress>> {
 async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
     context.supervisor.ask(Request::Cancel).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn resolve(State(context): State<Context>, body: JsonBody<ResolveRequest>) -> Answer<Json<Resolution>> {
+    let Json(ResolveRequest { decision }) = body?;
+    let resolution = context
+        .supervisor
+        .ask(|reply| Request::Resolve(decision, reply))
+        .await?;
+    Ok(Json(resolution))
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

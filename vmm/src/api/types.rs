@@ -47,6 +47,8 @@ pub struct InstanceInfo {
     pub mem_size_mib: u64,
     /// CPU template in force; empty while there is no machine.
     pub cpu_template: String,
+    /// What is known about a migration in doubt, and what to do; one line.
+    pub in_doubt: Option<String>,
     /// The migration under way.
     pub migration: Option<Progress>,
 }

@@ -33,6 +33,16 @@ Rates are SIZE/s: MB are millions of bytes, MiB (or M) 1048576.
 Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
 Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
 
+const RESOLVE_HELP: &str = "\
+A migration is in doubt when the source has said \"go\" and does not know what came of it. At the source:
+  godwit resolve web              ask the destination and do what follows from its answer
+  godwit resolve web --discard    the guest runs there, I know: throw the paused copy here away
+  godwit resolve web --run        it does not run there and never will, I know: run it here
+The destination is asked in any case, and what it says counts more than --run or --discard.
+
+At a receiver that has a complete machine while its source is gone for good, --run and --discard decide.
+Exit codes: 0 settled; 1 refused, or settled otherwise than asked for; 2 bad usage; 3 still in doubt.";
+
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
 #[command(name = "godwit", version, propagate_version = true)]
@@ -58,6 +68,9 @@ pub(super) enum Command {
     Status(OutputArgs),
     /// Cancel a VM's migration; the guest runs on where it is.
     Cancel(VmArgs),
+    /// Settle a migration in doubt: ask the other side, or decide.
+    #[command(after_help = RESOLVE_HELP)]
+    Resolve(ResolveArgs),
     /// Hold a guest's vCPUs.
     Pause(VmArgs),
     /// Let a paused guest go on.
@@ -200,6 +213,23 @@ pub(super) enum OnMissArg {
     Fail,
     /// Move it nevertheless.
     Switch,
+}
+
+/// Arguments of `resolve`.
+#[derive(Debug, Args)]
+pub(super) struct ResolveArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// If nobody answers: throw the copy of this process away
+    #[arg(long, conflicts_with = "run")]
+    pub(super) discard: bool,
+    /// If nobody answers: run the guest in this process; make sure that it never runs at the other end
+    #[arg(long)]
+    pub(super) run: bool,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// A VM.

@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use migration::{Control, Endpoint, MigrateOptions, ReceiveError, Receiver};
+use migration::{Control, Endpoint, MigrateOptions, Outcome, ReceiveError, Receiver};
 
-use super::request::{Arrived, Event, SupervisorHandle};
+use super::request::{Arrived, Ended, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
 use crate::machine::{Machine, MigrationDestination, MigrationSource};
 
@@ -28,8 +28,9 @@ pub(super) fn start_migration(
                 tracing::warn!("migration to {destination} ended: {error}");
             }
             // The supervisor must be the last owner of the machine when it hears of the end.
-            drop(source);
-            supervisor.send(Event::MigrationEnded(Box::new(migrated)));
+            let in_doubt = migrated.report.outcome == Outcome::InDoubt;
+            let source = in_doubt.then(|| Box::new(source));
+            supervisor.send(Event::MigrationEnded(Box::new(Ended { migrated, source })));
         })
 }
 
@@ -41,7 +42,8 @@ impl Supervisor {
         let thread = std::thread::Builder::new()
             .name("receive".into())
             .spawn(move || {
-                let wait = AssertUnwindSafe(|| wait_for_machine(receiver, destination, &job_control));
+                let wait =
+                    AssertUnwindSafe(|| wait_for_machine(receiver, destination, &job_control, &supervisor));
                 let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());
                 supervisor.send(catch_unwind(wait).unwrap_or_else(panicked));
             })?;
@@ -55,6 +57,7 @@ fn wait_for_machine(
     mut receiver: Receiver,
     mut destination: MigrationDestination,
     control: &Control,
+    supervisor: &SupervisorHandle,
 ) -> Event {
     loop {
         let (reason, confirmed) = match receiver.receive(&mut destination, control) {
@@ -64,10 +67,9 @@ fn wait_for_machine(
                 return Event::ReceiveFailed(migration::chain(&error));
             }
             Err(error) => {
-                tracing::warn!(
-                    "the machine was not received: {}; waiting for the next attempt",
-                    migration::chain(&error)
-                );
+                let reason = migration::chain(&error);
+                tracing::warn!("the machine was not received: {reason}; waiting for the next attempt");
+                supervisor.send(Event::AttemptFailed(reason));
                 continue;
             }
         };

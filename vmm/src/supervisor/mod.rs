@@ -4,6 +4,7 @@ mod jobs;
 mod moves;
 mod operate;
 mod request;
+mod resolve;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +22,9 @@ use crate::console::Console;
 use crate::machine::{EventSink, Machine, MachineEvent};
 use crate::vcpu::VcpuFailure;
 
-pub(crate) use request::{Arrived, Event};
+pub(crate) use request::{Arrived, Ended, Event};
+use resolve::{Resolving, Side};
+
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 
 /// How long a guest may take to shut down after the power button.
@@ -53,7 +56,7 @@ enum Life {
     Receiving(Job),
     Here(Arc<Machine>),
     /// "go" was sent or received, and what came of it is not known or not good: kept, and never run by itself.
-    InDoubt(Arc<Machine>),
+    InDoubt(Arc<Machine>, Side),
 }
 
 /// A job on a thread of its own.
@@ -84,6 +87,7 @@ pub struct Supervisor {
     console: Console,
     life: Option<Life>,
     migration: Option<MigrationJob>,
+    resolving: Option<Resolving>,
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
     stop_at: Option<Instant>,
@@ -103,6 +107,7 @@ impl Supervisor {
             console,
             life: None,
             migration: None,
+            resolving: None,
             receiver: None,
             stop_at: None,
             leaving: false,
@@ -135,14 +140,16 @@ impl Supervisor {
     /// Serves requests until the VM ends.
     pub fn run(mut self, server: ApiServer) -> Result<Ending, SupervisorError> {
         let ending = loop {
-            let wait = self
-                .stop_at
-                .map_or(request::NEVER, |at| at.saturating_duration_since(Instant::now()));
+            let next = self.stop_at.into_iter().chain(self.deciding_until()).min();
+            let wait = next.map_or(request::NEVER, |at| at.saturating_duration_since(Instant::now()));
             match self.events.recv_timeout(wait) {
                 Ok(event) => {
                     if let Some(ending) = self.handle_event(event, &server) {
                         break ending;
                     }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) if self.stop_at.is_none_or(|at| at > Instant::now()) => {
+                    self.give_up_deciding();
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     tracing::info!("the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it");
@@ -163,6 +170,9 @@ impl Supervisor {
                 answer(reply, Ok(()));
                 return (!self.call_off()).then_some(Ok(Ending::Stopped));
             }
+            Event::Request(Request::Resolve(decision, reply)) => {
+                return self.resolve(decision, reply).map(Ok);
+            }
             Event::Request(request) => self.handle_request(request),
             Event::GuestExit(reason) => return Some(Ok(Ending::Guest(reason))),
             // A triple fault is how a guest without other means resets (`reboot=t`).
@@ -171,7 +181,9 @@ impl Supervisor {
             }
             Event::VcpuFailed(failure) => return Some(Err(failure.into())),
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
-            Event::MigrationEnded(report) => return self.migration_ended(report.report).map(Ok),
+            Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
+            Event::Answered(said) => return self.answered(said).map(Ok),
+            Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
             Event::ReceiveFailed(_) if self.leaving => return Some(Ok(Ending::Stopped)),
             Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),
@@ -203,6 +215,7 @@ impl Supervisor {
             Request::Cancel(reply) => answer(reply, self.cancel()),
             // Answered where the loop can end.
             Request::Stop(reply) => answer(reply, Err(Refusal::Gone)),
+            Request::Resolve(_, reply) => answer(reply, Err(Refusal::Gone)),
         }
     }
 

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use migration::{Control, Endpoint, MigrateOptions, Outcome, Report};
+use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome};
 use tokio::sync::broadcast;
 
 use super::{
-    ApiServer, Arrived, Ending, Event, Job, Life, MigrationFeed, MigrationJob, Refusal, Supervisor,
-    SupervisorError, failed, jobs,
+    ApiServer, Arrived, Ended, Ending, Event, Job, Life, MigrationFeed, MigrationJob, Refusal, Side,
+    Supervisor, SupervisorError, failed, jobs,
 };
+use crate::machine::MigrationSource;
 
 impl Supervisor {
     pub(super) fn migrate(
@@ -45,7 +46,9 @@ impl Supervisor {
         Ok(())
     }
 
-    pub(super) fn migration_ended(&mut self, report: Report) -> Option<Ending> {
+    pub(super) fn migration_ended(&mut self, ended: Ended) -> Option<Ending> {
+        let Ended { migrated, source } = ended;
+        let Migrated { report, doubt } = migrated;
         let outcome = report.outcome;
         if let Some(migration) = self.migration.take() {
             // Nobody needs to be waiting for it.
@@ -55,7 +58,8 @@ impl Supervisor {
             Outcome::Moved => Some(Ending::Moved),
             Outcome::InDoubt => {
                 if let Some(Life::Here(machine)) = self.life.take() {
-                    self.life = Some(Life::InDoubt(machine));
+                    let source = source.unwrap_or_else(|| Box::new(MigrationSource::new(machine.clone())));
+                    self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
                 }
                 None
             }
@@ -74,7 +78,7 @@ impl Supervisor {
         };
         job.end();
         let report = self.events.try_iter().find_map(|event| match event {
-            Event::MigrationEnded(migrated) => Some(migrated.report),
+            Event::MigrationEnded(ended) => Some(ended.migrated.report),
             _ => None,
         });
         let Some(mut report) = report else {
@@ -100,9 +104,10 @@ impl Supervisor {
             receiver,
         } = arrived;
         self.receiver = receiver;
+        self.machine_came(reason.as_deref());
         if let Some(reason) = reason {
             tracing::error!("received, but the guest stays paused: {reason}");
-            self.life = Some(Life::InDoubt(Arc::new(machine)));
+            self.life = Some(Life::InDoubt(Arc::new(machine), Side::Destination { reason }));
             return None;
         }
         tracing::info!("received: the guest runs here");

@@ -15,7 +15,7 @@ impl Supervisor {
     pub(super) fn machine(&self) -> Result<&Arc<Machine>, Refusal> {
         match &self.life {
             Some(Life::Here(machine)) => Ok(machine),
-            Some(Life::InDoubt(_)) => Err(Refusal::InDoubt),
+            Some(Life::InDoubt(..)) => Err(Refusal::InDoubt),
             Some(Life::Receiving(_)) | None => Err(Refusal::NoMachine),
         }
     }
@@ -39,11 +39,11 @@ impl Supervisor {
 
     pub(super) fn info(&self) -> InstanceInfo {
         let machine = match &self.life {
-            Some(Life::Here(machine) | Life::InDoubt(machine)) => Some(machine),
+            Some(Life::Here(machine) | Life::InDoubt(machine, _)) => Some(machine),
             Some(Life::Receiving(_)) | None => None,
         };
         let state = match &self.life {
-            Some(Life::InDoubt(_)) => InstanceState::InDoubt,
+            Some(Life::InDoubt(..)) => InstanceState::InDoubt,
             Some(Life::Here(machine)) if machine.is_held_by(Holder::User) => InstanceState::Paused,
             Some(Life::Here(machine))
                 if self.migration.is_none() && machine.is_held_by(Holder::Migration) =>
@@ -63,6 +63,10 @@ impl Supervisor {
             vcpu_count: machine.map_or(0, |machine| machine.cpus()),
             mem_size_mib: machine.map_or(0, |machine| machine.memory_size() >> 20),
             cpu_template: machine.map_or_else(String::new, |machine| machine.template().to_string()),
+            in_doubt: match &self.life {
+                Some(Life::InDoubt(_, side)) => Some(side.describe()),
+                _ => None,
+            },
             migration: self.control().map(|control| control.progress()),
         }
     }
