@@ -16,6 +16,8 @@ mod ports;
 mod protocol;
 mod report;
 mod source;
+#[cfg(test)]
+mod tests;
 mod text;
 mod transport;
 

@@ -65,6 +65,7 @@ impl KeepAlive {
 
     fn run(&self, link: &mut Link<'_>) {
         link.only_send();
+        link.ignore_cancel();
         let mut last = Instant::now();
         let mut state = self.lock();
         while !state.stop {

@@ -90,7 +90,6 @@ impl<'a> Link<'a> {
 
     /// For a link that only sends while another one to the same peer does the listening.
     pub(crate) fn only_send(&mut self) {
-        self.ignore_cancel();
         self.listen = false;
     }
 
@@ -115,6 +114,43 @@ impl<'a> Link<'a> {
         let what = message.name();
         let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
         self.send_frame(Kind::Control, &content, what)
+    }
+
+    /// Sends a message with open files; only over a Unix socket.
+    pub(crate) fn send_with_files(
+        &mut self,
+        message: &Message,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), LinkError> {
+        let what = message.name();
+        let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
+        let header = encode_header(Kind::Control, content.len(), what)?;
+        let bytes = [&header[..], &content].concat();
+        let mut at = 0;
+        self.drive(Wanted::Room, Patience::new(self.io_timeout), what, |socket| {
+            if at == bytes.len() {
+                return Ok(Step::Done);
+            }
+            // The files travel with the first byte.
+            let files = if at == 0 { files } else { &[] };
+            let step = send_files(socket, &bytes[at..], files)?;
+            if let Step::Moved(moved) = step {
+                at += moved;
+            }
+            Ok(step)
+        })?;
+        self.bytes_sent += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Waits so long, or until somebody asks for the end.
+    pub(crate) fn pause(&mut self, time: Duration) -> Result<(), LinkError> {
+        self.check_cancel()?;
+        if time.is_zero() {
+            return Ok(());
+        }
+        wait::rest(self.control.wake(), time)?;
+        self.check_cancel()
     }
 
     /// Sends the machine's state.
@@ -242,34 +278,35 @@ impl<'a> Link<'a> {
     }
 
     /// Tells the peer that it is over, and waits a moment for it to hang up: a connection that is closed with
-    /// data unread would take the message back from the peer's buffer.
-    pub(crate) fn abort(&mut self, cancelled: bool, reason: &str) {
+    /// data unread would take the message back from the peer's buffer. Answers whether the peer has hung up,
+    /// and so has heard it.
+    pub(crate) fn abort(&mut self, cancelled: bool, reason: &str) -> bool {
         self.ignore_cancel();
         self.io_timeout = self.io_timeout.min(FAREWELL);
-        if !self.torn
-            && self
-                .send(&Message::Abort {
-                    cancelled,
-                    reason: clean(reason),
-                })
-                .is_ok()
-        {
-            self.hang_up();
-        }
+        let abort = Message::Abort {
+            cancelled,
+            reason: clean(reason),
+        };
+        !self.torn && self.send(&abort).is_ok() && self.hang_up()
     }
 
-    /// Ends our direction and reads what still comes until the peer ends its own, for a moment.
-    pub(crate) fn hang_up(&mut self) {
+    /// Ends our direction and reads what still comes until the peer ends its own, for a moment. Answers whether
+    /// it did.
+    pub(crate) fn hang_up(&mut self) -> bool {
         self.ignore_cancel();
         let deadline = Instant::now() + self.io_timeout.min(FAREWELL);
         if self.connection.shutdown(Shutdown::Write).is_err() {
-            return;
+            return false;
         }
         let mut rest = [0; 4096];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.fill(&mut rest, Patience::new(left), "the end").is_err() {
-                return;
+            if left.is_zero() {
+                return false;
+            }
+            match self.fill(&mut rest, Patience::new(left), "the end") {
+                Ok(()) => {}
+                Err(error) => return matches!(error, LinkError::Closed { .. }),
             }
         }
     }
@@ -297,7 +334,7 @@ impl<'a> Link<'a> {
         };
         let mut result = self.drive(Wanted::Room, Patience::new(self.io_timeout), what, &mut step);
         let cancelled = matches!(result, Err(LinkError::Cancelled));
-        if cancelled {
+        if cancelled && self.listen {
             // Half a frame would make nonsense of the abort that follows: a moment to complete it.
             self.ignore_cancel();
             result = self.drive(Wanted::Room, Patience::new(FAREWELL), what, &mut step);

@@ -114,6 +114,23 @@ pub(super) fn wait_with(
     }
 }
 
+/// Waits so long, or until `wake` is readable.
+pub(super) fn rest(wake: BorrowedFd<'_>, time: Duration) -> Result<(), LinkError> {
+    let deadline = Instant::now() + time;
+    let mut events = [PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        match poll(&mut events, Some(&timespec(left))) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(LinkError::Wait(error.into())),
+        }
+    }
+}
+
 /// Whether there is something to read, or the end of the connection, without waiting.
 pub(super) fn ready_now(connection: &Connection) -> Result<bool, LinkError> {
     let mut events = [PollFd::new(connection, PollFlags::IN)];

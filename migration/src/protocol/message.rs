@@ -9,6 +9,9 @@ use crate::ports::{Difference, MachineDescription};
 const VERSIONS: RangeInclusive<u16> = 2..=2;
 const MAGIC: [u8; 8] = *b"GODWITMG";
 
+/// Most ranges in one piece of [`Message::Populated`]; fits its frame.
+pub(crate) const MAX_SPANS: usize = 32 << 10;
+
 /// Names one migration, so that only its own connections join it. Chosen at random by the destination.
 pub(crate) type Token = [u8; 16];
 

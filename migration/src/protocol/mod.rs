@@ -6,7 +6,7 @@ mod message;
 pub(crate) use frame::{
     CompressedTable, Frame, HEADER_LEN, Header, Kind, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable, Span,
 };
-pub(crate) use message::{Features, Hello, Message, Outcome, Plan, Token};
+pub(crate) use message::{Features, Hello, MAX_SPANS, Message, Outcome, Plan, Token};
 
 /// Why bytes from the peer are not what the protocol allows.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,7 @@
+//! The policy against a simulated link and guest, in simulated time.
+
+mod arithmetic;
+mod promises;
+mod properties;
+mod shapes;
+mod simulator;
