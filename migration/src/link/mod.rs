@@ -1,6 +1,7 @@
 //! Frames over a connection: every wait bounded, woken by cancel, and deaf to a peer that trickles.
 
 mod error;
+mod files;
 mod keep_alive;
 mod wait;
 
@@ -219,6 +220,26 @@ impl<'a> Link<'a> {
         }
     }
 
+    /// Waits until the peer says something or hangs up, one of `others` is readable, or until a moment; may come
+    /// back early. Answers whether the peer has something to be received.
+    pub(crate) fn await_peer(
+        &self,
+        others: &[BorrowedFd<'_>],
+        until: Option<Instant>,
+    ) -> Result<bool, LinkError> {
+        self.check_cancel()?;
+        let mut others = others.to_vec();
+        others.extend(self.heed_cancel.then(|| self.control.wake()));
+        let ready = wait::wait_with(self.connection, &others, until)?;
+        self.check_cancel()?;
+        Ok(ready)
+    }
+
+    /// The next frame, a keep-alive as well. An abort is an error.
+    pub(crate) fn receive_any(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        self.next_frame(self.io_timeout, what)
+    }
+
     /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
     /// whoever ends the migration shuts this connection down.
     pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
@@ -397,7 +418,15 @@ impl<'a> Link<'a> {
         };
         let mut header = [0; HEADER_LEN];
         self.fill(&mut header, Patience::new(silence), what)?;
-        let header = Header::decode(header).map_err(malformed)?;
+        self.rest_of_frame(Header::decode(header).map_err(malformed)?, what)
+    }
+
+    /// The content that a header announces. An abort is an error.
+    fn rest_of_frame(&mut self, header: Header, what: &'static str) -> Result<Frame, LinkError> {
+        let malformed = |source| LinkError::Protocol {
+            expected: what,
+            source,
+        };
         let mut content = Vec::new();
         let mut left = header.len as usize;
         while left > 0 {

@@ -97,6 +97,23 @@ pub(super) fn wait(
     }
 }
 
+/// Waits until the connection has something to read (or has ended), one of `others` is readable, or until a
+/// moment. Answers whether it is the connection.
+pub(super) fn wait_with(
+    connection: &Connection,
+    others: &[BorrowedFd<'_>],
+    until: Option<Instant>,
+) -> Result<bool, LinkError> {
+    let mut events = vec![PollFd::new(connection, PollFlags::IN)];
+    events.extend(others.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
+    let left = until.map(|until| timespec(until.saturating_duration_since(Instant::now())));
+    match poll(&mut events, left.as_ref()) {
+        Ok(_) => Ok(!events[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(LinkError::Wait(error.into())),
+    }
+}
+
 /// Waits so long, or until `wake` is readable.
 pub(super) fn rest(wake: BorrowedFd<'_>, time: Duration) -> Result<(), LinkError> {
     let deadline = Instant::now() + time;
