@@ -1,20 +1,59 @@
 //! Files that come with a frame (unix(7), `SCM_RIGHTS`).
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use migration_io::{MemoryIoError, Step};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 use super::wait::{Patience, Wanted};
-use super::{Link, LinkError};
-use crate::protocol::{Frame, HEADER_LEN, Header, Message};
+use super::{Link, LinkError, encode_header};
+use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message};
 
 /// Most files that Linux passes at a time (`SCM_MAX_FD`).
 const MAX_FILES: usize = 253;
 
 impl Link<'_> {
+    /// Sends a message with open files; only over a Unix socket.
+    pub(crate) fn send_with_files(
+        &mut self,
+        message: &Message,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), LinkError> {
+        let what = message.name();
+        let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
+        let header = encode_header(Kind::Control, content.len(), what)?;
+        let bytes = [&header[..], &content].concat();
+        let mut at = 0;
+        self.drive(Wanted::Room, Patience::new(self.io_timeout), what, |socket| {
+            if at == bytes.len() {
+                return Ok(Step::Done);
+            }
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            // The files travel with the first byte.
+            if at == 0 && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+                return Err(MemoryIoError::Socket(std::io::ErrorKind::ArgumentListTooLong.into()));
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(socket, &[IoSlice::new(&bytes[at..])], &mut ancillary, flags) {
+                Ok(moved) => {
+                    at += moved;
+                    Ok(Step::Moved(moved))
+                }
+                Err(rustix::io::Errno::AGAIN) => Ok(Step::WouldBlock),
+                Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
+                Err(error) => Err(MemoryIoError::Socket(error.into())),
+            }
+        })?;
+        self.bytes_sent += bytes.len() as u64;
+        Ok(())
+    }
+
     /// Receives a message, and the files that come with its first bytes.
     pub(crate) fn receive_with_files(
         &mut self,

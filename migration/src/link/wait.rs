@@ -18,6 +18,8 @@ pub(super) enum Wanted {
     Room,
     /// Room to write, whatever the peer says.
     RoomAlone,
+    /// Completions of what was sent.
+    Completions,
 }
 
 impl Wanted {
@@ -73,6 +75,8 @@ pub(super) fn wait(
         Wanted::Data => PollFlags::IN,
         Wanted::Room => PollFlags::IN | PollFlags::OUT,
         Wanted::RoomAlone => PollFlags::OUT,
+        // They are reported as an error, which needs no asking.
+        Wanted::Completions => PollFlags::empty(),
     };
     let socket = connection.as_fd();
     let mut events = vec![PollFd::from_borrowed_fd(socket, flags)];

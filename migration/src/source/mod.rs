@@ -18,6 +18,7 @@ use error::MigrateError;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
@@ -185,6 +186,9 @@ impl<'a> Job<'a> {
         self.report.pages_sent = data;
         self.report.pages_zero += zero;
         self.report.bytes_sent += crew.counts.wire();
+        if crew.counts.zerocopy.load(Ordering::Relaxed) {
+            self.report.data_path = DataPath::Zerocopy;
+        }
     }
 
     /// Gives the guest back to its user, and lets it run if the migration has paused it. Errors and panics of

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use migration_io::{MemoryRange, PAGE_SIZE, zero_pages};
+use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 
 use super::MigrateError;
 use super::crew::Crew;
@@ -21,7 +21,8 @@ pub(super) struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    pub(super) fn new(crew: &'a Crew<'a>, link: Link<'a>) -> Self {
+    pub(super) fn new(crew: &'a Crew<'a>, mut link: Link<'a>) -> Self {
+        link.avoid_copies();
         Self {
             crew,
             link,
@@ -55,9 +56,14 @@ impl<'a> Stream<'a> {
         self.flush()
     }
 
-    /// Says something, after everything that was to be sent.
+    /// Says something, after everything that was to be sent, and waits until the kernel needs none of its memory
+    /// any more.
     pub(super) fn finish(&mut self, message: &Message) -> Result<(), MigrateError> {
-        Ok(self.link.send(message)?)
+        self.link.send(message)?;
+        if self.link.send_path() == SendPath::Zerocopy {
+            self.crew.counts.zerocopy.store(true, Ordering::Relaxed);
+        }
+        Ok(self.link.drain()?)
     }
 
     fn add_zero(&mut self, range: MemoryRange) -> Result<(), MigrateError> {
