@@ -70,7 +70,7 @@ pub(super) struct Demand {
 
 impl Throttler {
     /// Several slices of at most 10 ms, so that their phase does not matter.
-    const EPOCH: f64 = 0.08;
+    pub(super) const EPOCH: f64 = 0.08;
     /// Smaller changes are noise.
     const STEP: f64 = 0.03;
 
