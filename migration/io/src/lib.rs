@@ -6,7 +6,6 @@
 
 mod compression;
 mod copy;
-mod descriptors;
 mod digest;
 mod error;
 mod gather;
@@ -22,7 +21,6 @@ mod zerocopy;
 mod tests;
 
 pub use compression::{Chooser, CompressionError, Compressor, Decompressor, MAX_BLOCK, Method};
-pub use descriptors::{DescriptorError, MAX_FDS, Received, receive_fds, send_fds};
 pub use digest::digest;
 pub use error::MemoryIoError;
 pub use gather::{Gather, Piece};

@@ -23,6 +23,8 @@ pub(crate) enum MigrateError {
     },
     #[error("the machine's dirty log does not match its memory")]
     PageSet(#[from] PageSetError),
+    #[error("pages cannot be compressed")]
+    Compression(#[from] migration_io::CompressionError),
     #[error("guest memory cannot be read")]
     Memory(#[from] MemoryIoError),
     #[error("the destination speaks protocol versions {theirs} (godwit {release}), expected one of {ours}")]
