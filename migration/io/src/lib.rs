@@ -4,6 +4,9 @@
 //! that the caller decides how long to wait and what else to listen for. [`is_zero_page`], [`zero_range`] and
 //! [`digest`] look at, clear and sum up memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
 
+mod compression;
+mod copy;
+mod descriptors;
 mod digest;
 mod error;
 mod gather;
@@ -18,6 +21,8 @@ mod zerocopy;
 #[cfg(test)]
 mod tests;
 
+pub use compression::{Chooser, CompressionError, Compressor, Decompressor, MAX_BLOCK, Method};
+pub use descriptors::{DescriptorError, MAX_FDS, Received, receive_fds, send_fds};
 pub use digest::digest;
 pub use error::MemoryIoError;
 pub use gather::{Gather, Piece};
