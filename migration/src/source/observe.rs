@@ -106,10 +106,9 @@ impl Job<'_> {
         dirty.clear();
         let began = Instant::now();
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
-        crew.log.peek(&mut dirty).map_err(|source| MigrateError::Machine {
-            call: "peek",
-            source,
-        })?;
+        crew.log
+            .peek(&mut dirty)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
         watch.costs.final_log = began.elapsed();
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
@@ -136,7 +135,9 @@ impl Job<'_> {
         if self.report.predicted_total_ms.is_none() && observation.copied * 5 >= watch.populated {
             self.report.predicted_total_ms = prediction.total.map(ms);
         }
-        let shares: Vec<f64> = (0..watch.shares.len()).map(|cpu| decision.throttle.of(cpu)).collect();
+        let shares: Vec<f64> = (0..watch.shares.len())
+            .map(|cpu| decision.throttle.of(cpu))
+            .collect();
         self.apply_throttle(alive, watch, &shares)?;
         self.control.sample(|progress| {
             progress.round = round;

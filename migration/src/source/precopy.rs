@@ -143,10 +143,9 @@ fn judge(decision: &Decision) -> Result<(), MigrateError> {
 
 /// Adds what is marked.
 pub(super) fn peek(crew: &Crew<'_>, to: &mut PageSet) -> Result<(), MigrateError> {
-    crew.log.peek(to).map_err(|source| MigrateError::Machine {
-        call: "peek",
-        source,
-    })
+    crew.log
+        .peek(to)
+        .map_err(|source| MigrateError::Machine { call: "peek", source })
 }
 
 /// Waits until everything that was sent is in the destination's memory.

@@ -102,9 +102,15 @@ impl<'a> Stream<'a> {
         let before = self.link.bytes_sent();
         self.link.send_pages(self.crew.memory, &self.table)?;
         let counts = &self.crew.counts;
-        counts.wire.fetch_add(self.link.bytes_sent() - before, Ordering::Relaxed);
-        counts.data.fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
-        counts.zero.fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts
+            .wire
+            .fetch_add(self.link.bytes_sent() - before, Ordering::Relaxed);
+        counts
+            .data
+            .fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts
+            .zero
+            .fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
         self.table.data.clear();
         self.table.zero.clear();
         (self.data_bytes, self.zero_bytes) = (0, 0);
