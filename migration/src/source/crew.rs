@@ -226,6 +226,9 @@ impl Counts {
 
     /// Pages with content, and pages that were zero.
     pub(super) fn pages(&self) -> (u64, u64) {
-        (self.data.load(Ordering::Relaxed), self.zero.load(Ordering::Relaxed))
+        (
+            self.data.load(Ordering::Relaxed),
+            self.zero.load(Ordering::Relaxed),
+        )
     }
 }

@@ -119,7 +119,10 @@ impl Job<'_> {
         };
         match (self.standing.claim.answer(&outcome), outcome) {
             (Verdict::Moved, _) => {
-                tracing::warn!(error = chain(&error), "the guest runs at the destination all the same");
+                tracing::warn!(
+                    error = chain(&error),
+                    "the guest runs at the destination all the same"
+                );
                 Ok(())
             }
             (Verdict::Resume, _) => {
@@ -137,7 +140,8 @@ impl Job<'_> {
     /// up. If that does not reach it either, its operator has to decide.
     pub(super) fn withdraw(&mut self) {
         if self.ask().is_none() {
-            let error = "the destination may wait for \"go\" for ever, and could not be told that none will come";
+            let error =
+                "the destination may wait for \"go\" for ever, and could not be told that none will come";
             tracing::warn!(to = %self.to, "{error}");
             self.report.add_error(error);
         }

@@ -98,10 +98,9 @@ impl Job<'_> {
         dirty.clear();
         let began = Instant::now();
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
-        crew.log.peek(&mut dirty).map_err(|source| MigrateError::Machine {
-            call: "peek",
-            source,
-        })?;
+        crew.log
+            .peek(&mut dirty)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
         watch.costs.final_log = began.elapsed();
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
@@ -130,7 +129,9 @@ impl Job<'_> {
         {
             self.report.predicted_total_ms = Some(ms(total));
         }
-        let shares: Vec<f64> = (0..watch.shares.len()).map(|cpu| decision.throttle.of(cpu)).collect();
+        let shares: Vec<f64> = (0..watch.shares.len())
+            .map(|cpu| decision.throttle.of(cpu))
+            .collect();
         self.apply_throttle(alive, watch, &shares)?;
         self.control.sample(|progress| {
             progress.round = round;

@@ -180,7 +180,8 @@ impl Chunk {
     /// The pages of one word: the address of the first of its 64 and the bits.
     pub(super) fn groups(&self) -> impl Iterator<Item = (u64, u64)> {
         let gpas = (self.gpa..).step_by(64 * PAGE_SIZE as usize);
-        gpas.zip(self.words.iter().copied()).filter(|(_, bits)| *bits != 0)
+        gpas.zip(self.words.iter().copied())
+            .filter(|(_, bits)| *bits != 0)
     }
 
     /// Pages in it.

@@ -91,7 +91,11 @@ impl Job<'_> {
         pages: PageSet,
     ) -> Result<Decision, MigrateError> {
         self.begin_round(crew, watch, n);
-        let order = if n == 1 { Order::Scattered } else { Order::Ascending };
+        let order = if n == 1 {
+            Order::Scattered
+        } else {
+            Order::Ascending
+        };
         crew.send(n, pages, order);
         while !alive.during(|| crew.wait(TICK))? {
             // A destination that gave up is heard at once.
@@ -144,10 +148,9 @@ fn judge(decision: &Decision) -> Result<(), MigrateError> {
 
 /// Adds what is marked.
 pub(super) fn peek(crew: &Crew<'_>, to: &mut PageSet) -> Result<(), MigrateError> {
-    crew.log.peek(to).map_err(|source| MigrateError::Machine {
-        call: "peek",
-        source,
-    })
+    crew.log
+        .peek(to)
+        .map_err(|source| MigrateError::Machine { call: "peek", source })
 }
 
 /// Waits until everything that was sent is in the destination's memory.

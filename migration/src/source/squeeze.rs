@@ -46,7 +46,9 @@ impl Squeeze {
         let began = Instant::now();
         let block = self.compressor.compress(memory, &ranges)?;
         let saved = block.map_or(0.0, |block| (whole - block.len() as u64) as f64 / speed);
-        let block = block.filter(|_| saved > began.elapsed().as_secs_f64()).map(<[u8]>::to_vec);
+        let block = block
+            .filter(|_| saved > began.elapsed().as_secs_f64())
+            .map(<[u8]>::to_vec);
         self.chooser.learn(block.is_some());
         Ok(block)
     }

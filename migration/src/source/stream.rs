@@ -130,8 +130,12 @@ impl<'a> Stream<'a> {
         }
         let counts = &self.crew.counts;
         counts.wire.fetch_add(sent, Ordering::Relaxed);
-        counts.data.fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
-        counts.zero.fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts
+            .data
+            .fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts
+            .zero
+            .fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
         self.table.data.clear();
         self.table.zero.clear();
         (self.data_bytes, self.zero_bytes) = (0, 0);

@@ -161,7 +161,11 @@ fn cut(way: Way, limit: i64) -> Cut {
     });
     let report = migrated.report;
     let what = format!("{way:?} {limit}: {report:?} {received:?}");
-    assert_eq!(migrated.doubt.is_some(), report.outcome == Outcome::InDoubt, "{what}");
+    assert_eq!(
+        migrated.doubt.is_some(),
+        report.outcome == Outcome::InDoubt,
+        "{what}"
+    );
     match report.outcome {
         Outcome::Moved => {
             received.unwrap();
