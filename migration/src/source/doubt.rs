@@ -97,19 +97,17 @@ impl Doubt {
     }
 }
 
-/// How long the engine itself asks before it leaves the question to an operator.
-const ASKING: Duration = Duration::from_secs(5);
 /// Between two attempts.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 impl Job<'_> {
-    /// "go" was sent and its answer did not come: asks for a while. Whether the guest is ours again is the
+    /// "go" was sent and its answer did not come: asks for as long as a peer may be silent. Whether the guest is ours again is the
     /// destination's to say.
     pub(super) fn settle_doubt(&mut self, error: MigrateError) -> Result<(), MigrateError> {
         if matches!(error, MigrateError::NotResumed { .. }) {
             return Err(error);
         }
-        let until = Instant::now() + ASKING;
+        let until = Instant::now() + self.options.io_timeout;
         let outcome = loop {
             match self.ask() {
                 Some(outcome) => break outcome,
@@ -149,7 +147,7 @@ impl Job<'_> {
 
     fn ask(&self) -> Option<Outcome> {
         let doubt = Doubt::new(self.to.clone(), self.token?);
-        let asked = doubt.outcome(self.options.connect_timeout.min(ASKING));
+        let asked = doubt.outcome(self.options.connect_timeout.min(self.options.io_timeout));
         asked
             .inspect_err(|error| tracing::debug!(error = chain(error), "asked in vain"))
             .ok()
