@@ -9,8 +9,7 @@ use crate::{MemoryIoError, Scatter, Step};
 const WORTH_WAKING: libc::c_int = 256 << 10;
 
 /// Receives [`Scatter`]s from one socket and, on TCP, lets poll(2) report it readable only when 256 KiB of
-/// the content, or what is left of it, have come: a fourth of the wake-ups, and a tenth less processor time
-/// on either side.
+/// the content, or what is left of it, have come: over loopback that is a quarter to a half of the wake-ups.
 ///
 /// A peer that ends or loses the connection is reported at once all the same. Between one scatter that is
 /// [`Step::Done`] and the next the socket wakes for every byte, as usual; so it does after [`Receiver::pause`],
