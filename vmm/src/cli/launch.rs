@@ -88,6 +88,7 @@ fn wishes(args: &RunArgs) -> Wishes {
         cpus: args.cpus,
         memory: args.memory,
         shared_memory: args.shared_memory,
+        dirty_ring: false,
         cpu_template: args.cpu_template.clone(),
         disks: args
             .disks

@@ -190,7 +190,7 @@ impl Plan {
 fn slices(share: f64) -> (Duration, Duration) {
     // As short as allowed, which is the smoothest; long enough that the vCPU runs a while as well.
     let off =
-        (MIN_ON.as_secs_f64() * share / (1.0 - share)).clamp(MIN_OFF.as_secs_f64(), MAX_OFF.as_secs_f64());
+        (GOOD_ON.as_secs_f64() * share / (1.0 - share)).clamp(MIN_OFF.as_secs_f64(), MAX_OFF.as_secs_f64());
     let on = (off * (1.0 - share) / share).clamp(MIN_ON.as_secs_f64(), 1.0);
     (Duration::from_secs_f64(on), Duration::from_secs_f64(off))
 }
