@@ -33,6 +33,12 @@ Rates are SIZE/s: MB are millions of bytes, MiB (or M) 1048576.
 Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
 Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
 
+const REPORT_EXAMPLES: &str = "\
+Examples:
+  godwit migrate web tcp:host-b:7000 --trace web.trace
+  godwit report web.trace --output web.html
+  godwit report web.trace > web.svg";
+
 const RESOLVE_HELP: &str = "\
 A migration is in doubt when the source has said \"go\" and does not know what came of it. At the source:
   godwit resolve web              ask the destination and do what follows from its answer
@@ -81,6 +87,9 @@ pub(super) enum Command {
     Ps(ListArgs),
     /// Attach to a guest's console. Ctrl-] detaches.
     Console(VmArgs),
+    /// Draw the trace of a migration.
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(ReportArgs),
     /// Say what this host offers for booting and moving guests, and what it lacks.
     Probe(ListArgs),
 }
@@ -192,6 +201,9 @@ pub(super) struct MigrateArgs {
     /// Compare a digest of all memory on both sides before the guest runs on
     #[arg(long)]
     pub(super) verify: bool,
+    /// Write every sample to a file that `godwit report` draws
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
     /// Print the report as one JSON object on stdout
     #[arg(long)]
     pub(super) json: bool,
@@ -213,6 +225,17 @@ pub(super) enum OnMissArg {
     Fail,
     /// Move it nevertheless.
     Switch,
+}
+
+/// Arguments of `report`.
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// What `godwit migrate --trace` wrote
+    #[arg(value_name = "FILE")]
+    pub(super) trace: PathBuf,
+    /// Where to: a picture (.svg) or a page with the report's figures (.html) [default: SVG on stdout]
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) output: Option<PathBuf>,
 }
 
 /// Arguments of `resolve`.
