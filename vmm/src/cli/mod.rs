@@ -2,6 +2,7 @@
 
 mod args;
 mod client;
+mod help;
 mod launch;
 mod migrate;
 mod progress;

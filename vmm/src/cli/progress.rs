@@ -8,8 +8,10 @@ use crate::report::figures::{bytes, duration, rate};
 
 /// Columns of a terminal that does not say how many it has.
 const COLUMNS: usize = 80;
-/// Columns of the bar, where there is room for it.
+/// Columns of the bar.
 const BAR: usize = 24;
+/// From so many columns on there is room for it.
+const WITH_BAR: usize = 72;
 
 /// A line at the bottom of the terminal; nothing where standard error is none.
 pub(super) struct Bar(ProgressBar);
@@ -54,6 +56,11 @@ fn line(progress: &Progress, columns: usize) -> String {
     let mut line = format!("{} {:>3.0}%", head(progress), done(progress) * 100.0);
     // The last column stays free: some terminals wrap there.
     let room = columns.saturating_sub(1);
+    let bar = match columns {
+        WITH_BAR.. => format!("{} ", bar(done(progress))),
+        _ => String::new(),
+    };
+    let room = room - width(&bar);
     let mut parts = vec![format!("{} left", bytes(progress.remaining_bytes as f64))];
     if let Some(downtime) = progress.predicted_downtime_ms {
         parts.push(format!("downtime {}", duration(downtime)));
@@ -73,10 +80,7 @@ fn line(progress: &Progress, columns: usize) -> String {
         line.push_str(", ");
         line.push_str(&part);
     }
-    if width(&line) + BAR + 3 <= room {
-        line = format!("{} {line}", bar(done(progress)));
-    }
-    line.chars().take(room).collect()
+    bar.chars().chain(line.chars().take(room)).collect()
 }
 
 fn width(text: &str) -> usize {

@@ -6,10 +6,9 @@ use plotters::prelude::{IntoDrawingArea, SVGBackend};
 use plotters::style::{RGBColor, WHITE};
 use thiserror::Error;
 
+use super::axis::Unit;
 use super::figures::{bytes, duration, known, rate};
-use super::panel::{
-    self, AreaError, FAINT, INK, Level, Panel, Place, Series, Timeline, Unit, bold, text_style,
-};
+use super::panel::{self, AreaError, FAINT, INK, Level, Panel, Place, Series, Timeline, bold, text_style};
 use super::trace::Trace;
 
 const WIDTH: u32 = 1040;

@@ -1,5 +1,6 @@
 //! Traces of migrations, and pictures of them. Knows nothing of machines.
 
+mod axis;
 mod draw;
 pub(crate) mod figures;
 mod page;
