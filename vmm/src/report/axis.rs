@@ -82,6 +82,8 @@ pub(super) fn scale(panel: &Panel) -> Scale {
     const LOG_FROM: f64 = 40.0;
     /// A level may stretch an axis by no more than this.
     const STRETCH: f64 = 3.0;
+    /// What an axis without values reaches to.
+    const PAGE: f64 = 4096.0;
     /// And a logarithmic one downwards by no more than this.
     const DEPTH: f64 = 1e4;
     let values = || {
@@ -99,7 +101,8 @@ pub(super) fn scale(panel: &Panel) -> Scale {
     let reach = if most > 0.0 { most * STRETCH } else { f64::INFINITY };
     let levels = panel.levels.iter().map(|level| level.value);
     let high = levels.filter(|value| *value <= reach).fold(most, f64::max);
-    let high = if high > 0.0 { high * 1.08 } else { 1.0 };
+    let nothing = if panel.unit == Unit::Bytes { PAGE } else { 1.0 };
+    let high = if high > 0.0 { high * 1.08 } else { nothing };
     if !log {
         return Scale {
             log,

@@ -5,7 +5,7 @@ use std::io;
 use plotters::chart::{ChartBuilder, ChartContext};
 use plotters::coord::Shift;
 use plotters::coord::cartesian::Cartesian2d;
-use plotters::element::{EmptyElement, PathElement, Rectangle, Text};
+use plotters::element::{Circle, EmptyElement, PathElement, Rectangle, Text};
 use plotters::prelude::{DrawingArea, DrawingAreaErrorKind, SVGBackend};
 use plotters::series::{AreaSeries, DashedLineSeries, LineSeries};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -192,7 +192,10 @@ fn line(chart: &mut Chart<'_, '_>, panel: &Panel, scale: &Scale, series: &Series
     let place = |(at, value): &(f64, f64)| (*at, scale.place(value.min(scale.high)));
     let points = series.points.iter().map(place);
     let style = ShapeStyle::from(&series.color).stroke_width(2);
-    if panel.unit == Unit::Percent {
+    if let [only] = &series.points[..] {
+        // A line of one point cannot be seen.
+        chart.draw_series([Circle::new(place(only), 3, style.filled())])?;
+    } else if panel.unit == Unit::Percent {
         let area = AreaSeries::new(points, 0.0, series.color.mix(0.2)).border_style(style);
         chart.draw_series(area)?;
     } else {
