@@ -25,6 +25,8 @@ use crate::supervisor::{MigrationFeed, Refusal, Request, SupervisorHandle};
 
 /// How often a migration's stream has a line.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// Most samples of one line of a migration's stream.
+const SAMPLES_IN_A_LINE: usize = 1024;
 /// Most bytes read at once from a console client.
 const INPUT_CHUNK: usize = 4096;
 /// The protocol that `GET /console` upgrades to.
@@ -140,24 +142,40 @@ async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
-/// Writes a line for each piece of progress and one for the report. Whether anybody reads makes no
-/// difference to the migration.
+/// Writes lines while the migration goes on: the picture, every sample of its trace, and at last the report.
+/// Whether anybody reads makes no difference to the migration.
 async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
     let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
+    let mut told = 0;
     loop {
-        let event = tokio::select! {
+        let report = tokio::select! {
             report = feed.report.recv() => match report {
-                Ok(report) => MigrationEvent::Report(Box::new(report)),
+                Ok(report) => Some(report),
                 Err(_) => return,
             },
-            _ = ticks.tick() => MigrationEvent::Progress(feed.control.progress()),
+            _ = ticks.tick() => None,
         };
-        let last = matches!(event, MigrationEvent::Report(_));
-        let Ok(mut line) = serde_json::to_vec(&event) else {
-            return;
-        };
-        line.push(b'\n');
-        if lines.send(Ok(line.into())).await.is_err() || last {
+        let samples = feed.control.samples(told);
+        told += samples.len();
+        let mut events: Vec<_> = samples
+            .chunks(SAMPLES_IN_A_LINE)
+            .map(|samples| MigrationEvent::Samples(samples.to_vec()))
+            .collect();
+        let last = report.is_some();
+        events.push(match report {
+            Some(report) => MigrationEvent::Report(Box::new(report)),
+            None => MigrationEvent::Progress(feed.control.progress()),
+        });
+        for event in &events {
+            let Ok(mut line) = serde_json::to_vec(event) else {
+                return;
+            };
+            line.push(b'\n');
+            if lines.send(Ok(line.into())).await.is_err() {
+                return;
+            }
+        }
+        if last {
             return;
         }
     }

@@ -6,42 +6,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
+use super::help::{MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RUN_EXAMPLES};
 use super::units;
 use crate::config::DiskConfig;
-
-const RUN_EXAMPLES: &str = "\
-Examples:
-  godwit run --name web --kernel vmlinux --initrd initrd --memory 512M --cpus 2
-  godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
-  godwit run --config-file vm.json --name web
-
-In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
-
-const RECEIVE_EXAMPLES: &str = "\
-Examples:
-  godwit receive --name web --listen tcp:0.0.0.0:7000
-  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web";
-
-const MIGRATE_EXAMPLES: &str = "\
-Examples:
-  godwit migrate web tcp:host-b:7000
-  godwit migrate web tcp:10.0.0.2:7000 --max-downtime 20ms --deadline 30s --on-miss switch
-  godwit migrate web tcp:10.0.0.2:7000 --bandwidth 500MB/s --final-bandwidth 1GiB/s --streams 4
-  godwit migrate web unix:/run/web.migrate --verify --json
-
-Rates are SIZE/s: MB are millions of bytes, MiB (or M) 1048576.
-Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
-Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
-
-const RESOLVE_HELP: &str = "\
-A migration is in doubt when the source has said \"go\" and does not know what came of it. At the source:
-  godwit resolve web              ask the destination and do what follows from its answer
-  godwit resolve web --discard    the guest runs there, I know: throw the paused copy here away
-  godwit resolve web --run        it does not run there and never will, I know: run it here
-The destination is asked in any case, and what it says counts more than --run or --discard.
-
-At a receiver that has a complete machine while its source is gone for good, --run and --discard decide.
-Exit codes: 0 settled; 1 refused, or settled otherwise than asked for; 2 bad usage; 3 still in doubt.";
 
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
@@ -81,6 +48,9 @@ pub(super) enum Command {
     Ps(ListArgs),
     /// Attach to a guest's console. Ctrl-] detaches.
     Console(VmArgs),
+    /// Draw the trace of a migration.
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(ReportArgs),
     /// Say what this host offers for booting and moving guests, and what it lacks.
     Probe(ListArgs),
 }
@@ -192,6 +162,9 @@ pub(super) struct MigrateArgs {
     /// Compare a digest of all memory on both sides before the guest runs on
     #[arg(long)]
     pub(super) verify: bool,
+    /// Write every sample to a file that `godwit report` draws
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
     /// Print the report as one JSON object on stdout
     #[arg(long)]
     pub(super) json: bool,
@@ -213,6 +186,17 @@ pub(super) enum OnMissArg {
     Fail,
     /// Move it nevertheless.
     Switch,
+}
+
+/// Arguments of `report`.
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// What `godwit migrate --trace` wrote
+    #[arg(value_name = "FILE")]
+    pub(super) trace: PathBuf,
+    /// Where to: a picture (.svg) or a page with the report's figures (.html) [default: SVG on stdout]
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) output: Option<PathBuf>,
 }
 
 /// Arguments of `resolve`.

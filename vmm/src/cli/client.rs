@@ -10,9 +10,9 @@ use hyper::Method;
 use migration::Decision;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::Exit;
 use super::args::{ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs};
 use super::terminal::{ESCAPE, RawTerminal};
+use super::{Exit, progress};
 use crate::api::client::Client;
 use crate::api::{Action, ActionType, InstanceInfo, Resolution, ResolveRequest, Verdict, VmState, VmUpdate};
 use crate::rundir;
@@ -61,7 +61,9 @@ pub(super) fn status(args: &OutputArgs) -> anyhow::Result<Exit> {
         writeln!(out, "  in doubt   {in_doubt}")?;
     }
     if let Some(progress) = info.migration {
-        writeln!(out, "  migration  {}", serde_json::to_string(&progress)?)?;
+        for line in progress::lines(&progress) {
+            writeln!(out, "  {line}")?;
+        }
     }
     Ok(Exit::Done)
 }

@@ -13,7 +13,7 @@ use tracing_subscriber::fmt::time::Uptime;
 use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RunArgs};
 use super::signals::Held;
-use super::terminal::{ESCAPE, RawTerminal};
+use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
 use crate::config::{ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
@@ -136,7 +136,7 @@ fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
         .with_target(false);
     match path {
         Some(path) => log.with_writer(std::sync::Mutex::new(open_log(path)?)).init(),
-        None => log.with_writer(io::stderr).init(),
+        None => log.with_writer(log_writer).init(),
     }
     Ok(())
 }

@@ -60,6 +60,9 @@ fn wait_for_machine(
     supervisor: &SupervisorHandle,
 ) -> Event {
     loop {
+        if let Err(error) = destination.prepare() {
+            tracing::warn!("no memory is held in reserve: {}", migration::chain(&error));
+        }
         let (reason, confirmed) = match receiver.receive(&mut destination, control) {
             Ok(received) => (None, received.confirmed),
             Err(error) if error.is_committed() => (Some(migration::chain(&error)), false),

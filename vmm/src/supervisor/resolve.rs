@@ -167,7 +167,9 @@ impl Supervisor {
                     let error = migration::chain(&*error);
                     let message =
                         format!("{known}; it cannot go on here yet: {error}; `godwit resume` tries again");
-                    (Verdict::Here, message, None)
+                    tracing::error!("{message}");
+                    answer(reply, Err(Refusal::Failed(message)));
+                    return None;
                 }
             },
         };
