@@ -194,6 +194,22 @@ impl PageSet {
         }
     }
 
+    /// Takes the first pages out, about so many, into a set of their own.
+    pub(crate) fn split_off(&mut self, pages: u64) -> PageSet {
+        let mut left = pages;
+        let mut rest = self.take();
+        for (taken, bits) in self.regions.iter_mut().zip(&mut rest.regions) {
+            for (taken, word) in taken.words.iter_mut().zip(&mut bits.words) {
+                if left == 0 {
+                    break;
+                }
+                left = left.saturating_sub(u64::from(word.count_ones()));
+                *taken = std::mem::take(word);
+            }
+        }
+        std::mem::replace(self, rest)
+    }
+
     /// Turns the set into that of all other pages.
     pub(crate) fn invert(&mut self) {
         for bits in &mut self.regions {

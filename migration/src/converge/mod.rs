@@ -35,7 +35,9 @@ use std::time::Duration;
 
 pub(crate) use miss::{Miss, Reason};
 pub(crate) use policy::Policy;
-pub(crate) use throttle::{FLOOR, Throttle};
+#[cfg(test)]
+pub(crate) use throttle::FLOOR;
+pub(crate) use throttle::Throttle;
 
 use crate::options::OnMiss;
 

@@ -22,11 +22,13 @@ impl Throttle {
     }
 
     /// The mean over all vCPUs.
+    #[cfg(test)]
     pub(crate) fn mean(&self) -> f64 {
         self.off.iter().sum::<f64>() / self.off.len().max(1) as f64
     }
 
     /// Whether nobody is slowed down.
+    #[cfg(test)]
     pub(crate) fn is_off(&self) -> bool {
         self.off.iter().all(|&off| off <= 0.0)
     }

@@ -70,6 +70,7 @@ pub fn migrate(
         report: Report::new(ms(options.max_downtime)),
         standing: Standing::default(),
         token: None,
+        passes: 0,
     };
     match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
@@ -92,6 +93,8 @@ struct Job<'a> {
     standing: Standing,
     /// The migration's name, once the destination has given it one.
     token: Option<Token>,
+    /// Passes over pages so far, by which the wire counts.
+    passes: u32,
 }
 
 /// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call
@@ -175,7 +178,7 @@ impl<'a> Job<'a> {
             let mut watch = Watch::new(self, agreed.round_trip);
             let result = self
                 .precopy(link, alive, &crew, &mut watch)
-                .and_then(|rest| self.stop_and_copy(link, alive, &crew, rest));
+                .and_then(|unsent| self.stop_and_copy(link, alive, &crew, unsent));
             self.count(&crew);
             let stopped = result?;
             self.commit(link, alive, Some(&*crew.log), stopped, agreed.round_trip)

@@ -23,6 +23,8 @@ pub(super) struct Watch {
     /// Throttled time of the round so far: seconds times share.
     throttled: f64,
     last: Duration,
+    /// Whether somebody was told that the promise cannot be kept.
+    warned: bool,
 }
 
 /// Where a round began.
@@ -66,6 +68,7 @@ impl Watch {
             began: RoundBegin::default(),
             throttled: 0.0,
             last: Duration::ZERO,
+            warned: false,
         }
     }
 
@@ -73,6 +76,11 @@ impl Watch {
     pub(super) fn set_costs(&mut self, costs: Costs) {
         self.costs = costs;
         self.policy.set_costs(costs);
+    }
+
+    /// A piece was sent without the cap of pre-copy.
+    pub(super) fn burst(&mut self, bytes: u64, elapsed: Duration) {
+        self.policy.burst(bytes, elapsed);
     }
 
     /// The largest share of any vCPU now.
@@ -133,6 +141,10 @@ impl Job<'_> {
             .map(|cpu| decision.throttle.of(cpu))
             .collect();
         self.apply_throttle(alive, watch, &shares)?;
+        if let Some(miss) = watch.policy.missed().filter(|_| !watch.warned) {
+            tracing::warn!("going on as was asked, although {miss}");
+            watch.warned = true;
+        }
         self.control.sample(|progress| {
             progress.round = round;
             progress.remaining_bytes = observation.dirty;

@@ -185,6 +185,7 @@ impl Chunk {
     }
 
     /// Pages in it.
+    #[cfg(test)]
     pub(super) fn pages(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }

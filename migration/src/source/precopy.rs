@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::crew::Crew;
 use super::handshake::unexpected;
@@ -14,23 +14,21 @@ use crate::protocol::{MAX_SPANS, Message, Span};
 /// How often the log is counted and the policy asked while the streams are at work.
 const TICK: Duration = Duration::from_millis(10);
 
-/// What pre-copy leaves to be sent.
-pub(super) struct Rest {
-    /// Pages that were to be sent in a round that was ended early. The log has the others.
-    pub(super) pages: PageSet,
-    /// Rounds that were sent.
-    pub(super) rounds: u32,
-}
+/// Pages that are sent without the cap to find out how fast that is.
+const BURST_PAGES: u64 = 1024;
+/// Fewer bytes say more about latency than about bandwidth.
+const MIN_BURST_BYTES: u64 = 2 << 20;
 
 impl Job<'_> {
-    /// Copies memory, round after round, until a pause is worth it.
+    /// Copies memory, round after round, until a pause is worth it. Returns pages that were to be sent in a round
+    /// that was ended early; the log has the others.
     pub(super) fn precopy(
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
-    ) -> Result<Rest, MigrateError> {
+    ) -> Result<PageSet, MigrateError> {
         let mut pages = self.first_pages(link, alive, crew)?;
         let mut n = 0;
         loop {
@@ -39,7 +37,7 @@ impl Job<'_> {
             pages = PageSet::of(crew.memory)?;
             crew.add_unsent(&mut pages);
             if self.settles(link, alive, crew, watch, n, decision)? {
-                return Ok(Rest { pages, rounds: n });
+                return Ok(pages);
             }
             peek(crew, &mut pages)?;
         }
@@ -91,12 +89,14 @@ impl Job<'_> {
         pages: PageSet,
     ) -> Result<Decision, MigrateError> {
         self.begin_round(crew, watch, n);
+        let pages = self.burst(link, alive, crew, watch, pages)?;
         let order = if n == 1 {
             Order::Scattered
         } else {
             Order::Ascending
         };
-        crew.send(n, pages, order);
+        let pass = self.next_pass();
+        crew.send(pass, pages, order);
         while !alive.during(|| crew.wait(TICK))? {
             // A destination that gave up is heard at once.
             link.check("nothing while pages are sent")?;
@@ -106,11 +106,51 @@ impl Job<'_> {
                 crew.stop();
             }
         }
-        finish_round(link, n)?;
+        finish_round(link, pass)?;
         let decision = self.observe(alive, crew, watch, n, true)?;
         self.end_round(crew, watch, n, &decision);
         judge(&decision)?;
         Ok(decision)
+    }
+
+    /// Sends the first few MiB of a round without the cap of pre-copy, if there is one and the final copy will
+    /// have none: nothing else would tell how fast that will be. The round pays for it. Returns the other pages.
+    fn burst(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+        watch: &mut Watch,
+        mut pages: PageSet,
+    ) -> Result<PageSet, MigrateError> {
+        let capped = self.options.bandwidth.is_some() && self.options.final_bandwidth.is_none();
+        if !capped || pages.len() < BURST_PAGES {
+            return Ok(pages);
+        }
+        let first = pages.split_off(BURST_PAGES);
+        let before = crew.counts.wire();
+        crew.pacer.set(None, Instant::now());
+        let began = Instant::now();
+        let pass = self.next_pass();
+        crew.send(pass, first, Order::Ascending);
+        while !alive.during(|| crew.wait(TICK))? {
+            link.check("nothing while pages are sent")?;
+        }
+        finish_round(link, pass)?;
+        let (elapsed, bytes) = (began.elapsed(), crew.counts.wire() - before);
+        // Pages that were zero say nothing about the network.
+        if bytes >= MIN_BURST_BYTES {
+            watch.burst(bytes, elapsed);
+        }
+        crew.pacer.set(self.options.bandwidth, began);
+        crew.pacer.book(bytes, began);
+        Ok(pages)
+    }
+
+    /// The number of the next pass over pages; the wire calls it a round.
+    pub(super) fn next_pass(&mut self) -> u32 {
+        self.passes += 1;
+        self.passes
     }
 
     /// Whether the switch comes now. What it costs besides the copy is measured first, and what a slow flush

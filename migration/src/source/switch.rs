@@ -6,12 +6,13 @@ use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
 use super::pass::Order;
-use super::precopy::{Rest, await_ack, finish_round, peek};
+use super::precopy::{await_ack, finish_round, peek};
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::Costs;
 use crate::link::{KeepAlive, Link};
 use crate::options::OnMiss;
+use crate::page_set::PageSet;
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
@@ -35,15 +36,14 @@ impl Job<'_> {
         link: &mut Link<'_>,
         alive: &KeepAlive,
         crew: &Crew<'_>,
-        rest: Rest,
+        mut pages: PageSet,
     ) -> Result<Stopped, MigrateError> {
-        let Rest { mut pages, rounds } = rest;
         link.check("nothing before the pause")?;
         crew.pacer.set(self.options.final_bandwidth, Instant::now());
         let (paused_at, mut lap, state) = self.stop(alive)?;
         peek(crew, &mut pages)?;
         self.report.downtime.final_log_ms = lap.ms();
-        let last = rounds + 1;
+        let last = self.next_pass();
         let any = !pages.is_empty();
         if any {
             crew.send(last, pages, Order::Ascending);

@@ -19,7 +19,7 @@ const SOCKET_BUFFER: usize = 4 << 20;
 
 /// One byte stream to a peer.
 #[derive(Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     stream: Stream,
     peer: String,
 }
@@ -33,7 +33,7 @@ enum Stream {
 impl Connection {
     /// Connects, and gives up after `timeout` or when `control` is cancelled (name resolution not counted: the
     /// system's own limits hold).
-    pub fn connect(
+    pub(crate) fn connect(
         endpoint: &Endpoint,
         timeout: Duration,
         control: &Control,
@@ -66,17 +66,17 @@ impl Connection {
     }
 
     /// Whom it leads to, for messages.
-    pub fn peer(&self) -> &str {
+    pub(crate) fn peer(&self) -> &str {
         &self.peer
     }
 
     /// Whether file descriptors can be sent over it.
-    pub fn passes_files(&self) -> bool {
+    pub(crate) fn passes_files(&self) -> bool {
         matches!(self.stream, Stream::Unix(_))
     }
 
     /// Ends one direction or both; whoever waits for data then, on either side, wakes up.
-    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+    pub(crate) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.stream {
             Stream::Tcp(stream) => stream.shutdown(how),
             Stream::Unix(stream) => stream.shutdown(how),

@@ -15,7 +15,7 @@ use crate::control::Control;
 
 /// Waits for connections. A Unix socket's file goes with the listener.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     socket: Socket,
     endpoint: Endpoint,
 }
@@ -39,7 +39,7 @@ struct SocketFile {
 
 impl Listener {
     /// Listens. A socket file that a dead process left behind is taken over.
-    pub fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
+    pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
         let failed = |source| TransportError::Listen {
             endpoint: endpoint.clone(),
             source,
@@ -83,12 +83,12 @@ impl Listener {
     }
 
     /// Where it listens, with the port that the system chose if it was to choose one.
-    pub fn endpoint(&self) -> &Endpoint {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
     /// Waits for the next connection until `until` (then nothing), or until `control` is cancelled (an error).
-    pub fn accept(
+    pub(crate) fn accept(
         &self,
         control: &Control,
         until: Option<Instant>,
