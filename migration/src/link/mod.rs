@@ -46,6 +46,8 @@ pub(crate) struct Link<'a> {
     torn: bool,
     /// On a data stream: sends without a copy where that works.
     sender: Option<Sender>,
+    /// On a data stream: is woken for pieces that are worth it.
+    receiver: Option<migration_io::Receiver>,
     bytes_sent: u64,
     bytes_received: u64,
 }
@@ -66,6 +68,7 @@ impl<'a> Link<'a> {
             listen: true,
             torn: false,
             sender: None,
+            receiver: None,
             bytes_sent: 0,
             bytes_received: 0,
         }
@@ -266,9 +269,15 @@ impl<'a> Link<'a> {
     ) -> Result<(), LinkError> {
         let what = "the content of pages";
         let mut scatter = Scatter::new(memory, ranges).map_err(|source| LinkError::Io { what, source })?;
-        self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
-            scatter.step(socket)
-        })?;
+        let mut receiver = self
+            .receiver
+            .take()
+            .unwrap_or_else(|| migration_io::Receiver::new(self.connection.as_fd()));
+        let received = self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
+            receiver.receive(&mut scatter, socket)
+        });
+        self.receiver = Some(receiver);
+        received?;
         self.bytes_received += ranges.iter().map(|range| range.len).sum::<u64>();
         Ok(())
     }

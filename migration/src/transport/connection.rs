@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::{Endpoint, TransportError};
 use crate::control::Control;
 
-/// Kernel buffer of either direction: some milliseconds of a fast network, so that neither side waits for the
+/// Kernel buffer of a Unix socket: some milliseconds of a fast network, so that neither side waits for the
 /// other's scheduler.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -101,11 +101,11 @@ impl Connection {
     }
 
     /// Larger buffers are a matter of speed alone. Only a privileged process gets more than the system's
-    /// default limit; for TCP, the kernel's own tuning then does better than the limit.
+    /// default limit. TCP tunes its buffers itself, and does better than any fixed size.
     fn enlarge_buffers(&self) {
-        let forced = sockopt::set_socket_send_buffer_size_force(self, SOCKET_BUFFER)
-            .and_then(|()| sockopt::set_socket_recv_buffer_size_force(self, SOCKET_BUFFER));
-        if forced.is_err() && matches!(self.stream, Stream::Unix(_)) {
+        if matches!(self.stream, Stream::Unix(_))
+            && sockopt::set_socket_send_buffer_size_force(self, SOCKET_BUFFER).is_err()
+        {
             let _ = sockopt::set_socket_send_buffer_size(self, SOCKET_BUFFER);
         }
     }

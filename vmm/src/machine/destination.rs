@@ -78,11 +78,6 @@ impl MigrationDestination {
         Ok(())
     }
 
-    /// Makes the reserve ready. Before each wait for a machine.
-    pub fn prepare(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
     /// The machine, once it has been received.
     pub fn into_machine(self) -> Option<Machine> {
         self.machine
