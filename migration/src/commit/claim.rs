@@ -37,10 +37,6 @@ pub(crate) enum Verdict {
 }
 
 impl Claim {
-    pub(crate) fn new() -> Self {
-        Self::default()
-    }
-
     /// The migration pauses the guest; comes before the call.
     pub(crate) fn pause(&mut self) {
         self.step(Claim::Running, Claim::Paused);
@@ -121,7 +117,7 @@ mod tests {
     use super::*;
 
     fn offered() -> Claim {
-        let mut claim = Claim::new();
+        let mut claim = Claim::default();
         claim.go();
         assert_eq!(claim, Claim::Running, "out of turn");
         claim.pause();
@@ -150,7 +146,7 @@ mod tests {
     #[test]
     fn a_failure_before_go_undoes_what_was_done() {
         let failed = |mut claim: Claim| claim.fail().map(|failed| (failed.resume, failed.withdraw));
-        assert_eq!(failed(Claim::new()), Some((false, false)));
+        assert_eq!(failed(Claim::default()), Some((false, false)));
         assert_eq!(failed(Claim::Paused), Some((true, false)));
         assert_eq!(failed(offered()), Some((true, true)));
         let mut unsent = offered();

@@ -112,7 +112,7 @@ impl World {
         Self {
             source: Source {
                 alive: true,
-                claim: Claim::new(),
+                claim: Claim::default(),
                 attempt: 0,
                 open: false,
                 heard_ready: false,

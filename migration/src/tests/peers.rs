@@ -196,12 +196,12 @@ fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
     let connect = || Connection::connect(listener.endpoint(), Duration::from_secs(5), &control).unwrap();
 
     let connection = connect();
-    drop(listener.accept(&control).unwrap());
+    drop(listener.accept(&control, None).unwrap().unwrap());
     let mut link = Link::new(&connection, &control, patience, patience);
     assert!(link.send(&Message::Ping).is_err() && !link.is_torn());
 
     let connection = connect();
-    let _unread = listener.accept(&control).unwrap();
+    let _unread = listener.accept(&control, None).unwrap().unwrap();
     let mut link = Link::new(&connection, &control, patience, patience);
     let error = link.send_state(&vec![1; 32 << 20]).unwrap_err();
     assert!(
