@@ -72,7 +72,7 @@ pub struct Config {
     pub memory: u64,
     /// Whether guest memory is a memfd.
     pub shared_memory: bool,
-    /// Whether KVM tells of dirty pages through a ring of each vCPU, instead of a bitmap.
+    /// Whether vCPUs log their writes in rings, which tell who writes.
     pub dirty_ring: bool,
     /// CPU template.
     pub template: Template,
@@ -97,7 +97,7 @@ pub struct Wishes {
     pub memory: Option<u64>,
     /// Whether guest memory is to be a memfd.
     pub shared_memory: bool,
-    /// Whether KVM is to tell of dirty pages through rings.
+    /// Whether vCPUs are to log their writes in rings.
     pub dirty_ring: bool,
     /// Name of a CPU template.
     pub cpu_template: Option<String>,
@@ -169,13 +169,12 @@ impl Wishes {
             initrd: self.initrd,
             cmdline: self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.into()),
         };
-        let (shared_memory, dirty_ring) = (self.shared_memory, self.dirty_ring);
         Ok(Config {
             boot,
             cpus,
             memory,
-            shared_memory,
-            dirty_ring,
+            shared_memory: self.shared_memory,
+            dirty_ring: self.dirty_ring,
             template,
             template_reason,
             disks: self.disks,

@@ -3,16 +3,18 @@
 #![allow(unsafe_code)] // ioctls of our own and a union of the kernel's.
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
-    kvm_device_attr, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
+    kvm_enable_cap,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{errno, ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::{errno, ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
@@ -33,6 +35,29 @@ pub(crate) fn enable_manual_protect(vm: &VmFd) -> Result<(), kvm_ioctls::Error> 
         args: [MANUAL_PROTECT.into(), 0, 0, 0],
         ..Default::default()
     })
+}
+
+/// The size in bytes of the largest dirty ring, where KVM has them (api.rst, 8.29).
+pub(crate) fn max_dirty_ring(vm: &VmFd) -> Option<usize> {
+    let bytes = vm.check_extension_raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL.into());
+    usize::try_from(bytes).ok().filter(|bytes| *bytes > 0)
+}
+
+/// Gives each vCPU that is created from now on a dirty ring of `bytes`.
+pub(crate) fn enable_dirty_ring(vm: &VmFd, bytes: u64) -> Result<(), kvm_ioctls::Error> {
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+        args: [bytes, 0, 0, 0],
+        ..Default::default()
+    })
+}
+
+/// Protects the pages of all entries that were collected from dirty rings, and frees the entries.
+pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<(), errno::Error> {
+    // SAFETY: the call has no argument.
+    let reset = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+    // It returns how many there were.
+    errno_of(reset.min(0))
 }
 
 /// KVM_GET_DIRTY_LOG under manual protection: the marks of a slot, which stay.

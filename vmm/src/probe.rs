@@ -122,13 +122,6 @@ const CAPABILITIES: &[(Cap, &str, &str, bool, &str)] = &[
         false,
         "moves between hosts of different TSC frequency",
     ),
-    (
-        Cap::DirtyLogRing,
-        "dirty-ring",
-        MIGRATION,
-        false,
-        "which vCPU dirties",
-    ),
 ];
 
 /// Looks at this host.
@@ -241,6 +234,13 @@ fn check_vm(kvm: &Kvm, checks: &mut Vec<Check>) -> Option<VmFd> {
 }
 
 fn check_capabilities(vm: &VmFd, checks: &mut Vec<Check>) {
+    checks.push(Check {
+        name: "dirty-ring",
+        purpose: MIGRATION,
+        required: false,
+        present: crate::kvm::max_dirty_ring(vm).is_some(),
+        detail: "which vCPU dirties (Linux 6.1 or later)".into(),
+    });
     checks.push(Check {
         name: "manual-protect",
         purpose: BOOT,

@@ -221,6 +221,16 @@ impl Policy {
             limit: limit.max(target),
             target,
             throttle: self.goal.throttle && self.goal.cpus > 0,
+            settling: self.settling(),
+        }
+    }
+
+    /// Until the guest was measured and slowed down, the dirty set does not shrink.
+    fn settling(&self) -> f64 {
+        if self.overload {
+            0.0
+        } else {
+            2.0 * Throttler::EPOCH
         }
     }
 
@@ -355,6 +365,7 @@ impl Policy {
             limit: Self::LIMIT,
             target: Self::TARGET,
             throttle: self.goal.throttle,
+            settling: self.settling(),
         };
         let total = (reason == Reason::Deadline)
             .then(|| now.total(plan, None))

@@ -49,6 +49,8 @@ pub(super) struct Plan {
     pub target: f64,
     /// Whether it may be.
     pub throttle: bool,
+    /// Seconds until the throttle has found its level.
+    pub settling: f64,
 }
 
 /// What one more round, or the rest of this one, leads to.
@@ -152,7 +154,7 @@ impl Outlook {
         };
         if plan.throttle && natural > plan.limit * self.link && self.room() > 0.0 {
             let room = self.room().min(dirty);
-            at += (dirty - room) / (self.link * (1.0 - plan.target)).max(1.0);
+            at += plan.settling + (dirty - room) / (self.link * (1.0 - plan.target)).max(1.0);
             return Some(at + after_zero.downtime(room));
         }
         let mut next = if model.is_some() {

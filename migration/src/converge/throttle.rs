@@ -70,7 +70,7 @@ pub(super) struct Demand {
 
 impl Throttler {
     /// Several slices of at most 10 ms, so that their phase does not matter.
-    const EPOCH: f64 = 0.08;
+    pub(super) const EPOCH: f64 = 0.08;
     /// Smaller changes are noise.
     const STEP: f64 = 0.03;
 
@@ -83,15 +83,8 @@ impl Throttler {
         }
     }
 
-    /// Takes a step; at the end of an epoch it adapts the throttle to `demand` (`None`: no throttle). Returns
-    /// whether an epoch has ended.
-    pub(super) fn step(
-        &mut self,
-        elapsed: f64,
-        dirtied: f64,
-        by_vcpu: &[u64],
-        demand: Option<Demand>,
-    ) -> bool {
+    /// Takes a step; at the end of an epoch it adapts the throttle to `demand` (`None`: no throttle).
+    pub(super) fn step(&mut self, elapsed: f64, dirtied: f64, by_vcpu: &[u64], demand: Option<Demand>) {
         if by_vcpu.len() > 1 && by_vcpu.len() == self.cpus && self.lanes.len() != self.cpus {
             let on = self.on();
             self.lanes = by_vcpu
@@ -102,7 +95,7 @@ impl Throttler {
                 })
                 .collect();
             self.epoch = Epoch::default();
-            return false;
+            return;
         }
         self.epoch.elapsed += elapsed;
         self.epoch.dirtied += dirtied;
@@ -110,7 +103,7 @@ impl Throttler {
             self.lanes.iter_mut().for_each(|lane| lane.on = 1.0);
         }
         if self.epoch.elapsed < Self::EPOCH {
-            return false;
+            return;
         }
         let excess = demand.filter(|demand| demand.limit <= demand.target);
         self.excess = excess.map_or(0.0, |demand| {
@@ -121,7 +114,6 @@ impl Throttler {
         if let Some(demand) = demand {
             self.adapt(demand);
         }
-        true
     }
 
     /// Lets everybody run.

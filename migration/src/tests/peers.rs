@@ -114,7 +114,9 @@ fn a_destination_that_does_not_read_is_left() {
         scope.spawn(move || {
             let mut control = fake.accept().unwrap().0;
             let accept = [greeting(), vec![Message::Accept]].concat();
-            control.write_all(&accept.iter().flat_map(frame).collect::<Vec<u8>>()).unwrap();
+            control
+                .write_all(&accept.iter().flat_map(frame).collect::<Vec<u8>>())
+                .unwrap();
             let joined = [Message::Hello(Hello::ours()), Message::Joined];
             let joined: Vec<u8> = joined.iter().flat_map(frame).collect();
             let streams: Vec<TcpStream> = (0..options().streams)

@@ -12,6 +12,7 @@ use super::{EventSink, Machine, MachineError, MachineEvent, kvm_error, open_kvm}
 use crate::boot::{self, BootError, BootSource, layout};
 use crate::console::Console;
 use crate::cpu::{self, Template};
+use crate::memory::RingLog;
 use crate::vcpu::{Buses, VcpuSet, set_msr};
 use crate::{kvm, memory};
 
@@ -19,6 +20,8 @@ use crate::{kvm, memory};
 pub(crate) struct Spec {
     /// Guest RAM.
     pub(crate) memory: GuestMemory,
+    /// Whether vCPUs log their writes in rings, see [`RingLog`].
+    pub(crate) dirty_ring: bool,
     /// Number of vCPUs.
     pub(crate) cpus: u8,
     /// Name of the CPU template that `cpuid` was made with.
@@ -44,6 +47,7 @@ impl Machine {
         }
         let spec = Spec {
             memory: memory::create(&layout::ram_ranges(config.memory), config.shared_memory)?,
+            dirty_ring: config.dirty_ring,
             cpus: config.cpus,
             template: config.template,
             cpuid,
@@ -73,21 +77,31 @@ impl Machine {
             ..Default::default()
         };
         vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
-        start_in_manual_protect(&vm)?;
+        let ring_entries = choose_log(&vm, spec.dirty_ring)?;
         memory::register(&vm, &spec.memory)?;
+        let vm = Arc::new(vm);
         let vcpus = create_vcpus(&vm, &spec)?;
+        let rings = match ring_entries {
+            Some(entries) => {
+                let rings = RingLog::new(vm.clone(), spec.memory.clone(), &vcpus, entries)?;
+                Some(Arc::new(rings))
+            }
+            None => None,
+        };
         let tsc_khz = vcpus[0].get_tsc_khz().map_err(kvm_error("KVM_GET_TSC_KHZ"))?;
         let devices = DeviceSet::build(&vm, &spec.memory, &spec.disks, console, events.clone())?;
         let buses = Buses {
             pio: devices.pio.clone(),
             mmio: devices.mmio.clone(),
+            rings: rings.clone(),
         };
         let on_failure = Arc::new(move |failure| events(MachineEvent::VcpuFailed(failure)));
         let vcpus = VcpuSet::start(vcpus, buses, on_failure)?;
         Ok(Self {
             vcpus,
             devices,
-            vm: Arc::new(vm),
+            rings,
+            vm,
             kvm,
             memory: spec.memory,
             cpuid: spec.cpuid,
@@ -115,12 +129,17 @@ impl Machine {
     }
 }
 
-/// Every machine can be migrated one day, and its log can only be chosen now.
-fn start_in_manual_protect(vm: &VmFd) -> Result<(), MachineError> {
+/// Every machine can be migrated one day, and its dirty log can only be chosen now. Returns how many entries a
+/// vCPU's ring has, if it is to be rings: they and bitmaps exclude each other.
+fn choose_log(vm: &VmFd, dirty_ring: bool) -> Result<Option<usize>, MachineError> {
+    if dirty_ring {
+        return Ok(Some(memory::enable_rings(vm)?));
+    }
     if !kvm::has_manual_protect(vm) {
         return Err(MachineError::NoManualProtect);
     }
-    kvm::enable_manual_protect(vm).map_err(kvm_error("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"))
+    kvm::enable_manual_protect(vm).map_err(kvm_error("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"))?;
+    Ok(None)
 }
 
 fn create_vcpus(vm: &VmFd, spec: &Spec) -> Result<Vec<VcpuFd>, MachineError> {

@@ -175,6 +175,8 @@ impl MigrationDestination {
         }
         let spec = Spec {
             memory,
+            // How a host finds out what was written is its own affair.
+            dirty_ring: false,
             cpus: description.cpus,
             template: description.cpu_template.parse()?,
             cpuid: cpuid_entries(&description.cpuid, &self.host),

@@ -19,7 +19,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use migration::DirtyLog;
 
 use crate::cpu::Template;
-use crate::memory::{self, BitmapLog};
+use crate::memory::{self, BitmapLog, RingLog};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
 
 pub use arrival::Arrival;
@@ -52,6 +52,8 @@ pub struct Machine {
     // last. A dirty log keeps VM and memory, in that order, as long as it is needed.
     vcpus: VcpuSet,
     devices: DeviceSet,
+    /// Where vCPUs log their writes, if not in bitmaps.
+    rings: Option<Arc<RingLog>>,
     vm: Arc<VmFd>,
     kvm: Kvm,
     memory: GuestMemory,
@@ -144,6 +146,11 @@ impl Machine {
     }
 
     fn start_dirty_log(&self) -> Result<Arc<dyn DirtyLog>, MachineError> {
+        if let Some(rings) = &self.rings {
+            rings.reset()?;
+            memory::set_dirty_log(&self.vm, &self.memory, true)?;
+            return Ok(rings.clone());
+        }
         memory::set_dirty_log(&self.vm, &self.memory, true)?;
         Ok(Arc::new(BitmapLog::new(self.vm.clone(), self.memory.clone())))
     }

@@ -67,6 +67,14 @@ pub enum MemoryError {
         first: u64,
         got: usize,
     },
+    #[error("KVM: expected dirty rings (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, since Linux 6.1), got none")]
+    NoRings,
+    #[error("KVM_CAP_DIRTY_LOG_RING_ACQ_REL")]
+    EnableRings(#[source] kvm_ioctls::Error),
+    #[error("mapping a vCPU's dirty ring")]
+    MapRing(#[source] io::Error),
+    #[error("KVM_RESET_DIRTY_RINGS: {0}")]
+    ResetRings(vmm_sys_util::errno::Error),
     #[error("page set")]
     PageSet(#[from] migration::PageSetError),
 }

@@ -1,7 +1,7 @@
 //! The saved state of a vCPU, and its way in and out of KVM.
 #![allow(unsafe_code)] // KVM_SET_XSAVE is unsafe where extended state can exceed 4096 bytes.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use kvm_bindings::{KVM_MP_STATE_SIPI_RECEIVED, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -171,11 +171,12 @@ fn check_mp_state(got: u32) -> Result<u32, VcpuStateError> {
 
 /// Sets one MSR.
 pub fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), VcpuStateError> {
-    if try_set_msr(vcpu, index, value)? {
-        Ok(())
-    } else {
-        Err(VcpuStateError::Msr { index, value })
-    }
+    let entry = kvm_msr_entry {
+        index,
+        data: value,
+        ..Default::default()
+    };
+    set_msrs(vcpu, &[entry])
 }
 
 fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
@@ -229,19 +230,30 @@ fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Vcp
     if msrs.len() > known.len() {
         return Err(VcpuStateError::TooManyMsrs(msrs.len()));
     }
+    let present: HashMap<u32, u64> = save_msrs(kvm, vcpu)?.into_iter().collect();
     let later = |index: &u32| *index == MSR_TSC_DEADLINE || MSR_WALL_CLOCKS.contains(index);
+    let mut changed = Vec::new();
     for (index, value) in msrs.iter().filter(|(index, _)| !later(index)) {
-        let reset = read_msr(vcpu, *index)?;
+        let now = match present.get(index) {
+            Some(now) => Some(*now),
+            None => read_msr(vcpu, *index)?,
+        };
         // What the vCPU already holds needs no write; some of those KVM would refuse to take.
-        if reset == Some(*value) {
+        if now == Some(*value) {
             continue;
         }
         if !known.contains(index) {
             return Err(VcpuStateError::UnknownMsr(*index));
         }
-        set_msr(vcpu, *index, *value)?;
+        changed.push(kvm_msr_entry {
+            index: *index,
+            data: *value,
+            ..Default::default()
+        });
     }
-    Ok(())
+    changed
+        .chunks(MSR_BATCH)
+        .try_for_each(|batch| set_msrs(vcpu, batch))
 }
 
 /// `None` if KVM has no such MSR for this guest.
@@ -255,14 +267,14 @@ fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuStateError> {
     Ok((read == 1).then(|| msrs.as_slice()[0].data))
 }
 
-fn try_set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, VcpuStateError> {
-    let entry = kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
-    let msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuStateError::TooManyMsrs(1))?;
-    Ok(vcpu.set_msrs(&msrs).map_err(kvm_error("KVM_SET_MSRS"))? == 1)
+/// At most [`MSR_BATCH`] of them. KVM stops at the first that it refuses.
+fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| VcpuStateError::TooManyMsrs(entries.len()))?;
+    let set = vcpu.set_msrs(&msrs).map_err(kvm_error("KVM_SET_MSRS"))?;
+    entries.get(set).map_or(Ok(()), |refused| {
+        let (index, value) = (refused.index, refused.data);
+        Err(VcpuStateError::Msr { index, value })
+    })
 }
 
 /// The structure's bytes as the kernel lays it out.

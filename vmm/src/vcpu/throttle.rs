@@ -15,9 +15,9 @@ use super::gate::Gate;
 const MAX_OFF: Duration = Duration::from_millis(10);
 /// The shortest slice: below it, kicks would cost more than they hold back.
 const MIN_OFF: Duration = Duration::from_millis(1);
-/// A vCPU runs that long between two slices as long as slices can be made longer instead: late timers then
-/// matter little.
-const GOOD_ON: Duration = Duration::from_micros(500);
+/// A vCPU runs that long between two slices as long as slices can be made longer instead: to leave the guest and
+/// to come back, with cold caches, costs it some 100 µs.
+const GOOD_ON: Duration = Duration::from_millis(2);
 /// A vCPU runs at least that long between two slices, so that it gets something done.
 const MIN_ON: Duration = Duration::from_micros(200);
 /// What differences between what was asked and what was reached add up to before older ones are forgotten.
@@ -190,7 +190,7 @@ impl Plan {
 fn slices(share: f64) -> (Duration, Duration) {
     // As short as allowed, which is the smoothest; long enough that the vCPU runs a while as well.
     let off =
-        (MIN_ON.as_secs_f64() * share / (1.0 - share)).clamp(MIN_OFF.as_secs_f64(), MAX_OFF.as_secs_f64());
+        (GOOD_ON.as_secs_f64() * share / (1.0 - share)).clamp(MIN_OFF.as_secs_f64(), MAX_OFF.as_secs_f64());
     let on = (off * (1.0 - share) / share).clamp(MIN_ON.as_secs_f64(), 1.0);
     (Duration::from_secs_f64(on), Duration::from_secs_f64(off))
 }

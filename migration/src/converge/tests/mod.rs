@@ -3,5 +3,6 @@
 mod arithmetic;
 mod promises;
 mod properties;
+mod run;
 mod shapes;
 mod simulator;

@@ -210,19 +210,22 @@ fn predictions_hold_in_95_percent_of_runs() {
         capped(Pattern::Sweep),
         capped(Pattern::Random),
     ];
-    let (mut runs, mut downtimes, mut totals) = (0, 0, 0);
+    let (mut runs, mut downtimes, mut totals, mut midway) = (0, 0, 0, 0);
     for world in worlds.iter().flat_map(|world| seeds(world, 12)) {
         let outcome = world.run();
         runs += 1;
         let downtime = (outcome.predicted.downtime.as_secs_f64() - outcome.downtime).abs();
         downtimes += u32::from(downtime <= (0.2 * outcome.downtime).max(2e-3));
-        let total = outcome
-            .predicted_total()
-            .map(|total| (total - outcome.total).abs());
-        totals += u32::from(total.is_some_and(|error| error <= (0.15 * outcome.total).max(50e-3)));
+        let holds = |total: Option<f64>| {
+            let error = total.map(|total| (total - outcome.total).abs());
+            u32::from(error.is_some_and(|error| error <= (0.15 * outcome.total).max(50e-3)))
+        };
+        totals += holds(outcome.predicted_total());
+        midway += holds(outcome.predicted_total_midway());
     }
     assert!(downtimes * 100 >= runs * 95, "downtime: {downtimes} of {runs}");
     assert!(totals * 100 >= runs * 95, "total: {totals} of {runs}");
+    assert!(midway * 100 >= runs * 95, "total midway: {midway} of {runs}");
 }
 
 #[test]

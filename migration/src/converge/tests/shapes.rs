@@ -62,6 +62,36 @@ fn a_guest_that_calms_down_is_released_at_once() {
 }
 
 #[test]
+fn a_guest_that_makes_up_for_lost_time_is_slowed_down_all_the_same() {
+    // 300 MB/s by the clock: to get below 200 MB/s it must be out of the guest for most of the time.
+    let mut world = World {
+        link: 200e6,
+        ..World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 300e6, Pattern::Random)])
+    };
+    world.vcpus[0].catches_up = true;
+    let outcome = world.run();
+    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert!(
+        outcome.downtime <= 0.03 && outcome.most_off[0] > 0.8,
+        "{outcome:?}"
+    );
+}
+
+#[test]
+fn a_link_that_becomes_slower_is_noticed() {
+    for at in [1.0, 2.0, 3.0] {
+        let world = World {
+            link: 500e6,
+            link_change: Some((at, 0.5)),
+            ..World::new(goal(50), vec![Vcpu::new(0, 512 * MIB, 1.2e9, Pattern::Random)])
+        };
+        let outcome = world.run();
+        assert_eq!(outcome.verdict, Verdict::Switch);
+        assert!(outcome.downtime <= 0.05, "{}", outcome.downtime);
+    }
+}
+
+#[test]
 fn only_the_vcpu_that_dirties_is_slowed_down() {
     let size = 128 * MIB;
     let quiet = |cpu| Vcpu::new(cpu * size, size, 5e6, Pattern::Random);
