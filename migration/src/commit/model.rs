@@ -430,13 +430,19 @@ impl World {
             self.add(next, "the connection breaks", |world| world.cut = true);
         }
         if self.cut && !self.up.is_empty() {
-            self.add(next, "a word is lost", |world| drop(world.up.pop_back()));
+            self.add(next, "a word is lost", |world| {
+                world.up.pop_back();
+            });
         }
         if self.cut && !self.down.is_empty() {
-            self.add(next, "a word is lost", |world| drop(world.down.pop_back()));
+            self.add(next, "a word is lost", |world| {
+                world.down.pop_back();
+            });
         }
         for at in 0..self.asks.len() {
-            self.add(next, "a question is lost", |world| drop(world.asks.remove(at)));
+            self.add(next, "a question is lost", |world| {
+                world.asks.remove(at);
+            });
         }
         if self.answer.is_some() {
             self.add(next, "an answer is lost", |world| world.answer = None);

@@ -10,6 +10,15 @@ pub enum ReceiveError {
     /// The conversation with the source ended, by its fault, by ours or by somebody's wish.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// A data stream failed.
+    #[error("data stream {index}")]
+    Stream {
+        /// Its number, from 0.
+        index: usize,
+        /// What happened.
+        #[source]
+        source: LinkError,
+    },
     /// The machine cannot run here.
     #[error("the machine cannot run here: {}", crate::text::list(differences))]
     Refused {

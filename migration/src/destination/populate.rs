@@ -13,10 +13,6 @@ use crate::protocol::Span;
 /// Memory that is populated in one go: a huge page. Between two of them the thread can be stopped.
 const PIECE: u64 = 2 << 20;
 
-/// Where pages have already arrived, the streams have caught up: two threads that fault in the same memory are no
-/// faster than one, so this one goes ahead by so many pieces and leaves those to the streams.
-const LEAP: usize = 4;
-
 /// What may hold something, and the thread that prepares for it. Nothing depends on its work.
 pub(super) struct Populate<'a> {
     incoming: &'a Incoming,
@@ -66,13 +62,13 @@ impl<'a> Populate<'a> {
     /// The thread's work, until [`Populate::stop`].
     pub(super) fn run(&self) {
         while let Some(todo) = self.next() {
-            let mut pieces = todo.ranges(PIECE);
-            while let Some(piece) = pieces.next() {
+            for piece in todo.ranges(PIECE) {
                 if self.is_stopped() {
                     return;
                 }
+                // Where pages arrive already a stream is at work: two threads that fault in the same memory are
+                // no faster than one.
                 if self.incoming.is_written(piece) {
-                    pieces.by_ref().take(LEAP).for_each(drop);
                     continue;
                 }
                 if let Err(error) = populate(self.incoming.memory(), piece) {

@@ -110,8 +110,9 @@ impl<'a> Streams<'a> {
     pub(super) fn failure(&self) -> (Option<ReceiveError>, Option<Instant>) {
         let mut state = self.lock();
         match &state.failure {
-            Some((since, ReceiveError::Link(LinkError::Closed { .. } | LinkError::Io { .. })))
-                if since.elapsed() < LAST_WORDS =>
+            Some((since, ReceiveError::Stream { source, .. }))
+                if matches!(source, LinkError::Closed { .. } | LinkError::Io { .. })
+                    && since.elapsed() < LAST_WORDS =>
             {
                 (None, Some(*since + LAST_WORDS))
             }
@@ -142,6 +143,10 @@ impl<'a> Streams<'a> {
         let work = AssertUnwindSafe(|| self.receive(index, connection));
         let result =
             catch_unwind(work).unwrap_or_else(|panic| Err(ReceiveError::Panic(panic_message(&*panic))));
+        let result = result.map_err(|error| match error {
+            ReceiveError::Link(source) => ReceiveError::Stream { index, source },
+            error => error,
+        });
         let mut state = self.lock();
         state.running -= 1;
         if let (Err(error), false) = (result, state.ending) {

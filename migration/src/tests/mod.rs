@@ -1,6 +1,9 @@
 //! The engine from end to end, over real sockets, with machines made of memory and a thread.
 
 mod cuts;
+mod destination;
+mod destination_commit;
+mod destination_hand;
 mod fake;
 mod faults;
 mod guest;
