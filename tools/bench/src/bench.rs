@@ -12,7 +12,9 @@ use crate::sentinel::{Sentinel, Window};
 /// How often one run may be repeated because the host stalled.
 const REPEATS: u32 = 2;
 /// Time for all repetitions together: a host that stalls all the time must not make the bench endless.
-const SPARE: Duration = Duration::from_secs(300);
+const SPARE_SECONDS: u32 = 300;
+/// The same for each repetition that a quick look asks for.
+const QUICK_SPARE_SECONDS: u32 = 5;
 
 /// One bench.
 pub(crate) struct Bench {
@@ -31,6 +33,7 @@ impl Bench {
     /// `count`: repetitions of everything, instead of as many as each row promises.
     pub(crate) fn new(fixtures: Fixtures, count: Option<u32>) -> Result<Self> {
         let sentinel = Sentinel::start()?;
+        let spare = count.map_or(SPARE_SECONDS, |count| count.saturating_mul(QUICK_SPARE_SECONDS));
         Ok(Self {
             fixtures,
             moves: Vec::new(),
@@ -38,7 +41,7 @@ impl Bench {
             count,
             stalled: 0,
             repeated: 0,
-            spare: SPARE,
+            spare: Duration::from_secs(spare.min(SPARE_SECONDS).into()),
         })
     }
 

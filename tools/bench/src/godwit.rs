@@ -8,9 +8,10 @@ use migration::Report;
 use rustix::process::Signal;
 use tests::{Fixtures, Host, Journey, Migration, PATIENCE, Process, Tick, Vm};
 
+use crate::cpu;
 use crate::guest::{Guest, PAGE, gap_after_arrival, reset_gap, ticks, wait_ready};
 use crate::sentinel::Window;
-use crate::{cpu, warm};
+use crate::warm::Warm;
 
 /// A guest on its way from process to process.
 pub(crate) struct Godwit {
@@ -52,7 +53,7 @@ pub(crate) struct Ended {
 impl Godwit {
     /// Boots the guest; `more` are options of `godwit run`.
     pub(crate) fn start(fixtures: &Fixtures, guest: Guest, more: &[&str]) -> Result<Self> {
-        warm::memory(guest.memory_mib);
+        drop(Warm::hold(guest.memory_mib));
         let host = Host::with(fixtures.clone())?;
         let (kernel, cmdline) = (fixtures.bare(), guest.cmdline(fixtures)?);
         let memory = format!("{}M", guest.memory_mib);
@@ -90,11 +91,8 @@ impl Godwit {
         self.process().signal(Signal::CONT)
     }
 
-    /// A process that waits for the guest, and where it listens. The host's memory is warm.
+    /// A process that waits for the guest, and where it listens.
     pub(crate) fn receiver(&mut self, asked: &Asked<'_>) -> Result<(Vm, String)> {
-        if !asked.handover {
-            warm::memory(self.guest.memory_mib);
-        }
         self.attempts += 1;
         let name = format!("vm-{}", self.attempts);
         let memory = format!("{}M", self.guest.memory_mib);
@@ -116,13 +114,19 @@ impl Godwit {
 
     /// Tries to move the guest to a new process. It is an error only if nobody knows where the guest is.
     pub(crate) fn hop(&mut self, asked: &Asked<'_>) -> Result<Ended> {
-        let (receiver, endpoint) = self.receiver(asked)?;
         self.guest.settle(self.process())?;
+        // Whoever touches its memory before the start must find it warm then, all others while they receive.
+        let mut warm = (!asked.handover).then(|| Warm::hold(self.guest.memory_mib));
+        if asked.reserve {
+            warm = None;
+        }
+        let (receiver, endpoint) = self.receiver(asked)?;
         reset_gap(&mut self.journey.vm.process)?;
         let (source, destination) = (self.process().id(), receiver.process.id());
         let cpu_of_both = || Ok::<_, anyhow::Error>(cpu::time_of(source)? + cpu::time_of(destination)?);
         let output = self.process().stdout().clone();
         let ticks_before = ticks(&output).len();
+        drop(warm);
         let cpu_before = cpu_of_both()?;
         let (migration, window) = Window::of(|| self.journey.vm.migrate(&endpoint, asked.migrate));
         let migration = migration?;

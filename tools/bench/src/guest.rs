@@ -1,7 +1,7 @@
 //! The guest of every measurement, under either monitor: the one without Linux, and what it tells.
 
+use ::tests::{Event, Fixtures, Output, PATIENCE, Process, Tick};
 use anyhow::{Context, Result};
-use tests::{Event, Fixtures, Output, PATIENCE, Process, Tick};
 
 /// Bytes of a page.
 pub(crate) const PAGE: u64 = 4096;

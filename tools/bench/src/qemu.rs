@@ -10,10 +10,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{Fixtures, PATIENCE, Process};
 
+use crate::cpu;
 use crate::guest::{Guest, gap_after_arrival, reset_gap, wait_ready};
 use crate::qmp::{Qmp, time_ms};
 use crate::sentinel::Window;
-use crate::{cpu, warm};
+use crate::warm::Warm;
 
 /// More than any link: QEMU has no word for "as fast as possible".
 const NO_CAP: u64 = 100_000_000_000;
@@ -69,9 +70,14 @@ struct Instance {
 impl Qemu {
     /// Boots the guest.
     pub(crate) fn start(fixtures: &Fixtures, guest: Guest) -> Result<Self> {
-        warm::memory(guest.memory_mib);
+        drop(Warm::hold(guest.memory_mib));
         let directory = tempfile::Builder::new().prefix("godwit-bench-").tempdir()?;
-        let vm = Instance::start(fixtures, guest, directory.path(), 0, &[])?;
+        let vm = Instance::start(
+            instance_arguments(fixtures, guest, false)?,
+            directory.path(),
+            0,
+            &[],
+        )?;
         wait_ready(&vm.process)?;
         Ok(Self {
             fixtures: fixtures.clone(),
@@ -99,7 +105,11 @@ impl Qemu {
 
     /// Moves the guest to a new process and ends the old one.
     pub(crate) fn hop(&mut self, settings: &Settings) -> Result<Moved> {
-        warm::memory(self.guest.memory_mib);
+        self.guest.settle(&self.vm.process)?;
+        let mut warm = Some(Warm::hold(self.guest.memory_mib));
+        if settings.prealloc {
+            warm = None;
+        }
         self.count += 1;
         let mut receiver = self.receiver(settings)?;
         receiver.configure(settings)?;
@@ -111,12 +121,20 @@ impl Qemu {
             .as_str()
             .context("QEMU does not say where it listens")?;
         self.vm.configure(settings)?;
-        self.guest.settle(&self.vm.process)?;
         reset_gap(&mut self.vm.process)?;
+        drop(warm);
         let cpu_before = self.cpu_time(&receiver)?;
         let uri = format!("tcp:127.0.0.1:{port}");
         let (result, window) = Window::of(|| self.vm.migrate_to(&uri, &mut receiver));
-        let downtime_ms = result?;
+        let downtime_ms = result.with_context(|| {
+            let why = self.vm.qmp.execute("query-migrate", json!({}));
+            let why = why.map_or_else(|error| error.to_string(), |why| why["error-desc"].to_string());
+            format!(
+                "{why}; {}{}",
+                self.vm.process.stderr().text(),
+                receiver.process.stderr().text()
+            )
+        })?;
         let cpu = self.cpu_time(&receiver)?.saturating_sub(cpu_before);
         let report = self.vm.qmp.execute("query-migrate", json!({}))?;
         let gap_ms = gap_after_arrival(&receiver.process)?;
@@ -139,20 +157,12 @@ impl Qemu {
     }
 
     fn receiver(&self, settings: &Settings) -> Result<Instance> {
-        let size = format!(
-            "memory-backend-ram,id=ram,size={}M,prealloc=on",
-            self.guest.memory_mib
-        );
-        let mut more = vec!["-incoming", "defer"];
-        if settings.prealloc {
-            more.extend(["-object", &size, "-machine", "memory-backend=ram"]);
-        }
+        let arguments = instance_arguments(&self.fixtures, self.guest, settings.prealloc)?;
         Instance::start(
-            &self.fixtures,
-            self.guest,
+            arguments,
             self.directory.path(),
             self.count,
-            &more,
+            &["-incoming", "defer"],
         )
     }
 
@@ -162,36 +172,11 @@ impl Qemu {
 }
 
 impl Instance {
-    fn start(
-        fixtures: &Fixtures,
-        guest: Guest,
-        directory: &Path,
-        number: u32,
-        more: &[&str],
-    ) -> Result<Self> {
+    fn start(arguments: Vec<String>, directory: &Path, number: u32, more: &[&str]) -> Result<Self> {
         let socket: PathBuf = directory.join(format!("qmp-{number}"));
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-machine", "microvm,pit=on,pic=on,rtc=on", "-enable-kvm"]);
-        // Both features are host state that some KVMs cannot give to a guest.
-        command.args(["-cpu", "host,-arch-capabilities,-cx16", "-smp", "1"]);
-        command.args([
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-serial",
-            "stdio",
-        ]);
-        command.args([
-            "-m",
-            &format!("{}M", guest.memory_mib),
-            "-append",
-            &guest.cmdline(fixtures)?,
-        ]);
-        command.arg("-kernel").arg(fixtures.bare());
-        command
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
-            .args(more);
+        command.args(arguments).args(more);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         let process = Process::spawn(command)?;
         let qmp = Qmp::connect(&socket).with_context(|| process.stderr().text())?;
         Ok(Self { process, qmp })
@@ -217,6 +202,7 @@ impl Instance {
 
     /// Returns the downtime.
     fn migrate_to(&mut self, uri: &str, receiver: &mut Self) -> Result<f64> {
+        self.qmp.forget_events();
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         let mut stopped = None;
         self.qmp.wait("end of the migration", |event| {
@@ -249,4 +235,33 @@ impl Instance {
         );
         Ok(())
     }
+}
+
+/// A machine with the guest. Its memory is an object of its own at both ends, since QEMU moves memory by name.
+fn instance_arguments(fixtures: &Fixtures, guest: Guest, prealloc: bool) -> Result<Vec<String>> {
+    let kernel = fixtures.bare();
+    let memory = format!("{}M", guest.memory_mib);
+    let prealloc = if prealloc { "on" } else { "off" };
+    let object = format!("memory-backend-ram,id=ram,size={memory},prealloc={prealloc}");
+    let cmdline = guest.cmdline(fixtures)?;
+    let machine = "microvm,pit=on,pic=on,rtc=on,memory-backend=ram";
+    // Both features are host state that some KVMs cannot give to a guest.
+    let cpu = "host,-arch-capabilities,-cx16";
+    let text = "-enable-kvm -smp 1 -nodefaults -no-user-config -display none -serial stdio";
+    let fixed = text.split(' ').map(str::to_owned);
+    let pairs = [
+        ("-object", object.as_str()),
+        ("-machine", machine),
+        ("-cpu", cpu),
+        ("-m", &memory),
+        ("-append", &cmdline),
+        (
+            "-kernel",
+            kernel.to_str().context("the guest's path is no UTF-8")?,
+        ),
+    ];
+    let pairs = pairs
+        .into_iter()
+        .flat_map(|(option, value)| [option.to_owned(), value.to_owned()]);
+    Ok(fixed.chain(pairs).collect())
 }

@@ -80,6 +80,11 @@ impl Qmp {
         }
     }
 
+    /// Forgets the events that came so far: those of an earlier migration, say.
+    pub(crate) fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     fn read(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self.reader.read_line(&mut line)? == 0 {

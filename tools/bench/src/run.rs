@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
+use ::tests::Fixtures;
 use anyhow::{Result, bail};
-use tests::Fixtures;
 
 use crate::bench::{Bench, say};
 use crate::catalogue::ROWS;

@@ -3,8 +3,8 @@
 
 use std::process::Command;
 
+use ::tests::{PATIENCE, Process};
 use anyhow::{Context, Result, ensure};
-use tests::{PATIENCE, Process};
 
 use crate::bench::{Bench, say};
 use crate::godwit::{Asked, Godwit};

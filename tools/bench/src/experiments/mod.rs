@@ -51,7 +51,7 @@ impl Experiment {
             Experiment::Throughput => throughput::run(bench, wanted),
             Experiment::Idle => idle::run(bench),
             Experiment::Budget => budget::run(bench),
-            Experiment::Overload => overload::run(bench, wanted),
+            Experiment::Overload => overload::run(bench),
             Experiment::Capped => capped::run(bench),
             Experiment::Handover => handover::run(bench),
             Experiment::Cancel => cancel::run(bench),

@@ -1,13 +1,13 @@
 //! A guest that dirties more than the link carries: does it arrive within the promise, and how much of its work
 //! could it do meanwhile? The derivation is in `DESIGN.md`.
 
+use ::tests::Tick;
 use anyhow::{Context, Result};
 use migration::{Report, Round};
-use tests::Tick;
 
 use crate::bench::{Bench, say};
-use crate::godwit::{Asked, Ended, Godwit, finished};
-use crate::guest::{Guest, PAGE, Rate, pages_at, pages_per_s, ticks};
+use crate::godwit::{Asked, Ended, Godwit};
+use crate::guest::{Guest, PAGE, Rate, pages_at};
 use crate::row::Figure;
 use crate::stats::{median, share};
 
@@ -30,17 +30,9 @@ const ASKED: [&str; 8] = [
 const ALL: f64 = 0.95;
 
 /// Moves the guest again and again.
-pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
-    let limit = if wanted.contains(&"overload-work-fraction") {
-        let limit = unthrottled_pages_per_s(bench)?;
-        say(format_args!(
-            "under dirty logging, not slowed down, the guest dirties {limit:.0} pages/s"
-        ));
-        limit
-    } else {
-        f64::INFINITY
-    };
+pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let guest = Guest::busy(MEMORY_MIB, Rate::Max);
+    let workset = (guest.workset_pages() * PAGE) as f64;
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     let asked = Asked {
         migrate: &ASKED,
@@ -51,17 +43,19 @@ pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
     for run in 1..=runs {
         let what = format!("overload {run}/{runs}");
         let ended = bench.hop(&what, &mut godwit, &asked)?;
-        let workset = (guest.workset_pages() * PAGE) as f64;
-        let stretch = Stretch::of(&ended.report, workset, CAP).filter(|_| ended.moved);
-        if let Some(fraction) = stretch
-            .as_ref()
-            .and_then(|stretch| stretch.fraction(&ended.ticks, limit))
-        {
+        if ended.moved {
+            let stretch = Stretch::of(&ended.report, workset, CAP).context("no round after the first")?;
+            let fraction = stretch
+                .fraction(&ended.ticks)
+                .context("no ticks while it converged")?;
+            let (seconds, last) = (stretch.seconds, stretch.last / 1e6);
             say(format_args!(
-                "{what}: {fraction:.3} of the ideal work in the converging {:.1} s",
-                stretch.map_or(0.0, |stretch| stretch.seconds)
+                "{what}: converged in {seconds:.1} s to {last:.1} MB, {fraction:.3} of the ideal work"
             ));
             fractions.push(fraction);
+        } else {
+            // It did not converge at all.
+            fractions.push(0.0);
         }
         all.push(ended);
     }
@@ -71,42 +65,6 @@ pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
         Figure::alone("overload-50ms-kept", share(&all, kept)),
         Figure::alone("overload-work-fraction", median(fractions)),
     ])
-}
-
-/// The most that the guest can do while its writes are logged: it sweeps all of its memory, so that it comes
-/// back to a page only after the page was sent and protected again, and nobody slows it down.
-fn unthrottled_pages_per_s(bench: &mut Bench) -> Result<f64> {
-    let guest = Guest {
-        workset_mib: 0,
-        ..Guest::busy(MEMORY_MIB, Rate::Max)
-    };
-    let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
-    let (_receiver, endpoint) = godwit.receiver(&Asked::default())?;
-    guest.settle(godwit.process())?;
-    let vm = &godwit.journey.vm;
-    let before = ticks(vm.process.stdout()).len();
-    // It can neither converge nor give up, so it lasts until it is cancelled.
-    let options = [
-        "--no-throttle",
-        "--max-downtime",
-        "1ms",
-        "--on-miss",
-        "switch",
-        "--bandwidth",
-        "1GB/s",
-    ];
-    let migration = vm.start_migration(&endpoint, &options)?;
-    // Two sweeps, by the guest's own count: the first meets pages that were not sent yet.
-    let first = guest.settle(&vm.process)?;
-    let second = guest.settle(&vm.process)?;
-    vm.godwit("cancel", &[])?;
-    finished(migration)?;
-    let during = ticks(vm.process.stdout());
-    let from = during
-        .get(before..)
-        .and_then(|during| during.iter().find(|tick| tick.n >= first.n));
-    from.and_then(|from| pages_per_s(from, &second))
-        .context("the guest did not tick")
 }
 
 /// The stretch of a migration in which it converged.
@@ -143,18 +101,17 @@ impl Stretch {
     }
 
     /// Pages that the guest could have written in that time, at the most: what the link carried less what the
-    /// dirty set shrank by, and no more than `limit` pages per second.
-    fn ideal_pages(&self, limit: f64) -> f64 {
-        let carried = self.cap * self.seconds - (self.initial - self.last);
-        (carried / PAGE as f64).min(limit * self.seconds)
+    /// dirty set shrank by.
+    fn ideal_pages(&self) -> f64 {
+        (self.cap * self.seconds - (self.initial - self.last)) / PAGE as f64
     }
 
     /// The guest's work over the ideal. The last tick of the source is the switch; the stretch is counted back
     /// from there on the guest's own clock.
-    fn fraction(&self, ticks: &[Tick], limit: f64) -> Option<f64> {
+    fn fraction(&self, ticks: &[Tick]) -> Option<f64> {
         let switch = ticks.last()?;
         let began = pages_at(ticks, switch.us as f64 - self.seconds * 1e6)?;
-        let ideal = self.ideal_pages(limit);
+        let ideal = self.ideal_pages();
         (ideal > 0.0).then(|| (switch.pages as f64 - began) / ideal)
     }
 }
@@ -223,22 +180,16 @@ mod tests {
         let pages = [500_000, 125_000, 62_500, 31_250, 15_625];
         let stretch = Stretch::of(&report(&pages, 7_812), WORKSET, CAP).unwrap();
         let half = CAP / 4096.0 / 2.0;
-        let fraction = stretch.fraction(&steady(half, 10), f64::INFINITY).unwrap();
+        let fraction = stretch.fraction(&steady(half, 10)).unwrap();
         assert!((fraction - 1.0).abs() < 0.01, "{fraction}");
-        let fraction = stretch.fraction(&steady(half / 2.0, 10), f64::INFINITY).unwrap();
+        let fraction = stretch.fraction(&steady(half / 2.0, 10)).unwrap();
         assert!((fraction - 0.5).abs() < 0.01, "{fraction}");
-    }
-
-    #[test]
-    fn no_duty_is_more_than_all_of_the_time() {
-        let stretch = Stretch::of(&report(&[500_000, 125_000, 62_500], 31_250), WORKSET, CAP).unwrap();
-        assert_eq!(stretch.ideal_pages(1000.0), 1000.0 * stretch.seconds);
     }
 
     #[test]
     fn nothing_to_judge_without_a_second_round() {
         assert_eq!(Stretch::of(&report(&[500_000], 10), WORKSET, CAP), None);
         let stretch = Stretch::of(&report(&[500_000, 100_000], 10), WORKSET, CAP).unwrap();
-        assert_eq!(stretch.fraction(&[], f64::INFINITY), None);
+        assert_eq!(stretch.fraction(&[]), None);
     }
 }
