@@ -2,6 +2,8 @@
 //! could it do meanwhile? The derivation is in `DESIGN.md`.
 
 use ::tests::Tick;
+use std::fmt;
+
 use anyhow::{Context, Result};
 use migration::{Report, Round};
 
@@ -44,14 +46,9 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         let what = format!("overload {run}/{runs}");
         let ended = bench.hop(&what, &mut godwit, &asked)?;
         if ended.moved {
-            let stretch = Stretch::of(&ended.report, workset, CAP).context("no round after the first")?;
-            let fraction = stretch
-                .fraction(&ended.ticks)
-                .context("no ticks while it converged")?;
-            let (seconds, last) = (stretch.seconds, stretch.last / 1e6);
-            say(format_args!(
-                "{what}: converged in {seconds:.1} s to {last:.1} MB, {fraction:.3} of the ideal work"
-            ));
+            let work = Work::of(&ended.report, &ended.ticks, workset).context("no round after the first")?;
+            let fraction = work.fraction().context("it converged in no time")?;
+            say(format_args!("{what}: {work}"));
             fractions.push(fraction);
         } else {
             // It did not converge at all.
@@ -67,57 +64,104 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     ])
 }
 
-/// The stretch of a migration in which it converged.
+/// The rounds from one of them to the switch, and what is derived from their times and pages.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Stretch {
     /// How long it was.
     seconds: f64,
-    /// Bytes that were dirty at its beginning.
+    /// Pages that were dirty at its beginning.
     initial: f64,
-    /// Bytes that were dirty at its end, the switch.
+    /// Pages that were sent in it.
+    sent: f64,
+    /// Pages that were dirty at its end, the switch.
     last: f64,
-    /// Bytes per second that the link may carry.
-    cap: f64,
+}
+
+/// The work of a guest while its migration converged.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Work {
+    /// From the beginning of the last round that had to send the whole working set.
+    converging: Stretch,
+    /// The fraction in the stretch one round later by the guest's own count, where there is such a round.
+    by_ticks: Option<f64>,
 }
 
 impl Stretch {
-    /// From the end of the first pass, or from the beginning of the last round that had to send the whole
-    /// working set, whichever is later, to the switch.
-    fn of(report: &Report, workset: f64, cap: f64) -> Option<Self> {
-        let rounds = report.rounds.get(1..)?;
-        let whole = |round: &Round| bytes(round) >= ALL * workset;
-        let from = rounds.iter().rposition(whole).unwrap_or(0);
-        let rounds = rounds.get(from..)?;
-        let sent: u64 = report.rounds.iter().map(|round| round.pages).sum();
-        let last = ((report.pages_sent + report.pages_zero).saturating_sub(sent) * PAGE) as f64;
-        let initial = bytes(rounds.first()?);
+    fn of(rounds: &[Round], last: f64) -> Option<Self> {
+        let initial = rounds.first()?.pages as f64;
+        let sent = rounds.iter().map(|round| round.pages as f64).sum();
         let seconds = rounds.iter().map(|round| round.ms).sum::<f64>() / 1e3;
         Some(Self {
             seconds,
             initial,
+            sent,
             last,
-            cap,
         })
     }
 
-    /// Pages that the guest could have written in that time, at the most: what the link carried less what the
-    /// dirty set shrank by.
-    fn ideal_pages(&self) -> f64 {
-        (self.cap * self.seconds - (self.initial - self.last)) / PAGE as f64
+    /// Pages that the guest could have written in that time, at the most: what the link could carry less what
+    /// the dirty set shrank by. Nothing if there was no time for any.
+    fn ideal(&self) -> Option<f64> {
+        let pages = CAP * self.seconds / PAGE as f64 - (self.initial - self.last);
+        (pages > 0.0).then_some(pages)
     }
 
-    /// The guest's work over the ideal. The last tick of the source is the switch; the stretch is counted back
-    /// from there on the guest's own clock.
-    fn fraction(&self, ticks: &[Tick]) -> Option<f64> {
-        let switch = ticks.last()?;
-        let began = pages_at(ticks, switch.us as f64 - self.seconds * 1e6)?;
-        let ideal = self.ideal_pages();
-        (ideal > 0.0).then(|| (switch.pages as f64 - began) / ideal)
+    /// Pages that the guest wrote, by what had to be sent for it.
+    fn dirtied(&self) -> f64 {
+        self.sent - (self.initial - self.last)
     }
 }
 
-fn bytes(round: &Round) -> f64 {
-    (round.pages * PAGE) as f64
+impl Work {
+    fn of(report: &Report, ticks: &[Tick], workset: f64) -> Option<Self> {
+        let rounds = report.rounds.get(1..)?;
+        let whole = |round: &Round| (round.pages * PAGE) as f64 >= ALL * workset;
+        let from = rounds.iter().rposition(whole).unwrap_or(0);
+        let sent: u64 = report.rounds.iter().map(|round| round.pages).sum();
+        let last = (report.pages_sent + report.pages_zero).saturating_sub(sent) as f64;
+        let converging = Stretch::of(rounds.get(from..)?, last)?;
+        let by_ticks = Stretch::of(rounds.get(from + 1..)?, last).and_then(|later| {
+            // The source's last tick is the switch.
+            let switch = ticks.last()?;
+            let began = pages_at(ticks, switch.us as f64 - later.seconds * 1e6)?;
+            Some((switch.pages as f64 - began) / later.ideal()?)
+        });
+        Some(Self { converging, by_ticks })
+    }
+
+    /// The lower of the two counts.
+    fn fraction(&self) -> Option<f64> {
+        let by_rounds = self.converging.dirtied() / self.converging.ideal()?;
+        Some(
+            self.by_ticks
+                .map_or(by_rounds, |by_ticks| by_rounds.min(by_ticks)),
+        )
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Stretch {
+            seconds,
+            initial,
+            last,
+            ..
+        } = self.converging;
+        let mb = |pages: f64| pages * PAGE as f64 / 1e6;
+        let share = |share: Option<f64>| share.map_or_else(|| "–".into(), |share| format!("{share:.3}"));
+        write!(
+            f,
+            "converged in {seconds:.1} s from {:.0} to {:.1} MB; of the ideal work {} by its pages, {} by the guest's ticks",
+            mb(initial),
+            mb(last),
+            share(
+                self.converging
+                    .ideal()
+                    .map(|ideal| self.converging.dirtied() / ideal)
+            ),
+            share(self.by_ticks)
+        )
+    }
 }
 
 #[cfg(test)]
@@ -168,28 +212,58 @@ mod tests {
     #[test]
     fn waiting_with_a_full_working_set_is_no_convergence() {
         let report = report(&[500_000, 125_000, 125_000, 125_000, 60_000, 30_000], 5_000);
-        let stretch = Stretch::of(&report, WORKSET, CAP).unwrap();
-        assert_eq!(stretch.initial, 125_000.0 * 4096.0);
-        assert_eq!(stretch.last, 5_000.0 * 4096.0);
-        assert!((stretch.seconds - 215_000.0 * 4096.0 / CAP).abs() < 1e-9);
+        let work = Work::of(&report, &[], WORKSET).unwrap();
+        let Stretch {
+            seconds,
+            initial,
+            sent,
+            last,
+        } = work.converging;
+        assert_eq!((initial, sent, last), (125_000.0, 215_000.0, 5_000.0));
+        assert!((seconds - 215_000.0 * 4096.0 / CAP).abs() < 1e-9);
+        assert_eq!(work.by_ticks, None);
     }
 
     #[test]
     fn a_constant_duty_that_converges_is_the_ideal() {
-        // A working set W, a link B, a guest that writes half as fast: rounds halve.
-        let pages = [500_000, 125_000, 62_500, 31_250, 15_625];
-        let stretch = Stretch::of(&report(&pages, 7_812), WORKSET, CAP).unwrap();
+        // A guest that writes half as fast as the link carries: rounds halve.
+        let report = report(&[500_000, 125_000, 62_500, 31_250, 15_625], 7_812);
         let half = CAP / 4096.0 / 2.0;
-        let fraction = stretch.fraction(&steady(half, 10)).unwrap();
-        assert!((fraction - 1.0).abs() < 0.01, "{fraction}");
-        let fraction = stretch.fraction(&steady(half / 2.0, 10)).unwrap();
-        assert!((fraction - 0.5).abs() < 0.01, "{fraction}");
+        let fraction = |rate| {
+            Work::of(&report, &steady(rate, 10), WORKSET)
+                .unwrap()
+                .fraction()
+                .unwrap()
+        };
+        assert!((fraction(half) - 1.0).abs() < 0.01, "{}", fraction(half));
+        // What the report says counts only if the guest says so as well.
+        assert!(
+            (fraction(half / 2.0) - 0.5).abs() < 0.01,
+            "{}",
+            fraction(half / 2.0)
+        );
+        assert!(
+            (fraction(half * 2.0) - 1.0).abs() < 0.01,
+            "{}",
+            fraction(half * 2.0)
+        );
+    }
+
+    #[test]
+    fn an_idle_link_is_lost_work() {
+        let mut report = report(&[500_000, 125_000, 62_500, 31_250], 15_625);
+        let ideal = Work::of(&report, &[], WORKSET).unwrap().fraction().unwrap();
+        assert!((ideal - 1.0).abs() < 0.01, "{ideal}");
+        for round in &mut report.rounds {
+            round.ms *= 2.0;
+        }
+        let fraction = Work::of(&report, &[], WORKSET).unwrap().fraction().unwrap();
+        // Twice the time for the same: 328,125 pages could have been written, not 109,375.
+        assert!((fraction - 109_375.0 / 328_125.0).abs() < 0.01, "{fraction}");
     }
 
     #[test]
     fn nothing_to_judge_without_a_second_round() {
-        assert_eq!(Stretch::of(&report(&[500_000], 10), WORKSET, CAP), None);
-        let stretch = Stretch::of(&report(&[500_000, 100_000], 10), WORKSET, CAP).unwrap();
-        assert_eq!(stretch.fraction(&[]), None);
+        assert_eq!(Work::of(&report(&[500_000], 10), &[], WORKSET), None);
     }
 }
