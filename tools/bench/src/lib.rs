@@ -15,6 +15,7 @@ mod row;
 mod run;
 mod sentinel;
 mod stats;
+mod strace;
 mod warm;
 
 pub use catalogue::ROWS;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use migration::Outcome;
 use tests::{Process, Tick};
 
@@ -14,6 +14,7 @@ use crate::guest::{Guest, Rate, gap_after_arrival, next_tick, pages_per_s};
 use crate::row::Figure;
 use crate::sentinel::Window;
 use crate::stats::largest;
+use crate::strace::{Strace, logged_slots};
 
 const CANCELS: u32 = 100;
 const GUEST: Guest = Guest {
@@ -34,6 +35,8 @@ const ASKED: [&str; 6] = [
 const UNHINDERED: f64 = 0.8;
 /// How long the guest gets to be there: it has to touch its working set once more.
 const RECOVERY: Duration = Duration::from_secs(5);
+/// Migrations under strace of which one must be cancelled in time.
+const WATCHED: u32 = 10;
 /// Ticks over which its speed is taken.
 const TICKS: usize = 10;
 
@@ -84,6 +87,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         })?;
         took.push(cancelled.ms);
     }
+    log_is_off(&mut godwit, whole)?;
     say(format_args!(
         "cancel: {moved} migrations ended before the cancel came"
     ));
@@ -151,6 +155,30 @@ fn recovered(godwit: &Godwit, usual: f64) -> Result<()> {
         RECOVERY,
         fast,
     )
+}
+
+/// Cancels once more, watched from outside, which takes too long to be measured: dirty logging was turned on and
+/// is off again.
+fn log_is_off(godwit: &mut Godwit, whole: Duration) -> Result<()> {
+    for _ in 0..WATCHED {
+        let strace = Strace::attach(godwit.process().id())?;
+        let cancelled = cancel(godwit, whole / 2)?;
+        let calls = strace.finish()?;
+        if cancelled.is_none() {
+            continue;
+        }
+        ensure!(
+            calls.iter().any(|call| call.logged),
+            "no call turned dirty logging on: {calls:?}"
+        );
+        let logged = logged_slots(&calls);
+        ensure!(
+            logged.is_empty(),
+            "dirty logging of slots {logged:?} is still on after a cancel"
+        );
+        return Ok(());
+    }
+    bail!("{WATCHED} migrations under strace ended before they were cancelled")
 }
 
 /// Pages per second over a second.
