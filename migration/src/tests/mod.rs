@@ -4,6 +4,7 @@ mod cuts;
 mod fake;
 mod faults;
 mod guest;
+mod matrix;
 mod moves;
 mod peers;
 mod rig;
