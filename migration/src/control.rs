@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::report::ms;
@@ -74,6 +74,8 @@ pub struct Control {
     cancelled: AtomicBool,
     /// Readable for ever once cancelled, so that whoever waits for a socket waits for this as well.
     wake: OwnedFd,
+    /// Readable while there is a decision to take.
+    decided: OwnedFd,
     live: Mutex<Live>,
 }
 
@@ -112,10 +114,11 @@ impl Live {
 impl Control {
     /// A control for one migration. Fails when the process is out of file descriptors.
     pub fn new() -> io::Result<Self> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let new_event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             cancelled: AtomicBool::new(false),
-            wake,
+            wake: new_event()?,
+            decided: new_event()?,
             live: Mutex::default(),
         })
     }
@@ -131,11 +134,19 @@ impl Control {
     /// has no effect.
     pub fn decide(&self, decision: Decision) {
         self.lock().decision = Some(decision);
+        let _ = rustix::io::write(&self.decided, &1u64.to_ne_bytes());
     }
 
     /// What was decided, once.
     pub(crate) fn take_decision(&self) -> Option<Decision> {
+        // Reset before the look: a decision in between is seen now, and once more as none.
+        let _ = rustix::io::read(&self.decided, &mut [0; 8]);
         self.lock().decision.take()
+    }
+
+    /// What becomes readable when there is a decision to take.
+    pub(crate) fn decided(&self) -> BorrowedFd<'_> {
+        self.decided.as_fd()
     }
 
     /// Whether somebody asked the migration to end.
@@ -163,6 +174,13 @@ impl Control {
     /// What becomes readable when the migration is cancelled.
     pub(crate) fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+
+    /// Waits until it is cancelled, or for so long.
+    pub(crate) fn wait_for_cancel(&self, at_most: Duration) {
+        let mut events = [PollFd::new(&self.wake, PollFlags::IN)];
+        // An interrupted wait is a short one.
+        let _ = poll(&mut events, Timespec::try_from(at_most).ok().as_ref());
     }
 
     /// A migration begins.

@@ -5,6 +5,7 @@
 //! of one migration. `PROTOCOL.md` says what goes over the wire, `DESIGN.md` how the
 //! parts fit together; both lie beside this crate's `Cargo.toml`.
 
+mod commit;
 mod control;
 mod converge;
 mod destination;

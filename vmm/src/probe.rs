@@ -241,6 +241,13 @@ fn check_vm(kvm: &Kvm, checks: &mut Vec<Check>) -> Option<VmFd> {
 }
 
 fn check_capabilities(vm: &VmFd, checks: &mut Vec<Check>) {
+    checks.push(Check {
+        name: "manual-protect",
+        purpose: BOOT,
+        required: true,
+        present: crate::kvm::has_manual_protect(vm),
+        detail: "a dirty log that costs nothing to start (Linux 5.7 or later)".into(),
+    });
     for (cap, name, purpose, required, detail) in CAPABILITIES {
         let present = vm.check_extension(*cap);
         checks.push(Check {

@@ -26,6 +26,8 @@ pub(crate) struct Policy {
     throttler: Throttler,
     /// Share of the bandwidth that a throttled guest may dirty.
     target: f64,
+    /// Whether the guest was found to be too fast once.
+    overload: bool,
     /// What a round takes besides its bytes, seconds.
     overhead: Option<f64>,
     /// Zero pages, bytes per second.
@@ -53,8 +55,8 @@ impl Policy {
     const PUNCTUALITY: f64 = 0.85;
     /// A promise looks lost for so many seconds before it is given up.
     const PATIENCE: f64 = 0.2;
-    /// Zero pages per second until it was measured, in bytes.
-    const SCAN: f64 = 8e9;
+    /// Pages known to be zero, bytes per second, until it was measured: they only have to be cleared from the log.
+    const SCAN: f64 = 5e10;
 
     /// A policy that has not seen anything yet.
     pub(crate) fn new(goal: Goal) -> Self {
@@ -70,6 +72,7 @@ impl Policy {
             hot: WorkingSet::new(),
             most_dirty: 0.0,
             target: Self::TARGET,
+            overload: false,
             overhead: None,
             scan: Self::SCAN,
             between_rounds: false,
@@ -108,6 +111,7 @@ impl Policy {
         self.throttler
             .step(step.elapsed, step.dirtied, seen.by_vcpu, demand);
         let outlook = self.outlook(seen);
+        self.overload |= self.is_overload(seen, &outlook);
         let verdict = self.judge(seen, &outlook);
         if verdict != Verdict::Continue {
             self.throttler.release();
@@ -208,7 +212,7 @@ impl Policy {
             }
         }
         let target = self.target.min(0.8 * reachable);
-        let limit = if self.target < Self::TARGET {
+        let limit = if self.overload || self.target < Self::TARGET {
             target
         } else {
             Self::LIMIT.min(0.9 * reachable)
@@ -217,6 +221,16 @@ impl Policy {
             limit: limit.max(target),
             target,
             throttle: self.goal.throttle && self.goal.cpus > 0,
+            settling: self.settling(),
+        }
+    }
+
+    /// Until the guest was measured and slowed down, the dirty set does not shrink.
+    fn settling(&self) -> f64 {
+        if self.overload {
+            0.0
+        } else {
+            2.0 * Throttler::EPOCH
         }
     }
 
@@ -225,6 +239,18 @@ impl Policy {
         self.goal
             .deadline
             .map(|deadline| deadline.as_secs_f64() - now.at - now.costs_worst)
+    }
+
+    /// Whether the guest has to be slowed down sooner or later: it is already, or what was learnt at the end of
+    /// round 1 says so. Then it is better to begin at once, and to need less of it.
+    fn is_overload(&self, seen: &Observation<'_>, now: &Outlook) -> bool {
+        let learnt = seen.round <= 1 && seen.end_of_round;
+        let natural = self
+            .hot
+            .model()
+            .filter(|_| learnt)
+            .map(|model| model.frequency * now.working_set);
+        !self.throttler.is_off() || natural.is_some_and(|natural| natural > Self::LIMIT * now.link)
     }
 
     /// Round 1 is left alone: everything is sent at least once anyway. Unless the deadline is tight.
@@ -259,7 +285,7 @@ impl Policy {
         let last_chance = self.left(now).is_some_and(|left| next.after + after > left)
             || (seen.end_of_round && seen.round >= self.goal.max_rounds)
             || (self.missed.is_none() && !self.throttler.is_off());
-        if last_chance || !now.pays(now.dirty, next) {
+        if last_chance || !now.pays_to_go_on() {
             Verdict::Switch
         } else {
             Verdict::Continue
@@ -311,16 +337,18 @@ impl Policy {
         now.at - *self.late_since.get_or_insert(now.at) >= Self::PATIENCE
     }
 
+    /// What the guest would dirty if all of its working set were clean, as far as round 1 has told: where
+    /// everything is dirtied again as soon as it is sent, the rate that can be seen is no more than the bandwidth.
+    fn hidden_rate(&self, now: &Outlook) -> f64 {
+        let saturated = self.throttler.is_off() && now.rate > 0.9 * now.link;
+        let model = self.hot.model().filter(|model| saturated && model.is_resolved());
+        model.map_or(0.0, |model| model.frequency * now.working_set)
+    }
+
     fn miss(&self, reason: Reason, now: &Outlook) -> Miss {
         let left = self.left(now).unwrap_or(0.0).max(0.0);
         let room = now.room().max(0.0);
-        let dirty_rate = match self.hot.model() {
-            // What is dirtied again as soon as it is sent hides how much more it could be.
-            Some(model) if self.throttler.is_off() && now.rate > 0.9 * now.link => now
-                .rate
-                .max(model.frequency.min(1.0) * now.working_set.min(now.dirty.max(self.most_dirty))),
-            _ => now.natural.max(now.rate),
-        };
+        let dirty_rate = now.natural.max(now.rate).max(self.hidden_rate(now));
         let converging = dirty_rate / Self::LIMIT;
         let needed = match reason {
             Reason::Costs => None,
@@ -337,6 +365,7 @@ impl Policy {
             limit: Self::LIMIT,
             target: Self::TARGET,
             throttle: self.goal.throttle,
+            settling: self.settling(),
         };
         let total = (reason == Reason::Deadline)
             .then(|| now.total(plan, None))

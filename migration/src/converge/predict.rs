@@ -49,6 +49,8 @@ pub(super) struct Plan {
     pub target: f64,
     /// Whether it may be.
     pub throttle: bool,
+    /// Seconds until the throttle has found its level.
+    pub settling: f64,
 }
 
 /// What one more round, or the rest of this one, leads to.
@@ -102,6 +104,15 @@ impl Outlook {
         self.grown(0.0, self.dirty / self.link + self.overhead)
     }
 
+    /// The round after that.
+    pub(super) fn then(&self, next: Next) -> Next {
+        let then = self.grown(0.0, next.dirty / self.link + self.overhead);
+        Next {
+            after: next.after + then.after,
+            ..then
+        }
+    }
+
     fn grown(&self, dirty: f64, after: f64) -> Next {
         Next {
             dirty: (dirty + self.rate * after).min(self.working_set.max(dirty)),
@@ -109,9 +120,15 @@ impl Outlook {
         }
     }
 
+    /// Whether it is worth going on with this round, or with another after what little is left of it.
+    pub(super) fn pays_to_go_on(&self) -> bool {
+        let next = self.next();
+        self.pays(self.dirty, next) || self.pays(self.dirty, self.then(next))
+    }
+
     /// Whether it is worth going on until `next` with so many bytes dirty.
-    pub(super) fn pays(&self, dirty: f64, next: Next) -> bool {
-        let gain = (dirty - next.dirty) / self.final_usual;
+    fn pays(&self, dirty: f64, next: Next) -> bool {
+        let gain = (dirty - next.dirty) / self.final_usual + self.zero / self.scan;
         let threshold = (Self::MIN_SHARE * self.downtime(dirty)).max(Self::MIN_RETURN * next.after);
         gain > threshold.max(Self::MIN_GAIN)
     }
@@ -137,7 +154,7 @@ impl Outlook {
         };
         if plan.throttle && natural > plan.limit * self.link && self.room() > 0.0 {
             let room = self.room().min(dirty);
-            at += (dirty - room) / (self.link * (1.0 - plan.target)).max(1.0);
+            at += plan.settling + (dirty - room) / (self.link * (1.0 - plan.target)).max(1.0);
             return Some(at + after_zero.downtime(room));
         }
         let mut next = if model.is_some() {

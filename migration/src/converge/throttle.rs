@@ -39,6 +39,8 @@ pub(super) struct Throttler {
     /// One per vCPU where it is known who dirties, else one for all.
     lanes: Vec<Lane>,
     epoch: Epoch,
+    /// Bytes dirtied beyond the target, to be made up for.
+    excess: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +62,7 @@ struct Epoch {
 /// What the rate may be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
-    /// Above this an unthrottled guest is slowed down. Bytes per second.
+    /// Above this the guest is slowed down. Bytes per second.
     pub limit: f64,
     /// To this. Bytes per second.
     pub target: f64,
@@ -68,7 +70,7 @@ pub(super) struct Demand {
 
 impl Throttler {
     /// Several slices of at most 10 ms, so that their phase does not matter.
-    const EPOCH: f64 = 0.08;
+    pub(super) const EPOCH: f64 = 0.08;
     /// Smaller changes are noise.
     const STEP: f64 = 0.03;
 
@@ -77,18 +79,12 @@ impl Throttler {
             cpus,
             lanes: vec![Lane::new(0)],
             epoch: Epoch::default(),
+            excess: 0.0,
         }
     }
 
-    /// Takes a step; at the end of an epoch it adapts the throttle to `demand` (`None`: no throttle). Returns
-    /// whether an epoch has ended.
-    pub(super) fn step(
-        &mut self,
-        elapsed: f64,
-        dirtied: f64,
-        by_vcpu: &[u64],
-        demand: Option<Demand>,
-    ) -> bool {
+    /// Takes a step; at the end of an epoch it adapts the throttle to `demand` (`None`: no throttle).
+    pub(super) fn step(&mut self, elapsed: f64, dirtied: f64, by_vcpu: &[u64], demand: Option<Demand>) {
         if by_vcpu.len() > 1 && by_vcpu.len() == self.cpus && self.lanes.len() != self.cpus {
             let on = self.on();
             self.lanes = by_vcpu
@@ -99,7 +95,7 @@ impl Throttler {
                 })
                 .collect();
             self.epoch = Epoch::default();
-            return false;
+            return;
         }
         self.epoch.elapsed += elapsed;
         self.epoch.dirtied += dirtied;
@@ -107,13 +103,17 @@ impl Throttler {
             self.lanes.iter_mut().for_each(|lane| lane.on = 1.0);
         }
         if self.epoch.elapsed < Self::EPOCH {
-            return false;
+            return;
         }
+        let excess = demand.filter(|demand| demand.limit <= demand.target);
+        self.excess = excess.map_or(0.0, |demand| {
+            let excess = self.excess + self.epoch.dirtied - demand.target * self.epoch.elapsed;
+            excess.clamp(-0.1 * demand.target, 0.3 * demand.target)
+        });
         self.measure(by_vcpu);
         if let Some(demand) = demand {
             self.adapt(demand);
         }
-        true
     }
 
     /// Lets everybody run.
@@ -173,15 +173,11 @@ impl Throttler {
     }
 
     fn adapt(&mut self, demand: Demand) {
-        let allowed = if self.is_off() {
-            demand.limit
-        } else {
-            demand.target
-        };
-        if self.potential() <= allowed {
+        if self.potential() <= demand.limit {
             return self.release();
         }
-        let level = self.level(demand.target);
+        // Made up for within about a second, so that the dirty set shrinks as fast as planned.
+        let level = self.level(demand.target - self.excess);
         for lane in &mut self.lanes {
             let on = (level / lane.potential.max(1.0)).clamp(1.0 - FLOOR, 1.0);
             if (on - lane.on).abs() > Self::STEP * lane.on || on == 1.0 {

@@ -106,6 +106,11 @@ impl WorkingSet {
 }
 
 impl Model {
+    /// Whether observations every 10 ms can tell this frequency from a higher one.
+    pub(super) fn is_resolved(&self) -> bool {
+        self.frequency < 20.0
+    }
+
     /// Bytes that will be dirtied again while `data` more bytes are sent in `elapsed` seconds.
     pub(super) fn again(&self, data: f64, elapsed: f64) -> f64 {
         let sent = self.share * data;

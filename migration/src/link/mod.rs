@@ -1,6 +1,7 @@
 //! Frames over a connection: every wait bounded, woken by cancel, and deaf to a peer that trickles.
 
 mod error;
+mod files;
 mod keep_alive;
 mod wait;
 
@@ -11,7 +12,9 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use migration_io::{Gather, GuestMemory, MemoryIoError, MemoryRange, Piece, Scatter, Step};
+use migration_io::{
+    Gather, GuestMemory, MemoryIoError, MemoryRange, Piece, Scatter, SendPath, Sender, Step,
+};
 use rustix::net::{RecvFlags, recv};
 
 use crate::control::Control;
@@ -43,6 +46,8 @@ pub(crate) struct Link<'a> {
     listen: bool,
     /// Whether a frame was sent in part only, so that nothing can follow it.
     torn: bool,
+    /// On a data stream: sends without a copy where that works.
+    sender: Option<Sender>,
     bytes_sent: u64,
     bytes_received: u64,
 }
@@ -62,6 +67,7 @@ impl<'a> Link<'a> {
             heed_cancel: true,
             listen: true,
             torn: false,
+            sender: None,
             bytes_sent: 0,
             bytes_received: 0,
         }
@@ -92,6 +98,31 @@ impl<'a> Link<'a> {
         self.listen = false;
     }
 
+    /// From here on large pieces of guest memory go without a copy, where the network can do that.
+    pub(crate) fn avoid_copies(&mut self) {
+        self.sender = Some(Sender::new(self.connection.as_fd()));
+    }
+
+    /// How large pieces of guest memory go.
+    pub(crate) fn send_path(&self) -> SendPath {
+        self.sender.as_ref().map_or(SendPath::Gather, Sender::path)
+    }
+
+    /// Waits until the kernel needs none of the memory that was sent any more.
+    pub(crate) fn drain(&mut self) -> Result<(), LinkError> {
+        let Some(mut sender) = self.sender.take() else {
+            return Ok(());
+        };
+        let drained = self.drive(
+            Wanted::Completions,
+            Patience::new(self.io_timeout),
+            "completions",
+            |socket| sender.drain(socket),
+        );
+        self.sender = Some(sender);
+        drained
+    }
+
     /// An error if somebody asked for the end, or if the peer has given up or gone while it had nothing to
     /// say. Does not wait.
     pub(crate) fn check(&mut self, what: &'static str) -> Result<(), LinkError> {
@@ -113,33 +144,6 @@ impl<'a> Link<'a> {
         let what = message.name();
         let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
         self.send_frame(Kind::Control, &content, what)
-    }
-
-    /// Sends a message with open files; only over a Unix socket.
-    pub(crate) fn send_with_files(
-        &mut self,
-        message: &Message,
-        files: &[BorrowedFd<'_>],
-    ) -> Result<(), LinkError> {
-        let what = message.name();
-        let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
-        let header = encode_header(Kind::Control, content.len(), what)?;
-        let bytes = [&header[..], &content].concat();
-        let mut at = 0;
-        self.drive(Wanted::Room, Patience::new(self.io_timeout), what, |socket| {
-            if at == bytes.len() {
-                return Ok(Step::Done);
-            }
-            // The files travel with the first byte.
-            let files = if at == 0 { files } else { &[] };
-            let step = send_files(socket, &bytes[at..], files)?;
-            if let Step::Moved(moved) = step {
-                at += moved;
-            }
-            Ok(step)
-        })?;
-        self.bytes_sent += bytes.len() as u64;
-        Ok(())
     }
 
     /// Waits so long, or until somebody asks for the end.
@@ -217,6 +221,26 @@ impl<'a> Link<'a> {
                 frame => return Ok(frame),
             }
         }
+    }
+
+    /// Waits until the peer says something or hangs up, one of `others` is readable, or until a moment; may come
+    /// back early. Answers whether the peer has something to be received.
+    pub(crate) fn await_peer(
+        &self,
+        others: &[BorrowedFd<'_>],
+        until: Option<Instant>,
+    ) -> Result<bool, LinkError> {
+        self.check_cancel()?;
+        let mut others = others.to_vec();
+        others.extend(self.heed_cancel.then(|| self.control.wake()));
+        let ready = wait::wait_with(self.connection, &others, until)?;
+        self.check_cancel()?;
+        Ok(ready)
+    }
+
+    /// The next frame, a keep-alive as well. An abort is an error.
+    pub(crate) fn receive_any(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        self.next_frame(self.io_timeout, what)
     }
 
     /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
@@ -306,8 +330,12 @@ impl<'a> Link<'a> {
     fn transmit(&mut self, mut gather: Gather<'_>, len: u64, what: &'static str) -> Result<(), LinkError> {
         self.check_cancel()?;
         let mut moved = false;
+        let mut sender = self.sender.take();
         let mut step = |socket: BorrowedFd<'_>| {
-            let step = gather.step(socket)?;
+            let step = match &mut sender {
+                Some(sender) => sender.send(&mut gather, socket)?,
+                None => gather.step(socket)?,
+            };
             moved |= step != Step::WouldBlock;
             Ok(step)
         };
@@ -319,6 +347,7 @@ impl<'a> Link<'a> {
             result = self.drive(Wanted::Room, Patience::new(FAREWELL), what, &mut step);
         }
         self.torn = result.is_err() && moved;
+        self.sender = sender;
         match result {
             _ if cancelled => Err(LinkError::Cancelled),
             Ok(()) => {
@@ -397,7 +426,15 @@ impl<'a> Link<'a> {
         };
         let mut header = [0; HEADER_LEN];
         self.fill(&mut header, Patience::new(silence), what)?;
-        let header = Header::decode(header).map_err(malformed)?;
+        self.rest_of_frame(Header::decode(header).map_err(malformed)?, what)
+    }
+
+    /// The content that a header announces. An abort is an error.
+    fn rest_of_frame(&mut self, header: Header, what: &'static str) -> Result<Frame, LinkError> {
+        let malformed = |source| LinkError::Protocol {
+            expected: what,
+            source,
+        };
         let mut content = Vec::new();
         let mut left = header.len as usize;
         while left > 0 {

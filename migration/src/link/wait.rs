@@ -18,6 +18,8 @@ pub(super) enum Wanted {
     Room,
     /// Room to write, whatever the peer says.
     RoomAlone,
+    /// Completions of what was sent.
+    Completions,
 }
 
 impl Wanted {
@@ -73,6 +75,8 @@ pub(super) fn wait(
         Wanted::Data => PollFlags::IN,
         Wanted::Room => PollFlags::IN | PollFlags::OUT,
         Wanted::RoomAlone => PollFlags::OUT,
+        // They are reported as an error, which needs no asking.
+        Wanted::Completions => PollFlags::empty(),
     };
     let socket = connection.as_fd();
     let mut events = vec![PollFd::from_borrowed_fd(socket, flags)];
@@ -94,6 +98,23 @@ pub(super) fn wait(
             return Err(LinkError::Cancelled);
         }
         return Ok(wanted == Wanted::Room && events[0].revents().contains(PollFlags::IN));
+    }
+}
+
+/// Waits until the connection has something to read (or has ended), one of `others` is readable, or until a
+/// moment. Answers whether it is the connection.
+pub(super) fn wait_with(
+    connection: &Connection,
+    others: &[BorrowedFd<'_>],
+    until: Option<Instant>,
+) -> Result<bool, LinkError> {
+    let mut events = vec![PollFd::new(connection, PollFlags::IN)];
+    events.extend(others.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
+    let left = until.map(|until| timespec(until.saturating_duration_since(Instant::now())));
+    match poll(&mut events, left.as_ref()) {
+        Ok(_) => Ok(!events[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(LinkError::Wait(error.into())),
     }
 }
 

@@ -149,7 +149,7 @@ pub(crate) enum Plan {
 }
 
 /// What the destination knows about a migration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) enum Outcome {
     /// The guest runs there.
     Runs,

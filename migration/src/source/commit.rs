@@ -41,6 +41,7 @@ impl Job<'_> {
         let resumed = match link.receive_message("resumed") {
             Ok(Message::Resumed { resume_ns }) => Duration::from_nanos(resume_ns),
             Ok(Message::ResumeFailed { reason }) => {
+                let _ = link.send(&Message::Farewell);
                 return Err(MigrateError::NotResumed {
                     reason: crate::text::clean(&reason),
                 });
@@ -49,6 +50,7 @@ impl Job<'_> {
             Err(error) => return Err(MigrateError::NoAnswer(error)),
         };
         let arrived_at = Instant::now();
+        self.standing.claim.moved();
         // If this is lost, the destination keeps the answer for nobody.
         let _ = link.send(&Message::Farewell);
 
@@ -97,12 +99,12 @@ impl Job<'_> {
         };
         link.check("nothing before go")?;
         link.ignore_cancel();
-        self.standing.gone = true;
+        self.standing.claim.go();
         match link.send(&go) {
             Ok(()) => Ok(now),
             Err(error) if link.is_torn() => Err(MigrateError::NoAnswer(error)),
             Err(error) => {
-                self.standing.gone = false;
+                self.standing.claim.go_not_sent();
                 Err(error.into())
             }
         }

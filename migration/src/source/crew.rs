@@ -2,7 +2,7 @@
 
 use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -42,6 +42,8 @@ pub(super) struct Counts {
     pub(super) zero: AtomicU64,
     /// Bytes put on the wire.
     pub(super) wire: AtomicU64,
+    /// Whether any stream sent without a copy.
+    pub(super) zerocopy: AtomicBool,
 }
 
 struct State {

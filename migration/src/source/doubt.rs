@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::handshake::greet;
+use super::handshake::{greet, unexpected};
 use super::{Job, MigrateError};
+use crate::commit::Verdict;
 use crate::control::Control;
-use crate::link::{Link, LinkError};
+use crate::link::Link;
 use crate::protocol::{Message, Outcome, Token};
 use crate::text::{chain, clean};
 use crate::transport::{Connection, Endpoint, TransportError};
@@ -61,6 +62,22 @@ impl Doubt {
     /// Asks. Takes no longer than `timeout` for the connection and as long again for each part of the answer.
     /// Ask again after an error: it may have got through or not.
     pub fn ask(&self, timeout: Duration) -> Result<Answer, AskError> {
+        Ok(match self.outcome(timeout)? {
+            Outcome::Runs => Answer::Runs,
+            Outcome::Kept { reason } => Answer::Kept {
+                reason: clean(&reason),
+            },
+            Outcome::GaveUp => Answer::GaveUp,
+            Outcome::Unknown => Answer::Unknown,
+        })
+    }
+
+    /// Where the destination listened.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    fn outcome(&self, timeout: Duration) -> Result<Outcome, AskError> {
         let control = Control::new().map_err(AskError::Control)?;
         let connection = Connection::connect(&self.endpoint, timeout, &control)?;
         let mut link = Link::new(&connection, &control, timeout, timeout);
@@ -70,26 +87,12 @@ impl Doubt {
         })
     }
 
-    /// Where the destination listened.
-    pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
-    }
-
-    fn converse(&self, link: &mut Link<'_>) -> Result<Answer, MigrateError> {
+    fn converse(&self, link: &mut Link<'_>) -> Result<Outcome, MigrateError> {
         greet(link)?;
         link.send(&Message::Ask(self.token))?;
         match link.receive_message("outcome")? {
-            Message::Outcome(Outcome::Runs) => Ok(Answer::Runs),
-            Message::Outcome(Outcome::Kept { reason }) => Ok(Answer::Kept {
-                reason: clean(&reason),
-            }),
-            Message::Outcome(Outcome::GaveUp) => Ok(Answer::GaveUp),
-            Message::Outcome(Outcome::Unknown) => Ok(Answer::Unknown),
-            other => Err(LinkError::Unexpected {
-                expected: "outcome",
-                got: other.name(),
-            }
-            .into()),
+            Message::Outcome(outcome) => Ok(outcome),
+            other => Err(unexpected("outcome", &other)),
         }
     }
 }
@@ -107,22 +110,26 @@ impl Job<'_> {
             return Err(error);
         }
         let until = Instant::now() + ASKING;
-        loop {
+        let outcome = loop {
             match self.ask() {
-                Some(Answer::Runs) => {
-                    tracing::warn!(error = chain(&error), "the guest runs at the destination all the same");
-                    return Ok(());
-                }
-                Some(Answer::GaveUp) => {
-                    self.standing.gone = false;
-                    self.standing.offered = false;
-                    return Err(MigrateError::GivenUp(Box::new(error)));
-                }
-                Some(Answer::Kept { reason }) => return Err(MigrateError::NotResumed { reason }),
-                Some(Answer::Unknown) => return Err(error),
+                Some(outcome) => break outcome,
                 None if Instant::now() + ASK_AGAIN >= until => return Err(error),
                 None => std::thread::sleep(ASK_AGAIN),
             }
+        };
+        match (self.standing.claim.answer(&outcome), outcome) {
+            (Verdict::Moved, _) => {
+                tracing::warn!(error = chain(&error), "the guest runs at the destination all the same");
+                Ok(())
+            }
+            (Verdict::Resume, _) => {
+                self.undo(true);
+                Err(MigrateError::GivenUp(Box::new(error)))
+            }
+            (Verdict::StillInDoubt, Outcome::Kept { reason }) => Err(MigrateError::NotResumed {
+                reason: clean(&reason),
+            }),
+            (Verdict::StillInDoubt, _) => Err(error),
         }
     }
 
@@ -136,9 +143,9 @@ impl Job<'_> {
         }
     }
 
-    fn ask(&self) -> Option<Answer> {
+    fn ask(&self) -> Option<Outcome> {
         let doubt = Doubt::new(self.to.clone(), self.token?);
-        let asked = doubt.ask(self.options.connect_timeout.min(ASKING));
+        let asked = doubt.outcome(self.options.connect_timeout.min(ASKING));
         asked
             .inspect_err(|error| tracing::debug!(error = chain(error), "asked in vain"))
             .ok()

@@ -18,11 +18,13 @@ use error::MigrateError;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
 use migration_io::GuestMemory;
 
+use crate::commit::Claim;
 use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
@@ -97,11 +99,8 @@ struct Job<'a> {
 struct Standing {
     logging: bool,
     throttled: bool,
-    paused: bool,
-    /// The state is, perhaps, on its way: the destination may be ready, and then waits for a word.
-    offered: bool,
-    /// "go" is, perhaps, on its way: the guest is no longer ours.
-    gone: bool,
+    /// Whose the guest is.
+    claim: Claim,
 }
 
 impl<'a> Job<'a> {
@@ -116,17 +115,17 @@ impl<'a> Job<'a> {
             alive.stop();
             let mut result = result.unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
             self.report.bytes_sent += link.bytes_sent();
-            if self.standing.gone
+            if self.standing.claim.in_doubt()
                 && let Err(error) = result
             {
                 result = self.settle_doubt(error);
             }
             let Err(error) = result else { return Ok(()) };
-            if !self.standing.gone {
+            if let Some(failed) = self.standing.claim.fail() {
                 // The guest first: without "go" the destination cannot run it, whatever it hears.
-                self.undo();
+                self.undo(failed.resume);
                 let heard = link.abort(self.was_cancelled(&error), &chain(&error));
-                if self.standing.offered && !heard {
+                if failed.withdraw && !heard {
                     self.withdraw();
                 }
             }
@@ -187,26 +186,22 @@ impl<'a> Job<'a> {
         self.report.pages_sent = data;
         self.report.pages_zero += zero;
         self.report.bytes_sent += crew.counts.wire();
+        if crew.counts.zerocopy.load(Ordering::Relaxed) {
+            self.report.data_path = DataPath::Zerocopy;
+        }
     }
 
-    /// Gives the guest back to its user. Errors and panics of the machine go to the log and the report: there
-    /// is nobody left to handle them.
-    fn undo(&mut self) {
-        let Standing {
-            logging,
-            throttled,
-            paused,
-            ..
-        } = self.standing;
-        (self.standing.logging, self.standing.throttled, self.standing.paused) = (false, false, false);
-        if throttled {
+    /// Gives the guest back to its user, and lets it run if the migration has paused it. Errors and panics of
+    /// the machine go to the log and the report: there is nobody left to handle them.
+    fn undo(&mut self, resume: bool) {
+        if std::mem::take(&mut self.standing.throttled) {
             let cpus = usize::from(self.source.describe().cpus);
             self.undo_step("throttle", |source| source.throttle(&vec![0.0; cpus]));
         }
-        if paused {
+        if resume {
             self.undo_step("resume", |source| source.resume());
         }
-        if logging {
+        if std::mem::take(&mut self.standing.logging) {
             self.undo_step("stop_dirty_log", |source| source.stop_dirty_log());
         }
     }
@@ -231,7 +226,7 @@ impl<'a> Job<'a> {
         self.report.total_ms = ms(self.started.elapsed());
         self.report.outcome = match &result {
             Ok(()) => Outcome::Moved,
-            Err(_) if self.standing.gone => Outcome::InDoubt,
+            Err(_) if self.standing.claim.in_doubt() => Outcome::InDoubt,
             Err(error) if self.was_cancelled(error) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };

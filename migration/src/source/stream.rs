@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use migration_io::{MemoryRange, PAGE_SIZE, is_zero_page};
+use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 
 use super::MigrateError;
 use super::crew::Crew;
@@ -21,7 +21,8 @@ pub(super) struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    pub(super) fn new(crew: &'a Crew<'a>, link: Link<'a>) -> Self {
+    pub(super) fn new(crew: &'a Crew<'a>, mut link: Link<'a>) -> Self {
+        link.avoid_copies();
         Self {
             crew,
             link,
@@ -43,7 +44,7 @@ impl<'a> Stream<'a> {
             })?;
         let most = self.crew.pacer.batch_bytes(MAX_BATCH_BYTES).max(PAGE_SIZE);
         for (gpa, bits) in chunk.groups() {
-            let zero = self.zero_pages(gpa, bits)?;
+            let zero = zero_pages(self.crew.memory, gpa, bits)?;
             for range in runs(gpa, bits & zero) {
                 self.add_zero(range)?;
             }
@@ -55,21 +56,14 @@ impl<'a> Stream<'a> {
         self.flush()
     }
 
-    /// Says something, after everything that was to be sent.
+    /// Says something, after everything that was to be sent, and waits until the kernel needs none of its memory
+    /// any more.
     pub(super) fn finish(&mut self, message: &Message) -> Result<(), MigrateError> {
-        Ok(self.link.send(message)?)
-    }
-
-    fn zero_pages(&self, gpa: u64, bits: u64) -> Result<u64, MigrateError> {
-        let mut zero = 0;
-        for range in runs(gpa, bits) {
-            for page in (range.gpa..range.gpa + range.len).step_by(PAGE_SIZE as usize) {
-                if is_zero_page(self.crew.memory, page)? {
-                    zero |= 1 << ((page - gpa) / PAGE_SIZE);
-                }
-            }
+        self.link.send(message)?;
+        if self.link.send_path() == SendPath::Zerocopy {
+            self.crew.counts.zerocopy.store(true, Ordering::Relaxed);
         }
-        Ok(zero)
+        Ok(self.link.drain()?)
     }
 
     fn add_zero(&mut self, range: MemoryRange) -> Result<(), MigrateError> {

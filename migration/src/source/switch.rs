@@ -118,7 +118,7 @@ impl Job<'_> {
     fn stop(&mut self, alive: &KeepAlive) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
         self.control
             .sample(|progress| progress.phase = Phase::StopAndCopy);
-        self.standing.paused = true;
+        self.standing.claim.pause();
         let paused_at = self.call(alive, "pause", |source| source.pause())?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
@@ -131,7 +131,7 @@ impl Job<'_> {
 
     /// Sends the state. The destination may be ready from here on.
     fn offer(&mut self, link: &mut Link<'_>, state: &[u8]) -> Result<(), MigrateError> {
-        self.standing.offered = true;
+        self.standing.claim.offer();
         Ok(link.send_state(state)?)
     }
 

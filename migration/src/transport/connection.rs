@@ -66,6 +66,11 @@ impl Connection {
         &self.peer
     }
 
+    /// Whether file descriptors can be sent over it.
+    pub fn passes_files(&self) -> bool {
+        matches!(self.stream, Stream::Unix(_))
+    }
+
     /// Ends one direction or both; whoever waits for data then, on either side, wakes up.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.stream {

@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::{Connection, Endpoint, TransportError};
@@ -86,8 +87,12 @@ impl Listener {
         &self.endpoint
     }
 
-    /// Waits for the next connection, or until `control` is cancelled.
-    pub fn accept(&self, control: &Control) -> Result<Connection, TransportError> {
+    /// Waits for the next connection until `until` (then nothing), or until `control` is cancelled (an error).
+    pub fn accept(
+        &self,
+        control: &Control,
+        until: Option<Instant>,
+    ) -> Result<Option<Connection>, TransportError> {
         let failed = |source| TransportError::Accept {
             endpoint: self.endpoint.clone(),
             source,
@@ -97,11 +102,16 @@ impl Listener {
                 return Err(TransportError::Cancelled);
             }
             match self.try_accept() {
-                Ok(connection) => return Ok(connection),
+                Ok(connection) => return Ok(Some(connection)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+                    if left.is_some_and(|left| left.is_zero()) {
+                        return Ok(None);
+                    }
+                    let left = left.and_then(|left| Timespec::try_from(left).ok());
                     let (socket, wake) = (self.as_fd(), control.wake());
                     let mut events = [socket, wake].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-                    match poll(&mut events, None) {
+                    match poll(&mut events, left.as_ref()) {
                         Ok(_) | Err(Errno::INTR) => {}
                         Err(error) => return Err(failed(error.into())),
                     }
@@ -227,10 +237,19 @@ mod tests {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let control = Control::new().unwrap();
         thread::scope(|scope| {
-            let waiting = scope.spawn(|| listener.accept(&control));
+            let waiting = scope.spawn(|| listener.accept(&control, None));
             control.cancel();
             assert!(matches!(waiting.join().unwrap(), Err(TransportError::Cancelled)));
         });
+    }
+
+    #[test]
+    fn a_listener_waits_no_longer_than_it_is_told() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let control = Control::new().unwrap();
+        let until = Instant::now() + Duration::from_millis(20);
+        assert!(listener.accept(&control, Some(until)).unwrap().is_none());
+        assert!(Instant::now() >= until);
     }
 
     #[test]

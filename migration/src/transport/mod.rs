@@ -70,6 +70,9 @@ pub enum TransportError {
         #[source]
         source: io::Error,
     },
+    /// The system refused to wait.
+    #[error("cannot wait for connections")]
+    Wait(#[source] io::Error),
     /// Somebody asked to stop waiting.
     #[error("cancelled")]
     Cancelled,

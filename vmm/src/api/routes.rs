@@ -12,14 +12,13 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
 use hyper_util::rt::TokioIo;
-use migration::{Endpoint, MigrateOptions, Progress};
+use migration::Progress;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::types::{
-    Action, ActionType, Fault, InstanceInfo, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
-};
+use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
+use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
 use crate::VERSION;
 use crate::console::{Console, ConsoleInput};
 use crate::supervisor::{MigrationFeed, Refusal, Request, SupervisorHandle};
@@ -46,6 +45,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/vm", patch(update))
         .route("/actions", put(action))
         .route("/migration", put(migrate).get(progress).delete(cancel))
+        .route("/migration/resolve", put(resolve))
         .route("/console", get(console))
         .with_state(context)
 }
@@ -69,10 +69,21 @@ impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal {
             Refusal::NoMigration => StatusCode::NOT_FOUND,
-            Refusal::Migrating | Refusal::NoMachine | Refusal::InDoubt => StatusCode::CONFLICT,
+            Refusal::Migrating
+            | Refusal::NoMachine
+            | Refusal::InDoubt
+            | Refusal::NoDoubt
+            | Refusal::Resolving
+            | Refusal::NothingToDecide => StatusCode::CONFLICT,
             Refusal::Failed(_) | Refusal::Gone => StatusCode::BAD_REQUEST,
         };
         Failure(status, refusal.to_string())
+    }
+}
+
+impl From<RequestError> for Failure {
+    fn from(error: RequestError) -> Self {
+        Failure(StatusCode::BAD_REQUEST, error.to_string())
     }
 }
 
@@ -113,18 +124,8 @@ async fn action(State(context): State<Context>, body: JsonBody<Action>) -> Answe
 
 async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest>) -> Answer<Response> {
     let Json(request) = body?;
-    let destination: Endpoint = request
-        .destination
-        .parse()
-        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("destination: {error}")))?;
-    let max_downtime = Duration::try_from_secs_f64(request.max_downtime_ms / 1e3)
-        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("max_downtime_ms: {error}")))?;
-    let options = Box::new(MigrateOptions {
-        max_downtime,
-        on_miss: request.on_miss,
-        verify: request.verify,
-        ..Default::default()
-    });
+    let (destination, options) = request.check()?;
+    let options = Box::new(options);
     let feed = context
         .supervisor
         .ask(|reply| Request::Migrate {
@@ -169,6 +170,15 @@ async fn progress(State(context): State<Context>) -> Answer<Json<Progress>> {
 async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
     context.supervisor.ask(Request::Cancel).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn resolve(State(context): State<Context>, body: JsonBody<ResolveRequest>) -> Answer<Json<Resolution>> {
+    let Json(ResolveRequest { decision }) = body?;
+    let resolution = context
+        .supervisor
+        .ask(|reply| Request::Resolve(decision, reply))
+        .await?;
+    Ok(Json(resolution))
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

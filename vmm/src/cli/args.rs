@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use migration::Endpoint;
+use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
 use super::units;
 use crate::config::DiskConfig;
@@ -25,10 +25,23 @@ Examples:
 const MIGRATE_EXAMPLES: &str = "\
 Examples:
   godwit migrate web tcp:host-b:7000
-  godwit migrate web tcp:10.0.0.2:7000 --max-downtime 20ms --verify --json
+  godwit migrate web tcp:10.0.0.2:7000 --max-downtime 20ms --deadline 30s --on-miss switch
+  godwit migrate web tcp:10.0.0.2:7000 --bandwidth 500MB/s --final-bandwidth 1GiB/s --streams 4
+  godwit migrate web unix:/run/web.migrate --verify --json
 
+Rates are SIZE/s: MB are millions of bytes, MiB (or M) 1048576.
 Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
 Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
+
+const RESOLVE_HELP: &str = "\
+A migration is in doubt when the source has said \"go\" and does not know what came of it. At the source:
+  godwit resolve web              ask the destination and do what follows from its answer
+  godwit resolve web --discard    the guest runs there, I know: throw the paused copy here away
+  godwit resolve web --run        it does not run there and never will, I know: run it here
+The destination is asked in any case, and what it says counts more than --run or --discard.
+
+At a receiver that has a complete machine while its source is gone for good, --run and --discard decide.
+Exit codes: 0 settled; 1 refused, or settled otherwise than asked for; 2 bad usage; 3 still in doubt.";
 
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
@@ -55,6 +68,9 @@ pub(super) enum Command {
     Status(OutputArgs),
     /// Cancel a VM's migration; the guest runs on where it is.
     Cancel(VmArgs),
+    /// Settle a migration in doubt: ask the other side, or decide.
+    #[command(after_help = RESOLVE_HELP)]
+    Resolve(ResolveArgs),
     /// Hold a guest's vCPUs.
     Pause(VmArgs),
     /// Let a paused guest go on.
@@ -95,6 +111,9 @@ pub(super) struct RunArgs {
     /// Back guest memory by a memfd, which other processes can share
     #[arg(long)]
     pub(super) shared_memory: bool,
+    /// Track dirty pages with a ring per vCPU instead of a bitmap, which tells a migration which vCPU dirties
+    #[arg(long)]
+    pub(super) dirty_ring: bool,
     /// What the guest's CPUs announce: host, pvm, baseline [default: chosen by a probe and printed]
     #[arg(long, value_name = "NAME")]
     pub(super) cpu_template: Option<String>,
@@ -131,6 +150,9 @@ pub(super) struct ReceiveArgs {
     /// Refuse machines with more memory than this [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(super) max_memory: Option<u64>,
+    /// Make this much memory resident before listening, for a machine that has exactly that much
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    pub(super) reserve: Option<u64>,
 }
 
 /// Arguments of `migrate`.
@@ -143,17 +165,45 @@ pub(super) struct MigrateArgs {
     #[arg(value_name = "DEST")]
     pub(super) destination: Endpoint,
     /// How long the guest may stand still
-    #[arg(long, value_name = "DURATION", value_parser = units::duration, default_value = "300ms")]
+    #[arg(long, value_name = "DURATION", value_parser = units::some_duration, default_value = "300ms")]
     pub(super) max_downtime: Duration,
-    /// When the guest dirties memory too fast for that: give up, or move it nevertheless
+    /// When the move must have ended, counted from its start [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = units::some_duration)]
+    pub(super) deadline: Option<Duration>,
+    /// When either cannot be kept: give up, or move it nevertheless
     #[arg(long, value_enum, default_value_t = OnMissArg::Fail)]
     pub(super) on_miss: OnMissArg,
+    /// Data streams, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = MigrateOptions::default().streams,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_STREAMS)))]
+    pub(super) streams: u32,
+    /// Send no faster than this while the guest runs [default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = units::rate)]
+    pub(super) bandwidth: Option<u64>,
+    /// Send no faster than this while the guest stands still [default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = units::rate)]
+    pub(super) final_bandwidth: Option<u64>,
+    /// Never slow the guest down to keep the promise
+    #[arg(long)]
+    pub(super) no_throttle: bool,
+    /// Compress memory where it pays
+    #[arg(long, value_enum)]
+    pub(super) compression: Option<CompressionArg>,
     /// Compare a digest of all memory on both sides before the guest runs on
     #[arg(long)]
     pub(super) verify: bool,
     /// Print the report as one JSON object on stdout
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// See [`migration::Compression`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum CompressionArg {
+    /// Fast: for links of some Gbit/s and less.
+    Lz4,
+    /// Denser: for links of some hundred Mbit/s and less.
+    Zstd,
 }
 
 /// See [`migration::OnMiss`].
@@ -163,6 +213,23 @@ pub(super) enum OnMissArg {
     Fail,
     /// Move it nevertheless.
     Switch,
+}
+
+/// Arguments of `resolve`.
+#[derive(Debug, Args)]
+pub(super) struct ResolveArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// If nobody answers: throw the copy of this process away
+    #[arg(long, conflicts_with = "run")]
+    pub(super) discard: bool,
+    /// If nobody answers: run the guest in this process; make sure that it never runs at the other end
+    #[arg(long)]
+    pub(super) run: bool,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// A VM.
@@ -293,6 +360,36 @@ mod tests {
             &["godwit", "receive", "--listen", "tcp:host"],
         ] {
             assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn options_of_a_migration() {
+        let migrate = |more: &str| {
+            let words = "godwit migrate web tcp:host:7000"
+                .split(' ')
+                .chain(more.split_whitespace());
+            Cli::try_parse_from(words).map_err(|error| error.to_string())
+        };
+        let all = "--streams 4 --max-downtime 20ms --deadline 30s --on-miss switch --bandwidth 1GiB/s \
+                   --final-bandwidth 500MB/s --no-throttle --compression lz4 --verify --json";
+        let Command::Migrate(args) = migrate(all).unwrap().command else {
+            panic!("another command");
+        };
+        assert_eq!((args.streams, args.bandwidth), (4, Some(1 << 30)));
+        assert_eq!(args.deadline, Some(Duration::from_secs(30)));
+        for bad in [
+            "--streams 0",
+            "--streams 33",
+            "--max-downtime 0s",
+            "--deadline 0ms",
+            "--bandwidth 0MB/s",
+            "--final-bandwidth 1GiB",
+            "--compression rar",
+        ] {
+            let (option, _) = bad.split_once(' ').unwrap();
+            let error = migrate(bad).unwrap_err();
+            assert!(error.contains(option), "{bad}: {error}");
         }
     }
 }

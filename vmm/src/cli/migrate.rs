@@ -1,28 +1,21 @@
 //! `migrate`: asks the VM to move, shows how far it is, prints the report.
 
 use std::io::Write;
+use std::time::Duration;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use migration::{OnMiss, Outcome, Phase, Progress, Report};
+use migration::{Compression, OnMiss, Outcome, Phase, Progress, Report};
 
 use super::Exit;
-use super::args::{MigrateArgs, OnMissArg};
+use super::args::{CompressionArg, MigrateArgs, OnMissArg};
 use super::client::{block_on, connect};
 use crate::api::client::{Client, ClientError};
 use crate::api::{MigrationEvent, MigrationRequest};
 
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?;
-    let request = MigrationRequest {
-        destination: args.destination.to_string(),
-        max_downtime_ms: args.max_downtime.as_secs_f64() * 1e3,
-        on_miss: match args.on_miss {
-            OnMissArg::Fail => OnMiss::Fail,
-            OnMissArg::Switch => OnMiss::Switch,
-        },
-        verify: args.verify,
-    };
+    let request = request(&args);
     let Some(report) = block_on(follow(&client, &request))?? else {
         eprintln!(
             "godwit: the VM's process ended without a report; ask the destination and read the VM's log"
@@ -47,6 +40,28 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     })
 }
 
+fn request(args: &MigrateArgs) -> MigrationRequest {
+    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+    MigrationRequest {
+        max_downtime_ms: ms(args.max_downtime),
+        deadline_ms: args.deadline.map(ms),
+        on_miss: match args.on_miss {
+            OnMissArg::Fail => OnMiss::Fail,
+            OnMissArg::Switch => OnMiss::Switch,
+        },
+        streams: args.streams,
+        bandwidth_bytes_per_s: args.bandwidth,
+        final_bandwidth_bytes_per_s: args.final_bandwidth,
+        throttle: !args.no_throttle,
+        compression: args.compression.map(|compression| match compression {
+            CompressionArg::Lz4 => Compression::Lz4,
+            CompressionArg::Zstd => Compression::Zstd,
+        }),
+        verify: args.verify,
+        ..MigrationRequest::to(&args.destination)
+    }
+}
+
 /// Until the report comes. Ctrl-C cancels the migration and goes on waiting for its report.
 async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<Option<Report>> {
     let bar = bar()?;
@@ -56,6 +71,7 @@ async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<O
         started = true;
         match event {
             MigrationEvent::Progress(progress) => show(&bar, &progress),
+            MigrationEvent::Samples(_) => {}
             MigrationEvent::Report(last) => report = Some(*last),
         }
     });

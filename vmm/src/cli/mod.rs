@@ -77,6 +77,7 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Migrate(args) => migrate::run(args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
+        Command::Resolve(args) => client::resolve(&args),
         Command::Pause(args) => client::pause(&args),
         Command::Resume(args) => client::resume(&args),
         Command::Stop(args) => client::stop(&args),

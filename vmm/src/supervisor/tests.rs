@@ -1,3 +1,5 @@
+use migration::Migrated;
+
 use super::*;
 use crate::rundir::ApiSocket;
 
@@ -27,7 +29,7 @@ fn job() -> Job {
     }
 }
 
-fn report(outcome: &str) -> Box<Report> {
+fn ended(outcome: &str) -> Box<Ended> {
     let text = format!(
         r#"{{"outcome":"{outcome}","error":"why","mode":"precopy","budget_ms":1,"budget_kept":false,
         "predicted_downtime_ms":null,"downtime_ms":null,"downtime":{{"pause_ms":0,"drain_ms":0,"final_log_ms":0,
@@ -35,7 +37,14 @@ fn report(outcome: &str) -> Box<Report> {
         "total_ms":1,"rounds":[],"bytes_sent":0,"pages_sent":0,"pages_zero":0,"streams":1,"data_path":"gather",
         "verify_ms":0,"memory_digest":null}}"#
     );
-    serde_json::from_str(&text).unwrap()
+    let migrated = Migrated {
+        report: serde_json::from_str(&text).unwrap(),
+        doubt: None,
+    };
+    Box::new(Ended {
+        migrated,
+        source: None,
+    })
 }
 
 #[test]
@@ -82,7 +91,7 @@ fn the_end_of_the_vm_leaves_no_migration_without_a_report() {
         rig.supervisor.migration = Some(MigrationJob { job: job(), reports });
         let handle = rig.supervisor.handle();
         handle.send(Event::Escape);
-        handle.send(Event::MigrationEnded(report(outcome)));
+        handle.send(Event::MigrationEnded(ended(outcome)));
         let ending = rig.supervisor.settle(Ok(Ending::Stopped));
         assert_eq!(ending.unwrap(), end);
         let error = feed.try_recv().unwrap().error.unwrap();

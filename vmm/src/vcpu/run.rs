@@ -47,7 +47,7 @@ const INTERNAL_ERROR_EMULATION: u32 = 1;
 /// Until the gate sends the thread home, or the vCPU fails.
 pub(super) fn run(id: u8, vcpu: &Mutex<VcpuFd>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
     let _kickable = Kickable::new(&mut vcpu.lock().unwrap_or_else(PoisonError::into_inner));
-    while gate.pass() == Next::Enter {
+    while gate.pass(id.into()) == Next::Enter {
         // Held while the vCPU is in the guest, free while the thread is parked, so that whoever holds the
         // gate can save and restore it.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);

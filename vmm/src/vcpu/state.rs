@@ -14,6 +14,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 const MSR_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: armed when the clocks have been moved on.
 pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: to set them writes guest memory, see `Machine::run_restored`.
+const MSR_WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
 /// KVM takes no more MSRs in one call.
 const MSR_BATCH: usize = 256;
 
@@ -80,6 +82,21 @@ impl VcpuRecord {
             .find(|(index, _)| *index == MSR_TSC_DEADLINE)
             .map_or(0, |(_, value)| *value)
     }
+
+    /// The saved MSRs that say where the guest's wall clock lies, if it has one: index and value.
+    pub fn wall_clocks(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
+        let is_set = |(index, value): &(u32, u64)| MSR_WALL_CLOCKS.contains(index) && *value != 0;
+        self.msrs.iter().copied().filter(is_set)
+    }
+}
+
+/// What a state is restored for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The vCPU is going to run from this state.
+    Run,
+    /// To find out whether it can be done and how long it takes: another state will follow.
+    Rehearsal,
 }
 
 /// Saves a vCPU that is out of the guest. `tsc` is its guest's TSC at the time for which the machine's
@@ -104,13 +121,23 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateE
     })
 }
 
-/// Gives a saved state to a new vCPU, everything but the TSC and the deadline timer. Untrusted input.
-pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
+/// Gives a saved state to a vCPU that has not run, everything but the TSC, the deadline timer and the wall
+/// clock. Untrusted input. Can be done again with another state.
+pub fn restore(
+    kvm: &Kvm,
+    vcpu: &VcpuFd,
+    record: &VcpuRecord,
+    purpose: Purpose,
+) -> Result<(), VcpuStateError> {
     let mp_state = kvm_bindings::kvm_mp_state {
         mp_state: check_mp_state(record.mp_state)?,
     };
-    vcpu.set_mp_state(mp_state)
-        .map_err(kvm_error("KVM_SET_MP_STATE"))?;
+    // A processor that waits for its start-up interrupt would be left with one pending, which no later state
+    // takes back.
+    if purpose == Purpose::Run {
+        vcpu.set_mp_state(mp_state)
+            .map_err(kvm_error("KVM_SET_MP_STATE"))?;
+    }
     vcpu.set_regs(&parse("kvm_regs", &record.regs)?)
         .map_err(kvm_error("KVM_SET_REGS"))?;
     vcpu.set_sregs(&parse("kvm_sregs", &record.sregs)?)
@@ -202,9 +229,10 @@ fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Vcp
     if msrs.len() > known.len() {
         return Err(VcpuStateError::TooManyMsrs(msrs.len()));
     }
-    for (index, value) in msrs.iter().filter(|(index, _)| *index != MSR_TSC_DEADLINE) {
+    let later = |index: &u32| *index == MSR_TSC_DEADLINE || MSR_WALL_CLOCKS.contains(index);
+    for (index, value) in msrs.iter().filter(|(index, _)| !later(index)) {
         let reset = read_msr(vcpu, *index)?;
-        // What a new vCPU already holds needs no write; some of those KVM would refuse to take.
+        // What the vCPU already holds needs no write; some of those KVM would refuse to take.
         if reset == Some(*value) {
             continue;
         }

@@ -1,0 +1,16 @@
+//! Guest memory: its backing, its KVM slots, what of it was written, what of it is in use.
+
+mod bitmap_log;
+mod error;
+mod mapping;
+mod marks;
+mod populated;
+mod reserve;
+mod slots;
+
+pub use bitmap_log::BitmapLog;
+pub use error::MemoryError;
+pub use mapping::{adopt, check_size, create, files, is_shared, ranges};
+pub use populated::populated;
+pub use reserve::make_resident;
+pub use slots::{register, set_dirty_log};
