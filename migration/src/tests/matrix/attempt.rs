@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fault_proxy::{Plan, Point, Proxy};
+use fault_proxy::{Part, Plan, Point, Proxy};
 
 use super::super::fake::FakeSource;
 use super::harm::Harm;
@@ -177,14 +177,7 @@ impl<'a> Rig<'a> {
     /// The guest is held here until the destination has been asked, over a network that works again.
     fn resolve(&mut self, report: &Report, doubt: &Doubt) -> Answer {
         assert!(self.source.guest.is_held() && !self.source.locked, "{report:?}");
-        self.proxy.heal();
-        let until = Instant::now() + PATIENCE;
-        let answer = loop {
-            match doubt.ask(Duration::from_secs(1)) {
-                Ok(answer) => break answer,
-                Err(error) => assert!(Instant::now() < until, "no answer: {error}"),
-            }
-        };
+        let answer = self.ask(doubt);
         match &answer {
             Answer::Runs => self.check_moved(report),
             Answer::GaveUp => {
@@ -203,5 +196,20 @@ impl<'a> Rig<'a> {
             Answer::Unknown => panic!("forgotten: {report:?}"),
         }
         answer
+    }
+
+    /// Asks until there is an answer: the fault may strike a question.
+    fn ask(&self, doubt: &Doubt) -> Answer {
+        let until = Instant::now() + PATIENCE;
+        let mut garbled = self.harm == Some(Harm::Corrupt(Part::Content));
+        loop {
+            self.proxy.heal();
+            match doubt.ask(Duration::from_secs(1)) {
+                // A question about another migration.
+                Ok(Answer::Unknown) if garbled => garbled = false,
+                Ok(answer) => return answer,
+                Err(error) => assert!(Instant::now() < until, "no answer: {error}"),
+            }
+        }
     }
 }

@@ -14,7 +14,6 @@ pub(super) struct Setup {
     pub(super) name: &'static str,
     /// Whether memory is handed over, on a Unix socket.
     pub(super) handover: bool,
-    pub(super) compression: Option<Compression>,
     /// A fault without which the messages that are looked at would not come.
     pub(super) first: Option<(Connection, Direction, &'static str, Harm)>,
     /// A call of the source's machine that takes long.
@@ -28,7 +27,6 @@ pub(super) struct Setup {
 const PLAIN: Setup = Setup {
     name: "copy",
     handover: false,
-    compression: None,
     first: None,
     slow: None,
     destination: None,
@@ -51,14 +49,8 @@ const fn lost(name: &'static str, direction: Direction, message: &'static str) -
 }
 
 /// Between them they have every message of the protocol.
-pub(super) static SETUPS: [Setup; 12] = [
+pub(super) static SETUPS: [Setup; 11] = [
     PLAIN,
-    Setup {
-        name: "compressed",
-        compression: Some(Compression::Lz4),
-        looks_at: |point| point.message == "compressed pages",
-        ..PLAIN
-    },
     Setup {
         name: "handover",
         handover: true,
@@ -115,7 +107,6 @@ impl Setup {
             max_downtime: Duration::from_secs(5),
             on_miss: OnMiss::Switch,
             verify: true,
-            compression: self.compression,
             connect_timeout: Duration::from_millis(500),
             io_timeout: Duration::from_millis(250),
             step_timeout: Duration::from_millis(700),
