@@ -99,7 +99,7 @@ pub struct Report {
     pub downtime_ms: Option<f64>,
     /// Its terms.
     pub downtime: Downtime,
-    /// The prediction of the total time, made when a fifth of the populated memory had been sent.
+    /// The prediction of the total time, made as soon as a fifth of it had passed.
     pub predicted_total_ms: Option<f64>,
     /// From the start of the job to its end.
     pub total_ms: f64,

@@ -6,14 +6,15 @@
 
 mod compression;
 mod copy;
-mod descriptors;
 mod digest;
 mod error;
 mod gather;
 mod memory;
 mod populate;
+mod receiver;
 mod scatter;
 mod sender;
+mod socket;
 mod vectors;
 mod zero;
 mod zerocopy;
@@ -22,12 +23,12 @@ mod zerocopy;
 mod tests;
 
 pub use compression::{Chooser, CompressionError, Compressor, Decompressor, MAX_BLOCK, Method};
-pub use descriptors::{DescriptorError, MAX_FDS, Received, receive_fds, send_fds};
 pub use digest::digest;
 pub use error::MemoryIoError;
 pub use gather::{Gather, Piece};
 pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE};
 pub use populate::populate;
+pub use receiver::Receiver;
 pub use scatter::Scatter;
 pub use sender::{SendCounters, SendPath, Sender};
 pub use vectors::Step;

@@ -1,10 +1,10 @@
 //! The kernel's side of MSG_ZEROCOPY: asking for it, and reading what became of it.
-#![allow(unsafe_code)] // A socket option that no crate knows, and control messages of the error queue.
+#![allow(unsafe_code)] // Control messages of the error queue.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use crate::socket::{is_tcp, set_option};
 
 /// `SO_ZEROCOPY` (asm-generic/socket.h).
 const SO_ZEROCOPY: libc::c_int = 60;
@@ -27,25 +27,7 @@ pub(crate) struct Completion {
 
 /// Makes a socket take MSG_ZEROCOPY. Answers whether it does: TCP, and a kernel that knows it.
 pub(crate) fn enable(socket: BorrowedFd<'_>) -> bool {
-    let tcp = matches!(
-        sockopt::socket_domain(socket),
-        Ok(AddressFamily::INET | AddressFamily::INET6)
-    ) && matches!(sockopt::socket_type(socket), Ok(SocketType::STREAM));
-    if !tcp {
-        return false;
-    }
-    let on: libc::c_int = 1;
-    // SAFETY: the option's value is an int, which lives on the stack during the call.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_ZEROCOPY,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    done == 0
+    is_tcp(socket) && set_option(socket, SO_ZEROCOPY, 1).is_ok()
 }
 
 /// The next entry of the socket's error queue, without waiting: `None` if there is none. An entry that is no

@@ -37,7 +37,9 @@ impl Link<'_> {
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             // The files travel with the first byte.
             if at == 0 && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
-                return Err(MemoryIoError::Socket(std::io::ErrorKind::ArgumentListTooLong.into()));
+                return Err(MemoryIoError::Socket(
+                    std::io::ErrorKind::ArgumentListTooLong.into(),
+                ));
             }
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match sendmsg(socket, &[IoSlice::new(&bytes[at..])], &mut ancillary, flags) {

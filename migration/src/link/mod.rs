@@ -12,9 +12,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use migration_io::{
-    Gather, GuestMemory, MemoryIoError, MemoryRange, Piece, Scatter, SendPath, Sender, Step,
-};
+use migration_io::{Gather, GuestMemory, MemoryIoError, MemoryRange, Piece, Scatter, SendPath, Sender, Step};
 use rustix::net::{RecvFlags, recv};
 
 use crate::control::Control;

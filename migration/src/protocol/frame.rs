@@ -143,6 +143,11 @@ impl Frame {
         }
     }
 
+    /// Whether it is this message.
+    pub(crate) fn is(&self, message: &Message) -> bool {
+        matches!(self, Frame::Message(ours) if ours == message)
+    }
+
     /// Reads a frame's content.
     pub(crate) fn decode(kind: Kind, content: Vec<u8>) -> Result<Self, ProtocolError> {
         match kind {

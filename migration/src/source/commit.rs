@@ -74,10 +74,8 @@ impl Job<'_> {
     /// Contract: what was written was sent.
     fn check_nothing_dirty(&self, log: &dyn DirtyLog) -> Result<(), MigrateError> {
         let mut dirty = PageSet::of(&self.source.memory())?;
-        log.peek(&mut dirty).map_err(|source| MigrateError::Machine {
-            call: "peek",
-            source,
-        })?;
+        log.peek(&mut dirty)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
         if dirty.is_empty() {
             Ok(())
         } else {

@@ -11,7 +11,7 @@ use migration_io::{GuestMemory, PAGE_SIZE};
 
 use super::MigrateError;
 use super::pacer::Pacer;
-use super::pass::Pass;
+use super::pass::{Order, Pass};
 use super::stream::Stream;
 use crate::link::Link;
 use crate::options::Compression;
@@ -95,7 +95,7 @@ impl<'a> Crew<'a> {
             thread::Builder::new()
                 .name(format!("stream {index}"))
                 .spawn_scoped(scope, move || {
-                    let run = AssertUnwindSafe(|| self.run(Stream::new(self, link)));
+                    let run = AssertUnwindSafe(|| self.run(Stream::new(self, link)?));
                     let result = catch_unwind(run)
                         .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
                     if let Err(error) = result {
@@ -107,9 +107,11 @@ impl<'a> Crew<'a> {
     }
 
     /// Sends `pages` as the given round. The round before must have been finished.
-    pub(super) fn send(&self, round: u32, pages: PageSet) {
+    pub(super) fn send(&self, round: u32, pages: PageSet, order: Order) {
+        let pass = Arc::new(Pass::new(pages, self.connections.len(), order));
         let mut state = self.lock();
-        state.pass = Some(Arc::new(Pass::new(pages, self.connections.len())));
+        state.pass = Some(pass);
+
         state.round = round;
         state.busy = self.connections.len();
         drop(state);
@@ -150,7 +152,7 @@ impl<'a> Crew<'a> {
     pub(super) fn add_unsent(&self, to: &mut PageSet) {
         let pass = self.lock().pass.clone();
         if let Some(pass) = pass {
-            pass.add_rest(to);
+            pass.add_unsent(to);
         }
     }
 
@@ -224,6 +226,9 @@ impl Counts {
 
     /// Pages with content, and pages that were zero.
     pub(super) fn pages(&self) -> (u64, u64) {
-        (self.data.load(Ordering::Relaxed), self.zero.load(Ordering::Relaxed))
+        (
+            self.data.load(Ordering::Relaxed),
+            self.zero.load(Ordering::Relaxed),
+        )
     }
 }

@@ -97,19 +97,17 @@ impl Doubt {
     }
 }
 
-/// How long the engine itself asks before it leaves the question to an operator.
-const ASKING: Duration = Duration::from_secs(5);
 /// Between two attempts.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 impl Job<'_> {
-    /// "go" was sent and its answer did not come: asks for a while. Whether the guest is ours again is the
+    /// "go" was sent and its answer did not come: asks for as long as a peer may be silent. Whether the guest is ours again is the
     /// destination's to say.
     pub(super) fn settle_doubt(&mut self, error: MigrateError) -> Result<(), MigrateError> {
         if matches!(error, MigrateError::NotResumed { .. }) {
             return Err(error);
         }
-        let until = Instant::now() + ASKING;
+        let until = Instant::now() + self.options.io_timeout;
         let outcome = loop {
             match self.ask() {
                 Some(outcome) => break outcome,
@@ -119,7 +117,10 @@ impl Job<'_> {
         };
         match (self.standing.claim.answer(&outcome), outcome) {
             (Verdict::Moved, _) => {
-                tracing::warn!(error = chain(&error), "the guest runs at the destination all the same");
+                tracing::warn!(
+                    error = chain(&error),
+                    "the guest runs at the destination all the same"
+                );
                 Ok(())
             }
             (Verdict::Resume, _) => {
@@ -137,7 +138,8 @@ impl Job<'_> {
     /// up. If that does not reach it either, its operator has to decide.
     pub(super) fn withdraw(&mut self) {
         if self.ask().is_none() {
-            let error = "the destination may wait for \"go\" for ever, and could not be told that none will come";
+            let error =
+                "the destination may wait for \"go\" for ever, and could not be told that none will come";
             tracing::warn!(to = %self.to, "{error}");
             self.report.add_error(error);
         }
@@ -145,7 +147,7 @@ impl Job<'_> {
 
     fn ask(&self) -> Option<Outcome> {
         let doubt = Doubt::new(self.to.clone(), self.token?);
-        let asked = doubt.outcome(self.options.connect_timeout.min(ASKING));
+        let asked = doubt.outcome(self.options.connect_timeout.min(self.options.io_timeout));
         asked
             .inspect_err(|error| tracing::debug!(error = chain(error), "asked in vain"))
             .ok()

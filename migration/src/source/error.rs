@@ -23,6 +23,8 @@ pub(crate) enum MigrateError {
     },
     #[error("the machine's dirty log does not match its memory")]
     PageSet(#[from] PageSetError),
+    #[error("pages cannot be compressed")]
+    Compression(#[from] migration_io::CompressionError),
     #[error("guest memory cannot be read")]
     Memory(#[from] MemoryIoError),
     #[error("the destination speaks protocol versions {theirs} (godwit {release}), expected one of {ours}")]
@@ -36,11 +38,10 @@ pub(crate) enum MigrateError {
     #[error("{0}")]
     Missed(Miss),
     #[error("downtime would be {predicted:.1?}, expected at most {budget:.1?}")]
-    OverBudget {
-        predicted: Duration,
-        budget: Duration,
-    },
-    #[error("\"go\" was sent but did not arrive, and the destination gave the machine up: it runs here again")]
+    OverBudget { predicted: Duration, budget: Duration },
+    #[error(
+        "\"go\" was sent but did not arrive, and the destination gave the machine up: it runs here again"
+    )]
     GivenUp(#[source] Box<MigrateError>),
     #[error("memory differs: the digest is {source_digest:032x} here and {destination_digest:032x} there")]
     DigestDiffers {

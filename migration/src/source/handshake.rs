@@ -66,7 +66,10 @@ impl Job<'_> {
     pub(super) fn open_streams(&self, token: Token, count: u32) -> Result<Vec<Connection>, MigrateError> {
         let connect = |_| Connection::connect(self.to, self.options.connect_timeout, self.control);
         let connections = (0..count).map(connect).collect::<Result<Vec<_>, _>>()?;
-        let mut links: Vec<_> = connections.iter().map(|connection| self.link(connection)).collect();
+        let mut links: Vec<_> = connections
+            .iter()
+            .map(|connection| self.link(connection))
+            .collect();
         // All say what they want before the first waits for an answer: a round trip or two for all of them.
         for (index, link) in (0..).zip(&mut links) {
             link.send(&Message::Hello(Hello::ours()))?;

@@ -10,6 +10,7 @@ mod pacer;
 mod pass;
 mod precopy;
 mod rehearse;
+mod squeeze;
 mod stream;
 mod switch;
 

@@ -17,8 +17,6 @@ pub(super) struct Watch {
     pub(super) costs: Costs,
     /// Scratch space for the log.
     dirty: Option<PageSet>,
-    /// Bytes of pages that may hold something: what the first round sends.
-    populated: u64,
     /// The shares that the machine was last told.
     shares: Vec<f64>,
     began: RoundBegin,
@@ -64,17 +62,11 @@ impl Watch {
             policy,
             costs,
             dirty: None,
-            populated: 0,
             shares: vec![0.0; cpus],
             began: RoundBegin::default(),
             throttled: 0.0,
             last: Duration::ZERO,
         }
-    }
-
-    /// The first round's pages.
-    pub(super) fn set_populated(&mut self, pages: &PageSet) {
-        self.populated = pages.len() * PAGE_SIZE;
     }
 
     /// New measurements of what the downtime costs besides the copy.
@@ -106,10 +98,9 @@ impl Job<'_> {
         dirty.clear();
         let began = Instant::now();
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
-        crew.log.peek(&mut dirty).map_err(|source| MigrateError::Machine {
-            call: "peek",
-            source,
-        })?;
+        crew.log
+            .peek(&mut dirty)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
         watch.costs.final_log = began.elapsed();
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
@@ -133,10 +124,14 @@ impl Job<'_> {
         watch.throttled += at.saturating_sub(watch.last).as_secs_f64() * watch.share();
         watch.last = at;
         self.report.predicted_downtime_ms = Some(ms(prediction.downtime));
-        if self.report.predicted_total_ms.is_none() && observation.copied * 5 >= watch.populated {
-            self.report.predicted_total_ms = prediction.total.map(ms);
+        if self.report.predicted_total_ms.is_none()
+            && let Some(total) = prediction.total.filter(|total| at * 5 >= *total)
+        {
+            self.report.predicted_total_ms = Some(ms(total));
         }
-        let shares: Vec<f64> = (0..watch.shares.len()).map(|cpu| decision.throttle.of(cpu)).collect();
+        let shares: Vec<f64> = (0..watch.shares.len())
+            .map(|cpu| decision.throttle.of(cpu))
+            .collect();
         self.apply_throttle(alive, watch, &shares)?;
         self.control.sample(|progress| {
             progress.round = round;

@@ -1,6 +1,5 @@
 //! One pass over a set of pages, shared by the streams that send it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use migration_io::{MemoryRange, PAGE_SIZE};
@@ -24,18 +23,38 @@ pub(super) struct Chunk {
 #[derive(Debug)]
 pub(super) struct Pass {
     pages: PageSet,
-    /// Pages in a chunk, so that all streams have work until the end.
-    chunk_pages: u64,
+    /// In the order in which they are handed out.
+    stretches: Vec<Stretch>,
     cursor: Mutex<Cursor>,
-    unsent: AtomicU64,
 }
 
-/// The next word to hand out.
-#[derive(Clone, Copy, Debug, Default)]
+/// How far a pass is.
+#[derive(Clone, Copy, Debug)]
 struct Cursor {
+    /// The next stretch.
+    next: usize,
+    /// Pages of the stretches from there on.
+    unsent: u64,
+    stopped: bool,
+}
+
+/// In which order a pass goes over memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// As the addresses are.
+    Ascending,
+    /// All over memory, evenly: a guest that sweeps its memory then writes sent and unsent pages alike, and
+    /// shows early how much it dirties.
+    Scattered,
+}
+
+/// Words of a region's bitmap that make one chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stretch {
     region: usize,
     word: usize,
-    stopped: bool,
+    count: usize,
+    pages: u64,
 }
 
 /// Most pages in a chunk: more would only delay the reading of what was cleared.
@@ -49,24 +68,45 @@ const CHUNKS_PER_STREAM: u64 = 8;
 
 impl Pass {
     /// A pass over `pages` by so many streams.
-    pub(super) fn new(pages: PageSet, streams: usize) -> Self {
+    pub(super) fn new(pages: PageSet, streams: usize, order: Order) -> Self {
         let unsent = pages.len();
         let chunk_pages = unsent / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
+        let chunk_pages = chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES);
+        let stretches = stretches(&pages, chunk_pages);
         Self {
+            stretches: match order {
+                Order::Ascending => stretches,
+                Order::Scattered => scattered(&stretches),
+            },
             pages,
-            chunk_pages: chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES),
-            cursor: Mutex::default(),
-            unsent: AtomicU64::new(unsent),
+            cursor: Mutex::new(Cursor {
+                next: 0,
+                unsent,
+                stopped: false,
+            }),
         }
     }
 
     /// The next stretch; nothing at the end, or after [`Pass::stop`].
     pub(super) fn next(&self) -> Option<Chunk> {
-        let mut cursor = self.lock();
-        let chunk = self.chunk(&mut cursor)?;
-        let pages: u64 = chunk.words.iter().map(|word| u64::from(word.count_ones())).sum();
-        self.unsent.fetch_sub(pages, Ordering::Relaxed);
-        Some(chunk)
+        let stretch = {
+            let mut cursor = self.lock();
+            if cursor.stopped {
+                return None;
+            }
+            let stretch = self.stretches.get(cursor.next)?;
+            cursor.next += 1;
+            cursor.unsent -= stretch.pages;
+            stretch
+        };
+        let words = self.pages.region_words(stretch.region)?;
+        let first = stretch.word as u64 * 64;
+        Some(Chunk {
+            region: stretch.region,
+            first,
+            gpa: self.pages.region_gpa(stretch.region)? + first * PAGE_SIZE,
+            words: words[stretch.word..stretch.word + stretch.count].to_vec(),
+        })
     }
 
     /// Hands out nothing more.
@@ -76,50 +116,17 @@ impl Pass {
 
     /// Pages that were not handed out.
     pub(super) fn unsent(&self) -> u64 {
-        self.unsent.load(Ordering::Relaxed)
+        self.lock().unsent
     }
 
     /// Adds the pages that were not handed out to a set over the same regions.
-    pub(super) fn add_rest(&self, to: &mut PageSet) {
-        let cursor = *self.lock();
-        for (region, words) in self.pages.words().skip(cursor.region) {
-            let from = if region == cursor.region { cursor.word } else { 0 };
-            to.insert_words(region, from, &words[from..]);
-        }
-    }
-
-    fn chunk(&self, cursor: &mut Cursor) -> Option<Chunk> {
-        if cursor.stopped {
-            return None;
-        }
-        loop {
-            let words = self.pages.region_words(cursor.region)?;
-            let Some(skipped) = words[cursor.word..].iter().position(|word| *word != 0) else {
-                *cursor = Cursor {
-                    region: cursor.region + 1,
-                    ..Cursor::default()
-                };
-                continue;
-            };
-            let from = cursor.word + skipped;
-            let mut pages = 0;
-            let taken = words[from..]
-                .iter()
-                .take(MAX_CHUNK_WORDS)
-                .take_while(|word| {
-                    let room = pages < self.chunk_pages;
-                    pages += u64::from(word.count_ones());
-                    room
-                })
-                .count();
-            cursor.word = from + taken;
-            let first = from as u64 * 64;
-            return Some(Chunk {
-                region: cursor.region,
-                first,
-                gpa: self.pages.region_gpa(cursor.region)? + first * PAGE_SIZE,
-                words: words[from..from + taken].to_vec(),
-            });
+    pub(super) fn add_unsent(&self, to: &mut PageSet) {
+        let next = self.lock().next;
+        for stretch in &self.stretches[next..] {
+            if let Some(words) = self.pages.region_words(stretch.region) {
+                let words = &words[stretch.word..stretch.word + stretch.count];
+                to.insert_words(stretch.region, stretch.word, words);
+            }
         }
     }
 
@@ -129,11 +136,52 @@ impl Pass {
     }
 }
 
+/// Cuts a set into stretches of about so many pages.
+fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<Stretch> {
+    let mut found: Vec<Stretch> = Vec::new();
+    for (region, words) in pages.words() {
+        let mut open: Option<Stretch> = None;
+        for (at, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+            let count = u64::from(word.count_ones());
+            match &mut open {
+                Some(stretch) if stretch.pages < chunk_pages && at - stretch.word < MAX_CHUNK_WORDS => {
+                    stretch.count = at + 1 - stretch.word;
+                    stretch.pages += count;
+                }
+                _ => found.extend(open.replace(Stretch {
+                    region,
+                    word: at,
+                    count: 1,
+                    pages: count,
+                })),
+            }
+        }
+        found.extend(open);
+    }
+    found
+}
+
+/// Every one of them once, neighbours far apart: steps of the golden section spread most evenly.
+fn scattered(stretches: &[Stretch]) -> Vec<Stretch> {
+    const GOLDEN_SECTION: f64 = 0.618_033_988_749_895;
+    let len = stretches.len();
+    let mut step = ((len as f64 * GOLDEN_SECTION) as usize).max(1);
+    while gcd(step, len) > 1 {
+        step += 1;
+    }
+    (0..len).map(|index| stretches[(index * step) % len]).collect()
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 impl Chunk {
     /// The pages of one word: the address of the first of its 64 and the bits.
     pub(super) fn groups(&self) -> impl Iterator<Item = (u64, u64)> {
         let gpas = (self.gpa..).step_by(64 * PAGE_SIZE as usize);
-        gpas.zip(self.words.iter().copied()).filter(|(_, bits)| *bits != 0)
+        gpas.zip(self.words.iter().copied())
+            .filter(|(_, bits)| *bits != 0)
     }
 
     /// Pages in it.
@@ -207,7 +255,7 @@ mod tests {
 
     #[test]
     fn an_empty_set_is_no_work() {
-        assert_eq!(Pass::new(set(5000), 4).next(), None);
+        assert_eq!(Pass::new(set(5000), 4, Order::Ascending).next(), None);
     }
 
     proptest! {
@@ -217,7 +265,9 @@ mod tests {
             high in proptest::collection::vec(0u64..100, 0..10),
             streams in 1usize..5,
             taken in 0usize..4,
+            scatter in any::<bool>(),
         ) {
+            let order = if scatter { Order::Scattered } else { Order::Ascending };
             let mut all = set(5000);
             for (page, count) in pages {
                 for page in page..(page + count).min(5000) {
@@ -227,13 +277,13 @@ mod tests {
             for page in high {
                 all.insert_gpa((1 << 32) + (page << 12)).unwrap();
             }
-            let pass = Pass::new(all.clone(), streams);
+            let pass = Pass::new(all.clone(), streams, order);
             prop_assert_eq!(pass.unsent(), all.len());
             prop_assert_eq!(&collect(&pass), &all);
             prop_assert_eq!(pass.unsent(), 0);
 
             // What a pass that was stopped handed out and what it did not are everything.
-            let pass = Pass::new(all.clone(), streams);
+            let pass = Pass::new(all.clone(), streams, order);
             let mut handed_out = 0;
             for _ in 0..taken {
                 handed_out += pass.next().map_or(0, |chunk| chunk.pages());
@@ -241,7 +291,7 @@ mod tests {
             pass.stop();
             prop_assert_eq!(pass.next(), None);
             let mut rest = set(5000);
-            pass.add_rest(&mut rest);
+            pass.add_unsent(&mut rest);
             prop_assert_eq!(rest.len(), pass.unsent());
             prop_assert_eq!(rest.len() + handed_out, all.len());
             rest.union(&all).unwrap();

@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::crew::Crew;
 use super::handshake::unexpected;
 use super::observe::Watch;
+use super::pass::Order;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::{Decision, Verdict};
@@ -31,7 +32,6 @@ impl Job<'_> {
         watch: &mut Watch,
     ) -> Result<Rest, MigrateError> {
         let mut pages = self.first_pages(link, alive, crew)?;
-        watch.set_populated(&pages);
         let mut n = 0;
         loop {
             n += 1;
@@ -91,7 +91,12 @@ impl Job<'_> {
         pages: PageSet,
     ) -> Result<Decision, MigrateError> {
         self.begin_round(crew, watch, n);
-        crew.send(n, pages);
+        let order = if n == 1 {
+            Order::Scattered
+        } else {
+            Order::Ascending
+        };
+        crew.send(n, pages, order);
         while !alive.during(|| crew.wait(TICK))? {
             // A destination that gave up is heard at once.
             link.check("nothing while pages are sent")?;
@@ -143,10 +148,9 @@ fn judge(decision: &Decision) -> Result<(), MigrateError> {
 
 /// Adds what is marked.
 pub(super) fn peek(crew: &Crew<'_>, to: &mut PageSet) -> Result<(), MigrateError> {
-    crew.log.peek(to).map_err(|source| MigrateError::Machine {
-        call: "peek",
-        source,
-    })
+    crew.log
+        .peek(to)
+        .map_err(|source| MigrateError::Machine { call: "peek", source })
 }
 
 /// Waits until everything that was sent is in the destination's memory.

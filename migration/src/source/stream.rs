@@ -8,28 +8,32 @@ use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 use super::MigrateError;
 use super::crew::Crew;
 use super::pass::{Chunk, runs};
+use super::squeeze::Squeeze;
 use crate::link::Link;
-use crate::protocol::{MAX_BATCH_BYTES, MAX_BATCH_RANGES, Message, PageTable, Span};
+use crate::options::Compression;
+use crate::protocol::{CompressedTable, MAX_BATCH_BYTES, MAX_BATCH_RANGES, Message, PageTable, Span};
 
 /// A stream and the batch that it fills.
 pub(super) struct Stream<'a> {
     crew: &'a Crew<'a>,
     link: Link<'a>,
+    squeeze: Option<Squeeze>,
     table: PageTable,
     data_bytes: u64,
     zero_bytes: u64,
 }
 
 impl<'a> Stream<'a> {
-    pub(super) fn new(crew: &'a Crew<'a>, mut link: Link<'a>) -> Self {
+    pub(super) fn new(crew: &'a Crew<'a>, mut link: Link<'a>) -> Result<Self, MigrateError> {
         link.avoid_copies();
-        Self {
+        Ok(Self {
             crew,
             link,
+            squeeze: crew.compression.map(Squeeze::new).transpose()?,
             table: PageTable::default(),
             data_bytes: 0,
             zero_bytes: 0,
-        }
+        })
     }
 
     /// Sends a chunk, in batches: many scattered pages take one system call, and zero pages a few bytes.
@@ -92,19 +96,46 @@ impl<'a> Stream<'a> {
         Ok(())
     }
 
+    /// Sends the batch's content as a block, and leaves its zero pages.
+    fn send_block(&mut self, method: Compression, block: &[u8]) -> Result<(), MigrateError> {
+        let table = CompressedTable {
+            method,
+            pages: std::mem::take(&mut self.table.data),
+            len: u32::try_from(block.len()).unwrap_or(u32::MAX),
+        };
+        Ok(self.link.send_compressed(&table, block)?)
+    }
+
     /// Sends the batch, if there is anything in it.
     fn flush(&mut self) -> Result<(), MigrateError> {
         if self.data_bytes + self.zero_bytes == 0 {
             return Ok(());
         }
-        let wait = self.crew.pacer.book(self.data_bytes, Instant::now());
-        self.link.pause(wait)?;
-        let before = self.link.bytes_sent();
-        self.link.send_pages(self.crew.memory, &self.table)?;
+        let block = match &mut self.squeeze {
+            Some(squeeze) if self.data_bytes > 0 => squeeze.compress(self.crew.memory, &self.table.data)?,
+            _ => None,
+        };
+        let content = block.as_ref().map_or(self.data_bytes, |block| block.len() as u64);
+        let (began, before) = (Instant::now(), self.link.bytes_sent());
+        self.link.pause(self.crew.pacer.book(content, began))?;
+        if let (Some(block), Some(method)) = (&block, self.crew.compression) {
+            self.send_block(method, block)?;
+        }
+        if !self.table.data.is_empty() || !self.table.zero.is_empty() {
+            self.link.send_pages(self.crew.memory, &self.table)?;
+        }
+        let sent = self.link.bytes_sent() - before;
+        if let Some(squeeze) = &mut self.squeeze {
+            squeeze.learn(sent, began.elapsed());
+        }
         let counts = &self.crew.counts;
-        counts.wire.fetch_add(self.link.bytes_sent() - before, Ordering::Relaxed);
-        counts.data.fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
-        counts.zero.fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts.wire.fetch_add(sent, Ordering::Relaxed);
+        counts
+            .data
+            .fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts
+            .zero
+            .fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
         self.table.data.clear();
         self.table.zero.clear();
         (self.data_bytes, self.zero_bytes) = (0, 0);

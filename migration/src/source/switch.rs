@@ -5,6 +5,7 @@ use migration_io::{GuestMemory, digest};
 use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
+use super::pass::Order;
 use super::precopy::{Rest, await_ack, finish_round, peek};
 use super::{Job, MigrateError};
 use crate::control::Phase;
@@ -45,7 +46,7 @@ impl Job<'_> {
         let last = rounds + 1;
         let any = !pages.is_empty();
         if any {
-            crew.send(last, pages);
+            crew.send(last, pages, Order::Ascending);
             while !alive.during(|| crew.wait(TICK))? {
                 link.check("nothing while pages are sent")?;
             }

@@ -200,7 +200,10 @@ impl Guest {
     /// As KVM's log starts: with everything marked.
     pub(super) fn mark_all_dirty(&self) {
         for region in self.memory.iter() {
-            region.get_mmap().bitmap().set_addr_range(0, region.len() as usize);
+            region
+                .get_mmap()
+                .bitmap()
+                .set_addr_range(0, region.len() as usize);
         }
     }
 }

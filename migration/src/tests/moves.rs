@@ -106,7 +106,7 @@ fn a_budget_that_cannot_be_kept_ends_as_the_caller_wants() {
         Err(ReceiveError::Link(LinkError::Aborted { cancelled: false, .. }))
     ));
     assert!(
-        report.error.as_ref().unwrap().contains("budget 10.0µs"),
+        report.error.as_ref().unwrap().contains("cannot be kept"),
         "{report:?}"
     );
     assert!(!source.calls.contains(&"pause") && source.calls.contains(&"stop_dirty_log"));
@@ -136,8 +136,8 @@ fn a_slow_flush_is_seen_before_the_pause() {
         ..options()
     };
     let (report, _) = direct(&mut source, &mut FakeDestination::default(), &strict);
-    assert_eq!(report.rounds.len(), 3, "{report:?}");
-    assert!(report.predicted_downtime_ms.unwrap() >= 120.0);
+    let error = report.error.as_ref().unwrap();
+    assert!(error.contains("a downtime of 100 ms cannot be kept"), "{error}");
     assert!(!source.calls.contains(&"pause"));
     assert_stayed(&mut source, &report, Outcome::Failed);
 

@@ -114,7 +114,9 @@ fn a_destination_that_does_not_read_is_left() {
         scope.spawn(move || {
             let mut control = fake.accept().unwrap().0;
             let accept = [greeting(), vec![Message::Accept]].concat();
-            control.write_all(&accept.iter().flat_map(frame).collect::<Vec<u8>>()).unwrap();
+            control
+                .write_all(&accept.iter().flat_map(frame).collect::<Vec<u8>>())
+                .unwrap();
             let joined = [Message::Hello(Hello::ours()), Message::Joined];
             let joined: Vec<u8> = joined.iter().flat_map(frame).collect();
             let streams: Vec<TcpStream> = (0..options().streams)
@@ -196,12 +198,12 @@ fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
     let connect = || Connection::connect(listener.endpoint(), Duration::from_secs(5), &control).unwrap();
 
     let connection = connect();
-    drop(listener.accept(&control).unwrap());
+    drop(listener.accept(&control, None).unwrap().unwrap());
     let mut link = Link::new(&connection, &control, patience, patience);
     assert!(link.send(&Message::Ping).is_err() && !link.is_torn());
 
     let connection = connect();
-    let _unread = listener.accept(&control).unwrap();
+    let _unread = listener.accept(&control, None).unwrap().unwrap();
     let mut link = Link::new(&connection, &control, patience, patience);
     let error = link.send_state(&vec![1; 32 << 20]).unwrap_err();
     assert!(

@@ -33,7 +33,11 @@ enum Stream {
 impl Connection {
     /// Connects, and gives up after `timeout` or when `control` is cancelled (name resolution not counted: the
     /// system's own limits hold).
-    pub fn connect(endpoint: &Endpoint, timeout: Duration, control: &Control) -> Result<Self, TransportError> {
+    pub fn connect(
+        endpoint: &Endpoint,
+        timeout: Duration,
+        control: &Control,
+    ) -> Result<Self, TransportError> {
         let connected = match endpoint {
             Endpoint::Tcp { host, port } => {
                 let resolve = |source| TransportError::Resolve {

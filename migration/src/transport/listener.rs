@@ -254,14 +254,19 @@ mod tests {
 
     #[test]
     fn nobody_there_is_an_error_that_names_the_place() {
+        let control = Control::new().unwrap();
         let endpoint = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap())
             .unwrap()
             .endpoint()
             .clone();
-        let error = Connection::connect(&endpoint, Duration::from_secs(5)).unwrap_err();
+        let error = Connection::connect(&endpoint, Duration::from_secs(5), &control).unwrap_err();
         assert!(error.to_string().contains(&endpoint.to_string()), "{error}");
-        let error =
-            Connection::connect(&unix(Path::new("/nonexistent/x")), Duration::from_secs(5)).unwrap_err();
+        let error = Connection::connect(
+            &unix(Path::new("/nonexistent/x")),
+            Duration::from_secs(5),
+            &control,
+        )
+        .unwrap_err();
         assert!(matches!(error, TransportError::Connect { .. }), "{error}");
     }
 
@@ -272,10 +277,10 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         // Linux takes a second listen as a change of the queue's length.
         rustix::net::listen(&listener, 1).unwrap();
-        let patience = Duration::from_millis(20);
+        let (patience, control) = (Duration::from_millis(20), Control::new().unwrap());
         let mut waiting = Vec::new();
         let error = loop {
-            match Connection::connect(&unix(&path), patience) {
+            match Connection::connect(&unix(&path), patience, &control) {
                 Ok(connection) => waiting.push(connection),
                 Err(error) => break error,
             }
