@@ -26,11 +26,12 @@ use setup::{SETUPS, Setup};
 const WORKERS: usize = 24;
 
 /// Everything that a migration can say. Whatever else is seen is new, and some setup has to bring it about.
-const MESSAGES: [&str; 29] = [
+const MESSAGES: [&str; 30] = [
     "abort",
     "accept",
     "ask",
     "begin",
+    "compressed pages",
     "describe",
     "digest",
     "digest request",
@@ -139,7 +140,10 @@ fn run_all(cases: &[Case]) -> Vec<(&Case, Result<Ended, String>)> {
 }
 
 fn run(case: &Case) -> Ended {
-    attempt(case.setup, Some((&case.point, case.harm)))
+    let try_it = || attempt(case.setup, Some((&case.point, case.harm)));
+    let ended = try_it();
+    // On a machine that is busy with other things, a time-out may have come before the message.
+    if ended.struck { ended } else { try_it() }
 }
 
 impl Case {
@@ -156,7 +160,7 @@ fn is_like(a: &Point, b: &Point) -> bool {
 
 /// Whether the fault is another one than its neighbours at this message.
 fn fits(harm: Harm, point: &Point) -> bool {
-    harm != Harm::Corrupt(Part::Data) || point.message == "pages"
+    harm != Harm::Corrupt(Part::Data) || point.message.ends_with("pages")
 }
 
 impl std::fmt::Display for Case {

@@ -43,7 +43,6 @@ pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> Ended {
     let mut rig = Rig::new(setup, harm);
     let to = rig.proxy.address().to_string().parse().unwrap();
     let Migrated { report, doubt } = migrate(&mut rig.source, &to, &rig.options, &rig.here);
-    let struck = rig.proxy.struck() > usize::from(setup.first.is_some());
     let mut answer = None;
     assert_eq!(doubt.is_some(), report.outcome == Outcome::InDoubt, "{report:?}");
     match report.outcome {
@@ -62,7 +61,7 @@ pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> Ended {
         report,
         answer,
         seen: rig.proxy.seen(),
-        struck,
+        struck: rig.proxy.struck() > usize::from(setup.first.is_some()),
     }
 }
 

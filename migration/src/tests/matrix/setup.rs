@@ -14,6 +14,7 @@ pub(super) struct Setup {
     pub(super) name: &'static str,
     /// Whether memory is handed over, on a Unix socket.
     pub(super) handover: bool,
+    pub(super) compression: Option<Compression>,
     /// A fault without which the messages that are looked at would not come.
     pub(super) first: Option<(Connection, Direction, &'static str, Harm)>,
     /// A call of the source's machine that takes long.
@@ -27,6 +28,7 @@ pub(super) struct Setup {
 const PLAIN: Setup = Setup {
     name: "copy",
     handover: false,
+    compression: None,
     first: None,
     slow: None,
     destination: None,
@@ -49,8 +51,14 @@ const fn lost(name: &'static str, direction: Direction, message: &'static str) -
 }
 
 /// Between them they have every message of the protocol.
-pub(super) static SETUPS: [Setup; 11] = [
+pub(super) static SETUPS: [Setup; 12] = [
     PLAIN,
+    Setup {
+        name: "compressed",
+        compression: Some(Compression::Zstd),
+        looks_at: |point| point.message == "compressed pages",
+        ..PLAIN
+    },
     Setup {
         name: "handover",
         handover: true,
@@ -107,6 +115,9 @@ impl Setup {
             max_downtime: Duration::from_secs(5),
             on_miss: OnMiss::Switch,
             verify: true,
+            compression: self.compression,
+            // Else it does not pay.
+            bandwidth: self.compression.map(|_| 8 << 20),
             connect_timeout: Duration::from_millis(500),
             io_timeout: Duration::from_millis(250),
             step_timeout: Duration::from_millis(700),
