@@ -160,10 +160,22 @@ impl Journey {
     /// Takes over what `receiver` received: the source must end by itself, with status 0.
     pub fn arrive(&mut self, receiver: Vm) -> Result<()> {
         self.vm.wait_success(PATIENCE)?;
+        self.take_over(receiver)
+    }
+
+    fn take_over(&mut self, receiver: Vm) -> Result<()> {
+        self.vm.process.stdout().wait_end(PATIENCE)?;
         self.before.push_str(&self.vm.process.stdout().text());
         self.vm = receiver;
         self.moves += 1;
         Ok(())
+    }
+
+    /// Takes over what `receiver` received from a source that did not live to see it.
+    pub fn orphan(mut self, receiver: Vm) -> Result<Self> {
+        self.vm.process.wait(PATIENCE)?;
+        self.take_over(receiver)?;
+        Ok(self)
     }
 
     /// As [`Journey::hop`], and compares the gap that the guest lived through with the report.

@@ -9,6 +9,8 @@ use tests::{Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, p
 
 /// Emulated hosts are slow, and how slow says nothing: no move fails for its downtime.
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
+/// In pre-copy for long enough to cut the power.
+const SLOWLY: [&str; 4] = ["--on-miss", "switch", "--bandwidth", "4MiB/s"];
 const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
 
 fn two_hosts() -> Result<Lab> {
@@ -124,17 +126,43 @@ fn a_host_with_another_cpu_is_refused() -> Result<()> {
     journey.power_off().map(drop)
 }
 
-#[test]
-fn a_destination_that_loses_its_power() -> Result<()> {
-    let mut journey = LabJourney::start(two_hosts()?, StockGuest::default())?;
-    let (receiver, endpoint) = journey.receiver()?;
-    let migration = journey.start_migration(&endpoint, &ANY_DOWNTIME)?;
+/// Returns once the guest's migration copies memory.
+fn wait_for_precopy(journey: &LabJourney) -> Result<()> {
     while !journey
         .progress()?
         .is_some_and(|progress| progress.phase == Phase::Precopy && progress.bytes_sent > 0)
     {
         // Each look takes a while: a program starts on an emulated host.
     }
+    Ok(())
+}
+
+#[test]
+fn a_source_that_loses_its_power() -> Result<()> {
+    let journey = LabJourney::start(two_hosts()?, StockGuest::default())?;
+    let (receiver, endpoint) = journey.receiver()?;
+    let _migration = journey.start_migration(&endpoint, &SLOWLY)?;
+    wait_for_precopy(&journey)?;
+    journey.lab.host(0).kill();
+    // The guest is gone with its host. The receiver, which nobody has told, gives up what it has of it and takes
+    // the next one.
+    let lab = journey.lab;
+    let hears_nothing = |line: &str| line.contains("waiting for the next attempt");
+    let mut receiver = receiver;
+    receiver.wait_line(hears_nothing, PATIENCE)?;
+    lab.host(0).restart()?;
+    let mut journey = LabJourney::start(lab, StockGuest::default())?;
+    journey.hop_to(receiver, &endpoint, &VERIFIED)?;
+    journey.verify()?;
+    journey.power_off().map(drop)
+}
+
+#[test]
+fn a_destination_that_loses_its_power() -> Result<()> {
+    let mut journey = LabJourney::start(two_hosts()?, StockGuest::default())?;
+    let (receiver, endpoint) = journey.receiver()?;
+    let migration = journey.start_migration(&endpoint, &SLOWLY)?;
+    wait_for_precopy(&journey)?;
     journey.lab.host(1).kill();
     ended(migration)?.stayed(Outcome::Failed)?;
     journey.check_running()?;

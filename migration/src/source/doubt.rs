@@ -137,7 +137,7 @@ impl Job<'_> {
     /// The guest runs here again, but the destination may be ready and could not be told: asking makes it give
     /// up. If that does not reach it either, its operator has to decide.
     pub(super) fn withdraw(&mut self) {
-        if self.ask().is_none() {
+        if self.ask() != Some(Outcome::GaveUp) {
             let error =
                 "the destination may wait for \"go\" for ever, and could not be told that none will come";
             tracing::warn!(to = %self.to, "{error}");

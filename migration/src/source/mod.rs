@@ -128,8 +128,10 @@ impl<'a> Job<'a> {
             if let Some(failed) = self.standing.claim.fail() {
                 // The guest first: without "go" the destination cannot run it, whatever it hears.
                 self.undo(failed.resume);
-                let heard = link.abort(self.was_cancelled(&error), &chain(&error));
-                if failed.withdraw && !heard {
+                link.abort(self.was_cancelled(&error), &chain(&error));
+                // That the peer's direction ends does not show that it has heard us: whoever passes our bytes on
+                // may have ended it. Its answer does.
+                if failed.withdraw && !matches!(&error, MigrateError::Link(error) if error.is_abort()) {
                     self.withdraw();
                 }
             }

@@ -7,6 +7,7 @@ mod destination_hand;
 mod fake;
 mod faults;
 mod guest;
+mod matrix;
 mod moves;
 mod peers;
 mod rig;

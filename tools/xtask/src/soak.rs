@@ -20,8 +20,10 @@ pub(crate) struct Options {
 enum Scenario {
     /// A bare guest of 2 GiB that dirties 100 MiB/s moves 50 times, with one vCPU and with four
     Moves,
-    /// The destination is killed 50 times at random moments
+    /// 200 faults at random messages: either side killed, messages lost, changed or doubled, the network gone
     Faults,
+    /// The destination is killed 50 times at random moments
+    Kills,
     /// A Debian guest with a disk under load moves 10 times between emulated hosts
     Lab,
 }
@@ -39,14 +41,19 @@ impl Scenario {
     fn filter(self) -> &'static str {
         match self {
             Self::Moves => "back_and_forth_with",
-            Self::Faults => "a_killed_destination",
+            Self::Faults => "any_fault_at_any_message",
+            Self::Kills => "a_killed_destination",
             Self::Lab => "a_debian_guest_back_and_forth",
         }
     }
 
     /// What the tests read from their environment.
     fn settings(self, count: Option<u32>) -> Vec<(&'static str, String)> {
-        let promised = if self == Self::Lab { 10 } else { 50 };
+        let promised = match self {
+            Self::Moves | Self::Kills => 50,
+            Self::Faults => 200,
+            Self::Lab => 10,
+        };
         let mut settings = vec![("GODWIT_COUNT", count.unwrap_or(promised).to_string())];
         if self == Self::Moves {
             settings.push(("GODWIT_MEMORY_MIB", "2048".into()));
