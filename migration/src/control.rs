@@ -94,6 +94,8 @@ impl Trace {
 struct Live {
     progress: Progress,
     trace: Trace,
+    /// Whether somebody may decide.
+    undecided: bool,
     decision: Option<Decision>,
     /// Set while a migration is under way.
     started: Option<Instant>,
@@ -130,11 +132,24 @@ impl Control {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
-    /// Decides for a machine that waits for "go" while its source is gone; without one that waits, a decision
-    /// has no effect.
-    pub fn decide(&self, decision: Decision) {
-        self.lock().decision = Some(decision);
+    /// Decides for a machine that waits for "go" while its source is gone. Answers whether there is one; if not,
+    /// nothing is decided.
+    pub fn decide(&self, decision: Decision) -> bool {
+        let mut live = self.lock();
+        if !live.undecided {
+            return false;
+        }
+        live.decision = Some(decision);
+        // Can only fail when the counter is at its limit, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.decided, &1u64.to_ne_bytes());
+        true
+    }
+
+    /// Whether a machine waits while its source is gone, so that an operator may decide.
+    pub(crate) fn set_undecided(&self, undecided: bool) {
+        let mut live = self.lock();
+        live.undecided = undecided;
+        live.decision = None;
     }
 
     /// What was decided, once.
@@ -192,6 +207,7 @@ impl Control {
         *self.lock() = Live {
             progress,
             trace: Trace::default(),
+            undecided: false,
             decision: None,
             started: Some(Instant::now()),
         };

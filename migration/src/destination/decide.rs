@@ -78,6 +78,7 @@ impl Job<'_> {
                         "the source was lost; the machine is ready and waits for a word"
                     );
                     connected = false;
+                    self.control.set_undecided(true);
                     continue;
                 }
             }

@@ -185,7 +185,9 @@ impl<'a> Job<'a> {
             self.restore(link, alive, &state)?;
             drop(state);
             streams.join();
-            self.await_word(link, alive, arrived_at)
+            let word = self.await_word(link, alive, arrived_at);
+            self.control.set_undecided(false);
+            word
         })
     }
 

@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use migration::{Answer, AskError, Decision, Doubt, MachineError, Phase, Source};
+use migration::{Answer, AskError, Decision, Doubt, MachineError, Source};
 
 use super::request::Reply;
 use super::{Ending, Event, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
@@ -119,10 +119,8 @@ impl Supervisor {
                 return ending;
             }
             Some(Life::Receiving(job)) => {
-                let ready = matches!(job.control.progress().phase, Phase::StopAndCopy | Phase::Commit);
                 match decision {
-                    Some(decision) if ready => {
-                        job.control.decide(decision);
+                    Some(decision) if job.control.decide(decision) => {
                         let until = Instant::now() + DECIDE_TIMEOUT;
                         self.resolving = Some(Resolving::Deciding {
                             decision,
@@ -200,6 +198,10 @@ impl Supervisor {
         self.life = Some(Life::Here(machine));
         // What the engine would have undone had the migration failed before "go".
         let resumed = source.resume();
+        let cpus = usize::from(source.describe().cpus);
+        if let Err(error) = source.throttle(&vec![0.0; cpus]) {
+            tracing::warn!(error = migration::chain(&*error), "vCPUs stay throttled");
+        }
         if let Err(error) = source.stop_dirty_log() {
             tracing::warn!(error = migration::chain(&*error), "dirty logging stays on");
         }
