@@ -95,7 +95,7 @@ impl VcpuRecord {
 pub enum Purpose {
     /// The vCPU is going to run from this state.
     Run,
-    /// To find out whether it can be done and how long it takes: another state will follow.
+    /// To find out whether it can be done and how long it takes: another state will follow. No processor (mp) state is set.
     Rehearsal,
 }
 
