@@ -91,8 +91,8 @@ impl Machine {
         self.vcpus.resume(holder);
     }
 
-    /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have given
-    /// them up, and without them the guest must not run. To take one that is held is harmless.
+    /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have
+    /// given them up, and without them the guest must not run. To take one that is held is harmless.
     pub fn take_back(&self) -> Result<(), MachineError> {
         self.devices.take_locks()?;
         self.devices.resume();

@@ -51,8 +51,8 @@ pub fn create(ranges: &[(u64, u64)], shared: bool) -> Result<GuestMemory, Memory
     place(ranges, mappings)
 }
 
-/// Guest memory of the given ranges that are the given files, one for each. The files are untrusted: expected are
-/// memfds of the ranges' lengths that cannot shrink.
+/// Guest memory of the given ranges that are the given files, one for each. The files are untrusted: expected
+/// are memfds of the ranges' lengths that cannot shrink.
 pub fn adopt(ranges: &[(u64, u64)], files: Vec<OwnedFd>) -> Result<GuestMemory, MemoryError> {
     if files.len() != ranges.len() {
         return Err(MemoryError::FileCount {

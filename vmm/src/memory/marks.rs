@@ -1,8 +1,9 @@
 //! What the machine's own devices wrote: the bitmaps of the regions; and stretches of such bitmaps.
 //!
-//! A device writes, then marks; a stream clears, then reads. Either the mark comes before the clearing, and then
-//! the reader sees what was written (both are sequentially consistent operations on one word), or it comes after
-//! it and stays. So no write is lost, in whatever order the marks of devices and of vCPUs are cleared.
+//! A device writes, then marks; a stream clears, then reads. Either the mark comes before the clearing, and
+//! then the reader sees what was written (both are sequentially consistent operations on one word), or it
+//! comes after it and stays. So no write is lost, in whatever order the marks of devices and of vCPUs are
+//! cleared.
 
 use devices::GuestMemory;
 use vm_memory::bitmap::AtomicBitmap;

@@ -74,7 +74,7 @@ impl Ring {
             // can be read; any bits are valid.
             let entry = unsafe { self.entries.add(self.next).as_ptr() };
             // SAFETY: as above; the flags are only accessed as an atomic, here as in the kernel.
-            let flags = unsafe { &*(&raw const (*entry).flags) };
+            let flags = unsafe { &(*entry).flags };
             if flags.load(Ordering::Acquire) != DIRTY {
                 break;
             }

@@ -7,9 +7,10 @@
 //! A page is marked only after it was protected again. So whatever a vCPU writes to it comes either before the
 //! mark, and a stream that clears the mark and then reads sees it, or faults and makes a new entry.
 //!
-//! On x86 no page escapes the rings: KVM writes guest memory only on behalf of a vCPU that is loaded (kvmclock,
-//! steal time, end of interrupt, MSRs), and such writes make entries in that vCPU's ring. The bitmap beside the
-//! rings (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) is for arm64's interrupt tables, and x86 does not have it.
+//! On x86 no page escapes the rings: KVM writes guest memory only on behalf of a vCPU that is loaded
+//! (kvmclock, steal time, end of interrupt, MSRs), and such writes make entries in that vCPU's ring. The
+//! bitmap beside the rings (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) is for arm64's interrupt tables, and x86 does
+//! not have it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -89,8 +90,8 @@ impl RingLog {
         Ok(())
     }
 
-    /// Marks what is in the rings, and makes room in them. A vCPU whose ring is full calls it as well; then it can
-    /// go on.
+    /// Marks what is in the rings, and makes room in them. A vCPU whose ring is full calls it as well; then
+    /// it can go on.
     pub fn harvest(&self) -> Result<(), MemoryError> {
         let mut rings = self.lock();
         let Rings { of_vcpu, collected } = &mut *rings;

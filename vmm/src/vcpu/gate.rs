@@ -25,8 +25,8 @@ pub enum Next {
 
 /// Counts the holders and the threads that are parked because of them, or for a slice of time.
 ///
-/// A slice keeps one vCPU out until it is over. It is nobody's hold: it opens nothing, it delays neither a pause,
-/// for which a thread in a slice is parked like any other, nor whoever waits for the end of a pause.
+/// A slice keeps one vCPU out until it is over. It is nobody's hold: it opens nothing, it delays neither a
+/// pause, for which a thread in a slice is parked like any other, nor whoever waits for the end of a pause.
 #[derive(Debug)]
 pub struct Gate {
     state: Mutex<State>,
@@ -92,8 +92,8 @@ impl Gate {
         self.lock().holders != 0
     }
 
-    /// Keeps vCPU `id` out until `until`. Kick it. Says no where the gate is closed: who is out already needs no
-    /// slice.
+    /// Keeps vCPU `id` out until `until`. Kick it. Says no where the gate is closed: who is out already needs
+    /// no slice.
     pub(super) fn begin_slice(&self, id: usize, until: Instant) -> bool {
         let mut state = self.lock();
         let open = state.holders == 0;

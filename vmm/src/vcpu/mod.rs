@@ -137,8 +137,8 @@ impl VcpuSet {
             .collect()
     }
 
-    /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most 10 ms.
-    /// Opens the gate for nobody. Returns at once.
+    /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most 10
+    /// ms. Opens the gate for nobody. Returns at once.
     pub fn throttle(&self, shares: &[f64]) -> Result<(), VcpuError> {
         if shares.len() != self.vcpus.len() {
             return Err(VcpuError::Shares {

@@ -14,7 +14,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 const MSR_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: armed when the clocks have been moved on.
 pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: to set them writes guest memory, see `Machine::run_restored`.
+/// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: to set them writes guest memory, see
+/// `Machine::run_restored`.
 const MSR_WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
 /// KVM takes no more MSRs in one call.
 const MSR_BATCH: usize = 256;
@@ -95,7 +96,8 @@ impl VcpuRecord {
 pub enum Purpose {
     /// The vCPU is going to run from this state.
     Run,
-    /// To find out whether it can be done and how long it takes: another state will follow.
+    /// To find out whether it can be done and how long it takes: another state will follow. No processor (mp)
+    /// state is set.
     Rehearsal,
 }
 

@@ -15,8 +15,8 @@ use super::gate::Gate;
 const MAX_OFF: Duration = Duration::from_millis(10);
 /// The shortest slice: below it, kicks would cost more than they hold back.
 const MIN_OFF: Duration = Duration::from_millis(1);
-/// A vCPU runs that long between two slices as long as slices can be made longer instead: to leave the guest and
-/// to come back, with cold caches, costs it some 100 µs.
+/// A vCPU runs that long between two slices as long as slices can be made longer instead: to leave the guest
+/// and to come back, with cold caches, costs it some 100 µs.
 const GOOD_ON: Duration = Duration::from_millis(2);
 /// A vCPU runs at least that long between two slices, so that it gets something done.
 const MIN_ON: Duration = Duration::from_micros(200);
@@ -51,8 +51,9 @@ impl Throttle {
         }
     }
 
-    /// From now on keeps each vCPU out for a share of the time, 0 to 1, in slices of at most 10 ms; at a share of
-    /// 0 it is in at once. The shares that can be reached end at 0.98: a vCPU must get something done.
+    /// From now on keeps each vCPU out for a share of the time, 0 to 1, in slices of at most 10 ms; at a
+    /// share of 0 it is in at once. The shares that can be reached end at 0.98: a vCPU must get something
+    /// done.
     pub(super) fn set(&self, shares: &[f64]) -> Result<(), VcpuError> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if !shares.iter().any(|share| *share > 0.0) {
