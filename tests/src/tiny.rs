@@ -52,7 +52,7 @@ impl TinyGuest<'_> {
         } = *self;
         // Kernel messages would end up in the middle of the agent's lines.
         let cmdline = format!(
-            "console=ttyS0 reboot=k panic=-1 quiet loglevel=1 mem={KERNEL_MIB}M godwit.base={KERNEL_MIB}M \
+            "console=ttyS0 reboot=k panic=-1 pci=off quiet loglevel=1 mem={KERNEL_MIB}M godwit.base={KERNEL_MIB}M \
              godwit.dirty={workset_mib}M godwit.rate={rate}"
         );
         let file = |name| host.fixtures().tiny(name).display().to_string();

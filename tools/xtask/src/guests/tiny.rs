@@ -31,10 +31,13 @@ const PATCHES: &str = "guests/kernel/patches";
 
 /// Makes `tiny/vmlinux`. The source is fetched for that and removed afterwards.
 pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()> {
-    let key = Key::new("tiny kernel 1")
-        .text(&source.version)
-        .path(&root.join(CONFIG))?
-        .path(&root.join(PATCHES))?;
+    let config = root.join(CONFIG);
+    let patches = patches(&root.join(PATCHES))?;
+    // Contents, not paths: a checkout elsewhere may be given what was built here.
+    let mut key = Key::new("tiny kernel 1").text(&source.version);
+    for path in std::iter::once(&config).chain(&patches) {
+        key = key.text(read(path)?);
+    }
     cache.make("tiny-kernel", &key, &["tiny/vmlinux"], || {
         packages::ensure(&TOOLS)?;
         packages::download(source)
@@ -42,8 +45,8 @@ pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()
         let work = tempfile::tempdir_in(cache.path("cache")).context("cannot write to target/guests")?;
         say("building the tiny guest's kernel, which takes some minutes");
         let tree = Tree::unpack(source, work.path())?;
-        tree.patch(&root.join(PATCHES))?;
-        tree.configure(&root.join(CONFIG))?;
+        tree.patch(&patches)?;
+        tree.configure(&config)?;
         let vmlinux = tree.build()?;
         cache.copy(&vmlinux, "tiny/vmlinux")?;
         // 140 MB that only another configuration would need again.
@@ -67,6 +70,20 @@ pub(super) fn initrd(cache: &Cache, agent: &Path) -> Result<()> {
     })
 }
 
+/// The files of a folder in the order of their names.
+fn patches(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let mut patches = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    patches.sort();
+    Ok(patches)
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
 /// A tree of the kernel's source.
 struct Tree {
     folder: PathBuf,
@@ -87,18 +104,12 @@ impl Tree {
         })
     }
 
-    /// Applies all patches of a folder, in the order of their names.
-    fn patch(&self, folder: &Path) -> Result<()> {
-        let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-        let mut patches = entries
-            .map(|entry| Ok(entry?.path()))
-            .collect::<Result<Vec<_>>>()?;
-        patches.sort();
+    fn patch(&self, patches: &[PathBuf]) -> Result<()> {
         for patch in patches {
             output(
                 Command::new("patch")
                     .args(["--strip=1", "--forward", "--batch", "--input"])
-                    .arg(&patch)
+                    .arg(patch)
                     .current_dir(&self.folder),
             )?;
         }
@@ -107,14 +118,13 @@ impl Tree {
 
     /// The smallest configuration and a fragment on top; an error names the lines that did not take.
     fn configure(&self, fragment: &Path) -> Result<()> {
-        let wanted =
-            fs::read_to_string(fragment).with_context(|| format!("cannot read {}", fragment.display()))?;
+        let wanted = read(fragment)?;
         let path = self.folder.join(".config");
         self.make(&["tinyconfig"])?;
         let mut config = OpenOptions::new().append(true).open(&path).context(".config")?;
         config.write_all(wanted.as_bytes()).context(".config")?;
         self.make(&["olddefconfig"])?;
-        let refused = refused(&wanted, &fs::read_to_string(&path).context(".config")?);
+        let refused = refused(&wanted, &read(&path)?);
         ensure!(
             refused.is_empty(),
             "{}: the kernel does not take these lines: {}",
