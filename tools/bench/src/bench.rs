@@ -11,9 +11,7 @@ use crate::sentinel::{Sentinel, Window};
 
 /// How often one run may be repeated because the host stalled.
 const REPEATS: u32 = 2;
-/// Time for all repetitions together: a host that stalls all the time must not make the bench endless.
-const SPARE_SECONDS: u32 = 300;
-/// The same for each repetition that a quick look asks for.
+/// Time for the repetitions of one experiment, for each run that a quick look asks for.
 const QUICK_SPARE_SECONDS: u32 = 5;
 
 /// One bench.
@@ -33,7 +31,6 @@ impl Bench {
     /// `count`: repetitions of everything, instead of as many as each row promises.
     pub(crate) fn new(fixtures: Fixtures, count: Option<u32>) -> Result<Self> {
         let sentinel = Sentinel::start()?;
-        let spare = count.map_or(SPARE_SECONDS, |count| count.saturating_mul(QUICK_SPARE_SECONDS));
         Ok(Self {
             fixtures,
             moves: Vec::new(),
@@ -41,8 +38,16 @@ impl Bench {
             count,
             stalled: 0,
             repeated: 0,
-            spare: Duration::from_secs(spare.min(SPARE_SECONDS).into()),
+            spare: Duration::ZERO,
         })
+    }
+
+    /// Another experiment begins, with so many seconds for repetitions: a host that stalls all the time must not
+    /// make the bench endless.
+    pub(crate) fn begin(&mut self, spare_seconds: u32) {
+        let quick = self.count.map(|count| count.saturating_mul(QUICK_SPARE_SECONDS));
+        let seconds = quick.map_or(spare_seconds, |quick| quick.min(spare_seconds));
+        self.spare = Duration::from_secs(seconds.into());
     }
 
     /// How often to measure what shall be measured `promised` times.
@@ -54,6 +59,16 @@ impl Bench {
     pub(crate) fn clean<T>(
         &mut self,
         what: &str,
+        run: impl FnMut(&mut Self) -> Result<(T, Window)>,
+    ) -> Result<T> {
+        self.clean_unless(what, |_| false, run)
+    }
+
+    /// As [`Bench::clean`], but what is `good` in spite of a stall is not repeated.
+    fn clean_unless<T>(
+        &mut self,
+        what: &str,
+        good: impl Fn(&T) -> bool,
         mut run: impl FnMut(&mut Self) -> Result<(T, Window)>,
     ) -> Result<T> {
         let mut attempt = 0;
@@ -66,7 +81,7 @@ impl Bench {
                 return Ok(value);
             };
             self.stalled += 1;
-            let again = attempt < REPEATS && took <= self.spare;
+            let again = !good(&value) && attempt < REPEATS && took <= self.spare;
             say(format_args!(
                 "{what}: the host stalled {} times, for {:.1} ms on CPU {} at the longest; the run {}",
                 stalls.len(),
@@ -89,7 +104,8 @@ impl Bench {
 
     /// Moves a guest, again if the host stalled meanwhile, and keeps the report.
     pub(crate) fn hop(&mut self, what: &str, godwit: &mut Godwit, asked: &Asked<'_>) -> Result<Ended> {
-        let ended = self.clean(what, |_| {
+        let good = |ended: &Ended| asked.promise && ended.moved && ended.report.budget_kept;
+        let ended = self.clean_unless(what, good, |_| {
             let ended = godwit.hop(asked)?;
             say(format_args!("{what}: {}", ended.summary()));
             let window = ended.window;

@@ -29,6 +29,9 @@ pub(crate) struct Asked<'a> {
     pub(crate) reserve: bool,
     /// Over a unix socket, to a destination that maps the guest's shared memory and needs none of its own.
     pub(crate) handover: bool,
+    /// Whether all that counts is that the promise is kept. A stall can only break it, so a run that kept it in
+    /// spite of one says enough.
+    pub(crate) promise: bool,
 }
 
 /// How a migration ended.

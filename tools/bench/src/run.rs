@@ -39,6 +39,7 @@ pub fn run(fixtures: Fixtures, options: &Options) -> Result<Vec<Row>> {
             .collect();
         say(format_args!("== {}", names.join(", ")));
         let began = Instant::now();
+        bench.begin(experiment.spare_seconds());
         match experiment.run(&mut bench, &names) {
             Ok(found) => figures.extend(found),
             Err(error) => say(format_args!("FAILED: {}: {error:#}", names.join(", "))),

@@ -17,6 +17,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     let asked = Asked {
         migrate: &["--max-downtime", "20ms"],
+        promise: true,
         ..Default::default()
     };
     let runs = bench.count(RUNS);

@@ -39,6 +39,7 @@ fn downtime(bench: &mut Bench, memory_mib: u64) -> Result<f64> {
         migrate: &["--max-downtime", "30ms"],
         reserve: false,
         handover: true,
+        promise: false,
     };
     let mut downtimes = Vec::new();
     let runs = bench.count(RUNS);

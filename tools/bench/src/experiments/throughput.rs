@@ -252,6 +252,7 @@ impl Field {
             migrate: &migrate,
             reserve: ready,
             handover: false,
+            promise: false,
         };
         let ended = bench.hop(what, godwit, &asked)?;
         let bytes_per_s = ended.first_pass_rate().context("the report has no rounds")?;
