@@ -144,8 +144,9 @@ fn conclude(job: &mut Job<'_>, link: &mut Link<'_>, error: &ReceiveError) {
     // First of all, so that no "go" counts any more, and the answer to a question is the right one.
     job.give_up();
     match error {
-        // The source knows, or cannot be told.
-        ReceiveError::Link(LinkError::Aborted { .. } | LinkError::Closed { .. }) => {}
+        // The source knows, and waits to see that its word was heard: not for as long as it takes to throw a
+        // machine away.
+        ReceiveError::Link(LinkError::Aborted { .. } | LinkError::Closed { .. }) => link.close(),
         ReceiveError::Refused { .. } => {
             link.hang_up();
         }

@@ -300,6 +300,12 @@ impl<'a> Link<'a> {
         !self.torn && self.send(&abort).is_ok() && self.hang_up()
     }
 
+    /// Ends the connection: there is nothing more to say or to hear.
+    pub(crate) fn close(&self) {
+        // One that has ended by itself is what is wanted.
+        let _ = self.connection.shutdown(Shutdown::Both);
+    }
+
     /// Ends our direction and reads what still comes until the peer ends its own, for a moment. Answers whether
     /// it did.
     pub(crate) fn hang_up(&mut self) -> bool {
