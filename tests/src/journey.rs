@@ -87,11 +87,11 @@ impl BareGuest<'_> {
 
 /// How a guest is spoken to, and how its counter goes from line to line (`None`: forward).
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Commands {
-    pub(crate) reset: &'static [u8],
-    pub(crate) verify: &'static [u8],
-    pub(crate) end: &'static [u8],
-    pub(crate) step: Option<u64>,
+struct Commands {
+    reset: &'static [u8],
+    verify: &'static [u8],
+    end: &'static [u8],
+    step: Option<u64>,
 }
 
 impl Commands {
@@ -100,6 +100,12 @@ impl Commands {
         verify: b"v",
         end: b"q",
         step: Some(1),
+    };
+    const AGENT: Self = Self {
+        reset: b"reset\n",
+        verify: b"verify\n",
+        end: b"poweroff\n",
+        step: None,
     };
 }
 
@@ -127,8 +133,12 @@ impl Journey {
         Self::speaking(Commands::BARE, host, vm)
     }
 
-    /// Starts with a guest in a VM of the name `vm-0`.
-    pub(crate) fn speaking(commands: Commands, host: Host, vm: Vm) -> Self {
+    /// Starts with a guest whose agent works, in a VM of the name `vm-0`.
+    pub fn agent(host: Host, vm: Vm) -> Self {
+        Self::speaking(Commands::AGENT, host, vm)
+    }
+
+    fn speaking(commands: Commands, host: Host, vm: Vm) -> Self {
         Self {
             host,
             vm,

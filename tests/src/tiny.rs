@@ -2,15 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::journey::Commands;
 use crate::{Event, Host, Journey, PATIENCE};
-
-const COMMANDS: Commands = Commands {
-    reset: b"reset\n",
-    verify: b"verify\n",
-    end: b"poweroff\n",
-    step: None,
-};
 
 /// Memory that the kernel is left, in MiB. What is beyond belongs to the workload: the kernel looks at each of its
 /// pages when it boots, which takes its time where it is interpreted.
@@ -85,6 +77,6 @@ impl TinyGuest<'_> {
             );
         }
         vm.next_tick()?;
-        Ok(Journey::speaking(COMMANDS, host, vm))
+        Ok(Journey::agent(host, vm))
     }
 }
