@@ -14,6 +14,9 @@ use crate::protocol::{MAX_SPANS, Message, Span};
 /// How often the log is counted and the policy asked while the streams are at work.
 const TICK: Duration = Duration::from_millis(10);
 
+/// Most rehearsals in a row.
+const REHEARSALS: u32 = 4;
+
 /// Pages that are sent without the cap to find out how fast that is.
 const BURST_PAGES: u64 = 1024;
 /// Fewer bytes say more about latency than about bandwidth.
@@ -166,7 +169,17 @@ impl Job<'_> {
     ) -> Result<bool, MigrateError> {
         let switch = matches!(decision.verdict, Verdict::Switch);
         if switch || n == 1 {
-            let costs = self.rehearse(link, alive, watch.costs)?;
+            let mut costs = self.rehearse(link, alive, watch.costs)?;
+            // One slow rehearsal may be the host's fault; the least of a few is the machine's.
+            for _ in 1..REHEARSALS {
+                if costs.total() * 3 <= self.options.max_downtime {
+                    break;
+                }
+                let again = self.rehearse(link, alive, watch.costs)?;
+                if again.total() < costs.total() {
+                    costs = again;
+                }
+            }
             watch.set_costs(costs);
         }
         if !switch {

@@ -30,7 +30,7 @@ impl Job<'_> {
         };
         let round_trip = sent.elapsed().saturating_sub(restore);
         // An exchange that carries the state tells more about the one of the switch than a ping does.
-        let round_trips = round_trip.mul_f64(SWITCH_ROUND_TRIPS).max(before.round_trip);
+        let round_trips = round_trip.mul_f64(SWITCH_ROUND_TRIPS);
         Ok(Costs {
             pause: rehearsal.pause,
             drain,
