@@ -197,8 +197,12 @@ impl Strike {
     fn stayed(self, migration: Migration, destination_died: bool) -> Result<(Fate, Option<Journey>)> {
         let error = migration.stayed(Outcome::Failed)?;
         self.journey.vm.check_running()?;
-        if error.contains("may wait for \"go\"") && !destination_died {
-            resolve(&self.receiver, &["--discard"])?.expect_code(0)?;
+        if error.contains("may wait for \"go\"")
+            && !destination_died
+            && phase(&self.receiver)? == "stop-and-copy"
+        {
+            // It is refused where the destination has found out by itself meanwhile.
+            resolve(&self.receiver, &["--discard"])?;
         }
         self.moves_after_all(Fate::Stayed, destination_died)
     }
