@@ -35,7 +35,6 @@ impl There {
         let options = ReceiveOptions {
             io_timeout: options.io_timeout,
             step_timeout: options.step_timeout,
-            ..ReceiveOptions::default()
         };
         let mut receiver = Receiver::listen(&endpoint.parse().unwrap(), options).unwrap();
         let (endpoint, control) = (receiver.endpoint().clone(), Arc::new(Control::new().unwrap()));
