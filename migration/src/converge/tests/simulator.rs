@@ -106,7 +106,6 @@ pub(super) struct Outcome {
 pub(super) struct Point {
     pub at: f64,
     pub off: f64,
-    pub dirty: f64,
     pub prediction: Prediction,
 }
 
@@ -193,7 +192,6 @@ impl World {
             history.push(Point {
                 at: run.at,
                 off,
-                dirty: run.dirty(),
                 prediction,
             });
             run.off = (0..self.vcpus.len())
