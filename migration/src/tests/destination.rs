@@ -274,9 +274,8 @@ fn nonsense_on_a_stream_ends_the_attempt_with_its_own_reason() {
 
 #[test]
 fn nonsense_on_the_control_connection_ends_the_attempt() {
-    let populated = |spans: Vec<Span>| {
-        spoil(move |hand| hand.control.link.send(&Message::Populated(spans)).unwrap())
-    };
+    let populated =
+        |spans: Vec<Span>| spoil(move |hand| hand.control.link.send(&Message::Populated(spans)).unwrap());
     for hostile in [
         vec![],
         vec![span(0, 0)],

@@ -98,10 +98,7 @@ fn a_machine_that_does_not_run_is_kept_and_says_why() {
                 hand.make_ready();
                 hand.go();
                 let told = hand.control.hear();
-                assert!(
-                    matches!(told, Message::ResumeFailed { .. }),
-                    "{told:?}"
-                );
+                assert!(matches!(told, Message::ResumeFailed { .. }), "{told:?}");
                 hand.token
             });
             let error = receiver.receive(&mut destination, &there).unwrap_err();

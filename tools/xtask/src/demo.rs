@@ -7,8 +7,8 @@ use ::lab::Lab;
 use anyhow::{Context, Result, ensure};
 use migration::Report;
 use tests::{
-    Event, Finished, Fixtures, Host, Journey, LabJourney, Migration, PATIENCE, StockGuest, Tick, TinyGuest, check_ticks,
-    payload,
+    Event, Finished, Fixtures, Host, Journey, LabJourney, Migration, PATIENCE, StockGuest, Tick, TinyGuest,
+    check_ticks, payload,
 };
 
 use crate::runner::prepare;
@@ -164,7 +164,14 @@ fn here(mut journey: Journey, teller: Teller) -> Result<Report> {
     let migrate = journey
         .host
         .command(["migrate", &journey.vm.name, &endpoint, "--json", "--verify"])
-        .args(["--bandwidth", "150MiB/s", "--max-downtime", "50ms", "--deadline", "60s"])
+        .args([
+            "--bandwidth",
+            "150MiB/s",
+            "--max-downtime",
+            "50ms",
+            "--deadline",
+            "60s",
+        ])
         .arg("--trace")
         .arg(&trace)
         // The bar is drawn where there is a terminal.
@@ -184,7 +191,12 @@ fn here(mut journey: Journey, teller: Teller) -> Result<Report> {
     check_ticks(&journey.life()?, None)?;
     journey
         .host
-        .godwit([OsStr::new("report"), trace.as_os_str(), OsStr::new("--output"), picture.as_os_str()])?
+        .godwit([
+            OsStr::new("report"),
+            trace.as_os_str(),
+            OsStr::new("--output"),
+            picture.as_os_str(),
+        ])?
         .expect_code(0)?;
     teller.tell(format_args!("A picture of the move is in {}.", picture.display()));
     journey.end()?;

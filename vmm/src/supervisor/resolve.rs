@@ -118,19 +118,17 @@ impl Supervisor {
                 answer(reply, Ok(resolution));
                 return ending;
             }
-            Some(Life::Receiving(job)) => {
-                match decision {
-                    Some(decision) if job.control.decide(decision) => {
-                        let until = Instant::now() + DECIDE_TIMEOUT;
-                        self.resolving = Some(Resolving::Deciding {
-                            decision,
-                            reply,
-                            until,
-                        });
-                    }
-                    _ => answer(reply, Err(Refusal::NothingToDecide)),
+            Some(Life::Receiving(job)) => match decision {
+                Some(decision) if job.control.decide(decision) => {
+                    let until = Instant::now() + DECIDE_TIMEOUT;
+                    self.resolving = Some(Resolving::Deciding {
+                        decision,
+                        reply,
+                        until,
+                    });
                 }
-            }
+                _ => answer(reply, Err(Refusal::NothingToDecide)),
+            },
             Some(Life::Here(_)) if self.migration.is_some() => answer(reply, Err(Refusal::Migrating)),
             Some(Life::Here(_)) | None => answer(reply, Err(Refusal::NoDoubt)),
         }
