@@ -96,6 +96,7 @@ fn every_message_with_every_fault() {
         wrong.len(),
         wrong.join("\n")
     );
+    assert!(differs > 0, "no changed page was found out");
 }
 
 /// All squares, and the messages that a fault can strike.

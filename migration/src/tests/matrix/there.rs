@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::super::fake::FakeDestination;
+use crate::text::chain;
 use crate::*;
 
 /// Costs time only where something is broken.
@@ -44,8 +45,8 @@ impl There {
                 match result {
                     Err(error) if !error.is_committed() && !theirs.is_cancelled() => {
                         assert!(destination.guest.is_none(), "kept after {error}");
-                        assert!(failures < 1000, "no end of {error}");
                         failures += 1;
+                        assert!(failures < 1000, "no end of {}", chain(&error));
                     }
                     result => break result,
                 }
