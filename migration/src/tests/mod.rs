@@ -6,6 +6,7 @@ mod destination_commit;
 mod destination_hand;
 mod fake;
 mod faults;
+mod fuzz;
 mod guest;
 mod matrix;
 mod moves;

@@ -51,8 +51,9 @@ pub(crate) fn has_kvm() -> bool {
 
 impl Prepared {
     /// Every test outside `tests/`: those that need nothing but the sources and the guests.
-    pub(crate) fn unit_tests(&self, filter: Option<&str>) -> Result<Counts> {
+    pub(crate) fn unit_tests(&self, filter: Option<&str>, settings: &[(&str, String)]) -> Result<Counts> {
         let mut command = self.cargo_test();
+        command.envs(settings.iter().map(|(key, value)| (key, value)));
         command.args(["--workspace", "--exclude", "tests"]);
         counted(&mut finish(command, filter, &[]))
     }

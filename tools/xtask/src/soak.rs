@@ -26,6 +26,8 @@ enum Scenario {
     Kills,
     /// A Debian guest with a disk under load moves 10 times between emulated hosts
     Lab,
+    /// Every property of every decoder with 100000 random cases
+    Fuzz,
 }
 
 impl Scenario {
@@ -44,6 +46,7 @@ impl Scenario {
             Self::Faults => "any_fault_at_any_message",
             Self::Kills => "a_killed_destination",
             Self::Lab => "a_debian_guest_back_and_forth",
+            Self::Fuzz => "any_",
         }
     }
 
@@ -53,8 +56,14 @@ impl Scenario {
             Self::Moves | Self::Kills => 50,
             Self::Faults => 200,
             Self::Lab => 10,
+            Self::Fuzz => 100_000,
         };
-        let mut settings = vec![("GODWIT_COUNT", count.unwrap_or(promised).to_string())];
+        let name = if self == Self::Fuzz {
+            "PROPTEST_CASES"
+        } else {
+            "GODWIT_COUNT"
+        };
+        let mut settings = vec![(name, count.unwrap_or(promised).to_string())];
         if self == Self::Moves {
             settings.push(("GODWIT_MEMORY_MIB", "2048".into()));
         }
@@ -76,8 +85,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let prepared = steps.need("set-up", prepare)?;
     for scenario in chosen {
         let settings = scenario.settings(options.count);
-        steps.tests(scenario.filter(), || {
-            prepared.scenarios(scenario.lane(), Some(scenario.filter()), &settings)
+        steps.tests(scenario.filter(), || match scenario {
+            Scenario::Fuzz => prepared.unit_tests(Some(scenario.filter()), &settings),
+            _ => prepared.scenarios(scenario.lane(), Some(scenario.filter()), &settings),
         });
     }
     steps.finish()
