@@ -80,7 +80,10 @@ fn control_message() -> impl Strategy<Value = Vec<u8>> {
             stopped_for_ns: ns,
             round_trip_ns: ns.rotate_left(7),
         }),
-        any::<u32>().prop_map(|index| Message::Join { token: [1; 16], index }),
+        any::<u32>().prop_map(|index| Message::Join {
+            token: [1; 16],
+            index
+        }),
         select(vec![
             Message::Ping,
             Message::DigestRequest,
@@ -96,7 +99,9 @@ fn control_message() -> impl Strategy<Value = Vec<u8>> {
 fn state() -> impl Strategy<Value = Vec<u8>> {
     let whole = || {
         let mut envelope = Envelope::new();
-        envelope.put("guest", &Guest::new(PAGES, PAGES).registers()).unwrap();
+        envelope
+            .put("guest", &Guest::new(PAGES, PAGES).registers())
+            .unwrap();
         envelope.encode()
     };
     let kind = select(vec![Kind::State, Kind::Rehearsal]);
@@ -149,14 +154,22 @@ fn converse(port: u16, pieces: &[Piece]) -> Option<(Token, TcpStream)> {
     })?;
     let machine = describe(&Guest::new(PAGES, PAGES).memory);
     let plan = Plan::Streams(1);
-    control.write_all(&message(&Message::Describe { machine, plan })).ok()?;
+    control
+        .write_all(&message(&Message::Describe { machine, plan }))
+        .ok()?;
     hear(&mut control, |said| matches!(said, Message::Accept).then_some(()))?;
     let mut stream = connect();
     let join = [Message::Hello(Hello::ours()), Message::Join { token, index: 0 }];
-    stream.write_all(&join.iter().flat_map(message).collect::<Vec<u8>>()).ok()?;
+    stream
+        .write_all(&join.iter().flat_map(message).collect::<Vec<u8>>())
+        .ok()?;
     hear(&mut stream, |said| matches!(said, Message::Joined).then_some(()))?;
     for piece in pieces {
-        let to = if piece.on_stream { &mut stream } else { &mut control };
+        let to = if piece.on_stream {
+            &mut stream
+        } else {
+            &mut control
+        };
         // The destination may have had enough.
         if to.write_all(&piece.bytes).is_err() {
             break;

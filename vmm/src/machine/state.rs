@@ -109,6 +109,9 @@ impl Machine {
     /// Moves the clocks on and lets the guest run, see [`clock::advance`].
     pub(super) fn run_restored(&self, pending: &Pending, stopped_at: Instant) -> Result<(), MachineError> {
         let vcpus = self.vcpus.lock_all();
+        for (vcpu, record) in vcpus.iter().zip(&pending.vcpus) {
+            vcpu::restore_shared_pages(vcpu, record)?;
+        }
         clock::advance(&self.vm, &vcpus, &pending.clock, &pending.vcpus, stopped_at)?;
         if let (Some(vcpu), Some(record)) = (vcpus.first(), pending.vcpus.first()) {
             self.restore_wall_clock(vcpu, record)?;

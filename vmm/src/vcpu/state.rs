@@ -17,6 +17,17 @@ pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: to set them writes guest memory, see
 /// `Machine::run_restored`.
 const MSR_WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
+/// MSRs by which KVM is told where to keep the guest up to date (Documentation/virt/kvm/x86/msr.rst): both system
+/// times, asynchronous page faults, steal time, end-of-interrupt. To set one may write guest memory, which before
+/// the guest runs is not this side's to write.
+const MSR_SHARED_PAGES: [u32; 6] = [
+    0x12,
+    0x4b56_4d01,
+    0x4b56_4d02,
+    0x4b56_4d03,
+    0x4b56_4d04,
+    0x4b56_4d06,
+];
 /// KVM takes no more MSRs in one call.
 const MSR_BATCH: usize = 256;
 
@@ -88,6 +99,26 @@ impl VcpuRecord {
     pub fn wall_clocks(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
         let is_set = |(index, value): &(u32, u64)| MSR_WALL_CLOCKS.contains(index) && *value != 0;
         self.msrs.iter().copied().filter(is_set)
+    }
+}
+
+/// Sets the saved MSRs that [`restore`] leaves out because they let KVM write guest memory; the wall clock's are
+/// [`VcpuRecord::wall_clocks`].
+pub fn restore_shared_pages(vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
+    let set: Vec<_> = record
+        .msrs
+        .iter()
+        .filter(|(index, value)| MSR_SHARED_PAGES.contains(index) && *value != 0)
+        .map(|(index, value)| kvm_msr_entry {
+            index: *index,
+            data: *value,
+            ..Default::default()
+        })
+        .collect();
+    if set.is_empty() {
+        Ok(())
+    } else {
+        set_msrs(vcpu, &set)
     }
 }
 
@@ -233,8 +264,15 @@ fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Vcp
         return Err(VcpuStateError::TooManyMsrs(msrs.len()));
     }
     let present: HashMap<u32, u64> = save_msrs(kvm, vcpu)?.into_iter().collect();
-    let later = |index: &u32| *index == MSR_TSC_DEADLINE || MSR_WALL_CLOCKS.contains(index);
+    let later = |index: &u32| {
+        *index == MSR_TSC_DEADLINE || MSR_WALL_CLOCKS.contains(index) || MSR_SHARED_PAGES.contains(index)
+    };
     let mut changed = Vec::new();
+    // After "go" it would be too late to find out that this host has no such MSR.
+    let missing = |(index, value): &&(u32, u64)| later(index) && *value != 0 && !known.contains(index);
+    if let Some((index, _)) = msrs.iter().find(missing) {
+        return Err(VcpuStateError::UnknownMsr(*index));
+    }
     for (index, value) in msrs.iter().filter(|(index, _)| !later(index)) {
         let now = match present.get(index) {
             Some(now) => Some(*now),
