@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use lab::{Lab, Signal};
-use migration::{Outcome, Phase};
+use migration::{DataPath, Outcome, Phase};
 use tests::{Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
 
 /// Emulated hosts are slow, and how slow says nothing: no move fails for its downtime.
@@ -57,6 +57,11 @@ fn a_debian_guest_back_and_forth() -> Result<()> {
         ensure!(
             report.memory_digest.is_some(),
             "no digest with --verify: {report:?}"
+        );
+        // The network between the hosts is virtio-net, whose driver hands the guest's own pages to the device.
+        ensure!(
+            report.data_path == DataPath::Zerocopy,
+            "expected memory to be sent without a copy: {report:?}"
         );
         let verified = journey
             .verify()

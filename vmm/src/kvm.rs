@@ -52,12 +52,24 @@ pub(crate) fn enable_dirty_ring(vm: &VmFd, bytes: u64) -> Result<(), kvm_ioctls:
     })
 }
 
-/// Protects the pages of all entries that were collected from dirty rings, and frees the entries.
-pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<(), errno::Error> {
-    // SAFETY: the call has no argument.
-    let reset = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
-    // It returns how many there were.
-    errno_of(reset.min(0))
+/// Protects the pages of entries that were collected from dirty rings, and frees the entries. Returns how many.
+///
+/// KVM breaks off, and forgets to protect the last few pages, when a signal is pending for the calling thread; so
+/// none is let through meanwhile. A kick comes right afterwards.
+pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<usize, errno::Error> {
+    // SAFETY: a signal set is plain data, which sigfillset and pthread_sigmask fill before it is read; the
+    // ioctl has no argument.
+    let reset = unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+        let reset = ioctl(vm, KVM_RESET_DIRTY_RINGS());
+        let failed = errno::Error::last();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+        usize::try_from(reset).map_err(|_| failed)
+    };
+    reset
 }
 
 /// KVM_GET_DIRTY_LOG under manual protection: the marks of a slot, which stay.

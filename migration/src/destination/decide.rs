@@ -33,6 +33,8 @@ impl Job<'_> {
     ) -> Result<Word, ReceiveError> {
         let mut connected = true;
         let mut spoke = Instant::now();
+        let (ready_at, mut heard) = (spoke, spoke);
+        let mut undecided = false;
         loop {
             self.desk.hush();
             if let Some(decision) = self.control.take_decision()
@@ -54,6 +56,15 @@ impl Job<'_> {
             {
                 return Err(ReceiveError::GivenUp);
             }
+            // A source that is silent for too long may be gone, and its operator the only one who knows. It may
+            // still have its say: whatever comes first counts.
+            let silent = heard.elapsed() > self.options.io_timeout
+                || ready_at.elapsed() > self.options.step_timeout
+                || !connected;
+            if silent && !undecided {
+                undecided = true;
+                self.control.set_undecided(true);
+            }
             let others = [self.desk.bell(), self.control.decided()];
             if !connected {
                 wait_for(&others)?;
@@ -66,6 +77,7 @@ impl Job<'_> {
                         connected,
                     });
                 }
+                Ok(Heard::Life) => heard = Instant::now(),
                 Ok(Heard::Go(_) | Heard::Nothing) => {}
                 Err(error) if error.is_abort() && self.desk.with_ledger(|ledger| ledger.discard()) => {
                     return Err(error.into());
@@ -78,7 +90,6 @@ impl Job<'_> {
                         "the source was lost; the machine is ready and waits for a word"
                     );
                     connected = false;
-                    self.control.set_undecided(true);
                     continue;
                 }
             }
@@ -94,6 +105,8 @@ impl Job<'_> {
 enum Heard {
     /// With the moment at which the guest stopped, unless that lies before this clock's beginning.
     Go(Option<Instant>),
+    /// It is still at it.
+    Life,
     Nothing,
 }
 
@@ -103,7 +116,7 @@ fn hear(link: &mut Link<'_>, others: &[BorrowedFd<'_>], until: Instant) -> Resul
         return Ok(Heard::Nothing);
     }
     match link.receive_any("go")? {
-        Frame::Message(Message::KeepAlive) => Ok(Heard::Nothing),
+        Frame::Message(Message::KeepAlive) => Ok(Heard::Life),
         Frame::Message(Message::Go {
             stopped_for_ns,
             round_trip_ns,

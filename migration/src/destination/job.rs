@@ -12,6 +12,7 @@ use super::memory::Incoming;
 use super::populate::Populate;
 use super::streams::Streams;
 use super::{ReceiveError, Received};
+use crate::commit::Stage;
 use crate::control::{Control, Phase};
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::{MAX_STREAMS, ReceiveOptions};
@@ -83,6 +84,17 @@ impl<'a> Job<'a> {
             resume_ms,
             bytes_received: link.bytes_received() + incoming.received(),
             confirmed,
+        })
+    }
+
+    /// The error for a panic, which after the commit is one about a machine that is kept: it is the only copy.
+    pub(super) fn panicked(&self, message: String) -> ReceiveError {
+        self.desk.with_ledger(|ledger| match ledger.stage() {
+            Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => {
+                ledger.kept(format!("panicked: {message}"));
+                ReceiveError::NotResumed(format!("panicked: {message}").into())
+            }
+            _ => ReceiveError::Panic(message),
         })
     }
 
@@ -174,7 +186,10 @@ impl<'a> Job<'a> {
             if ahead {
                 thread::Builder::new()
                     .name("populate".into())
-                    .spawn_scoped(scope, || populate.run())
+                    .spawn_scoped(scope, || {
+                        // It is for speed alone.
+                        let _ = catch_unwind(AssertUnwindSafe(|| populate.run()));
+                    })
                     .map_err(ReceiveError::Thread)?;
             }
             let mut filling = Filling::new(self, link, alive, incoming, &streams, &populate);
@@ -182,9 +197,9 @@ impl<'a> Job<'a> {
             let arrived_at = Instant::now();
             // Nothing comes after the state: whatever did would be written into a machine that is complete.
             streams.end();
+            streams.join();
             self.restore(link, alive, &state)?;
             drop(state);
-            streams.join();
             let word = self.await_word(link, alive, arrived_at);
             self.control.set_undecided(false);
             word

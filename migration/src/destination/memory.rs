@@ -118,13 +118,15 @@ impl Incoming {
     /// Whether any page of a range was written.
     pub(super) fn is_written(&self, range: MemoryRange) -> bool {
         self.written
-            .runs(range)
+            .runs(range, |word, mask| word.load(Ordering::Relaxed) & mask)
             .is_ok_and(|mut runs| runs.next().is_some())
     }
 
     /// Zeroes what was written.
     fn zero(&self, range: MemoryRange) -> Result<(), ReceiveError> {
-        for run in self.written.runs(range).map_err(ReceiveError::Pages)? {
+        // Zero from here on: to be told so again costs nothing.
+        let take = |word: &AtomicU64, mask: u64| word.fetch_and(!mask, Ordering::Relaxed) & mask;
+        for run in self.written.runs(range, take).map_err(ReceiveError::Pages)? {
             zero_range(&self.memory, run)?;
         }
         Ok(())
@@ -155,12 +157,16 @@ impl Written {
     }
 
     /// The runs of written pages within a range; each lies within 64 pages.
-    fn runs(&self, range: MemoryRange) -> Result<impl Iterator<Item = MemoryRange>, PageSetError> {
+    fn runs(
+        &self,
+        range: MemoryRange,
+        look: impl Fn(&AtomicU64, u64) -> u64,
+    ) -> Result<impl Iterator<Item = MemoryRange>, PageSetError> {
         let (region, first, end) = self.locate(range)?;
         Ok(masks(first, end).flat_map(move |(word, mask)| {
             // A page that another stream writes in this very moment is in another table of the same round, which
             // the protocol rules out: no order is needed here.
-            let mut bits = region.words[word].load(Ordering::Relaxed) & mask;
+            let mut bits = look(&region.words[word], mask);
             std::iter::from_fn(move || {
                 let from = bits.trailing_zeros();
                 if from == 64 {
@@ -232,7 +238,7 @@ mod tests {
                 prop_assert_eq!(written.insert(range((first, count))).is_ok(), fits);
                 model.extend((first..first + count).filter(|_| fits));
             }
-            match written.runs(range(look)) {
+            match written.runs(range(look), |word, mask| word.load(Ordering::Relaxed) & mask) {
                 Ok(runs) => {
                     let found: Vec<u64> = runs
                         .flat_map(|run| (run.gpa..run.gpa + run.len).step_by(4096))

@@ -117,8 +117,7 @@ impl Receiver {
                 tracing::warn!(%error, "no thread for keep-alives");
             }
             let run = AssertUnwindSafe(|| job.run(&mut link, &alive, arrival));
-            let result =
-                catch_unwind(run).unwrap_or_else(|panic| Err(ReceiveError::Panic(panic_message(&*panic))));
+            let result = catch_unwind(run).unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
             alive.stop();
             if let Err(error) = &result
                 && !error.is_committed()

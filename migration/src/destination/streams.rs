@@ -167,6 +167,10 @@ impl<'a> Streams<'a> {
         let mut unpacker = Unpacker::default();
         let mut counted = 0;
         loop {
+            // What lies in the socket's buffer outlives the connection.
+            if self.lock().ending {
+                return Ok(());
+            }
             match link.receive_on_stream(what)? {
                 Frame::Pages(table) => self.incoming.take(&mut link, table)?,
                 Frame::Compressed(table) => self.incoming.take_compressed(&mut link, table, &mut unpacker)?,

@@ -377,12 +377,14 @@ impl<'a> Link<'a> {
             expected: what,
             source,
         };
+        // A peer that trickles does not get longer for a frame than for a step.
+        let by = Instant::now() + self.step_timeout;
         let mut content = Vec::new();
         let mut left = header.len as usize;
         while left > 0 {
             let (at, piece) = (content.len(), left.min(CONTENT_PIECE));
             content.resize(at + piece, 0);
-            self.fill(&mut content[at..], Patience::new(self.io_timeout), what)?;
+            self.fill(&mut content[at..], Patience::new(self.io_timeout).by(by), what)?;
             left -= piece;
         }
         match Frame::decode(header.kind, content).map_err(malformed)? {

@@ -39,6 +39,8 @@ pub(super) struct Patience {
     span: Duration,
     deadline: Instant,
     moved: usize,
+    /// However much it moves.
+    limit: Option<Instant>,
 }
 
 impl Patience {
@@ -50,6 +52,15 @@ impl Patience {
             span,
             deadline: Instant::now() + span,
             moved: 0,
+            limit: None,
+        }
+    }
+
+    /// The same, but not beyond a moment.
+    pub(super) fn by(self, limit: Instant) -> Self {
+        Self {
+            limit: Some(limit),
+            ..self
         }
     }
 
@@ -57,7 +68,10 @@ impl Patience {
     pub(super) fn reward(&mut self, bytes: usize) {
         self.moved += bytes;
         if self.moved >= Self::QUANTUM {
-            *self = Self::new(self.span);
+            *self = Self {
+                limit: self.limit,
+                ..Self::new(self.span)
+            };
         }
     }
 }
@@ -82,7 +96,10 @@ pub(super) fn wait(
     let mut events = vec![PollFd::from_borrowed_fd(socket, flags)];
     events.extend(wake.map(|wake| PollFd::from_borrowed_fd(wake, PollFlags::IN)));
     loop {
-        let left = patience.deadline.saturating_duration_since(Instant::now());
+        let end = patience
+            .limit
+            .map_or(patience.deadline, |limit| limit.min(patience.deadline));
+        let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(LinkError::TimedOut {
                 what,

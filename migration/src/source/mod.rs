@@ -48,6 +48,16 @@ pub struct Migrated {
     pub doubt: Option<Doubt>,
 }
 
+impl Migrated {
+    /// For a caller that lost sight of a migration: the guest may run at either side.
+    pub fn unknown(options: &MigrateOptions) -> Self {
+        let mut report = Report::new(ms(options.max_downtime));
+        report.outcome = Outcome::InDoubt;
+        report.add_error("the migration engine panicked");
+        Self { report, doubt: None }
+    }
+}
+
 /// Moves a machine to the destination that listens at `to`.
 ///
 /// Blocks until the migration has ended; another thread watches and cancels it through `control`. Whatever
@@ -201,8 +211,10 @@ impl<'a> Job<'a> {
     /// the machine go to the log and the report: there is nobody left to handle them.
     fn undo(&mut self, resume: bool) {
         if std::mem::take(&mut self.standing.throttled) {
-            let cpus = usize::from(self.source.describe().cpus);
-            self.undo_step("throttle", |source| source.throttle(&vec![0.0; cpus]));
+            self.undo_step("throttle", |source| {
+                let cpus = usize::from(source.describe().cpus);
+                source.throttle(&vec![0.0; cpus])
+            });
         }
         if resume {
             self.undo_step("resume", |source| source.resume());
@@ -232,6 +244,8 @@ impl<'a> Job<'a> {
         self.report.total_ms = ms(self.started.elapsed());
         self.report.outcome = match &result {
             Ok(()) => Outcome::Moved,
+            // Whatever went wrong after "resumed" had come.
+            Err(_) if self.standing.claim == Claim::Moved => Outcome::Moved,
             Err(_) if self.standing.claim.in_doubt() => Outcome::InDoubt,
             Err(error) if self.was_cancelled(error) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,

@@ -6,7 +6,7 @@ use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
 use super::{Job, MigrateError};
-use crate::converge::{Costs, Decision, Goal, Observation, Policy};
+use crate::converge::{Costs, Decision, Goal, Observation, Policy, Verdict};
 use crate::link::KeepAlive;
 use crate::page_set::PageSet;
 use crate::report::{Round, ms};
@@ -59,7 +59,7 @@ impl Watch {
             cpus,
             max_rounds: options.max_rounds,
         });
-        policy.set_costs(costs);
+        policy.assume(costs);
         Self {
             policy,
             costs,
@@ -126,7 +126,7 @@ impl Job<'_> {
             in_flight: 0,
             by_vcpu: &by_vcpu,
         };
-        watch.policy.set_costs(watch.costs);
+        watch.policy.assume(watch.costs);
         let decision = watch.policy.observe(&observation);
         let prediction = &decision.prediction;
         watch.throttled += at.saturating_sub(watch.last).as_secs_f64() * watch.share();
@@ -140,7 +140,11 @@ impl Job<'_> {
         let shares: Vec<f64> = (0..watch.shares.len())
             .map(|cpu| decision.throttle.of(cpu))
             .collect();
-        self.apply_throttle(alive, watch, &shares)?;
+        // A guest that is about to be paused is not let off the reins first: what it would write in the meantime
+        // is in no prediction.
+        if decision.verdict != Verdict::Switch {
+            self.apply_throttle(alive, watch, &shares)?;
+        }
         if let Some(miss) = watch.policy.missed().filter(|_| !watch.warned) {
             tracing::warn!("going on as was asked, although {miss}");
             watch.warned = true;

@@ -19,6 +19,8 @@ const REHEARSALS: u32 = 4;
 
 /// Pages that are sent without the cap to find out how fast that is.
 const BURST_PAGES: u64 = 1024;
+/// Below this cap, in bytes per second, a burst would take the round too long to pay for.
+const MIN_BURST_CAP: u64 = 20_000_000;
 /// Fewer bytes say more about latency than about bandwidth.
 const MIN_BURST_BYTES: u64 = 2 << 20;
 
@@ -126,8 +128,10 @@ impl Job<'_> {
         watch: &mut Watch,
         mut pages: PageSet,
     ) -> Result<PageSet, MigrateError> {
-        let capped = self.options.bandwidth.is_some() && self.options.final_bandwidth.is_none();
-        if !capped || pages.len() < BURST_PAGES {
+        let (Some(cap), None) = (self.options.bandwidth, self.options.final_bandwidth) else {
+            return Ok(pages);
+        };
+        if pages.len() < BURST_PAGES || cap < MIN_BURST_CAP {
             return Ok(pages);
         }
         let first = pages.split_off(BURST_PAGES);

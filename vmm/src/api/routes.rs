@@ -76,6 +76,7 @@ impl From<Refusal> for Failure {
             | Refusal::InDoubt
             | Refusal::NoDoubt
             | Refusal::Resolving
+            | Refusal::NotTakenBack
             | Refusal::NothingToDecide => StatusCode::CONFLICT,
             Refusal::Failed(_) | Refusal::Gone => StatusCode::BAD_REQUEST,
         };

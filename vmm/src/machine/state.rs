@@ -1,5 +1,6 @@
 //! The whole machine's saved state: vCPUs, interrupt controllers, PIT, clocks, devices.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
 use kvm_bindings::{
@@ -72,15 +73,23 @@ impl Machine {
     /// Pauses the vCPUs, saves what is not a device's, and lets them go on; how long that takes is what a
     /// migration's pause will cost.
     pub(super) fn rehearse_save(&self) -> Result<Rehearsal, MachineError> {
+        if self.is_held_by(Holder::Migration) {
+            return Err(MachineError::Mismatch {
+                what: "rehearsal",
+                expected: "a guest that no migration holds".into(),
+                got: "one that is held".into(),
+            });
+        }
         let mut envelope = Envelope::new();
-        let rehearsed = self.pause(Holder::Migration).and_then(|paused_at| {
+        let rehearsed = catch_unwind(AssertUnwindSafe(|| {
+            let paused_at = self.pause(Holder::Migration)?;
             let pause = paused_at.elapsed();
             self.save_processors(&mut envelope, paused_at)?;
-            Ok((pause, paused_at.elapsed() - pause))
-        });
+            Ok::<_, MachineError>((pause, paused_at.elapsed() - pause))
+        }));
         // Whatever came of it. The clocks did not stop, so there is nothing to tell the guest.
         self.vcpus.resume(Holder::Migration);
-        let (pause, save) = rehearsed?;
+        let (pause, save) = rehearsed.unwrap_or_else(|panic| resume_unwind(panic))?;
         let state = envelope.encode();
         Ok(Rehearsal { pause, save, state })
     }

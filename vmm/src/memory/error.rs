@@ -73,6 +73,10 @@ pub enum MemoryError {
     EnableRings(#[source] kvm_ioctls::Error),
     #[error("mapping a vCPU's dirty ring")]
     MapRing(#[source] io::Error),
+    #[error("KVM_RESET_DIRTY_RINGS: expected {entries} entries, got {done}")]
+    RingsNotReset { entries: usize, done: usize },
+    #[error("shared memory {index}: expected a memfd of ordinary pages, got another file system")]
+    OtherPages { index: usize },
     #[error("KVM_RESET_DIRTY_RINGS: {0}")]
     ResetRings(vmm_sys_util::errno::Error),
     #[error("page set")]

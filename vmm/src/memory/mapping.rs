@@ -108,6 +108,9 @@ fn memfd(len: u64) -> Result<File, MemoryError> {
     })
 }
 
+/// File system of memfds with ordinary pages (statfs(2)).
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
 fn check_file(index: usize, file: &OwnedFd, expected: u64) -> Result<(), MemoryError> {
     // Only memfds have seals: for every other kind of file this fails.
     let seals = rustix::fs::fcntl_get_seals(file).map_err(|source| MemoryError::NotMemfd {
@@ -117,6 +120,11 @@ fn check_file(index: usize, file: &OwnedFd, expected: u64) -> Result<(), MemoryE
     if !seals.contains(SealFlags::SHRINK) {
         let got = seals.bits();
         return Err(MemoryError::NotSealed { index, got });
+    }
+    // A page of a huge-page file that cannot be had kills whoever touches it.
+    let ordinary = rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type == TMPFS_MAGIC);
+    if !ordinary {
+        return Err(MemoryError::OtherPages { index });
     }
     // Only now: before the seal was seen, the size was no promise.
     let stat = rustix::fs::fstat(file).map_err(|source| MemoryError::File {

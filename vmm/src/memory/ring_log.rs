@@ -102,7 +102,7 @@ impl RingLog {
         if collected.is_empty() {
             return Ok(());
         }
-        let reset = kvm::reset_dirty_rings(&self.vm).map_err(MemoryError::ResetRings);
+        let reset = self.reset_rings(collected.len());
         // Only now, see above; and in any case, or they would be forgotten.
         for DirtyPage { slot, page } in collected {
             let word = self
@@ -115,6 +115,18 @@ impl RingLog {
             }
         }
         reset
+    }
+
+    /// Lets KVM protect the pages of so many entries again.
+    fn reset_rings(&self, entries: usize) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < entries {
+            match kvm::reset_dirty_rings(&self.vm).map_err(MemoryError::ResetRings)? {
+                0 => return Err(MemoryError::RingsNotReset { entries, done }),
+                count => done += count,
+            }
+        }
+        Ok(())
     }
 
     fn add_marks(&self, into: &mut PageSet) -> Result<(), MemoryError> {

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use migration::{Control, Endpoint, MigrateOptions, Outcome, ReceiveError, Receiver};
+use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, ReceiveError, Receiver};
 
 use super::request::{Arrived, Ended, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
@@ -23,7 +23,11 @@ pub(super) fn start_migration(
         .name("migration".into())
         .spawn(move || {
             let mut source = MigrationSource::new(machine);
-            let migrated = migration::migrate(&mut source, &destination, &options, &control);
+            let migrate =
+                AssertUnwindSafe(|| migration::migrate(&mut source, &destination, &options, &control));
+            // The engine catches panics of its own and of the machine; after one that got through, nobody knows
+            // whose the guest is.
+            let migrated = catch_unwind(migrate).unwrap_or_else(|_| Migrated::unknown(&options));
             if let Some(error) = &migrated.report.error {
                 tracing::warn!("migration to {destination} ended: {error}");
             }

@@ -10,6 +10,7 @@ use super::{
     Supervisor, SupervisorError, failed, jobs,
 };
 use crate::machine::MigrationSource;
+use crate::vcpu::Holder;
 
 impl Supervisor {
     pub(super) fn migrate(
@@ -18,6 +19,9 @@ impl Supervisor {
         options: MigrateOptions,
     ) -> Result<MigrationFeed, Refusal> {
         let machine = self.idle_machine()?.clone();
+        if machine.is_held_by(Holder::Migration) {
+            return Err(Refusal::NotTakenBack);
+        }
         let control = Arc::new(Control::new().map_err(failed)?);
         let (reports, report) = broadcast::channel(1);
         let thread = jobs::start_migration(

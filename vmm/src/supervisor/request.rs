@@ -22,6 +22,10 @@ pub enum Refusal {
     NoMachine,
     #[error("the last migration is in doubt: the guest may run at its other end, and stays paused here")]
     InDoubt,
+    #[error(
+        "the last migration could not give the guest back: expected one that goes on; `godwit resume` tries again"
+    )]
+    NotTakenBack,
     #[error("no migration is under way")]
     NoMigration,
     #[error("nothing is in doubt here: the guest is this process's own")]

@@ -162,7 +162,7 @@ impl Supervisor {
                 Err(error) => {
                     let error = migration::chain(&*error);
                     let message =
-                        format!("{known}; it cannot go on here yet: {error}; `godwit resume` tries again");
+                        format!("{known}; it cannot go on here yet: {error}; `godwit resolve` tries again");
                     tracing::error!("{message}");
                     answer(reply, Err(Refusal::Failed(message)));
                     return None;
@@ -186,16 +186,21 @@ impl Supervisor {
 
     /// The machine is this process's own again, whether or not the guest can go on at once.
     fn take_back(&mut self) -> Result<(), MachineError> {
-        let (machine, mut source) = match self.life.take() {
-            Some(Life::InDoubt(machine, Side::Source { source, .. })) => (machine, source),
+        let (machine, mut source, doubt) = match self.life.take() {
+            Some(Life::InDoubt(machine, Side::Source { source, doubt })) => (machine, source, doubt),
             other => {
                 self.life = other;
                 return Err("expected a source in doubt".into());
             }
         };
-        self.life = Some(Life::Here(machine));
         // What the engine would have undone had the migration failed before "go".
         let resumed = source.resume();
+        if resumed.is_err() {
+            // Somebody may have its disks: it stays a question.
+            self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
+            return resumed;
+        }
+        self.life = Some(Life::Here(machine));
         let cpus = usize::from(source.describe().cpus);
         if let Err(error) = source.throttle(&vec![0.0; cpus]) {
             tracing::warn!(error = migration::chain(&*error), "vCPUs stay throttled");
