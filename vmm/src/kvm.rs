@@ -59,7 +59,7 @@ pub(crate) fn enable_dirty_ring(vm: &VmFd, bytes: u64) -> Result<(), kvm_ioctls:
 pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<usize, errno::Error> {
     // SAFETY: a signal set is plain data, which sigfillset and pthread_sigmask fill before it is read; the
     // ioctl has no argument.
-    let reset = unsafe {
+    unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
         let mut before: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
@@ -68,8 +68,7 @@ pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<usize, errno::Error> {
         let failed = errno::Error::last();
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
         usize::try_from(reset).map_err(|_| failed)
-    };
-    reset
+    }
 }
 
 /// KVM_GET_DIRTY_LOG under manual protection: the marks of a slot, which stay.
