@@ -23,7 +23,11 @@ fn an_idle_guest_moves_in_one_round() {
         (3, 766),
         "two pages, and one by the drain; the others were never touched"
     );
-    assert_eq!((report.rounds.len(), report.rounds[0].pages), (1, 2));
+    // A round that has not begun when the policy is asked is ended at once: so little waits for the pause.
+    assert!(
+        report.rounds.len() == 1 && report.rounds[0].pages <= 2,
+        "{report:?}"
+    );
     assert!(
         report.bytes_sent < 32 << 10,
         "zero pages are next to nothing on the wire"
