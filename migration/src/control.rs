@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::report::ms;
@@ -30,29 +30,41 @@ pub enum Phase {
     Done,
 }
 
-/// A live picture of a migration. Times in milliseconds, rates in bytes per second.
+/// A live picture of a migration, and one sample of its trace. Times in milliseconds, rates in bytes per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,
     /// The round under way, counted from 1.
     pub round: u32,
-    /// Bytes of guest memory left to send in this round.
+    /// Bytes of guest memory that the destination does not have as they are now.
     pub remaining_bytes: u64,
     /// Bytes of guest RAM.
     pub total_bytes: u64,
     /// Bytes put on the wire so far.
     pub bytes_sent: u64,
-    /// What the guest dirtied per second in the last round.
+    /// What the guest dirties per second.
     pub dirty_bytes_per_s: f64,
-    /// What was sent per second, as far as it was measured.
+    /// What is sent per second.
     pub bandwidth_bytes_per_s: f64,
-    /// Share of time that the vCPUs are held out of the guest, in percent.
+    /// Share of time that the vCPUs are held out of the guest, in percent; that of the slowest.
     pub throttle_percent: f64,
     /// The downtime if the guest were paused now.
     pub predicted_downtime_ms: Option<f64>,
+    /// When it will have ended, counted from its start.
+    pub predicted_total_ms: Option<f64>,
     /// Since the start of the migration.
     pub elapsed_ms: f64,
+}
+
+/// What an operator decides about a machine that is ready at the destination while the source is silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decision {
+    /// It runs here. Only right if it will never run at the source again.
+    Run,
+    /// It is thrown away here.
+    Discard,
 }
 
 /// Cancels a migration from any thread, and shows how far it is. Once cancelled it stays so; a destination that
@@ -62,23 +74,53 @@ pub struct Control {
     cancelled: AtomicBool,
     /// Readable for ever once cancelled, so that whoever waits for a socket waits for this as well.
     wake: OwnedFd,
+    /// Readable while there is a decision to take.
+    decided: OwnedFd,
     live: Mutex<Live>,
+}
+
+/// Samples in the order in which they were taken.
+#[derive(Debug, Default)]
+struct Trace {
+    samples: Vec<Progress>,
+}
+
+impl Trace {
+    /// Some hours at a sample every 20 ms; later ones are not kept.
+    const MOST: usize = 1 << 20;
 }
 
 #[derive(Debug, Default)]
 struct Live {
     progress: Progress,
+    trace: Trace,
+    /// Whether somebody may decide.
+    undecided: bool,
+    decision: Option<Decision>,
     /// Set while a migration is under way.
     started: Option<Instant>,
+}
+
+impl Live {
+    fn keep_sample(&mut self) {
+        if self.trace.samples.len() < Trace::MOST {
+            let elapsed_ms = self.started.map_or(0.0, |started| ms(started.elapsed()));
+            self.trace.samples.push(Progress {
+                elapsed_ms,
+                ..self.progress
+            });
+        }
+    }
 }
 
 impl Control {
     /// A control for one migration. Fails when the process is out of file descriptors.
     pub fn new() -> io::Result<Self> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let new_event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             cancelled: AtomicBool::new(false),
-            wake,
+            wake: new_event()?,
+            decided: new_event()?,
             live: Mutex::default(),
         })
     }
@@ -88,6 +130,38 @@ impl Control {
         self.cancelled.store(true, Ordering::SeqCst);
         // Can only fail when the counter is at its limit, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Decides for a machine that waits for "go" while its source is gone. Answers whether there is one; if not,
+    /// nothing is decided.
+    pub fn decide(&self, decision: Decision) -> bool {
+        let mut live = self.lock();
+        if !live.undecided {
+            return false;
+        }
+        live.decision = Some(decision);
+        // Can only fail when the counter is at its limit, and then the descriptor is readable anyway.
+        let _ = rustix::io::write(&self.decided, &1u64.to_ne_bytes());
+        true
+    }
+
+    /// Whether a machine waits while its source is gone, so that an operator may decide.
+    pub(crate) fn set_undecided(&self, undecided: bool) {
+        let mut live = self.lock();
+        live.undecided = undecided;
+        live.decision = None;
+    }
+
+    /// What was decided, once.
+    pub(crate) fn take_decision(&self) -> Option<Decision> {
+        // Reset before the look: a decision in between is seen now, and once more as none.
+        let _ = rustix::io::read(&self.decided, &mut [0; 8]);
+        self.lock().decision.take()
+    }
+
+    /// What becomes readable when there is a decision to take.
+    pub(crate) fn decided(&self) -> BorrowedFd<'_> {
+        self.decided.as_fd()
     }
 
     /// Whether somebody asked the migration to end.
@@ -107,9 +181,21 @@ impl Control {
         }
     }
 
+    /// The samples of the trace from number `from` on; an empty answer means that there are no newer ones yet.
+    pub fn samples(&self, from: usize) -> Vec<Progress> {
+        self.lock().trace.samples.get(from..).unwrap_or_default().to_vec()
+    }
+
     /// What becomes readable when the migration is cancelled.
     pub(crate) fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+
+    /// Waits until it is cancelled, or for so long.
+    pub(crate) fn wait_for_cancel(&self, at_most: Duration) {
+        let mut events = [PollFd::new(&self.wake, PollFlags::IN)];
+        // An interrupted wait is a short one.
+        let _ = poll(&mut events, Timespec::try_from(at_most).ok().as_ref());
     }
 
     /// A migration begins.
@@ -120,13 +206,24 @@ impl Control {
         };
         *self.lock() = Live {
             progress,
+            trace: Trace::default(),
+            undecided: false,
+            decision: None,
             started: Some(Instant::now()),
         };
+    }
+
+    /// Changes the picture and keeps it as a sample of the trace.
+    pub(crate) fn sample(&self, change: impl FnOnce(&mut Progress)) {
+        let mut live = self.lock();
+        change(&mut live.progress);
+        live.keep_sample();
     }
 
     /// It ended.
     pub(crate) fn end(&self) {
         let mut live = self.lock();
+        live.keep_sample();
         live.progress.phase = Phase::Done;
         if let Some(started) = live.started.take() {
             live.progress.elapsed_ms = ms(started.elapsed());

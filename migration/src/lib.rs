@@ -1,10 +1,11 @@
 //! The migration engine: moves a running machine from one process to another, without knowing what the
 //! machine is made of.
 //!
-//! A machine is a [`Source`] or a [`Destination`] to the engine; [`migrate`] and [`receive`] are the two ends
-//! of one migration over a [`Connection`]. `PROTOCOL.md` says what goes over the wire, `DESIGN.md` how the
+//! A machine is a [`Source`] or a [`Destination`] to the engine; [`migrate`] and [`Receiver`] are the two ends
+//! of one migration. `PROTOCOL.md` says what goes over the wire, `DESIGN.md` how the
 //! parts fit together; both lie beside this crate's `Cargo.toml`.
 
+mod commit;
 mod control;
 mod converge;
 mod destination;
@@ -20,18 +21,17 @@ mod tests;
 mod text;
 mod transport;
 
-pub use control::{Control, Phase, Progress};
-pub use converge::FixedCosts;
-pub use destination::{ReceiveError, Received, receive};
+pub use control::{Control, Decision, Phase, Progress};
+pub use destination::{ReceiveError, Received, Receiver};
 pub use link::LinkError;
 pub use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE};
-pub use options::{MigrateOptions, OnMiss, ReceiveOptions};
+pub use options::{Compression, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptions};
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
-    CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MachineError, MemoryRegion,
-    Source,
+    CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, MachineDescription, MachineError,
+    MemoryRegion, Rehearsal, Source,
 };
-pub use report::{Downtime, MemoryDigest, Outcome, Report, Round};
-pub use source::migrate;
+pub use report::{DataPath, Downtime, MemoryDigest, Outcome, Report, Round};
+pub use source::{Answer, AskError, Doubt, Migrated, migrate};
 pub use text::chain;
-pub use transport::{Connection, Endpoint, EndpointError, Listener, TransportError};
+pub use transport::{Endpoint, EndpointError, TransportError};

@@ -2,9 +2,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::converge::FixedCosts;
-
-/// What to do when the downtime cannot be kept within its budget.
+/// What to do when the downtime or the deadline cannot be kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnMiss {
@@ -15,19 +13,39 @@ pub enum OnMiss {
     Switch,
 }
 
+/// How page content may be compressed; a range for which it does not pay goes as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Fast; pays on links of some Gbit/s and less.
+    Lz4,
+    /// Denser; pays on links of some hundred Mbit/s and less.
+    Zstd,
+}
+
 /// What the caller of [`crate::migrate`] asks for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MigrateOptions {
     /// Budget of the downtime; 300 ms by default.
     pub max_downtime: Duration,
-    /// What to do when it cannot be kept.
+    /// When it must have ended, counted from its start; never by default.
+    pub deadline: Option<Duration>,
+    /// What to do when either cannot be kept.
     pub on_miss: OnMiss,
+    /// Data streams, 1 to 32; 2 by default.
+    pub streams: u32,
+    /// Most bytes per second while the guest runs; as fast as possible by default.
+    pub bandwidth: Option<u64>,
+    /// Most bytes per second while it is paused; as fast as possible by default.
+    pub final_bandwidth: Option<u64>,
+    /// Whether vCPUs may be slowed down to keep the promise; true by default.
+    pub throttle: bool,
     /// Whether both sides compare digests of all memory before the guest runs at the destination.
     pub verify: bool,
-    /// Most pre-copy rounds; 30 by default.
+    /// Whether page content is compressed; not by default.
+    pub compression: Option<Compression>,
+    /// Most pre-copy rounds; 100 by default.
     pub max_rounds: u32,
-    /// What the downtime costs besides copying memory, as far as nothing was measured yet.
-    pub fixed_costs: FixedCosts,
     /// How long to wait for the connection; 5 s by default.
     pub connect_timeout: Duration,
     /// How long the peer may be silent, or take no data; 10 s by default.
@@ -37,14 +55,22 @@ pub struct MigrateOptions {
     pub step_timeout: Duration,
 }
 
+/// Most data streams of one migration.
+pub const MAX_STREAMS: u32 = 32;
+
 impl Default for MigrateOptions {
     fn default() -> Self {
         Self {
             max_downtime: Duration::from_millis(300),
+            deadline: None,
             on_miss: OnMiss::default(),
+            streams: 2,
+            bandwidth: None,
+            final_bandwidth: None,
+            throttle: true,
             verify: false,
-            max_rounds: 30,
-            fixed_costs: FixedCosts::default(),
+            compression: None,
+            max_rounds: 100,
             connect_timeout: Duration::from_secs(5),
             io_timeout: Duration::from_secs(10),
             step_timeout: Duration::from_secs(30),

@@ -165,6 +165,61 @@ impl PageSet {
         }
     }
 
+    /// The bitmaps of the regions, each with the region's number.
+    pub(crate) fn words(&self) -> impl Iterator<Item = (usize, &[u64])> {
+        self.regions
+            .iter()
+            .map(|region| region.words.as_slice())
+            .enumerate()
+    }
+
+    /// The bitmap of a region, if there is one of this number.
+    pub(crate) fn region_words(&self, region: usize) -> Option<&[u64]> {
+        self.regions.get(region).map(|bits| bits.words.as_slice())
+    }
+
+    /// The first address of a region, if there is one of this number.
+    pub(crate) fn region_gpa(&self, region: usize) -> Option<u64> {
+        self.regions.get(region).map(|bits| bits.gpa)
+    }
+
+    /// Adds the pages of a part of a region's bitmap, from word `from` on, taken from a set over the same
+    /// regions. What is not within the region is left out.
+    pub(crate) fn insert_words(&mut self, region: usize, from: usize, words: &[u64]) {
+        let Some(bits) = self.regions.get_mut(region) else {
+            return;
+        };
+        for (word, more) in bits.words.iter_mut().skip(from).zip(words) {
+            *word |= more;
+        }
+    }
+
+    /// Takes the first pages out, about so many, into a set of their own.
+    pub(crate) fn split_off(&mut self, pages: u64) -> PageSet {
+        let mut left = pages;
+        let mut rest = self.take();
+        for (taken, bits) in self.regions.iter_mut().zip(&mut rest.regions) {
+            for (taken, word) in taken.words.iter_mut().zip(&mut bits.words) {
+                if left == 0 {
+                    break;
+                }
+                left = left.saturating_sub(u64::from(word.count_ones()));
+                *taken = std::mem::take(word);
+            }
+        }
+        std::mem::replace(self, rest)
+    }
+
+    /// Turns the set into that of all other pages.
+    pub(crate) fn invert(&mut self) {
+        for bits in &mut self.regions {
+            bits.words.iter_mut().for_each(|word| *word = !*word);
+            if let (Some(last), partial @ 1..) = (bits.words.last_mut(), bits.pages % 64) {
+                *last &= (1 << partial) - 1;
+            }
+        }
+    }
+
     /// Adds the pages of another set over the same regions.
     pub fn union(&mut self, other: &PageSet) -> Result<(), PageSetError> {
         let same = |(a, b): (&Bits, &Bits)| a.gpa == b.gpa && a.pages == b.pages;
@@ -203,6 +258,11 @@ impl PageSet {
             .flat_map(|bits| &bits.words)
             .map(|word| u64::from(word.count_ones()))
             .sum()
+    }
+
+    /// Number of pages that there are, in the set or not.
+    pub(crate) fn pages_in_all(&self) -> u64 {
+        self.regions.iter().map(|bits| bits.pages).sum()
     }
 
     /// Whether there is no page in the set.

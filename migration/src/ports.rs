@@ -1,6 +1,8 @@
 //! The engine's ports: what it asks of a machine, and nothing about how the machine does it.
 
-use std::time::Instant;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use migration_io::GuestMemory;
 use serde::{Deserialize, Serialize};
@@ -76,12 +78,42 @@ pub struct Difference {
     pub got: String,
 }
 
+/// Which pages of guest RAM were written: what vCPUs wrote (KVM's log) and what the machine's own devices wrote.
+///
+/// A page is marked from a write until it is cleared. Streams clear a page just before they read it, so a page
+/// that is written while it is sent is marked again. Any thread may call, any number at a time.
+pub trait DirtyLog: Send + Sync {
+    /// Adds every marked page to `into`; the marks stay. Cheap enough to call a hundred times a second.
+    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError>;
+
+    /// Clears the marks of the pages whose bits are set in `words`: bit n of word m is page `first + 64 m + n`
+    /// of region number `region`, and `first` is a multiple of 64. A write after this call marks again.
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError>;
+
+    /// Pages marked by each vCPU since the log was started, where the machine can tell (a dirty ring); else
+    /// empty.
+    fn by_vcpu(&self) -> Vec<u64>;
+}
+
+/// What [`Source::rehearse`] found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// How long it took to get all vCPUs out of the guest.
+    pub pause: Duration,
+    /// How long it took to save what was saved.
+    pub save: Duration,
+    /// What was saved, for [`Destination::rehearse`]: an encoded envelope, at most 64 MiB.
+    pub state: Vec<u8>,
+}
+
 /// The machine at the source.
 ///
-/// Calls come from one migration job, in the order of a migration: `start_dirty_log`, `harvest`… with a `flush`
-/// or a few in between, `pause`, `drain`, `harvest`, `save`, `harvest` twice, `release`. Whatever ends a
-/// migration before "go" is on its way, the engine calls `resume` if it called `pause`, then `stop_dirty_log`
-/// if it called `start_dirty_log`, also where that call failed or panicked. After "go" it calls nothing.
+/// Calls come from one migration job, in the order of a migration: `start_dirty_log`, then `throttle`, `flush`
+/// and `rehearse` at any time, `pause`, `drain`, `save`, `release`. In a handover of memory there is no dirty
+/// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it
+/// throttled, `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log`, also where
+/// that call failed or panicked. After "go" it calls `resume` only when the destination has said that it gave
+/// the machine up.
 pub trait Source: Send {
     /// What the destination must be able to run.
     fn describe(&self) -> MachineDescription;
@@ -89,17 +121,31 @@ pub trait Source: Send {
     /// Guest RAM; the regions are those of [`MachineDescription::memory`], in that order.
     fn memory(&self) -> GuestMemory;
 
-    /// Turns dirty logging on. Pages written from here on show up in `harvest`.
-    fn start_dirty_log(&mut self) -> Result<(), MachineError>;
+    /// Adds every page that may hold something to `into`; all others were never touched and are zero. Asked
+    /// after `start_dirty_log`.
+    fn populated(&self, into: &mut PageSet) -> Result<(), MachineError>;
+
+    /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
+    /// them as well; nothing where RAM is not shared memory.
+    fn memory_files(&self) -> Option<Vec<OwnedFd>>;
+
+    /// Turns dirty logging on. Every page counts as marked at first, or is marked by the first write; either
+    /// way the engine sends all of memory once.
+    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, MachineError>;
 
     /// Turns dirty logging off; also after a `start_dirty_log` that failed.
     fn stop_dirty_log(&mut self) -> Result<(), MachineError>;
 
-    /// Adds every page written since the last harvest, by vCPUs or by devices, to `into` and forgets it.
-    fn harvest(&mut self, into: &mut PageSet) -> Result<(), MachineError>;
+    /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most
+    /// 10 ms. One share for each vCPU. Returns at once.
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), MachineError>;
 
     /// Writes back what disk backends have cached, while the guest runs, so that little is left for `drain`.
     fn flush(&mut self) -> Result<(), MachineError>;
+
+    /// Takes the vCPUs out of the guest, saves as much of the state as can be saved without stopping devices,
+    /// and lets them in again: what a pause will cost. Takes a few milliseconds at most.
+    fn rehearse(&mut self) -> Result<Rehearsal, MachineError>;
 
     /// Takes all vCPUs out of the guest and holds them out. Returns when the last one is out; the instant is
     /// the one at which the first one was asked to leave, the start of the downtime.
@@ -110,7 +156,7 @@ pub trait Source: Send {
 
     /// The state of vCPUs, interrupt controllers, clocks and devices: an encoded envelope
     /// (`migration_state::Envelope`), at most 64 MiB. The machine is paused and drained. Pages that this call
-    /// writes show up in the next harvest; after that, nothing may write guest RAM any more.
+    /// writes are marked in the log; after that, nothing may write guest RAM any more.
     fn save(&mut self) -> Result<Vec<u8>, MachineError>;
 
     /// Gives up the disk locks, right before "go" is sent: the point of no return. Should the connection not
@@ -125,15 +171,28 @@ pub trait Source: Send {
 
 /// The machine at the destination.
 ///
-/// Calls come in this order: `check`, `create`, `restore`, `resume`. Before `resume`, `discard` may come at
-/// any time; afterwards the value is ready for another attempt.
+/// Calls come in this order: `check`, `create`, `rehearse` any number of times, `restore`, `resume`. Before
+/// `resume`, `discard` may come at any time; afterwards the value is ready for another attempt.
 pub trait Destination: Send {
     /// Every difference that forbids the move; empty means that it can be done.
     fn check(&self, description: &MachineDescription) -> Vec<Difference>;
 
     /// Builds the machine, its backends open but its disks neither locked nor read, and returns its guest
-    /// RAM: zeroed, with the regions of the description in that order.
-    fn create(&mut self, description: &MachineDescription) -> Result<GuestMemory, MachineError>;
+    /// RAM, with the regions of the description in that order: zeroed, or, where `files` are given, a mapping of
+    /// those files, one for each region. The files are untrusted: expected are memfds of the regions' lengths,
+    /// sealed against shrinking.
+    fn create(
+        &mut self,
+        description: &MachineDescription,
+        files: Option<Vec<OwnedFd>>,
+    ) -> Result<GuestMemory, MachineError>;
+
+    /// Whether guest RAM is resident already, so that there is nothing to gain by populating it.
+    fn is_resident(&self) -> bool;
+
+    /// Does with what [`Source::rehearse`] saved as much of a restore as can be done again afterwards, so that
+    /// the restore itself is short and its time known. Untrusted input.
+    fn rehearse(&mut self, state: &[u8]) -> Result<(), MachineError>;
 
     /// Makes the saved state the machine's own. Untrusted input. Afterwards the machine is paused and ready
     /// to run in every respect but the clocks and the disk locks.

@@ -18,6 +18,18 @@ pub enum Outcome {
     InDoubt,
 }
 
+/// How page content gets to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataPath {
+    /// Written to the socket straight from guest memory; the kernel copies it.
+    Gather,
+    /// The network card reads it from guest memory (MSG_ZEROCOPY).
+    Zerocopy,
+    /// The destination maps the same memory.
+    Handover,
+}
+
 /// The terms of the downtime, in milliseconds; they add up to [`Report::downtime_ms`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Downtime {
@@ -87,7 +99,7 @@ pub struct Report {
     pub downtime_ms: Option<f64>,
     /// Its terms.
     pub downtime: Downtime,
-    /// The prediction of the total time, made when the first round ended.
+    /// The prediction of the total time, made as soon as a fifth of it had passed.
     pub predicted_total_ms: Option<f64>,
     /// From the start of the job to its end.
     pub total_ms: f64,
@@ -99,10 +111,10 @@ pub struct Report {
     pub pages_sent: u64,
     /// Pages sent as zero.
     pub pages_zero: u64,
-    /// Number of streams.
+    /// Number of data streams; 0 where memory was handed over.
     pub streams: u32,
-    /// How page content got to the socket: `gather`.
-    pub data_path: String,
+    /// How page content got to the destination.
+    pub data_path: DataPath,
     /// Time spent on digests with `--verify`; not part of the downtime.
     pub verify_ms: f64,
     /// With `--verify`.
@@ -144,8 +156,8 @@ impl Report {
             bytes_sent: 0,
             pages_sent: 0,
             pages_zero: 0,
-            streams: 1,
-            data_path: "gather".into(),
+            streams: 0,
+            data_path: DataPath::Gather,
             verify_ms: 0.0,
             memory_digest: None,
         }

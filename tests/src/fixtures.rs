@@ -39,6 +39,11 @@ impl Fixtures {
         self.guests.join("stock/initrd")
     }
 
+    /// A file of the tiny Linux guest: `vmlinux` or `initrd`.
+    pub fn tiny(&self, name: &str) -> PathBuf {
+        self.guests.join("tiny").join(name)
+    }
+
     /// What `godwit probe --json` says of this machine.
     pub fn probe(&self) -> Result<Value> {
         let output = Command::new(&self.godwit).args(["probe", "--json"]).output();

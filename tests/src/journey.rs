@@ -1,4 +1,4 @@
-//! A bare guest on its way from process to process.
+//! A guest on its way from process to process.
 
 use anyhow::{Context, Result, ensure};
 use migration::Report;
@@ -85,6 +85,30 @@ impl BareGuest<'_> {
     }
 }
 
+/// How a guest is spoken to, and how its counter goes from line to line (`None`: forward).
+#[derive(Clone, Copy, Debug)]
+struct Commands {
+    reset: &'static [u8],
+    verify: &'static [u8],
+    end: &'static [u8],
+    step: Option<u64>,
+}
+
+impl Commands {
+    const BARE: Self = Self {
+        reset: b"r",
+        verify: b"v",
+        end: b"q",
+        step: Some(1),
+    };
+    const AGENT: Self = Self {
+        reset: b"reset\n",
+        verify: b"verify\n",
+        end: b"poweroff\n",
+        step: None,
+    };
+}
+
 /// A guest that moves from one process to the next.
 pub struct Journey {
     /// The host that it moves on.
@@ -94,6 +118,7 @@ pub struct Journey {
     /// What it printed in the processes before, to the last byte: a line may begin in one and end in the next.
     before: String,
     moves: u32,
+    commands: Commands,
 }
 
 impl Journey {
@@ -103,13 +128,23 @@ impl Journey {
         Ok(Self::of(host, vm))
     }
 
-    /// Starts with any guest in a VM of the name `vm-0`.
+    /// Starts with any bare guest in a VM of the name `vm-0`.
     pub fn of(host: Host, vm: Vm) -> Self {
+        Self::speaking(Commands::BARE, host, vm)
+    }
+
+    /// Starts with a guest whose agent works, in a VM of the name `vm-0`.
+    pub fn agent(host: Host, vm: Vm) -> Self {
+        Self::speaking(Commands::AGENT, host, vm)
+    }
+
+    fn speaking(commands: Commands, host: Host, vm: Vm) -> Self {
         Self {
             host,
             vm,
             before: String::new(),
             moves: 0,
+            commands,
         }
     }
 
@@ -135,15 +170,27 @@ impl Journey {
     /// Takes over what `receiver` received: the source must end by itself, with status 0.
     pub fn arrive(&mut self, receiver: Vm) -> Result<()> {
         self.vm.wait_success(PATIENCE)?;
+        self.take_over(receiver)
+    }
+
+    fn take_over(&mut self, receiver: Vm) -> Result<()> {
+        self.vm.process.stdout().wait_end(PATIENCE)?;
         self.before.push_str(&self.vm.process.stdout().text());
         self.vm = receiver;
         self.moves += 1;
         Ok(())
     }
 
+    /// Takes over what `receiver` received from a source that did not live to see it.
+    pub fn orphan(mut self, receiver: Vm) -> Result<Self> {
+        self.vm.process.wait(PATIENCE)?;
+        self.take_over(receiver)?;
+        Ok(self)
+    }
+
     /// As [`Journey::hop`], and compares the gap that the guest lived through with the report.
     pub fn hop_and_check_gap(&mut self, arguments: &[&str]) -> Result<Report> {
-        self.command(b"r", "reset")?;
+        self.command(self.commands.reset, "reset")?;
         let report = self.hop(arguments)?;
         // The first whole tick may have been made before the pause and printed after it.
         self.vm.tick_from(0)?;
@@ -158,14 +205,15 @@ impl Journey {
 
     /// Lets the guest check every page; returns how many it checked.
     pub fn verify(&mut self) -> Result<u64> {
-        let verified = self.command(b"v", "verified")?;
+        let verified = self.command(self.commands.verify, "verified")?;
         ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
         verified.number("pages")
     }
 
-    /// Checks every tick of its life so far: one after the other, without a gap, across all processes.
+    /// Checks every tick of its life so far, across all processes: of a bare guest they follow one another without
+    /// a gap.
     pub fn check_life(&self) -> Result<u64> {
-        check_ticks(&self.life()?, Some(1))
+        check_ticks(&self.life()?, self.commands.step)
     }
 
     /// All whole lines that it has printed, in all processes.
@@ -180,14 +228,14 @@ impl Journey {
     /// Ends the guest from inside.
     pub fn end(mut self) -> Result<()> {
         self.check_life()?;
-        self.vm.process.send(b"q")?;
+        self.vm.process.send(self.commands.end)?;
         self.vm.wait_success(PATIENCE)?;
         self.host.check_clean()
     }
 
-    fn command(&mut self, letter: &[u8], answer: &str) -> Result<Event> {
+    fn command(&mut self, command: &[u8], answer: &str) -> Result<Event> {
         let mark = self.vm.process.stdout().mark();
-        self.vm.process.send(letter)?;
+        self.vm.process.send(command)?;
         self.vm
             .process
             .stdout()

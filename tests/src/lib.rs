@@ -9,6 +9,7 @@ mod journey;
 mod lab_journey;
 mod output;
 mod process;
+mod tiny;
 
 pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
@@ -17,6 +18,7 @@ pub use journey::{BareGuest, Journey};
 pub use lab_journey::{LabJourney, StockGuest, ended, payload};
 pub use output::Output;
 pub use process::{Finished, Process};
+pub use tiny::TinyGuest;
 
 use std::time::Duration;
 

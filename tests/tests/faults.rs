@@ -1,5 +1,8 @@
 //! Whatever ends a migration before the switch leaves the guest running at the source, ready for another.
 
+#[path = "faults/any.rs"]
+mod any;
+
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -53,12 +56,22 @@ impl Moments {
 
     /// Between nothing and `longest`.
     fn next(&mut self, longest: Duration) -> Duration {
+        longest.mul_f64(self.share())
+    }
+
+    /// One of some things.
+    fn choose<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+        &from[(self.share() * from.len() as f64) as usize]
+    }
+
+    /// Between 0 and 1, without 1.
+    fn share(&mut self) -> f64 {
         // A linear congruential step (Knuth, MMIX); its upper bits are good enough to spread moments.
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        longest.mul_f64((self.0 >> 40) as f64 / (1u64 << 24) as f64)
+        (self.0 >> 40) as f64 / (1u64 << 24) as f64
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Config {
     pub memory: u64,
     /// Whether guest memory is a memfd.
     pub shared_memory: bool,
+    /// Whether vCPUs log their writes in rings, which tell who writes.
+    pub dirty_ring: bool,
     /// CPU template.
     pub template: Template,
     /// Why this template, if it was chosen and not asked for.
@@ -95,6 +97,8 @@ pub struct Wishes {
     pub memory: Option<u64>,
     /// Whether guest memory is to be a memfd.
     pub shared_memory: bool,
+    /// Whether vCPUs are to log their writes in rings.
+    pub dirty_ring: bool,
     /// Name of a CPU template.
     pub cpu_template: Option<String>,
     /// Disks.
@@ -122,6 +126,7 @@ impl Wishes {
                 .as_ref()
                 .map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
             shared_memory: false,
+            dirty_ring: false,
             cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
             disks: file.drives.into_iter().map(DiskConfig::from).collect(),
         })
@@ -136,6 +141,7 @@ impl Wishes {
             cpus: over.cpus.or(self.cpus),
             memory: over.memory.or(self.memory),
             shared_memory: over.shared_memory || self.shared_memory,
+            dirty_ring: over.dirty_ring || self.dirty_ring,
             cpu_template: over.cpu_template.or(self.cpu_template),
             disks: [self.disks, over.disks].concat(),
         }
@@ -163,12 +169,12 @@ impl Wishes {
             initrd: self.initrd,
             cmdline: self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.into()),
         };
-        let shared_memory = self.shared_memory;
         Ok(Config {
             boot,
             cpus,
             memory,
-            shared_memory,
+            shared_memory: self.shared_memory,
+            dirty_ring: self.dirty_ring,
             template,
             template_reason,
             disks: self.disks,

@@ -14,6 +14,7 @@ mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod probe;
+pub mod report;
 pub mod rundir;
 pub mod supervisor;
 pub mod vcpu;

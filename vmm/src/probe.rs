@@ -122,13 +122,6 @@ const CAPABILITIES: &[(Cap, &str, &str, bool, &str)] = &[
         false,
         "moves between hosts of different TSC frequency",
     ),
-    (
-        Cap::DirtyLogRing,
-        "dirty-ring",
-        MIGRATION,
-        false,
-        "which vCPU dirties",
-    ),
 ];
 
 /// Looks at this host.
@@ -241,6 +234,20 @@ fn check_vm(kvm: &Kvm, checks: &mut Vec<Check>) -> Option<VmFd> {
 }
 
 fn check_capabilities(vm: &VmFd, checks: &mut Vec<Check>) {
+    checks.push(Check {
+        name: "dirty-ring",
+        purpose: MIGRATION,
+        required: false,
+        present: crate::kvm::max_dirty_ring(vm).is_some(),
+        detail: "which vCPU dirties (Linux 6.1 or later)".into(),
+    });
+    checks.push(Check {
+        name: "manual-protect",
+        purpose: BOOT,
+        required: true,
+        present: crate::kvm::has_manual_protect(vm),
+        detail: "a dirty log that costs nothing to start (Linux 5.7 or later)".into(),
+    });
     for (cap, name, purpose, required, detail) in CAPABILITIES {
         let present = vm.check_extension(*cap);
         checks.push(Check {

@@ -4,8 +4,10 @@
 
 mod commands;
 mod disk;
+mod first;
 mod heartbeat;
 mod memory;
+mod physical;
 mod power;
 mod report;
 mod settings;
@@ -17,6 +19,7 @@ use report::Report;
 use settings::Settings;
 
 fn main() -> std::io::Result<()> {
+    first::prepare()?;
     let line = std::fs::read_to_string("/proc/cmdline")?;
     let settings = Settings::parse(&line);
     commands::quiet_terminal();
@@ -25,7 +28,7 @@ fn main() -> std::io::Result<()> {
         report.error(format_args!("word={word} expected=a setting got=nonsense"));
     }
 
-    let memory = memory::start(settings.dirty_bytes, settings.rate, report.clone());
+    let memory = memory::start(settings.dirty_bytes, settings.base, settings.rate, report.clone());
     let disk = settings
         .disk
         .as_ref()

@@ -1,5 +1,6 @@
 //! The memory workload: stamped pages, overwritten in sweeps, each checked before it is overwritten.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use guest_core::{PAGE, Pace, Rate, STAMP_WORDS, WORDS, body_intact, check, fill_body, stamp};
 
+use crate::physical::Physical;
 use crate::report::Report;
 
 /// How long the workload waits when nothing is due.
@@ -18,10 +20,20 @@ const KHZ: u64 = 1_000_000;
 /// Asks the workload to verify everything; the answer is the number of pages.
 pub(crate) type Verify = SyncSender<u64>;
 
-/// Starts the workload on `bytes` of memory. The first [`Verify`] is answered when all of it is filled.
-pub(crate) fn start(bytes: u64, rate: Rate, report: Arc<Report>) -> Sender<Verify> {
+/// Starts the workload on `bytes` of memory, at physical address `base` if one is given. The first [`Verify`] is
+/// answered when all of it is filled.
+pub(crate) fn start(bytes: u64, base: Option<u64>, rate: Rate, report: Arc<Report>) -> Sender<Verify> {
     let (sender, requests) = channel();
-    thread::spawn(move || run(Pages::filled(bytes / PAGE), rate, &report, &requests));
+    thread::spawn(move || {
+        let pages = match base {
+            None => Pages::anonymous(bytes / PAGE),
+            Some(base) => Pages::physical(base, bytes / PAGE).unwrap_or_else(|error| {
+                report.error(format_args!("memory={base:#x} expected=mapped got={error}"));
+                Pages::anonymous(0)
+            }),
+        };
+        run(pages, rate, &report, &requests);
+    });
     sender
 }
 
@@ -50,8 +62,8 @@ fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify
 }
 
 struct Pages {
-    words: Vec<u64>,
-    /// Where the first whole page of the memory begins.
+    memory: Box<dyn AsMut<[u64]>>,
+    /// The word where the first whole page of the memory begins.
     first: usize,
     count: u64,
     position: u64,
@@ -59,11 +71,22 @@ struct Pages {
 }
 
 impl Pages {
-    fn filled(count: u64) -> Self {
+    /// Memory as every program gets it, page by page.
+    fn anonymous(count: u64) -> Self {
         let words = vec![0; (count as usize + 1) * WORDS];
         let first = words.as_ptr().align_offset(PAGE as usize);
+        Self::filled(Box::new(words), first, count)
+    }
+
+    /// Physical memory that the kernel leaves alone.
+    fn physical(base: u64, count: u64) -> io::Result<Self> {
+        let memory = Physical::map(base, (count * PAGE) as usize)?;
+        Ok(Self::filled(Box::new(memory), 0, count))
+    }
+
+    fn filled(memory: Box<dyn AsMut<[u64]>>, first: usize, count: u64) -> Self {
         let mut pages = Self {
-            words,
+            memory,
             first,
             count,
             position: 0,
@@ -79,7 +102,8 @@ impl Pages {
 
     fn split(&mut self, number: u64) -> (&mut [u64], &mut [u64]) {
         let at = self.first + number as usize * WORDS;
-        self.words[at..at + WORDS].split_at_mut(STAMP_WORDS)
+        let words = (*self.memory).as_mut();
+        words[at..at + WORDS].split_at_mut(STAMP_WORDS)
     }
 
     fn check(&mut self, number: u64, generation: u64, report: &Report) -> bool {
@@ -128,7 +152,7 @@ mod tests {
     #[test]
     fn sweeps_keep_every_stamp() {
         let report = Report::default();
-        let mut pages = Pages::filled(10);
+        let mut pages = Pages::anonymous(10);
         for _ in 0..25 {
             pages.dirty_next(&report);
         }
@@ -140,7 +164,7 @@ mod tests {
     #[test]
     fn a_stale_page_and_a_lost_body_are_seen() {
         let report = Report::default();
-        let mut pages = Pages::filled(10);
+        let mut pages = Pages::anonymous(10);
         for _ in 0..13 {
             pages.dirty_next(&report);
         }

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use guest_core::{Rate, size};
+use guest_core::{PAGE, Rate, size};
 
 /// The words `godwit.<key>=<value>`.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
     /// `dirty`: bytes of memory to work on.
     pub(crate) dirty_bytes: u64,
+    /// `base`: the physical address where that memory is, beyond what the kernel was left; `None`: anywhere.
+    pub(crate) base: Option<u64>,
     /// `rate`: bytes of dirtied pages per second.
     pub(crate) rate: Rate,
     /// `tick`: time between two heartbeats.
@@ -24,6 +26,7 @@ impl Settings {
     pub(crate) fn parse(line: &str) -> Self {
         let mut settings = Self {
             dirty_bytes: 0,
+            base: None,
             rate: Rate::BytesPerSecond(0),
             tick: Duration::from_millis(50),
             disk: None,
@@ -47,6 +50,7 @@ impl Settings {
     fn set(&mut self, key: &str, value: &str) -> Option<()> {
         match key {
             "dirty" => self.dirty_bytes = size(value)?,
+            "base" => self.base = Some(size(value).filter(|base| base % PAGE == 0)?),
             "rate" => self.rate = Rate::parse(value)?,
             "tick" => self.tick = milliseconds(value)?,
             "disk" => self.disk = Some(value.to_owned()),
@@ -69,9 +73,10 @@ mod tests {
 
     #[test]
     fn our_words_are_read_and_nonsense_is_kept() {
-        let line = "console=ttyS0 godwit.dirty=64M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.x=1";
+        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.x=1";
         let expected = Settings {
             dirty_bytes: 64 << 20,
+            base: Some(96 << 20),
             rate: Rate::Max,
             tick: Duration::from_millis(20),
             disk: Some("/dev/vda".into()),
@@ -79,10 +84,10 @@ mod tests {
         };
         assert_eq!(Settings::parse(line), expected);
         assert_eq!(
-            Settings::parse("godwit.tick=0ms godwit.dirty godwit.rate=quick")
+            Settings::parse("godwit.tick=0ms godwit.dirty godwit.rate=quick godwit.base=5")
                 .unknown
                 .len(),
-            3
+            4
         );
     }
 }

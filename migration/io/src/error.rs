@@ -20,6 +20,17 @@ pub enum MemoryIoError {
         /// The address.
         gpa: u64,
     },
+    /// The kernel could not make memory resident.
+    #[error("cannot make guest memory range {gpa:#x}+{len:#x} resident")]
+    Populate {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
     /// The peer closed the connection.
     #[error("the peer closed the connection")]
     Closed,

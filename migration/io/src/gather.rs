@@ -17,7 +17,7 @@ pub enum Piece<'a> {
 ///
 /// The guest may write a range while it is sent: what arrives is then a mixture, and the page is dirty.
 pub struct Gather<'a> {
-    vectors: Vectors<'a>,
+    pub(crate) vectors: Vectors<'a>,
 }
 
 impl<'a> Gather<'a> {
@@ -39,6 +39,6 @@ impl<'a> Gather<'a> {
 
     /// Sends as much as the socket takes now, and never raises SIGPIPE.
     pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
-        self.vectors.send(socket)
+        self.vectors.send(socket, usize::MAX, 0)
     }
 }

@@ -4,21 +4,32 @@
 //! that the caller decides how long to wait and what else to listen for. [`is_zero_page`], [`zero_range`] and
 //! [`digest`] look at, clear and sum up memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
 
+mod compression;
+mod copy;
 mod digest;
 mod error;
 mod gather;
 mod memory;
+mod populate;
+mod receiver;
 mod scatter;
+mod sender;
+mod socket;
 mod vectors;
 mod zero;
+mod zerocopy;
 
 #[cfg(test)]
 mod tests;
 
+pub use compression::{Chooser, CompressionError, Compressor, Decompressor, MAX_BLOCK, Method};
 pub use digest::digest;
 pub use error::MemoryIoError;
 pub use gather::{Gather, Piece};
 pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE};
+pub use populate::populate;
+pub use receiver::Receiver;
 pub use scatter::Scatter;
+pub use sender::{SendCounters, SendPath, Sender};
 pub use vectors::Step;
-pub use zero::{is_zero_page, zero_range};
+pub use zero::{is_zero_page, zero_pages, zero_range};

@@ -9,6 +9,7 @@ use crate::{GuestMemory, MemoryIoError, MemoryRange, Step};
 /// The memory's dirty bitmap is left alone: what arrives from the source is clean.
 pub struct Scatter<'a> {
     vectors: Vectors<'a>,
+    bytes: u64,
 }
 
 impl<'a> Scatter<'a> {
@@ -18,11 +19,19 @@ impl<'a> Scatter<'a> {
         for range in ranges {
             vectors.push_guest(&slice_of(memory, *range)?);
         }
-        Ok(Self { vectors })
+        let bytes = ranges
+            .iter()
+            .fold(0, |sum: u64, range| sum.saturating_add(range.len));
+        Ok(Self { vectors, bytes })
     }
 
     /// Receives as much as the socket has now.
     pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
         self.vectors.receive(socket)
+    }
+
+    /// Bytes that are still to come.
+    pub fn left(&self) -> u64 {
+        self.bytes.saturating_sub(self.vectors.moved())
     }
 }

@@ -189,6 +189,71 @@ fn what_is_sent_by_hand_is_received_by_bits() {
     );
 }
 
+#[test]
+fn only_candidates_are_looked_at_and_they_lie_within_one_region() {
+    let memory = memory();
+    memory.write_slice(&[1], GuestAddress(0x3fff)).unwrap();
+    assert_eq!(zero_pages(&memory, 0, 0xffff).unwrap(), 0xfff7);
+    assert_eq!(zero_pages(&memory, 0x2000, 0b1011).unwrap(), 0b1001);
+    assert_eq!(
+        zero_pages(&memory, HIGH - (60 << 12), 0xf << 60).unwrap(),
+        0xf << 60
+    );
+    assert_eq!(zero_pages(&memory, 1 << 40, 0).unwrap(), 0);
+    for (gpa, candidates) in [
+        (0, 1 << 16),
+        (0xf000, 0b11),
+        (HIGH - 0x1000, 0b11),
+        (u64::MAX << 12, 1),
+        (u64::MAX << 12, 1 << 63),
+        (u64::MAX << 12, 0b11),
+    ] {
+        let error = zero_pages(&memory, gpa, candidates).unwrap_err();
+        assert!(matches!(error, MemoryIoError::OutOfBounds { .. }), "{error}");
+    }
+    assert!(matches!(
+        zero_pages(&memory, 8, 1),
+        Err(MemoryIoError::Unaligned { gpa: 8 })
+    ));
+}
+
+#[test]
+fn populating_makes_pages_resident_and_keeps_their_content() {
+    let (memory, twin) = (memory(), memory());
+    for memory in [&memory, &twin] {
+        memory.write_slice(&[5; 100], GuestAddress(0x4010)).unwrap();
+        for region in memory.iter() {
+            region.get_mmap().bitmap().reset();
+        }
+    }
+    let base = memory.get_host_address(GuestAddress(0x2000)).unwrap();
+    assert_eq!(resident(base, 4), [false, false, true, false]);
+    populate(&memory, range(0x2000, 0x3000)).unwrap();
+    populate(&memory, range(HIGH, 0x8000)).unwrap();
+    populate(&memory, range(0, 0)).unwrap();
+    assert_eq!(resident(base, 4), [true, true, true, false]);
+    assert_eq!(marked(&memory), 0);
+    assert_eq!(digest(&memory).unwrap(), digest(&twin).unwrap());
+    assert!(matches!(
+        populate(&memory, range(0xf000, 0x2000)),
+        Err(MemoryIoError::OutOfBounds { .. })
+    ));
+    assert!(matches!(
+        populate(&memory, range(1, 0x1000)),
+        Err(MemoryIoError::Unaligned { gpa: 1 })
+    ));
+}
+
+/// Which pages are resident.
+#[allow(unsafe_code)] // mincore takes a pointer.
+fn resident(base: *mut u8, pages: usize) -> Vec<bool> {
+    let mut bytes = vec![0; pages];
+    // SAFETY: the pages are mapped, and the answer has room for a byte for each.
+    let done = unsafe { libc::mincore(base.cast(), pages << 12, bytes.as_mut_ptr()) };
+    assert_eq!(done, 0);
+    bytes.iter().map(|byte| byte & 1 == 1).collect()
+}
+
 proptest! {
     #[test]
     fn a_single_byte_anywhere_makes_a_page_non_zero(at in 0u64..4096, byte in 1u8..) {

@@ -26,7 +26,19 @@ const MAX_VECTORS: usize = 1024;
 pub(crate) struct Vectors<'a> {
     vectors: Vec<libc::iovec>,
     at: usize,
+    /// Where runs of guest memory and runs of the monitor's own bytes begin, in turn, guest memory first.
+    turns: Vec<usize>,
+    moved: u64,
     memory: PhantomData<&'a [u8]>,
+}
+
+/// Neighbouring vectors of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Whether they are guest memory, rather than bytes of the monitor's own.
+    pub(crate) guest: bool,
+    pub(crate) vectors: usize,
+    pub(crate) bytes: usize,
 }
 
 impl<'a> Vectors<'a> {
@@ -34,33 +46,71 @@ impl<'a> Vectors<'a> {
         Self {
             vectors: Vec::with_capacity(len),
             at: 0,
+            turns: Vec::new(),
+            moved: 0,
             memory: PhantomData,
         }
     }
 
     /// Adds bytes of the monitor's own, to send.
     pub(crate) fn push_bytes(&mut self, bytes: &'a [u8]) {
-        self.push(bytes.as_ptr().cast_mut(), bytes.len());
+        self.push(bytes.as_ptr().cast_mut(), bytes.len(), false);
     }
 
     /// Adds guest memory, to send or to receive into.
     pub(crate) fn push_guest(&mut self, slice: &GuestSlice<'a>) {
         // The mapping lives as long as the memory that the slice borrows for 'a; no guard is needed for a
         // mapping that is always there (only Xen's come and go).
-        self.push(slice.ptr_guard_mut().as_ptr(), slice.len());
+        self.push(slice.ptr_guard_mut().as_ptr(), slice.len(), true);
     }
 
-    /// Sends what is left, without waiting.
-    pub(crate) fn send(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
-        self.transfer(|header| {
+    /// Bytes moved so far.
+    pub(crate) fn moved(&self) -> u64 {
+        self.moved
+    }
+
+    /// The run that comes next, and the one after it.
+    pub(crate) fn runs(&self) -> [Option<Run>; 2] {
+        let mut turns = self
+            .turns
+            .iter()
+            .copied()
+            .enumerate()
+            .filter(|(_, turn)| *turn > self.at);
+        let mut begin = self.at;
+        std::array::from_fn(|_| {
+            let (number, end) = turns.next().unwrap_or((self.turns.len(), self.vectors.len()));
+            let vectors = self
+                .vectors
+                .get(begin..end)
+                .filter(|vectors| !vectors.is_empty())?;
+            begin = end;
+            Some(Run {
+                // Turns with an even number begin guest memory, so that what ends there is the other kind.
+                guest: !number.is_multiple_of(2),
+                vectors: vectors.len(),
+                bytes: vectors.iter().map(|vector| vector.iov_len).sum(),
+            })
+        })
+    }
+
+    /// Sends what is left, or no more of it than so many vectors, without waiting, with further `flags`.
+    pub(crate) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        most: usize,
+        flags: libc::c_int,
+    ) -> Result<Step, MemoryIoError> {
+        self.transfer(most, |header| {
             // SAFETY: the header's vectors point to bytes that stay mapped for 'a, which `self` cannot outlive;
             // the kernel only reads them. That the guest may write meanwhile does not matter: no Rust
-            // reference to guest memory exists.
+            // reference to guest memory exists. With MSG_ZEROCOPY, which is for guest memory alone, the kernel
+            // reads pages after the call as well: it holds them itself, whatever becomes of the mapping.
             unsafe {
                 libc::sendmsg(
                     socket.as_raw_fd(),
                     header,
-                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT | flags,
                 )
             }
         })
@@ -68,7 +118,7 @@ impl<'a> Vectors<'a> {
 
     /// Receives into what is left, without waiting. All vectors must be guest memory.
     pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
-        let step = self.transfer(|header| {
+        let step = self.transfer(MAX_VECTORS, |header| {
             // SAFETY: as in `send`, and the only caller, `Scatter`, pushes guest memory alone, which may be
             // written through a pointer at any time.
             unsafe { libc::recvmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) }
@@ -80,8 +130,12 @@ impl<'a> Vectors<'a> {
         }
     }
 
-    fn push(&mut self, base: *mut u8, len: usize) {
+    fn push(&mut self, base: *mut u8, len: usize, guest: bool) {
         if len > 0 {
+            // An odd number of turns so far: the last vector is guest memory.
+            if guest == self.turns.len().is_multiple_of(2) {
+                self.turns.push(self.vectors.len());
+            }
             self.vectors.push(libc::iovec {
                 iov_base: base.cast(),
                 iov_len: len,
@@ -91,6 +145,7 @@ impl<'a> Vectors<'a> {
 
     fn transfer(
         &mut self,
+        most: usize,
         mut call: impl FnMut(&mut libc::msghdr) -> libc::ssize_t,
     ) -> Result<Step, MemoryIoError> {
         let left = &mut self.vectors[self.at..];
@@ -100,7 +155,7 @@ impl<'a> Vectors<'a> {
         // SAFETY: a message header is plain data for which zeroes mean "no address, no control data".
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
         header.msg_iov = left.as_mut_ptr();
-        header.msg_iovlen = left.len().min(MAX_VECTORS);
+        header.msg_iovlen = left.len().min(MAX_VECTORS).min(most);
         let moved = loop {
             let Ok(moved) = usize::try_from(call(&mut header)) else {
                 let error = io::Error::last_os_error();
@@ -121,6 +176,7 @@ impl<'a> Vectors<'a> {
     }
 
     fn advance(&mut self, mut moved: usize) {
+        self.moved += moved as u64;
         while let Some(vector) = self.vectors.get_mut(self.at) {
             if moved < vector.iov_len {
                 // The kernel moved no more than it was given, so this stays within the vector.

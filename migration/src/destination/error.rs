@@ -1,4 +1,4 @@
-use migration_io::MemoryIoError;
+use migration_io::{CompressionError, MemoryIoError};
 
 use crate::link::LinkError;
 use crate::page_set::PageSetError;
@@ -10,15 +10,14 @@ pub enum ReceiveError {
     /// The conversation with the source ended, by its fault, by ours or by somebody's wish.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// No version of the protocol is known to both.
-    #[error("the source speaks protocol versions {theirs} (godwit {release}), expected one of {ours}")]
-    Version {
-        /// Versions of this program.
-        ours: String,
-        /// Versions of the source.
-        theirs: String,
-        /// The source's release.
-        release: String,
+    /// A data stream failed.
+    #[error("data stream {index}")]
+    Stream {
+        /// Its number, from 0.
+        index: usize,
+        /// What happened.
+        #[source]
+        source: LinkError,
     },
     /// The machine cannot run here.
     #[error("the machine cannot run here: {}", crate::text::list(differences))]
@@ -44,14 +43,58 @@ pub enum ReceiveError {
     /// Pages that are not within guest memory.
     #[error("the source sent pages that are not in guest memory")]
     Pages(#[source] PageSetError),
+    /// A piece of the map of populated pages that is empty, or does not come after the one before.
+    #[error("expected ascending ranges of whole pages in the map of populated pages, got {gpa:#x}+{len:#x}")]
+    Populated {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A block of compressed pages is not what was announced.
+    #[error("a block of compressed pages cannot be unpacked")]
+    Compressed(#[from] CompressionError),
+    /// A stream has lost count.
+    #[error("the source ended round {got} on a stream, expected round {expected}")]
+    Round {
+        /// The round that was to end.
+        expected: u32,
+        /// The one that the source named.
+        got: u32,
+    },
+    /// More or fewer streams than a migration may have.
+    #[error("the source wants {got} data streams, expected 1 to {most}")]
+    StreamCount {
+        /// The most.
+        most: u32,
+        /// What it wants.
+        got: u32,
+    },
+    /// Memory cannot be handed over on this connection, or not with what came.
+    #[error("memory cannot be handed over: expected {expected}, got {got}")]
+    Handover {
+        /// What it takes.
+        expected: String,
+        /// What there was.
+        got: String,
+    },
+    /// The source asked what became of the machine before it said "go": it was given up.
+    #[error("the source asked for the machine without having said \"go\"; it was given up")]
+    GivenUp,
+    /// An operator discarded the machine while it waited for "go".
+    #[error("discarded by an operator")]
+    Discarded,
     /// Guest memory cannot be read or written.
     #[error("guest memory cannot be reached")]
     Memory(#[from] MemoryIoError),
     /// The engine or the machine panicked before "go".
     #[error("panicked: {0}")]
     Panic(String),
+    /// Nobody could be waited for, or somebody asked not to.
+    #[error(transparent)]
+    Transport(#[from] crate::transport::TransportError),
     /// The system gave no thread.
-    #[error("no thread for keep-alives")]
+    #[error("no thread")]
     Thread(#[source] std::io::Error),
     /// After "go" the machine could not be let run; it is kept, paused.
     #[error("\"go\" came, but the guest does not run; it is kept here, paused")]

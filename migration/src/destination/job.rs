@@ -1,54 +1,106 @@
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_io::digest;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::decide::Word;
+use super::desk::{Arrival, Desk};
+use super::fill::Filling;
 use super::memory::Incoming;
+use super::populate::Populate;
+use super::streams::Streams;
 use super::{ReceiveError, Received};
+use crate::commit::Stage;
 use crate::control::{Control, Phase};
 use crate::link::{KeepAlive, Link, LinkError};
+use crate::options::{MAX_STREAMS, ReceiveOptions};
 use crate::page_set::PageSet;
 use crate::ports::{Destination, MachineDescription, MachineError};
-use crate::protocol::{Frame, Hello, Message};
+use crate::protocol::{Features, Message, Plan};
 use crate::report::ms;
-use crate::text::clean;
+use crate::text::panic_message;
 
 /// One migration under way.
 pub(super) struct Job<'a> {
-    destination: &'a mut dyn Destination,
-    control: &'a Control,
+    pub(super) destination: &'a mut dyn Destination,
+    pub(super) desk: &'a Desk,
+    pub(super) control: &'a Control,
+    pub(super) options: &'a ReceiveOptions,
     built: bool,
-    /// When the machine was accepted; the guest was not paused before that.
-    accepted_at: Instant,
-    /// "go" came: the machine is ours.
-    committed: bool,
 }
 
+/// What the source has announced.
+struct Announced {
+    description: MachineDescription,
+    plan: Plan,
+}
+
+/// More pings are no measurement.
+const MAX_PINGS: usize = 64;
+
+/// How long a source may take to say that it has heard "resumed": it has nothing else to do.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 impl<'a> Job<'a> {
-    pub(super) fn new(destination: &'a mut dyn Destination, control: &'a Control) -> Self {
+    pub(super) fn new(
+        destination: &'a mut dyn Destination,
+        desk: &'a Desk,
+        control: &'a Control,
+        options: &'a ReceiveOptions,
+    ) -> Self {
         Self {
             destination,
+            desk,
             control,
+            options,
             built: false,
-            accepted_at: Instant::now(),
-            committed: false,
         }
     }
 
     /// The migration as it goes when nothing goes wrong.
-    pub(super) fn run(&mut self, link: &mut Link<'_>, alive: &KeepAlive) -> Result<Received, ReceiveError> {
-        hello(link)?;
-        let description = described(link)?;
-        let mut incoming = self.build(link, alive, &description)?;
-        let state = self.fill(link, alive, &mut incoming)?;
-        self.restore(link, alive, &state)?;
-        drop(state);
-        let resume_ms = self.await_go(link, alive)?;
+    pub(super) fn run(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        arrival: &Arrival,
+    ) -> Result<Received, ReceiveError> {
+        let features = self.features(arrival);
+        link.send(&Message::Session {
+            token: arrival.token,
+            features,
+        })?;
+        let Announced { description, plan } = described(link)?;
+        let incoming = self.build(link, alive, &description, plan, features)?;
+        let accepted_at = Instant::now();
+        let word = self.fill_and_wait(link, alive, &incoming, plan)?;
+        // A machine that was described was not paused yet.
+        let stopped_at = word.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
+        let resume_ms = self.resume(link, alive, stopped_at)?;
+        let confirmed = word.connected && hears_farewell(link);
         Ok(Received {
             description,
             resume_ms,
-            bytes_received: link.bytes_received(),
+            bytes_received: link.bytes_received() + incoming.received(),
+            confirmed,
         })
+    }
+
+    /// The error for a panic, which after the commit is one about a machine that is kept: it is the only copy.
+    pub(super) fn panicked(&self, message: String) -> ReceiveError {
+        self.desk.with_ledger(|ledger| match ledger.stage() {
+            Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => {
+                ledger.kept(format!("panicked: {message}"));
+                ReceiveError::NotResumed(format!("panicked: {message}").into())
+            }
+            _ => ReceiveError::Panic(message),
+        })
+    }
+
+    /// From here on no word counts any more, unless one has come already.
+    pub(super) fn give_up(&self) {
+        self.desk.with_ledger(|ledger| ledger.discard());
     }
 
     /// Throws away what was built, if anything was.
@@ -58,13 +110,13 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// The error for a panic, which after "go" is one of the machine's.
-    pub(super) fn panicked(&self, message: String) -> ReceiveError {
-        if self.committed {
-            ReceiveError::NotResumed(format!("panicked: {message}").into())
+    fn features(&self, arrival: &Arrival) -> Features {
+        let ours = if arrival.connection.passes_files() {
+            Features::OURS
         } else {
-            ReceiveError::Panic(message)
-        }
+            Features(Features::OURS.0 & !Features::HANDOVER.0)
+        };
+        ours.and(arrival.features)
     }
 
     fn build(
@@ -72,15 +124,27 @@ impl<'a> Job<'a> {
         link: &mut Link<'_>,
         alive: &KeepAlive,
         description: &MachineDescription,
+        plan: Plan,
+        features: Features,
     ) -> Result<Incoming, ReceiveError> {
         PageSet::check_regions(&description.memory).map_err(ReceiveError::MemoryMap)?;
+        let files = match plan {
+            Plan::Streams(1..=MAX_STREAMS) => None,
+            Plan::Streams(got) => {
+                return Err(ReceiveError::StreamCount {
+                    most: MAX_STREAMS,
+                    got,
+                });
+            }
+            Plan::Handover => Some(files(link, description, features)?),
+        };
         let differences = alive.during(|| self.destination.check(description));
         if !differences.is_empty() {
             link.send(&Message::Refuse(differences.clone()))?;
             return Err(ReceiveError::Refused { differences });
         }
         self.built = true;
-        let memory = alive.during(|| call("create", self.destination.create(description)))?;
+        let memory = alive.during(|| call("create", self.destination.create(description, files)))?;
         let asked = description.memory.iter().map(|region| (region.gpa, region.len));
         if !memory
             .iter()
@@ -89,9 +153,7 @@ impl<'a> Job<'a> {
         {
             return Err(ReceiveError::OtherMemory);
         }
-        let incoming = Incoming::new(memory)?;
-        self.accepted_at = Instant::now();
-        link.send(&Message::Accept)?;
+        let incoming = Incoming::new(memory);
         let total = description.memory.iter().map(|region| region.len).sum();
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
@@ -100,35 +162,48 @@ impl<'a> Job<'a> {
         Ok(incoming)
     }
 
-    /// Takes in pages until the state comes.
-    fn fill(
+    /// Takes in memory and state, says "ready", and waits for the word that decides.
+    fn fill_and_wait(
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        incoming: &mut Incoming,
-    ) -> Result<Vec<u8>, ReceiveError> {
-        let what = "pages, round end or the state";
-        loop {
-            match link.receive(what)? {
-                Frame::Pages(table) => incoming.take(link, table)?,
-                Frame::Message(Message::RoundEnd(n)) => {
-                    self.control.update(|progress| progress.round = n);
-                    link.send(&Message::RoundAck(n))?;
-                }
-                Frame::Message(Message::DigestRequest) => {
-                    let digest = alive.during(|| digest(incoming.memory()))?;
-                    link.send(&Message::Digest(digest))?;
-                }
-                Frame::State(state) => return Ok(state),
-                frame => {
-                    return Err(LinkError::Unexpected {
-                        expected: what,
-                        got: frame.name(),
-                    }
-                    .into());
-                }
+        incoming: &Incoming,
+        plan: Plan,
+    ) -> Result<Word, ReceiveError> {
+        let count = match plan {
+            Plan::Streams(count) => count,
+            Plan::Handover => 0,
+        };
+        // Before anybody is told that they may come.
+        self.desk.expect_streams(count);
+        let streams = Streams::new(incoming, self.desk, self.control, self.options, count);
+        let populate = Populate::new(incoming)?;
+        let ahead = count > 0 && !self.destination.is_resident();
+        link.send(&Message::Accept)?;
+        thread::scope(|scope| {
+            // However this ends, the threads do.
+            let _end = EndOf(&streams, &populate);
+            if ahead {
+                thread::Builder::new()
+                    .name("populate".into())
+                    .spawn_scoped(scope, || {
+                        // It is for speed alone.
+                        let _ = catch_unwind(AssertUnwindSafe(|| populate.run()));
+                    })
+                    .map_err(ReceiveError::Thread)?;
             }
-        }
+            let mut filling = Filling::new(self, link, alive, incoming, &streams, &populate);
+            let state = filling.run(|| streams.seat(scope))?;
+            let arrived_at = Instant::now();
+            // Nothing comes after the state: whatever did would be written into a machine that is complete.
+            streams.end();
+            streams.join();
+            self.restore(link, alive, &state)?;
+            drop(state);
+            let word = self.await_word(link, alive, arrived_at);
+            self.control.set_undecided(false);
+            word
+        })
     }
 
     fn restore(&mut self, link: &mut Link<'_>, alive: &KeepAlive, state: &[u8]) -> Result<(), ReceiveError> {
@@ -137,82 +212,76 @@ impl<'a> Job<'a> {
         let began = Instant::now();
         alive.during(|| call("restore", self.destination.restore(state)))?;
         let restore_ns = nanoseconds(began.elapsed());
-        link.send(&Message::Ready { restore_ns })?;
-        // From here on "go" may be under way: only the source, or its silence, may end it.
+        link.check("nothing before ready")?;
+        if !self.desk.with_ledger(|ledger| ledger.ready()) {
+            return Err(ReceiveError::GivenUp);
+        }
+        // From here on "go" may be under way: only a word may end it.
         link.ignore_cancel();
+        if let Err(error) = link.send(&Message::Ready { restore_ns }) {
+            // Whether a part of it arrived nobody here knows.
+            tracing::warn!(%error, "the source could not be told that the machine is ready");
+        }
         Ok(())
     }
 
-    /// Waits for "go" and lets the guest run. Returns how long that took, in milliseconds.
-    fn await_go(&mut self, link: &mut Link<'_>, alive: &KeepAlive) -> Result<f64, ReceiveError> {
-        let (stopped_for_ns, round_trip_ns) = match link.receive_message("go")? {
-            Message::Go {
-                stopped_for_ns,
-                round_trip_ns,
-            } => (stopped_for_ns, round_trip_ns),
-            other => {
-                return Err(LinkError::Unexpected {
-                    expected: "go",
-                    got: other.name(),
-                }
-                .into());
-            }
-        };
-        let arrived_at = Instant::now();
-        self.committed = true;
+    /// Lets the guest run. Returns how long that took, in milliseconds.
+    fn resume(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        stopped_at: Instant,
+    ) -> Result<f64, ReceiveError> {
+        let began = Instant::now();
         self.control.update(|progress| progress.phase = Phase::Commit);
-        // Half a round trip ago "go" was sent, and the guest had been paused for that long.
-        let ago =
-            Duration::from_nanos(stopped_for_ns).saturating_add(Duration::from_nanos(round_trip_ns / 2));
-        let stopped_at = arrived_at
-            .checked_sub(ago)
-            .unwrap_or(self.accepted_at)
-            .max(self.accepted_at);
-        alive
-            .during(|| self.destination.resume(stopped_at))
-            .map_err(ReceiveError::NotResumed)?;
-        let took = arrived_at.elapsed();
+        let run = AssertUnwindSafe(|| self.destination.resume(stopped_at));
+        let resumed = alive
+            .during(|| catch_unwind(run))
+            .unwrap_or_else(|panic| Err(format!("panicked: {}", panic_message(&*panic)).into()));
+        let took = began.elapsed();
+        if let Err(error) = resumed {
+            let error = ReceiveError::NotResumed(error);
+            let reason = crate::text::clean(&crate::text::chain(&error));
+            self.desk.with_ledger(|ledger| ledger.kept(reason.clone()));
+            // If this does not arrive, the source asks.
+            if link.send(&Message::ResumeFailed { reason }).is_ok() {
+                link.hang_up();
+            }
+            return Err(error);
+        }
+        self.desk.with_ledger(|ledger| ledger.resumed());
         if let Err(error) = link.send(&Message::Resumed {
             resume_ns: nanoseconds(took),
         }) {
-            // The guest runs, and stays: it is the source that is in doubt now.
+            // The guest runs, and stays: it is the source that is in doubt now, and will ask.
             tracing::warn!(%error, "the source could not be told that the guest runs here");
         }
         Ok(ms(took))
     }
 }
 
-/// Agrees on a version.
-fn hello(link: &mut Link<'_>) -> Result<(), ReceiveError> {
-    let theirs = match link.receive_message("hello")? {
-        Message::Hello(hello) => hello,
-        other => {
-            return Err(LinkError::Unexpected {
-                expected: "hello",
-                got: other.name(),
-            }
-            .into());
-        }
-    };
-    // Before any judgement, so that the source can name both sides' versions as well.
-    link.send(&Message::Hello(Hello::ours()))?;
-    match theirs.common_version() {
-        Some(_) => Ok(()),
-        None => Err(ReceiveError::Version {
-            ours: Hello::ours().versions(),
-            theirs: theirs.versions(),
-            release: clean(&theirs.release),
-        }),
+/// Sends the threads home when it goes.
+struct EndOf<'a, 'b>(&'a Streams<'b>, &'a Populate<'b>);
+
+impl Drop for EndOf<'_, '_> {
+    fn drop(&mut self) {
+        self.0.end();
+        self.1.stop();
     }
 }
 
 /// Answers pings until the description comes.
-fn described(link: &mut Link<'_>) -> Result<MachineDescription, ReceiveError> {
+fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
     let what = "ping or describe";
     for _ in 0..MAX_PINGS {
         match link.receive_message(what)? {
             Message::Ping => link.send(&Message::Pong)?,
-            Message::Describe(description) => return Ok(description),
+            Message::Describe { machine, plan } => {
+                return Ok(Announced {
+                    description: machine,
+                    plan,
+                });
+            }
             other => {
                 return Err(LinkError::Unexpected {
                     expected: what,
@@ -229,13 +298,55 @@ fn described(link: &mut Link<'_>) -> Result<MachineDescription, ReceiveError> {
     .into())
 }
 
-/// More pings are no measurement.
-const MAX_PINGS: usize = 64;
+/// The files of a handover, one for each region.
+fn files(
+    link: &mut Link<'_>,
+    description: &MachineDescription,
+    features: Features,
+) -> Result<Vec<OwnedFd>, ReceiveError> {
+    if !features.has(Features::HANDOVER) {
+        return Err(ReceiveError::Handover {
+            expected: "a Unix socket, and a source and a destination that both can".into(),
+            got: "a plan to do it all the same".into(),
+        });
+    }
+    let what = "memory files";
+    let (message, files) = link.receive_with_files(what)?;
+    match message {
+        Message::MemoryFiles if files.len() == description.memory.len() => Ok(files),
+        Message::MemoryFiles => Err(ReceiveError::Handover {
+            expected: format!("{} files", description.memory.len()),
+            got: format!("{}", files.len()),
+        }),
+        other => Err(LinkError::Unexpected {
+            expected: what,
+            got: other.name(),
+        }
+        .into()),
+    }
+}
 
-fn call<T>(call: &'static str, result: Result<T, MachineError>) -> Result<T, ReceiveError> {
+/// Whether the source says that it has heard.
+fn hears_farewell(link: &mut Link<'_>) -> bool {
+    let until = Instant::now() + FAREWELL;
+    while Instant::now() < until {
+        match link.await_peer(&[], Some(until)) {
+            Ok(false) => {}
+            Ok(true) => match link.receive_any("farewell") {
+                Ok(frame) if frame.is(&Message::KeepAlive) => {}
+                Ok(frame) => return frame.is(&Message::Farewell),
+                Err(_) => return false,
+            },
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
+pub(super) fn call<T>(call: &'static str, result: Result<T, MachineError>) -> Result<T, ReceiveError> {
     result.map_err(|source| ReceiveError::Machine { call, source })
 }
 
-fn nanoseconds(duration: Duration) -> u64 {
+pub(super) fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,47 +1,275 @@
-use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE, zero_range};
+//! Guest memory that fills up, by many hands at once.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use migration_io::{Decompressor, GuestMemory, MemoryRange, Method, PAGE_SIZE, zero_range};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ReceiveError;
+use crate::control::Control;
 use crate::link::Link;
-use crate::page_set::PageSet;
-use crate::protocol::PageTable;
+use crate::options::Compression;
+use crate::page_set::PageSetError;
+use crate::protocol::{CompressedTable, PageTable};
 
-/// Guest memory that fills up.
+/// Guest memory, and what has arrived of it.
+#[derive(Debug)]
 pub(super) struct Incoming {
     memory: GuestMemory,
-    /// Pages that were written: all others are zero, and touching them would cost their allocation.
-    written: PageSet,
+    written: Written,
+    /// Bytes that came over the streams.
+    received: AtomicU64,
+}
+
+/// What a stream needs for compressed pages, made when the first ones come.
+#[derive(Default)]
+pub(super) struct Unpacker {
+    block: Vec<u8>,
+    decompressor: Option<Decompressor>,
+}
+
+/// Pages that were written: all others are zero, and touching them would cost their allocation.
+#[derive(Debug)]
+struct Written {
+    regions: Vec<Region>,
+}
+
+#[derive(Debug)]
+struct Region {
+    gpa: u64,
+    pages: u64,
+    words: Vec<AtomicU64>,
 }
 
 impl Incoming {
-    pub(super) fn new(memory: GuestMemory) -> Result<Self, ReceiveError> {
-        let written = PageSet::of(&memory).map_err(ReceiveError::MemoryMap)?;
-        Ok(Self { memory, written })
+    pub(super) fn new(memory: GuestMemory) -> Self {
+        let written = Written::of(&memory);
+        Self {
+            memory,
+            written,
+            received: AtomicU64::new(0),
+        }
     }
 
     pub(super) fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
-    /// Takes in one batch of pages.
-    pub(super) fn take(&mut self, link: &mut Link<'_>, table: PageTable) -> Result<(), ReceiveError> {
+    /// Bytes that came over the streams so far.
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Takes in one batch of pages, whose content is next on the stream.
+    pub(super) fn take(&self, link: &mut Link<'_>, table: PageTable) -> Result<(), ReceiveError> {
         let data: Vec<MemoryRange> = table.data.into_iter().map(MemoryRange::from).collect();
+        let zero: Vec<MemoryRange> = table.zero.into_iter().map(MemoryRange::from).collect();
+        // All of it is looked at before any of it is done.
+        for range in data.iter().chain(&zero) {
+            self.written.locate(*range).map_err(ReceiveError::Pages)?;
+        }
         for range in &data {
-            self.written.insert_range(*range).map_err(ReceiveError::Pages)?;
+            self.written.insert(*range).map_err(ReceiveError::Pages)?;
         }
         link.receive_pages(&self.memory, &data)?;
-        for span in table.zero {
-            self.zero(span.into())?;
+        for range in zero {
+            self.zero(range)?;
         }
         Ok(())
     }
 
-    fn zero(&mut self, range: MemoryRange) -> Result<(), ReceiveError> {
-        self.written.check_range(range).map_err(ReceiveError::Pages)?;
-        for gpa in (range.gpa..range.gpa + range.len).step_by(PAGE_SIZE as usize) {
-            if self.written.contains(gpa) {
-                zero_range(&self.memory, MemoryRange { gpa, len: PAGE_SIZE })?;
-            }
+    /// Takes in one batch of compressed pages, whose block is next on the stream.
+    pub(super) fn take_compressed(
+        &self,
+        link: &mut Link<'_>,
+        table: CompressedTable,
+        unpacker: &mut Unpacker,
+    ) -> Result<(), ReceiveError> {
+        let method = match table.method {
+            Compression::Lz4 => Method::Lz4,
+            Compression::Zstd => Method::Zstd,
+        };
+        let pages: Vec<MemoryRange> = table.pages.into_iter().map(MemoryRange::from).collect();
+        for range in &pages {
+            self.written.insert(*range).map_err(ReceiveError::Pages)?;
+        }
+        // Shorter than its pages, and so within 1 MiB.
+        unpacker.block.resize(table.len as usize, 0);
+        link.receive_bytes(&mut unpacker.block, "a block of compressed pages")?;
+        let decompressor = match unpacker.decompressor.take() {
+            Some(decompressor) => decompressor,
+            None => Decompressor::new()?,
+        };
+        let decompressor = unpacker.decompressor.insert(decompressor);
+        Ok(decompressor.decompress(method, &unpacker.block, &self.memory, &pages)?)
+    }
+
+    /// A stream has received so many bytes more.
+    pub(super) fn count(&self, bytes: u64, control: &Control) {
+        let all = self.received.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        control.update(|progress| progress.bytes_sent = progress.bytes_sent.max(all));
+    }
+
+    /// Whether a range lies within one region.
+    pub(super) fn check(&self, range: MemoryRange) -> Result<(), PageSetError> {
+        self.written.locate(range).map(|_| ())
+    }
+
+    /// Whether any page of a range was written.
+    pub(super) fn is_written(&self, range: MemoryRange) -> bool {
+        self.written
+            .runs(range, |word, mask| word.load(Ordering::Relaxed) & mask)
+            .is_ok_and(|mut runs| runs.next().is_some())
+    }
+
+    /// Zeroes what was written.
+    fn zero(&self, range: MemoryRange) -> Result<(), ReceiveError> {
+        // Zero from here on: to be told so again costs nothing.
+        let take = |word: &AtomicU64, mask: u64| word.fetch_and(!mask, Ordering::Relaxed) & mask;
+        for run in self.written.runs(range, take).map_err(ReceiveError::Pages)? {
+            zero_range(&self.memory, run)?;
         }
         Ok(())
+    }
+}
+
+impl Written {
+    fn of(memory: &GuestMemory) -> Self {
+        let region = |region: &vm_memory::GuestRegionMmap<_>| {
+            let pages = region.len() / PAGE_SIZE;
+            Region {
+                gpa: region.start_addr().0,
+                pages,
+                words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            }
+        };
+        Self {
+            regions: memory.iter().map(region).collect(),
+        }
+    }
+
+    fn insert(&self, range: MemoryRange) -> Result<(), PageSetError> {
+        let (region, first, end) = self.locate(range)?;
+        for (word, mask) in masks(first, end) {
+            region.words[word].fetch_or(mask, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The runs of written pages within a range; each lies within 64 pages.
+    fn runs(
+        &self,
+        range: MemoryRange,
+        look: impl Fn(&AtomicU64, u64) -> u64,
+    ) -> Result<impl Iterator<Item = MemoryRange>, PageSetError> {
+        let (region, first, end) = self.locate(range)?;
+        Ok(masks(first, end).flat_map(move |(word, mask)| {
+            // A page that another stream writes in this very moment is in another table of the same round, which
+            // the protocol rules out: no order is needed here.
+            let mut bits = look(&region.words[word], mask);
+            std::iter::from_fn(move || {
+                let from = bits.trailing_zeros();
+                if from == 64 {
+                    return None;
+                }
+                let count = (!(bits >> from)).trailing_zeros().min(64 - from);
+                bits &= !((u64::MAX >> (64 - count)) << from);
+                Some(MemoryRange {
+                    gpa: region.gpa + (word as u64 * 64 + u64::from(from)) * PAGE_SIZE,
+                    len: u64::from(count) * PAGE_SIZE,
+                })
+            })
+        }))
+    }
+
+    /// The region of a range of whole pages, and the pages in it: first, and the one after the last.
+    fn locate(&self, range: MemoryRange) -> Result<(&Region, u64, u64), PageSetError> {
+        let MemoryRange { gpa, len } = range;
+        let below = self.regions.partition_point(|region| region.gpa <= gpa);
+        let region = below.checked_sub(1).and_then(|at| self.regions.get(at));
+        let whole = gpa.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE) && len > 0;
+        let located = region.filter(|_| whole).and_then(|region| {
+            let first = (gpa - region.gpa) / PAGE_SIZE;
+            let end = first.checked_add(len / PAGE_SIZE)?;
+            (end <= region.pages).then_some((region, first, end))
+        });
+        located.ok_or(PageSetError::OutOfRange { gpa, len })
+    }
+}
+
+/// The words of a bitmap that hold the pages from `first` up to `end`, with those pages' bits.
+fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
+    let mut page = first;
+    std::iter::from_fn(move || {
+        let count = end
+            .checked_sub(page)
+            .filter(|left| *left > 0)?
+            .min(64 - page % 64);
+        let item = ((page / 64) as usize, (u64::MAX >> (64 - count)) << (page % 64));
+        page += count;
+        Some(item)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_found_in_runs(
+            ranges in proptest::collection::vec((0u64..300, 1u64..150), 0..8),
+            look in (0u64..200, 1u64..200),
+        ) {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(1 << 20), 200 << 12)]).unwrap();
+            let written = Written::of(&memory);
+            let range = |(first, count): (u64, u64)| MemoryRange {
+                gpa: (1 << 20) + first * PAGE_SIZE,
+                len: count * PAGE_SIZE,
+            };
+            let mut model = BTreeSet::new();
+            for (first, count) in ranges {
+                let fits = first + count <= 200;
+                prop_assert_eq!(written.insert(range((first, count))).is_ok(), fits);
+                model.extend((first..first + count).filter(|_| fits));
+            }
+            match written.runs(range(look), |word, mask| word.load(Ordering::Relaxed) & mask) {
+                Ok(runs) => {
+                    let found: Vec<u64> = runs
+                        .flat_map(|run| (run.gpa..run.gpa + run.len).step_by(4096))
+                        .map(|gpa| (gpa - (1 << 20)) / PAGE_SIZE)
+                        .collect();
+                    let expected: Vec<u64> = model.range(look.0..look.0 + look.1).copied().collect();
+                    prop_assert_eq!(found, expected);
+                }
+                Err(_) => prop_assert!(look.0 + look.1 > 200),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_in_memory_is_refused() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(1 << 20), 1 << 20)]).unwrap();
+        let written = Written::of(&memory);
+        for (gpa, len) in [
+            (0, 4096),
+            ((1 << 20) + 1, 4096),
+            (1 << 20, 1),
+            (1 << 20, 0),
+            (1 << 20, (1 << 20) + 4096),
+            (u64::MAX - 4095, 4096),
+            (2 << 20, 4096),
+            (1 << 20, u64::MAX - 4095),
+        ] {
+            assert!(
+                written.insert(MemoryRange { gpa, len }).is_err(),
+                "{gpa:#x} {len:#x}"
+            );
+        }
     }
 }

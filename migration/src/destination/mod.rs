@@ -1,21 +1,29 @@
 //! The destination's side of a migration.
 
+mod decide;
+mod desk;
+mod door;
 mod error;
+mod fill;
 mod job;
 mod memory;
+mod populate;
+mod streams;
 
 pub use error::ReceiveError;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 
 use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::ReceiveOptions;
 use crate::ports::{Destination, MachineDescription};
-use crate::protocol::Message;
 use crate::text::{chain, panic_message};
-use crate::transport::Connection;
+use crate::transport::{Endpoint, Listener, TransportError};
+use desk::{Arrival, Desk};
+use door::Door;
 use job::Job;
 
 /// What was received: the guest runs here.
@@ -25,55 +33,130 @@ pub struct Received {
     pub description: MachineDescription,
     /// How long it took after "go" until the last vCPU was let in, in milliseconds.
     pub resume_ms: f64,
-    /// Bytes that came over the connection.
+    /// Bytes that came over the connections.
     pub bytes_received: u64,
+    /// Whether the source knows that the guest runs here. If not, it will ask: keep the receiver.
+    pub confirmed: bool,
 }
 
-/// Receives one machine over a connection.
-///
-/// Blocks until the migration has ended; `control` cancels it from another thread, up to "ready": from then on
-/// only the source decides. After an error before "go" the machine was discarded and `destination` is ready for another attempt; after one with
-/// [`ReceiveError::is_committed`] the machine is kept, paused, and is the only copy that may ever run.
-pub fn receive(
-    destination: &mut dyn Destination,
-    connection: &Connection,
-    options: &ReceiveOptions,
-    control: &Control,
-) -> Result<Received, ReceiveError> {
-    let new_link = || Link::new(connection, control, options.io_timeout, options.step_timeout);
-    let alive = KeepAlive::new(options.io_timeout);
-    let mut link = new_link();
-    control.begin();
-    let mut job = Job::new(destination, control);
-    thread::scope(|scope| {
-        alive.start(scope, new_link()).map_err(ReceiveError::Thread)?;
-        let result = catch_unwind(AssertUnwindSafe(|| job.run(&mut link, &alive)));
-        alive.stop();
-        let result = result.unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
-        if let Err(error) = &result {
-            conclude(&mut job, &mut link, error);
-        }
+/// Listens for a machine, and answers a source that is in doubt about one, for as long as it lives: also between
+/// two calls of [`Receiver::receive`], and after the one that received a machine.
+#[derive(Debug)]
+pub struct Receiver {
+    _door: Door,
+    desk: Arc<Desk>,
+    endpoint: Endpoint,
+    options: ReceiveOptions,
+}
+
+impl Receiver {
+    /// Listens. A socket file that a dead process left behind is taken over.
+    pub fn listen(endpoint: &Endpoint, options: ReceiveOptions) -> Result<Self, TransportError> {
+        let listener = Listener::bind(endpoint)?;
+        let endpoint = listener.endpoint().clone();
+        let failed = |source| TransportError::Listen {
+            endpoint: endpoint.clone(),
+            source,
+        };
+        let desk = Arc::new(Desk::new().map_err(failed)?);
+        let door = Door::open(listener, desk.clone(), options.clone()).map_err(failed)?;
+        Ok(Self {
+            _door: door,
+            desk,
+            endpoint,
+            options,
+        })
+    }
+
+    /// Where it listens, with the port that the system chose if it was to choose one.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Waits for a source and receives its machine.
+    ///
+    /// Blocks until that has ended; `control` cancels it from another thread, up to "ready": from then on only
+    /// the source decides, or an operator through [`Control::decide`]. After an error before the commit the
+    /// machine was discarded and `destination` is ready for another attempt; after one with
+    /// [`ReceiveError::is_committed`] the machine is kept, paused, and is the only copy that may ever run. Once
+    /// a machine has arrived the receiver takes no other.
+    pub fn receive(
+        &mut self,
+        destination: &mut dyn Destination,
+        control: &Control,
+    ) -> Result<Received, ReceiveError> {
+        let arrival = self.desk.wait_for_source(control)?;
+        let _leave = Leave(&self.desk);
+        control.begin();
+        let result = self.take_in(destination, control, &arrival);
         control.end();
         result
-    })
+    }
+
+    fn take_in(
+        &self,
+        destination: &mut dyn Destination,
+        control: &Control,
+        arrival: &Arrival,
+    ) -> Result<Received, ReceiveError> {
+        let options = &self.options;
+        let new_link = || {
+            Link::new(
+                &arrival.connection,
+                control,
+                options.io_timeout,
+                options.step_timeout,
+            )
+        };
+        let alive = KeepAlive::new(options.io_timeout);
+        let mut link = new_link();
+        let mut job = Job::new(destination, &self.desk, control, options);
+        thread::scope(|scope| {
+            // Without the thread a long step looks like silence; the job itself does not need it.
+            if let Err(error) = alive.start(scope, new_link()) {
+                tracing::warn!(%error, "no thread for keep-alives");
+            }
+            let run = AssertUnwindSafe(|| job.run(&mut link, &alive, arrival));
+            let result = catch_unwind(run).unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
+            alive.stop();
+            if let Err(error) = &result
+                && !error.is_committed()
+            {
+                conclude(&mut job, &mut link, error);
+            }
+            result
+        })
+    }
 }
 
-/// Tells the source, and throws away what was built unless it is the only copy.
-fn conclude(job: &mut Job<'_>, link: &mut Link<'_>, error: &ReceiveError) {
-    let reason = chain(error);
-    match error {
-        _ if error.is_committed() => {
-            // If this does not arrive, the source is in doubt, which is just as well.
-            let _ = link.send(&Message::ResumeFailed { reason });
-            return;
-        }
-        // The source knows, or cannot be told.
-        ReceiveError::Link(LinkError::Aborted { .. } | LinkError::Closed { .. }) => {}
-        ReceiveError::Refused { .. } => link.hang_up(),
-        _ => link.abort(matches!(error, ReceiveError::Link(LinkError::Cancelled)), &reason),
+/// Nobody's seat is kept when the job ends, however it does.
+struct Leave<'a>(&'a Desk);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
     }
-    let discarded = catch_unwind(AssertUnwindSafe(|| job.discard()));
-    if let Err(panic) = discarded {
+}
+
+/// Gives the machine up, tells the source, and throws away what was built.
+fn conclude(job: &mut Job<'_>, link: &mut Link<'_>, error: &ReceiveError) {
+    // First of all, so that no "go" counts any more, and the answer to a question is the right one.
+    job.give_up();
+    match error {
+        // The source knows, and waits to see that its word was heard: not for as long as it takes to throw a
+        // machine away.
+        ReceiveError::Link(LinkError::Aborted { .. } | LinkError::Closed { .. }) => link.close(),
+        ReceiveError::Refused { .. } => {
+            link.hang_up();
+        }
+        _ => {
+            link.abort(
+                matches!(error, ReceiveError::Link(LinkError::Cancelled)),
+                &chain(error),
+            );
+        }
+    }
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job.discard())) {
         tracing::error!(
             message = panic_message(&*panic),
             "discarding the machine panicked"

@@ -37,6 +37,11 @@ impl KeepAlive {
         }
     }
 
+    /// How long the connection's owner may be silent.
+    pub(crate) fn interval(&self) -> Duration {
+        self.interval
+    }
+
     /// Runs a step of this side's own. Nothing else may be sent meanwhile.
     pub(crate) fn during<T>(&self, step: impl FnOnce() -> T) -> T {
         self.lock().busy = true;
@@ -60,6 +65,7 @@ impl KeepAlive {
 
     fn run(&self, link: &mut Link<'_>) {
         link.only_send();
+        link.ignore_cancel();
         let mut last = Instant::now();
         let mut state = self.lock();
         while !state.stop {

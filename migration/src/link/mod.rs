@@ -1,7 +1,9 @@
 //! Frames over a connection: every wait bounded, woken by cancel, and deaf to a peer that trickles.
 
 mod error;
+mod files;
 mod keep_alive;
+mod pages;
 mod wait;
 
 pub use error::LinkError;
@@ -11,11 +13,11 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use migration_io::{Gather, GuestMemory, MemoryIoError, MemoryRange, Piece, Scatter, Step};
+use migration_io::{Gather, GuestMemory, MemoryIoError, Piece, Sender, Step};
 use rustix::net::{RecvFlags, recv};
 
 use crate::control::Control;
-use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message, PageTable};
+use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message};
 use crate::text::clean;
 use crate::transport::Connection;
 use wait::{Patience, Wanted};
@@ -25,6 +27,9 @@ const CONTENT_PIECE: usize = 256 << 10;
 
 /// More of them at once are no signs of life.
 const MAX_KEEP_ALIVES: usize = 64;
+
+/// A stream may be idle for longer than any migration lasts.
+const IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The longest that an end waits for the other one to read its last words.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -40,6 +45,10 @@ pub(crate) struct Link<'a> {
     listen: bool,
     /// Whether a frame was sent in part only, so that nothing can follow it.
     torn: bool,
+    /// On a data stream: sends without a copy where that works.
+    sender: Option<Sender>,
+    /// On a data stream: is woken for pieces that are worth it.
+    receiver: Option<migration_io::Receiver>,
     bytes_sent: u64,
     bytes_received: u64,
 }
@@ -59,6 +68,8 @@ impl<'a> Link<'a> {
             heed_cancel: true,
             listen: true,
             torn: false,
+            sender: None,
+            receiver: None,
             bytes_sent: 0,
             bytes_received: 0,
         }
@@ -86,7 +97,6 @@ impl<'a> Link<'a> {
 
     /// For a link that only sends while another one to the same peer does the listening.
     pub(crate) fn only_send(&mut self) {
-        self.ignore_cancel();
         self.listen = false;
     }
 
@@ -113,29 +123,47 @@ impl<'a> Link<'a> {
         self.send_frame(Kind::Control, &content, what)
     }
 
+    /// Waits so long, or until somebody asks for the end.
+    pub(crate) fn pause(&mut self, time: Duration) -> Result<(), LinkError> {
+        self.check_cancel()?;
+        if time.is_zero() {
+            return Ok(());
+        }
+        wait::rest(self.control.wake(), time)?;
+        self.check_cancel()
+    }
+
     /// Sends the machine's state.
     pub(crate) fn send_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
         self.send_frame(Kind::State, state, "the state")
     }
 
-    /// Sends a table of pages with the content of those that have one.
-    pub(crate) fn send_pages(&mut self, memory: &GuestMemory, table: &PageTable) -> Result<(), LinkError> {
-        let what = "pages";
-        let content = postcard::to_stdvec(table).map_err(|source| LinkError::Encode { what, source })?;
-        let header = encode_header(Kind::Pages, content.len(), what)?;
-        let head = [Piece::Bytes(&header), Piece::Bytes(&content)];
-        let pages = table.data.iter().map(|span| Piece::Guest((*span).into()));
-        let failed = |source| LinkError::Io { what, source };
-        let gather = Gather::new(memory, head.into_iter().chain(pages)).map_err(failed)?;
-        let len = header.len() as u64 + content.len() as u64 + table.data_bytes();
-        self.transmit(gather, len, what)
+    /// Sends a part of the machine's state, for practice.
+    pub(crate) fn send_rehearsal(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        self.send_frame(Kind::Rehearsal, state, "a rehearsal")
     }
 
     /// The next frame that is no keep-alive. An abort is an error, as is silence.
     pub(crate) fn receive(&mut self, what: &'static str) -> Result<Frame, LinkError> {
-        let deadline = Instant::now() + self.step_timeout;
+        self.receive_while(what, || 0)
+    }
+
+    /// The same from a peer that is also busy elsewhere: as long as `progress` changes within the time of a
+    /// step, and the peer says that it is alive, it has time.
+    pub(crate) fn receive_while(
+        &mut self,
+        what: &'static str,
+        progress: impl Fn() -> u64,
+    ) -> Result<Frame, LinkError> {
+        let mut deadline = Instant::now() + self.step_timeout;
+        let mut last = progress();
         loop {
             self.check_cancel()?;
+            let now = progress();
+            if now != last {
+                last = now;
+                deadline = Instant::now() + self.step_timeout;
+            }
             // A peer that only keeps itself alive has the time of one step, no more.
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -151,6 +179,32 @@ impl<'a> Link<'a> {
         }
     }
 
+    /// Waits until the peer says something or hangs up, one of `others` is readable, or until a moment; may come
+    /// back early. Answers whether the peer has something to be received.
+    pub(crate) fn await_peer(
+        &self,
+        others: &[BorrowedFd<'_>],
+        until: Option<Instant>,
+    ) -> Result<bool, LinkError> {
+        self.check_cancel()?;
+        let mut others = others.to_vec();
+        others.extend(self.heed_cancel.then(|| self.control.wake()));
+        let ready = wait::wait_with(self.connection, &others, until)?;
+        self.check_cancel()?;
+        Ok(ready)
+    }
+
+    /// The next frame, a keep-alive as well. An abort is an error.
+    pub(crate) fn receive_any(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        self.next_frame(self.io_timeout, what)
+    }
+
+    /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
+    /// whoever ends the migration shuts this connection down.
+    pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        self.next_frame(IDLE, what)
+    }
+
     /// The next message.
     pub(crate) fn receive_message(&mut self, what: &'static str) -> Result<Message, LinkError> {
         match self.receive(what)? {
@@ -162,78 +216,80 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Receives the content of pages in place.
-    pub(crate) fn receive_pages(
-        &mut self,
-        memory: &GuestMemory,
-        ranges: &[MemoryRange],
-    ) -> Result<(), LinkError> {
-        let what = "the content of pages";
-        let mut scatter = Scatter::new(memory, ranges).map_err(|source| LinkError::Io { what, source })?;
-        self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
-            scatter.step(socket)
-        })?;
-        self.bytes_received += ranges.iter().map(|range| range.len).sum::<u64>();
-        Ok(())
-    }
-
     /// Tells the peer that it is over, and waits a moment for it to hang up: a connection that is closed with
-    /// data unread would take the message back from the peer's buffer.
-    pub(crate) fn abort(&mut self, cancelled: bool, reason: &str) {
+    /// data unread would take the message back from the peer's buffer. Answers whether the peer has hung up,
+    /// and so has heard it.
+    pub(crate) fn abort(&mut self, cancelled: bool, reason: &str) -> bool {
         self.ignore_cancel();
         self.io_timeout = self.io_timeout.min(FAREWELL);
-        if !self.torn
-            && self
-                .send(&Message::Abort {
-                    cancelled,
-                    reason: clean(reason),
-                })
-                .is_ok()
-        {
-            self.hang_up();
-        }
+        let abort = Message::Abort {
+            cancelled,
+            reason: clean(reason),
+        };
+        !self.torn && self.send(&abort).is_ok() && self.hang_up()
     }
 
-    /// Ends our direction and reads what still comes until the peer ends its own, for a moment.
-    pub(crate) fn hang_up(&mut self) {
+    /// Ends the connection: there is nothing more to say or to hear.
+    pub(crate) fn close(&self) {
+        // One that has ended by itself is what is wanted.
+        let _ = self.connection.shutdown(Shutdown::Both);
+    }
+
+    /// Ends our direction and reads what still comes until the peer ends its own, for a moment. Answers whether
+    /// it did.
+    pub(crate) fn hang_up(&mut self) -> bool {
         self.ignore_cancel();
         let deadline = Instant::now() + self.io_timeout.min(FAREWELL);
         if self.connection.shutdown(Shutdown::Write).is_err() {
-            return;
+            return false;
         }
         let mut rest = [0; 4096];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.fill(&mut rest, Patience::new(left), "the end").is_err() {
-                return;
+            if left.is_zero() {
+                return false;
+            }
+            match self.fill(&mut rest, Patience::new(left), "the end") {
+                Ok(()) => {}
+                Err(error) => return matches!(error, LinkError::Closed { .. }),
             }
         }
     }
 
     fn send_frame(&mut self, kind: Kind, content: &[u8], what: &'static str) -> Result<(), LinkError> {
         let header = encode_header(kind, content.len(), what)?;
+        self.send_bytes(&[&header, content], what)
+    }
+
+    fn send_bytes(&mut self, parts: &[&[u8]], what: &'static str) -> Result<(), LinkError> {
         let none = GuestMemory::new();
-        let gather = Gather::new(&none, [Piece::Bytes(&header), Piece::Bytes(content)])
+        let gather = Gather::new(&none, parts.iter().map(|part| Piece::Bytes(part)))
             .map_err(|source| LinkError::Io { what, source })?;
-        self.transmit(gather, header.len() as u64 + content.len() as u64, what)
+        let len = parts.iter().map(|part| part.len() as u64).sum();
+        self.transmit(gather, len, what)
     }
 
     fn transmit(&mut self, mut gather: Gather<'_>, len: u64, what: &'static str) -> Result<(), LinkError> {
         self.check_cancel()?;
         let mut moved = false;
+        let mut sender = self.sender.take();
         let mut step = |socket: BorrowedFd<'_>| {
-            let step = gather.step(socket)?;
+            let step = match &mut sender {
+                Some(sender) => sender.send(&mut gather, socket)?,
+                None => gather.step(socket)?,
+            };
             moved |= step != Step::WouldBlock;
             Ok(step)
         };
         let mut result = self.drive(Wanted::Room, Patience::new(self.io_timeout), what, &mut step);
         let cancelled = matches!(result, Err(LinkError::Cancelled));
-        if cancelled {
+        if cancelled && self.listen {
             // Half a frame would make nonsense of the abort that follows: a moment to complete it.
             self.ignore_cancel();
             result = self.drive(Wanted::Room, Patience::new(FAREWELL), what, &mut step);
         }
         self.torn = result.is_err() && moved;
+        self.sender = sender;
         match result {
             _ if cancelled => Err(LinkError::Cancelled),
             Ok(()) => {
@@ -312,13 +368,23 @@ impl<'a> Link<'a> {
         };
         let mut header = [0; HEADER_LEN];
         self.fill(&mut header, Patience::new(silence), what)?;
-        let header = Header::decode(header).map_err(malformed)?;
+        self.rest_of_frame(Header::decode(header).map_err(malformed)?, what)
+    }
+
+    /// The content that a header announces. An abort is an error.
+    fn rest_of_frame(&mut self, header: Header, what: &'static str) -> Result<Frame, LinkError> {
+        let malformed = |source| LinkError::Protocol {
+            expected: what,
+            source,
+        };
+        // A peer that trickles does not get longer for a frame than for a step.
+        let by = Instant::now() + self.step_timeout;
         let mut content = Vec::new();
         let mut left = header.len as usize;
         while left > 0 {
             let (at, piece) = (content.len(), left.min(CONTENT_PIECE));
             content.resize(at + piece, 0);
-            self.fill(&mut content[at..], Patience::new(self.io_timeout), what)?;
+            self.fill(&mut content[at..], Patience::new(self.io_timeout).by(by), what)?;
             left -= piece;
         }
         match Frame::decode(header.kind, content).map_err(malformed)? {

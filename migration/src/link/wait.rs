@@ -18,6 +18,8 @@ pub(super) enum Wanted {
     Room,
     /// Room to write, whatever the peer says.
     RoomAlone,
+    /// Completions of what was sent.
+    Completions,
 }
 
 impl Wanted {
@@ -37,6 +39,8 @@ pub(super) struct Patience {
     span: Duration,
     deadline: Instant,
     moved: usize,
+    /// However much it moves.
+    limit: Option<Instant>,
 }
 
 impl Patience {
@@ -48,6 +52,15 @@ impl Patience {
             span,
             deadline: Instant::now() + span,
             moved: 0,
+            limit: None,
+        }
+    }
+
+    /// The same, but not beyond a moment.
+    pub(super) fn by(self, limit: Instant) -> Self {
+        Self {
+            limit: Some(limit),
+            ..self
         }
     }
 
@@ -55,7 +68,10 @@ impl Patience {
     pub(super) fn reward(&mut self, bytes: usize) {
         self.moved += bytes;
         if self.moved >= Self::QUANTUM {
-            *self = Self::new(self.span);
+            *self = Self {
+                limit: self.limit,
+                ..Self::new(self.span)
+            };
         }
     }
 }
@@ -73,12 +89,17 @@ pub(super) fn wait(
         Wanted::Data => PollFlags::IN,
         Wanted::Room => PollFlags::IN | PollFlags::OUT,
         Wanted::RoomAlone => PollFlags::OUT,
+        // They are reported as an error, which needs no asking.
+        Wanted::Completions => PollFlags::empty(),
     };
     let socket = connection.as_fd();
     let mut events = vec![PollFd::from_borrowed_fd(socket, flags)];
     events.extend(wake.map(|wake| PollFd::from_borrowed_fd(wake, PollFlags::IN)));
     loop {
-        let left = patience.deadline.saturating_duration_since(Instant::now());
+        let end = patience
+            .limit
+            .map_or(patience.deadline, |limit| limit.min(patience.deadline));
+        let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(LinkError::TimedOut {
                 what,
@@ -94,6 +115,40 @@ pub(super) fn wait(
             return Err(LinkError::Cancelled);
         }
         return Ok(wanted == Wanted::Room && events[0].revents().contains(PollFlags::IN));
+    }
+}
+
+/// Waits until the connection has something to read (or has ended), one of `others` is readable, or until a
+/// moment. Answers whether it is the connection.
+pub(super) fn wait_with(
+    connection: &Connection,
+    others: &[BorrowedFd<'_>],
+    until: Option<Instant>,
+) -> Result<bool, LinkError> {
+    let mut events = vec![PollFd::new(connection, PollFlags::IN)];
+    events.extend(others.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
+    let left = until.map(|until| timespec(until.saturating_duration_since(Instant::now())));
+    match poll(&mut events, left.as_ref()) {
+        Ok(_) => Ok(!events[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(LinkError::Wait(error.into())),
+    }
+}
+
+/// Waits so long, or until `wake` is readable.
+pub(super) fn rest(wake: BorrowedFd<'_>, time: Duration) -> Result<(), LinkError> {
+    let deadline = Instant::now() + time;
+    let mut events = [PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        match poll(&mut events, Some(&timespec(left))) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(LinkError::Wait(error.into())),
+        }
     }
 }
 

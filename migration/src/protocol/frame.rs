@@ -4,6 +4,7 @@ use migration_io::{MemoryRange, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 
 use super::{Message, ProtocolError};
+use crate::options::Compression;
 
 /// Bytes of a frame's header: kind, three zeroes, length of the content as u32 (little-endian).
 pub(crate) const HEADER_LEN: usize = 8;
@@ -23,6 +24,10 @@ pub(crate) enum Kind {
     Pages = 2,
     /// The machine's state.
     State = 3,
+    /// A [`CompressedTable`]; the compressed bytes follow the frame.
+    Compressed = 4,
+    /// A part of the machine's state, for practice.
+    Rehearsal = 5,
 }
 
 /// A frame's header, checked.
@@ -39,6 +44,18 @@ pub(crate) enum Frame {
     Message(Message),
     Pages(PageTable),
     State(Vec<u8>),
+    Compressed(CompressedTable),
+    Rehearsal(Vec<u8>),
+}
+
+/// Pages whose content follows the frame as one compressed block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CompressedTable {
+    pub(crate) method: Compression,
+    /// The pages, in the order of their content; at most [`MAX_BATCH_BYTES`] in all.
+    pub(crate) pages: Vec<Span>,
+    /// Bytes that follow, fewer than those of the pages.
+    pub(crate) len: u32,
 }
 
 /// Which pages come, and which are zero.
@@ -61,8 +78,8 @@ impl Kind {
     fn limit(self) -> u32 {
         match self {
             Kind::Control => 1 << 20,
-            Kind::Pages => 16 << 10,
-            Kind::State => migration_state::MAX_ENCODED_LEN as u32,
+            Kind::Pages | Kind::Compressed => 16 << 10,
+            Kind::State | Kind::Rehearsal => migration_state::MAX_ENCODED_LEN as u32,
         }
     }
 
@@ -71,6 +88,8 @@ impl Kind {
             Kind::Control => "control",
             Kind::Pages => "pages",
             Kind::State => "state",
+            Kind::Compressed => "compressed pages",
+            Kind::Rehearsal => "rehearsal",
         }
     }
 }
@@ -104,6 +123,8 @@ impl Header {
             1 => Kind::Control,
             2 => Kind::Pages,
             3 => Kind::State,
+            4 => Kind::Compressed,
+            5 => Kind::Rehearsal,
             _ => return Err(ProtocolError::Header { got: bytes }),
         };
         Self::new(kind, u32::from_le_bytes([a, b, c, d]) as usize)
@@ -117,7 +138,14 @@ impl Frame {
             Frame::Message(message) => message.name(),
             Frame::Pages(_) => "pages",
             Frame::State(_) => "the state",
+            Frame::Compressed(_) => "compressed pages",
+            Frame::Rehearsal(_) => "a rehearsal",
         }
+    }
+
+    /// Whether it is this message.
+    pub(crate) fn is(&self, message: &Message) -> bool {
+        matches!(self, Frame::Message(ours) if ours == message)
     }
 
     /// Reads a frame's content.
@@ -126,6 +154,10 @@ impl Frame {
             Kind::Control => Ok(Frame::Message(read(kind, &content)?)),
             Kind::Pages => Ok(Frame::Pages(read::<PageTable>(kind, &content)?.check()?)),
             Kind::State => Ok(Frame::State(content)),
+            Kind::Compressed => Ok(Frame::Compressed(
+                read::<CompressedTable>(kind, &content)?.check()?,
+            )),
+            Kind::Rehearsal => Ok(Frame::Rehearsal(content)),
         }
     }
 }
@@ -137,24 +169,48 @@ impl PageTable {
     }
 
     fn check(self) -> Result<Self, ProtocolError> {
-        let refuse = |why| Err(ProtocolError::Batch { why });
-        if self.data.len().max(self.zero.len()) > MAX_BATCH_RANGES {
-            return refuse("more than 256 ranges");
-        }
-        let in_pages = |span: &Span| {
-            span.gpa.is_multiple_of(PAGE_SIZE) && span.len.is_multiple_of(PAGE_SIZE) && span.len > 0
-        };
-        if !self.data.iter().chain(&self.zero).all(in_pages) {
-            return refuse("a range that is empty or not made of whole pages");
-        }
-        let total = |spans: &[Span]| spans.iter().fold(0u64, |sum, span| sum.saturating_add(span.len));
-        if total(&self.data) > MAX_BATCH_BYTES {
-            return refuse("more than 1 MiB of content");
-        }
-        if total(&self.zero) > MAX_BATCH_ZERO_BYTES {
-            return refuse("more than 256 MiB of zero pages");
+        check_spans(&self.data, MAX_BATCH_BYTES)?;
+        check_spans(&self.zero, MAX_BATCH_ZERO_BYTES)?;
+        Ok(self)
+    }
+}
+
+impl CompressedTable {
+    /// Bytes of the pages.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.pages.iter().map(|span| span.len).sum()
+    }
+
+    fn check(self) -> Result<Self, ProtocolError> {
+        check_spans(&self.pages, MAX_BATCH_BYTES)?;
+        if self.len == 0 || u64::from(self.len) >= self.page_bytes() {
+            return Err(ProtocolError::Batch {
+                why: "a compressed block that is empty or as long as its pages",
+            });
         }
         Ok(self)
+    }
+}
+
+fn check_spans(spans: &[Span], most: u64) -> Result<(), ProtocolError> {
+    let refuse = |why| Err(ProtocolError::Batch { why });
+    if spans.len() > MAX_BATCH_RANGES {
+        return refuse("more than 256 ranges");
+    }
+    if !spans.iter().all(Span::is_pages) {
+        return refuse("a range that is empty or not made of whole pages");
+    }
+    let total = spans.iter().fold(0u64, |sum, span| sum.saturating_add(span.len));
+    if total > most {
+        return refuse("more than 1 MiB of content or 256 MiB of zero pages");
+    }
+    Ok(())
+}
+
+impl Span {
+    /// Whether it is made of whole pages, at least one.
+    pub(crate) fn is_pages(&self) -> bool {
+        self.gpa.is_multiple_of(PAGE_SIZE) && self.len.is_multiple_of(PAGE_SIZE) && self.len > 0
     }
 }
 
@@ -209,16 +265,16 @@ mod tests {
             reason: "x".into(),
         };
         assert_eq!(number(&Message::Hello(Hello::ours())), 0);
-        assert_eq!(number(&Message::RoundEnd(1)), 6);
+        assert_eq!(number(&Message::RoundEnd(1)), 14);
         assert_eq!(
             number(&Message::Go {
                 stopped_for_ns: 1,
                 round_trip_ns: 2
             }),
-            11
+            20
         );
-        assert_eq!(content(&abort), [14, 1, 1, b'x']);
-        assert_eq!(number(&Message::KeepAlive), 15);
+        assert_eq!(content(&abort), [24, 1, 1, b'x']);
+        assert_eq!(number(&Message::KeepAlive), 25);
         let header = Header::new(Kind::Pages, 0x1234).unwrap();
         assert_eq!(header.encode(), [2, 0, 0, 0, 0x34, 0x12, 0, 0]);
         assert_eq!(Header::decode(header.encode()).unwrap(), header);
@@ -242,7 +298,7 @@ mod tests {
             Header::decode([1, 1, 0, 0, 0, 0, 0, 0]),
             Err(ProtocolError::Header { .. })
         ));
-        let trailing = Frame::decode(Kind::Control, vec![15, 0]);
+        let trailing = Frame::decode(Kind::Control, vec![25, 0]);
         assert!(matches!(trailing, Err(ProtocolError::Trailing { count: 1, .. })));
     }
 
@@ -279,14 +335,20 @@ mod tests {
     proptest! {
         #[test]
         fn any_content_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
-            for kind in [Kind::Control, Kind::Pages, Kind::State] {
+            for kind in [
+                Kind::Control,
+                Kind::Pages,
+                Kind::State,
+                Kind::Compressed,
+                Kind::Rehearsal,
+            ] {
                 let _ = Frame::decode(kind, bytes.clone());
             }
         }
 
         #[test]
         fn any_content_of_a_known_variant_is_read_or_refused(
-            variant in 0u8..18,
+            variant in 0u8..28,
             bytes in proptest::collection::vec(any::<u8>(), 0..512),
         ) {
             let bytes = [&[variant][..], &bytes].concat();
@@ -294,7 +356,7 @@ mod tests {
         }
 
         #[test]
-        fn any_header_is_within_its_limit_or_refused(bytes in any::<[u8; 8]>(), kind in 0u8..5) {
+        fn any_header_is_within_its_limit_or_refused(bytes in any::<[u8; 8]>(), kind in 0u8..8) {
             let bytes = [kind, 0, 0, 0, bytes[4], bytes[5], bytes[6], bytes[7]];
             if let Ok(header) = Header::decode(bytes) {
                 prop_assert!(header.len <= header.kind.limit());

@@ -2,31 +2,81 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
+use super::Span;
 use crate::ports::{Difference, MachineDescription};
 
 /// Versions of the protocol that this program speaks.
-const VERSIONS: RangeInclusive<u16> = 1..=1;
+const VERSIONS: RangeInclusive<u16> = 2..=2;
 const MAGIC: [u8; 8] = *b"GODWITMG";
+
+/// Most ranges in one piece of [`Message::Populated`]; fits its frame.
+pub(crate) const MAX_SPANS: usize = 32 << 10;
+
+/// Names one migration, so that only its own connections join it. Chosen at random by the destination.
+pub(crate) type Token = [u8; 16];
 
 /// A control message. The order of the variants is the wire format: new ones go to the end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Message {
-    /// Either side's first message. Its layout is the same in all versions.
+    /// Either side's first message on every connection. Its layout is the same in all versions.
     Hello(Hello),
+    /// Source: this is the control connection of a new migration.
+    Begin(Features),
+    /// Destination: it is on; what both sides can do.
+    Session {
+        /// The migration's name.
+        token: Token,
+        /// The features that both sides have.
+        features: Features,
+    },
+    /// Source, on a connection of its own: this is data stream `index` of a migration under way.
+    Join {
+        /// The migration's name.
+        token: Token,
+        /// Counted from 0.
+        index: u32,
+    },
+    /// Destination: it is expected.
+    Joined,
+    /// Source, on a connection of its own, after "ready": what became of the machine? A destination that had no
+    /// "go" by then gives it up.
+    Ask(Token),
+    /// Destination: the answer.
+    Outcome(Outcome),
     /// Source: measure the round trip.
     Ping,
     /// Destination: the answer.
     Pong,
-    /// Source: this is the machine.
-    Describe(MachineDescription),
+    /// Source: this is the machine, and this is how it will come.
+    Describe {
+        /// The machine.
+        machine: MachineDescription,
+        /// How its memory comes.
+        plan: Plan,
+    },
+    /// Source, in a handover: this frame carries a file descriptor for each region of memory.
+    MemoryFiles,
     /// Destination: the machine is built and waits for its memory.
     Accept,
     /// Destination: the machine cannot run here.
     Refuse(Vec<Difference>),
-    /// Source: all pages of a round were sent.
+    /// Source: these ranges of memory may hold something, all others are zero. In pieces, ascending.
+    Populated(Vec<Span>),
+    /// Source, on every stream and on the control connection: all pages of a round were sent.
     RoundEnd(u32),
     /// Destination: they are all in memory.
-    RoundAck(u32),
+    RoundAck {
+        /// Which round.
+        round: u32,
+        /// From the moment at which the control connection's "round end" arrived until the last page was in
+        /// memory, in nanoseconds.
+        late_ns: u64,
+    },
+    /// Destination: what was sent as a rehearsal was restored.
+    Rehearsed {
+        /// How long that took, in nanoseconds.
+        restore_ns: u64,
+    },
     /// Source: nothing writes my memory now; what is yours?
     DigestRequest,
     /// Destination: xxh3-128 of all regions in order.
@@ -53,6 +103,8 @@ pub(crate) enum Message {
         /// Why.
         reason: String,
     },
+    /// Source: I know that it runs; nobody will ask.
+    Farewell,
     /// Either side, before "go": this migration is over.
     Abort {
         /// Whether somebody asked for it.
@@ -62,6 +114,54 @@ pub(crate) enum Message {
     },
     /// Either side: still at it.
     KeepAlive,
+}
+
+/// What a side can do beyond the least that its version demands; unknown bits are ignored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Features(pub(crate) u64);
+
+impl Features {
+    /// Pages compressed with lz4.
+    pub(crate) const LZ4: Self = Self(1);
+    /// Pages compressed with zstd.
+    pub(crate) const ZSTD: Self = Self(2);
+    /// Memory handed over as files.
+    pub(crate) const HANDOVER: Self = Self(4);
+    /// Everything that this program can do.
+    pub(crate) const OURS: Self = Self(Self::LZ4.0 | Self::ZSTD.0 | Self::HANDOVER.0);
+
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    pub(crate) fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// How a machine's memory comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Plan {
+    /// As pages over so many data streams, 1 to [`crate::MAX_STREAMS`].
+    Streams(u32),
+    /// As files, right after the description.
+    Handover,
+}
+
+/// What the destination knows about a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// The guest runs there.
+    Runs,
+    /// "go" came, but the guest does not run; the machine is kept there.
+    Kept {
+        /// Why.
+        reason: String,
+    },
+    /// The machine was thrown away there, and "go" does not count any more.
+    GaveUp,
+    /// There is no such migration.
+    Unknown,
 }
 
 /// The first message of either side.
@@ -106,19 +206,29 @@ impl Message {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Message::Hello(_) => "hello",
+            Message::Begin(_) => "begin",
+            Message::Session { .. } => "session",
+            Message::Join { .. } => "join",
+            Message::Joined => "joined",
+            Message::Ask(_) => "ask",
+            Message::Outcome(_) => "outcome",
             Message::Ping => "ping",
             Message::Pong => "pong",
-            Message::Describe(_) => "describe",
+            Message::Describe { .. } => "describe",
+            Message::MemoryFiles => "memory files",
             Message::Accept => "accept",
             Message::Refuse(_) => "refuse",
+            Message::Populated(_) => "populated",
             Message::RoundEnd(_) => "round end",
-            Message::RoundAck(_) => "round ack",
+            Message::RoundAck { .. } => "round ack",
+            Message::Rehearsed { .. } => "rehearsed",
             Message::DigestRequest => "digest request",
             Message::Digest(_) => "digest",
             Message::Ready { .. } => "ready",
             Message::Go { .. } => "go",
             Message::Resumed { .. } => "resumed",
             Message::ResumeFailed { .. } => "resume failed",
+            Message::Farewell => "farewell",
             Message::Abort { .. } => "abort",
             Message::KeepAlive => "keep-alive",
         }

@@ -3,14 +3,16 @@
 mod frame;
 mod message;
 
-pub(crate) use frame::{Frame, HEADER_LEN, Header, Kind, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable, Span};
-pub(crate) use message::{Hello, Message};
+pub(crate) use frame::{
+    CompressedTable, Frame, HEADER_LEN, Header, Kind, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable, Span,
+};
+pub(crate) use message::{Features, Hello, MAX_SPANS, Message, Outcome, Plan, Token};
 
 /// Why bytes from the peer are not what the protocol allows.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
     /// A frame of no known kind: not a peer of ours, or one that lost its place.
-    #[error("expected a frame of kind 1 to 3, got header {got:02x?}")]
+    #[error("expected a frame of kind 1 to 5, got header {got:02x?}")]
     Header {
         /// The header.
         got: [u8; 8],

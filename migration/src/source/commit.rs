@@ -5,6 +5,8 @@ use super::switch::Stopped;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::link::{KeepAlive, Link};
+use crate::page_set::PageSet;
+use crate::ports::DirtyLog;
 use crate::protocol::Message;
 use crate::report::ms;
 
@@ -14,32 +16,32 @@ impl Job<'_> {
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
+        log: Option<&dyn DirtyLog>,
         stopped: Stopped,
         round_trip: Duration,
     ) -> Result<(), MigrateError> {
         let Stopped {
             paused_at,
-            state_sent_at,
+            sent_at,
             verifying,
-            mut dirty,
         } = stopped;
         let restored = match link.receive_message("ready")? {
             Message::Ready { restore_ns } => Duration::from_nanos(restore_ns),
             other => return Err(unexpected("ready", &other)),
         };
-        self.report.downtime.restore_ms = ms(restored.min(state_sent_at.elapsed()));
-        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
-        if !dirty.is_empty() {
-            return Err(MigrateError::DirtyAtCommit { pages: dirty.len() });
+        self.report.downtime.restore_ms = ms(restored.min(sent_at.elapsed()));
+        if let Some(log) = log {
+            self.check_nothing_dirty(log)?;
         }
         // Whatever can still be noticed is noticed before the locks are given up.
         link.check("nothing after ready")?;
         self.call(alive, "release", |source| source.release())?;
-        self.control.update(|progress| progress.phase = Phase::Commit);
+        self.control.sample(|progress| progress.phase = Phase::Commit);
         let go_sent_at = self.send_go(link, paused_at, round_trip)?;
         let resumed = match link.receive_message("resumed") {
             Ok(Message::Resumed { resume_ns }) => Duration::from_nanos(resume_ns),
             Ok(Message::ResumeFailed { reason }) => {
+                let _ = link.send(&Message::Farewell);
                 return Err(MigrateError::NotResumed {
                     reason: crate::text::clean(&reason),
                 });
@@ -48,6 +50,9 @@ impl Job<'_> {
             Err(error) => return Err(MigrateError::NoAnswer(error)),
         };
         let arrived_at = Instant::now();
+        self.standing.claim.moved();
+        // If this is lost, the destination keeps the answer for nobody.
+        let _ = link.send(&Message::Farewell);
 
         // The way back of "resumed" is no downtime. It was not longer than what this exchange leaves for it.
         let exchange = arrived_at.duration_since(go_sent_at);
@@ -66,6 +71,18 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// Contract: what was written was sent.
+    fn check_nothing_dirty(&self, log: &dyn DirtyLog) -> Result<(), MigrateError> {
+        let mut dirty = PageSet::of(&self.source.memory())?;
+        log.peek(&mut dirty)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
+        if dirty.is_empty() {
+            Ok(())
+        } else {
+            Err(MigrateError::DirtyAtCommit { pages: dirty.len() })
+        }
+    }
+
     /// Sends "go". Only if not a byte of it was accepted by the system is the guest still ours.
     fn send_go(
         &mut self,
@@ -80,12 +97,12 @@ impl Job<'_> {
         };
         link.check("nothing before go")?;
         link.ignore_cancel();
-        self.standing.gone = true;
+        self.standing.claim.go();
         match link.send(&go) {
             Ok(()) => Ok(now),
             Err(error) if link.is_torn() => Err(MigrateError::NoAnswer(error)),
             Err(error) => {
-                self.standing.gone = false;
+                self.standing.claim.go_not_sent();
                 Err(error.into())
             }
         }

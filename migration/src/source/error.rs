@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use migration_io::MemoryIoError;
 
+use crate::converge::Miss;
 use crate::link::LinkError;
 use crate::page_set::PageSetError;
 use crate::ports::{Difference, MachineError};
@@ -22,6 +23,8 @@ pub(crate) enum MigrateError {
     },
     #[error("the machine's dirty log does not match its memory")]
     PageSet(#[from] PageSetError),
+    #[error("pages cannot be compressed")]
+    Compression(#[from] migration_io::CompressionError),
     #[error("guest memory cannot be read")]
     Memory(#[from] MemoryIoError),
     #[error("the destination speaks protocol versions {theirs} (godwit {release}), expected one of {ours}")]
@@ -32,18 +35,14 @@ pub(crate) enum MigrateError {
     },
     #[error("the destination cannot run this machine: {}", crate::text::list(differences))]
     Refused { differences: Vec<Difference> },
+    #[error("{0}")]
+    Missed(Miss),
+    #[error("downtime would be {predicted:.1?}, expected at most {budget:.1?}")]
+    OverBudget { predicted: Duration, budget: Duration },
     #[error(
-        "downtime would be {predicted:.1?} after {rounds} rounds, budget {budget:.1?}: {remaining} bytes are dirty, \
-         the guest dirties {dirty_rate:.0} bytes/s, the connection carries {bandwidth:.0} bytes/s"
+        "\"go\" was sent but did not arrive, and the destination gave the machine up: it runs here again"
     )]
-    BudgetMissed {
-        predicted: Duration,
-        budget: Duration,
-        rounds: u32,
-        remaining: u64,
-        dirty_rate: f64,
-        bandwidth: f64,
-    },
+    GivenUp(#[source] Box<MigrateError>),
     #[error("memory differs: the digest is {source_digest:032x} here and {destination_digest:032x} there")]
     DigestDiffers {
         source_digest: u128,
@@ -57,6 +56,6 @@ pub(crate) enum MigrateError {
     NoAnswer(#[source] LinkError),
     #[error("the migration engine panicked: {0}")]
     Panic(String),
-    #[error("no thread for keep-alives")]
+    #[error("no thread for keep-alives or for a stream")]
     Thread(#[source] std::io::Error),
 }

@@ -1,47 +1,123 @@
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::{Job, MigrateError};
-
 use crate::link::{Link, LinkError};
-use crate::protocol::{Hello, Message};
+use crate::options::{Compression, MAX_STREAMS};
+use crate::protocol::{Features, Hello, Message, Plan, Token};
 use crate::text::clean;
+use crate::transport::{Connection, Endpoint};
 
 /// The first exchange also wakes the peer's threads and fills caches; the least of a few is the round trip.
 const PINGS: usize = 4;
 
+/// What the two sides have agreed on.
+pub(super) struct Agreed {
+    pub(super) token: Token,
+    pub(super) plan: Plan,
+    pub(super) compression: Option<Compression>,
+    pub(super) round_trip: Duration,
+}
+
 impl Job<'_> {
-    /// Agrees with the destination on version and machine. Returns the round trip.
-    pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Duration, MigrateError> {
-        link.send(&Message::Hello(Hello::ours()))?;
-        let theirs = match link.receive_message("hello")? {
-            Message::Hello(hello) => hello,
-            other => return Err(unexpected("hello", &other)),
+    /// Agrees with the destination on version, features and machine.
+    pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Agreed, MigrateError> {
+        greet(link)?;
+        link.send(&Message::Begin(Features::OURS))?;
+        let (token, features) = match link.receive_message("session")? {
+            Message::Session { token, features } => (token, features.and(Features::OURS)),
+            other => return Err(unexpected("session", &other)),
         };
-        if theirs.common_version().is_none() {
-            let release = clean(&theirs.release);
-            let (ours, theirs) = (Hello::ours().versions(), theirs.versions());
-            return Err(MigrateError::Version {
-                ours,
-                theirs,
-                release,
-            });
+        let round_trip = measure_round_trip(link)?;
+        let files = self
+            .source
+            .memory_files()
+            .filter(|_| matches!(self.to, Endpoint::Unix(_)) && features.has(Features::HANDOVER));
+        let plan = match &files {
+            Some(_) => Plan::Handover,
+            None => Plan::Streams(self.options.streams.clamp(1, MAX_STREAMS)),
+        };
+        let machine = self.source.describe();
+        link.send(&Message::Describe { machine, plan })?;
+        if let Some(files) = &files {
+            let files: Vec<_> = files.iter().map(OwnedFd::as_fd).collect();
+            link.send_with_files(&Message::MemoryFiles, &files)?;
         }
-        let mut round_trip = Duration::MAX;
-        for _ in 0..PINGS {
-            let sent = Instant::now();
-            link.send(&Message::Ping)?;
-            match link.receive_message("pong")? {
-                Message::Pong => round_trip = round_trip.min(sent.elapsed()),
-                other => return Err(unexpected("pong", &other)),
+        match link.receive_message("accept or refuse")? {
+            Message::Accept => {}
+            Message::Refuse(differences) => return Err(MigrateError::Refused { differences }),
+            other => return Err(unexpected("accept or refuse", &other)),
+        }
+        let wanted = |compression: &Compression| {
+            features.has(match compression {
+                Compression::Lz4 => Features::LZ4,
+                Compression::Zstd => Features::ZSTD,
+            })
+        };
+        Ok(Agreed {
+            token,
+            plan,
+            compression: self.options.compression.filter(wanted),
+            round_trip,
+        })
+    }
+
+    /// Opens the data streams.
+    pub(super) fn open_streams(&self, token: Token, count: u32) -> Result<Vec<Connection>, MigrateError> {
+        let connect = |_| Connection::connect(self.to, self.options.connect_timeout, self.control);
+        let connections = (0..count).map(connect).collect::<Result<Vec<_>, _>>()?;
+        let mut links: Vec<_> = connections
+            .iter()
+            .map(|connection| self.link(connection))
+            .collect();
+        // All say what they want before the first waits for an answer: a round trip or two for all of them.
+        for (index, link) in (0..).zip(&mut links) {
+            link.send(&Message::Hello(Hello::ours()))?;
+            link.send(&Message::Join { token, index })?;
+        }
+        for link in &mut links {
+            check_hello(link)?;
+            match link.receive_message("joined")? {
+                Message::Joined => {}
+                other => return Err(unexpected("joined", &other)),
             }
         }
-        link.send(&Message::Describe(self.source.describe()))?;
-        match link.receive_message("accept or refuse")? {
-            Message::Accept => Ok(round_trip),
-            Message::Refuse(differences) => Err(MigrateError::Refused { differences }),
-            other => Err(unexpected("accept or refuse", &other)),
+        Ok(connections)
+    }
+}
+
+/// Says hello and finds out whether the other side speaks a version that we do.
+pub(super) fn greet(link: &mut Link<'_>) -> Result<(), MigrateError> {
+    link.send(&Message::Hello(Hello::ours()))?;
+    check_hello(link)
+}
+
+fn check_hello(link: &mut Link<'_>) -> Result<(), MigrateError> {
+    let theirs = match link.receive_message("hello")? {
+        Message::Hello(hello) => hello,
+        other => return Err(unexpected("hello", &other)),
+    };
+    match theirs.common_version() {
+        Some(_) => Ok(()),
+        None => Err(MigrateError::Version {
+            ours: Hello::ours().versions(),
+            theirs: theirs.versions(),
+            release: clean(&theirs.release),
+        }),
+    }
+}
+
+fn measure_round_trip(link: &mut Link<'_>) -> Result<Duration, MigrateError> {
+    let mut least = Duration::MAX;
+    for _ in 0..PINGS {
+        let sent = Instant::now();
+        link.send(&Message::Ping)?;
+        match link.receive_message("pong")? {
+            Message::Pong => least = least.min(sent.elapsed()),
+            other => return Err(unexpected("pong", &other)),
         }
     }
+    Ok(least)
 }
 
 /// The error for a message that was not its turn.

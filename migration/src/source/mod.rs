@@ -1,47 +1,88 @@
 //! The source's side of a migration.
 
 mod commit;
+mod crew;
+mod doubt;
 mod error;
 mod handshake;
-mod pages;
+mod observe;
+mod pacer;
+mod pass;
 mod precopy;
+mod rehearse;
+mod squeeze;
+mod stream;
 mod switch;
 
+pub use doubt::{Answer, AskError, Doubt};
 use error::MigrateError;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
+use migration_io::GuestMemory;
+
+use crate::commit::Claim;
 use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
-use crate::ports::{MachineError, Source};
-use crate::report::{Outcome, Report, ms};
+use crate::ports::{DirtyLog, MachineError, Source};
+use crate::protocol::{Plan, Token};
+use crate::report::{DataPath, Outcome, Report, ms};
 use crate::text::{chain, panic_message};
 use crate::transport::{Connection, Endpoint};
+use crew::Crew;
+use handshake::Agreed;
+use observe::Watch;
+use pacer::Pacer;
+
+/// How a migration ended at the source.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Migrated {
+    /// What it did.
+    pub report: Report,
+    /// Where it is in doubt: whom to ask.
+    pub doubt: Option<Doubt>,
+}
+
+impl Migrated {
+    /// For a caller that lost sight of a migration: the guest may run at either side.
+    pub fn unknown(options: &MigrateOptions) -> Self {
+        let mut report = Report::new(ms(options.max_downtime));
+        report.outcome = Outcome::InDoubt;
+        report.add_error("the migration engine panicked");
+        Self { report, doubt: None }
+    }
+}
 
 /// Moves a machine to the destination that listens at `to`.
 ///
 /// Blocks until the migration has ended; another thread watches and cancels it through `control`. Whatever
 /// ends it before "go" leaves the guest as it was, with dirty logging off: the report then says `failed` or
-/// `cancelled`. After "go" the guest stays paused, whether it was moved or the outcome is in doubt.
+/// `cancelled`. After "go" the guest stays paused, whether it was moved or the outcome is in doubt, unless the
+/// destination answers that it gave the machine up.
 pub fn migrate(
     source: &mut dyn Source,
     to: &Endpoint,
     options: &MigrateOptions,
     control: &Control,
-) -> Report {
+) -> Migrated {
     control.begin();
     let mut job = Job {
         source,
+        to,
         options,
         control,
         started: Instant::now(),
         report: Report::new(ms(options.max_downtime)),
         standing: Standing::default(),
+        token: None,
+        passes: 0,
     };
-    match Connection::connect(to, options.connect_timeout) {
+    match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
             let result = job.run(&connection);
             job.conclude(result, &format!("migration to {to}: "))
@@ -54,11 +95,16 @@ pub fn migrate(
 /// One migration under way.
 struct Job<'a> {
     source: &'a mut dyn Source,
+    to: &'a Endpoint,
     options: &'a MigrateOptions,
     control: &'a Control,
     started: Instant,
     report: Report,
     standing: Standing,
+    /// The migration's name, once the destination has given it one.
+    token: Option<Token>,
+    /// Passes over pages so far, by which the wire counts.
+    passes: u32,
 }
 
 /// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call
@@ -66,29 +112,38 @@ struct Job<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Standing {
     logging: bool,
-    paused: bool,
-    /// "go" is, perhaps, on its way: the guest is no longer ours.
-    gone: bool,
+    throttled: bool,
+    /// Whose the guest is.
+    claim: Claim,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
     /// Runs the migration, and after a failure before "go" undoes what it did.
     fn run(&mut self, connection: &Connection) -> Result<(), MigrateError> {
-        let (options, control) = (self.options, self.control);
-        let new_link = || Link::new(connection, control, options.io_timeout, options.step_timeout);
-        let alive = KeepAlive::new(options.io_timeout);
-        let mut link = new_link();
+        let alive = KeepAlive::new(self.options.io_timeout);
+        let mut link = self.link(connection);
+        let signs = self.link(connection);
         thread::scope(|scope| {
-            alive.start(scope, new_link()).map_err(MigrateError::Thread)?;
+            alive.start(scope, signs).map_err(MigrateError::Thread)?;
             let result = catch_unwind(AssertUnwindSafe(|| self.transfer(&mut link, &alive)));
             alive.stop();
-            let result = result.unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
-            self.report.bytes_sent = link.bytes_sent();
+            let mut result = result.unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
+            self.report.bytes_sent += link.bytes_sent();
+            if self.standing.claim.in_doubt()
+                && let Err(error) = result
+            {
+                result = self.settle_doubt(error);
+            }
             let Err(error) = result else { return Ok(()) };
-            if !self.standing.gone {
+            if let Some(failed) = self.standing.claim.fail() {
                 // The guest first: without "go" the destination cannot run it, whatever it hears.
-                self.undo();
+                self.undo(failed.resume);
                 link.abort(self.was_cancelled(&error), &chain(&error));
+                // That the peer's direction ends does not show that it has heard us: whoever passes our bytes on
+                // may have ended it. Its answer does.
+                if failed.withdraw && !matches!(&error, MigrateError::Link(error) if error.is_abort()) {
+                    self.withdraw();
+                }
             }
             Err(error)
         })
@@ -96,21 +151,75 @@ impl Job<'_> {
 
     /// The migration as it goes when nothing goes wrong.
     fn transfer(&mut self, link: &mut Link<'_>, alive: &KeepAlive) -> Result<(), MigrateError> {
-        let round_trip = self.handshake(link)?;
+        let agreed = self.handshake(link)?;
+        self.token = Some(agreed.token);
         let memory = self.source.memory();
-        let copied = self.precopy(link, alive, &memory, round_trip)?;
-        let stopped = self.stop_and_copy(link, alive, &memory, copied)?;
-        self.commit(link, alive, stopped, round_trip)
+        match agreed.plan {
+            Plan::Handover => {
+                self.report.data_path = DataPath::Handover;
+                self.hand_over(link, alive, &memory, &agreed)
+            }
+            Plan::Streams(count) => self.copy_over(link, alive, &memory, &agreed, count),
+        }
     }
 
-    /// Gives the guest back to its user. Errors and panics of the machine go to the log and the report: there
-    /// is nobody left to handle them.
-    fn undo(&mut self) {
-        let Standing { logging, paused, .. } = std::mem::take(&mut self.standing);
-        if paused {
+    /// By pages over streams.
+    fn copy_over(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        memory: &GuestMemory,
+        agreed: &Agreed,
+        streams: u32,
+    ) -> Result<(), MigrateError> {
+        let connections = self.open_streams(agreed.token, streams)?;
+        self.report.streams = streams;
+        self.standing.logging = true;
+        let log: Arc<dyn DirtyLog> =
+            self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
+        let pacer = Pacer::new(self.options.bandwidth, Instant::now());
+        let crew = Crew::new(memory, log, &connections, pacer, agreed.compression);
+        thread::scope(|scope| {
+            // However this ends, the threads do.
+            let _end = EndOf(&crew);
+            let (options, control) = (self.options, self.control);
+            crew.start(scope, |connection| {
+                Link::new(connection, control, options.io_timeout, options.step_timeout)
+            })
+            .map_err(MigrateError::Thread)?;
+            let mut watch = Watch::new(self, agreed.round_trip);
+            let result = self
+                .precopy(link, alive, &crew, &mut watch)
+                .and_then(|unsent| self.stop_and_copy(link, alive, &crew, unsent));
+            self.count(&crew);
+            let stopped = result?;
+            self.commit(link, alive, Some(&*crew.log), stopped, agreed.round_trip)
+        })
+    }
+
+    fn count(&mut self, crew: &Crew<'_>) {
+        let (data, zero) = crew.counts.pages();
+        self.report.pages_sent = data;
+        self.report.pages_zero += zero;
+        self.report.bytes_sent += crew.counts.wire();
+        if crew.counts.zerocopy.load(Ordering::Relaxed) {
+            self.report.data_path = DataPath::Zerocopy;
+        }
+    }
+
+    /// Gives the guest back to its user, and lets it run if the migration has paused it. Errors and panics of
+    /// the machine go to the log and the report: there is nobody left to handle them.
+    fn undo(&mut self, resume: bool) {
+        if std::mem::take(&mut self.standing.throttled) {
+            self.undo_step("throttle", |source| {
+                let cpus = usize::from(source.describe().cpus);
+                source.throttle(&vec![0.0; cpus])
+            });
+        }
+        if resume {
             self.undo_step("resume", |source| source.resume());
         }
-        if logging {
+        if std::mem::take(&mut self.standing.logging) {
             self.undo_step("stop_dirty_log", |source| source.stop_dirty_log());
         }
     }
@@ -130,22 +239,65 @@ impl Job<'_> {
         self.report.add_error(&error);
     }
 
-    fn conclude(mut self, result: Result<(), MigrateError>, prefix: &str) -> Report {
+    fn conclude(mut self, result: Result<(), MigrateError>, prefix: &str) -> Migrated {
         self.control.end();
         self.report.total_ms = ms(self.started.elapsed());
         self.report.outcome = match &result {
             Ok(()) => Outcome::Moved,
-            Err(_) if self.standing.gone => Outcome::InDoubt,
+            // Whatever went wrong after "resumed" had come.
+            Err(_) if self.standing.claim == Claim::Moved => Outcome::Moved,
+            Err(_) if self.standing.claim.in_doubt() => Outcome::InDoubt,
             Err(error) if self.was_cancelled(error) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
         if let Err(error) = result {
             self.report.put_error_first(&format!("{prefix}{}", chain(&error)));
         }
-        self.report
+        let doubt = self
+            .token
+            .filter(|_| self.report.outcome == Outcome::InDoubt)
+            .map(|token| Doubt::new(self.to.clone(), token));
+        Migrated {
+            report: self.report,
+            doubt,
+        }
+    }
+
+    /// This side's end of a connection.
+    fn link<'b>(&self, connection: &'b Connection) -> Link<'b>
+    where
+        'a: 'b,
+    {
+        Link::new(
+            connection,
+            self.control,
+            self.options.io_timeout,
+            self.options.step_timeout,
+        )
     }
 
     fn was_cancelled(&self, error: &MigrateError) -> bool {
         matches!(error, MigrateError::Link(LinkError::Cancelled)) || self.control.is_cancelled()
+    }
+
+    /// Calls the machine, and keeps the connection alive while it is at work.
+    fn call<T>(
+        &mut self,
+        alive: &KeepAlive,
+        call: &'static str,
+        port: impl FnOnce(&mut dyn Source) -> Result<T, MachineError>,
+    ) -> Result<T, MigrateError> {
+        alive
+            .during(|| port(self.source))
+            .map_err(|source| MigrateError::Machine { call, source })
+    }
+}
+
+/// Sends the streams' threads home when it goes.
+struct EndOf<'a, 'b>(&'a Crew<'b>);
+
+impl Drop for EndOf<'_, '_> {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }

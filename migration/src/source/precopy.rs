@@ -1,208 +1,225 @@
 use std::time::{Duration, Instant};
 
-use migration_io::{GuestMemory, PAGE_SIZE};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-
+use super::crew::Crew;
 use super::handshake::unexpected;
-use super::pages::send_pages;
+use super::observe::Watch;
+use super::pass::Order;
 use super::{Job, MigrateError};
 use crate::control::Phase;
-use crate::converge::{Bandwidth, FixedCosts, Policy, Verdict, time_left};
+use crate::converge::{Decision, Verdict};
 use crate::link::{KeepAlive, Link};
-use crate::options::MigrateOptions;
 use crate::page_set::PageSet;
-use crate::protocol::Message;
-use crate::report::{Round, ms};
+use crate::protocol::{MAX_SPANS, Message, Span};
 
-/// Where pre-copy left off.
-pub(super) struct Copied {
-    /// Pages that the destination does not have, or not as they are now.
-    pub(super) dirty: PageSet,
-    /// Rounds that were sent.
-    pub(super) rounds: u32,
-}
+/// How often the log is counted and the policy asked while the streams are at work.
+const TICK: Duration = Duration::from_millis(10);
 
-/// What the rounds teach about the machine and the connection.
-struct Model {
-    bandwidth: Bandwidth,
-    costs: FixedCosts,
-    round_trip: Duration,
-    dirty_rate: f64,
-    harvested_at: Instant,
-}
+/// Most rehearsals in a row.
+const REHEARSALS: u32 = 4;
+
+/// Pages that are sent without the cap to find out how fast that is.
+const BURST_PAGES: u64 = 1024;
+/// Below this cap, in bytes per second, a burst would take the round too long to pay for.
+const MIN_BURST_CAP: u64 = 20_000_000;
+/// Fewer bytes say more about latency than about bandwidth.
+const MIN_BURST_BYTES: u64 = 2 << 20;
 
 impl Job<'_> {
-    /// Copies memory, round after round, until a pause is worth it.
+    /// Copies memory, round after round, until a pause is worth it. Returns pages that were to be sent in a round
+    /// that was ended early; the log has the others.
     pub(super) fn precopy(
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        memory: &GuestMemory,
-        round_trip: Duration,
-    ) -> Result<Copied, MigrateError> {
-        let total_bytes = memory.iter().map(|region| region.len()).sum();
+        crew: &Crew<'_>,
+        watch: &mut Watch,
+    ) -> Result<PageSet, MigrateError> {
+        let mut pages = self.first_pages(link, alive, crew)?;
+        let mut n = 0;
+        loop {
+            n += 1;
+            let decision = self.round(link, alive, crew, watch, n, pages)?;
+            pages = PageSet::of(crew.memory)?;
+            crew.add_unsent(&mut pages);
+            if self.settles(link, alive, crew, watch, n, decision)? {
+                return Ok(pages);
+            }
+            peek(crew, &mut pages)?;
+        }
+    }
+
+    /// Every page that may hold something. What was never touched is zero on both sides and needs no word.
+    fn first_pages(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+    ) -> Result<PageSet, MigrateError> {
+        let mut populated = PageSet::of(crew.memory)?;
+        self.call(alive, "populated", |source| source.populated(&mut populated))?;
+        let mut untouched = populated.clone();
+        untouched.invert();
+        // A log may start with all pages marked. The marks of untouched pages go before the second look: what
+        // is written between the two is seen by it, what is written after it is marked again.
+        for (region, words) in untouched.words() {
+            crew.log
+                .clear(region, 0, words)
+                .map_err(|source| MigrateError::Machine {
+                    call: "clear",
+                    source,
+                })?;
+        }
+        self.call(alive, "populated", |source| source.populated(&mut populated))?;
+        self.report.pages_zero = PageSet::of(crew.memory)?.pages_in_all() - populated.len();
+        let spans: Vec<Span> = populated.ranges(u64::MAX).map(Span::from).collect();
+        for spans in spans.chunks(MAX_SPANS) {
+            link.send(&Message::Populated(spans.to_vec()))?;
+        }
+        let total_bytes = populated.pages_in_all() * migration_io::PAGE_SIZE;
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total_bytes;
         });
-        let mut dirty = PageSet::of(memory)?;
-        self.standing.logging = true;
-        self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
-        // Every attempt starts with all pages and a new log, so an attempt that fails has nothing to put back
-        // of what it harvested.
-        dirty.insert_all();
-        let mut model = Model {
-            bandwidth: Bandwidth::new(),
-            costs: self.options.fixed_costs,
-            round_trip,
-            dirty_rate: 0.0,
-            harvested_at: Instant::now(),
-        };
-        let MigrateOptions {
-            max_downtime,
-            on_miss,
-            max_rounds,
-            ..
-        } = *self.options;
-        let mut policy = Policy::new(max_downtime, on_miss, max_rounds);
-        let mut n = 0;
-        loop {
-            n += 1;
-            self.round(link, alive, memory, n, &mut dirty, &mut model)?;
-            let mut predicted = self.predict(&dirty, &model);
-            if n == 1 {
-                self.predict_total(&dirty, &model, predicted);
-            }
-            let mut verdict = policy.judge(n, predicted);
-            if verdict == Verdict::Switch {
-                self.flush(alive, &mut model)?;
-                self.harvest(alive, &mut dirty, &mut model)?;
-                predicted = self.predict(&dirty, &model);
-                // What a slow flush costs, or what was written meanwhile, may ask for one more round.
-                verdict = policy.judge(n, predicted);
-            }
-            match verdict {
-                Verdict::Continue => {}
-                Verdict::Switch => return Ok(Copied { dirty, rounds: n }),
-                Verdict::GiveUp => return Err(self.missed(n, predicted, &dirty, &model)),
-            }
-        }
+        Ok(populated)
     }
 
-    /// Flushes disks while that costs the guest nothing, and learns what the drain will cost: a flush that
-    /// follows another one has only the last moment's writes left, as the drain has.
-    fn flush(&mut self, alive: &KeepAlive, model: &mut Model) -> Result<(), MigrateError> {
-        self.call(alive, "flush", |source| source.flush())?;
-        let began = Instant::now();
-        self.call(alive, "flush", |source| source.flush())?;
-        model.costs.drain = self.options.fixed_costs.drain.max(began.elapsed());
-        Ok(())
-    }
-
-    /// Sends the dirty pages and harvests those that were written meanwhile.
+    /// Sends pages as round `n`, watching what the guest does meanwhile. Ends early if the policy says so.
     fn round(
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        memory: &GuestMemory,
+        crew: &Crew<'_>,
+        watch: &mut Watch,
         n: u32,
-        dirty: &mut PageSet,
-        model: &mut Model,
-    ) -> Result<(), MigrateError> {
-        let (began, sent_before) = (Instant::now(), link.bytes_sent());
-        self.control.update(|progress| progress.round = n);
-        let sent = self.send_set(link, memory, &dirty.take())?;
-        finish_round(link, n)?;
-        let elapsed = began.elapsed();
-        let bytes = link.bytes_sent() - sent_before;
-        model.bandwidth.sample(bytes, elapsed);
-        let harvested_at = Instant::now();
-        self.harvest(alive, dirty, model)?;
-        let span = harvested_at
-            .duration_since(model.harvested_at)
-            .as_secs_f64()
-            .max(1e-6);
-        model.dirty_rate = (dirty.len() * PAGE_SIZE) as f64 / span;
-        model.harvested_at = harvested_at;
-        let round = Round {
-            n,
-            pages: sent,
-            bytes,
-            ms: ms(elapsed),
-            dirty_bytes_per_s: model.dirty_rate,
-            bandwidth_bytes_per_s: bytes as f64 / elapsed.as_secs_f64(),
-            throttle_percent: 0.0,
+        pages: PageSet,
+    ) -> Result<Decision, MigrateError> {
+        self.begin_round(crew, watch, n);
+        let pages = self.burst(link, alive, crew, watch, pages)?;
+        let order = if n == 1 {
+            Order::Scattered
+        } else {
+            Order::Ascending
         };
-        tracing::debug!(?round, "round");
-        self.report.rounds.push(round);
-        Ok(())
+        let pass = self.next_pass();
+        crew.send(pass, pages, order);
+        while !alive.during(|| crew.wait(TICK))? {
+            // A destination that gave up is heard at once.
+            link.check("nothing while pages are sent")?;
+            let decision = self.observe(alive, crew, watch, n, false)?;
+            judge(&decision)?;
+            if matches!(decision.verdict, Verdict::Switch) {
+                crew.stop();
+            }
+        }
+        finish_round(link, pass)?;
+        let decision = self.observe(alive, crew, watch, n, true)?;
+        self.end_round(crew, watch, n, &decision);
+        judge(&decision)?;
+        Ok(decision)
     }
 
-    /// Sends pages and counts them in the report. Returns how many.
-    pub(super) fn send_set(
+    /// Sends the first few MiB of a round without the cap of pre-copy, if there is one and the final copy will
+    /// have none: nothing else would tell how fast that will be. The round pays for it. Returns the other pages.
+    fn burst(
         &mut self,
         link: &mut Link<'_>,
-        memory: &GuestMemory,
-        pages: &PageSet,
-    ) -> Result<u64, MigrateError> {
-        let sent = send_pages(link, memory, pages, self.control)?;
-        self.report.pages_sent += sent.data;
-        self.report.pages_zero += sent.zero;
-        Ok(sent.data + sent.zero)
-    }
-
-    fn harvest(
-        &mut self,
         alive: &KeepAlive,
-        dirty: &mut PageSet,
-        model: &mut Model,
-    ) -> Result<(), MigrateError> {
-        let began = Instant::now();
-        self.call(alive, "harvest", |source| source.harvest(dirty))?;
-        model.costs.final_log = began.elapsed();
-        Ok(())
-    }
-
-    /// The downtime if the guest were paused now.
-    fn predict(&mut self, dirty: &PageSet, model: &Model) -> Duration {
-        let bytes = dirty.len() * PAGE_SIZE;
-        let predicted = model
-            .costs
-            .total(model.round_trip)
-            .saturating_add(model.bandwidth.time_for(bytes));
-        self.report.predicted_downtime_ms = Some(ms(predicted));
-
-        self.control.update(|progress| {
-            progress.remaining_bytes = bytes;
-            progress.dirty_bytes_per_s = model.dirty_rate;
-            progress.bandwidth_bytes_per_s = model.bandwidth.bytes_per_s();
-            progress.predicted_downtime_ms = Some(ms(predicted));
-        });
-        predicted
-    }
-
-    fn predict_total(&mut self, dirty: &PageSet, model: &Model, downtime: Duration) {
-        let left = time_left(dirty.len() * PAGE_SIZE, model.dirty_rate, &model.bandwidth);
-        self.report.predicted_total_ms = left.map(|left| ms(self.started.elapsed() + left + downtime));
-    }
-
-    fn missed(&self, rounds: u32, predicted: Duration, dirty: &PageSet, model: &Model) -> MigrateError {
-        MigrateError::BudgetMissed {
-            predicted,
-            budget: self.options.max_downtime,
-            rounds,
-            remaining: dirty.len() * PAGE_SIZE,
-            dirty_rate: model.dirty_rate,
-            bandwidth: model.bandwidth.bytes_per_s(),
+        crew: &Crew<'_>,
+        watch: &mut Watch,
+        mut pages: PageSet,
+    ) -> Result<PageSet, MigrateError> {
+        let (Some(cap), None) = (self.options.bandwidth, self.options.final_bandwidth) else {
+            return Ok(pages);
+        };
+        if pages.len() < BURST_PAGES || cap < MIN_BURST_CAP {
+            return Ok(pages);
         }
+        let first = pages.split_off(BURST_PAGES);
+        let before = crew.counts.wire();
+        crew.pacer.set(None, Instant::now());
+        let began = Instant::now();
+        let pass = self.next_pass();
+        crew.send(pass, first, Order::Ascending);
+        while !alive.during(|| crew.wait(TICK))? {
+            link.check("nothing while pages are sent")?;
+        }
+        finish_round(link, pass)?;
+        let (elapsed, bytes) = (began.elapsed(), crew.counts.wire() - before);
+        // Pages that were zero say nothing about the network.
+        if bytes >= MIN_BURST_BYTES {
+            watch.burst(bytes, elapsed);
+        }
+        crew.pacer.set(self.options.bandwidth, began);
+        crew.pacer.book(bytes, began);
+        Ok(pages)
     }
+
+    /// The number of the next pass over pages; the wire calls it a round.
+    pub(super) fn next_pass(&mut self) -> u32 {
+        self.passes += 1;
+        self.passes
+    }
+
+    /// Whether the switch comes now. What it costs besides the copy is measured first, and what a slow flush
+    /// or that measurement adds may ask for one more round.
+    fn settles(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+        watch: &mut Watch,
+        n: u32,
+        decision: Decision,
+    ) -> Result<bool, MigrateError> {
+        let switch = matches!(decision.verdict, Verdict::Switch);
+        if switch || n == 1 {
+            let mut costs = self.rehearse(link, alive, watch.costs)?;
+            // One slow rehearsal may be the host's fault; the least of a few is the machine's.
+            for _ in 1..REHEARSALS {
+                if costs.total() * 3 <= self.options.max_downtime {
+                    break;
+                }
+                let again = self.rehearse(link, alive, watch.costs)?;
+                if again.total() < costs.total() {
+                    costs = again;
+                }
+            }
+            watch.set_costs(costs);
+        }
+        if !switch {
+            return Ok(false);
+        }
+        let decision = self.observe(alive, crew, watch, n, true)?;
+        judge(&decision)?;
+        Ok(matches!(decision.verdict, Verdict::Switch))
+    }
+}
+
+/// An error where the promise cannot be kept and the caller does not want the move then.
+fn judge(decision: &Decision) -> Result<(), MigrateError> {
+    match &decision.verdict {
+        Verdict::Miss(miss) => Err(MigrateError::Missed(miss.clone())),
+        Verdict::Continue | Verdict::Switch => Ok(()),
+    }
+}
+
+/// Adds what is marked.
+pub(super) fn peek(crew: &Crew<'_>, to: &mut PageSet) -> Result<(), MigrateError> {
+    crew.log
+        .peek(to)
+        .map_err(|source| MigrateError::Machine { call: "peek", source })
 }
 
 /// Waits until everything that was sent is in the destination's memory.
 pub(super) fn finish_round(link: &mut Link<'_>, n: u32) -> Result<(), MigrateError> {
     link.send(&Message::RoundEnd(n))?;
+    await_ack(link, n)
+}
+
+/// Waits for the acknowledgement of a round whose end was sent.
+pub(super) fn await_ack(link: &mut Link<'_>, n: u32) -> Result<(), MigrateError> {
     match link.receive_message("round ack")? {
-        Message::RoundAck(acknowledged) if acknowledged == n => Ok(()),
+        Message::RoundAck { round, .. } if round == n => Ok(()),
         other => Err(unexpected("the ack of this round", &other)),
     }
 }

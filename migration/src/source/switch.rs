@@ -2,13 +2,17 @@ use std::time::{Duration, Instant};
 
 use migration_io::{GuestMemory, digest};
 
-use super::handshake::unexpected;
-use super::precopy::{Copied, finish_round};
+use super::crew::Crew;
+use super::handshake::{Agreed, unexpected};
+use super::observe::SWITCH_ROUND_TRIPS;
+use super::pass::Order;
+use super::precopy::{await_ack, finish_round, peek};
 use super::{Job, MigrateError};
 use crate::control::Phase;
+use crate::converge::Costs;
 use crate::link::{KeepAlive, Link};
+use crate::options::OnMiss;
 use crate::page_set::PageSet;
-use crate::ports::{MachineError, Source};
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
@@ -16,13 +20,14 @@ use crate::report::{MemoryDigest, ms};
 pub(super) struct Stopped {
     /// When the first vCPU was asked to leave.
     pub(super) paused_at: Instant,
-    /// When the last byte of state was handed to the system.
-    pub(super) state_sent_at: Instant,
+    /// When everything was handed to the system.
+    pub(super) sent_at: Instant,
     /// Time spent on digests since the pause.
     pub(super) verifying: Duration,
-    /// An empty set over the machine's memory.
-    pub(super) dirty: PageSet,
 }
+
+/// How often a round of the stop-and-copy is looked at; only a failure is to be noticed.
+const TICK: Duration = Duration::from_millis(20);
 
 impl Job<'_> {
     /// Pauses the guest and sends what is left: pages, then state.
@@ -30,44 +35,105 @@ impl Job<'_> {
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        memory: &GuestMemory,
-        copied: Copied,
+        crew: &Crew<'_>,
+        mut pages: PageSet,
     ) -> Result<Stopped, MigrateError> {
-        let Copied { mut dirty, rounds } = copied;
         link.check("nothing before the pause")?;
+        crew.pacer.set(self.options.final_bandwidth, Instant::now());
+        let (paused_at, mut lap, state) = self.stop(alive)?;
+        peek(crew, &mut pages)?;
+        self.report.downtime.final_log_ms = lap.ms();
+        let last = self.next_pass();
+        let any = !pages.is_empty();
+        if any {
+            crew.send(last, pages, Order::Ascending);
+            while !alive.during(|| crew.wait(TICK))? {
+                link.check("nothing while pages are sent")?;
+            }
+        }
+        let mut verifying = Duration::ZERO;
+        if self.options.verify {
+            if any {
+                finish_round(link, last)?;
+            }
+            self.report.downtime.final_copy_ms = lap.ms();
+            verifying = self.verify(link, alive, crew.memory)?;
+            lap = Lap(Instant::now());
+            self.offer(link, &state)?;
+        } else if any {
+            // The state does not wait for the ack: the destination sees to the order.
+            link.send(&Message::RoundEnd(last))?;
+            let copied = lap.ms();
+            self.offer(link, &state)?;
+            self.report.downtime.state_ms += lap.ms();
+            await_ack(link, last)?;
+            self.report.downtime.final_copy_ms = copied + lap.ms();
+        } else {
+            self.offer(link, &state)?;
+        }
+        self.report.downtime.state_ms += lap.ms();
+        Ok(Stopped {
+            paused_at,
+            sent_at: lap.0,
+            verifying,
+        })
+    }
+
+    /// Hands the machine over to a destination that has mapped its memory.
+    pub(super) fn hand_over(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        memory: &GuestMemory,
+        agreed: &Agreed,
+    ) -> Result<(), MigrateError> {
+        let assumed = Costs {
+            round_trip: agreed.round_trip.mul_f64(SWITCH_ROUND_TRIPS),
+            ..Costs::default()
+        };
+        let predicted = self.rehearse(link, alive, assumed)?.total();
+        self.report.predicted_downtime_ms = Some(ms(predicted));
+        self.report.predicted_total_ms = Some(ms(self.started.elapsed() + predicted));
+        let budget = self.options.max_downtime;
+        if predicted > budget && self.options.on_miss == OnMiss::Fail {
+            return Err(MigrateError::OverBudget { predicted, budget });
+        }
+        link.check("nothing before the pause")?;
+        let (paused_at, mut lap, state) = self.stop(alive)?;
+        let mut verifying = Duration::ZERO;
+        if self.options.verify {
+            verifying = self.verify(link, alive, memory)?;
+            lap = Lap(Instant::now());
+        }
+        self.offer(link, &state)?;
+        self.report.downtime.state_ms += lap.ms();
+        let stopped = Stopped {
+            paused_at,
+            sent_at: lap.0,
+            verifying,
+        };
+        self.commit(link, alive, None, stopped, agreed.round_trip)
+    }
+
+    /// Pauses, drains, saves. Afterwards nothing writes guest memory any more.
+    fn stop(&mut self, alive: &KeepAlive) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
         self.control
-            .update(|progress| progress.phase = Phase::StopAndCopy);
-        self.standing.paused = true;
+            .sample(|progress| progress.phase = Phase::StopAndCopy);
+        self.standing.claim.pause();
         let paused_at = self.call(alive, "pause", |source| source.pause())?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
         self.call(alive, "drain", |source| source.drain())?;
         self.report.downtime.drain_ms = lap.ms();
-        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
-        self.report.downtime.final_log_ms = lap.ms();
-        self.send_set(link, memory, &dirty.take())?;
-        finish_round(link, rounds + 1)?;
-        self.report.downtime.final_copy_ms = lap.ms();
-
         let state = self.call(alive, "save", |source| source.save())?;
-        // Saving may write guest memory of its own (a clock's page, a queue's index).
-        self.call(alive, "harvest", |source| source.harvest(&mut dirty))?;
-        if !dirty.is_empty() {
-            self.send_set(link, memory, &dirty.take())?;
-        }
-        let verifying = if self.options.verify {
-            self.verify(link, alive, memory)?
-        } else {
-            Duration::ZERO
-        };
-        link.send_state(&state)?;
-        self.report.downtime.state_ms = lap.ms() - ms(verifying);
-        Ok(Stopped {
-            paused_at,
-            state_sent_at: lap.0,
-            verifying,
-            dirty,
-        })
+        self.report.downtime.state_ms = lap.ms();
+        Ok((paused_at, lap, state))
+    }
+
+    /// Sends the state. The destination may be ready from here on.
+    fn offer(&mut self, link: &mut Link<'_>, state: &[u8]) -> Result<(), MigrateError> {
+        self.standing.claim.offer();
+        Ok(link.send_state(state)?)
     }
 
     /// Compares digests of all memory. Returns how long that took.
@@ -99,22 +165,10 @@ impl Job<'_> {
             })
         }
     }
-
-    /// Calls the machine, and keeps the connection alive while it is at work.
-    pub(super) fn call<T>(
-        &mut self,
-        alive: &KeepAlive,
-        call: &'static str,
-        port: impl FnOnce(&mut dyn Source) -> Result<T, MachineError>,
-    ) -> Result<T, MigrateError> {
-        alive
-            .during(|| port(self.source))
-            .map_err(|source| MigrateError::Machine { call, source })
-    }
 }
 
 /// Times one step after the other without a gap.
-struct Lap(Instant);
+pub(super) struct Lap(Instant);
 
 impl Lap {
     fn ms(&mut self) -> f64 {

@@ -1,6 +1,8 @@
 //! The ports of a machine in memory, with faults on request.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,7 +31,11 @@ pub(super) struct FakeSource {
     pub(super) guest: Guest,
     pub(super) faults: Faults,
     pub(super) logging: bool,
+    /// How far each vCPU is slowed down.
+    pub(super) shares: Vec<f64>,
     pub(super) locked: bool,
+    /// Whether guest RAM can be handed over.
+    pub(super) files: Option<Vec<OwnedFd>>,
     /// Page written by `save`, as a clock's page would be.
     pub(super) written_by_save: Option<u64>,
     /// Called by `pause`, to make something happen right then.
@@ -45,7 +51,9 @@ impl FakeSource {
             guest,
             faults: Faults::new(),
             logging: false,
+            shares: vec![0.0],
             locked: true,
+            files: None,
             written_by_save: None,
             on_pause: None,
             on_release: None,
@@ -63,6 +71,11 @@ impl FakeSource {
         self.guest.await_progress();
         assert!(!self.logging, "dirty logging is on; calls: {:?}", self.calls);
         assert!(self.locked, "the disk locks are gone");
+        assert!(
+            self.shares.iter().all(|share| *share == 0.0),
+            "throttled: {:?}",
+            self.shares
+        );
     }
 
     fn enter(&mut self, call: &'static str) -> Result<(), MachineError> {
@@ -112,6 +125,37 @@ pub(super) fn describe(memory: &GuestMemory) -> MachineDescription {
     }
 }
 
+/// The bitmaps of the guest's own writes, in the place of KVM's.
+struct FakeLog {
+    memory: GuestMemory,
+    faults: Faults,
+}
+
+impl DirtyLog for FakeLog {
+    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError> {
+        fault(&self.faults, "peek")?;
+        for (index, region) in self.memory.iter().enumerate() {
+            into.insert_bitmap(index, &region.get_mmap().bitmap().clone().get_and_reset())?;
+        }
+        Ok(())
+    }
+
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError> {
+        fault(&self.faults, "clear")?;
+        let region = self.memory.iter().nth(region).ok_or("no such region")?;
+        for (at, word) in (first..).step_by(64).zip(words) {
+            for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
+                region.get_mmap().bitmap().reset_bit((at + bit) as usize);
+            }
+        }
+        Ok(())
+    }
+
+    fn by_vcpu(&self) -> Vec<u64> {
+        Vec::new()
+    }
+}
+
 impl Source for FakeSource {
     fn describe(&self) -> MachineDescription {
         describe(&self.guest.memory)
@@ -121,10 +165,27 @@ impl Source for FakeSource {
         self.guest.memory.clone()
     }
 
-    fn start_dirty_log(&mut self) -> Result<(), MachineError> {
+    fn populated(&self, into: &mut PageSet) -> Result<(), MachineError> {
+        fault(&self.faults, "populated")?;
+        for gpa in self.guest.touched() {
+            into.insert_gpa(gpa)?;
+        }
+        Ok(())
+    }
+
+    fn memory_files(&self) -> Option<Vec<OwnedFd>> {
+        let files = self.files.as_ref()?;
+        files.iter().map(|file| file.try_clone().ok()).collect()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, MachineError> {
         self.logging = true;
-        self.guest.forget_dirty();
-        self.enter("start_dirty_log")
+        self.guest.mark_all_dirty();
+        self.enter("start_dirty_log")?;
+        Ok(Arc::new(FakeLog {
+            memory: self.guest.memory.clone(),
+            faults: self.faults.clone(),
+        }))
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), MachineError> {
@@ -132,13 +193,21 @@ impl Source for FakeSource {
         self.enter("stop_dirty_log")
     }
 
-    fn harvest(&mut self, into: &mut PageSet) -> Result<(), MachineError> {
-        assert!(self.logging);
-        self.enter("harvest")?;
-        for (index, region) in self.guest.memory.iter().enumerate() {
-            into.insert_bitmap(index, &region.get_mmap().bitmap().get_and_reset())?;
-        }
-        Ok(())
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), MachineError> {
+        assert!(shares.iter().all(|share| (0.0..1.0).contains(share)));
+        self.shares = shares.to_vec();
+        self.guest.throttle(shares[0]);
+        fault(&self.faults, "throttle")
+    }
+
+    fn rehearse(&mut self) -> Result<Rehearsal, MachineError> {
+        assert!(!self.guest.is_held());
+        self.enter("rehearse")?;
+        Ok(Rehearsal {
+            pause: Duration::from_micros(50),
+            save: Duration::from_micros(50),
+            state: Envelope::new().encode(),
+        })
     }
 
     fn flush(&mut self) -> Result<(), MachineError> {
@@ -214,18 +283,34 @@ impl Destination for FakeDestination {
         self.differences.clone()
     }
 
-    fn create(&mut self, description: &MachineDescription) -> Result<GuestMemory, MachineError> {
+    fn create(
+        &mut self,
+        description: &MachineDescription,
+        files: Option<Vec<OwnedFd>>,
+    ) -> Result<GuestMemory, MachineError> {
         assert!(self.guest.is_none() && !self.running);
         let pages: Vec<u64> = description
             .memory
             .iter()
             .map(|region| region.len / PAGE_SIZE)
             .collect();
-        let guest = Guest::new(pages[0] - self.missing_pages, pages[1]);
+        let guest = match files {
+            Some(files) => Guest::over(pages[0], pages[1], files)?,
+            None => Guest::new(pages[0] - self.missing_pages, pages[1]),
+        };
         let memory = guest.memory.clone();
         self.guest = Some(guest);
         fault(&self.faults, "create")?;
         Ok(memory)
+    }
+
+    fn is_resident(&self) -> bool {
+        false
+    }
+
+    fn rehearse(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        fault(&self.faults, "rehearse")?;
+        Ok(Envelope::decode(state)?.finish()?)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {

@@ -17,8 +17,11 @@ fn busy() -> FakeSource {
 fn every_call_at_the_source_may_fail_or_panic() {
     for call in [
         "start_dirty_log",
-        "harvest",
+        "populated",
+        "clear",
+        "peek",
         "flush",
+        "rehearse",
         "pause",
         "drain",
         "save",
@@ -44,7 +47,7 @@ fn every_call_at_the_source_may_fail_or_panic() {
 
 #[test]
 fn every_call_at_the_destination_may_fail_or_panic() {
-    for call in ["check", "create", "restore"] {
+    for call in ["check", "create", "rehearse", "restore"] {
         for fault in [Fault::Error, Fault::Panic] {
             let mut source = busy();
             let mut destination = FakeDestination::default();

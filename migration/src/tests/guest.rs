@@ -1,15 +1,17 @@
 //! Guest memory with a thread in the place of vCPUs.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use migration_state::Record;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::{GuestMemory, PAGE_SIZE};
+use crate::{GuestMemory, MachineError, PAGE_SIZE};
 
 /// First address of the second region.
 pub(super) const HIGH: u64 = 4 << 30;
@@ -47,6 +49,7 @@ struct GuestState {
     stop: bool,
     generation: u64,
     stamps: HashMap<u64, u64>,
+    share: f64,
 }
 
 /// How the thread uses memory.
@@ -64,6 +67,31 @@ impl Guest {
             (GuestAddress(HIGH), (high * PAGE_SIZE) as usize),
         ];
         Self::with_memory(GuestMemory::from_ranges(&ranges).unwrap())
+    }
+
+    /// The same over files, and those files.
+    pub(super) fn shared(low: u64, high: u64) -> (Self, Vec<OwnedFd>) {
+        let file = |pages: u64| {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let file = memfd_create("fake-guest", flags).unwrap();
+            ftruncate(&file, pages * PAGE_SIZE).unwrap();
+            fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+            file
+        };
+        let files = vec![file(low), file(high)];
+        let clones = files.iter().map(|file| file.try_clone().unwrap()).collect();
+        (Self::over(low, high, clones).unwrap(), files)
+    }
+
+    /// The same over files that came from somewhere.
+    pub(super) fn over(low: u64, high: u64, files: Vec<OwnedFd>) -> Result<Self, MachineError> {
+        let [low_file, high_file]: [OwnedFd; 2] = files.try_into().map_err(|_| "expected two files")?;
+        let range = |gpa, pages: u64, file: OwnedFd| {
+            let file = FileOffset::new(file.into(), 0);
+            (GuestAddress(gpa), (pages * PAGE_SIZE) as usize, Some(file))
+        };
+        let ranges = [range(0, low, low_file), range(HIGH, high, high_file)];
+        Ok(Self::with_memory(GuestMemory::from_ranges_with_files(&ranges)?))
     }
 
     fn with_memory(memory: GuestMemory) -> Self {
@@ -91,6 +119,16 @@ impl Guest {
     /// Writes one page, as the guest would.
     pub(super) fn write(&self, gpa: u64, zero: bool) {
         write(&self.memory, &mut self.shared.state.lock().unwrap(), gpa, zero);
+    }
+
+    /// Every page that was ever written.
+    pub(super) fn touched(&self) -> Vec<u64> {
+        self.shared.state.lock().unwrap().stamps.keys().copied().collect()
+    }
+
+    /// Slows the thread down by this share of its time.
+    pub(super) fn throttle(&self, share: f64) {
+        self.shared.state.lock().unwrap().share = share;
     }
 
     pub(super) fn hold(&self) {
@@ -159,9 +197,13 @@ impl Guest {
         }
     }
 
-    pub(super) fn forget_dirty(&self) {
+    /// As KVM's log starts: with everything marked.
+    pub(super) fn mark_all_dirty(&self) {
         for region in self.memory.iter() {
-            region.get_mmap().bitmap().reset();
+            region
+                .get_mmap()
+                .bitmap()
+                .set_addr_range(0, region.len() as usize);
         }
     }
 }
@@ -214,7 +256,12 @@ fn run(memory: &GuestMemory, shared: &Shared, load: Load) {
             }
         }
         shared.changed.notify_all();
+        let share = state.share;
         drop(state);
+        if share > 0.0 {
+            // Not a wait for something: the time itself is what the throttle takes.
+            thread::sleep(Duration::from_micros((100.0 * share / (1.0 - share)) as u64));
+        }
         // On two cores the engine has to get a turn as well.
         thread::yield_now();
         state = shared.state.lock().unwrap();

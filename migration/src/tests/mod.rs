@@ -1,8 +1,14 @@
 //! The engine from end to end, over real sockets, with machines made of memory and a thread.
 
+mod cuts;
+mod destination;
+mod destination_commit;
+mod destination_hand;
 mod fake;
 mod faults;
+mod fuzz;
 mod guest;
+mod matrix;
 mod moves;
 mod peers;
 mod rig;

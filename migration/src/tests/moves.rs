@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::fake::{FakeDestination, FakeSource, Fault};
 use super::guest::{Guest, HIGH, Load};
-use super::rig::{assert_moved, assert_stayed, attempt, control, direct, listener, options};
+use super::rig::{assert_moved, assert_stayed, attempt, control, direct, options, receiver, receiver_at};
 use crate::*;
 
 #[test]
@@ -21,9 +21,13 @@ fn an_idle_guest_moves_in_one_round() {
     assert_eq!(
         (report.pages_sent, report.pages_zero),
         (3, 766),
-        "two pages, and one by the drain"
+        "two pages, and one by the drain; the others were never touched"
     );
-    assert_eq!((report.rounds.len(), report.rounds[0].pages), (1, 768));
+    // A round that has not begun when the policy is asked is ended at once: so little waits for the pause.
+    assert!(
+        report.rounds.len() == 1 && report.rounds[0].pages <= 2,
+        "{report:?}"
+    );
     assert!(
         report.bytes_sent < 32 << 10,
         "zero pages are next to nothing on the wire"
@@ -31,16 +35,12 @@ fn an_idle_guest_moves_in_one_round() {
     assert!(report.budget_kept && report.error.is_none());
     let order = [
         "start_dirty_log",
-        "harvest",
         "flush",
         "flush",
-        "harvest",
+        "rehearse",
         "pause",
         "drain",
-        "harvest",
         "save",
-        "harvest",
-        "harvest",
         "release",
     ];
     assert_eq!(source.calls, order);
@@ -58,19 +58,14 @@ fn a_guest_that_writes_arrives_whole_over_either_transport() {
         guest.await_progress();
         let mut source = FakeSource::new(guest);
         source.written_by_save = Some(HIGH + 7 * PAGE_SIZE);
-        let listener = Listener::bind(&endpoint.parse().unwrap()).unwrap();
+        let mut receiver = receiver_at(&endpoint, &options());
+        let to = receiver.endpoint().clone();
         let mut destination = FakeDestination::default();
         let options = MigrateOptions {
             verify: true,
             ..options()
         };
-        let (report, received) = attempt(
-            &mut source,
-            listener.endpoint(),
-            &mut destination,
-            &listener,
-            &options,
-        );
+        let (report, received) = attempt(&mut source, &to, &mut destination, &mut receiver, &options);
         received.unwrap();
         assert_moved(&source, &destination, &report);
         let digest = report.memory_digest.unwrap();
@@ -115,7 +110,7 @@ fn a_budget_that_cannot_be_kept_ends_as_the_caller_wants() {
         Err(ReceiveError::Link(LinkError::Aborted { cancelled: false, .. }))
     ));
     assert!(
-        report.error.as_ref().unwrap().contains("budget 10.0µs"),
+        report.error.as_ref().unwrap().contains("cannot be kept"),
         "{report:?}"
     );
     assert!(!source.calls.contains(&"pause") && source.calls.contains(&"stop_dirty_log"));
@@ -145,8 +140,8 @@ fn a_slow_flush_is_seen_before_the_pause() {
         ..options()
     };
     let (report, _) = direct(&mut source, &mut FakeDestination::default(), &strict);
-    assert_eq!(report.rounds.len(), 3, "{report:?}");
-    assert!(report.predicted_downtime_ms.unwrap() >= 120.0);
+    let error = report.error.as_ref().unwrap();
+    assert!(error.contains("a downtime of 100 ms cannot be kept"), "{error}");
     assert!(!source.calls.contains(&"pause"));
     assert_stayed(&mut source, &report, Outcome::Failed);
 
@@ -222,15 +217,19 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
             let here = here.clone();
             source.on_pause = Some(Box::new(move || here.cancel()));
         }
-        let listener = listener();
+        let mut receiver = receiver(&options);
+        let to = receiver.endpoint().clone();
         let report = thread::scope(|scope| {
-            let receiving = scope.spawn(|| {
-                let connection = listener.accept(&there).unwrap();
-                if phase == Phase::Waiting {
+            let receiving = scope.spawn(|| receiver.receive(&mut destination, &there));
+            if phase == Phase::Waiting {
+                let (here, there) = (here.clone(), &there);
+                scope.spawn(move || {
+                    while there.progress().phase != Phase::Handshake {
+                        thread::yield_now();
+                    }
                     here.cancel();
-                }
-                receive(&mut destination, &connection, &ReceiveOptions::default(), &there)
-            });
+                });
+            }
             if phase == Phase::Precopy {
                 scope.spawn(|| {
                     while here.progress().phase != Phase::Precopy {
@@ -239,7 +238,7 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
                     here.cancel();
                 });
             }
-            let report = migrate(&mut source, listener.endpoint(), &options, &here);
+            let report = migrate(&mut source, &to, &options, &here).report;
             let received = receiving.join().unwrap();
             let told = matches!(
                 received,
@@ -260,23 +259,27 @@ fn a_destination_that_is_cancelled_says_so() {
     guest.start(Load { pages: 64 });
     let mut source = FakeSource::new(guest);
     let (here, there) = (control(), control());
-    let listener = listener();
+    let mut receiver = receiver(&options());
+    let to = receiver.endpoint().clone();
+    let mut destination = FakeDestination::default();
+    // A destination that takes its time, so that the cancel falls into a step of its own.
+    let slow = Fault::Slow(Duration::from_millis(200));
+    destination.faults.insert("create", slow);
     let report = thread::scope(|scope| {
+        let receiving = scope.spawn(|| receiver.receive(&mut destination, &there));
         scope.spawn(|| {
-            let connection = listener.accept(&there).unwrap();
+            while there.progress().phase != Phase::Handshake {
+                thread::yield_now();
+            }
             there.cancel();
-            let received = receive(
-                &mut FakeDestination::default(),
-                &connection,
-                &ReceiveOptions::default(),
-                &there,
-            );
-            assert!(
-                matches!(received, Err(ReceiveError::Link(LinkError::Cancelled))),
-                "{received:?}"
-            );
         });
-        migrate(&mut source, listener.endpoint(), &options(), &here)
+        let report = migrate(&mut source, &to, &options(), &here).report;
+        let received = receiving.join().unwrap();
+        assert!(
+            matches!(received, Err(ReceiveError::Link(LinkError::Cancelled))),
+            "{received:?}"
+        );
+        report
     });
     assert!(
         report.error.as_ref().unwrap().contains("the peer was cancelled"),

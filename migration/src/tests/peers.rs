@@ -1,19 +1,16 @@
-//! Peers that vanish, are silent, or talk nonsense.
+//! Destinations that are silent, or talk nonsense.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use proptest::prelude::*;
-
-use super::fake::{FakeDestination, FakeSource, Fault, describe};
+use super::fake::FakeSource;
 use super::guest::{Guest, Load};
-use super::rig::{assert_moved, assert_stayed, attempt, control, hasty, listener, options};
+use super::rig::{assert_stayed, control, hasty, options, receiver};
 use crate::link::Link;
-use crate::protocol::{Header, Hello, Kind, Message};
+use crate::protocol::{Features, Header, Hello, Kind, Message};
+use crate::transport::{Connection, Listener};
 use crate::*;
 
 fn busy() -> FakeSource {
@@ -31,208 +28,11 @@ fn frame(message: &Message) -> Vec<u8> {
     .concat()
 }
 
-/// Which way a proxy counts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Way {
-    ToDestination,
-    ToSource,
-}
-
-/// Forwards one connection, and cuts it after so many bytes one way.
-struct Proxy {
-    endpoint: Endpoint,
-    /// Bytes that went to the destination and to the source.
-    passed: [Arc<AtomicU64>; 2],
-    running: thread::JoinHandle<()>,
-    /// The stream to the source, once there is one.
-    source: Arc<OnceLock<TcpStream>>,
-}
-
-fn proxy(to: &Endpoint, way: Way, limit: u64) -> Proxy {
-    let Endpoint::Tcp { host, port } = to.clone() else {
-        panic!("TCP only")
-    };
-    let front = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = Endpoint::Tcp {
-        host: host.clone(),
-        port: front.local_addr().unwrap().port(),
-    };
-    let passed: [Arc<AtomicU64>; 2] = Default::default();
-    let source = Arc::new(OnceLock::new());
-    let (counts, to_source) = (passed.clone(), source.clone());
-    let running = thread::spawn(move || {
-        let (a, _) = front.accept().unwrap();
-        to_source.set(a.try_clone().unwrap()).unwrap();
-        let b = TcpStream::connect((host, port)).unwrap();
-        let [there, back] =
-            [Way::ToDestination, Way::ToSource].map(|this| if this == way { limit } else { u64::MAX });
-        thread::scope(|scope| {
-            scope.spawn(|| pump(&a, &b, there, &counts[0]));
-            scope.spawn(|| pump(&b, &a, back, &counts[1]));
-        });
-    });
-    Proxy {
-        endpoint,
-        passed,
-        running,
-        source,
-    }
-}
-
-fn pump(mut from: &TcpStream, mut to: &TcpStream, limit: u64, passed: &AtomicU64) {
-    let mut buffer = [0; 4096];
-    let mut left = limit;
-    while left > 0 {
-        let want = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let Ok(got @ 1..) = from.read(&mut buffer[..want]) else {
-            break;
-        };
-        if to.write_all(&buffer[..got]).is_err() {
-            break;
-        }
-        left -= got as u64;
-        passed.fetch_add(got as u64, Ordering::SeqCst);
-    }
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = to.shutdown(Shutdown::Both);
-}
-
-/// One attempt through a proxy that cuts. Asserts that the guest is in one place at most, and in one place for
-/// sure unless the report says that it is in doubt.
-fn cut(way: Way, limit: u64) -> (Outcome, [u64; 2]) {
-    let mut source = busy();
-    let mut destination = FakeDestination::default();
-    let listener = listener();
-    let through = proxy(listener.endpoint(), way, limit);
-    let (report, received) = attempt(
-        &mut source,
-        &through.endpoint,
-        &mut destination,
-        &listener,
-        &options(),
-    );
-    through.running.join().unwrap();
-    let what = format!("{way:?} {limit}: {report:?} {received:?}");
-    match report.outcome {
-        Outcome::Moved => {
-            received.unwrap();
-            assert_moved(&source, &destination, &report);
-        }
-        Outcome::InDoubt => {
-            assert!(source.guest.is_held() && !source.locked, "{what}");
-            assert_eq!(destination.running, received.is_ok(), "{what}");
-        }
-        outcome => {
-            assert!(
-                received.is_err() && !destination.running && destination.guest.is_none(),
-                "{what}"
-            );
-            assert_stayed(&mut source, &report, outcome);
-        }
-    }
-    (
-        report.outcome,
-        through.passed.map(|count| count.load(Ordering::SeqCst)),
-    )
-}
-
-#[test]
-fn a_connection_may_be_cut_after_any_byte() {
-    let (outcome, [_, back]) = cut(Way::ToSource, u64::MAX);
-    assert_eq!(outcome, Outcome::Moved);
-    // Each byte of what the destination says.
-    let outcomes: Vec<Outcome> = (0..=back + 8)
-        .step_by(3)
-        .map(|limit| cut(Way::ToSource, limit).0)
-        .collect();
-    for expected in [Outcome::Failed, Outcome::InDoubt, Outcome::Moved] {
-        assert!(outcomes.contains(&expected), "{expected:?} in {outcomes:?}");
-    }
-    // The handshake's bytes, then points all over the pages and the end.
-    let starts = (0..200).step_by(17);
-    let pages = (1..40).map(|step| step * step * 300);
-    for limit in starts.chain(pages) {
-        cut(Way::ToDestination, limit);
-    }
-}
-
-#[test]
-fn a_peer_that_is_gone_before_a_byte_of_go_leaves_the_guest_running() {
-    let mut source = busy();
-    let mut destination = FakeDestination::default();
-    let listener = listener();
-    let through = proxy(listener.endpoint(), Way::ToSource, u64::MAX);
-    let stream = through.source.clone();
-    source.on_release = Some(Box::new(move || {
-        stream.get().unwrap().shutdown(Shutdown::Both).unwrap()
-    }));
-    let (report, received) = attempt(
-        &mut source,
-        &through.endpoint,
-        &mut destination,
-        &listener,
-        &options(),
-    );
-    through.running.join().unwrap();
-    assert!(source.calls.contains(&"release"));
-    assert!(
-        matches!(
-            received,
-            Err(ReceiveError::Link(LinkError::Closed { what: "go" }))
-        ),
-        "{received:?}"
-    );
-    assert_stayed(&mut source, &report, Outcome::Failed);
-}
-
-#[test]
-fn after_ready_only_the_source_decides() {
-    let mut source = busy();
-    let (here, there) = (control(), Arc::new(control()));
-    let cancel = there.clone();
-    let mut destination = FakeDestination::default();
-    source.on_release = Some(Box::new(move || cancel.cancel()));
-    let listener = listener();
-    let report = thread::scope(|scope| {
-        scope.spawn(|| {
-            let connection = listener.accept(&there).unwrap();
-            receive(&mut destination, &connection, &ReceiveOptions::default(), &there).unwrap();
-        });
-        migrate(&mut source, listener.endpoint(), &options(), &here)
-    });
-    assert_moved(&source, &destination, &report);
-}
-
-#[test]
-fn a_cancel_after_go_comes_too_late() {
-    let mut source = busy();
-    let (here, there) = (Arc::new(control()), control());
-    let mut destination = FakeDestination::default();
-    destination
-        .faults
-        .insert("resume", Fault::Slow(Duration::from_millis(200)));
-    let listener = listener();
-    let report = thread::scope(|scope| {
-        scope.spawn(|| {
-            let connection = listener.accept(&there).unwrap();
-            receive(&mut destination, &connection, &ReceiveOptions::default(), &there).unwrap();
-        });
-        scope.spawn(|| {
-            while there.progress().phase != Phase::Commit {
-                thread::yield_now();
-            }
-            here.cancel();
-        });
-        migrate(&mut source, listener.endpoint(), &options(), &here)
-    });
-    assert_moved(&source, &destination, &report);
-}
-
 #[test]
 fn nobody_at_the_destination_is_a_failure() {
-    let to = listener().endpoint().clone();
+    let to = receiver(&options()).endpoint().clone();
     let mut source = busy();
-    let report = migrate(&mut source, &to, &options(), &control());
+    let report = migrate(&mut source, &to, &options(), &control()).report;
     assert!(
         report.error.as_ref().unwrap().contains(&to.to_string()),
         "{report:?}"
@@ -250,7 +50,7 @@ fn meet(options: &MigrateOptions, answer: impl FnOnce(TcpStream) + Send) -> Stri
     };
     let report = thread::scope(|scope| {
         scope.spawn(|| answer(fake.accept().unwrap().0));
-        migrate(&mut source, &to, options, &control())
+        migrate(&mut source, &to, options, &control()).report
     });
     assert_stayed(&mut source, &report, Outcome::Failed);
     report.error.unwrap()
@@ -272,7 +72,13 @@ fn say_bytes(mut stream: TcpStream, bytes: &[u8]) {
 }
 
 fn greeting() -> Vec<Message> {
-    let mut messages = vec![Message::Hello(Hello::ours())];
+    let mut messages = vec![
+        Message::Hello(Hello::ours()),
+        Message::Session {
+            token: [7; 16],
+            features: Features::default(),
+        },
+    ];
     messages.extend(std::iter::repeat_n(Message::Pong, 4));
     messages
 }
@@ -306,15 +112,25 @@ fn a_destination_that_does_not_read_is_left() {
     let (done, wait) = std::sync::mpsc::channel::<()>();
     let report = thread::scope(|scope| {
         scope.spawn(move || {
-            let mut stream = fake.accept().unwrap().0;
+            let mut control = fake.accept().unwrap().0;
             let accept = [greeting(), vec![Message::Accept]].concat();
-            stream
+            control
                 .write_all(&accept.iter().flat_map(frame).collect::<Vec<u8>>())
                 .unwrap();
-            // Holds the connection, unread, until the source has given up.
+            let joined = [Message::Hello(Hello::ours()), Message::Joined];
+            let joined: Vec<u8> = joined.iter().flat_map(frame).collect();
+            let streams: Vec<TcpStream> = (0..options().streams)
+                .map(|_| {
+                    let mut stream = fake.accept().unwrap().0;
+                    stream.write_all(&joined).unwrap();
+                    stream
+                })
+                .collect();
+            // Holds the connections, unread, until the source has given up.
             let _ = wait.recv();
+            drop((control, streams));
         });
-        let report = migrate(&mut source, &to, &hasty(), &control());
+        let report = migrate(&mut source, &to, &hasty(), &control()).report;
         drop(done);
         report
     });
@@ -333,23 +149,19 @@ fn a_destination_that_talks_nonsense_is_left() {
     assert!(error.contains("does not speak the protocol"), "{error}");
     let error = meet(&options(), |stream| say(stream, &[Message::Accept]));
     assert!(error.contains("said \"accept\", expected hello"), "{error}");
-    let early = [greeting(), vec![Message::Accept, Message::RoundAck(7)]].concat();
+    let early = [greeting(), vec![Message::RoundAck { round: 7, late_ns: 0 }]].concat();
     let error = meet(&options(), |stream| say(stream, &early));
     assert!(error.contains("said \"round ack\""), "{error}");
-    let ready = [
-        greeting(),
-        vec![Message::Accept, Message::Ready { restore_ns: u64::MAX }],
-    ]
-    .concat();
+    let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
     let error = meet(&options(), |stream| say(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
-    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 2u16, 3u16, "9.9")).unwrap();
+    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 3u16, 4u16, "9.9")).unwrap();
     let header = Header::new(Kind::Control, newer.len()).unwrap().encode();
     let error = meet(&options(), |stream| {
         say_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
-        error.contains("versions 2 to 3 (godwit 9.9), expected one of 1 to 1"),
+        error.contains("versions 3 to 4 (godwit 9.9), expected one of 2 to 2"),
         "{error}"
     );
 }
@@ -378,131 +190,20 @@ fn a_destination_that_only_keeps_itself_alive_is_left() {
     assert!(error.contains("waiting for hello"), "{error}");
 }
 
-/// Lets `bytes` loose on a destination. Returns how it ended.
-fn attack(bytes: &[u8], close: bool) -> ReceiveError {
-    let listener = listener();
-    let Endpoint::Tcp { port, .. } = *listener.endpoint() else {
-        panic!("TCP only")
-    };
-    let mut destination = FakeDestination::default();
-    let there = control();
-    let hasty = ReceiveOptions {
-        io_timeout: Duration::from_secs(2),
-        step_timeout: Duration::from_secs(4),
-    };
-    let received = thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-            // The destination may have had enough before the end.
-            let _ = stream.write_all(bytes);
-            if close {
-                let _ = stream.shutdown(Shutdown::Write);
-            }
-            listen(stream);
-        });
-        let connection = listener.accept(&there).unwrap();
-        receive(&mut destination, &connection, &hasty, &there)
-    });
-    assert!(destination.guest.is_none() && !destination.running);
-    received.unwrap_err()
-}
-
-#[test]
-fn a_source_that_talks_nonsense_is_left() {
-    let hello = Message::Hello(Hello::ours());
-    let machine = describe(&Guest::new(16, 16).memory);
-    let opening = [hello.clone(), Message::Describe(machine.clone())];
-    let after = |rest: &[u8]| [opening.iter().flat_map(frame).collect::<Vec<u8>>(), rest.to_vec()].concat();
-    let pages = |gpa: u64, len: u64| {
-        let table = postcard::to_stdvec(&(vec![(gpa, len)], Vec::<(u64, u64)>::new())).unwrap();
-        [
-            &Header::new(Kind::Pages, table.len()).unwrap().encode()[..],
-            &table,
-        ]
-        .concat()
-    };
-    let zero = |gpa: u64, len: u64| {
-        let table = postcard::to_stdvec(&(Vec::<(u64, u64)>::new(), vec![(gpa, len)])).unwrap();
-        [
-            &Header::new(Kind::Pages, table.len()).unwrap().encode()[..],
-            &table,
-        ]
-        .concat()
-    };
-    assert!(matches!(
-        attack(&after(&pages(15 << 12, 8192)), false),
-        ReceiveError::Pages(_)
-    ));
-    assert!(matches!(
-        attack(&after(&zero(1 << 40, 4096)), false),
-        ReceiveError::Pages(_)
-    ));
-    assert!(matches!(
-        attack(&after(&pages(1, 4096)), false),
-        ReceiveError::Link(LinkError::Protocol { .. })
-    ));
-    assert!(matches!(
-        attack(&after(&pages(0, 4096)), true),
-        ReceiveError::Link(LinkError::Closed { .. })
-    ));
-    assert!(matches!(
-        attack(&after(&pages(0, 4096)), false),
-        ReceiveError::Link(LinkError::TimedOut { .. })
-    ));
-    assert!(matches!(
-        attack(&after(&[3, 0, 0, 0, 2, 0, 0, 0, 9, 9]), false),
-        ReceiveError::Machine { .. }
-    ));
-    let go = frame(&Message::Go {
-        stopped_for_ns: u64::MAX,
-        round_trip_ns: 0,
-    });
-    assert!(matches!(
-        attack(&after(&go), false),
-        ReceiveError::Link(LinkError::Unexpected { .. })
-    ));
-
-    let mut vast = machine;
-    vast.memory[1].len = 1 << 62;
-    vast.memory[0].gpa = 1;
-    let vast = [frame(&hello), frame(&Message::Describe(vast))].concat();
-    assert!(matches!(attack(&vast, false), ReceiveError::MemoryMap(_)));
-    let pings = [frame(&hello), frame(&Message::Ping).repeat(1000)].concat();
-    assert!(matches!(
-        attack(&pings, false),
-        ReceiveError::Link(LinkError::Unexpected { .. })
-    ));
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    #[test]
-    fn any_bytes_end_an_attempt_without_harm(
-        bytes in proptest::collection::vec(any::<u8>(), 0..300),
-        known in any::<bool>(),
-    ) {
-        let machine = describe(&Guest::new(16, 16).memory);
-        let opening = [Message::Hello(Hello::ours()), Message::Describe(machine)];
-        let opening: Vec<u8> = if known { opening.iter().flat_map(frame).collect() } else { Vec::new() };
-        attack(&[opening, bytes].concat(), true);
-    }
-}
-
 #[test]
 fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
     let dir = tempfile::tempdir().unwrap();
     let listener = Listener::bind(&Endpoint::Unix(dir.path().join("s"))).unwrap();
     let (control, patience) = (control(), Duration::from_millis(100));
-    let connect = || Connection::connect(listener.endpoint(), Duration::from_secs(5)).unwrap();
+    let connect = || Connection::connect(listener.endpoint(), Duration::from_secs(5), &control).unwrap();
 
     let connection = connect();
-    drop(listener.accept(&control).unwrap());
+    drop(listener.accept(&control, None).unwrap().unwrap());
     let mut link = Link::new(&connection, &control, patience, patience);
     assert!(link.send(&Message::Ping).is_err() && !link.is_torn());
 
     let connection = connect();
-    let _unread = listener.accept(&control).unwrap();
+    let _unread = listener.accept(&control, None).unwrap().unwrap();
     let mut link = Link::new(&connection, &control, patience, patience);
     let error = link.send_state(&vec![1; 32 << 20]).unwrap_err();
     assert!(

@@ -24,34 +24,36 @@ pub(super) fn hasty() -> MigrateOptions {
     }
 }
 
-pub(super) fn listener() -> Listener {
-    Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap()
+/// A receiver with the patience of `options`.
+pub(super) fn receiver(options: &MigrateOptions) -> Receiver {
+    receiver_at("tcp:127.0.0.1:0", options)
+}
+
+pub(super) fn receiver_at(endpoint: &str, options: &MigrateOptions) -> Receiver {
+    let options = ReceiveOptions {
+        io_timeout: options.io_timeout,
+        step_timeout: options.step_timeout,
+    };
+    Receiver::listen(&endpoint.parse().unwrap(), options).unwrap()
 }
 
 pub(super) fn control() -> Control {
     Control::new().unwrap()
 }
 
-/// One attempt through `listener`; the source connects to `to`.
+/// One attempt; the source connects to `to`.
 pub(super) fn attempt(
     source: &mut FakeSource,
     to: &Endpoint,
     destination: &mut FakeDestination,
-    listener: &Listener,
+    receiver: &mut Receiver,
     options: &MigrateOptions,
 ) -> (Report, Result<Received, ReceiveError>) {
-    let receive_options = ReceiveOptions {
-        io_timeout: options.io_timeout,
-        step_timeout: options.step_timeout,
-    };
     let (here, there) = (control(), control());
     thread::scope(|scope| {
-        let receiving = scope.spawn(|| {
-            let connection = listener.accept(&there).unwrap();
-            receive(destination, &connection, &receive_options, &there)
-        });
-        let report = migrate(source, to, options, &here);
-        (report, receiving.join().unwrap())
+        let receiving = scope.spawn(|| receiver.receive(destination, &there));
+        let migrated = migrate(source, to, options, &here);
+        (migrated.report, receiving.join().unwrap())
     })
 }
 
@@ -61,8 +63,9 @@ pub(super) fn direct(
     destination: &mut FakeDestination,
     options: &MigrateOptions,
 ) -> (Report, Result<Received, ReceiveError>) {
-    let listener = listener();
-    attempt(source, listener.endpoint(), destination, &listener, options)
+    let mut receiver = receiver(options);
+    let to = receiver.endpoint().clone();
+    attempt(source, &to, destination, &mut receiver, options)
 }
 
 /// Asserts that the guest is at the destination, whole, and nowhere else.

@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::{Connection, Endpoint, TransportError};
@@ -14,7 +15,7 @@ use crate::control::Control;
 
 /// Waits for connections. A Unix socket's file goes with the listener.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     socket: Socket,
     endpoint: Endpoint,
 }
@@ -38,7 +39,7 @@ struct SocketFile {
 
 impl Listener {
     /// Listens. A socket file that a dead process left behind is taken over.
-    pub fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
+    pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
         let failed = |source| TransportError::Listen {
             endpoint: endpoint.clone(),
             source,
@@ -82,12 +83,16 @@ impl Listener {
     }
 
     /// Where it listens, with the port that the system chose if it was to choose one.
-    pub fn endpoint(&self) -> &Endpoint {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// Waits for the next connection, or until `control` is cancelled.
-    pub fn accept(&self, control: &Control) -> Result<Connection, TransportError> {
+    /// Waits for the next connection until `until` (then nothing), or until `control` is cancelled (an error).
+    pub(crate) fn accept(
+        &self,
+        control: &Control,
+        until: Option<Instant>,
+    ) -> Result<Option<Connection>, TransportError> {
         let failed = |source| TransportError::Accept {
             endpoint: self.endpoint.clone(),
             source,
@@ -97,11 +102,16 @@ impl Listener {
                 return Err(TransportError::Cancelled);
             }
             match self.try_accept() {
-                Ok(connection) => return Ok(connection),
+                Ok(connection) => return Ok(Some(connection)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+                    if left.is_some_and(|left| left.is_zero()) {
+                        return Ok(None);
+                    }
+                    let left = left.and_then(|left| Timespec::try_from(left).ok());
                     let (socket, wake) = (self.as_fd(), control.wake());
                     let mut events = [socket, wake].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-                    match poll(&mut events, None) {
+                    match poll(&mut events, left.as_ref()) {
                         Ok(_) | Err(Errno::INTR) => {}
                         Err(error) => return Err(failed(error.into())),
                     }
@@ -227,22 +237,36 @@ mod tests {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let control = Control::new().unwrap();
         thread::scope(|scope| {
-            let waiting = scope.spawn(|| listener.accept(&control));
+            let waiting = scope.spawn(|| listener.accept(&control, None));
             control.cancel();
             assert!(matches!(waiting.join().unwrap(), Err(TransportError::Cancelled)));
         });
     }
 
     #[test]
+    fn a_listener_waits_no_longer_than_it_is_told() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let control = Control::new().unwrap();
+        let until = Instant::now() + Duration::from_millis(20);
+        assert!(listener.accept(&control, Some(until)).unwrap().is_none());
+        assert!(Instant::now() >= until);
+    }
+
+    #[test]
     fn nobody_there_is_an_error_that_names_the_place() {
+        let control = Control::new().unwrap();
         let endpoint = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap())
             .unwrap()
             .endpoint()
             .clone();
-        let error = Connection::connect(&endpoint, Duration::from_secs(5)).unwrap_err();
+        let error = Connection::connect(&endpoint, Duration::from_secs(5), &control).unwrap_err();
         assert!(error.to_string().contains(&endpoint.to_string()), "{error}");
-        let error =
-            Connection::connect(&unix(Path::new("/nonexistent/x")), Duration::from_secs(5)).unwrap_err();
+        let error = Connection::connect(
+            &unix(Path::new("/nonexistent/x")),
+            Duration::from_secs(5),
+            &control,
+        )
+        .unwrap_err();
         assert!(matches!(error, TransportError::Connect { .. }), "{error}");
     }
 
@@ -253,10 +277,10 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         // Linux takes a second listen as a change of the queue's length.
         rustix::net::listen(&listener, 1).unwrap();
-        let patience = Duration::from_millis(20);
+        let (patience, control) = (Duration::from_millis(20), Control::new().unwrap());
         let mut waiting = Vec::new();
         let error = loop {
-            match Connection::connect(&unix(&path), patience) {
+            match Connection::connect(&unix(&path), patience, &control) {
                 Ok(connection) => waiting.push(connection),
                 Err(error) => break error,
             }

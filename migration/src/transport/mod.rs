@@ -4,9 +4,9 @@ mod connection;
 mod endpoint;
 mod listener;
 
-pub use connection::Connection;
+pub(crate) use connection::Connection;
 pub use endpoint::{Endpoint, EndpointError};
-pub use listener::Listener;
+pub(crate) use listener::Listener;
 
 use std::io;
 use std::time::Duration;
@@ -70,6 +70,9 @@ pub enum TransportError {
         #[source]
         source: io::Error,
     },
+    /// The system refused to wait.
+    #[error("cannot wait for connections")]
+    Wait(#[source] io::Error),
     /// Somebody asked to stop waiting.
     #[error("cancelled")]
     Cancelled,

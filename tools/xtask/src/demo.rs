@@ -1,14 +1,18 @@
 //! `cargo xtask demo`: a Debian guest moves under load, and nothing is lost.
 
-use std::process::Command;
+use std::ffi::OsStr;
+use std::process::{Command, Stdio};
 
 use ::lab::Lab;
 use anyhow::{Context, Result, ensure};
 use migration::Report;
-use tests::{Event, Fixtures, Host, Journey, LabJourney, PATIENCE, StockGuest, Tick, check_ticks, payload};
+use tests::{
+    Event, Finished, Fixtures, Host, Journey, LabJourney, Migration, PATIENCE, StockGuest, Tick, TinyGuest,
+    check_ticks, payload,
+};
 
 use crate::runner::prepare;
-use crate::workspace::output;
+use crate::workspace::{output, root};
 
 /// Heartbeats that are shown before the move and after it.
 const SHOWN: usize = 3;
@@ -50,17 +54,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let report = match kvm.as_str() {
         "hardware" => {
             teller.tell("KVM here runs guest kernels natively: a Debian guest moves between two processes of this machine.");
-            here(&fixtures, teller)?
+            stock_here(&fixtures, teller)?
         }
-        other => {
-            let why = if other == "pvm" {
-                "KVM here is kvm-pvm, which interprets guest kernels instruction by instruction"
-            } else {
-                "there is no usable KVM here"
-            };
-            teller.tell(format_args!(
-                "{why}: a Debian guest moves between two emulated hosts with their own KVM."
-            ));
+        "pvm" => {
+            teller.tell(
+                "KVM here is kvm-pvm, which interprets guest kernels instruction by instruction: a small Linux made for \
+                 that moves between two processes of this machine.",
+            );
+            tiny_here(&fixtures, teller)?
+        }
+        _ => {
+            teller.tell(
+                "There is no usable KVM here: a Debian guest moves between two emulated hosts with their own KVM.",
+            );
             teller.tell("Emulation is slow, so the times below are not godwit's; what they add up to is.");
             in_lab(&fixtures, teller)?
         }
@@ -106,15 +112,17 @@ fn in_lab(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
     let report = journey.hop(&["--verify", "--on-miss", "switch"])?;
     let after = heartbeats(&mut journey)?;
     let verified = journey.verify()?;
-    conclude(before, after, &verified, teller)?;
+    ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
+    let files = Some(verified.number("files")?);
+    conclude(before, after, verified.number("pages")?, files, teller)?;
     journey.power_off()?;
     output(administration("e2fsck").arg("-fn").arg(&image)).context("the guest's file system")?;
     teller.tell("The guest has powered itself off; its file system checks clean.");
     Ok(report)
 }
 
-/// Between two processes of this machine, memory under load.
-fn here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
+/// A Debian guest between two processes of this machine, memory under load.
+fn stock_here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
     let host = Host::with(fixtures.clone())?;
     let guest = StockGuest::default();
     teller.tell("Booting the guest: 2 CPUs, 256 MiB, memory under load…");
@@ -122,7 +130,22 @@ fn here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
     vm.process
         .stdout()
         .wait("agent: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
-    let mut journey = Journey::of(host, vm);
+    here(Journey::agent(host, vm), teller)
+}
+
+/// The tiny guest in the same way.
+fn tiny_here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
+    let guest = TinyGuest {
+        workset_mib: 512,
+        rate: "200M",
+        ..TinyGuest::default()
+    };
+    teller.tell("Booting the guest: 2 CPUs, 576 MiB, memory under load; this takes half a minute…");
+    here(guest.start(Host::with(fixtures.clone())?, &[])?, teller)
+}
+
+/// Moves a guest that is up to a second process, over a link that is made slow enough to watch.
+fn here(mut journey: Journey, teller: Teller) -> Result<Report> {
     let heartbeats = |journey: &Journey| -> Result<Tick> {
         for _ in 0..SHOWN {
             let tick = |line: &str| Tick::parse(line).map(|_| line.to_owned());
@@ -133,26 +156,56 @@ fn here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
         journey.vm.next_tick()
     };
     let before = heartbeats(&journey)?;
-    teller.tell("Moving it to a second process…");
-    let report = journey.hop(&["--verify"])?;
+    teller.tell("Moving it to a second process, at 150 MiB/s; the guest dirties more than that…");
+    let pictures = root()?.join("target/demo");
+    std::fs::create_dir_all(&pictures).with_context(|| format!("cannot create {}", pictures.display()))?;
+    let (trace, picture) = (pictures.join("trace.ndjson"), pictures.join("report.html"));
+    let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
+    let migrate = journey
+        .host
+        .command(["migrate", &journey.vm.name, &endpoint, "--json", "--verify"])
+        .args([
+            "--bandwidth",
+            "150MiB/s",
+            "--max-downtime",
+            "50ms",
+            "--deadline",
+            "60s",
+        ])
+        .arg("--trace")
+        .arg(&trace)
+        // The bar is drawn where there is a terminal.
+        .stderr(Stdio::inherit())
+        .output()
+        .context("godwit migrate")?;
+    let finished = Finished {
+        code: migrate.status.code(),
+        stdout: String::from_utf8(migrate.stdout)?,
+        stderr: String::new(),
+    };
+    let report = Migration::of(finished)?.moved()?;
+    journey.arrive(receiver)?;
     let after = heartbeats(&journey)?;
-    journey.vm.process.send(b"verify\n")?;
-    let answer = |line: &str| Event::named(line, "verified");
-    let verified = journey
-        .vm
-        .process
-        .stdout()
-        .wait("verified", 0, PATIENCE, answer)?;
-    conclude(before, after, &verified, teller)?;
+    let pages = journey.verify()?;
+    conclude(before, after, pages, None, teller)?;
     check_ticks(&journey.life()?, None)?;
-    journey.vm.process.send(b"poweroff\n")?;
-    journey.vm.wait_success(PATIENCE)?;
+    journey
+        .host
+        .godwit([
+            OsStr::new("report"),
+            trace.as_os_str(),
+            OsStr::new("--output"),
+            picture.as_os_str(),
+        ])?
+        .expect_code(0)?;
+    teller.tell(format_args!("A picture of the move is in {}.", picture.display()));
+    journey.end()?;
     teller.tell("The guest has powered itself off.");
     Ok(report)
 }
 
 /// Checks what was promised, and says it.
-fn conclude(before: Tick, after: Tick, verified: &Event, teller: Teller) -> Result<()> {
+fn conclude(before: Tick, after: Tick, pages: u64, files: Option<u64>, teller: Teller) -> Result<()> {
     ensure!(
         after.n > before.n && after.us > before.us,
         "the heartbeat went from {before:?} to {after:?}"
@@ -161,14 +214,13 @@ fn conclude(before: Tick, after: Tick, verified: &Event, teller: Teller) -> Resu
         after.pages > before.pages,
         "no page was dirtied between {before:?} and {after:?}"
     );
-    ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
-    let (pages, files) = (verified.number("pages")?, verified.number("files")?);
     teller.tell(format_args!(
         "The heartbeat goes on: {} before the move, {} after it.",
         before.n, after.n
     ));
     teller.tell(format_args!(
-        "The guest has checked {pages} pages and {files} files of its own: no error. Its longest gap was {:.0} ms.",
+        "The guest has checked {pages} pages{} of its own: no error. Its longest gap was {:.0} ms.",
+        files.map_or_else(String::new, |files| format!(" and {files} files")),
         after.max_gap_us as f64 / 1e3
     ));
     Ok(())

@@ -5,6 +5,7 @@ mod kernel;
 mod modules;
 mod programs;
 mod stock;
+mod tiny;
 
 use std::path::{Path, PathBuf};
 
@@ -38,8 +39,9 @@ pub(crate) struct Options {
 
 /// Builds what is not up to date and returns the folder.
 ///
-/// `stock/{vmlinux,vmlinuz,initrd}` is a Debian guest, `bare/bare` the guest without Linux, `lab/` what emulated
-/// hosts are made of: `vmlinuz`, `init`, `busybox`, `modules/` with the order of loading in `modules/order`.
+/// `stock/{vmlinux,vmlinuz,initrd}` is a Debian guest, `tiny/{vmlinux,initrd}` a Linux guest with a kernel of our own,
+/// `bare/bare` the guest without Linux, `lab/` what emulated hosts are made of: `vmlinuz`, `init`, `busybox`,
+/// `modules/` with the order of loading in `modules/order`.
 pub(crate) fn build(options: &Options) -> Result<PathBuf> {
     let root = root()?;
     let target = root.join("target/guests");
@@ -53,6 +55,8 @@ pub(crate) fn build(options: &Options) -> Result<PathBuf> {
 
     kernel.build(&cache)?;
     stock::initrd(&root, &cache, &kernel, &packages.busybox, &agent)?;
+    tiny::kernel(&root, &cache, &packages.source)?;
+    tiny::initrd(&cache, &agent)?;
     cache.make(
         "lab",
         &cache::Key::new("lab 1")
@@ -86,6 +90,8 @@ fn busybox(package: &Unpacked) -> PathBuf {
 struct Packages {
     kernel: Unpacked,
     busybox: Unpacked,
+    /// The kernel's source: known by its version, on the disk only while it is built.
+    source: Unpacked,
 }
 
 impl Packages {
@@ -103,21 +109,30 @@ impl Packages {
             packages::update()?;
             Self::fetch(&folder)
         })?;
-        let text = serde_json::to_vec_pretty(&[&found.kernel, &found.busybox])?;
+        let text = serde_json::to_vec_pretty(&[&found.kernel, &found.busybox, &found.source])?;
         std::fs::write(&record, text).with_context(|| format!("cannot write {}", record.display()))?;
         Ok(found)
     }
 
     fn recorded(record: &Path) -> Option<Self> {
-        let known: [Unpacked; 2] = serde_json::from_slice(&std::fs::read(record).ok()?).ok()?;
-        let [kernel, busybox] = known;
-        (kernel.root.is_dir() && busybox.root.is_dir()).then_some(Self { kernel, busybox })
+        let known: [Unpacked; 3] = serde_json::from_slice(&std::fs::read(record).ok()?).ok()?;
+        let [kernel, busybox, source] = known;
+        (kernel.root.is_dir() && busybox.root.is_dir()).then_some(Self {
+            kernel,
+            busybox,
+            source,
+        })
     }
 
     fn fetch(folder: &Path) -> Result<Self> {
         let image = packages::candidate(KERNEL)?.dependency("linux-image-")?;
         let kernel = packages::unpack(&packages::candidate(&image)?, folder)?;
         let busybox = packages::unpack(&packages::candidate(BUSYBOX)?, folder)?;
-        Ok(Self { kernel, busybox })
+        let source = packages::candidate(tiny::SOURCE)?.unpacked(folder);
+        Ok(Self {
+            kernel,
+            busybox,
+            source,
+        })
     }
 }

@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask --help`.
 
+mod bench;
 mod demo;
 mod guests;
 mod lab;
@@ -32,6 +33,8 @@ enum Command {
     Test(test::Options),
     /// Runs scenarios with long counts
     Soak(soak::Options),
+    /// Measures, beside iperf3 and QEMU
+    Bench(bench::Options),
     /// Starts emulated hosts and a shell on the first of them
     Lab(lab::Options),
 }
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
         Command::Lint => lint::run_all(),
         Command::Test(options) => test::run(&options),
         Command::Soak(options) => soak::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lab(options) => lab::shell(&options),
     }
 }

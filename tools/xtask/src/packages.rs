@@ -46,6 +46,16 @@ impl Candidate {
             )
         })
     }
+
+    /// Where it is once it is unpacked below `cache`.
+    pub(crate) fn unpacked(&self, cache: &Path) -> Unpacked {
+        let Self { name, version, .. } = self;
+        Unpacked {
+            name: name.clone(),
+            version: version.clone(),
+            root: cache.join(format!("{name}_{}", version.replace([':', '/'], "-"))),
+        }
+    }
 }
 
 /// Installs those of `names` that are missing, system-wide, as root or through sudo.
@@ -85,16 +95,18 @@ pub(crate) fn candidate(name: &str) -> Result<Candidate> {
 
 /// Downloads a package and unpacks it below `cache`, which keeps it: a second call does nothing.
 pub(crate) fn unpack(candidate: &Candidate, cache: &Path) -> Result<Unpacked> {
-    let Candidate { name, version, .. } = candidate;
-    let root = cache.join(format!("{name}_{}", version.replace([':', '/'], "-")));
-    let unpacked = Unpacked {
-        name: name.clone(),
-        version: version.clone(),
-        root: root.clone(),
-    };
+    let wanted = candidate.unpacked(cache);
+    download(&wanted)?;
+    Ok(wanted)
+}
+
+/// Brings a package that is known to where it shall be, unless it is there.
+pub(crate) fn download(wanted: &Unpacked) -> Result<()> {
+    let Unpacked { name, version, root } = wanted;
     if root.is_dir() {
-        return Ok(unpacked);
+        return Ok(());
     }
+    let cache = root.parent().context("a package is unpacked in a folder")?;
     say(format_args!("downloading {name} {version}"));
     std::fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).with_context(|| format!("cannot write to {}", cache.display()))?;
@@ -110,8 +122,7 @@ pub(crate) fn unpack(candidate: &Candidate, cache: &Path) -> Result<Unpacked> {
             output(Command::new("dpkg-deb").arg("--extract").arg(path).arg(&files))?;
         }
     }
-    std::fs::rename(&files, &root).with_context(|| format!("{name} {version}: nothing was downloaded"))?;
-    Ok(unpacked)
+    std::fs::rename(&files, root).with_context(|| format!("{name} {version}: nothing was downloaded"))
 }
 
 /// Brings the package index up to date.

@@ -14,7 +14,7 @@ use crate::{guests, packages};
 const PACKAGES: [&str; 3] = ["e2fsprogs", "qemu-system-x86", "util-linux"];
 
 /// Scenarios that need the machine's own KVM; one binary each.
-const DIRECT: [&str; 5] = ["boot", "control", "migrate_direct", "faults", "bad_input"];
+const DIRECT: [&str; 6] = ["boot", "control", "migrate_direct", "faults", "bad_input", "tiny"];
 /// Scenarios on emulated hosts.
 const LAB: &str = "lab";
 
@@ -51,8 +51,9 @@ pub(crate) fn has_kvm() -> bool {
 
 impl Prepared {
     /// Every test outside `tests/`: those that need nothing but the sources and the guests.
-    pub(crate) fn unit_tests(&self, filter: Option<&str>) -> Result<Counts> {
+    pub(crate) fn unit_tests(&self, filter: Option<&str>, settings: &[(&str, String)]) -> Result<Counts> {
         let mut command = self.cargo_test();
+        command.envs(settings.iter().map(|(key, value)| (key, value)));
         command.args(["--workspace", "--exclude", "tests"]);
         counted(&mut finish(command, filter, &[]))
     }

@@ -20,10 +20,14 @@ pub(crate) struct Options {
 enum Scenario {
     /// A bare guest of 2 GiB that dirties 100 MiB/s moves 50 times, with one vCPU and with four
     Moves,
-    /// The destination is killed 50 times at random moments
+    /// 200 faults at random messages: either side killed, messages lost, changed or doubled, the network gone
     Faults,
+    /// The destination is killed 50 times at random moments
+    Kills,
     /// A Debian guest with a disk under load moves 10 times between emulated hosts
     Lab,
+    /// Every property of every decoder with 100000 random cases
+    Fuzz,
 }
 
 impl Scenario {
@@ -39,15 +43,27 @@ impl Scenario {
     fn filter(self) -> &'static str {
         match self {
             Self::Moves => "back_and_forth_with",
-            Self::Faults => "a_killed_destination",
+            Self::Faults => "any_fault_at_any_message",
+            Self::Kills => "a_killed_destination",
             Self::Lab => "a_debian_guest_back_and_forth",
+            Self::Fuzz => "any_",
         }
     }
 
     /// What the tests read from their environment.
     fn settings(self, count: Option<u32>) -> Vec<(&'static str, String)> {
-        let promised = if self == Self::Lab { 10 } else { 50 };
-        let mut settings = vec![("GODWIT_COUNT", count.unwrap_or(promised).to_string())];
+        let promised = match self {
+            Self::Moves | Self::Kills => 50,
+            Self::Faults => 200,
+            Self::Lab => 10,
+            Self::Fuzz => 100_000,
+        };
+        let name = if self == Self::Fuzz {
+            "PROPTEST_CASES"
+        } else {
+            "GODWIT_COUNT"
+        };
+        let mut settings = vec![(name, count.unwrap_or(promised).to_string())];
         if self == Self::Moves {
             settings.push(("GODWIT_MEMORY_MIB", "2048".into()));
         }
@@ -69,8 +85,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let prepared = steps.need("set-up", prepare)?;
     for scenario in chosen {
         let settings = scenario.settings(options.count);
-        steps.tests(scenario.filter(), || {
-            prepared.scenarios(scenario.lane(), Some(scenario.filter()), &settings)
+        steps.tests(scenario.filter(), || match scenario {
+            Scenario::Fuzz => prepared.unit_tests(Some(scenario.filter()), &settings),
+            _ => prepared.scenarios(scenario.lane(), Some(scenario.filter()), &settings),
         });
     }
     steps.finish()

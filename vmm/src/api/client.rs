@@ -65,6 +65,18 @@ impl Client {
         Ok(())
     }
 
+    /// Sends a request and reads a JSON answer.
+    pub async fn put<B: Serialize, T: DeserializeOwned>(
+        &self,
+        route: &str,
+        body: &B,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
+        let response = self.send(Method::PUT, route, body.into(), None).await?;
+        let bytes = self.collect(response).await?;
+        serde_json::from_slice(&bytes).map_err(|source| self.json(source))
+    }
+
     /// `DELETE route`.
     pub async fn delete(&self, route: &str) -> Result<(), ClientError> {
         let response = self.send(Method::DELETE, route, Bytes::new(), None).await?;

@@ -9,18 +9,18 @@
 //! | `PUT /migration` | [`MigrationRequest`]; the response is a stream of [`MigrationEvent`] lines |
 //! | `GET /migration` | the live `Progress`, 404 if there is none |
 //! | `DELETE /migration` | cancels |
+//! | `PUT /migration/resolve` | [`ResolveRequest`]; the response is a [`Resolution`] |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.
 
+mod migrate;
 mod routes;
 mod server;
 mod types;
 
 pub mod client;
 
+pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Verdict};
 pub use server::ApiServer;
-pub use types::{
-    Action, ActionType, Fault, InstanceInfo, InstanceState, MigrationEvent, MigrationRequest, Version,
-    VmState, VmUpdate,
-};
+pub use types::{Action, ActionType, Fault, InstanceInfo, InstanceState, Version, VmState, VmUpdate};

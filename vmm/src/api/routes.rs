@@ -12,20 +12,21 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
 use hyper_util::rt::TokioIo;
-use migration::{Endpoint, MigrateOptions, Progress};
+use migration::Progress;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::types::{
-    Action, ActionType, Fault, InstanceInfo, MigrationEvent, MigrationRequest, Version, VmState, VmUpdate,
-};
+use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
+use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
 use crate::VERSION;
 use crate::console::{Console, ConsoleInput};
 use crate::supervisor::{MigrationFeed, Refusal, Request, SupervisorHandle};
 
 /// How often a migration's stream has a line.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// Most samples of one line of a migration's stream.
+const SAMPLES_IN_A_LINE: usize = 1024;
 /// Most bytes read at once from a console client.
 const INPUT_CHUNK: usize = 4096;
 /// The protocol that `GET /console` upgrades to.
@@ -46,6 +47,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/vm", patch(update))
         .route("/actions", put(action))
         .route("/migration", put(migrate).get(progress).delete(cancel))
+        .route("/migration/resolve", put(resolve))
         .route("/console", get(console))
         .with_state(context)
 }
@@ -69,10 +71,22 @@ impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal {
             Refusal::NoMigration => StatusCode::NOT_FOUND,
-            Refusal::Migrating | Refusal::NoMachine | Refusal::InDoubt => StatusCode::CONFLICT,
+            Refusal::Migrating
+            | Refusal::NoMachine
+            | Refusal::InDoubt
+            | Refusal::NoDoubt
+            | Refusal::Resolving
+            | Refusal::NotTakenBack
+            | Refusal::NothingToDecide => StatusCode::CONFLICT,
             Refusal::Failed(_) | Refusal::Gone => StatusCode::BAD_REQUEST,
         };
         Failure(status, refusal.to_string())
+    }
+}
+
+impl From<RequestError> for Failure {
+    fn from(error: RequestError) -> Self {
+        Failure(StatusCode::BAD_REQUEST, error.to_string())
     }
 }
 
@@ -113,18 +127,8 @@ async fn action(State(context): State<Context>, body: JsonBody<Action>) -> Answe
 
 async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest>) -> Answer<Response> {
     let Json(request) = body?;
-    let destination: Endpoint = request
-        .destination
-        .parse()
-        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("destination: {error}")))?;
-    let max_downtime = Duration::try_from_secs_f64(request.max_downtime_ms / 1e3)
-        .map_err(|error| Failure(StatusCode::BAD_REQUEST, format!("max_downtime_ms: {error}")))?;
-    let options = Box::new(MigrateOptions {
-        max_downtime,
-        on_miss: request.on_miss,
-        verify: request.verify,
-        ..Default::default()
-    });
+    let (destination, options) = request.check()?;
+    let options = Box::new(options);
     let feed = context
         .supervisor
         .ask(|reply| Request::Migrate {
@@ -139,24 +143,40 @@ async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
-/// Writes a line for each piece of progress and one for the report. Whether anybody reads makes no
-/// difference to the migration.
+/// Writes lines while the migration goes on: the picture, every sample of its trace, and at last the report.
+/// Whether anybody reads makes no difference to the migration.
 async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
     let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
+    let mut told = 0;
     loop {
-        let event = tokio::select! {
+        let report = tokio::select! {
             report = feed.report.recv() => match report {
-                Ok(report) => MigrationEvent::Report(Box::new(report)),
+                Ok(report) => Some(report),
                 Err(_) => return,
             },
-            _ = ticks.tick() => MigrationEvent::Progress(feed.control.progress()),
+            _ = ticks.tick() => None,
         };
-        let last = matches!(event, MigrationEvent::Report(_));
-        let Ok(mut line) = serde_json::to_vec(&event) else {
-            return;
-        };
-        line.push(b'\n');
-        if lines.send(Ok(line.into())).await.is_err() || last {
+        let samples = feed.control.samples(told);
+        told += samples.len();
+        let mut events: Vec<_> = samples
+            .chunks(SAMPLES_IN_A_LINE)
+            .map(|samples| MigrationEvent::Samples(samples.to_vec()))
+            .collect();
+        let last = report.is_some();
+        events.push(match report {
+            Some(report) => MigrationEvent::Report(Box::new(report)),
+            None => MigrationEvent::Progress(feed.control.progress()),
+        });
+        for event in &events {
+            let Ok(mut line) = serde_json::to_vec(event) else {
+                return;
+            };
+            line.push(b'\n');
+            if lines.send(Ok(line.into())).await.is_err() {
+                return;
+            }
+        }
+        if last {
             return;
         }
     }
@@ -169,6 +189,15 @@ async fn progress(State(context): State<Context>) -> Answer<Json<Progress>> {
 async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
     context.supervisor.ask(Request::Cancel).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn resolve(State(context): State<Context>, body: JsonBody<ResolveRequest>) -> Answer<Json<Resolution>> {
+    let Json(ResolveRequest { decision }) = body?;
+    let resolution = context
+        .supervisor
+        .ask(|reply| Request::Resolve(decision, reply))
+        .await?;
+    Ok(Json(resolution))
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

@@ -1,8 +1,6 @@
 //! What goes over the API, as JSON.
 
-use std::time::Duration;
-
-use migration::{OnMiss, Progress, Report};
+use migration::Progress;
 use serde::{Deserialize, Serialize};
 
 /// Life cycle of an instance. `Running` and `Paused` are Firecracker's.
@@ -49,6 +47,8 @@ pub struct InstanceInfo {
     pub mem_size_mib: u64,
     /// CPU template in force; empty while there is no machine.
     pub cpu_template: String,
+    /// What is known about a migration in doubt, and what to do; one line.
+    pub in_doubt: Option<String>,
     /// The migration under way.
     pub migration: Option<Progress>,
 }
@@ -92,40 +92,6 @@ pub enum ActionType {
     SendCtrlAltDel,
     /// Ends the process, whatever the guest does.
     Stop,
-}
-
-/// Body of `PUT /migration`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MigrationRequest {
-    /// `tcp:HOST:PORT` or `unix:PATH`.
-    pub destination: String,
-    /// Budget of the downtime in milliseconds.
-    #[serde(default = "default_max_downtime_ms")]
-    pub max_downtime_ms: f64,
-    /// What to do when the budget cannot be kept.
-    #[serde(default)]
-    pub on_miss: OnMiss,
-    /// Compare digests of all memory.
-    #[serde(default)]
-    pub verify: bool,
-}
-
-/// The budget of a migration that is given none.
-const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(300);
-
-fn default_max_downtime_ms() -> f64 {
-    DEFAULT_MAX_DOWNTIME.as_secs_f64() * 1e3
-}
-
-/// One line of the response to `PUT /migration`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MigrationEvent {
-    /// Where it is; several a second.
-    Progress(Progress),
-    /// How it ended; the last line.
-    Report(Box<Report>),
 }
 
 /// An error, in Firecracker's shape.

@@ -4,31 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use migration::Endpoint;
+use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
+use super::help::{MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RUN_EXAMPLES};
 use super::units;
 use crate::config::DiskConfig;
-
-const RUN_EXAMPLES: &str = "\
-Examples:
-  godwit run --name web --kernel vmlinux --initrd initrd --memory 512M --cpus 2
-  godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
-  godwit run --config-file vm.json --name web
-
-In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
-
-const RECEIVE_EXAMPLES: &str = "\
-Examples:
-  godwit receive --name web --listen tcp:0.0.0.0:7000
-  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web";
-
-const MIGRATE_EXAMPLES: &str = "\
-Examples:
-  godwit migrate web tcp:host-b:7000
-  godwit migrate web tcp:10.0.0.2:7000 --max-downtime 20ms --verify --json
-
-Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
-Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
 
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
@@ -55,6 +35,9 @@ pub(super) enum Command {
     Status(OutputArgs),
     /// Cancel a VM's migration; the guest runs on where it is.
     Cancel(VmArgs),
+    /// Settle a migration in doubt: ask the other side, or decide.
+    #[command(after_help = RESOLVE_HELP)]
+    Resolve(ResolveArgs),
     /// Hold a guest's vCPUs.
     Pause(VmArgs),
     /// Let a paused guest go on.
@@ -65,6 +48,9 @@ pub(super) enum Command {
     Ps(ListArgs),
     /// Attach to a guest's console. Ctrl-] detaches.
     Console(VmArgs),
+    /// Draw the trace of a migration.
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(ReportArgs),
     /// Say what this host offers for booting and moving guests, and what it lacks.
     Probe(ListArgs),
 }
@@ -95,6 +81,9 @@ pub(super) struct RunArgs {
     /// Back guest memory by a memfd, which other processes can share
     #[arg(long)]
     pub(super) shared_memory: bool,
+    /// Track dirty pages with a ring per vCPU instead of a bitmap, which tells a migration which vCPU dirties
+    #[arg(long)]
+    pub(super) dirty_ring: bool,
     /// What the guest's CPUs announce: host, pvm, baseline [default: chosen by a probe and printed]
     #[arg(long, value_name = "NAME")]
     pub(super) cpu_template: Option<String>,
@@ -131,6 +120,9 @@ pub(super) struct ReceiveArgs {
     /// Refuse machines with more memory than this [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(super) max_memory: Option<u64>,
+    /// Make this much memory resident before listening, for a machine that has exactly that much
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    pub(super) reserve: Option<u64>,
 }
 
 /// Arguments of `migrate`.
@@ -143,17 +135,48 @@ pub(super) struct MigrateArgs {
     #[arg(value_name = "DEST")]
     pub(super) destination: Endpoint,
     /// How long the guest may stand still
-    #[arg(long, value_name = "DURATION", value_parser = units::duration, default_value = "300ms")]
+    #[arg(long, value_name = "DURATION", value_parser = units::some_duration, default_value = "300ms")]
     pub(super) max_downtime: Duration,
-    /// When the guest dirties memory too fast for that: give up, or move it nevertheless
+    /// When the move must have ended, counted from its start [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = units::some_duration)]
+    pub(super) deadline: Option<Duration>,
+    /// When either cannot be kept: give up, or move it nevertheless
     #[arg(long, value_enum, default_value_t = OnMissArg::Fail)]
     pub(super) on_miss: OnMissArg,
+    /// Data streams, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = MigrateOptions::default().streams,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_STREAMS)))]
+    pub(super) streams: u32,
+    /// Send no faster than this while the guest runs [default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = units::rate)]
+    pub(super) bandwidth: Option<u64>,
+    /// Send no faster than this while the guest stands still [default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = units::rate)]
+    pub(super) final_bandwidth: Option<u64>,
+    /// Never slow the guest down to keep the promise
+    #[arg(long)]
+    pub(super) no_throttle: bool,
+    /// Compress memory where it pays
+    #[arg(long, value_enum)]
+    pub(super) compression: Option<CompressionArg>,
     /// Compare a digest of all memory on both sides before the guest runs on
     #[arg(long)]
     pub(super) verify: bool,
+    /// Write every sample to a file that `godwit report` draws
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
     /// Print the report as one JSON object on stdout
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// See [`migration::Compression`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum CompressionArg {
+    /// Fast: for links of some Gbit/s and less.
+    Lz4,
+    /// Denser: for links of some hundred Mbit/s and less.
+    Zstd,
 }
 
 /// See [`migration::OnMiss`].
@@ -163,6 +186,34 @@ pub(super) enum OnMissArg {
     Fail,
     /// Move it nevertheless.
     Switch,
+}
+
+/// Arguments of `report`.
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// What `godwit migrate --trace` wrote
+    #[arg(value_name = "FILE")]
+    pub(super) trace: PathBuf,
+    /// Where to: a picture (.svg) or a page with the report's figures (.html) [default: SVG on stdout]
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) output: Option<PathBuf>,
+}
+
+/// Arguments of `resolve`.
+#[derive(Debug, Args)]
+pub(super) struct ResolveArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// If nobody answers: throw the copy of this process away
+    #[arg(long, conflicts_with = "run")]
+    pub(super) discard: bool,
+    /// If nobody answers: run the guest in this process; make sure that it never runs at the other end
+    #[arg(long)]
+    pub(super) run: bool,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// A VM.
@@ -293,6 +344,36 @@ mod tests {
             &["godwit", "receive", "--listen", "tcp:host"],
         ] {
             assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn options_of_a_migration() {
+        let migrate = |more: &str| {
+            let words = "godwit migrate web tcp:host:7000"
+                .split(' ')
+                .chain(more.split_whitespace());
+            Cli::try_parse_from(words).map_err(|error| error.to_string())
+        };
+        let all = "--streams 4 --max-downtime 20ms --deadline 30s --on-miss switch --bandwidth 1GiB/s \
+                   --final-bandwidth 500MB/s --no-throttle --compression lz4 --verify --json";
+        let Command::Migrate(args) = migrate(all).unwrap().command else {
+            panic!("another command");
+        };
+        assert_eq!((args.streams, args.bandwidth), (4, Some(1 << 30)));
+        assert_eq!(args.deadline, Some(Duration::from_secs(30)));
+        for bad in [
+            "--streams 0",
+            "--streams 33",
+            "--max-downtime 0s",
+            "--deadline 0ms",
+            "--bandwidth 0MB/s",
+            "--final-bandwidth 1GiB",
+            "--compression rar",
+        ] {
+            let (option, _) = bad.split_once(' ').unwrap();
+            let error = migrate(bad).unwrap_err();
+            assert!(error.contains(option), "{bad}: {error}");
         }
     }
 }

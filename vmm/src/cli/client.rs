@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use hyper::Method;
+use migration::Decision;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::Exit;
-use super::args::{ListArgs, OutputArgs, StopArgs, VmArgs};
+use super::args::{ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs};
 use super::terminal::{ESCAPE, RawTerminal};
+use super::{Exit, progress};
 use crate::api::client::Client;
-use crate::api::{Action, ActionType, InstanceInfo, VmState, VmUpdate};
+use crate::api::{Action, ActionType, InstanceInfo, Resolution, ResolveRequest, Verdict, VmState, VmUpdate};
 use crate::rundir;
 use crate::supervisor::POWER_OFF_GRACE;
 
@@ -56,8 +57,13 @@ pub(super) fn status(args: &OutputArgs) -> anyhow::Result<Exit> {
             info.vcpu_count, info.mem_size_mib, info.cpu_template
         )?;
     }
+    if let Some(in_doubt) = info.in_doubt {
+        writeln!(out, "  in doubt   {in_doubt}")?;
+    }
     if let Some(progress) = info.migration {
-        writeln!(out, "  migration  {}", serde_json::to_string(&progress)?)?;
+        for line in progress::lines(&progress) {
+            writeln!(out, "  {line}")?;
+        }
     }
     Ok(Exit::Done)
 }
@@ -80,6 +86,28 @@ pub(super) fn cancel(args: &VmArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?;
     block_on(client.delete("/migration"))??;
     Ok(Exit::Done)
+}
+
+pub(super) fn resolve(args: &ResolveArgs) -> anyhow::Result<Exit> {
+    let client = connect(&args.vm)?;
+    let decision = match (args.run, args.discard) {
+        (true, _) => Some(Decision::Run),
+        (_, true) => Some(Decision::Discard),
+        _ => None,
+    };
+    let request = ResolveRequest { decision };
+    let resolution: Resolution = block_on(client.put("/migration/resolve", &request))??;
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&resolution)?)?;
+    } else {
+        writeln!(out, "{}: {}", args.vm, resolution.message)?;
+    }
+    Ok(match resolution.verdict {
+        Verdict::InDoubt => Exit::InDoubt,
+        _ if resolution.as_asked => Exit::Done,
+        _ => Exit::Failed,
+    })
 }
 
 pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {

@@ -6,18 +6,19 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use migration::Listener;
+use migration::{ReceiveOptions, Receiver};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::Uptime;
 
 use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RunArgs};
 use super::signals::Held;
-use super::terminal::{ESCAPE, RawTerminal};
+use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
 use crate::config::{ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination};
+use crate::memory;
 use crate::rundir::{ApiSocket, check_name};
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
@@ -48,6 +49,9 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
     let disks = received_disks(args.disks)?;
+    if let Some(reserve) = args.reserve {
+        memory::check_size(reserve).map_err(ConfigError::from)?;
+    }
     let held = Held::hold();
     let (name, socket) = bind(&args.common)?;
     let console = Console::to_stdout().context("console")?;
@@ -55,14 +59,15 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let arrival = Arrival {
         disks,
         max_memory: args.max_memory,
+        reserve: args.reserve,
     };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
-    let listener = Listener::bind(&args.listen)?;
+    let receiver = Receiver::listen(&args.listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.
-    eprintln!("godwit: {name} is listening on {}", listener.endpoint());
-    supervisor.receive(listener, destination).context("receive job")?;
+    eprintln!("godwit: {name} is listening on {}", receiver.endpoint());
+    supervisor.receive(receiver, destination).context("receive job")?;
     supervise(supervisor, server)
 }
 
@@ -87,6 +92,7 @@ fn wishes(args: &RunArgs) -> Wishes {
         cpus: args.cpus,
         memory: args.memory,
         shared_memory: args.shared_memory,
+        dirty_ring: args.dirty_ring,
         cpu_template: args.cpu_template.clone(),
         disks: args
             .disks
@@ -130,7 +136,7 @@ fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
         .with_target(false);
     match path {
         Some(path) => log.with_writer(std::sync::Mutex::new(open_log(path)?)).init(),
-        None => log.with_writer(io::stderr).init(),
+        None => log.with_writer(log_writer).init(),
     }
     Ok(())
 }

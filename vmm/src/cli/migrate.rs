@@ -1,31 +1,30 @@
 //! `migrate`: asks the VM to move, shows how far it is, prints the report.
 
 use std::io::Write;
+use std::time::Duration;
 
-use anyhow::Context;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use migration::{OnMiss, Outcome, Phase, Progress, Report};
+use migration::{Compression, OnMiss, Outcome, Report};
 
 use super::Exit;
-use super::args::{MigrateArgs, OnMissArg};
+use super::args::{CompressionArg, MigrateArgs, OnMissArg};
 use super::client::{block_on, connect};
+use super::progress::Bar;
 use crate::api::client::{Client, ClientError};
 use crate::api::{MigrationEvent, MigrationRequest};
+use crate::report::TraceWriter;
 
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?;
-    let request = MigrationRequest {
-        destination: args.destination.to_string(),
-        max_downtime_ms: args.max_downtime.as_secs_f64() * 1e3,
-        on_miss: match args.on_miss {
-            OnMissArg::Fail => OnMiss::Fail,
-            OnMissArg::Switch => OnMiss::Switch,
-        },
-        verify: args.verify,
-    };
-    let Some(report) = block_on(follow(&client, &request))?? else {
+    let request = request(&args);
+    // Before anything happens: whoever asked for a trace shall not find out afterwards that there is none.
+    let trace = args
+        .trace
+        .as_deref()
+        .map(|path| TraceWriter::create(path, &args.vm, &request.destination, &request))
+        .transpose()?;
+    let Some(report) = block_on(follow(&client, &request, trace))?? else {
         eprintln!(
-            "godwit: the VM's process ended without a report; ask the destination and read the VM's log"
+            "godwit: the VM's process ended without a report; ask the destination (`godwit status` there) and read the VM's log"
         );
         return Ok(Exit::InDoubt);
     };
@@ -40,6 +39,9 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
             outcome(report.outcome)
         ));
     }
+    if report.outcome == Outcome::InDoubt {
+        tell(&format!("`godwit resolve {}` asks the destination", args.vm));
+    }
     Ok(match report.outcome {
         Outcome::Moved => Exit::Done,
         Outcome::Failed | Outcome::Cancelled => Exit::Failed,
@@ -47,15 +49,52 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     })
 }
 
+fn request(args: &MigrateArgs) -> MigrationRequest {
+    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+    MigrationRequest {
+        max_downtime_ms: ms(args.max_downtime),
+        deadline_ms: args.deadline.map(ms),
+        on_miss: match args.on_miss {
+            OnMissArg::Fail => OnMiss::Fail,
+            OnMissArg::Switch => OnMiss::Switch,
+        },
+        streams: args.streams,
+        bandwidth_bytes_per_s: args.bandwidth,
+        final_bandwidth_bytes_per_s: args.final_bandwidth,
+        throttle: !args.no_throttle,
+        compression: args.compression.map(|compression| match compression {
+            CompressionArg::Lz4 => Compression::Lz4,
+            CompressionArg::Zstd => Compression::Zstd,
+        }),
+        verify: args.verify,
+        ..MigrationRequest::to(&args.destination)
+    }
+}
+
 /// Until the report comes. Ctrl-C cancels the migration and goes on waiting for its report.
-async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<Option<Report>> {
-    let bar = bar()?;
+async fn follow(
+    client: &Client,
+    request: &MigrationRequest,
+    mut trace: Option<TraceWriter>,
+) -> anyhow::Result<Option<Report>> {
+    let bar = Bar::new();
     let mut report = None;
     let mut started = false;
     let events = client.stream("/migration", request, |event| {
         started = true;
+        let written = match (&event, &mut trace) {
+            (MigrationEvent::Samples(samples), Some(trace)) => trace.samples(samples),
+            (MigrationEvent::Report(report), Some(trace)) => trace.report(report),
+            _ => Ok(()),
+        };
+        if let Err(error) = written {
+            // The move counts, not its trace.
+            trace = None;
+            bar.suspend(|| tell(&format!("the trace ends here: {}", migration::chain(&error))));
+        }
         match event {
-            MigrationEvent::Progress(progress) => show(&bar, &progress),
+            MigrationEvent::Progress(progress) => bar.show(&progress),
+            MigrationEvent::Samples(_) => {}
             MigrationEvent::Report(last) => report = Some(*last),
         }
     });
@@ -65,7 +104,7 @@ async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<O
                 std::future::pending::<()>().await;
             }
             if let Err(error) = client.delete("/migration").await {
-                tell(&format!("cannot cancel: {}", migration::chain(&error)));
+                bar.suspend(|| tell(&format!("cannot cancel: {}", migration::chain(&error))));
             }
         }
     };
@@ -73,49 +112,12 @@ async fn follow(client: &Client, request: &MigrationRequest) -> anyhow::Result<O
         result = events => result,
         () = cancel => Ok(()),
     };
-    bar.finish_and_clear();
+    bar.clear();
     match result {
         Ok(()) => Ok(report),
         // The stream broke off: the report is what counts, if it had come.
         Err(ClientError::Http { .. }) if started => Ok(report),
         Err(error) => Err(error.into()),
-    }
-}
-
-fn bar() -> anyhow::Result<ProgressBar> {
-    let style = ProgressStyle::with_template("{msg} [{bar:24}] {percent:>3}%").context("progress bar")?;
-    // The target draws only on a terminal.
-    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
-    bar.set_style(style.progress_chars("=> "));
-    Ok(bar)
-}
-
-fn show(bar: &ProgressBar, progress: &Progress) {
-    const MIB: f64 = (1 << 20) as f64;
-    bar.set_length(progress.total_bytes.max(1));
-    bar.set_position(progress.total_bytes.saturating_sub(progress.remaining_bytes));
-    let predicted = progress
-        .predicted_downtime_ms
-        .map_or("?".into(), |ms| format!("{ms:.1}"));
-    bar.set_message(format!(
-        "{} round {}, {:.0} MiB left, dirtied {:.0} MiB/s, sent {:.0} MiB/s, throttle {:.0} %, downtime {predicted} ms",
-        phase(progress.phase),
-        progress.round,
-        progress.remaining_bytes as f64 / MIB,
-        progress.dirty_bytes_per_s / MIB,
-        progress.bandwidth_bytes_per_s / MIB,
-        progress.throttle_percent,
-    ));
-}
-
-fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Waiting => "connecting",
-        Phase::Handshake => "handshake",
-        Phase::Precopy => "pre-copy",
-        Phase::StopAndCopy => "stop-and-copy",
-        Phase::Commit => "commit",
-        Phase::Done => "done",
     }
 }
 

@@ -2,8 +2,11 @@
 
 mod args;
 mod client;
+mod help;
 mod launch;
 mod migrate;
+mod progress;
+mod report;
 mod signals;
 mod terminal;
 mod units;
@@ -67,7 +70,9 @@ pub fn main() -> ExitCode {
 /// Whether the arguments were wrong, rather than the world.
 fn is_usage(error: &anyhow::Error) -> bool {
     let name = error.downcast_ref::<RundirError>();
-    matches!(name, Some(RundirError::BadName { .. })) || error.downcast_ref::<ConfigError>().is_some()
+    matches!(name, Some(RundirError::BadName { .. }))
+        || error.downcast_ref::<ConfigError>().is_some()
+        || error.downcast_ref::<report::OtherKind>().is_some()
 }
 
 fn dispatch(command: Command) -> anyhow::Result<Exit> {
@@ -77,11 +82,13 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Migrate(args) => migrate::run(args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
+        Command::Resolve(args) => client::resolve(&args),
         Command::Pause(args) => client::pause(&args),
         Command::Resume(args) => client::resume(&args),
         Command::Stop(args) => client::stop(&args),
         Command::Ps(args) => client::ps(&args),
         Command::Console(args) => client::console(&args),
+        Command::Report(args) => report::run(&args),
         Command::Probe(args) => crate::probe::run(args.json),
     }
 }

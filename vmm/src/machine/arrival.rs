@@ -20,6 +20,8 @@ pub struct Arrival {
     pub disks: BTreeMap<String, PathBuf>,
     /// Most guest memory in bytes.
     pub max_memory: Option<u64>,
+    /// Guest memory in bytes that is made, and made resident, before a machine arrives.
+    pub reserve: Option<u64>,
 }
 
 impl Arrival {
@@ -161,6 +163,7 @@ mod tests {
         let arrival = |other: &str| Arrival {
             disks: [("x".into(), path("a")), ("y".into(), path(other))].into(),
             max_memory: None,
+            reserve: None,
         };
         let both = [disk("x", false), disk("y", false)];
         assert!(check(&arrival("b"), &both).is_empty());
@@ -176,6 +179,7 @@ mod tests {
         let arrival = Arrival {
             disks: BTreeMap::new(),
             max_memory: None,
+            reserve: None,
         };
         assert_eq!(arrival.check_devices(&[])[0].expected, "0");
         let many = vec![disk("x", false); 100_000];

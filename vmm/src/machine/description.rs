@@ -13,14 +13,10 @@ use crate::memory;
 impl Machine {
     /// What a destination must be able to run.
     pub(super) fn describe(&self) -> MachineDescription {
-        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-        let memory_regions = self.memory.iter().map(|region| MemoryRegion {
-            gpa: region.start_addr().0,
-            len: region.len(),
-        });
+        let region = |(gpa, len)| MemoryRegion { gpa, len };
         MachineDescription {
-            memory: memory_regions.collect(),
-            shared_memory: !memory::memfds(&self.memory).is_empty(),
+            memory: memory::ranges(&self.memory).into_iter().map(region).collect(),
+            shared_memory: memory::is_shared(&self.memory),
             cpus: self.cpus,
             cpu_template: self.template.to_string(),
             cpuid: self.cpuid.iter().map(leaf).collect(),

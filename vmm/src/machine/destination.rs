@@ -1,5 +1,6 @@
 //! The machine as the migration engine's destination.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,9 +12,10 @@ use migration::{CpuidLeaf, Destination, Difference, MachineDescription, MachineE
 use migration_state::Record;
 
 use super::arrival::{Arrival, difference};
+use super::build::Spec;
 use super::description::cpuid_entries;
 use super::state::Pending;
-use super::{EventSink, Machine, MachineError, Spec, open_kvm};
+use super::{EventSink, Machine, MachineError, open_kvm};
 use crate::boot::layout;
 use crate::clock::ClockError;
 use crate::config::MAX_CPUS;
@@ -33,31 +35,78 @@ pub struct MigrationDestination {
     arrival: Arrival,
     console: Console,
     events: EventSink,
+    /// Memory that waits for a machine of just that size.
+    reserve: Option<GuestMemory>,
     machine: Option<Machine>,
+    /// Whether the machine's memory was the reserve, or is another process's.
+    resident: bool,
     pending: Option<Pending>,
 }
 
 impl MigrationDestination {
-    /// For this host. Fails where KVM is not usable, before anybody connects.
+    /// For this host, with its reserve. Fails where KVM is not usable, before anybody connects.
     pub fn new(arrival: Arrival, console: Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let host = cpu::host_cpuid(&kvm)?;
         let host_tsc_khz = host_tsc_khz(&kvm)?;
-        Ok(Self {
+        let mut destination = Self {
             kvm,
             host,
             host_tsc_khz,
             arrival,
             console,
             events,
+            reserve: None,
             machine: None,
+            resident: false,
             pending: None,
-        })
+        };
+        destination.prepare()?;
+        Ok(destination)
+    }
+
+    /// Makes the reserve, if there is to be one, zeroed and resident. Before each wait for a machine: an
+    /// attempt that came to nothing used it up. Takes as long as the host needs to find that much memory.
+    pub fn prepare(&mut self) -> Result<(), MachineError> {
+        let (Some(size), None, None) = (self.arrival.reserve, &self.reserve, &self.machine) else {
+            return Ok(());
+        };
+        memory::check_size(size)?;
+        let reserve = memory::create(&layout::ram_ranges(size), false)?;
+        memory::make_resident(&reserve)?;
+        self.reserve = Some(reserve);
+        Ok(())
     }
 
     /// The machine, once it has been received.
     pub fn into_machine(self) -> Option<Machine> {
         self.machine
+    }
+
+    /// Memory for a machine, and whether it is resident. Lets the reserve go where it does not fit.
+    fn memory_for(
+        &mut self,
+        description: &MachineDescription,
+        files: Option<Vec<OwnedFd>>,
+    ) -> Result<(GuestMemory, bool), MachineError> {
+        let ranges: Vec<_> = description
+            .memory
+            .iter()
+            .map(|region| (region.gpa, region.len))
+            .collect();
+        let reserve = self.reserve.take();
+        match (files, reserve) {
+            (Some(_), _) if !description.shared_memory => Err(MachineError::Mismatch {
+                what: "files behind memory that is not shared",
+                expected: "none".into(),
+                got: "some".into(),
+            }),
+            (Some(files), _) => Ok((memory::adopt(&ranges, files)?, true)),
+            (None, Some(reserve)) if !description.shared_memory && memory::ranges(&reserve) == ranges => {
+                Ok((reserve, true))
+            }
+            (None, _) => Ok((memory::create(&ranges, description.shared_memory)?, false)),
+        }
     }
 
     fn check_memory(&self, description: &MachineDescription) -> Vec<Difference> {
@@ -103,7 +152,7 @@ impl MigrationDestination {
         ))
     }
 
-    fn build(&self, description: &MachineDescription) -> Result<Machine, MachineError> {
+    fn build(&self, description: &MachineDescription, memory: GuestMemory) -> Result<Machine, MachineError> {
         let mut disks = Vec::new();
         for device in description
             .devices
@@ -125,12 +174,9 @@ impl MigrationDestination {
             ));
         }
         let spec = Spec {
-            ranges: description
-                .memory
-                .iter()
-                .map(|region| (region.gpa, region.len))
-                .collect(),
-            shared_memory: description.shared_memory,
+            memory,
+            // How a host finds out what was written is its own affair.
+            dirty_ring: false,
             cpus: description.cpus,
             template: description.cpu_template.parse()?,
             cpuid: cpuid_entries(&description.cpuid, &self.host),
@@ -162,11 +208,27 @@ impl Destination for MigrationDestination {
         differences
     }
 
-    fn create(&mut self, description: &MachineDescription) -> Result<GuestMemory, PortError> {
-        let machine = self.build(description)?;
-        let memory = machine.memory.clone();
-        self.machine = Some(machine);
+    fn create(
+        &mut self,
+        description: &MachineDescription,
+        files: Option<Vec<OwnedFd>>,
+    ) -> Result<GuestMemory, PortError> {
+        let (memory, resident) = self.memory_for(description, files)?;
+        self.machine = Some(self.build(description, memory.clone())?);
+        self.resident = resident;
         Ok(memory)
+    }
+
+    fn is_resident(&self) -> bool {
+        self.resident
+    }
+
+    fn rehearse(&mut self, state: &[u8]) -> Result<(), PortError> {
+        let machine = self
+            .machine
+            .as_ref()
+            .ok_or("rehearse: expected a machine, got none")?;
+        Ok(machine.rehearse_restore(state)?)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
@@ -193,6 +255,7 @@ impl Destination for MigrationDestination {
     }
 
     fn discard(&mut self) {
+        self.resident = false;
         self.pending = None;
         self.machine = None;
     }

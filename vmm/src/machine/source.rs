@@ -1,10 +1,11 @@
 //! The machine as the migration engine's source.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use devices::GuestMemory;
-use migration::{MachineDescription, MachineError as PortError, PageSet, Source};
+use migration::{DirtyLog, MachineDescription, MachineError as PortError, PageSet, Rehearsal, Source};
 
 use super::Machine;
 use crate::memory;
@@ -35,21 +36,36 @@ impl Source for MigrationSource {
         self.machine.memory.clone()
     }
 
-    fn start_dirty_log(&mut self) -> Result<(), PortError> {
-        memory::forget_device_writes(&self.machine.memory);
-        Ok(self.machine.set_dirty_log(true)?)
+    fn populated(&self, into: &mut PageSet) -> Result<(), PortError> {
+        Ok(memory::populated(&self.machine.memory, into)?)
+    }
+
+    fn memory_files(&self) -> Option<Vec<OwnedFd>> {
+        memory::files(&self.machine.memory).unwrap_or_else(|error| {
+            // Without them its pages are copied.
+            tracing::warn!(%error, "the files behind guest memory cannot be handed over");
+            None
+        })
+    }
+
+    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError> {
+        Ok(self.machine.start_dirty_log()?)
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), PortError> {
-        Ok(self.machine.set_dirty_log(false)?)
+        Ok(self.machine.stop_dirty_log()?)
     }
 
-    fn harvest(&mut self, into: &mut PageSet) -> Result<(), PortError> {
-        Ok(self.machine.harvest(into)?)
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), PortError> {
+        Ok(self.machine.throttle(shares)?)
     }
 
     fn flush(&mut self) -> Result<(), PortError> {
         Ok(self.machine.devices.flush()?)
+    }
+
+    fn rehearse(&mut self) -> Result<Rehearsal, PortError> {
+        Ok(self.machine.rehearse_save()?)
     }
 
     fn pause(&mut self) -> Result<Instant, PortError> {

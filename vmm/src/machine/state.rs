@@ -1,16 +1,23 @@
 //! The whole machine's saved state: vCPUs, interrupt controllers, PIT, clocks, devices.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
 };
+use kvm_ioctls::VcpuFd;
+use migration::Rehearsal;
 use migration_state::{Envelope, Record};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, MachineError, kvm_error};
+use crate::boot::BootError;
 use crate::clock::{self, ClockRecord};
-use crate::vcpu::{self, Holder, VcpuRecord, bytes, parse};
+use crate::vcpu::{self, Holder, Purpose, VcpuRecord, bytes, parse};
+
+/// Bytes of `pvclock_wall_clock` (Documentation/virt/kvm/x86/msr.rst).
+const WALL_CLOCK_LEN: usize = 12;
 
 /// The interrupt controllers that are not a vCPU's own, and the PIT. Each byte string is the KVM structure
 /// of that name, whose layout is kernel ABI.
@@ -58,53 +65,113 @@ impl Machine {
             paused_by_user: self.is_held_by(Holder::User),
         };
         envelope.put("machine", &record)?;
-        let vcpus = self.vcpus.lock_all();
-        let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc_khz, paused_at)?;
-        envelope.put("clock", &clock)?;
-        for (id, (vcpu, tsc)) in vcpus.iter().zip(tscs).enumerate() {
-            envelope.put(&format!("vcpu{id}"), &vcpu::save(&self.kvm, vcpu, tsc)?)?;
-        }
-        envelope.put("chipset", &self.save_chipset()?)?;
+        self.save_processors(&mut envelope, paused_at)?;
         self.devices.save(&mut envelope)?;
         Ok(envelope.encode())
+    }
+
+    /// Pauses the vCPUs, saves what is not a device's, and lets them go on; how long that takes is what a
+    /// migration's pause will cost.
+    pub(super) fn rehearse_save(&self) -> Result<Rehearsal, MachineError> {
+        if self.is_held_by(Holder::Migration) {
+            return Err(MachineError::Mismatch {
+                what: "rehearsal",
+                expected: "a guest that no migration holds".into(),
+                got: "one that is held".into(),
+            });
+        }
+        let mut envelope = Envelope::new();
+        let rehearsed = catch_unwind(AssertUnwindSafe(|| {
+            let paused_at = self.pause(Holder::Migration)?;
+            let pause = paused_at.elapsed();
+            self.save_processors(&mut envelope, paused_at)?;
+            Ok::<_, MachineError>((pause, paused_at.elapsed() - pause))
+        }));
+        // Whatever came of it. The clocks did not stop, so there is nothing to tell the guest.
+        self.vcpus.resume(Holder::Migration);
+        let (pause, save) = rehearsed.unwrap_or_else(|panic| resume_unwind(panic))?;
+        let state = envelope.encode();
+        Ok(Rehearsal { pause, save, state })
     }
 
     /// Restores a saved state into a new machine. Untrusted input.
     pub(super) fn restore(&self, state: &[u8]) -> Result<Pending, MachineError> {
         let mut envelope = Envelope::decode(state)?;
         let machine: MachineRecord = envelope.take("machine")?;
-        let clock: ClockRecord = envelope.take("clock")?;
-        let chipset: ChipsetRecord = envelope.take("chipset")?;
-        self.restore_chipset(&chipset)?;
-        let vcpus = self.vcpus.lock_all();
-        let mut records = Vec::with_capacity(vcpus.len());
-        for (id, vcpu) in vcpus.iter().enumerate() {
-            let record: VcpuRecord = envelope.take(&format!("vcpu{id}"))?;
-            vcpu::restore(&self.kvm, vcpu, &record)?;
-            records.push(record);
-        }
-        drop(vcpus);
+        let pending = self.restore_processors(&mut envelope, Purpose::Run)?;
         self.devices.restore(&mut envelope)?;
         envelope.finish()?;
         if machine.paused_by_user {
             self.vcpus.gate().close(Holder::User);
         }
-        Ok(Pending {
-            clock,
-            vcpus: records,
-        })
+        Ok(pending)
+    }
+
+    /// Restores what [`Machine::rehearse_save`] saved, as far as [`Machine::restore`] does it again. Untrusted
+    /// input.
+    pub(super) fn rehearse_restore(&self, state: &[u8]) -> Result<(), MachineError> {
+        let mut envelope = Envelope::decode(state)?;
+        self.restore_processors(&mut envelope, Purpose::Rehearsal)?;
+        Ok(envelope.finish()?)
     }
 
     /// Moves the clocks on and lets the guest run, see [`clock::advance`].
     pub(super) fn run_restored(&self, pending: &Pending, stopped_at: Instant) -> Result<(), MachineError> {
         let vcpus = self.vcpus.lock_all();
+        for (vcpu, record) in vcpus.iter().zip(&pending.vcpus) {
+            vcpu::restore_shared_pages(vcpu, record)?;
+        }
         clock::advance(&self.vm, &vcpus, &pending.clock, &pending.vcpus, stopped_at)?;
+        if let (Some(vcpu), Some(record)) = (vcpus.first(), pending.vcpus.first()) {
+            self.restore_wall_clock(vcpu, record)?;
+        }
         for vcpu in &vcpus {
             // See `Machine::resume`.
             let _ = vcpu.kvmclock_ctrl();
         }
         drop(vcpus);
         self.start();
+        Ok(())
+    }
+
+    fn save_processors(&self, envelope: &mut Envelope, paused_at: Instant) -> Result<(), MachineError> {
+        let vcpus = self.vcpus.lock_all();
+        let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc_khz, paused_at)?;
+        envelope.put("clock", &clock)?;
+        for (id, (vcpu, tsc)) in vcpus.iter().zip(tscs).enumerate() {
+            envelope.put(&format!("vcpu{id}"), &vcpu::save(&self.kvm, vcpu, tsc)?)?;
+        }
+        Ok(envelope.put("chipset", &self.save_chipset()?)?)
+    }
+
+    fn restore_processors(&self, envelope: &mut Envelope, purpose: Purpose) -> Result<Pending, MachineError> {
+        let clock: ClockRecord = envelope.take("clock")?;
+        let chipset: ChipsetRecord = envelope.take("chipset")?;
+        self.restore_chipset(&chipset, purpose)?;
+        let locked = self.vcpus.lock_all();
+        let mut vcpus = Vec::with_capacity(locked.len());
+        for (id, vcpu) in locked.iter().enumerate() {
+            let record: VcpuRecord = envelope.take(&format!("vcpu{id}"))?;
+            vcpu::restore(&self.kvm, vcpu, &record, purpose)?;
+            vcpus.push(record);
+        }
+        Ok(Pending { clock, vcpus })
+    }
+
+    /// Tells KVM where the guest's wall clock lies. KVM answers by writing the time there at once; but the
+    /// guest has read it long ago, and may have something else there by now, so what was there is put back.
+    fn restore_wall_clock(&self, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), MachineError> {
+        use vm_memory::{Bytes, GuestAddress};
+        for (index, gpa) in record.wall_clocks() {
+            let mut before = [0u8; WALL_CLOCK_LEN];
+            let in_memory = self.memory.read_slice(&mut before, GuestAddress(gpa)).is_ok();
+            vcpu::set_msr(vcpu, index, gpa)?;
+            if in_memory {
+                self.memory
+                    .write_slice(&before, GuestAddress(gpa))
+                    .map_err(BootError::from)?;
+            }
+        }
         Ok(())
     }
 
@@ -118,11 +185,15 @@ impl Machine {
         })
     }
 
-    fn restore_chipset(&self, record: &ChipsetRecord) -> Result<(), MachineError> {
+    fn restore_chipset(&self, record: &ChipsetRecord, purpose: Purpose) -> Result<(), MachineError> {
         self.restore_irqchip(KVM_IRQCHIP_PIC_MASTER, &record.pic_master)?;
         self.restore_irqchip(KVM_IRQCHIP_PIC_SLAVE, &record.pic_slave)?;
         self.restore_irqchip(KVM_IRQCHIP_IOAPIC, &record.ioapic)?;
         let pit: kvm_pit_state2 = parse("kvm_pit_state2", &record.pit)?;
+        if purpose == Purpose::Rehearsal {
+            // Set, it would tick into the interrupt controllers from now on.
+            return Ok(());
+        }
         self.vm.set_pit2(&pit).map_err(kvm_error("KVM_SET_PIT2"))
     }
 

@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use migration::{Control, Endpoint, Listener, MigrateOptions, ReceiveOptions};
+use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, ReceiveError, Receiver};
 
-use super::request::{Event, SupervisorHandle};
+use super::request::{Arrived, Ended, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
 use crate::machine::{Machine, MigrationDestination, MigrationSource};
 
@@ -23,25 +23,31 @@ pub(super) fn start_migration(
         .name("migration".into())
         .spawn(move || {
             let mut source = MigrationSource::new(machine);
-            let report = migration::migrate(&mut source, &destination, &options, &control);
-            if let Some(error) = &report.error {
+            let migrate =
+                AssertUnwindSafe(|| migration::migrate(&mut source, &destination, &options, &control));
+            // The engine catches panics of its own and of the machine; after one that got through, nobody knows
+            // whose the guest is.
+            let migrated = catch_unwind(migrate).unwrap_or_else(|_| Migrated::unknown(&options));
+            if let Some(error) = &migrated.report.error {
                 tracing::warn!("migration to {destination} ended: {error}");
             }
             // The supervisor must be the last owner of the machine when it hears of the end.
-            drop(source);
-            supervisor.send(Event::MigrationEnded(Box::new(report)));
+            let in_doubt = migrated.report.outcome == Outcome::InDoubt;
+            let source = in_doubt.then(|| Box::new(source));
+            supervisor.send(Event::MigrationEnded(Box::new(Ended { migrated, source })));
         })
 }
 
 impl Supervisor {
-    /// Waits at `listener` for a machine, on a thread of its own, until one has arrived for good.
-    pub fn receive(&mut self, listener: Listener, destination: MigrationDestination) -> io::Result<()> {
+    /// Waits at `receiver` for a machine, on a thread of its own, until one has arrived for good.
+    pub fn receive(&mut self, receiver: Receiver, destination: MigrationDestination) -> io::Result<()> {
         let control = Arc::new(Control::new()?);
         let (job_control, supervisor) = (control.clone(), self.handle.clone());
         let thread = std::thread::Builder::new()
             .name("receive".into())
             .spawn(move || {
-                let wait = AssertUnwindSafe(|| wait_for_machine(&listener, destination, &job_control));
+                let wait =
+                    AssertUnwindSafe(|| wait_for_machine(receiver, destination, &job_control, &supervisor));
                 let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());
                 supervisor.send(catch_unwind(wait).unwrap_or_else(panicked));
             })?;
@@ -51,26 +57,35 @@ impl Supervisor {
 }
 
 /// A failed attempt is logged, and the next may come.
-fn wait_for_machine(listener: &Listener, mut destination: MigrationDestination, control: &Control) -> Event {
+fn wait_for_machine(
+    mut receiver: Receiver,
+    mut destination: MigrationDestination,
+    control: &Control,
+    supervisor: &SupervisorHandle,
+) -> Event {
     loop {
-        let connection = match listener.accept(control) {
-            Ok(connection) => connection,
-            Err(error) => return Event::ReceiveFailed(migration::chain(&error)),
-        };
-        let result = migration::receive(&mut destination, &connection, &ReceiveOptions::default(), control);
-        let reason = match result {
-            Ok(_) => None,
-            Err(error) if error.is_committed() => Some(migration::chain(&error)),
+        if let Err(error) = destination.prepare() {
+            tracing::warn!("no memory is held in reserve: {}", migration::chain(&error));
+        }
+        let (reason, confirmed) = match receiver.receive(&mut destination, control) {
+            Ok(received) => (None, received.confirmed),
+            Err(error) if error.is_committed() => (Some(migration::chain(&error)), false),
+            Err(error @ ReceiveError::Transport(_)) => {
+                return Event::ReceiveFailed(migration::chain(&error));
+            }
             Err(error) => {
-                tracing::warn!(
-                    "the machine was not received: {}; waiting for the next attempt",
-                    migration::chain(&error)
-                );
+                let reason = migration::chain(&error);
+                tracing::warn!("the machine was not received: {reason}; waiting for the next attempt");
+                supervisor.send(Event::AttemptFailed(reason));
                 continue;
             }
         };
         return match destination.into_machine() {
-            Some(machine) => Event::Received(Box::new(machine), reason),
+            Some(machine) => Event::Received(Box::new(Arrived {
+                machine,
+                reason,
+                receiver: (!confirmed).then_some(receiver),
+            })),
             None => Event::ReceiveFailed("the engine kept no machine".into()),
         };
     }

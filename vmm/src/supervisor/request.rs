@@ -4,12 +4,12 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use devices::GuestExit;
-use migration::{MigrateOptions, Progress, Report};
+use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
-use crate::api::InstanceInfo;
-use crate::machine::Machine;
+use crate::api::{InstanceInfo, Resolution};
+use crate::machine::{Machine, MigrationSource};
 use crate::vcpu::VcpuFailure;
 
 /// Why a request was refused.
@@ -22,8 +22,20 @@ pub enum Refusal {
     NoMachine,
     #[error("the last migration is in doubt: the guest may run at its other end, and stays paused here")]
     InDoubt,
+    #[error(
+        "the last migration could not give the guest back: expected one that goes on; `godwit resume` tries again"
+    )]
+    NotTakenBack,
     #[error("no migration is under way")]
     NoMigration,
+    #[error("nothing is in doubt here: the guest is this process's own")]
+    NoDoubt,
+    #[error("it is being resolved already")]
+    Resolving,
+    #[error(
+        "nothing to decide here: no machine waits for a source that fell silent; `godwit resolve` at the source asks this side"
+    )]
+    NothingToDecide,
     #[error("{0}")]
     Failed(String),
     #[error("the VM has just ended")]
@@ -58,6 +70,8 @@ pub enum Request {
     Progress(Reply<Progress>),
     /// End the migration; the guest runs on here.
     Cancel(Reply<()>),
+    /// Find out what became of a migration in doubt, or decide.
+    Resolve(Option<Decision>, Reply<Resolution>),
 }
 
 /// A migration job as its clients see it.
@@ -81,11 +95,31 @@ pub(crate) enum Event {
     /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
     /// The migration job has ended.
-    MigrationEnded(Box<Report>),
-    /// The receiving job has a machine, running or (with a reason) paused.
-    Received(Box<Machine>, Option<String>),
+    MigrationEnded(Box<Ended>),
+    /// The destination of a migration in doubt was asked.
+    Answered(Result<Answer, AskError>),
+    /// The receiving job has no machine after all, and waits for the next.
+    AttemptFailed(String),
+    /// The receiving job has a machine.
+    Received(Box<Arrived>),
     /// The receiving job cannot go on.
     ReceiveFailed(String),
+}
+
+/// A migration away that has ended.
+pub(crate) struct Ended {
+    pub(crate) migrated: Migrated,
+    /// The machine as it was left, where it is in doubt what became of it.
+    pub(crate) source: Option<Box<MigrationSource>>,
+}
+
+/// A machine that came after "go".
+pub(crate) struct Arrived {
+    pub(crate) machine: Machine,
+    /// Why it is paused, if it does not run.
+    pub(crate) reason: Option<String>,
+    /// Where its source will ask, if that does not know what became of it.
+    pub(crate) receiver: Option<Receiver>,
 }
 
 /// A way to the supervisor, for any thread.

@@ -1,4 +1,8 @@
+use migration::{Decision, Migrated};
+use tokio::sync::oneshot;
+
 use super::*;
+use crate::api::{Resolution, Verdict};
 use crate::rundir::ApiSocket;
 
 struct Rig {
@@ -27,7 +31,7 @@ fn job() -> Job {
     }
 }
 
-fn report(outcome: &str) -> Box<Report> {
+fn ended(outcome: &str) -> Box<Ended> {
     let text = format!(
         r#"{{"outcome":"{outcome}","error":"why","mode":"precopy","budget_ms":1,"budget_kept":false,
         "predicted_downtime_ms":null,"downtime_ms":null,"downtime":{{"pause_ms":0,"drain_ms":0,"final_log_ms":0,
@@ -35,12 +39,19 @@ fn report(outcome: &str) -> Box<Report> {
         "total_ms":1,"rounds":[],"bytes_sent":0,"pages_sent":0,"pages_zero":0,"streams":1,"data_path":"gather",
         "verify_ms":0,"memory_digest":null}}"#
     );
-    serde_json::from_str(&text).unwrap()
+    let migrated = Migrated {
+        report: serde_json::from_str(&text).unwrap(),
+        doubt: None,
+    };
+    Box::new(Ended {
+        migrated,
+        source: None,
+    })
 }
 
 #[test]
 fn a_job_that_receives_is_called_off_and_has_the_last_word() {
-    let stop = || Event::Request(Request::Stop(tokio::sync::oneshot::channel().0));
+    let stop = || Event::Request(Request::Stop(oneshot::channel().0));
     for ask in [stop(), Event::Terminate] {
         let mut rig = rig();
         let job = job();
@@ -82,7 +93,7 @@ fn the_end_of_the_vm_leaves_no_migration_without_a_report() {
         rig.supervisor.migration = Some(MigrationJob { job: job(), reports });
         let handle = rig.supervisor.handle();
         handle.send(Event::Escape);
-        handle.send(Event::MigrationEnded(report(outcome)));
+        handle.send(Event::MigrationEnded(ended(outcome)));
         let ending = rig.supervisor.settle(Ok(Ending::Stopped));
         assert_eq!(ending.unwrap(), end);
         let error = feed.try_recv().unwrap().error.unwrap();
@@ -92,4 +103,68 @@ fn the_end_of_the_vm_leaves_no_migration_without_a_report() {
             "{error}"
         );
     }
+}
+
+fn asked(rig: &mut Rig, decision: Option<Decision>) -> oneshot::Receiver<Result<Resolution, Refusal>> {
+    let (reply, answer) = oneshot::channel();
+    let request = Event::Request(Request::Resolve(decision, reply));
+    assert!(rig.supervisor.handle_event(request, &rig.server).is_none());
+    answer
+}
+
+#[test]
+fn without_doubt_there_is_nothing_to_resolve() {
+    let mut rig = rig();
+    let mut answer = asked(&mut rig, Some(Decision::Run));
+    assert!(matches!(answer.try_recv().unwrap(), Err(Refusal::NoDoubt)));
+
+    // A receiver whose source has not even come.
+    rig.supervisor.life = Some(Life::Receiving(job()));
+    for decision in [None, Some(Decision::Run), Some(Decision::Discard)] {
+        let mut answer = asked(&mut rig, decision);
+        assert!(matches!(
+            answer.try_recv().unwrap(),
+            Err(Refusal::NothingToDecide)
+        ));
+    }
+}
+
+#[test]
+fn a_decision_is_answered_by_what_the_receiving_job_does() {
+    let mut rig = rig();
+    rig.supervisor.life = Some(Life::Receiving(job()));
+    let decide = |rig: &mut Rig, decision| {
+        let (reply, answer) = oneshot::channel();
+        let until = Instant::now() + Duration::from_secs(3600);
+        rig.supervisor.resolving = Some(Resolving::Deciding {
+            decision,
+            reply,
+            until,
+        });
+        answer
+    };
+    for (decision, as_asked) in [(Decision::Discard, true), (Decision::Run, false)] {
+        let mut answer = decide(&mut rig, decision);
+        assert!(rig.supervisor.deciding_until().is_some());
+        // One at a time.
+        let mut second = asked(&mut rig, None);
+        assert!(matches!(second.try_recv().unwrap(), Err(Refusal::Resolving)));
+        let failed = Event::AttemptFailed("discarded".into());
+        assert!(rig.supervisor.handle_event(failed, &rig.server).is_none());
+        let resolution = answer.try_recv().unwrap().unwrap();
+        assert_eq!(
+            (resolution.verdict, resolution.as_asked),
+            (Verdict::Discarded, as_asked)
+        );
+        assert!(rig.supervisor.deciding_until().is_none());
+    }
+    let mut answer = decide(&mut rig, Decision::Run);
+    rig.supervisor.machine_came(None);
+    assert_eq!(answer.try_recv().unwrap().unwrap().verdict, Verdict::Here);
+    let mut answer = decide(&mut rig, Decision::Run);
+    rig.supervisor.give_up_deciding();
+    assert!(matches!(
+        answer.try_recv().unwrap(),
+        Err(Refusal::NothingToDecide)
+    ));
 }

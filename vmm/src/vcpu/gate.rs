@@ -23,7 +23,10 @@ pub enum Next {
     End,
 }
 
-/// Counts the holders and the threads that are parked because of them.
+/// Counts the holders and the threads that are parked because of them, or for a slice of time.
+///
+/// A slice keeps one vCPU out until it is over. It is nobody's hold: it opens nothing, it delays neither a
+/// pause, for which a thread in a slice is parked like any other, nor whoever waits for the end of a pause.
 #[derive(Debug)]
 pub struct Gate {
     state: Mutex<State>,
@@ -34,10 +37,22 @@ pub struct Gate {
 struct State {
     holders: u8,
     ending: bool,
-    threads: usize,
-    parked: usize,
-    /// Those among the parked that will not come back.
+    /// Threads that are parked because of a holder.
+    held: usize,
+    /// Threads that will not come back.
     retired: usize,
+    vcpus: Vec<Slices>,
+}
+
+/// What slices do to one vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slices {
+    /// When the present slice ends.
+    until: Option<Instant>,
+    /// Since when its thread is parked for it.
+    since: Option<Instant>,
+    /// How long it was parked for those before.
+    parked: Duration,
 }
 
 impl Gate {
@@ -46,9 +61,9 @@ impl Gate {
         let state = State {
             holders: Holder::Startup as u8,
             ending: false,
-            threads,
-            parked: 0,
+            held: 0,
             retired: 0,
+            vcpus: vec![Slices::default(); threads],
         };
         Self {
             state: Mutex::new(state),
@@ -77,6 +92,36 @@ impl Gate {
         self.lock().holders != 0
     }
 
+    /// Keeps vCPU `id` out until `until`. Kick it. Says no where the gate is closed: who is out already needs
+    /// no slice.
+    pub(super) fn begin_slice(&self, id: usize, until: Instant) -> bool {
+        let mut state = self.lock();
+        let open = state.holders == 0;
+        if let Some(vcpu) = state.vcpus.get_mut(id).filter(|_| open) {
+            vcpu.until = Some(until);
+        }
+        open
+    }
+
+    /// Ends every slice at once.
+    pub(super) fn end_slices(&self) {
+        for vcpu in &mut self.lock().vcpus {
+            vcpu.until = None;
+        }
+        self.changed.notify_all();
+    }
+
+    /// How long each vCPU has been parked for slices, up to `now`.
+    pub(crate) fn sliced(&self, now: Instant) -> Vec<Duration> {
+        let so_far = |vcpu: &Slices| {
+            let present = vcpu
+                .since
+                .map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            vcpu.parked + present
+        };
+        self.lock().vcpus.iter().map(so_far).collect()
+    }
+
     /// Sends all threads home, closed or not. Kick those in the guest.
     pub fn end(&self) {
         self.lock().ending = true;
@@ -85,10 +130,7 @@ impl Gate {
 
     /// A vCPU thread that will not come back, because it failed, counts as parked for ever.
     pub fn retire(&self) {
-        let mut state = self.lock();
-        state.parked += 1;
-        state.retired += 1;
-        drop(state);
+        self.lock().retired += 1;
         self.changed.notify_all();
     }
 
@@ -97,33 +139,61 @@ impl Gate {
         self.lock().retired > 0
     }
 
-    /// Called by vCPU threads outside the guest: waits while the gate is closed.
-    pub fn pass(&self) -> Next {
+    /// Called by the thread of vCPU `id` outside the guest: waits while the gate is closed or its slice lasts.
+    pub fn pass(&self, id: usize) -> Next {
         let mut state = self.lock();
-        if state.holders != 0 && !state.ending {
-            state.parked += 1;
-            self.changed.notify_all();
-            state = self
-                .changed
-                .wait_while(state, |state| state.holders != 0 && !state.ending)
-                .unwrap_or_else(PoisonError::into_inner);
-            state.parked -= 1;
-            self.changed.notify_all();
+        loop {
+            if state.ending {
+                return Next::End;
+            }
+            if state.holders != 0 {
+                state.held += 1;
+                self.changed.notify_all();
+                state = self
+                    .changed
+                    .wait_while(state, |state| state.holders != 0 && !state.ending)
+                    .unwrap_or_else(PoisonError::into_inner);
+                state.held -= 1;
+                self.changed.notify_all();
+            } else if let Some(left) = state.slice_left(id) {
+                state = self.sit_out(state, id, left);
+            } else {
+                return Next::Enter;
+            }
         }
-        if state.ending { Next::End } else { Next::Enter }
+    }
+
+    /// Parks for what is left of a slice. Also returns when something changes.
+    fn sit_out<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        id: usize,
+        left: Duration,
+    ) -> MutexGuard<'a, State> {
+        let began = Instant::now();
+        state.vcpus[id].since = Some(began);
+        let (mut state, _) = self
+            .changed
+            .wait_timeout(state, left)
+            .unwrap_or_else(PoisonError::into_inner);
+        let vcpu = &mut state.vcpus[id];
+        vcpu.since = None;
+        vcpu.parked += began.elapsed();
+        state
     }
 
     /// Waits until every thread is parked; false after `timeout`.
     pub fn wait_parked(&self, timeout: Duration) -> bool {
-        self.wait(timeout, |state| state.parked == state.threads)
+        self.wait(timeout, |state| {
+            let in_slices = state.vcpus.iter().filter(|vcpu| vcpu.since.is_some()).count();
+            state.held + state.retired + in_slices == state.vcpus.len()
+        })
     }
 
-    /// Waits until every thread that can has left the gate for the guest, or the gate is closed again; false
-    /// after `timeout`.
+    /// Waits until nobody keeps a thread from the guest any more (but for its slices), or the gate is closed
+    /// again; false after `timeout`.
     pub fn wait_entered(&self, timeout: Duration) -> bool {
-        self.wait(timeout, |state| {
-            state.parked == state.retired || state.holders != 0
-        })
+        self.wait(timeout, |state| state.held == 0 || state.holders != 0)
     }
 
     fn wait(&self, timeout: Duration, done: impl Fn(&State) -> bool) -> bool {
@@ -142,6 +212,15 @@ impl Gate {
     }
 }
 
+impl State {
+    /// What is left of a vCPU's slice, if it has one.
+    fn slice_left(&self, id: usize) -> Option<Duration> {
+        let until = self.vcpus.get(id)?.until?;
+        let left = until.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -153,9 +232,9 @@ mod tests {
     fn opens_only_when_the_last_holder_lets_go() {
         let gate = Arc::new(Gate::new(2));
         let threads: Vec<_> = (0..2)
-            .map(|_| {
+            .map(|id| {
                 let gate = gate.clone();
-                thread::spawn(move || gate.pass())
+                thread::spawn(move || gate.pass(id))
             })
             .collect();
         assert!(gate.wait_parked(Duration::from_secs(5)));
@@ -184,10 +263,59 @@ mod tests {
         let gate = Arc::new(Gate::new(1));
         let thread = thread::spawn({
             let gate = gate.clone();
-            move || gate.pass()
+            move || gate.pass(0)
         });
         assert!(gate.wait_parked(Duration::from_secs(5)));
         gate.end();
         assert_eq!(thread.join().unwrap(), Next::End);
+    }
+    #[test]
+    fn a_vcpu_in_a_slice_is_parked_for_a_pause_and_no_slice_opens_the_gate() {
+        let gate = Arc::new(Gate::new(1));
+        gate.open(Holder::Startup);
+        assert!(gate.begin_slice(0, Instant::now() + Duration::from_secs(3600)));
+        let thread = thread::spawn({
+            let gate = gate.clone();
+            move || gate.pass(0)
+        });
+        assert!(gate.wait_parked(Duration::from_secs(5)));
+        gate.close(Holder::Migration);
+        assert!(gate.wait_parked(Duration::ZERO));
+        assert!(
+            !gate.begin_slice(0, Instant::now()),
+            "a slice for a vCPU that is held"
+        );
+        gate.end_slices();
+        assert!(gate.wait_parked(Duration::from_secs(5)) && !thread.is_finished());
+        gate.open(Holder::Migration);
+        assert_eq!(thread.join().unwrap(), Next::Enter);
+        assert!(gate.sliced(Instant::now())[0] > Duration::ZERO);
+    }
+
+    #[test]
+    fn the_end_of_a_pause_does_not_wait_for_slices() {
+        let gate = Arc::new(Gate::new(1));
+        gate.open(Holder::Startup);
+        gate.begin_slice(0, Instant::now() + Duration::from_secs(3600));
+        gate.close(Holder::User);
+        let thread = thread::spawn({
+            let gate = gate.clone();
+            move || gate.pass(0)
+        });
+        assert!(gate.wait_parked(Duration::from_secs(5)));
+        gate.open(Holder::User);
+        assert!(gate.wait_entered(Duration::from_secs(5)) && !thread.is_finished());
+        gate.end_slices();
+        assert_eq!(thread.join().unwrap(), Next::Enter);
+    }
+
+    #[test]
+    fn a_slice_ends_by_itself() {
+        let gate = Gate::new(1);
+        gate.open(Holder::Startup);
+        let until = Instant::now() + Duration::from_millis(2);
+        gate.begin_slice(0, until);
+        assert_eq!(gate.pass(0), Next::Enter);
+        assert!(Instant::now() >= until);
     }
 }

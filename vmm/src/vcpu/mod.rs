@@ -4,6 +4,7 @@ mod gate;
 mod kick;
 mod run;
 mod state;
+mod throttle;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -14,9 +15,14 @@ use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
+use throttle::Throttle;
+
 pub use gate::{Gate, Holder};
 pub use run::{Buses, VcpuFailure};
-pub use state::{MSR_TSC_DEADLINE, VcpuRecord, VcpuStateError, bytes, parse, restore, save, set_msr};
+pub use state::{
+    MSR_TSC_DEADLINE, Purpose, VcpuRecord, VcpuStateError, bytes, parse, restore, restore_shared_pages, save,
+    set_msr,
+};
 
 /// A vCPU that does not leave the guest within this time is stuck in the kernel.
 const PARK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,6 +35,10 @@ pub enum VcpuError {
     Handler(vmm_sys_util::errno::Error),
     #[error("vCPU thread {id}")]
     Spawn { id: u8, source: std::io::Error },
+    #[error("throttle thread")]
+    Throttle(#[source] std::io::Error),
+    #[error("throttle: expected a share for each of {expected} vCPUs, got {got}")]
+    Shares { expected: usize, got: usize },
     #[error("vCPUs still in the guest after {0:?}")]
     NotParked(Duration),
 }
@@ -37,7 +47,8 @@ pub enum VcpuError {
 pub struct VcpuSet {
     gate: Arc<Gate>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
+    throttle: Throttle,
 }
 
 impl VcpuSet {
@@ -51,10 +62,16 @@ impl VcpuSet {
         kick::install_handler().map_err(VcpuError::Handler)?;
         let gate = Arc::new(Gate::new(vcpus.len()));
         let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        let threads: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
+        let kick_one = {
+            let threads = threads.clone();
+            Arc::new(move |id| lock(&threads).get(id).into_iter().for_each(kick_thread))
+        };
         let set = Self {
             gate: gate.clone(),
             vcpus,
-            threads: Mutex::default(),
+            threads,
+            throttle: Throttle::new(gate.clone(), kick_one),
         };
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
             let (gate, vcpu, buses, on_failure) =
@@ -69,7 +86,7 @@ impl VcpuSet {
                     }
                 })
                 .map_err(|source| VcpuError::Spawn { id, source })?;
-            set.lock_threads().push(thread);
+            lock(&set.threads).push(thread);
         }
         Ok(set)
     }
@@ -121,25 +138,40 @@ impl VcpuSet {
             .collect()
     }
 
+    /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most 10
+    /// ms. Opens the gate for nobody. Returns at once.
+    pub fn throttle(&self, shares: &[f64]) -> Result<(), VcpuError> {
+        if shares.len() != self.vcpus.len() {
+            return Err(VcpuError::Shares {
+                expected: self.vcpus.len(),
+                got: shares.len(),
+            });
+        }
+        self.throttle.set(shares)
+    }
+
     /// One kick is enough: it comes after a change of the gate, and a thread looks at the gate after every
     /// kick and before it enters the guest.
     fn kick(&self) {
-        for thread in self.lock_threads().iter() {
-            // Fails only for a thread that has ended, which needs no kick.
-            let _ = thread.kill(kick::signal());
-        }
+        lock(&self.threads).iter().for_each(kick_thread);
     }
+}
 
-    fn lock_threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn kick_thread(thread: &JoinHandle<()>) {
+    // Fails only for a thread that has ended, which needs no kick.
+    let _ = thread.kill(kick::signal());
+}
+
+fn lock(threads: &Mutex<Vec<JoinHandle<()>>>) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+    threads.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for VcpuSet {
     fn drop(&mut self) {
         self.gate.end();
         self.kick();
-        for thread in self.lock_threads().drain(..) {
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        for thread in threads {
             // A panic in a vCPU thread has been reported by the panic hook.
             let _ = thread.join();
         }

@@ -3,19 +3,23 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::bus::Bus;
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
 use super::gate::{Gate, Next};
 use super::kick::Kickable;
+use crate::memory::{MemoryError, RingLog};
 
-/// The buses that a vCPU's exits go to.
+/// What a vCPU's exits go to.
 #[derive(Clone)]
 pub struct Buses {
     /// Port I/O.
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
+    /// Dirty rings, where the machine has them.
+    pub rings: Option<Arc<RingLog>>,
 }
 
 /// Why a vCPU stopped for good.
@@ -36,6 +40,8 @@ pub enum VcpuFailure {
     Entry { id: u8, reason: u64 },
     #[error("vCPU {id}: unexpected exit {exit}")]
     Unexpected { id: u8, exit: String },
+    #[error("vCPU {id}: its dirty ring is full")]
+    DirtyRing { id: u8, source: Arc<MemoryError> },
     #[error("vCPU {0}: its thread panicked, see above")]
     Panicked(u8),
     #[error("vCPU {id}: KVM_RUN")]
@@ -47,7 +53,7 @@ const INTERNAL_ERROR_EMULATION: u32 = 1;
 /// Until the gate sends the thread home, or the vCPU fails.
 pub(super) fn run(id: u8, vcpu: &Mutex<VcpuFd>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
     let _kickable = Kickable::new(&mut vcpu.lock().unwrap_or_else(PoisonError::into_inner));
-    while gate.pass() == Next::Enter {
+    while gate.pass(id.into()) == Next::Enter {
         // Held while the vCPU is in the guest, free while the thread is parked, so that whoever holds the
         // gate can save and restore it.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
@@ -72,6 +78,7 @@ fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), Vcpu
                 buses.mmio.write(address, data);
             }
             Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => make_room(id, buses)?,
             Ok(VcpuExit::Shutdown) => return Err(VcpuFailure::TripleFault(id)),
             Ok(VcpuExit::InternalError) => return Err(internal_error(id, vcpu)),
             Ok(VcpuExit::FailEntry(reason, _)) => return Err(VcpuFailure::Entry { id, reason }),
@@ -90,6 +97,15 @@ fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), Vcpu
             Err(source) => return Err(VcpuFailure::Run { id, source }),
         }
     }
+}
+
+/// Empties the dirty rings: the vCPU cannot go on while its own is full.
+fn make_room(id: u8, buses: &Buses) -> Result<(), VcpuFailure> {
+    let harvested = buses.rings.as_ref().map_or(Ok(()), |rings| rings.harvest());
+    harvested.map_err(|source| VcpuFailure::DirtyRing {
+        id,
+        source: Arc::new(source),
+    })
 }
 
 fn internal_error(id: u8, vcpu: &mut VcpuFd) -> VcpuFailure {

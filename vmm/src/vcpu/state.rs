@@ -1,7 +1,7 @@
 //! The saved state of a vCPU, and its way in and out of KVM.
 #![allow(unsafe_code)] // KVM_SET_XSAVE is unsafe where extended state can exceed 4096 bytes.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use kvm_bindings::{KVM_MP_STATE_SIPI_RECEIVED, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -14,6 +14,20 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 const MSR_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: armed when the clocks have been moved on.
 pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: to set them writes guest memory, see
+/// `Machine::run_restored`.
+const MSR_WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
+/// MSRs by which KVM is told where to keep the guest up to date (Documentation/virt/kvm/x86/msr.rst): both system
+/// times, asynchronous page faults, steal time, end-of-interrupt. To set one may write guest memory, which before
+/// the guest runs is not this side's to write.
+const MSR_SHARED_PAGES: [u32; 6] = [
+    0x12,
+    0x4b56_4d01,
+    0x4b56_4d02,
+    0x4b56_4d03,
+    0x4b56_4d04,
+    0x4b56_4d06,
+];
 /// KVM takes no more MSRs in one call.
 const MSR_BATCH: usize = 256;
 
@@ -80,6 +94,42 @@ impl VcpuRecord {
             .find(|(index, _)| *index == MSR_TSC_DEADLINE)
             .map_or(0, |(_, value)| *value)
     }
+
+    /// The saved MSRs that say where the guest's wall clock lies, if it has one: index and value.
+    pub fn wall_clocks(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
+        let is_set = |(index, value): &(u32, u64)| MSR_WALL_CLOCKS.contains(index) && *value != 0;
+        self.msrs.iter().copied().filter(is_set)
+    }
+}
+
+/// Sets the saved MSRs that [`restore`] leaves out because they let KVM write guest memory; the wall clock's are
+/// [`VcpuRecord::wall_clocks`].
+pub fn restore_shared_pages(vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
+    let set: Vec<_> = record
+        .msrs
+        .iter()
+        .filter(|(index, value)| MSR_SHARED_PAGES.contains(index) && *value != 0)
+        .map(|(index, value)| kvm_msr_entry {
+            index: *index,
+            data: *value,
+            ..Default::default()
+        })
+        .collect();
+    if set.is_empty() {
+        Ok(())
+    } else {
+        set_msrs(vcpu, &set)
+    }
+}
+
+/// What a state is restored for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The vCPU is going to run from this state.
+    Run,
+    /// To find out whether it can be done and how long it takes: another state will follow. No processor (mp)
+    /// state is set.
+    Rehearsal,
 }
 
 /// Saves a vCPU that is out of the guest. `tsc` is its guest's TSC at the time for which the machine's
@@ -104,13 +154,23 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateE
     })
 }
 
-/// Gives a saved state to a new vCPU, everything but the TSC and the deadline timer. Untrusted input.
-pub fn restore(kvm: &Kvm, vcpu: &VcpuFd, record: &VcpuRecord) -> Result<(), VcpuStateError> {
+/// Gives a saved state to a vCPU that has not run, everything but the TSC, the deadline timer and the wall
+/// clock. Untrusted input. Can be done again with another state.
+pub fn restore(
+    kvm: &Kvm,
+    vcpu: &VcpuFd,
+    record: &VcpuRecord,
+    purpose: Purpose,
+) -> Result<(), VcpuStateError> {
     let mp_state = kvm_bindings::kvm_mp_state {
         mp_state: check_mp_state(record.mp_state)?,
     };
-    vcpu.set_mp_state(mp_state)
-        .map_err(kvm_error("KVM_SET_MP_STATE"))?;
+    // A processor that waits for its start-up interrupt would be left with one pending, which no later state
+    // takes back.
+    if purpose == Purpose::Run {
+        vcpu.set_mp_state(mp_state)
+            .map_err(kvm_error("KVM_SET_MP_STATE"))?;
+    }
     vcpu.set_regs(&parse("kvm_regs", &record.regs)?)
         .map_err(kvm_error("KVM_SET_REGS"))?;
     vcpu.set_sregs(&parse("kvm_sregs", &record.sregs)?)
@@ -144,11 +204,12 @@ fn check_mp_state(got: u32) -> Result<u32, VcpuStateError> {
 
 /// Sets one MSR.
 pub fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), VcpuStateError> {
-    if try_set_msr(vcpu, index, value)? {
-        Ok(())
-    } else {
-        Err(VcpuStateError::Msr { index, value })
-    }
+    let entry = kvm_msr_entry {
+        index,
+        data: value,
+        ..Default::default()
+    };
+    set_msrs(vcpu, &[entry])
 }
 
 fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
@@ -202,18 +263,37 @@ fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Vcp
     if msrs.len() > known.len() {
         return Err(VcpuStateError::TooManyMsrs(msrs.len()));
     }
-    for (index, value) in msrs.iter().filter(|(index, _)| *index != MSR_TSC_DEADLINE) {
-        let reset = read_msr(vcpu, *index)?;
-        // What a new vCPU already holds needs no write; some of those KVM would refuse to take.
-        if reset == Some(*value) {
+    let present: HashMap<u32, u64> = save_msrs(kvm, vcpu)?.into_iter().collect();
+    let later = |index: &u32| {
+        *index == MSR_TSC_DEADLINE || MSR_WALL_CLOCKS.contains(index) || MSR_SHARED_PAGES.contains(index)
+    };
+    let mut changed = Vec::new();
+    // After "go" it would be too late to find out that this host has no such MSR.
+    let missing = |(index, value): &&(u32, u64)| later(index) && *value != 0 && !known.contains(index);
+    if let Some((index, _)) = msrs.iter().find(missing) {
+        return Err(VcpuStateError::UnknownMsr(*index));
+    }
+    for (index, value) in msrs.iter().filter(|(index, _)| !later(index)) {
+        let now = match present.get(index) {
+            Some(now) => Some(*now),
+            None => read_msr(vcpu, *index)?,
+        };
+        // What the vCPU already holds needs no write; some of those KVM would refuse to take.
+        if now == Some(*value) {
             continue;
         }
         if !known.contains(index) {
             return Err(VcpuStateError::UnknownMsr(*index));
         }
-        set_msr(vcpu, *index, *value)?;
+        changed.push(kvm_msr_entry {
+            index: *index,
+            data: *value,
+            ..Default::default()
+        });
     }
-    Ok(())
+    changed
+        .chunks(MSR_BATCH)
+        .try_for_each(|batch| set_msrs(vcpu, batch))
 }
 
 /// `None` if KVM has no such MSR for this guest.
@@ -227,14 +307,14 @@ fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuStateError> {
     Ok((read == 1).then(|| msrs.as_slice()[0].data))
 }
 
-fn try_set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, VcpuStateError> {
-    let entry = kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
-    let msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuStateError::TooManyMsrs(1))?;
-    Ok(vcpu.set_msrs(&msrs).map_err(kvm_error("KVM_SET_MSRS"))? == 1)
+/// At most [`MSR_BATCH`] of them. KVM stops at the first that it refuses.
+fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| VcpuStateError::TooManyMsrs(entries.len()))?;
+    let set = vcpu.set_msrs(&msrs).map_err(kvm_error("KVM_SET_MSRS"))?;
+    entries.get(set).map_or(Ok(()), |refused| {
+        let (index, value) = (refused.index, refused.data);
+        Err(VcpuStateError::Msr { index, value })
+    })
 }
 
 /// The structure's bytes as the kernel lays it out.

@@ -1,0 +1,217 @@
+//! How content gets to a socket: copied by the kernel, or read by the network card from guest memory.
+
+use std::os::fd::BorrowedFd;
+
+use rustix::net::sockopt::socket_error;
+
+use crate::vectors::Run;
+use crate::zerocopy::{Completion, enable, next_completion};
+use crate::{Gather, MemoryIoError, Step};
+
+/// Fewer bytes are copied sooner than their pages are pinned and their completion is read.
+const MIN_ZEROCOPY: usize = 32 << 10;
+
+/// Most sends under way: bounds the completions that the kernel keeps for us.
+const MAX_PENDING: u64 = 256;
+
+/// How content gets to the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendPath {
+    /// The kernel copies it from guest memory.
+    Gather,
+    /// The network card reads it from guest memory (MSG_ZEROCOPY), as completions have shown.
+    Zerocopy,
+}
+
+/// What a [`Sender`] did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SendCounters {
+    /// Bytes sent the ordinary way, headers included.
+    pub gather_bytes: u64,
+    /// Bytes sent with MSG_ZEROCOPY.
+    pub zerocopy_bytes: u64,
+    /// Calls with MSG_ZEROCOPY.
+    pub zerocopy_sends: u64,
+    /// Those that the kernel is done with.
+    pub completed: u64,
+    /// Those of the completed ones whose content the kernel copied after all.
+    pub copied: u64,
+    /// Calls with MSG_ZEROCOPY that the kernel had no memory for (or no locked memory); sent as usual.
+    pub no_buffers: u64,
+}
+
+/// Sends [`Gather`]s over one socket, without a copy where the kernel and the network can do without.
+///
+/// On TCP the first large piece of guest memory goes out with MSG_ZEROCOPY as a probe, everything else as
+/// usual until its completion comes. It says whether the kernel copied (loopback, veth, cards without
+/// scatter-gather): then everything is gathered from there on. If it did not, all large pieces of guest memory
+/// take that way, for as long as most completions say so. Headers are always copied, so they may change as
+/// soon as they are sent. On any other socket everything is gathered.
+///
+/// While sends are [`pending`](Self::pending), poll(2) reports POLLERR for the socket whenever completions
+/// can be read, asked for or not; [`send`](Self::send) and [`drain`](Self::drain) read them.
+#[derive(Debug)]
+pub struct Sender {
+    mode: Mode,
+    counters: SendCounters,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Gather,
+    /// Nothing is known yet.
+    Probing,
+    Zerocopy,
+}
+
+/// One call of sendmsg.
+struct Plan {
+    vectors: usize,
+    flags: libc::c_int,
+    zerocopy: bool,
+}
+
+impl Sender {
+    /// For a socket, which every later call must name again.
+    pub fn new(socket: BorrowedFd<'_>) -> Self {
+        let mode = if enable(socket) {
+            Mode::Probing
+        } else {
+            Mode::Gather
+        };
+        Self {
+            mode,
+            counters: SendCounters::default(),
+        }
+    }
+
+    /// Sends as much as the socket takes now, like [`Gather::step`], in one system call besides those that
+    /// read completions: it may say `Moved` although the socket would take more.
+    pub fn send(&mut self, gather: &mut Gather<'_>, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+        self.reap(socket)?;
+        let plan = self.plan(gather);
+        let before = gather.vectors.moved();
+        let mut step = gather.vectors.send(socket, plan.vectors, plan.flags);
+        if plan.zerocopy && step.as_ref().is_err_and(is_out_of_buffers) {
+            self.refused();
+            step = gather.vectors.send(socket, plan.vectors, 0);
+        } else if plan.zerocopy && step.as_ref().is_ok_and(|step| *step != Step::WouldBlock) {
+            self.counters.zerocopy_sends += 1;
+            self.counters.zerocopy_bytes += gather.vectors.moved() - before;
+            return step;
+        }
+        self.counters.gather_bytes += gather.vectors.moved() - before;
+        step
+    }
+
+    /// Reads completions, without waiting: `Done` when the kernel needs none of the memory any more,
+    /// `WouldBlock` when it still does: wait for POLLERR on the socket, which needs no flag, and call again.
+    pub fn drain(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+        self.reap(socket)?;
+        if self.pending() == 0 {
+            return Ok(Step::Done);
+        }
+        // A socket that failed reports POLLERR for that as well, and nobody would read it.
+        match socket_error(socket) {
+            Ok(Ok(())) => Ok(Step::WouldBlock),
+            Ok(Err(error)) | Err(error) => Err(MemoryIoError::Socket(error.into())),
+        }
+    }
+
+    /// Sends whose guest memory the kernel may still read.
+    pub fn pending(&self) -> u64 {
+        self.counters.zerocopy_sends - self.counters.completed
+    }
+
+    /// The way that large pieces of guest memory take now.
+    pub fn path(&self) -> SendPath {
+        match self.mode {
+            Mode::Gather | Mode::Probing => SendPath::Gather,
+            Mode::Zerocopy => SendPath::Zerocopy,
+        }
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> SendCounters {
+        self.counters
+    }
+
+    /// What to send next, and how.
+    fn plan(&self, gather: &Gather<'_>) -> Plan {
+        let everything = Plan {
+            vectors: usize::MAX,
+            flags: 0,
+            zerocopy: false,
+        };
+        if self.mode == Mode::Gather {
+            return everything;
+        }
+        match gather.vectors.runs() {
+            [Some(front), _] if self.may_skip_the_copy(front) => Plan {
+                vectors: front.vectors,
+                flags: libc::MSG_ZEROCOPY,
+                zerocopy: true,
+            },
+            [Some(front), Some(next)] if self.may_skip_the_copy(next) => Plan {
+                vectors: front.vectors,
+                // The header does not go out as a packet of its own: its content follows at once.
+                flags: libc::MSG_MORE,
+                zerocopy: false,
+            },
+            _ => everything,
+        }
+    }
+
+    fn may_skip_the_copy(&self, run: Run) -> bool {
+        let most = match self.mode {
+            Mode::Gather => 0,
+            Mode::Probing => 1,
+            Mode::Zerocopy => MAX_PENDING,
+        };
+        run.guest && run.bytes >= MIN_ZEROCOPY && self.pending() < most
+    }
+
+    fn refused(&mut self) {
+        self.counters.no_buffers += 1;
+        if self.pending() == 0 {
+            // Nothing of ours is in the way, so waiting would not help.
+            self.mode = Mode::Gather;
+        }
+    }
+
+    fn reap(&mut self, socket: BorrowedFd<'_>) -> Result<(), MemoryIoError> {
+        while self.pending() > 0 {
+            match next_completion(socket).map_err(MemoryIoError::Socket)? {
+                Some(completion) => self.complete(completion),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        let sends = completion.sends.min(self.pending());
+        if sends == 0 {
+            return;
+        }
+        self.counters.completed += sends;
+        if completion.copied {
+            self.counters.copied += sends;
+        }
+        if self.mode != Mode::Gather {
+            let mostly_copied = self.counters.copied * 2 > self.counters.completed;
+            self.mode = if mostly_copied {
+                Mode::Gather
+            } else {
+                Mode::Zerocopy
+            };
+        }
+    }
+}
+
+fn is_out_of_buffers(error: &MemoryIoError) -> bool {
+    matches!(error, MemoryIoError::Socket(error) if error.raw_os_error() == Some(libc::ENOBUFS))
+}
+
+#[cfg(test)]
+mod tests;

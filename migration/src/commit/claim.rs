@@ -1,0 +1,157 @@
+use crate::protocol::Outcome;
+
+/// What a source may still do with its guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Claim {
+    /// The guest runs here, or is paused by its user and may be let run.
+    #[default]
+    Running,
+    /// The migration has paused it.
+    Paused,
+    /// The state is, perhaps, on its way: the destination may be ready, and then waits for a word.
+    Offered,
+    /// "go" is, perhaps, on its way: whether the guest is still ours only the destination or an operator knows.
+    InDoubt,
+    /// It is the destination's.
+    Moved,
+}
+
+/// What is to be done after a failure before "go".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Failed {
+    /// The migration had paused the guest: let it run.
+    pub(crate) resume: bool,
+    /// The destination may wait for a word: if the abort does not reach it, ask, so that it gives up.
+    pub(crate) withdraw: bool,
+}
+
+/// What an answer of the destination means for a guest that is in doubt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Verdict {
+    /// It is the destination's: free everything.
+    Moved,
+    /// It is ours again: let it run.
+    Resume,
+    /// Nobody knows yet: keep it paused.
+    StillInDoubt,
+}
+
+impl Claim {
+    /// The migration pauses the guest; comes before the call.
+    pub(crate) fn pause(&mut self) {
+        self.step(Claim::Running, Claim::Paused);
+    }
+
+    /// The state is sent; comes before its first byte.
+    pub(crate) fn offer(&mut self) {
+        self.step(Claim::Paused, Claim::Offered);
+    }
+
+    /// "go" is sent; comes before its first byte.
+    pub(crate) fn go(&mut self) {
+        self.step(Claim::Offered, Claim::InDoubt);
+    }
+
+    /// Not a byte of "go" was taken by this side's own system.
+    pub(crate) fn go_not_sent(&mut self) {
+        self.step(Claim::InDoubt, Claim::Offered);
+    }
+
+    /// "resumed" came.
+    pub(crate) fn moved(&mut self) {
+        self.step(Claim::InDoubt, Claim::Moved);
+    }
+
+    /// Whether only the destination or an operator can say whose the guest is.
+    pub(crate) fn in_doubt(self) -> bool {
+        self == Claim::InDoubt
+    }
+
+    /// The migration failed or was cancelled. Nothing once "go" is on its way: then that is not ours to say.
+    pub(crate) fn fail(&mut self) -> Option<Failed> {
+        let failed = match self {
+            Claim::Running => Failed {
+                resume: false,
+                withdraw: false,
+            },
+            Claim::Paused => Failed {
+                resume: true,
+                withdraw: false,
+            },
+            Claim::Offered => Failed {
+                resume: true,
+                withdraw: true,
+            },
+            Claim::InDoubt | Claim::Moved => return None,
+        };
+        *self = Claim::Running;
+        Some(failed)
+    }
+
+    /// The destination answered while the guest was in doubt.
+    pub(crate) fn answer(&mut self, outcome: &Outcome) -> Verdict {
+        match (*self, outcome) {
+            (Claim::InDoubt, Outcome::Runs) => {
+                *self = Claim::Moved;
+                Verdict::Moved
+            }
+            (Claim::InDoubt, Outcome::GaveUp) => {
+                *self = Claim::Running;
+                Verdict::Resume
+            }
+            // "kept": the machine is there, and an operator has to look at it. "unknown": whoever knew may be
+            // gone, after it ran the guest.
+            _ => Verdict::StillInDoubt,
+        }
+    }
+
+    fn step(&mut self, from: Claim, to: Claim) {
+        if *self == from {
+            *self = to;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offered() -> Claim {
+        let mut claim = Claim::default();
+        claim.go();
+        assert_eq!(claim, Claim::Running, "out of turn");
+        claim.pause();
+        claim.offer();
+        claim
+    }
+
+    #[test]
+    fn after_go_only_an_answer_gives_the_guest_back() {
+        let mut claim = offered();
+        claim.go();
+        assert!(claim.in_doubt() && claim.fail().is_none());
+        assert_eq!(claim.answer(&Outcome::Unknown), Verdict::StillInDoubt);
+        let kept = Outcome::Kept { reason: "x".into() };
+        assert_eq!(claim.answer(&kept), Verdict::StillInDoubt);
+        assert_eq!(claim.answer(&Outcome::GaveUp), Verdict::Resume);
+        assert_eq!((claim, claim.in_doubt()), (Claim::Running, false));
+
+        let mut claim = offered();
+        claim.go();
+        claim.moved();
+        assert_eq!(claim.answer(&Outcome::GaveUp), Verdict::StillInDoubt);
+        assert_eq!((claim, claim.fail()), (Claim::Moved, None));
+    }
+
+    #[test]
+    fn a_failure_before_go_undoes_what_was_done() {
+        let failed = |mut claim: Claim| claim.fail().map(|failed| (failed.resume, failed.withdraw));
+        assert_eq!(failed(Claim::default()), Some((false, false)));
+        assert_eq!(failed(Claim::Paused), Some((true, false)));
+        assert_eq!(failed(offered()), Some((true, true)));
+        let mut unsent = offered();
+        unsent.go();
+        unsent.go_not_sent();
+        assert_eq!(failed(unsent), Some((true, true)));
+    }
+}

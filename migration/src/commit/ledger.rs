@@ -1,0 +1,188 @@
+use std::collections::VecDeque;
+
+use crate::control::Decision;
+use crate::protocol::{Outcome, Token};
+
+/// What a destination knows about the machines that came its way: the one that is there, and those that it gave
+/// up. Whatever comes first counts; what comes after it finds it done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Ledger {
+    stage: Stage,
+    /// The latest at the back.
+    given_up: VecDeque<Token>,
+}
+
+/// How far the machine that is there has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Stage {
+    /// There is none.
+    #[default]
+    Idle,
+    /// It is being built and filled: it can be thrown away at any time.
+    Filling(Token),
+    /// It is complete, and waits for one word.
+    Ready(Token),
+    /// It is ours, and about to run.
+    Committing(Token),
+    /// It runs.
+    Runs(Token),
+    /// It is ours, and does not run.
+    Kept {
+        /// Its migration.
+        token: Token,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// How many migrations that were given up are remembered.
+const MOST_GIVEN_UP: usize = 64;
+
+impl Ledger {
+    pub(crate) fn stage(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// A migration begins. Answers whether there was room for it.
+    pub(crate) fn begin(&mut self, token: Token) -> bool {
+        let idle = self.stage == Stage::Idle;
+        if idle {
+            self.stage = Stage::Filling(token);
+        }
+        idle
+    }
+
+    /// The state is restored; comes before anybody is told. Answers whether the machine is still wanted.
+    pub(crate) fn ready(&mut self) -> bool {
+        let Stage::Filling(token) = self.stage else {
+            return false;
+        };
+        self.stage = Stage::Ready(token);
+        true
+    }
+
+    /// "go" came. Answers whether it counts: then the machine is to run.
+    pub(crate) fn go(&mut self) -> bool {
+        let Stage::Ready(token) = self.stage else {
+            return false;
+        };
+        self.stage = Stage::Committing(token);
+        true
+    }
+
+    /// An operator decides. Answers whether that counts.
+    pub(crate) fn decide(&mut self, decision: Decision) -> bool {
+        match (decision, &self.stage) {
+            (Decision::Run, _) => self.go(),
+            (Decision::Discard, Stage::Ready(_)) => self.discard(),
+            (Decision::Discard, _) => false,
+        }
+    }
+
+    /// The machine is given up: a failure before "ready", or an abort. Answers whether that counts.
+    pub(crate) fn discard(&mut self) -> bool {
+        let (Stage::Filling(token) | Stage::Ready(token)) = self.stage else {
+            return false;
+        };
+        self.stage = Stage::Idle;
+        if self.given_up.len() == MOST_GIVEN_UP {
+            self.given_up.pop_front();
+        }
+        self.given_up.push_back(token);
+        true
+    }
+
+    /// The guest runs.
+    pub(crate) fn resumed(&mut self) {
+        if let Stage::Committing(token) = self.stage {
+            self.stage = Stage::Runs(token);
+        }
+    }
+
+    /// The guest could not be let run.
+    pub(crate) fn kept(&mut self, reason: String) {
+        if let Stage::Committing(token) = self.stage {
+            self.stage = Stage::Kept { token, reason };
+        }
+    }
+
+    /// A source wants to know what became of its machine. If it is not ours by now, it never will be. Nothing
+    /// while that is about to be known: ask again after [`Ledger::resumed`] or [`Ledger::kept`].
+    pub(crate) fn ask(&mut self, token: Token) -> Option<Outcome> {
+        match &self.stage {
+            Stage::Filling(ours) | Stage::Ready(ours) if *ours == token => {
+                self.discard();
+                Some(Outcome::GaveUp)
+            }
+            Stage::Committing(ours) if *ours == token => None,
+            Stage::Runs(ours) if *ours == token => Some(Outcome::Runs),
+            Stage::Kept { token: ours, reason } if *ours == token => Some(Outcome::Kept {
+                reason: reason.clone(),
+            }),
+            _ if self.given_up.contains(&token) => Some(Outcome::GaveUp),
+            _ => Some(Outcome::Unknown),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Token = [1; 16];
+    const B: Token = [2; 16];
+
+    fn ready() -> Ledger {
+        let mut ledger = Ledger::default();
+        assert!(ledger.begin(A) && !ledger.begin(B) && ledger.ready());
+        ledger
+    }
+
+    #[test]
+    fn the_first_word_after_ready_counts() {
+        let mut gone = ready();
+        assert!(gone.go() && !gone.go() && !gone.discard() && !gone.decide(Decision::Discard));
+        assert_eq!(gone.ask(A), None);
+        gone.resumed();
+        assert_eq!(gone.ask(A), Some(Outcome::Runs));
+        assert_eq!(gone.ask(B), Some(Outcome::Unknown));
+        assert!(!gone.begin(B), "there is a machine");
+
+        let mut asked = ready();
+        assert_eq!(asked.ask(B), Some(Outcome::Unknown));
+        assert_eq!(asked.ask(A), Some(Outcome::GaveUp));
+        assert!(!asked.go() && !asked.decide(Decision::Run));
+        assert_eq!(asked.ask(A), Some(Outcome::GaveUp));
+        assert!(asked.begin(B));
+
+        let mut decided = ready();
+        assert!(decided.decide(Decision::Run) && !decided.go());
+        decided.kept("no disk".into());
+        assert_eq!(
+            decided.ask(A),
+            Some(Outcome::Kept {
+                reason: "no disk".into()
+            })
+        );
+    }
+
+    #[test]
+    fn before_ready_there_is_nothing_to_decide() {
+        let mut filling = Ledger::default();
+        assert!(!filling.ready() && !filling.discard() && filling.begin(A));
+        assert!(!filling.go() && !filling.decide(Decision::Run) && !filling.decide(Decision::Discard));
+        assert_eq!(filling.ask(A), Some(Outcome::GaveUp));
+        assert!(!filling.ready(), "given up meanwhile");
+    }
+
+    #[test]
+    fn the_last_64_are_remembered() {
+        let mut ledger = Ledger::default();
+        for n in 0..=64u8 {
+            assert!(ledger.begin([n; 16]) && ledger.discard());
+        }
+        assert_eq!(ledger.ask([0; 16]), Some(Outcome::Unknown));
+        assert_eq!(ledger.ask([1; 16]), Some(Outcome::GaveUp));
+        assert_eq!(ledger.ask([64; 16]), Some(Outcome::GaveUp));
+    }
+}

@@ -1,0 +1,404 @@
+//! The decisions.
+
+use std::time::Duration;
+
+use super::estimate::{Bandwidth, DirtyRate, Meter, Step};
+use super::predict::{Outlook, Plan};
+use super::throttle::{Demand, Throttler};
+use super::working_set::WorkingSet;
+use super::{Costs, Decision, Goal, Miss, Observation, Prediction, Reason, Verdict, duration};
+use crate::options::OnMiss;
+
+/// Decides, observation by observation, for one migration.
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    goal: Goal,
+    costs: Costs,
+    /// Seconds between the last two measurements of the costs; `None` before the first.
+    cost_spread: Option<f64>,
+    meter: Meter,
+    link: Bandwidth,
+    burst: Bandwidth,
+    rate: DirtyRate,
+    hot: WorkingSet,
+    /// Most bytes that were dirty after round 1.
+    most_dirty: f64,
+    throttler: Throttler,
+    /// Share of the bandwidth that a throttled guest may dirty.
+    target: f64,
+    /// Whether the guest was found to be too fast once.
+    overload: bool,
+    /// What a round takes besides its bytes, seconds.
+    overhead: Option<f64>,
+    /// Zero pages, bytes per second.
+    scan: f64,
+    /// Whether the observation before ended a round.
+    between_rounds: bool,
+    progress: Progress,
+    /// Seconds at which the deadline began to look lost.
+    late_since: Option<f64>,
+    missed: Option<Miss>,
+}
+
+/// The last moment at which the dirty set had become noticeably smaller.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    mark: Option<(f64, f64)>,
+}
+
+impl Policy {
+    /// Share of the bandwidth above which a guest is slowed down: rounds that shrink by less than this take long.
+    const LIMIT: f64 = 0.85;
+    /// Share to which it is slowed down: the dirty set then shrinks by 30 % of the bandwidth, whatever the guest.
+    const TARGET: f64 = 0.7;
+    /// Part of the time left until the deadline that is planned with.
+    const PUNCTUALITY: f64 = 0.85;
+    /// A promise looks lost for so many seconds before it is given up.
+    const PATIENCE: f64 = 0.2;
+    /// Pages known to be zero, bytes per second, until it was measured: they only have to be cleared from the log.
+    const SCAN: f64 = 5e10;
+
+    /// A policy that has not seen anything yet.
+    pub(crate) fn new(goal: Goal) -> Self {
+        Self {
+            throttler: Throttler::new(goal.cpus),
+            goal,
+            costs: Costs::default(),
+            cost_spread: None,
+            meter: Meter::default(),
+            link: Bandwidth::default(),
+            burst: Bandwidth::default(),
+            rate: DirtyRate::default(),
+            hot: WorkingSet::new(),
+            most_dirty: 0.0,
+            target: Self::TARGET,
+            overload: false,
+            overhead: None,
+            scan: Self::SCAN,
+            between_rounds: false,
+            progress: Progress::default(),
+            late_since: None,
+            missed: None,
+        }
+    }
+
+    /// Takes costs of which some are a guess, or change all the time: nothing is learnt from how they do.
+    pub(crate) fn assume(&mut self, costs: Costs) {
+        self.costs = costs;
+    }
+
+    /// Takes newly measured costs; how much they differ from those before tells how far they can be trusted.
+    pub(crate) fn set_costs(&mut self, costs: Costs) {
+        let change = costs.total().abs_diff(self.costs.total()).as_secs_f64();
+        self.cost_spread = Some(self.cost_spread.map_or(0.0, |spread| change.max(spread / 2.0)));
+        self.costs = costs;
+    }
+
+    /// Takes the speed of a piece of at least a few MiB that was sent without the cap of pre-copy, from its
+    /// first byte sent to its last byte received: what a final copy without a cap can count on.
+    pub(crate) fn burst(&mut self, bytes: u64, elapsed: Duration) {
+        self.burst.push(bytes as f64 / elapsed.as_secs_f64());
+    }
+
+    /// Why the promise cannot be kept, if that is so. With [`OnMiss::Switch`] the migration goes on.
+    pub(crate) fn missed(&self) -> Option<&Miss> {
+        self.missed.as_ref()
+    }
+
+    /// Takes an observation, says what to do.
+    pub(crate) fn observe(&mut self, seen: &Observation<'_>) -> Decision {
+        let step = self.meter.step(seen);
+        self.learn(seen, &step);
+        let before = self.outlook(seen);
+        let plan = self.plan(&before);
+        let first = seen.round <= 1 && !seen.end_of_round;
+        let demand = self.demand(&before, plan, first);
+        self.throttler
+            .step(step.elapsed, step.dirtied, seen.by_vcpu, demand);
+        let outlook = self.outlook(seen);
+        self.overload |= self.is_overload(seen, &outlook);
+        let verdict = self.judge(seen, &outlook);
+        if verdict != Verdict::Continue {
+            self.throttler.release();
+        }
+        let model = if first { self.hot.model() } else { None };
+        Decision {
+            verdict,
+            throttle: self.throttler.throttle(),
+            prediction: Prediction {
+                downtime: duration(outlook.downtime(outlook.dirty)),
+                total: outlook.total(plan, model).map(duration),
+                dirty_rate: outlook.rate,
+                bandwidth: outlook.link_usual,
+            },
+        }
+    }
+
+    fn learn(&mut self, seen: &Observation<'_>, step: &Step) {
+        let round_trip = self.costs.round_trip.as_secs_f64();
+        self.link.add(step, self.meter.page_ratio(), round_trip);
+        self.rate.add(step);
+        if seen.round <= 1 {
+            self.hot.add(step, self.throttler.on());
+        } else {
+            self.most_dirty = self.most_dirty.max(seen.dirty as f64);
+        }
+        let sending = step.data / self.link.median();
+        if self.between_rounds && step.end_of_round && self.link.is_known() {
+            let overhead = (step.elapsed - sending).clamp(0.0, 0.02);
+            self.overhead = Some(
+                self.overhead
+                    .map_or(overhead, |before| f64::midpoint(before, overhead)),
+            );
+        }
+        if step.zero > 4.0 * step.data.max(1e6) && step.elapsed > sending {
+            let rate = step.zero / (step.elapsed - sending);
+            self.scan = f64::midpoint(self.scan, rate.clamp(1e6, 1e12));
+        }
+        self.between_rounds = step.end_of_round;
+    }
+
+    fn outlook(&self, seen: &Observation<'_>) -> Outlook {
+        let zero = seen.unsent_zero.min(seen.unsent) as f64;
+        let unsent = seen.unsent as f64 - zero;
+        let (rate, first) = (self.rate.rate(), seen.round <= 1);
+        let final_copy = if self.burst.is_known() {
+            &self.burst
+        } else {
+            &self.link
+        };
+        let cap = self
+            .goal
+            .final_bandwidth
+            .map_or(f64::INFINITY, |cap| cap * self.meter.page_ratio())
+            .max(1.0);
+        let costs = self.costs.total().as_secs_f64();
+        let natural = if self.throttler.is_off() {
+            rate
+        } else {
+            self.throttler.potential()
+        };
+        let hot = self.hot.size(if first { unsent } else { 0.0 });
+        Outlook {
+            at: seen.at.as_secs_f64(),
+            unsent,
+            dirty: (seen.dirty as f64 - zero).max(unsent),
+            zero,
+            in_flight: seen.in_flight as f64,
+            rate,
+            natural,
+            working_set: hot.map_or(f64::INFINITY, |hot| hot.max(self.most_dirty)),
+            link: self.link.median(),
+            link_usual: self.link.usual(),
+            final_usual: final_copy.usual().min(cap),
+            final_worst: final_copy.worst().min(cap * 0.95),
+            scan: self.scan,
+            costs,
+            costs_worst: costs * 1.1 + 0.3e-3 + self.cost_spread.unwrap_or(0.0),
+            pause: self.costs.pause.as_secs_f64(),
+            overhead: self
+                .overhead
+                .unwrap_or(self.costs.round_trip.as_secs_f64() + 0.2e-3),
+            budget: self.goal.max_downtime.as_secs_f64(),
+        }
+    }
+
+    /// When to slow the guest down, and how far: so that rounds shrink, so that they can shrink as far as the
+    /// budget needs although each takes some time besides its bytes, and so that the deadline is met.
+    fn plan(&mut self, now: &Outlook) -> Plan {
+        let room = now.room().max(0.0);
+        let reachable = room / (room + now.overhead * now.link).max(1.0);
+        if let Some(left) = self.left(now).filter(|_| self.link.is_known()) {
+            let to_send = (now.dirty - room).max(0.0) / now.link + now.zero / now.scan;
+            let share = (1.0 - to_send / (left * Self::PUNCTUALITY).max(1e-3)).max(0.0);
+            // Chosen once: later only less, and only if it is noticeably less.
+            if share < self.target - 0.05 {
+                self.target = share;
+            }
+        }
+        let target = self.target.min(0.8 * reachable);
+        let limit = if self.overload || self.target < Self::TARGET {
+            target
+        } else {
+            Self::LIMIT.min(0.9 * reachable)
+        };
+        Plan {
+            limit: limit.max(target),
+            target,
+            throttle: self.goal.throttle && self.goal.cpus > 0,
+            settling: self.settling(),
+        }
+    }
+
+    /// Until the guest was measured and slowed down, the dirty set does not shrink.
+    fn settling(&self) -> f64 {
+        if self.overload {
+            0.0
+        } else {
+            2.0 * Throttler::EPOCH
+        }
+    }
+
+    /// Seconds left before the switch has to come.
+    fn left(&self, now: &Outlook) -> Option<f64> {
+        self.goal
+            .deadline
+            .map(|deadline| deadline.as_secs_f64() - now.at - now.costs_worst)
+    }
+
+    /// Whether the guest has to be slowed down sooner or later: it is already, or what was learnt at the end of
+    /// round 1 says so. Then it is better to begin at once, and to need less of it.
+    fn is_overload(&self, seen: &Observation<'_>, now: &Outlook) -> bool {
+        let learnt = seen.round <= 1 && seen.end_of_round;
+        let natural = self
+            .hot
+            .model()
+            .filter(|_| learnt)
+            .map(|model| model.frequency * now.working_set);
+        !self.throttler.is_off() || natural.is_some_and(|natural| natural > Self::LIMIT * now.link)
+    }
+
+    /// Round 1 is left alone: everything is sent at least once anyway. Unless the deadline is tight.
+    fn demand(&self, now: &Outlook, plan: Plan, first: bool) -> Option<Demand> {
+        let early = self.target < Self::TARGET / 2.0;
+        let wanted = plan.throttle && self.link.is_known() && (!first || early);
+        wanted.then_some(Demand {
+            limit: plan.limit * now.link_usual,
+            target: plan.target * now.link_usual,
+        })
+    }
+
+    fn judge(&mut self, seen: &Observation<'_>, now: &Outlook) -> Verdict {
+        if self.missed.is_none() {
+            let fits = now.fits() && self.is_in_time(now);
+            if fits {
+                return self.judge_fitting(seen, now);
+            }
+            self.missed = self.hopeless(seen, now).map(|reason| self.miss(reason, now));
+        }
+        match &self.missed {
+            None => Verdict::Continue,
+            Some(miss) if self.goal.on_miss == OnMiss::Fail => Verdict::Miss(miss.clone()),
+            Some(_) => self.judge_fitting(seen, now),
+        }
+    }
+
+    /// What would be allowed now may be better after the next round.
+    fn judge_fitting(&self, seen: &Observation<'_>, now: &Outlook) -> Verdict {
+        let next = now.next();
+        let after = now.costs_worst + next.dirty / now.final_worst;
+        let last_chance = self.left(now).is_some_and(|left| next.after + after > left)
+            || (seen.end_of_round && seen.round >= self.goal.max_rounds)
+            || (self.missed.is_none() && !self.throttler.is_off());
+        if last_chance || !now.pays_to_go_on() {
+            Verdict::Switch
+        } else {
+            Verdict::Continue
+        }
+    }
+
+    fn is_in_time(&self, now: &Outlook) -> bool {
+        self.left(now)
+            .is_none_or(|left| now.dirty / now.final_usual <= left)
+    }
+
+    /// Whether it will not become better: only asked while the budget is not kept.
+    fn hopeless(&mut self, seen: &Observation<'_>, now: &Outlook) -> Option<Reason> {
+        let first = seen.round <= 1 && !seen.end_of_round;
+        if !first && self.cost_spread.is_some() && now.room() <= 0.0 {
+            return Some(Reason::Costs);
+        }
+        if self.looks_late(now, first) {
+            return Some(Reason::Deadline);
+        }
+        if seen.end_of_round && seen.round >= self.goal.max_rounds {
+            return Some(Reason::Rounds);
+        }
+        let slowest = !self.goal.throttle || self.goal.cpus == 0 || self.throttler.is_exhausted();
+        if first || !slowest {
+            self.progress.mark = None;
+            return None;
+        }
+        self.progress.is_stuck(now).then_some(Reason::DirtyRate)
+    }
+
+    /// Whether the deadline cannot be met even if the guest is slowed down as far as it may be.
+    fn looks_late(&mut self, now: &Outlook, first: bool) -> bool {
+        let Some(left) = self.left(now) else { return false };
+        if left <= 0.0 {
+            return true;
+        }
+        let room = now.room().max(0.0);
+        let dirtied = if self.goal.throttle || first {
+            0.0
+        } else {
+            now.rate
+        };
+        let to_send = (now.dirty - room).max(0.0) / (now.link - dirtied).max(1.0);
+        if !self.link.is_known() || to_send + now.zero / now.scan <= left {
+            self.late_since = None;
+            return false;
+        }
+        now.at - *self.late_since.get_or_insert(now.at) >= Self::PATIENCE
+    }
+
+    /// What the guest would dirty if all of its working set were clean, as far as round 1 has told: where
+    /// everything is dirtied again as soon as it is sent, the rate that can be seen is no more than the bandwidth.
+    fn hidden_rate(&self, now: &Outlook) -> f64 {
+        let saturated = self.throttler.is_off() && now.rate > 0.9 * now.link;
+        let model = self.hot.model().filter(|model| saturated && model.is_resolved());
+        model.map_or(0.0, |model| model.frequency * now.working_set)
+    }
+
+    fn miss(&self, reason: Reason, now: &Outlook) -> Miss {
+        let left = self.left(now).unwrap_or(0.0).max(0.0);
+        let room = now.room().max(0.0);
+        let dirty_rate = now.natural.max(now.rate).max(self.hidden_rate(now));
+        let converging = dirty_rate / Self::LIMIT;
+        let needed = match reason {
+            Reason::Costs => None,
+            Reason::DirtyRate | Reason::Rounds => Some(converging),
+            Reason::Deadline => Some((now.dirty - room).max(0.0) / left.max(1e-3) + now.rate),
+        };
+        let at_deadline = (now.dirty - (now.link - now.rate).max(0.0) * left).max(0.0);
+        let attainable = match reason {
+            Reason::Costs => now.costs_worst,
+            Reason::DirtyRate | Reason::Rounds => now.worst_downtime(now.dirty),
+            Reason::Deadline => now.worst_downtime(at_deadline),
+        };
+        let plan = Plan {
+            limit: Self::LIMIT,
+            target: Self::TARGET,
+            throttle: self.goal.throttle,
+            settling: self.settling(),
+        };
+        let total = (reason == Reason::Deadline)
+            .then(|| now.total(plan, None))
+            .flatten();
+        Miss {
+            reason,
+            max_downtime: self.goal.max_downtime,
+            deadline: self.goal.deadline,
+            at: duration(now.at),
+            needed_bandwidth: needed,
+            bandwidth: now.link_usual,
+            dirty_rate,
+            attainable_downtime: duration(attainable),
+            attainable_total: total.map(duration),
+            throttle: self.goal.throttle,
+        }
+    }
+}
+
+impl Progress {
+    /// Whether the dirty set has stopped to shrink: for long enough that a guest which leaves a few percent of
+    /// the bandwidth would have shown it.
+    fn is_stuck(&mut self, now: &Outlook) -> bool {
+        let (since, dirty) = *self.mark.get_or_insert((now.at, now.dirty));
+        if now.dirty < dirty * 0.97 {
+            self.mark = Some((now.at, now.dirty));
+            return false;
+        }
+        now.at - since > 0.25 + 0.6 * dirty / now.link
+    }
+}

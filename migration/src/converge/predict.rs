@@ -1,0 +1,178 @@
+//! The downtime if the switch came now, what another round would bring, and when it all will be over.
+
+use super::working_set::Model;
+
+/// Everything that is known at one moment: bytes of pages, seconds, bytes per second.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outlook {
+    /// Since the start.
+    pub at: f64,
+    /// Pages of this round to be sent with their content.
+    pub unsent: f64,
+    /// All pages to be sent with their content.
+    pub dirty: f64,
+    /// Pages to be sent as zero.
+    pub zero: f64,
+    /// Bytes on their way.
+    pub in_flight: f64,
+    /// Newly dirtied, as the guest runs now.
+    pub rate: f64,
+    /// Newly dirtied, if it were not slowed down.
+    pub natural: f64,
+    /// The most that the guest can have dirty of its own; infinite where not known.
+    pub working_set: f64,
+    /// Pre-copy on average, and what it can count on.
+    pub link: f64,
+    pub link_usual: f64,
+    /// The final copy: what it can count on, and what it may have to put up with.
+    pub final_usual: f64,
+    pub final_worst: f64,
+    /// Zero pages per second.
+    pub scan: f64,
+    /// The downtime besides the copy, as measured, and with its uncertainty.
+    pub costs: f64,
+    pub costs_worst: f64,
+    /// The part of it during which the guest may still write.
+    pub pause: f64,
+    /// What a round takes besides its bytes.
+    pub overhead: f64,
+    /// The longest downtime.
+    pub budget: f64,
+}
+
+/// How the policy deals with a guest that is too fast: shares of the bandwidth.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan {
+    /// Above this share the guest is slowed down.
+    pub limit: f64,
+    /// To this share.
+    pub target: f64,
+    /// Whether it may be.
+    pub throttle: bool,
+    /// Seconds until the throttle has found its level.
+    pub settling: f64,
+}
+
+/// What one more round, or the rest of this one, leads to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Next {
+    /// Bytes dirty then.
+    pub dirty: f64,
+    /// Seconds until then.
+    pub after: f64,
+}
+
+impl Outlook {
+    /// A round has to shorten the downtime by so much at least.
+    const MIN_GAIN: f64 = 0.2e-3;
+    /// And by this share of it, below which it is noise.
+    const MIN_SHARE: f64 = 0.04;
+    /// And by this share of the time that the round takes.
+    const MIN_RETURN: f64 = 0.02;
+    /// No migration has more rounds than this while it is thought ahead.
+    const HORIZON: usize = 100;
+
+    /// The downtime if the switch came with so many bytes dirty.
+    pub(super) fn downtime(&self, dirty: f64) -> f64 {
+        let grown = dirty + self.in_flight + self.rate * self.pause;
+        self.costs + self.zero / self.scan + grown / self.final_usual
+    }
+
+    /// The same at the pessimistic end of every term.
+    pub(super) fn worst_downtime(&self, dirty: f64) -> f64 {
+        let grown = dirty + self.in_flight + self.rate.max(self.natural) * self.pause;
+        self.costs_worst + self.zero / self.scan + grown / self.final_worst
+    }
+
+    /// The most bytes that may be dirty at the switch; negative where the costs alone are too much.
+    pub(super) fn room(&self) -> f64 {
+        let left = self.budget - self.costs_worst;
+        left * self.final_worst - self.rate.max(self.natural) * self.pause
+    }
+
+    /// Whether a switch now is sure to keep the budget.
+    pub(super) fn fits(&self) -> bool {
+        self.worst_downtime(self.dirty) <= self.budget
+    }
+
+    /// The end of this round, or of the next one if this has ended.
+    pub(super) fn next(&self) -> Next {
+        if self.unsent > 0.0 || self.zero > 0.0 {
+            let after = self.unsent / self.link + self.zero / self.scan;
+            return self.grown(self.dirty - self.unsent, after);
+        }
+        self.grown(0.0, self.dirty / self.link + self.overhead)
+    }
+
+    /// The round after that.
+    pub(super) fn then(&self, next: Next) -> Next {
+        let then = self.grown(0.0, next.dirty / self.link + self.overhead);
+        Next {
+            after: next.after + then.after,
+            ..then
+        }
+    }
+
+    fn grown(&self, dirty: f64, after: f64) -> Next {
+        Next {
+            dirty: (dirty + self.rate * after).min(self.working_set.max(dirty)),
+            after,
+        }
+    }
+
+    /// Whether it is worth going on with this round, or with another after what little is left of it.
+    pub(super) fn pays_to_go_on(&self) -> bool {
+        let next = self.next();
+        self.pays(self.dirty, next) || self.pays(self.dirty, self.then(next))
+    }
+
+    /// Whether it is worth going on until `next` with so many bytes dirty.
+    fn pays(&self, dirty: f64, next: Next) -> bool {
+        let gain = (dirty - next.dirty) / self.final_usual + self.zero / self.scan;
+        let threshold = (Self::MIN_SHARE * self.downtime(dirty)).max(Self::MIN_RETURN * next.after);
+        gain > threshold.max(Self::MIN_GAIN)
+    }
+
+    /// The total time, counted from the start. `model` is what round 1 has shown so far, and given in round 1
+    /// only. `None` where it does not converge.
+    pub(super) fn total(&self, plan: Plan, model: Option<Model>) -> Option<f64> {
+        let (mut at, mut dirty, natural) = match model {
+            Some(model) => {
+                let after = self.unsent / self.link + self.zero / self.scan;
+                let again = model.again(self.unsent, after);
+                let dirty = (self.dirty - self.unsent).max(0.0) + again;
+                (self.at + after, dirty, model.frequency * self.working_set)
+            }
+            None => (self.at, self.dirty, self.natural),
+        };
+        let after_zero = Self {
+            zero: 0.0,
+            unsent: 0.0,
+            rate: natural,
+            in_flight: 0.0,
+            ..*self
+        };
+        if plan.throttle && natural > plan.limit * self.link && self.room() > 0.0 {
+            let room = self.room().min(dirty);
+            at += plan.settling + (dirty - room) / (self.link * (1.0 - plan.target)).max(1.0);
+            return Some(at + after_zero.downtime(room));
+        }
+        let mut next = if model.is_some() {
+            Next { dirty, after: 0.0 }
+        } else {
+            self.next()
+        };
+        for _ in 0..Self::HORIZON {
+            let fits = after_zero.worst_downtime(dirty) <= self.budget;
+            if fits && !after_zero.pays(dirty, next) {
+                return Some(at + after_zero.downtime(dirty));
+            }
+            if !fits && next.dirty > dirty * 0.999 && next.after > 0.0 {
+                return None;
+            }
+            (at, dirty) = (at + next.after, next.dirty);
+            next = after_zero.grown(0.0, dirty / self.link + self.overhead);
+        }
+        None
+    }
+}

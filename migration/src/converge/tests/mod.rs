@@ -1,0 +1,8 @@
+//! The policy against a simulated link and guest, in simulated time.
+
+mod arithmetic;
+mod promises;
+mod properties;
+mod run;
+mod shapes;
+mod simulator;

@@ -1,0 +1,231 @@
+//! A link and a guest to simulate, and what comes out.
+
+use std::time::Duration;
+
+use super::run::{BLOCK, Run};
+use crate::converge::{Costs, Goal, Policy, Prediction, Verdict};
+use crate::options::OnMiss;
+
+pub(super) const MIB: u64 = 1 << 20;
+
+/// How a vCPU picks the next page.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Pattern {
+    /// One after the other.
+    Sweep,
+    /// Any.
+    Random,
+}
+
+/// A vCPU that writes.
+#[derive(Clone, Debug)]
+pub(super) struct Vcpu {
+    pub base: u64,
+    pub size: u64,
+    /// Bytes of pages per second that it writes; large for as fast as it can.
+    pub rate: f64,
+    pub pattern: Pattern,
+    /// Whether it makes up for time lost, as a guest does that paces itself by a clock.
+    pub catches_up: bool,
+    pub(super) position: u64,
+    pub(super) credit: f64,
+    /// Time that a fault took beyond the step it began in.
+    pub(super) owed: f64,
+    pub(super) pages: u64,
+}
+
+impl Vcpu {
+    pub(super) fn new(base: u64, size: u64, rate: f64, pattern: Pattern) -> Self {
+        Self {
+            base: base / BLOCK,
+            size: (size / BLOCK).max(1),
+            rate,
+            pattern,
+            catches_up: false,
+            position: 0,
+            credit: 0.0,
+            owed: 0.0,
+            pages: 0,
+        }
+    }
+
+    /// Where it begins.
+    pub(super) fn start(&mut self, position: u64) {
+        self.position = position % self.size;
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct World {
+    pub goal: Goal,
+    pub memory: u64,
+    /// The first so many bytes are not zero.
+    pub populated: u64,
+    pub link: f64,
+    /// Share by which the link varies, in pieces of 20 ms.
+    pub noise: f64,
+    /// What a round takes besides its bytes.
+    pub overhead: f64,
+    pub vcpus: Vec<Vcpu>,
+    /// From when on all of them write so many times as fast.
+    pub change: Option<(f64, f64)>,
+    /// From when on the link is so many times as fast.
+    pub link_change: Option<(f64, f64)>,
+    /// Whether round 1 takes memory in a scattered order.
+    pub scattered: bool,
+    /// Whether the engine sends a piece without the cap at the start and at the end of each round.
+    pub bursts: bool,
+    /// Whether the dirty ring tells who writes.
+    pub ring: bool,
+    /// The costs that the policy is told, if any.
+    pub told: Option<Costs>,
+    /// What they really are, in parts of what was told.
+    pub costs_factor: f64,
+    pub seed: u64,
+}
+
+/// What came out. Seconds and bytes.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    pub verdict: Verdict,
+    pub predicted: Prediction,
+    pub downtime: f64,
+    pub total: f64,
+    pub rounds: u32,
+    /// What was seen at each observation.
+    pub history: Vec<Point>,
+    /// Bytes of pages written by the guest before the switch.
+    pub work: f64,
+    /// Largest share of time off, per vCPU.
+    pub most_off: Vec<f64>,
+    pub dirty: f64,
+    pub missed: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Point {
+    pub at: f64,
+    pub off: f64,
+    pub prediction: Prediction,
+}
+
+impl Outcome {
+    /// The prediction of the total time when a fifth of it had passed.
+    pub(super) fn predicted_total(&self) -> Option<f64> {
+        let early = self
+            .history
+            .iter()
+            .take_while(|point| point.at <= self.total * 0.2)
+            .last();
+        let point = early.or(self.history.first())?;
+        point.prediction.total.map(|total| total.as_secs_f64())
+    }
+
+    /// The same when a fifth of the time predicted had passed, which is what can be told meanwhile.
+    pub(super) fn predicted_total_midway(&self) -> Option<f64> {
+        let totals = self
+            .history
+            .iter()
+            .filter_map(|point| Some((point.at, point.prediction.total?.as_secs_f64())));
+        totals
+            .into_iter()
+            .find(|(at, total)| *at >= 0.2 * total)
+            .map(|(_, total)| total)
+    }
+}
+
+pub(super) fn goal(max_downtime_ms: u64) -> Goal {
+    Goal {
+        max_downtime: Duration::from_millis(max_downtime_ms),
+        deadline: None,
+        on_miss: OnMiss::Fail,
+        final_bandwidth: None,
+        bandwidth: None,
+        throttle: true,
+        cpus: 1,
+        max_rounds: 100,
+    }
+}
+
+impl World {
+    pub(super) fn new(goal: Goal, vcpus: Vec<Vcpu>) -> Self {
+        Self {
+            goal,
+            memory: 2048 * MIB,
+            populated: 512 * MIB,
+            link: 3.5e9,
+            noise: 0.05,
+            overhead: 0.5e-3,
+            vcpus,
+            change: None,
+            link_change: None,
+            scattered: false,
+            bursts: false,
+            ring: false,
+            told: Some(Costs::default()),
+            costs_factor: 1.0,
+            seed: 1,
+        }
+    }
+
+    /// Lets the policy decide.
+    pub(super) fn run(&self) -> Outcome {
+        let mut policy = Policy::new(self.goal.clone());
+        if let Some(told) = self.told {
+            policy.set_costs(told);
+        }
+        let mut run = Run::new(self);
+        let mut outcome: Option<Outcome> = None;
+        let (mut most_off, mut history) = (vec![0.0_f64; self.goal.cpus], Vec::new());
+        while outcome.is_none() {
+            let start = run.at;
+            let end_of_round = run.advance();
+            if self.bursts && (start == 0.0 || end_of_round) {
+                let seconds = (4 * MIB) as f64 / run.speed(None);
+                policy.burst(4 * MIB, Duration::from_secs_f64(seconds));
+            }
+            let decision = run.observe(&mut policy, end_of_round);
+            for (cpu, most) in most_off.iter_mut().enumerate() {
+                *most = most.max(decision.throttle.of(cpu));
+            }
+            let (off, prediction) = (decision.throttle.mean(), decision.prediction);
+            history.push(Point {
+                at: run.at,
+                off,
+                prediction,
+            });
+            run.off = (0..self.vcpus.len())
+                .map(|cpu| decision.throttle.of(cpu))
+                .collect();
+            if decision.verdict != Verdict::Continue {
+                let missed = policy.missed().is_some();
+                outcome = Some(run.end(decision, missed));
+            } else if end_of_round {
+                run.begin_round();
+            }
+            assert!(run.at < 600.0, "never ends");
+        }
+        let outcome = outcome.expect("the loop has ended");
+        Outcome {
+            most_off,
+            history,
+            ..outcome
+        }
+    }
+
+    /// Holds a constant duty until so many bytes are left. Returns the time that it takes, if not too long.
+    pub(super) fn time_at_duty(&self, duty: f64, dirty: f64, longest: f64) -> Option<f64> {
+        let mut run = Run::new(self);
+        run.off = vec![1.0 - duty; self.vcpus.len()];
+        while run.at < longest {
+            let end_of_round = run.advance();
+            if run.dirty() <= dirty {
+                return Some(run.at);
+            }
+            if end_of_round {
+                run.begin_round();
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,235 @@
+//! What the control connection says while memory comes.
+
+use std::time::{Duration, Instant};
+
+use migration_io::digest;
+
+use super::ReceiveError;
+use super::job::{Job, call, nanoseconds};
+use super::memory::Incoming;
+use super::populate::Populate;
+use super::streams::Streams;
+use crate::link::{KeepAlive, Link, LinkError};
+use crate::protocol::{Frame, Message};
+
+/// More are no practice. A source rehearses a few times in a round at most.
+const MAX_REHEARSALS: u32 = 4096;
+
+/// A digest reads all memory; one verifies a move, and a few more attempts at the switch.
+const MAX_DIGESTS: u32 = 16;
+
+const WHAT: &str = "populated, round end, a rehearsal or the state";
+
+/// Everything between "accept" and the state.
+pub(super) struct Filling<'a, 'b, 'l> {
+    job: &'a mut Job<'b>,
+    link: &'a mut Link<'l>,
+    alive: &'a KeepAlive,
+    incoming: &'a Incoming,
+    streams: &'a Streams<'a>,
+    populate: &'a Populate<'a>,
+    clock: Clock,
+    /// The round that has ended on the control connection, and when.
+    round: (u32, Instant),
+    /// Whether it has been acknowledged.
+    acknowledged: bool,
+    state: Option<Vec<u8>>,
+    rehearsals: u32,
+    digests: u32,
+}
+
+/// Who said or did something last.
+struct Clock {
+    /// The source said something, if only that it is alive.
+    heard: Instant,
+    /// The migration got on: a message with a meaning, or bytes on a stream.
+    moved: Instant,
+    bytes: u64,
+    /// This side said something.
+    spoke: Instant,
+    /// When streams must have joined.
+    joined_by: Instant,
+}
+
+impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
+    pub(super) fn new(
+        job: &'a mut Job<'b>,
+        link: &'a mut Link<'l>,
+        alive: &'a KeepAlive,
+        incoming: &'a Incoming,
+        streams: &'a Streams<'a>,
+        populate: &'a Populate<'a>,
+    ) -> Self {
+        let now = Instant::now();
+        let clock = Clock {
+            heard: now,
+            moved: now,
+            bytes: 0,
+            spoke: now,
+            joined_by: now + job.options.io_timeout,
+        };
+        Self {
+            job,
+            link,
+            alive,
+            incoming,
+            streams,
+            populate,
+            clock,
+            round: (0, now),
+            acknowledged: true,
+            state: None,
+            rehearsals: 0,
+            digests: 0,
+        }
+    }
+
+    /// Takes in what comes until all memory and the state are there, and has streams that have joined seated.
+    /// Returns the state.
+    pub(super) fn run(
+        &mut self,
+        mut seat: impl FnMut() -> Result<(), ReceiveError>,
+    ) -> Result<Vec<u8>, ReceiveError> {
+        loop {
+            self.job.desk.hush();
+            seat()?;
+            let (failure, again) = self.streams.failure();
+            if let Some(error) = failure {
+                return Err(error);
+            }
+            if !self.is_wanted() {
+                return Err(ReceiveError::GivenUp);
+            }
+            self.acknowledge()?;
+            if self.acknowledged
+                && let Some(state) = self.state.take()
+            {
+                return Ok(state);
+            }
+            let until = self.next_moment()?.min(again.unwrap_or_else(far_off));
+            if self.link.await_peer(&[self.job.desk.bell()], Some(until))? {
+                let frame = self.link.receive_any(WHAT)?;
+                self.clock.heard = Instant::now();
+                if !frame.is(&Message::KeepAlive) {
+                    self.clock.moved = self.clock.heard;
+                    self.take(frame)?;
+                }
+            }
+        }
+    }
+
+    /// Whether the source has not asked for its machine meanwhile.
+    fn is_wanted(&self) -> bool {
+        self.job
+            .desk
+            .with_ledger(|ledger| *ledger.stage() != crate::commit::Stage::Idle)
+    }
+
+    /// Tells the source that a round is in memory, once it is.
+    fn acknowledge(&mut self) -> Result<(), ReceiveError> {
+        let (round, ended_at) = self.round;
+        if self.acknowledged {
+            return Ok(());
+        }
+        let Some(complete_at) = self.streams.completed(round) else {
+            return Ok(());
+        };
+        let late = complete_at.saturating_duration_since(ended_at);
+        self.link.send(&Message::RoundAck {
+            round,
+            late_ns: nanoseconds(late),
+        })?;
+        self.clock.spoke = Instant::now();
+        self.acknowledged = true;
+        // The first round holds everything that may hold something.
+        self.populate.stop();
+        Ok(())
+    }
+
+    /// When something has to be done at the latest. An error if the source has had all the time it may have.
+    fn next_moment(&mut self) -> Result<Instant, ReceiveError> {
+        let (now, options) = (Instant::now(), self.job.options);
+        let bytes = self.incoming.received();
+        if bytes != self.clock.bytes {
+            (self.clock.bytes, self.clock.moved) = (bytes, now);
+        }
+        let silent_by = self.clock.heard + options.io_timeout;
+        let stuck_by = self.clock.moved + options.step_timeout;
+        let timed_out = |what, after| Err(LinkError::TimedOut { what, after }.into());
+        if now >= silent_by {
+            return timed_out(WHAT, options.io_timeout);
+        }
+        if now >= stuck_by {
+            return timed_out("anything but signs of life", options.step_timeout);
+        }
+        let mut next = silent_by.min(stuck_by);
+        if self.streams.missing() > 0 {
+            if now >= self.clock.joined_by {
+                return timed_out("all streams to join", options.io_timeout);
+            }
+            next = next.min(self.clock.joined_by);
+        }
+        if now >= self.clock.spoke + self.alive.interval() {
+            self.link.send(&Message::KeepAlive)?;
+            self.clock.spoke = now;
+        }
+        Ok(next.min(self.clock.spoke + self.alive.interval()))
+    }
+
+    fn take(&mut self, frame: Frame) -> Result<(), ReceiveError> {
+        let got = frame.name();
+        let in_turn = self.acknowledged && self.state.is_none();
+        let with_streams = !self.streams.is_handover();
+        match frame {
+            Frame::Message(Message::Populated(spans)) if in_turn && with_streams => self.populate.add(&spans),
+            Frame::Message(Message::RoundEnd(round)) if in_turn && with_streams => self.end_round(round),
+            Frame::Message(Message::DigestRequest) if in_turn && self.digests < MAX_DIGESTS => {
+                self.digests += 1;
+                let digest = self.alive.during(|| digest(self.incoming.memory()))?;
+                self.answer(&Message::Digest(digest))
+            }
+            Frame::Rehearsal(state) if in_turn && self.rehearsals < MAX_REHEARSALS => {
+                self.rehearsals += 1;
+                self.rehearse(&state)
+            }
+            // The last round may not be complete yet: it is kept until it is.
+            Frame::State(state) if self.state.is_none() => {
+                self.state = Some(state);
+                Ok(())
+            }
+            _ => Err(LinkError::Unexpected { expected: WHAT, got }.into()),
+        }
+    }
+
+    fn end_round(&mut self, round: u32) -> Result<(), ReceiveError> {
+        let expected = self.round.0.saturating_add(1);
+        if round != expected {
+            return Err(ReceiveError::Round { expected, got: round });
+        }
+        self.round = (round, Instant::now());
+        self.acknowledged = false;
+        self.job.control.update(|progress| progress.round = round);
+        Ok(())
+    }
+
+    fn rehearse(&mut self, state: &[u8]) -> Result<(), ReceiveError> {
+        let began = Instant::now();
+        self.alive
+            .during(|| call("rehearse", self.job.destination.rehearse(state)))?;
+        self.answer(&Message::Rehearsed {
+            restore_ns: nanoseconds(began.elapsed()),
+        })
+    }
+
+    /// Answers after a step of this side's own, which the source has waited for.
+    fn answer(&mut self, message: &Message) -> Result<(), ReceiveError> {
+        self.link.send(message)?;
+        let now = Instant::now();
+        (self.clock.heard, self.clock.moved, self.clock.spoke) = (now, now, now);
+        Ok(())
+    }
+}
+
+fn far_off() -> Instant {
+    Instant::now() + Duration::from_secs(3600)
+}

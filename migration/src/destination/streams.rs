@@ -1,0 +1,225 @@
+//! The data streams' threads, and the rounds that keep them together.
+
+use std::net::Shutdown;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::ReceiveError;
+use super::desk::Desk;
+use super::memory::{Incoming, Unpacker};
+use crate::control::Control;
+use crate::link::{Link, LinkError};
+use crate::options::ReceiveOptions;
+use crate::protocol::{Frame, Message};
+use crate::text::panic_message;
+use crate::transport::Connection;
+
+/// A source whose streams end before their time may be about to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// All data streams of one migration.
+pub(super) struct Streams<'a> {
+    incoming: &'a Incoming,
+    desk: &'a Desk,
+    control: &'a Control,
+    options: &'a ReceiveOptions,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    connections: Vec<Arc<Connection>>,
+    /// The last round that each stream has ended.
+    rounds: Vec<u32>,
+    /// When the last of them ended the last round that all have ended.
+    complete_at: Instant,
+    running: usize,
+    ending: bool,
+    /// The first one has caused the others.
+    failure: Option<(Instant, ReceiveError)>,
+}
+
+impl<'a> Streams<'a> {
+    pub(super) fn new(
+        incoming: &'a Incoming,
+        desk: &'a Desk,
+        control: &'a Control,
+        options: &'a ReceiveOptions,
+        count: u32,
+    ) -> Self {
+        let state = State {
+            connections: Vec::new(),
+            rounds: vec![0; count as usize],
+            complete_at: Instant::now(),
+            running: 0,
+            ending: false,
+            failure: None,
+        };
+        Self {
+            incoming,
+            desk,
+            control,
+            options,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Starts the threads of streams that have joined.
+    pub(super) fn seat<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+    ) -> Result<(), ReceiveError> {
+        for (index, connection) in self.desk.take_streams() {
+            let mut state = self.lock();
+            state.connections.push(connection.clone());
+            state.running += 1;
+            drop(state);
+            let spawned = thread::Builder::new()
+                .name(format!("stream {index}"))
+                .spawn_scoped(scope, move || self.run(index as usize, &connection));
+            if let Err(error) = spawned {
+                self.lock().running -= 1;
+                return Err(ReceiveError::Thread(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there are none: memory was handed over.
+    pub(super) fn is_handover(&self) -> bool {
+        self.lock().rounds.is_empty()
+    }
+
+    /// How many streams have not joined yet.
+    pub(super) fn missing(&self) -> usize {
+        let state = self.lock();
+        state.rounds.len() - state.connections.len()
+    }
+
+    /// When all streams had ended a round, if they have.
+    pub(super) fn completed(&self, round: u32) -> Option<Instant> {
+        let state = self.lock();
+        (state.is_complete(round)).then_some(state.complete_at)
+    }
+
+    /// The first error of a stream. One that means no more than the end of a connection is kept back for a moment,
+    /// because the source may be about to say more; `None` and a moment to ask again then.
+    pub(super) fn failure(&self) -> (Option<ReceiveError>, Option<Instant>) {
+        let mut state = self.lock();
+        match &state.failure {
+            Some((since, ReceiveError::Stream { source, .. }))
+                if matches!(source, LinkError::Closed { .. } | LinkError::Io { .. })
+                    && since.elapsed() < LAST_WORDS =>
+            {
+                (None, Some(*since + LAST_WORDS))
+            }
+            _ => (state.failure.take().map(|(_, error)| error), None),
+        }
+    }
+
+    /// Hangs up on all of them; nothing more is taken from them.
+    pub(super) fn end(&self) {
+        let mut state = self.lock();
+        state.ending = true;
+        for connection in &state.connections {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the last thread is out of guest memory; comes after [`Streams::end`].
+    pub(super) fn join(&self) {
+        let mut state = self.lock();
+        while state.running > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run(&self, index: usize, connection: &Connection) {
+        let work = AssertUnwindSafe(|| self.receive(index, connection));
+        let result =
+            catch_unwind(work).unwrap_or_else(|panic| Err(ReceiveError::Panic(panic_message(&*panic))));
+        let result = result.map_err(|error| match error {
+            ReceiveError::Link(source) => ReceiveError::Stream { index, source },
+            error => error,
+        });
+        let mut state = self.lock();
+        state.running -= 1;
+        if let (Err(error), false) = (result, state.ending) {
+            state.failure.get_or_insert((Instant::now(), error));
+        }
+        drop(state);
+        self.changed.notify_all();
+        self.desk.ring();
+    }
+
+    fn receive(&self, index: usize, connection: &Connection) -> Result<(), ReceiveError> {
+        let options = self.options;
+        let mut link = Link::new(connection, self.control, options.io_timeout, options.step_timeout);
+        // Whoever cancels ends the job, which hangs up.
+        link.ignore_cancel();
+        link.send(&Message::Joined)?;
+        let what = "pages or round end";
+        let mut unpacker = Unpacker::default();
+        let mut counted = 0;
+        loop {
+            // What lies in the socket's buffer outlives the connection.
+            if self.lock().ending {
+                return Ok(());
+            }
+            match link.receive_on_stream(what)? {
+                Frame::Pages(table) => self.incoming.take(&mut link, table)?,
+                Frame::Compressed(table) => self.incoming.take_compressed(&mut link, table, &mut unpacker)?,
+                Frame::Message(Message::RoundEnd(round)) => {
+                    if !self.end_round(index, round)? {
+                        return Ok(());
+                    }
+                }
+                frame => {
+                    return Err(LinkError::Unexpected {
+                        expected: what,
+                        got: frame.name(),
+                    }
+                    .into());
+                }
+            }
+            self.incoming.count(link.bytes_received() - counted, self.control);
+            counted = link.bytes_received();
+        }
+    }
+
+    /// A stream has ended a round; waits for the others, so that no page of the next one is overtaken by one of
+    /// this. Answers whether there is a next one.
+    fn end_round(&self, index: usize, round: u32) -> Result<bool, ReceiveError> {
+        let mut state = self.lock();
+        let expected = state.rounds[index].saturating_add(1);
+        if round != expected {
+            return Err(ReceiveError::Round { expected, got: round });
+        }
+        state.rounds[index] = round;
+        if state.is_complete(round) {
+            state.complete_at = Instant::now();
+            self.changed.notify_all();
+            self.desk.ring();
+        }
+        while !state.is_complete(round) && !state.ending {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(!state.ending)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that holds it panics; if it did, the values would still be whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_complete(&self, round: u32) -> bool {
+        self.rounds.iter().all(|ended| *ended >= round)
+    }
+}

@@ -1,0 +1,107 @@
+//! Files that come with a frame (unix(7), `SCM_RIGHTS`).
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use migration_io::{MemoryIoError, Step};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+use super::wait::{Patience, Wanted};
+use super::{Link, LinkError, encode_header};
+use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message};
+
+/// Most files that Linux passes at a time (`SCM_MAX_FD`).
+const MAX_FILES: usize = 253;
+
+impl Link<'_> {
+    /// Sends a message with open files; only over a Unix socket.
+    pub(crate) fn send_with_files(
+        &mut self,
+        message: &Message,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), LinkError> {
+        let what = message.name();
+        let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
+        let header = encode_header(Kind::Control, content.len(), what)?;
+        let bytes = [&header[..], &content].concat();
+        let mut at = 0;
+        self.drive(Wanted::Room, Patience::new(self.io_timeout), what, |socket| {
+            if at == bytes.len() {
+                return Ok(Step::Done);
+            }
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            // The files travel with the first byte.
+            if at == 0 && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+                return Err(MemoryIoError::Socket(
+                    std::io::ErrorKind::ArgumentListTooLong.into(),
+                ));
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(socket, &[IoSlice::new(&bytes[at..])], &mut ancillary, flags) {
+                Ok(moved) => {
+                    at += moved;
+                    Ok(Step::Moved(moved))
+                }
+                Err(rustix::io::Errno::AGAIN) => Ok(Step::WouldBlock),
+                Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
+                Err(error) => Err(MemoryIoError::Socket(error.into())),
+            }
+        })?;
+        self.bytes_sent += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Receives a message, and the files that come with its first bytes.
+    pub(crate) fn receive_with_files(
+        &mut self,
+        what: &'static str,
+    ) -> Result<(Message, Vec<OwnedFd>), LinkError> {
+        let mut files = Vec::new();
+        let (mut header, mut at) = ([0; HEADER_LEN], 0);
+        self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
+            if at == HEADER_LEN {
+                return Ok(Step::Done);
+            }
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut buffers = [IoSliceMut::new(&mut header[at..])];
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            match recvmsg(socket, &mut buffers, &mut ancillary, flags) {
+                Ok(message) if message.bytes == 0 => Err(MemoryIoError::Closed),
+                Ok(message) => {
+                    at += message.bytes;
+                    for part in ancillary.drain() {
+                        if let RecvAncillaryMessage::ScmRights(received) = part {
+                            files.extend(received);
+                        }
+                    }
+                    // What did not fit was closed by the system, and is missed by whoever counts.
+                    if message.flags.contains(ReturnFlags::CTRUNC) || files.len() > MAX_FILES {
+                        files.clear();
+                    }
+                    Ok(Step::Moved(message.bytes))
+                }
+                Err(rustix::io::Errno::AGAIN) => Ok(Step::WouldBlock),
+                Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
+                Err(error) => Err(MemoryIoError::Socket(error.into())),
+            }
+        })?;
+        self.bytes_received += HEADER_LEN as u64;
+        let header = Header::decode(header).map_err(|source| LinkError::Protocol {
+            expected: what,
+            source,
+        })?;
+        match self.rest_of_frame(header, what)? {
+            Frame::Message(message) => Ok((message, files)),
+            frame => Err(LinkError::Unexpected {
+                expected: what,
+                got: frame.name(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The threads that send pages, one for each data stream.
+
+use std::net::Shutdown;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration_io::{GuestMemory, PAGE_SIZE};
+
+use super::MigrateError;
+use super::pacer::Pacer;
+use super::pass::{Order, Pass};
+use super::stream::Stream;
+use crate::link::Link;
+use crate::options::Compression;
+use crate::page_set::PageSet;
+use crate::ports::DirtyLog;
+use crate::protocol::Message;
+use crate::text::panic_message;
+use crate::transport::Connection;
+
+/// What the streams share. They wait for a pass, send it together, and wait for the next.
+pub(super) struct Crew<'a> {
+    pub(super) memory: &'a GuestMemory,
+    pub(super) log: Arc<dyn DirtyLog>,
+    pub(super) pacer: Pacer,
+    pub(super) compression: Option<Compression>,
+    pub(super) counts: Counts,
+    connections: &'a [Connection],
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What all streams have sent so far.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    /// Pages with content.
+    pub(super) data: AtomicU64,
+    /// Pages that were zero.
+    pub(super) zero: AtomicU64,
+    /// Bytes put on the wire.
+    pub(super) wire: AtomicU64,
+    /// Whether any stream sent without a copy.
+    pub(super) zerocopy: AtomicBool,
+}
+
+struct State {
+    pass: Option<Arc<Pass>>,
+    /// The pass that is under way, or was the last one.
+    round: u32,
+    /// Streams that have not finished it.
+    busy: usize,
+    ending: bool,
+    failure: Option<MigrateError>,
+}
+
+impl<'a> Crew<'a> {
+    pub(super) fn new(
+        memory: &'a GuestMemory,
+        log: Arc<dyn DirtyLog>,
+        connections: &'a [Connection],
+        pacer: Pacer,
+        compression: Option<Compression>,
+    ) -> Self {
+        let state = State {
+            pass: None,
+            round: 0,
+            busy: 0,
+            ending: false,
+            failure: None,
+        };
+        Self {
+            memory,
+            log,
+            pacer,
+            compression,
+            counts: Counts::default(),
+            connections,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Starts a thread for each stream; they end after [`Crew::end`].
+    pub(super) fn start<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        mut new_link: impl FnMut(&'scope Connection) -> Link<'scope>,
+    ) -> std::io::Result<()> {
+        for (index, connection) in self.connections.iter().enumerate() {
+            let mut link = new_link(connection);
+            link.only_send();
+            thread::Builder::new()
+                .name(format!("stream {index}"))
+                .spawn_scoped(scope, move || {
+                    let run = AssertUnwindSafe(|| self.run(Stream::new(self, link)?));
+                    let result = catch_unwind(run)
+                        .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
+                    if let Err(error) = result {
+                        self.fail(error);
+                    }
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Sends `pages` as the given round. The round before must have been finished.
+    pub(super) fn send(&self, round: u32, pages: PageSet, order: Order) {
+        let pass = Arc::new(Pass::new(pages, self.connections.len(), order));
+        let mut state = self.lock();
+        state.pass = Some(pass);
+
+        state.round = round;
+        state.busy = self.connections.len();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the round is sent, or for so long. Answers whether it is sent.
+    pub(super) fn wait(&self, at_most: Duration) -> Result<bool, MigrateError> {
+        let deadline = Instant::now() + at_most;
+        let mut state = self.lock();
+        loop {
+            if let Some(error) = state.failure.take() {
+                return Err(error);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.busy == 0 || left.is_zero() {
+                return Ok(state.busy == 0);
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Ends the round early: what was not taken up yet stays unsent.
+    pub(super) fn stop(&self) {
+        if let Some(pass) = &self.lock().pass {
+            pass.stop();
+        }
+    }
+
+    /// Bytes of the round's pages that no stream has taken up.
+    pub(super) fn unsent_bytes(&self) -> u64 {
+        let pass = self.lock().pass.clone();
+        pass.map_or(0, |pass| pass.unsent() * PAGE_SIZE)
+    }
+
+    /// Adds the round's pages that no stream has taken up.
+    pub(super) fn add_unsent(&self, to: &mut PageSet) {
+        let pass = self.lock().pass.clone();
+        if let Some(pass) = pass {
+            pass.add_unsent(to);
+        }
+    }
+
+    /// Sends the threads home.
+    pub(super) fn end(&self) {
+        let mut state = self.lock();
+        state.ending = true;
+        if let Some(pass) = &state.pass {
+            pass.stop();
+        }
+        drop(state);
+        self.changed.notify_all();
+        for connection in self.connections {
+            // One that waits for room on its connection is woken by this.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn run(&self, mut stream: Stream<'_>) -> Result<(), MigrateError> {
+        let mut done = 0;
+        while let Some((round, pass)) = self.next_round(done) {
+            while let Some(chunk) = pass.next() {
+                stream.send(&chunk)?;
+            }
+            stream.finish(&Message::RoundEnd(round))?;
+            done = round;
+            self.lock().busy -= 1;
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn next_round(&self, done: u32) -> Option<(u32, Arc<Pass>)> {
+        let mut state = self.lock();
+        loop {
+            if state.ending {
+                return None;
+            }
+            if let (Some(pass), true) = (&state.pass, state.round > done) {
+                return Some((state.round, pass.clone()));
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn fail(&self, error: MigrateError) {
+        let mut state = self.lock();
+        if state.ending {
+            return;
+        }
+        // The first one has caused the others.
+        state.failure.get_or_insert(error);
+        if let Some(pass) = &state.pass {
+            pass.stop();
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that holds it panics; if it did, the values would still be whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counts {
+    /// Bytes put on the wire so far.
+    pub(super) fn wire(&self) -> u64 {
+        self.wire.load(Ordering::Relaxed)
+    }
+
+    /// Pages with content, and pages that were zero.
+    pub(super) fn pages(&self) -> (u64, u64) {
+        (
+            self.data.load(Ordering::Relaxed),
+            self.zero.load(Ordering::Relaxed),
+        )
+    }
+}

@@ -1,0 +1,155 @@
+//! Asking the destination what became of a machine.
+
+use std::time::{Duration, Instant};
+
+use super::handshake::{greet, unexpected};
+use super::{Job, MigrateError};
+use crate::commit::Verdict;
+use crate::control::Control;
+use crate::link::Link;
+use crate::protocol::{Message, Outcome, Token};
+use crate::text::{chain, clean};
+use crate::transport::{Connection, Endpoint, TransportError};
+
+/// A migration of which the source knows that it sent "go", and no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    endpoint: Endpoint,
+    token: Token,
+}
+
+/// What the destination says about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The guest runs there: it was moved.
+    Runs,
+    /// "go" came, but the guest does not run; it is kept there, paused.
+    Kept {
+        /// Why.
+        reason: String,
+    },
+    /// "go" never came, and by this answer never counts any more: the machine was thrown away there, and may
+    /// run here.
+    GaveUp,
+    /// It knows nothing of this migration.
+    Unknown,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// Nobody listens there.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The conversation broke off, or was not one.
+    #[error("no answer from {endpoint}: {reason}")]
+    Conversation {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// What happened.
+        reason: String,
+    },
+    /// This process is out of file descriptors.
+    #[error("cannot ask")]
+    Control(#[source] std::io::Error),
+}
+
+impl Doubt {
+    pub(super) fn new(endpoint: Endpoint, token: Token) -> Self {
+        Self { endpoint, token }
+    }
+
+    /// Asks. Takes no longer than `timeout` for the connection and as long again for each part of the answer.
+    /// Ask again after an error: it may have got through or not.
+    pub fn ask(&self, timeout: Duration) -> Result<Answer, AskError> {
+        Ok(match self.outcome(timeout)? {
+            Outcome::Runs => Answer::Runs,
+            Outcome::Kept { reason } => Answer::Kept {
+                reason: clean(&reason),
+            },
+            Outcome::GaveUp => Answer::GaveUp,
+            Outcome::Unknown => Answer::Unknown,
+        })
+    }
+
+    /// Where the destination listened.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    fn outcome(&self, timeout: Duration) -> Result<Outcome, AskError> {
+        let control = Control::new().map_err(AskError::Control)?;
+        let connection = Connection::connect(&self.endpoint, timeout, &control)?;
+        let mut link = Link::new(&connection, &control, timeout, timeout);
+        self.converse(&mut link).map_err(|error| AskError::Conversation {
+            endpoint: self.endpoint.clone(),
+            reason: chain(&error),
+        })
+    }
+
+    fn converse(&self, link: &mut Link<'_>) -> Result<Outcome, MigrateError> {
+        greet(link)?;
+        link.send(&Message::Ask(self.token))?;
+        match link.receive_message("outcome")? {
+            Message::Outcome(outcome) => Ok(outcome),
+            other => Err(unexpected("outcome", &other)),
+        }
+    }
+}
+
+/// Between two attempts.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+impl Job<'_> {
+    /// "go" was sent and its answer did not come: asks for as long as a peer may be silent. Whether the guest is ours again is the
+    /// destination's to say.
+    pub(super) fn settle_doubt(&mut self, error: MigrateError) -> Result<(), MigrateError> {
+        if matches!(error, MigrateError::NotResumed { .. }) {
+            return Err(error);
+        }
+        let until = Instant::now() + self.options.io_timeout;
+        let outcome = loop {
+            match self.ask() {
+                Some(outcome) => break outcome,
+                None if Instant::now() + ASK_AGAIN >= until => return Err(error),
+                None => std::thread::sleep(ASK_AGAIN),
+            }
+        };
+        match (self.standing.claim.answer(&outcome), outcome) {
+            (Verdict::Moved, _) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "the guest runs at the destination all the same"
+                );
+                Ok(())
+            }
+            (Verdict::Resume, _) => {
+                self.undo(true);
+                Err(MigrateError::GivenUp(Box::new(error)))
+            }
+            (Verdict::StillInDoubt, Outcome::Kept { reason }) => Err(MigrateError::NotResumed {
+                reason: clean(&reason),
+            }),
+            (Verdict::StillInDoubt, _) => Err(error),
+        }
+    }
+
+    /// The guest runs here again, but the destination may be ready and could not be told: asking makes it give
+    /// up. If that does not reach it either, its operator has to decide.
+    pub(super) fn withdraw(&mut self) {
+        if self.ask() != Some(Outcome::GaveUp) {
+            let error =
+                "the destination may wait for \"go\" for ever, and could not be told that none will come";
+            tracing::warn!(to = %self.to, "{error}");
+            self.report.add_error(error);
+        }
+    }
+
+    fn ask(&self) -> Option<Outcome> {
+        let doubt = Doubt::new(self.to.clone(), self.token?);
+        let asked = doubt.outcome(self.options.connect_timeout.min(self.options.io_timeout));
+        asked
+            .inspect_err(|error| tracing::debug!(error = chain(error), "asked in vain"))
+            .ok()
+    }
+}

@@ -1,0 +1,216 @@
+//! What the convergence policy is told, and what its decisions do.
+
+use std::time::{Duration, Instant};
+
+use migration_io::PAGE_SIZE;
+
+use super::crew::Crew;
+use super::{Job, MigrateError};
+use crate::converge::{Costs, Decision, Goal, Observation, Policy, Verdict};
+use crate::link::KeepAlive;
+use crate::page_set::PageSet;
+use crate::report::{Round, ms};
+
+/// The policy and what was measured for it.
+pub(super) struct Watch {
+    policy: Policy,
+    pub(super) costs: Costs,
+    /// Scratch space for the log.
+    dirty: Option<PageSet>,
+    /// The shares that the machine was last told.
+    shares: Vec<f64>,
+    began: RoundBegin,
+    /// Throttled time of the round so far: seconds times share.
+    throttled: f64,
+    last: Duration,
+    /// Whether somebody was told that the promise cannot be kept.
+    warned: bool,
+}
+
+/// Where a round began.
+#[derive(Clone, Copy, Debug, Default)]
+struct RoundBegin {
+    at: Duration,
+    wire: u64,
+    pages: u64,
+}
+
+/// Round trips of the switch: the last pages and the state to "ready", half of "go", half of "resumed".
+pub(super) const SWITCH_ROUND_TRIPS: f64 = 2.0;
+
+/// A change of the throttle that is smaller is not worth telling.
+const SHARE_STEP: f64 = 0.005;
+
+impl Watch {
+    pub(super) fn new(job: &Job<'_>, round_trip: Duration) -> Self {
+        let options = job.options;
+        let cpus = usize::from(job.source.describe().cpus);
+        let costs = Costs {
+            round_trip: round_trip.mul_f64(SWITCH_ROUND_TRIPS),
+            ..Costs::default()
+        };
+        let mut policy = Policy::new(Goal {
+            max_downtime: options.max_downtime,
+            deadline: options.deadline,
+            on_miss: options.on_miss,
+            final_bandwidth: options.final_bandwidth.map(|rate| rate as f64),
+            bandwidth: options.bandwidth.map(|rate| rate as f64),
+            throttle: options.throttle,
+            cpus,
+            max_rounds: options.max_rounds,
+        });
+        policy.assume(costs);
+        Self {
+            policy,
+            costs,
+            dirty: None,
+            shares: vec![0.0; cpus],
+            began: RoundBegin::default(),
+            throttled: 0.0,
+            last: Duration::ZERO,
+            warned: false,
+        }
+    }
+
+    /// New measurements of what the downtime costs besides the copy.
+    pub(super) fn set_costs(&mut self, costs: Costs) {
+        self.costs = costs;
+        self.policy.set_costs(costs);
+    }
+
+    /// A piece was sent without the cap of pre-copy.
+    pub(super) fn burst(&mut self, bytes: u64, elapsed: Duration) {
+        self.policy.burst(bytes, elapsed);
+    }
+
+    /// The largest share of any vCPU now.
+    fn share(&self) -> f64 {
+        self.shares.iter().copied().fold(0.0, f64::max)
+    }
+}
+
+impl Job<'_> {
+    /// Counts the log and asks the policy.
+    pub(super) fn observe(
+        &mut self,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+        watch: &mut Watch,
+        round: u32,
+        end_of_round: bool,
+    ) -> Result<Decision, MigrateError> {
+        let mut dirty = match watch.dirty.take() {
+            Some(set) => set,
+            None => PageSet::of(crew.memory)?,
+        };
+        dirty.clear();
+        let began = Instant::now();
+        let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
+        crew.log
+            .peek(&mut dirty)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
+        watch.costs.final_log = began.elapsed();
+        crew.add_unsent(&mut dirty);
+        let at = self.started.elapsed();
+        let by_vcpu = crew.log.by_vcpu();
+        let observation = Observation {
+            at,
+            round,
+            end_of_round,
+            unsent,
+            unsent_zero: 0,
+            dirty: dirty.len() * PAGE_SIZE,
+            copied: (data + zero) * PAGE_SIZE,
+            copied_data: data * PAGE_SIZE,
+            wire: crew.counts.wire(),
+            in_flight: 0,
+            by_vcpu: &by_vcpu,
+        };
+        watch.policy.assume(watch.costs);
+        let decision = watch.policy.observe(&observation);
+        let prediction = &decision.prediction;
+        watch.throttled += at.saturating_sub(watch.last).as_secs_f64() * watch.share();
+        watch.last = at;
+        self.report.predicted_downtime_ms = Some(ms(prediction.downtime));
+        if self.report.predicted_total_ms.is_none()
+            && let Some(total) = prediction.total.filter(|total| at * 5 >= *total)
+        {
+            self.report.predicted_total_ms = Some(ms(total));
+        }
+        let shares: Vec<f64> = (0..watch.shares.len())
+            .map(|cpu| decision.throttle.of(cpu))
+            .collect();
+        // A guest that is about to be paused is not let off the reins first: what it would write in the meantime
+        // is in no prediction.
+        if decision.verdict != Verdict::Switch {
+            self.apply_throttle(alive, watch, &shares)?;
+        }
+        if let Some(miss) = watch.policy.missed().filter(|_| !watch.warned) {
+            tracing::warn!("going on as was asked, although {miss}");
+            watch.warned = true;
+        }
+        self.control.sample(|progress| {
+            progress.round = round;
+            progress.remaining_bytes = observation.dirty;
+            progress.bytes_sent = observation.wire;
+            progress.dirty_bytes_per_s = prediction.dirty_rate;
+            progress.bandwidth_bytes_per_s = prediction.bandwidth;
+            progress.throttle_percent = watch.share() * 100.0;
+            progress.predicted_downtime_ms = Some(ms(prediction.downtime));
+            progress.predicted_total_ms = prediction.total.map(ms);
+        });
+        watch.dirty = Some(dirty);
+        Ok(decision)
+    }
+
+    /// Tells the machine how far to slow down its vCPUs, if that has changed.
+    fn apply_throttle(
+        &mut self,
+        alive: &KeepAlive,
+        watch: &mut Watch,
+        shares: &[f64],
+    ) -> Result<(), MigrateError> {
+        let same = |(a, b): (&f64, &f64)| (a - b).abs() < SHARE_STEP && (*a == 0.0) == (*b == 0.0);
+        if watch.shares.iter().zip(shares).all(same) {
+            return Ok(());
+        }
+        self.standing.throttled = true;
+        self.call(alive, "throttle", |source| source.throttle(shares))?;
+        watch.shares = shares.to_vec();
+        Ok(())
+    }
+
+    /// A round begins.
+    pub(super) fn begin_round(&mut self, crew: &Crew<'_>, watch: &mut Watch, n: u32) {
+        let (data, zero) = crew.counts.pages();
+        let at = self.started.elapsed();
+        watch.began = RoundBegin {
+            at,
+            wire: crew.counts.wire(),
+            pages: data + zero,
+        };
+        watch.throttled = 0.0;
+        watch.last = at;
+        self.control.update(|progress| progress.round = n);
+    }
+
+    /// It has ended, and so many bytes are dirty now.
+    pub(super) fn end_round(&mut self, crew: &Crew<'_>, watch: &Watch, n: u32, decision: &Decision) {
+        let began = watch.began;
+        let (data, zero) = crew.counts.pages();
+        let took = self.started.elapsed().saturating_sub(began.at);
+        let seconds = took.as_secs_f64().max(1e-9);
+        let bytes = crew.counts.wire() - began.wire;
+        let round = Round {
+            n,
+            pages: data + zero - began.pages,
+            bytes,
+            ms: ms(took),
+            dirty_bytes_per_s: decision.prediction.dirty_rate,
+            bandwidth_bytes_per_s: bytes as f64 / seconds,
+            throttle_percent: 100.0 * watch.throttled / seconds,
+        };
+        tracing::debug!(?round, "round");
+        self.report.rounds.push(round);
+    }
+}

@@ -1,0 +1,152 @@
+//! One data stream: clears, looks at and sends chunks of pages.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
+
+use super::MigrateError;
+use super::crew::Crew;
+use super::pass::{Chunk, runs};
+use super::squeeze::Squeeze;
+use crate::link::Link;
+use crate::options::Compression;
+use crate::protocol::{CompressedTable, MAX_BATCH_BYTES, MAX_BATCH_RANGES, Message, PageTable, Span};
+
+/// A stream and the batch that it fills.
+pub(super) struct Stream<'a> {
+    crew: &'a Crew<'a>,
+    link: Link<'a>,
+    squeeze: Option<Squeeze>,
+    table: PageTable,
+    data_bytes: u64,
+    zero_bytes: u64,
+}
+
+impl<'a> Stream<'a> {
+    pub(super) fn new(crew: &'a Crew<'a>, mut link: Link<'a>) -> Result<Self, MigrateError> {
+        link.avoid_copies();
+        Ok(Self {
+            crew,
+            link,
+            squeeze: crew.compression.map(Squeeze::new).transpose()?,
+            table: PageTable::default(),
+            data_bytes: 0,
+            zero_bytes: 0,
+        })
+    }
+
+    /// Sends a chunk, in batches: many scattered pages take one system call, and zero pages a few bytes.
+    pub(super) fn send(&mut self, chunk: &Chunk) -> Result<(), MigrateError> {
+        // Before any of its pages is read: a page that is written from here on is marked again.
+        self.crew
+            .log
+            .clear(chunk.region, chunk.first, &chunk.words)
+            .map_err(|source| MigrateError::Machine {
+                call: "clear",
+                source,
+            })?;
+        let most = self.crew.pacer.batch_bytes(MAX_BATCH_BYTES).max(PAGE_SIZE);
+        for (gpa, bits) in chunk.groups() {
+            let zero = zero_pages(self.crew.memory, gpa, bits)?;
+            for range in runs(gpa, bits & zero) {
+                self.add_zero(range)?;
+            }
+            for range in runs(gpa, bits & !zero) {
+                self.add_data(range, most)?;
+            }
+        }
+        // Spans of one table must not reach over regions, and the next chunk may be anywhere.
+        self.flush()
+    }
+
+    /// Says something, after everything that was to be sent, and waits until the kernel needs none of its memory
+    /// any more.
+    pub(super) fn finish(&mut self, message: &Message) -> Result<(), MigrateError> {
+        self.link.send(message)?;
+        if self.link.send_path() == SendPath::Zerocopy {
+            self.crew.counts.zerocopy.store(true, Ordering::Relaxed);
+        }
+        Ok(self.link.drain()?)
+    }
+
+    fn add_zero(&mut self, range: MemoryRange) -> Result<(), MigrateError> {
+        let full = self.table.zero.len() == MAX_BATCH_RANGES;
+        if full || self.zero_bytes + range.len > MAX_BATCH_BYTES * MAX_BATCH_RANGES as u64 {
+            self.flush()?;
+        }
+        self.zero_bytes += range.len;
+        append(&mut self.table.zero, range);
+        Ok(())
+    }
+
+    fn add_data(&mut self, mut range: MemoryRange, most: u64) -> Result<(), MigrateError> {
+        while range.len > 0 {
+            if self.data_bytes >= most || self.table.data.len() == MAX_BATCH_RANGES {
+                self.flush()?;
+            }
+            let room = (most - self.data_bytes).next_multiple_of(PAGE_SIZE);
+            let len = range.len.min(room).min(MAX_BATCH_BYTES - self.data_bytes);
+            let piece = MemoryRange { gpa: range.gpa, len };
+            self.data_bytes += len;
+            append(&mut self.table.data, piece);
+            range.gpa += len;
+            range.len -= len;
+        }
+        Ok(())
+    }
+
+    /// Sends the batch's content as a block, and leaves its zero pages.
+    fn send_block(&mut self, method: Compression, block: &[u8]) -> Result<(), MigrateError> {
+        let table = CompressedTable {
+            method,
+            pages: std::mem::take(&mut self.table.data),
+            len: u32::try_from(block.len()).unwrap_or(u32::MAX),
+        };
+        Ok(self.link.send_compressed(&table, block)?)
+    }
+
+    /// Sends the batch, if there is anything in it.
+    fn flush(&mut self) -> Result<(), MigrateError> {
+        if self.data_bytes + self.zero_bytes == 0 {
+            return Ok(());
+        }
+        let block = match &mut self.squeeze {
+            Some(squeeze) if self.data_bytes > 0 => squeeze.compress(self.crew.memory, &self.table.data)?,
+            _ => None,
+        };
+        let content = block.as_ref().map_or(self.data_bytes, |block| block.len() as u64);
+        let (began, before) = (Instant::now(), self.link.bytes_sent());
+        self.link.pause(self.crew.pacer.book(content, began))?;
+        if let (Some(block), Some(method)) = (&block, self.crew.compression) {
+            self.send_block(method, block)?;
+        }
+        if !self.table.data.is_empty() || !self.table.zero.is_empty() {
+            self.link.send_pages(self.crew.memory, &self.table)?;
+        }
+        let sent = self.link.bytes_sent() - before;
+        if let Some(squeeze) = &mut self.squeeze {
+            squeeze.learn(sent, began.elapsed());
+        }
+        let counts = &self.crew.counts;
+        counts.wire.fetch_add(sent, Ordering::Relaxed);
+        counts
+            .data
+            .fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
+        counts
+            .zero
+            .fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
+        self.table.data.clear();
+        self.table.zero.clear();
+        (self.data_bytes, self.zero_bytes) = (0, 0);
+        Ok(())
+    }
+}
+
+/// Adds a range, to the last one if it goes on where that ends.
+fn append(spans: &mut Vec<Span>, range: MemoryRange) {
+    match spans.last_mut() {
+        Some(last) if last.gpa + last.len == range.gpa => last.len += range.len,
+        _ => spans.push(range.into()),
+    }
+}

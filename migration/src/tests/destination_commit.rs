@@ -1,0 +1,191 @@
+//! What a machine that is ready hears, from whom, and what is answered afterwards.
+
+use std::thread;
+use std::time::Duration;
+
+use super::destination_hand::*;
+use super::fake::{FakeDestination, Fault};
+use super::rig::control;
+use crate::protocol::{Message, Outcome as Told};
+use crate::*;
+
+const TCP: &str = "tcp:127.0.0.1:0";
+
+#[test]
+fn a_source_that_is_silent_after_ready_and_asks_gets_its_guest_back() {
+    let mut receiver = receiver(TCP);
+    let (received, mut hand, _) = meet(&mut receiver, |to, there| {
+        let mut hand = Hand::open(to, 1);
+        hand.make_ready();
+        // Neither of these is a word.
+        there.cancel();
+        assert_eq!(ask(to, [3; 16]), Told::Unknown);
+        assert_eq!(ask(to, hand.token), Told::GaveUp);
+        hand
+    });
+    assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
+    // Too late, and nobody's any more.
+    let _ = hand.control.link.send(&Message::KeepAlive);
+    assert_eq!(ask(receiver.endpoint(), hand.token), Told::GaveUp);
+    assert_receives(&mut receiver);
+    assert_eq!(ask(receiver.endpoint(), hand.token), Told::GaveUp);
+}
+
+#[test]
+fn a_source_that_withdraws_while_memory_comes_is_answered_as_well() {
+    let mut receiver = receiver(TCP);
+    let (received, (), _) = meet(&mut receiver, |to, _| {
+        let hand = Hand::open(to, 1);
+        assert_eq!(ask(to, hand.token), Told::GaveUp);
+        assert!(hand.control.refused().contains("given up"));
+    });
+    assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
+    assert_receives(&mut receiver);
+}
+
+#[test]
+fn a_source_that_sends_go_and_is_lost_hears_that_the_guest_runs() {
+    let mut receiver = receiver(TCP);
+    let (received, token, destination) = meet(&mut receiver, |to, _| {
+        let mut hand = Hand::open(to, 2);
+        hand.make_ready();
+        hand.go();
+        assert_eq!(ask(to, hand.token), Told::Runs);
+        hand.control.hang_up();
+        hand.token
+    });
+    assert!(
+        !received.unwrap().confirmed,
+        "the source has not said that it knows"
+    );
+    destination.guest.unwrap().check_stamps();
+    assert_eq!(ask(receiver.endpoint(), token), Told::Runs);
+}
+
+#[test]
+fn a_question_waits_for_a_guest_that_is_about_to_run() {
+    let mut receiver = receiver(TCP);
+    let (to, there) = (receiver.endpoint().clone(), control());
+    let mut destination = FakeDestination::default();
+    destination
+        .faults
+        .insert("resume", Fault::Slow(Duration::from_millis(300)));
+    thread::scope(|scope| {
+        let acting = scope.spawn(|| {
+            let mut hand = Hand::open(&to, 1);
+            hand.make_ready();
+            hand.go();
+            while there.progress().phase != Phase::Commit {
+                thread::yield_now();
+            }
+            ask(&to, hand.token)
+        });
+        receiver.receive(&mut destination, &there).unwrap();
+        assert_eq!(acting.join().unwrap(), Told::Runs);
+    });
+}
+
+#[test]
+fn a_machine_that_does_not_run_is_kept_and_says_why() {
+    for fault in [Fault::Error, Fault::Panic] {
+        let mut receiver = receiver(TCP);
+        let (to, there) = (receiver.endpoint().clone(), control());
+        let mut destination = FakeDestination::default();
+        destination.faults.insert("resume", fault);
+        let token = thread::scope(|scope| {
+            let acting = scope.spawn(|| {
+                let mut hand = Hand::open(&to, 1);
+                hand.make_ready();
+                hand.go();
+                let told = hand.control.hear();
+                assert!(matches!(told, Message::ResumeFailed { .. }), "{told:?}");
+                hand.token
+            });
+            let error = receiver.receive(&mut destination, &there).unwrap_err();
+            assert!(error.is_committed(), "{error}");
+            acting.join().unwrap()
+        });
+        assert!(destination.guest.is_some() && destination.discarded == 0);
+        match ask(&to, token) {
+            Told::Kept { reason } => assert!(reason.contains("injected into resume"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_lost_connection_leaves_a_ready_machine_to_its_operator() {
+    for decision in [Decision::Run, Decision::Discard] {
+        let mut receiver = receiver(TCP);
+        let (received, token, destination) = meet(&mut receiver, |to, there| {
+            let mut hand = Hand::open(to, 2);
+            hand.make_ready();
+            hand.control.hang_up();
+            there.cancel();
+            // Another question and another source change nothing.
+            assert_eq!(ask(to, [9; 16]), Told::Unknown);
+            there.decide(decision);
+            hand.token
+        });
+        match decision {
+            Decision::Run => {
+                assert!(!received.unwrap().confirmed);
+                destination.guest.unwrap().check_stamps();
+                assert_eq!(ask(receiver.endpoint(), token), Told::Runs);
+            }
+            Decision::Discard => {
+                assert!(matches!(received, Err(ReceiveError::Discarded)), "{received:?}");
+                assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+                assert_receives(&mut receiver);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_lost_connection_leaves_a_ready_machine_to_a_question() {
+    let mut receiver = receiver(TCP);
+    let (received, token, _) = meet(&mut receiver, |to, _| {
+        let mut hand = Hand::open(to, 1);
+        hand.make_ready();
+        hand.control.hang_up();
+        assert_eq!(ask(to, hand.token), Told::GaveUp);
+        hand.token
+    });
+    assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
+    assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+}
+
+#[test]
+fn an_abort_after_ready_discards_the_machine() {
+    let mut receiver = receiver(TCP);
+    let (received, token, _) = meet(&mut receiver, |to, _| {
+        let mut hand = Hand::open(to, 1);
+        hand.make_ready();
+        assert!(hand.control.link.abort(true, "changed my mind"));
+        hand.token
+    });
+    assert!(
+        matches!(&received, Err(ReceiveError::Link(LinkError::Aborted { cancelled: true, reason })) if reason == "changed my mind"),
+        "{received:?}"
+    );
+    assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+    assert_receives(&mut receiver);
+}
+
+#[test]
+fn a_lost_connection_before_ready_discards_the_machine() {
+    let mut receiver = receiver(TCP);
+    let (received, token, _) = meet(&mut receiver, |to, _| {
+        let mut hand = Hand::open(to, 2);
+        hand.send_all();
+        hand.control.hang_up();
+        hand.token
+    });
+    assert!(
+        matches!(received, Err(ReceiveError::Link(LinkError::Closed { .. }))),
+        "{received:?}"
+    );
+    assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+    assert_receives(&mut receiver);
+}

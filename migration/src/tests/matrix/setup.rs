@@ -1,0 +1,158 @@
+//! Migrations that bring every message about.
+
+use std::time::Duration;
+
+use fault_proxy::{Connection, Direction, Part, Point};
+
+use super::super::fake::{FakeDestination, FakeSource, Fault};
+use super::super::guest::{Guest, HIGH, Load};
+use super::harm::Harm;
+use crate::*;
+
+/// A sort of migration.
+pub(super) struct Setup {
+    pub(super) name: &'static str,
+    /// Whether memory is handed over, on a Unix socket.
+    pub(super) handover: bool,
+    pub(super) compression: Option<Compression>,
+    /// A fault without which the messages that are looked at would not come.
+    pub(super) first: Option<(Connection, Direction, &'static str, Harm)>,
+    /// A call of the source's machine that takes long.
+    pub(super) slow: Option<&'static str>,
+    /// What is wrong with the destination's machine.
+    pub(super) destination: Option<(&'static str, Fault)>,
+    /// Which of its messages are looked at.
+    pub(super) looks_at: fn(&Point) -> bool,
+}
+
+const PLAIN: Setup = Setup {
+    name: "copy",
+    handover: false,
+    compression: None,
+    first: None,
+    slow: None,
+    destination: None,
+    looks_at: |_| true,
+};
+
+const LONG: Duration = Duration::from_millis(300);
+
+fn asks(point: &Point) -> bool {
+    point.connection == Connection::Ask
+}
+
+const fn lost(name: &'static str, direction: Direction, message: &'static str) -> Setup {
+    Setup {
+        name,
+        first: Some((Connection::Control, direction, message, Harm::Reset)),
+        looks_at: asks,
+        ..PLAIN
+    }
+}
+
+/// Between them they have every message of the protocol.
+pub(super) static SETUPS: [Setup; 12] = [
+    PLAIN,
+    Setup {
+        name: "compressed",
+        compression: Some(Compression::Zstd),
+        looks_at: |point| point.message == "compressed pages",
+        ..PLAIN
+    },
+    Setup {
+        name: "handover",
+        handover: true,
+        ..PLAIN
+    },
+    lost("ready is lost", Direction::ToSource, "ready"),
+    lost("go is lost", Direction::ToDestination, "go"),
+    lost("resumed is lost", Direction::ToSource, "resumed"),
+    Setup {
+        destination: Some(("resume", Fault::Error)),
+        ..lost("resume failed is lost", Direction::ToSource, "resume failed")
+    },
+    Setup {
+        name: "resume fails",
+        destination: Some(("resume", Fault::Error)),
+        looks_at: |point| point.message == "resume failed",
+        ..PLAIN
+    },
+    Setup {
+        name: "refused",
+        destination: Some(("check", Fault::Error)),
+        looks_at: |point| point.message == "refuse",
+        ..PLAIN
+    },
+    Setup {
+        name: "the source aborts",
+        first: Some((
+            Connection::Control,
+            Direction::ToSource,
+            "round ack",
+            Harm::Corrupt(Part::Kind),
+        )),
+        looks_at: |point| point.message == "abort",
+        ..PLAIN
+    },
+    Setup {
+        name: "the destination aborts",
+        destination: Some(("restore", Fault::Error)),
+        looks_at: |point| point.message == "abort",
+        ..PLAIN
+    },
+    Setup {
+        name: "slow",
+        slow: Some("drain"),
+        destination: Some(("restore", Fault::Slow(LONG))),
+        looks_at: |point| point.message == "keep-alive",
+        ..PLAIN
+    },
+];
+
+impl Setup {
+    pub(super) fn options(&self) -> MigrateOptions {
+        MigrateOptions {
+            max_downtime: Duration::from_secs(5),
+            on_miss: OnMiss::Switch,
+            verify: true,
+            compression: self.compression,
+            // Else it does not pay.
+            bandwidth: self.compression.map(|_| 8 << 20),
+            connect_timeout: Duration::from_millis(500),
+            io_timeout: Duration::from_millis(250),
+            step_timeout: Duration::from_millis(700),
+            ..MigrateOptions::default()
+        }
+    }
+
+    /// A machine whose guest writes all the time, but not much: many of them run at once.
+    pub(super) fn source(&self) -> FakeSource {
+        let (low, high) = (192, 64);
+        let (mut guest, files) = if self.handover {
+            let (guest, files) = Guest::shared(low, high);
+            (guest, Some(files))
+        } else {
+            (Guest::new(low, high), None)
+        };
+        for page in 0..low {
+            guest.write(page * PAGE_SIZE, page % 5 == 0);
+        }
+        for page in 0..high {
+            guest.write(HIGH + page * PAGE_SIZE, false);
+        }
+        guest.throttle(0.95);
+        guest.start(Load { pages: low + high });
+        let mut source = FakeSource::new(guest);
+        source.files = files;
+        source
+            .faults
+            .extend(self.slow.map(|call| (call, Fault::Slow(LONG))));
+        source
+    }
+
+    pub(super) fn destination(&self) -> FakeDestination {
+        let mut destination = FakeDestination::default();
+        destination.faults.extend(self.destination);
+        destination
+    }
+}

@@ -1,0 +1,238 @@
+//! The proxy: its listener, its connections, and what all of them know.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+
+use crate::fault::{Connection, Direction, Fault, Plan, Point};
+use crate::frame::Frame;
+use crate::pump::{Pair, Pump};
+use crate::socket::{Address, Bell, Listener, Socket};
+
+/// Passes connections on, remembers their messages, and injects faults. Everything that it started ends when it
+/// is dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    address: Address,
+    accepting: Option<JoinHandle<()>>,
+}
+
+/// Why there is no proxy.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    /// It cannot listen there.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: Address,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The system has no descriptor or no thread left.
+    #[error("cannot start")]
+    Start(#[source] io::Error),
+}
+
+/// What the threads of a proxy share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    to: Address,
+    bell: Bell,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    plans: Vec<Plan>,
+    seen: Vec<Point>,
+    counts: HashMap<(Connection, Direction, String), u32>,
+    struck: usize,
+    /// Whether the network is gone.
+    cut: bool,
+    /// Whether the control connection was made.
+    begun: bool,
+    /// Streams that were announced.
+    streams: u32,
+    /// Those of them that were made.
+    opened: u32,
+    pairs: Vec<Weak<Pair>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Proxy {
+    /// Listens at `address` and passes what comes on to `to`. With port 0 the system chooses one.
+    pub fn start(address: &Address, to: &Address, plans: Vec<Plan>) -> Result<Self, ProxyError> {
+        let listener = Listener::bind(address).map_err(|source| ProxyError::Listen {
+            address: address.clone(),
+            source,
+        })?;
+        let address = listener.address().clone();
+        let state = State {
+            plans,
+            ..State::default()
+        };
+        let shared = Arc::new(Shared {
+            to: to.clone(),
+            bell: Bell::new().map_err(ProxyError::Start)?,
+            state: Mutex::new(state),
+        });
+        let all = shared.clone();
+        let accepting = thread::Builder::new()
+            .name("proxy".into())
+            .spawn(move || all.accept_all(&listener))
+            .map_err(ProxyError::Start)?;
+        Ok(Self {
+            shared,
+            address,
+            accepting: Some(accepting),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Every message that came, in the order in which they came, those that did not pass included.
+    pub fn seen(&self) -> Vec<Point> {
+        self.shared.lock().seen.clone()
+    }
+
+    /// How many of the plans have struck.
+    pub fn struck(&self) -> usize {
+        self.shared.lock().struck
+    }
+
+    /// The network goes: see [`Fault::CutAll`].
+    pub fn cut_all(&self) {
+        self.shared.cut_all();
+    }
+
+    /// The network is there again: new connections pass.
+    pub fn heal(&self) {
+        self.shared.lock().cut = false;
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.bell.ring();
+        if let Some(thread) = self.accepting.take() {
+            // One that panicked has been heard already.
+            let _ = thread.join();
+        }
+        self.shared.cut_all();
+        let threads = std::mem::take(&mut self.shared.lock().threads);
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn accept_all(self: Arc<Self>, listener: &Listener) {
+        while let Some(front) = listener.accept(&self.bell) {
+            let passed = if self.lock().cut {
+                Err(front)
+            } else {
+                match Socket::connect(&self.to) {
+                    Ok(back) => self.open(front, back),
+                    Err(_) => Err(front),
+                }
+            };
+            if let Err(refused) = passed {
+                refused.reset_on_close();
+            }
+        }
+    }
+
+    /// Starts to pass a connection on; gives it back if it cannot.
+    fn open(self: &Arc<Self>, front: Socket, back: Socket) -> Result<(), Socket> {
+        let Ok(bell) = Bell::new() else {
+            return Err(front);
+        };
+        let mut state = self.lock();
+        if state.cut {
+            return Err(front);
+        }
+        let connection = state.next_connection();
+        let pair = Arc::new(Pair::new(front, back, bell, connection));
+        state.pairs.retain(|pair| pair.strong_count() > 0);
+        state.pairs.push(Arc::downgrade(&pair));
+        for direction in [Direction::ToDestination, Direction::ToSource] {
+            let pump = Pump::new(self.clone(), pair.clone(), direction);
+            let spawned = thread::Builder::new()
+                .name(format!("proxy {connection:?} {direction:?}"))
+                .spawn(move || pump.run());
+            match spawned {
+                Ok(thread) => state.threads.push(thread),
+                Err(_) => pair.reset(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers a message, and says what is to happen to it.
+    pub(crate) fn note(
+        &self,
+        connection: Connection,
+        direction: Direction,
+        message: String,
+    ) -> Option<Fault> {
+        let mut state = self.lock();
+        let count = state
+            .counts
+            .entry((connection, direction, message.clone()))
+            .or_default();
+        let point = Point {
+            connection,
+            direction,
+            message,
+            occurrence: *count,
+        };
+        *count += 1;
+        let at = state.plans.iter().position(|plan| plan.point == point);
+        state.seen.push(point);
+        let plan = state.plans.swap_remove(at?);
+        state.struck += 1;
+        Some(plan.fault)
+    }
+
+    /// Learns from a message which connections will come.
+    pub(crate) fn learn(&self, frame: &Frame) {
+        if let Some(streams) = frame.streams() {
+            let mut state = self.lock();
+            (state.streams, state.opened) = (streams, 0);
+        }
+    }
+
+    pub(crate) fn cut_all(&self) {
+        let mut state = self.lock();
+        state.cut = true;
+        for pair in state.pairs.drain(..).filter_map(|pair| pair.upgrade()) {
+            pair.reset();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// What the next connection will be for, as far as the order tells; what it says itself decides later.
+    fn next_connection(&mut self) -> Connection {
+        if !self.begun {
+            self.begun = true;
+            return Connection::Control;
+        }
+        if self.opened == self.streams {
+            return Connection::Ask;
+        }
+        self.opened += 1;
+        Connection::Stream(self.opened - 1)
+    }
+}

@@ -1,0 +1,82 @@
+//! A Linux guest that comes up on every host, one that interprets kernel code included.
+
+use anyhow::{Result, ensure};
+
+use crate::{Event, Host, Journey, PATIENCE};
+
+/// Memory that the kernel is left, in MiB. What is beyond belongs to the workload: the kernel looks at each of its
+/// pages when it boots, which takes its time where it is interpreted.
+const KERNEL_MIB: u64 = 64;
+
+/// A tiny guest's machine and work.
+#[derive(Clone, Copy, Debug)]
+pub struct TinyGuest<'a> {
+    /// vCPUs.
+    pub cpus: u32,
+    /// MiB that the workload has.
+    pub workset_mib: u64,
+    /// Bytes per second, e.g. `20M` or `max`.
+    pub rate: &'a str,
+}
+
+impl Default for TinyGuest<'_> {
+    fn default() -> Self {
+        Self {
+            cpus: 2,
+            workset_mib: 64,
+            rate: "20M",
+        }
+    }
+}
+
+impl TinyGuest<'_> {
+    /// The machine's memory in MiB.
+    pub fn memory_mib(&self) -> u64 {
+        KERNEL_MIB + self.workset_mib
+    }
+
+    /// The options of `godwit run` for it.
+    pub fn options(&self, host: &Host) -> Vec<String> {
+        let Self {
+            cpus,
+            workset_mib,
+            rate,
+        } = *self;
+        // Kernel messages would end up in the middle of the agent's lines.
+        let cmdline = format!(
+            "console=ttyS0 reboot=k panic=-1 pci=off quiet loglevel=1 mem={KERNEL_MIB}M godwit.base={KERNEL_MIB}M \
+             godwit.dirty={workset_mib}M godwit.rate={rate}"
+        );
+        let file = |name| host.fixtures().tiny(name).display().to_string();
+        let options = [
+            ("--kernel", file("vmlinux")),
+            ("--initrd", file("initrd")),
+            ("--cmdline", cmdline),
+            ("--cpus", cpus.to_string()),
+            ("--memory", format!("{}M", self.memory_mib())),
+        ];
+        options
+            .into_iter()
+            .flat_map(|(option, value)| [option.to_owned(), value])
+            .collect()
+    }
+
+    /// Boots it and waits until it works.
+    pub fn start(&self, host: Host, more: &[&str]) -> Result<Journey> {
+        let options = self.options(&host);
+        let arguments = options.iter().map(String::as_str).chain(more.iter().copied());
+        let vm = host.run("vm-0", arguments)?;
+        let ready = vm
+            .process
+            .stdout()
+            .wait("agent: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+        for (field, expected) in [("cpus", u64::from(self.cpus)), ("dirty_mib", self.workset_mib)] {
+            ensure!(
+                ready.number(field)? == expected,
+                "expected {field}={expected}, got {ready:?}"
+            );
+        }
+        vm.next_tick()?;
+        Ok(Journey::agent(host, vm))
+    }
+}

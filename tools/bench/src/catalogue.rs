@@ -1,0 +1,99 @@
+//! Every row of the bench.
+
+use crate::experiments::Experiment::{
+    Budget, Cancel, Capped, Footprint, Handover, Idle, LogStart, Overload, Prediction, Throughput, Work,
+};
+use crate::row::Bar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
+use crate::row::Definition;
+
+const GB_PER_S: &str = "GB/s";
+const SHARE: &str = "share";
+
+/// Every row, in the order in which they are printed.
+pub const ROWS: [Definition; 22] = [
+    Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
+        .meaning("2 GiB that are not zero, destination ready, first to last page byte")
+        .beside("iperf3, one stream")
+        .bar(RatioAtLeast(0.9)),
+    Definition::new(Throughput, "throughput-1-stream-vs-iperf3-z", GB_PER_S)
+        .meaning("the same")
+        .beside("iperf3 -Z, one stream"),
+    Definition::new(Throughput, "throughput-cold", GB_PER_S)
+        .meaning("the same with a destination whose memory is fresh")
+        .beside("QEMU, memory fresh"),
+    Definition::new(Throughput, "throughput-2-streams-vs-iperf3", GB_PER_S)
+        .meaning("two streams, destination ready")
+        .beside("two pairs of iperf3, in sum")
+        .bar(RatioAtLeast(0.85)),
+    Definition::new(Throughput, "throughput-1-stream-vs-qemu", GB_PER_S)
+        .meaning("one stream, destination ready")
+        .beside("QEMU, memory preallocated")
+        .bar(RatioAtLeast(1.1)),
+    Definition::new(Throughput, "throughput-2-streams-vs-qemu", GB_PER_S)
+        .meaning("two streams, destination ready")
+        .beside("QEMU, best of 2 and 4 multifd channels")
+        .bar(RatioAtLeast(1.3)),
+    Definition::new(Idle, "idle-downtime-ms", "ms")
+        .meaning("idle guest of 2 GiB, 30 ms allowed, by the report")
+        .beside("QEMU, stop to start by its events")
+        .bar(AtMost(3.0)),
+    Definition::new(Idle, "idle-downtime-vs-qemu", "ms")
+        .meaning("the same as the guest saw it on its TSC")
+        .beside("QEMU, as the guest saw it"),
+    Definition::new(Budget, "budget-20ms-kept", SHARE)
+        .meaning("300 MB/s in 512 MiB of 1 GiB: moved within 20 ms of downtime")
+        .bar(AtLeast(1.0)),
+    Definition::new(Overload, "overload-50ms-kept", SHARE)
+        .meaning("512 MiB of 2 GiB at full speed, link of 500 MB/s: moved within 50 ms and 60 s")
+        .bar(AtLeast(1.0)),
+    Definition::new(Overload, "overload-work-fraction", SHARE)
+        .meaning("the guest's work while those migrations converge, of the most that could converge")
+        .bar(AtLeast(0.8)),
+    Definition::new(Capped, "overload-total-vs-qemu", "s")
+        .meaning("total time at 1000 MB/s over a link of 200 MiB/s, 30 ms allowed")
+        .beside("QEMU with auto-converge")
+        .bar(RatioAtMost(0.5)),
+    Definition::new(Prediction, "prediction-downtime-within", SHARE)
+        .meaning("moves whose downtime was predicted to 20 % or 2 ms")
+        .bar(AtLeast(0.95)),
+    Definition::new(Prediction, "prediction-total-within", SHARE)
+        .meaning("moves whose total time was predicted to 15 % or 50 ms after a fifth of the way")
+        .bar(AtLeast(0.95)),
+    Definition::new(Handover, "handover-downtime-ms", "ms")
+        .meaning("4 GiB of shared memory handed to a process of the same host")
+        .bar(AtMost(10.0)),
+    Definition::new(Handover, "handover-downtime-16gib-ms", "ms")
+        .meaning("the same with 16 GiB: no growth but noise")
+        .beside("1 GiB")
+        .bar(AtMost(10.0)),
+    Definition::new(Throughput, "cpu-per-gib-vs-qemu", "s/GiB")
+        .meaning("CPU time of both sides for an idle guest, memory fresh, one stream")
+        .beside("QEMU, memory fresh")
+        .bar(RatioAtMost(0.65)),
+    Definition::new(Throughput, "cpu-per-gib-reserved-vs-qemu", "s/GiB")
+        .meaning("the same with a destination that was ready")
+        .beside("QEMU, memory preallocated"),
+    Definition::new(Cancel, "cancel-ms-max", "ms")
+        .meaning("longest cancel at a random moment, until the guest ticks unhindered")
+        .bar(AtMost(100.0)),
+    Definition::new(LogStart, "dirty-log-start-ms", "ms")
+        .meaning("time in KVM to turn dirty logging on for 2 GiB"),
+    Definition::new(Footprint, "rss-overhead-mib", "MiB")
+        .meaning("resident memory besides a guest's 512 MiB")
+        .beside("QEMU"),
+    Definition::new(Work, "work-before-during-after", SHARE)
+        .meaning("pages per second of a guest at full speed while it migrates, of those before")
+        .beside("after, of those before"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique() {
+        let mut names = ROWS.map(|row| row.name);
+        names.sort();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+    }
+}

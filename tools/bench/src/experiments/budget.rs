@@ -1,0 +1,28 @@
+//! A downtime budget that is short of what a careless stop would cost.
+
+use anyhow::Result;
+
+use crate::bench::Bench;
+use crate::godwit::{Asked, Ended, Godwit};
+use crate::guest::{Guest, Rate};
+use crate::row::Figure;
+use crate::stats::share;
+
+const MEMORY_MIB: u64 = 1024;
+const RUNS: u32 = 50;
+
+/// Moves the guest again and again.
+pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
+    let guest = Guest::busy(MEMORY_MIB, Rate::BytesPerSecond(300_000_000));
+    let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
+    let asked = Asked {
+        migrate: &["--max-downtime", "20ms"],
+        promise: true,
+        ..Default::default()
+    };
+    let runs = bench.count(RUNS);
+    let ended = (1..=runs).map(|run| bench.hop(&format!("budget {run}/{runs}"), &mut godwit, &asked));
+    let ended = ended.collect::<Result<Vec<Ended>>>()?;
+    let kept = |ended: &Ended| ended.moved && ended.report.budget_kept;
+    Ok(vec![Figure::alone("budget-20ms-kept", share(&ended, kept))])
+}

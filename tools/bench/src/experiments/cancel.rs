@@ -1,0 +1,210 @@
+//! Cancels at random moments: how long they take, and that nothing of the migration stays behind.
+
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use migration::Outcome;
+use tests::{Process, Tick};
+
+use crate::bench::{Bench, say};
+use crate::godwit::{Asked, Godwit, finished, told};
+use crate::guest::{Guest, Rate, gap_after_arrival, next_tick, pages_per_s};
+use crate::row::Figure;
+use crate::sentinel::Window;
+use crate::stats::largest;
+use crate::strace::{Strace, logged_slots};
+
+const CANCELS: u32 = 100;
+const GUEST: Guest = Guest {
+    memory_mib: 512,
+    workset_mib: 128,
+    rate: Rate::Max,
+    tick_ms: 5,
+};
+const ASKED: [&str; 6] = [
+    "--bandwidth",
+    "500MB/s",
+    "--max-downtime",
+    "20ms",
+    "--deadline",
+    "20s",
+];
+/// The share of its usual speed that a guest has again when neither throttle nor dirty log is left.
+const UNHINDERED: f64 = 0.8;
+/// How long the guest gets to be there: it has to touch its working set once more.
+const RECOVERY: Duration = Duration::from_secs(5);
+/// Migrations under strace of which one must be cancelled in time.
+const WATCHED: u32 = 10;
+/// Ticks over which its speed is taken.
+const TICKS: usize = 10;
+
+/// One migration that was cancelled.
+struct Cancelled {
+    ms: f64,
+    /// Until `godwit migrate` had ended.
+    ended_ms: f64,
+    window: Window,
+}
+
+/// Cancels the guest's migration again and again; where it moved before, it goes on from there.
+pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
+    let mut godwit = Godwit::start(&bench.fixtures, GUEST, &[])?;
+    GUEST.settle(godwit.process())?;
+    // The best of three: whatever else runs can only slow it down.
+    let speeds = (0..3)
+        .map(|_| speed(godwit.process()))
+        .collect::<Result<Vec<_>>>()?;
+    let usual = largest(speeds).context("no speed")?;
+    let ended = bench.hop(
+        "cancel: a whole migration",
+        &mut godwit,
+        &Asked {
+            migrate: &ASKED,
+            ..Default::default()
+        },
+    )?;
+    let whole = Duration::from_secs_f64(ended.report.total_ms / 1e3);
+    say(format_args!(
+        "cancel: the guest dirties {usual:.0} pages/s; moments within {} ms",
+        whole.as_millis()
+    ));
+    let (mut took, mut moved) = (Vec::new(), 0);
+    let cancels = bench.count(CANCELS);
+    while took.len() < cancels as usize {
+        let what = format!("cancel {}/{cancels}", took.len() + 1);
+        ensure!(
+            moved < 2 * cancels,
+            "most migrations end before they are cancelled"
+        );
+        let cancelled = bench.clean(&what, |_| {
+            GUEST.settle(godwit.process())?;
+            loop {
+                match cancel(&mut godwit, random(whole))? {
+                    Some(cancelled) => {
+                        recovered(&godwit, usual)?;
+                        let window = cancelled.window;
+                        return Ok((cancelled, window));
+                    }
+                    None => moved += 1,
+                }
+            }
+        })?;
+        let Cancelled { ms, ended_ms, .. } = cancelled;
+        if took.iter().all(|before| *before < ms) {
+            say(format_args!(
+                "{what}: {ms:.1} ms, the longest so far; after {ended_ms:.1} ms of them the command ended"
+            ));
+        }
+        took.push(ms);
+    }
+    log_is_off(&mut godwit, whole)?;
+    say(format_args!(
+        "cancel: {moved} migrations ended before the cancel came"
+    ));
+    Ok(vec![Figure::alone("cancel-ms-max", largest(took))])
+}
+
+/// Starts a migration and cancels it after `delay`. Nothing if the guest had moved by then.
+fn cancel(godwit: &mut Godwit, delay: Duration) -> Result<Option<Cancelled>> {
+    let (receiver, endpoint) = godwit.receiver(&Asked::default())?;
+    let vm = &godwit.journey.vm;
+    let migration = vm.start_migration(&endpoint, &ASKED)?;
+    // A random moment is the point: nothing to wait for.
+    std::thread::sleep(delay);
+    let command = godwit.journey.host.command(["cancel", &vm.name]);
+    let (ended, window) = Window::of(|| {
+        let began = Instant::now();
+        let command = Process::spawn(command)?;
+        let (report, moved) = told(finished(migration)?)?;
+        let ended = began.elapsed();
+        if !moved {
+            next_tick(vm.process.stdout())?;
+        }
+        Ok::<_, anyhow::Error>((command, report, moved, ended, began.elapsed()))
+    });
+    let (command, report, moved, ended, took) = ended?;
+    if moved {
+        godwit.journey.arrive(receiver)?;
+        gap_after_arrival(godwit.process())?;
+        return Ok(None);
+    }
+    finished_cancel(command)?;
+    let (outcome, error) = (report.outcome, report.error);
+    ensure!(
+        outcome == Outcome::Cancelled,
+        "expected it cancelled, got {outcome:?}: {error:?}"
+    );
+    Ok(Some(Cancelled {
+        ms: took.as_secs_f64() * 1e3,
+        ended_ms: ended.as_secs_f64() * 1e3,
+        window,
+    }))
+}
+
+fn finished_cancel(command: Process) -> Result<()> {
+    let finished = command.finish(tests::PATIENCE)?;
+    finished.expect_code(0).map(|_| ())
+}
+
+/// Shows that nothing holds the guest back any more.
+fn recovered(godwit: &Godwit, usual: f64) -> Result<()> {
+    let status = godwit.journey.vm.status()?;
+    let throttle = status["migration"]["throttle_percent"].as_f64().unwrap_or(0.0);
+    ensure!(throttle == 0.0, "still throttled after a cancel: {status}");
+    let mut last = VecDeque::new();
+    let fast = |line: &str| {
+        last.push_back(Tick::parse(line)?);
+        let speed = pages_per_s(last.front()?, last.back()?)?;
+        if last.len() > TICKS {
+            last.pop_front();
+        }
+        (speed >= UNHINDERED * usual).then_some(())
+    };
+    let output = godwit.process().stdout();
+    output.wait(
+        "the guest's usual speed after a cancel",
+        output.mark(),
+        RECOVERY,
+        fast,
+    )
+}
+
+/// Cancels once more, watched from outside, which takes too long to be measured: dirty logging was turned on and
+/// is off again.
+fn log_is_off(godwit: &mut Godwit, whole: Duration) -> Result<()> {
+    for _ in 0..WATCHED {
+        let strace = Strace::attach(godwit.process().id())?;
+        let cancelled = cancel(godwit, whole / 2)?;
+        let calls = strace.finish()?;
+        if cancelled.is_none() {
+            continue;
+        }
+        ensure!(
+            calls.iter().any(|call| call.logged),
+            "no call turned dirty logging on: {calls:?}"
+        );
+        let logged = logged_slots(&calls);
+        ensure!(
+            logged.is_empty(),
+            "dirty logging of slots {logged:?} is still on after a cancel"
+        );
+        return Ok(());
+    }
+    bail!("{WATCHED} migrations under strace ended before they were cancelled")
+}
+
+/// Pages per second over a second.
+fn speed(process: &Process) -> Result<f64> {
+    let first = next_tick(process.stdout())?;
+    let later = |line: &str| Tick::parse(line).filter(|tick| tick.us >= first.us + 1_000_000);
+    let output = process.stdout();
+    let last = output.wait("a second of ticks", output.mark(), tests::PATIENCE, later)?;
+    pages_per_s(&first, &last).context("the guest's clock stands still")
+}
+
+/// Any duration up to `most`, all of them equally likely: the standard library seeds its hashers at random.
+fn random(most: Duration) -> Duration {
+    most.mul_f64(RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64)
+}

@@ -1,0 +1,68 @@
+//! Memory handed over to a process of the same host.
+
+use anyhow::{Context, Result, ensure};
+use migration::DataPath;
+
+use crate::bench::{Bench, say};
+use crate::godwit::{Asked, Godwit};
+use crate::guest::Guest;
+use crate::row::Figure;
+use crate::stats::median;
+
+const RUNS: u32 = 5;
+
+/// Memory besides the guest's that must be available.
+const RESERVE_MIB: u64 = 1 << 10;
+
+/// Three sizes, one after the other: together they would not fit into a small machine.
+pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
+    let small = downtime(bench, 1 << 10)?;
+    let middle = downtime(bench, 4 << 10)?;
+    let large = downtime(bench, 16 << 10);
+    let large = large
+        .inspect_err(|error| say(format_args!("handover of 16 GiB: {error:#}")))
+        .ok();
+    Ok(vec![
+        Figure::alone("handover-downtime-ms", Some(middle)),
+        Figure::beside("handover-downtime-16gib-ms", large, Some(small)),
+    ])
+}
+
+fn downtime(bench: &mut Bench, memory_mib: u64) -> Result<f64> {
+    let available = available_mib()?;
+    ensure!(
+        available >= memory_mib + RESERVE_MIB,
+        "expected {memory_mib} MiB and {RESERVE_MIB} more to be available, got {available} MiB"
+    );
+    let mut godwit = Godwit::start(&bench.fixtures, Guest::idle(memory_mib), &["--shared-memory"])?;
+    let asked = Asked {
+        migrate: &["--max-downtime", "30ms"],
+        reserve: false,
+        handover: true,
+        promise: false,
+    };
+    let mut downtimes = Vec::new();
+    let runs = bench.count(RUNS);
+    for run in 1..=runs {
+        let ended = bench.hop(
+            &format!("handover of {memory_mib} MiB {run}/{runs}"),
+            &mut godwit,
+            &asked,
+        )?;
+        let path = ended.report.data_path;
+        ensure!(
+            path == DataPath::Handover,
+            "expected a handover of memory, got {path:?}"
+        );
+        downtimes.push(ended.report.downtime_ms.context("not moved")?);
+    }
+    median(downtimes).context("no runs")
+}
+
+fn available_mib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.map(|kib| kib >> 10)
+        .context("/proc/meminfo has no MemAvailable")
+}

@@ -1,0 +1,87 @@
+//! The whole bench: which experiments the wanted rows need, and the rows that come out.
+
+use std::time::Instant;
+
+use ::tests::Fixtures;
+use anyhow::{Result, bail};
+
+use crate::bench::{Bench, say};
+use crate::catalogue::ROWS;
+use crate::row::{Definition, Figure, Row};
+
+/// What to measure.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Names of rows; all of them if there are none.
+    pub rows: Vec<String>,
+    /// How often to repeat everything, instead of as often as each row promises.
+    pub count: Option<u32>,
+}
+
+/// Measures the wanted rows, in the order of [`ROWS`]. Says on stderr how far it is. An experiment that fails
+/// leaves its rows without a value; the others are measured all the same.
+///
+/// `iperf3`, `qemu-system-x86_64` and `strace` must be installed. Everything is measured on this machine, which
+/// should do nothing else meanwhile.
+pub fn run(fixtures: Fixtures, options: &Options) -> Result<Vec<Row>> {
+    let wanted = wanted(&options.rows)?;
+    let mut experiments: Vec<_> = wanted.iter().map(|row| row.experiment).collect();
+    experiments.sort();
+    experiments.dedup();
+    let mut bench = Bench::new(fixtures, options.count)?;
+    let mut figures: Vec<Figure> = Vec::new();
+    let began = Instant::now();
+    for experiment in experiments {
+        let names: Vec<_> = wanted
+            .iter()
+            .filter(|row| row.experiment == experiment)
+            .map(|row| row.name)
+            .collect();
+        say(format_args!("== {}", names.join(", ")));
+        let began = Instant::now();
+        bench.begin(experiment.spare_seconds());
+        match experiment.run(&mut bench, &names) {
+            Ok(found) => figures.extend(found),
+            Err(error) => say(format_args!("FAILED: {}: {error:#}", names.join(", "))),
+        }
+        say(format_args!("== {:.0} s", began.elapsed().as_secs_f64()));
+    }
+    say(format_args!(
+        "{:.0} s in all; {}",
+        began.elapsed().as_secs_f64(),
+        bench.stalls()
+    ));
+    let figure = |name: &str| figures.iter().copied().find(|figure| figure.name == name);
+    Ok(wanted.iter().map(|row| row.row(figure(row.name))).collect())
+}
+
+fn wanted(names: &[String]) -> Result<Vec<&'static Definition>> {
+    if let Some(unknown) = names.iter().find(|name| ROWS.iter().all(|row| row.name != *name)) {
+        bail!(
+            "no row is called {unknown:?}; there are {}",
+            ROWS.map(|row| row.name).join(", ")
+        );
+    }
+    let chosen = |row: &&Definition| names.is_empty() || names.iter().any(|name| name == row.name);
+    Ok(ROWS.iter().filter(chosen).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_chosen_by_name() {
+        assert_eq!(wanted(&[]).unwrap().len(), ROWS.len());
+        let two = wanted(&["rss-overhead-mib".into(), "idle-downtime-ms".into()]).unwrap();
+        assert_eq!(
+            two.iter().map(|row| row.name).collect::<Vec<_>>(),
+            ["idle-downtime-ms", "rss-overhead-mib"]
+        );
+        let error = wanted(&["speed".into()]).unwrap_err().to_string();
+        assert!(
+            error.contains("\"speed\"") && error.contains("cancel-ms-max"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,41 @@
+//! What `--help` says after the options.
+
+pub(super) const RUN_EXAMPLES: &str = "\
+Examples:
+  godwit run --name web --kernel vmlinux --initrd initrd --memory 512M --cpus 2
+  godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
+  godwit run --config-file vm.json --name web
+
+In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
+
+pub(super) const RECEIVE_EXAMPLES: &str = "\
+Examples:
+  godwit receive --name web --listen tcp:0.0.0.0:7000
+  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web";
+
+pub(super) const MIGRATE_EXAMPLES: &str = "\
+Examples:
+  godwit migrate web tcp:host-b:7000
+  godwit migrate web tcp:10.0.0.2:7000 --max-downtime 20ms --deadline 30s --on-miss switch
+  godwit migrate web tcp:10.0.0.2:7000 --bandwidth 500MB/s --final-bandwidth 1GiB/s --streams 4
+  godwit migrate web unix:/run/web.migrate --verify --json
+
+Rates are SIZE/s: MB are millions of bytes, MiB (or M) 1048576.
+Ctrl-C cancels: the guest runs on here. Losing this command in another way does not.
+Exit codes: 0 moved; 1 failed, and the guest runs where it ran; 2 bad usage; 3 in doubt.";
+
+pub(super) const REPORT_EXAMPLES: &str = "\
+Examples:
+  godwit migrate web tcp:host-b:7000 --trace web.trace
+  godwit report web.trace --output web.html
+  godwit report web.trace > web.svg";
+
+pub(super) const RESOLVE_HELP: &str = "\
+A migration is in doubt when the source has said \"go\" and does not know what came of it. At the source:
+  godwit resolve web              ask the destination and do what follows from its answer
+  godwit resolve web --discard    the guest runs there, I know: throw the paused copy here away
+  godwit resolve web --run        it does not run there and never will, I know: run it here
+The destination is asked in any case, and what it says counts more than --run or --discard.
+
+At a receiver that has a complete machine while its source is gone for good, --run and --discard decide.
+Exit codes: 0 settled; 1 refused, or settled otherwise than asked for; 2 bad usage; 3 still in doubt.";

@@ -1,0 +1,36 @@
+//! `report`: draws a trace.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use thiserror::Error;
+
+use super::Exit;
+use super::args::ReportArgs;
+use crate::report::{Trace, html, svg};
+
+/// A file name that does not say what to draw.
+#[derive(Debug, Error)]
+#[error("--output {got}: expected a name that ends in .svg or .html")]
+pub(super) struct OtherKind {
+    got: PathBuf,
+}
+
+pub(super) fn run(args: &ReportArgs) -> anyhow::Result<Exit> {
+    let Some(output) = &args.output else {
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(svg(&Trace::read(&args.trace)?)?.as_bytes())?;
+        stdout.flush()?;
+        return Ok(Exit::Done);
+    };
+    let draw = match output.extension().and_then(|extension| extension.to_str()) {
+        Some("svg") => svg,
+        Some("html" | "htm") => html,
+        _ => return Err(OtherKind { got: output.clone() }.into()),
+    };
+    let text = draw(&Trace::read(&args.trace)?)?;
+    fs::write(output, text).with_context(|| output.display().to_string())?;
+    Ok(Exit::Done)
+}

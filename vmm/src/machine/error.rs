@@ -1,0 +1,62 @@
+//! What can go wrong with a machine.
+
+use devices::virtio::HostError;
+use devices::virtio::block::BackendError;
+use devices::virtio::mmio::TransportError;
+use thiserror::Error;
+
+use crate::boot::BootError;
+use crate::clock::ClockError;
+use crate::cpu::CpuError;
+use crate::memory::MemoryError;
+use crate::vcpu::{VcpuError, VcpuStateError};
+
+/// The machine could not be built, run, saved or restored.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum MachineError {
+    #[error("/dev/kvm: {0}; `godwit probe` says what this host offers")]
+    NoKvm(kvm_ioctls::Error),
+    #[error("KVM: expected dirty logs with manual protection, initially set (since Linux 5.7), got none")]
+    NoManualProtect,
+    #[error("{what}")]
+    Kvm {
+        what: &'static str,
+        source: kvm_ioctls::Error,
+    },
+    #[error("{what}")]
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    VcpuState(#[from] VcpuStateError),
+    #[error(transparent)]
+    Clock(#[from] ClockError),
+    #[error(transparent)]
+    Disk(#[from] BackendError),
+    #[error("{id}")]
+    Backend { id: String, source: HostError },
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error(transparent)]
+    Serial(#[from] devices::legacy::SerialError),
+    #[error(transparent)]
+    Bus(#[from] devices::bus::BusError),
+    #[error("saved state")]
+    State(#[from] migration_state::StateError),
+    #[error("saved state: {what}: expected {expected}, got {got}")]
+    Mismatch {
+        what: &'static str,
+        expected: String,
+        got: String,
+    },
+}

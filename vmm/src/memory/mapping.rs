@@ -1,0 +1,255 @@
+//! Where guest memory lies: anonymous memory, a memfd of our own, or memfds of another process.
+#![allow(unsafe_code)] // Advice on mappings takes raw addresses.
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use devices::GuestMemory;
+use rustix::fs::{MemfdFlags, SealFlags};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
+
+use super::MemoryError;
+use crate::boot::layout::PAGE_SIZE;
+
+/// Less than this cannot hold the firmware tables and a kernel.
+pub(super) const MIN_MEMORY: u64 = 2 << 20;
+
+/// What keeps a mapping of the file from ending in the middle (SIGBUS), and the next process from spoiling it.
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// Checks a memory size that somebody asks for against this host.
+pub fn check_size(size: u64) -> Result<(), MemoryError> {
+    if !size.is_multiple_of(PAGE_SIZE) {
+        return Err(MemoryError::NotPages(size));
+    }
+    if size < MIN_MEMORY {
+        return Err(MemoryError::TooSmall(size));
+    }
+    let info = rustix::system::sysinfo();
+    let host = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit));
+    if size > host {
+        return Err(MemoryError::MoreThanHost { got: size, host });
+    }
+    Ok(())
+}
+
+/// Zeroed guest memory of the given ranges: anonymous with huge-page advice, or memfds if `shared`.
+pub fn create(ranges: &[(u64, u64)], shared: bool) -> Result<GuestMemory, MemoryError> {
+    let mut mappings = Vec::with_capacity(ranges.len());
+    for (_, len) in ranges {
+        let file = if shared { Some(memfd(*len)?) } else { None };
+        mappings.push(map(*len, file)?);
+    }
+    place(ranges, mappings)
+}
+
+/// Guest memory of the given ranges that are the given files, one for each. The files are untrusted: expected
+/// are memfds of the ranges' lengths that cannot shrink.
+pub fn adopt(ranges: &[(u64, u64)], files: Vec<OwnedFd>) -> Result<GuestMemory, MemoryError> {
+    if files.len() != ranges.len() {
+        return Err(MemoryError::FileCount {
+            expected: ranges.len(),
+            got: files.len(),
+        });
+    }
+    let mut mappings = Vec::with_capacity(ranges.len());
+    for (index, (file, (_, len))) in files.into_iter().zip(ranges).enumerate() {
+        check_file(index, &file, *len)?;
+        mappings.push(map(*len, Some(file.into()))?);
+    }
+    place(ranges, mappings)
+}
+
+/// The ranges of memory as `(gpa, length)`.
+pub fn ranges(memory: &GuestMemory) -> Vec<(u64, u64)> {
+    memory
+        .iter()
+        .map(|region| (region.start_addr().0, region.len()))
+        .collect()
+}
+
+/// Whether other processes can map the memory as well.
+pub fn is_shared(memory: &GuestMemory) -> bool {
+    memory.iter().all(|region| region.file_offset().is_some())
+}
+
+/// The memfds behind shared memory, in the order of its regions; nothing for anonymous memory.
+pub fn files(memory: &GuestMemory) -> io::Result<Option<Vec<OwnedFd>>> {
+    memory
+        .iter()
+        .map(|region| {
+            region
+                .file_offset()
+                .map(|file| file.file().try_clone().map(OwnedFd::from))
+        })
+        .collect::<Option<io::Result<Vec<_>>>>()
+        .transpose()
+}
+
+fn memfd(len: u64) -> Result<File, MemoryError> {
+    let make = || {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memfd = rustix::fs::memfd_create("godwit-guest-memory", flags)?;
+        rustix::fs::ftruncate(&memfd, len)?;
+        rustix::fs::fcntl_add_seals(&memfd, SEALS)?;
+        Ok(memfd.into())
+    };
+    make().map_err(|source: rustix::io::Errno| MemoryError::Memfd {
+        len,
+        source: source.into(),
+    })
+}
+
+/// File system of memfds with ordinary pages (statfs(2)).
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
+fn check_file(index: usize, file: &OwnedFd, expected: u64) -> Result<(), MemoryError> {
+    // Only memfds have seals: for every other kind of file this fails.
+    let seals = rustix::fs::fcntl_get_seals(file).map_err(|source| MemoryError::NotMemfd {
+        index,
+        source: source.into(),
+    })?;
+    if !seals.contains(SealFlags::SHRINK) {
+        let got = seals.bits();
+        return Err(MemoryError::NotSealed { index, got });
+    }
+    // A page of a huge-page file that cannot be had kills whoever touches it.
+    let ordinary = rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type == TMPFS_MAGIC);
+    if !ordinary {
+        return Err(MemoryError::OtherPages { index });
+    }
+    // Only now: before the seal was seen, the size was no promise.
+    let stat = rustix::fs::fstat(file).map_err(|source| MemoryError::File {
+        index,
+        source: source.into(),
+    })?;
+    let got = u64::try_from(stat.st_size).unwrap_or(0);
+    if got != expected {
+        return Err(MemoryError::FileSize { index, expected, got });
+    }
+    Ok(())
+}
+
+fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<AtomicBitmap>>) -> Result<GuestMemory, MemoryError> {
+    let regions = ranges
+        .iter()
+        .zip(mappings)
+        .map(|((gpa, len), mapping)| {
+            GuestRegionMmap::new(mapping, GuestAddress(*gpa)).ok_or_else(|| {
+                MemoryError::Regions(format!(
+                    "{len} bytes at {gpa:#x} pass the end of the address space"
+                ))
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Regions(error.to_string()))
+}
+
+fn map(len: u64, file: Option<File>) -> Result<MmapRegion<AtomicBitmap>, MemoryError> {
+    let page_size = NonZeroUsize::MIN.saturating_add(PAGE_SIZE as usize - 1);
+    let bitmap = AtomicBitmap::new(len as usize, page_size);
+    let builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match file {
+        Some(file) => builder
+            .with_file_offset(FileOffset::from_arc(Arc::new(file), 0))
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
+        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+    };
+    let region = builder
+        .build()
+        .map_err(|source| MemoryError::Map { len, source })?;
+    advise_huge_pages(&region);
+    Ok(region)
+}
+
+/// Advice only: a kernel without transparent huge pages says no, and 4 KiB pages do as well.
+fn advise_huge_pages(region: &MmapRegion<AtomicBitmap>) {
+    // SAFETY: the range is one mapping that `region` owns, and MADV_HUGEPAGE does not change its content.
+    let advised = unsafe {
+        rustix::mm::madvise(
+            region.as_ptr().cast(),
+            region.size(),
+            rustix::mm::Advice::LinuxHugepage,
+        )
+    };
+    if let Err(error) = advised {
+        tracing::debug!(%error, "no huge pages for guest memory");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    const LEN: u64 = 64 << 10;
+
+    #[test]
+    fn bad_sizes_are_refused_by_name() {
+        assert_eq!(
+            check_size(0).unwrap_err().to_string(),
+            "memory: expected at least 2097152 bytes, got 0"
+        );
+        assert!(matches!(check_size(4097), Err(MemoryError::NotPages(4097))));
+        assert!(matches!(
+            check_size(1 << 50),
+            Err(MemoryError::MoreThanHost { .. })
+        ));
+        check_size(64 << 20).unwrap();
+    }
+
+    #[test]
+    fn memory_that_is_handed_over_is_the_same_memory() {
+        let ranges = [(0, LEN), (1 << 32, 2 * LEN)];
+        let memory = create(&ranges, true).unwrap();
+        assert!(is_shared(&memory));
+        let other = adopt(&ranges, files(&memory).unwrap().unwrap()).unwrap();
+        for gpa in [1, (1 << 32) + LEN] {
+            memory.write_obj(gpa, GuestAddress(gpa)).unwrap();
+            assert_eq!(other.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa);
+        }
+        assert!(is_shared(&other) && super::ranges(&other) == ranges);
+        // And on to the next.
+        adopt(&ranges, files(&other).unwrap().unwrap()).unwrap();
+        assert!(files(&create(&ranges, false).unwrap()).unwrap().is_none());
+    }
+
+    #[test]
+    fn files_that_are_not_what_was_promised_are_refused() {
+        let message = |files: Vec<OwnedFd>| adopt(&[(0, LEN)], files).unwrap_err().to_string();
+        assert!(message(Vec::new()).ends_with("expected 1 files, got 0"));
+        assert!(message(vec![memfd(LEN - 4096).unwrap().into()]).ends_with("bytes, got 61440 bytes"));
+        assert!(message(vec![memfd(LEN + 4096).unwrap().into()]).ends_with("bytes, got 69632 bytes"));
+
+        let open = rustix::fs::memfd_create("open", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&open, LEN).unwrap();
+        assert!(message(vec![open]).ends_with("sealed against shrinking, got seals 0x0"));
+
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0; LEN as usize]).unwrap();
+        assert!(message(vec![file.into()]).contains("expected a memfd"));
+        let (reader, _) = io::pipe().unwrap();
+        assert!(message(vec![reader.into()]).contains("expected a memfd"));
+    }
+
+    #[test]
+    fn a_memfd_of_ours_keeps_its_size() {
+        let memfd = memfd(LEN).unwrap();
+        for len in [0, 2 * LEN] {
+            assert_eq!(rustix::fs::ftruncate(&memfd, len), Err(rustix::io::Errno::PERM));
+        }
+        assert!(rustix::fs::fcntl_add_seals(&memfd, SealFlags::FUTURE_WRITE).is_err());
+    }
+}

@@ -1,0 +1,130 @@
+//! Which pages were ever touched. All others are zero.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use devices::GuestMemory;
+use migration::{MemoryRange, PageSet};
+use rustix::fs::SeekFrom;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::MemoryError;
+use super::marks::{Region, pages};
+use crate::boot::layout::PAGE_SIZE;
+
+/// Entries of `/proc/self/pagemap` that are read at once: for 256 MiB of memory.
+const ENTRIES: usize = 1 << 16;
+/// Bytes of an entry.
+const ENTRY: usize = 8;
+/// An entry's bits for "in memory" and "swapped out" (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
+
+/// Adds every page that may hold something to `into`.
+pub fn populated(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryError> {
+    let mut pagemap = None;
+    for (index, region) in memory.iter().enumerate() {
+        if let Some(file) = region.file_offset() {
+            // The file's own map: this process need not have touched what another one wrote.
+            in_file(file.file(), region, into)?;
+            continue;
+        }
+        let pagemap = match &mut pagemap {
+            Some(pagemap) => pagemap,
+            none => none.insert(Pagemap::open().map_err(MemoryError::Pagemap)?),
+        };
+        let words = pagemap.in_use(region).map_err(MemoryError::Pagemap)?;
+        into.insert_bitmap(index, &words)?;
+    }
+    Ok(())
+}
+
+struct Pagemap {
+    file: File,
+    buffer: Vec<u8>,
+}
+
+impl Pagemap {
+    fn open() -> io::Result<Self> {
+        Ok(Self {
+            file: File::open("/proc/self/pagemap")?,
+            buffer: vec![0; ENTRIES * ENTRY],
+        })
+    }
+
+    /// A bit for each page of an anonymous region. A huge page is in use as a whole.
+    fn in_use(&mut self, region: &Region) -> io::Result<Vec<u64>> {
+        let total = pages(region) as usize;
+        let first = region.as_ptr() as u64 / PAGE_SIZE;
+        let mut words = Vec::with_capacity(total.div_ceil(64));
+        for done in (0..total).step_by(ENTRIES) {
+            let bytes = &mut self.buffer[..ENTRIES.min(total - done) * ENTRY];
+            self.file
+                .read_exact_at(bytes, (first + done as u64) * ENTRY as u64)?;
+            words.extend(bytes.chunks(64 * ENTRY).map(word));
+        }
+        Ok(words)
+    }
+}
+
+/// The bits of at most 64 entries.
+fn word(entries: &[u8]) -> u64 {
+    let (entries, _) = entries.as_chunks::<ENTRY>();
+    entries.iter().enumerate().fold(0, |word, (bit, entry)| {
+        let in_use = u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
+        word | u64::from(in_use) << bit
+    })
+}
+
+fn in_file(file: &File, region: &Region, into: &mut PageSet) -> Result<(), MemoryError> {
+    let seek = |to| match rustix::fs::seek(file, to) {
+        Ok(at) => Ok(Some(at.min(region.len()))),
+        // Nothing but a hole up to the end.
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(error) => Err(MemoryError::Seek(error.into())),
+    };
+    let mut at = 0;
+    while at < region.len() {
+        let Some(data) = seek(SeekFrom::Data(at))? else {
+            break;
+        };
+        // Pages can be taken out of the file in between: then the hole begins right there.
+        let hole = seek(SeekFrom::Hole(data))?.unwrap_or(data);
+        if hole > data {
+            into.insert_range(MemoryRange {
+                gpa: region.start_addr().0 + data,
+                len: hole - data,
+            })?;
+        }
+        at = hole.max(data + PAGE_SIZE);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::create;
+
+    const HIGH: u64 = 1 << 32;
+
+    #[test]
+    fn only_what_was_written_is_populated() {
+        for shared in [false, true] {
+            let memory = create(&[(0, 300 << 20), (HIGH, 3 << 12)], shared).unwrap();
+            // On either side of a read's and of the region's border.
+            let written = [0, (256 << 20) - 4096, 256 << 20, (300 << 20) - 4096, HIGH + 4096];
+            for gpa in written {
+                memory.write_obj(1u8, GuestAddress(gpa)).unwrap();
+            }
+            let mut found = PageSet::of(&memory).unwrap();
+            populated(&memory, &mut found).unwrap();
+            assert!(written.iter().all(|gpa| found.contains(*gpa)), "shared: {shared}");
+            // Huge pages, where the host gives them, are populated as a whole.
+            assert!(found.len() <= 5 * 512, "shared: {shared}: {} pages", found.len());
+            assert!(!found.contains(128 << 20));
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The dirty log by a ring for each vCPU, which tells who wrote.
+//!
+//! ```text
+//!  KVM ──▶ rings ── collect, reset (protects the pages again) ──▶ marks ── peek, clear
+//! ```
+//!
+//! A page is marked only after it was protected again. So whatever a vCPU writes to it comes either before the
+//! mark, and a stream that clears the mark and then reads sees it, or faults and makes a new entry.
+//!
+//! On x86 no page escapes the rings: KVM writes guest memory only on behalf of a vCPU that is loaded
+//! (kvmclock, steal time, end of interrupt, MSRs), and such writes make entries in that vCPU's ring. The
+//! bitmap beside the rings (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) is for arm64's interrupt tables, and x86 does
+//! not have it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::GuestMemory;
+use kvm_ioctls::{VcpuFd, VmFd};
+use migration::{DirtyLog, MachineError, PageSet};
+use vm_memory::GuestMemoryBackend;
+
+use super::MemoryError;
+use super::marks::{Stretch, device_writes, pages};
+use super::ring::{DirtyPage, ENTRY, Ring};
+use crate::kvm;
+
+/// Entries of a ring: as many as KVM allows. A vCPU that fills it has written 256 MiB without being looked at.
+const ENTRIES: usize = 65536;
+
+/// Gives each vCPU that is created from now on a ring. Returns how many entries each has.
+pub fn enable_rings(vm: &VmFd) -> Result<usize, MemoryError> {
+    let most = kvm::max_dirty_ring(vm).ok_or(MemoryError::NoRings)?;
+    let bytes = (ENTRIES * ENTRY).min(most);
+    kvm::enable_dirty_ring(vm, bytes as u64).map_err(MemoryError::EnableRings)?;
+    Ok(bytes / ENTRY)
+}
+
+/// The rings of all vCPUs, and what was collected from them.
+pub struct RingLog {
+    rings: Mutex<Rings>,
+    /// For each region a bit for each page.
+    marks: Vec<Vec<AtomicU64>>,
+    by_vcpu: Vec<AtomicU64>,
+    // In this order: memory outlives the VM whose slots it is.
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+}
+
+struct Rings {
+    of_vcpu: Vec<Ring>,
+    collected: Vec<DirtyPage>,
+}
+
+impl RingLog {
+    /// The rings of `vcpus`, each of `entries`, of a VM that has `memory` as its slots.
+    pub fn new(
+        vm: Arc<VmFd>,
+        memory: GuestMemory,
+        vcpus: &[VcpuFd],
+        entries: usize,
+    ) -> Result<Self, MemoryError> {
+        let map = |vcpu| Ring::map(vcpu, entries).map_err(MemoryError::MapRing);
+        let of_vcpu = vcpus.iter().map(map).collect::<Result<_, _>>()?;
+        let words = |region| {
+            (0..pages(region).div_ceil(64))
+                .map(|_| AtomicU64::new(0))
+                .collect()
+        };
+        let marks = memory.iter().map(words).collect();
+        let rings = Rings {
+            of_vcpu,
+            collected: Vec::new(),
+        };
+        Ok(Self {
+            rings: Mutex::new(rings),
+            marks,
+            by_vcpu: vcpus.iter().map(|_| AtomicU64::new(0)).collect(),
+            vm,
+            memory,
+        })
+    }
+
+    /// Forgets what an earlier log left behind. Before logging is turned on.
+    pub fn reset(&self) -> Result<(), MemoryError> {
+        self.harvest()?;
+        for word in self.marks.iter().flatten().chain(&self.by_vcpu) {
+            word.store(0, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Marks what is in the rings, and makes room in them. A vCPU whose ring is full calls it as well; then
+    /// it can go on.
+    pub fn harvest(&self) -> Result<(), MemoryError> {
+        let mut rings = self.lock();
+        let Rings { of_vcpu, collected } = &mut *rings;
+        collected.clear();
+        for (ring, count) in of_vcpu.iter_mut().zip(&self.by_vcpu) {
+            count.fetch_add(ring.collect(collected), Ordering::Relaxed);
+        }
+        if collected.is_empty() {
+            return Ok(());
+        }
+        let reset = self.reset_rings(collected.len());
+        // Only now, see above; and in any case, or they would be forgotten.
+        for DirtyPage { slot, page } in collected {
+            let word = self
+                .marks
+                .get(*slot as usize)
+                .and_then(|words| words.get((*page / 64) as usize));
+            // There are no other slots whose writes are logged.
+            if let Some(word) = word {
+                word.fetch_or(1 << (*page % 64), Ordering::SeqCst);
+            }
+        }
+        reset
+    }
+
+    /// Lets KVM protect the pages of so many entries again.
+    fn reset_rings(&self, entries: usize) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < entries {
+            match kvm::reset_dirty_rings(&self.vm).map_err(MemoryError::ResetRings)? {
+                0 => return Err(MemoryError::RingsNotReset { entries, done }),
+                count => done += count,
+            }
+        }
+        Ok(())
+    }
+
+    fn add_marks(&self, into: &mut PageSet) -> Result<(), MemoryError> {
+        self.harvest()?;
+        for (index, (region, marks)) in self.memory.iter().zip(&self.marks).enumerate() {
+            let marks: Vec<u64> = marks.iter().map(|word| word.load(Ordering::SeqCst)).collect();
+            into.insert_bitmap(index, &marks)?;
+            into.insert_bitmap(index, &device_writes(region))?;
+        }
+        Ok(())
+    }
+
+    fn clear_marks(&self, stretch: Stretch<'_>) {
+        if let Some(marks) = self.marks.get(stretch.slot as usize) {
+            let marks = marks.iter().skip((stretch.first / 64) as usize);
+            for (mark, word) in marks.zip(stretch.words).filter(|(_, word)| **word != 0) {
+                mark.fetch_and(!word, Ordering::SeqCst);
+            }
+        }
+        stretch.clear_device_writes();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Rings> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DirtyLog for RingLog {
+    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError> {
+        Ok(self.add_marks(into)?)
+    }
+
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError> {
+        self.clear_marks(Stretch::new(&self.memory, region, first, words)?);
+        Ok(())
+    }
+
+    fn by_vcpu(&self) -> Vec<u64> {
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        self.by_vcpu.iter().map(count).collect()
+    }
+}

@@ -1,0 +1,121 @@
+//! Machines that go and machines that come.
+
+use std::sync::Arc;
+
+use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome};
+use tokio::sync::broadcast;
+
+use super::{
+    ApiServer, Arrived, Ended, Ending, Event, Job, Life, MigrationFeed, MigrationJob, Refusal, Side,
+    Supervisor, SupervisorError, failed, jobs,
+};
+use crate::machine::MigrationSource;
+use crate::vcpu::Holder;
+
+impl Supervisor {
+    pub(super) fn migrate(
+        &mut self,
+        destination: Endpoint,
+        options: MigrateOptions,
+    ) -> Result<MigrationFeed, Refusal> {
+        let machine = self.idle_machine()?.clone();
+        if machine.is_held_by(Holder::Migration) {
+            return Err(Refusal::NotTakenBack);
+        }
+        let control = Arc::new(Control::new().map_err(failed)?);
+        let (reports, report) = broadcast::channel(1);
+        let thread = jobs::start_migration(
+            machine,
+            destination,
+            options,
+            control.clone(),
+            self.handle.clone(),
+        )
+        .map_err(failed)?;
+        let job = Job {
+            control: control.clone(),
+            thread,
+        };
+        self.migration = Some(MigrationJob { job, reports });
+        Ok(MigrationFeed { control, report })
+    }
+
+    pub(super) fn cancel(&self) -> Result<(), Refusal> {
+        self.migration
+            .as_ref()
+            .ok_or(Refusal::NoMigration)?
+            .job
+            .control
+            .cancel();
+        Ok(())
+    }
+
+    pub(super) fn migration_ended(&mut self, ended: Ended) -> Option<Ending> {
+        let Ended { migrated, source } = ended;
+        let Migrated { report, doubt } = migrated;
+        let outcome = report.outcome;
+        if let Some(migration) = self.migration.take() {
+            // Nobody needs to be waiting for it.
+            let _ = migration.reports.send(report);
+        }
+        match outcome {
+            Outcome::Moved => Some(Ending::Moved),
+            Outcome::InDoubt => {
+                if let Some(Life::Here(machine)) = self.life.take() {
+                    let source = source.unwrap_or_else(|| Box::new(MigrationSource::new(machine.clone())));
+                    self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
+                }
+                None
+            }
+            Outcome::Failed | Outcome::Cancelled => None,
+        }
+    }
+
+    /// Ends the migration under way, if there is one, and hands its report to whoever asked for it. If the end
+    /// came too late for it, the guest was moved and not stopped.
+    pub(super) fn settle(
+        &mut self,
+        ending: Result<Ending, SupervisorError>,
+    ) -> Result<Ending, SupervisorError> {
+        let Some(MigrationJob { job, reports }) = self.migration.take() else {
+            return ending;
+        };
+        job.end();
+        let report = self.events.try_iter().find_map(|event| match event {
+            Event::MigrationEnded(ended) => Some(ended.migrated.report),
+            _ => None,
+        });
+        let Some(mut report) = report else {
+            return ending;
+        };
+        let moved = report.outcome == Outcome::Moved;
+        if !moved {
+            let before = report
+                .error
+                .take()
+                .map_or_else(String::new, |error| format!("{error}; "));
+            report.error = Some(format!("{before}the VM has ended meanwhile"));
+        }
+        // Nobody needs to be waiting for it.
+        let _ = reports.send(report);
+        if moved { Ok(Ending::Moved) } else { ending }
+    }
+
+    pub(super) fn received(&mut self, arrived: Arrived, server: &ApiServer) -> Option<Ending> {
+        let Arrived {
+            machine,
+            reason,
+            receiver,
+        } = arrived;
+        self.receiver = receiver;
+        self.machine_came(reason.as_deref());
+        if let Some(reason) = reason {
+            tracing::error!("received, but the guest stays paused: {reason}");
+            self.life = Some(Life::InDoubt(Arc::new(machine), Side::Destination { reason }));
+            return None;
+        }
+        tracing::info!("received: the guest runs here");
+        self.adopt(machine, server);
+        if self.leaving { self.terminate() } else { None }
+    }
+}

@@ -1,0 +1,352 @@
+//! Migrations in doubt: who is asked, and what an operator may decide.
+//!
+//! At the source, "go" was sent and its answer never came. Only the destination knows what holds, so it is always
+//! asked first, also where the operator has decided: what it says counts more. At the destination, "go" came and
+//! the guest could not be let in, or the source fell silent after "ready"; there is nobody to ask then.
+//!
+//! | the destination says | nothing decided | `run` | `discard` |
+//! |---|---|---|---|
+//! | it runs there | moved | moved | moved |
+//! | it was given up there | runs here | runs here | runs here |
+//! | it is kept there, paused | in doubt | runs here | in doubt |
+//! | nothing, or nothing of use | in doubt | runs here | discarded |
+
+use std::time::{Duration, Instant};
+
+use migration::{Answer, AskError, Decision, Doubt, MachineError, Source};
+
+use super::request::Reply;
+use super::{Ending, Event, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
+use crate::api::{Resolution, Verdict};
+use crate::machine::MigrationSource;
+
+/// How long the destination may take for the connection, and as long again for its answer.
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a receiving job may take to act on a decision.
+const DECIDE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Which end of a migration in doubt this is.
+pub(super) enum Side {
+    /// "go" was sent from here.
+    Source {
+        /// The machine as the migration left it.
+        source: Box<MigrationSource>,
+        /// Whom to ask.
+        doubt: Option<Doubt>,
+    },
+    /// "go" came here, but the guest could not be let run.
+    Destination {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Side {
+    /// One line for `status`.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Side::Source {
+                doubt: Some(doubt), ..
+            } => {
+                format!("it may run at {}; `godwit resolve` asks there", doubt.endpoint())
+            }
+            Side::Source { doubt: None, .. } => "it may run at the destination, which cannot be asked".into(),
+            Side::Destination { reason } => reason.clone(),
+        }
+    }
+}
+
+/// An attempt to resolve that is under way.
+pub(super) enum Resolving {
+    /// The destination is being asked.
+    Asking {
+        decision: Option<Decision>,
+        reply: Reply<Resolution>,
+    },
+    /// The receiving job was told.
+    Deciding {
+        decision: Decision,
+        reply: Reply<Resolution>,
+        until: Instant,
+    },
+}
+
+/// What is done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// The guest runs there.
+    LetGo,
+    /// The guest runs here.
+    TakeBack,
+    /// The copy here goes, because the operator says so.
+    Discard,
+    /// Nothing.
+    Stay,
+}
+
+/// See the table at the top.
+fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> Step {
+    match (said, decision) {
+        (Ok(Answer::Runs), _) => Step::LetGo,
+        (Ok(Answer::GaveUp), _) | (_, Some(Decision::Run)) => Step::TakeBack,
+        (Ok(Answer::Kept { .. }), _) | (_, None) => Step::Stay,
+        (Ok(Answer::Unknown) | Err(_), Some(Decision::Discard)) => Step::Discard,
+    }
+}
+
+impl Supervisor {
+    /// Begins to resolve; `reply` is answered when it is known how that ended.
+    pub(super) fn resolve(&mut self, decision: Option<Decision>, reply: Reply<Resolution>) -> Option<Ending> {
+        if self.resolving.is_some() {
+            answer(reply, Err(Refusal::Resolving));
+            return None;
+        }
+        match &self.life {
+            Some(Life::InDoubt(_, Side::Source { doubt, .. })) => match doubt {
+                Some(doubt) => match ask(doubt.clone(), self.handle.clone()) {
+                    Ok(()) => self.resolving = Some(Resolving::Asking { decision, reply }),
+                    Err(error) => answer(reply, Err(failed(error))),
+                },
+                // Nobody to ask: only the operator knows.
+                None => {
+                    self.resolving = Some(Resolving::Asking { decision, reply });
+                    return self.answered(Ok(Answer::Unknown));
+                }
+            },
+            Some(Life::InDoubt(_, Side::Destination { reason })) => {
+                let (resolution, ending) = at_destination(reason, decision);
+                answer(reply, Ok(resolution));
+                return ending;
+            }
+            Some(Life::Receiving(job)) => match decision {
+                Some(decision) if job.control.decide(decision) => {
+                    let until = Instant::now() + DECIDE_TIMEOUT;
+                    self.resolving = Some(Resolving::Deciding {
+                        decision,
+                        reply,
+                        until,
+                    });
+                }
+                _ => answer(reply, Err(Refusal::NothingToDecide)),
+            },
+            Some(Life::Here(_)) if self.migration.is_some() => answer(reply, Err(Refusal::Migrating)),
+            Some(Life::Here(_)) | None => answer(reply, Err(Refusal::NoDoubt)),
+        }
+        None
+    }
+
+    /// The destination was asked.
+    pub(super) fn answered(&mut self, said: Result<Answer, AskError>) -> Option<Ending> {
+        let Some(Resolving::Asking { decision, reply }) = self.resolving.take() else {
+            return None;
+        };
+        let known = describe(&said);
+        let step = judge(&said, decision);
+        tracing::info!("in doubt, and asked: {known}");
+        let (verdict, message, ending) = match step {
+            Step::LetGo => (
+                Verdict::Moved,
+                format!("{known}; this copy is gone"),
+                Some(Ending::Moved),
+            ),
+            Step::Discard => {
+                let message = format!("{known}; this copy is thrown away, as you decided");
+                (Verdict::Discarded, message, Some(Ending::Stopped))
+            }
+            Step::Stay => {
+                let message = format!("still in doubt, and paused here: {known}. {}", advice(&said));
+                (Verdict::InDoubt, message, None)
+            }
+            Step::TakeBack => match self.take_back() {
+                Ok(()) => (Verdict::Here, format!("{known}; it goes on here"), None),
+                Err(error) => {
+                    let error = migration::chain(&*error);
+                    let message =
+                        format!("{known}; it cannot go on here yet: {error}; `godwit resolve` tries again");
+                    tracing::error!("{message}");
+                    answer(reply, Err(Refusal::Failed(message)));
+                    return None;
+                }
+            },
+        };
+        let as_asked = match decision {
+            None => true,
+            Some(Decision::Run) => verdict == Verdict::Here,
+            Some(Decision::Discard) => matches!(verdict, Verdict::Moved | Verdict::Discarded),
+        };
+        tracing::info!("{message}");
+        let resolution = Resolution {
+            verdict,
+            as_asked,
+            message,
+        };
+        answer(reply, Ok(resolution));
+        ending
+    }
+
+    /// The machine is this process's own again, whether or not the guest can go on at once.
+    fn take_back(&mut self) -> Result<(), MachineError> {
+        let (machine, mut source, doubt) = match self.life.take() {
+            Some(Life::InDoubt(machine, Side::Source { source, doubt })) => (machine, source, doubt),
+            other => {
+                self.life = other;
+                return Err("expected a source in doubt".into());
+            }
+        };
+        // What the engine would have undone had the migration failed before "go".
+        let resumed = source.resume();
+        if resumed.is_err() {
+            // Somebody may have its disks: it stays a question.
+            self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
+            return resumed;
+        }
+        self.life = Some(Life::Here(machine));
+        let cpus = usize::from(source.describe().cpus);
+        if let Err(error) = source.throttle(&vec![0.0; cpus]) {
+            tracing::warn!(error = migration::chain(&*error), "vCPUs stay throttled");
+        }
+        if let Err(error) = source.stop_dirty_log() {
+            tracing::warn!(error = migration::chain(&*error), "dirty logging stays on");
+        }
+        resumed
+    }
+
+    /// A receiving job ended an attempt without a machine.
+    pub(super) fn attempt_ended(&mut self, reason: &str) {
+        if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
+            let resolution = Resolution {
+                verdict: Verdict::Discarded,
+                as_asked: decision == Decision::Discard,
+                message: format!("the machine that had arrived is thrown away: {reason}"),
+            };
+            answer(reply, Ok(resolution));
+        }
+    }
+
+    /// A receiving job has a machine; `problem` says why it does not run.
+    pub(super) fn machine_came(&mut self, problem: Option<&str>) {
+        if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
+            let (verdict, message) = match problem {
+                None => (
+                    Verdict::Here,
+                    "the guest runs here; make sure that it never runs at its source".into(),
+                ),
+                Some(problem) => (
+                    Verdict::InDoubt,
+                    format!("the guest does not run here: {problem}"),
+                ),
+            };
+            let as_asked = decision == Decision::Run && verdict == Verdict::Here;
+            let resolution = Resolution {
+                verdict,
+                as_asked,
+                message,
+            };
+            answer(reply, Ok(resolution));
+        }
+    }
+
+    /// When to give up waiting for a decision to have an effect.
+    pub(super) fn deciding_until(&self) -> Option<Instant> {
+        match &self.resolving {
+            Some(Resolving::Deciding { until, .. }) => Some(*until),
+            _ => None,
+        }
+    }
+
+    /// A decision had no effect: the source speaks.
+    pub(super) fn give_up_deciding(&mut self) {
+        if let Some(Resolving::Deciding { reply, .. }) = self.resolving.take() {
+            answer(reply, Err(Refusal::NothingToDecide));
+        }
+    }
+}
+
+/// Asks on a thread of its own, which ends with its answer.
+fn ask(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
+    let ask = move || supervisor.send(Event::Answered(doubt.ask(ASK_TIMEOUT)));
+    std::thread::Builder::new().name("resolve".into()).spawn(ask)?;
+    Ok(())
+}
+
+fn at_destination(reason: &str, decision: Option<Decision>) -> (Resolution, Option<Ending>) {
+    let (verdict, as_asked, message, ending) = match decision {
+        Some(Decision::Discard) => {
+            let message =
+                "this copy is thrown away; `godwit resolve --run` at the source runs the guest there";
+            (Verdict::Discarded, true, message.into(), Some(Ending::Stopped))
+        }
+        _ => {
+            let message = format!(
+                "paused here: {reason}. `--discard` throws this copy away; then `godwit resolve --run` at the source runs the guest there"
+            );
+            (Verdict::InDoubt, decision.is_none(), message, None)
+        }
+    };
+    let resolution = Resolution {
+        verdict,
+        as_asked,
+        message,
+    };
+    (resolution, ending)
+}
+
+/// What is known.
+fn describe(said: &Result<Answer, AskError>) -> String {
+    match said {
+        Ok(Answer::Runs) => "the guest runs at the destination".into(),
+        Ok(Answer::GaveUp) => "the destination gave the guest up".into(),
+        Ok(Answer::Kept { reason }) => format!("the destination keeps the guest paused: {reason}"),
+        Ok(Answer::Unknown) => "the destination knows nothing of this migration".into(),
+        Err(error) => format!("no answer from the destination: {}", migration::chain(error)),
+    }
+}
+
+/// What an operator can do.
+fn advice(said: &Result<Answer, AskError>) -> &'static str {
+    match said {
+        Ok(Answer::Kept { .. }) => {
+            "Discard it there (`godwit resolve --discard`), then run it here (`godwit resolve --run`)"
+        }
+        _ => {
+            "Ask again later; or, if you know better: `--discard` if the guest runs there, `--run` if it never will"
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_destination_says_counts_more_than_a_decision() {
+        let (run, discard) = (Some(Decision::Run), Some(Decision::Discard));
+        let kept = || Answer::Kept {
+            reason: "no locks".into(),
+        };
+        let cases = [
+            (Answer::Runs, [Step::LetGo, Step::LetGo, Step::LetGo]),
+            (Answer::GaveUp, [Step::TakeBack, Step::TakeBack, Step::TakeBack]),
+            (kept(), [Step::Stay, Step::TakeBack, Step::Stay]),
+            (Answer::Unknown, [Step::Stay, Step::TakeBack, Step::Discard]),
+        ];
+        for (said, expected) in cases {
+            let said = Ok(said);
+            let steps = [None, run, discard].map(|decision| judge(&said, decision));
+            assert_eq!(steps, expected, "{said:?}");
+        }
+    }
+
+    #[test]
+    fn a_destination_that_cannot_run_it_can_only_throw_it_away() {
+        for (decision, verdict, as_asked) in [
+            (None, Verdict::InDoubt, true),
+            (Some(Decision::Run), Verdict::InDoubt, false),
+            (Some(Decision::Discard), Verdict::Discarded, true),
+        ] {
+            let (resolution, ending) = at_destination("no locks", decision);
+            assert_eq!((resolution.verdict, resolution.as_asked), (verdict, as_asked));
+            assert_eq!(ending.is_some(), verdict == Verdict::Discarded);
+        }
+    }
+}
