@@ -14,7 +14,15 @@ use crate::{guests, packages};
 const PACKAGES: [&str; 3] = ["e2fsprogs", "qemu-system-x86", "util-linux"];
 
 /// Scenarios that need the machine's own KVM; one binary each.
-const DIRECT: [&str; 6] = ["boot", "control", "migrate_direct", "faults", "bad_input", "tiny"];
+const DIRECT: [&str; 7] = [
+    "boot",
+    "control",
+    "watch",
+    "migrate_direct",
+    "faults",
+    "bad_input",
+    "tiny",
+];
 /// Scenarios on emulated hosts.
 const LAB: &str = "lab";
 
