@@ -130,6 +130,18 @@ impl PageSet {
         Ok(())
     }
 
+    /// Adds every page that a range within one region touches, if none of them is in the set. Answers whether
+    /// that is so.
+    pub(crate) fn insert_new(&mut self, range: MemoryRange) -> Result<bool, PageSetError> {
+        let (region, first, end) = self.locate(range)?;
+        let known = self.regions[region].next(first, true);
+        if known.is_some_and(|page| page < end) {
+            return Ok(false);
+        }
+        self.insert_range(range)?;
+        Ok(true)
+    }
+
     /// Adds the pages of a region by a bitmap in the layout of KVM's dirty log: bit `n` of the whole is page
     /// `n` of the region (`KVM_GET_DIRTY_LOG`, Documentation/virt/kvm/api.rst).
     pub fn insert_bitmap(&mut self, region: usize, bitmap: &[u64]) -> Result<(), PageSetError> {

@@ -1,7 +1,7 @@
 //! Ranges of guest memory to and from sockets, without a user-space buffer in between.
 //!
 //! [`Gather`] sends ranges with their headers, [`Scatter`] receives ranges in place; neither ever blocks, so
-//! that the caller decides how long to wait and what else to listen for. [`is_zero_page`], [`zero_range`] and
+//! that the caller decides how long to wait and what else to listen for. [`zero_pages`], [`zero_range`] and
 //! [`digest`] look at, clear and sum up memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
 
 mod compression;
@@ -32,4 +32,4 @@ pub use receiver::Receiver;
 pub use scatter::Scatter;
 pub use sender::{SendCounters, SendPath, Sender};
 pub use vectors::Step;
-pub use zero::{is_zero_page, zero_pages, zero_range};
+pub use zero::{zero_pages, zero_range};

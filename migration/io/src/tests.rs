@@ -10,6 +10,11 @@ use crate::*;
 
 const HIGH: u64 = 1 << 32;
 
+/// Whether the page at `gpa` holds nothing but zeroes.
+fn is_zero_page(memory: &GuestMemory, gpa: u64) -> Result<bool, MemoryIoError> {
+    Ok(zero_pages(memory, gpa, 1)? != 0)
+}
+
 /// Two regions with a hole in between: 16 pages at 0, 8 pages at 4 GiB.
 fn memory() -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 12), (GuestAddress(HIGH), 8 << 12)]).unwrap()

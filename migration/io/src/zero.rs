@@ -54,11 +54,6 @@ pub fn zero_pages(memory: &GuestMemory, first_gpa: u64, candidates: u64) -> Resu
     Ok(zero << first)
 }
 
-/// Whether the page at `gpa` holds nothing but zeroes; see [`zero_pages`].
-pub fn is_zero_page(memory: &GuestMemory, gpa: u64) -> Result<bool, MemoryIoError> {
-    Ok(zero_pages(memory, gpa, 1)? != 0)
-}
-
 /// Clears a range without marking it in the dirty bitmap.
 pub fn zero_range(memory: &GuestMemory, range: MemoryRange) -> Result<(), MemoryIoError> {
     let slice = slice_of(memory, range)?;

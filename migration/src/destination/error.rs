@@ -43,8 +43,10 @@ pub enum ReceiveError {
     /// Pages that are not within guest memory.
     #[error("the source sent pages that are not in guest memory")]
     Pages(#[source] PageSetError),
-    /// A piece of the map of populated pages that is empty, or does not come after the one before.
-    #[error("expected ascending ranges of whole pages in the map of populated pages, got {gpa:#x}+{len:#x}")]
+    /// A piece of the map of populated pages that is empty, or names a page again.
+    #[error(
+        "expected ranges of whole pages, each page once, in the map of populated pages, got {gpa:#x}+{len:#x}"
+    )]
     Populated {
         /// First guest-physical address.
         gpa: u64,

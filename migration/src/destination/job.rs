@@ -176,8 +176,8 @@ impl<'a> Job<'a> {
         };
         // Before anybody is told that they may come.
         self.desk.expect_streams(count);
-        let streams = Streams::new(incoming, self.desk, self.control, self.options, count);
         let populate = Populate::new(incoming)?;
+        let streams = Streams::new(incoming, &populate, self.desk, self.control, self.options, count);
         let ahead = count > 0 && !self.destination.is_resident();
         link.send(&Message::Accept)?;
         thread::scope(|scope| {

@@ -1,9 +1,18 @@
 //! Makes memory resident before its content arrives: the first touch of a page costs more than the rest of its way.
+//!
+//! The source names its pages in the order in which it is about to send them, and the thread keeps a little ahead
+//! of what arrives. Further ahead it would take time from the streams that now need it, what it has cleared would
+//! have left the caches before it is written, and a migration would be slow at first and fast at last, which
+//! nobody could predict.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, Thread};
 
 use migration_io::{MemoryRange, populate};
+use rustix::process::setpriority_process;
+use rustix::thread::gettid;
 
 use super::ReceiveError;
 use super::memory::Incoming;
@@ -12,28 +21,41 @@ use crate::protocol::Span;
 
 /// Memory that is populated in one go: a huge page. Between two of them the thread can be stopped.
 const PIECE: u64 = 2 << 20;
+/// How far the thread may be ahead of what has arrived.
+const LEAD: u64 = 64 << 20;
+/// The nice value of a thread that everybody else may push aside.
+const LOWEST_PRIORITY: i32 = 19;
 
 /// What may hold something, and the thread that prepares for it. Nothing depends on its work.
 pub(super) struct Populate<'a> {
     incoming: &'a Incoming,
     work: Mutex<Work>,
-    changed: Condvar,
+    /// Bytes of guest memory that have arrived, zero pages included.
+    arrived: AtomicU64,
+    thread: OnceLock<Thread>,
     stop: AtomicBool,
 }
 
 struct Work {
-    todo: PageSet,
-    /// Where the next range may begin: they come in ascending order, so there are not more of them than pages.
-    front: u64,
+    todo: VecDeque<MemoryRange>,
+    /// Everything that was ever named: once each, so that there are not more ranges than pages.
+    named: PageSet,
+    /// Bytes that were taken from `todo`.
+    taken: u64,
 }
 
 impl<'a> Populate<'a> {
     pub(super) fn new(incoming: &'a Incoming) -> Result<Self, ReceiveError> {
-        let todo = PageSet::of(incoming.memory()).map_err(ReceiveError::MemoryMap)?;
+        let named = PageSet::of(incoming.memory()).map_err(ReceiveError::MemoryMap)?;
         Ok(Self {
             incoming,
-            work: Mutex::new(Work { todo, front: 0 }),
-            changed: Condvar::new(),
+            work: Mutex::new(Work {
+                todo: VecDeque::new(),
+                named,
+                taken: 0,
+            }),
+            arrived: AtomicU64::new(0),
+            thread: OnceLock::new(),
             stop: AtomicBool::new(false),
         })
     }
@@ -45,37 +67,56 @@ impl<'a> Populate<'a> {
         }
         let mut work = self.lock();
         for span in spans {
-            let (gpa, len) = (span.gpa, span.len);
-            if !span.is_pages() || gpa < work.front {
-                return Err(ReceiveError::Populated { gpa, len });
-            }
             let range = MemoryRange::from(*span);
+            if !span.is_pages() {
+                return Err(ReceiveError::Populated {
+                    gpa: range.gpa,
+                    len: range.len,
+                });
+            }
             self.incoming.check(range).map_err(ReceiveError::Pages)?;
-            work.todo.insert_range(range).map_err(ReceiveError::Pages)?;
-            work.front = gpa + len;
+            if !work.named.insert_new(range).map_err(ReceiveError::Pages)? {
+                return Err(ReceiveError::Populated {
+                    gpa: range.gpa,
+                    len: range.len,
+                });
+            }
+            work.todo.push_back(range);
         }
         drop(work);
-        self.changed.notify_all();
+        self.wake();
         Ok(())
+    }
+
+    /// So many bytes of guest memory have arrived.
+    pub(super) fn arrived(&self, bytes: u64) {
+        self.arrived.fetch_add(bytes, Ordering::Relaxed);
+        self.wake();
     }
 
     /// The thread's work, until [`Populate::stop`].
     pub(super) fn run(&self) {
-        while let Some(todo) = self.next() {
-            for piece in todo.ranges(PIECE) {
-                if self.is_stopped() {
-                    return;
-                }
-                // Where pages arrive already a stream is at work: two threads that fault in the same memory are
-                // no faster than one.
-                if self.incoming.is_written(piece) {
-                    continue;
-                }
-                if let Err(error) = populate(self.incoming.memory(), piece) {
-                    // Whoever writes the pages will find out, if there is anything to find out.
-                    tracing::debug!(%error, "guest memory is not made resident ahead");
-                    return;
-                }
+        // Where there are not enough processors for all, the streams come first. Linux has a priority for each
+        // thread; to lower one's own is allowed to everybody.
+        if let Err(error) = setpriority_process(Some(gettid()), LOWEST_PRIORITY) {
+            tracing::debug!(%error, "memory is made resident at the streams' priority");
+        }
+        self.thread.get_or_init(thread::current);
+        while !self.is_stopped() {
+            let Some(piece) = self.next() else {
+                // Whoever changes something wakes the thread afterwards, or has done so already.
+                thread::park();
+                continue;
+            };
+            // Where pages arrive already a stream is at work: two threads that fault in the same memory are no
+            // faster than one.
+            if self.incoming.is_written(piece) {
+                continue;
+            }
+            if let Err(error) = populate(self.incoming.memory(), piece) {
+                // Whoever writes the pages will find out, if there is anything to find out.
+                tracing::debug!(%error, "guest memory is not made resident ahead");
+                return;
             }
         }
     }
@@ -83,21 +124,33 @@ impl<'a> Populate<'a> {
     /// Ends the thread: everything has arrived, or it is over.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
-        // Under the lock, so that the thread is not between its look and its wait.
-        drop(self.lock());
-        self.changed.notify_all();
+        self.wake();
     }
 
-    fn next(&self) -> Option<PageSet> {
+    /// What to prepare now; nothing if there is nothing, or if the thread is far enough ahead.
+    fn next(&self) -> Option<MemoryRange> {
         let mut work = self.lock();
-        loop {
-            if self.is_stopped() {
-                return None;
-            }
-            if !work.todo.is_empty() {
-                return Some(work.todo.take());
-            }
-            work = self.changed.wait(work).unwrap_or_else(PoisonError::into_inner);
+        if work.taken >= self.arrived.load(Ordering::Relaxed).saturating_add(LEAD) {
+            return None;
+        }
+        let front = work.todo.front_mut()?;
+        let piece = MemoryRange {
+            gpa: front.gpa,
+            // Up to the next huge page.
+            len: front.len.min(PIECE - front.gpa % PIECE),
+        };
+        front.gpa += piece.len;
+        front.len -= piece.len;
+        if front.len == 0 {
+            work.todo.pop_front();
+        }
+        work.taken += piece.len;
+        Some(piece)
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
         }
     }
 
@@ -107,5 +160,40 @@ impl<'a> Populate<'a> {
 
     fn lock(&self) -> MutexGuard<'_, Work> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration_io::{GuestMemory, PAGE_SIZE};
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn the_thread_keeps_a_lead_and_no_more() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), (LEAD + 4 * PIECE) as usize)]).unwrap();
+        let incoming = Incoming::new(memory);
+        let populate = Populate::new(&incoming).unwrap();
+        let span = |gpa, len| Span { gpa, len };
+        let last = LEAD + 4 * PIECE - PAGE_SIZE;
+        populate
+            .add(&[span(last, PAGE_SIZE), span(PAGE_SIZE, last - PAGE_SIZE)])
+            .unwrap();
+        let taken = || std::iter::from_fn(|| populate.next()).collect::<Vec<_>>();
+        let pieces = taken();
+        // In the order in which they were named, and cut where huge pages begin.
+        assert_eq!(pieces[0].gpa, last);
+        assert_eq!((pieces[1].gpa, pieces[1].len), (PAGE_SIZE, PIECE - PAGE_SIZE));
+        assert_eq!((pieces[2].gpa, pieces[2].len), (PIECE, PIECE));
+        let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
+        assert!((LEAD..LEAD + PIECE).contains(&bytes), "{bytes}");
+        populate.arrived(PIECE);
+        assert_eq!(taken().len(), 1);
+        populate.arrived(LEAD);
+        assert_eq!(taken().last().map(|piece| piece.gpa + piece.len), Some(last));
+        populate.add(&[span(0, PAGE_SIZE)]).unwrap();
+        assert_eq!(taken().len(), 1);
+        assert!(populate.add(&[span(last, PAGE_SIZE)]).is_err());
     }
 }

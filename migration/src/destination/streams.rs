@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::ReceiveError;
 use super::desk::Desk;
 use super::memory::{Incoming, Unpacker};
+use super::populate::Populate;
 use crate::control::Control;
 use crate::link::{Link, LinkError};
 use crate::options::ReceiveOptions;
@@ -22,6 +23,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// All data streams of one migration.
 pub(super) struct Streams<'a> {
     incoming: &'a Incoming,
+    populate: &'a Populate<'a>,
     desk: &'a Desk,
     control: &'a Control,
     options: &'a ReceiveOptions,
@@ -44,6 +46,7 @@ struct State {
 impl<'a> Streams<'a> {
     pub(super) fn new(
         incoming: &'a Incoming,
+        populate: &'a Populate<'a>,
         desk: &'a Desk,
         control: &'a Control,
         options: &'a ReceiveOptions,
@@ -59,6 +62,7 @@ impl<'a> Streams<'a> {
         };
         Self {
             incoming,
+            populate,
             desk,
             control,
             options,
@@ -172,8 +176,16 @@ impl<'a> Streams<'a> {
                 return Ok(());
             }
             match link.receive_on_stream(what)? {
-                Frame::Pages(table) => self.incoming.take(&mut link, table)?,
-                Frame::Compressed(table) => self.incoming.take_compressed(&mut link, table, &mut unpacker)?,
+                Frame::Pages(table) => {
+                    let bytes = table.page_bytes();
+                    self.incoming.take(&mut link, table)?;
+                    self.populate.arrived(bytes);
+                }
+                Frame::Compressed(table) => {
+                    let bytes = table.page_bytes();
+                    self.incoming.take_compressed(&mut link, table, &mut unpacker)?;
+                    self.populate.arrived(bytes);
+                }
                 Frame::Message(Message::RoundEnd(round)) => {
                     if !self.end_round(index, round)? {
                         return Ok(());

@@ -145,25 +145,9 @@ impl<'a> Link<'a> {
 
     /// The next frame that is no keep-alive. An abort is an error, as is silence.
     pub(crate) fn receive(&mut self, what: &'static str) -> Result<Frame, LinkError> {
-        self.receive_while(what, || 0)
-    }
-
-    /// The same from a peer that is also busy elsewhere: as long as `progress` changes within the time of a
-    /// step, and the peer says that it is alive, it has time.
-    pub(crate) fn receive_while(
-        &mut self,
-        what: &'static str,
-        progress: impl Fn() -> u64,
-    ) -> Result<Frame, LinkError> {
-        let mut deadline = Instant::now() + self.step_timeout;
-        let mut last = progress();
+        let deadline = Instant::now() + self.step_timeout;
         loop {
             self.check_cancel()?;
-            let now = progress();
-            if now != last {
-                last = now;
-                deadline = Instant::now() + self.step_timeout;
-            }
             // A peer that only keeps itself alive has the time of one step, no more.
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -168,6 +168,11 @@ impl PageTable {
         self.data.iter().map(|span| span.len).sum()
     }
 
+    /// Bytes of all pages, zero pages included.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.data_bytes() + self.zero.iter().map(|span| span.len).sum::<u64>()
+    }
+
     fn check(self) -> Result<Self, ProtocolError> {
         check_spans(&self.data, MAX_BATCH_BYTES)?;
         check_spans(&self.zero, MAX_BATCH_ZERO_BYTES)?;

@@ -1,6 +1,7 @@
 use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;
+use super::precopy::peek;
 use super::switch::Stopped;
 use super::{Job, MigrateError};
 use crate::control::Phase;
@@ -74,8 +75,7 @@ impl Job<'_> {
     /// Contract: what was written was sent.
     fn check_nothing_dirty(&self, log: &dyn DirtyLog) -> Result<(), MigrateError> {
         let mut dirty = PageSet::of(&self.source.memory())?;
-        log.peek(&mut dirty)
-            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
+        peek(log, &mut dirty)?;
         if dirty.is_empty() {
             Ok(())
         } else {

@@ -63,9 +63,12 @@ impl Job<'_> {
     }
 
     /// Opens the data streams.
-    pub(super) fn open_streams(&self, token: Token, count: u32) -> Result<Vec<Connection>, MigrateError> {
+    pub(super) fn open_streams(&self, agreed: &Agreed, count: u32) -> Result<Vec<Connection>, MigrateError> {
         let connect = |_| Connection::connect(self.to, self.options.connect_timeout, self.control);
         let connections = (0..count).map(connect).collect::<Result<Vec<_>, _>>()?;
+        for connection in &connections {
+            connection.carry_pages(agreed.round_trip);
+        }
         let mut links: Vec<_> = connections
             .iter()
             .map(|connection| self.link(connection))
@@ -73,7 +76,10 @@ impl Job<'_> {
         // All say what they want before the first waits for an answer: a round trip or two for all of them.
         for (index, link) in (0..).zip(&mut links) {
             link.send(&Message::Hello(Hello::ours()))?;
-            link.send(&Message::Join { token, index })?;
+            link.send(&Message::Join {
+                token: agreed.token,
+                index,
+            })?;
         }
         for link in &mut links {
             check_hello(link)?;

@@ -172,11 +172,12 @@ impl<'a> Job<'a> {
         agreed: &Agreed,
         streams: u32,
     ) -> Result<(), MigrateError> {
-        let connections = self.open_streams(agreed.token, streams)?;
+        let connections = self.open_streams(agreed, streams)?;
         self.report.streams = streams;
         self.standing.logging = true;
         let log: Arc<dyn DirtyLog> =
             self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
+        tracing::debug!(round_trip = ?agreed.round_trip, "streams");
         let pacer = Pacer::new(self.options.bandwidth, Instant::now());
         let crew = Crew::new(memory, log, &connections, pacer, agreed.compression);
         thread::scope(|scope| {

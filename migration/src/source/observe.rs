@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
+use super::precopy::peek;
 use super::{Job, MigrateError};
 use crate::converge::{Costs, Decision, Goal, Observation, Policy, Verdict};
 use crate::link::KeepAlive;
@@ -106,9 +107,7 @@ impl Job<'_> {
         dirty.clear();
         let began = Instant::now();
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
-        crew.log
-            .peek(&mut dirty)
-            .map_err(|source| MigrateError::Machine { call: "peek", source })?;
+        peek(&*crew.log, &mut dirty)?;
         watch.costs.final_log = began.elapsed();
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();

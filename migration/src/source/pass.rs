@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use migration_io::{MemoryRange, PAGE_SIZE};
 
 use crate::page_set::PageSet;
+use crate::protocol::Span;
 
 /// A stretch of a region, and which of its pages are to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +49,29 @@ pub(super) enum Order {
     Scattered,
 }
 
+/// The pages in the order in which a pass will send them.
+pub(super) fn spans_in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<Span> {
+    let mut spans: Vec<Span> = Vec::new();
+    for stretch in in_order(pages, streams, order) {
+        let (Some(words), Some(gpa)) = (
+            pages.region_words(stretch.region),
+            pages.region_gpa(stretch.region),
+        ) else {
+            continue;
+        };
+        let from = spans.len();
+        for (word, bits) in (stretch.word..).zip(&words[stretch.word..stretch.word + stretch.count]) {
+            for range in runs(gpa + word as u64 * 64 * PAGE_SIZE, *bits) {
+                match spans[from..].last_mut() {
+                    Some(last) if last.gpa + last.len == range.gpa => last.len += range.len,
+                    _ => spans.push(range.into()),
+                }
+            }
+        }
+    }
+    spans
+}
+
 /// Words of a region's bitmap that make one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stretch {
@@ -70,14 +94,8 @@ impl Pass {
     /// A pass over `pages` by so many streams.
     pub(super) fn new(pages: PageSet, streams: usize, order: Order) -> Self {
         let unsent = pages.len();
-        let chunk_pages = unsent / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
-        let chunk_pages = chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES);
-        let stretches = stretches(&pages, chunk_pages);
         Self {
-            stretches: match order {
-                Order::Ascending => stretches,
-                Order::Scattered => scattered(&stretches),
-            },
+            stretches: in_order(&pages, streams, order),
             pages,
             cursor: Mutex::new(Cursor {
                 next: 0,
@@ -133,6 +151,16 @@ impl Pass {
     fn lock(&self) -> MutexGuard<'_, Cursor> {
         // A cursor is a few numbers, whole at any time.
         self.cursor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the chunks of a pass will be.
+fn in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<Stretch> {
+    let chunk_pages = pages.len() / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
+    let stretches = stretches(pages, chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES));
+    match order {
+        Order::Ascending => stretches,
+        Order::Scattered => scattered(&stretches),
     }
 }
 
@@ -280,6 +308,20 @@ mod tests {
             }
             let pass = Pass::new(all.clone(), streams, order);
             prop_assert_eq!(pass.unsent(), all.len());
+
+            // The map that the destination gets names the same pages in the same order.
+            let announced: Vec<u64> = spans_in_order(&all, streams, order)
+                .iter()
+                .flat_map(|span| (span.gpa..span.gpa + span.len).step_by(4096))
+                .collect();
+            let twin = Pass::new(all.clone(), streams, order);
+            let chunks = std::iter::from_fn(|| twin.next());
+            let groups = chunks.flat_map(|chunk| chunk.groups().collect::<Vec<_>>());
+            let sent: Vec<u64> = groups
+                .flat_map(|(gpa, bits)| runs(gpa, bits))
+                .flat_map(|range| (range.gpa..range.gpa + range.len).step_by(4096))
+                .collect();
+            prop_assert_eq!(announced, sent);
             prop_assert_eq!(&collect(&pass), &all);
             prop_assert_eq!(pass.unsent(), 0);
 

@@ -3,13 +3,14 @@ use std::time::{Duration, Instant};
 use super::crew::Crew;
 use super::handshake::unexpected;
 use super::observe::Watch;
-use super::pass::Order;
+use super::pass::{Order, spans_in_order};
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::{Decision, Verdict};
 use crate::link::{KeepAlive, Link};
 use crate::page_set::PageSet;
-use crate::protocol::{MAX_SPANS, Message, Span};
+use crate::ports::DirtyLog;
+use crate::protocol::{MAX_SPANS, Message};
 
 /// How often the log is counted and the policy asked while the streams are at work.
 const TICK: Duration = Duration::from_millis(10);
@@ -44,7 +45,7 @@ impl Job<'_> {
             if self.settles(link, alive, crew, watch, n, decision)? {
                 return Ok(pages);
             }
-            peek(crew, &mut pages)?;
+            peek(&*crew.log, &mut pages)?;
         }
     }
 
@@ -62,17 +63,13 @@ impl Job<'_> {
         // A log may start with all pages marked. The marks of untouched pages go before the second look: what
         // is written between the two is seen by it, what is written after it is marked again.
         for (region, words) in untouched.words() {
-            crew.log
-                .clear(region, 0, words)
-                .map_err(|source| MigrateError::Machine {
-                    call: "clear",
-                    source,
-                })?;
+            clear(&*crew.log, region, 0, words)?;
         }
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = PageSet::of(crew.memory)?.pages_in_all() - populated.len();
-        let spans: Vec<Span> = populated.ranges(u64::MAX).map(Span::from).collect();
-        for spans in spans.chunks(MAX_SPANS) {
+        // In the order in which they will come, so that the destination can prepare for what comes next.
+        let streams = self.report.streams as usize;
+        for spans in spans_in_order(&populated, streams, Order::Scattered).chunks(MAX_SPANS) {
             link.send(&Message::Populated(spans.to_vec()))?;
         }
         let total_bytes = populated.pages_in_all() * migration_io::PAGE_SIZE;
@@ -138,11 +135,7 @@ impl Job<'_> {
         let before = crew.counts.wire();
         crew.pacer.set(None, Instant::now());
         let began = Instant::now();
-        let pass = self.next_pass();
-        crew.send(pass, first, Order::Ascending);
-        while !alive.during(|| crew.wait(TICK))? {
-            link.check("nothing while pages are sent")?;
-        }
+        let pass = self.send_unasked(link, alive, crew, first)?;
         finish_round(link, pass)?;
         let (elapsed, bytes) = (began.elapsed(), crew.counts.wire() - before);
         // Pages that were zero say nothing about the network.
@@ -154,8 +147,24 @@ impl Job<'_> {
         Ok(pages)
     }
 
+    /// Sends pages in a pass of its own, about which the policy is not asked. Returns its number.
+    pub(super) fn send_unasked(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+        pages: PageSet,
+    ) -> Result<u32, MigrateError> {
+        let pass = self.next_pass();
+        crew.send(pass, pages, Order::Ascending);
+        while !alive.during(|| crew.wait(TICK))? {
+            link.check("nothing while pages are sent")?;
+        }
+        Ok(pass)
+    }
+
     /// The number of the next pass over pages; the wire calls it a round.
-    pub(super) fn next_pass(&mut self) -> u32 {
+    fn next_pass(&mut self) -> u32 {
         self.passes += 1;
         self.passes
     }
@@ -204,10 +213,23 @@ fn judge(decision: &Decision) -> Result<(), MigrateError> {
 }
 
 /// Adds what is marked.
-pub(super) fn peek(crew: &Crew<'_>, to: &mut PageSet) -> Result<(), MigrateError> {
-    crew.log
-        .peek(to)
+pub(super) fn peek(log: &dyn DirtyLog, to: &mut PageSet) -> Result<(), MigrateError> {
+    log.peek(to)
         .map_err(|source| MigrateError::Machine { call: "peek", source })
+}
+
+/// Clears marks, see [`DirtyLog::clear`].
+pub(super) fn clear(
+    log: &dyn DirtyLog,
+    region: usize,
+    first: u64,
+    words: &[u64],
+) -> Result<(), MigrateError> {
+    log.clear(region, first, words)
+        .map_err(|source| MigrateError::Machine {
+            call: "clear",
+            source,
+        })
 }
 
 /// Waits until everything that was sent is in the destination's memory.

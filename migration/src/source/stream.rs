@@ -8,6 +8,7 @@ use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 use super::MigrateError;
 use super::crew::Crew;
 use super::pass::{Chunk, runs};
+use super::precopy::clear;
 use super::squeeze::Squeeze;
 use crate::link::Link;
 use crate::options::Compression;
@@ -39,13 +40,7 @@ impl<'a> Stream<'a> {
     /// Sends a chunk, in batches: many scattered pages take one system call, and zero pages a few bytes.
     pub(super) fn send(&mut self, chunk: &Chunk) -> Result<(), MigrateError> {
         // Before any of its pages is read: a page that is written from here on is marked again.
-        self.crew
-            .log
-            .clear(chunk.region, chunk.first, &chunk.words)
-            .map_err(|source| MigrateError::Machine {
-                call: "clear",
-                source,
-            })?;
+        clear(&*self.crew.log, chunk.region, chunk.first, &chunk.words)?;
         let most = self.crew.pacer.batch_bytes(MAX_BATCH_BYTES).max(PAGE_SIZE);
         for (gpa, bits) in chunk.groups() {
             let zero = zero_pages(self.crew.memory, gpa, bits)?;

@@ -5,7 +5,6 @@ use migration_io::{GuestMemory, digest};
 use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
-use super::pass::Order;
 use super::precopy::{await_ack, finish_round, peek};
 use super::{Job, MigrateError};
 use crate::control::Phase;
@@ -26,9 +25,6 @@ pub(super) struct Stopped {
     pub(super) verifying: Duration,
 }
 
-/// How often a round of the stop-and-copy is looked at; only a failure is to be noticed.
-const TICK: Duration = Duration::from_millis(20);
-
 impl Job<'_> {
     /// Pauses the guest and sends what is left: pages, then state.
     pub(super) fn stop_and_copy(
@@ -41,26 +37,23 @@ impl Job<'_> {
         link.check("nothing before the pause")?;
         crew.pacer.set(self.options.final_bandwidth, Instant::now());
         let (paused_at, mut lap, state) = self.stop(alive)?;
-        peek(crew, &mut pages)?;
+        peek(&*crew.log, &mut pages)?;
         self.report.downtime.final_log_ms = lap.ms();
-        let last = self.next_pass();
-        let any = !pages.is_empty();
-        if any {
-            crew.send(last, pages, Order::Ascending);
-            while !alive.during(|| crew.wait(TICK))? {
-                link.check("nothing while pages are sent")?;
-            }
-        }
+        let last = if pages.is_empty() {
+            None
+        } else {
+            Some(self.send_unasked(link, alive, crew, pages)?)
+        };
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            if any {
+            if let Some(last) = last {
                 finish_round(link, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
             verifying = self.verify(link, alive, crew.memory)?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
-        } else if any {
+        } else if let Some(last) = last {
             // The state does not wait for the ack: the destination sees to the order.
             link.send(&Message::RoundEnd(last))?;
             let copied = lap.ms();

@@ -17,6 +17,13 @@ use crate::control::Control;
 /// other's scheduler.
 const SOCKET_BUFFER: usize = 4 << 20;
 
+/// Kernel buffer of a TCP stream to a peer that is near, of which the kernel makes twice as much: what it holds
+/// stays in a core's cache until it is read. Over loopback, two streams with the buffer that TCP tunes itself to
+/// (4 MiB) take 40 % more CPU time for the same content.
+const NEAR_BUFFER: usize = 512 << 10;
+/// A peer is near if 100 Gbit/s carry no more than that in a round trip: then the buffer holds up no network.
+const NEAR: Duration = Duration::from_micros(80);
+
 /// One byte stream to a peer.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -83,6 +90,14 @@ impl Connection {
         }
     }
 
+    /// Suits the connection to page content that goes to a peer so far away. That is a matter of speed alone, and
+    /// only a privileged process may: else TCP tunes its buffer itself.
+    pub(crate) fn carry_pages(&self, round_trip: Duration) {
+        if round_trip <= NEAR && matches!(self.stream, Stream::Tcp(_)) {
+            let _ = sockopt::set_socket_send_buffer_size_force(self, NEAR_BUFFER);
+        }
+    }
+
     pub(super) fn from_tcp(stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
         Self::prepare(Stream::Tcp(stream), format!("tcp:{peer}"))
     }
@@ -101,7 +116,7 @@ impl Connection {
     }
 
     /// Larger buffers are a matter of speed alone. Only a privileged process gets more than the system's
-    /// default limit. TCP tunes its buffers itself, and does better than any fixed size.
+    /// default limit. TCP tunes its buffers itself.
     fn enlarge_buffers(&self) {
         if matches!(self.stream, Stream::Unix(_))
             && sockopt::set_socket_send_buffer_size_force(self, SOCKET_BUFFER).is_err()
