@@ -35,6 +35,8 @@ pub(crate) struct Policy {
     /// Whether the observation before ended a round.
     between_rounds: bool,
     progress: Progress,
+    /// The downtime with which the last observation found that it is time to switch.
+    settled: Option<f64>,
     /// Seconds at which the deadline began to look lost.
     late_since: Option<f64>,
     missed: Option<Miss>,
@@ -55,6 +57,8 @@ impl Policy {
     const PUNCTUALITY: f64 = 0.85;
     /// A promise looks lost for so many seconds before it is given up.
     const PATIENCE: f64 = 0.2;
+    /// A moment to switch is none any more when the downtime has grown by this factor.
+    const STEADY: f64 = 1.25;
     /// Pages known to be zero, bytes per second, until it was measured: they only have to be cleared from the log.
     const SCAN: f64 = 5e10;
 
@@ -77,6 +81,7 @@ impl Policy {
             scan: Self::SCAN,
             between_rounds: false,
             progress: Progress::default(),
+            settled: None,
             late_since: None,
             missed: None,
         }
@@ -118,7 +123,10 @@ impl Policy {
         let outlook = self.outlook(seen);
         self.overload |= self.is_overload(seen, &outlook);
         let verdict = self.judge(seen, &outlook);
-        if verdict != Verdict::Continue {
+        self.settled = (verdict == Verdict::Switch).then(|| outlook.downtime(outlook.dirty));
+        // A guest that is about to be paused stays slowed down until then: the engine may look once more, and
+        // has to find the guest that this verdict was about.
+        if matches!(verdict, Verdict::Miss(_)) {
             self.throttler.release();
         }
         let model = if first { self.hot.model() } else { None };
@@ -290,11 +298,19 @@ impl Policy {
         let last_chance = self.left(now).is_some_and(|left| next.after + after > left)
             || (seen.end_of_round && seen.round >= self.goal.max_rounds)
             || (self.missed.is_none() && !self.throttler.is_off());
-        if last_chance || !now.pays_to_go_on() {
+        if last_chance || self.is_still_settled(now) || !now.pays_to_go_on() {
             Verdict::Switch
         } else {
             Verdict::Continue
         }
+    }
+
+    /// Whether the observation before found that it is time, and the guest has not undone that since: what it wrote
+    /// during a rehearsal it would write during the next one as well.
+    fn is_still_settled(&self, now: &Outlook) -> bool {
+        let downtime = now.downtime(now.dirty);
+        self.settled
+            .is_some_and(|settled| downtime <= Self::STEADY * settled + 1e-3)
     }
 
     fn is_in_time(&self, now: &Outlook) -> bool {

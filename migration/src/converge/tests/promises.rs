@@ -65,6 +65,12 @@ fn capped(pattern: Pattern) -> World {
 fn assert_kept(world: &World, outcome: &Outcome) {
     assert_eq!(outcome.verdict, Verdict::Switch, "{world:?}");
     assert!(!outcome.missed);
+    // A second look at the same guest says the same, but for what the rehearsal before it has cost.
+    assert!(
+        outcome.second_looks <= 10,
+        "{} second looks: {world:?}",
+        outcome.second_looks
+    );
     let budget = world.goal.max_downtime.as_secs_f64();
     assert!(
         outcome.downtime <= budget,

@@ -52,7 +52,7 @@ fn check(decision: &Decision, cpus: usize) -> Result<(), TestCaseError> {
     prop_assert!((0.0..=FLOOR).contains(&decision.throttle.mean()));
     prop_assert!(decision.prediction.dirty_rate >= 0.0 && decision.prediction.dirty_rate.is_finite());
     prop_assert!(decision.prediction.bandwidth > 0.0 && decision.prediction.bandwidth.is_finite());
-    if decision.verdict != Verdict::Continue {
+    if matches!(decision.verdict, Verdict::Miss(_)) {
         prop_assert!(decision.throttle.is_off(), "released at the end");
     }
     if let Verdict::Miss(miss) = &decision.verdict {

@@ -14,6 +14,8 @@ const TICK: f64 = 0.01;
 const SLICE: f64 = 0.01;
 /// Zero pages are only cleared from the log, this fast.
 const ZERO: f64 = 6e10;
+/// What a rehearsal takes.
+const REHEARSAL: f64 = 1e-3;
 /// Writes to clean pages fault, which takes this long.
 const FAULT: f64 = BLOCK as f64 / 1.2e9;
 /// Writes to dirty pages do not.
@@ -197,6 +199,14 @@ impl<'a> Run<'a> {
         })
     }
 
+    /// Time in which nothing is sent.
+    pub(super) fn rehearse(&mut self) {
+        let until = self.at + REHEARSAL;
+        while self.at < until {
+            self.step(0.0);
+        }
+    }
+
     pub(super) fn begin_round(&mut self) {
         self.round += 1;
         let until = self.at + self.world.overhead;
@@ -238,6 +248,7 @@ impl<'a> Run<'a> {
             history: Vec::new(),
             dirty,
             missed,
+            second_looks: 0,
         }
     }
 }

@@ -100,6 +100,8 @@ pub(super) struct Outcome {
     pub most_off: Vec<f64>,
     pub dirty: f64,
     pub missed: bool,
+    /// How often it looked like the moment to switch.
+    pub second_looks: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -177,14 +179,21 @@ impl World {
         let mut run = Run::new(self);
         let mut outcome: Option<Outcome> = None;
         let (mut most_off, mut history) = (vec![0.0_f64; self.goal.cpus], Vec::new());
+        let mut second_looks = 0;
         while outcome.is_none() {
-            let start = run.at;
+            let (start, looked_before) = (run.at, second_looks);
             let end_of_round = run.advance();
             if self.bursts && (start == 0.0 || end_of_round) {
                 let seconds = (4 * MIB) as f64 / run.speed(None);
                 policy.burst(4 * MIB, Duration::from_secs_f64(seconds));
             }
-            let decision = run.observe(&mut policy, end_of_round);
+            let mut decision = run.observe(&mut policy, end_of_round);
+            if decision.verdict == Verdict::Switch {
+                // The engine rehearses what the pause will cost, and looks once more.
+                run.rehearse();
+                decision = run.observe(&mut policy, true);
+                second_looks += 1;
+            }
             for (cpu, most) in most_off.iter_mut().enumerate() {
                 *most = most.max(decision.throttle.of(cpu));
             }
@@ -200,7 +209,7 @@ impl World {
             if decision.verdict != Verdict::Continue {
                 let missed = policy.missed().is_some();
                 outcome = Some(run.end(decision, missed));
-            } else if end_of_round {
+            } else if end_of_round || second_looks > looked_before {
                 run.begin_round();
             }
             assert!(run.at < 600.0, "never ends");
@@ -209,6 +218,7 @@ impl World {
         Outcome {
             most_off,
             history,
+            second_looks,
             ..outcome
         }
     }
