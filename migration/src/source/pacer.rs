@@ -19,7 +19,7 @@ struct Schedule {
 /// Time that nobody used is lost, except so much of it: it covers a thread that wakes up late.
 const SLACK: Duration = Duration::from_millis(5);
 /// One batch takes no longer than this, so that the cap holds over short times as well.
-const BATCH_TIME: Duration = Duration::from_millis(4);
+const BATCH_TIME: Duration = Duration::from_millis(1);
 
 impl Pacer {
     pub(super) fn new(bytes_per_s: Option<u64>, now: Instant) -> Self {
@@ -85,6 +85,6 @@ mod tests {
         assert_eq!(pacer.book(u64::MAX, at(1000)), Duration::ZERO);
         assert_eq!(pacer.batch_bytes(1 << 20), 1 << 20);
         pacer.set(Some(1_000_000), at(1000));
-        assert_eq!(pacer.batch_bytes(1 << 20), 4000);
+        assert_eq!(pacer.batch_bytes(1 << 20), 1000);
     }
 }

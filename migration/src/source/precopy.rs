@@ -20,6 +20,8 @@ const REHEARSALS: u32 = 4;
 
 /// Pages that are sent without the cap to find out how fast that is.
 const BURST_PAGES: u64 = 1024;
+/// So many times at most: at the bottom of memory there may be little but zeroes.
+const BURSTS: u32 = 4;
 /// Below this cap, in bytes per second, a burst would take the round too long to pay for.
 const MIN_BURST_CAP: u64 = 20_000_000;
 /// Fewer bytes say more about latency than about bandwidth.
@@ -131,17 +133,23 @@ impl Job<'_> {
         if pages.len() < BURST_PAGES || cap < MIN_BURST_CAP {
             return Ok(pages);
         }
-        let first = pages.split_off(BURST_PAGES);
         let before = crew.counts.wire();
-        crew.pacer.set(None, Instant::now());
         let began = Instant::now();
-        let pass = self.send_unasked(link, alive, crew, first)?;
-        finish_round(link, pass)?;
-        let (elapsed, bytes) = (began.elapsed(), crew.counts.wire() - before);
-        // Pages that were zero say nothing about the network.
-        if bytes >= MIN_BURST_BYTES {
-            watch.burst(bytes, elapsed);
+        crew.pacer.set(None, began);
+        for _ in 0..BURSTS {
+            let (first, from, at) = (pages.split_off(BURST_PAGES), crew.counts.wire(), Instant::now());
+            let pass = self.send_unasked(link, alive, crew, first)?;
+            finish_round(link, pass)?;
+            let bytes = crew.counts.wire() - from;
+            // Pages that were zero say nothing about the network; the next ones may.
+            if bytes >= MIN_BURST_BYTES {
+                watch.burst(bytes, at.elapsed());
+            }
+            if bytes >= MIN_BURST_BYTES || pages.is_empty() {
+                break;
+            }
         }
+        let bytes = crew.counts.wire() - before;
         crew.pacer.set(self.options.bandwidth, began);
         crew.pacer.book(bytes, began);
         Ok(pages)
