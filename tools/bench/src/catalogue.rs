@@ -34,7 +34,7 @@ pub const ROWS: [Definition; 22] = [
         .beside("QEMU, best of 2 and 4 multifd channels")
         .bar(RatioAtLeast(1.3)),
     Definition::new(Idle, "idle-downtime-ms", "ms")
-        .meaning("idle guest of 2 GiB, 30 ms allowed, by the report")
+        .meaning("idle guest of 2 GiB, destination ready, 30 ms allowed, by the report")
         .beside("QEMU, stop to start by its events")
         .bar(AtMost(3.0)),
     Definition::new(Idle, "idle-downtime-vs-qemu", "ms")

@@ -18,6 +18,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let asked = Asked {
         migrate: &["--max-downtime", "20ms"],
         promise: true,
+        reserve: true,
         ..Default::default()
     };
     let runs = bench.count(RUNS);

@@ -23,6 +23,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     qemu.freeze()?;
     let asked = Asked {
         migrate: &["--bandwidth", "200MiB/s", "--max-downtime", "30ms"],
+        reserve: true,
         ..Default::default()
     };
     let (limit, bandwidth) = (Duration::from_millis(30), Some(200 << 20));
@@ -31,7 +32,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         bandwidth,
         multifd: None,
         auto_converge: true,
-        prealloc: false,
+        prealloc: true,
     };
     let (mut totals, mut peer_totals) = (vec![], vec![]);
     let runs = bench.count(RUNS);

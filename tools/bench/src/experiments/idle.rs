@@ -23,6 +23,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     qemu.freeze()?;
     let asked = Asked {
         migrate: &["--max-downtime", "30ms"],
+        reserve: true,
         ..Default::default()
     };
     let (limit, bandwidth, multifd) = (Duration::from_millis(30), None, None);
@@ -31,7 +32,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         bandwidth,
         multifd,
         auto_converge: false,
-        prealloc: false,
+        prealloc: true,
     };
     let (mut downtimes, mut gaps, mut peer_downtimes, mut peer_gaps) = (vec![], vec![], vec![], vec![]);
     let runs = bench.count(RUNS);

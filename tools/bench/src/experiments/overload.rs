@@ -39,6 +39,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let asked = Asked {
         migrate: &ASKED,
         promise: true,
+        reserve: true,
         ..Default::default()
     };
     let (mut all, mut fractions) = (Vec::new(), Vec::new());
