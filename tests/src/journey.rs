@@ -150,8 +150,13 @@ impl Journey {
 
     /// A receiver for the next move, and where it listens.
     pub fn receiver(&self, listen: &str) -> Result<(Vm, String)> {
+        self.receiver_with(listen, &[])
+    }
+
+    /// The same with further options of `godwit receive`.
+    pub fn receiver_with(&self, listen: &str, options: &[&str]) -> Result<(Vm, String)> {
         self.host
-            .receive(&format!("vm-{}", self.moves + 1), listen, [""; 0])
+            .receive(&format!("vm-{}", self.moves + 1), listen, options)
     }
 
     /// Moves the guest to a new process that listens on a free port.

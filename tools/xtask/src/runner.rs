@@ -13,17 +13,7 @@ use crate::{guests, packages};
 /// What is installed system-wide: the emulator for the lab, file system tools for the shared disk.
 const PACKAGES: [&str; 3] = ["e2fsprogs", "qemu-system-x86", "util-linux"];
 
-/// Scenarios that need the machine's own KVM; one binary each.
-const DIRECT: [&str; 7] = [
-    "boot",
-    "control",
-    "watch",
-    "migrate_direct",
-    "faults",
-    "bad_input",
-    "tiny",
-];
-/// Scenarios on emulated hosts.
+/// The scenarios on emulated hosts; all others need the machine's own KVM.
 const LAB: &str = "lab";
 
 /// Where a scenario runs.
@@ -80,7 +70,7 @@ impl Prepared {
         filter: Option<&str>,
         settings: &[(&str, String)],
     ) -> Result<Counts> {
-        let mut command = self.scenario_command(lane);
+        let mut command = self.scenario_command(lane)?;
         command.envs(settings.iter().map(|(key, value)| (key, value)));
         counted(&mut finish(
             command,
@@ -91,7 +81,8 @@ impl Prepared {
 
     /// How many scenarios a lane has.
     pub(crate) fn count_scenarios(&self, lane: Lane, filter: Option<&str>) -> Result<Counts> {
-        let listed = crate::workspace::output(&mut finish(self.scenario_command(lane), filter, &["--list"]))?;
+        let listed =
+            crate::workspace::output(&mut finish(self.scenario_command(lane)?, filter, &["--list"]))?;
         let skipped = listed.lines().filter(|line| line.ends_with(": test")).count() as u64;
         Ok(Counts {
             skipped,
@@ -99,12 +90,29 @@ impl Prepared {
         })
     }
 
-    fn scenario_command(&self, lane: Lane) -> Command {
+    fn scenario_command(&self, lane: Lane) -> Result<Command> {
         let mut command = self.cargo_test();
         command.args(["--package", "tests"]);
-        let names: &[&str] = if lane == Lane::Direct { &DIRECT } else { &[LAB] };
-        command.args(names.iter().flat_map(|name| ["--test", name]));
-        command
+        for name in self.scenario_names()? {
+            if (name == LAB) == (lane == Lane::Lab) {
+                command.args(["--test", &name]);
+            }
+        }
+        Ok(command)
+    }
+
+    /// One binary for each file, so that none is forgotten.
+    fn scenario_names(&self) -> Result<Vec<String>> {
+        let folder = self.root.join("tests/tests");
+        let mut names = Vec::new();
+        for entry in folder.read_dir().with_context(|| folder.display().to_string())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "rs") {
+                names.extend(path.file_stem().and_then(|name| name.to_str()).map(str::to_owned));
+            }
+        }
+        names.sort();
+        Ok(names)
     }
 
     fn cargo_test(&self) -> Command {

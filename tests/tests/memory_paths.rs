@@ -1,0 +1,124 @@
+//! The ways that guest memory can take to its destination, and the logs that say which of it is dirty.
+
+use anyhow::{Context, Result, ensure};
+use migration::{DataPath, Report};
+use tests::{BareGuest, Host, Journey, Vm};
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// Bytes that a process has resident.
+fn resident(vm: &Vm) -> Result<u64> {
+    let statm = std::fs::read_to_string(format!("/proc/{}/statm", vm.process.id()))?;
+    let pages = statm.split_whitespace().nth(1).context("no resident pages")?;
+    Ok(pages.parse::<u64>()? * PAGE)
+}
+
+/// Moves a guest to a receiver with further options, digests compared, and checks it afterwards.
+fn hop_to_one_with(journey: &mut Journey, options: &[&str], arguments: &[&str]) -> Result<Report> {
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", options)?;
+    let report = journey.hop_to(receiver, &endpoint, arguments)?;
+    journey.vm.check_running()?;
+    journey.verify()?;
+    Ok(report)
+}
+
+#[test]
+fn reserved_memory_is_there_before_the_guest() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 128,
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    // As much as the guest has, more, and less: what was reserved is used, and the rest is found.
+    for reserve in ["128M", "256M", "32M"] {
+        let mib: u64 = reserve.trim_end_matches('M').parse()?;
+        let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--reserve", reserve])?;
+        let before = resident(&receiver)?;
+        ensure!(
+            before >= mib << 20,
+            "{reserve} reserved, and {before} bytes resident"
+        );
+        journey.hop_to(receiver, &endpoint, &["--verify"])?;
+        journey.vm.check_running()?;
+        let after = resident(&journey.vm)?;
+        ensure!(
+            after < (mib.max(128) + 64) << 20,
+            "{reserve} reserved for 128 MiB, and {after} bytes resident"
+        );
+    }
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 256,
+        cpus: 2,
+        workset: "96M",
+        rate: "400M",
+        fill: true,
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &["--dirty-ring"])?;
+    // Fast, and over a link that the guest is too fast for, so that rings fill up and vCPUs are slowed down.
+    hop_to_one_with(&mut journey, &[], &["--verify"])?;
+    let capped = [
+        "--verify",
+        "--bandwidth",
+        "150MB/s",
+        "--final-bandwidth",
+        "150MB/s",
+        "--max-downtime",
+        "60ms",
+    ];
+    let report = hop_to_one_with(&mut journey, &[], &capped)?;
+    ensure!(
+        report.rounds.iter().any(|round| round.throttle_percent > 0.0),
+        "a guest that dirties more than the link carries was not slowed down: {report:?}"
+    );
+    journey.end()
+}
+
+#[test]
+fn shared_memory_is_handed_over_and_not_copied() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 256,
+        cpus: 2,
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &["--shared-memory"])?;
+    for socket in ["first.sock", "second.sock"] {
+        let path = journey.host.path(socket);
+        let (receiver, endpoint) = journey.receiver(&format!("unix:{}", path.display()))?;
+        let report = journey.hop_to(receiver, &endpoint, &["--verify"])?;
+        ensure!(
+            report.data_path == DataPath::Handover && report.pages_sent == 0 && report.bytes_sent < 1 << 20,
+            "memory was sent, not handed over: {report:?}"
+        );
+        journey.vm.check_running()?;
+        journey.verify()?;
+    }
+    journey.end()
+}
+
+#[test]
+fn what_cannot_be_compressed_goes_as_it_is() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 128,
+        workset: "32M",
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    for method in ["lz4", "zstd"] {
+        let arguments = ["--verify", "--compression", method, "--bandwidth", "200MB/s"];
+        let report = hop_to_one_with(&mut journey, &[], &arguments)?;
+        let content = report.pages_sent * PAGE;
+        ensure!(
+            report.bytes_sent <= content + content / 50,
+            "{method}: {} bytes for {content} bytes of pages",
+            report.bytes_sent
+        );
+    }
+    journey.end()
+}
