@@ -13,7 +13,7 @@ const BAR: usize = 24;
 /// From so many columns on there is room for it.
 const WITH_BAR: usize = 72;
 
-/// A line at the bottom of the terminal; nothing where standard error is none.
+/// Two lines at the bottom of the terminal; nothing where standard error is none.
 pub(super) struct Bar(ProgressBar);
 
 impl Bar {
@@ -28,7 +28,7 @@ impl Bar {
 
     pub(super) fn show(&self, progress: &Progress) {
         if !self.0.is_hidden() {
-            self.0.set_message(line(progress, columns()));
+            self.0.set_message(picture(progress, columns()));
             self.0.tick();
         }
     }
@@ -51,36 +51,42 @@ fn columns() -> usize {
     }
 }
 
-/// What fits into `columns`, what matters most first.
-fn line(progress: &Progress, columns: usize) -> String {
-    let mut line = format!("{} {:>3.0}%", head(progress), done(progress) * 100.0);
+/// How far it is, and below it at what speed: in each line what fits into `columns`, what matters most first.
+fn picture(progress: &Progress, columns: usize) -> String {
     // The last column stays free: some terminals wrap there.
     let room = columns.saturating_sub(1);
-    let bar = match columns {
-        WITH_BAR.. => format!("{} ", bar(done(progress))),
-        _ => String::new(),
-    };
-    let room = room - width(&bar);
-    let mut parts = vec![format!("{} left", bytes(progress.remaining_bytes as f64))];
-    if let Some(downtime) = progress.predicted_downtime_ms {
-        parts.push(format!("downtime {}", duration(downtime)));
+    let mut far = format!("{} {:>3.0}%", head(progress), done(progress) * 100.0);
+    if columns >= WITH_BAR {
+        far = format!("{} {far}", bar(done(progress)));
     }
-    if let Some(left) = time_left(progress) {
-        parts.push(format!("done in {}", duration(left)));
-    }
-    parts.push(format!("dirtied {}", rate(progress.dirty_bytes_per_s)));
-    parts.push(format!("sent {}", rate(progress.bandwidth_bytes_per_s)));
-    if progress.throttle_percent > 0.0 {
-        parts.push(format!("throttle {:.0} %", progress.throttle_percent));
-    }
-    for part in parts {
-        if width(&line) + 2 + width(&part) > room {
+    let left = format!("{} left", bytes(progress.remaining_bytes as f64));
+    let finish = time_left(progress).map(|left| format!("done in {}", duration(left)));
+    let downtime = progress
+        .predicted_downtime_ms
+        .map(|downtime| format!("downtime {}", duration(downtime)));
+    let throttle =
+        (progress.throttle_percent > 0.0).then(|| format!("throttle {:.0} %", progress.throttle_percent));
+    let dirtied = format!("dirtied {}", rate(progress.dirty_bytes_per_s));
+    let sent = format!("sent {}", rate(progress.bandwidth_bytes_per_s));
+    [
+        fitting(room, [Some(far), Some(left), finish]),
+        fitting(room, [downtime, throttle, Some(dirtied), Some(sent)]),
+    ]
+    .join("\n")
+}
+
+/// The first parts as far as there is room for them.
+fn fitting(room: usize, parts: impl IntoIterator<Item = Option<String>>) -> String {
+    let mut line = String::new();
+    for part in parts.into_iter().flatten() {
+        let separator = if line.is_empty() { "" } else { ", " };
+        if !line.is_empty() && width(&line) + separator.len() + width(&part) > room {
             break;
         }
-        line.push_str(", ");
+        line.push_str(separator);
         line.push_str(&part);
     }
-    bar.chars().chain(line.chars().take(room)).collect()
+    line.chars().take(room).collect()
 }
 
 fn width(text: &str) -> usize {
@@ -181,20 +187,23 @@ mod tests {
     }
 
     #[test]
-    fn a_line_fits_any_terminal_and_drops_the_least_first() {
+    fn lines_fit_any_terminal_and_drop_the_least_first() {
         for columns in 0..200 {
-            assert!(width(&line(&progress(), columns)) < columns.max(1), "{columns}");
+            for line in picture(&progress(), columns).lines() {
+                assert!(width(line) < columns.max(1), "{columns}: {line:?}");
+            }
         }
+        // All of it has room on the usual terminal.
         assert_eq!(
-            line(&progress(), 200),
-            "[==================>     ] pre-copy, round 3  75%, 512 MiB left, downtime 14.2 ms, done in 3.00 s, \
-             dirtied 286 MiB/s, sent 954 MiB/s, throttle 20 %"
+            picture(&progress(), COLUMNS),
+            "[==================>     ] pre-copy, round 3  75%, 512 MiB left, done in 3.00 s\n\
+             downtime 14.2 ms, throttle 20 %, dirtied 286 MiB/s, sent 954 MiB/s"
         );
         assert_eq!(
-            line(&progress(), 60),
-            "pre-copy, round 3  75%, 512 MiB left, downtime 14.2 ms"
+            picture(&progress(), 40),
+            "pre-copy, round 3  75%, 512 MiB left\ndowntime 14.2 ms, throttle 20 %"
         );
-        assert_eq!(line(&progress(), 12), "pre-copy, r");
+        assert_eq!(picture(&progress(), 12), "pre-copy, r\ndowntime 14");
     }
 
     #[test]
