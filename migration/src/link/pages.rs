@@ -19,6 +19,13 @@ impl Link<'_> {
         self.sender.as_ref().map_or(SendPath::Gather, Sender::path)
     }
 
+    /// Puts into the log what became of the content so far: why copies are avoided or not is seen nowhere else.
+    pub(crate) fn log_sends(&self) {
+        if let Some(sender) = &self.sender {
+            tracing::debug!(path = ?sender.path(), counters = ?sender.counters(), "sent pages");
+        }
+    }
+
     /// Waits until the kernel needs none of the memory that was sent any more.
     pub(crate) fn drain(&mut self) -> Result<(), LinkError> {
         let Some(mut sender) = self.sender.take() else {

@@ -59,10 +59,13 @@ impl<'a> Stream<'a> {
     /// any more.
     pub(super) fn finish(&mut self, message: &Message) -> Result<(), MigrateError> {
         self.link.send(message)?;
+        self.link.drain()?;
+        // What the last completions say counts as well.
         if self.link.send_path() == SendPath::Zerocopy {
             self.crew.counts.zerocopy.store(true, Ordering::Relaxed);
         }
-        Ok(self.link.drain()?)
+        self.link.log_sends();
+        Ok(())
     }
 
     fn add_zero(&mut self, range: MemoryRange) -> Result<(), MigrateError> {
