@@ -24,7 +24,8 @@ pub(super) struct Step {
 /// Turns the counters of observations into steps. A counter that goes backwards counts as standing still.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Meter {
-    at: f64,
+    /// What came before the first observation, a handshake say, is no part of any step.
+    at: Option<f64>,
     delivered: f64,
     data: f64,
     zero: f64,
@@ -36,8 +37,9 @@ impl Meter {
     pub(super) fn step(&mut self, seen: &Observation<'_>) -> Step {
         let marked_now = seen.dirty as f64 + seen.copied as f64;
         let marked = self.marked.get_or_insert(marked_now);
+        let now = seen.at.as_secs_f64();
         Step {
-            elapsed: advance(&mut self.at, seen.at.as_secs_f64()),
+            elapsed: advance(self.at.get_or_insert(now), now),
             delivered: advance(
                 &mut self.delivered,
                 seen.wire.saturating_sub(seen.in_flight) as f64,
