@@ -120,13 +120,7 @@ impl PageSet {
     pub fn insert_range(&mut self, range: MemoryRange) -> Result<(), PageSetError> {
         let (region, first, end) = self.locate(range)?;
         let words = &mut self.regions[region].words;
-        let mut page = first;
-        while page < end {
-            let (word, bit) = ((page / 64) as usize, page % 64);
-            let count = (end - page).min(64 - bit);
-            words[word] |= (u64::MAX >> (64 - count)) << bit;
-            page += count;
-        }
+        masks(first, end).for_each(|(word, mask)| words[word] |= mask);
         Ok(())
     }
 
@@ -134,12 +128,12 @@ impl PageSet {
     /// that is so.
     pub(crate) fn insert_new(&mut self, range: MemoryRange) -> Result<bool, PageSetError> {
         let (region, first, end) = self.locate(range)?;
-        let known = self.regions[region].next(first, true);
-        if known.is_some_and(|page| page < end) {
-            return Ok(false);
+        let words = &mut self.regions[region].words;
+        let new = masks(first, end).all(|(word, mask)| words[word] & mask == 0);
+        if new {
+            masks(first, end).for_each(|(word, mask)| words[word] |= mask);
         }
-        self.insert_range(range)?;
-        Ok(true)
+        Ok(new)
     }
 
     /// Adds the pages of a region by a bitmap in the layout of KVM's dirty log: bit `n` of the whole is page
@@ -363,6 +357,20 @@ impl Iterator for Ranges<'_> {
             });
         }
     }
+}
+
+/// The words of a bitmap that hold the pages from `first` up to `end`, with those pages' bits.
+pub(crate) fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
+    let mut page = first;
+    std::iter::from_fn(move || {
+        let count = end
+            .checked_sub(page)
+            .filter(|left| *left > 0)?
+            .min(64 - page % 64);
+        let item = ((page / 64) as usize, (u64::MAX >> (64 - count)) << (page % 64));
+        page += count;
+        Some(item)
+    })
 }
 
 impl Bits {

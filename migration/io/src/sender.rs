@@ -19,8 +19,8 @@ const MAX_PENDING: u64 = 256;
 /// one in eight between emulated hosts with virtio-net, but most of those that come first on a connection.
 const PROBES: u64 = 16;
 
-/// Completions that it takes to tell whether most are copied.
-const WINDOW: u64 = 32;
+/// Completions that it takes to tell whether most are copied: many more than those that come first on a connection.
+const WINDOW: u64 = 128;
 
 /// How content gets to the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -24,7 +24,7 @@ pub(super) struct Step {
 /// Turns the counters of observations into steps. A counter that goes backwards counts as standing still.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Meter {
-    /// What came before the first observation, a handshake say, is no part of any step.
+    /// The time before the first observation, of a handshake say, is no part of any step.
     at: Option<f64>,
     delivered: f64,
     data: f64,

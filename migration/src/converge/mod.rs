@@ -16,7 +16,7 @@
 //!
 //! - It tells the costs ([`Policy::set_costs`]) as soon as they were rehearsed, and again when they were measured
 //!   anew. Until then they are a guess, on which no promise is given up.
-//! - With a cap on pre-copy it sends a few MiB without it, at the start and at the end of each round
+//! - With a cap on pre-copy it sends a few MiB without it at the start of each round
 //!   ([`Policy::burst`]); otherwise the final copy is taken to be no faster than the cap.
 //! - It sends round 1 in a scattered order of pieces of some MiB, so that what is dirtied again early on is
 //!   typical of all memory.

@@ -38,7 +38,7 @@ pub(crate) struct Policy {
     /// Whether the observation before ended a round.
     between_rounds: bool,
     progress: Progress,
-    /// The downtime with which the last observation found that it is time to switch.
+    /// The least downtime at which the observations since then found that it is time to switch.
     settled: Option<f64>,
     /// Seconds at which the deadline began to look lost.
     late_since: Option<f64>,
@@ -54,8 +54,9 @@ impl Policy {
     const PUNCTUALITY: f64 = 0.85;
     /// A promise looks lost for so many seconds before it is given up.
     const PATIENCE: f64 = 0.2;
-    /// A moment to switch is none any more when the downtime has grown by this factor.
+    /// A moment to switch is none any more when the downtime has grown by this factor and this time.
     const STEADY: f64 = 1.25;
+    const STEADY_TIME: f64 = 1e-3;
     /// Pages known to be zero, bytes per second, until it was measured: they only have to be cleared from the log.
     const SCAN: f64 = 5e10;
 
@@ -120,7 +121,10 @@ impl Policy {
         let outlook = self.outlook(seen);
         self.overload |= self.is_overload(seen, &outlook);
         let verdict = self.judge(seen, &outlook);
-        self.settled = (verdict == Verdict::Switch).then(|| outlook.downtime(outlook.dirty));
+        self.settled = (verdict == Verdict::Switch).then(|| {
+            let downtime = outlook.downtime(outlook.dirty);
+            self.settled.map_or(downtime, |settled| settled.min(downtime))
+        });
         // A guest that is about to be paused stays slowed down until then: the engine may look once more, and
         // has to find the guest that this verdict was about.
         if matches!(verdict, Verdict::Miss(_)) {
@@ -307,7 +311,7 @@ impl Policy {
     fn is_still_settled(&self, now: &Outlook) -> bool {
         let downtime = now.downtime(now.dirty);
         self.settled
-            .is_some_and(|settled| downtime <= Self::STEADY * settled + 1e-3)
+            .is_some_and(|settled| downtime <= Self::STEADY * settled + Self::STEADY_TIME)
     }
 
     fn is_in_time(&self, now: &Outlook) -> bool {

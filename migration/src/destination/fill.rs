@@ -141,8 +141,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         })?;
         self.clock.spoke = Instant::now();
         self.acknowledged = true;
-        // The first round holds everything that may hold something.
-        self.populate.stop();
+        self.populate.round_ended();
         Ok(())
     }
 

@@ -184,13 +184,14 @@ impl<'a> Job<'a> {
             // However this ends, the threads do.
             let _end = EndOf(&streams, &populate);
             if ahead {
-                thread::Builder::new()
+                let thread = thread::Builder::new()
                     .name("populate".into())
                     .spawn_scoped(scope, || {
                         // It is for speed alone.
                         let _ = catch_unwind(AssertUnwindSafe(|| populate.run()));
                     })
                     .map_err(ReceiveError::Thread)?;
+                populate.set_thread(thread.thread().clone());
             }
             let mut filling = Filling::new(self, link, alive, incoming, &streams, &populate);
             let state = filling.run(|| streams.seat(scope))?;

@@ -9,7 +9,7 @@ use super::ReceiveError;
 use crate::control::Control;
 use crate::link::Link;
 use crate::options::Compression;
-use crate::page_set::PageSetError;
+use crate::page_set::{PageSetError, masks};
 use crate::protocol::{CompressedTable, PageTable};
 
 /// Guest memory, and what has arrived of it.
@@ -195,20 +195,6 @@ impl Written {
         });
         located.ok_or(PageSetError::OutOfRange { gpa, len })
     }
-}
-
-/// The words of a bitmap that hold the pages from `first` up to `end`, with those pages' bits.
-fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
-    let mut page = first;
-    std::iter::from_fn(move || {
-        let count = end
-            .checked_sub(page)
-            .filter(|left| *left > 0)?
-            .min(64 - page % 64);
-        let item = ((page / 64) as usize, (u64::MAX >> (64 - count)) << (page % 64));
-        page += count;
-        Some(item)
-    })
 }
 
 #[cfg(test)]

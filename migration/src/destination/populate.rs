@@ -11,8 +11,6 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 
 use migration_io::{MemoryRange, populate};
-use rustix::process::setpriority_process;
-use rustix::thread::gettid;
 
 use super::ReceiveError;
 use super::memory::Incoming;
@@ -23,8 +21,6 @@ use crate::protocol::Span;
 const PIECE: u64 = 2 << 20;
 /// How far the thread may be ahead of what has arrived.
 const LEAD: u64 = 64 << 20;
-/// The nice value of a thread that everybody else may push aside.
-const LOWEST_PRIORITY: i32 = 19;
 
 /// What may hold something, and the thread that prepares for it. Nothing depends on its work.
 pub(super) struct Populate<'a> {
@@ -60,6 +56,11 @@ impl<'a> Populate<'a> {
         })
     }
 
+    /// Who will [`run`](Self::run): named before anybody may wake it. Without a thread nothing is prepared.
+    pub(super) fn set_thread(&self, thread: Thread) {
+        self.thread.get_or_init(|| thread);
+    }
+
     /// Takes in a piece of the source's map.
     pub(super) fn add(&self, spans: &[Span]) -> Result<(), ReceiveError> {
         if spans.is_empty() {
@@ -81,7 +82,9 @@ impl<'a> Populate<'a> {
                     len: range.len,
                 });
             }
-            work.todo.push_back(range);
+            if self.thread.get().is_some() {
+                work.push(range);
+            }
         }
         drop(work);
         self.wake();
@@ -94,14 +97,15 @@ impl<'a> Populate<'a> {
         self.wake();
     }
 
+    /// All pages of a round have arrived: those that were named, if any were, among them.
+    pub(super) fn round_ended(&self) {
+        if self.lock().is_begun() {
+            self.stop();
+        }
+    }
+
     /// The thread's work, until [`Populate::stop`].
     pub(super) fn run(&self) {
-        // Where there are not enough processors for all, the streams come first. Linux has a priority for each
-        // thread; to lower one's own is allowed to everybody.
-        if let Err(error) = setpriority_process(Some(gettid()), LOWEST_PRIORITY) {
-            tracing::debug!(%error, "memory is made resident at the streams' priority");
-        }
-        self.thread.get_or_init(thread::current);
         while !self.is_stopped() {
             let Some(piece) = self.next() else {
                 // Whoever changes something wakes the thread afterwards, or has done so already.
@@ -163,6 +167,21 @@ impl<'a> Populate<'a> {
     }
 }
 
+impl Work {
+    /// Whether anything was ever to be done.
+    fn is_begun(&self) -> bool {
+        self.taken > 0 || !self.todo.is_empty()
+    }
+
+    /// Adds a range, to the last one if it goes on where that ends.
+    fn push(&mut self, range: MemoryRange) {
+        match self.todo.back_mut() {
+            Some(last) if last.gpa + last.len == range.gpa => last.len += range.len,
+            _ => self.todo.push_back(range),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use migration_io::{GuestMemory, PAGE_SIZE};
@@ -175,6 +194,7 @@ mod tests {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), (LEAD + 4 * PIECE) as usize)]).unwrap();
         let incoming = Incoming::new(memory);
         let populate = Populate::new(&incoming).unwrap();
+        populate.set_thread(thread::current());
         let span = |gpa, len| Span { gpa, len };
         let last = LEAD + 4 * PIECE - PAGE_SIZE;
         populate

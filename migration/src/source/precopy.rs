@@ -69,11 +69,6 @@ impl Job<'_> {
         }
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = PageSet::of(crew.memory)?.pages_in_all() - populated.len();
-        // In the order in which they will come, so that the destination can prepare for what comes next.
-        let streams = self.report.streams as usize;
-        for spans in spans_in_order(&populated, streams, Order::Scattered).chunks(MAX_SPANS) {
-            link.send(&Message::Populated(spans.to_vec()))?;
-        }
         let total_bytes = populated.pages_in_all() * migration_io::PAGE_SIZE;
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
@@ -99,6 +94,13 @@ impl Job<'_> {
         } else {
             Order::Ascending
         };
+        if n == 1 {
+            // In the order in which they will come, so that the destination can prepare for what comes next.
+            let streams = self.report.streams as usize;
+            for spans in spans_in_order(&pages, streams, order).chunks(MAX_SPANS) {
+                link.send(&Message::Populated(spans.to_vec()))?;
+            }
+        }
         let pass = self.next_pass();
         crew.send(pass, pages, order);
         while !alive.during(|| crew.wait(TICK))? {

@@ -21,7 +21,8 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// stays in a core's cache until it is read. Over loopback, two streams with the buffer that TCP tunes itself to
 /// (4 MiB) take 40 % more CPU time for the same content.
 const NEAR_BUFFER: usize = 512 << 10;
-/// A peer is near if 100 Gbit/s carry no more than that in a round trip: then the buffer holds up no network.
+/// A peer is near if 100 Gbit/s carry no more than that buffer holds in a round trip. Two streams, the default, then
+/// hold twice as much, so that it holds up no network.
 const NEAR: Duration = Duration::from_micros(80);
 
 /// One byte stream to a peer.

@@ -41,17 +41,17 @@ pub const ROWS: [Definition; 22] = [
         .meaning("the same as the guest saw it on its TSC")
         .beside("QEMU, as the guest saw it"),
     Definition::new(Budget, "budget-20ms-kept", SHARE)
-        .meaning("300 MB/s in 512 MiB of 1 GiB: moved within 20 ms of downtime")
+        .meaning("300 MB/s in 512 MiB of 1 GiB, destination ready: moved within 20 ms of downtime")
         .bar(AtLeast(1.0)),
     Definition::new(Overload, "overload-50ms-kept", SHARE)
-        .meaning("512 MiB of 2 GiB at full speed, link of 500 MB/s: moved within 50 ms and 60 s")
+        .meaning("512 MiB of 2 GiB at full speed, link of 500 MB/s, destination ready: moved within 50 ms and 60 s")
         .bar(AtLeast(1.0)),
     Definition::new(Overload, "overload-work-fraction", SHARE)
         .meaning("the guest's work while those migrations converge, of the most that could converge")
         .bar(AtLeast(0.8)),
     Definition::new(Capped, "overload-total-vs-qemu", "s")
-        .meaning("total time at 1000 MB/s over a link of 200 MiB/s, 30 ms allowed")
-        .beside("QEMU with auto-converge")
+        .meaning("total time at 1000 MB/s over a link of 200 MiB/s, destination ready, 30 ms allowed")
+        .beside("QEMU with auto-converge, memory preallocated")
         .bar(RatioAtMost(0.5)),
     Definition::new(Prediction, "prediction-downtime-within", SHARE)
         .meaning("moves whose downtime was predicted to 20 % or 2 ms")

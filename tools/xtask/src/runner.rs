@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::steps::Counts;
 use crate::workspace::{cargo, root, run};
@@ -93,11 +93,11 @@ impl Prepared {
     fn scenario_command(&self, lane: Lane) -> Result<Command> {
         let mut command = self.cargo_test();
         command.args(["--package", "tests"]);
-        for name in self.scenario_names()? {
-            if (name == LAB) == (lane == Lane::Lab) {
-                command.args(["--test", &name]);
-            }
-        }
+        let mut names = self.scenario_names()?;
+        names.retain(|name| (name == LAB) == (lane == Lane::Lab));
+        // Without a name cargo would run all of them.
+        ensure!(!names.is_empty(), "tests/tests has no scenario of this lane");
+        command.args(names.iter().flat_map(|name| ["--test", name]));
         Ok(command)
     }
 

@@ -9,7 +9,7 @@ use crate::report::figures::{bytes, duration, rate};
 /// Columns of a terminal that does not say how many it has.
 const COLUMNS: usize = 80;
 /// Columns of the bar.
-const BAR: usize = 24;
+const BAR: usize = 16;
 /// From so many columns on there is room for it.
 const WITH_BAR: usize = 72;
 
@@ -193,11 +193,19 @@ mod tests {
                 assert!(width(line) < columns.max(1), "{columns}: {line:?}");
             }
         }
-        // All of it has room on the usual terminal.
+        // All of it has room on the usual terminal, with the longest figures that are usual.
+        let long = Progress {
+            round: 12,
+            remaining_bytes: 1536 << 20,
+            throttle_percent: 99.0,
+            predicted_downtime_ms: Some(1234.0),
+            predicted_total_ms: Some(130_000.0),
+            ..progress()
+        };
         assert_eq!(
-            picture(&progress(), COLUMNS),
-            "[==================>     ] pre-copy, round 3  75%, 512 MiB left, done in 3.00 s\n\
-             downtime 14.2 ms, throttle 20 %, dirtied 286 MiB/s, sent 954 MiB/s"
+            picture(&long, COLUMNS),
+            "[====>           ] pre-copy, round 12  25%, 1.50 GiB left, done in 2 min 5 s\n\
+             downtime 1.23 s, throttle 99 %, dirtied 286 MiB/s, sent 954 MiB/s"
         );
         assert_eq!(
             picture(&progress(), 40),

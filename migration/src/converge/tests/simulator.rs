@@ -73,7 +73,7 @@ pub(super) struct World {
     pub link_change: Option<(f64, f64)>,
     /// Whether round 1 takes memory in a scattered order.
     pub scattered: bool,
-    /// Whether the engine sends a piece without the cap at the start and at the end of each round.
+    /// Whether the engine sends a piece without the cap at the start of each round.
     pub bursts: bool,
     /// Whether the dirty ring tells who writes.
     pub ring: bool,
