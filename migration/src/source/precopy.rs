@@ -37,7 +37,7 @@ impl Job<'_> {
         crew: &Crew<'_>,
         watch: &mut Watch,
     ) -> Result<PageSet, MigrateError> {
-        let mut pages = self.first_pages(link, alive, crew)?;
+        let mut pages = self.first_pages(alive, crew)?;
         let mut n = 0;
         loop {
             n += 1;
@@ -52,12 +52,7 @@ impl Job<'_> {
     }
 
     /// Every page that may hold something. What was never touched is zero on both sides and needs no word.
-    fn first_pages(
-        &mut self,
-        link: &mut Link<'_>,
-        alive: &KeepAlive,
-        crew: &Crew<'_>,
-    ) -> Result<PageSet, MigrateError> {
+    fn first_pages(&mut self, alive: &KeepAlive, crew: &Crew<'_>) -> Result<PageSet, MigrateError> {
         let mut populated = PageSet::of(crew.memory)?;
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         let mut untouched = populated.clone();
