@@ -1,7 +1,7 @@
 use std::os::fd::BorrowedFd;
 
 use crate::memory::slice_of;
-use crate::vectors::Vectors;
+use crate::vectors::{Limit, Vectors};
 use crate::{GuestMemory, MemoryIoError, MemoryRange, Step};
 
 /// One piece of what [`Gather`] sends.
@@ -39,6 +39,6 @@ impl<'a> Gather<'a> {
 
     /// Sends as much as the socket takes now, and never raises SIGPIPE.
     pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
-        self.vectors.send(socket, usize::MAX, 0)
+        self.vectors.send(socket, Limit::NONE, 0)
     }
 }

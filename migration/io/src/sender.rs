@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::net::sockopt::socket_error;
 
-use crate::vectors::Run;
+use crate::vectors::{Limit, Run};
 use crate::zerocopy::{Completion, enable, next_completion};
 use crate::{Gather, MemoryIoError, Step};
 
@@ -19,8 +19,11 @@ const MAX_PENDING: u64 = 256;
 /// one in eight between emulated hosts with virtio-net, but most of those that come first on a connection.
 const PROBES: u64 = 16;
 
+/// Most bytes of a probe: one that is copied after all takes several times as long as an ordinary send.
+const PROBE_BYTES: usize = 64 << 10;
+
 /// Completions that it takes to tell whether most are copied: many more than those that come first on a connection.
-const WINDOW: u64 = 128;
+const WINDOW: u64 = 96;
 
 /// How content gets to the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +80,7 @@ enum Mode {
 
 /// One call of sendmsg.
 struct Plan {
-    vectors: usize,
+    most: Limit,
     flags: libc::c_int,
     zerocopy: bool,
 }
@@ -103,10 +106,10 @@ impl Sender {
         self.reap(socket)?;
         let plan = self.plan(gather);
         let before = gather.vectors.moved();
-        let mut step = gather.vectors.send(socket, plan.vectors, plan.flags);
+        let mut step = gather.vectors.send(socket, plan.most, plan.flags);
         if plan.zerocopy && step.as_ref().is_err_and(is_out_of_buffers) {
             self.refused();
-            step = gather.vectors.send(socket, plan.vectors, 0);
+            step = gather.vectors.send(socket, plan.most, 0);
         } else if plan.zerocopy && step.as_ref().is_ok_and(|step| *step != Step::WouldBlock) {
             self.counters.zerocopy_sends += 1;
             self.counters.zerocopy_bytes += gather.vectors.moved() - before;
@@ -151,7 +154,7 @@ impl Sender {
     /// What to send next, and how.
     fn plan(&self, gather: &Gather<'_>) -> Plan {
         let everything = Plan {
-            vectors: usize::MAX,
+            most: Limit::NONE,
             flags: 0,
             zerocopy: false,
         };
@@ -160,12 +163,21 @@ impl Sender {
         }
         match gather.vectors.runs() {
             [Some(front), _] if self.may_skip_the_copy(front) => Plan {
-                vectors: front.vectors,
+                most: Limit {
+                    vectors: front.vectors,
+                    bytes: match self.mode {
+                        Mode::Probing => PROBE_BYTES,
+                        _ => usize::MAX,
+                    },
+                },
                 flags: libc::MSG_ZEROCOPY,
                 zerocopy: true,
             },
             [Some(front), Some(next)] if self.may_skip_the_copy(next) => Plan {
-                vectors: front.vectors,
+                most: Limit {
+                    vectors: front.vectors,
+                    ..Limit::NONE
+                },
                 // The header does not go out as a packet of its own: its content follows at once.
                 flags: libc::MSG_MORE,
                 zerocopy: false,

@@ -22,6 +22,20 @@ pub enum Step {
 /// Most vectors that Linux takes in one call (`UIO_MAXIOV`).
 const MAX_VECTORS: usize = 1024;
 
+/// How much one call may move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limit {
+    pub(crate) vectors: usize,
+    pub(crate) bytes: usize,
+}
+
+impl Limit {
+    pub(crate) const NONE: Self = Self {
+        vectors: usize::MAX,
+        bytes: usize::MAX,
+    };
+}
+
 /// Ranges of memory that live for `'a`, of which those before `at` are done.
 pub(crate) struct Vectors<'a> {
     vectors: Vec<libc::iovec>,
@@ -94,11 +108,11 @@ impl<'a> Vectors<'a> {
         })
     }
 
-    /// Sends what is left, or no more of it than so many vectors, without waiting, with further `flags`.
+    /// Sends what is left, or no more of it than a limit, without waiting, with further `flags`.
     pub(crate) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
-        most: usize,
+        most: Limit,
         flags: libc::c_int,
     ) -> Result<Step, MemoryIoError> {
         self.transfer(most, |header| {
@@ -118,7 +132,7 @@ impl<'a> Vectors<'a> {
 
     /// Receives into what is left, without waiting. All vectors must be guest memory.
     pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
-        let step = self.transfer(MAX_VECTORS, |header| {
+        let step = self.transfer(Limit::NONE, |header| {
             // SAFETY: as in `send`, and the only caller, `Scatter`, pushes guest memory alone, which may be
             // written through a pointer at any time.
             unsafe { libc::recvmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) }
@@ -145,7 +159,7 @@ impl<'a> Vectors<'a> {
 
     fn transfer(
         &mut self,
-        most: usize,
+        most: Limit,
         mut call: impl FnMut(&mut libc::msghdr) -> libc::ssize_t,
     ) -> Result<Step, MemoryIoError> {
         let left = &mut self.vectors[self.at..];
@@ -154,18 +168,26 @@ impl<'a> Vectors<'a> {
         }
         // SAFETY: a message header is plain data for which zeroes mean "no address, no control data".
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        let count = left.len().min(MAX_VECTORS).min(most.vectors);
+        let cut = cut(&mut left[..count], most.bytes);
         header.msg_iov = left.as_mut_ptr();
-        header.msg_iovlen = left.len().min(MAX_VECTORS).min(most);
+        header.msg_iovlen = cut.map_or(count, |(last, _)| last + 1);
         let moved = loop {
-            let Ok(moved) = usize::try_from(call(&mut header)) else {
-                let error = io::Error::last_os_error();
-                match error.kind() {
-                    io::ErrorKind::Interrupted => continue,
-                    io::ErrorKind::WouldBlock => return Ok(Step::WouldBlock),
-                    _ => return Err(MemoryIoError::Socket(error)),
-                }
-            };
-            break moved;
+            match usize::try_from(call(&mut header)) {
+                Ok(moved) => break Ok(moved),
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => break Err(error),
+                },
+            }
+        };
+        if let Some((last, len)) = cut {
+            self.vectors[self.at + last].iov_len = len;
+        }
+        let moved = match moved {
+            Ok(moved) => moved,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::WouldBlock),
+            Err(error) => return Err(MemoryIoError::Socket(error)),
         };
         self.advance(moved);
         Ok(if self.at == self.vectors.len() {
@@ -188,4 +210,18 @@ impl<'a> Vectors<'a> {
             self.at += 1;
         }
     }
+}
+
+/// Shortens the vector in which a limit lies. Returns its index and the length that it had; nothing where all of them
+/// are within the limit.
+fn cut(vectors: &mut [libc::iovec], most: usize) -> Option<(usize, usize)> {
+    let mut left = most;
+    for (index, vector) in vectors.iter_mut().enumerate() {
+        if vector.iov_len >= left {
+            let len = std::mem::replace(&mut vector.iov_len, left);
+            return Some((index, len));
+        }
+        left -= vector.iov_len;
+    }
+    None
 }

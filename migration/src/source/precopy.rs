@@ -1,8 +1,10 @@
 use std::time::{Duration, Instant};
 
+use migration_io::PAGE_SIZE;
+
 use super::crew::Crew;
 use super::handshake::unexpected;
-use super::observe::Watch;
+use super::observe::{SWITCH_ROUND_TRIPS, Watch};
 use super::pass::{Order, spans_in_order};
 use super::{Job, MigrateError};
 use crate::control::Phase;
@@ -18,8 +20,13 @@ const TICK: Duration = Duration::from_millis(10);
 /// Most rehearsals in a row.
 const REHEARSALS: u32 = 4;
 
-/// Pages that are sent without the cap to find out how fast that is.
-const BURST_PAGES: u64 = 1024;
+/// Pages that are sent without the cap to find out how fast that is: no fewer than this.
+const MIN_BURST_PAGES: u64 = 1024;
+/// And no more than this, nor than the cap lets through in [`BURST_TIME`]. The more there are, the less counts what
+/// it takes to wake everybody up.
+const MAX_BURST_PAGES: u64 = 4096;
+/// In seconds.
+const BURST_TIME: f64 = 0.08;
 /// So many times at most: at the bottom of memory there may be little but zeroes.
 const BURSTS: u32 = 4;
 /// Below this cap, in bytes per second, a burst would take the round too long to pay for.
@@ -64,7 +71,7 @@ impl Job<'_> {
         }
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = PageSet::of(crew.memory)?.pages_in_all() - populated.len();
-        let total_bytes = populated.pages_in_all() * migration_io::PAGE_SIZE;
+        let total_bytes = populated.pages_in_all() * PAGE_SIZE;
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total_bytes;
@@ -127,20 +134,24 @@ impl Job<'_> {
         let (Some(cap), None) = (self.options.bandwidth, self.options.final_bandwidth) else {
             return Ok(pages);
         };
-        if pages.len() < BURST_PAGES || cap < MIN_BURST_CAP {
+        let paid = (cap as f64 * BURST_TIME) as u64 / PAGE_SIZE;
+        let burst = paid.clamp(MIN_BURST_PAGES, MAX_BURST_PAGES).min(pages.len());
+        if burst < MIN_BURST_PAGES || cap < MIN_BURST_CAP {
             return Ok(pages);
         }
         let before = crew.counts.wire();
         let began = Instant::now();
         crew.pacer.set(None, began);
         for _ in 0..BURSTS {
-            let (first, from, at) = (pages.split_off(BURST_PAGES), crew.counts.wire(), Instant::now());
+            let (first, from, at) = (pages.split_off(burst), crew.counts.wire(), Instant::now());
             let pass = self.send_unasked(link, alive, crew, first)?;
             finish_round(link, pass)?;
             let bytes = crew.counts.wire() - from;
             // Pages that were zero say nothing about the network; the next ones may.
             if bytes >= MIN_BURST_BYTES {
-                watch.burst(bytes, at.elapsed());
+                // The round trip to the ack is among the costs of the switch already.
+                let round_trip = watch.costs.round_trip.div_f64(SWITCH_ROUND_TRIPS);
+                watch.burst(bytes, at.elapsed().saturating_sub(round_trip));
             }
             if bytes >= MIN_BURST_BYTES || pages.is_empty() {
                 break;
