@@ -79,11 +79,15 @@ const MIN_TIME: f64 = 2e-3;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Bandwidth {
     samples: VecDeque<f64>,
+    /// Seconds that the link was busy so far.
+    busy: f64,
 }
 
 impl Bandwidth {
     /// About two thirds of a second of observations.
     const WINDOW: usize = 64;
+    /// Connections open their windows by and by, and caches are cold: seconds that say too little.
+    const OPENING: f64 = 0.01;
     /// Until something was measured: a 1 Gbit/s network, so that the prediction errs on the safe side.
     pub(super) const ASSUMED: f64 = 125e6;
 
@@ -93,7 +97,10 @@ impl Bandwidth {
         let scanning = step.zero > step.data / 4.0;
         let waiting = step.end_of_round && step.elapsed < 8.0 * round_trip.max(MIN_TIME / 4.0);
         if step.elapsed >= MIN_TIME && step.delivered >= MIN_SAMPLE && !scanning && !waiting {
-            self.push(step.delivered * pages / step.elapsed);
+            if self.busy >= Self::OPENING {
+                self.push(step.delivered * pages / step.elapsed);
+            }
+            self.busy += step.elapsed;
         }
     }
 

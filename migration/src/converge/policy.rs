@@ -171,10 +171,11 @@ impl Policy {
         let zero = seen.unsent_zero.min(seen.unsent) as f64;
         let unsent = seen.unsent as f64 - zero;
         let (rate, first) = (self.rate.rate(), seen.round <= 1);
-        let final_copy = if self.burst.is_known() {
-            &self.burst
+        // A burst is a copy like the final one, not a moment of it.
+        let (final_usual, final_worst) = if self.burst.is_known() {
+            (self.burst.median(), self.burst.worst())
         } else {
-            &self.link
+            (self.link.usual(), self.link.worst())
         };
         let cap = self
             .goal
@@ -199,8 +200,8 @@ impl Policy {
             working_set: hot.map_or(f64::INFINITY, |hot| hot.max(self.most_dirty)),
             link: self.link.median(),
             link_usual: self.link.usual(),
-            final_usual: final_copy.usual().min(cap),
-            final_worst: final_copy.worst().min(cap * 0.95),
+            final_usual: final_usual.min(cap),
+            final_worst: final_worst.min(cap * 0.95),
             scan: self.scan,
             costs,
             costs_worst: costs * 1.1 + 0.3e-3 + self.cost_spread.unwrap_or(0.0),

@@ -22,6 +22,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let mut godwit = Godwit::start(&bench.fixtures, GUEST, &[])?;
     let asked = Asked {
         migrate: &["--max-downtime", "100ms", "--on-miss", "switch"],
+        reserve: true,
         ..Default::default()
     };
     let (mut during, mut after) = (Vec::new(), Vec::new());
