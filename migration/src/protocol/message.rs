@@ -60,8 +60,8 @@ pub(crate) enum Message {
     Accept,
     /// Destination: the machine cannot run here.
     Refuse(Vec<Difference>),
-    /// Source: these ranges of memory may hold something, all others are zero. Each once, in pieces, in the
-    /// order in which round 1 will send them.
+    /// Source: these ranges of memory may hold something, all others are zero or were sent. Each once, in
+    /// pieces, in the order in which the next round will send them.
     Populated(Vec<Span>),
     /// Source, on every stream and on the control connection: all pages of a round were sent.
     RoundEnd(u32),

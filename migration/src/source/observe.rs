@@ -7,7 +7,7 @@ use migration_io::PAGE_SIZE;
 use super::crew::Crew;
 use super::precopy::peek;
 use super::{Job, MigrateError};
-use crate::converge::{Costs, Decision, Goal, Observation, Policy, Verdict};
+use crate::converge::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
 use crate::link::KeepAlive;
 use crate::page_set::PageSet;
 use crate::report::{Round, ms};
@@ -148,18 +148,23 @@ impl Job<'_> {
             tracing::warn!("going on as was asked, although {miss}");
             watch.warned = true;
         }
+        self.show(&observation, &decision.prediction, watch.share());
+        watch.dirty = Some(dirty);
+        Ok(decision)
+    }
+
+    /// Lets others see how far it is.
+    fn show(&self, seen: &Observation<'_>, prediction: &Prediction, share: f64) {
         self.control.sample(|progress| {
-            progress.round = round;
-            progress.remaining_bytes = observation.dirty;
-            progress.bytes_sent = observation.wire;
+            progress.round = seen.round;
+            progress.remaining_bytes = seen.dirty;
+            progress.bytes_sent = seen.wire;
             progress.dirty_bytes_per_s = prediction.dirty_rate;
             progress.bandwidth_bytes_per_s = prediction.bandwidth;
-            progress.throttle_percent = watch.share() * 100.0;
+            progress.throttle_percent = share * 100.0;
             progress.predicted_downtime_ms = Some(ms(prediction.downtime));
             progress.predicted_total_ms = prediction.total.map(ms);
         });
-        watch.dirty = Some(dirty);
-        Ok(decision)
     }
 
     /// Tells the machine how far to slow down its vCPUs, if that has changed.
