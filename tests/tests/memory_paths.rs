@@ -14,10 +14,9 @@ fn resident(vm: &Vm) -> Result<u64> {
     Ok(pages.parse::<u64>()? * PAGE)
 }
 
-/// Moves a guest to a receiver with further options, digests compared, and checks it afterwards.
-fn hop_to_one_with(journey: &mut Journey, options: &[&str], arguments: &[&str]) -> Result<Report> {
-    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", options)?;
-    let report = journey.hop_to(receiver, &endpoint, arguments)?;
+/// Moves a guest and lets it check itself afterwards.
+fn hop_and_verify(journey: &mut Journey, arguments: &[&str]) -> Result<Report> {
+    let report = journey.hop(arguments)?;
     journey.vm.check_running()?;
     journey.verify()?;
     Ok(report)
@@ -62,7 +61,7 @@ fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
     };
     let mut journey = Journey::start(Host::new()?, &guest, &["--dirty-ring"])?;
     // Fast, and over a link that the guest is too fast for, so that rings fill up and vCPUs are slowed down.
-    hop_to_one_with(&mut journey, &[], &["--verify"])?;
+    hop_and_verify(&mut journey, &["--verify"])?;
     let capped = [
         "--verify",
         "--bandwidth",
@@ -72,7 +71,7 @@ fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
         "--max-downtime",
         "60ms",
     ];
-    let report = hop_to_one_with(&mut journey, &[], &capped)?;
+    let report = hop_and_verify(&mut journey, &capped)?;
     ensure!(
         report.rounds.iter().any(|round| round.throttle_percent > 0.0),
         "a guest that dirties more than the link carries was not slowed down: {report:?}"
@@ -112,7 +111,7 @@ fn what_cannot_be_compressed_goes_as_it_is() -> Result<()> {
     let mut journey = Journey::start(Host::new()?, &guest, &[])?;
     for method in ["lz4", "zstd"] {
         let arguments = ["--verify", "--compression", method, "--bandwidth", "200MB/s"];
-        let report = hop_to_one_with(&mut journey, &[], &arguments)?;
+        let report = hop_and_verify(&mut journey, &arguments)?;
         let content = report.pages_sent * PAGE;
         ensure!(
             report.bytes_sent <= content + content / 50,
