@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +23,7 @@ pub struct Host {
 struct Inner {
     fixtures: Fixtures,
     directory: TempDir,
+    named: AtomicU32,
 }
 
 /// A VM's process: `godwit run` or `godwit receive`.
@@ -58,13 +60,23 @@ impl Host {
             .context("temporary directory")?;
         std::fs::create_dir(directory.path().join("run"))?;
         Ok(Self {
-            inner: Arc::new(Inner { fixtures, directory }),
+            inner: Arc::new(Inner {
+                fixtures,
+                directory,
+                named: AtomicU32::new(0),
+            }),
         })
     }
 
     /// The program and the guests.
     pub fn fixtures(&self) -> &Fixtures {
         &self.inner.fixtures
+    }
+
+    /// A name that no VM has had here: `vm-1` and so on.
+    pub fn new_name(&self) -> String {
+        let before = self.inner.named.fetch_add(1, Ordering::Relaxed);
+        format!("vm-{}", before + 1)
     }
 
     /// A path for a file of the test, outside the run-time directory.

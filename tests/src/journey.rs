@@ -117,7 +117,6 @@ pub struct Journey {
     pub vm: Vm,
     /// What it printed in the processes before, to the last byte: a line may begin in one and end in the next.
     before: String,
-    moves: u32,
     commands: Commands,
 }
 
@@ -143,7 +142,6 @@ impl Journey {
             host,
             vm,
             before: String::new(),
-            moves: 0,
             commands,
         }
     }
@@ -155,8 +153,7 @@ impl Journey {
 
     /// The same with further options of `godwit receive`.
     pub fn receiver_with(&self, listen: &str, options: &[&str]) -> Result<(Vm, String)> {
-        self.host
-            .receive(&format!("vm-{}", self.moves + 1), listen, options)
+        self.host.receive(&self.host.new_name(), listen, options)
     }
 
     /// Moves the guest to a new process that listens on a free port.
@@ -182,7 +179,6 @@ impl Journey {
         self.vm.process.stdout().wait_end(PATIENCE)?;
         self.before.push_str(&self.vm.process.stdout().text());
         self.vm = receiver;
-        self.moves += 1;
         Ok(())
     }
 
