@@ -21,6 +21,8 @@ pub(super) struct Outlook {
     pub natural: f64,
     /// The most that the guest can have dirty of its own; infinite where not known.
     pub working_set: f64,
+    /// The most that its vCPUs can newly dirty per second, whatever they do.
+    pub fastest: f64,
     /// Pre-copy on average, and what it can count on.
     pub link: f64,
     pub link_usual: f64,
@@ -133,6 +135,11 @@ impl Outlook {
         gain > threshold.max(Self::MIN_GAIN)
     }
 
+    /// What a guest dirties that writes to all of its working set as often as `model` says.
+    pub(super) fn natural_of(&self, model: Model) -> f64 {
+        (model.frequency * self.working_set).min(self.fastest)
+    }
+
     /// The total time, counted from the start. `model` is what round 1 has shown so far, and given in round 1
     /// only. `None` where it does not converge.
     pub(super) fn total(&self, plan: Plan, model: Option<Model>) -> Option<f64> {
@@ -141,7 +148,7 @@ impl Outlook {
                 let after = self.unsent / self.link + self.zero / self.scan;
                 let again = model.again(self.unsent, after);
                 let dirty = (self.dirty - self.unsent).max(0.0) + again;
-                (self.at + after, dirty, model.frequency * self.working_set)
+                (self.at + after, dirty, self.natural_of(model))
             }
             None => (self.at, self.dirty, self.natural),
         };

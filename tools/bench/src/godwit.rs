@@ -17,7 +17,6 @@ use crate::warm::Warm;
 pub(crate) struct Godwit {
     pub(crate) guest: Guest,
     pub(crate) journey: Journey,
-    attempts: u32,
 }
 
 /// How a migration is asked for.
@@ -56,7 +55,7 @@ pub(crate) struct Ended {
 impl Godwit {
     /// Boots the guest; `more` are options of `godwit run`.
     pub(crate) fn start(fixtures: &Fixtures, guest: Guest, more: &[&str]) -> Result<Self> {
-        drop(Warm::hold(guest.memory_mib));
+        let _warm = Warm::lend(guest.memory_mib)?;
         let host = Host::with(fixtures.clone())?;
         let (kernel, cmdline) = (fixtures.bare(), guest.cmdline(fixtures)?);
         let memory = format!("{}M", guest.memory_mib);
@@ -75,7 +74,6 @@ impl Godwit {
         Ok(Self {
             guest,
             journey: Journey::of(host, vm),
-            attempts: 0,
         })
     }
 
@@ -96,8 +94,7 @@ impl Godwit {
 
     /// A process that waits for the guest, and where it listens.
     pub(crate) fn receiver(&mut self, asked: &Asked<'_>) -> Result<(Vm, String)> {
-        self.attempts += 1;
-        let name = format!("vm-{}", self.attempts);
+        let name = self.journey.host.new_name();
         let memory = format!("{}M", self.guest.memory_mib);
         let reserve: &[&str] = if asked.reserve {
             &["--reserve", &memory]
@@ -118,18 +115,17 @@ impl Godwit {
     /// Tries to move the guest to a new process. It is an error only if nobody knows where the guest is.
     pub(crate) fn hop(&mut self, asked: &Asked<'_>) -> Result<Ended> {
         self.guest.settle(self.process())?;
-        // Whoever touches its memory before the start must find it warm then, all others while they receive.
-        let mut warm = (!asked.handover).then(|| Warm::hold(self.guest.memory_mib));
-        if asked.reserve {
-            warm = None;
-        }
+        let _warm = if asked.handover {
+            None
+        } else {
+            Some(Warm::lend(self.guest.memory_mib)?)
+        };
         let (receiver, endpoint) = self.receiver(asked)?;
         reset_gap(&mut self.journey.vm.process)?;
         let (source, destination) = (self.process().id(), receiver.process.id());
         let cpu_of_both = || Ok::<_, anyhow::Error>(cpu::time_of(source)? + cpu::time_of(destination)?);
         let output = self.process().stdout().clone();
         let ticks_before = ticks(&output).len();
-        drop(warm);
         let cpu_before = cpu_of_both()?;
         let (migration, window) = Window::of(|| self.journey.vm.migrate(&endpoint, asked.migrate));
         let migration = migration?;

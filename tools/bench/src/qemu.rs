@@ -70,7 +70,7 @@ struct Instance {
 impl Qemu {
     /// Boots the guest.
     pub(crate) fn start(fixtures: &Fixtures, guest: Guest) -> Result<Self> {
-        drop(Warm::hold(guest.memory_mib));
+        let _warm = Warm::lend(guest.memory_mib)?;
         let directory = tempfile::Builder::new().prefix("godwit-bench-").tempdir()?;
         let vm = Instance::start(
             instance_arguments(fixtures, guest, false)?,
@@ -106,10 +106,7 @@ impl Qemu {
     /// Moves the guest to a new process and ends the old one.
     pub(crate) fn hop(&mut self, settings: &Settings) -> Result<Moved> {
         self.guest.settle(&self.vm.process)?;
-        let mut warm = Some(Warm::hold(self.guest.memory_mib));
-        if settings.prealloc {
-            warm = None;
-        }
+        let _warm = Warm::lend(self.guest.memory_mib)?;
         self.count += 1;
         let mut receiver = self.receiver(settings)?;
         receiver.configure(settings)?;
@@ -122,7 +119,6 @@ impl Qemu {
             .context("QEMU does not say where it listens")?;
         self.vm.configure(settings)?;
         reset_gap(&mut self.vm.process)?;
-        drop(warm);
         let cpu_before = self.cpu_time(&receiver)?;
         let uri = format!("tcp:127.0.0.1:{port}");
         let (result, window) = Window::of(|| self.vm.migrate_to(&uri, &mut receiver));

@@ -1,19 +1,77 @@
 //! Memory that the host below us has at hand.
 
-use std::hint::black_box;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-/// So many MiB that were just touched. A host that lends its memory takes back what lies idle, within seconds of
-/// its being freed, and getting it again costs ten times what a page fault costs otherwise. So this is held until
-/// right before somebody else needs the memory, and dropped then.
+use anyhow::{Context, Result};
+use memmap2::{Advice, MmapMut};
+use rustix::system::sysinfo;
+
+/// So many MiB are given back at a time.
+const PIECE_MIB: u64 = 32;
+/// Bytes that may lie free for whoever asks next. A host that lends its memory takes back at once what is much more.
+const AHEAD: u64 = 256 << 20;
+/// How often somebody looks how much of that is left: the fastest taker needs ten times as long for it.
+const STEP: Duration = Duration::from_millis(3);
+
+/// Memory for somebody who needs it soon. A host that lends its memory takes back what lies idle, and getting it
+/// again costs ten times what a page fault costs otherwise. So this is touched and held, and given back bit by bit
+/// while it is taken.
 pub(crate) struct Warm {
-    _memory: Vec<u8>,
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Warm {
-    /// Touches so many MiB and holds them.
-    pub(crate) fn hold(mib: u64) -> Self {
-        Self {
-            _memory: black_box(vec![1; (mib as usize) << 20]),
+    /// Touches so many MiB; whoever takes memory from now on gets them, until this is dropped.
+    pub(crate) fn lend(mib: u64) -> Result<Self> {
+        let pieces = (0..mib.div_ceil(PIECE_MIB)).map(|_| touched());
+        let pieces: Vec<MmapMut> = pieces.collect::<Result<_>>()?;
+        let most = free_memory() + AHEAD;
+        let (end, ended) = channel();
+        Ok(Self {
+            end: Some(end),
+            thread: Some(std::thread::spawn(move || give_back(pieces, most, &ended))),
+        })
+    }
+}
+
+/// A piece in the huge pages that a monitor asks for as well: memory that was given back in small pages is found
+/// last by whoever wants huge ones.
+fn touched() -> Result<MmapMut> {
+    let piece = MmapMut::map_anon((PIECE_MIB << 20) as usize).context("memory to lend")?;
+    piece.advise(Advice::HugePage)?;
+    piece.advise(Advice::PopulateWrite)?;
+    Ok(piece)
+}
+
+/// Keeps so many bytes free, as long as there are pieces.
+fn give_back(mut pieces: Vec<MmapMut>, most: u64, ended: &Receiver<()>) {
+    loop {
+        while free_memory() + (PIECE_MIB << 20) <= most {
+            if pieces.pop().is_none() {
+                return;
+            }
+        }
+        if ended.recv_timeout(STEP) == Err(RecvTimeoutError::Disconnected) {
+            return;
+        }
+    }
+}
+
+/// Bytes.
+fn free_memory() -> u64 {
+    let info = sysinfo();
+    info.freeram * u64::from(info.mem_unit)
+}
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        self.end = None;
+        if let Some(thread) = self.thread.take() {
+            // It cannot panic, and if it did there is nothing left to do.
+            let _ = thread.join();
         }
     }
 }
