@@ -124,6 +124,16 @@ impl Bandwidth {
         self.percentile(0.5)
     }
 
+    /// What is left of one will run at: the mean of the later half, as the first tenth of a second is often slower
+    /// than what follows.
+    pub(super) fn recent(&self) -> f64 {
+        let (skipped, count) = (self.samples.len() / 2, self.samples.len().div_ceil(2));
+        if count == 0 {
+            return Self::ASSUMED;
+        }
+        self.samples.iter().skip(skipped).sum::<f64>() / count as f64
+    }
+
     /// What a copy can count on.
     pub(super) fn usual(&self) -> f64 {
         self.percentile(0.25)

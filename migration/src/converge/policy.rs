@@ -205,7 +205,7 @@ impl Policy {
             natural,
             working_set: hot.map_or(f64::INFINITY, |hot| hot.max(self.most_dirty)),
             fastest: self.goal.cpus as f64 * Self::FASTEST,
-            link: self.link.median(),
+            link: self.link.recent(),
             link_usual: self.link.usual(),
             final_usual: final_usual.min(cap),
             final_worst: final_worst.min(cap * 0.95),

@@ -67,11 +67,16 @@ fn dirtied_is_what_was_marked_beyond_what_was_cleared() {
 fn bandwidth_is_a_low_percentile_of_busy_steps() {
     let mut link = Bandwidth::default();
     assert!(!link.is_known());
-    assert_eq!(link.usual(), Bandwidth::ASSUMED);
+    assert_eq!(
+        (link.usual(), link.recent()),
+        (Bandwidth::ASSUMED, Bandwidth::ASSUMED)
+    );
     for speed in 1..=40 {
         link.add(&sent(f64::from(speed) * 1e6, 0.01), 1.0, 1e-4);
     }
     assert_eq!((link.usual(), link.median()), (1.1e9, 2.1e9));
+    // The later half: from 21 to 40, as the first of all was the opening.
+    assert_eq!(link.recent(), 3.05e9);
     assert!(link.worst() < 0.3e9);
     // None of these says anything about the link.
     let before = link.median();
