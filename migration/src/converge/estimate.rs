@@ -134,9 +134,9 @@ impl Bandwidth {
         self.samples.iter().skip(skipped).sum::<f64>() / count as f64
     }
 
-    /// What a copy reaches that nothing gets in the way of.
-    pub(super) fn best(&self) -> f64 {
-        self.percentile(0.9)
+    /// What a copy reaches that little gets in the way of.
+    pub(super) fn good(&self) -> f64 {
+        self.percentile(0.75)
     }
 
     /// What a copy can count on.

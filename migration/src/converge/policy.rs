@@ -178,9 +178,9 @@ impl Policy {
         let unsent = seen.unsent as f64 - zero;
         let (rate, first) = (self.rate.rate(), seen.round <= 1);
         // A burst is a copy like the final one, not a moment of it; but during the final one the guest leaves its
-        // CPUs to whoever copies, which few bursts are so lucky as to find.
+        // CPUs to whoever copies, which not every burst is so lucky as to find.
         let (final_usual, final_worst) = if self.burst.is_known() {
-            (self.burst.best(), self.burst.worst())
+            (self.burst.good(), self.burst.worst())
         } else {
             (self.link.usual(), self.link.worst())
         };

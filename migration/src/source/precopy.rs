@@ -199,9 +199,10 @@ impl Job<'_> {
         let switch = matches!(decision.verdict, Verdict::Switch);
         if switch || n == 1 {
             let mut costs = self.rehearse(link, alive, watch.costs)?;
-            // One slow rehearsal may be the host's fault; the least of a few is the machine's.
-            for _ in 1..REHEARSALS {
-                if costs.total() * 3 <= self.options.max_downtime {
+            // One slow rehearsal may be the host's fault, or that of a destination that is still busy with what it
+            // has just been sent; the least of a few is the machine's.
+            for done in 1..REHEARSALS {
+                if done > 1 && costs.total() * 3 <= self.options.max_downtime {
                     break;
                 }
                 let again = self.rehearse(link, alive, watch.costs)?;

@@ -47,7 +47,7 @@ pub(crate) enum Experiment {
 impl Experiment {
     /// Seconds for the repetition of runs that the host spoiled. Those of the overload are long.
     pub(crate) fn spare_seconds(self) -> u32 {
-        if self == Experiment::Overload { 120 } else { 30 }
+        if self == Experiment::Overload { 120 } else { 60 }
     }
 
     /// Measures; `wanted` names the rows.
