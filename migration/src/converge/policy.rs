@@ -325,6 +325,6 @@ impl Policy {
 
     fn is_in_time(&self, now: &Outlook) -> bool {
         self.left(now)
-            .is_none_or(|left| now.dirty / now.final_usual <= left)
+            .is_none_or(|left| now.dirty / now.final_worst <= left)
     }
 }
