@@ -33,5 +33,5 @@ pub use ports::{
 };
 pub use report::{DataPath, Downtime, MemoryDigest, Outcome, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, migrate};
-pub use text::chain;
+pub use text::{chain, list};
 pub use transport::{Endpoint, EndpointError, TransportError};

@@ -180,7 +180,7 @@ impl PageSet {
     }
 
     /// The bitmap of a region, if there is one of this number.
-    pub(crate) fn region_words(&self, region: usize) -> Option<&[u64]> {
+    pub fn region_words(&self, region: usize) -> Option<&[u64]> {
         self.regions.get(region).map(|bits| bits.words.as_slice())
     }
 

@@ -28,8 +28,8 @@ pub(crate) fn clean(text: &str) -> String {
     text.chars().take(MAX_PEER_TEXT).map(printable).collect()
 }
 
-/// Differences, each with what was expected and what came.
-pub(crate) fn list(differences: &[Difference]) -> String {
+/// Differences, each with what was expected and what came, on one line.
+pub fn list(differences: &[Difference]) -> String {
     let one = |Difference { what, expected, got }: &Difference| {
         format!(
             "{}: expected {}, got {}",

@@ -140,6 +140,24 @@ impl Host {
         Ok((vm, endpoint))
     }
 
+    /// Starts `godwit restore` under a name of its own and waits until it has its guest.
+    pub fn restore(&self, directory: &Path, arguments: &[&str]) -> Result<Vm> {
+        let name = self.new_name();
+        let mut command = self.command(["restore", "--name", &name]);
+        command.arg(directory).args(arguments);
+        let prefix = format!("godwit: {name} is restored");
+        let vm = Vm {
+            name,
+            process: Process::spawn(command)?,
+            host: self.clone(),
+        };
+        let restored = |line: &str| line.starts_with(&prefix).then_some(());
+        vm.process
+            .stderr()
+            .wait("the guest to be restored", 0, PATIENCE, restored)?;
+        Ok(vm)
+    }
+
     /// Fails if a VM left something in the run-time directory.
     pub fn check_clean(&self) -> Result<()> {
         let left = entries(&self.run_dir())?;

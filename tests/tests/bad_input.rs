@@ -1,6 +1,9 @@
 //! What bad input gets: one line that names the thing, what was expected and what came; the right exit code;
 //! nothing left behind.
 
+#[path = "bad_input/snapshots.rs"]
+mod snapshots;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod probe;
 pub mod report;
 pub mod rundir;
+pub mod snapshot;
 pub mod supervisor;
 pub mod vcpu;
 

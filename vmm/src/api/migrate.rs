@@ -1,5 +1,6 @@
 //! What a client may ask of a migration, and what it is told.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use migration::{
@@ -54,6 +55,8 @@ pub enum RequestError {
     Duration { field: &'static str, got: f64 },
     #[error("streams: expected 1 to {MAX_STREAMS}, got {0}")]
     Streams(u32),
+    #[error("path: expected an absolute path, got {0}")]
+    RelativePath(PathBuf),
     #[error("{field}: expected more than 0 bytes per second; leave it out for no limit")]
     Rate { field: &'static str },
 }

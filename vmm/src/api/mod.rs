@@ -10,6 +10,7 @@
 //! | `GET /migration` | the live `Progress`, 404 if there is none |
 //! | `DELETE /migration` | cancels |
 //! | `PUT /migration/resolve` | [`ResolveRequest`]; the response is a [`Resolution`] |
+//! | `PUT /snapshot` | [`SnapshotRequest`]; the response, when it is complete, is a [`SnapshotReport`] |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.
@@ -17,10 +18,12 @@
 mod migrate;
 mod routes;
 mod server;
+mod snapshot;
 mod types;
 
 pub mod client;
 
 pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Verdict};
 pub use server::ApiServer;
+pub use snapshot::{SnapshotReport, SnapshotRequest};
 pub use types::{Action, ActionType, Fault, InstanceInfo, InstanceState, Version, VmState, VmUpdate};

@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
+use super::snapshot::{SnapshotReport, SnapshotRequest};
 use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
 use crate::VERSION;
 use crate::console::{Console, ConsoleInput};
@@ -48,6 +49,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/actions", put(action))
         .route("/migration", put(migrate).get(progress).delete(cancel))
         .route("/migration/resolve", put(resolve))
+        .route("/snapshot", put(snapshot))
         .route("/console", get(console))
         .with_state(context)
 }
@@ -72,6 +74,7 @@ impl From<Refusal> for Failure {
         let status = match refusal {
             Refusal::NoMigration => StatusCode::NOT_FOUND,
             Refusal::Migrating
+            | Refusal::Snapshotting
             | Refusal::NoMachine
             | Refusal::InDoubt
             | Refusal::NoDoubt
@@ -198,6 +201,19 @@ async fn resolve(State(context): State<Context>, body: JsonBody<ResolveRequest>)
         .ask(|reply| Request::Resolve(decision, reply))
         .await?;
     Ok(Json(resolution))
+}
+
+async fn snapshot(
+    State(context): State<Context>,
+    body: JsonBody<SnapshotRequest>,
+) -> Answer<Json<SnapshotReport>> {
+    let Json(request) = body?;
+    request.check()?;
+    let report = context
+        .supervisor
+        .ask(|reply| Request::Snapshot(request, reply))
+        .await?;
+    Ok(Json(report))
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

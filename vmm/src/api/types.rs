@@ -3,6 +3,8 @@
 use migration::Progress;
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::SnapshotProgress;
+
 /// Life cycle of an instance. `Running` and `Paused` are Firecracker's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum InstanceState {
@@ -51,6 +53,8 @@ pub struct InstanceInfo {
     pub in_doubt: Option<String>,
     /// The migration under way.
     pub migration: Option<Progress>,
+    /// The snapshot that is being written.
+    pub snapshot: Option<SnapshotProgress>,
 }
 
 /// The program's version.

@@ -6,7 +6,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
-use super::help::{MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RUN_EXAMPLES};
+use super::help::{
+    MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES, RUN_EXAMPLES,
+    SNAPSHOT_EXAMPLES,
+};
 use super::units;
 use crate::config::DiskConfig;
 
@@ -28,9 +31,15 @@ pub(super) enum Command {
     /// Wait for a guest that moves here, and run it.
     #[command(after_help = RECEIVE_EXAMPLES)]
     Receive(ReceiveArgs),
+    /// Start a guest from a snapshot.
+    #[command(after_help = RESTORE_EXAMPLES)]
+    Restore(RestoreArgs),
     /// Move a running guest to another host.
     #[command(after_help = MIGRATE_EXAMPLES)]
     Migrate(MigrateArgs),
+    /// Put a guest in files, from which it can be started again, and more than once.
+    #[command(after_help = SNAPSHOT_EXAMPLES)]
+    Snapshot(SnapshotArgs),
     /// Show what a VM is and does.
     Status(OutputArgs),
     /// Cancel a VM's migration; the guest runs on where it is.
@@ -92,7 +101,7 @@ pub(super) struct RunArgs {
     pub(super) disks: Vec<RunDisk>,
 }
 
-/// What `run` and `receive` have in common.
+/// What `run`, `receive` and `restore` have in common.
 #[derive(Debug, Args)]
 pub(super) struct CommonArgs {
     /// Name of the VM [default: vm-PID]
@@ -123,6 +132,42 @@ pub(super) struct ReceiveArgs {
     /// Make this much memory resident before listening, for a machine that has exactly that much
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(super) reserve: Option<u64>,
+}
+
+/// Arguments of `restore`.
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// What `godwit snapshot` wrote
+    #[arg(value_name = "DIR")]
+    pub(super) directory: PathBuf,
+    #[command(flatten)]
+    pub(super) common: CommonArgs,
+    /// Backend of a disk of the machine; may be given several times
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = receive_disk)]
+    pub(super) disks: Vec<(String, PathBuf)>,
+    /// Let the guest run; otherwise it waits for `godwit resume`
+    #[arg(long)]
+    pub(super) resume: bool,
+    /// Read all memory and check it before the guest runs; otherwise pages are read when they are needed
+    #[arg(long)]
+    pub(super) preload: bool,
+}
+
+/// Arguments of `snapshot`.
+#[derive(Debug, Args)]
+pub(super) struct SnapshotArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// The directory that is to be made
+    #[arg(value_name = "DIR")]
+    pub(super) directory: PathBuf,
+    /// Let the guest run on here afterwards; otherwise the VM ends
+    #[arg(long)]
+    pub(super) keep_running: bool,
+    /// Print the report as one JSON object on stdout
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// Arguments of `migrate`.

@@ -13,6 +13,23 @@ Examples:
   godwit receive --name web --listen tcp:0.0.0.0:7000
   godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web";
 
+pub(super) const RESTORE_EXAMPLES: &str = "\
+Examples:
+  godwit restore web.snapshot --name web --resume
+  godwit restore web.snapshot --disk root=clone-1.img --name clone-1 --resume
+  godwit restore web.snapshot --preload --resume
+
+The snapshot is only read, and must stay as long as a guest runs from it without --preload. Any number of guests
+can run from one snapshot, each with disks of its own.";
+
+pub(super) const SNAPSHOT_EXAMPLES: &str = "\
+Examples:
+  godwit snapshot web web.snapshot
+  godwit pause web; godwit snapshot web web.snapshot --keep-running; cp web.img clone.img; godwit resume web
+
+Disks are not part of it: whoever lets the guest run on copies them while it is paused.
+Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";
+
 pub(super) const MIGRATE_EXAMPLES: &str = "\
 Examples:
   godwit migrate web tcp:host-b:7000

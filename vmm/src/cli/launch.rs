@@ -1,18 +1,21 @@
-//! `run` and `receive`: the commands that become a VM.
+//! `run`, `receive` and `restore`: the commands that become a VM.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
 
 use anyhow::Context;
+use devices::GuestMemory;
 use migration::{ReceiveOptions, Receiver};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::Uptime;
 
 use super::Exit;
-use super::args::{CommonArgs, ReceiveArgs, RunArgs};
+use super::args::{CommonArgs, ReceiveArgs, RestoreArgs, RunArgs};
 use super::signals::Held;
+use super::snapshot::MemoryBar;
 use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
 use crate::config::{ConfigError, Wishes, check_disk_id};
@@ -20,6 +23,7 @@ use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination};
 use crate::memory;
 use crate::rundir::{ApiSocket, check_name};
+use crate::snapshot::{Snapshot, Watch};
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
 /// The log's verbosity, in tracing's syntax.
@@ -34,8 +38,9 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     } else {
         tracing::info!("CPU template {}", config.template);
     }
+    let name = checked_name(&args.common)?;
     let held = Held::hold();
-    let (name, socket) = bind(&args.common)?;
+    let socket = bind(&args.common, &name)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let machine = Machine::boot(&config, &console, supervisor.event_sink())?;
@@ -52,8 +57,9 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     if let Some(reserve) = args.reserve {
         memory::check_size(reserve).map_err(ConfigError::from)?;
     }
+    let name = checked_name(&args.common)?;
     let held = Held::hold();
-    let (name, socket) = bind(&args.common)?;
+    let socket = bind(&args.common, &name)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let arrival = Arrival {
@@ -71,6 +77,59 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     supervise(supervisor, server)
 }
 
+pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
+    init_log(args.common.log.as_deref())?;
+    let arrival = Arrival {
+        disks: received_disks(args.disks)?,
+        max_memory: None,
+        reserve: None,
+    };
+    let name = checked_name(&args.common)?;
+    let snapshot = Snapshot::open(&args.directory)?;
+    let console = Console::to_stdout().context("console")?;
+    let mut supervisor = Supervisor::new(&name, console.clone());
+    let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
+    destination.check_all(snapshot.machine())?;
+    // May take long, and leaves nothing behind: a signal may end it where it stands.
+    let memory = snapshot_memory(&snapshot, args.preload)?;
+    let held = Held::hold();
+    let socket = bind(&args.common, &name)?;
+    let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
+    drop(held);
+    let machine = destination.restore_snapshot(&snapshot, memory, args.resume)?;
+    supervisor.adopt(machine, &server);
+    let after = if args.resume {
+        "runs".into()
+    } else {
+        format!("is paused; `godwit resume {name}` lets it go on")
+    };
+    // Scripts wait for this line.
+    eprintln!("godwit: {name} is restored and {after}");
+    supervise(supervisor, server)
+}
+
+fn snapshot_memory(snapshot: &Snapshot, preload: bool) -> anyhow::Result<GuestMemory> {
+    // Other processes could not share what is mapped from a file for this one alone.
+    if !preload && !snapshot.machine().shared_memory {
+        return Ok(snapshot.map()?);
+    }
+    let (watch, bar) = (Watch::default(), MemoryBar::new());
+    let (done, waiting) = mpsc::channel::<()>();
+    let memory = std::thread::scope(|scope| {
+        let (watch, bar) = (&watch, &bar);
+        scope.spawn(move || {
+            while waiting.recv_timeout(MemoryBar::INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                bar.show(&watch.progress());
+            }
+        });
+        let memory = snapshot.read(watch);
+        drop(done);
+        memory
+    });
+    bar.clear();
+    Ok(memory?)
+}
+
 fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {
     let terminal = RawTerminal::enter().context("terminal")?;
     forward_stdin(&server, supervisor.handle(), terminal.is_some())?;
@@ -79,6 +138,7 @@ fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> 
     match ending? {
         Ending::Guest(reason) => tracing::info!("the guest ended: {reason:?}"),
         Ending::Stopped => tracing::info!("stopped"),
+        Ending::Saved => tracing::info!("saved: the guest is in the snapshot"),
         Ending::Moved => tracing::info!("moved: the guest runs at the destination"),
     }
     Ok(Exit::Done)
@@ -114,17 +174,20 @@ fn received_disks(disks: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, Path
     Ok(by_id)
 }
 
-fn bind(common: &CommonArgs) -> anyhow::Result<(String, ApiSocket)> {
+fn checked_name(common: &CommonArgs) -> anyhow::Result<String> {
     let name = common
         .name
         .clone()
         .unwrap_or_else(|| format!("vm-{}", std::process::id()));
     check_name(&name)?;
-    let socket = match &common.api_sock {
+    Ok(name)
+}
+
+fn bind(common: &CommonArgs, name: &str) -> anyhow::Result<ApiSocket> {
+    Ok(match &common.api_sock {
         Some(path) => ApiSocket::bind(path)?,
-        None => ApiSocket::for_name(&name)?,
-    };
-    Ok((name, socket))
+        None => ApiSocket::for_name(name)?,
+    })
 }
 
 /// To stderr or a file, never to stdout, which is the guest's console.

@@ -8,6 +8,7 @@ mod migrate;
 mod progress;
 mod report;
 mod signals;
+mod snapshot;
 mod terminal;
 mod units;
 
@@ -79,7 +80,9 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
     match command {
         Command::Run(args) => launch::run(args),
         Command::Receive(args) => launch::receive(args),
+        Command::Restore(args) => launch::restore(args),
         Command::Migrate(args) => migrate::run(args),
+        Command::Snapshot(args) => snapshot::run(&args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
         Command::Resolve(args) => client::resolve(&args),

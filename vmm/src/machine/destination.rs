@@ -78,6 +78,14 @@ impl MigrationDestination {
         Ok(())
     }
 
+    /// Fails, with all reasons, where this host cannot run the machine.
+    pub fn check_all(&self, description: &MachineDescription) -> Result<(), MachineError> {
+        match self.check(description) {
+            differences if differences.is_empty() => Ok(()),
+            differences => Err(MachineError::Unfit(differences)),
+        }
+    }
+
     /// The machine, once it has been received.
     pub fn into_machine(self) -> Option<Machine> {
         self.machine
@@ -152,7 +160,11 @@ impl MigrationDestination {
         ))
     }
 
-    fn build(&self, description: &MachineDescription, memory: GuestMemory) -> Result<Machine, MachineError> {
+    pub(super) fn build(
+        &self,
+        description: &MachineDescription,
+        memory: GuestMemory,
+    ) -> Result<Machine, MachineError> {
         let mut disks = Vec::new();
         for device in description
             .devices

@@ -53,6 +53,10 @@ pub enum MachineError {
     Bus(#[from] devices::bus::BusError),
     #[error("saved state")]
     State(#[from] migration_state::StateError),
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::SnapshotError),
+    #[error("this host cannot run the machine: {}", migration::list(.0))]
+    Unfit(Vec<migration::Difference>),
     #[error("saved state: {what}: expected {expected}, got {got}")]
     Mismatch {
         what: &'static str,

@@ -8,6 +8,7 @@ mod device_thread;
 mod devices;
 mod error;
 mod source;
+mod standstill;
 mod state;
 
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use arrival::Arrival;
 pub use destination::MigrationDestination;
 pub use error::MachineError;
 pub use source::MigrationSource;
+pub use standstill::Standstill;
 
 pub(crate) use self::devices::{INSTANCE_PREFIX, RNG_ID};
 

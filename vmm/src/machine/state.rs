@@ -58,8 +58,9 @@ pub(super) struct Pending {
 }
 
 impl Machine {
-    /// Saves a machine that is paused since `paused_at`, with its devices drained.
+    /// Saves a machine that is paused since `paused_at`, with its devices drained. Fails if it has come to its end.
     pub(super) fn save(&self, paused_at: Instant) -> Result<Vec<u8>, MachineError> {
+        self.check_goes_on()?;
         let mut envelope = Envelope::new();
         let record = MachineRecord {
             paused_by_user: self.is_held_by(Holder::User),
@@ -68,6 +69,21 @@ impl Machine {
         self.save_processors(&mut envelope, paused_at)?;
         self.devices.save(&mut envelope)?;
         Ok(envelope.encode())
+    }
+
+    /// The vCPUs are out, so what this finds is the last word: the news of an end does not travel with the state,
+    /// and whoever restores it would have a guest that stands still for ever.
+    fn check_goes_on(&self) -> Result<(), MachineError> {
+        let ended = match self.devices.exit_reason() {
+            Some(reason) => format!("its end: {reason:?}"),
+            None if self.has_failed_vcpu() => "one with a vCPU that failed".into(),
+            None => return Ok(()),
+        };
+        Err(MachineError::Mismatch {
+            what: "save",
+            expected: "a guest that goes on".into(),
+            got: ended,
+        })
     }
 
     /// Pauses the vCPUs, saves what is not a device's, and lets them go on; how long that takes is what a

@@ -20,6 +20,8 @@ pub enum MemoryError {
     MoreThanHost { got: u64, host: u64 },
     #[error("memfd of {len} bytes")]
     Memfd { len: u64, source: io::Error },
+    #[error("mapping the memory file of a snapshot")]
+    Private(#[source] io::Error),
     #[error("mapping {len} bytes of guest memory")]
     Map { len: u64, source: MmapRegionError },
     #[error("guest memory")]
@@ -42,7 +44,7 @@ pub enum MemoryError {
     Thread(#[source] io::Error),
     #[error("/proc/self/pagemap")]
     Pagemap(#[source] io::Error),
-    #[error("looking for data in a memfd")]
+    #[error("looking for data in the file behind guest memory")]
     Seek(#[source] io::Error),
     #[error("KVM_SET_USER_MEMORY_REGION slot {slot}")]
     Slot { slot: u32, source: kvm_ioctls::Error },

@@ -1,11 +1,10 @@
-//! Where guest memory lies: anonymous memory, a memfd of our own, or memfds of another process.
+//! Where guest memory lies: anonymous memory, a memfd of our own, memfds of another process, or a snapshot's file.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use devices::GuestMemory;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -17,6 +16,7 @@ use vm_memory::{
 };
 
 use super::MemoryError;
+use super::marks::Region;
 use crate::boot::layout::PAGE_SIZE;
 
 /// Less than this cannot hold the firmware tables and a kernel.
@@ -45,8 +45,12 @@ pub fn check_size(size: u64) -> Result<(), MemoryError> {
 pub fn create(ranges: &[(u64, u64)], shared: bool) -> Result<GuestMemory, MemoryError> {
     let mut mappings = Vec::with_capacity(ranges.len());
     for (_, len) in ranges {
-        let file = if shared { Some(memfd(*len)?) } else { None };
-        mappings.push(map(*len, file)?);
+        let backing = if shared {
+            Backing::Shared(memfd(*len)?)
+        } else {
+            Backing::Anonymous
+        };
+        mappings.push(map(*len, backing)?);
     }
     place(ranges, mappings)
 }
@@ -63,7 +67,20 @@ pub fn adopt(ranges: &[(u64, u64)], files: Vec<OwnedFd>) -> Result<GuestMemory, 
     let mut mappings = Vec::with_capacity(ranges.len());
     for (index, (file, (_, len))) in files.into_iter().zip(ranges).enumerate() {
         check_file(index, &file, *len)?;
-        mappings.push(map(*len, Some(file.into()))?);
+        mappings.push(map(*len, Backing::Shared(file.into()))?);
+    }
+    place(ranges, mappings)
+}
+
+/// Guest memory of the given ranges, whose pages are those of the file, one range after the other, until they are
+/// written to: the file is only read. It must have all of them, as long as the memory lives: a page that is not there
+/// kills whoever touches it.
+pub fn map_private(ranges: &[(u64, u64)], file: &File) -> Result<GuestMemory, MemoryError> {
+    let (mut mappings, mut offset) = (Vec::with_capacity(ranges.len()), 0);
+    for (_, len) in ranges {
+        let file = file.try_clone().map_err(MemoryError::Private)?;
+        mappings.push(map(*len, Backing::Private(FileOffset::new(file, offset)))?);
+        offset += len;
     }
     place(ranges, mappings)
 }
@@ -78,20 +95,23 @@ pub fn ranges(memory: &GuestMemory) -> Vec<(u64, u64)> {
 
 /// Whether other processes can map the memory as well.
 pub fn is_shared(memory: &GuestMemory) -> bool {
-    memory.iter().all(|region| region.file_offset().is_some())
+    memory.iter().all(|region| shared_file(region).is_some())
 }
 
-/// The memfds behind shared memory, in the order of its regions; nothing for anonymous memory.
+/// The memfds behind shared memory, in the order of its regions; nothing for other memory.
 pub fn files(memory: &GuestMemory) -> io::Result<Option<Vec<OwnedFd>>> {
     memory
         .iter()
-        .map(|region| {
-            region
-                .file_offset()
-                .map(|file| file.file().try_clone().map(OwnedFd::from))
-        })
+        .map(|region| shared_file(region).map(|file| file.try_clone().map(OwnedFd::from)))
         .collect::<Option<io::Result<Vec<_>>>>()
         .transpose()
+}
+
+/// The file that a region writes to.
+pub(super) fn shared_file(region: &Region) -> Option<&File> {
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    let shared = mapping.flags() & libc::MAP_SHARED != 0;
+    region.file_offset().filter(|_| shared).map(FileOffset::file)
 }
 
 fn memfd(len: u64) -> Result<File, MemoryError> {
@@ -153,16 +173,27 @@ fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<AtomicBitmap>>) -> Resu
     GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Regions(error.to_string()))
 }
 
-fn map(len: u64, file: Option<File>) -> Result<MmapRegion<AtomicBitmap>, MemoryError> {
+enum Backing {
+    Anonymous,
+    Shared(File),
+    Private(FileOffset),
+}
+
+fn map(len: u64, backing: Backing) -> Result<MmapRegion<AtomicBitmap>, MemoryError> {
     let page_size = NonZeroUsize::MIN.saturating_add(PAGE_SIZE as usize - 1);
     let bitmap = AtomicBitmap::new(len as usize, page_size);
     let builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-    let builder = match file {
-        Some(file) => builder
-            .with_file_offset(FileOffset::from_arc(Arc::new(file), 0))
+    let builder = match backing {
+        Backing::Anonymous => {
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        }
+        Backing::Shared(file) => builder
+            .with_file_offset(FileOffset::new(file, 0))
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
-        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+        Backing::Private(file) => builder
+            .with_file_offset(file)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE),
     };
     let region = builder
         .build()
@@ -189,6 +220,7 @@ fn advise_huge_pages(region: &MmapRegion<AtomicBitmap>) {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::fs::FileExt;
 
     use vm_memory::Bytes;
 
@@ -224,6 +256,21 @@ mod tests {
         // And on to the next.
         adopt(&ranges, files(&other).unwrap().unwrap()).unwrap();
         assert!(files(&create(&ranges, false).unwrap()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_that_is_mapped_privately_stays_as_it_is() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 * LEN).unwrap();
+        file.write_all_at(&[7; 4096], LEN + 4096).unwrap();
+        let memory = map_private(&[(0, LEN), (1 << 32, 2 * LEN)], &file).unwrap();
+        assert!(!is_shared(&memory) && files(&memory).unwrap().is_none());
+        let gpa = GuestAddress((1 << 32) + 4096);
+        assert_eq!(memory.read_obj::<u8>(gpa).unwrap(), 7);
+        memory.write_obj(8u8, gpa).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, LEN + 4096).unwrap();
+        assert_eq!((byte, memory.read_obj::<u8>(gpa).unwrap()), ([7], 8));
     }
 
     #[test]

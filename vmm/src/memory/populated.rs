@@ -7,9 +7,10 @@ use std::os::unix::fs::FileExt;
 use devices::GuestMemory;
 use migration::{MemoryRange, PageSet};
 use rustix::fs::SeekFrom;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::MemoryError;
+use super::mapping::shared_file;
 use super::marks::{Region, pages};
 use crate::boot::layout::PAGE_SIZE;
 
@@ -26,7 +27,9 @@ pub fn populated(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryE
     for (index, region) in memory.iter().enumerate() {
         if let Some(file) = region.file_offset() {
             // The file's own map: this process need not have touched what another one wrote.
-            in_file(file.file(), region, into)?;
+            in_file(file, region, into)?;
+        }
+        if shared_file(region).is_some() {
             continue;
         }
         let pagemap = match &mut pagemap {
@@ -76,20 +79,21 @@ fn word(entries: &[u8]) -> u64 {
     })
 }
 
-fn in_file(file: &File, region: &Region, into: &mut PageSet) -> Result<(), MemoryError> {
-    let seek = |to| match rustix::fs::seek(file, to) {
-        Ok(at) => Ok(Some(at.min(region.len()))),
+fn in_file(file: &FileOffset, region: &Region, into: &mut PageSet) -> Result<(), MemoryError> {
+    let start = file.start();
+    let seek = |to| match rustix::fs::seek(file.file(), to) {
+        Ok(at) => Ok(Some((at - start).min(region.len()))),
         // Nothing but a hole up to the end.
         Err(rustix::io::Errno::NXIO) => Ok(None),
         Err(error) => Err(MemoryError::Seek(error.into())),
     };
     let mut at = 0;
     while at < region.len() {
-        let Some(data) = seek(SeekFrom::Data(at))? else {
+        let Some(data) = seek(SeekFrom::Data(start + at))? else {
             break;
         };
         // Pages can be taken out of the file in between: then the hole begins right there.
-        let hole = seek(SeekFrom::Hole(data))?.unwrap_or(data);
+        let hole = seek(SeekFrom::Hole(start + data))?.unwrap_or(data);
         if hole > data {
             into.insert_range(MemoryRange {
                 gpa: region.start_addr().0 + data,
@@ -106,9 +110,22 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::memory::create;
+    use crate::memory::{create, map_private};
 
     const HIGH: u64 = 1 << 32;
+
+    #[test]
+    fn what_lies_in_a_private_file_is_populated_as_well() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 12).unwrap();
+        file.write_all_at(&[1; 4096], 5 << 12).unwrap();
+        let memory = map_private(&[(0, 4 << 12), (HIGH, 4 << 12)], &file).unwrap();
+        memory.write_obj(1u8, GuestAddress(2 << 12)).unwrap();
+        let mut found = PageSet::of(&memory).unwrap();
+        populated(&memory, &mut found).unwrap();
+        assert!(found.contains(2 << 12) && found.contains(HIGH + 4096));
+        assert!(!found.contains(HIGH) && !found.contains(HIGH + (3 << 12)));
+    }
 
     #[test]
     fn only_what_was_written_is_populated() {

@@ -5,6 +5,7 @@ mod moves;
 mod operate;
 mod request;
 mod resolve;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,7 @@ use crate::vcpu::VcpuFailure;
 
 pub(crate) use request::{Arrived, Ended, Event};
 use resolve::{Resolving, Side};
+use snapshot::SnapshotJob;
 
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 
@@ -39,6 +41,8 @@ pub enum Ending {
     Stopped,
     /// The guest runs elsewhere now.
     Moved,
+    /// The guest is in a snapshot now.
+    Saved,
 }
 
 /// Why a VM's process ends with a failure.
@@ -87,6 +91,7 @@ pub struct Supervisor {
     console: Console,
     life: Option<Life>,
     migration: Option<MigrationJob>,
+    snapshot: Option<SnapshotJob>,
     resolving: Option<Resolving>,
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
@@ -107,6 +112,7 @@ impl Supervisor {
             console,
             life: None,
             migration: None,
+            snapshot: None,
             resolving: None,
             receiver: None,
             stop_at: None,
@@ -160,6 +166,7 @@ impl Supervisor {
             }
         };
         let ending = self.settle(ending);
+        let ending = self.settle_snapshot(ending);
         self.end(server);
         ending
     }
@@ -182,6 +189,7 @@ impl Supervisor {
             Event::VcpuFailed(failure) => return Some(Err(failure.into())),
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
             Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
+            Event::SnapshotEnded(ended) => return self.snapshot_ended(ended).map(Ok),
             Event::Answered(said) => return self.answered(said).map(Ok),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
@@ -212,6 +220,7 @@ impl Supervisor {
                         .ok_or(Refusal::NoMigration),
                 );
             }
+            Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Cancel(reply) => answer(reply, self.cancel()),
             // Answered where the loop can end.
             Request::Stop(reply) => answer(reply, Err(Refusal::Gone)),

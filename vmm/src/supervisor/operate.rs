@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use migration::Control;
 
-use super::{Ending, Life, POWER_OFF_GRACE, Refusal, Supervisor, failed};
+use super::{Ending, Life, POWER_OFF_GRACE, Refusal, SnapshotJob, Supervisor, failed};
 use crate::VERSION;
 use crate::api::{InstanceInfo, InstanceState};
 use crate::machine::Machine;
@@ -20,10 +20,12 @@ impl Supervisor {
         }
     }
 
-    /// The machine, if no migration has it.
+    /// The machine, if no migration and no snapshot has it.
     pub(super) fn idle_machine(&self) -> Result<&Arc<Machine>, Refusal> {
         if self.migration.is_some() {
             Err(Refusal::Migrating)
+        } else if self.snapshot.is_some() {
+            Err(Refusal::Snapshotting)
         } else {
             self.machine()
         }
@@ -51,6 +53,7 @@ impl Supervisor {
                 InstanceState::Paused
             }
             Some(Life::Here(machine)) if machine.is_held_by(Holder::Startup) => InstanceState::Paused,
+            Some(Life::Here(machine)) if machine.is_held_by(Holder::Snapshot) => InstanceState::Paused,
             Some(Life::Here(_)) => InstanceState::Running,
             Some(Life::Receiving(_)) | None => InstanceState::Receiving,
         };
@@ -68,6 +71,7 @@ impl Supervisor {
                 _ => None,
             },
             migration: self.control().map(|control| control.progress()),
+            snapshot: self.snapshot.as_ref().map(SnapshotJob::progress),
         }
     }
 

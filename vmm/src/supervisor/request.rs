@@ -8,7 +8,7 @@ use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, 
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
-use crate::api::{InstanceInfo, Resolution};
+use crate::api::{InstanceInfo, Resolution, SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MigrationSource};
 use crate::vcpu::VcpuFailure;
 
@@ -18,6 +18,8 @@ use crate::vcpu::VcpuFailure;
 pub enum Refusal {
     #[error("a migration is under way: expected none; `godwit status` shows it")]
     Migrating,
+    #[error("a snapshot is being written: expected none; `godwit status` shows how far it is")]
+    Snapshotting,
     #[error("no machine here yet: it is still being received")]
     NoMachine,
     #[error("the last migration is in doubt: the guest may run at its other end, and stays paused here")]
@@ -66,6 +68,8 @@ pub enum Request {
         /// Answered when the job has started.
         reply: Reply<MigrationFeed>,
     },
+    /// Put the machine in files; the answer comes when that has ended.
+    Snapshot(SnapshotRequest, Reply<SnapshotReport>),
     /// How far is the migration?
     Progress(Reply<Progress>),
     /// End the migration; the guest runs on here.
@@ -96,6 +100,8 @@ pub(crate) enum Event {
     Terminate,
     /// The migration job has ended.
     MigrationEnded(Box<Ended>),
+    /// The snapshot job has ended.
+    SnapshotEnded(Result<SnapshotReport, String>),
     /// The destination of a migration in doubt was asked.
     Answered(Result<Answer, AskError>),
     /// The receiving job has no machine after all, and waits for the next.

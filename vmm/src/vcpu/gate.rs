@@ -12,6 +12,8 @@ pub enum Holder {
     User = 2,
     /// A migration's stop-and-copy, or its aftermath.
     Migration = 4,
+    /// The machine is being put in files, or was.
+    Snapshot = 8,
 }
 
 /// What a vCPU thread does next.

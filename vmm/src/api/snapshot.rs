@@ -1,0 +1,43 @@
+//! `PUT /snapshot`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::migrate::RequestError;
+
+/// Body of `PUT /snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// The directory that is to be made; absolute.
+    pub path: PathBuf,
+    /// Whether the guest goes on here afterwards; otherwise the VM ends.
+    #[serde(default)]
+    pub keep_running: bool,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// The directory.
+    pub path: PathBuf,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Bytes of it that are not zero, and so take up space.
+    pub stored_bytes: u64,
+    /// How long the guest stood still; where it does not go on, until the snapshot was complete.
+    pub paused_ms: f64,
+    /// From the request to the complete snapshot.
+    pub total_ms: f64,
+}
+
+impl SnapshotRequest {
+    /// A server's working directory is not its client's.
+    pub(super) fn check(&self) -> Result<(), RequestError> {
+        if self.path.is_absolute() {
+            return Ok(());
+        }
+        Err(RequestError::RelativePath(self.path.clone()))
+    }
+}

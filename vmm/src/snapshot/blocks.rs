@@ -1,0 +1,301 @@
+//! Guest memory and its file, block by block and on several threads: what is written, what is read, what is
+//! hashed.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+
+use devices::GuestMemory;
+use migration::{MemoryRegion, PageSet};
+use vm_memory::bitmap::{AtomicBitmap, RefSlice};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
+};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{SnapshotError, Watch};
+use crate::boot::layout::PAGE_SIZE;
+
+/// Bytes of guest memory with a checksum of their own; the last of a region may be shorter.
+pub(super) const BLOCK: u64 = 2 << 20;
+/// Threads beyond this wait for memory or for the disk.
+const MOST_THREADS: usize = 4;
+/// Bytes that a word of a page set stands for.
+const WORD: u64 = 64 * PAGE_SIZE;
+
+/// A block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Block {
+    /// Where it is in the guest.
+    gpa: u64,
+    len: u64,
+    /// Where it is in the file.
+    offset: u64,
+    /// The region that it is in, and its first page there.
+    region: usize,
+    page: u64,
+}
+
+/// Checksums and the number of pages with content.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Contents {
+    pub(super) checksums: Vec<u64>,
+    pub(super) pages: u64,
+}
+
+/// Bytes of all regions together; nothing where that is more than there can be.
+pub(super) fn file_len(regions: &[MemoryRegion]) -> Option<u64> {
+    regions
+        .iter()
+        .try_fold(0u64, |sum, region| sum.checked_add(region.len))
+}
+
+/// Number of blocks of these regions.
+pub(super) fn count(regions: &[MemoryRegion]) -> u64 {
+    regions.iter().map(|region| region.len.div_ceil(BLOCK)).sum()
+}
+
+/// Writes those pages of `memory` to the file at `path` that are in `pages` and not zero. Nothing may write to
+/// the memory meanwhile.
+pub(super) fn write(
+    memory: &GuestMemory,
+    pages: &PageSet,
+    path: &Path,
+    watch: &Watch,
+) -> Result<Contents, SnapshotError> {
+    let open = || {
+        OpenOptions::new()
+            .write(true)
+            .open(path)
+            .map_err(SnapshotError::io(path))
+    };
+    each_block(memory, watch, open, |file, block| {
+        let words = pages.region_words(block.region).unwrap_or_default();
+        let first = (block.page / 64) as usize;
+        let words = words.get(first..).unwrap_or_default();
+        let stored = stored_pages(memory, block, |word| words.get(word).copied().unwrap_or(0))?;
+        for run in runs(&stored) {
+            let (gpa, len) = (
+                block.gpa + run.start * PAGE_SIZE,
+                (run.end - run.start) * PAGE_SIZE,
+            );
+            let at = SeekFrom::Start(block.offset + run.start * PAGE_SIZE);
+            file.seek(at).map_err(SnapshotError::io(path))?;
+            let slice = slice(memory, gpa, len, path)?;
+            file.write_all_volatile(&slice)
+                .map_err(|error| SnapshotError::io(path)(plain(error)))?;
+        }
+        hash(memory, block, &stored, path)
+    })
+}
+
+/// Reads the file into `memory`, which is zero so far, and compares it with the checksums.
+pub(super) fn read(
+    memory: &GuestMemory,
+    file: &File,
+    path: &Path,
+    expected: &[u64],
+    watch: &Watch,
+) -> Result<(), SnapshotError> {
+    // A description of its own for each thread, with a position of its own, of the very file that was checked.
+    let open = || File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(SnapshotError::io(path));
+    let found = each_block(memory, watch, open, |file, block| {
+        let end = block.offset + block.len;
+        let mut at = block.offset;
+        // A page that is not read is not looked at either: that would put a page of zeroes there.
+        let mut filled = vec![0; block.len.div_ceil(WORD) as usize];
+        while let Some(data) = data_from(file, at, end, path)? {
+            let (start, len) = (data.start - block.offset, data.end - data.start);
+            file.seek(SeekFrom::Start(data.start))
+                .map_err(SnapshotError::io(path))?;
+            let mut slice = slice(memory, block.gpa + start, len, path)?;
+            file.read_exact_volatile(&mut slice)
+                .map_err(|error| SnapshotError::io(path)(plain(error)))?;
+            for page in start / PAGE_SIZE..(start + len).div_ceil(PAGE_SIZE) {
+                filled[(page / 64) as usize] |= 1 << (page % 64);
+            }
+            at = data.end;
+        }
+        let stored = stored_pages(memory, block, |word| filled[word])?;
+        hash(memory, block, &stored, path)
+    })?;
+    let wrong = found
+        .checksums
+        .iter()
+        .zip(expected)
+        .position(|(found, expected)| found != expected);
+    let Some(index) = wrong else {
+        return Ok(());
+    };
+    let block = blocks(memory)[index];
+    Err(SnapshotError::Block {
+        path: path.into(),
+        offset: block.offset,
+        len: block.len,
+        expected: expected[index],
+        got: found.checksums[index],
+    })
+}
+
+/// Does `work` for every block, with what `open` gives each thread; it returns a block's checksum and its pages.
+fn each_block<T>(
+    memory: &GuestMemory,
+    watch: &Watch,
+    open: impl Fn() -> Result<T, SnapshotError> + Sync,
+    work: impl Fn(&mut T, &Block) -> Result<(u64, u64), SnapshotError> + Sync,
+) -> Result<Contents, SnapshotError> {
+    let blocks = blocks(memory);
+    watch.begin(blocks.iter().map(|block| block.len).sum());
+    let checksums: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
+    let (next, pages) = (AtomicUsize::new(0), AtomicU64::new(0));
+    let take_turns = || -> Result<(), SnapshotError> {
+        let mut own = open()?;
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let (Some(block), Some(checksum)) = (blocks.get(index), checksums.get(index)) else {
+                return Ok(());
+            };
+            let (sum, count) = work(&mut own, block)?;
+            checksum.store(sum, Ordering::Relaxed);
+            pages.fetch_add(count, Ordering::Relaxed);
+            watch.advance(block.len)?;
+        }
+    };
+    let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS)) - 1;
+    thread::scope(|scope| {
+        let helper = |_| {
+            thread::Builder::new()
+                .name("snapshot".into())
+                .spawn_scoped(scope, take_turns)
+                .map_err(SnapshotError::Thread)
+        };
+        let helpers: Vec<_> = (0..helpers).map(helper).collect::<Result<_, _>>()?;
+        let mut done = take_turns();
+        for helper in helpers {
+            let other = helper
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            done = done.and(other);
+        }
+        done
+    })?;
+    Ok(Contents {
+        checksums: checksums.into_iter().map(AtomicU64::into_inner).collect(),
+        pages: pages.into_inner(),
+    })
+}
+
+fn blocks(memory: &GuestMemory) -> Vec<Block> {
+    let (mut blocks, mut offset) = (Vec::new(), 0);
+    for (index, (gpa, len)) in crate::memory::ranges(memory).into_iter().enumerate() {
+        for start in (0..len).step_by(BLOCK as usize) {
+            let len = BLOCK.min(len - start);
+            blocks.push(Block {
+                gpa: gpa + start,
+                len,
+                offset,
+                region: index,
+                page: start / PAGE_SIZE,
+            });
+            offset += len;
+        }
+    }
+    blocks
+}
+
+/// A bit for each page of the block that is a candidate and not zero.
+fn stored_pages(
+    memory: &GuestMemory,
+    block: &Block,
+    candidates: impl Fn(usize) -> u64,
+) -> Result<Vec<u64>, SnapshotError> {
+    let mut stored = Vec::with_capacity(block.len.div_ceil(WORD) as usize);
+    for (word, start) in (0..block.len).step_by(WORD as usize).enumerate() {
+        let pages = (block.len - start).min(WORD) / PAGE_SIZE;
+        let inside = u64::MAX >> (64 - pages);
+        let bits = candidates(word) & inside;
+        let zero = migration_io::zero_pages(memory, block.gpa + start, bits)?;
+        stored.push(bits & !zero);
+    }
+    Ok(stored)
+}
+
+/// Runs of set bits, as pages of the block.
+fn runs(words: &[u64]) -> Vec<std::ops::Range<u64>> {
+    let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
+    for page in set_bits(words) {
+        match runs.last_mut() {
+            Some(run) if run.end == page => run.end += 1,
+            _ => runs.push(page..page + 1),
+        }
+    }
+    runs
+}
+
+fn set_bits(words: &[u64]) -> impl Iterator<Item = u64> {
+    (0u64..).zip(words).flat_map(|(index, word)| {
+        (0..64)
+            .filter(move |bit| word >> bit & 1 != 0)
+            .map(move |bit| index * 64 + bit)
+    })
+}
+
+/// The checksum of a block: of the number in the block and the content of each page that is not zero. So it is the
+/// same whether a page of zeroes is a hole or not. Also counts them.
+fn hash(
+    memory: &GuestMemory,
+    block: &Block,
+    stored: &[u64],
+    path: &Path,
+) -> Result<(u64, u64), SnapshotError> {
+    let (mut hash, mut count) = (Xxh3::new(), 0);
+    let mut content = [0; PAGE_SIZE as usize];
+    for page in set_bits(stored) {
+        // Hashing a copy that stays in the cache costs little, and needs no Rust reference to guest memory.
+        slice(memory, block.gpa + page * PAGE_SIZE, PAGE_SIZE, path)?.copy_to(&mut content[..]);
+        hash.update(&(page as u32).to_le_bytes());
+        hash.update(&content);
+        count += 1;
+    }
+    Ok((hash.digest(), count))
+}
+
+type Slice<'a> = VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>;
+
+fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result<Slice<'a>, SnapshotError> {
+    memory
+        .get_slice(GuestAddress(gpa), len as usize)
+        .map_err(|error| SnapshotError::io(path)(io::Error::other(error)))
+}
+
+/// The first stretch of the file from `at` on, and before `end`, that is no hole.
+fn data_from(
+    file: &File,
+    at: u64,
+    end: u64,
+    path: &Path,
+) -> Result<Option<std::ops::Range<u64>>, SnapshotError> {
+    use rustix::fs::{SeekFrom, seek};
+    if at >= end {
+        return Ok(None);
+    }
+    let failed = |error: rustix::io::Errno| SnapshotError::io(path)(error.into());
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Ok(start) if start < end => start,
+        // Nothing but a hole up to the end of the file.
+        Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let hole = seek(file, SeekFrom::Hole(start)).map_err(failed)?;
+    Ok(Some(start..hole.min(end)))
+}
+
+fn plain(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,131 @@
+//! What a snapshot is, sealed by a checksum.
+
+use std::path::Path;
+
+use migration::MachineDescription;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::SnapshotError;
+use crate::boot::layout::PAGE_SIZE;
+
+/// The format that this version writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// What a snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// The version of godwit that wrote it.
+    pub godwit_version: String,
+    /// When the guest stood still, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+    /// The machine, as a destination is told about it.
+    pub machine: MachineDescription,
+    /// The file with the machine's state.
+    pub state: FileRecord,
+    /// The file with the checksums of memory.
+    pub checksums: FileRecord,
+    /// Pages of memory that are not zero.
+    pub pages: u64,
+}
+
+/// A file that is read as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRecord {
+    /// Its length.
+    pub bytes: u64,
+    /// Its xxh3-64, in hexadecimal digits.
+    pub xxh3: String,
+}
+
+/// The file: the manifest's text is part of it as it is, so that the checksum is about every byte of it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sealed {
+    format: u32,
+    xxh3: String,
+    manifest: Box<RawValue>,
+}
+
+/// What every format begins with.
+#[derive(Deserialize)]
+struct Head {
+    format: u32,
+}
+
+impl FileRecord {
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        Self {
+            bytes: bytes.len() as u64,
+            xxh3: checksum(bytes),
+        }
+    }
+
+    /// Compares what was read from `path` with what was written.
+    pub(super) fn check(&self, bytes: &[u8], path: &Path) -> Result<(), SnapshotError> {
+        if self.bytes != bytes.len() as u64 {
+            return Err(SnapshotError::Length {
+                path: path.into(),
+                expected: self.bytes,
+                got: bytes.len() as u64,
+            });
+        }
+        check_sum(&self.xxh3, bytes, path)
+    }
+}
+
+impl Manifest {
+    /// Bytes of memory that are not zero.
+    pub fn stored_bytes(&self) -> u64 {
+        self.pages.saturating_mul(PAGE_SIZE)
+    }
+
+    pub(super) fn seal(&self) -> Result<Vec<u8>, serde_json::Error> {
+        let manifest = serde_json::value::to_raw_value(self)?;
+        let mut text = serde_json::to_vec(&Sealed {
+            format: FORMAT,
+            xxh3: checksum(manifest.get().as_bytes()),
+            manifest,
+        })?;
+        text.push(b'\n');
+        Ok(text)
+    }
+
+    /// From the bytes of the file at `path`. Untrusted.
+    pub(super) fn unseal(bytes: &[u8], path: &Path) -> Result<Self, SnapshotError> {
+        let bad = |source| SnapshotError::Manifest {
+            path: path.into(),
+            source,
+        };
+        let Head { format } = serde_json::from_slice(bytes).map_err(bad)?;
+        if format != FORMAT {
+            return Err(SnapshotError::Format {
+                path: path.into(),
+                got: format,
+            });
+        }
+        let sealed: Sealed = serde_json::from_slice(bytes).map_err(bad)?;
+        let text = sealed.manifest.get();
+        check_sum(&sealed.xxh3, text.as_bytes(), path)?;
+        serde_json::from_str(text).map_err(bad)
+    }
+}
+
+fn checksum(bytes: &[u8]) -> String {
+    format!("{:016x}", xxh3_64(bytes))
+}
+
+fn check_sum(expected: &str, bytes: &[u8], path: &Path) -> Result<(), SnapshotError> {
+    let got = checksum(bytes);
+    if expected == got {
+        return Ok(());
+    }
+    Err(SnapshotError::Checksum {
+        path: path.into(),
+        expected: expected.into(),
+        got,
+    })
+}

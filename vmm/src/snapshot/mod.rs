@@ -1,0 +1,33 @@
+//! A machine in files: what `godwit snapshot` leaves and `godwit restore` starts from.
+//!
+//! | file | content |
+//! |---|---|
+//! | `manifest.json` | format, what the machine is, lengths and checksums of the small files; sealed by a checksum |
+//! | `state` | the machine's saved state, the same envelope as in a migration |
+//! | `memory` | guest RAM, region after region; pages of zeroes are holes |
+//! | `checksums` | an xxh3-64 for each [`blocks::BLOCK`] of `memory`, little endian |
+//!
+//! The directory appears under its name when all of it is on the disk, and never before: it is written under
+//! another name beside it ([`Draft`]), synchronised and renamed. Everything in it is untrusted when it is read
+//! ([`Snapshot`]).
+
+mod blocks;
+mod draft;
+mod error;
+mod load;
+mod manifest;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+pub use draft::Draft;
+pub use error::SnapshotError;
+pub use load::Snapshot;
+pub use manifest::{FORMAT, Manifest};
+pub use watch::{SnapshotProgress, Watch};
+
+/// File names in the directory.
+const MANIFEST: &str = "manifest.json";
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+const CHECKSUMS: &str = "checksums";

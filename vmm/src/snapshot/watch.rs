@@ -1,0 +1,52 @@
+//! How far a snapshot is, and whether it is still wanted.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use super::SnapshotError;
+
+/// How far the memory of a snapshot is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotProgress {
+    /// Bytes of guest memory that were looked at.
+    pub done_bytes: u64,
+    /// All bytes of guest memory.
+    pub total_bytes: u64,
+}
+
+/// Shared by whoever writes or reads a snapshot and whoever waits for it.
+#[derive(Debug, Default)]
+pub struct Watch {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Watch {
+    /// How far it is.
+    pub fn progress(&self) -> SnapshotProgress {
+        SnapshotProgress {
+            done_bytes: self.done.load(Ordering::Relaxed),
+            total_bytes: self.total.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Asks for an early end.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn begin(&self, total: u64) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// So many more bytes are done.
+    pub(super) fn advance(&self, bytes: u64) -> Result<(), SnapshotError> {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(SnapshotError::Cancelled);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! A machine that is put in files.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::request::Reply;
+use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, answer, failed};
+use crate::api::{SnapshotReport, SnapshotRequest};
+use crate::machine::{Machine, MachineError};
+use crate::snapshot::{Draft, SnapshotProgress, Watch};
+use crate::vcpu::Holder;
+
+/// The job, and who waits for it.
+pub(super) struct SnapshotJob {
+    thread: JoinHandle<()>,
+    watch: Arc<Watch>,
+    keep_running: bool,
+    reply: Reply<SnapshotReport>,
+}
+
+impl SnapshotJob {
+    pub(super) fn progress(&self) -> SnapshotProgress {
+        self.watch.progress()
+    }
+}
+
+impl Supervisor {
+    /// Starts a snapshot; `reply` is answered when it has ended.
+    pub(super) fn snapshot(&mut self, request: SnapshotRequest, reply: Reply<SnapshotReport>) {
+        let machine = match self.idle_machine() {
+            Ok(machine) if machine.is_held_by(Holder::Migration) => Err(Refusal::NotTakenBack),
+            other => other.cloned(),
+        };
+        let machine = match machine {
+            Ok(machine) => machine,
+            Err(refusal) => return answer(reply, Err(refusal)),
+        };
+        let watch = Arc::new(Watch::default());
+        let keep_running = request.keep_running;
+        match start(machine, request, watch.clone(), self.handle.clone()) {
+            Ok(thread) => {
+                self.snapshot = Some(SnapshotJob {
+                    thread,
+                    watch,
+                    keep_running,
+                    reply,
+                });
+            }
+            Err(error) => answer(reply, Err(failed(error))),
+        }
+    }
+
+    pub(super) fn snapshot_ended(&mut self, ended: Result<SnapshotReport, String>) -> Option<Ending> {
+        let job = self.snapshot.take()?;
+        let saved = ended.is_ok() && !job.keep_running;
+        answer(job.reply, ended.map_err(Refusal::Failed));
+        saved.then_some(Ending::Saved)
+    }
+
+    /// Ends the snapshot under way, if there is one. If the end came too late for it, the guest is in it.
+    pub(super) fn settle_snapshot(
+        &mut self,
+        ending: Result<Ending, SupervisorError>,
+    ) -> Result<Ending, SupervisorError> {
+        let Some(job) = self.snapshot.take() else {
+            return ending;
+        };
+        job.watch.cancel();
+        // A panic in it has been reported by the panic hook.
+        let _ = job.thread.join();
+        let ended = self.events.try_iter().find_map(|event| match event {
+            Event::SnapshotEnded(ended) => Some(ended),
+            _ => None,
+        });
+        let saved = matches!(ended, Some(Ok(_))) && !job.keep_running;
+        answer(
+            job.reply,
+            ended.map_or(Err(Refusal::Gone), |ended| ended.map_err(Refusal::Failed)),
+        );
+        if saved { Ok(Ending::Saved) } else { ending }
+    }
+}
+
+fn start(
+    machine: Arc<Machine>,
+    request: SnapshotRequest,
+    watch: Arc<Watch>,
+    supervisor: SupervisorHandle,
+) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name("snapshot".into())
+        .spawn(move || {
+            let write = AssertUnwindSafe(|| write(&machine, &request, &watch));
+            let ended = catch_unwind(write).map_or_else(
+                |_| Err("the snapshot job panicked".into()),
+                |ended| ended.map_err(|error| migration::chain(&error)),
+            );
+            if let Err(error) = &ended {
+                tracing::warn!("no snapshot in {}: {error}", request.path.display());
+            }
+            // The supervisor must be the last owner of the machine when it hears of the end.
+            drop(machine);
+            supervisor.send(Event::SnapshotEnded(ended));
+        })
+}
+
+/// The guest goes on as soon as its memory was read, or stays as it is for good once all is on the disk. Whatever
+/// fails before that leaves it running.
+fn write(
+    machine: &Machine,
+    request: &SnapshotRequest,
+    watch: &Watch,
+) -> Result<SnapshotReport, MachineError> {
+    let began = Instant::now();
+    let draft = Draft::begin(&request.path)?;
+    let standstill = machine.stand_still()?;
+    let description = standstill.describe();
+    let state = standstill.state()?;
+    let (memory, populated) = standstill.memory()?;
+    let manifest = draft.write(description, &state, memory, &populated, watch)?;
+    let mut paused = standstill.elapsed();
+    if request.keep_running {
+        drop(standstill);
+        draft.publish()?;
+    } else {
+        draft.publish()?;
+        paused = standstill.elapsed();
+        standstill.keep();
+    }
+    Ok(SnapshotReport {
+        path: request.path.clone(),
+        memory_bytes: watch.progress().total_bytes,
+        stored_bytes: manifest.stored_bytes(),
+        paused_ms: paused.as_secs_f64() * 1e3,
+        total_ms: began.elapsed().as_secs_f64() * 1e3,
+    })
+}
