@@ -142,12 +142,16 @@ impl Host {
 
     /// Starts `godwit restore` under a name of its own and waits until it has its guest.
     pub fn restore(&self, directory: &Path, arguments: &[&str]) -> Result<Vm> {
-        let name = self.new_name();
-        let mut command = self.command(["restore", "--name", &name]);
+        self.restore_as(&self.new_name(), directory, arguments)
+    }
+
+    /// The same under any name.
+    pub fn restore_as(&self, name: &str, directory: &Path, arguments: &[&str]) -> Result<Vm> {
+        let mut command = self.command(["restore", "--name", name]);
         command.arg(directory).args(arguments);
         let prefix = format!("godwit: {name} is restored");
         let vm = Vm {
-            name,
+            name: name.into(),
             process: Process::spawn(command)?,
             host: self.clone(),
         };
@@ -185,6 +189,11 @@ impl Vm {
     pub fn status(&self) -> Result<Value> {
         let finished = self.godwit("status", &["--json"])?;
         serde_json::from_str(&finished.expect_code(0)?.stdout).context("status")
+    }
+
+    /// Where it is.
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     /// Its state, as `status` names it.

@@ -1,10 +1,12 @@
 //! Guests that go into files and come out of them: once, several times over, and after a life in between.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
-use tests::{BareGuest, Host, Journey, Vm};
+use tests::{BareGuest, Host, Journey, Process, Vm};
 
 /// The text of a path of ours.
 fn text(path: &Path) -> Result<&str> {
@@ -166,4 +168,119 @@ fn what_cannot_be_written_leaves_the_guest_running() -> Result<()> {
     ensure!(left == ["file", "run", "there"], "left behind: {left:?}");
     journey.verify()?;
     journey.end()
+}
+
+#[test]
+fn what_fails_half_way_leaves_the_guest_running() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 64,
+        fill: true,
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let host = journey.host.clone();
+    let pid = Pid::from_raw(journey.vm.process.id().cast_signed());
+    let limit = |current| {
+        let limit = Rlimit {
+            current,
+            maximum: None,
+        };
+        prlimit(pid, Resource::Fsize, limit).map(drop)
+    };
+    limit(Some(1 << 20))?;
+    for options in [&[][..], &["--keep-running"]] {
+        let directory = host.path("saved");
+        let finished = journey
+            .vm
+            .godwit("snapshot", &[&[text(&directory)?], options].concat())?;
+        finished.expect_code(1)?;
+        ensure!(finished.stderr.contains("File too large"), "got {finished:?}");
+        journey.vm.check_running()?;
+    }
+    ensure!(
+        std::fs::read_dir(host.path(""))?.count() == 1,
+        "something was left behind"
+    );
+    limit(None)?;
+    through_files(&mut journey, "saved", &[])?;
+    journey.end()
+}
+
+#[test]
+fn its_disk_is_free_when_the_command_ends() -> Result<()> {
+    let host = Host::new()?;
+    let disk = host.path("disk");
+    std::fs::write(&disk, [0; 4096])?;
+    let shown = format!("data={}", text(&disk)?);
+    let option = format!("id=data,path={}", text(&disk)?);
+    let mut journey = Journey::start(host.clone(), &BareGuest::default(), &["--disk", &option])?;
+    for number in 0..5 {
+        let directory = host.path(&format!("saved-{number}"));
+        snapshot(&journey.vm, &directory, &[])?;
+        // The same name, and the same disk, at once.
+        let name = journey.vm.name.clone();
+        let restored = host.restore_as(&name, &directory, &["--resume", "--disk", &shown])?;
+        journey.arrive(restored)?;
+        journey.vm.check_running()?;
+    }
+    journey.verify()?;
+    journey.end()
+}
+
+fn is_busy(vm: &Vm) -> Result<bool> {
+    Ok(vm.status()?["snapshot"].is_object())
+}
+
+/// Waits until a snapshot has begun, which must take longer than it takes to ask.
+fn wait_until_busy(vm: &Vm) -> Result<()> {
+    let begin = Instant::now();
+    while !is_busy(vm)? {
+        ensure!(begin.elapsed() < tests::PATIENCE, "no snapshot: {}", vm.status()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_end_that_is_asked_for_meanwhile() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 1024,
+        workset: "16M",
+        fill: true,
+        ..Default::default()
+    };
+    let mut vm = guest.boot(&Host::new()?, "vm-0", &[])?;
+    let host = vm.host().clone();
+    let directory = host.path("saved");
+    let words = ["snapshot", "vm-0", text(&directory)?, "--keep-running"];
+    let command = Process::spawn(host.command(words))?;
+    wait_until_busy(&vm)?;
+    // What would conflict is refused, and the rest waits for nobody.
+    let refused = vm.godwit("pause", &[])?;
+    if is_busy(&vm)? {
+        refused.expect_code(1)?;
+    }
+    vm.godwit("cancel", &[])?;
+    let finished = command.finish(tests::PATIENCE)?;
+    match finished.code {
+        Some(1) => ensure!(
+            finished.stderr.contains("cancelled") && !directory.exists(),
+            "got {finished:?}"
+        ),
+        code => ensure!(code == Some(0) && directory.exists(), "got {finished:?}"),
+    }
+    vm.godwit("resume", &[])?.expect_code(0)?;
+    vm.check_running()?;
+
+    let again = host.path("again");
+    let words = ["snapshot", "vm-0", text(&again)?, "--keep-running"];
+    let command = Process::spawn(host.command(words))?;
+    wait_until_busy(&vm)?;
+    vm.godwit("stop", &["--force"])?.expect_code(0)?;
+    vm.wait_success(tests::PATIENCE)?;
+    let finished = command.finish(tests::PATIENCE)?;
+    ensure!(
+        (finished.code == Some(0)) == again.exists(),
+        "the command and the directory differ: {finished:?}"
+    );
+    host.check_clean()
 }

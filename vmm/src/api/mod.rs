@@ -11,6 +11,7 @@
 //! | `DELETE /migration` | cancels |
 //! | `PUT /migration/resolve` | [`ResolveRequest`]; the response is a [`Resolution`] |
 //! | `PUT /snapshot` | [`SnapshotRequest`]; the response, when it is complete, is a [`SnapshotReport`] |
+//! | `DELETE /snapshot` | cancels, as `DELETE /migration` does |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.

@@ -49,7 +49,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/actions", put(action))
         .route("/migration", put(migrate).get(progress).delete(cancel))
         .route("/migration/resolve", put(resolve))
-        .route("/snapshot", put(snapshot))
+        .route("/snapshot", put(snapshot).delete(cancel))
         .route("/console", get(console))
         .with_state(context)
 }
@@ -75,6 +75,7 @@ impl From<Refusal> for Failure {
             Refusal::NoMigration => StatusCode::NOT_FOUND,
             Refusal::Migrating
             | Refusal::Snapshotting
+            | Refusal::Stopping
             | Refusal::NoMachine
             | Refusal::InDoubt
             | Refusal::NoDoubt

@@ -42,7 +42,7 @@ pub(super) enum Command {
     Snapshot(SnapshotArgs),
     /// Show what a VM is and does.
     Status(OutputArgs),
-    /// Cancel a VM's migration; the guest runs on where it is.
+    /// Cancel a VM's migration or snapshot; the guest runs on where it is.
     Cancel(VmArgs),
     /// Settle a migration in doubt: ask the other side, or decide.
     #[command(after_help = RESOLVE_HELP)]

@@ -15,13 +15,15 @@ use super::terminal::{ESCAPE, RawTerminal};
 use super::{Exit, progress};
 use crate::api::client::Client;
 use crate::api::{Action, ActionType, InstanceInfo, Resolution, ResolveRequest, Verdict, VmState, VmUpdate};
+use crate::report::figures::bytes;
 use crate::rundir;
+use crate::snapshot::SnapshotProgress;
 use crate::supervisor::POWER_OFF_GRACE;
 
 /// How often `stop` looks whether the VM has ended.
 const STOP_POLL: Duration = Duration::from_millis(50);
 /// How long a VM's process may take to end once it was told to.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client of the VM with that name or socket.
 pub(super) fn connect(vm: &str) -> anyhow::Result<Client> {
@@ -59,6 +61,14 @@ pub(super) fn status(args: &OutputArgs) -> anyhow::Result<Exit> {
     }
     if let Some(in_doubt) = info.in_doubt {
         writeln!(out, "  in doubt   {in_doubt}")?;
+    }
+    if let Some(SnapshotProgress {
+        done_bytes,
+        total_bytes,
+    }) = info.snapshot
+    {
+        let (done, total) = (bytes(done_bytes as f64), bytes(total_bytes as f64));
+        writeln!(out, "  snapshot   {done} of {total} of memory")?;
     }
     if let Some(progress) = info.migration {
         for line in progress::lines(&progress) {
@@ -142,7 +152,7 @@ async fn act(client: &Client, action_type: ActionType) -> anyhow::Result<()> {
 }
 
 /// Whether nobody answers at the socket any more, within `timeout`.
-async fn ended(path: &Path, timeout: Duration) -> bool {
+pub(super) async fn ended(path: &Path, timeout: Duration) -> bool {
     let gone = async {
         while tokio::net::UnixStream::connect(path).await.is_ok() {
             tokio::time::sleep(STOP_POLL).await;

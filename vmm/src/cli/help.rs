@@ -27,6 +27,7 @@ Examples:
   godwit snapshot web web.snapshot
   godwit pause web; godwit snapshot web web.snapshot --keep-running; cp web.img clone.img; godwit resume web
 
+Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
 Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";
 

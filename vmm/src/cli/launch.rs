@@ -14,7 +14,7 @@ use tracing_subscriber::fmt::time::Uptime;
 
 use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RestoreArgs, RunArgs};
-use super::signals::Held;
+use super::signals::{Held, outlive_file_size_limit};
 use super::snapshot::MemoryBar;
 use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
@@ -131,6 +131,7 @@ fn snapshot_memory(snapshot: &Snapshot, preload: bool) -> anyhow::Result<GuestMe
 }
 
 fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {
+    outlive_file_size_limit();
     let terminal = RawTerminal::enter().context("terminal")?;
     forward_stdin(&server, supervisor.handle(), terminal.is_some())?;
     let ending = supervisor.run(server);

@@ -1,9 +1,17 @@
 //! Signals that come while a VM is being started.
 
-use vmm_sys_util::signal::{block_signal, unblock_signal};
+use vmm_sys_util::signal::{block_signal, register_signal_handler, unblock_signal};
 
 /// Signals that ask a VM to end.
 const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// A file that becomes longer than this process may make one is an error for whoever writes it, not the guest's end.
+pub(super) fn outlive_file_size_limit() {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    if let Err(error) = register_signal_handler(libc::SIGXFSZ, nothing) {
+        tracing::warn!(?error, "a file that becomes too long will end the guest");
+    }
+}
 
 /// As long as it lives, signals that ask for the end wait. Without it, one that comes before there is a handler
 /// ends the process where it stands, with its sockets left behind.

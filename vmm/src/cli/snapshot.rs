@@ -4,19 +4,21 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::Exit;
 use super::args::SnapshotArgs;
-use super::client::{block_on, connect};
+use super::client::{STOP_TIMEOUT, block_on, ended};
 use crate::api::client::Client;
 use crate::api::{InstanceInfo, SnapshotReport, SnapshotRequest};
 use crate::report::figures::{bytes, duration};
+use crate::rundir;
 use crate::snapshot::SnapshotProgress;
 
 pub(super) fn run(args: &SnapshotArgs) -> anyhow::Result<Exit> {
-    let client = connect(&args.vm)?;
+    let socket = rundir::resolve(&args.vm)?;
+    let client = Client::new(&socket);
     // The VM may have another working directory.
     let path = std::path::absolute(&args.directory).context("snapshot directory")?;
     let request = SnapshotRequest {
@@ -24,13 +26,22 @@ pub(super) fn run(args: &SnapshotArgs) -> anyhow::Result<Exit> {
         keep_running: args.keep_running,
     };
     let bar = MemoryBar::new();
-    let report: SnapshotReport = block_on(async {
-        tokio::select! {
+    let report = block_on(async {
+        let report: SnapshotReport = tokio::select! {
             report = client.put("/snapshot", &request) => report,
             never = watch(&client, &bar) => match never {},
         }
-    })
-    .inspect(|_| bar.clear())??;
+        .inspect_err(|_| bar.clear())?;
+        bar.clear();
+        // Only then its name and its disks are free.
+        if !args.keep_running && !ended(&socket, STOP_TIMEOUT).await {
+            bail!(
+                "{}: the snapshot is complete, but the VM is still there after {STOP_TIMEOUT:?}",
+                args.vm
+            );
+        }
+        Ok(report)
+    })??;
     let mut out = io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
@@ -60,10 +71,16 @@ fn shown(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Shows how far it is, for as long as somebody waits for it.
+/// Shows how far it is, and cancels at Ctrl-C, for as long as somebody waits for it.
 async fn watch(client: &Client, bar: &MemoryBar) -> std::convert::Infallible {
     loop {
-        tokio::time::sleep(MemoryBar::INTERVAL).await;
+        tokio::select! {
+            () = tokio::time::sleep(MemoryBar::INTERVAL) => {}
+            _ = tokio::signal::ctrl_c() => {
+                // Where that comes too late, the answer that is waited for says so.
+                let _ = client.delete("/snapshot").await;
+            }
+        }
         // A VM that does not answer has something better to do: the answer that counts comes anyway.
         if let Ok(InstanceInfo {
             snapshot: Some(progress),

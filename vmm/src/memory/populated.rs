@@ -82,7 +82,7 @@ fn word(entries: &[u8]) -> u64 {
 fn in_file(file: &FileOffset, region: &Region, into: &mut PageSet) -> Result<(), MemoryError> {
     let start = file.start();
     let seek = |to| match rustix::fs::seek(file.file(), to) {
-        Ok(at) => Ok(Some((at - start).min(region.len()))),
+        Ok(at) => Ok(Some(at.saturating_sub(start).min(region.len()))),
         // Nothing but a hole up to the end.
         Err(rustix::io::Errno::NXIO) => Ok(None),
         Err(error) => Err(MemoryError::Seek(error.into())),

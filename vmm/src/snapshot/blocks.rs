@@ -151,7 +151,9 @@ fn each_block<T>(
     watch.begin(blocks.iter().map(|block| block.len).sum());
     let checksums: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
     let (next, pages) = (AtomicUsize::new(0), AtomicU64::new(0));
-    let take_turns = || -> Result<(), SnapshotError> {
+    // Nobody takes another block: what one has found holds for all.
+    let give_up = || next.store(blocks.len(), Ordering::Relaxed);
+    let turns = || -> Result<(), SnapshotError> {
         let mut own = open()?;
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
@@ -164,6 +166,7 @@ fn each_block<T>(
             watch.advance(block.len)?;
         }
     };
+    let take_turns = || turns().inspect_err(|_| give_up());
     let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS)) - 1;
     thread::scope(|scope| {
         let helper = |_| {
@@ -171,6 +174,7 @@ fn each_block<T>(
                 .name("snapshot".into())
                 .spawn_scoped(scope, take_turns)
                 .map_err(SnapshotError::Thread)
+                .inspect_err(|_| give_up())
         };
         let helpers: Vec<_> = (0..helpers).map(helper).collect::<Result<_, _>>()?;
         let mut done = take_turns();
@@ -284,13 +288,25 @@ fn data_from(
     }
     let failed = |error: rustix::io::Errno| SnapshotError::io(path)(error.into());
     let start = match seek(file, SeekFrom::Data(at)) {
-        Ok(start) if start < end => start,
+        Ok(start) if (at..end).contains(&start) => start,
         // Nothing but a hole up to the end of the file.
-        Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Ok(start) if start >= end => return Ok(None),
+        Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Ok(start) => return Err(SnapshotError::io(path)(nonsense(at, start))),
         Err(error) => return Err(failed(error)),
     };
     let hole = seek(file, SeekFrom::Hole(start)).map_err(failed)?;
+    if hole <= start {
+        return Err(SnapshotError::io(path)(nonsense(start + 1, hole)));
+    }
     Ok(Some(start..hole.min(end)))
+}
+
+/// A file system that cannot tell where its holes are.
+fn nonsense(from: u64, got: u64) -> io::Error {
+    io::Error::other(format!(
+        "SEEK_DATA, SEEK_HOLE: expected an offset from {from} on, got {got}"
+    ))
 }
 
 fn plain(error: VolatileMemoryError) -> io::Error {

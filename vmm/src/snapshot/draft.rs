@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use devices::GuestMemory;
 use migration::{MachineDescription, PageSet};
 use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::blocks;
@@ -21,6 +22,10 @@ use crate::VERSION;
 pub struct Draft {
     directory: TempDir,
     target: PathBuf,
+    /// The directory around both.
+    parent: File,
+    /// Open until they are on the disk: whoever opens them anew may not hear of what went wrong before.
+    files: Vec<(PathBuf, File)>,
 }
 
 impl Draft {
@@ -35,32 +40,40 @@ impl Draft {
         let mut prefix = OsString::from(".");
         prefix.push(name);
         prefix.push(".");
-        let parent = parent(target);
+        let around = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let parent = File::open(around).map_err(SnapshotError::io(around))?;
         // Its mode is 0700: what a guest has in memory is nobody else's business.
         let directory = tempfile::Builder::new()
             .prefix(&prefix)
-            .tempdir_in(parent)
-            .map_err(SnapshotError::io(parent))?;
+            .tempdir_in(around)
+            .map_err(SnapshotError::io(around))?;
         Ok(Self {
             directory,
             target: target.into(),
+            parent,
+            files: Vec::new(),
         })
     }
 
     /// Writes all files. Nothing may write to `memory` meanwhile, of which `populated` has all pages that may
     /// hold something.
     pub fn write(
-        &self,
+        &mut self,
         machine: MachineDescription,
         state: &[u8],
         memory: &GuestMemory,
         populated: &PageSet,
         watch: &Watch,
     ) -> Result<Manifest, SnapshotError> {
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let path = self.path(MEMORY);
         let file = File::create_new(&path).map_err(SnapshotError::io(&path))?;
-        let len = blocks::file_len(&machine.memory).unwrap_or(0);
+        let len = crate::memory::ranges(memory).iter().map(|(_, len)| len).sum();
         file.set_len(len).map_err(SnapshotError::io(&path))?;
+        self.files.push((path.clone(), file));
         let contents = blocks::write(memory, populated, &path, watch)?;
         let checksums: Vec<u8> = contents
             .checksums
@@ -69,7 +82,6 @@ impl Draft {
             .collect();
         self.create(CHECKSUMS, &checksums)?;
         self.create(STATE, state)?;
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let manifest = Manifest {
             godwit_version: VERSION.into(),
             created_unix_ms: now.as_millis() as u64,
@@ -78,53 +90,62 @@ impl Draft {
             checksums: FileRecord::of(&checksums),
             pages: contents.pages,
         };
-        let path = self.path(MANIFEST);
         let text = manifest.seal().map_err(|source| SnapshotError::Manifest {
-            path: path.clone(),
+            path: self.path(MANIFEST),
             source,
         })?;
         self.create(MANIFEST, &text)?;
         Ok(manifest)
     }
 
-    /// Puts it on the disk and gives it its name.
-    pub fn publish(self) -> Result<(), SnapshotError> {
-        for name in [MEMORY, CHECKSUMS, STATE, MANIFEST] {
-            synchronise(&self.path(name))?;
+    /// Puts it on the disk and gives it its name. After an error there is nothing of that name.
+    pub fn publish(self, watch: &Watch) -> Result<(), SnapshotError> {
+        for (path, file) in &self.files {
+            watch.check()?;
+            file.sync_all().map_err(SnapshotError::io(path))?;
         }
-        synchronise(self.directory.path())?;
-        let from = self.directory.path();
-        rustix::fs::renameat_with(CWD, from, CWD, &self.target, RenameFlags::NOREPLACE).map_err(|error| {
-            match error {
-                rustix::io::Errno::EXIST => SnapshotError::Exists(self.target.clone()),
-                other => SnapshotError::io(&self.target)(other.into()),
-            }
-        })?;
+        let draft = self.directory.path();
+        let sync = || File::open(draft)?.sync_all();
+        sync().map_err(SnapshotError::io(draft))?;
+        watch.check()?;
+        self.rename(draft)?;
+        if let Err(error) = self.parent.sync_all() {
+            // Back, so that it goes with the draft; where even that fails, nothing more can be done.
+            let _ = rustix::fs::rename(&self.target, draft);
+            return Err(SnapshotError::io(&self.target)(error));
+        }
         // There is nothing of that name any more to remove.
         let _ = self.directory.keep();
-        synchronise(parent(&self.target))
+        Ok(())
     }
 
-    fn create(&self, name: &str, content: &[u8]) -> Result<(), SnapshotError> {
+    /// Never over something.
+    fn rename(&self, draft: &Path) -> Result<(), SnapshotError> {
+        let renamed = match rustix::fs::renameat_with(CWD, draft, CWD, &self.target, RenameFlags::NOREPLACE) {
+            // Some file systems, NFS for one, cannot be asked for that. A directory without flags replaces an empty
+            // directory at most.
+            Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::rename(draft, &self.target),
+            renamed => renamed,
+        };
+        renamed.map_err(|error| match error {
+            Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR => SnapshotError::Exists(self.target.clone()),
+            other => SnapshotError::io(&self.target)(other.into()),
+        })
+    }
+
+    fn create(&mut self, name: &str, content: &[u8]) -> Result<(), SnapshotError> {
         let path = self.path(name);
-        let write = || File::create_new(&path)?.write_all(content);
-        write().map_err(SnapshotError::io(&path))
+        let write = || {
+            let mut file = File::create_new(&path)?;
+            file.write_all(content)?;
+            Ok(file)
+        };
+        let file = write().map_err(SnapshotError::io(&path))?;
+        self.files.push((path, file));
+        Ok(())
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
-}
-
-fn parent(target: &Path) -> &Path {
-    match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// fsync(2) of a file or a directory.
-fn synchronise(path: &Path) -> Result<(), SnapshotError> {
-    let sync = || File::open(path)?.sync_all();
-    sync().map_err(SnapshotError::io(path))
 }

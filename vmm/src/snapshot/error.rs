@@ -7,7 +7,7 @@ use migration::PageSetError;
 use migration_io::MemoryIoError;
 use thiserror::Error;
 
-use super::FORMAT;
+use super::manifest::FORMAT;
 use crate::memory::MemoryError;
 
 /// A snapshot could not be written or read.
@@ -22,6 +22,8 @@ pub enum SnapshotError {
     BadPath(PathBuf),
     #[error("{path}")]
     Io { path: PathBuf, source: io::Error },
+    #[error("{0}: expected a regular file, got something else")]
+    NoFile(PathBuf),
     #[error(
         "{path}: expected a snapshot of format {FORMAT}, got format {got}: use the godwit that it is for"
     )]

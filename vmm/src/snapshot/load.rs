@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use devices::GuestMemory;
@@ -12,7 +13,7 @@ use super::manifest::FileRecord;
 use super::{CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, Watch};
 use crate::memory;
 
-/// Most bytes of a manifest or a machine's state: many times what the largest machine has.
+/// Most bytes of a file that is read as a whole: many times what the largest machine has.
 const MOST_BYTES: u64 = 64 << 20;
 
 /// A snapshot whose small files were read and found to be whole.
@@ -46,7 +47,7 @@ impl Snapshot {
         let (checksums, _) = bytes.as_chunks();
         let checksums = checksums.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
         let memory_path = directory.join(MEMORY);
-        let memory = File::open(&memory_path).map_err(SnapshotError::io(&memory_path))?;
+        let memory = open(&memory_path)?;
         let metadata = memory.metadata().map_err(SnapshotError::io(&memory_path))?;
         // More than there can be is no file's length.
         let expected = blocks::file_len(regions).unwrap_or(u64::MAX);
@@ -99,12 +100,11 @@ fn read_checked(path: &Path, record: &FileRecord) -> Result<Vec<u8>, SnapshotErr
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
-    let read = || {
-        let (mut bytes, file) = (Vec::new(), File::open(path)?);
-        file.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().map_err(SnapshotError::io(path))?;
+    let mut bytes = Vec::new();
+    open(path)?
+        .take(MOST_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(SnapshotError::io(path))?;
     if bytes.len() as u64 > MOST_BYTES {
         let got = bytes.len() as u64;
         return Err(SnapshotError::TooLong {
@@ -114,6 +114,19 @@ fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
         });
     }
     Ok(bytes)
+}
+
+/// A regular file; nothing else is waited for, or even touched more than it takes to find out.
+fn open(path: &Path) -> Result<File, SnapshotError> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(SnapshotError::io(path))?;
+    if file.metadata().map_err(SnapshotError::io(path))?.is_file() {
+        return Ok(file);
+    }
+    Err(SnapshotError::NoFile(path.into()))
 }
 
 fn check_len(path: &Path, expected: u64, got: u64) -> Result<(), SnapshotError> {

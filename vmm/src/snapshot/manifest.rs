@@ -11,7 +11,7 @@ use super::SnapshotError;
 use crate::boot::layout::PAGE_SIZE;
 
 /// The format that this version writes and reads.
-pub const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 
 /// What a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +19,7 @@ pub const FORMAT: u32 = 1;
 pub struct Manifest {
     /// The version of godwit that wrote it.
     pub godwit_version: String,
-    /// When the guest stood still, in milliseconds since 1970.
+    /// When its memory began to be written, in milliseconds since 1970.
     pub created_unix_ms: u64,
     /// The machine, as a destination is told about it.
     pub machine: MachineDescription,

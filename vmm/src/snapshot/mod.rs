@@ -23,7 +23,7 @@ mod watch;
 pub use draft::Draft;
 pub use error::SnapshotError;
 pub use load::Snapshot;
-pub use manifest::{FORMAT, Manifest};
+pub use manifest::Manifest;
 pub use watch::{SnapshotProgress, Watch};
 
 /// File names in the directory.

@@ -30,9 +30,10 @@ fn machine() -> MachineDescription {
 fn write(memory: &GuestMemory, target: &Path) -> Result<Manifest, SnapshotError> {
     let mut populated = PageSet::of(memory).unwrap();
     memory::populated(memory, &mut populated).unwrap();
-    let draft = Draft::begin(target)?;
-    let manifest = draft.write(machine(), b"state", memory, &populated, &Watch::default())?;
-    draft.publish()?;
+    let watch = Watch::default();
+    let mut draft = Draft::begin(target)?;
+    let manifest = draft.write(machine(), b"state", memory, &populated, &watch)?;
+    draft.publish(&watch)?;
     Ok(manifest)
 }
 
@@ -82,7 +83,7 @@ fn a_draft_that_is_dropped_leaves_nothing() {
     let memory = memory::create(&RANGES, false).unwrap();
     let watch = Watch::default();
     watch.cancel();
-    let draft = Draft::begin(&directory.path().join("saved")).unwrap();
+    let mut draft = Draft::begin(&directory.path().join("saved")).unwrap();
     let populated = PageSet::of(&memory).unwrap();
     let ended = draft.write(machine(), b"state", &memory, &populated, &watch);
     assert!(matches!(ended, Err(SnapshotError::Cancelled)), "{ended:?}");
@@ -97,13 +98,75 @@ fn who_comes_second_does_not_replace_the_first() {
     let target = directory.path().join("saved");
     let memory = memory::create(&RANGES, false).unwrap();
     let populated = PageSet::of(&memory).unwrap();
-    let late = Draft::begin(&target).unwrap();
-    late.write(machine(), b"late", &memory, &populated, &Watch::default())
+    let (mut late, watch) = (Draft::begin(&target).unwrap(), Watch::default());
+    late.write(machine(), b"late", &memory, &populated, &watch)
         .unwrap();
     write(&memory, &target).unwrap();
-    assert!(matches!(late.publish(), Err(SnapshotError::Exists(_))));
+    assert!(matches!(late.publish(&watch), Err(SnapshotError::Exists(_))));
     assert_eq!(Snapshot::open(&target).unwrap().state(), b"state");
     assert_eq!(names(directory.path()), ["saved"]);
+}
+
+#[test]
+fn a_cancelled_snapshot_is_not_published() {
+    let directory = tempfile::tempdir().unwrap();
+    let memory = memory::create(&RANGES, false).unwrap();
+    let (mut draft, watch) = (
+        Draft::begin(&directory.path().join("saved")).unwrap(),
+        Watch::default(),
+    );
+    let populated = PageSet::of(&memory).unwrap();
+    draft
+        .write(machine(), b"state", &memory, &populated, &watch)
+        .unwrap();
+    watch.cancel();
+    assert!(matches!(draft.publish(&watch), Err(SnapshotError::Cancelled)));
+    assert!(names(directory.path()).is_empty());
+}
+
+/// What somebody can seal who knows how.
+#[test]
+fn sealed_nonsense_is_refused() {
+    let region = |gpa, len| MemoryRegion { gpa, len };
+    for regions in [
+        vec![region(0, 1)],
+        vec![region(0, 0)],
+        vec![region(4096, 8192), region(8192, 4096)],
+        vec![region(0, !4095), region(!4095, 4096)],
+        vec![region(0, 1 << 60)],
+        vec![region(0, 4096)],
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name, bytes: &[u8]| std::fs::write(directory.path().join(name), bytes).unwrap();
+        let mut manifest = manifest();
+        manifest.machine.memory = regions.clone();
+        write(MANIFEST, &manifest.seal().unwrap());
+        write("state", b"state");
+        write("checksums", &[0; 24]);
+        write("memory", b"");
+        let error = Snapshot::open(directory.path()).unwrap_err();
+        let refused = matches!(
+            error,
+            SnapshotError::Regions { .. } | SnapshotError::Length { .. }
+        );
+        assert!(refused, "{regions:?}: {error}");
+    }
+}
+
+#[test]
+fn what_is_no_file_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(MANIFEST);
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &path,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    let error = Snapshot::open(directory.path()).unwrap_err();
+    assert!(matches!(error, SnapshotError::NoFile(_)), "{error}");
 }
 
 proptest! {

@@ -44,6 +44,11 @@ impl Watch {
     /// So many more bytes are done.
     pub(super) fn advance(&self, bytes: u64) -> Result<(), SnapshotError> {
         self.done.fetch_add(bytes, Ordering::Relaxed);
+        self.check()
+    }
+
+    /// An error where an early end was asked for.
+    pub(super) fn check(&self) -> Result<(), SnapshotError> {
         if self.cancelled.load(Ordering::Relaxed) {
             return Err(SnapshotError::Cancelled);
         }

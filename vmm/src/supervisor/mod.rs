@@ -96,7 +96,7 @@ pub struct Supervisor {
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
     stop_at: Option<Instant>,
-    /// Somebody asked for the end while a machine was being received.
+    /// Somebody asked for the end while a machine was being received, or a snapshot written.
     leaving: bool,
 }
 

@@ -41,6 +41,10 @@ impl Supervisor {
     }
 
     pub(super) fn cancel(&self) -> Result<(), Refusal> {
+        if let Some(snapshot) = &self.snapshot {
+            snapshot.cancel();
+            return Ok(());
+        }
         self.migration
             .as_ref()
             .ok_or(Refusal::NoMigration)?

@@ -53,7 +53,6 @@ impl Supervisor {
                 InstanceState::Paused
             }
             Some(Life::Here(machine)) if machine.is_held_by(Holder::Startup) => InstanceState::Paused,
-            Some(Life::Here(machine)) if machine.is_held_by(Holder::Snapshot) => InstanceState::Paused,
             Some(Life::Here(_)) => InstanceState::Running,
             Some(Life::Receiving(_)) | None => InstanceState::Receiving,
         };
@@ -100,6 +99,11 @@ impl Supervisor {
         }
         if self.stop_at.is_some() {
             return Some(Ending::Stopped);
+        }
+        if let Some(snapshot) = &self.snapshot {
+            // A guest that stands still hears no button. A second time does not wait for it.
+            snapshot.cancel();
+            return std::mem::replace(&mut self.leaving, true).then_some(Ending::Stopped);
         }
         if let Some(migration) = &self.migration {
             migration.job.control.cancel();

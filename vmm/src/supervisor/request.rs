@@ -20,6 +20,8 @@ pub enum Refusal {
     Migrating,
     #[error("a snapshot is being written: expected none; `godwit status` shows how far it is")]
     Snapshotting,
+    #[error("the guest has been asked to shut down: expected one that goes on")]
+    Stopping,
     #[error("no machine here yet: it is still being received")]
     NoMachine,
     #[error("the last migration is in doubt: the guest may run at its other end, and stays paused here")]
@@ -72,7 +74,7 @@ pub enum Request {
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
     /// How far is the migration?
     Progress(Reply<Progress>),
-    /// End the migration; the guest runs on here.
+    /// End the migration, or the snapshot; the guest runs on here.
     Cancel(Reply<()>),
     /// Find out what became of a migration in doubt, or decide.
     Resolve(Option<Decision>, Reply<Resolution>),

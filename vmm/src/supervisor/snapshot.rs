@@ -25,12 +25,18 @@ impl SnapshotJob {
     pub(super) fn progress(&self) -> SnapshotProgress {
         self.watch.progress()
     }
+
+    /// It ends soon, and the guest goes on; unless it is complete already.
+    pub(super) fn cancel(&self) {
+        self.watch.cancel();
+    }
 }
 
 impl Supervisor {
     /// Starts a snapshot; `reply` is answered when it has ended.
     pub(super) fn snapshot(&mut self, request: SnapshotRequest, reply: Reply<SnapshotReport>) {
         let machine = match self.idle_machine() {
+            Ok(_) if self.stop_at.is_some() => Err(Refusal::Stopping),
             Ok(machine) if machine.is_held_by(Holder::Migration) => Err(Refusal::NotTakenBack),
             other => other.cloned(),
         };
@@ -57,7 +63,13 @@ impl Supervisor {
         let job = self.snapshot.take()?;
         let saved = ended.is_ok() && !job.keep_running;
         answer(job.reply, ended.map_err(Refusal::Failed));
-        saved.then_some(Ending::Saved)
+        if saved {
+            return Some(Ending::Saved);
+        }
+        if std::mem::take(&mut self.leaving) {
+            return self.terminate();
+        }
+        None
     }
 
     /// Ends the snapshot under way, if there is one. If the end came too late for it, the guest is in it.
@@ -68,7 +80,7 @@ impl Supervisor {
         let Some(job) = self.snapshot.take() else {
             return ending;
         };
-        job.watch.cancel();
+        job.cancel();
         // A panic in it has been reported by the panic hook.
         let _ = job.thread.join();
         let ended = self.events.try_iter().find_map(|event| match event {
@@ -115,7 +127,7 @@ fn write(
     watch: &Watch,
 ) -> Result<SnapshotReport, MachineError> {
     let began = Instant::now();
-    let draft = Draft::begin(&request.path)?;
+    let mut draft = Draft::begin(&request.path)?;
     let standstill = machine.stand_still()?;
     let description = standstill.describe();
     let state = standstill.state()?;
@@ -124,9 +136,9 @@ fn write(
     let mut paused = standstill.elapsed();
     if request.keep_running {
         drop(standstill);
-        draft.publish()?;
+        draft.publish(watch)?;
     } else {
-        draft.publish()?;
+        draft.publish(watch)?;
         paused = standstill.elapsed();
         standstill.keep();
     }
