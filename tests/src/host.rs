@@ -1,10 +1,10 @@
 //! One host's `godwit`: a run-time directory of its own, and the VMs in it.
 
 use std::ffi::OsStr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -23,7 +23,6 @@ pub struct Host {
 struct Inner {
     fixtures: Fixtures,
     directory: TempDir,
-    named: AtomicU32,
 }
 
 /// A VM's process: `godwit run` or `godwit receive`.
@@ -60,11 +59,7 @@ impl Host {
             .context("temporary directory")?;
         std::fs::create_dir(directory.path().join("run"))?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                fixtures,
-                directory,
-                named: AtomicU32::new(0),
-            }),
+            inner: Arc::new(Inner { fixtures, directory }),
         })
     }
 
@@ -73,10 +68,12 @@ impl Host {
         &self.inner.fixtures
     }
 
-    /// A name that no VM has had here: `vm-1` and so on.
-    pub fn new_name(&self) -> String {
-        let before = self.inner.named.fetch_add(1, Ordering::Relaxed);
-        format!("vm-{}", before + 1)
+    /// The first of `vm-1` and so on that no running VM has here. That of a VM that was killed is one: whoever takes it
+    /// takes over what that left behind.
+    pub fn free_name(&self) -> String {
+        let taken = |name: &String| UnixStream::connect(self.run_dir().join(format!("{name}.sock"))).is_ok();
+        let mut names = (1..).map(|number: u32| format!("vm-{number}"));
+        names.find(|name| !taken(name)).unwrap_or_default()
     }
 
     /// A path for a file of the test, outside the run-time directory.
@@ -142,7 +139,7 @@ impl Host {
 
     /// Starts `godwit restore` under a name of its own and waits until it has its guest.
     pub fn restore(&self, directory: &Path, arguments: &[&str]) -> Result<Vm> {
-        self.restore_as(&self.new_name(), directory, arguments)
+        self.restore_as(&self.free_name(), directory, arguments)
     }
 
     /// The same under any name.

@@ -153,7 +153,7 @@ impl Journey {
 
     /// The same with further options of `godwit receive`.
     pub fn receiver_with(&self, listen: &str, options: &[&str]) -> Result<(Vm, String)> {
-        self.host.receive(&self.host.new_name(), listen, options)
+        self.host.receive(&self.host.free_name(), listen, options)
     }
 
     /// Moves the guest to a new process that listens on a free port.

@@ -149,13 +149,16 @@ impl Shared {
         }
     }
 
-    /// Starts to pass a connection on; gives it back if it cannot.
+    /// Starts to pass a connection on; gives it back if it cannot. The other side is then reset as well: it may have
+    /// seen the connection before the network went.
     fn open(self: &Arc<Self>, front: Socket, back: Socket) -> Result<(), Socket> {
         let Ok(bell) = Bell::new() else {
+            back.reset_on_close();
             return Err(front);
         };
         let mut state = self.lock();
         if state.cut {
+            back.reset_on_close();
             return Err(front);
         }
         let connection = state.next_connection();

@@ -94,7 +94,7 @@ impl Godwit {
 
     /// A process that waits for the guest, and where it listens.
     pub(crate) fn receiver(&mut self, asked: &Asked<'_>) -> Result<(Vm, String)> {
-        let name = self.journey.host.new_name();
+        let name = self.journey.host.free_name();
         let memory = format!("{}M", self.guest.memory_mib);
         let reserve: &[&str] = if asked.reserve {
             &["--reserve", &memory]
