@@ -106,7 +106,7 @@ fn a_missed_budget_fails_with_numbers_or_switches() -> Result<()> {
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let error = journey
         .vm
-        .migrate(&endpoint, &["--max-downtime", "1ms"])?
+        .migrate(&endpoint, &["--max-downtime", "100us"])?
         .stayed(Outcome::Failed)?;
     let numbers = error
         .split_whitespace()
@@ -118,11 +118,11 @@ fn a_missed_budget_fails_with_numbers_or_switches() -> Result<()> {
     );
     journey.vm.check_running()?;
 
-    let arguments = ["--max-downtime", "1ms", "--on-miss", "switch", "--verify"];
+    let arguments = ["--max-downtime", "100us", "--on-miss", "switch", "--verify"];
     let report = journey.hop_to(receiver, &endpoint, &arguments)?;
     ensure!(
         !report.budget_kept,
-        "a budget of 1 ms kept by a guest at full rate: {report:?}"
+        "a budget of 0.1 ms kept by a guest at full rate: {report:?}"
     );
     journey.verify()?;
     journey.end()
