@@ -107,11 +107,7 @@ impl Host {
     pub fn run<S: AsRef<OsStr>>(&self, name: &str, arguments: impl IntoIterator<Item = S>) -> Result<Vm> {
         let mut command = self.command(["run", "--name", name]);
         command.args(arguments);
-        Ok(Vm {
-            name: name.into(),
-            process: Process::spawn(command)?,
-            host: self.clone(),
-        })
+        self.start(name, command)
     }
 
     /// Starts `godwit receive` and waits until it listens; also returns where.
@@ -123,11 +119,7 @@ impl Host {
     ) -> Result<(Vm, String)> {
         let mut command = self.command(["receive", "--name", name, "--listen", listen]);
         command.args(arguments);
-        let vm = Vm {
-            name: name.into(),
-            process: Process::spawn(command)?,
-            host: self.clone(),
-        };
+        let vm = self.start(name, command)?;
         let prefix = format!("godwit: {name} is listening on ");
         let listens = |line: &str| line.strip_prefix(&prefix).map(str::to_owned);
         let endpoint = vm
@@ -147,16 +139,20 @@ impl Host {
         let mut command = self.command(["restore", "--name", name]);
         command.arg(directory).args(arguments);
         let prefix = format!("godwit: {name} is restored");
-        let vm = Vm {
-            name: name.into(),
-            process: Process::spawn(command)?,
-            host: self.clone(),
-        };
+        let vm = self.start(name, command)?;
         let restored = |line: &str| line.starts_with(&prefix).then_some(());
         vm.process
             .stderr()
             .wait("the guest to be restored", 0, PATIENCE, restored)?;
         Ok(vm)
+    }
+
+    fn start(&self, name: &str, command: Command) -> Result<Vm> {
+        Ok(Vm {
+            name: name.into(),
+            process: Process::spawn(command)?,
+            host: self.clone(),
+        })
     }
 
     /// Fails if a VM left something in the run-time directory.

@@ -9,7 +9,7 @@ use devices::GuestMemory;
 use migration::{MachineDescription, PageSet};
 
 use super::blocks;
-use super::manifest::FileRecord;
+use super::manifest::{FileRecord, check_len};
 use super::{CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, Watch};
 use crate::memory;
 
@@ -127,15 +127,4 @@ fn open(path: &Path) -> Result<File, SnapshotError> {
         return Ok(file);
     }
     Err(SnapshotError::NoFile(path.into()))
-}
-
-fn check_len(path: &Path, expected: u64, got: u64) -> Result<(), SnapshotError> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(SnapshotError::Length {
-        path: path.into(),
-        expected,
-        got,
-    })
 }

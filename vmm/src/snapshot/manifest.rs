@@ -66,13 +66,7 @@ impl FileRecord {
 
     /// Compares what was read from `path` with what was written.
     pub(super) fn check(&self, bytes: &[u8], path: &Path) -> Result<(), SnapshotError> {
-        if self.bytes != bytes.len() as u64 {
-            return Err(SnapshotError::Length {
-                path: path.into(),
-                expected: self.bytes,
-                got: bytes.len() as u64,
-            });
-        }
+        check_len(path, self.bytes, bytes.len() as u64)?;
         check_sum(&self.xxh3, bytes, path)
     }
 }
@@ -116,6 +110,18 @@ impl Manifest {
 
 fn checksum(bytes: &[u8]) -> String {
     format!("{:016x}", xxh3_64(bytes))
+}
+
+/// Compares a file's length with what it is to be.
+pub(super) fn check_len(path: &Path, expected: u64, got: u64) -> Result<(), SnapshotError> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(SnapshotError::Length {
+        path: path.into(),
+        expected,
+        got,
+    })
 }
 
 fn check_sum(expected: &str, bytes: &[u8], path: &Path) -> Result<(), SnapshotError> {
