@@ -41,10 +41,15 @@ pub struct DeviceDescription {
     pub kind: String,
     /// Version of the kind's saved state.
     pub version: u16,
+    /// What the device offers to the guest, in bits that mean something to its kind. The destination's must offer
+    /// all of it, or the guest would lose what it counts on.
+    pub features: u64,
     /// Size of the backend in bytes where it has one (a disk), else 0.
     pub backend_size: u64,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// What the device was made with, in bytes that mean something to its kind.
+    pub parameters: Vec<u8>,
 }
 
 /// What the source says about its machine; the destination compares it with what it can offer before it

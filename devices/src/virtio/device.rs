@@ -1,20 +1,32 @@
 //! What a virtio device is to its transport, and what backs it on the host.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use migration_state::{Envelope, StateError};
+use migration_state::{Envelope, Record, StateError};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::queue::{Progress, QueueAccess, QueueError};
+use super::queue::{Progress, QueueError, Queues};
 
 /// Features of the queue code that every device here shares.
 pub(super) const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
+/// Fills `data` from a configuration space that is `config`, at `offset`; zeroes beyond its end.
+pub(super) fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let tail = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..));
+    for (to, from) in data.iter_mut().zip(tail.unwrap_or_default()) {
+        *to = *from;
+    }
+}
+
 /// A virtio device behind a transport.
 ///
-/// The transport owns the queues, the feature negotiation and the interrupt; it lends a queue for the time of
-/// one [`VirtioDevice::process_queue`]. Between two calls a device has no request in flight, so that whoever
-/// holds the device may stop, save or reset it.
+/// The transport owns the queues, the feature negotiation and the interrupt; it lends the queues for the time of
+/// one [`VirtioDevice::process_queue`] or [`VirtioDevice::process_host`]. Between two calls a device has nothing in
+/// flight that is not in its saved state, so that whoever holds the device may stop, save or reset it.
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2, 5).
     fn device_type(&self) -> u32;
@@ -36,7 +48,16 @@ pub trait VirtioDevice: Send {
 
     /// Serves chains of the queue `index`. An error means that the queue itself is broken: the device then
     /// needs a reset. What is wrong with one request is told to the guest in that request.
-    fn process_queue(&mut self, index: usize, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError>;
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
+
+    /// Descriptors of the host that become readable when the device's other side has something to say. The device
+    /// thread hears of each change, not of what stays as it is: see [`VirtioDevice::process_host`].
+    fn host_events(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Looks at the other side: after one of [`VirtioDevice::host_events`], and whenever events may have gone
+    /// unheard, which is when the driver is ready and after a pause or a restore. Leaves nothing there that it
+    /// could take, or says [`Progress::More`].
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
 
     /// Back to the state before [`VirtioDevice::activate`].
     fn reset(&mut self);
@@ -51,8 +72,42 @@ pub trait VirtioDevice: Send {
     /// guest had got that far.
     fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError>;
 
+    /// What somebody must know of the device to build its like.
+    fn describe(&self) -> Description;
+
     /// What backs the device on the host; `None` if nothing does that a migration must care about.
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>>;
+}
+
+/// What a destination must know of a device to build its like, with other things of the host behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// The kind of its saved state, e.g. `virtio-block`.
+    pub kind: &'static str,
+    /// The version of its saved state.
+    pub version: u16,
+    /// The features that it offers, as [`VirtioDevice::features`] says.
+    pub features: u64,
+    /// Size of what is behind it in bytes, where that has a size, else 0.
+    pub backend_size: u64,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What the device was made with: bytes that mean something to its kind alone. Empty for most.
+    pub parameters: Vec<u8>,
+}
+
+impl Description {
+    /// A device whose saved state is an `R`, with nothing else to say than the `features` that it offers.
+    pub fn of<R: Record>(features: u64) -> Self {
+        Self {
+            kind: R::KIND,
+            version: R::VERSION,
+            features,
+            backend_size: 0,
+            read_only: false,
+            parameters: Vec::new(),
+        }
+    }
 }
 
 /// What backs a device on the host and may be in use by one host only.

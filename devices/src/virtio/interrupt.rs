@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// The interrupt line of one device and its interrupt status register (virtio 1.2, 4.2.2).
+/// The interrupt line of one device, its interrupt status register (virtio 1.2, 4.2.2), and how often its
+/// configuration has changed.
 ///
 /// A reason is recorded before the line is raised, so the guest never finds the register empty after an
 /// interrupt that it has not seen the reason of.
@@ -12,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub struct Interrupt {
     line: EventFd,
     status: AtomicU32,
+    config_generation: AtomicU32,
 }
 
 /// The device used a buffer.
@@ -25,6 +27,7 @@ impl Interrupt {
         Self {
             line,
             status: AtomicU32::new(0),
+            config_generation: AtomicU32::new(0),
         }
     }
 
@@ -35,12 +38,22 @@ impl Interrupt {
 
     /// Tells the guest that the configuration or the device status changed.
     pub fn config_change(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG_CHANGE);
     }
 
     /// The reasons pending.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// Changes with every change of the configuration (virtio 1.2, 2.5.1).
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_config_generation(&self, generation: u32) {
+        self.config_generation.store(generation, Ordering::SeqCst);
     }
 
     /// The guest has seen these reasons.

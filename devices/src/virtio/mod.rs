@@ -13,9 +13,9 @@ mod queue;
 mod testing;
 
 pub use chain::{Buffers, Chain, ChainError};
-pub use device::{DeviceError, HostBackend, HostError, VirtioDevice};
+pub use device::{Description, DeviceError, HostBackend, HostError, VirtioDevice};
 pub use interrupt::Interrupt;
-pub use queue::{Progress, QueueAccess, QueueError};
+pub use queue::{Head, Progress, QueueAccess, QueueError, Queues};
 
 /// Largest queue that our devices offer, in descriptors.
 pub const QUEUE_SIZE: u16 = 256;

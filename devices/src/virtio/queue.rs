@@ -11,13 +11,42 @@ use crate::GuestMemory;
 const TURN_CHAINS: usize = 64;
 const TURN_BYTES: u64 = 4 << 20;
 
+/// A device's queues, lent to it for one turn.
+#[derive(Debug)]
+pub struct Queues<'a> {
+    pub(super) memory: &'a GuestMemory,
+    pub(super) queues: &'a mut [Option<Queue>],
+    pub(super) interrupt: &'a Interrupt,
+}
+
+impl Queues<'_> {
+    /// The queue `index`; `None` if the driver does not use it.
+    pub fn get(&mut self, index: usize) -> Option<QueueAccess<'_>> {
+        let queue = self.queues.get_mut(index)?.as_mut()?;
+        Some(QueueAccess {
+            memory: self.memory,
+            queue,
+            interrupt: self.interrupt,
+        })
+    }
+
+    /// Tells the guest that the device's configuration space has changed.
+    pub fn config_changed(&self) {
+        self.interrupt.config_change();
+    }
+}
+
 /// A queue, lent to a device for one turn.
 #[derive(Debug)]
 pub struct QueueAccess<'a> {
-    pub(super) memory: &'a GuestMemory,
-    pub(super) queue: &'a mut Queue,
-    pub(super) interrupt: &'a Interrupt,
+    memory: &'a GuestMemory,
+    queue: &'a mut Queue,
+    interrupt: &'a Interrupt,
 }
+
+/// The number of a chain's first descriptor, by which it is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head(pub u16);
 
 /// Whether a queue is done for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +65,12 @@ pub enum QueueError {
     Ring(#[source] virtio_queue::Error),
 }
 
-impl QueueAccess<'_> {
+impl<'a> QueueAccess<'a> {
+    /// Guest memory, where the chains' buffers are.
+    pub fn memory(&self) -> &'a GuestMemory {
+        self.memory
+    }
+
     /// Hands available chains to `serve_chain`, which returns the bytes that it wrote to each, and gives the
     /// driver its due: used ring, interrupts. A chain that is itself malformed comes as an error; whatever is
     /// returned for it, it goes back to the driver.
@@ -45,46 +79,67 @@ impl QueueAccess<'_> {
         mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> u32,
     ) -> Result<Progress, QueueError> {
         let (mut turns, mut bytes, mut served) = (0, 0, false);
-        self.queue
-            .disable_notification(self.memory)
-            .map_err(QueueError::Ring)?;
         let progress = loop {
-            let limit = usize::from(self.queue.size());
-            let found = self.queue.iter(self.memory).map_err(QueueError::Ring)?.next();
-            if let Some(descriptors) = found {
-                let head = descriptors.head_index();
-                let chain = Chain::collect(descriptors, limit);
-                bytes += chain.as_ref().map_or(0, Chain::len);
-                let written = serve_chain(self.memory, chain);
-                self.queue
-                    .add_used(self.memory, head, written)
-                    .map_err(QueueError::Ring)?;
-                served = true;
-            } else if self
-                .queue
-                .enable_notification(self.memory)
-                .map_err(QueueError::Ring)?
-            {
-                // Chains came in between; this counts too, so that the guest cannot keep us here.
-                self.queue
-                    .disable_notification(self.memory)
-                    .map_err(QueueError::Ring)?;
-            } else {
+            let Some((head, chain)) = self.take()? else {
                 break Progress::Idle;
-            }
+            };
+            bytes += chain.as_ref().map_or(0, Chain::len);
+            let written = serve_chain(self.memory, chain);
+            self.give_back(head, written)?;
+            served = true;
             turns += 1;
             if turns >= TURN_CHAINS || bytes >= TURN_BYTES {
                 break Progress::More;
             }
         };
-        if served
-            && self
-                .queue
-                .needs_notification(self.memory)
-                .map_err(QueueError::Ring)?
+        if served {
+            self.notify()?;
+        }
+        Ok(progress)
+    }
+
+    /// Takes the next available chain, for a device that serves chains in its own time: it owes the driver
+    /// [`QueueAccess::give_back`] and, after one or several of them, [`QueueAccess::notify`]. `None` if there is
+    /// none; the driver will then kick when there is.
+    pub fn take(&mut self) -> Result<Option<(Head, Result<Chain, ChainError>)>, QueueError> {
+        let limit = usize::from(self.queue.size());
+        let ring = QueueError::Ring;
+        // Bounded, as a guest that plays with the index must not keep us here.
+        for _ in 0..TURN_CHAINS {
+            if let Some(descriptors) = self.queue.iter(self.memory).map_err(ring)?.next() {
+                self.queue.disable_notification(self.memory).map_err(ring)?;
+                let head = Head(descriptors.head_index());
+                return Ok(Some((head, Chain::collect(descriptors, limit))));
+            }
+            // A chain that comes in between counts, or it would wait for a kick that was not asked for.
+            if !self.queue.enable_notification(self.memory).map_err(ring)? {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes the chain that was taken last available again, as if it had not been taken.
+    pub fn put_back(&mut self) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
+    /// Gives a chain back to the driver, with `written` bytes in it.
+    pub fn give_back(&mut self, head: Head, written: u32) -> Result<(), QueueError> {
+        self.queue
+            .add_used(self.memory, head.0, written)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Tells the driver that chains came back, if it wants to hear it.
+    pub fn notify(&mut self) -> Result<(), QueueError> {
+        if self
+            .queue
+            .needs_notification(self.memory)
+            .map_err(QueueError::Ring)?
         {
             self.interrupt.used_buffer();
         }
-        Ok(progress)
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use super::Span;
 use crate::ports::{Difference, MachineDescription};
 
 /// Versions of the protocol that this program speaks.
-const VERSIONS: RangeInclusive<u16> = 2..=2;
+const VERSIONS: RangeInclusive<u16> = 3..=3;
 const MAGIC: [u8; 8] = *b"GODWITMG";
 
 /// Most ranges in one piece of [`Message::Populated`]; fits its frame.

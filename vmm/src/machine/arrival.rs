@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::{Backend, BlockState};
+use devices::virtio::block::BlockState;
 use devices::virtio::rng::RngState;
 use migration::{DeviceDescription, Difference};
 use migration_state::Record;
 
-use super::description::{disk_description, rng_description};
-use super::devices::RNG_ID;
+use super::backends::{RNG_ID, Unavailable};
+use super::description;
 use crate::config::MAX_DISKS;
 
 /// What this host offers to a machine that arrives.
@@ -50,40 +50,32 @@ impl Arrival {
     }
 
     fn check_device(&self, index: usize, device: &DeviceDescription) -> Option<Difference> {
-        let what = format!("device {:?}", device.id);
-        if index == 0 || device.kind == RngState::KIND {
-            let here = rng_description(RNG_ID);
-            return (index != 0 || *device != here).then(|| {
-                difference(
-                    &what,
-                    format!("{device:?}"),
-                    format!("{here:?} as the first device"),
-                )
-            });
+        let what = format!("{} {:?}", noun(&device.kind), device.id);
+        let is_rng = device.kind == RngState::KIND && device.id == RNG_ID;
+        if (index == 0) != is_rng {
+            let expected = format!("{} as device {index}", device.kind);
+            let got = format!("{} {RNG_ID:?} as device 0, and only there", RngState::KIND);
+            return Some(difference(&what, expected, got));
         }
-        if device.kind != BlockState::KIND {
-            let expected = format!("kind {:?}", device.kind);
+        let opened = match self.open(device) {
+            Ok(opened) => opened.device,
+            Err(Unavailable { expected, got }) => return Some(difference(&what, expected, got)),
+        };
+        let here = description::device(&device.id, opened.describe());
+        let missing = device.features & !here.features;
+        if missing != 0 {
+            let expected = format!("features {:#x}", device.features);
             return Some(difference(
                 &what,
                 expected,
-                format!("kinds {:?}, {:?}", RngState::KIND, BlockState::KIND),
+                format!("none of {missing:#x} among them"),
             ));
         }
-        let what = format!("disk {:?}", device.id);
-        let Some(path) = self.disks.get(&device.id) else {
-            return Some(difference(
-                &what,
-                "a backend",
-                format!("none (use --disk {}=PATH)", device.id),
-            ));
+        let same = DeviceDescription {
+            features: device.features,
+            ..here
         };
-        match Backend::open(path, device.read_only) {
-            Err(error) => Some(difference(&what, "a usable backend", migration::chain(&error))),
-            Ok(backend) => {
-                let here = disk_description(&device.id, &backend);
-                (*device != here).then(|| difference(&what, summary(device), summary(&here)))
-            }
-        }
+        (*device != same).then(|| difference(&what, summary(device), summary(&same)))
     }
 
     /// Two disks with one name or one backend: their locks would exclude each other, after "go".
@@ -117,6 +109,14 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     })
 }
 
+/// What users call a device of the kind.
+fn noun(kind: &str) -> &'static str {
+    match kind {
+        BlockState::KIND => "disk",
+        _ => "device",
+    }
+}
+
 fn summary(device: &DeviceDescription) -> String {
     let mode = if device.read_only { "read-only" } else { "writable" };
     format!(
@@ -135,6 +135,9 @@ pub(super) fn difference(what: &str, expected: impl Into<String>, got: impl Into
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::VirtioDevice;
+    use devices::virtio::rng::Rng;
+
     use super::*;
 
     fn disk(id: &str, read_only: bool) -> DeviceDescription {
@@ -142,13 +145,19 @@ mod tests {
             id: id.into(),
             kind: BlockState::KIND.into(),
             version: BlockState::VERSION,
+            features: 0,
             backend_size: 512,
             read_only,
+            parameters: Vec::new(),
         }
     }
 
+    fn rng() -> DeviceDescription {
+        description::device(RNG_ID, Rng::new().describe())
+    }
+
     fn check(arrival: &Arrival, disks: &[DeviceDescription]) -> Vec<String> {
-        let devices = [&[rng_description(RNG_ID)], disks].concat();
+        let devices = [&[rng()], disks].concat();
         let found = arrival.check_devices(&devices);
         found.into_iter().map(|difference| difference.got).collect()
     }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use devices::GuestMemory;
-use devices::virtio::block::Backend;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-use super::devices::DeviceSet;
+use super::backends;
+use super::devices::{DeviceSet, NamedDevice};
 use super::{EventSink, Machine, MachineError, MachineEvent, kvm_error, open_kvm};
 use crate::boot::{self, BootError, BootSource, layout};
 use crate::console::Console;
@@ -30,8 +30,8 @@ pub(crate) struct Spec {
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     /// Guest TSC frequency, where it must not be the host's.
     pub(crate) tsc_khz: Option<u32>,
-    /// Disks by name, in bus order.
-    pub(crate) disks: Vec<(String, Arc<Backend>)>,
+    /// Virtio devices in bus order.
+    pub(crate) devices: Vec<NamedDevice>,
 }
 
 impl Machine {
@@ -39,12 +39,6 @@ impl Machine {
     pub fn boot(config: &crate::Config, console: &Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let cpuid = cpu::machine_cpuid(&cpu::host_cpuid(&kvm)?, config.template, config.cpus);
-        let mut disks = Vec::new();
-        for disk in &config.disks {
-            let backend = Backend::open(&disk.path, disk.read_only)?;
-            backend.lock()?;
-            disks.push((disk.id.clone(), Arc::new(backend)));
-        }
         let spec = Spec {
             memory: memory::create(&layout::ram_ranges(config.memory), config.shared_memory)?,
             dirty_ring: config.dirty_ring,
@@ -52,9 +46,10 @@ impl Machine {
             template: config.template,
             cpuid,
             tsc_khz: None,
-            disks,
+            devices: backends::open(config)?,
         };
         let machine = Self::build(kvm, spec, console, events)?;
+        machine.devices.take_locks()?;
         machine.load(&config.boot)?;
         Ok(machine)
     }
@@ -89,7 +84,7 @@ impl Machine {
             None => None,
         };
         let tsc_khz = vcpus[0].get_tsc_khz().map_err(kvm_error("KVM_GET_TSC_KHZ"))?;
-        let devices = DeviceSet::build(&vm, &spec.memory, &spec.disks, console, events.clone())?;
+        let devices = DeviceSet::build(&vm, &spec.memory, spec.devices, console, events.clone())?;
         let buses = Buses {
             pio: devices.pio.clone(),
             mmio: devices.mmio.clone(),

@@ -1,13 +1,10 @@
 //! What a machine is, in the migration engine's terms, and what this host can take.
 
-use devices::virtio::block::{Backend, BlockState};
-use devices::virtio::rng::RngState;
+use devices::virtio::Description;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use migration::{CpuidLeaf, DeviceDescription, MachineDescription, MemoryRegion};
-use migration_state::Record;
 
 use super::Machine;
-use super::devices::VirtioSlot;
 use crate::memory;
 
 impl Machine {
@@ -21,7 +18,7 @@ impl Machine {
             cpu_template: self.template.to_string(),
             cpuid: self.cpuid.iter().map(leaf).collect(),
             tsc_khz: self.tsc_khz,
-            devices: self.devices.virtio.iter().map(device).collect(),
+            devices: self.devices.describe(),
         }
     }
 }
@@ -66,29 +63,15 @@ pub(super) fn cpuid_entries(leaves: &[CpuidLeaf], host: &[kvm_cpuid_entry2]) -> 
         .collect()
 }
 
-fn device(slot: &VirtioSlot) -> DeviceDescription {
-    match &slot.disk {
-        Some(disk) => disk_description(&slot.id, disk),
-        None => rng_description(&slot.id),
-    }
-}
-
-pub(super) fn disk_description(id: &str, disk: &Backend) -> DeviceDescription {
+/// A device in the engine's terms.
+pub(super) fn device(id: &str, description: Description) -> DeviceDescription {
     DeviceDescription {
         id: id.into(),
-        kind: BlockState::KIND.into(),
-        version: BlockState::VERSION,
-        backend_size: disk.size(),
-        read_only: disk.read_only(),
-    }
-}
-
-pub(super) fn rng_description(id: &str) -> DeviceDescription {
-    DeviceDescription {
-        id: id.into(),
-        kind: RngState::KIND.into(),
-        version: RngState::VERSION,
-        backend_size: 0,
-        read_only: false,
+        kind: description.kind.into(),
+        version: description.version,
+        features: description.features,
+        backend_size: description.backend_size,
+        read_only: description.read_only,
+        parameters: description.parameters,
     }
 }

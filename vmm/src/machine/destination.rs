@@ -1,15 +1,12 @@
 //! The machine as the migration engine's destination.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::Instant;
 
 use devices::GuestMemory;
-use devices::virtio::block::{Backend, BlockState};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-use migration::{CpuidLeaf, Destination, Difference, MachineDescription, MachineError as PortError};
-use migration_state::Record;
+use migration::{CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MachineError as PortError};
 
 use super::arrival::{Arrival, difference};
 use super::build::Spec;
@@ -165,26 +162,14 @@ impl MigrationDestination {
         description: &MachineDescription,
         memory: GuestMemory,
     ) -> Result<Machine, MachineError> {
-        let mut disks = Vec::new();
-        for device in description
-            .devices
-            .iter()
-            .filter(|device| device.kind == BlockState::KIND)
-        {
-            let path = self
-                .arrival
-                .disks
-                .get(&device.id)
-                .ok_or_else(|| MachineError::Mismatch {
-                    what: "disk",
-                    expected: device.id.clone(),
-                    got: "no backend of that name".into(),
-                })?;
-            disks.push((
-                device.id.clone(),
-                Arc::new(Backend::open(path, device.read_only)?),
-            ));
-        }
+        let open = |device: &DeviceDescription| {
+            self.arrival.open(device).map_err(|why| MachineError::Mismatch {
+                what: "device",
+                expected: format!("{:?} with {}", device.id, why.expected),
+                got: why.got,
+            })
+        };
+        let devices: Result<Vec<_>, _> = description.devices.iter().map(open).collect();
         let spec = Spec {
             memory,
             // How a host finds out what was written is its own affair.
@@ -193,7 +178,7 @@ impl MigrationDestination {
             template: description.cpu_template.parse()?,
             cpuid: cpuid_entries(&description.cpuid, &self.host),
             tsc_khz: Some(description.tsc_khz).filter(|khz| *khz != self.host_tsc_khz),
-            disks,
+            devices: devices?,
         };
         Machine::build(open_kvm()?, spec, &self.console, self.events.clone())
     }

@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
 use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Backend, Block};
 use devices::virtio::mmio::Transport;
-use devices::virtio::rng::Rng;
 use devices::{ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
+use migration::DeviceDescription;
 use migration_state::Envelope;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::description;
 use super::device_thread::DeviceThread;
 use super::{EventSink, MachineError, MachineEvent, kvm_error};
 use crate::boot::{VirtioMmioSlot, layout};
@@ -22,17 +22,19 @@ use crate::console::Console;
 const SERIAL_PORTS: u64 = 8;
 /// Ports of the keyboard controller: data at the first, command and status at the fifth.
 const I8042_PORTS: u64 = 5;
-/// The name of the entropy device.
-pub(crate) const RNG_ID: &str = "rng";
 /// Begins the name of a virtio device's saved state; the device's own name follows.
 pub(crate) const INSTANCE_PREFIX: &str = "virtio/";
+
+/// A virtio device, and its name in the machine.
+pub(crate) struct NamedDevice {
+    pub(crate) id: String,
+    pub(crate) device: Box<dyn VirtioDevice>,
+}
 
 /// A virtio device in its slot.
 pub(super) struct VirtioSlot {
     pub(super) id: String,
     pub(super) address: VirtioMmioSlot,
-    /// The disk behind it, if it is one.
-    pub(super) disk: Option<Arc<Backend>>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -63,7 +65,7 @@ impl DeviceSet {
     pub(super) fn build(
         vm: &VmFd,
         memory: &GuestMemory,
-        disks: &[(String, Arc<Backend>)],
+        named: Vec<NamedDevice>,
         console: &Console,
         events: EventSink,
     ) -> Result<Self, MachineError> {
@@ -78,17 +80,9 @@ impl DeviceSet {
         pio.insert(layout::I8042_PORT.into(), I8042_PORTS, i8042.clone())?;
         pio.insert(layout::ACPI_POWER_PORT.into(), AcpiPower::LEN, power.clone())?;
 
-        let mut virtio = vec![virtio_slot(vm, memory, 0, RNG_ID, None, Box::new(Rng::new()))?];
-        for (id, backend) in disks {
-            let device = Box::new(Block::new(backend.clone(), id));
-            virtio.push(virtio_slot(
-                vm,
-                memory,
-                virtio.len(),
-                id,
-                Some(backend.clone()),
-                device,
-            )?);
+        let mut virtio = Vec::with_capacity(named.len());
+        for (index, NamedDevice { id, device }) in named.into_iter().enumerate() {
+            virtio.push(virtio_slot(vm, memory, index, id, device)?);
         }
         let mut mmio = Bus::new();
         for slot in &virtio {
@@ -109,6 +103,12 @@ impl DeviceSet {
             power,
             virtio,
         })
+    }
+
+    /// The virtio devices in bus order.
+    pub(super) fn describe(&self) -> Vec<DeviceDescription> {
+        let describe = |slot: &VirtioSlot| description::device(&slot.id, slot.transport().describe());
+        self.virtio.iter().map(describe).collect()
     }
 
     /// What firmware tables say about the virtio devices.
@@ -199,8 +199,7 @@ fn virtio_slot(
     vm: &VmFd,
     memory: &GuestMemory,
     index: usize,
-    id: &str,
-    disk: Option<Arc<Backend>>,
+    id: String,
     device: Box<dyn VirtioDevice>,
 ) -> Result<VirtioSlot, MachineError> {
     let gsi = *layout::VIRTIO_GSIS
@@ -219,9 +218,8 @@ fn virtio_slot(
     }
     let address = VirtioMmioSlot { base, gsi };
     Ok(VirtioSlot {
-        id: id.into(),
+        id,
         address,
-        disk,
         transport: Arc::new(Mutex::new(transport)),
     })
 }

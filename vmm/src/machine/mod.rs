@@ -1,6 +1,7 @@
 //! The machine: KVM, memory, vCPUs, devices, and what can be done to them as a whole.
 
 mod arrival;
+mod backends;
 mod build;
 mod description;
 mod destination;
@@ -29,7 +30,8 @@ pub use error::MachineError;
 pub use source::MigrationSource;
 pub use standstill::Standstill;
 
-pub(crate) use self::devices::{INSTANCE_PREFIX, RNG_ID};
+pub(crate) use self::backends::RNG_ID;
+pub(crate) use self::devices::INSTANCE_PREFIX;
 
 use self::devices::DeviceSet;
 

@@ -1,5 +1,6 @@
 //! The device: requests from one queue, carried out in order on the device thread.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use migration_state::Envelope;
@@ -13,10 +14,10 @@ use super::request::{Disk, OK, Request, RequestError};
 use super::state::BlockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
-use crate::virtio::device::RING_FEATURES;
+use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Chain, ChainError, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueAccess, QueueError,
-    VirtioDevice,
+    Chain, ChainError, Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError,
+    Queues, VirtioDevice,
 };
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
@@ -129,13 +130,7 @@ impl VirtioDevice for Block {
         let mut config = [0; CONFIG_LEN];
         config[..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
         config[12..].copy_from_slice(&SEG_MAX.to_le_bytes());
-        data.fill(0);
-        let tail = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..));
-        for (to, from) in data.iter_mut().zip(tail.unwrap_or_default()) {
-            *to = *from;
-        }
+        read_bytes(&config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -150,8 +145,19 @@ impl VirtioDevice for Block {
         self.write_through = features & F_FLUSH == 0;
     }
 
-    fn process_queue(&mut self, _index: usize, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(index) else {
+            return Ok(Progress::Idle);
+        };
         queue.serve(|memory, chain| self.serve(memory, chain))
+    }
+
+    fn host_events(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    fn process_host(&mut self, _queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        Ok(Progress::Idle)
     }
 
     fn reset(&mut self) {
@@ -181,6 +187,14 @@ impl VirtioDevice for Block {
         state.check(&self.backend)?;
         self.id = state.id;
         Ok(())
+    }
+
+    fn describe(&self) -> Description {
+        Description {
+            backend_size: self.backend.size(),
+            read_only: self.backend.read_only(),
+            ..Description::of::<BlockState>(self.features())
+        }
     }
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {

@@ -48,7 +48,7 @@ impl Transport {
             reg::INTERRUPT_STATUS => self.shared.interrupt.status(),
             reg::STATUS => u32::from(self.shared.status()),
             reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
-            reg::CONFIG_GENERATION => self.config_generation,
+            reg::CONFIG_GENERATION => self.shared.interrupt.config_generation(),
             _ => 0,
         }
     }
@@ -175,6 +175,7 @@ impl Transport {
                 core.queues = queues;
                 core.active = self.shared.status() & reg::NEEDS_RESET == 0;
                 core.device.activate(self.driver_features);
+                self.shared.look_at_host();
             }
             Err(error) => self.shared.needs_reset(&mut core, &error),
         }

@@ -2,6 +2,7 @@
 //!
 //! Lock order: the transport's own lock (the bus holds it) before [`Shared::core`].
 
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::registers::{DRIVER_OK, NEEDS_RESET};
 use crate::GuestMemory;
 use crate::limited::Limited;
-use crate::virtio::{Interrupt, Progress, QueueAccess, QueueError, VirtioDevice};
+use crate::virtio::{Interrupt, Progress, QueueError, Queues, VirtioDevice};
 
 pub(super) struct Shared {
     pub(super) memory: GuestMemory,
@@ -21,6 +22,8 @@ pub(super) struct Shared {
     pub(super) status: AtomicU8,
     /// One eventfd for each queue, readable after a kick.
     pub(super) queue_events: Vec<EventFd>,
+    /// Readable when the device must look at the host's side.
+    host_event: EventFd,
     pub(super) complaints: Limited,
     core: Mutex<Core>,
 }
@@ -42,6 +45,7 @@ impl Shared {
         memory: GuestMemory,
         interrupt: Interrupt,
         queue_events: Vec<EventFd>,
+        host_event: EventFd,
     ) -> Self {
         let core = Core {
             device,
@@ -54,6 +58,7 @@ impl Shared {
             interrupt,
             status: AtomicU8::new(0),
             queue_events,
+            host_event,
             complaints: Limited::default(),
             core: Mutex::new(core),
         }
@@ -69,12 +74,14 @@ impl Shared {
 
     /// Makes the device thread look at a queue.
     pub(super) fn kick(&self, index: usize) {
-        if let Some(event) = self.queue_events.get(index)
-            && let Err(error) = event.write(1)
-        {
-            // The counter is full: the thread will look anyway.
-            tracing::debug!(%error, index, "kick not counted");
+        if let Some(event) = self.queue_events.get(index) {
+            raise(event);
         }
+    }
+
+    /// Makes the device thread look at the host's side.
+    pub(super) fn look_at_host(&self) {
+        raise(&self.host_event);
     }
 
     /// The device cannot go on without a reset by the driver (virtio 1.2, 2.1.2).
@@ -91,41 +98,55 @@ impl Shared {
         }
     }
 
-    fn serve(&self, index: usize) {
+    fn serve(&self, source: Source) {
         let mut core = self.core();
-        if let Some(event) = self.queue_events.get(index) {
-            // Nothing to read is fine: somebody else took the kick. A paused queue is kicked again by resume.
-            let _ = event.read();
-        }
-        match core.serve(index, &self.memory, &self.interrupt) {
+        let event = match source {
+            Source::Queue(index) => self.queue_events.get(index),
+            Source::Host => Some(&self.host_event),
+        };
+        // Nothing to read is fine: somebody else took the kick. A paused device is kicked again by resume.
+        let _ = event.map(EventFd::read);
+        match core.serve(source, &self.memory, &self.interrupt) {
             Ok(Progress::Idle) => {}
-            Ok(Progress::More) => self.kick(index),
+            Ok(Progress::More) => event.into_iter().for_each(raise),
             Err(error) => self.needs_reset(&mut core, &error),
         }
     }
 }
 
+/// What there is to look at.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Queue(usize),
+    Host,
+}
+
 impl Core {
     fn serve(
         &mut self,
-        index: usize,
+        source: Source,
         memory: &GuestMemory,
         interrupt: &Interrupt,
     ) -> Result<Progress, QueueError> {
         if self.paused || !self.active {
             return Ok(Progress::Idle);
         }
-        match self.queues.get_mut(index) {
-            Some(Some(queue)) => self.device.process_queue(
-                index,
-                &mut QueueAccess {
-                    memory,
-                    queue,
-                    interrupt,
-                },
-            ),
-            _ => Ok(Progress::Idle),
+        let queues = &mut Queues {
+            memory,
+            queues: &mut self.queues,
+            interrupt,
+        };
+        match source {
+            Source::Queue(index) => self.device.process_queue(index, queues),
+            Source::Host => self.device.process_host(queues),
         }
+    }
+}
+
+fn raise(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        // The counter is full: the thread will look anyway.
+        tracing::debug!(%error, "kick not counted");
     }
 }
 
@@ -133,15 +154,39 @@ impl Core {
 #[derive(Clone)]
 pub struct Worker(pub(super) Arc<Shared>);
 
+impl Worker {
+    /// Every event that it waits for; the data is the queue's index, or for the host's side one past the last.
+    fn events(&self) -> Vec<Events> {
+        let shared = &self.0;
+        let host = shared.queue_events.len() as u32;
+        let mut events: Vec<_> = (0..)
+            .zip(&shared.queue_events)
+            .map(|(index, event)| Events::with_data(event, index, EventSet::IN))
+            .collect();
+        events.push(Events::with_data(&shared.host_event, host, EventSet::IN));
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for descriptor in shared.core().device.host_events() {
+            events.push(Events::with_data_raw(descriptor.as_raw_fd(), host, edges));
+        }
+        events
+    }
+}
+
 impl MutEventSubscriber for Worker {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        self.0.serve(events.data() as usize);
+        let index = events.data() as usize;
+        self.0.serve(if index < self.0.queue_events.len() {
+            Source::Queue(index)
+        } else {
+            Source::Host
+        });
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        for (index, event) in (0..).zip(&self.0.queue_events) {
-            if let Err(error) = ops.add(Events::with_data(event, index, EventSet::IN)) {
-                tracing::error!(%error, index, "cannot watch a virtqueue's kicks");
+        for events in self.events() {
+            let data = events.data();
+            if let Err(error) = ops.add(events) {
+                tracing::error!(%error, data, "cannot watch a virtio device's events");
             }
         }
     }

@@ -11,7 +11,7 @@ use super::registers as reg;
 use super::shared::{Shared, Worker};
 use super::state::{LayoutError, QueueRecord, TransportState};
 use crate::GuestMemory;
-use crate::virtio::{DeviceError, HostBackend, HostError, Interrupt, VirtioDevice};
+use crate::virtio::{Description, DeviceError, HostBackend, HostError, Interrupt, VirtioDevice};
 
 /// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
 pub struct Transport {
@@ -23,7 +23,6 @@ pub struct Transport {
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
     pub(super) queue_select: u32,
-    pub(super) config_generation: u32,
     /// As the driver wrote them; where a live queue got to is in [`Shared`].
     pub(super) queues: Vec<QueueRecord>,
 }
@@ -31,8 +30,8 @@ pub struct Transport {
 /// Why a transport cannot be built, saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// No file descriptor for a queue's kicks.
-    #[error("virtio device {device}: cannot make an event for a queue")]
+    /// No file descriptor for kicks.
+    #[error("virtio device {device}: cannot make an event for its kicks")]
     Event {
         /// The device ID.
         device: u32,
@@ -102,10 +101,12 @@ impl Transport {
             .map(|&size| QueueRecord::new(size))
             .collect();
         let events: Result<Vec<_>, _> = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
-        let events = events.map_err(|source| TransportError::Event {
+        let event_error = |source| TransportError::Event {
             device: device_type,
             source,
-        })?;
+        };
+        let events = events.map_err(event_error)?;
+        let host_event = EventFd::new(EFD_NONBLOCK).map_err(event_error)?;
         Ok(Self {
             backend: device.host_backend(),
             device_type,
@@ -114,9 +115,14 @@ impl Transport {
             device_features_select: 0,
             driver_features_select: 0,
             queue_select: 0,
-            config_generation: 0,
             queues,
-            shared: Arc::new(Shared::new(device, memory, Interrupt::new(line), events)),
+            shared: Arc::new(Shared::new(
+                device,
+                memory,
+                Interrupt::new(line),
+                events,
+                host_event,
+            )),
         })
     }
 
@@ -144,14 +150,15 @@ impl Transport {
         self.shared.core().paused = true;
     }
 
-    /// Serves queues again. Whatever happened meanwhile, or before a restore, every queue is looked at once
-    /// and an interrupt that the guest has not acknowledged is raised again.
+    /// Serves queues again. Whatever happened meanwhile, or before a restore, every queue and the host's side are
+    /// looked at once, and an interrupt that the guest has not acknowledged is raised again.
     pub fn resume(&self) {
         self.shared.core().paused = false;
         self.shared.interrupt.raise_again();
         for index in 0..self.queues.len() {
             self.shared.kick(index);
         }
+        self.shared.look_at_host();
     }
 
     /// Makes what the guest was told is done durable. After [`Transport::pause`].
@@ -161,6 +168,11 @@ impl Transport {
             .device
             .drain()
             .map_err(|source| self.device_error(source))
+    }
+
+    /// What somebody must know of the device to build its like.
+    pub fn describe(&self) -> Description {
+        self.shared.core().device.describe()
     }
 
     /// What backs the device on the host. Its calls need no lock of the transport's.
@@ -213,7 +225,7 @@ impl Transport {
             driver_features_select: self.driver_features_select,
             queue_select: self.queue_select,
             interrupt_status: self.shared.interrupt.status(),
-            config_generation: self.config_generation,
+            config_generation: self.shared.interrupt.config_generation(),
             queues: self.queues.iter().enumerate().map(record).collect(),
         };
         envelope
@@ -264,12 +276,14 @@ impl Transport {
         self.shared.status.store(state.status, Ordering::SeqCst);
         drop(core);
         self.shared.interrupt.set_status(state.interrupt_status);
+        // A driver in the middle of reading the configuration reads it again, from this host's device.
+        self.shared
+            .interrupt
+            .set_config_generation(state.config_generation.wrapping_add(1));
         self.driver_features = state.driver_features;
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.queue_select = state.queue_select;
-        // A driver in the middle of reading the configuration reads it again, from this host's device.
-        self.config_generation = state.config_generation.wrapping_add(1);
         self.queues = state.queues;
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The device: the host's random bytes into the guest's buffers.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use migration_state::Envelope;
@@ -11,7 +12,7 @@ use crate::GuestMemory;
 use crate::limited::Limited;
 use crate::virtio::device::RING_FEATURES;
 use crate::virtio::{
-    Chain, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueAccess, QueueError, VirtioDevice,
+    Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
 };
 
 /// Most bytes that one request gets; the driver asks again if it wants more.
@@ -94,7 +95,10 @@ impl VirtioDevice for Rng {
         tracing::debug!(features, "virtio-rng: driver ready");
     }
 
-    fn process_queue(&mut self, _index: usize, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(index) else {
+            return Ok(Progress::Idle);
+        };
         queue.serve(|memory, chain| match chain {
             Ok(chain) => self.fill(memory, chain),
             Err(error) => {
@@ -102,6 +106,14 @@ impl VirtioDevice for Rng {
                 0
             }
         })
+    }
+
+    fn host_events(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    fn process_host(&mut self, _queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        Ok(Progress::Idle)
     }
 
     fn reset(&mut self) {
@@ -120,6 +132,10 @@ impl VirtioDevice for Rng {
     fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
         let RngState {} = envelope.take(instance)?;
         Ok(())
+    }
+
+    fn describe(&self) -> Description {
+        Description::of::<RngState>(self.features())
     }
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
