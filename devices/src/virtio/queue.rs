@@ -44,6 +44,9 @@ pub struct QueueAccess<'a> {
     interrupt: &'a Interrupt,
 }
 
+/// A chain that was taken, or what is wrong with it; it is owed to the driver in both cases.
+pub type Taken = (Head, Result<Chain, ChainError>);
+
 /// The number of a chain's first descriptor, by which it is given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head(pub u16);
@@ -101,7 +104,7 @@ impl<'a> QueueAccess<'a> {
     /// Takes the next available chain, for a device that serves chains in its own time: it owes the driver
     /// [`QueueAccess::give_back`] and, after one or several of them, [`QueueAccess::notify`]. `None` if there is
     /// none; the driver will then kick when there is.
-    pub fn take(&mut self) -> Result<Option<(Head, Result<Chain, ChainError>)>, QueueError> {
+    pub fn take(&mut self) -> Result<Option<Taken>, QueueError> {
         let limit = usize::from(self.queue.size());
         let ring = QueueError::Ring;
         // Bounded, as a guest that plays with the index must not keep us here.

@@ -155,13 +155,13 @@ fn a_destination_that_talks_nonsense_is_left() {
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
     let error = meet(&options(), |stream| say(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
-    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 3u16, 4u16, "9.9")).unwrap();
+    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 4u16, 5u16, "9.9")).unwrap();
     let header = Header::new(Kind::Control, newer.len()).unwrap().encode();
     let error = meet(&options(), |stream| {
         say_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
-        error.contains("versions 3 to 4 (godwit 9.9), expected one of 2 to 2"),
+        error.contains("versions 4 to 5 (godwit 9.9), expected one of 3 to 3"),
         "{error}"
     );
 }
