@@ -231,6 +231,13 @@ impl Vm {
         Process::spawn(command)
     }
 
+    /// Puts the guest in the files of a new directory; the report.
+    pub fn snapshot(&self, directory: &Path, arguments: &[&str]) -> Result<Value> {
+        let directory = directory.to_str().context("a path that is no UTF-8")?;
+        let finished = self.godwit("snapshot", &[&[directory, "--json"], arguments].concat())?;
+        serde_json::from_str(&finished.expect_code(0)?.stdout).context("report")
+    }
+
     /// Waits until its process ends with status 0.
     pub fn wait_success(&mut self, timeout: Duration) -> Result<()> {
         self.process.wait_success(timeout)

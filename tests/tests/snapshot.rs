@@ -13,17 +13,10 @@ fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is no UTF-8")
 }
 
-/// Puts a guest in files; the report.
-fn snapshot(vm: &Vm, to: &Path, options: &[&str]) -> Result<Value> {
-    let arguments = [&[text(to)?, "--json"], options].concat();
-    let finished = vm.godwit("snapshot", &arguments)?;
-    serde_json::from_str(&finished.expect_code(0)?.stdout).context("report")
-}
-
 /// Puts a journey's guest in files and goes on with what comes out of them.
 fn through_files(journey: &mut Journey, name: &str, options: &[&str]) -> Result<PathBuf> {
     let directory = journey.host.path(name);
-    snapshot(&journey.vm, &directory, &[])?;
+    journey.vm.snapshot(&directory, &[])?;
     let options = [&["--resume"], options].concat();
     let restored = journey.host.restore(&directory, &options)?;
     journey.arrive(restored)?;
@@ -90,7 +83,7 @@ fn several_guests_from_one_snapshot() -> Result<()> {
     let mut first = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
     let host = first.host.clone();
     let directory = host.path("saved");
-    let report = snapshot(&first.vm, &directory, &["--keep-running"])?;
+    let report = first.vm.snapshot(&directory, &["--keep-running"])?;
     let (paused, total) = (report["paused_ms"].as_f64(), report["total_ms"].as_f64());
     ensure!(paused.is_some() && paused < total, "got {report}");
     let clones: Vec<Journey> = (0..3)
@@ -114,13 +107,197 @@ fn several_guests_from_one_snapshot() -> Result<()> {
     first.end()
 }
 
+/// Puts snapshots together and goes on with what comes of them.
+fn go_on_from(journey: &mut Journey, parts: &[PathBuf], name: &str, options: &[&str]) -> Result<()> {
+    let host = journey.host.clone();
+    let whole = host.path(name);
+    let parts: Vec<&str> = parts.iter().map(|part| text(part)).collect::<Result<_>>()?;
+    let words = [&["snapshot", "merge"], &parts[..], &["--output", text(&whole)?]].concat();
+    Process::run(host.command(words), tests::PATIENCE)?.expect_code(0)?;
+    let restored = host.restore(&whole, &[&["--resume"], options].concat())?;
+    journey.arrive(restored)?;
+    journey.vm.check_running()?;
+    journey.verify()?;
+    journey.check_life().map(drop)
+}
+
+/// Bytes that a snapshot's report says are stored.
+fn stored(report: &Value) -> Result<u64> {
+    report["stored_bytes"]
+        .as_u64()
+        .with_context(|| format!("no stored_bytes in {report}"))
+}
+
+#[test]
+fn a_base_and_its_differences_are_a_guest() -> Result<()> {
+    // Most of its memory stays as it is.
+    let guest = BareGuest {
+        memory_mib: 192,
+        workset: "8M",
+        rate: "40M",
+        fill: true,
+        ..Default::default()
+    };
+    for option in [&[][..], &["--dirty-ring"], &["--shared-memory"]] {
+        let mut journey = Journey::start(Host::new()?, &guest, option)?;
+        let mut parts = vec![journey.host.path("base")];
+        let whole = stored(&journey.vm.snapshot(&parts[0], &["--keep-running"])?)?;
+        for number in 0..3 {
+            let mark = journey.vm.process.stdout().mark();
+            journey.vm.check_running()?;
+            ensure!(journey.vm.process.stdout().mark() > mark, "the guest did nothing");
+            let directory = journey.host.path(&format!("difference-{number}"));
+            let options = if number < 2 {
+                &["--diff", "--keep-running"][..]
+            } else {
+                &["--diff"]
+            };
+            let report = journey.vm.snapshot(&directory, options)?;
+            let got = stored(&report)?;
+            ensure!(
+                0 < got && got < whole / 8,
+                "{option:?}, difference {number}: expected much less than {whole} bytes, got {report}"
+            );
+            parts.push(directory);
+        }
+        go_on_from(&mut journey, &parts, "whole", &[])?;
+        journey.end()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restored_guest_has_a_base_at_once() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 192,
+        workset: "8M",
+        fill: true,
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let base = through_files(&mut journey, "base", &[])?;
+    let first = journey.host.path("first");
+    let report = journey.vm.snapshot(&first, &["--diff", "--keep-running"])?;
+    let got = stored(&report)?;
+    ensure!(
+        0 < got && got < 24 << 20,
+        "expected little more than the working set, got {report}"
+    );
+    journey.vm.check_running()?;
+    let second = journey.host.path("second");
+    journey.vm.snapshot(&second, &["--diff"])?;
+    // Alone it is no guest.
+    let host = journey.host.clone();
+    let refused = Process::run(host.command(["restore", text(&second)?]), tests::PATIENCE)?;
+    refused.expect_code(1)?;
+    for word in ["expected a whole snapshot", "godwit snapshot merge"] {
+        ensure!(
+            refused.stderr.contains(word),
+            "expected {word:?} in {:?}",
+            refused.stderr
+        );
+    }
+    go_on_from(&mut journey, &[base, first, second], "whole", &["--preload"])?;
+    // What was read as a whole is no mapping: there is nothing that a difference could be to.
+    no_base(&journey, "third")?;
+    journey.end()
+}
+
+/// A difference that is refused, and leaves the guest running.
+fn no_base(journey: &Journey, name: &str) -> Result<()> {
+    let directory = journey.host.path(name);
+    let refused = journey
+        .vm
+        .godwit("snapshot", &[text(&directory)?, "--diff", "--keep-running"])?;
+    refused.expect_code(1)?;
+    ensure!(
+        refused.stderr.contains("no base for a difference") && !directory.exists(),
+        "got {refused:?}"
+    );
+    journey.vm.check_running().map(drop)
+}
+
+/// Whether somebody else takes the name of a snapshot that is being written, which then comes to nothing.
+fn takes_the_name(directory: &Path) -> Result<bool> {
+    let around = directory.parent().context("a directory around it")?;
+    let begin = Instant::now();
+    while begin.elapsed() < tests::PATIENCE && !directory.exists() {
+        // From the moment on at which its draft appears the name is only looked at again when all is written.
+        for entry in std::fs::read_dir(around)? {
+            if entry?.file_name().to_string_lossy().starts_with(".taken.") {
+                let made = std::fs::create_dir(directory);
+                return Ok(made
+                    .and_then(|()| std::fs::write(directory.join("mine"), ""))
+                    .is_ok());
+            }
+        }
+    }
+    Ok(false)
+}
+
+#[test]
+fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 64,
+        workset: "16M",
+        fill: true,
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let host = journey.host.clone();
+    no_base(&journey, "first")?;
+    let mut parts = vec![host.path("base")];
+    journey.vm.snapshot(&parts[0], &["--keep-running"])?;
+    let directory = host.path("taken");
+    let mut failed = 0;
+    while failed < 2 {
+        journey.vm.check_running()?;
+        let words = ["snapshot", "vm-0", text(&directory)?, "--diff", "--keep-running"];
+        let command = Process::spawn(host.command(words))?;
+        let taken = takes_the_name(&directory)?;
+        let finished = command.finish(tests::PATIENCE)?;
+        if taken {
+            finished.expect_code(1)?;
+            std::fs::remove_dir_all(&directory)?;
+            failed += 1;
+        } else {
+            // It was faster, and is part of the chain.
+            finished.expect_code(0)?;
+            parts.push(host.path(&format!("part-{}", parts.len())));
+            std::fs::rename(&directory, &parts[parts.len() - 1])?;
+        }
+    }
+    journey.vm.check_running()?;
+    parts.push(host.path("last"));
+    journey.vm.snapshot(&parts[parts.len() - 1], &["--diff"])?;
+    go_on_from(&mut journey, &parts, "whole", &[])?;
+    journey.end()
+}
+
+#[test]
+fn a_migration_ends_what_is_known_about_pages() -> Result<()> {
+    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let base = journey.host.path("base");
+    journey.vm.snapshot(&base, &["--keep-running"])?;
+    // Nobody is there, and so the log was never touched.
+    let nobody = format!("unix:{}", text(&journey.host.path("nobody"))?);
+    journey.vm.godwit("migrate", &[&nobody])?.expect_code(1)?;
+    let difference = journey.host.path("difference");
+    journey.vm.snapshot(&difference, &["--diff", "--keep-running"])?;
+    journey.hop(&["--verify"])?;
+    no_base(&journey, "after")?;
+    journey.hop(&["--verify"])?;
+    journey.verify()?;
+    journey.end()
+}
+
 #[test]
 fn a_restored_guest_waits_for_its_resume() -> Result<()> {
     let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
     let directory = journey.host.path("saved");
     // Whether somebody had paused it makes no difference.
     journey.vm.godwit("pause", &[])?.expect_code(0)?;
-    snapshot(&journey.vm, &directory, &["--keep-running"])?;
+    journey.vm.snapshot(&directory, &["--keep-running"])?;
     ensure!(journey.vm.state()? == "Paused", "got {}", journey.vm.state()?);
     let restored = journey.host.restore(&directory, &[])?;
     ensure!(restored.state()? == "Paused", "got {}", restored.state()?);
@@ -216,7 +393,7 @@ fn its_disk_is_free_when_the_command_ends() -> Result<()> {
     let mut journey = Journey::start(host.clone(), &BareGuest::default(), &["--disk", &option])?;
     for number in 0..5 {
         let directory = host.path(&format!("saved-{number}"));
-        snapshot(&journey.vm, &directory, &[])?;
+        journey.vm.snapshot(&directory, &[])?;
         // The same name, and the same disk, at once.
         let name = journey.vm.name.clone();
         let restored = host.restore_as(&name, &directory, &["--resume", "--disk", &shown])?;

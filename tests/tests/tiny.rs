@@ -1,11 +1,16 @@
 //! A real Linux on the machine's own KVM, whatever kind that is.
 
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use tests::{Host, TinyGuest};
+use tests::{Event, Host, Journey, PATIENCE, TinyGuest, Vm};
 
 const MOVES: u32 = 2;
+/// How long the guest lies in files. Its clocks must find that out.
+const AWAY: Duration = Duration::from_secs(3);
+/// A guest's time is at most that far from the host's when its tick is seen: ticks come when they come.
+const CLOCK_ERROR: Duration = Duration::from_secs(1);
 
 /// One boot for all of it: where kernel code is interpreted it takes most of half a minute.
 #[test]
@@ -53,10 +58,48 @@ fn linux_boots_moves_under_load_and_powers_off() -> Result<()> {
         verified == guest.workset_mib << 8,
         "expected all pages to be verified, got {verified}"
     );
+    through_files_for_a_while(&mut journey)?;
     journey.end()?;
     println!(
         "{} vCPUs up in {boot:.1} s, {dirtied} pages dirtied, downtimes {downtimes:.1?} ms",
         guest.cpus
     );
     Ok(())
+}
+
+/// By how much the guest's wall clock differs from the host's, in microseconds.
+fn wall_clock_error(vm: &Vm) -> Result<i64> {
+    let stdout = vm.process.stdout();
+    let tick = stdout.wait("a tick", stdout.mark(), PATIENCE, |line| {
+        Event::named(line, "tick")
+    })?;
+    let guest = i64::try_from(tick.number("real_us")?)?;
+    let host = SystemTime::UNIX_EPOCH.elapsed()?.as_micros();
+    Ok(guest - i64::try_from(host)?)
+}
+
+/// A snapshot is the guest's past once more, and it must know; a migration was not. Meanwhile time went by.
+fn through_files_for_a_while(journey: &mut Journey) -> Result<()> {
+    let life = journey.life()?;
+    ensure!(
+        !life.contains("agent: fork"),
+        "moves gave it another generation: {life}"
+    );
+    let before = wall_clock_error(&journey.vm)?;
+    let directory = journey.host.path("saved");
+    journey.vm.snapshot(&directory, &[])?;
+    sleep(AWAY);
+    let restored = journey.host.restore(&directory, &["--resume"])?;
+    journey.arrive(restored)?;
+    journey
+        .vm
+        .process
+        .stdout()
+        .wait("agent: fork", 0, PATIENCE, |line| Event::named(line, "fork"))?;
+    let after = wall_clock_error(&journey.vm)?;
+    ensure!(
+        before.abs_diff(after) < CLOCK_ERROR.as_micros() as u64,
+        "its wall clock was {before} µs from the host's, and is {after} µs from it"
+    );
+    journey.verify().map(drop)
 }

@@ -5,6 +5,7 @@
 mod commands;
 mod disk;
 mod first;
+mod forks;
 mod heartbeat;
 mod memory;
 mod physical;
@@ -47,6 +48,9 @@ fn main() -> std::io::Result<()> {
     ));
 
     power::watch(&report, &workloads);
+    if let Err(error) = forks::watch(report.clone()) {
+        report.error(format_args!("kmsg=open expected=a log got={error}"));
+    }
     {
         let (report, workloads) = (report.clone(), workloads.clone());
         thread::spawn(move || commands::serve(std::io::stdin().lock(), &report, &workloads));

@@ -15,6 +15,9 @@ pub struct SnapshotRequest {
     /// Whether the guest goes on here afterwards; otherwise the VM ends.
     #[serde(default)]
     pub keep_running: bool,
+    /// Only what was written since the last snapshot.
+    #[serde(default)]
+    pub diff: bool,
 }
 
 /// What came of it.
@@ -24,7 +27,7 @@ pub struct SnapshotReport {
     pub path: PathBuf,
     /// Bytes of guest memory.
     pub memory_bytes: u64,
-    /// Bytes of it that are not zero, and so take up space.
+    /// Bytes of it that are in the snapshot and not zero, and so take up space.
     pub stored_bytes: u64,
     /// How long the guest stood still; where it does not go on, until the snapshot was complete.
     pub paused_ms: f64,

@@ -1,8 +1,8 @@
 //! ACPI tables (ACPI 6.5): RSDP, XSDT, FADT (hardware-reduced), MADT, DSDT.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
-    Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -20,6 +20,8 @@ const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
 const DSDT_REVISION: u8 = 2;
 const HEADER_LEN: u32 = 36;
+/// A device notification: a button was pressed, or the state has changed (ACPI 6.5, 5.6.6).
+const EVENT: u8 = 0x80;
 const BOOT_NO_VGA: u16 = 1 << 2;
 const BOOT_NO_MSI: u16 = 1 << 3;
 const BOOT_NO_RTC: u16 = 1 << 5;
@@ -99,6 +101,8 @@ fn dsdt(slots: &[VirtioMmioSlot]) -> Sdt {
     }
     serial_device(&mut body);
     power_button(&mut body);
+    generation_counter(&mut body);
+    event_device(&mut body);
     let scope = Scope::raw(Path::new("\\_SB_"), body);
     let s5 = Package::new(vec![
         &AcpiPower::SLEEP_TYPE_S5,
@@ -154,25 +158,54 @@ fn serial_device(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
-/// A control-method power button, notified by a generic event device (ACPI 6.5, 5.6.9) whose interrupt the
-/// machine raises.
 fn power_button(body: &mut Vec<u8>) {
     Device::new(
         "PWRB".into(),
         vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
     )
     .to_aml_bytes(body);
-    let interrupt = Interrupt::new(true, true, false, false, layout::POWER_GSI);
+}
+
+/// Where the guest finds the machine's generation ID ("Virtual Machine Generation ID", Microsoft, 2012). The first
+/// of its compatible IDs is the document's, the second one that ACPI's grammar allows, and which Linux knows.
+fn generation_counter(body: &mut Vec<u8>) {
+    let address = Package::new(vec![&layout::GENERATION_ID, &aml::ZERO]);
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"GDWT0001"),
+            &Name::new("_CID".into(), &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &address),
+        ],
+    )
+    .to_aml_bytes(body);
+}
+
+/// A generic event device (ACPI 6.5, 5.6.9): the machine raises one of its interrupts, and it notifies the device
+/// that has something to say.
+fn event_device(body: &mut Vec<u8>) {
+    let power = Interrupt::new(true, true, false, false, layout::POWER_GSI);
+    let generation = Interrupt::new(true, true, false, false, layout::GENERATION_GSI);
     Device::new(
         "GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&power, &generation])),
             &Method::new(
                 "_EVT".into(),
                 1,
                 true,
-                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
+                vec![
+                    &If::new(
+                        &Equal::new(&Arg(0), &layout::POWER_GSI),
+                        vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &EVENT)],
+                    ),
+                    &If::new(
+                        &Equal::new(&Arg(0), &layout::GENERATION_GSI),
+                        vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &EVENT)],
+                    ),
+                ],
             ),
         ],
     )

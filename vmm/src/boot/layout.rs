@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT for the first instruction          0x0009_fc00  MP table (1 KiB)
-//! 0x0000_6000  PVH start info, modules, memory map    0x000e_0000  RSDP and ACPI tables (128 KiB)
+//! 0x0000_6000  PVH start info, modules, memory map    0x000e_0000  RSDP and ACPI tables, generation ID
 //! 0x0000_7000  zero page (Linux boot protocol)        0x0010_0000  high memory: kernel, initrd, RAM
 //! 0x0000_9000  page tables for 64-bit entry           0xc000_0000  hole: devices, IOAPIC, LAPIC
 //! 0x0002_0000  kernel command line                    0x1_0000_0000 the rest of RAM
@@ -37,7 +37,9 @@ pub const MP_TABLE_MAX: usize = 0x400;
 /// RSDP; kernels look for it between here and 1 MiB. The other ACPI tables follow.
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes for ACPI tables.
-pub const ACPI_MAX: usize = 0x2_0000;
+pub const ACPI_MAX: usize = 0x1_f000;
+/// The page of the machine's generation ID, which has it to itself.
+pub const GENERATION_ID: u64 = 0xf_f000;
 /// Where kernels are loaded.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Begin of the hole below 4 GiB.
@@ -61,8 +63,10 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Interrupt of the first 16550.
 pub const SERIAL_GSI: u32 = 4;
-/// Interrupt of the ACPI generic event device (power button).
+/// Interrupt of the ACPI generic event device for the power button.
 pub const POWER_GSI: u32 = 5;
+/// Interrupt of the ACPI generic event device for a new generation ID.
+pub const GENERATION_GSI: u32 = 6;
 /// First port of the keyboard controller.
 pub const I8042_PORT: u16 = 0x60;
 /// First port of the ACPI sleep and reset registers.

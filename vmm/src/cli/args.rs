@@ -155,19 +155,53 @@ pub(super) struct RestoreArgs {
 
 /// Arguments of `snapshot`.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct SnapshotArgs {
+    #[command(subcommand)]
+    pub(super) command: Option<SnapshotCommand>,
+    #[command(flatten)]
+    pub(super) write: Option<WriteArgs>,
+}
+
+/// What else there is to do with snapshots.
+#[derive(Debug, Subcommand)]
+pub(super) enum SnapshotCommand {
+    /// Put a snapshot and differences to it together, into one whole snapshot
+    Merge(MergeArgs),
+}
+
+/// Arguments of `snapshot` itself.
+#[derive(Debug, Args)]
+pub(super) struct WriteArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
     /// The directory that is to be made
     #[arg(value_name = "DIR")]
     pub(super) directory: PathBuf,
+    /// Write only what has changed since the VM's last snapshot, or since it was restored from one
+    #[arg(long)]
+    pub(super) diff: bool,
     /// Let the guest run on here afterwards; otherwise the VM ends
     #[arg(long)]
     pub(super) keep_running: bool,
     /// Print the report as one JSON object on stdout
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// Arguments of `snapshot merge`.
+#[derive(Debug, Args)]
+pub(super) struct MergeArgs {
+    /// The whole snapshot
+    #[arg(value_name = "BASE")]
+    pub(super) base: PathBuf,
+    /// Differences, each to the one before it
+    #[arg(value_name = "DIFF", required = true)]
+    pub(super) differences: Vec<PathBuf>,
+    /// The directory that is to be made
+    #[arg(long, short, value_name = "DIR")]
+    pub(super) output: PathBuf,
 }
 
 /// Arguments of `migrate`.

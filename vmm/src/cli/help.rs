@@ -20,13 +20,19 @@ Examples:
   godwit restore web.snapshot --preload --resume
 
 The snapshot is only read, and must stay as long as a guest runs from it without --preload. Any number of guests
-can run from one snapshot, each with disks of its own.";
+can run from one snapshot, each with disks of its own. Its clocks go on from now, and its generation ID is new: Linux
+then takes new random numbers.";
 
 pub(super) const SNAPSHOT_EXAMPLES: &str = "\
 Examples:
   godwit snapshot web web.snapshot
   godwit pause web; godwit snapshot web web.snapshot --keep-running; cp web.img clone.img; godwit resume web
+  godwit snapshot web monday --keep-running
+  godwit snapshot web tuesday --diff --keep-running
+  godwit snapshot merge monday tuesday --output whole
 
+With --keep-running the pages that the guest writes from then on are tracked, which costs it one fault a page. A
+migration ends that: the next snapshot must be a whole one.
 Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
 Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";

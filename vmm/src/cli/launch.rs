@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
 
 use anyhow::Context;
-use devices::GuestMemory;
 use migration::{ReceiveOptions, Receiver};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::Uptime;
@@ -15,15 +13,15 @@ use tracing_subscriber::fmt::time::Uptime;
 use super::Exit;
 use super::args::{CommonArgs, ReceiveArgs, RestoreArgs, RunArgs};
 use super::signals::{Held, outlive_file_size_limit};
-use super::snapshot::MemoryBar;
+use super::snapshot::with_bar;
 use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
 use crate::config::{ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
-use crate::machine::{Arrival, Machine, MigrationDestination};
+use crate::machine::{Arrival, Machine, MigrationDestination, SnapshotMemory};
 use crate::memory;
 use crate::rundir::{ApiSocket, check_name};
-use crate::snapshot::{Snapshot, Watch};
+use crate::snapshot::Snapshot;
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
 /// The log's verbosity, in tracing's syntax.
@@ -108,26 +106,12 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     supervise(supervisor, server)
 }
 
-fn snapshot_memory(snapshot: &Snapshot, preload: bool) -> anyhow::Result<GuestMemory> {
+fn snapshot_memory(snapshot: &Snapshot, preload: bool) -> anyhow::Result<SnapshotMemory> {
     // Other processes could not share what is mapped from a file for this one alone.
     if !preload && !snapshot.machine().shared_memory {
-        return Ok(snapshot.map()?);
+        return Ok(SnapshotMemory::Mapped(snapshot.map()?));
     }
-    let (watch, bar) = (Watch::default(), MemoryBar::new());
-    let (done, waiting) = mpsc::channel::<()>();
-    let memory = std::thread::scope(|scope| {
-        let (watch, bar) = (&watch, &bar);
-        scope.spawn(move || {
-            while waiting.recv_timeout(MemoryBar::INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                bar.show(&watch.progress());
-            }
-        });
-        let memory = snapshot.read(watch);
-        drop(done);
-        memory
-    });
-    bar.clear();
-    Ok(memory?)
+    Ok(SnapshotMemory::Read(with_bar(|watch| snapshot.read(watch))?))
 }
 
 fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {

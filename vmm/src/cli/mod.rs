@@ -82,7 +82,7 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Receive(args) => launch::receive(args),
         Command::Restore(args) => launch::restore(args),
         Command::Migrate(args) => migrate::run(args),
-        Command::Snapshot(args) => snapshot::run(&args),
+        Command::Snapshot(args) => snapshot::run(args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
         Command::Resolve(args) => client::resolve(&args),

@@ -1,22 +1,31 @@
-//! `snapshot`: puts a VM in files.
+//! `snapshot`: puts a VM in files. `snapshot merge`: puts such files together.
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::Exit;
-use super::args::SnapshotArgs;
+use super::args::{MergeArgs, SnapshotArgs, SnapshotCommand, WriteArgs};
 use super::client::{STOP_TIMEOUT, block_on, ended};
 use crate::api::client::Client;
 use crate::api::{InstanceInfo, SnapshotReport, SnapshotRequest};
 use crate::report::figures::{bytes, duration};
 use crate::rundir;
-use crate::snapshot::SnapshotProgress;
+use crate::snapshot::{self, Difference, Snapshot, SnapshotError, SnapshotProgress, Watch};
 
-pub(super) fn run(args: &SnapshotArgs) -> anyhow::Result<Exit> {
+pub(super) fn run(args: SnapshotArgs) -> anyhow::Result<Exit> {
+    match (args.command, args.write) {
+        (Some(SnapshotCommand::Merge(args)), _) => merge(&args),
+        (None, Some(args)) => write(&args),
+        (None, None) => bail!("expected a VM, or `merge`, got neither"),
+    }
+}
+
+fn write(args: &WriteArgs) -> anyhow::Result<Exit> {
     let socket = rundir::resolve(&args.vm)?;
     let client = Client::new(&socket);
     // The VM may have another working directory.
@@ -24,6 +33,7 @@ pub(super) fn run(args: &SnapshotArgs) -> anyhow::Result<Exit> {
     let request = SnapshotRequest {
         path,
         keep_running: args.keep_running,
+        diff: args.diff,
     };
     let bar = MemoryBar::new();
     let report = block_on(async {
@@ -47,16 +57,35 @@ pub(super) fn run(args: &SnapshotArgs) -> anyhow::Result<Exit> {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
         return Ok(Exit::Done);
     }
-    writeln!(out, "{}", told(&args.vm, &report, args.keep_running))?;
+    writeln!(out, "{}", told(args, &report))?;
     Ok(Exit::Done)
 }
 
-fn told(vm: &str, report: &SnapshotReport, keep_running: bool) -> String {
-    let path = shown(&report.path);
-    let after = if keep_running {
-        "it runs on".into()
-    } else {
-        format!("go on with `godwit restore {path} --resume`")
+fn merge(args: &MergeArgs) -> anyhow::Result<Exit> {
+    let base = Snapshot::open(&args.base)?;
+    let differences: Vec<_> = args
+        .differences
+        .iter()
+        .map(|directory| Difference::open(directory))
+        .collect::<Result<_, _>>()?;
+    let manifest = with_bar(|watch| snapshot::merge(&base, &differences, &args.output, watch))?;
+    let (path, stored) = (shown(&args.output), bytes(manifest.stored_bytes() as f64));
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
+        "{path} is whole, with {stored} stored; go on with `godwit restore {path} --resume`"
+    )?;
+    Ok(Exit::Done)
+}
+
+fn told(args: &WriteArgs, report: &SnapshotReport) -> String {
+    let (vm, path) = (&args.vm, shown(&report.path));
+    let after = match (args.keep_running, args.diff) {
+        (true, _) => "it runs on".into(),
+        (false, false) => format!("go on with `godwit restore {path} --resume`"),
+        (false, true) => {
+            format!("put it together with its base by `godwit snapshot merge BASE {path} -o DIR`")
+        }
     };
     format!(
         "{vm} is in {path}: {} of {} stored in {}, the guest stood still for {}; {after}",
@@ -92,14 +121,33 @@ async fn watch(client: &Client, bar: &MemoryBar) -> std::convert::Infallible {
     }
 }
 
+/// Does `work` on a snapshot's files and shows how far it is.
+pub(super) fn with_bar<T>(work: impl FnOnce(&Watch) -> Result<T, SnapshotError>) -> Result<T, SnapshotError> {
+    let (watch, bar) = (Watch::default(), MemoryBar::new());
+    let (done, waiting) = mpsc::channel::<()>();
+    let ended = std::thread::scope(|scope| {
+        let (watch, bar) = (&watch, &bar);
+        scope.spawn(move || {
+            while waiting.recv_timeout(MemoryBar::INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                bar.show(&watch.progress());
+            }
+        });
+        let ended = work(watch);
+        drop(done);
+        ended
+    });
+    bar.clear();
+    ended
+}
+
 /// How much of a guest's memory is written or read; nothing where standard error is no terminal.
-pub(super) struct MemoryBar(ProgressBar);
+struct MemoryBar(ProgressBar);
 
 impl MemoryBar {
     /// How often it is worth drawing anew.
-    pub(super) const INTERVAL: Duration = Duration::from_millis(100);
+    const INTERVAL: Duration = Duration::from_millis(100);
 
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         if let Ok(style) =
             ProgressStyle::with_template("[{bar:16}] {percent:>3}% {bytes} of {total_bytes}, {eta} left")
@@ -109,12 +157,12 @@ impl MemoryBar {
         Self(bar)
     }
 
-    pub(super) fn show(&self, progress: &SnapshotProgress) {
+    fn show(&self, progress: &SnapshotProgress) {
         self.0.set_length(progress.total_bytes);
         self.0.set_position(progress.done_bytes);
     }
 
-    pub(super) fn clear(&self) {
+    fn clear(&self) {
         self.0.finish_and_clear();
     }
 }

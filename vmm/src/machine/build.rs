@@ -1,6 +1,6 @@
 //! From a description to a machine that waits at the gate.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use devices::GuestMemory;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
@@ -8,7 +8,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::backends;
 use super::devices::{DeviceSet, NamedDevice};
-use super::{EventSink, Machine, MachineError, MachineEvent, kvm_error, open_kvm};
+use super::{EventSink, Machine, MachineError, MachineEvent, generation, kvm_error, open_kvm};
 use crate::boot::{self, BootError, BootSource, layout};
 use crate::console::Console;
 use crate::cpu::{self, Template};
@@ -99,6 +99,7 @@ impl Machine {
             vm,
             kvm,
             memory: spec.memory,
+            baseline: Mutex::default(),
             cpuid: spec.cpuid,
             template: spec.template,
             cpus: spec.cpus,
@@ -108,6 +109,7 @@ impl Machine {
 
     fn load(&self, source: &BootSource) -> Result<(), MachineError> {
         let entry = boot::load(&self.memory, source, self.cpus, &self.devices.slots())?;
+        generation::write_new(&self.memory)?;
         entry.write_descriptors(&self.memory).map_err(BootError::from)?;
         let vcpus = self.vcpus.lock_all();
         for vcpu in &vcpus {

@@ -6,7 +6,9 @@ use std::time::Instant;
 use devices::GuestMemory;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-use migration::{CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MachineError as PortError};
+use migration::{
+    CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MachineError as PortError,
+};
 
 use super::arrival::{Arrival, difference};
 use super::build::Spec;

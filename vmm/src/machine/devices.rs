@@ -58,6 +58,8 @@ pub(super) struct DeviceSet {
     exit: ExitEvent,
     i8042: Arc<Mutex<I8042>>,
     power: Arc<Mutex<AcpiPower>>,
+    /// Raised when the machine has a new generation ID.
+    pub(super) generation: EventFd,
     pub(super) virtio: Vec<VirtioSlot>,
 }
 
@@ -101,6 +103,7 @@ impl DeviceSet {
             exit,
             i8042,
             power,
+            generation: interrupt(vm, layout::GENERATION_GSI)?,
             virtio,
         })
     }

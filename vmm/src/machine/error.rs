@@ -55,6 +55,13 @@ pub enum MachineError {
     State(#[from] migration_state::StateError),
     #[error(transparent)]
     Snapshot(#[from] crate::snapshot::SnapshotError),
+    #[error(
+        "no base for a difference: expected an earlier snapshot with --keep-running, or a start by `godwit restore` \
+         without --preload, and no migration since: make a whole snapshot first"
+    )]
+    NoBase,
+    #[error("log of the pages written since the last snapshot")]
+    DirtyLog(#[source] migration::MachineError),
     #[error("this host cannot run the machine: {}", migration::list(.0))]
     Unfit(Vec<migration::Difference>),
     #[error("saved state: {what}: expected {expected}, got {got}")]

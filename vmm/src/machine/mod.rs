@@ -2,17 +2,19 @@
 
 mod arrival;
 mod backends;
+mod baseline;
 mod build;
 mod description;
 mod destination;
 mod device_thread;
 mod devices;
 mod error;
+mod generation;
 mod source;
 mod standstill;
 mod state;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use ::devices::{GuestExit, GuestMemory};
@@ -25,14 +27,16 @@ use crate::memory::{self, BitmapLog, RingLog};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
 
 pub use arrival::Arrival;
+pub use baseline::Before;
 pub use destination::MigrationDestination;
 pub use error::MachineError;
 pub use source::MigrationSource;
-pub use standstill::Standstill;
+pub use standstill::{SnapshotMemory, Standstill};
 
 pub(crate) use self::backends::RNG_ID;
 pub(crate) use self::devices::INSTANCE_PREFIX;
 
+use self::baseline::Baseline;
 use self::devices::DeviceSet;
 
 /// What a machine tells whoever owns it, from its own threads.
@@ -61,6 +65,8 @@ pub struct Machine {
     vm: Arc<VmFd>,
     kvm: Kvm,
     memory: GuestMemory,
+    /// What a difference would be to; nothing where no snapshot was made that one could be to.
+    baseline: Mutex<Option<Baseline>>,
     cpuid: Vec<kvm_cpuid_entry2>,
     template: Template,
     cpus: u8,
@@ -125,7 +131,7 @@ impl Machine {
     }
 
     /// The serial port, for input from the console.
-    pub fn serial(&self) -> Arc<std::sync::Mutex<::devices::legacy::Serial>> {
+    pub fn serial(&self) -> Arc<Mutex<::devices::legacy::Serial>> {
         self.devices.serial.clone()
     }
 
@@ -149,7 +155,7 @@ impl Machine {
         Ok(self.vcpus.throttle(shares)?)
     }
 
-    fn start_dirty_log(&self) -> Result<Arc<dyn DirtyLog>, MachineError> {
+    fn turn_dirty_log_on(&self) -> Result<Arc<dyn DirtyLog>, MachineError> {
         if let Some(rings) = &self.rings {
             rings.reset()?;
             memory::set_dirty_log(&self.vm, &self.memory, true)?;
@@ -159,7 +165,7 @@ impl Machine {
         Ok(Arc::new(BitmapLog::new(self.vm.clone(), self.memory.clone())))
     }
 
-    fn stop_dirty_log(&self) -> Result<(), MachineError> {
+    fn turn_dirty_log_off(&self) -> Result<(), MachineError> {
         // KVM waits for a kernel thread (SRCU's) that a vCPU which never leaves its CPU can keep from running for
         // 300 ms, as measured. In short slices the guest gets out of its way, and still runs.
         if let Err(error) = self.throttle(&vec![OUT_OF_THE_WAY; self.cpus.into()]) {

@@ -49,11 +49,12 @@ impl Source for MigrationSource {
     }
 
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError> {
-        Ok(self.machine.start_dirty_log()?)
+        self.machine.release_log()?;
+        Ok(self.machine.turn_dirty_log_on()?)
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), PortError> {
-        Ok(self.machine.stop_dirty_log()?)
+        Ok(self.machine.turn_dirty_log_off()?)
     }
 
     fn throttle(&mut self, shares: &[f64]) -> Result<(), PortError> {

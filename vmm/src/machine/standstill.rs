@@ -1,13 +1,14 @@
 //! A machine that goes into files, and one that comes out of them.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ::devices::GuestMemory;
-use migration::{MachineDescription, PageSet};
+use migration::PageSet;
 
+use super::baseline::Before;
 use super::{Machine, MachineError, MigrationDestination};
-use crate::memory;
-use crate::snapshot::Snapshot;
+use crate::memory::{self, MemoryError};
+use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
 use crate::vcpu::Holder;
 
 /// A machine whose guest stands still, with nothing in flight. It goes on when this is dropped.
@@ -34,14 +35,21 @@ impl Machine {
 
 impl MigrationDestination {
     /// Builds the snapshot's machine with that memory and its disks locked. The guest runs if it is to `resume`,
-    /// whatever it did when the snapshot was made; its clocks go on from where they stood.
+    /// whatever it did when the snapshot was made. Its clocks go on from now: it has been away since then.
     pub fn restore_snapshot(
         self,
         snapshot: &Snapshot,
-        memory: GuestMemory,
+        memory: SnapshotMemory,
         resume: bool,
     ) -> Result<Machine, MachineError> {
+        let (memory, mapped) = match memory {
+            SnapshotMemory::Mapped(memory) => (memory, true),
+            SnapshotMemory::Read(memory) => (memory, false),
+        };
         let machine = self.build(snapshot.machine(), memory)?;
+        if mapped {
+            machine.based_on(snapshot.id());
+        }
         let pending = machine.restore(snapshot.state())?;
         let gate = machine.vcpus.gate();
         if resume {
@@ -51,29 +59,55 @@ impl MigrationDestination {
         }
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
-        // For the guest no time has passed.
-        machine.run_restored(&pending, Instant::now())?;
+        let now = Instant::now();
+        // An instant before the host began is no use to anybody; then the guest's clocks stand where they stood.
+        let stopped_at = now.checked_sub(snapshot.age()).unwrap_or(now);
+        machine.renew_generation()?;
+        machine.run_restored(&pending, stopped_at)?;
         Ok(machine)
     }
 }
 
+/// A snapshot's memory, for a machine.
+pub enum SnapshotMemory {
+    /// The private mapping of its file.
+    Mapped(GuestMemory),
+    /// Memory that was read.
+    Read(GuestMemory),
+}
+
 impl Standstill<'_> {
-    /// The machine, in the migration engine's terms.
-    pub fn describe(&self) -> MachineDescription {
-        self.machine.describe()
+    /// What it is, for a snapshot named `id`: all of it, or the difference to the last one.
+    pub fn write(
+        &self,
+        draft: &mut Draft,
+        id: SnapshotId,
+        difference: bool,
+        watch: &Watch,
+    ) -> Result<Manifest, MachineError> {
+        let machine = self.machine;
+        let (pages, base) = if difference {
+            (machine.written()?, Some(machine.base()?))
+        } else {
+            let mut populated = PageSet::of(&machine.memory).map_err(MemoryError::from)?;
+            memory::populated(&machine.memory, &mut populated)?;
+            (populated, None)
+        };
+        let content = Content {
+            id,
+            machine: machine.describe(),
+            state: &machine.save(self.since)?,
+            memory: &machine.memory,
+            pages: &pages,
+            base,
+            stopped: SystemTime::now() - self.elapsed(),
+        };
+        Ok(draft.write(content, watch)?)
     }
 
-    /// The machine's saved state.
-    pub fn state(&self) -> Result<Vec<u8>, MachineError> {
-        self.machine.save(self.since)
-    }
-
-    /// The guest's memory, and its pages that may hold something.
-    pub fn memory(&self) -> Result<(&GuestMemory, PageSet), MachineError> {
-        let memory = &self.machine.memory;
-        let mut populated = PageSet::of(memory).map_err(memory::MemoryError::from)?;
-        memory::populated(memory, &mut populated)?;
-        Ok((memory, populated))
+    /// From here on it is known what was written after the snapshot `id`; see [`Machine::track`].
+    pub fn track(&self, id: &SnapshotId) -> Result<Before, MachineError> {
+        self.machine.track(id)
     }
 
     /// How long the guest stands still so far.

@@ -13,7 +13,7 @@ mod slots;
 pub use bitmap_log::BitmapLog;
 pub use error::MemoryError;
 pub use mapping::{adopt, check_size, create, files, is_shared, map_private, ranges};
-pub use populated::populated;
+pub use populated::{populated, private_copies};
 pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};
 pub use slots::{register, set_dirty_log};

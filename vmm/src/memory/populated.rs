@@ -20,6 +20,8 @@ const ENTRIES: usize = 1 << 16;
 const ENTRY: usize = 8;
 /// An entry's bits for "in memory" and "swapped out" (Documentation/admin-guide/mm/pagemap.rst).
 const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
+/// An entry's bit for "a file's page, or anonymous memory that is shared".
+const OF_FILE: u64 = 1 << 61;
 
 /// Adds every page that may hold something to `into`.
 pub fn populated(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryError> {
@@ -36,10 +38,29 @@ pub fn populated(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryE
             Some(pagemap) => pagemap,
             none => none.insert(Pagemap::open().map_err(MemoryError::Pagemap)?),
         };
-        let words = pagemap.in_use(region).map_err(MemoryError::Pagemap)?;
+        let words = pagemap.find(region, in_use).map_err(MemoryError::Pagemap)?;
         into.insert_bitmap(index, &words)?;
     }
     Ok(())
+}
+
+/// Adds every page that is no longer what the file has that `memory` was mapped from privately: it was written to, and
+/// so is this process's own.
+pub fn private_copies(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryError> {
+    let mut pagemap = Pagemap::open().map_err(MemoryError::Pagemap)?;
+    for (index, region) in memory.iter().enumerate() {
+        let words = pagemap.find(region, is_own).map_err(MemoryError::Pagemap)?;
+        into.insert_bitmap(index, &words)?;
+    }
+    Ok(())
+}
+
+fn in_use(entry: u64) -> bool {
+    entry & PRESENT_OR_SWAPPED != 0
+}
+
+fn is_own(entry: u64) -> bool {
+    in_use(entry) && entry & OF_FILE == 0
 }
 
 struct Pagemap {
@@ -55,8 +76,8 @@ impl Pagemap {
         })
     }
 
-    /// A bit for each page of an anonymous region. A huge page is in use as a whole.
-    fn in_use(&mut self, region: &Region) -> io::Result<Vec<u64>> {
+    /// A bit for each page of a region whose entry is `wanted`. All pages of a huge page are alike.
+    fn find(&mut self, region: &Region, wanted: fn(u64) -> bool) -> io::Result<Vec<u64>> {
         let total = pages(region) as usize;
         let first = region.as_ptr() as u64 / PAGE_SIZE;
         let mut words = Vec::with_capacity(total.div_ceil(64));
@@ -64,18 +85,17 @@ impl Pagemap {
             let bytes = &mut self.buffer[..ENTRIES.min(total - done) * ENTRY];
             self.file
                 .read_exact_at(bytes, (first + done as u64) * ENTRY as u64)?;
-            words.extend(bytes.chunks(64 * ENTRY).map(word));
+            words.extend(bytes.chunks(64 * ENTRY).map(|entries| word(entries, wanted)));
         }
         Ok(words)
     }
 }
 
 /// The bits of at most 64 entries.
-fn word(entries: &[u8]) -> u64 {
+fn word(entries: &[u8], wanted: fn(u64) -> bool) -> u64 {
     let (entries, _) = entries.as_chunks::<ENTRY>();
     entries.iter().enumerate().fold(0, |word, (bit, entry)| {
-        let in_use = u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
-        word | u64::from(in_use) << bit
+        word | u64::from(wanted(u64::from_ne_bytes(*entry))) << bit
     })
 }
 
@@ -125,6 +145,28 @@ mod tests {
         populated(&memory, &mut found).unwrap();
         assert!(found.contains(2 << 12) && found.contains(HIGH + 4096));
         assert!(!found.contains(HIGH) && !found.contains(HIGH + (3 << 12)));
+    }
+
+    #[test]
+    fn only_what_was_written_is_a_private_copy() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 12).unwrap();
+        file.write_all_at(&[1; 8192], 5 << 12).unwrap();
+        let memory = map_private(&[(0, 4 << 12), (HIGH, 4 << 12)], &file).unwrap();
+        // Read, but not written: in the file, and a hole of it.
+        for gpa in [HIGH + 4096, 1 << 12] {
+            memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
+        }
+        for gpa in [2 << 12, HIGH + (2 << 12), HIGH + (3 << 12)] {
+            memory.write_obj(1u8, GuestAddress(gpa)).unwrap();
+        }
+        let mut found = PageSet::of(&memory).unwrap();
+        private_copies(&memory, &mut found).unwrap();
+        let ranges: Vec<_> = found
+            .ranges(u64::MAX)
+            .map(|range| (range.gpa, range.len))
+            .collect();
+        assert_eq!(ranges, [(2 << 12, 4096), (HIGH + (2 << 12), 8192)]);
     }
 
     #[test]

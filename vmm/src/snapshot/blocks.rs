@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -39,6 +40,16 @@ struct Block {
     page: u64,
 }
 
+impl Block {
+    /// The set's bits for the block's pages.
+    fn words_of<'a>(&self, pages: &'a PageSet) -> &'a [u64] {
+        let words = pages.region_words(self.region).unwrap_or_default();
+        let first = (self.page / 64) as usize;
+        let end = first + self.len.div_ceil(WORD) as usize;
+        words.get(first..end).unwrap_or_default()
+    }
+}
+
 /// Checksums and the number of pages with content.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Contents {
@@ -73,9 +84,7 @@ pub(super) fn write(
             .map_err(SnapshotError::io(path))
     };
     each_block(memory, watch, open, |file, block| {
-        let words = pages.region_words(block.region).unwrap_or_default();
-        let first = (block.page / 64) as usize;
-        let words = words.get(first..).unwrap_or_default();
+        let words = block.words_of(pages);
         let stored = stored_pages(memory, block, |word| words.get(word).copied().unwrap_or(0))?;
         for run in runs(&stored) {
             let (gpa, len) = (
@@ -92,32 +101,37 @@ pub(super) fn write(
     })
 }
 
-/// Reads the file into `memory`, which is zero so far, and compares it with the checksums.
+/// Reads the file into `memory` and compares it with the checksums: all that is no hole, into memory that is zero so
+/// far; or just the `changed` pages.
 pub(super) fn read(
     memory: &GuestMemory,
     file: &File,
     path: &Path,
+    changed: Option<&PageSet>,
     expected: &[u64],
     watch: &Watch,
 ) -> Result<(), SnapshotError> {
     // A description of its own for each thread, with a position of its own, of the very file that was checked.
     let open = || File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(SnapshotError::io(path));
     let found = each_block(memory, watch, open, |file, block| {
-        let end = block.offset + block.len;
-        let mut at = block.offset;
+        let stretches = match changed {
+            None => data(file, block, path)?,
+            Some(pages) => runs(block.words_of(pages))
+                .into_iter()
+                .map(|run| run.start * PAGE_SIZE..run.end * PAGE_SIZE)
+                .collect(),
+        };
         // A page that is not read is not looked at either: that would put a page of zeroes there.
         let mut filled = vec![0; block.len.div_ceil(WORD) as usize];
-        while let Some(data) = data_from(file, at, end, path)? {
-            let (start, len) = (data.start - block.offset, data.end - data.start);
-            file.seek(SeekFrom::Start(data.start))
+        for Range { start, end } in stretches {
+            file.seek(SeekFrom::Start(block.offset + start))
                 .map_err(SnapshotError::io(path))?;
-            let mut slice = slice(memory, block.gpa + start, len, path)?;
+            let mut slice = slice(memory, block.gpa + start, end - start, path)?;
             file.read_exact_volatile(&mut slice)
                 .map_err(|error| SnapshotError::io(path)(plain(error)))?;
-            for page in start / PAGE_SIZE..(start + len).div_ceil(PAGE_SIZE) {
+            for page in start / PAGE_SIZE..end.div_ceil(PAGE_SIZE) {
                 filled[(page / 64) as usize] |= 1 << (page % 64);
             }
-            at = data.end;
         }
         let stored = stored_pages(memory, block, |word| filled[word])?;
         hash(memory, block, &stored, path)
@@ -228,8 +242,8 @@ fn stored_pages(
 }
 
 /// Runs of set bits, as pages of the block.
-fn runs(words: &[u64]) -> Vec<std::ops::Range<u64>> {
-    let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
+fn runs(words: &[u64]) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
     for page in set_bits(words) {
         match runs.last_mut() {
             Some(run) if run.end == page => run.end += 1,
@@ -275,31 +289,29 @@ fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result
         .map_err(|error| SnapshotError::io(path)(io::Error::other(error)))
 }
 
-/// The first stretch of the file from `at` on, and before `end`, that is no hole.
-fn data_from(
-    file: &File,
-    at: u64,
-    end: u64,
-    path: &Path,
-) -> Result<Option<std::ops::Range<u64>>, SnapshotError> {
+/// The stretches of the block's part of the file that are no holes, as bytes of the block.
+fn data(file: &File, block: &Block, path: &Path) -> Result<Vec<Range<u64>>, SnapshotError> {
     use rustix::fs::{SeekFrom, seek};
-    if at >= end {
-        return Ok(None);
-    }
     let failed = |error: rustix::io::Errno| SnapshotError::io(path)(error.into());
-    let start = match seek(file, SeekFrom::Data(at)) {
-        Ok(start) if (at..end).contains(&start) => start,
-        // Nothing but a hole up to the end of the file.
-        Ok(start) if start >= end => return Ok(None),
-        Err(rustix::io::Errno::NXIO) => return Ok(None),
-        Ok(start) => return Err(SnapshotError::io(path)(nonsense(at, start))),
-        Err(error) => return Err(failed(error)),
-    };
-    let hole = seek(file, SeekFrom::Hole(start)).map_err(failed)?;
-    if hole <= start {
-        return Err(SnapshotError::io(path)(nonsense(start + 1, hole)));
+    let end = block.offset + block.len;
+    let (mut found, mut at) = (Vec::new(), block.offset);
+    while at < end {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) if (at..end).contains(&start) => start,
+            // Nothing but a hole up to the end of the file.
+            Ok(start) if start >= end => break,
+            Err(rustix::io::Errno::NXIO) => break,
+            Ok(start) => return Err(SnapshotError::io(path)(nonsense(at, start))),
+            Err(error) => return Err(failed(error)),
+        };
+        let hole = seek(file, SeekFrom::Hole(start)).map_err(failed)?;
+        if hole <= start {
+            return Err(SnapshotError::io(path)(nonsense(start + 1, hole)));
+        }
+        at = hole.min(end);
+        found.push(start - block.offset..at - block.offset);
     }
-    Ok(Some(start..hole.min(end)))
+    Ok(found)
 }
 
 /// A file system that cannot tell where its holes are.

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::blocks;
-use super::manifest::FileRecord;
-use super::{CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, Watch};
+use super::manifest::{DifferenceRecord, FileRecord};
+use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
 use crate::VERSION;
 
 /// The directory beside the snapshot's own. Dropped, it is removed with everything in it.
@@ -26,6 +26,25 @@ pub struct Draft {
     parent: File,
     /// Open until they are on the disk: whoever opens them anew may not hear of what went wrong before.
     files: Vec<(PathBuf, File)>,
+}
+
+/// What goes into a snapshot.
+#[derive(Clone, Debug)]
+pub struct Content<'a> {
+    /// The snapshot's own name.
+    pub id: SnapshotId,
+    /// The machine, as a destination is told about it.
+    pub machine: MachineDescription,
+    /// The machine's saved state.
+    pub state: &'a [u8],
+    /// Its memory, to which nothing may write meanwhile.
+    pub memory: &'a GuestMemory,
+    /// All pages that may hold something, or may differ from the base's.
+    pub pages: &'a PageSet,
+    /// What it is to be a difference to, if it is not to be whole.
+    pub base: Option<SnapshotId>,
+    /// When the guest came to stand still.
+    pub stopped: SystemTime,
 }
 
 impl Draft {
@@ -58,37 +77,41 @@ impl Draft {
         })
     }
 
-    /// Writes all files. Nothing may write to `memory` meanwhile, of which `populated` has all pages that may
-    /// hold something.
-    pub fn write(
-        &mut self,
-        machine: MachineDescription,
-        state: &[u8],
-        memory: &GuestMemory,
-        populated: &PageSet,
-        watch: &Watch,
-    ) -> Result<Manifest, SnapshotError> {
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    /// Writes all files.
+    pub fn write(&mut self, content: Content<'_>, watch: &Watch) -> Result<Manifest, SnapshotError> {
         let path = self.path(MEMORY);
         let file = File::create_new(&path).map_err(SnapshotError::io(&path))?;
-        let len = crate::memory::ranges(memory).iter().map(|(_, len)| len).sum();
+        let len = crate::memory::ranges(content.memory)
+            .iter()
+            .map(|(_, len)| len)
+            .sum();
         file.set_len(len).map_err(SnapshotError::io(&path))?;
         self.files.push((path.clone(), file));
-        let contents = blocks::write(memory, populated, &path, watch)?;
-        let checksums: Vec<u8> = contents
+        let written = blocks::write(content.memory, content.pages, &path, watch)?;
+        let checksums: Vec<u8> = written
             .checksums
             .iter()
             .flat_map(|checksum| checksum.to_le_bytes())
             .collect();
         self.create(CHECKSUMS, &checksums)?;
-        self.create(STATE, state)?;
+        self.create(STATE, content.state)?;
+        let mut difference = None;
+        if let Some(base) = content.base {
+            let changed = changed(content.pages);
+            self.create(CHANGED, &changed)?;
+            let changed = FileRecord::of(&changed);
+            difference = Some(DifferenceRecord { base, changed });
+        }
+        let stopped = content.stopped.duration_since(SystemTime::UNIX_EPOCH);
         let manifest = Manifest {
             godwit_version: VERSION.into(),
-            created_unix_ms: now.as_millis() as u64,
-            machine,
-            state: FileRecord::of(state),
+            id: content.id,
+            difference,
+            stopped_unix_ns: stopped.unwrap_or_default().as_nanos() as u64,
+            machine: content.machine,
+            state: FileRecord::of(content.state),
             checksums: FileRecord::of(&checksums),
-            pages: contents.pages,
+            pages: written.pages,
         };
         let text = manifest.seal().map_err(|source| SnapshotError::Manifest {
             path: self.path(MANIFEST),
@@ -148,4 +171,10 @@ impl Draft {
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
+}
+
+/// The file that says which pages a difference has.
+fn changed(pages: &PageSet) -> Vec<u8> {
+    let bytes = |range: migration::MemoryRange| [range.gpa.to_le_bytes(), range.len.to_le_bytes()];
+    pages.ranges(u64::MAX).flat_map(bytes).flatten().collect()
 }

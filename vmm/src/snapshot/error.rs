@@ -7,6 +7,7 @@ use migration::PageSetError;
 use migration_io::MemoryIoError;
 use thiserror::Error;
 
+use super::SnapshotId;
 use super::manifest::FORMAT;
 use crate::memory::MemoryError;
 
@@ -55,6 +56,25 @@ pub enum SnapshotError {
     },
     #[error("{path}: expected an ordinary machine's memory")]
     Regions { path: PathBuf, source: PageSetError },
+    #[error(
+        "{path}: expected a whole snapshot, got a difference to snapshot {base}: \
+         put them together with `godwit snapshot merge`"
+    )]
+    IsDifference { path: PathBuf, base: SnapshotId },
+    #[error("{0}: expected a difference (`godwit snapshot --diff`), got a whole snapshot")]
+    IsWhole(PathBuf),
+    #[error("{path}: expected snapshot {expected} before it, to which it is a difference, got {got}")]
+    OtherBase {
+        path: PathBuf,
+        expected: SnapshotId,
+        got: SnapshotId,
+    },
+    #[error("{0}: expected a difference of a machine with the same memory")]
+    OtherMemory(PathBuf),
+    #[error("nothing to merge: expected at least one difference")]
+    NothingToMerge,
+    #[error("no name for the snapshot")]
+    Id(#[source] io::Error),
     #[error("cancelled")]
     Cancelled,
     #[error(transparent)]

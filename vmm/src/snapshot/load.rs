@@ -4,31 +4,147 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use devices::GuestMemory;
-use migration::{MachineDescription, PageSet};
+use migration::{MachineDescription, MemoryRange, PageSet};
 
 use super::blocks;
 use super::manifest::{FileRecord, check_len};
-use super::{CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, Watch};
+use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
 use crate::memory;
+
+/// Bytes of a run of changed pages: its first byte and its length.
+const RUN: usize = 16;
 
 /// Most bytes of a file that is read as a whole: many times what the largest machine has.
 const MOST_BYTES: u64 = 64 << 20;
 
-/// A snapshot whose small files were read and found to be whole.
+/// A whole snapshot, whose small files were read and found to be undamaged.
 #[derive(Debug)]
-pub struct Snapshot {
-    manifest: Manifest,
-    state: Vec<u8>,
-    checksums: Vec<u64>,
-    memory: File,
-    memory_path: PathBuf,
+pub struct Snapshot(Files);
+
+/// A snapshot that is a difference to another one.
+#[derive(Debug)]
+pub struct Difference {
+    files: Files,
+    base: SnapshotId,
+    changed: PageSet,
 }
 
 impl Snapshot {
     /// Opens the snapshot in `directory`. What its memory holds is not looked at, only how much of it there is.
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
+        let files = Files::open(directory)?;
+        match &files.manifest.difference {
+            None => Ok(Self(files)),
+            Some(difference) => Err(SnapshotError::IsDifference {
+                path: directory.into(),
+                base: difference.base.clone(),
+            }),
+        }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &SnapshotId {
+        &self.0.manifest.id
+    }
+
+    /// What the machine is.
+    pub fn machine(&self) -> &MachineDescription {
+        &self.0.manifest.machine
+    }
+
+    /// The machine's saved state.
+    pub fn state(&self) -> &[u8] {
+        &self.0.state
+    }
+
+    /// How long ago, by this host's wall clock, the guest came to stand still. No time where that is still to come.
+    pub fn age(&self) -> Duration {
+        self.0.stopped().elapsed().unwrap_or_default()
+    }
+
+    /// Memory whose pages come from the file when they are needed, and are the machine's own once it writes to
+    /// them. Nothing is read yet, nothing compared with checksums, and the file must stay as it is.
+    pub fn map(&self) -> Result<GuestMemory, SnapshotError> {
+        Ok(memory::map_private(&self.0.ranges(), &self.0.memory)?)
+    }
+
+    /// Memory that is read as a whole, and compared with its checksums.
+    pub fn read(&self, watch: &Watch) -> Result<GuestMemory, SnapshotError> {
+        let memory = memory::create(&self.0.ranges(), self.machine().shared_memory)?;
+        self.0.read(&memory, None, watch)?;
+        Ok(memory)
+    }
+}
+
+impl Difference {
+    /// Opens the difference in `directory`, as [`Snapshot::open`] does.
+    pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
+        let files = Files::open(directory)?;
+        let Some(difference) = files.manifest.difference.clone() else {
+            return Err(SnapshotError::IsWhole(directory.into()));
+        };
+        let path = directory.join(CHANGED);
+        let bytes = read_checked(&path, &difference.changed)?;
+        let (runs, rest) = bytes.as_chunks::<RUN>();
+        check_len(
+            &path,
+            (runs.len() * RUN) as u64,
+            (runs.len() * RUN + rest.len()) as u64,
+        )?;
+        let regions = |source| SnapshotError::Regions {
+            path: path.clone(),
+            source,
+        };
+        let mut changed = PageSet::new(&files.manifest.machine.memory).map_err(regions)?;
+        for run in runs {
+            let number = |at: usize| {
+                run[at..]
+                    .first_chunk()
+                    .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+            };
+            let range = MemoryRange {
+                gpa: number(0),
+                len: number(8),
+            };
+            changed.insert_range(range).map_err(regions)?;
+        }
+        Ok(Self {
+            base: difference.base,
+            files,
+            changed,
+        })
+    }
+
+    /// What it is a difference to.
+    pub(super) fn base(&self) -> &SnapshotId {
+        &self.base
+    }
+
+    pub(super) fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Makes `memory`, which is as in the base, what it is here. Compares what is read with its checksums.
+    pub(super) fn apply(&self, memory: &GuestMemory, watch: &Watch) -> Result<(), SnapshotError> {
+        self.files.read(memory, Some(&self.changed), watch)
+    }
+}
+
+/// What both kinds have.
+#[derive(Debug)]
+pub(super) struct Files {
+    pub(super) directory: PathBuf,
+    pub(super) manifest: Manifest,
+    pub(super) state: Vec<u8>,
+    checksums: Vec<u64>,
+    memory: File,
+}
+
+impl Files {
+    fn open(directory: &Path) -> Result<Self, SnapshotError> {
         let path = directory.join(MANIFEST);
         let manifest = Manifest::unseal(&read_file(&path)?, &path)?;
         let regions = &manifest.machine.memory;
@@ -46,50 +162,39 @@ impl Snapshot {
         )?;
         let (checksums, _) = bytes.as_chunks();
         let checksums = checksums.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
-        let memory_path = directory.join(MEMORY);
-        let memory = open(&memory_path)?;
-        let metadata = memory.metadata().map_err(SnapshotError::io(&memory_path))?;
+        let path = directory.join(MEMORY);
+        let memory = open(&path)?;
+        let metadata = memory.metadata().map_err(SnapshotError::io(&path))?;
         // More than there can be is no file's length.
         let expected = blocks::file_len(regions).unwrap_or(u64::MAX);
-        check_len(&memory_path, expected, metadata.len())?;
+        check_len(&path, expected, metadata.len())?;
         Ok(Self {
+            directory: directory.into(),
             manifest,
             state,
             checksums,
             memory,
-            memory_path,
         })
     }
 
-    /// What the machine is.
-    pub fn machine(&self) -> &MachineDescription {
-        &self.manifest.machine
+    pub(super) fn stopped(&self) -> SystemTime {
+        // 2^64 nanoseconds are 584 years.
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.manifest.stopped_unix_ns)
     }
 
-    /// The machine's saved state.
-    pub fn state(&self) -> &[u8] {
-        &self.state
-    }
-
-    /// Memory whose pages come from the file when they are needed, and are the machine's own once it writes to
-    /// them. Nothing is read yet, nothing compared with checksums, and the file must stay as it is.
-    pub fn map(&self) -> Result<GuestMemory, SnapshotError> {
-        Ok(memory::map_private(&self.ranges(), &self.memory)?)
-    }
-
-    /// Memory that is read as a whole, and compared with its checksums.
-    pub fn read(&self, watch: &Watch) -> Result<GuestMemory, SnapshotError> {
-        let memory = memory::create(&self.ranges(), self.machine().shared_memory)?;
-        blocks::read(&memory, &self.memory, &self.memory_path, &self.checksums, watch)?;
-        Ok(memory)
+    fn read(
+        &self,
+        memory: &GuestMemory,
+        changed: Option<&PageSet>,
+        watch: &Watch,
+    ) -> Result<(), SnapshotError> {
+        let path = self.directory.join(MEMORY);
+        blocks::read(memory, &self.memory, &path, changed, &self.checksums, watch)
     }
 
     fn ranges(&self) -> Vec<(u64, u64)> {
-        self.machine()
-            .memory
-            .iter()
-            .map(|region| (region.gpa, region.len))
-            .collect()
+        let regions = &self.manifest.machine.memory;
+        regions.iter().map(|region| (region.gpa, region.len)).collect()
     }
 }
 

@@ -1,8 +1,10 @@
 //! What a snapshot is, sealed by a checksum.
 
+use std::fmt;
 use std::path::Path;
 
 use migration::MachineDescription;
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_64;
@@ -11,7 +13,7 @@ use super::SnapshotError;
 use crate::boot::layout::PAGE_SIZE;
 
 /// The format that this version writes and reads.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 /// What a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,16 +21,70 @@ pub(super) const FORMAT: u32 = 1;
 pub struct Manifest {
     /// The version of godwit that wrote it.
     pub godwit_version: String,
-    /// When its memory began to be written, in milliseconds since 1970.
-    pub created_unix_ms: u64,
+    /// Its own name, by which differences to it find it.
+    pub id: SnapshotId,
+    /// What its memory is a difference to; nothing if it has all of it.
+    pub difference: Option<DifferenceRecord>,
+    /// When the guest came to stand still, in nanoseconds since 1970.
+    pub stopped_unix_ns: u64,
     /// The machine, as a destination is told about it.
     pub machine: MachineDescription,
     /// The file with the machine's state.
     pub state: FileRecord,
     /// The file with the checksums of memory.
     pub checksums: FileRecord,
-    /// Pages of memory that are not zero.
+    /// Pages of memory in it that are not zero.
     pub pages: u64,
+}
+
+/// What a difference is to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DifferenceRecord {
+    /// The snapshot whose memory all other pages have.
+    pub base: SnapshotId,
+    /// The file that says which pages the difference has.
+    pub changed: FileRecord,
+}
+
+/// The name of a snapshot, which no other has: 128 random bits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SnapshotId(u128);
+
+impl SnapshotId {
+    /// A new one.
+    pub fn random() -> std::io::Result<Self> {
+        let mut bytes = [0; 16];
+        let got = getrandom(&mut bytes, GetRandomFlags::empty())?;
+        if got == bytes.len() {
+            return Ok(Self(u128::from_le_bytes(bytes)));
+        }
+        Err(std::io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+impl fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl From<SnapshotId> for String {
+    fn from(id: SnapshotId) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for SnapshotId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match u128::from_str_radix(&text, 16) {
+            Ok(id) if text.len() == 32 => Ok(Self(id)),
+            _ => Err(format!("expected 32 hexadecimal digits, got {text:?}")),
+        }
+    }
 }
 
 /// A file that is read as a whole.

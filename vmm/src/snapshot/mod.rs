@@ -6,6 +6,10 @@
 //! | `state` | the machine's saved state, the same envelope as in a migration |
 //! | `memory` | guest RAM, region after region; pages of zeroes are holes |
 //! | `checksums` | an xxh3-64 for each [`blocks::BLOCK`] of `memory`, little endian |
+//! | `changed` | in a difference only: the runs of pages that `memory` is about, as pairs of first byte and length |
+//!
+//! A difference has only the pages that may differ from those of its base, another snapshot, which it names. It is
+//! made whole by [`merge()`] before a machine can start from it.
 //!
 //! The directory appears under its name when all of it is on the disk, and never before: it is written under
 //! another name beside it ([`Draft`]), synchronised and renamed. Everything in it is untrusted when it is read
@@ -16,14 +20,16 @@ mod draft;
 mod error;
 mod load;
 mod manifest;
+mod merge;
 #[cfg(test)]
 mod tests;
 mod watch;
 
-pub use draft::Draft;
+pub use draft::{Content, Draft};
 pub use error::SnapshotError;
-pub use load::Snapshot;
-pub use manifest::Manifest;
+pub use load::{Difference, Snapshot};
+pub use manifest::{Manifest, SnapshotId};
+pub use merge::merge;
 pub use watch::{SnapshotProgress, Watch};
 
 /// File names in the directory.
@@ -31,3 +37,4 @@ const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const CHECKSUMS: &str = "checksums";
+const CHANGED: &str = "changed";

@@ -1,14 +1,18 @@
 //! Snapshots of memory without a machine.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use devices::GuestMemory;
 use migration::{MachineDescription, MemoryRegion, PageSet};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::manifest::FileRecord;
-use super::{Draft, MANIFEST, Manifest, Snapshot, SnapshotError, Watch};
+use super::manifest::{DifferenceRecord, FileRecord};
+use super::{
+    CHANGED, Content, Difference, Draft, MANIFEST, MEMORY, Manifest, Snapshot, SnapshotError, SnapshotId,
+    Watch, merge,
+};
 use crate::memory;
 
 const HIGH: u64 = 1 << 32;
@@ -27,14 +31,29 @@ fn machine() -> MachineDescription {
     }
 }
 
+fn content<'a>(memory: &'a GuestMemory, pages: &'a PageSet) -> Content<'a> {
+    Content {
+        id: SnapshotId::random().unwrap(),
+        machine: machine(),
+        state: b"state",
+        memory,
+        pages,
+        base: None,
+        stopped: SystemTime::now(),
+    }
+}
+
+fn publish(content: Content<'_>, target: &Path) -> Result<Manifest, SnapshotError> {
+    let (mut draft, watch) = (Draft::begin(target)?, Watch::default());
+    let manifest = draft.write(content, &watch)?;
+    draft.publish(&watch)?;
+    Ok(manifest)
+}
+
 fn write(memory: &GuestMemory, target: &Path) -> Result<Manifest, SnapshotError> {
     let mut populated = PageSet::of(memory).unwrap();
     memory::populated(memory, &mut populated).unwrap();
-    let watch = Watch::default();
-    let mut draft = Draft::begin(target)?;
-    let manifest = draft.write(machine(), b"state", memory, &populated, &watch)?;
-    draft.publish(&watch)?;
-    Ok(manifest)
+    publish(content(memory, &populated), target)
 }
 
 /// What is in the directory around the snapshots.
@@ -47,7 +66,12 @@ fn names(directory: &Path) -> Vec<String> {
 fn manifest() -> Manifest {
     Manifest {
         godwit_version: "0.1.0".into(),
-        created_unix_ms: 1_700_000_000_000,
+        id: "00112233445566778899aabbccddeeff".to_owned().try_into().unwrap(),
+        difference: Some(DifferenceRecord {
+            base: "0".repeat(32).try_into().unwrap(),
+            changed: FileRecord::of(&[0; 16]),
+        }),
+        stopped_unix_ns: 1_700_000_000_000_000_000,
         machine: machine(),
         state: FileRecord::of(b"state"),
         checksums: FileRecord::of(&[0; 24]),
@@ -85,7 +109,7 @@ fn a_draft_that_is_dropped_leaves_nothing() {
     watch.cancel();
     let mut draft = Draft::begin(&directory.path().join("saved")).unwrap();
     let populated = PageSet::of(&memory).unwrap();
-    let ended = draft.write(machine(), b"state", &memory, &populated, &watch);
+    let ended = draft.write(content(&memory, &populated), &watch);
     assert!(matches!(ended, Err(SnapshotError::Cancelled)), "{ended:?}");
     assert_eq!(names(directory.path()).len(), 1);
     drop(draft);
@@ -99,8 +123,11 @@ fn who_comes_second_does_not_replace_the_first() {
     let memory = memory::create(&RANGES, false).unwrap();
     let populated = PageSet::of(&memory).unwrap();
     let (mut late, watch) = (Draft::begin(&target).unwrap(), Watch::default());
-    late.write(machine(), b"late", &memory, &populated, &watch)
-        .unwrap();
+    let content = Content {
+        state: b"late",
+        ..content(&memory, &populated)
+    };
+    late.write(content, &watch).unwrap();
     write(&memory, &target).unwrap();
     assert!(matches!(late.publish(&watch), Err(SnapshotError::Exists(_))));
     assert_eq!(Snapshot::open(&target).unwrap().state(), b"state");
@@ -116,12 +143,164 @@ fn a_cancelled_snapshot_is_not_published() {
         Watch::default(),
     );
     let populated = PageSet::of(&memory).unwrap();
-    draft
-        .write(machine(), b"state", &memory, &populated, &watch)
-        .unwrap();
+    draft.write(content(&memory, &populated), &watch).unwrap();
     watch.cancel();
     assert!(matches!(draft.publish(&watch), Err(SnapshotError::Cancelled)));
     assert!(names(directory.path()).is_empty());
+}
+
+/// A whole snapshot, and two differences: each to the one before it.
+struct Chain {
+    directory: tempfile::TempDir,
+    memory: GuestMemory,
+}
+
+impl Chain {
+    fn begin(memory: GuestMemory) -> Self {
+        let chain = Self {
+            directory: tempfile::tempdir().unwrap(),
+            memory,
+        };
+        write(&chain.memory, &chain.path("base")).unwrap();
+        chain
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn id(&self, name: &str) -> SnapshotId {
+        let path = self.path(name).join(MANIFEST);
+        Manifest::unseal(&std::fs::read(&path).unwrap(), &path)
+            .unwrap()
+            .id
+    }
+
+    /// Writes those values to those addresses, and a difference to `base` with their pages.
+    fn go_on(&self, base: &str, name: &str, writes: &[(u64, u8)]) {
+        let mut changed = PageSet::of(&self.memory).unwrap();
+        for (gpa, value) in writes {
+            self.memory.write_obj(*value, GuestAddress(*gpa)).unwrap();
+            changed.insert_gpa(*gpa).unwrap();
+        }
+        let content = Content {
+            base: Some(self.id(base)),
+            ..content(&self.memory, &changed)
+        };
+        publish(content, &self.path(name)).unwrap();
+    }
+
+    fn merge(&self, base: &str, differences: &[&str]) -> Result<Manifest, SnapshotError> {
+        let base = Snapshot::open(&self.path(base))?;
+        let differences: Vec<_> = differences
+            .iter()
+            .map(|name| Difference::open(&self.path(name)))
+            .collect::<Result<_, _>>()?;
+        merge(&base, &differences, &self.path("merged"), &Watch::default())
+    }
+}
+
+fn a_chain() -> Chain {
+    let memory = memory::create(&RANGES, false).unwrap();
+    for gpa in [0, 4096, HIGH] {
+        memory.write_obj(1u8, GuestAddress(gpa)).unwrap();
+    }
+    let chain = Chain::begin(memory);
+    // A page that becomes zero, one that is new, one that has changed.
+    chain.go_on("base", "first", &[(0, 0), (8192, 7), (HIGH, 2)]);
+    chain.go_on("first", "second", &[(HIGH, 3)]);
+    chain
+}
+
+#[test]
+fn differences_go_on_top_of_what_they_are_to_and_nothing_else() {
+    let chain = a_chain();
+    for (base, differences, expected) in [
+        ("base", &["second"][..], "before it"),
+        ("base", &["second", "first"], "before it"),
+        ("base", &["first", "first"], "before it"),
+        ("first", &["second"], "expected a whole snapshot"),
+        ("base", &["base"], "expected a difference"),
+        ("base", &[], "nothing to merge"),
+    ] {
+        let error = chain.merge(base, differences).unwrap_err().to_string();
+        assert!(error.contains(expected), "{base} {differences:?}: {error}");
+    }
+    assert_eq!(names(chain.directory.path()).len(), 3);
+    let merged = chain.merge("base", &["first", "second"]).unwrap();
+    assert_eq!(merged.id, chain.id("second"));
+    // What is a difference to the last one is one to all of them together.
+    chain.go_on("second", "third", &[(4096, 9)]);
+    std::fs::rename(chain.path("merged"), chain.path("whole")).unwrap();
+    chain.merge("whole", &["third"]).unwrap();
+    let read = Snapshot::open(&chain.path("merged")).unwrap();
+    let read = read.read(&Watch::default()).unwrap();
+    assert_eq!(
+        migration_io::digest(&read).unwrap(),
+        migration_io::digest(&chain.memory).unwrap()
+    );
+}
+
+#[test]
+fn damage_to_a_difference_is_found() {
+    for (file, at) in [
+        (MEMORY, 8192),
+        (MEMORY, 0),
+        (CHANGED, 3),
+        ("state", 1),
+        ("checksums", 5),
+    ] {
+        let chain = a_chain();
+        let path = chain.path("first").join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let error = chain.merge("base", &["first"]).unwrap_err().to_string();
+        assert!(error.contains("damaged"), "{file} {at}: {error}");
+        assert!(!chain.path("merged").exists());
+    }
+}
+
+/// Runs that somebody can seal who knows how.
+#[test]
+fn changed_pages_outside_memory_are_refused() {
+    for run in [
+        [HIGH + (3 << 12), 4096],
+        [0, 0],
+        [0, u64::MAX],
+        [u64::MAX, 2],
+        [0, (2 << 20) + (71 << 12)],
+    ] {
+        let chain = a_chain();
+        let changed: Vec<u8> = run.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let path = chain.path("first");
+        let text = std::fs::read(path.join(MANIFEST)).unwrap();
+        let mut manifest = Manifest::unseal(&text, Path::new("m")).unwrap();
+        manifest.difference.as_mut().unwrap().changed = FileRecord::of(&changed);
+        std::fs::write(path.join(MANIFEST), manifest.seal().unwrap()).unwrap();
+        std::fs::write(path.join(CHANGED), changed).unwrap();
+        let error = Difference::open(&path).unwrap_err();
+        assert!(matches!(error, SnapshotError::Regions { .. }), "{run:?}: {error}");
+    }
+}
+
+#[test]
+fn a_snapshot_knows_its_age() {
+    let directory = tempfile::tempdir().unwrap();
+    let memory = memory::create(&RANGES, false).unwrap();
+    let pages = PageSet::of(&memory).unwrap();
+    let age = |name: &str, stopped| {
+        let content = Content {
+            stopped,
+            ..content(&memory, &pages)
+        };
+        publish(content, &directory.path().join(name)).unwrap();
+        Snapshot::open(&directory.path().join(name)).unwrap().age()
+    };
+    let hour = Duration::from_secs(3600);
+    let found = age("old", SystemTime::now() - hour);
+    assert!(found >= hour && found < 2 * hour, "{found:?}");
+    assert_eq!(age("from the future", SystemTime::now() + hour), Duration::ZERO);
 }
 
 /// What somebody can seal who knows how.
@@ -140,6 +319,7 @@ fn sealed_nonsense_is_refused() {
         let write = |name, bytes: &[u8]| std::fs::write(directory.path().join(name), bytes).unwrap();
         let mut manifest = manifest();
         manifest.machine.memory = regions.clone();
+        manifest.difference = None;
         write(MANIFEST, &manifest.seal().unwrap());
         write("state", b"state");
         write("checksums", &[0; 24]);
@@ -200,6 +380,37 @@ proptest! {
         // And again from what was mapped.
         let second = write(&mapped, &directory.path().join("again")).unwrap();
         prop_assert_eq!((second.pages, second.checksums), (manifest.pages, manifest.checksums));
+    }
+
+    #[test]
+    fn a_base_and_its_differences_are_the_memory_that_they_came_from(
+        written in prop::collection::vec(
+            prop::collection::vec((0usize..2, 0u64..(2 << 20) + (70 << 12), 0u8..3), 0..100), 2..4),
+    ) {
+        let writes: Vec<Vec<(u64, u8)>> = written
+            .into_iter()
+            .map(|writes| {
+                let gpa = |region: usize, at| RANGES[region].0 + at % RANGES[region].1;
+                writes.into_iter().map(|(region, at, value)| (gpa(region, at), value)).collect()
+            })
+            .collect();
+        let memory = memory::create(&RANGES, false).unwrap();
+        for (gpa, value) in &writes[0] {
+            memory.write_obj(*value, GuestAddress(*gpa)).unwrap();
+        }
+        let chain = Chain::begin(memory);
+        let mut names = vec!["base".to_owned()];
+        for (number, writes) in writes[1..].iter().enumerate() {
+            let name = number.to_string();
+            chain.go_on(&names[number], &name, writes);
+            names.push(name);
+        }
+        let differences: Vec<&str> = names[1..].iter().map(String::as_str).collect();
+        let merged = chain.merge("base", &differences).unwrap();
+        let whole = write(&chain.memory, &chain.path("whole")).unwrap();
+        prop_assert_eq!((merged.pages, merged.checksums), (whole.pages, whole.checksums));
+        let mapped = Snapshot::open(&chain.path("merged")).unwrap().map().unwrap();
+        prop_assert_eq!(migration_io::digest(&mapped).unwrap(), migration_io::digest(&chain.memory).unwrap());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::request::Reply;
 use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, answer, failed};
 use crate::api::{SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MachineError};
-use crate::snapshot::{Draft, SnapshotProgress, Watch};
+use crate::snapshot::{Draft, SnapshotError, SnapshotId, SnapshotProgress, Watch};
 use crate::vcpu::Holder;
 
 /// The job, and who waits for it.
@@ -127,16 +127,23 @@ fn write(
     watch: &Watch,
 ) -> Result<SnapshotReport, MachineError> {
     let began = Instant::now();
+    if request.diff {
+        // Before anything is made, and before the guest stands still.
+        machine.base()?;
+    }
     let mut draft = Draft::begin(&request.path)?;
+    let id = SnapshotId::random().map_err(SnapshotError::Id)?;
     let standstill = machine.stand_still()?;
-    let description = standstill.describe();
-    let state = standstill.state()?;
-    let (memory, populated) = standstill.memory()?;
-    let manifest = draft.write(description, &state, memory, &populated, watch)?;
-    let mut paused = standstill.elapsed();
+    let manifest = standstill.write(&mut draft, id, request.diff, watch)?;
+    let paused;
     if request.keep_running {
+        let before = standstill.track(&manifest.id)?;
+        paused = standstill.elapsed();
         drop(standstill);
-        draft.publish(watch)?;
+        if let Err(error) = draft.publish(watch) {
+            machine.untrack(before);
+            return Err(error.into());
+        }
     } else {
         draft.publish(watch)?;
         paused = standstill.elapsed();

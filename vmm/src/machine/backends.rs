@@ -1,0 +1,68 @@
+//! Virtio devices with what is behind them on this host: the one place that knows every kind of them.
+
+use std::sync::Arc;
+
+use devices::virtio::block::{Backend, Block, BlockState};
+use devices::virtio::rng::{Rng, RngState};
+use migration::DeviceDescription;
+use migration_state::Record;
+
+use super::MachineError;
+use super::arrival::Arrival;
+use super::devices::NamedDevice;
+
+/// The name of the entropy device, which every machine has, as the first on the bus.
+pub(crate) const RNG_ID: &str = "rng";
+
+/// Every kind that a machine can have.
+const KINDS: [&str; 2] = [RngState::KIND, BlockState::KIND];
+
+/// The devices of a machine that boots, in bus order.
+pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
+    let mut devices = vec![named(RNG_ID, Rng::new())];
+    for disk in &config.disks {
+        let backend = Backend::open(&disk.path, disk.read_only)?;
+        devices.push(named(&disk.id, Block::new(Arc::new(backend), &disk.id)));
+    }
+    Ok(devices)
+}
+
+impl Arrival {
+    /// A device like the one that a peer describes, with what this host has for it. The description is untrusted;
+    /// what the device turns out to be may still differ from it.
+    pub(super) fn open(&self, description: &DeviceDescription) -> Result<NamedDevice, Unavailable> {
+        let id = &description.id;
+        match description.kind.as_str() {
+            RngState::KIND => Ok(named(id, Rng::new())),
+            BlockState::KIND => {
+                let path = self.disks.get(id).ok_or_else(|| Unavailable {
+                    expected: "a backend",
+                    got: format!("none (use --disk {id}=PATH)"),
+                })?;
+                let backend = Backend::open(path, description.read_only).map_err(|error| Unavailable {
+                    expected: "a usable backend",
+                    got: migration::chain(&error),
+                })?;
+                Ok(named(id, Block::new(Arc::new(backend), id)))
+            }
+            _ => Err(Unavailable {
+                expected: "a kind that is known here",
+                got: format!("{:?}, which is none of {KINDS:?}", description.kind),
+            }),
+        }
+    }
+}
+
+/// Why a device cannot be had here.
+#[derive(Debug)]
+pub(super) struct Unavailable {
+    pub(super) expected: &'static str,
+    pub(super) got: String,
+}
+
+fn named(id: &str, device: impl devices::virtio::VirtioDevice + 'static) -> NamedDevice {
+    NamedDevice {
+        id: id.into(),
+        device: Box::new(device),
+    }
+}
