@@ -10,8 +10,10 @@ pub mod virtio;
 
 mod exit;
 mod limited;
+mod named_listener;
 
 pub use exit::{ExitEvent, GuestExit};
+pub use named_listener::{NamedListener, NamedListenerError};
 
 /// Guest RAM with a bitmap of the pages that devices wrote.
 ///

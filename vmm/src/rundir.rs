@@ -1,12 +1,12 @@
 //! Names of VMs: each is an API socket in a directory of the user's.
 
-use std::fs::{self, DirBuilder, File, Metadata};
+use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use devices::{NamedListener, NamedListenerError};
 use thiserror::Error;
 
 const SUFFIX: &str = "sock";
@@ -36,12 +36,7 @@ pub enum RundirError {
 
 /// A bound API socket. Dropping it removes the socket's file, unless somebody put another in its place.
 #[derive(Debug)]
-pub struct ApiSocket {
-    listener: UnixListener,
-    path: PathBuf,
-    /// The file's device and inode.
-    file: (u64, u64),
-}
+pub struct ApiSocket(NamedListener);
 
 impl ApiSocket {
     /// Binds the socket of the VM `name`, in the run-time directory.
@@ -54,58 +49,22 @@ impl ApiSocket {
 
     /// Binds a socket at `path`. A socket file that nobody listens on any more is replaced.
     pub fn bind(path: &Path) -> Result<Self, RundirError> {
-        let wrap = |source| RundirError::Socket {
-            path: path.into(),
-            source,
-        };
-        // Two processes that reclaim the same stale socket must not delete each other's.
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let guard = File::open(parent).map_err(wrap)?;
-        flock(&guard, FlockOperation::LockExclusive).map_err(|error| wrap(error.into()))?;
-        if let Ok(metadata) = fs::symlink_metadata(path) {
-            use std::os::unix::fs::FileTypeExt;
-            if !metadata.file_type().is_socket() {
-                return Err(RundirError::NotASocket { path: path.into() });
-            }
-            match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(wrap)?;
-                }
-                _ => return Err(RundirError::InUse { path: path.into() }),
-            }
-        }
-        let listener = UnixListener::bind(path).map_err(wrap)?;
-        let file = fs::symlink_metadata(path).map_err(wrap)?;
-        let socket = Self {
-            listener,
-            path: path.into(),
-            file: (file.dev(), file.ino()),
-        };
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(wrap)?;
-        Ok(socket)
+        let bound = NamedListener::bind(path).map_err(|error| match error {
+            NamedListenerError::InUse { path } => RundirError::InUse { path },
+            NamedListenerError::NotASocket { path } => RundirError::NotASocket { path },
+            NamedListenerError::Io { path, source } => RundirError::Socket { path, source },
+        });
+        bound.map(Self)
     }
 
     /// The listening socket.
     pub fn listener(&self) -> &UnixListener {
-        &self.listener
+        self.0.listener()
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for ApiSocket {
-    fn drop(&mut self) {
-        let ours = |file: Metadata| (file.dev(), file.ino()) == self.file;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
-            // If somebody removes it first, the aim is reached.
-            let _ = fs::remove_file(&self.path);
-        }
+        self.0.path()
     }
 }
 
@@ -195,40 +154,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_in_use_is_refused_and_a_stale_one_reclaimed() {
+    fn what_is_in_the_way_is_told() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
-        let first = ApiSocket::bind(&path).unwrap();
+        let _first = ApiSocket::bind(&path).unwrap();
         assert!(matches!(ApiSocket::bind(&path), Err(RundirError::InUse { .. })));
-        drop(first);
-        assert!(!path.exists());
-
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        ApiSocket::bind(&path).unwrap();
-    }
-
-    #[test]
-    fn another_vms_socket_is_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("a.sock");
-        let first = ApiSocket::bind(&path).unwrap();
-        fs::remove_file(&path).unwrap();
-        let _second = ApiSocket::bind(&path).unwrap();
-        drop(first);
-        assert!(matches!(ApiSocket::bind(&path), Err(RundirError::InUse { .. })));
-    }
-
-    #[test]
-    fn other_files_are_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("precious");
         fs::write(&path, "data").unwrap();
-        assert!(matches!(
-            ApiSocket::bind(&path),
-            Err(RundirError::NotASocket { .. })
-        ));
-        assert_eq!(fs::read(&path).unwrap(), b"data");
+        let bound = ApiSocket::bind(&path);
+        assert!(matches!(bound, Err(RundirError::NotASocket { .. })));
     }
 
     #[test]

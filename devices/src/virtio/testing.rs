@@ -1,4 +1,4 @@
-//! A driver for tests: sets up a queue through the registers and puts descriptor chains into guest memory.
+//! A driver for tests: sets up queues through the registers and puts descriptor chains into guest memory.
 
 use event_manager::{EventManager, SubscriberOps};
 use migration_state::Envelope;
@@ -11,11 +11,13 @@ use super::{QUEUE_SIZE, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 
+/// Where the rings of queue 0 are; those of each further queue are [`QUEUE_BYTES`] above the ones before.
 pub(crate) const DESCRIPTORS: u64 = 0x1000;
 pub(crate) const AVAILABLE: u64 = 0x3000;
 pub(crate) const USED: u64 = 0x4000;
+const QUEUE_BYTES: u64 = 0x4000;
 /// Where tests put their buffers; memory ends at [`END`].
-pub(crate) const DATA: u64 = 0x1_0000;
+pub(crate) const DATA: u64 = 0x4_0000;
 pub(crate) const END: u64 = 0x20_0000;
 
 pub(crate) const VERSION_1: u64 = 1 << 32;
@@ -55,6 +57,13 @@ pub(crate) struct Driver {
     pub(crate) memory: GuestMemory,
     line: EventFd,
     thread: EventManager<Worker>,
+    queues: Vec<DriverQueue>,
+    selected: usize,
+}
+
+/// Where a driver is in a queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct DriverQueue {
     next_descriptor: u16,
     added: u16,
     seen: u16,
@@ -71,14 +80,14 @@ impl Driver {
         let transport = Transport::new(Box::new(device), memory.clone(), line.try_clone().unwrap()).unwrap();
         let mut thread = EventManager::new().unwrap();
         thread.add_subscriber(transport.worker());
+        let queues = vec![DriverQueue::default(); transport.queue_events().len()];
         Self {
             transport,
             memory,
             line,
             thread,
-            next_descriptor: 0,
-            added: 0,
-            seen: 0,
+            queues,
+            selected: 0,
         }
     }
 
@@ -92,13 +101,36 @@ impl Driver {
     pub(crate) fn bring_up(&mut self) {
         let features = self.offered();
         assert!(self.negotiate(features));
-        self.set_up_queue(DESCRIPTORS, AVAILABLE, USED);
+        for index in (0..self.queues.len()).rev() {
+            self.select(index);
+            self.set_up_queue(self.at(DESCRIPTORS), self.at(AVAILABLE), self.at(USED));
+            self.memory
+                .write_slice(&[0; QUEUE_BYTES as usize], GuestAddress(self.at(DESCRIPTORS)))
+                .unwrap();
+            self.queues[index] = DriverQueue::default();
+        }
         self.set(0x070, 15);
         assert_eq!(self.get(0x070), 15);
-        self.memory
-            .write_slice(&[0; 0x4000], GuestAddress(DESCRIPTORS))
-            .unwrap();
-        (self.next_descriptor, self.added, self.seen) = (0, 0, 0);
+    }
+
+    /// What follows is about this queue; at first, and after bringing the device up, it is the first.
+    pub(crate) fn select(&mut self, index: usize) -> &mut Self {
+        self.selected = index;
+        self
+    }
+
+    /// Queues of the device.
+    pub(crate) fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
+    fn queue(&mut self) -> &mut DriverQueue {
+        &mut self.queues[self.selected]
+    }
+
+    /// The place in the selected queue that corresponds to an address in the first.
+    fn at(&self, address: u64) -> u64 {
+        address + QUEUE_BYTES * self.selected as u64
     }
 
     pub(crate) fn offered(&mut self) -> u64 {
@@ -122,7 +154,7 @@ impl Driver {
     }
 
     pub(crate) fn set_up_queue(&mut self, descriptors: u64, available: u64, used: u64) {
-        self.set(0x030, 0);
+        self.set(0x030, self.selected as u32);
         self.set(0x038, u32::from(QUEUE_SIZE));
         for (register, address) in [(0x080, descriptors), (0x090, available), (0x0a0, used)] {
             self.set(register, address as u32);
@@ -141,15 +173,21 @@ impl Driver {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
+    /// The head of the next chain.
+    pub(crate) fn next_head(&mut self) -> u64 {
+        self.queue().next_descriptor.into()
+    }
+
     /// Makes a chain available, without a kick; returns its head.
     pub(crate) fn add(&mut self, parts: &[Part]) -> u16 {
-        let head = self.next_descriptor;
+        let head = self.queue().next_descriptor;
         for (index, part) in parts.iter().enumerate() {
             let last = index + 1 == parts.len();
-            let at = self.next_descriptor;
-            self.next_descriptor = (at + 1) % QUEUE_SIZE;
+            let at = self.queue().next_descriptor;
+            let next = (at + 1) % QUEUE_SIZE;
+            self.queue().next_descriptor = next;
             let flags = if part.write { WRITE } else { 0 } | if last { 0 } else { NEXT };
-            self.describe(at, part.address, part.len, flags, self.next_descriptor);
+            self.describe(at, part.address, part.len, flags, next);
         }
         self.publish(head);
         head
@@ -161,22 +199,25 @@ impl Driver {
         descriptor[8..12].copy_from_slice(&len.to_le_bytes());
         descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
         descriptor[14..].copy_from_slice(&next.to_le_bytes());
-        let at = GuestAddress(DESCRIPTORS + 16 * u64::from(index));
+        let at = GuestAddress(self.at(DESCRIPTORS) + 16 * u64::from(index));
         self.memory.write_slice(&descriptor, at).unwrap();
     }
 
     pub(crate) fn publish(&mut self, head: u16) {
-        let entry = AVAILABLE + 4 + 2 * u64::from(self.added % QUEUE_SIZE);
+        let available = self.at(AVAILABLE);
+        let added = self.queue().added;
+        let entry = available + 4 + 2 * u64::from(added % QUEUE_SIZE);
         self.memory.write_obj(head.to_le(), GuestAddress(entry)).unwrap();
-        self.added = self.added.wrapping_add(1);
+        let added = added.wrapping_add(1);
+        self.queue().added = added;
         self.memory
-            .write_obj(self.added.to_le(), GuestAddress(AVAILABLE + 2))
+            .write_obj(added.to_le(), GuestAddress(available + 2))
             .unwrap();
     }
 
     /// Kicks the queue and lets the device thread work until it has nothing left to do.
     pub(crate) fn kick(&mut self) {
-        self.set(0x050, 0);
+        self.set(0x050, self.selected as u32);
         self.run();
     }
 
@@ -197,18 +238,19 @@ impl Driver {
 
     /// (head, bytes written) of the chains that came back since the last call.
     pub(crate) fn used(&mut self) -> Vec<(u32, u32)> {
-        let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        let ring = self.at(USED);
+        let index: u16 = self.memory.read_obj(GuestAddress(ring + 2)).unwrap();
         let mut used = Vec::new();
-        while self.seen != index {
-            let at = USED + 4 + 8 * u64::from(self.seen % QUEUE_SIZE);
+        let mut seen = self.queue().seen;
+        while seen != index {
+            let at = ring + 4 + 8 * u64::from(seen % QUEUE_SIZE);
             used.push(self.memory.read_obj::<[u32; 2]>(GuestAddress(at)).unwrap().into());
-            self.seen = self.seen.wrapping_add(1);
+            seen = seen.wrapping_add(1);
         }
+        self.queue().seen = seen;
         // used_event: interrupt after the next chain.
-        let used_event = AVAILABLE + 4 + 2 * u64::from(QUEUE_SIZE);
-        self.memory
-            .write_obj(self.seen, GuestAddress(used_event))
-            .unwrap();
+        let used_event = self.at(AVAILABLE) + 4 + 2 * u64::from(QUEUE_SIZE);
+        self.memory.write_obj(seen, GuestAddress(used_event)).unwrap();
         used
     }
 
@@ -263,9 +305,8 @@ impl Driver {
         moved.transport.restore(&mut envelope, "dev0")?;
         envelope.finish().unwrap();
         Ok(Self {
-            next_descriptor: self.next_descriptor,
-            added: self.added,
-            seen: self.seen,
+            queues: self.queues.clone(),
+            selected: self.selected,
             ..moved
         })
     }

@@ -1,0 +1,334 @@
+//! One connection: a socket in the guest and a Unix stream on the host, with what is under way between them.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::EventFlags;
+
+use super::packet::{Header, NO_RECEIVE, NO_SEND, NOTHING_MORE, Op};
+
+/// Most bytes from the guest that wait for a program on the host: the room that the guest is told of.
+pub(super) const BUFFER_SIZE: usize = 64 << 10;
+/// So much room must have come back before the guest is told without asking.
+const WORTH_TELLING: u32 = BUFFER_SIZE as u32 / 2;
+/// For an answer that the guest owes: to a request, or to the news that the host's program has closed.
+const ANSWER_TIME: Duration = Duration::from_secs(8);
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    stream: UnixStream,
+    phase: Phase,
+    /// When the guest must have answered, if it owes an answer.
+    deadline: Option<Instant>,
+    /// Whether it waits in line for a buffer of the guest's; its owner's note.
+    pub(super) in_line: bool,
+    to_guest: ToGuest,
+    to_host: ToHost,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The guest is to be asked for the connection.
+    Asking,
+    /// It was asked.
+    Asked,
+    /// The guest has asked, and is to be answered.
+    Answering,
+    /// Data may flow.
+    Open,
+    /// It is over; the guest is to be told.
+    Over,
+}
+
+/// The way from the host's program to the guest.
+#[derive(Debug, Default)]
+struct ToGuest {
+    /// The stream may have something: data, its end, an error.
+    readable: bool,
+    /// Bytes sent, all in all; wraps.
+    sent: u32,
+    /// The guest's room, and what has left it, all in all.
+    room: u32,
+    forwarded: u32,
+    /// The guest was asked for its room since it told it.
+    asked: bool,
+    /// What the host's program will not do any more, and what of that the guest knows.
+    shutdown: u32,
+    told: u32,
+}
+
+/// The way from the guest to the host's program.
+#[derive(Debug, Default)]
+struct ToHost {
+    /// What the stream did not take yet, at most [`BUFFER_SIZE`].
+    waiting: VecDeque<u8>,
+    /// Bytes that the stream took, all in all, and how many of them the guest knows of; wraps.
+    forwarded: u32,
+    told: u32,
+    /// The guest asked.
+    owes_credit: bool,
+    /// What the guest will not do any more.
+    shutdown: u32,
+    /// The stream was told that no more comes.
+    ended: bool,
+}
+
+/// What a connection has for the guest: a packet without its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Outgoing {
+    pub(super) op: Op,
+    pub(super) flags: u32,
+    /// Bytes of data.
+    pub(super) len: usize,
+    /// As in [`Header::forwarded`].
+    pub(super) forwarded: u32,
+}
+
+impl Connection {
+    /// A program on the host wants it.
+    pub(super) fn from_host(stream: UnixStream, now: Instant) -> Self {
+        let deadline = Some(now + ANSWER_TIME);
+        Self::new(stream, Phase::Asking, deadline)
+    }
+
+    /// The guest wants it, with this request, and a program on the host has it.
+    pub(super) fn from_guest(stream: UnixStream, request: &Header) -> Self {
+        let mut connection = Self::new(stream, Phase::Answering, None);
+        connection.to_guest.learn(request);
+        connection
+    }
+
+    fn new(stream: UnixStream, phase: Phase, deadline: Option<Instant>) -> Self {
+        Self {
+            stream,
+            phase,
+            deadline,
+            in_line: false,
+            to_guest: ToGuest::default(),
+            to_host: ToHost::default(),
+        }
+    }
+
+    /// When the guest must have answered.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Ends it; the guest is told with the next packet.
+    pub(super) fn end(&mut self) {
+        self.phase = Phase::Over;
+    }
+
+    /// Takes a packet of the guest's with its data. What makes no sense ends the connection.
+    pub(super) fn receive(&mut self, packet: &Header, data: &[u8], host_port: u32) {
+        self.to_guest.learn(packet);
+        let sensible = match (packet.op, self.phase) {
+            (Some(Op::Response), Phase::Asked) => self.answered(host_port),
+            (Some(Op::Data), Phase::Open) => self.forward(data),
+            (Some(Op::Shutdown), Phase::Open) => {
+                self.shut_down(packet.flags);
+                true
+            }
+            (Some(Op::CreditUpdate), Phase::Open) => true,
+            (Some(Op::CreditRequest), Phase::Open) => {
+                self.to_host.owes_credit = true;
+                true
+            }
+            _ => false,
+        };
+        if !sensible {
+            self.end();
+        }
+    }
+
+    /// The stream on the host has changed.
+    pub(super) fn stream_changed(&mut self, events: EventFlags) {
+        if events.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
+            self.to_guest.readable = true;
+        }
+        if events.contains(EventFlags::HUP) {
+            self.program_is_gone();
+        }
+        self.flush();
+    }
+
+    /// The next packet for the guest, with data at the front of `room`; `None` if there is none for now. A
+    /// [`Op::Reset`] is the last.
+    pub(super) fn next(&mut self, room: &mut [u8]) -> Option<Outgoing> {
+        let (op, flags, len) = match self.phase {
+            Phase::Asking => {
+                self.phase = Phase::Asked;
+                (Op::Request, 0, 0)
+            }
+            Phase::Asked => return None,
+            Phase::Answering => {
+                self.phase = Phase::Open;
+                (Op::Response, 0, 0)
+            }
+            Phase::Open => self.next_when_open(room)?,
+            Phase::Over => (Op::Reset, 0, 0),
+        };
+        self.to_host.told = self.to_host.forwarded;
+        Some(Outgoing {
+            op,
+            flags,
+            len,
+            forwarded: self.to_host.told,
+        })
+    }
+
+    fn next_when_open(&mut self, room: &mut [u8]) -> Option<(Op, u32, usize)> {
+        if self.to_host.shutdown == NOTHING_MORE && self.to_host.waiting.is_empty() {
+            self.end();
+            return Some((Op::Reset, 0, 0));
+        }
+        match self.read(room) {
+            Ok(0) => {}
+            Ok(len) => return Some((Op::Data, 0, len)),
+            Err(_) => {
+                self.end();
+                return Some((Op::Reset, 0, 0));
+            }
+        }
+        let ToGuest { shutdown, told, .. } = self.to_guest;
+        if shutdown != told {
+            self.to_guest.told = shutdown;
+            if shutdown == NOTHING_MORE {
+                self.deadline = Some(Instant::now() + ANSWER_TIME);
+            }
+            return Some((Op::Shutdown, shutdown, 0));
+        }
+        let untold = self.to_host.forwarded.wrapping_sub(self.to_host.told);
+        if self.to_host.owes_credit || untold >= WORTH_TELLING {
+            self.to_host.owes_credit = false;
+            return Some((Op::CreditUpdate, 0, 0));
+        }
+        if self.wants_to_read() && self.to_guest.credit() == 0 && !self.to_guest.asked {
+            self.to_guest.asked = true;
+            return Some((Op::CreditRequest, 0, 0));
+        }
+        None
+    }
+
+    fn wants_to_read(&self) -> bool {
+        self.to_guest.readable
+            && self.to_guest.shutdown & NO_SEND == 0
+            && self.to_host.shutdown & NO_RECEIVE == 0
+    }
+
+    /// Reads what the guest has room for; 0 if there is nothing, or no room.
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let most = room.len().min(self.to_guest.credit() as usize);
+        if !self.wants_to_read() || most == 0 {
+            return Ok(0);
+        }
+        match retried(|| self.stream.read(&mut room[..most])) {
+            Ok(0) => {
+                self.to_guest.shutdown |= NO_SEND;
+                Ok(0)
+            }
+            Ok(len) => {
+                // At most `most`, which came from a u32.
+                self.to_guest.sent = self.to_guest.sent.wrapping_add(len as u32);
+                Ok(len)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.to_guest.readable = false;
+                Ok(0)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The guest has accepted. Whether the host's program could be told.
+    fn answered(&mut self, host_port: u32) -> bool {
+        self.phase = Phase::Open;
+        self.deadline = None;
+        let line = format!("OK {host_port}\n");
+        // The first bytes on the stream: there is room for them, or nobody who would read them.
+        retried(|| self.stream.write(line.as_bytes())).is_ok_and(|written| written == line.len())
+    }
+
+    /// Takes data of the guest's. Whether the guest was entitled to send it.
+    fn forward(&mut self, data: &[u8]) -> bool {
+        let to_host = &mut self.to_host;
+        if to_host.shutdown & NO_SEND != 0 || data.len() > BUFFER_SIZE - to_host.waiting.len() {
+            return false;
+        }
+        to_host.waiting.extend(data);
+        self.flush();
+        true
+    }
+
+    fn shut_down(&mut self, flags: u32) {
+        self.to_host.shutdown |= flags & NOTHING_MORE;
+        if flags & NO_RECEIVE != 0 {
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+        self.flush();
+    }
+
+    /// Writes what waits as far as the stream takes it, and its end where that has come.
+    fn flush(&mut self) {
+        while !self.to_host.waiting.is_empty() {
+            let (front, _) = self.to_host.waiting.as_slices();
+            match retried(|| self.stream.write(front)) {
+                Ok(written) => self.to_host.took(written),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.program_is_gone(),
+            }
+        }
+        if self.to_host.shutdown & NO_SEND != 0 && !self.to_host.ended {
+            // Once: each time is a change of the stream, after which everything is looked at again.
+            self.to_host.ended = true;
+            // Fails where the program is gone, which is known then.
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Nobody reads what the guest sends.
+    fn program_is_gone(&mut self) {
+        if self.phase == Phase::Asked {
+            self.end();
+        }
+        self.to_guest.shutdown |= NO_RECEIVE;
+        self.to_host.took(self.to_host.waiting.len());
+    }
+}
+
+impl ToGuest {
+    /// Every packet says how much room its sender has.
+    fn learn(&mut self, packet: &Header) {
+        self.room = packet.buffer_size;
+        self.forwarded = packet.forwarded;
+        // A guest without room answers every question, and would be asked again for ever.
+        self.asked &= self.credit() == 0;
+    }
+
+    /// Bytes that the guest has room for (virtio 1.2, 5.10.6.3).
+    fn credit(&self) -> u32 {
+        self.room.saturating_sub(self.sent.wrapping_sub(self.forwarded))
+    }
+}
+
+impl ToHost {
+    /// The first bytes of what waits are gone.
+    fn took(&mut self, count: usize) {
+        self.waiting.drain(..count);
+        // At most `BUFFER_SIZE`.
+        self.forwarded = self.forwarded.wrapping_add(count as u32);
+    }
+}
+
+fn retried(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
+}

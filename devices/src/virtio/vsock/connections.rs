@@ -1,0 +1,358 @@
+//! All connections of a device, by their ports, and whose turn it is.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::backend::{Backend, HostEvent};
+use super::connection::{BUFFER_SIZE, Connection};
+use super::greeting::{Greeted, Greeting};
+use super::packet::{HOST_CID, Header, Op, PORT_ANY, Ports, TYPE_STREAM};
+use crate::limited::Limited;
+use crate::virtio::Progress;
+
+/// Most connections, those included that have not said where to. Each may need [`BUFFER_SIZE`] and a descriptor.
+pub(super) const MAX_CONNECTIONS: usize = 256;
+/// Most refusals that wait for a buffer of the guest's.
+pub(super) const MAX_REFUSALS: usize = 256;
+/// Programs that are accepted in one turn.
+const TURN_ACCEPTS: usize = 64;
+/// Ports of programs that connect to the guest: the first of as many. Below are those that the guest connects to.
+pub(super) const FIRST_PORT: u32 = 1 << 30;
+/// In which a program must have said where to.
+const GREETING_TIME: Duration = Duration::from_secs(8);
+/// How often deadlines are looked at, while there are any.
+const TICK: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Connections {
+    backend: Arc<Backend>,
+    guest_cid: u64,
+    open: HashMap<Ports, Connection>,
+    /// By the host's port.
+    greetings: HashMap<u32, Greeting>,
+    /// Those that may have a packet for the guest, each once.
+    line: VecDeque<Ports>,
+    /// Answers to packets of no connection.
+    refusals: VecDeque<Header>,
+    next_port: u32,
+    /// Programs may wait to be accepted.
+    accepting: bool,
+    /// A tick will come.
+    ticking: bool,
+    complaints: Limited,
+}
+
+impl Connections {
+    pub(super) fn new(backend: Arc<Backend>, guest_cid: u32) -> Self {
+        Self {
+            backend,
+            guest_cid: guest_cid.into(),
+            open: HashMap::new(),
+            greetings: HashMap::new(),
+            line: VecDeque::new(),
+            refusals: VecDeque::new(),
+            next_port: FIRST_PORT,
+            accepting: false,
+            ticking: false,
+            complaints: Limited::default(),
+        }
+    }
+
+    /// The port of the next program that connects. A guest may know the ones before for long after a move.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// See [`Connections::next_port`]; one past the last is the first again.
+    pub(super) fn set_next_port(&mut self, port: u32) {
+        self.next_port = port;
+    }
+
+    /// Ends all of them; the guest is told nothing.
+    pub(super) fn clear(&mut self) {
+        self.open.clear();
+        self.greetings.clear();
+        self.line.clear();
+        self.refusals.clear();
+    }
+
+    /// Takes what has happened on the host.
+    pub(super) fn hear(&mut self) -> Progress {
+        let now = Instant::now();
+        let (events, mut more) = self.backend.poll().unwrap_or_else(|error| {
+            self.complain("cannot wait for events", &error);
+            (Vec::new(), false)
+        });
+        for event in events {
+            match event {
+                HostEvent::Accept => self.accepting = true,
+                HostEvent::Time => self.tick(now),
+                HostEvent::Greeting(host_port) => self.hear_greeting(host_port, now),
+                HostEvent::Stream(ports, changes) => {
+                    if let Some(connection) = self.open.get_mut(&ports) {
+                        connection.stream_changed(changes);
+                        self.line_up(ports);
+                    }
+                }
+            }
+        }
+        more |= self.accepting && self.accept(now);
+        if more { Progress::More } else { Progress::Idle }
+    }
+
+    /// Takes a packet of the guest's with its data.
+    pub(super) fn receive(&mut self, packet: &Header, data: &[u8]) {
+        if packet.source_cid != self.guest_cid {
+            // Whoever that is, he cannot be answered.
+            return self.complain(
+                "dropped a packet",
+                &format!("it comes from CID {}", packet.source_cid),
+            );
+        }
+        let ports = Ports {
+            host: packet.destination_port,
+            guest: packet.source_port,
+        };
+        if packet.destination_cid != HOST_CID || packet.kind != TYPE_STREAM || ports.guest == PORT_ANY {
+            return self.refuse(packet);
+        }
+        match (packet.op, self.open.get_mut(&ports)) {
+            (Some(Op::Reset), Some(_)) => self.remove(ports),
+            (_, Some(connection)) => {
+                connection.receive(packet, data, ports.host);
+                self.line_up(ports);
+            }
+            (Some(Op::Request), None) => self.connect(packet, ports),
+            (_, None) => self.refuse(packet),
+        }
+    }
+
+    /// Whether one more refusal can wait. Where it cannot, no packet may be taken from the guest.
+    pub(super) fn can_refuse(&self) -> bool {
+        self.refusals.len() < MAX_REFUSALS
+    }
+
+    /// Whether there may be a packet for the guest.
+    pub(super) fn has_news(&self) -> bool {
+        !self.refusals.is_empty() || !self.line.is_empty()
+    }
+
+    /// The next packet for the guest, with its data at the front of `room`. Connections take turns.
+    pub(super) fn next(&mut self, room: &mut [u8]) -> Option<Header> {
+        if let Some(refusal) = self.refusals.pop_front() {
+            return Some(refusal);
+        }
+        loop {
+            let ports = self.line.pop_front()?;
+            let Some(connection) = self.open.get_mut(&ports) else {
+                continue;
+            };
+            connection.in_line = false;
+            let Some(packet) = connection.next(room) else {
+                continue;
+            };
+            if packet.op == Op::Reset {
+                self.remove(ports);
+            } else {
+                self.line_up(ports);
+            }
+            return Some(Header {
+                source_cid: HOST_CID,
+                destination_cid: self.guest_cid,
+                source_port: ports.host,
+                destination_port: ports.guest,
+                // At most `room`.
+                len: packet.len as u32,
+                kind: TYPE_STREAM,
+                op: Some(packet.op),
+                flags: packet.flags,
+                buffer_size: BUFFER_SIZE as u32,
+                forwarded: packet.forwarded,
+            });
+        }
+    }
+
+    /// A packet of [`Connections::next`] did not get to the guest: its connection has a hole.
+    pub(super) fn lost(&mut self, packet: &Header) {
+        let ports = Ports {
+            host: packet.source_port,
+            guest: packet.destination_port,
+        };
+        if let Some(connection) = self.open.get_mut(&ports) {
+            connection.end();
+            self.line_up(ports);
+        }
+    }
+
+    /// Has somebody look again in time, if there are deadlines.
+    pub(super) fn keep_time(&mut self) {
+        let has_deadlines = || {
+            self.open
+                .values()
+                .any(|connection| connection.deadline().is_some())
+        };
+        if self.ticking || self.greetings.is_empty() && !has_deadlines() {
+            return;
+        }
+        match self.backend.wake_in(TICK) {
+            Ok(()) => self.ticking = true,
+            Err(error) => self.complain("cannot set a timer", &error),
+        }
+    }
+
+    /// Ends what is overdue.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.ticking = false;
+        self.greetings.retain(|_, greeting| greeting.deadline > now);
+        let overdue = |connection: &Connection| connection.deadline().is_some_and(|deadline| deadline <= now);
+        let open = self.open.iter_mut();
+        let overdue = open.filter(|(_, connection)| overdue(connection));
+        let overdue: Vec<_> = overdue
+            .map(|(ports, connection)| {
+                connection.end();
+                *ports
+            })
+            .collect();
+        overdue.into_iter().for_each(|ports| self.line_up(ports));
+    }
+
+    /// Accepts programs that have connected; whether more may wait. One that is too much finds itself cut off.
+    fn accept(&mut self, now: Instant) -> bool {
+        for _ in 0..TURN_ACCEPTS {
+            match self.backend.accept() {
+                Ok(Some(stream)) => self.greet(stream, now),
+                Ok(None) => {
+                    self.accepting = false;
+                    return false;
+                }
+                Err(error) => {
+                    // Out of descriptors, say: the next event is the next occasion.
+                    self.complain("cannot accept a connection", &error);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn greet(&mut self, stream: UnixStream, now: Instant) {
+        if self.is_full() {
+            let limit = format!("there are {MAX_CONNECTIONS}");
+            return self.complain("refused a connection to the guest", &limit);
+        }
+        let host_port = self.take_port();
+        if let Err(error) = self.backend.watch_greeting(&stream, host_port) {
+            return self.complain("cannot watch a connection", &error);
+        }
+        let deadline = now + GREETING_TIME;
+        self.greetings.insert(host_port, Greeting { stream, deadline });
+    }
+
+    fn hear_greeting(&mut self, host_port: u32, now: Instant) {
+        let Some(greeting) = self.greetings.get(&host_port) else {
+            return;
+        };
+        let guest_port = match greeting.hear() {
+            Greeted::NotYet => return,
+            Greeted::Port(port) => Some(port),
+            Greeted::Nonsense => None,
+        };
+        let (Some(greeting), Some(guest)) = (self.greetings.remove(&host_port), guest_port) else {
+            return;
+        };
+        let ports = Ports {
+            host: host_port,
+            guest,
+        };
+        if self.open.contains_key(&ports) {
+            return self.complain(
+                "refused a connection to the guest",
+                &"the guest has taken its ports",
+            );
+        }
+        match self.backend.watch(&greeting.stream, ports, true) {
+            Ok(()) => self.insert(ports, Connection::from_host(greeting.stream, now)),
+            Err(error) => self.complain("cannot watch a connection", &error),
+        }
+    }
+
+    /// The guest asks for a connection.
+    fn connect(&mut self, request: &Header, ports: Ports) {
+        if self.is_full() {
+            self.complain(
+                "refused a connection of the guest",
+                &format!("there are {MAX_CONNECTIONS}"),
+            );
+            return self.refuse(request);
+        }
+        let connected = self.backend.connect(ports.host).and_then(|stream| {
+            self.backend.watch(&stream, ports, false)?;
+            Ok(stream)
+        });
+        match connected {
+            Ok(stream) => self.insert(ports, Connection::from_guest(stream, request)),
+            Err(error) => {
+                tracing::debug!(port = ports.host, %error, "virtio-vsock: nobody waits for the guest");
+                self.refuse(request);
+            }
+        }
+    }
+
+    fn insert(&mut self, ports: Ports, connection: Connection) {
+        self.open.insert(ports, connection);
+        self.line_up(ports);
+    }
+
+    fn remove(&mut self, ports: Ports) {
+        self.open.remove(&ports);
+        self.line.retain(|other| *other != ports);
+    }
+
+    fn line_up(&mut self, ports: Ports) {
+        if let Some(connection) = self.open.get_mut(&ports)
+            && !connection.in_line
+        {
+            connection.in_line = true;
+            self.line.push_back(ports);
+        }
+    }
+
+    /// A refusal is not refused.
+    fn refuse(&mut self, packet: &Header) {
+        if packet.op != Some(Op::Reset) {
+            self.refusals.push_back(packet.refusal());
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.open.len() + self.greetings.len() >= MAX_CONNECTIONS
+    }
+
+    /// A port of the host's that nobody has.
+    fn take_port(&mut self) -> u32 {
+        let taken =
+            |port| self.greetings.contains_key(&port) || self.open.keys().any(|ports| ports.host == port);
+        let mut port = self.next_port;
+        // Ends: there are far more ports than connections.
+        loop {
+            if port == 2 * FIRST_PORT {
+                port = FIRST_PORT;
+            }
+            if !taken(port) {
+                break;
+            }
+            port += 1;
+        }
+        self.next_port = port + 1;
+        port
+    }
+
+    fn complain(&self, what: &str, why: &dyn std::fmt::Display) {
+        if let Some(count) = self.complaints.count() {
+            let socket = self.backend.path().display();
+            tracing::warn!(%socket, count, "virtio-vsock: {what}: {why}");
+        }
+    }
+}

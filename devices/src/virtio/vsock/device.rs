@@ -1,0 +1,339 @@
+//! The device: packets between its queues and its connections, and the news of a move.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use migration_state::Envelope;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+
+use super::backend::Backend;
+use super::connection::BUFFER_SIZE;
+use super::connections::Connections;
+use super::packet::{HEADER_LEN, Header, Op};
+use super::state::VsockState;
+use crate::GuestMemory;
+use crate::limited::Limited;
+use crate::virtio::device::{RING_FEATURES, read_bytes};
+use crate::virtio::{
+    Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueAccess, QueueError, Queues,
+    VirtioDevice,
+};
+
+/// The smallest address that a guest can have: those below mean something else.
+pub const CID_MIN: u32 = 3;
+/// The largest; the one above means "any".
+pub const CID_MAX: u32 = u32::MAX - 1;
+
+/// VIRTIO_VSOCK_F_STREAM (virtio 1.2, 5.10.3).
+const F_STREAM: u64 = 1 << 0;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2, 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+/// The queues (virtio 1.2, 5.10.2).
+const TO_GUEST: usize = 0;
+const FROM_GUEST: usize = 1;
+const EVENTS: usize = 2;
+/// Packets in one turn, each way: a buffer's worth of data each at most.
+const TURN_PACKETS: usize = 64;
+
+/// A socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    backend: Arc<Backend>,
+    guest_cid: u32,
+    connections: Connections,
+    news: News,
+    /// A packet's data on its way.
+    room: Box<[u8]>,
+    complaints: Limited,
+}
+
+/// The news that all connections are gone. Until the guest has taken it in there are no new ones, which it would
+/// throw away with the old.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum News {
+    /// There is none.
+    None,
+    /// The guest is to be told.
+    Due,
+    /// It was told. It has taken it in when it makes more buffers for events available than these.
+    Told { spare: usize },
+}
+
+impl Vsock {
+    /// A device on `backend` whose guest has the address `guest_cid`, [`CID_MIN`] to [`CID_MAX`].
+    pub fn new(backend: Arc<Backend>, guest_cid: u32) -> Self {
+        Self {
+            connections: Connections::new(backend.clone(), guest_cid),
+            backend,
+            guest_cid,
+            news: News::None,
+            room: vec![0; BUFFER_SIZE].into(),
+            complaints: Limited::default(),
+        }
+    }
+
+    /// The guest's address in a device's [`Description::parameters`]; `None` if they make no sense.
+    pub fn guest_cid(parameters: &[u8]) -> Option<u32> {
+        let cid = u32::from_le_bytes(parameters.try_into().ok()?);
+        (CID_MIN..=CID_MAX).contains(&cid).then_some(cid)
+    }
+
+    /// Whatever happened, everything is looked at: there is little to look at where nothing did.
+    fn work(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        if !self.is_told(queues)? {
+            return Ok(Progress::Idle);
+        }
+        let heard = self.connections.hear();
+        let taken = self.take_packets(queues)?;
+        let given = self.give_packets(queues)?;
+        self.connections.keep_time();
+        // What holds up the guest's packets ends when it takes ours, and then it kicks.
+        let held_up = !self.connections.can_refuse();
+        let more = heard == Progress::More || given == Progress::More;
+        Ok(if more || taken == Progress::More && !held_up {
+            Progress::More
+        } else {
+            Progress::Idle
+        })
+    }
+
+    /// Tells the guest what is due; whether it knows everything.
+    fn is_told(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
+        if self.news == News::None {
+            return Ok(true);
+        }
+        let Some(mut queue) = queues.get(EVENTS) else {
+            return Ok(true);
+        };
+        match self.news {
+            News::Due => self.tell(&mut queue)?,
+            News::Told { spare } if count(&mut queue)? > spare => self.news = News::None,
+            News::Told { .. } | News::None => {}
+        }
+        Ok(self.news == News::None)
+    }
+
+    fn tell(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
+        // Without a buffer it waits for one, with which the driver kicks.
+        let Some((head, chain)) = queue.take()? else {
+            return Ok(());
+        };
+        let event = TRANSPORT_RESET.to_le_bytes();
+        let filled = chain.is_ok_and(|mut chain| {
+            let filled = chain.writable.fill(queue.memory(), &event);
+            filled.is_ok_and(|count| count == event.len())
+        });
+        if !filled {
+            self.complain("no room for the news of a move in a buffer for events");
+        }
+        let spare = count(queue)?;
+        queue.give_back(head, if filled { event.len() as u32 } else { 0 })?;
+        queue.notify()?;
+        self.news = News::Told { spare };
+        Ok(())
+    }
+
+    fn take_packets(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(FROM_GUEST) else {
+            return Ok(Progress::Idle);
+        };
+        let mut taken = 0;
+        let progress = loop {
+            if taken == TURN_PACKETS || !self.connections.can_refuse() {
+                break Progress::More;
+            }
+            let Some((head, chain)) = queue.take()? else {
+                break Progress::Idle;
+            };
+            match chain {
+                Ok(chain) => self.receive(queue.memory(), chain),
+                Err(error) => self.complain(error),
+            }
+            queue.give_back(head, 0)?;
+            taken += 1;
+        };
+        if taken > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    fn receive(&mut self, memory: &GuestMemory, mut chain: Chain) {
+        let mut header = [0; HEADER_LEN];
+        match chain.readable.read(memory, &mut header) {
+            Ok(HEADER_LEN) => {}
+            Ok(got) => return self.complain(format_args!("a packet of {got} bytes")),
+            Err(error) => return self.complain(error),
+        }
+        let mut header = Header::decode(&header);
+        let len = match header.op {
+            Some(Op::Data) => header.len as usize,
+            _ => 0,
+        };
+        let data = self.room.get_mut(..len).unwrap_or_default();
+        if !chain.readable.read(memory, data).is_ok_and(|read| read == len) {
+            self.complain(format_args!("a packet without the {len} bytes that it announces"));
+            header.op = None;
+        }
+        let data = self.room.get(..len).unwrap_or_default();
+        self.connections.receive(&header, data);
+    }
+
+    fn give_packets(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(TO_GUEST) else {
+            return Ok(Progress::Idle);
+        };
+        let mut given = 0;
+        let progress = loop {
+            if !self.connections.has_news() {
+                break Progress::Idle;
+            }
+            if given == TURN_PACKETS {
+                break Progress::More;
+            }
+            let Some((head, chain)) = queue.take()? else {
+                break Progress::Idle;
+            };
+            let written = match chain {
+                Ok(chain) if chain.writable.len() > HEADER_LEN as u64 => self.give(queue.memory(), chain),
+                Ok(chain) => {
+                    self.complain(format_args!(
+                        "no room for a packet in {} bytes",
+                        chain.writable.len()
+                    ));
+                    Some(0)
+                }
+                Err(error) => {
+                    self.complain(error);
+                    Some(0)
+                }
+            };
+            let Some(written) = written else {
+                queue.put_back();
+                break Progress::Idle;
+            };
+            queue.give_back(head, written)?;
+            given += 1;
+        };
+        if given > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    /// Puts the next packet into a chain with room for a header and more; returns its bytes. `None` if there is none.
+    fn give(&mut self, memory: &GuestMemory, mut chain: Chain) -> Option<u32> {
+        let most = chain.writable.len() - HEADER_LEN as u64;
+        let most = self.room.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+        let header = self.connections.next(&mut self.room[..most])?;
+        let data = &self.room[..header.len as usize];
+        let filled = chain.writable.fill(memory, &header.encode());
+        match filled.and_then(|_| chain.writable.fill(memory, data)) {
+            Ok(_) => Some(HEADER_LEN as u32 + header.len),
+            Err(error) => {
+                self.complain(error);
+                self.connections.lost(&header);
+                Some(0)
+            }
+        }
+    }
+
+    fn complain(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.complaints.count() {
+            let socket = self.backend.path().display();
+            tracing::warn!(%socket, count, "virtio-vsock: {why}");
+        }
+    }
+}
+
+/// How many chains are available. The driver kicks when it adds another.
+fn count(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
+    let mut count = 0;
+    while count < usize::from(QUEUE_SIZE) && queue.take()?.is_some() {
+        count += 1;
+    }
+    (0..count).for_each(|_| queue.put_back());
+    Ok(count)
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES | F_STREAM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 3]
+    }
+
+    /// The guest's address, 64 bits (virtio 1.2, 5.10.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let len = data.len();
+        tracing::debug!(
+            offset,
+            len,
+            "virtio-vsock: nothing in the configuration is writable"
+        );
+    }
+
+    fn activate(&mut self, features: u64) {
+        tracing::debug!(features, "virtio-vsock: driver ready");
+    }
+
+    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.work(queues)
+    }
+
+    fn host_events(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.backend.events()]
+    }
+
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.work(queues)
+    }
+
+    fn reset(&mut self) {
+        self.connections.clear();
+        self.news = News::None;
+    }
+
+    /// What the guest has sent is with the host's programs or in a connection's buffer, which the guest knows.
+    fn drain(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state = VsockState {
+            guest_cid: self.guest_cid,
+            next_port: self.connections.next_port(),
+        };
+        Ok(envelope.put(instance, &state)?)
+    }
+
+    fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state: VsockState = envelope.take(instance)?;
+        state.check(self.guest_cid)?;
+        self.connections.set_next_port(state.next_port);
+        self.news = News::Due;
+        Ok(())
+    }
+
+    fn describe(&self) -> Description {
+        Description {
+            parameters: self.guest_cid.to_le_bytes().into(),
+            ..Description::of::<VsockState>(self.features())
+        }
+    }
+
+    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        Some(self.backend.clone())
+    }
+}

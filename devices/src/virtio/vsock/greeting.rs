@@ -1,0 +1,121 @@
+//! How a program on the host says where in the guest it wants to go.
+
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
+use super::packet::PORT_ANY;
+
+/// Bytes of the longest line that makes sense, with some to spare.
+const LINE_MAX: usize = 32;
+
+/// A program that has connected and not yet said where to.
+#[derive(Debug)]
+pub(super) struct Greeting {
+    pub(super) stream: UnixStream,
+    /// When it must have said it.
+    pub(super) deadline: Instant,
+}
+
+/// What a program has said so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Greeted {
+    /// Nothing whole: more will come.
+    NotYet,
+    /// The guest's port that it wants.
+    Port(u32),
+    /// Something that makes no sense, or it is gone.
+    Nonsense,
+}
+
+impl Greeting {
+    /// Takes the line off the stream if it is there, and not a byte of what follows it.
+    pub(super) fn hear(&self) -> Greeted {
+        let mut line = [0; LINE_MAX];
+        let seen = match receive(&self.stream, &mut line, RecvFlags::PEEK) {
+            Ok(0) => return Greeted::Nonsense,
+            Ok(seen) => seen,
+            Err(Errno::AGAIN) => return Greeted::NotYet,
+            Err(_) => return Greeted::Nonsense,
+        };
+        match line[..seen].iter().position(|byte| *byte == b'\n') {
+            Some(end) => match receive(&self.stream, &mut line[..=end], RecvFlags::empty()) {
+                Ok(taken) if taken == end + 1 => parse(&line[..end]),
+                _ => Greeted::Nonsense,
+            },
+            None if seen < LINE_MAX => Greeted::NotYet,
+            None => Greeted::Nonsense,
+        }
+    }
+}
+
+fn receive(stream: &UnixStream, into: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
+    loop {
+        match recv(stream, &mut *into, flags | RecvFlags::DONTWAIT) {
+            Err(Errno::INTR) => {}
+            received => return received.map(|(count, _)| count),
+        }
+    }
+}
+
+/// The line without its end.
+fn parse(line: &[u8]) -> Greeted {
+    let port = std::str::from_utf8(line).ok().and_then(|line| {
+        let (word, port) = line.trim_end().split_once(' ')?;
+        let port: u32 = port.trim_start().parse().ok()?;
+        (word.eq_ignore_ascii_case("connect") && port != PORT_ANY).then_some(port)
+    });
+    port.map_or(Greeted::Nonsense, Greeted::Port)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    fn pair() -> (UnixStream, Greeting) {
+        let (client, stream) = UnixStream::pair().unwrap();
+        let deadline = Instant::now();
+        (client, Greeting { stream, deadline })
+    }
+
+    #[test]
+    fn the_line_is_taken_and_nothing_else() {
+        let (mut client, mut greeting) = pair();
+        assert_eq!(greeting.hear(), Greeted::NotYet);
+        client.write_all(b"CONN").unwrap();
+        assert_eq!(greeting.hear(), Greeted::NotYet);
+        client.write_all(b"ECT 1024\nCONNECT 7\n").unwrap();
+        assert_eq!(greeting.hear(), Greeted::Port(1024));
+        drop(client);
+        let mut rest = String::new();
+        greeting.stream.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "CONNECT 7\n");
+    }
+
+    #[test]
+    fn nonsense_is_told_from_a_slow_start() {
+        for line in [
+            "\n",
+            "CONNECT\n",
+            "CONNECT x\n",
+            "LISTEN 1\n",
+            "CONNECT 4294967295\n",
+            "CONNECT 99999999999\n",
+        ] {
+            let (mut client, greeting) = pair();
+            client.write_all(line.as_bytes()).unwrap();
+            assert_eq!(greeting.hear(), Greeted::Nonsense, "{line:?}");
+        }
+        let (mut client, greeting) = pair();
+        client.write_all(&[b'C'; LINE_MAX]).unwrap();
+        assert_eq!(greeting.hear(), Greeted::Nonsense);
+        let (client, greeting) = pair();
+        drop(client);
+        assert_eq!(greeting.hear(), Greeted::Nonsense);
+        assert_eq!(parse(b"connect 5\r"), Greeted::Port(5));
+    }
+}

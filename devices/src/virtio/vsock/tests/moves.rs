@@ -1,0 +1,166 @@
+//! Pauses, moves, and whose the socket is.
+
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use migration_state::Envelope;
+
+use super::super::packet::Op;
+use super::super::{BackendError, Vsock};
+use super::rig::*;
+use crate::NamedListenerError;
+use crate::virtio::mmio::TransportError;
+use crate::virtio::{HostBackend, VirtioDevice};
+
+/// The machine on another host, which runs it.
+fn moved(rig: &Rig, saved: Envelope) -> Rig {
+    rig.backend.release_locks().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let (backend, device) = device(&directory.path().join("v.sock"));
+    let driver = rig.driver.move_to(device, saved).unwrap();
+    backend.take_locks().unwrap();
+    driver.transport.resume();
+    Rig {
+        directory,
+        backend,
+        driver,
+    }
+}
+
+#[test]
+fn a_move_that_fails_leaves_connections_alone() {
+    let mut rig = Rig::new();
+    let (mut client, port) = rig.open();
+    rig.driver.save();
+    rig.backend.release_locks().unwrap();
+    client.write_all(b"meanwhile").unwrap();
+    assert_eq!(rig.ops(), [], "nothing reaches a guest that stands still");
+    rig.backend.take_locks().unwrap();
+    rig.driver.transport.resume();
+    assert_eq!(rig.one().1, b"meanwhile");
+    rig.send(packet(Op::Data, port), b"back");
+    assert_eq!(read(&mut client), b"back");
+    rig.open();
+}
+
+#[test]
+fn after_a_move_the_guest_is_told_before_anybody_connects() {
+    let mut rig = Rig::new();
+    let (_old, old_port) = rig.open();
+    rig.post_event();
+    rig.post_event();
+    let saved = rig.driver.save();
+    let mut rig = moved(&rig, saved);
+    rig.driver.fill(EVENT, &[0xff; 4]);
+    let _client = rig.dial();
+    assert_eq!(
+        rig.ops(),
+        [],
+        "the guest would throw a new connection away with the old ones"
+    );
+    let used = rig.driver.select(EVENTS).used();
+    assert_eq!((used.len(), used[0].1), (1, 4), "{used:?}");
+    assert_eq!(rig.driver.bytes(EVENT, 4), [0; 4]);
+    assert!(rig.driver.interrupts() > 0);
+    rig.driver.kick();
+    assert_eq!(rig.ops(), [], "a kick alone says nothing");
+    rig.post_event();
+    let (request, _) = rig.one();
+    assert_eq!(request.op, Some(Op::Request));
+    assert_ne!(
+        request.source_port, old_port,
+        "the guest may still know the old port"
+    );
+    // What the guest still sends on the old one is of no connection.
+    rig.send(packet(Op::Data, old_port), b"late");
+    assert_eq!(rig.ops(), [Op::Reset]);
+}
+
+#[test]
+fn a_guest_without_a_buffer_for_the_news_gets_it_later() {
+    let rig = Rig::new();
+    let saved = rig.driver.save();
+    let mut rig = moved(&rig, saved);
+    let _client = rig.dial();
+    assert_eq!(rig.ops(), []);
+    rig.post_event();
+    assert_eq!(rig.driver.select(EVENTS).used().len(), 1);
+    assert_eq!(rig.ops(), []);
+    rig.post_event();
+    assert_eq!(rig.ops(), [Op::Request]);
+}
+
+#[test]
+fn a_driver_that_starts_anew_needs_no_news() {
+    let rig = Rig::new();
+    let saved = rig.driver.save();
+    let mut rig = moved(&rig, saved);
+    rig.driver.bring_up();
+    rig.post(4);
+    rig.open();
+}
+
+#[test]
+fn the_saved_state_must_fit() {
+    let rig = Rig::new();
+    let saved = rig.driver.save();
+    let (backend, _) = device(&rig.path("other.sock"));
+    let other = Vsock::new(backend, GUEST_CID + 1);
+    let error = rig.driver.move_to(other, saved).err().unwrap();
+    assert!(matches!(error, TransportError::Device { .. }), "{error}");
+    assert!(error.to_string().contains("CID: expected 4, got 3"), "{error}");
+}
+
+#[test]
+fn a_device_tells_what_its_like_is_made_with() {
+    let rig = Rig::new();
+    let (_, device) = device(&rig.path("other.sock"));
+    let parameters = device.describe().parameters;
+    assert_eq!(Vsock::guest_cid(&parameters), Some(GUEST_CID));
+    for bad in [&[][..], &[3, 0, 0], &[2, 0, 0, 0], &[0xff; 4], &[3, 0, 0, 0, 0]] {
+        assert_eq!(Vsock::guest_cid(bad), None, "{bad:?}");
+    }
+}
+
+#[test]
+fn the_socket_is_there_while_the_guest_is_ours() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("v.sock");
+    let (backend, _device) = device(&path);
+    assert!(!path.exists());
+    backend.take_locks().unwrap();
+    backend.take_locks().unwrap();
+    UnixStream::connect(&path).unwrap();
+    let (other, _other) = device(&path);
+    let error = other.take_locks().unwrap_err();
+    let error = error.downcast_ref::<BackendError>().unwrap();
+    let in_use = matches!(error, BackendError::Listener(NamedListenerError::InUse { .. }));
+    assert!(in_use, "{error:?}");
+    backend.release_locks().unwrap();
+    assert!(!path.exists());
+    // What a killed process leaves behind.
+    drop(UnixListener::bind(&path).unwrap());
+    other.take_locks().unwrap();
+    drop((other, _other));
+    assert!(!path.exists());
+}
+
+#[test]
+fn paths_that_cannot_be_a_sockets() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    let open = |path: &std::path::Path| super::super::Backend::open(path).unwrap_err();
+    let error = open(&file);
+    let other = matches!(
+        error,
+        BackendError::Listener(NamedListenerError::NotASocket { .. })
+    );
+    assert!(other, "{error:?}");
+    assert!(matches!(open(&file.join("x")), BackendError::NoFolder { .. }));
+    assert!(matches!(
+        open("x".repeat(97).as_ref()),
+        BackendError::Length { got: 97, .. }
+    ));
+    assert!(matches!(open("".as_ref()), BackendError::Length { got: 0, .. }));
+}
