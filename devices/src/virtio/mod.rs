@@ -1,5 +1,6 @@
 //! virtio 1.2 devices: what they share, the MMIO transport, and the devices themselves.
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 pub mod rng;

@@ -100,6 +100,10 @@ impl Driver {
 
     pub(crate) fn bring_up(&mut self) {
         let features = self.offered();
+        self.bring_up_with(features);
+    }
+
+    pub(crate) fn bring_up_with(&mut self, features: u64) {
         assert!(self.negotiate(features));
         for index in (0..self.queues.len()).rev() {
             self.select(index);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::bus::BusDevice;
+use crate::virtio::balloon::{Balloon, Control};
 use crate::virtio::block::{Backend, Block};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, reads, writes};
@@ -65,6 +66,10 @@ fn block(dir: &Path) -> Block {
 fn vsock(dir: &Path) -> Vsock {
     let backend = vsock::Backend::open(&dir.join("socket")).unwrap();
     Vsock::new(Arc::new(backend), 3)
+}
+
+fn balloon() -> Balloon {
+    Balloon::new(Arc::new(Control::new(1 << 20).unwrap()), true)
 }
 
 /// A descriptor: mostly plausible, sometimes not.
@@ -134,7 +139,12 @@ proptest! {
         noise in prop::collection::vec(any::<u8>(), 0..8),
     ) {
         let dir = tempfile::tempdir().unwrap();
-        let drivers = [Driver::ready(Rng::new()), Driver::ready(block(dir.path())), Driver::ready(vsock(dir.path()))];
+        let drivers = [
+            Driver::ready(Rng::new()),
+            Driver::ready(block(dir.path())),
+            Driver::ready(vsock(dir.path())),
+            Driver::ready(balloon()),
+        ];
         for mut driver in drivers {
             for queue in 0..driver.queue_count() {
                 chains(driver.select(queue), &descriptors, &heads);

@@ -1,0 +1,113 @@
+//! The host's end of a balloon.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::PAGE_SIZE;
+use super::statistics::Statistics;
+
+/// What the host wants of a balloon, and what is known of it. Its calls may come from any thread.
+#[derive(Debug)]
+pub struct Control {
+    /// An eventfd, readable when there is something that the device does not know of yet.
+    event: File,
+    known: Mutex<Known>,
+}
+
+/// Sizes in pages of [`PAGE_SIZE`].
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) target: u32,
+    pub(super) actual: u32,
+    /// The guest has not been told of the target yet.
+    pub(super) changed: bool,
+    /// Somebody waits for new statistics.
+    pub(super) statistics_wanted: bool,
+    pub(super) statistics: Option<Statistics>,
+    /// How often statistics came.
+    pub(super) statistics_seen: u64,
+    /// Bytes that went back to the host so far, those included that the guest took again.
+    pub(super) given_up: u64,
+}
+
+impl Control {
+    /// Of a balloon that is to have `bytes`, rounded down to pages.
+    pub fn new(bytes: u64) -> io::Result<Self> {
+        let known = Known {
+            target: pages(bytes),
+            ..Default::default()
+        };
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
+            known: Mutex::new(known),
+        })
+    }
+
+    /// Asks the guest to give up `bytes` of its memory, rounded down to pages, or to take back what it gave up beyond
+    /// that. It does so in its own time, and as far as it can.
+    pub fn set_target(&self, bytes: u64) {
+        let mut known = self.known();
+        known.target = pages(bytes);
+        known.changed = true;
+        drop(known);
+        self.raise();
+    }
+
+    /// What the guest was asked to give up, in bytes.
+    pub fn target(&self) -> u64 {
+        u64::from(self.known().target) * PAGE_SIZE
+    }
+
+    /// What the guest says that it has given up for the target, in bytes.
+    pub fn actual(&self) -> u64 {
+        u64::from(self.known().actual) * PAGE_SIZE
+    }
+
+    /// Bytes that went back to the host so far, for the target or because the guest did not use them; those included
+    /// that it took again.
+    pub fn given_up(&self) -> u64 {
+        self.known().given_up
+    }
+
+    /// Asks the guest for new statistics; they come in its own time, or never.
+    pub fn ask_for_statistics(&self) {
+        self.known().statistics_wanted = true;
+        self.raise();
+    }
+
+    /// The last statistics, and how often some came.
+    pub fn statistics(&self) -> (Option<Statistics>, u64) {
+        let known = self.known();
+        (known.statistics, known.statistics_seen)
+    }
+
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// The device looks: what was there to hear of is heard.
+    pub(super) fn hear(&self) {
+        // Nothing to read is fine.
+        let _ = (&self.event).read(&mut [0; 8]);
+    }
+
+    pub(super) fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn raise(&self) {
+        if let Err(error) = (&self.event).write(&1u64.to_ne_bytes()) {
+            // The counter is full: the device will look anyway.
+            tracing::debug!(%error, "balloon: wish not counted");
+        }
+    }
+}
+
+/// As many as there are numbers for: 16 TiB.
+fn pages(bytes: u64) -> u32 {
+    u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,291 @@
+//! The device: what the guest gives up goes back to the host.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use migration_state::Envelope;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+
+use super::PAGE_SIZE;
+use super::control::Control;
+use super::discard::{DiscardError, discard};
+use super::state::BalloonState;
+use super::statistics::{MOST, Statistics};
+use crate::GuestMemory;
+use crate::limited::Limited;
+use crate::virtio::device::{RING_FEATURES, read_bytes};
+use crate::virtio::{
+    Chain, ChainError, Description, DeviceError, Head, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues,
+    VirtioDevice,
+};
+
+/// Pages count as taken back only once the device has seen them (virtio 1.2, 5.5.3).
+const F_MUST_TELL_HOST: u64 = 1 << 0;
+const F_STATS_VQ: u64 = 1 << 1;
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+const F_PAGE_REPORTING: u64 = 1 << 5;
+
+/// Where the guest says in the configuration space how much it has given up.
+const ACTUAL: u64 = 4;
+/// Most pages that one request gives up, four times what Linux puts in one. The rest of a longer one stays the guest's.
+pub(super) const MOST_PAGES: usize = 1024;
+
+/// A memory balloon.
+#[derive(Debug)]
+pub struct Balloon {
+    control: Arc<Control>,
+    deflate_on_oom: bool,
+    /// What each queue is for, as the driver's features have it.
+    roles: Vec<Role>,
+    /// The chain that waits for the next wish for statistics.
+    statistics: Option<Head>,
+    complaints: Limited,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Inflate,
+    Deflate,
+    Statistics,
+    Reporting,
+}
+
+impl Balloon {
+    /// A balloon that `control` is the host's end of. With `deflate_on_oom` a guest that runs out of memory may take
+    /// from it what it needs.
+    pub fn new(control: Arc<Control>, deflate_on_oom: bool) -> Self {
+        Self {
+            control,
+            deflate_on_oom,
+            roles: Vec::new(),
+            statistics: None,
+            complaints: Limited::default(),
+        }
+    }
+
+    /// Whether `parameters`, as a balloon describes itself, have `deflate_on_oom`; nothing if they are no balloon's.
+    pub fn deflates_on_oom(parameters: &[u8]) -> Option<bool> {
+        match parameters {
+            [0] => Some(false),
+            [1] => Some(true),
+            _ => None,
+        }
+    }
+
+    /// The chain lists pages by number that the guest has no use for.
+    fn inflate(&self, memory: &GuestMemory, mut chain: Chain) {
+        let mut bytes = [0; 4 * MOST_PAGES];
+        let got = match chain.readable.read(memory, &mut bytes) {
+            Ok(got) => got,
+            Err(error) => return self.complain(&error),
+        };
+        let (numbers, _) = bytes[..got].as_chunks();
+        let mut pages: Vec<u64> = numbers
+            .iter()
+            .map(|number| u64::from(u32::from_le_bytes(*number)))
+            .collect();
+        pages.sort_unstable();
+        pages.dedup();
+        // Runs of pages in one call each.
+        for run in pages.chunk_by(|page, next| page + 1 == *next) {
+            self.take(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
+        }
+    }
+
+    /// The chain's buffers are pages that the guest does not use until it has the chain back.
+    fn report(&self, memory: &GuestMemory, chain: &Chain) {
+        for (address, len) in chain.writable.iter() {
+            self.take(memory, address.0, len.into());
+        }
+    }
+
+    fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
+        match discard(memory, gpa, len) {
+            Ok(bytes) => {
+                let mut known = self.control.known();
+                known.given_up = known.given_up.saturating_add(bytes);
+            }
+            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.complain(&error),
+        }
+    }
+
+    /// Statistics came: the chain is kept until somebody wants newer ones.
+    fn keep_statistics(&mut self, queues: &mut Queues<'_>, index: usize) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(index) else {
+            return Ok(Progress::Idle);
+        };
+        let Some((head, chain)) = queue.take()? else {
+            return Ok(Progress::Idle);
+        };
+        // A driver that sends a second one does not want the first one kept.
+        if let Some(earlier) = self.statistics.replace(head) {
+            queue.give_back(earlier, 0)?;
+            queue.notify()?;
+        }
+        let mut bytes = [0; MOST];
+        let read = chain.map(|mut chain| chain.readable.read(queue.memory(), &mut bytes));
+        match read {
+            Ok(Ok(got)) => {
+                let mut known = self.control.known();
+                known.statistics = Some(Statistics::parse(&bytes[..got]));
+                known.statistics_seen += 1;
+            }
+            Ok(Err(error)) => self.complain(&error),
+            Err(error) => self.complain(&error),
+        }
+        Ok(Progress::More)
+    }
+
+    fn complain(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.complaints.count() {
+            let cause = error.source().map(ToString::to_string).unwrap_or_default();
+            tracing::warn!(
+                count,
+                cause,
+                "virtio-balloon: request not served in full: {error}"
+            );
+        }
+    }
+
+    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> u32 {
+        match chain {
+            Ok(chain) => serve(chain),
+            Err(error) => self.complain(&error),
+        }
+        // Nothing is ever written to a chain.
+        0
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BALLOON
+    }
+
+    fn features(&self) -> u64 {
+        let deflate = if self.deflate_on_oom { F_DEFLATE_ON_OOM } else { 0 };
+        RING_FEATURES | F_MUST_TELL_HOST | F_STATS_VQ | F_PAGE_REPORTING | deflate
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 4]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let known = self.control.known();
+        let config = [known.target.to_le_bytes(), known.actual.to_le_bytes()];
+        read_bytes(config.as_flattened(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        match data.try_into() {
+            Ok(actual) if offset == ACTUAL => self.control.known().actual = u32::from_le_bytes(actual),
+            _ => tracing::debug!(
+                offset,
+                len = data.len(),
+                "virtio-balloon: nothing else in the configuration is writable"
+            ),
+        }
+    }
+
+    /// Queues that the driver did not negotiate leave no gap in their numbers.
+    fn activate(&mut self, features: u64) {
+        self.roles = vec![Role::Inflate, Role::Deflate];
+        for (feature, role) in [
+            (F_STATS_VQ, Role::Statistics),
+            (F_PAGE_REPORTING, Role::Reporting),
+        ] {
+            if features & feature != 0 {
+                self.roles.push(role);
+            }
+        }
+    }
+
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let role = self.roles.get(index).copied();
+        if role == Some(Role::Statistics) {
+            return self.keep_statistics(queues, index);
+        }
+        let Some(mut queue) = queues.get(index) else {
+            return Ok(Progress::Idle);
+        };
+        queue.serve(|memory, chain| {
+            self.served(chain, |chain| match role {
+                Some(Role::Inflate) => self.inflate(memory, chain),
+                Some(Role::Reporting) => self.report(memory, &chain),
+                // Pages come back when they are touched.
+                Some(Role::Deflate | Role::Statistics) | None => {}
+            })
+        })
+    }
+
+    fn host_events(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.control.event()]
+    }
+
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.control.hear();
+        if std::mem::take(&mut self.control.known().changed) {
+            queues.config_changed();
+        }
+        let index = self.roles.iter().position(|role| *role == Role::Statistics);
+        if let Some(mut queue) = index.and_then(|index| queues.get(index))
+            && let Some(head) = self.statistics
+            && std::mem::take(&mut self.control.known().statistics_wanted)
+        {
+            self.statistics = None;
+            queue.give_back(head, 0)?;
+            queue.notify()?;
+        }
+        Ok(Progress::Idle)
+    }
+
+    /// The guest begins with an empty balloon; what the host wants stays.
+    fn reset(&mut self) {
+        self.roles.clear();
+        self.statistics = None;
+        self.control.known().actual = 0;
+    }
+
+    /// Requests are finished when they are taken.
+    fn drain(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let known = self.control.known();
+        let state = BalloonState {
+            target: known.target,
+            actual: known.actual,
+            statistics: self.statistics.map(|head| head.0),
+        };
+        Ok(envelope.put(instance, &state)?)
+    }
+
+    fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state: BalloonState = envelope.take(instance)?;
+        if let Some(head) = state.statistics.filter(|head| *head >= QUEUE_SIZE) {
+            return Err(DeviceError::Mismatch {
+                what: "chain of the statistics",
+                expected: format!("a descriptor below {QUEUE_SIZE}"),
+                got: head.to_string(),
+            });
+        }
+        let mut known = self.control.known();
+        known.target = state.target;
+        known.actual = state.actual;
+        self.statistics = state.statistics.map(Head);
+        Ok(())
+    }
+
+    fn describe(&self) -> Description {
+        Description {
+            parameters: vec![self.deflate_on_oom.into()],
+            ..Description::of::<BalloonState>(self.features())
+        }
+    }
+
+    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        None
+    }
+}

@@ -1,0 +1,59 @@
+//! What a guest tells about its memory.
+
+use serde::Serialize;
+
+/// Bytes of one entry: a tag and a value (virtio 1.2, 5.5.6.3).
+const ENTRY: usize = 10;
+/// Bytes of all entries that there can be.
+pub(super) const MOST: usize = 16 * ENTRY;
+
+/// A guest's memory statistics (virtio 1.2, 5.5.6.4), as far as it tells. Nothing here is checked: the guest can say
+/// what it likes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Statistics {
+    /// Bytes swapped in.
+    pub swap_in: Option<u64>,
+    /// Bytes swapped out.
+    pub swap_out: Option<u64>,
+    /// Page faults that needed I/O.
+    pub major_faults: Option<u64>,
+    /// Page faults that needed none.
+    pub minor_faults: Option<u64>,
+    /// Bytes that nothing uses.
+    pub free_memory: Option<u64>,
+    /// Bytes in all.
+    pub total_memory: Option<u64>,
+    /// Bytes that programs can have without swapping.
+    pub available_memory: Option<u64>,
+    /// Bytes of files that can be dropped.
+    pub disk_caches: Option<u64>,
+    /// Huge pages that were had.
+    pub hugetlb_allocations: Option<u64>,
+    /// Huge pages that were not to be had.
+    pub hugetlb_failures: Option<u64>,
+}
+
+impl Statistics {
+    /// From a guest's buffer. Tags that mean nothing are passed over.
+    pub(super) fn parse(bytes: &[u8]) -> Self {
+        let mut statistics = Self::default();
+        let (entries, _) = bytes.as_chunks::<ENTRY>();
+        for [tag_low, tag_high, value @ ..] in entries {
+            let value = Some(u64::from_le_bytes(*value));
+            match u16::from_le_bytes([*tag_low, *tag_high]) {
+                0 => statistics.swap_in = value,
+                1 => statistics.swap_out = value,
+                2 => statistics.major_faults = value,
+                3 => statistics.minor_faults = value,
+                4 => statistics.free_memory = value,
+                5 => statistics.total_memory = value,
+                6 => statistics.available_memory = value,
+                7 => statistics.disk_caches = value,
+                8 => statistics.hugetlb_allocations = value,
+                9 => statistics.hugetlb_failures = value,
+                _ => {}
+            }
+        }
+        statistics
+    }
+}

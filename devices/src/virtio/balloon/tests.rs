@@ -1,0 +1,287 @@
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::device::MOST_PAGES;
+use super::discard::discard;
+use super::*;
+use crate::virtio::testing::{DATA, Driver, END, VERSION_1, memory, reads, writes};
+
+const INFLATE: usize = 0;
+const DEFLATE: usize = 1;
+const STATISTICS: usize = 2;
+const REPORTING: usize = 3;
+
+/// Pages that tests give up.
+const PAGES: u64 = DATA + 0x4_0000;
+
+fn balloon() -> (Driver, Arc<Control>) {
+    let control = Arc::new(Control::new(0).unwrap());
+    let driver = Driver::ready(Balloon::new(control.clone(), true));
+    (driver, control)
+}
+
+/// Puts the numbers of pages where a chain can point to them; how many bytes they take.
+fn list(driver: &Driver, pages: &[u32]) -> u32 {
+    let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+    driver.fill(DATA, &bytes);
+    bytes.len() as u32
+}
+
+/// Whether the page still holds what [`dirty`] put there.
+fn is_kept(driver: &Driver, page: u64) -> bool {
+    driver.bytes(page, 4096) == [7; 4096]
+}
+
+fn dirty(driver: &Driver, pages: std::ops::Range<u64>) {
+    for page in pages.step_by(4096) {
+        driver.fill(page, &[7; 4096]);
+    }
+}
+
+#[test]
+fn inflated_pages_go_back_to_the_host() {
+    let (mut driver, control) = balloon();
+    assert_eq!(driver.get(0x008), 5);
+    dirty(&driver, PAGES..PAGES + 0x5000);
+    driver.take_dirty(PAGES);
+    let first = (PAGES / 4096) as u32;
+    // Out of order, one of them twice.
+    let len = list(&driver, &[first + 3, first, first + 1, first]);
+    driver.select(INFLATE);
+    assert_eq!(driver.submit(&[reads(DATA, len)]), 0);
+    let kept: Vec<bool> = (0..5).map(|page| is_kept(&driver, PAGES + page * 4096)).collect();
+    assert_eq!(kept, [false, false, true, false, true]);
+    assert_eq!(control.given_up(), 3 * PAGE_SIZE);
+    // What they hold has changed, and a migration must know.
+    assert!(driver.take_dirty(PAGES + 0x3000));
+    // The guest may use them again at any time.
+    driver.select(DEFLATE);
+    assert_eq!(driver.submit(&[reads(DATA, len)]), 0);
+    dirty(&driver, PAGES..PAGES + 0x1000);
+    assert!(is_kept(&driver, PAGES));
+}
+
+#[test]
+fn reported_pages_go_back_to_the_host() {
+    let (mut driver, control) = balloon();
+    dirty(&driver, PAGES..PAGES + 0x8000);
+    driver.select(REPORTING);
+    // Parts of pages stay.
+    let chain = [writes(PAGES, 0x2000), writes(PAGES + 0x3800, 0x2000)];
+    assert_eq!(driver.submit(&chain), 0);
+    let kept: Vec<bool> = (0..8).map(|page| is_kept(&driver, PAGES + page * 4096)).collect();
+    assert_eq!(kept, [false, false, true, true, false, true, true, true]);
+    assert_eq!(control.given_up(), 3 * PAGE_SIZE);
+}
+
+#[test]
+fn queues_that_are_not_negotiated_leave_no_gap() {
+    let control = Arc::new(Control::new(0).unwrap());
+    let mut driver = Driver::new(Balloon::new(control.clone(), false));
+    let offered = driver.offered();
+    assert_eq!(offered & 0b10_0110, 0b10_0010, "no deflation on OOM");
+    driver.bring_up_with(VERSION_1 | 1 << 5);
+    dirty(&driver, PAGES..PAGES + 0x1000);
+    driver.select(2);
+    assert_eq!(driver.submit(&[writes(PAGES, 0x1000)]), 0);
+    assert_eq!(control.given_up(), PAGE_SIZE);
+}
+
+#[test]
+fn the_guest_hears_of_targets_and_says_how_far_it_is() {
+    let (mut driver, control) = balloon();
+    let generation = driver.get(0x0fc);
+    control.set_target(10 * PAGE_SIZE + 1);
+    driver.run();
+    assert_eq!((driver.interrupts(), driver.get(0x060)), (1, 2));
+    assert_ne!(driver.get(0x0fc), generation);
+    assert_eq!(driver.get(0x100), 10);
+    driver.set(0x104, 9);
+    assert_eq!((driver.get(0x104), control.actual()), (9, 9 * PAGE_SIZE));
+    assert_eq!(control.target(), 10 * PAGE_SIZE);
+    // Nothing else can be written, and nothing is there beyond.
+    driver.set(0x100, 77);
+    driver.set(0x108, 77);
+    assert_eq!((driver.get(0x100), driver.get(0x108)), (10, 0));
+    control.set_target(u64::MAX);
+    assert_eq!(control.target(), u64::from(u32::MAX) * PAGE_SIZE);
+}
+
+/// Statistics that a guest would send: tags and values.
+fn entries(entries: &[(u16, u64)]) -> Vec<u8> {
+    let entry = |(tag, value): &(u16, u64)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();
+    entries.iter().flat_map(entry).collect()
+}
+
+#[test]
+fn statistics_come_when_they_are_asked_for() {
+    let (mut driver, control) = balloon();
+    control.ask_for_statistics();
+    driver.run();
+    let bytes = entries(&[(4, 1 << 20), (5, 1 << 30), (99, 1), (0, 3)]);
+    driver.fill(DATA, &bytes);
+    driver.select(STATISTICS);
+    // They were asked for before there were any: answered at once.
+    driver.add(&[reads(DATA, bytes.len() as u32)]);
+    driver.kick();
+    let (first, seen) = control.statistics();
+    let expected = Statistics {
+        free_memory: Some(1 << 20),
+        total_memory: Some(1 << 30),
+        swap_in: Some(3),
+        ..Default::default()
+    };
+    assert_eq!((first, seen), (Some(expected), 1));
+    assert!(driver.used().is_empty(), "the chain is kept");
+    control.ask_for_statistics();
+    driver.run();
+    assert_eq!(driver.used().len(), 1);
+    driver.fill(DATA, &entries(&[(4, 7)]));
+    driver.add(&[reads(DATA, 10)]);
+    driver.kick();
+    assert_eq!(control.statistics().1, 2);
+    assert_eq!(control.statistics().0.unwrap().free_memory, Some(7));
+    // A second chain: the one before is not forgotten.
+    driver.add(&[reads(DATA, 10)]);
+    driver.kick();
+    assert_eq!(driver.used().len(), 1);
+}
+
+#[test]
+fn a_move_takes_target_and_kept_chain_along() {
+    let (mut driver, control) = balloon();
+    control.set_target(3 * PAGE_SIZE);
+    driver.run();
+    driver.set(0x104, 2);
+    driver.select(STATISTICS);
+    driver.add(&[reads(DATA, 10)]);
+    driver.kick();
+    let there = Arc::new(Control::new(0).unwrap());
+    let saved = driver.save();
+    let mut moved = driver.move_to(Balloon::new(there.clone(), true), saved).unwrap();
+    moved.transport.resume();
+    moved.run();
+    assert_eq!((there.target(), there.actual()), (3 * PAGE_SIZE, 2 * PAGE_SIZE));
+    assert_eq!((moved.get(0x100), moved.get(0x104)), (3, 2));
+    there.ask_for_statistics();
+    moved.run();
+    moved.select(STATISTICS);
+    assert_eq!(moved.used().len(), 1, "the chain that was kept");
+    // A reset empties it, and forgets the chain.
+    moved.bring_up();
+    assert_eq!((there.actual(), there.target()), (0, 3 * PAGE_SIZE));
+    there.ask_for_statistics();
+    moved.run();
+    moved.select(STATISTICS);
+    assert!(moved.used().is_empty());
+}
+
+#[test]
+fn hostile_requests_come_back() {
+    let (mut driver, control) = balloon();
+    let before = control.given_up();
+    driver.select(INFLATE);
+    // Pages that there are not, half a number, nothing, a list outside memory, a list that is to be written.
+    let len = list(&driver, &[u32::MAX, (END / 4096) as u32]);
+    for chain in [
+        vec![reads(DATA, len)],
+        vec![reads(DATA, 3)],
+        vec![reads(DATA, 0)],
+        vec![reads(END, 8)],
+        vec![writes(DATA, 8)],
+        vec![writes(DATA, 8), reads(DATA, 8)],
+    ] {
+        assert_eq!(driver.submit(&chain), 0);
+    }
+    driver.select(REPORTING);
+    for chain in [
+        vec![reads(PAGES, 4096)],
+        vec![writes(END, 4096)],
+        vec![writes(END - 4096, 8192)],
+        vec![writes(u64::MAX - 4096, 8192)],
+        vec![writes(PAGES, 0)],
+        vec![writes(PAGES + 1, 4096)],
+        vec![writes(0, u32::MAX)],
+    ] {
+        assert_eq!(driver.submit(&chain), 0);
+    }
+    assert_eq!(control.given_up(), before);
+    // More than one request may list: the rest stays.
+    dirty(&driver, PAGES..PAGES + 0x2000);
+    let mut pages = vec![(PAGES / 4096) as u32; MOST_PAGES];
+    pages.push((PAGES / 4096) as u32 + 1);
+    let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+    driver.fill(DATA, &bytes);
+    driver.select(INFLATE);
+    assert_eq!(driver.submit(&[reads(DATA, bytes.len() as u32)]), 0);
+    assert!(!is_kept(&driver, PAGES) && is_kept(&driver, PAGES + 4096));
+    assert_eq!(driver.get(0x070), 15);
+}
+
+#[test]
+fn a_saved_chain_that_cannot_be_is_refused() {
+    let (driver, _) = balloon();
+    let mut saved = driver.save();
+    let mut state: BalloonState = saved.take("dev0").unwrap();
+    state.statistics = Some(256);
+    saved.put("dev0", &state).unwrap();
+    let control = Arc::new(Control::new(0).unwrap());
+    let refused = driver.move_to(Balloon::new(control, true), saved).err().unwrap();
+    assert!(
+        refused.to_string().contains("expected a descriptor below 256"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn shared_memory_is_given_up_in_its_file() {
+    let memory = memory_in_a_file();
+    for page in [0u64, 1, 2] {
+        memory.write_slice(&[7; 4096], GuestAddress(page * 4096)).unwrap();
+    }
+    assert_eq!(discard(&memory, 4096, 4096).unwrap(), 4096);
+    let file = memory.iter().next().unwrap().file_offset().unwrap();
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&file.file().metadata().unwrap());
+    assert_eq!(blocks * 512, 2 * 4096);
+    let byte = |page: u64| memory.read_obj::<u8>(GuestAddress(page * 4096)).unwrap();
+    assert_eq!([byte(0), byte(1), byte(2)], [7, 0, 7]);
+}
+
+fn memory_in_a_file() -> crate::GuestMemory {
+    let file = rustix::fs::memfd_create("balloon", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 1 << 20).unwrap();
+    let file = vm_memory::FileOffset::new(file.into(), 0);
+    crate::GuestMemory::from_ranges_with_files([(GuestAddress(0), 1 << 20, Some(file))]).unwrap()
+}
+
+#[test]
+fn golden_record() {
+    let state = BalloonState {
+        target: 1,
+        actual: 2,
+        statistics: Some(3),
+    };
+    migration_state::assert_golden(1, "01020103", &state);
+}
+
+proptest! {
+    #[test]
+    fn nothing_outside_the_range_is_given_up(gpa in 0u64..END + 0x2000, len in 0u64..0x9000) {
+        let memory = memory();
+        memory.write_slice(&vec![7; END as usize], GuestAddress(0)).unwrap();
+        let given = discard(&memory, gpa, len);
+        let mut all = vec![0; END as usize];
+        memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+        let gone = all.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|byte| *byte != 7));
+        let mut count = 0;
+        for (page, bytes) in gone {
+            let start = page as u64 * 4096;
+            prop_assert!(gpa <= start && start + 4096 <= gpa + len, "page {page}");
+            prop_assert!(bytes.iter().all(|byte| *byte == 0));
+            count += 4096;
+        }
+        prop_assert_eq!(given.unwrap_or(0), count);
+    }
+}
