@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
 use crate::cpu::{CpuError, Template};
-use crate::machine::{INSTANCE_PREFIX, RNG_ID};
+use crate::machine::{BALLOON_ID, INSTANCE_PREFIX, RNG_ID};
 use crate::memory::{self, MemoryError};
 
 /// Most vCPUs of a machine.
@@ -42,10 +42,14 @@ pub enum ConfigError {
     Template(#[from] CpuError),
     #[error("disks: expected at most {MAX_DISKS}, got {0}")]
     TooManyDisks(usize),
-    #[error("disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-', and not {RNG_ID:?}")]
+    #[error(
+        "disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-', and neither {RNG_ID:?} nor {BALLOON_ID:?}"
+    )]
     DiskId { got: String },
     #[error("disk id {0:?} is used twice; name disks apart with id=")]
     DuplicateDisk(String),
+    #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
+    Balloon { got: u64, memory: u64 },
     #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
     NoKernel,
 }
@@ -59,6 +63,15 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read.
     pub read_only: bool,
+}
+
+/// A balloon of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonConfig {
+    /// What the guest is to give up from the start, in bytes.
+    pub bytes: u64,
+    /// Whether it may take some of it back when it runs out of memory.
+    pub deflate_on_oom: bool,
 }
 
 /// A checked configuration.
@@ -80,6 +93,8 @@ pub struct Config {
     pub template_reason: Option<&'static str>,
     /// Disks in bus order.
     pub disks: Vec<DiskConfig>,
+    /// The balloon, if there is to be one.
+    pub balloon: Option<BalloonConfig>,
 }
 
 /// What was asked for, before any check; `None` where nothing was said.
@@ -103,6 +118,8 @@ pub struct Wishes {
     pub cpu_template: Option<String>,
     /// Disks.
     pub disks: Vec<DiskConfig>,
+    /// A balloon.
+    pub balloon: Option<BalloonConfig>,
 }
 
 impl Wishes {
@@ -129,6 +146,7 @@ impl Wishes {
             dirty_ring: false,
             cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
             disks: file.drives.into_iter().map(DiskConfig::from).collect(),
+            balloon: file.balloon.map(BalloonConfig::from),
         })
     }
 
@@ -144,6 +162,7 @@ impl Wishes {
             dirty_ring: over.dirty_ring || self.dirty_ring,
             cpu_template: over.cpu_template.or(self.cpu_template),
             disks: [self.disks, over.disks].concat(),
+            balloon: over.balloon.or(self.balloon),
         }
     }
 
@@ -164,6 +183,11 @@ impl Wishes {
             }
         };
         check_disks(&self.disks)?;
+        if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
+            && got > memory
+        {
+            return Err(ConfigError::Balloon { got, memory });
+        }
         let boot = BootSource {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
@@ -178,6 +202,7 @@ impl Wishes {
             template,
             template_reason,
             disks: self.disks,
+            balloon: self.balloon,
         })
     }
 }
@@ -198,7 +223,11 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
 /// Whether a disk can have this name.
 pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
-    if id.is_empty() || id.len() > DISK_ID_MAX || !id.bytes().all(allowed) || id == RNG_ID {
+    if id.is_empty()
+        || id.len() > DISK_ID_MAX
+        || !id.bytes().all(allowed)
+        || [RNG_ID, BALLOON_ID].contains(&id)
+    {
         return Err(ConfigError::DiskId { got: id.into() });
     }
     Ok(())
@@ -212,6 +241,7 @@ struct File {
     machine_config: Option<MachineSection>,
     #[serde(default)]
     drives: Vec<DriveSection>,
+    balloon: Option<BalloonSection>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -240,6 +270,25 @@ struct DriveSection {
     /// Firecracker's files have it; the guest finds its root on the kernel command line here.
     #[serde(default)]
     is_root_device: bool,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct BalloonSection {
+    amount_mib: u64,
+    deflate_on_oom: bool,
+    /// Firecracker's files may have it; here statistics are asked for when somebody wants to see them.
+    #[serde(default)]
+    stats_polling_interval_s: u64,
+}
+
+impl From<BalloonSection> for BalloonConfig {
+    fn from(balloon: BalloonSection) -> Self {
+        Self {
+            bytes: balloon.amount_mib.saturating_mul(1 << 20),
+            deflate_on_oom: balloon.deflate_on_oom,
+        }
+    }
 }
 
 impl From<DriveSection> for DiskConfig {
@@ -281,6 +330,22 @@ mod tests {
     }
 
     #[test]
+    fn a_balloon_is_no_larger_than_the_guest() {
+        let with = |bytes| Wishes {
+            balloon: Some(BalloonConfig {
+                bytes,
+                deflate_on_oom: true,
+            }),
+            ..wishes()
+        };
+        with(64 << 20).check().unwrap();
+        assert!(matches!(
+            with((64 << 20) + 1).check(),
+            Err(ConfigError::Balloon { .. })
+        ));
+    }
+
+    #[test]
     fn disks_have_distinct_names() {
         let disk = |id: &str| DiskConfig {
             id: id.into(),
@@ -310,7 +375,8 @@ mod tests {
             &path,
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
-                "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true}]}"#,
+                "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true}],
+                "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1}}"#,
         )
         .unwrap();
         let file = Wishes::from_file(&path).unwrap();
@@ -326,13 +392,18 @@ mod tests {
             (4, 128 << 20, "quiet")
         );
         assert_eq!(config.disks[0].id, "root");
+        let balloon = BalloonConfig {
+            bytes: 16 << 20,
+            deflate_on_oom: false,
+        };
+        assert_eq!(config.balloon, Some(balloon));
 
         std::fs::write(
             &path,
-            r#"{"boot-source": {"kernel_image_path": "k"}, "balloon": {}}"#,
+            r#"{"boot-source": {"kernel_image_path": "k"}, "mmds-config": {}}"#,
         )
         .unwrap();
         let error = migration::chain(&Wishes::from_file(&path).unwrap_err());
-        assert!(error.contains("unknown field `balloon`"), "{error}");
+        assert!(error.contains("unknown field `mmds-config`"), "{error}");
     }
 }

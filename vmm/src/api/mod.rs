@@ -12,10 +12,13 @@
 //! | `PUT /migration/resolve` | [`ResolveRequest`]; the response is a [`Resolution`] |
 //! | `PUT /snapshot` | [`SnapshotRequest`]; the response, when it is complete, is a [`SnapshotReport`] |
 //! | `DELETE /snapshot` | cancels, as `DELETE /migration` does |
+//! | `PATCH /balloon` | [`BalloonUpdate`]: how much memory the guest is to give up |
+//! | `GET /balloon/statistics` | [`BalloonStatistics`]; 404 if there is no balloon |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.
 
+mod balloon;
 mod migrate;
 mod routes;
 mod server;
@@ -24,6 +27,7 @@ mod types;
 
 pub mod client;
 
+pub use balloon::{BalloonStatistics, BalloonUpdate};
 pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Verdict};
 pub use server::ApiServer;
 pub use snapshot::{SnapshotReport, SnapshotRequest};

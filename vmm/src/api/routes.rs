@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::balloon::{BalloonStatistics, BalloonUpdate};
 use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
 use super::snapshot::{SnapshotReport, SnapshotRequest};
 use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
@@ -50,6 +51,8 @@ pub(super) fn router(context: Context) -> Router {
         .route("/migration", put(migrate).get(progress).delete(cancel))
         .route("/migration/resolve", put(resolve))
         .route("/snapshot", put(snapshot).delete(cancel))
+        .route("/balloon", patch(set_balloon))
+        .route("/balloon/statistics", get(balloon_statistics))
         .route("/console", get(console))
         .with_state(context)
 }
@@ -72,7 +75,7 @@ impl IntoResponse for Failure {
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal {
-            Refusal::NoMigration => StatusCode::NOT_FOUND,
+            Refusal::NoMigration | Refusal::NoBalloon => StatusCode::NOT_FOUND,
             Refusal::Migrating
             | Refusal::Snapshotting
             | Refusal::Stopping
@@ -215,6 +218,18 @@ async fn snapshot(
         .ask(|reply| Request::Snapshot(request, reply))
         .await?;
     Ok(Json(report))
+}
+
+async fn set_balloon(State(context): State<Context>, body: JsonBody<BalloonUpdate>) -> Answer<StatusCode> {
+    let Json(BalloonUpdate { amount_mib }) = body?;
+    let balloon = context.supervisor.ask(Request::Balloon).await?;
+    balloon.set_target(amount_mib.saturating_mul(1 << 20));
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn balloon_statistics(State(context): State<Context>) -> Answer<Json<BalloonStatistics>> {
+    let balloon = context.supervisor.ask(Request::Balloon).await?;
+    Ok(Json(BalloonStatistics::ask(&balloon).await))
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

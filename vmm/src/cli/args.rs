@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
 use super::help::{
-    MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES, RUN_EXAMPLES,
-    SNAPSHOT_EXAMPLES,
+    BALLOON_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES,
+    RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
 };
 use super::units;
 use crate::config::DiskConfig;
@@ -40,6 +40,9 @@ pub(super) enum Command {
     /// Put a guest in files, from which it can be started again, and more than once.
     #[command(after_help = SNAPSHOT_EXAMPLES)]
     Snapshot(SnapshotArgs),
+    /// Take memory from a guest that has a balloon, or give it back; show what it has and what it needs.
+    #[command(after_help = BALLOON_EXAMPLES)]
+    Balloon(BalloonArgs),
     /// Show what a VM is and does.
     Status(OutputArgs),
     /// Cancel a VM's migration or snapshot; the guest runs on where it is.
@@ -99,6 +102,9 @@ pub(super) struct RunArgs {
     /// A disk: [id=NAME,]path=FILE[,ro]; may be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     pub(super) disks: Vec<RunDisk>,
+    /// A balloon: the guest gives memory back that it does not use, and SIZE of it from the start [default size: 0]
+    #[arg(long, value_name = "SIZE", value_parser = units::size, num_args = 0..=1, default_missing_value = "0")]
+    pub(super) balloon: Option<u64>,
 }
 
 /// What `run`, `receive` and `restore` have in common.
@@ -202,6 +208,20 @@ pub(super) struct MergeArgs {
     /// The directory that is to be made
     #[arg(long, short, value_name = "DIR")]
     pub(super) output: PathBuf,
+}
+
+/// Arguments of `balloon`.
+#[derive(Debug, Args)]
+pub(super) struct BalloonArgs {
+    /// Name of the VM, or path of its API socket
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// How much of its memory the guest is to give up, in whole MiB [default: as it is]
+    #[arg(value_name = "SIZE", value_parser = units::mebibytes)]
+    pub(super) target_mib: Option<u64>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// Arguments of `migrate`.

@@ -37,6 +37,14 @@ Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
 Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";
 
+pub(super) const BALLOON_EXAMPLES: &str = "\
+Examples:
+  godwit balloon web 256M
+  godwit balloon web 0M
+  godwit balloon web --json
+
+The guest gives up, or takes back, in its own time, and never more than it can do without.";
+
 pub(super) const MIGRATE_EXAMPLES: &str = "\
 Examples:
   godwit migrate web tcp:host-b:7000

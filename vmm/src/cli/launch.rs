@@ -16,7 +16,7 @@ use super::signals::{Held, outlive_file_size_limit};
 use super::snapshot::with_bar;
 use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
-use crate::config::{ConfigError, Wishes, check_disk_id};
+use crate::config::{BalloonConfig, ConfigError, Wishes, check_disk_id};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Arrival, Machine, MigrationDestination, SnapshotMemory};
 use crate::memory;
@@ -145,6 +145,10 @@ fn wishes(args: &RunArgs) -> Wishes {
             .enumerate()
             .map(|(index, disk)| disk.config(index))
             .collect(),
+        balloon: args.balloon.map(|bytes| BalloonConfig {
+            bytes,
+            deflate_on_oom: true,
+        }),
     }
 }
 

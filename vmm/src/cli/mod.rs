@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod balloon;
 mod client;
 mod help;
 mod launch;
@@ -83,6 +84,7 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Restore(args) => launch::restore(args),
         Command::Migrate(args) => migrate::run(args),
         Command::Snapshot(args) => snapshot::run(args),
+        Command::Balloon(args) => balloon::run(&args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
         Command::Resolve(args) => client::resolve(&args),

@@ -10,6 +10,15 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
         .map_err(|error| format!("expected a size such as 512M or 2GiB: {error}"))
 }
 
+/// Whole MiB of a size.
+pub(super) fn mebibytes(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if bytes.is_multiple_of(1 << 20) {
+        return Ok(bytes >> 20);
+    }
+    Err(format!("expected whole MiB, got {bytes} bytes"))
+}
+
 /// A duration such as `20ms` or `1s`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)

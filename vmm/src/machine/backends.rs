@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::{Balloon, BalloonState, Control};
 use devices::virtio::block::{Backend, Block, BlockState};
 use devices::virtio::rng::{Rng, RngState};
 use migration::DeviceDescription;
@@ -13,9 +15,11 @@ use super::devices::NamedDevice;
 
 /// The name of the entropy device, which every machine has, as the first on the bus.
 pub(crate) const RNG_ID: &str = "rng";
+/// The name of the balloon.
+pub(crate) const BALLOON_ID: &str = "balloon";
 
 /// Every kind that a machine can have.
-const KINDS: [&str; 2] = [RngState::KIND, BlockState::KIND];
+const KINDS: [&str; 3] = [RngState::KIND, BlockState::KIND, BalloonState::KIND];
 
 /// The devices of a machine that boots, in bus order.
 pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
@@ -23,6 +27,9 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     for disk in &config.disks {
         let backend = Backend::open(&disk.path, disk.read_only)?;
         devices.push(named(&disk.id, Block::new(Arc::new(backend), &disk.id)));
+    }
+    if let Some(config) = config.balloon {
+        devices.push(balloon(config.bytes, config.deflate_on_oom)?);
     }
     Ok(devices)
 }
@@ -45,6 +52,20 @@ impl Arrival {
                 })?;
                 Ok(named(id, Block::new(Arc::new(backend), id)))
             }
+            BalloonState::KIND => {
+                // How much it is to have is part of its state.
+                let parameters = &description.parameters;
+                let opened = match Balloon::deflates_on_oom(parameters) {
+                    Some(deflates) if id == BALLOON_ID => {
+                        balloon(0, deflates).map_err(|error| error.to_string())
+                    }
+                    _ => Err(format!("{id:?} made with {parameters:02x?}")),
+                };
+                opened.map_err(|got| Unavailable {
+                    expected: "a balloon of that name",
+                    got,
+                })
+            }
             _ => Err(Unavailable {
                 expected: "a kind that is known here",
                 got: format!("{:?}, which is none of {KINDS:?}", description.kind),
@@ -60,9 +81,22 @@ pub(super) struct Unavailable {
     pub(super) got: String,
 }
 
-fn named(id: &str, device: impl devices::virtio::VirtioDevice + 'static) -> NamedDevice {
+fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {
+    let control = Control::new(bytes).map_err(|source| MachineError::Io {
+        what: "balloon",
+        source,
+    })?;
+    let control = Arc::new(control);
+    Ok(NamedDevice {
+        balloon: Some(control.clone()),
+        ..named(BALLOON_ID, Balloon::new(control, deflate_on_oom))
+    })
+}
+
+fn named(id: &str, device: impl VirtioDevice + 'static) -> NamedDevice {
     NamedDevice {
         id: id.into(),
         device: Box::new(device),
+        balloon: None,
     }
 }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
-use devices::virtio::VirtioDevice;
 use devices::virtio::mmio::Transport;
+use devices::virtio::{VirtioDevice, balloon};
 use devices::{ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration::DeviceDescription;
@@ -29,12 +29,15 @@ pub(crate) const INSTANCE_PREFIX: &str = "virtio/";
 pub(crate) struct NamedDevice {
     pub(crate) id: String,
     pub(crate) device: Box<dyn VirtioDevice>,
+    /// The host's end of it, if it is a balloon.
+    pub(crate) balloon: Option<Arc<balloon::Control>>,
 }
 
 /// A virtio device in its slot.
 pub(super) struct VirtioSlot {
     pub(super) id: String,
     pub(super) address: VirtioMmioSlot,
+    balloon: Option<Arc<balloon::Control>>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -83,8 +86,8 @@ impl DeviceSet {
         pio.insert(layout::ACPI_POWER_PORT.into(), AcpiPower::LEN, power.clone())?;
 
         let mut virtio = Vec::with_capacity(named.len());
-        for (index, NamedDevice { id, device }) in named.into_iter().enumerate() {
-            virtio.push(virtio_slot(vm, memory, index, id, device)?);
+        for (index, named) in named.into_iter().enumerate() {
+            virtio.push(virtio_slot(vm, memory, index, named)?);
         }
         let mut mmio = Bus::new();
         for slot in &virtio {
@@ -117,6 +120,10 @@ impl DeviceSet {
     /// What firmware tables say about the virtio devices.
     pub(super) fn slots(&self) -> Vec<VirtioMmioSlot> {
         self.virtio.iter().map(|slot| slot.address).collect()
+    }
+
+    pub(super) fn balloon(&self) -> Option<Arc<balloon::Control>> {
+        self.virtio.iter().find_map(|slot| slot.balloon.clone())
     }
 
     /// How the guest ended, if it did.
@@ -202,8 +209,7 @@ fn virtio_slot(
     vm: &VmFd,
     memory: &GuestMemory,
     index: usize,
-    id: String,
-    device: Box<dyn VirtioDevice>,
+    named: NamedDevice,
 ) -> Result<VirtioSlot, MachineError> {
     let gsi = *layout::VIRTIO_GSIS
         .get(index)
@@ -213,7 +219,7 @@ fn virtio_slot(
             got: format!("at least {}", index + 1),
         })?;
     let base = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_LEN * index as u64;
-    let transport = Transport::new(device, memory.clone(), interrupt(vm, gsi)?)?;
+    let transport = Transport::new(named.device, memory.clone(), interrupt(vm, gsi)?)?;
     for (queue, event) in (0u32..).zip(transport.queue_events()) {
         let address = IoEventAddress::Mmio(base + Transport::NOTIFY_OFFSET);
         vm.register_ioevent(event, &address, queue)
@@ -221,8 +227,9 @@ fn virtio_slot(
     }
     let address = VirtioMmioSlot { base, gsi };
     Ok(VirtioSlot {
-        id,
+        id: named.id,
         address,
+        balloon: named.balloon,
         transport: Arc::new(Mutex::new(transport)),
     })
 }

@@ -33,7 +33,7 @@ pub use error::MachineError;
 pub use source::MigrationSource;
 pub use standstill::{SnapshotMemory, Standstill};
 
-pub(crate) use self::backends::RNG_ID;
+pub(crate) use self::backends::{BALLOON_ID, RNG_ID};
 pub(crate) use self::devices::INSTANCE_PREFIX;
 
 use self::baseline::Baseline;
@@ -133,6 +133,11 @@ impl Machine {
     /// The serial port, for input from the console.
     pub fn serial(&self) -> Arc<Mutex<::devices::legacy::Serial>> {
         self.devices.serial.clone()
+    }
+
+    /// The host's end of its balloon, if it has one.
+    pub fn balloon(&self) -> Option<Arc<::devices::virtio::balloon::Control>> {
+        self.devices.balloon()
     }
 
     /// Number of vCPUs.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use devices::virtio::balloon;
 use migration::Control;
 
 use super::{Ending, Life, POWER_OFF_GRACE, Refusal, SnapshotJob, Supervisor, failed};
@@ -90,6 +91,11 @@ impl Supervisor {
 
     pub(super) fn press_power_button(&self) -> Result<(), Refusal> {
         self.idle_machine()?.press_power_button().map_err(failed)
+    }
+
+    /// What the host wants of it is part of the machine's state, so it may be said at any time.
+    pub(super) fn balloon(&self) -> Result<Arc<balloon::Control>, Refusal> {
+        self.machine()?.balloon().ok_or(Refusal::NoBalloon)
     }
 
     /// First time: the power button. Second time, or where nobody would hear the button: the end.

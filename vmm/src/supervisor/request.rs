@@ -1,9 +1,10 @@
 //! What can be asked of the supervisor, and how it answers.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use devices::GuestExit;
+use devices::virtio::balloon;
 use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
@@ -40,6 +41,8 @@ pub enum Refusal {
         "nothing to decide here: no machine waits for a source that fell silent; `godwit resolve` at the source asks this side"
     )]
     NothingToDecide,
+    #[error("this machine has no balloon: start it with `run --balloon`")]
+    NoBalloon,
     #[error("{0}")]
     Failed(String),
     #[error("the VM has just ended")]
@@ -72,6 +75,8 @@ pub enum Request {
     },
     /// Put the machine in files; the answer comes when that has ended.
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
+    /// The host's end of the machine's balloon.
+    Balloon(Reply<Arc<balloon::Control>>),
     /// How far is the migration?
     Progress(Reply<Progress>),
     /// End the migration, or the snapshot; the guest runs on here.
@@ -83,7 +88,7 @@ pub enum Request {
 /// A migration job as its clients see it.
 pub struct MigrationFeed {
     /// Where it is.
-    pub control: std::sync::Arc<migration::Control>,
+    pub control: Arc<migration::Control>,
     /// Delivers the report when it has ended.
     pub report: broadcast::Receiver<Report>,
 }

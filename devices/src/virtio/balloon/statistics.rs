@@ -1,6 +1,6 @@
 //! What a guest tells about its memory.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Bytes of one entry: a tag and a value (virtio 1.2, 5.5.6.3).
 const ENTRY: usize = 10;
@@ -9,7 +9,7 @@ pub(super) const MOST: usize = 16 * ENTRY;
 
 /// A guest's memory statistics (virtio 1.2, 5.5.6.4), as far as it tells. Nothing here is checked: the guest can say
 /// what it likes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// Bytes swapped in.
     pub swap_in: Option<u64>,
