@@ -20,10 +20,14 @@ pub struct StockGuest {
     pub kernel: &'static str,
     /// vCPUs.
     pub cpus: u32,
+    /// As `godwit run` takes it.
+    pub memory: &'static str,
     /// Whether the hosts' shared disk is the guest's, formatted, and under load.
     pub disk: bool,
     /// More words for the kernel.
     pub words: &'static str,
+    /// More options of `godwit run`.
+    pub options: &'static [&'static str],
 }
 
 impl Default for StockGuest {
@@ -31,8 +35,10 @@ impl Default for StockGuest {
         Self {
             kernel: "vmlinux",
             cpus: 2,
+            memory: "256M",
             disk: false,
             words: "",
+            options: &[],
         }
     }
 }
@@ -53,10 +59,11 @@ impl StockGuest {
         );
         let cpus = self.cpus.to_string();
         let mut options = vec!["--kernel", &kernel, "--initrd", &initrd, "--cmdline", &cmdline];
-        options.extend(["--cpus", &cpus, "--memory", "256M"]);
+        options.extend(["--cpus", &cpus, "--memory", self.memory]);
         if self.disk {
             options.extend(["--disk", "id=data,path=/dev/vda"]);
         }
+        options.extend(self.options);
         options.into_iter().map(str::to_owned).collect()
     }
 }
@@ -224,12 +231,16 @@ impl LabJourney {
 
     /// Where the guest's migration is, if there is one.
     pub fn progress(&self) -> Result<Option<Progress>> {
-        let output = self
-            .lab
-            .host(self.host)
-            .run(&["godwit", "status", &self.name(), "--json"])?;
-        let status: serde_json::Value = serde_json::from_str(&output.stdout).context(output.stderr)?;
+        let status = self.ask("status", &[])?;
         Ok(serde_json::from_value(status["migration"].clone())?)
+    }
+
+    /// What a command of godwit about the VM prints with `--json`.
+    pub fn ask(&self, command: &str, arguments: &[&str]) -> Result<serde_json::Value> {
+        let name = self.name();
+        let words = [&["godwit", command, &name, "--json"], arguments].concat();
+        let output = self.lab.host(self.host).run(&words)?;
+        serde_json::from_str(&output.stdout).with_context(|| format!("{words:?}: {}", output.stderr))
     }
 
     /// Lets the guest check all its memory and files; returns what it says.

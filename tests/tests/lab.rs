@@ -1,10 +1,12 @@
 //! Debian guests on emulated hosts with ordinary KVM: unmodified kernels, real hosts, power cuts.
 
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use lab::{Lab, Signal};
 use migration::{DataPath, Outcome, Phase};
+use serde_json::Value;
 use tests::{Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
 
 /// Emulated hosts are slow, and how slow says nothing: no move fails for its downtime.
@@ -128,6 +130,78 @@ fn a_host_with_another_cpu_is_refused() -> Result<()> {
     );
     journey.check_running()?;
     drop(receiver);
+    journey.power_off().map(drop)
+}
+
+/// Returns once something that a balloon's statistics say is so.
+fn wait_for_balloon(journey: &LabJourney, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    let begin = Instant::now();
+    loop {
+        // Each look takes a while: a program starts on an emulated host.
+        let statistics = journey.ask("balloon", &[])?;
+        if wanted(&statistics) {
+            return Ok(statistics);
+        }
+        ensure!(
+            begin.elapsed() < PATIENCE,
+            "the balloon stays as it is: {statistics}"
+        );
+    }
+}
+
+/// Bytes that a move takes of a guest that has used most of its memory once, and does no longer.
+fn move_after_churn(journey: &mut LabJourney, reported: u64) -> Result<u64> {
+    journey.command("churn 384", "churned")?;
+    if reported > 0 {
+        wait_for_balloon(journey, |statistics| {
+            statistics["given_up_bytes"]
+                .as_u64()
+                .is_some_and(|bytes| bytes >= reported)
+        })?;
+    }
+    let report = journey.hop(&VERIFIED)?;
+    journey.verify()?;
+    Ok(report.bytes_sent)
+}
+
+#[test]
+fn a_balloon_and_what_it_saves() -> Result<()> {
+    let guest = StockGuest {
+        memory: "512M",
+        ..Default::default()
+    };
+    let mut journey = LabJourney::start(two_hosts()?, guest.clone())?;
+    let without = move_after_churn(&mut journey, 0)?;
+    let lab = journey.power_off()?;
+
+    let guest = StockGuest {
+        options: &["--balloon"],
+        ..guest
+    };
+    let mut journey = LabJourney::start(lab, guest)?;
+    let with = move_after_churn(&mut journey, 350 << 20)?;
+    println!("a guest that uses little of its memory: {without} bytes without, {with} with a balloon");
+    ensure!(
+        with * 10 <= without * 3,
+        "expected at most 0.3 of {without} bytes, got {with}"
+    );
+
+    // It grows while the guest moves, and is as large where it arrives.
+    journey.ask("balloon", &["128M"])?;
+    journey.hop(&VERIFIED)?;
+    let full = wait_for_balloon(&journey, |statistics| statistics["actual_mib"] == 128)?;
+    ensure!(
+        full["target_mib"] == 128 && full["total_memory"].as_u64().is_some(),
+        "got {full}"
+    );
+    journey.hop(&VERIFIED)?;
+    let moved = journey.ask("balloon", &["0M"])?;
+    ensure!(
+        moved["total_memory"].is_u64(),
+        "no statistics after a move: {moved}"
+    );
+    wait_for_balloon(&journey, |statistics| statistics["actual_mib"] == 0)?;
+    journey.verify()?;
     journey.power_off().map(drop)
 }
 

@@ -1,4 +1,4 @@
-//! Commands from the console, one per line: `verify`, `reset`, `sync`, `poweroff`, `reboot`.
+//! Commands from the console, one per line: `verify`, `reset`, `churn MIB`, `sync`, `poweroff`, `reboot`.
 
 use std::io::BufRead;
 use std::sync::Mutex;
@@ -93,9 +93,25 @@ pub(crate) fn serve(input: impl BufRead, report: &Report, workloads: &Workloads)
             }
             "poweroff" => workloads.end(RebootCommand::PowerOff, report),
             "reboot" => workloads.end(RebootCommand::Restart, report),
+            line if line.starts_with("churn ") => churn(&line["churn ".len()..], report),
             other => report.line(format_args!("unknown command={other}")),
         }
     }
+}
+
+/// Takes that many MiB of memory, writes to all of it, and gives it back to the kernel.
+fn churn(mebibytes: &str, report: &Report) {
+    let Ok(mebibytes) = mebibytes.parse::<usize>() else {
+        return report.error(format_args!("churn={mebibytes} expected=a number got=nonsense"));
+    };
+    let mut memory = vec![0u8; mebibytes << 20];
+    // Content that does not compress, and is no page of zeroes.
+    for (page, bytes) in memory.chunks_mut(4096).enumerate() {
+        bytes.fill(page as u8 | 1);
+    }
+    std::hint::black_box(&memory);
+    drop(memory);
+    report.line(format_args!("churned mib={mebibytes}"));
 }
 
 /// Keeps the terminal from printing the commands between our lines.

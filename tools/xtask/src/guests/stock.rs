@@ -13,7 +13,14 @@ use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
 /// Drivers of our devices, and what tells the agent of the power button.
-const MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_rng", "button", "evdev"];
+const MODULES: [&str; 6] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_rng",
+    "virtio_balloon",
+    "button",
+    "evdev",
+];
 
 const INIT: &str = "guests/stock/init";
 
