@@ -2,10 +2,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::SECTOR_SIZE;
@@ -196,6 +197,47 @@ impl Backend {
     /// Makes what was written durable.
     pub fn flush(&self) -> Result<(), BackendError> {
         self.file.sync_data().map_err(self.failed("write it back"))
+    }
+
+    /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
+    /// there afterwards, so nothing fails where it cannot.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
+        match self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len) {
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            done => done.map_err(|errno| self.failed("discard a part of it")(errno.into())),
+        }
+    }
+
+    /// Makes `len` bytes at byte `offset` zero; they may give up their space if `unmap`.
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BackendError> {
+        let flags = if unmap {
+            FallocateFlags::PUNCH_HOLE
+        } else {
+            FallocateFlags::ZERO_RANGE
+        };
+        let done = match self.fallocate(flags, offset, len) {
+            Err(Errno::OPNOTSUPP) => self.zero(offset, len),
+            done => done.map_err(io::Error::from),
+        };
+        done.map_err(self.failed("zero a part of it"))
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
+        if len == 0 {
+            return Ok(());
+        }
+        fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let zeroes = [0; 64 << 10];
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(zeroes.len() as u64);
+            self.file.write_all_at(&zeroes[..part as usize], offset + done)?;
+            done += part;
+        }
+        Ok(())
     }
 
     /// Drops what this host has cached of the disk, so that what another host wrote is read from the disk.

@@ -4,13 +4,16 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use migration_state::Envelope;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::ID_LEN;
 use super::backend::Backend;
-use super::request::{Disk, OK, Request, RequestError};
+use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError};
 use super::state::BlockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
@@ -23,11 +26,23 @@ use crate::virtio::{
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
 const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
+const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
 /// Data buffers in one request: a queue's worth without header and status byte.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Capacity at 0, the maximum segment size at 8 (not offered), the maximum number of segments at 12.
-const CONFIG_LEN: usize = 16;
+/// The configuration space (virtio 1.2, 5.2.4). What is not set here is not offered.
+const CONFIG_LEN: usize = 60;
+const CAPACITY: usize = 0;
+const MAX_SEGMENTS: usize = 12;
+const MAX_DISCARD_SECTORS: usize = 36;
+const MAX_DISCARD_SEGMENTS: usize = 40;
+const DISCARD_ALIGNMENT: usize = 44;
+const MAX_ZEROES_SECTORS: usize = 48;
+const MAX_ZEROES_SEGMENTS: usize = 52;
+const ZEROES_MAY_UNMAP: usize = 56;
+/// Discarded ranges begin and end with pages of the host, or their space is not given up.
+const HOST_PAGE_SECTORS: u32 = 8;
 
 /// A disk.
 #[derive(Debug)]
@@ -118,8 +133,12 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.backend.read_only() { F_RO } else { 0 };
-        RING_FEATURES | F_FLUSH | F_SEG_MAX | read_only
+        let by_mode = if self.backend.read_only() {
+            F_RO
+        } else {
+            F_DISCARD | F_WRITE_ZEROES
+        };
+        RING_FEATURES | F_FLUSH | F_SEG_MAX | by_mode
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -128,8 +147,18 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; CONFIG_LEN];
-        config[..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
-        config[12..].copy_from_slice(&SEG_MAX.to_le_bytes());
+        config[CAPACITY..][..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
+        for (at, value) in [
+            (MAX_SEGMENTS, SEG_MAX),
+            (MAX_DISCARD_SECTORS, MOST_DISCARDED),
+            (MAX_DISCARD_SEGMENTS, 1),
+            (DISCARD_ALIGNMENT, HOST_PAGE_SECTORS),
+            (MAX_ZEROES_SECTORS, MOST_ZEROED),
+            (MAX_ZEROES_SEGMENTS, 1),
+            (ZEROES_MAY_UNMAP, 1),
+        ] {
+            config[at..][..4].copy_from_slice(&value.to_le_bytes());
+        }
         read_bytes(&config, offset, data);
     }
 

@@ -1,8 +1,8 @@
 //! One request: parsed from a descriptor chain, carried out on a backend.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{GuestAddress, GuestMemoryError};
 
@@ -13,6 +13,15 @@ use crate::virtio::{Buffers, Chain};
 
 /// Type, a reserved word, sector; each little-endian.
 const HEADER_LEN: usize = 16;
+
+/// Sector, number of sectors, flags: what a driver wants discarded or zeroed (virtio 1.2, 5.2.6).
+const SEGMENT_LEN: usize = 16;
+/// The flag of a segment whose sectors may give up their space.
+const UNMAP: u32 = 1 << 0;
+/// Most sectors that one request discards.
+pub(super) const MOST_DISCARDED: u32 = 1 << 22;
+/// Most sectors that one request zeroes: where the host cannot, they are written.
+pub(super) const MOST_ZEROED: u32 = 1 << 16;
 
 /// A request and where its outcome goes.
 #[derive(Debug)]
@@ -41,6 +50,10 @@ pub(super) enum RequestError {
     PartialSector { len: u64 },
     #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
     OutOfRange { capacity: u64, sector: u64, len: u64 },
+    #[error("expected one range of at most {most} sectors, got {len} bytes of ranges, {sectors} sectors")]
+    Segment { most: u32, len: u64, sectors: u32 },
+    #[error("expected no flag {got:#x} in a range")]
+    Flags { got: u32 },
     #[error("write to a read-only disk")]
     ReadOnly,
     #[error("guest memory: {0}")]
@@ -111,6 +124,8 @@ impl Request {
                 disk.backend.flush()?;
                 Ok(0)
             }
+            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk),
             VIRTIO_BLK_T_GET_ID => self.identify(memory, disk.id),
             other => Err(RequestError::Unsupported(other)),
         }
@@ -120,7 +135,7 @@ impl Request {
         if !self.readable.is_empty() {
             return Err(RequestError::Direction);
         }
-        let mut offset = self.check_range(&self.writable, backend)?;
+        let mut offset = check_range(self.sector, self.writable.len(), backend)?;
         for (address, len) in self.writable.iter() {
             backend.read(memory, address, len, offset)?;
             offset += u64::from(len);
@@ -136,15 +151,59 @@ impl Request {
         if disk.backend.read_only() {
             return Err(RequestError::ReadOnly);
         }
-        let mut offset = self.check_range(&self.readable, disk.backend)?;
+        let mut offset = check_range(self.sector, self.readable.len(), disk.backend)?;
         for (address, len) in self.readable.iter() {
             disk.backend.write(memory, address, len, offset)?;
             offset += u64::from(len);
         }
-        if disk.write_through {
-            disk.backend.flush()?;
+        disk.settle()
+    }
+
+    fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+        let segment = self.segment(memory, disk.backend, MOST_DISCARDED)?;
+        if segment.flags != 0 {
+            return Err(RequestError::Flags { got: segment.flags });
         }
-        Ok(0)
+        disk.backend.discard(segment.offset, segment.len)?;
+        disk.settle()
+    }
+
+    fn write_zeroes(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+        let segment = self.segment(memory, disk.backend, MOST_ZEROED)?;
+        if segment.flags & !UNMAP != 0 {
+            return Err(RequestError::Flags { got: segment.flags });
+        }
+        let unmap = segment.flags & UNMAP != 0;
+        disk.backend.write_zeroes(segment.offset, segment.len, unmap)?;
+        disk.settle()
+    }
+
+    /// The one range that the request is about.
+    fn segment(
+        mut self,
+        memory: &GuestMemory,
+        backend: &Backend,
+        most: u32,
+    ) -> Result<Segment, RequestError> {
+        if !self.writable.is_empty() {
+            return Err(RequestError::Direction);
+        }
+        if backend.read_only() {
+            return Err(RequestError::ReadOnly);
+        }
+        let (len, mut bytes) = (self.readable.len(), [0; SEGMENT_LEN]);
+        self.readable.read(memory, &mut bytes)?;
+        let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
+        let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+        if len != SEGMENT_LEN as u64 || sectors > most {
+            return Err(RequestError::Segment { most, len, sectors });
+        }
+        let len = u64::from(sectors) * SECTOR_SIZE;
+        Ok(Segment {
+            offset: check_range(u64::from_le_bytes(sector), len, backend)?,
+            len,
+            flags: u32::from_le_bytes([f0, f1, f2, f3]),
+        })
     }
 
     fn identify(mut self, memory: &GuestMemory, id: &[u8; ID_LEN]) -> Result<u32, RequestError> {
@@ -154,20 +213,37 @@ impl Request {
         // At most `ID_LEN`.
         Ok(self.writable.fill(memory, id)? as u32)
     }
+}
 
-    /// The byte offset of the request's data, all of which is on the disk.
-    fn check_range(&self, data: &Buffers, backend: &Backend) -> Result<u64, RequestError> {
-        let (len, sector, capacity) = (data.len(), self.sector, backend.sectors());
-        if !len.is_multiple_of(SECTOR_SIZE) {
-            return Err(RequestError::PartialSector { len });
+impl Disk<'_> {
+    /// A write is done, as far as the host knows.
+    fn settle(&self) -> Result<u32, RequestError> {
+        if self.write_through {
+            self.backend.flush()?;
         }
-        match sector.checked_add(len / SECTOR_SIZE) {
-            Some(end) if end <= capacity => Ok(sector * SECTOR_SIZE),
-            _ => Err(RequestError::OutOfRange {
-                capacity,
-                sector,
-                len,
-            }),
-        }
+        Ok(0)
+    }
+}
+
+/// A range of the disk in bytes.
+struct Segment {
+    offset: u64,
+    len: u64,
+    flags: u32,
+}
+
+/// The byte offset of `len` bytes from `sector` on, all of which are on the disk.
+fn check_range(sector: u64, len: u64, backend: &Backend) -> Result<u64, RequestError> {
+    let capacity = backend.sectors();
+    if !len.is_multiple_of(SECTOR_SIZE) {
+        return Err(RequestError::PartialSector { len });
+    }
+    match sector.checked_add(len / SECTOR_SIZE) {
+        Some(end) if end <= capacity => Ok(sector * SECTOR_SIZE),
+        _ => Err(RequestError::OutOfRange {
+            capacity,
+            sector,
+            len,
+        }),
     }
 }

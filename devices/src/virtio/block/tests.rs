@@ -13,6 +13,8 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
 const HEADER: u64 = DATA;
 const STATUS: u64 = DATA + 0x100;
@@ -84,6 +86,73 @@ fn what_is_written_is_read_and_on_the_disk() {
     assert!(driver.interrupts() > 0);
 }
 
+/// Sends a request about one range of sectors; returns the status.
+fn range(driver: &mut Driver, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&sector.to_le_bytes());
+    bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
+    bytes[12..].copy_from_slice(&flags.to_le_bytes());
+    driver.fill(BUFFER, &bytes);
+    request(driver, kind, 0, &[reads(BUFFER, 16)]).0
+}
+
+/// Bytes of the disk that take up space.
+fn space(disk: &Disk) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(&fs::metadata(disk.path()).unwrap()) * 512
+}
+
+#[test]
+fn what_is_discarded_or_zeroed() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    let before = space(&disk);
+    assert_eq!(range(&mut driver, DISCARD, 8, 8, 0), OK);
+    assert_eq!(space(&disk), before - 4096, "its space is given up");
+    assert_eq!(range(&mut driver, WRITE_ZEROES, 16, 16, 1), OK);
+    assert_eq!(space(&disk), before - 3 * 4096);
+    // Not whole pages, and to keep its space.
+    assert_eq!(range(&mut driver, WRITE_ZEROES, 33, 2, 0), OK);
+    assert_eq!(range(&mut driver, WRITE_ZEROES, 40, 0, 0), OK);
+    let content = fs::read(disk.path()).unwrap();
+    for (sector, bytes) in content.chunks(512).enumerate() {
+        let expected = match sector {
+            8..=31 | 33..=34 => 0,
+            other => other as u8,
+        };
+        assert_eq!(bytes, [expected; 512], "sector {sector}");
+    }
+    // The end, and one past it; flags that mean something else; more than is allowed.
+    for (kind, sector, sectors, flags, status) in [
+        (DISCARD, 56, 8, 0, OK),
+        (DISCARD, 57, 8, 0, IOERR),
+        (DISCARD, u64::MAX, 8, 0, IOERR),
+        (DISCARD, 0, 8, 1, IOERR),
+        (DISCARD, 0, u32::MAX, 0, IOERR),
+        (WRITE_ZEROES, 64, 1, 0, IOERR),
+        (WRITE_ZEROES, 0, 1, 2, IOERR),
+        (WRITE_ZEROES, 0, 1 << 17, 0, IOERR),
+    ] {
+        let got = range(&mut driver, kind, sector, sectors, flags);
+        assert_eq!(
+            got, status,
+            "{kind}: {sectors} sectors at {sector}, flags {flags}"
+        );
+    }
+    for data in [
+        vec![],
+        vec![reads(BUFFER, 15)],
+        vec![reads(BUFFER, 32)],
+        vec![reads(BUFFER, 16), writes(BUFFER, 16)],
+        vec![reads(END, 16)],
+    ] {
+        assert_eq!(request(&mut driver, DISCARD, 0, &data).0, IOERR, "{data:?}");
+    }
+    assert_eq!(fs::metadata(disk.path()).unwrap().len(), 64 * 512);
+    let mut read_only = Driver::ready(disk.device(true));
+    assert_eq!(read_only.offered() & (1 << 13 | 1 << 14), 0);
+    assert_eq!(range(&mut read_only, DISCARD, 0, 8, 0), IOERR);
+}
+
 #[test]
 fn a_write_marks_no_data_pages() {
     let disk = Disk::new();
@@ -142,7 +211,7 @@ fn the_guest_is_told_what_fails() {
         request(&mut driver, IN, 0, &[writes(BUFFER, 0xffff_fe00)]),
         (IOERR, 1)
     );
-    assert_eq!(request(&mut driver, 11, 0, &[]), (UNSUPP, 1));
+    assert_eq!(request(&mut driver, 12, 0, &[]), (UNSUPP, 1));
     assert_eq!(request(&mut driver, IN, 63, &sector), (OK, 513));
     assert_eq!(fs::metadata(disk.path()).unwrap().len(), 64 * 512);
 }
@@ -342,13 +411,19 @@ fn another_disk_is_refused() {
         error.contains("disk size in sectors: expected 8, got 64"),
         "{error}"
     );
-    let error = source
-        .move_to(disk.device(true), source.save())
-        .err()
-        .unwrap()
-        .to_string();
+    // A driver that was promised writes, and one that was not.
+    let error = source.move_to(disk.device(true), source.save());
+    let error = error.err().unwrap().to_string();
+    assert!(error.contains("features in the saved state"), "{error}");
+    let read_only = Driver::ready(disk.device(true));
+    let error = read_only.move_to(disk.device(false), read_only.save());
+    let error = error.err().unwrap().to_string();
+    assert!(error.contains("features in the saved state"), "{error}");
+    let error =
+        Driver::new(disk.device(true)).move_to(disk.device(false), Driver::new(disk.device(true)).save());
+    let error = error.err().unwrap().to_string();
     assert!(
-        error.contains("disk: expected read-only, got writable"),
+        error.contains("disk: expected writable, got read-only"),
         "{error}"
     );
     let error = disk
