@@ -1,6 +1,6 @@
 //! One host's `godwit`: a run-time directory of its own, and the VMs in it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -138,6 +138,31 @@ impl Host {
     pub fn restore_as(&self, name: &str, directory: &Path, arguments: &[&str]) -> Result<Vm> {
         let mut command = self.command(["restore", "--name", name]);
         command.arg(directory).args(arguments);
+        self.start_restored(name, command)
+    }
+
+    /// As [`Host::restore`], with `godwit` as the last arguments of another program that runs it.
+    pub fn restore_under(&self, program: &[OsString], directory: &Path, arguments: &[&str]) -> Result<Vm> {
+        let name = self.free_name();
+        let mut godwit = self.command(["restore", "--name", &name]);
+        godwit.arg(directory).args(arguments);
+        let (first, rest) = program.split_first().context("a program")?;
+        let mut command = Command::new(first);
+        command
+            .args(rest)
+            .arg(godwit.get_program())
+            .args(godwit.get_args());
+        command.current_dir(self.inner.directory.path());
+        for (key, value) in godwit.get_envs() {
+            match value {
+                Some(value) => command.env(key, value),
+                None => command.env_remove(key),
+            };
+        }
+        self.start_restored(&name, command)
+    }
+
+    fn start_restored(&self, name: &str, command: Command) -> Result<Vm> {
         let prefix = format!("godwit: {name} is restored");
         let vm = self.start(name, command)?;
         let restored = |line: &str| line.starts_with(&prefix).then_some(());

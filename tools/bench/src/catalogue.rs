@@ -1,7 +1,8 @@
 //! Every row of the bench.
 
 use crate::experiments::Experiment::{
-    Budget, Cancel, Capped, Footprint, Handover, Idle, LogStart, Overload, Prediction, Throughput, Work,
+    Budget, Cancel, Capped, Footprint, Handover, Idle, LogStart, Overload, Prediction, Restore, Snapshot,
+    Throughput, Work,
 };
 use crate::row::Bar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
 use crate::row::Definition;
@@ -10,7 +11,7 @@ const GB_PER_S: &str = "GB/s";
 const SHARE: &str = "share";
 
 /// Every row, in the order in which they are printed.
-pub const ROWS: [Definition; 22] = [
+pub const ROWS: [Definition; 28] = [
     Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
         .meaning("2 GiB that are not zero, destination ready, first to last page byte")
         .beside("iperf3, one stream")
@@ -81,6 +82,25 @@ pub const ROWS: [Definition; 22] = [
     Definition::new(Footprint, "rss-overhead-mib", "MiB")
         .meaning("resident memory besides a guest's 512 MiB")
         .beside("QEMU"),
+    Definition::new(Restore, "restore-128mib-ms", "ms")
+        .meaning("from the start of the process until the guest of a snapshot of 128 MiB runs, memory on demand")
+        .bar(AtMost(10.0)),
+    Definition::new(Restore, "restore-8gib-ms", "ms")
+        .meaning("the same with 8 GiB")
+        .beside("1.2 times that with 128 MiB, and KVM's slots")
+        .bar(RatioAtMost(1.0)),
+    Definition::new(Restore, "restore-8gib-slots-ms", "ms")
+        .meaning("time in KVM to make the slots of 8 GiB, part of the row above"),
+    Definition::new(Snapshot, "snapshot-full-vs-dd", "MB/s")
+        .meaning("a guest of 256 MiB that are not zero, on the disk, while it stands still")
+        .beside("dd bs=2M conv=fsync of as much")
+        .bar(RatioAtLeast(0.8)),
+    Definition::new(Snapshot, "snapshot-diff-vs-dd", "MB/s")
+        .meaning("the 9 MiB of it that changed since")
+        .beside("dd bs=2M conv=fsync of as much")
+        .bar(RatioAtLeast(0.8)),
+    Definition::new(Snapshot, "snapshot-diff-pause-ms", "ms")
+        .meaning("how long the guest stands still for those"),
     Definition::new(Work, "work-before-during-after", SHARE)
         .meaning("pages per second of a guest at full speed while it migrates, of those before")
         .beside("after, of those before"),

@@ -17,7 +17,7 @@ pub(crate) enum Rate {
     Max,
 }
 
-/// A bare guest with one vCPU, all of its memory filled with what is neither zero nor compressible.
+/// A bare guest with one vCPU.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Guest {
     /// Memory in MiB.
@@ -28,6 +28,8 @@ pub(crate) struct Guest {
     pub(crate) rate: Rate,
     /// Milliseconds between two ticks.
     pub(crate) tick_ms: u64,
+    /// Whether all of its memory is filled with what is neither zero nor compressible, and not only its working set.
+    pub(crate) fill: bool,
 }
 
 impl Guest {
@@ -38,6 +40,7 @@ impl Guest {
             workset_mib: 16,
             rate: Rate::Idle,
             tick_ms: 50,
+            fill: true,
         }
     }
 
@@ -48,6 +51,7 @@ impl Guest {
             workset_mib: 512,
             rate,
             tick_ms: 50,
+            fill: true,
         }
     }
 
@@ -56,7 +60,10 @@ impl Guest {
         let tsc_khz = fixtures.probe()?["tsc_khz"].as_u64();
         let tsc_khz = tsc_khz.context("the probe knows no TSC frequency")?;
         let Self {
-            workset_mib, tick_ms, ..
+            workset_mib,
+            tick_ms,
+            fill,
+            ..
         } = *self;
         let rate = match self.rate {
             Rate::Idle => "0".into(),
@@ -68,7 +75,8 @@ impl Guest {
             mib => format!(" workset={mib}M"),
         };
         Ok(format!(
-            "cpus=1 fill=1 rate={rate} tick={tick_ms} tsc_khz={tsc_khz}{workset}"
+            "cpus=1 fill={} rate={rate} tick={tick_ms} tsc_khz={tsc_khz}{workset}",
+            u8::from(fill)
         ))
     }
 

@@ -1,6 +1,7 @@
 //! The calls that a process makes to KVM about its memory, as the kernel's tracer sees them from outside.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::process::Command;
 
 use ::tests::{PATIENCE, Process};
@@ -15,9 +16,12 @@ const LOGS: &str = "KVM_MEM_LOG_DIRTY_PAGES";
 /// A tracer at work.
 pub(crate) struct Strace {
     process: Process,
-    /// One file for each thread: in a common one, calls of different threads cut each other in two.
-    files: TempDir,
+    traces: Traces,
 }
+
+/// A place for what a tracer sees, with one file for each thread: in a common one, calls of different threads cut each
+/// other in two.
+pub(crate) struct Traces(TempDir);
 
 /// One call that sets a memory region.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,26 +36,43 @@ pub(crate) struct SetRegion {
     pub(crate) ms: f64,
 }
 
+impl Traces {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self(tempfile::tempdir()?))
+    }
+
+    /// The tracer with its options; what it traces follows.
+    pub(crate) fn tracer(&self) -> Vec<OsString> {
+        let mut tracer: Vec<OsString> = ["strace", "-ff", "-ttt", "-T", "-e", "trace=ioctl", "-o"]
+            .map(OsString::from)
+            .to_vec();
+        tracer.push(self.0.path().join("thread").into());
+        tracer
+    }
+
+    /// The calls in the order in which they were made.
+    pub(crate) fn calls(&self) -> Result<Vec<SetRegion>> {
+        let mut calls = Vec::new();
+        for file in std::fs::read_dir(self.0.path())? {
+            let text = std::fs::read_to_string(file?.path()).context("strace's output")?;
+            calls.extend(text.lines().filter_map(SetRegion::parse));
+        }
+        calls.sort_by(|a, b| a.at.total_cmp(&b.at));
+        Ok(calls)
+    }
+}
+
 impl Strace {
     /// Attaches to a process and all its threads.
     pub(crate) fn attach(pid: u32) -> Result<Self> {
-        let files = tempfile::tempdir()?;
-        let mut command = Command::new("strace");
-        command.args([
-            "-ff",
-            "-ttt",
-            "-T",
-            "-e",
-            "trace=ioctl",
-            "-p",
-            &pid.to_string(),
-            "-o",
-        ]);
-        command.arg(files.path().join("thread"));
+        let traces = Traces::new()?;
+        let tracer = traces.tracer();
+        let mut command = Command::new(&tracer[0]);
+        command.args(&tracer[1..]).args(["-p", &pid.to_string()]);
         let process = Process::spawn(command)?;
         let attached = |line: &str| line.contains(" attached").then_some(());
         process.stderr().wait("strace", 0, PATIENCE, attached)?;
-        Ok(Self { process, files })
+        Ok(Self { process, traces })
     }
 
     /// Detaches, and returns the calls in the order in which they were made.
@@ -59,13 +80,7 @@ impl Strace {
         // It may have ended with the process.
         self.process.signal(Signal::INT)?;
         self.process.wait(PATIENCE)?;
-        let mut calls = Vec::new();
-        for file in std::fs::read_dir(self.files.path())? {
-            let text = std::fs::read_to_string(file?.path()).context("strace's output")?;
-            calls.extend(text.lines().filter_map(SetRegion::parse));
-        }
-        calls.sort_by(|a, b| a.at.total_cmp(&b.at));
-        Ok(calls)
+        self.traces.calls()
     }
 }
 

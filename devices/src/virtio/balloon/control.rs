@@ -28,7 +28,7 @@ pub(super) struct Known {
     /// Somebody waits for new statistics.
     pub(super) statistics_wanted: bool,
     pub(super) statistics: Option<Statistics>,
-    /// How often statistics came.
+    /// How often statistics came, here or before the machine came here.
     pub(super) statistics_seen: u64,
     /// Bytes that went back to the host so far, those included that the guest took again.
     pub(super) given_up: u64,
@@ -79,7 +79,7 @@ impl Control {
         self.raise();
     }
 
-    /// The last statistics, and how often some came.
+    /// The last statistics that came here, and how often some came at all: never from a guest that sends none.
     pub fn statistics(&self) -> (Option<Statistics>, u64) {
         let known = self.known();
         (known.statistics, known.statistics_seen)

@@ -274,6 +274,8 @@ impl VirtioDevice for Balloon {
         let mut known = self.control.known();
         known.target = state.target;
         known.actual = state.actual;
+        // A chain that is kept came with some, elsewhere.
+        known.statistics_seen = state.statistics.is_some().into();
         self.statistics = state.statistics.map(Head);
         Ok(())
     }

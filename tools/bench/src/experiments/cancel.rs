@@ -18,6 +18,7 @@ use crate::strace::{Strace, logged_slots};
 
 const CANCELS: u32 = 100;
 const GUEST: Guest = Guest {
+    fill: true,
     memory_mib: 512,
     workset_mib: 128,
     rate: Rate::Max,

@@ -9,6 +9,8 @@ mod idle;
 mod log_start;
 mod overload;
 mod prediction;
+mod restore;
+mod snapshot;
 mod throughput;
 mod work;
 
@@ -38,6 +40,10 @@ pub(crate) enum Experiment {
     LogStart,
     /// Memory of the process itself.
     Footprint,
+    /// How soon a guest from a snapshot runs.
+    Restore,
+    /// How fast snapshots are written.
+    Snapshot,
     /// The guest's work before, during and after.
     Work,
     /// How well all of the above was predicted.
@@ -62,6 +68,8 @@ impl Experiment {
             Experiment::Cancel => cancel::run(bench),
             Experiment::LogStart => log_start::run(bench),
             Experiment::Footprint => footprint::run(bench),
+            Experiment::Restore => restore::run(bench),
+            Experiment::Snapshot => snapshot::run(bench),
             Experiment::Work => work::run(bench),
             Experiment::Prediction => prediction::run(bench),
         }
