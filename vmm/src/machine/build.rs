@@ -1,6 +1,8 @@
 //! From a description to a machine that waits at the gate.
 
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use devices::GuestMemory;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
@@ -73,9 +75,20 @@ impl Machine {
         };
         vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
         let ring_entries = choose_log(&vm, spec.dirty_ring)?;
-        memory::register(&vm, &spec.memory)?;
+        // KVM mostly waits for its readers when it takes memory: for half of all the time that a restore takes.
+        let vcpus = thread::scope(|scope| {
+            let memory = thread::Builder::new()
+                .name("slots".into())
+                .spawn_scoped(scope, || memory::register(&vm, &spec.memory))
+                .map_err(|source| MachineError::Io {
+                    what: "thread for the memory slots",
+                    source,
+                })?;
+            let vcpus = create_vcpus(&vm, &spec);
+            memory.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+            vcpus
+        })?;
         let vm = Arc::new(vm);
-        let vcpus = create_vcpus(&vm, &spec)?;
         let rings = match ring_entries {
             Some(entries) => {
                 let rings = RingLog::new(vm.clone(), spec.memory.clone(), &vcpus, entries)?;
