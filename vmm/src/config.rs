@@ -1,15 +1,16 @@
 //! A machine's configuration: what the command line and the configuration file say, checked.
 //!
-//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`), so that one file serves both.
+//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`, `vsock`), so that one file serves both.
 
 use std::path::{Path, PathBuf};
 
+use devices::virtio::vsock::{CID_MAX, CID_MIN};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
 use crate::cpu::{CpuError, Template};
-use crate::machine::{BALLOON_ID, INSTANCE_PREFIX, RNG_ID};
+use crate::machine::{BALLOON_ID, INSTANCE_PREFIX, RNG_ID, VSOCK_ID};
 use crate::memory::{self, MemoryError};
 
 /// Most vCPUs of a machine.
@@ -18,8 +19,10 @@ pub const MAX_CPUS: u8 = 32;
 pub const DEFAULT_CPUS: u8 = 1;
 /// Memory of a machine whose configuration does not say, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Most disks of a machine: one slot is the entropy device's.
+/// Most disks of a machine: one slot is the entropy device's, and one each the balloon's and the socket device's.
 pub const MAX_DISKS: usize = layout::VIRTIO_GSIS.len() - 1;
+/// Names of other devices, which no disk can have.
+const RESERVED_IDS: [&str; 3] = [RNG_ID, BALLOON_ID, VSOCK_ID];
 /// Most bytes of a disk's name: it is part of the name of the disk's saved state.
 const DISK_ID_MAX: usize = migration_state::MAX_NAME_LEN - INSTANCE_PREFIX.len();
 
@@ -40,16 +43,18 @@ pub enum ConfigError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Template(#[from] CpuError),
-    #[error("disks: expected at most {MAX_DISKS}, got {0}")]
-    TooManyDisks(usize),
+    #[error("disks: expected at most {most}, got {got}")]
+    TooManyDisks { most: usize, got: usize },
     #[error(
-        "disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-', and neither {RNG_ID:?} nor {BALLOON_ID:?}"
+        "disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-', and none of {RESERVED_IDS:?}"
     )]
     DiskId { got: String },
     #[error("disk id {0:?} is used twice; name disks apart with id=")]
     DuplicateDisk(String),
     #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
     Balloon { got: u64, memory: u64 },
+    #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
+    Cid(u64),
     #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
     NoKernel,
 }
@@ -74,6 +79,15 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
 }
 
+/// The socket device of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockConfig<C = u32> {
+    /// The guest's address.
+    pub guest_cid: C,
+    /// Where programs on the host connect.
+    pub uds: PathBuf,
+}
+
 /// A checked configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -95,6 +109,8 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// The balloon, if there is to be one.
     pub balloon: Option<BalloonConfig>,
+    /// The socket device, if there is to be one.
+    pub vsock: Option<VsockConfig>,
 }
 
 /// What was asked for, before any check; `None` where nothing was said.
@@ -120,6 +136,8 @@ pub struct Wishes {
     pub disks: Vec<DiskConfig>,
     /// A balloon.
     pub balloon: Option<BalloonConfig>,
+    /// A socket device, with any number as the guest's address.
+    pub vsock: Option<VsockConfig<u64>>,
 }
 
 impl Wishes {
@@ -147,6 +165,7 @@ impl Wishes {
             cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
             disks: file.drives.into_iter().map(DiskConfig::from).collect(),
             balloon: file.balloon.map(BalloonConfig::from),
+            vsock: file.vsock.map(VsockConfig::from),
         })
     }
 
@@ -163,6 +182,7 @@ impl Wishes {
             cpu_template: over.cpu_template.or(self.cpu_template),
             disks: [self.disks, over.disks].concat(),
             balloon: over.balloon.or(self.balloon),
+            vsock: over.vsock.or(self.vsock),
         }
     }
 
@@ -182,7 +202,9 @@ impl Wishes {
                 (template, Some(reason))
             }
         };
-        check_disks(&self.disks)?;
+        let vsock = self.vsock.map(VsockConfig::check).transpose()?;
+        let others = usize::from(vsock.is_some()) + usize::from(self.balloon.is_some());
+        check_disks(&self.disks, MAX_DISKS - others)?;
         if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
             && got > memory
         {
@@ -203,13 +225,28 @@ impl Wishes {
             template_reason,
             disks: self.disks,
             balloon: self.balloon,
+            vsock,
         })
     }
 }
 
-fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
-    if disks.len() > MAX_DISKS {
-        return Err(ConfigError::TooManyDisks(disks.len()));
+impl VsockConfig<u64> {
+    fn check(self) -> Result<VsockConfig, ConfigError> {
+        let guest_cid = u32::try_from(self.guest_cid)
+            .ok()
+            .filter(|cid| (CID_MIN..=CID_MAX).contains(cid))
+            .ok_or(ConfigError::Cid(self.guest_cid))?;
+        Ok(VsockConfig {
+            guest_cid,
+            uds: self.uds,
+        })
+    }
+}
+
+fn check_disks(disks: &[DiskConfig], most: usize) -> Result<(), ConfigError> {
+    if disks.len() > most {
+        let got = disks.len();
+        return Err(ConfigError::TooManyDisks { most, got });
     }
     for (index, disk) in disks.iter().enumerate() {
         check_disk_id(&disk.id)?;
@@ -223,11 +260,7 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
 /// Whether a disk can have this name.
 pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
-    if id.is_empty()
-        || id.len() > DISK_ID_MAX
-        || !id.bytes().all(allowed)
-        || [RNG_ID, BALLOON_ID].contains(&id)
-    {
+    if id.is_empty() || id.len() > DISK_ID_MAX || !id.bytes().all(allowed) || RESERVED_IDS.contains(&id) {
         return Err(ConfigError::DiskId { got: id.into() });
     }
     Ok(())
@@ -242,6 +275,7 @@ struct File {
     #[serde(default)]
     drives: Vec<DriveSection>,
     balloon: Option<BalloonSection>,
+    vsock: Option<VsockSection>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -287,6 +321,24 @@ impl From<BalloonSection> for BalloonConfig {
         Self {
             bytes: balloon.amount_mib.saturating_mul(1 << 20),
             deflate_on_oom: balloon.deflate_on_oom,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct VsockSection {
+    guest_cid: u64,
+    uds_path: PathBuf,
+    /// Firecracker's older files have it, for nothing.
+    vsock_id: Option<String>,
+}
+
+impl From<VsockSection> for VsockConfig<u64> {
+    fn from(vsock: VsockSection) -> Self {
+        Self {
+            guest_cid: vsock.guest_cid,
+            uds: vsock.uds_path,
         }
     }
 }
@@ -357,7 +409,7 @@ mod tests {
             ..wishes()
         };
         assert!(matches!(twice.check(), Err(ConfigError::DuplicateDisk(id)) if id == "a"));
-        for bad in ["", "a/b", "rng", &"x".repeat(DISK_ID_MAX + 1)] {
+        for bad in ["", "a/b", "rng", "vsock", &"x".repeat(DISK_ID_MAX + 1)] {
             let bad = Wishes {
                 disks: vec![disk(bad)],
                 ..wishes()
@@ -365,6 +417,34 @@ mod tests {
             assert!(matches!(bad.check(), Err(ConfigError::DiskId { .. })));
         }
         check_disk_id(&"x".repeat(DISK_ID_MAX)).unwrap();
+    }
+
+    #[test]
+    fn addresses_that_no_guest_can_have() {
+        let with_cid = |guest_cid| Wishes {
+            vsock: Some(VsockConfig {
+                guest_cid,
+                uds: "v.sock".into(),
+            }),
+            ..wishes()
+        };
+        for bad in [0, 2, u64::from(u32::MAX), 1 << 32 | 3] {
+            let error = with_cid(bad).check().unwrap_err();
+            let expected = format!("vsock cid: expected 3 to 4294967294, got {bad}");
+            assert_eq!(error.to_string(), expected);
+        }
+        with_cid(3).check().unwrap();
+        let disk = |id| DiskConfig {
+            id: format!("d{id}"),
+            path: "x".into(),
+            read_only: false,
+        };
+        let full = Wishes {
+            disks: (0..MAX_DISKS).map(disk).collect(),
+            ..with_cid(3)
+        };
+        let error = full.check().unwrap_err();
+        assert_eq!(error.to_string(), "disks: expected at most 11, got 12");
     }
 
     #[test]
@@ -376,7 +456,8 @@ mod tests {
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
                 "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true}],
-                "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1}}"#,
+                "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1},
+                "vsock": {"guest_cid": 7, "uds_path": "v.sock"}}"#,
         )
         .unwrap();
         let file = Wishes::from_file(&path).unwrap();
@@ -397,6 +478,11 @@ mod tests {
             deflate_on_oom: false,
         };
         assert_eq!(config.balloon, Some(balloon));
+        let expected = VsockConfig {
+            guest_cid: 7,
+            uds: "v.sock".into(),
+        };
+        assert_eq!(config.vsock, Some(expected));
 
         std::fs::write(
             &path,

@@ -10,8 +10,8 @@ use super::help::{
     BALLOON_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES,
     RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
 };
-use super::units;
-use crate::config::DiskConfig;
+use super::{units, vsock};
+use crate::config::{DiskConfig, VsockConfig};
 
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
@@ -105,6 +105,9 @@ pub(super) struct RunArgs {
     /// A balloon: the guest gives memory back that it does not use, and SIZE of it from the start [default size: 0]
     #[arg(long, value_name = "SIZE", value_parser = units::size, num_args = 0..=1, default_missing_value = "0")]
     pub(super) balloon: Option<u64>,
+    /// A socket device: cid=N,uds=PATH; programs on the host connect to the Unix socket PATH
+    #[arg(long, value_name = "SPEC", value_parser = vsock::run)]
+    pub(super) vsock: Option<VsockConfig<u64>>,
 }
 
 /// What `run`, `receive` and `restore` have in common.
@@ -132,6 +135,9 @@ pub(super) struct ReceiveArgs {
     /// Backend of a disk of the arriving machine; may be given several times
     #[arg(long = "disk", value_name = "ID=PATH", value_parser = receive_disk)]
     pub(super) disks: Vec<(String, PathBuf)>,
+    /// Unix socket of the machine's socket device here: uds=PATH
+    #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
+    pub(super) vsock: Option<PathBuf>,
     /// Refuse machines with more memory than this [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(super) max_memory: Option<u64>,
@@ -151,6 +157,9 @@ pub(super) struct RestoreArgs {
     /// Backend of a disk of the machine; may be given several times
     #[arg(long = "disk", value_name = "ID=PATH", value_parser = receive_disk)]
     pub(super) disks: Vec<(String, PathBuf)>,
+    /// Unix socket of the machine's socket device here: uds=PATH
+    #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
+    pub(super) vsock: Option<PathBuf>,
     /// Let the guest run; otherwise it waits for `godwit resume`
     #[arg(long)]
     pub(super) resume: bool,

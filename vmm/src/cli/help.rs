@@ -4,6 +4,7 @@ pub(super) const RUN_EXAMPLES: &str = "\
 Examples:
   godwit run --name web --kernel vmlinux --initrd initrd --memory 512M --cpus 2
   godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
+  godwit run --kernel vmlinux --initrd initrd --vsock cid=3,uds=/run/web.vsock
   godwit run --config-file vm.json --name web
 
 In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
@@ -11,7 +12,7 @@ In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at on
 pub(super) const RECEIVE_EXAMPLES: &str = "\
 Examples:
   godwit receive --name web --listen tcp:0.0.0.0:7000
-  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web";
+  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web --vsock uds=/run/web.vsock";
 
 pub(super) const RESTORE_EXAMPLES: &str = "\
 Examples:

@@ -62,6 +62,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let mut supervisor = Supervisor::new(&name, console.clone());
     let arrival = Arrival {
         disks,
+        vsock: args.vsock,
         max_memory: args.max_memory,
         reserve: args.reserve,
     };
@@ -79,6 +80,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
     let arrival = Arrival {
         disks: received_disks(args.disks)?,
+        vsock: args.vsock,
         max_memory: None,
         reserve: None,
     };
@@ -149,6 +151,7 @@ fn wishes(args: &RunArgs) -> Wishes {
             bytes,
             deflate_on_oom: true,
         }),
+        vsock: args.vsock.clone(),
     }
 }
 

@@ -12,6 +12,7 @@ mod signals;
 mod snapshot;
 mod terminal;
 mod units;
+mod vsock;
 
 use std::process::ExitCode;
 

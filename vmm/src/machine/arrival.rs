@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use devices::virtio::block::BlockState;
 use devices::virtio::rng::RngState;
+use devices::virtio::vsock::VsockState;
 use migration::{DeviceDescription, Difference};
 use migration_state::Record;
 
-use super::backends::{RNG_ID, Unavailable};
+use super::backends::{RNG_ID, Unavailable, VSOCK_ID};
 use super::description;
 use crate::config::MAX_DISKS;
 
@@ -18,6 +19,8 @@ use crate::config::MAX_DISKS;
 pub struct Arrival {
     /// Disks by name: host paths never come from the peer.
     pub disks: BTreeMap<String, PathBuf>,
+    /// Path of the socket device's socket.
+    pub vsock: Option<PathBuf>,
     /// Most guest memory in bytes.
     pub max_memory: Option<u64>,
     /// Guest memory in bytes that is made, and made resident, before a machine arrives.
@@ -46,6 +49,14 @@ impl Arrival {
                 got,
             ));
         }
+        if self.vsock.is_some() && !devices.iter().any(|device| device.kind == VsockState::KIND) {
+            let what = format!("device {VSOCK_ID:?}");
+            differences.push(difference(
+                &what,
+                "no such device in the machine",
+                "--vsock uds=…",
+            ));
+        }
         differences
     }
 
@@ -56,6 +67,10 @@ impl Arrival {
             let expected = format!("{} as device {index}", device.kind);
             let got = format!("{} {RNG_ID:?} as device 0, and only there", RngState::KIND);
             return Some(difference(&what, expected, got));
+        }
+        if device.kind == VsockState::KIND && device.id != VSOCK_ID {
+            let got = format!("{} {VSOCK_ID:?} alone", VsockState::KIND);
+            return Some(difference(&what, "a name of its own", got));
         }
         let opened = match self.open(device) {
             Ok(opened) => opened.device,
@@ -135,10 +150,20 @@ pub(super) fn difference(what: &str, expected: impl Into<String>, got: impl Into
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use devices::virtio::VirtioDevice;
     use devices::virtio::rng::Rng;
+    use devices::virtio::vsock::{self, Vsock};
 
     use super::*;
+
+    const NOTHING: Arrival = Arrival {
+        disks: BTreeMap::new(),
+        vsock: None,
+        max_memory: None,
+        reserve: None,
+    };
 
     fn disk(id: &str, read_only: bool) -> DeviceDescription {
         DeviceDescription {
@@ -171,8 +196,7 @@ mod tests {
         std::fs::write(path("b"), [0; 512]).unwrap();
         let arrival = |other: &str| Arrival {
             disks: [("x".into(), path("a")), ("y".into(), path(other))].into(),
-            max_memory: None,
-            reserve: None,
+            ..NOTHING
         };
         let both = [disk("x", false), disk("y", false)];
         assert!(check(&arrival("b"), &both).is_empty());
@@ -185,13 +209,38 @@ mod tests {
 
     #[test]
     fn only_as_many_devices_as_there_are_slots_are_looked_at() {
-        let arrival = Arrival {
-            disks: BTreeMap::new(),
-            max_memory: None,
-            reserve: None,
-        };
-        assert_eq!(arrival.check_devices(&[])[0].expected, "0");
+        assert_eq!(NOTHING.check_devices(&[])[0].expected, "0");
         let many = vec![disk("x", false); 100_000];
-        assert_eq!(check(&arrival, &many), ["1 to 13"]);
+        assert_eq!(check(&NOTHING, &many), ["1 to 13"]);
+    }
+
+    #[test]
+    fn a_socket_device_is_wanted_on_both_sides() {
+        let directory = tempfile::tempdir().unwrap();
+        let backend = vsock::Backend::open(&directory.path().join("source")).unwrap();
+        let source = description::device(VSOCK_ID, Vsock::new(Arc::new(backend), 3).describe());
+        let arrival = Arrival {
+            vsock: Some(directory.path().join("here")),
+            ..NOTHING
+        };
+        let check_one = |arrival: &Arrival, device| check(arrival, &[device]);
+        assert!(check_one(&arrival, source.clone()).is_empty());
+        assert_eq!(
+            check_one(&NOTHING, source.clone()),
+            ["none (use --vsock uds=PATH)"]
+        );
+        assert_eq!(check(&arrival, &[]), ["--vsock uds=…"]);
+        let nonsense = DeviceDescription {
+            parameters: vec![0; 5],
+            ..source.clone()
+        };
+        assert_eq!(check_one(&arrival, nonsense), ["5 bytes that are none"]);
+        let renamed = DeviceDescription {
+            id: "x".into(),
+            ..source.clone()
+        };
+        assert_eq!(check_one(&arrival, renamed), ["virtio-vsock \"vsock\" alone"]);
+        let twice = check(&arrival, &[source.clone(), source]);
+        assert_eq!(twice, ["two of that name"]);
     }
 }

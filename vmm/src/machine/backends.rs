@@ -6,6 +6,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
 use devices::virtio::block::{Backend, Block, BlockState};
 use devices::virtio::rng::{Rng, RngState};
+use devices::virtio::vsock::{self, Vsock, VsockState};
 use migration::DeviceDescription;
 use migration_state::Record;
 
@@ -17,9 +18,16 @@ use super::devices::NamedDevice;
 pub(crate) const RNG_ID: &str = "rng";
 /// The name of the balloon.
 pub(crate) const BALLOON_ID: &str = "balloon";
+/// The name of the socket device, of which a machine has one at most.
+pub(crate) const VSOCK_ID: &str = "vsock";
 
 /// Every kind that a machine can have.
-const KINDS: [&str; 3] = [RngState::KIND, BlockState::KIND, BalloonState::KIND];
+const KINDS: [&str; 4] = [
+    RngState::KIND,
+    BlockState::KIND,
+    BalloonState::KIND,
+    VsockState::KIND,
+];
 
 /// The devices of a machine that boots, in bus order.
 pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
@@ -30,6 +38,10 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     }
     if let Some(config) = config.balloon {
         devices.push(balloon(config.bytes, config.deflate_on_oom)?);
+    }
+    if let Some(config) = &config.vsock {
+        let backend = vsock::Backend::open(&config.uds)?;
+        devices.push(named(VSOCK_ID, Vsock::new(Arc::new(backend), config.guest_cid)));
     }
     Ok(devices)
 }
@@ -65,6 +77,22 @@ impl Arrival {
                     expected: "a balloon of that name",
                     got,
                 })
+            }
+            VsockState::KIND => {
+                let path = self.vsock.as_ref().ok_or_else(|| Unavailable {
+                    expected: "a socket on the host",
+                    got: "none (use --vsock uds=PATH)".into(),
+                })?;
+                let parameters = &description.parameters;
+                let guest_cid = Vsock::guest_cid(parameters).ok_or_else(|| Unavailable {
+                    expected: "the guest's CID",
+                    got: format!("{} bytes that are none", parameters.len()),
+                })?;
+                let backend = vsock::Backend::open(path).map_err(|error| Unavailable {
+                    expected: "a usable socket on the host",
+                    got: migration::chain(&error),
+                })?;
+                Ok(named(id, Vsock::new(Arc::new(backend), guest_cid)))
             }
             _ => Err(Unavailable {
                 expected: "a kind that is known here",

@@ -3,6 +3,7 @@
 use devices::virtio::HostError;
 use devices::virtio::block::BackendError;
 use devices::virtio::mmio::TransportError;
+use devices::virtio::vsock;
 use thiserror::Error;
 
 use crate::boot::BootError;
@@ -43,6 +44,8 @@ pub enum MachineError {
     Clock(#[from] ClockError),
     #[error(transparent)]
     Disk(#[from] BackendError),
+    #[error("{}", super::VSOCK_ID)]
+    Vsock(#[from] vsock::BackendError),
     #[error("{id}")]
     Backend { id: String, source: HostError },
     #[error(transparent)]

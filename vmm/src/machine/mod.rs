@@ -33,7 +33,7 @@ pub use error::MachineError;
 pub use source::MigrationSource;
 pub use standstill::{SnapshotMemory, Standstill};
 
-pub(crate) use self::backends::{BALLOON_ID, RNG_ID};
+pub(crate) use self::backends::{BALLOON_ID, RNG_ID, VSOCK_ID};
 pub(crate) use self::devices::INSTANCE_PREFIX;
 
 use self::baseline::Baseline;

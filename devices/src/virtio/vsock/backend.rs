@@ -39,7 +39,7 @@ pub struct Backend {
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// The path is too long for a socket.
-    #[error("vsock {}: expected a path of 1 to {PATH_MAX} bytes, got {got}", path.display())]
+    #[error("socket {}: expected a path of 1 to {PATH_MAX} bytes, got {got}", path.display())]
     Length {
         /// The socket.
         path: PathBuf,
@@ -47,16 +47,16 @@ pub enum BackendError {
         got: usize,
     },
     /// There is no folder for it.
-    #[error("vsock {}: expected its folder to be there, found none", path.display())]
+    #[error("socket {}: expected its folder to be there, found none", path.display())]
     NoFolder {
         /// The socket.
         path: PathBuf,
     },
     /// The path cannot be had.
-    #[error("vsock")]
+    #[error(transparent)]
     Listener(#[from] NamedListenerError),
     /// A system call failed.
-    #[error("vsock {}: cannot {what}", path.display())]
+    #[error("socket {}: cannot {what}", path.display())]
     Io {
         /// The socket.
         path: PathBuf,

@@ -186,14 +186,14 @@ impl Connections {
         }
     }
 
-    /// Has somebody look again in time, if there are deadlines.
+    /// Has somebody look again in time, if there are deadlines, or programs that could not be accepted.
     pub(super) fn keep_time(&mut self) {
         let has_deadlines = || {
             self.open
                 .values()
                 .any(|connection| connection.deadline().is_some())
         };
-        if self.ticking || self.greetings.is_empty() && !has_deadlines() {
+        if self.ticking || !(self.accepting || !self.greetings.is_empty() || has_deadlines()) {
             return;
         }
         match self.backend.wake_in(TICK) {
@@ -228,7 +228,7 @@ impl Connections {
                     return false;
                 }
                 Err(error) => {
-                    // Out of descriptors, say: the next event is the next occasion.
+                    // Out of descriptors, say. It is tried again in time.
                     self.complain("cannot accept a connection", &error);
                     return false;
                 }
