@@ -24,6 +24,8 @@ pub struct StockGuest {
     pub memory: &'static str,
     /// Whether the hosts' shared disk is the guest's, formatted, and under load.
     pub disk: bool,
+    /// Whether it has a socket device, which is [`StockGuest::VSOCK`] on every host.
+    pub vsock: bool,
     /// More words for the kernel.
     pub words: &'static str,
     /// More options of `godwit run`.
@@ -37,6 +39,7 @@ impl Default for StockGuest {
             cpus: 2,
             memory: "256M",
             disk: false,
+            vsock: false,
             words: "",
             options: &[],
         }
@@ -44,6 +47,9 @@ impl Default for StockGuest {
 }
 
 impl StockGuest {
+    /// Where programs on a host connect to it.
+    pub const VSOCK: &str = "/run/vsock";
+
     /// The options of `godwit run`, where the guests are in the folder `guests`.
     pub fn options(&self, guests: &str) -> Vec<String> {
         // Kernel messages would end up in the middle of the agent's lines.
@@ -64,6 +70,10 @@ impl StockGuest {
             options.extend(["--disk", "id=data,path=/dev/vda"]);
         }
         options.extend(self.options);
+        let vsock = format!("cid=3,uds={}", Self::VSOCK);
+        if self.vsock {
+            options.extend(["--vsock", &vsock]);
+        }
         options.into_iter().map(str::to_owned).collect()
     }
 }
@@ -178,6 +188,10 @@ impl LabJourney {
         let mut words = vec!["godwit", "receive", "--name", &name, "--listen", &listen];
         if self.guest.disk {
             words.extend(["--disk", "data=/dev/vda"]);
+        }
+        let vsock = format!("uds={}", StockGuest::VSOCK);
+        if self.guest.vsock {
+            words.extend(["--vsock", &vsock]);
         }
         let host = self.lab.host(self.other());
         let mut receiver = host.spawn(&words)?;

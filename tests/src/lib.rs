@@ -10,6 +10,7 @@ mod lab_journey;
 mod output;
 mod process;
 mod tiny;
+mod vsock;
 
 pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
@@ -19,6 +20,7 @@ pub use lab_journey::{LabJourney, StockGuest, ended, payload};
 pub use output::Output;
 pub use process::{Finished, Process};
 pub use tiny::TinyGuest;
+pub use vsock::{ECHO_PORT, Echo};
 
 use std::time::Duration;
 

@@ -3,6 +3,8 @@
 
 #[path = "bad_input/snapshots.rs"]
 mod snapshots;
+#[path = "bad_input/sockets.rs"]
+mod sockets;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,6 +76,19 @@ fn sizes_and_counts_out_of_range() -> Result<()> {
         ("--disk", "ro", &["disk", "expected", "no path"]),
         ("--disk", "path=x,rw", &["disk", "expected", "rw"]),
         ("--disk", "id=a/b,path=x", &["disk", "a/b", "expected"]),
+        ("--disk", "id=vsock,path=x", &["disk", "vsock", "expected"]),
+        (
+            "--vsock",
+            "cid=2,uds=x",
+            &["vsock cid", "expected 3 to 4294967294", "got 2"],
+        ),
+        (
+            "--vsock",
+            "cid=4294967295,uds=x",
+            &["vsock cid", "got 4294967295"],
+        ),
+        ("--vsock", "cid=x,uds=x", &["vsock", "expected cid=N,uds=PATH"]),
+        ("--vsock", "cid=3", &["vsock", "got no uds"]),
         ("--config-file", "missing.json", &["missing.json", "No such file"]),
     ] {
         let finished = run(&host, &[option, value])?;
@@ -103,6 +118,10 @@ fn commands_that_make_no_sense() -> Result<()> {
         (
             &["receive", "--listen", "tcp:127.0.0.1:0", "--disk", "x"],
             &["x", "expected ID=PATH"],
+        ),
+        (
+            &["receive", "--listen", "tcp:127.0.0.1:0", "--vsock", "cid=3,uds=x"],
+            &["cid=3,uds=x", "expected uds=PATH"],
         ),
     ] {
         check(&host, &host.godwit(arguments)?, USAGE, words).with_context(|| format!("{arguments:?}"))?;

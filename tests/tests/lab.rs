@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Lab, Signal};
 use migration::{DataPath, Outcome, Phase};
 use serde_json::Value;
-use tests::{Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
+use tests::{ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
 
 /// Emulated hosts are slow, and how slow says nothing: no move fails for its downtime.
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
@@ -73,6 +73,67 @@ fn a_debian_guest_back_and_forth() -> Result<()> {
     }
     drop(journey.power_off()?);
     tool(&["e2fsck", "-fn", &image])
+}
+
+/// A program on the host that the guest is on, with a stream to the guest.
+fn connect(journey: &LabJourney) -> Result<lab::Process> {
+    let words = ["vsock-echo", StockGuest::VSOCK, &ECHO_PORT.to_string()];
+    let mut program = journey.lab.host(journey.host()).spawn(&words)?;
+    program.wait_line(|line| line == "connected", PATIENCE)?;
+    Ok(program)
+}
+
+/// Sends so much there and back.
+fn echo(program: &mut lab::Process, bytes: usize) -> Result<()> {
+    program.write_stdin(format!("{bytes}\n").as_bytes())?;
+    program.wait_line(|line| line == "echoed", PATIENCE)?;
+    Ok(())
+}
+
+#[test]
+fn streams_to_a_debian_guest_on_whichever_host() -> Result<()> {
+    const MUCH: usize = 512 << 10;
+    let payload = payload(&Fixtures::from_env()?).with("bin/vsock-echo", env!("CARGO_BIN_EXE_vsock-echo"));
+    let lab = Lab::builder(payload).hosts(2).start()?;
+    let guest = StockGuest {
+        vsock: true,
+        ..Default::default()
+    };
+    let mut journey = LabJourney::start(lab, guest)?;
+    journey.event("vsock")?;
+    for number in 1..=2 {
+        let mut from_host = connect(&journey)?;
+        echo(&mut from_host, MUCH)?;
+        let words = ["vsock-echo", &format!("{}_52", StockGuest::VSOCK)];
+        let mut from_guest = journey.lab.host(journey.host()).spawn(&words)?;
+        from_guest.wait_line(|line| line == "listening", PATIENCE)?;
+        journey.vm.write_stdin(b"dial 52\n")?;
+        from_guest.wait_line(|line| line == "connected", PATIENCE)?;
+        echo(&mut from_guest, MUCH)?;
+
+        journey.hop(&VERIFIED).with_context(|| format!("move {number}"))?;
+        for mut program in [from_host, from_guest] {
+            program.write_stdin(b"end\n")?;
+            program.wait_line(|line| line == "ended", PATIENCE)?;
+        }
+        let mut again = connect(&journey).with_context(|| format!("after move {number}"))?;
+        echo(&mut again, MUCH).with_context(|| format!("after move {number}"))?;
+        // By now it is on its way to the console; ticks come several a second.
+        let resets = |journey: &LabJourney| journey.vm.log().matches(" end=connection-reset").count();
+        for _ in 0..100 {
+            if resets(&journey) < 2 {
+                journey.tick()?;
+            }
+        }
+        ensure!(
+            resets(&journey) == 2,
+            "the guest did not see its streams end: {}",
+            journey.vm.log()
+        );
+        drop(again);
+    }
+    journey.verify()?;
+    journey.power_off().map(drop)
 }
 
 #[test]

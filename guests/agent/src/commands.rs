@@ -1,14 +1,15 @@
-//! Commands from the console, one per line: `verify`, `reset`, `churn MIB`, `sync`, `poweroff`, `reboot`.
+//! Commands from the console, one per line: `verify`, `reset`, `churn MIB`, `sync`, `dial PORT`, `poweroff`, `reboot`.
 
 use std::io::BufRead;
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Sender, sync_channel};
+use std::sync::{Arc, Mutex};
 
 use rustix::system::{RebootCommand, reboot};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
 use crate::disk::Request;
+use crate::echo;
 use crate::memory::Verify;
 use crate::report::Report;
 
@@ -75,7 +76,7 @@ impl Workloads {
 }
 
 /// Reads commands until the console ends.
-pub(crate) fn serve(input: impl BufRead, report: &Report, workloads: &Workloads) {
+pub(crate) fn serve(input: impl BufRead, report: &Arc<Report>, workloads: &Workloads) {
     for line in input.lines().map_while(Result::ok) {
         match line.trim() {
             "" => {}
@@ -94,6 +95,7 @@ pub(crate) fn serve(input: impl BufRead, report: &Report, workloads: &Workloads)
             "poweroff" => workloads.end(RebootCommand::PowerOff, report),
             "reboot" => workloads.end(RebootCommand::Restart, report),
             line if line.starts_with("churn ") => churn(&line["churn ".len()..], report),
+            line if line.starts_with("dial ") => echo::dial(&line["dial ".len()..], report),
             other => report.line(format_args!("unknown command={other}")),
         }
     }

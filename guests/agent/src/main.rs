@@ -4,6 +4,7 @@
 
 mod commands;
 mod disk;
+mod echo;
 mod first;
 mod forks;
 mod heartbeat;
@@ -47,6 +48,7 @@ fn main() -> std::io::Result<()> {
         settings.dirty_bytes >> 20
     ));
 
+    echo::start(&report);
     power::watch(&report, &workloads);
     if let Err(error) = forks::watch(report.clone()) {
         report.error(format_args!("kmsg=open expected=a log got={error}"));

@@ -13,11 +13,12 @@ use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
 /// Drivers of our devices, and what tells the agent of the power button.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_rng",
     "virtio_balloon",
+    "vmw_vsock_virtio_transport",
     "button",
     "evdev",
 ];
