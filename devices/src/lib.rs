@@ -11,9 +11,11 @@ pub mod virtio;
 mod exit;
 mod limited;
 mod named_listener;
+mod rate;
 
 pub use exit::{ExitEvent, GuestExit};
 pub use named_listener::{NamedListener, NamedListenerError};
+pub use rate::{Bucket, BucketError, Limits};
 
 /// Guest RAM with a bitmap of the pages that devices wrote.
 ///

@@ -79,6 +79,16 @@ impl<'a> QueueAccess<'a> {
     /// returned for it, it goes back to the driver.
     pub fn serve(
         &mut self,
+        serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> u32,
+    ) -> Result<Progress, QueueError> {
+        self.serve_admitted(|_| true, serve_chain)
+    }
+
+    /// As [`QueueAccess::serve`], but only while `admit` says so to the bytes of the next chain. A chain that is not
+    /// admitted stays available, and the driver need not kick for it: whoever says no comes back.
+    pub fn serve_admitted(
+        &mut self,
+        mut admit: impl FnMut(u64) -> bool,
         mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> u32,
     ) -> Result<Progress, QueueError> {
         let (mut turns, mut bytes, mut served) = (0, 0, false);
@@ -86,7 +96,12 @@ impl<'a> QueueAccess<'a> {
             let Some((head, chain)) = self.take()? else {
                 break Progress::Idle;
             };
-            bytes += chain.as_ref().map_or(0, Chain::len);
+            let len = chain.as_ref().map_or(0, Chain::len);
+            if !admit(len) {
+                self.put_back();
+                break Progress::Idle;
+            }
+            bytes += len;
             let written = serve_chain(self.memory, chain);
             self.give_back(head, written)?;
             served = true;

@@ -230,6 +230,14 @@ impl Driver {
         self.thread.run_with_timeout(0).unwrap() > 0
     }
 
+    /// Waits until there is something to look at, and looks.
+    pub(crate) fn wait(&mut self) {
+        assert!(
+            self.thread.run_with_timeout(10_000).unwrap() > 0,
+            "nothing in ten seconds"
+        );
+    }
+
     pub(crate) fn run(&mut self) {
         // A turn that makes no progress would show up as a loop without an end.
         for _ in 0..10_000 {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
 use devices::virtio::block::{Backend, Block, BlockState};
@@ -34,7 +35,7 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     let mut devices = vec![named(RNG_ID, Rng::new())];
     for disk in &config.disks {
         let backend = Backend::open(&disk.path, disk.read_only)?;
-        devices.push(named(&disk.id, Block::new(Arc::new(backend), &disk.id)));
+        devices.push(block(&disk.id, backend, Limits::default())?);
     }
     if let Some(config) = config.balloon {
         devices.push(balloon(config.bytes, config.deflate_on_oom)?);
@@ -62,7 +63,14 @@ impl Arrival {
                     expected: "a usable backend",
                     got: migration::chain(&error),
                 })?;
-                Ok(named(id, Block::new(Arc::new(backend), id)))
+                let limits = Limits::from_bytes(&description.parameters).ok_or_else(|| Unavailable {
+                    expected: "rate limits",
+                    got: format!("{:02x?}", description.parameters),
+                })?;
+                block(id, backend, limits).map_err(|error| Unavailable {
+                    expected: "a usable backend",
+                    got: migration::chain(&error),
+                })
             }
             BalloonState::KIND => {
                 // How much it is to have is part of its state.
@@ -107,6 +115,14 @@ impl Arrival {
 pub(super) struct Unavailable {
     pub(super) expected: &'static str,
     pub(super) got: String,
+}
+
+fn block(id: &str, backend: Backend, limits: Limits) -> Result<NamedDevice, MachineError> {
+    let device = Block::new(Arc::new(backend), id, limits).map_err(|source| MachineError::Io {
+        what: "rate limits",
+        source,
+    })?;
+    Ok(named(id, device))
 }
 
 fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {

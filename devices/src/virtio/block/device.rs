@@ -1,5 +1,6 @@
 //! The device: requests from one queue, carried out in order on the device thread.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestErro
 use super::state::BlockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
+use crate::rate::{Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Chain, ChainError, Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError,
@@ -51,22 +53,24 @@ pub struct Block {
     id: [u8; ID_LEN],
     /// The driver did not accept FLUSH, so it counts on every write being durable (virtio 1.2, 5.2.6.2).
     pub(super) write_through: bool,
+    limiter: Limiter,
     complaints: Limited,
 }
 
 impl Block {
-    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut.
-    pub fn new(backend: Arc<Backend>, id: &str) -> Self {
+    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked.
+    pub fn new(backend: Arc<Backend>, id: &str, limits: Limits) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
-        Self {
+        Ok(Self {
             backend,
             id: padded,
             write_through: false,
+            limiter: Limiter::new(limits)?,
             complaints: Limited::default(),
-        }
+        })
     }
 
     /// What it is on.
@@ -178,15 +182,20 @@ impl VirtioDevice for Block {
         let Some(mut queue) = queues.get(index) else {
             return Ok(Progress::Idle);
         };
-        queue.serve(|memory, chain| self.serve(memory, chain))
+        queue.serve_admitted(
+            |bytes| self.limiter.take(bytes),
+            |memory, chain| self.serve(memory, chain),
+        )
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
+        vec![self.limiter.event()]
     }
 
-    fn process_host(&mut self, _queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        Ok(Progress::Idle)
+    /// There may be tokens again for what could not be served.
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.limiter.hear();
+        self.process_queue(0, queues)
     }
 
     fn reset(&mut self) {
@@ -222,6 +231,7 @@ impl VirtioDevice for Block {
         Description {
             backend_size: self.backend.size(),
             read_only: self.backend.read_only(),
+            parameters: self.limiter.limits().to_bytes(),
             ..Description::of::<BlockState>(self.features())
         }
     }

@@ -1,11 +1,13 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use migration_state::Envelope;
 use tempfile::TempDir;
 
 use super::*;
+use crate::rate::{Bucket, Limits};
 use crate::virtio::testing::{DATA, Driver, END, Part, VERSION_1, reads, writes};
 use crate::virtio::{DeviceError, VirtioDevice};
 
@@ -42,7 +44,12 @@ impl Disk {
     }
 
     fn device(&self, read_only: bool) -> Block {
-        Block::new(Arc::new(Backend::open(&self.path(), read_only).unwrap()), "root")
+        self.limited(read_only, Limits::default())
+    }
+
+    fn limited(&self, read_only: bool, limits: Limits) -> Block {
+        let backend = Backend::open(&self.path(), read_only).unwrap();
+        Block::new(Arc::new(backend), "root", limits).unwrap()
     }
 
     fn driver(&self) -> Driver {
@@ -151,6 +158,55 @@ fn what_is_discarded_or_zeroed() {
     let mut read_only = Driver::ready(disk.device(true));
     assert_eq!(read_only.offered() & (1 << 13 | 1 << 14), 0);
     assert_eq!(range(&mut read_only, DISCARD, 0, 8, 0), IOERR);
+}
+
+#[test]
+fn requests_wait_for_tokens() {
+    let disk = Disk::new();
+    let limits = Limits {
+        operations: Some(Bucket {
+            size: 2,
+            one_time_burst: 1,
+            refill_time_ms: 20,
+        }),
+        ..Default::default()
+    };
+    let mut driver = Driver::ready(disk.limited(false, limits));
+    let begin = Instant::now();
+    for number in 0..6 {
+        header(&driver, IN, 0);
+        driver.add(&[reads(HEADER, 16), writes(BUFFER, 512), writes(STATUS, 1)]);
+        driver.kick();
+        if number == 2 {
+            assert_eq!(driver.used().len(), 3, "the bucket and the burst");
+        }
+    }
+    let mut done = driver.used().len();
+    while done < 3 {
+        driver.wait();
+        done += driver.used().len();
+    }
+    // Three more operations, each after ten milliseconds.
+    assert!(
+        begin.elapsed() >= Duration::from_millis(29),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert_eq!(
+        Limits::from_bytes(&driver.transport.describe().parameters),
+        Some(limits)
+    );
+    // What waits for tokens is taken along by a move, and need not be kicked for.
+    for _ in 0..6 {
+        driver.add(&[reads(HEADER, 16), writes(BUFFER, 512), writes(STATUS, 1)]);
+    }
+    driver.kick();
+    let before = driver.used().len();
+    assert!(before < 6);
+    let mut moved = driver.move_to(disk.device(false), driver.save()).unwrap();
+    moved.transport.resume();
+    moved.run();
+    assert_eq!(before + moved.used().len(), 6);
 }
 
 #[test]

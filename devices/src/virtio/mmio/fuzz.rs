@@ -7,6 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::bus::BusDevice;
+use crate::rate::Limits;
 use crate::virtio::balloon::{Balloon, Control};
 use crate::virtio::block::{Backend, Block};
 use crate::virtio::rng::Rng;
@@ -60,7 +61,12 @@ fn block(dir: &Path) -> Block {
         .unwrap()
         .write_all(&[0x5a; 64 * 512])
         .unwrap();
-    Block::new(Arc::new(Backend::open(&path, false).unwrap()), "fuzz")
+    Block::new(
+        Arc::new(Backend::open(&path, false).unwrap()),
+        "fuzz",
+        Limits::default(),
+    )
+    .unwrap()
 }
 
 fn vsock(dir: &Path) -> Vsock {

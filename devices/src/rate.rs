@@ -1,0 +1,339 @@
+//! Limits on how much a device does in a time: token buckets for operations and for bytes, in Firecracker's model.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
+use serde::{Deserialize, Serialize};
+
+/// A bucket: so many tokens at most, which come back evenly within a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// Most tokens in it, and how many there are at first.
+    pub size: u64,
+    /// Tokens that are there at first besides, and do not come back.
+    pub one_time_burst: u64,
+    /// How long it takes to fill the empty bucket, in milliseconds.
+    pub refill_time_ms: u64,
+}
+
+/// What a device may do. Without a bucket it may do anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// A token for each byte.
+    pub bandwidth: Option<Bucket>,
+    /// A token for each operation.
+    pub operations: Option<Bucket>,
+}
+
+/// A bucket that can never be filled, or never emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rate limit: expected a size and a refill time above 0, got {} and {} ms", .0.size, .0.refill_time_ms)]
+pub struct BucketError(pub Bucket);
+
+/// Limits at work.
+#[derive(Debug)]
+pub(crate) struct Limiter {
+    limits: Limits,
+    // A device asks while it is itself at work with its requests.
+    bandwidth: Cell<Option<Tokens>>,
+    operations: Cell<Option<Tokens>>,
+    /// Readable when there are tokens again, for whoever went away without any.
+    timer: File,
+}
+
+/// How many tokens there are. Whoever finds one may take as many as he needs, so that no request is too large; the
+/// debt is paid before the next.
+#[derive(Clone, Copy, Debug)]
+struct Tokens {
+    bucket: Bucket,
+    /// In tokens.
+    count: f64,
+    burst: u64,
+    seen: Instant,
+}
+
+impl Bucket {
+    /// So many tokens a second, and a second's worth at once.
+    pub fn per_second(tokens: u64) -> Self {
+        Self {
+            size: tokens,
+            one_time_burst: 0,
+            refill_time_ms: 1000,
+        }
+    }
+
+    fn check(self) -> Result<(), BucketError> {
+        if self.size == 0 || self.refill_time_ms == 0 {
+            return Err(BucketError(self));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of [`Limits::to_bytes`].
+const LIMITS_LEN: usize = 48;
+
+impl Limits {
+    /// As part of what a device was made with; nothing where there are none.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        if *self == Self::default() {
+            return Vec::new();
+        }
+        let numbers = |bucket: Option<Bucket>| {
+            bucket.map_or([0; 3], |bucket| {
+                [bucket.size, bucket.one_time_burst, bucket.refill_time_ms]
+            })
+        };
+        let numbers = [numbers(self.bandwidth), numbers(self.operations)];
+        let bytes = numbers.as_flattened().iter().map(|number| number.to_le_bytes());
+        bytes.flatten().collect()
+    }
+
+    /// What [`Limits::to_bytes`] made; `None` if it did not, or if they cannot be.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.is_empty() {
+            return Some(Self::default());
+        }
+        let bytes: &[u8; LIMITS_LEN] = bytes.try_into().ok()?;
+        let (numbers, _) = bytes.as_chunks();
+        let bucket = |at: usize| {
+            let number = |index: usize| u64::from_le_bytes(numbers[at + index]);
+            let bucket = Bucket {
+                size: number(0),
+                one_time_burst: number(1),
+                refill_time_ms: number(2),
+            };
+            ([number(0), number(1), number(2)] != [0; 3]).then_some(bucket)
+        };
+        let limits = Self {
+            bandwidth: bucket(0),
+            operations: bucket(3),
+        };
+        limits.check().is_ok().then_some(limits)
+    }
+
+    /// Whether the buckets are ones.
+    pub fn check(&self) -> Result<(), BucketError> {
+        [self.bandwidth, self.operations]
+            .into_iter()
+            .flatten()
+            .try_for_each(Bucket::check)
+    }
+}
+
+impl Limiter {
+    /// Limits that were checked.
+    pub(crate) fn new(limits: Limits) -> io::Result<Self> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let now = Instant::now();
+        let tokens = |bucket: Option<Bucket>| Cell::new(bucket.map(|bucket| Tokens::new(bucket, now)));
+        Ok(Self {
+            limits,
+            bandwidth: tokens(limits.bandwidth),
+            operations: tokens(limits.operations),
+            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?.into(),
+        })
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Becomes readable when there are tokens again.
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+
+    /// What the event was about is seen to.
+    pub(crate) fn hear(&self) {
+        // Nothing to read is fine.
+        let _ = (&self.timer).read(&mut [0; 8]);
+    }
+
+    /// Takes tokens for an operation of so many bytes; if there are none, has the event come when there are.
+    pub(crate) fn take(&self, bytes: u64) -> bool {
+        let (mut bandwidth, mut operations) = (self.bandwidth.get(), self.operations.get());
+        if bandwidth.is_none() && operations.is_none() {
+            return true;
+        }
+        let now = Instant::now();
+        let wait = [&mut bandwidth, &mut operations]
+            .into_iter()
+            .flatten()
+            .map(|tokens| tokens.wait(now))
+            .max()
+            .unwrap_or_default();
+        let admitted = wait == Duration::ZERO;
+        if admitted {
+            for (tokens, cost) in [(&mut bandwidth, bytes), (&mut operations, 1)] {
+                if let Some(tokens) = tokens {
+                    tokens.take(cost);
+                }
+            }
+        } else {
+            self.wake_in(wait);
+        }
+        self.bandwidth.set(bandwidth);
+        self.operations.set(operations);
+        admitted
+    }
+
+    fn wake_in(&self, wait: Duration) {
+        let timer = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec {
+                tv_sec: wait.as_secs() as i64,
+                tv_nsec: wait.subsec_nanos().into(),
+            },
+        };
+        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &timer) {
+            tracing::error!(%error, "a rate limit cannot be waited for");
+        }
+    }
+}
+
+impl Tokens {
+    fn new(bucket: Bucket, now: Instant) -> Self {
+        Self {
+            bucket,
+            count: bucket.size as f64,
+            burst: bucket.one_time_burst,
+            seen: now,
+        }
+    }
+
+    /// How long until there is a token; no time if there is one.
+    fn wait(&mut self, now: Instant) -> Duration {
+        let passed = now.saturating_duration_since(self.seen);
+        self.seen = now;
+        let per_second = self.bucket.size as f64 * 1e3 / self.bucket.refill_time_ms as f64;
+        let most = self.bucket.size as f64;
+        self.count = (self.count + passed.as_secs_f64() * per_second).min(most);
+        if self.burst > 0 || self.count >= 1.0 {
+            return Duration::ZERO;
+        }
+        // Not less than a timer can tell, nor more than anybody means.
+        let seconds = ((1.0 - self.count) / per_second).clamp(1e-6, 86_400.0);
+        Duration::from_secs_f64(seconds)
+    }
+
+    fn take(&mut self, cost: u64) {
+        let from_burst = cost.min(self.burst);
+        self.burst -= from_burst;
+        self.count -= (cost - from_burst) as f64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn what_was_taken_comes_back_evenly() {
+        let start = Instant::now();
+        let mut tokens = Tokens::new(Bucket::per_second(100), start);
+        assert_eq!(tokens.wait(start), Duration::ZERO);
+        tokens.take(100);
+        let wait = tokens.wait(start);
+        assert_eq!(wait.as_millis(), 10);
+        assert_eq!(tokens.wait(start + SECOND / 100), Duration::ZERO);
+        // More than there is: afterwards the debt is waited for.
+        tokens.take(101);
+        assert_eq!(tokens.wait(start + SECOND / 100).as_millis(), 1010);
+        // However long nothing is taken, there is no more than the bucket holds.
+        tokens.wait(start + 100 * SECOND);
+        tokens.take(100);
+        assert!(tokens.wait(start + 100 * SECOND) > Duration::ZERO);
+    }
+
+    #[test]
+    fn a_burst_is_there_once() {
+        let start = Instant::now();
+        let bucket = Bucket {
+            size: 10,
+            one_time_burst: 25,
+            refill_time_ms: 1000,
+        };
+        let mut tokens = Tokens::new(bucket, start);
+        for _ in 0..7 {
+            assert_eq!(tokens.wait(start), Duration::ZERO);
+            tokens.take(5);
+        }
+        assert!(tokens.wait(start) > Duration::ZERO);
+        tokens.wait(start + SECOND);
+        tokens.take(10);
+        assert!(tokens.wait(start + SECOND) > Duration::ZERO);
+    }
+
+    #[test]
+    fn buckets_without_a_bottom_are_refused() {
+        for (size, refill_time_ms) in [(0, 1), (1, 0)] {
+            let bucket = Bucket {
+                size,
+                one_time_burst: 0,
+                refill_time_ms,
+            };
+            let limits = Limits {
+                operations: Some(bucket),
+                ..Default::default()
+            };
+            let error = limits.check().unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("got {size} and {refill_time_ms} ms")),
+                "{error}"
+            );
+        }
+        Limits::default().check().unwrap();
+    }
+
+    #[test]
+    fn limits_as_bytes() {
+        let limits = Limits {
+            operations: Some(Bucket::per_second(7)),
+            ..Default::default()
+        };
+        for limits in [Limits::default(), limits] {
+            assert_eq!(Limits::from_bytes(&limits.to_bytes()), Some(limits));
+        }
+        let mut bytes = limits.to_bytes();
+        assert_eq!(Limits::from_bytes(&bytes[1..]), None);
+        bytes[LIMITS_LEN - 8..].fill(0);
+        assert_eq!(Limits::from_bytes(&bytes), None, "no refill time");
+    }
+
+    proptest! {
+        /// Over any time the rate is kept, but for what was there at first and the last request.
+        #[test]
+        fn the_rate_is_kept(
+            size in 1u64..1000, refill in 1u64..5000, burst in 0u64..100,
+            costs in prop::collection::vec(1u64..200, 1..200), pauses in prop::collection::vec(0u64..100, 200),
+        ) {
+            let start = Instant::now();
+            let bucket = Bucket { size, one_time_burst: burst, refill_time_ms: refill };
+            let mut tokens = Tokens::new(bucket, start);
+            let (mut now, mut taken) = (start, 0);
+            for (cost, pause) in costs.iter().zip(pauses) {
+                now += Duration::from_millis(pause);
+                let wait = tokens.wait(now);
+                if wait > Duration::ZERO {
+                    now += wait;
+                    prop_assert!(tokens.wait(now) <= Duration::from_micros(2), "it does not suffice to wait");
+                }
+                let allowed = (size + burst) as f64 + (now - start).as_secs_f64() * 1e3 * size as f64 / refill as f64;
+                prop_assert!(taken as f64 <= allowed + 1e-3 * size as f64);
+                tokens.take(*cost);
+                taken += cost;
+            }
+        }
+    }
+}
