@@ -8,6 +8,8 @@ pub mod bus;
 pub mod legacy;
 pub mod virtio;
 
+#[cfg(test)]
+mod cases;
 mod exit;
 mod limited;
 mod named_listener;

@@ -378,7 +378,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #![proptest_config(crate::cases::cases(2000))]
         #[test]
         fn any_access_is_harmless(
             accesses in prop::collection::vec((any::<bool>(), 0u64..10, prop::collection::vec(any::<u8>(), 0..9)), 0..60)

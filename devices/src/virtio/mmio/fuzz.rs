@@ -7,6 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::bus::BusDevice;
+use crate::cases::cases;
 use crate::rate::Limits;
 use crate::virtio::balloon::{Balloon, Control};
 use crate::virtio::block::{Backend, Block};
@@ -108,10 +109,10 @@ fn chains(driver: &mut Driver, descriptors: &[(u64, u32, u16, u16)], heads: &[u1
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(cases(3000))]
 
     #[test]
-    fn registers_and_memory(acts in prop::collection::vec(act(), 0..60)) {
+    fn any_registers_and_memory(acts in prop::collection::vec(act(), 0..60)) {
         let mut driver = Driver::new(Rng::new());
         acts.into_iter().for_each(|act| perform(&mut driver, act));
         let saved = driver.save();
@@ -124,7 +125,7 @@ proptest! {
     }
 
     #[test]
-    fn registers_and_memory_of_several_queues(acts in prop::collection::vec(act(), 0..60)) {
+    fn any_registers_and_memory_of_several_queues(acts in prop::collection::vec(act(), 0..60)) {
         let dir = tempfile::tempdir().unwrap();
         let mut driver = Driver::new(vsock(dir.path()));
         acts.into_iter().for_each(|act| perform(&mut driver, act));
@@ -139,7 +140,7 @@ proptest! {
     }
 
     #[test]
-    fn descriptor_chains(
+    fn any_descriptor_chains(
         descriptors in prop::collection::vec(descriptor(), 1..12),
         heads in prop::collection::vec(prop_oneof![9 => 0u16..12, 1 => any::<u16>()], 1..8),
         noise in prop::collection::vec(any::<u8>(), 0..8),

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::super::connections::FIRST_PORT;
 use super::super::packet::{HOST_CID, Header};
 use super::rig::*;
+use crate::cases::cases;
 
 #[derive(Clone, Debug)]
 enum Act {
@@ -70,10 +71,10 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(cases(1000))]
 
     #[test]
-    fn packets_and_programs(acts in prop::collection::vec(act(), 0..40)) {
+    fn any_packets_and_programs(acts in prop::collection::vec(act(), 0..40)) {
         let mut rig = Rig::new();
         let listener = UnixListener::bind(rig.path("v.sock_52")).unwrap();
         listener.set_nonblocking(true).unwrap();
