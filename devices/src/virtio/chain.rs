@@ -107,6 +107,11 @@ impl Buffers {
         self.0.iter().map(|buffer| (buffer.address, buffer.len))
     }
 
+    /// How many buffers there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Takes the first bytes off and reads them into `into`; returns how many there were. A buffer outside
     /// memory is an error.
     pub fn read(&mut self, memory: &GuestMemory, into: &mut [u8]) -> Result<usize, GuestMemoryError> {
@@ -121,6 +126,18 @@ impl Buffers {
         self.consume(from.len(), |address, range| {
             memory.write_slice(&from[range], address)
         })
+    }
+
+    /// Writes `bytes` at `offset` into the buffers, which are that long.
+    pub(super) fn write_at(
+        &self,
+        memory: &GuestMemory,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), GuestMemoryError> {
+        let mut rest = self.clone();
+        rest.consume(offset, |_, _| Ok(()))?;
+        rest.fill(memory, bytes).map(drop)
     }
 
     fn consume(

@@ -3,6 +3,7 @@
 pub mod balloon;
 pub mod block;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 pub mod vsock;
 
@@ -10,6 +11,7 @@ mod chain;
 mod device;
 mod interrupt;
 mod queue;
+mod sys;
 
 #[cfg(test)]
 mod testing;

@@ -1,6 +1,9 @@
 //! Serving a queue: the loop that every device shares.
 
+use std::sync::atomic::{Ordering, fence};
+
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{Chain, ChainError};
 use super::interrupt::Interrupt;
@@ -8,7 +11,7 @@ use crate::GuestMemory;
 
 /// Work after which [`QueueAccess::serve`] lets others have a turn: the device's lock is free for a moment, a
 /// pause gets in. A driver that adds chains as fast as they are served holds up nobody.
-const TURN_CHAINS: usize = 64;
+pub(super) const TURN_CHAINS: usize = 64;
 const TURN_BYTES: u64 = 4 << 20;
 
 /// A device's queues, lent to it for one turn.
@@ -147,6 +150,43 @@ impl<'a> QueueAccess<'a> {
         self.queue
             .add_used(self.memory, head.0, written)
             .map_err(QueueError::Ring)
+    }
+
+    /// Gives chains back, with the bytes written to each, so that the driver sees all of them or none, and tells it.
+    pub fn give_back_together(&mut self, chains: &[(Head, u32)]) -> Result<(), QueueError> {
+        // The queue counts for itself what the driver has not been told of; what follows it does not count.
+        self.notify()?;
+        let (size, first) = (self.queue.size(), self.queue.next_used());
+        let ring = self.queue.used_ring();
+        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let mut next = first;
+        for (head, written) in chains {
+            let entry = ring + 4 + 8 * u64::from(next % size);
+            let element = [u32::from(head.0).to_le(), written.to_le()];
+            self.memory
+                .write_obj(element, GuestAddress(entry))
+                .map_err(failed)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        self.memory
+            .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(failed)?;
+        // Between that and a look at what the driver wants to hear (virtio 1.2, 2.7.10).
+        fence(Ordering::SeqCst);
+        if self.queue.event_idx_enabled() {
+            let at = self.queue.avail_ring() + 4 + 2 * u64::from(size);
+            let used_event: u16 = self
+                .memory
+                .load(GuestAddress(at), Ordering::Relaxed)
+                .map_err(failed)?;
+            let passed = next.wrapping_sub(u16::from_le(used_event)).wrapping_sub(1);
+            if passed >= next.wrapping_sub(first) {
+                return Ok(());
+            }
+        }
+        self.interrupt.used_buffer();
+        Ok(())
     }
 
     /// Tells the driver that chains came back, if it wants to hear it.

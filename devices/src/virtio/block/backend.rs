@@ -10,8 +10,9 @@ use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::SECTOR_SIZE;
-use super::sys::{self, At, Lock};
+use super::sys::{self, Lock};
 use crate::GuestMemory;
+use crate::virtio::sys::At;
 use crate::virtio::{HostBackend, HostError};
 
 /// An open disk. Nothing is locked by opening it.

@@ -1,0 +1,213 @@
+//! From the tap to the guest: one read a packet, straight into the buffers that the driver provides.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
+
+use super::tap::Tap;
+use super::transmit::PacketError;
+use super::{ETHERNET_LEN, HEADER_LEN, offloads};
+use crate::GuestMemory;
+use crate::virtio::queue::TURN_CHAINS;
+use crate::virtio::sys::Vectors;
+use crate::virtio::{Buffers, Chain, ChainError, Head, Progress, QueueAccess, QueueError};
+
+/// Longest packet, with Ethernet's header, where segments are left to the guest (virtio 1.2, 5.1.6.3.1).
+const SEGMENT_MAX: usize = 65550;
+/// MTU of a driver that did not ask for it.
+const MTU: u16 = 1500;
+/// Where the header says over how many buffers a packet is spread.
+const NUM_BUFFERS: usize = 10;
+
+/// What the driver's buffers must hold.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    /// Bytes of the longest packet with its headers: a read takes the whole packet or loses its end.
+    longest: u64,
+    /// Whether a packet may be spread over several buffers.
+    mergeable: bool,
+}
+
+impl Layout {
+    /// For a driver that accepted `features`, of a device with this MTU.
+    pub(super) fn new(features: u64, mtu: u16) -> Self {
+        let mtu = if features & 1 << VIRTIO_NET_F_MTU != 0 {
+            mtu
+        } else {
+            MTU
+        };
+        let frame = if offloads::has_segments(features) {
+            SEGMENT_MAX
+        } else {
+            ETHERNET_LEN + usize::from(mtu)
+        };
+        Self {
+            longest: (HEADER_LEN + frame) as u64,
+            mergeable: features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
+        }
+    }
+
+    /// Bytes that one buffer must have.
+    fn least(&self) -> u64 {
+        if self.mergeable {
+            HEADER_LEN as u64
+        } else {
+            self.longest
+        }
+    }
+}
+
+/// Takes packets out of the tap until it is empty, the driver has no more buffers, or others shall have a turn.
+/// What does not fit now stays in the tap.
+pub(super) fn receive(
+    queue: &mut QueueAccess<'_>,
+    tap: &Tap,
+    layout: Layout,
+    complain: impl Fn(&PacketError),
+) -> Result<Progress, QueueError> {
+    let mut pool = Pool::new(queue.memory(), layout);
+    let mut progress = Progress::More;
+    for _ in 0..TURN_CHAINS {
+        let vectors = match pool.fill(queue)? {
+            Filled::Enough(vectors) => vectors,
+            Filled::Refused(error) => {
+                complain(&error);
+                continue;
+            }
+            Filled::TooLittle => {
+                progress = Progress::Idle;
+                break;
+            }
+        };
+        match vectors.read_from(tap.as_fd()) {
+            Ok(len) => pool.hand_over(queue, len)?,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    complain(&error.into());
+                }
+                progress = Progress::Idle;
+                break;
+            }
+        }
+    }
+    pool.put_back(queue);
+    queue.notify()?;
+    Ok(progress)
+}
+
+/// Chains that were taken from the queue, in their order, to hold the next packet.
+struct Pool<'a> {
+    memory: &'a GuestMemory,
+    layout: Layout,
+    chains: VecDeque<(Head, Buffers)>,
+    bytes: u64,
+    buffers: usize,
+}
+
+/// What came of filling the pool.
+enum Filled<'a> {
+    /// The longest packet fits.
+    Enough(Vectors<'a>),
+    /// The driver has not provided enough.
+    TooLittle,
+    /// What it provided makes no sense and has gone back.
+    Refused(PacketError),
+}
+
+impl<'a> Pool<'a> {
+    fn new(memory: &'a GuestMemory, layout: Layout) -> Self {
+        Self {
+            memory,
+            layout,
+            chains: VecDeque::new(),
+            bytes: 0,
+            buffers: 0,
+        }
+    }
+
+    /// Takes chains until the longest packet fits.
+    fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<Filled<'a>, QueueError> {
+        while self.bytes < self.layout.longest {
+            let Some((head, chain)) = queue.take()? else {
+                return Ok(Filled::TooLittle);
+            };
+            let checked = self.check(chain);
+            let buffers = checked.as_ref().cloned().unwrap_or_default();
+            self.bytes += buffers.len();
+            self.buffers += buffers.count();
+            self.chains.push_back((head, buffers));
+            if let Err(error) = checked {
+                return self.refuse(queue, error);
+            }
+        }
+        let mut vectors = Vectors::new(self.memory);
+        for (_, buffers) in &self.chains {
+            if let Err(error) = vectors.push(buffers) {
+                return self.refuse(queue, error.into());
+            }
+        }
+        Ok(Filled::Enough(vectors))
+    }
+
+    fn check(&self, chain: Result<Chain, ChainError>) -> Result<Buffers, PacketError> {
+        let buffers = chain?.writable;
+        let (expected, got) = (self.layout.least(), buffers.len());
+        if got < expected {
+            return Err(PacketError::Room { expected, got });
+        }
+        if self.buffers + buffers.count() > Vectors::MAX {
+            return Err(PacketError::TooMany);
+        }
+        Ok(buffers)
+    }
+
+    /// Gives all chains back empty, those before the bad one as well: only what was taken last can be put back, so
+    /// none may be missing in between.
+    fn refuse(&mut self, queue: &mut QueueAccess<'_>, error: PacketError) -> Result<Filled<'a>, QueueError> {
+        while let Some((head, _)) = self.pop() {
+            queue.give_back(head, 0)?;
+        }
+        Ok(Filled::Refused(error))
+    }
+
+    /// Gives the driver the chains that hold a packet of `len` bytes.
+    fn hand_over(&mut self, queue: &mut QueueAccess<'_>, len: usize) -> Result<(), QueueError> {
+        let first = self.chains.front().map(|(_, buffers)| buffers.clone());
+        let mut rest = len as u64;
+        let mut used = Vec::new();
+        while rest > 0 {
+            let Some((head, buffers)) = self.pop() else { break };
+            let written = rest.min(buffers.len());
+            rest -= written;
+            // A packet has less than 128 KiB.
+            used.push((head, written as u32));
+        }
+        // The tap leaves this part of its header alone. There are 256 buffers at most.
+        let count = (used.len() as u16).to_le_bytes();
+        if let Some(first) = first {
+            first
+                .write_at(self.memory, NUM_BUFFERS, &count)
+                .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
+        }
+        match used[..] {
+            [(head, written)] => queue.give_back(head, written),
+            _ => queue.give_back_together(&used),
+        }
+    }
+
+    fn pop(&mut self) -> Option<(Head, Buffers)> {
+        let (head, buffers) = self.chains.pop_front()?;
+        self.bytes -= buffers.len();
+        self.buffers -= buffers.count();
+        Some((head, buffers))
+    }
+
+    /// Makes what is left available again.
+    fn put_back(self, queue: &mut QueueAccess<'_>) {
+        for _ in &self.chains {
+            queue.put_back();
+        }
+    }
+}

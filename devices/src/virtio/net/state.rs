@@ -1,0 +1,37 @@
+//! Saved state of the network device, and its check against the device that is here.
+
+use migration_state::Record;
+use serde::{Deserialize, Serialize};
+
+use super::{MacAddress, Parameters};
+use crate::virtio::DeviceError;
+
+/// Saved state of a [`super::Net`]. What it negotiated is the transport's; whatever it was to announce, it announces
+/// anew where it arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Its address.
+    pub mac: MacAddress,
+    /// Its MTU in bytes.
+    pub mtu: u16,
+}
+
+impl Record for NetState {
+    const KIND: &'static str = "virtio-net";
+    const VERSION: u16 = 1;
+}
+
+impl NetState {
+    /// Checks that the guest finds the device that it knows.
+    pub(super) fn check(&self, here: Parameters) -> Result<(), DeviceError> {
+        let mismatch =
+            |what, expected: String, got: String| Err(DeviceError::Mismatch { what, expected, got });
+        if self.mac != here.mac {
+            return mismatch("MAC address", here.mac.to_string(), self.mac.to_string());
+        }
+        if self.mtu != here.mtu {
+            return mismatch("MTU", here.mtu.to_string(), self.mtu.to_string());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,151 @@
+//! The one place that gives guest addresses to the kernel: what it writes there is marked.
+
+#![allow(
+    unsafe_code,
+    reason = "positioned and vectored I/O on guest memory has no safe wrapper"
+)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice, RefSlice};
+use vm_memory::{
+    GuestMemoryBackend, GuestMemoryError, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
+};
+
+use super::Buffers;
+use crate::GuestMemory;
+
+/// A place in a file, to copy from and to guest memory. Moves on with what was copied; the file's own offset
+/// is left alone.
+pub(super) struct At<'a> {
+    pub(super) file: &'a File,
+    /// In bytes.
+    pub(super) offset: u64,
+}
+
+impl At<'_> {
+    fn file_offset(&self) -> Result<libc::off_t, VolatileMemoryError> {
+        libc::off_t::try_from(self.offset)
+            .map_err(|_| VolatileMemoryError::IOError(io::ErrorKind::InvalidInput.into()))
+    }
+
+    /// Moves on by the result of a call, or turns it into an error.
+    fn advance(&mut self, result: libc::ssize_t) -> Result<usize, VolatileMemoryError> {
+        let count = count(result).map_err(VolatileMemoryError::IOError)?;
+        self.offset = self.offset.saturating_add(count as u64);
+        Ok(count)
+    }
+}
+
+impl ReadVolatile for At<'_> {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buffer: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let offset = self.file_offset()?;
+        let guard = buffer.ptr_guard_mut();
+        // SAFETY: the descriptor is open as long as `self.file` lives; a `VolatileSlice` promises that its
+        // pointer is valid for writes of its length, and the guard keeps it so during the call.
+        let result =
+            unsafe { libc::pread(self.file.as_raw_fd(), guard.as_ptr().cast(), buffer.len(), offset) };
+        let copied = self.advance(result);
+        // After an error any part may have been written.
+        buffer
+            .bitmap()
+            .mark_dirty(0, *copied.as_ref().unwrap_or(&buffer.len()));
+        copied
+    }
+}
+
+impl WriteVolatile for At<'_> {
+    fn write_volatile<B: BitmapSlice>(
+        &mut self,
+        buffer: &VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let offset = self.file_offset()?;
+        let guard = buffer.ptr_guard();
+        // SAFETY: as above, for reads.
+        let result =
+            unsafe { libc::pwrite(self.file.as_raw_fd(), guard.as_ptr().cast(), buffer.len(), offset) };
+        self.advance(result)
+    }
+}
+
+/// Buffers in guest memory for one `readv` or `writev`: a packet, which no two calls could share.
+pub(super) struct Vectors<'a> {
+    memory: &'a GuestMemory,
+    slices: Vec<VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>>,
+    vectors: Vec<libc::iovec>,
+}
+
+impl<'a> Vectors<'a> {
+    /// Most buffers that Linux takes in one call (`UIO_MAXIOV`).
+    pub(super) const MAX: usize = 1024;
+
+    /// None yet.
+    pub(super) fn new(memory: &'a GuestMemory) -> Self {
+        Self {
+            memory,
+            slices: Vec::new(),
+            vectors: Vec::new(),
+        }
+    }
+
+    /// Adds buffers, all of which must lie in memory.
+    pub(super) fn push(&mut self, buffers: &Buffers) -> Result<(), GuestMemoryError> {
+        for (address, len) in buffers.iter() {
+            for slice in self.memory.get_slices(address, len as usize) {
+                let slice = slice?;
+                self.vectors.push(libc::iovec {
+                    // The mapping lives as long as the memory that is borrowed for 'a.
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+                self.slices.push(slice);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills the buffers with what one read gives, and marks their pages; returns the bytes.
+    pub(super) fn read_from(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
+        let len = self.vectors.len() as libc::c_int;
+        // SAFETY: the vectors point to slices of guest memory, which `self.slices` keeps valid for writes of their
+        // length; no Rust reference to that memory exists.
+        let result = unsafe { libc::readv(file.as_raw_fd(), self.vectors.as_ptr(), len) };
+        let read = count(result);
+        match &read {
+            Ok(count) => self.mark(*count),
+            // Nothing was there to write.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // Any part may have been written.
+            Err(_) => self.mark(usize::MAX),
+        }
+        read
+    }
+
+    /// Gives what the buffers hold to one write; returns the bytes.
+    pub(super) fn write_to(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
+        let len = self.vectors.len() as libc::c_int;
+        // SAFETY: as above, for reads.
+        count(unsafe { libc::writev(file.as_raw_fd(), self.vectors.as_ptr(), len) })
+    }
+
+    fn mark(&self, mut count: usize) {
+        for slice in &self.slices {
+            if count == 0 {
+                return;
+            }
+            let part = count.min(slice.len());
+            slice.bitmap().mark_dirty(0, part);
+            count -= part;
+        }
+    }
+}
+
+/// The bytes that a call moved, or why it moved none.
+fn count(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
