@@ -1,11 +1,15 @@
 //! A machine's configuration: what the command line and the configuration file say, checked.
 //!
-//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`, `vsock`), so that one file serves both.
+//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`, `network-interfaces`, `balloon`, `vsock`), so that
+//! one file serves both.
 
-use std::path::{Path, PathBuf};
+mod file;
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use devices::virtio::net::MacAddress;
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
@@ -19,12 +23,13 @@ pub const MAX_CPUS: u8 = 32;
 pub const DEFAULT_CPUS: u8 = 1;
 /// Memory of a machine whose configuration does not say, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Most disks of a machine: one slot is the entropy device's, and one each the balloon's and the socket device's.
-pub const MAX_DISKS: usize = layout::VIRTIO_GSIS.len() - 1;
-/// Names of other devices, which no disk can have.
+/// Most disks and network cards of a machine together: one slot is the entropy device's, and one each the balloon's and
+/// the socket device's.
+pub const MAX_DEVICES: usize = layout::VIRTIO_GSIS.len() - 1;
+/// Names of other devices, which no disk and no network card can have.
 const RESERVED_IDS: [&str; 3] = [RNG_ID, BALLOON_ID, VSOCK_ID];
-/// Most bytes of a disk's name: it is part of the name of the disk's saved state.
-const DISK_ID_MAX: usize = migration_state::MAX_NAME_LEN - INSTANCE_PREFIX.len();
+/// Most bytes of a device's name: it is part of the name of the device's saved state.
+const DEVICE_ID_MAX: usize = migration_state::MAX_NAME_LEN - INSTANCE_PREFIX.len();
 
 /// A configuration that cannot be used.
 #[derive(Debug, Error)]
@@ -43,14 +48,14 @@ pub enum ConfigError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Template(#[from] CpuError),
-    #[error("disks: expected at most {most}, got {got}")]
-    TooManyDisks { most: usize, got: usize },
+    #[error("disks and network cards: expected at most {most}, got {got}")]
+    TooManyDevices { most: usize, got: usize },
     #[error(
-        "disk id {got:?}: expected 1 to {DISK_ID_MAX} letters, digits, '_' or '-', and none of {RESERVED_IDS:?}"
+        "device id {got:?}: expected 1 to {DEVICE_ID_MAX} letters, digits, '_' or '-', and none of {RESERVED_IDS:?}"
     )]
-    DiskId { got: String },
-    #[error("disk id {0:?} is used twice; name disks apart with id=")]
-    DuplicateDisk(String),
+    DeviceId { got: String },
+    #[error("device id {0:?} is used twice; name disks and network cards apart with id=")]
+    DuplicateDevice(String),
     #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
     Balloon { got: u64, memory: u64 },
     #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
@@ -68,6 +73,17 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read.
     pub read_only: bool,
+}
+
+/// A network card of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Its name, unique in the machine, among disks as well.
+    pub id: String,
+    /// Name of a tap of this host.
+    pub tap: String,
+    /// Its address; a random one if none is given.
+    pub mac: Option<MacAddress>,
 }
 
 /// A balloon of the machine.
@@ -107,6 +123,8 @@ pub struct Config {
     pub template_reason: Option<&'static str>,
     /// Disks in bus order.
     pub disks: Vec<DiskConfig>,
+    /// Network cards in bus order, after the disks.
+    pub nets: Vec<NetConfig>,
     /// The balloon, if there is to be one.
     pub balloon: Option<BalloonConfig>,
     /// The socket device, if there is to be one.
@@ -134,6 +152,8 @@ pub struct Wishes {
     pub cpu_template: Option<String>,
     /// Disks.
     pub disks: Vec<DiskConfig>,
+    /// Network cards.
+    pub nets: Vec<NetConfig>,
     /// A balloon.
     pub balloon: Option<BalloonConfig>,
     /// A socket device, with any number as the guest's address.
@@ -141,34 +161,6 @@ pub struct Wishes {
 }
 
 impl Wishes {
-    /// What a configuration file asks for.
-    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.into(),
-            source,
-        })?;
-        let file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: path.into(),
-            source,
-        })?;
-        Ok(Self {
-            kernel: Some(file.boot_source.kernel_image_path),
-            initrd: file.boot_source.initrd_path,
-            cmdline: file.boot_source.boot_args,
-            cpus: file.machine_config.as_ref().map(|machine| machine.vcpu_count),
-            memory: file
-                .machine_config
-                .as_ref()
-                .map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
-            shared_memory: false,
-            dirty_ring: false,
-            cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
-            disks: file.drives.into_iter().map(DiskConfig::from).collect(),
-            balloon: file.balloon.map(BalloonConfig::from),
-            vsock: file.vsock.map(VsockConfig::from),
-        })
-    }
-
     /// These wishes, with `over` where it says something.
     pub fn overridden_by(self, over: Wishes) -> Self {
         Self {
@@ -181,6 +173,7 @@ impl Wishes {
             dirty_ring: over.dirty_ring || self.dirty_ring,
             cpu_template: over.cpu_template.or(self.cpu_template),
             disks: [self.disks, over.disks].concat(),
+            nets: [self.nets, over.nets].concat(),
             balloon: over.balloon.or(self.balloon),
             vsock: over.vsock.or(self.vsock),
         }
@@ -204,7 +197,9 @@ impl Wishes {
         };
         let vsock = self.vsock.map(VsockConfig::check).transpose()?;
         let others = usize::from(vsock.is_some()) + usize::from(self.balloon.is_some());
-        check_disks(&self.disks, MAX_DISKS - others)?;
+        let disks = self.disks.iter().map(|disk| disk.id.as_str());
+        let nets = self.nets.iter().map(|net| net.id.as_str());
+        check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
         if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
             && got > memory
         {
@@ -224,6 +219,7 @@ impl Wishes {
             template,
             template_reason,
             disks: self.disks,
+            nets: self.nets,
             balloon: self.balloon,
             vsock,
         })
@@ -243,114 +239,28 @@ impl VsockConfig<u64> {
     }
 }
 
-fn check_disks(disks: &[DiskConfig], most: usize) -> Result<(), ConfigError> {
-    if disks.len() > most {
-        let got = disks.len();
-        return Err(ConfigError::TooManyDisks { most, got });
-    }
-    for (index, disk) in disks.iter().enumerate() {
-        check_disk_id(&disk.id)?;
-        if disks[..index].iter().any(|other| other.id == disk.id) {
-            return Err(ConfigError::DuplicateDisk(disk.id.clone()));
+/// Whether devices, of which there may be so many, can have these names, all in one machine.
+pub fn check_device_ids<'a>(ids: impl Iterator<Item = &'a str>, most: usize) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for id in ids {
+        check_device_id(id)?;
+        if !seen.insert(id) {
+            return Err(ConfigError::DuplicateDevice(id.into()));
         }
+    }
+    if seen.len() > most {
+        let got = seen.len();
+        return Err(ConfigError::TooManyDevices { most, got });
     }
     Ok(())
 }
 
-/// Whether a disk can have this name.
-pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
+fn check_device_id(id: &str) -> Result<(), ConfigError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
-    if id.is_empty() || id.len() > DISK_ID_MAX || !id.bytes().all(allowed) || RESERVED_IDS.contains(&id) {
-        return Err(ConfigError::DiskId { got: id.into() });
+    if id.is_empty() || id.len() > DEVICE_ID_MAX || !id.bytes().all(allowed) || RESERVED_IDS.contains(&id) {
+        return Err(ConfigError::DeviceId { got: id.into() });
     }
     Ok(())
-}
-
-/// Firecracker's configuration file, as far as it is served. Unknown sections are errors, not silence.
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
-    boot_source: BootSourceSection,
-    machine_config: Option<MachineSection>,
-    #[serde(default)]
-    drives: Vec<DriveSection>,
-    balloon: Option<BalloonSection>,
-    vsock: Option<VsockSection>,
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct BootSourceSection {
-    kernel_image_path: PathBuf,
-    initrd_path: Option<PathBuf>,
-    boot_args: Option<String>,
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct MachineSection {
-    vcpu_count: u64,
-    mem_size_mib: u64,
-    cpu_template: Option<String>,
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct DriveSection {
-    drive_id: String,
-    path_on_host: PathBuf,
-    #[serde(default)]
-    is_read_only: bool,
-    /// Firecracker's files have it; the guest finds its root on the kernel command line here.
-    #[serde(default)]
-    is_root_device: bool,
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct BalloonSection {
-    amount_mib: u64,
-    deflate_on_oom: bool,
-    /// Firecracker's files may have it; here statistics are asked for when somebody wants to see them.
-    #[serde(default)]
-    stats_polling_interval_s: u64,
-}
-
-impl From<BalloonSection> for BalloonConfig {
-    fn from(balloon: BalloonSection) -> Self {
-        Self {
-            bytes: balloon.amount_mib.saturating_mul(1 << 20),
-            deflate_on_oom: balloon.deflate_on_oom,
-        }
-    }
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct VsockSection {
-    guest_cid: u64,
-    uds_path: PathBuf,
-    /// Firecracker's older files have it, for nothing.
-    vsock_id: Option<String>,
-}
-
-impl From<VsockSection> for VsockConfig<u64> {
-    fn from(vsock: VsockSection) -> Self {
-        Self {
-            guest_cid: vsock.guest_cid,
-            uds: vsock.uds_path,
-        }
-    }
-}
-
-impl From<DriveSection> for DiskConfig {
-    fn from(drive: DriveSection) -> Self {
-        Self {
-            id: drive.drive_id,
-            path: drive.path_on_host,
-            read_only: drive.is_read_only,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -398,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_have_distinct_names() {
+    fn devices_have_distinct_names() {
         let disk = |id: &str| DiskConfig {
             id: id.into(),
             path: "x".into(),
@@ -408,15 +318,37 @@ mod tests {
             disks: vec![disk("a"), disk("a")],
             ..wishes()
         };
-        assert!(matches!(twice.check(), Err(ConfigError::DuplicateDisk(id)) if id == "a"));
-        for bad in ["", "a/b", "rng", "vsock", &"x".repeat(DISK_ID_MAX + 1)] {
+        assert!(matches!(twice.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
+        let net = |id: &str| NetConfig {
+            id: id.into(),
+            tap: "tap0".into(),
+            mac: None,
+        };
+        let of_both_kinds = Wishes {
+            disks: vec![disk("a")],
+            nets: vec![net("b"), net("a")],
+            ..wishes()
+        };
+        assert!(matches!(of_both_kinds.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
+        let many = Wishes {
+            disks: vec![disk("a")],
+            nets: (0..MAX_DEVICES)
+                .map(|number| net(&format!("net{number}")))
+                .collect(),
+            ..wishes()
+        };
+        assert!(matches!(
+            many.check(),
+            Err(ConfigError::TooManyDevices { got: 13, .. })
+        ));
+        for bad in ["", "a/b", "rng", "vsock", &"x".repeat(DEVICE_ID_MAX + 1)] {
             let bad = Wishes {
                 disks: vec![disk(bad)],
                 ..wishes()
             };
-            assert!(matches!(bad.check(), Err(ConfigError::DiskId { .. })));
+            assert!(matches!(bad.check(), Err(ConfigError::DeviceId { .. })));
         }
-        check_disk_id(&"x".repeat(DISK_ID_MAX)).unwrap();
+        check_device_id(&"x".repeat(DEVICE_ID_MAX)).unwrap();
     }
 
     #[test]
@@ -440,11 +372,14 @@ mod tests {
             read_only: false,
         };
         let full = Wishes {
-            disks: (0..MAX_DISKS).map(disk).collect(),
+            disks: (0..MAX_DEVICES).map(disk).collect(),
             ..with_cid(3)
         };
         let error = full.check().unwrap_err();
-        assert_eq!(error.to_string(), "disks: expected at most 11, got 12");
+        assert_eq!(
+            error.to_string(),
+            "disks and network cards: expected at most 11, got 12"
+        );
     }
 
     #[test]
@@ -456,6 +391,9 @@ mod tests {
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
                 "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true}],
+                "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0",
+                                        "guest_mac": "06:00:AC:10:00:02"},
+                                       {"iface_id": "eth1", "host_dev_name": "tap1"}],
                 "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1},
                 "vsock": {"guest_cid": 7, "uds_path": "v.sock"}}"#,
         )
@@ -473,6 +411,16 @@ mod tests {
             (4, 128 << 20, "quiet")
         );
         assert_eq!(config.disks[0].id, "root");
+        let expected = [
+            ("eth0", "tap0", Some("06:00:ac:10:00:02".parse().unwrap())),
+            ("eth1", "tap1", None),
+        ]
+        .map(|(id, tap, mac)| NetConfig {
+            id: id.into(),
+            tap: tap.into(),
+            mac,
+        });
+        assert_eq!(config.nets, expected);
         let balloon = BalloonConfig {
             bytes: 16 << 20,
             deflate_on_oom: false,
@@ -484,12 +432,17 @@ mod tests {
         };
         assert_eq!(config.vsock, Some(expected));
 
-        std::fs::write(
-            &path,
-            r#"{"boot-source": {"kernel_image_path": "k"}, "mmds-config": {}}"#,
-        )
-        .unwrap();
-        let error = migration::chain(&Wishes::from_file(&path).unwrap_err());
-        assert!(error.contains("unknown field `mmds-config`"), "{error}");
+        for (section, expected) in [
+            (r#""mmds-config": {}"#, "unknown field `mmds-config`"),
+            (
+                r#""network-interfaces": [{"iface_id": "a", "host_dev_name": "b", "guest_mac": "c"}]"#,
+                "MAC address: expected",
+            ),
+        ] {
+            let text = format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, {section}}}"#);
+            std::fs::write(&path, text).unwrap();
+            let error = migration::chain(&Wishes::from_file(&path).unwrap_err());
+            assert!(error.contains(expected), "{error}");
+        }
     }
 }

@@ -6,12 +6,13 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
+use super::devices::{BackendArgs, DeviceArgs};
 use super::help::{
     BALLOON_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES,
     RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
 };
 use super::{units, vsock};
-use crate::config::{DiskConfig, VsockConfig};
+use crate::config::VsockConfig;
 
 /// MicroVMs that move between hosts while they run.
 #[derive(Debug, Parser)]
@@ -99,9 +100,8 @@ pub(super) struct RunArgs {
     /// What the guest's CPUs announce: host, pvm, baseline [default: chosen by a probe and printed]
     #[arg(long, value_name = "NAME")]
     pub(super) cpu_template: Option<String>,
-    /// A disk: [id=NAME,]path=FILE[,ro]; may be given several times
-    #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
-    pub(super) disks: Vec<RunDisk>,
+    #[command(flatten)]
+    pub(super) devices: DeviceArgs,
     /// A balloon: the guest gives memory back that it does not use, and SIZE of it from the start [default size: 0]
     #[arg(long, value_name = "SIZE", value_parser = units::size, num_args = 0..=1, default_missing_value = "0")]
     pub(super) balloon: Option<u64>,
@@ -132,12 +132,8 @@ pub(super) struct ReceiveArgs {
     /// Where to listen: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ENDPOINT")]
     pub(super) listen: Endpoint,
-    /// Backend of a disk of the arriving machine; may be given several times
-    #[arg(long = "disk", value_name = "ID=PATH", value_parser = receive_disk)]
-    pub(super) disks: Vec<(String, PathBuf)>,
-    /// Unix socket of the machine's socket device here: uds=PATH
-    #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
-    pub(super) vsock: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) backends: BackendArgs,
     /// Refuse machines with more memory than this [default: what the host has]
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(super) max_memory: Option<u64>,
@@ -154,12 +150,8 @@ pub(super) struct RestoreArgs {
     pub(super) directory: PathBuf,
     #[command(flatten)]
     pub(super) common: CommonArgs,
-    /// Backend of a disk of the machine; may be given several times
-    #[arg(long = "disk", value_name = "ID=PATH", value_parser = receive_disk)]
-    pub(super) disks: Vec<(String, PathBuf)>,
-    /// Unix socket of the machine's socket device here: uds=PATH
-    #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
-    pub(super) vsock: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) backends: BackendArgs,
     /// Let the guest run; otherwise it waits for `godwit resume`
     #[arg(long)]
     pub(super) resume: bool,
@@ -362,52 +354,6 @@ pub(super) struct ListArgs {
     pub(super) json: bool,
 }
 
-/// A disk of `run`; without an id it is named by its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct RunDisk {
-    id: Option<String>,
-    path: PathBuf,
-    read_only: bool,
-}
-
-impl RunDisk {
-    /// Its configuration, as the disk number `index`.
-    pub(super) fn config(&self, index: usize) -> DiskConfig {
-        DiskConfig {
-            id: self.id.clone().unwrap_or_else(|| format!("disk{index}")),
-            path: self.path.clone(),
-            read_only: self.read_only,
-        }
-    }
-}
-
-fn run_disk(text: &str) -> Result<RunDisk, String> {
-    let mut disk = RunDisk {
-        id: None,
-        path: PathBuf::new(),
-        read_only: false,
-    };
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("id", id)) => disk.id = Some(id.into()),
-            Some(("path", path)) => disk.path = path.into(),
-            None if part == "ro" => disk.read_only = true,
-            _ => return Err(format!("expected [id=NAME,]path=FILE[,ro], got {part:?}")),
-        }
-    }
-    if disk.path.as_os_str().is_empty() {
-        return Err("expected [id=NAME,]path=FILE[,ro], got no path".into());
-    }
-    Ok(disk)
-}
-
-fn receive_disk(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((id, path)) if !id.is_empty() && !path.is_empty() => Ok((id.into(), path.into())),
-        _ => Err(format!("expected ID=PATH, got {text:?}")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -417,23 +363,6 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn disks() {
-        let disk = run_disk("id=root,path=/a b,ro").unwrap();
-        assert_eq!(
-            disk,
-            RunDisk {
-                id: Some("root".into()),
-                path: "/a b".into(),
-                read_only: true
-            }
-        );
-        assert_eq!(run_disk("path=x").unwrap().config(3).id, "disk3");
-        assert!(run_disk("id=x").unwrap_err().contains("no path"));
-        assert!(run_disk("path=x,rw").unwrap_err().contains("\"rw\""));
-        assert!(receive_disk("root").is_err());
     }
 
     #[test]

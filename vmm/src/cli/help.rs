@@ -5,24 +5,27 @@ Examples:
   godwit run --name web --kernel vmlinux --initrd initrd --memory 512M --cpus 2
   godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
   godwit run --kernel vmlinux --initrd initrd --vsock cid=3,uds=/run/web.vsock
+  godwit run --kernel vmlinux --initrd initrd --net tap=tap0 --net id=lan,tap=tap1,mac=02:00:00:00:00:07
   godwit run --config-file vm.json --name web
 
+A tap is made before: ip tuntap add dev tap0 mode tap && ip link set dev tap0 up. Without mac= a network card has a
+random address.
 In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
 
 pub(super) const RECEIVE_EXAMPLES: &str = "\
 Examples:
   godwit receive --name web --listen tcp:0.0.0.0:7000
-  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web --vsock uds=/run/web.vsock";
+  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web --net net0=tap0 --vsock uds=/run/web.vsock";
 
 pub(super) const RESTORE_EXAMPLES: &str = "\
 Examples:
   godwit restore web.snapshot --name web --resume
-  godwit restore web.snapshot --disk root=clone-1.img --name clone-1 --resume
+  godwit restore web.snapshot --disk root=clone-1.img --net net0=tap1 --name clone-1 --resume
   godwit restore web.snapshot --preload --resume
 
 The snapshot is only read, and must stay as long as a guest runs from it without --preload. Any number of guests
-can run from one snapshot, each with disks of its own. Its clocks go on from now, and its generation ID is new: Linux
-then takes new random numbers.";
+can run from one snapshot, each with disks and taps of its own; their network cards have the same address. Its clocks
+go on from now, and its generation ID is new: Linux then takes new random numbers.";
 
 pub(super) const SNAPSHOT_EXAMPLES: &str = "\
 Examples:

@@ -1,6 +1,5 @@
 //! `run`, `receive` and `restore`: the commands that become a VM.
 
-use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -16,9 +15,9 @@ use super::signals::{Held, outlive_file_size_limit};
 use super::snapshot::with_bar;
 use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
-use crate::config::{BalloonConfig, ConfigError, Wishes, check_disk_id};
+use crate::config::{BalloonConfig, ConfigError, Wishes};
 use crate::console::{Console, ConsoleInput};
-use crate::machine::{Arrival, Machine, MigrationDestination, SnapshotMemory};
+use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory;
 use crate::rundir::{ApiSocket, check_name};
 use crate::snapshot::Snapshot;
@@ -51,7 +50,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
-    let disks = received_disks(args.disks)?;
+    let arrival = args.backends.arrival(args.max_memory, args.reserve)?;
     if let Some(reserve) = args.reserve {
         memory::check_size(reserve).map_err(ConfigError::from)?;
     }
@@ -60,12 +59,6 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let socket = bind(&args.common, &name)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
-    let arrival = Arrival {
-        disks,
-        vsock: args.vsock,
-        max_memory: args.max_memory,
-        reserve: args.reserve,
-    };
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let receiver = Receiver::listen(&args.listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -78,12 +71,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
-    let arrival = Arrival {
-        disks: received_disks(args.disks)?,
-        vsock: args.vsock,
-        max_memory: None,
-        reserve: None,
-    };
+    let arrival = args.backends.arrival(None, None)?;
     let name = checked_name(&args.common)?;
     let snapshot = Snapshot::open(&args.directory)?;
     let console = Console::to_stdout().context("console")?;
@@ -141,29 +129,14 @@ fn wishes(args: &RunArgs) -> Wishes {
         shared_memory: args.shared_memory,
         dirty_ring: args.dirty_ring,
         cpu_template: args.cpu_template.clone(),
-        disks: args
-            .disks
-            .iter()
-            .enumerate()
-            .map(|(index, disk)| disk.config(index))
-            .collect(),
+        disks: args.devices.disks(),
+        nets: args.devices.nets(),
         balloon: args.balloon.map(|bytes| BalloonConfig {
             bytes,
             deflate_on_oom: true,
         }),
         vsock: args.vsock.clone(),
     }
-}
-
-fn received_disks(disks: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, PathBuf>, ConfigError> {
-    let mut by_id = BTreeMap::new();
-    for (id, path) in disks {
-        check_disk_id(&id)?;
-        if by_id.insert(id.clone(), path).is_some() {
-            return Err(ConfigError::DuplicateDisk(id));
-        }
-    }
-    Ok(by_id)
 }
 
 fn checked_name(common: &CommonArgs) -> anyhow::Result<String> {

@@ -3,6 +3,7 @@
 mod args;
 mod balloon;
 mod client;
+mod devices;
 mod help;
 mod launch;
 mod migrate;

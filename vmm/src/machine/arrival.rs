@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use devices::virtio::block::BlockState;
+use devices::virtio::net::NetState;
 use devices::virtio::rng::RngState;
 use devices::virtio::vsock::VsockState;
 use migration::{DeviceDescription, Difference};
@@ -12,13 +13,15 @@ use migration_state::Record;
 
 use super::backends::{RNG_ID, Unavailable, VSOCK_ID};
 use super::description;
-use crate::config::MAX_DISKS;
+use crate::config::MAX_DEVICES;
 
 /// What this host offers to a machine that arrives.
 #[derive(Clone, Debug)]
 pub struct Arrival {
     /// Disks by name: host paths never come from the peer.
     pub disks: BTreeMap<String, PathBuf>,
+    /// Taps by the name of the network card.
+    pub nets: BTreeMap<String, String>,
     /// Path of the socket device's socket.
     pub vsock: Option<PathBuf>,
     /// Most guest memory in bytes.
@@ -30,8 +33,8 @@ pub struct Arrival {
 impl Arrival {
     /// Everything about a machine's devices that cannot be had here.
     pub(super) fn check_devices(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
-        if !(1..=MAX_DISKS + 1).contains(&devices.len()) {
-            let here = format!("1 to {}", MAX_DISKS + 1);
+        if !(1..=MAX_DEVICES + 1).contains(&devices.len()) {
+            let here = format!("1 to {}", MAX_DEVICES + 1);
             return vec![difference("devices", devices.len().to_string(), here)];
         }
         let mut differences: Vec<_> = devices
@@ -39,15 +42,19 @@ impl Arrival {
             .enumerate()
             .filter_map(|(index, device)| self.check_device(index, device))
             .collect();
-        differences.extend(self.shared_disks(devices));
-        let is_disk = |id: &String| devices.iter().any(|d| d.id == *id && d.kind == BlockState::KIND);
-        for id in self.disks.keys().filter(|id| !is_disk(id)) {
-            let got = format!("--disk {id}=…");
-            differences.push(difference(
-                &format!("disk {id:?}"),
-                "no such disk in the machine",
-                got,
-            ));
+        differences.extend(self.shared_backends(devices));
+        let disks = self.disks.keys().map(|id| (BlockState::KIND, "--disk", id));
+        let nets = self.nets.keys().map(|id| (NetState::KIND, "--net", id));
+        for (kind, option, id) in disks.chain(nets) {
+            if !devices
+                .iter()
+                .any(|device| device.id == *id && device.kind == kind)
+            {
+                let noun = noun(kind);
+                let what = format!("{noun} {id:?}");
+                let expected = format!("no such {noun} in the machine");
+                differences.push(difference(&what, expected, format!("{option} {id}=…")));
+            }
         }
         if self.vsock.is_some() && !devices.iter().any(|device| device.kind == VsockState::KIND) {
             let what = format!("device {VSOCK_ID:?}");
@@ -93,24 +100,35 @@ impl Arrival {
         (*device != same).then(|| difference(&what, summary(device), summary(&same)))
     }
 
-    /// Two disks with one name or one backend: their locks would exclude each other, after "go".
-    fn shared_disks(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
-        let file = |device: &DeviceDescription| self.disks.get(&device.id).and_then(|path| identity(path));
+    /// Two devices with one name or one backend: the locks of disks would exclude each other, after "go", and a tap
+    /// has room for one card.
+    fn shared_backends(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
         let mut differences = Vec::new();
         for (index, device) in devices.iter().enumerate() {
             for other in &devices[..index] {
-                let writable = !(device.read_only && other.read_only);
+                let noun = noun(&device.kind);
                 if device.id == other.id {
                     let what = format!("device {:?}", device.id);
                     differences.push(difference(&what, "a name of its own", "two of that name"));
-                } else if writable && file(device).is_some_and(|id| file(other) == Some(id)) {
-                    let what = format!("disk {:?}", device.id);
-                    let got = format!("that of disk {:?}", other.id);
+                } else if self.share_disk(device, other) || self.share_tap(device, other) {
+                    let what = format!("{noun} {:?}", device.id);
+                    let got = format!("that of {noun} {:?}", other.id);
                     differences.push(difference(&what, "a backend of its own", got));
                 }
             }
         }
         differences
+    }
+
+    fn share_disk(&self, device: &DeviceDescription, other: &DeviceDescription) -> bool {
+        let file = |device: &DeviceDescription| self.disks.get(&device.id).and_then(|path| identity(path));
+        let writable = !(device.read_only && other.read_only);
+        writable && file(device).is_some_and(|id| file(other) == Some(id))
+    }
+
+    fn share_tap(&self, device: &DeviceDescription, other: &DeviceDescription) -> bool {
+        let tap = self.nets.get(&device.id);
+        tap.is_some() && tap == self.nets.get(&other.id)
     }
 }
 
@@ -128,6 +146,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 fn noun(kind: &str) -> &'static str {
     match kind {
         BlockState::KIND => "disk",
+        NetState::KIND => "network card",
         _ => "device",
     }
 }
@@ -160,6 +179,7 @@ mod tests {
 
     const NOTHING: Arrival = Arrival {
         disks: BTreeMap::new(),
+        nets: BTreeMap::new(),
         vsock: None,
         max_memory: None,
         reserve: None,
@@ -205,6 +225,41 @@ mod tests {
         assert!(check(&arrival("also-a"), &read_only).is_empty());
         let twice = [disk("x", false), disk("y", false), disk("x", false)];
         assert_eq!(check(&arrival("b"), &twice), ["two of that name"]);
+    }
+
+    #[test]
+    fn every_network_card_has_a_tap_of_its_own() {
+        let card = |id: &str, parameters: &[u8]| DeviceDescription {
+            kind: NetState::KIND.into(),
+            version: NetState::VERSION,
+            backend_size: 0,
+            parameters: parameters.into(),
+            ..disk(id, false)
+        };
+        let arrival = |nets: &[(&str, &str)]| Arrival {
+            nets: nets
+                .iter()
+                .map(|(id, tap)| ((*id).into(), (*tap).into()))
+                .collect(),
+            ..NOTHING
+        };
+        let good = [2, 0, 0, 0, 0, 1, 0xdc, 5];
+        let one = [card("x", &good)];
+        assert_eq!(check(&arrival(&[]), &one), ["none (use --net x=TAP)"]);
+        let missing = check(&arrival(&[("x", "no-tap-here")]), &one);
+        assert!(
+            missing[0].contains("ip tuntap add dev no-tap-here"),
+            "{missing:?}"
+        );
+        let nonsense = check(&arrival(&[("x", "no-tap-here")]), &[card("x", &[0; 8])]);
+        assert!(nonsense[0].contains("MAC address"), "{nonsense:?}");
+        let shared = check(
+            &arrival(&[("x", "tap"), ("y", "tap")]),
+            &[card("x", &[]), card("y", &[])],
+        );
+        assert_eq!(shared.last().unwrap(), "that of network card \"x\"");
+        let unknown = check(&arrival(&[("z", "tap")]), &[]);
+        assert_eq!(unknown, ["--net z=…"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
 use devices::virtio::block::{Backend, Block, BlockState};
+use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{self, Vsock, VsockState};
 use migration::DeviceDescription;
@@ -13,7 +14,7 @@ use migration_state::Record;
 
 use super::MachineError;
 use super::arrival::Arrival;
-use super::devices::NamedDevice;
+use super::devices::{NamedDevice, io_error};
 
 /// The name of the entropy device, which every machine has, as the first on the bus.
 pub(crate) const RNG_ID: &str = "rng";
@@ -23,9 +24,10 @@ pub(crate) const BALLOON_ID: &str = "balloon";
 pub(crate) const VSOCK_ID: &str = "vsock";
 
 /// Every kind that a machine can have.
-const KINDS: [&str; 4] = [
+const KINDS: [&str; 5] = [
     RngState::KIND,
     BlockState::KIND,
+    NetState::KIND,
     BalloonState::KIND,
     VsockState::KIND,
 ];
@@ -36,6 +38,15 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     for disk in &config.disks {
         let backend = Backend::open(&disk.path, disk.read_only)?;
         devices.push(block(&disk.id, backend, Limits::default())?);
+    }
+    for net in &config.nets {
+        let tap = Tap::open(&net.tap)?;
+        let random = || MacAddress::random().map_err(io_error("random MAC address"));
+        let parameters = Parameters {
+            mac: net.mac.map_or_else(random, Ok)?,
+            mtu: tap.mtu(),
+        };
+        devices.push(named(&net.id, Net::new(tap, parameters)?));
     }
     if let Some(config) = config.balloon {
         devices.push(balloon(config.bytes, config.deflate_on_oom)?);
@@ -72,6 +83,7 @@ impl Arrival {
                     got: migration::chain(&error),
                 })
             }
+            NetState::KIND => self.open_net(description),
             BalloonState::KIND => {
                 // How much it is to have is part of its state.
                 let parameters = &description.parameters;
@@ -107,6 +119,26 @@ impl Arrival {
                 got: format!("{:?}, which is none of {KINDS:?}", description.kind),
             }),
         }
+    }
+
+    fn open_net(
+        &self,
+        DeviceDescription { id, parameters, .. }: &DeviceDescription,
+    ) -> Result<NamedDevice, Unavailable> {
+        let tap = self.nets.get(id).ok_or_else(|| Unavailable {
+            expected: "a tap",
+            got: format!("none (use --net {id}=TAP)"),
+        })?;
+        let parameters = Parameters::from_bytes(parameters).map_err(|error| Unavailable {
+            expected: "an address and an MTU",
+            got: error.to_string(),
+        })?;
+        let net = Tap::open(tap).and_then(|tap| Net::new(tap, parameters));
+        let net = net.map_err(|error| Unavailable {
+            expected: "a usable tap",
+            got: error.to_string(),
+        })?;
+        Ok(named(id, net))
     }
 }
 

@@ -245,6 +245,6 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn io_error(what: &'static str) -> impl Fn(std::io::Error) -> MachineError {
+pub(super) fn io_error(what: &'static str) -> impl Fn(std::io::Error) -> MachineError {
     move |source| MachineError::Io { what, source }
 }

@@ -3,6 +3,7 @@
 use devices::virtio::HostError;
 use devices::virtio::block::BackendError;
 use devices::virtio::mmio::TransportError;
+use devices::virtio::net::TapError;
 use devices::virtio::vsock;
 use thiserror::Error;
 
@@ -46,6 +47,8 @@ pub enum MachineError {
     Disk(#[from] BackendError),
     #[error("{}", super::VSOCK_ID)]
     Vsock(#[from] vsock::BackendError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
     #[error("{id}")]
     Backend { id: String, source: HostError },
     #[error(transparent)]

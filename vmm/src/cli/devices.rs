@@ -1,0 +1,204 @@
+//! The options that name devices, and what is behind them on this host.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use devices::virtio::net::MacAddress;
+
+use super::vsock;
+use crate::config::{ConfigError, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
+use crate::machine::Arrival;
+
+/// Devices of a machine that boots.
+#[derive(Debug, Args)]
+pub(super) struct DeviceArgs {
+    /// A disk: [id=NAME,]path=FILE[,ro]; may be given several times
+    #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
+    disks: Vec<RunDisk>,
+    /// A network card: [id=NAME,]tap=TAP[,mac=MAC]; may be given several times
+    #[arg(long = "net", value_name = "SPEC", value_parser = run_net)]
+    nets: Vec<RunNet>,
+}
+
+impl DeviceArgs {
+    /// The disks; one without an id is named by its place.
+    pub(super) fn disks(&self) -> Vec<DiskConfig> {
+        let config = |(index, disk): (usize, &RunDisk)| DiskConfig {
+            id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
+            path: disk.path.clone(),
+            read_only: disk.read_only,
+        };
+        self.disks.iter().enumerate().map(config).collect()
+    }
+
+    /// The network cards, named likewise.
+    pub(super) fn nets(&self) -> Vec<NetConfig> {
+        let config = |(index, net): (usize, &RunNet)| NetConfig {
+            id: net.id.clone().unwrap_or_else(|| format!("net{index}")),
+            tap: net.tap.clone(),
+            mac: net.mac,
+        };
+        self.nets.iter().enumerate().map(config).collect()
+    }
+}
+
+/// What this host has for the devices of a machine that comes from elsewhere.
+#[derive(Debug, Args)]
+pub(super) struct BackendArgs {
+    /// Backend of a disk of the machine; may be given several times
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = backend::<PathBuf>)]
+    disks: Vec<(String, PathBuf)>,
+    /// Tap of a network card of the machine; may be given several times
+    #[arg(long = "net", value_name = "ID=TAP", value_parser = backend::<String>)]
+    nets: Vec<(String, String)>,
+    /// Unix socket of the machine's socket device here: uds=PATH
+    #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
+    vsock: Option<PathBuf>,
+}
+
+impl BackendArgs {
+    /// What is offered to that machine.
+    pub(super) fn arrival(
+        self,
+        max_memory: Option<u64>,
+        reserve: Option<u64>,
+    ) -> Result<Arrival, ConfigError> {
+        let disks = self.disks.iter().map(|(id, _)| id.as_str());
+        let nets = self.nets.iter().map(|(id, _)| id.as_str());
+        check_device_ids(disks.chain(nets), MAX_DEVICES)?;
+        Ok(Arrival {
+            disks: self.disks.into_iter().collect(),
+            nets: self.nets.into_iter().collect(),
+            vsock: self.vsock,
+            max_memory,
+            reserve,
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct RunDisk {
+    id: Option<String>,
+    path: PathBuf,
+    read_only: bool,
+}
+
+fn run_disk(text: &str) -> Result<RunDisk, String> {
+    let mut disk = RunDisk {
+        id: None,
+        path: PathBuf::new(),
+        read_only: false,
+    };
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("id", id)) => disk.id = Some(id.into()),
+            Some(("path", path)) => disk.path = path.into(),
+            None if part == "ro" => disk.read_only = true,
+            _ => return Err(format!("expected [id=NAME,]path=FILE[,ro], got {part:?}")),
+        }
+    }
+    if disk.path.as_os_str().is_empty() {
+        return Err("expected [id=NAME,]path=FILE[,ro], got no path".into());
+    }
+    Ok(disk)
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct RunNet {
+    id: Option<String>,
+    tap: String,
+    mac: Option<MacAddress>,
+}
+
+fn run_net(text: &str) -> Result<RunNet, String> {
+    let mut net = RunNet {
+        id: None,
+        tap: String::new(),
+        mac: None,
+    };
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("id", id)) => net.id = Some(id.into()),
+            Some(("tap", tap)) => net.tap = tap.into(),
+            Some(("mac", mac)) => net.mac = Some(mac.parse().map_err(|error| format!("{error}"))?),
+            _ => return Err(format!("expected [id=NAME,]tap=TAP[,mac=MAC], got {part:?}")),
+        }
+    }
+    if net.tap.is_empty() {
+        return Err("expected [id=NAME,]tap=TAP[,mac=MAC], got no tap".into());
+    }
+    Ok(net)
+}
+
+fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T), String> {
+    match text.split_once('=') {
+        Some((id, backend)) if !id.is_empty() && !backend.is_empty() => Ok((id.into(), backend.into())),
+        _ => Err(format!(
+            "expected a device's id, '=' and what is behind it, got {text:?}"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks() {
+        let disk = run_disk("id=root,path=/a b,ro").unwrap();
+        assert_eq!(
+            disk,
+            RunDisk {
+                id: Some("root".into()),
+                path: "/a b".into(),
+                read_only: true
+            }
+        );
+        assert!(run_disk("id=x").unwrap_err().contains("no path"));
+        assert!(run_disk("path=x,rw").unwrap_err().contains("\"rw\""));
+    }
+
+    #[test]
+    fn nets() {
+        let net = run_net("id=lan,tap=tap3,mac=02:00:00:00:00:07").unwrap();
+        assert_eq!(
+            net,
+            RunNet {
+                id: Some("lan".into()),
+                tap: "tap3".into(),
+                mac: Some("02:00:00:00:00:07".parse().unwrap())
+            }
+        );
+        assert!(run_net("id=x").unwrap_err().contains("no tap"));
+        assert!(
+            run_net("tap=x,mac=ff:ff:ff:ff:ff:ff")
+                .unwrap_err()
+                .contains("MAC address")
+        );
+        assert!(run_net("tap=x,up").unwrap_err().contains("\"up\""));
+    }
+
+    #[test]
+    fn devices_without_a_name_are_numbered() {
+        let args = DeviceArgs {
+            disks: vec![run_disk("path=a").unwrap(), run_disk("path=b").unwrap()],
+            nets: vec![run_net("id=x,tap=a").unwrap(), run_net("tap=b").unwrap()],
+        };
+        assert_eq!(args.disks()[1].id, "disk1");
+        assert_eq!(args.nets()[1].id, "net1");
+    }
+
+    #[test]
+    fn backends_have_names_of_their_own() {
+        assert!(backend::<String>("root").is_err());
+        assert!(backend::<String>("root=").is_err());
+        let args = |net: &str| BackendArgs {
+            disks: vec![backend("a=/dev/vda").unwrap()],
+            nets: vec![backend(net).unwrap()],
+            vsock: None,
+        };
+        let arrival = args("b=tap0").arrival(None, None).unwrap();
+        assert_eq!(arrival.nets["b"], "tap0");
+        assert!(args("a=tap0").arrival(None, None).is_err());
+    }
+}

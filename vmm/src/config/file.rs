@@ -1,0 +1,161 @@
+//! Firecracker's configuration file.
+
+use std::path::{Path, PathBuf};
+
+use devices::virtio::net::MacAddress;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+
+use super::{BalloonConfig, ConfigError, DiskConfig, NetConfig, VsockConfig, Wishes};
+
+impl Wishes {
+    /// What a configuration file asks for.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
+        let file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.into(),
+            source,
+        })?;
+        Ok(Self {
+            kernel: Some(file.boot_source.kernel_image_path),
+            initrd: file.boot_source.initrd_path,
+            cmdline: file.boot_source.boot_args,
+            cpus: file.machine_config.as_ref().map(|machine| machine.vcpu_count),
+            memory: file
+                .machine_config
+                .as_ref()
+                .map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
+            shared_memory: false,
+            dirty_ring: false,
+            cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
+            disks: file.drives.into_iter().map(DiskConfig::from).collect(),
+            nets: file.network_interfaces.into_iter().map(NetConfig::from).collect(),
+            balloon: file.balloon.map(BalloonConfig::from),
+            vsock: file.vsock.map(VsockConfig::from),
+        })
+    }
+}
+
+/// Firecracker's configuration file, as far as it is served. Unknown sections are errors, not silence.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    boot_source: BootSourceSection,
+    machine_config: Option<MachineSection>,
+    #[serde(default)]
+    drives: Vec<DriveSection>,
+    #[serde(default)]
+    network_interfaces: Vec<NetworkSection>,
+    balloon: Option<BalloonSection>,
+    vsock: Option<VsockSection>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BootSourceSection {
+    kernel_image_path: PathBuf,
+    initrd_path: Option<PathBuf>,
+    boot_args: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MachineSection {
+    vcpu_count: u64,
+    mem_size_mib: u64,
+    cpu_template: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DriveSection {
+    drive_id: String,
+    path_on_host: PathBuf,
+    #[serde(default)]
+    is_read_only: bool,
+    #[serde(default)]
+    #[expect(
+        dead_code,
+        reason = "Firecracker's files have it; the guest finds its root on the kernel command line here"
+    )]
+    is_root_device: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BalloonSection {
+    amount_mib: u64,
+    deflate_on_oom: bool,
+    #[serde(default)]
+    #[expect(
+        dead_code,
+        reason = "Firecracker's files may have it; here statistics are asked for when somebody wants to see them"
+    )]
+    stats_polling_interval_s: u64,
+}
+
+impl From<BalloonSection> for BalloonConfig {
+    fn from(balloon: BalloonSection) -> Self {
+        Self {
+            bytes: balloon.amount_mib.saturating_mul(1 << 20),
+            deflate_on_oom: balloon.deflate_on_oom,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VsockSection {
+    guest_cid: u64,
+    uds_path: PathBuf,
+    #[expect(dead_code, reason = "Firecracker's older files have it, for nothing")]
+    vsock_id: Option<String>,
+}
+
+impl From<VsockSection> for VsockConfig<u64> {
+    fn from(vsock: VsockSection) -> Self {
+        Self {
+            guest_cid: vsock.guest_cid,
+            uds: vsock.uds_path,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkSection {
+    iface_id: String,
+    host_dev_name: String,
+    #[serde(default, deserialize_with = "mac")]
+    guest_mac: Option<MacAddress>,
+}
+
+/// Text, where [`MacAddress`] itself is bytes.
+fn mac<'de, D: Deserializer<'de>>(from: D) -> Result<Option<MacAddress>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|text| text.parse().map_err(D::Error::custom))
+        .transpose()
+}
+
+impl From<NetworkSection> for NetConfig {
+    fn from(network: NetworkSection) -> Self {
+        Self {
+            id: network.iface_id,
+            tap: network.host_dev_name,
+            mac: network.guest_mac,
+        }
+    }
+}
+
+impl From<DriveSection> for DiskConfig {
+    fn from(drive: DriveSection) -> Self {
+        Self {
+            id: drive.drive_id,
+            path: drive.path_on_host,
+            read_only: drive.is_read_only,
+        }
+    }
+}
