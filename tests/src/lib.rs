@@ -16,7 +16,7 @@ pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
 pub use host::{Host, Migration, Vm};
 pub use journey::{BareGuest, Journey};
-pub use lab_journey::{LabJourney, StockGuest, ended, payload};
+pub use lab_journey::{GUEST, LabJourney, StockGuest, TAP, ended, payload};
 pub use output::Output;
 pub use process::{Finished, Process};
 pub use tiny::TinyGuest;

@@ -1,5 +1,8 @@
 //! Debian guests on emulated hosts with ordinary KVM: unmodified kernels, real hosts, power cuts.
 
+#[path = "lab/network.rs"]
+mod network;
+
 use std::process::Command;
 use std::time::Instant;
 

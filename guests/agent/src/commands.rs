@@ -11,6 +11,7 @@ use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use crate::disk::Request;
 use crate::echo;
 use crate::memory::Verify;
+use crate::network;
 use crate::report::Report;
 
 /// The workloads that commands speak to.
@@ -69,6 +70,8 @@ impl Workloads {
     pub(crate) fn end(&self, how: RebootCommand, report: &Report) {
         self.unmount();
         rustix::fs::sync();
+        // Fails in a guest that has no card.
+        let _ = network::take_down();
         if let Err(error) = reboot(how) {
             report.error(format_args!("reboot expected=end got={error:?}"));
         }

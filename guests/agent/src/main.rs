@@ -9,10 +9,12 @@ mod first;
 mod forks;
 mod heartbeat;
 mod memory;
+mod network;
 mod physical;
 mod power;
 mod report;
 mod settings;
+mod stream;
 
 use std::sync::Arc;
 use std::thread;
@@ -35,6 +37,14 @@ fn main() -> std::io::Result<()> {
         .disk
         .as_ref()
         .and_then(|device| disk::start(device, report.clone()));
+    if let Some((address, prefix)) = settings.address
+        && let Err(error) = network::set_up(address, prefix)
+    {
+        report.error(format_args!("address={address} expected=set got={error}"));
+    }
+    if let Some(peer) = settings.echo {
+        stream::start(peer, report.clone());
+    }
     let workloads = Arc::new(commands::Workloads::new(memory, disk));
     workloads.wait_until_filled();
     let cpus = thread::available_parallelism().map_or(1, std::num::NonZero::get);

@@ -1,5 +1,6 @@
 //! What the kernel's command line says to the agent.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use guest_core::{PAGE, Rate, size};
@@ -17,6 +18,10 @@ pub(crate) struct Settings {
     pub(crate) tick: Duration,
     /// `disk`: a device with an ext4 file system to work on.
     pub(crate) disk: Option<String>,
+    /// `address`: the network card's, with the length of its prefix.
+    pub(crate) address: Option<(Ipv4Addr, u8)>,
+    /// `echo`: who sends back everything that he gets.
+    pub(crate) echo: Option<SocketAddr>,
     /// Words with our prefix that make no sense.
     pub(crate) unknown: Vec<String>,
 }
@@ -30,6 +35,8 @@ impl Settings {
             rate: Rate::BytesPerSecond(0),
             tick: Duration::from_millis(50),
             disk: None,
+            address: None,
+            echo: None,
             unknown: Vec::new(),
         };
         for word in line.split_ascii_whitespace() {
@@ -54,6 +61,11 @@ impl Settings {
             "rate" => self.rate = Rate::parse(value)?,
             "tick" => self.tick = milliseconds(value)?,
             "disk" => self.disk = Some(value.to_owned()),
+            "address" => {
+                let (address, prefix) = value.split_once('/')?;
+                self.address = Some((address.parse().ok()?, prefix.parse().ok()?));
+            }
+            "echo" => self.echo = Some(value.parse().ok()?),
             _ => return None,
         }
         Some(())
@@ -73,13 +85,15 @@ mod tests {
 
     #[test]
     fn our_words_are_read_and_nonsense_is_kept() {
-        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.x=1";
+        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.address=10.0.0.9/24 godwit.echo=10.0.0.1:7 godwit.x=1";
         let expected = Settings {
             dirty_bytes: 64 << 20,
             base: Some(96 << 20),
             rate: Rate::Max,
             tick: Duration::from_millis(20),
             disk: Some("/dev/vda".into()),
+            address: Some((Ipv4Addr::new(10, 0, 0, 9), 24)),
+            echo: Some("10.0.0.1:7".parse().unwrap()),
             unknown: vec!["godwit.x=1".into()],
         };
         assert_eq!(Settings::parse(line), expected);

@@ -19,8 +19,8 @@ use cache::Cache;
 const KERNEL: &str = "linux-image-cloud-amd64";
 const BUSYBOX: &str = "busybox-static";
 
-/// Modules of an emulated host, besides what they depend on: KVM, its devices.
-const LAB_MODULES: [&str; 7] = [
+/// Modules of an emulated host, besides what they depend on: KVM, its devices, its guests' network.
+const LAB_MODULES: [&str; 9] = [
     "kvm-amd",
     "kvm-intel",
     "virtio_pci",
@@ -28,6 +28,8 @@ const LAB_MODULES: [&str; 7] = [
     "virtio_net",
     "virtio_console",
     "virtio_rng",
+    "tun",
+    "bridge",
 ];
 
 #[derive(clap::Args, Default)]

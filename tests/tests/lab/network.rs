@@ -1,0 +1,95 @@
+//! A guest's network, from outside.
+
+use super::*;
+use tests::{GUEST, TAP};
+
+/// Makes the hosts' cards and their taps parts of one network, as an administrator would; host 0 echoes streams.
+fn connect(lab: &Lab) -> Result<lab::Process> {
+    for index in 0..2 {
+        let address = lab.host(index).address();
+        let script = format!(
+            "set -e; brctl addbr bridge; ip link set bridge up; ip address flush dev eth0; brctl addif bridge eth0; \
+             ip address add {address}/24 dev bridge; mkdir -p /dev/net; [ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200; \
+             tunctl -t {TAP}; ip link set {TAP} up; brctl addif bridge {TAP}"
+        );
+        let done = lab.host(index).run(&["sh", "-c", &script])?;
+        ensure!(
+            done.status.success(),
+            "host {index}: {}{}",
+            done.stdout,
+            done.stderr
+        );
+    }
+    Ok(lab.host(0).spawn(&["nc", "-ll", "-p", "7007", "-e", "cat"])?)
+}
+
+/// The guest answers a host, whoever runs it.
+fn ping(journey: &LabJourney, host: usize) -> Result<()> {
+    let done = journey
+        .lab
+        .host(host)
+        .run(&["ping", "-c", "1", "-W", "20", GUEST])?;
+    ensure!(
+        done.status.success(),
+        "host {host} hears nothing: {}",
+        done.stdout
+    );
+    Ok(())
+}
+
+#[test]
+fn a_stream_goes_on_across_moves() -> Result<()> {
+    let lab = two_hosts()?;
+    let echo = connect(&lab)?;
+    let guest = StockGuest {
+        net: true,
+        ..Default::default()
+    };
+    let mut journey = LabJourney::start(lab, guest)?;
+    journey.check_stream()?;
+    refused_without_a_tap(&mut journey)?;
+    let moves = count(4)?;
+    for number in 1..=moves {
+        let on = || format!("move {number} of {moves}");
+        journey.hop(&VERIFIED).with_context(on)?;
+        let streamed = journey.check_stream().with_context(on)?;
+        for host in 0..2 {
+            ping(&journey, host).with_context(on)?;
+        }
+        println!("move {number} of {moves}: {streamed} bytes came back");
+    }
+    journey.verify()?;
+    journey.power_off()?;
+    drop(echo);
+    Ok(())
+}
+
+/// A receiver that has no tap for the guest says so before anything happens to it.
+fn refused_without_a_tap(journey: &mut LabJourney) -> Result<()> {
+    for (tap, expected) in [
+        (None, "use --net net0=TAP"),
+        (Some("net0=none"), "ip tuntap add dev none"),
+    ] {
+        let mut words = vec![
+            "godwit",
+            "receive",
+            "--name",
+            "poor",
+            "--listen",
+            "tcp:0.0.0.0:7001",
+        ];
+        words.extend(tap.into_iter().flat_map(|tap| ["--net", tap]));
+        let host = journey.lab.host(1);
+        let mut receiver = host.spawn(&words)?;
+        receiver.wait_line(|line| line.contains(" is listening on "), PATIENCE)?;
+        let endpoint = format!("tcp:{}:7001", host.address());
+        let line = journey
+            .migrate(&endpoint, &ANY_DOWNTIME)?
+            .stayed(Outcome::Failed)?;
+        ensure!(line.contains(expected), "expected {expected:?} in {line:?}");
+        receiver.signal(Signal::Terminate)?;
+        receiver.wait(PATIENCE)?;
+        journey.check_stream()?;
+    }
+    Ok(())
+}
