@@ -2,6 +2,8 @@
 
 #[path = "lab/network.rs"]
 mod network;
+#[path = "lab/together.rs"]
+mod together;
 
 use std::process::Command;
 use std::time::Instant;
@@ -37,12 +39,18 @@ fn tool(words: &[&str]) -> Result<()> {
         .map(drop)
 }
 
-#[test]
-fn a_debian_guest_back_and_forth() -> Result<()> {
+/// An image with an empty file system, and the folder that it goes with.
+fn formatted_disk() -> Result<(tempfile::TempDir, String)> {
     let directory = tempfile::tempdir()?;
     let image = directory.path().join("disk").display().to_string();
     std::fs::File::create(&image)?.set_len(64 << 20)?;
     tool(&["mkfs.ext4", "-q", "-F", &image])?;
+    Ok((directory, image))
+}
+
+#[test]
+fn a_debian_guest_back_and_forth() -> Result<()> {
+    let (_directory, image) = formatted_disk()?;
     let lab = Lab::builder(payload(&Fixtures::from_env()?))
         .hosts(2)
         .shared_image(&image)

@@ -26,13 +26,15 @@ enum Scenario {
     Kills,
     /// A Debian guest with a disk under load moves 10 times between emulated hosts
     Lab,
+    /// A Debian guest that uses disk, network, sockets and balloon at once moves 20 times between emulated hosts
+    Together,
     /// Every property of every decoder with 100000 random cases
     Fuzz,
 }
 
 impl Scenario {
     fn lane(self) -> Lane {
-        if self == Self::Lab {
+        if matches!(self, Self::Lab | Self::Together) {
             Lane::Lab
         } else {
             Lane::Direct
@@ -46,6 +48,7 @@ impl Scenario {
             Self::Faults => "any_fault_at_any_message",
             Self::Kills => "a_killed_destination",
             Self::Lab => "a_debian_guest_back_and_forth",
+            Self::Together => "everything_at_once",
             Self::Fuzz => "any_",
         }
     }
@@ -56,6 +59,7 @@ impl Scenario {
             Self::Moves | Self::Kills => 50,
             Self::Faults => 200,
             Self::Lab => 10,
+            Self::Together => 20,
             Self::Fuzz => 100_000,
         };
         let name = if self == Self::Fuzz {
