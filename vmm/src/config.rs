@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use devices::virtio::net::MacAddress;
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
+use devices::{BucketError, Limits};
 use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
@@ -56,6 +57,8 @@ pub enum ConfigError {
     DeviceId { got: String },
     #[error("device id {0:?} is used twice; name disks and network cards apart with id=")]
     DuplicateDevice(String),
+    #[error("disk {id:?}")]
+    Limits { id: String, source: BucketError },
     #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
     Balloon { got: u64, memory: u64 },
     #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
@@ -73,6 +76,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// What it may do in a time.
+    pub limits: Limits,
 }
 
 /// A network card of the machine.
@@ -200,6 +205,12 @@ impl Wishes {
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
+        for disk in &self.disks {
+            disk.limits.check().map_err(|source| ConfigError::Limits {
+                id: disk.id.clone(),
+                source,
+            })?;
+        }
         if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
             && got > memory
         {
@@ -313,6 +324,7 @@ mod tests {
             id: id.into(),
             path: "x".into(),
             read_only: false,
+            limits: Limits::default(),
         };
         let twice = Wishes {
             disks: vec![disk("a"), disk("a")],
@@ -370,6 +382,7 @@ mod tests {
             id: format!("d{id}"),
             path: "x".into(),
             read_only: false,
+            limits: Limits::default(),
         };
         let full = Wishes {
             disks: (0..MAX_DEVICES).map(disk).collect(),
@@ -390,7 +403,8 @@ mod tests {
             &path,
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
-                "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true}],
+                "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true,
+                            "rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}],
                 "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0",
                                         "guest_mac": "06:00:AC:10:00:02"},
                                        {"iface_id": "eth1", "host_dev_name": "tap1"}],
@@ -411,6 +425,12 @@ mod tests {
             (4, 128 << 20, "quiet")
         );
         assert_eq!(config.disks[0].id, "root");
+        let nine = devices::Bucket {
+            size: 9,
+            one_time_burst: 0,
+            refill_time_ms: 100,
+        };
+        assert_eq!(config.disks[0].limits.operations, Some(nine));
         let expected = [
             ("eth0", "tap0", Some("06:00:ac:10:00:02".parse().unwrap())),
             ("eth1", "tap1", None),

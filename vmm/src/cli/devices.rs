@@ -1,18 +1,20 @@
 //! The options that name devices, and what is behind them on this host.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::Args;
 use devices::virtio::net::MacAddress;
+use devices::{Bucket, Limits};
 
-use super::vsock;
+use super::{units, vsock};
 use crate::config::{ConfigError, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
 use crate::machine::Arrival;
 
 /// Devices of a machine that boots.
 #[derive(Debug, Args)]
 pub(super) struct DeviceArgs {
-    /// A disk: [id=NAME,]path=FILE[,ro]; may be given several times
+    /// A disk: [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]; may be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
     /// A network card: [id=NAME,]tap=TAP[,mac=MAC]; may be given several times
@@ -27,6 +29,7 @@ impl DeviceArgs {
             id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
             path: disk.path.clone(),
             read_only: disk.read_only,
+            limits: disk.limits,
         };
         self.disks.iter().enumerate().map(config).collect()
     }
@@ -81,24 +84,36 @@ struct RunDisk {
     id: Option<String>,
     path: PathBuf,
     read_only: bool,
+    limits: Limits,
 }
+
+const DISK: &str = "expected [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]";
 
 fn run_disk(text: &str) -> Result<RunDisk, String> {
     let mut disk = RunDisk {
         id: None,
         path: PathBuf::new(),
         read_only: false,
+        limits: Limits::default(),
     };
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("id", id)) => disk.id = Some(id.into()),
             Some(("path", path)) => disk.path = path.into(),
+            Some(("bandwidth", rate)) => {
+                disk.limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?));
+            }
+            Some(("iops", count)) => {
+                let count = count.parse::<NonZeroU64>();
+                let count = count.map_err(|_| format!("expected iops=N with N above 0, got {part:?}"))?;
+                disk.limits.operations = Some(Bucket::per_second(count.get()));
+            }
             None if part == "ro" => disk.read_only = true,
-            _ => return Err(format!("expected [id=NAME,]path=FILE[,ro], got {part:?}")),
+            _ => return Err(format!("{DISK}, got {part:?}")),
         }
     }
     if disk.path.as_os_str().is_empty() {
-        return Err("expected [id=NAME,]path=FILE[,ro], got no path".into());
+        return Err(format!("{DISK}, got no path"));
     }
     Ok(disk)
 }
@@ -151,9 +166,21 @@ mod tests {
             RunDisk {
                 id: Some("root".into()),
                 path: "/a b".into(),
-                read_only: true
+                read_only: true,
+                limits: Limits::default(),
             }
         );
+        let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap().limits;
+        assert_eq!(limited.bandwidth, Some(Bucket::per_second(10_000_000)));
+        assert_eq!(limited.operations, Some(Bucket::per_second(500)));
+        for bad in [
+            "path=x,iops=0",
+            "path=x,iops=many",
+            "path=x,bandwidth=10",
+            "path=x,bandwidth=0MB/s",
+        ] {
+            assert!(run_disk(bad).is_err(), "{bad}");
+        }
         assert!(run_disk("id=x").unwrap_err().contains("no path"));
         assert!(run_disk("path=x,rw").unwrap_err().contains("\"rw\""));
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use devices::virtio::net::MacAddress;
+use devices::{Bucket, Limits};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
@@ -82,6 +83,39 @@ struct DriveSection {
         reason = "Firecracker's files have it; the guest finds its root on the kernel command line here"
     )]
     is_root_device: bool,
+    #[serde(default)]
+    rate_limiter: LimitsSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LimitsSection {
+    bandwidth: Option<BucketSection>,
+    ops: Option<BucketSection>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BucketSection {
+    size: u64,
+    #[serde(default)]
+    one_time_burst: u64,
+    /// In milliseconds.
+    refill_time: u64,
+}
+
+impl From<LimitsSection> for Limits {
+    fn from(section: LimitsSection) -> Self {
+        let bucket = |section: BucketSection| Bucket {
+            size: section.size,
+            one_time_burst: section.one_time_burst,
+            refill_time_ms: section.refill_time,
+        };
+        Self {
+            bandwidth: section.bandwidth.map(bucket),
+            operations: section.ops.map(bucket),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -156,6 +190,7 @@ impl From<DriveSection> for DiskConfig {
             id: drive.drive_id,
             path: drive.path_on_host,
             read_only: drive.is_read_only,
+            limits: drive.rate_limiter.into(),
         }
     }
 }

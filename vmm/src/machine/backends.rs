@@ -37,7 +37,7 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     let mut devices = vec![named(RNG_ID, Rng::new())];
     for disk in &config.disks {
         let backend = Backend::open(&disk.path, disk.read_only)?;
-        devices.push(block(&disk.id, backend, Limits::default())?);
+        devices.push(block(&disk.id, backend, disk.limits)?);
     }
     for net in &config.nets {
         let tap = Tap::open(&net.tap)?;
