@@ -136,8 +136,8 @@ fn a_configuration_file_that_makes_no_sense() -> Result<()> {
     for (text, word) in [
         ("{", "EOF"),
         (
-            r#"{"boot-source": {"kernel_image_path": "k"}, "balloon": {}}"#,
-            "unknown field `balloon`",
+            r#"{"boot-source": {"kernel_image_path": "k"}, "mmds-config": {}}"#,
+            "unknown field `mmds-config`",
         ),
         (
             r#"{"boot-source": {"kernel_image_path": "k"}, "machine-config": {"vcpu_count": 99, "mem_size_mib": 64}}"#,
