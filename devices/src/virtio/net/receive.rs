@@ -133,13 +133,12 @@ impl<'a> Pool<'a> {
             let Some((head, chain)) = queue.take()? else {
                 return Ok(Filled::TooLittle);
             };
-            let checked = self.check(chain);
-            let buffers = checked.as_ref().cloned().unwrap_or_default();
-            self.bytes += buffers.len();
-            self.buffers += buffers.count();
-            self.chains.push_back((head, buffers));
-            if let Err(error) = checked {
-                return self.refuse(queue, error);
+            match self.check(chain) {
+                Ok(buffers) => self.push(head, buffers),
+                Err(error) => {
+                    self.push(head, Buffers::default());
+                    return self.refuse(queue, error);
+                }
             }
         }
         let mut vectors = Vectors::new(self.memory);
@@ -195,6 +194,12 @@ impl<'a> Pool<'a> {
             [(head, written)] => queue.give_back(head, written),
             _ => queue.give_back_together(&used),
         }
+    }
+
+    fn push(&mut self, head: Head, buffers: Buffers) {
+        self.bytes += buffers.len();
+        self.buffers += buffers.count();
+        self.chains.push_back((head, buffers));
     }
 
     fn pop(&mut self) -> Option<(Head, Buffers)> {
