@@ -1,4 +1,5 @@
 //! Limits on how much a device does in a time: token buckets for operations and for bytes, in Firecracker's model.
+//! Where a machine is restored they begin anew, with full buckets.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -182,6 +183,14 @@ impl Limiter {
         self.bandwidth.set(bandwidth);
         self.operations.set(operations);
         admitted
+    }
+
+    /// Takes tokens for so many bytes that were not known before, and that the next operation waits for.
+    pub(crate) fn charge(&self, bytes: u64) {
+        if let Some(mut tokens) = self.bandwidth.get() {
+            tokens.take(bytes);
+            self.bandwidth.set(Some(tokens));
+        }
     }
 
     fn wake_in(&self, wait: Duration) {

@@ -126,7 +126,7 @@ impl PageSet {
 
     /// Adds every page that a range within one region touches, if none of them is in the set. Answers whether
     /// that is so.
-    pub(crate) fn insert_new(&mut self, range: MemoryRange) -> Result<bool, PageSetError> {
+    pub fn insert_new(&mut self, range: MemoryRange) -> Result<bool, PageSetError> {
         let (region, first, end) = self.locate(range)?;
         let words = &mut self.regions[region].words;
         let new = masks(first, end).all(|(word, mask)| words[word] & mask == 0);

@@ -21,7 +21,7 @@ pub enum RundirError {
     #[error("run-time directory {path}: expected mode 0700 and your own, got mode {mode:04o}, owner {owner}")]
     NotPrivate { path: PathBuf, mode: u32, owner: u32 },
     #[error(
-        "VM name {got:?}: expected 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not starting with '.'"
+        "VM name {got:?}: expected 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not starting with '.', and not \"merge\""
     )]
     BadName { got: String },
     #[error("API socket {path}: in use by a running VM; choose another --name or --api-sock")]
@@ -143,7 +143,14 @@ fn create_private(path: &Path) -> Result<(), RundirError> {
 /// Whether a VM can have this name.
 pub fn check_name(name: &str) -> Result<(), RundirError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.bytes().all(allowed) {
+    // `godwit snapshot merge` is about no VM.
+    let is_taken = name == "merge";
+    if is_taken
+        || name.is_empty()
+        || name.len() > NAME_MAX
+        || name.starts_with('.')
+        || !name.bytes().all(allowed)
+    {
         return Err(RundirError::BadName { got: name.into() });
     }
     Ok(())

@@ -19,7 +19,7 @@ mod testing;
 pub use chain::{Buffers, Chain, ChainError};
 pub use device::{Description, DeviceError, HostBackend, HostError, VirtioDevice};
 pub use interrupt::Interrupt;
-pub use queue::{Head, Progress, QueueAccess, QueueError, Queues, Taken};
+pub use queue::{Head, Progress, QueueAccess, QueueError, Queues, Served, Taken};
 
 /// Largest queue that our devices offer, in descriptors.
 pub const QUEUE_SIZE: u16 = 256;

@@ -54,6 +54,21 @@ pub type Taken = (Head, Result<Chain, ChainError>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head(pub u16);
 
+/// What came of a chain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Bytes that were written to it.
+    pub written: u32,
+    /// What was done for it besides reading and writing its buffers, in bytes: part of what a turn may take.
+    pub work: u64,
+}
+
+impl From<u32> for Served {
+    fn from(written: u32) -> Self {
+        Self { written, work: 0 }
+    }
+}
+
 /// Whether a queue is done for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -77,22 +92,22 @@ impl<'a> QueueAccess<'a> {
         self.memory
     }
 
-    /// Hands available chains to `serve_chain`, which returns the bytes that it wrote to each, and gives the
+    /// Hands available chains to `serve_chain`, which returns what came of each, and gives the
     /// driver its due: used ring, interrupts. A chain that is itself malformed comes as an error; whatever is
     /// returned for it, it goes back to the driver.
-    pub fn serve(
+    pub fn serve<S: Into<Served>>(
         &mut self,
-        serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> u32,
+        serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
     ) -> Result<Progress, QueueError> {
         self.serve_admitted(|_| true, serve_chain)
     }
 
     /// As [`QueueAccess::serve`], but only while `admit` says so to the bytes of the next chain. A chain that is not
     /// admitted stays available, and the driver need not kick for it: whoever says no comes back.
-    pub fn serve_admitted(
+    pub fn serve_admitted<S: Into<Served>>(
         &mut self,
         mut admit: impl FnMut(u64) -> bool,
-        mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> u32,
+        mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
     ) -> Result<Progress, QueueError> {
         let (mut turns, mut bytes, mut served) = (0, 0, false);
         let progress = loop {
@@ -104,8 +119,8 @@ impl<'a> QueueAccess<'a> {
                 self.put_back();
                 break Progress::Idle;
             }
-            bytes += len;
-            let written = serve_chain(self.memory, chain);
+            let Served { written, work } = serve_chain(self.memory, chain).into();
+            bytes += len + work;
             self.give_back(head, written)?;
             served = true;
             turns += 1;

@@ -222,8 +222,11 @@ async fn snapshot(
 
 async fn set_balloon(State(context): State<Context>, body: JsonBody<BalloonUpdate>) -> Answer<StatusCode> {
     let Json(BalloonUpdate { amount_mib }) = body?;
-    let balloon = context.supervisor.ask(Request::Balloon).await?;
-    balloon.set_target(amount_mib.saturating_mul(1 << 20));
+    let bytes = amount_mib.saturating_mul(1 << 20);
+    context
+        .supervisor
+        .ask(|reply| Request::SetBalloon(bytes, reply))
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

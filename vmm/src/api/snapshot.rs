@@ -25,6 +25,10 @@ pub struct SnapshotRequest {
 pub struct SnapshotReport {
     /// The directory.
     pub path: PathBuf,
+    /// Its own name, by which differences to it know it: 32 hexadecimal digits.
+    pub id: String,
+    /// The snapshot that it is a difference to, if it is one.
+    pub base: Option<String>,
     /// Bytes of guest memory.
     pub memory_bytes: u64,
     /// Bytes of it that are in the snapshot and not zero, and so take up space.

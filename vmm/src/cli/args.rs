@@ -186,7 +186,7 @@ pub(super) struct WriteArgs {
     /// The directory that is to be made
     #[arg(value_name = "DIR")]
     pub(super) directory: PathBuf,
-    /// Write only what has changed since the VM's last snapshot, or since it was restored from one
+    /// Write only what has changed since the VM's last snapshot, or since it was restored from one that it is mapped from
     #[arg(long)]
     pub(super) diff: bool,
     /// Let the guest run on here afterwards; otherwise the VM ends

@@ -35,8 +35,8 @@ Examples:
   godwit snapshot web tuesday --diff --keep-running
   godwit snapshot merge monday tuesday --output whole
 
-With --keep-running the pages that the guest writes from then on are tracked, which costs it one fault a page. A
-migration ends that: the next snapshot must be a whole one.
+With --keep-running the pages that the guest writes from then on are logged, which costs it a fault for each, and small
+pages. A migration ends that: the next snapshot must be a whole one.
 Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
 Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";
@@ -47,7 +47,8 @@ Examples:
   godwit balloon web 0M
   godwit balloon web --json
 
-The guest gives up, or takes back, in its own time, and never more than it can do without.";
+The guest gives up, or takes back, in its own time. It drops caches and swaps for it; one that runs out of memory takes
+some back by itself, unless its configuration file says deflate_on_oom false.";
 
 pub(super) const MIGRATE_EXAMPLES: &str = "\
 Examples:

@@ -19,6 +19,7 @@ use crate::config::{BalloonConfig, ConfigError, Wishes};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory;
+use crate::report::figures::duration;
 use crate::rundir::{ApiSocket, check_name};
 use crate::snapshot::Snapshot;
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
@@ -84,6 +85,12 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     let socket = bind(&args.common, &name)?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
+    let age = snapshot.age();
+    if age.is_zero() {
+        tracing::warn!(
+            "the snapshot is from the future of this host's clock: the guest's clocks go on where they stood"
+        );
+    }
     let machine = destination.restore_snapshot(&snapshot, memory, args.resume)?;
     supervisor.adopt(machine, &server);
     let after = if args.resume {
@@ -92,7 +99,10 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
         format!("is paused; `godwit resume {name}` lets it go on")
     };
     // Scripts wait for this line.
-    eprintln!("godwit: {name} is restored and {after}");
+    eprintln!(
+        "godwit: {name} is restored and {after}; its clocks go on by {}",
+        duration(age.as_secs_f64() * 1e3)
+    );
     supervise(supervisor, server)
 }
 

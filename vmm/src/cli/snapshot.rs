@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::sync::oneshot;
 
 use super::Exit;
 use super::args::{MergeArgs, SnapshotArgs, SnapshotCommand, WriteArgs};
@@ -81,10 +81,10 @@ fn merge(args: &MergeArgs) -> anyhow::Result<Exit> {
 fn told(args: &WriteArgs, report: &SnapshotReport) -> String {
     let (vm, path) = (&args.vm, shown(&report.path));
     let after = match (args.keep_running, args.diff) {
-        (true, _) => "it runs on".into(),
+        (true, _) => "it stays here".into(),
         (false, false) => format!("go on with `godwit restore {path} --resume`"),
         (false, true) => {
-            format!("put it together with its base by `godwit snapshot merge BASE {path} -o DIR`")
+            format!("put it on top of what it is to by `godwit snapshot merge BASE [DIFF]... {path} -o DIR`")
         }
     };
     format!(
@@ -121,23 +121,30 @@ async fn watch(client: &Client, bar: &MemoryBar) -> std::convert::Infallible {
     }
 }
 
-/// Does `work` on a snapshot's files and shows how far it is.
+/// Does `work` on a snapshot's files, shows how far it is, and cancels it at Ctrl-C: nothing is left half-done.
 pub(super) fn with_bar<T>(work: impl FnOnce(&Watch) -> Result<T, SnapshotError>) -> Result<T, SnapshotError> {
     let (watch, bar) = (Watch::default(), MemoryBar::new());
-    let (done, waiting) = mpsc::channel::<()>();
+    let (done, waiting) = oneshot::channel::<()>();
     let ended = std::thread::scope(|scope| {
         let (watch, bar) = (&watch, &bar);
-        scope.spawn(move || {
-            while waiting.recv_timeout(MemoryBar::INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                bar.show(&watch.progress());
-            }
-        });
+        scope.spawn(move || block_on(accompany(watch, bar, waiting)));
         let ended = work(watch);
         drop(done);
         ended
     });
     bar.clear();
     ended
+}
+
+/// Until the other end of `done` is dropped.
+async fn accompany(watch: &Watch, bar: &MemoryBar, mut done: oneshot::Receiver<()>) {
+    loop {
+        tokio::select! {
+            _ = &mut done => return,
+            _ = tokio::signal::ctrl_c() => watch.cancel(),
+            () = tokio::time::sleep(MemoryBar::INTERVAL) => bar.show(&watch.progress()),
+        }
+    }
 }
 
 /// How much of a guest's memory is written or read; nothing where standard error is no terminal.

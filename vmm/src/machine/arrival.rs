@@ -153,8 +153,13 @@ fn noun(kind: &str) -> &'static str {
 
 fn summary(device: &DeviceDescription) -> String {
     let mode = if device.read_only { "read-only" } else { "writable" };
+    let made_with = if device.parameters.is_empty() {
+        String::new()
+    } else {
+        format!(", made with {:02x?}", device.parameters)
+    };
     format!(
-        "{} version {}, {} bytes, {mode}",
+        "{} version {}, {} bytes, {mode}{made_with}",
         device.kind, device.version, device.backend_size
     )
 }

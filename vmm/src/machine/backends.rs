@@ -89,7 +89,7 @@ impl Arrival {
                 let parameters = &description.parameters;
                 let opened = match Balloon::deflates_on_oom(parameters) {
                     Some(deflates) if id == BALLOON_ID => {
-                        balloon(0, deflates).map_err(|error| error.to_string())
+                        balloon(0, deflates).map_err(|error| migration::chain(&error))
                     }
                     _ => Err(format!("{id:?} made with {parameters:02x?}")),
                 };

@@ -32,9 +32,14 @@ enum Written {
     Log(Arc<dyn DirtyLog>),
 }
 
-/// What was before a snapshot that is not on the disk yet; see [`Machine::track`].
-pub struct Before {
+/// A snapshot that is not on the disk yet. If it comes to nothing and this is dropped, the next difference is to the one
+/// before it.
+#[must_use]
+pub struct Tracking<'a> {
+    machine: &'a Machine,
+    /// The snapshot before, and what was written since then.
     previous: Option<(SnapshotId, PageSet)>,
+    is_kept: bool,
 }
 
 impl Machine {
@@ -61,70 +66,69 @@ impl Machine {
     }
 
     /// Logs from now on what is written after the snapshot `id`. Of a machine that stands still, whose memory is in
-    /// that snapshot. If the snapshot comes to nothing, what is returned takes it back.
-    pub(super) fn track(&self, id: &SnapshotId) -> Result<Before, MachineError> {
+    /// that snapshot.
+    pub(super) fn track(&self, id: &SnapshotId) -> Result<Tracking<'_>, MachineError> {
         let mut baseline = self.baseline();
-        let before = match &*baseline {
+        let previous = match &*baseline {
             Some(before) => Some((before.id.clone(), before.pages(&self.memory)?)),
             None => None,
         };
-        let log = match baseline.take() {
+        let log = match &*baseline {
             Some(Baseline {
                 written: Written::Log(log),
                 ..
-            }) => log,
-            _ => self.turn_dirty_log_on()?,
+            }) => log.clone(),
+            // Where that fails half-way, it may be on for a part of memory.
+            _ => self.turn_dirty_log_on().inspect_err(|_| self.log_off())?,
         };
-        match clear(&log, &self.memory) {
-            Ok(()) => {
-                *baseline = Some(Baseline {
-                    id: id.clone(),
-                    written: Written::Log(log),
-                    earlier: None,
-                });
-                Ok(Before { previous: before })
+        if let Err(error) = clear(&log, &self.memory) {
+            if baseline.as_ref().is_some_and(Baseline::is_logged) {
+                *baseline = None;
             }
-            Err(error) => {
-                drop(baseline);
-                self.turn_dirty_log_off()?;
-                Err(error)
-            }
+            self.log_off();
+            return Err(error);
         }
+        *baseline = Some(Baseline {
+            id: id.clone(),
+            written: Written::Log(log),
+            earlier: None,
+        });
+        Ok(Tracking {
+            machine: self,
+            previous,
+            is_kept: false,
+        })
     }
 
-    /// The snapshot that [`Machine::track`] was about is not there: the next difference is to the one before it.
-    pub fn untrack(&self, before: Before) {
+    fn untrack(&self, previous: Option<(SnapshotId, PageSet)>) {
         let mut baseline = self.baseline();
-        let Some(now) = baseline.take() else { return };
-        match before.previous {
-            Some((id, earlier)) => {
-                *baseline = Some(Baseline {
-                    id,
-                    earlier: Some(earlier),
-                    ..now
-                });
-            }
-            None => {
-                drop(baseline);
-                if let Err(error) = self.turn_dirty_log_off() {
-                    tracing::warn!(%error, "dirty logging stays on");
+        let now = baseline.take();
+        *baseline = match (now, previous) {
+            (Some(now), Some((id, earlier))) => Some(Baseline {
+                id,
+                earlier: Some(earlier),
+                ..now
+            }),
+            (now, _) => {
+                if now.is_some_and(|now| now.is_logged()) {
+                    self.log_off();
                 }
+                None
             }
+        };
+    }
+
+    fn log_off(&self) {
+        if let Err(error) = self.turn_dirty_log_off() {
+            tracing::warn!(%error, "dirty logging stays on");
         }
     }
 
     /// A migration wants the log for itself.
     pub(super) fn release_log(&self) -> Result<(), MachineError> {
         let mut baseline = self.baseline();
-        if matches!(
-            &*baseline,
-            Some(Baseline {
-                written: Written::Log(_),
-                ..
-            })
-        ) {
+        if baseline.as_ref().is_some_and(Baseline::is_logged) {
             *baseline = None;
-            drop(baseline);
             self.turn_dirty_log_off()?;
         }
         Ok(())
@@ -135,7 +139,26 @@ impl Machine {
     }
 }
 
+impl Tracking<'_> {
+    /// The snapshot is on the disk.
+    pub fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for Tracking<'_> {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.machine.untrack(self.previous.take());
+        }
+    }
+}
+
 impl Baseline {
+    fn is_logged(&self) -> bool {
+        matches!(self.written, Written::Log(_))
+    }
+
     fn pages(&self, memory: &devices::GuestMemory) -> Result<PageSet, MachineError> {
         let mut pages = PageSet::of(memory).map_err(MemoryError::from)?;
         match &self.written {

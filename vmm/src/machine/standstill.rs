@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ::devices::GuestMemory;
 use migration::PageSet;
 
-use super::baseline::Before;
+use super::baseline::Tracking;
 use super::{Machine, MachineError, MigrationDestination};
 use crate::memory::{self, MemoryError};
 use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
@@ -60,7 +60,7 @@ impl MigrationDestination {
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
         let now = Instant::now();
-        // An instant before the host began is no use to anybody; then the guest's clocks stand where they stood.
+        // There is an instant for every age that a snapshot can tell.
         let stopped_at = now.checked_sub(snapshot.age()).unwrap_or(now);
         machine.renew_generation()?;
         machine.run_restored(&pending, stopped_at)?;
@@ -76,7 +76,7 @@ pub enum SnapshotMemory {
     Read(GuestMemory),
 }
 
-impl Standstill<'_> {
+impl<'a> Standstill<'a> {
     /// What it is, for a snapshot named `id`: all of it, or the difference to the last one.
     pub fn write(
         &self,
@@ -106,7 +106,7 @@ impl Standstill<'_> {
     }
 
     /// From here on it is known what was written after the snapshot `id`; see [`Machine::track`].
-    pub fn track(&self, id: &SnapshotId) -> Result<Before, MachineError> {
+    pub fn track(&self, id: &SnapshotId) -> Result<Tracking<'a>, MachineError> {
         self.machine.track(id)
     }
 

@@ -71,6 +71,8 @@ pub enum SnapshotError {
     },
     #[error("{0}: expected a difference of a machine with the same memory")]
     OtherMemory(PathBuf),
+    #[error("{0}: expected each page once, got one twice")]
+    TwiceChanged(PathBuf),
     #[error("nothing to merge: expected at least one difference")]
     NothingToMerge,
     #[error("no name for the snapshot")]

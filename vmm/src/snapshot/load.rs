@@ -109,7 +109,10 @@ impl Difference {
                 gpa: number(0),
                 len: number(8),
             };
-            changed.insert_range(range).map_err(regions)?;
+            // Each page once, so that all of them together are no more work than memory has pages.
+            if !changed.insert_new(range).map_err(regions)? {
+                return Err(SnapshotError::TwiceChanged(path));
+            }
         }
         Ok(Self {
             base: difference.base,

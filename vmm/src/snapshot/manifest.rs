@@ -128,6 +128,11 @@ impl FileRecord {
 }
 
 impl Manifest {
+    /// What it is a difference to, if it is one.
+    pub fn base(&self) -> Option<&SnapshotId> {
+        self.difference.as_ref().map(|difference| &difference.base)
+    }
+
     /// Bytes of memory that are not zero.
     pub fn stored_bytes(&self) -> u64 {
         self.pages.saturating_mul(PAGE_SIZE)

@@ -19,6 +19,7 @@ pub fn merge(
     let Some(last) = differences.last() else {
         return Err(SnapshotError::NothingToMerge);
     };
+    memory::check_size(base.machine().memory.iter().map(|region| region.len).sum())?;
     let mut draft = Draft::begin(target)?;
     let memory = base.read(watch)?;
     for difference in differences {

@@ -206,6 +206,7 @@ impl Supervisor {
             Request::Resume(reply) => answer(reply, self.resume()),
             Request::PowerButton(reply) => answer(reply, self.press_power_button()),
             Request::Balloon(reply) => answer(reply, self.balloon()),
+            Request::SetBalloon(bytes, reply) => answer(reply, self.set_balloon(bytes)),
             Request::Migrate {
                 destination,
                 options,

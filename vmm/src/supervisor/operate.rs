@@ -9,6 +9,7 @@ use migration::Control;
 use super::{Ending, Life, POWER_OFF_GRACE, Refusal, SnapshotJob, Supervisor, failed};
 use crate::VERSION;
 use crate::api::{InstanceInfo, InstanceState};
+use crate::config::ConfigError;
 use crate::machine::Machine;
 use crate::vcpu::Holder;
 
@@ -93,9 +94,27 @@ impl Supervisor {
         self.idle_machine()?.press_power_button().map_err(failed)
     }
 
-    /// What the host wants of it is part of the machine's state, so it may be said at any time.
     pub(super) fn balloon(&self) -> Result<Arc<balloon::Control>, Refusal> {
         self.machine()?.balloon().ok_or(Refusal::NoBalloon)
+    }
+
+    /// Asks the guest for so much memory. What the host wants is part of the machine's state, so it can be said until
+    /// that is saved.
+    pub(super) fn set_balloon(&self, bytes: u64) -> Result<(), Refusal> {
+        let machine = self.machine()?;
+        let balloon = self.balloon()?;
+        if machine.is_held_by(Holder::Migration) {
+            return Err(Refusal::Migrating);
+        }
+        if machine.is_held_by(Holder::Snapshot) {
+            return Err(Refusal::Snapshotting);
+        }
+        let memory = machine.memory_size();
+        if bytes > memory {
+            return Err(failed(ConfigError::Balloon { got: bytes, memory }));
+        }
+        balloon.set_target(bytes);
+        Ok(())
     }
 
     /// First time: the power button. Second time, or where nobody would hear the button: the end.

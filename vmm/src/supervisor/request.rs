@@ -77,6 +77,8 @@ pub enum Request {
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
     /// The host's end of the machine's balloon.
     Balloon(Reply<Arc<balloon::Control>>),
+    /// Ask the guest to give up so many bytes.
+    SetBalloon(u64, Reply<()>),
     /// How far is the migration?
     Progress(Reply<Progress>),
     /// End the migration, or the snapshot; the guest runs on here.

@@ -137,13 +137,11 @@ fn write(
     let manifest = standstill.write(&mut draft, id, request.diff, watch)?;
     let paused;
     if request.keep_running {
-        let before = standstill.track(&manifest.id)?;
+        let tracking = standstill.track(&manifest.id)?;
         paused = standstill.elapsed();
         drop(standstill);
-        if let Err(error) = draft.publish(watch) {
-            machine.untrack(before);
-            return Err(error.into());
-        }
+        draft.publish(watch)?;
+        tracking.keep();
     } else {
         draft.publish(watch)?;
         paused = standstill.elapsed();
@@ -151,6 +149,8 @@ fn write(
     }
     Ok(SnapshotReport {
         path: request.path.clone(),
+        id: manifest.id.to_string(),
+        base: manifest.base().map(ToString::to_string),
         memory_bytes: watch.progress().total_bytes,
         stored_bytes: manifest.stored_bytes(),
         paused_ms: paused.as_secs_f64() * 1e3,

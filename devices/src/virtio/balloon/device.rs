@@ -16,7 +16,7 @@ use crate::limited::Limited;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Chain, ChainError, Description, DeviceError, Head, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues,
-    VirtioDevice,
+    Served, VirtioDevice,
 };
 
 /// Pages count as taken back only once the device has seen them (virtio 1.2, 5.5.3).
@@ -72,12 +72,15 @@ impl Balloon {
         }
     }
 
-    /// The chain lists pages by number that the guest has no use for.
-    fn inflate(&self, memory: &GuestMemory, mut chain: Chain) {
+    /// The chain lists pages by number that the guest has no use for. Returns their bytes.
+    fn inflate(&self, memory: &GuestMemory, mut chain: Chain) -> u64 {
         let mut bytes = [0; 4 * MOST_PAGES];
         let got = match chain.readable.read(memory, &mut bytes) {
             Ok(got) => got,
-            Err(error) => return self.complain(&error),
+            Err(error) => {
+                self.complain(&error);
+                return 0;
+            }
         };
         let (numbers, _) = bytes[..got].as_chunks();
         let mut pages: Vec<u64> = numbers
@@ -90,6 +93,7 @@ impl Balloon {
         for run in pages.chunk_by(|page, next| page + 1 == *next) {
             self.take(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
         }
+        pages.len() as u64 * PAGE_SIZE
     }
 
     /// The chain's buffers are pages that the guest does not use until it has the chain back.
@@ -147,13 +151,16 @@ impl Balloon {
         }
     }
 
-    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> u32 {
-        match chain {
+    /// Nothing is ever written to a chain; `serve` returns what its pages come to.
+    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain) -> u64) -> Served {
+        let work = match chain {
             Ok(chain) => serve(chain),
-            Err(error) => self.complain(&error),
-        }
-        // Nothing is ever written to a chain.
-        0
+            Err(error) => {
+                self.complain(&error);
+                0
+            }
+        };
+        Served { written: 0, work }
     }
 }
 
@@ -212,9 +219,13 @@ impl VirtioDevice for Balloon {
         queue.serve(|memory, chain| {
             self.served(chain, |chain| match role {
                 Some(Role::Inflate) => self.inflate(memory, chain),
-                Some(Role::Reporting) => self.report(memory, &chain),
+                // Its bytes are the chain's, and are counted with it.
+                Some(Role::Reporting) => {
+                    self.report(memory, &chain);
+                    0
+                }
                 // Pages come back when they are touched.
-                Some(Role::Deflate | Role::Statistics) | None => {}
+                Some(Role::Deflate | Role::Statistics) | None => 0,
             })
         })
     }
@@ -274,6 +285,8 @@ impl VirtioDevice for Balloon {
         let mut known = self.control.known();
         known.target = state.target;
         known.actual = state.actual;
+        // It may not have heard of the target where it comes from.
+        known.changed = true;
         // A chain that is kept came with some, elsewhere.
         known.statistics_seen = state.statistics.is_some().into();
         self.statistics = state.statistics.map(Head);

@@ -1,7 +1,8 @@
 //! The memory balloon (virtio 1.2, 5.5): memory that the guest can do without goes back to the host.
 //!
 //! Two ways: the host sets a target and the guest gives up that much until it is asked to take it back; and the guest
-//! reports, by itself, what it does not use at the moment. What was given up is neither kept nor migrated.
+//! reports, by itself, what it does not use at the moment. What was given up is neither kept nor migrated, except where
+//! memory is mapped from a file: there it is again what the file has.
 
 mod control;
 mod device;

@@ -204,7 +204,8 @@ impl Backend {
     /// there afterwards, so nothing fails where it cannot.
     pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
         match self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len) {
-            Err(Errno::OPNOTSUPP) => Ok(()),
+            // Not at all, or not such small parts of it.
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
             done => done.map_err(|errno| self.failed("discard a part of it")(errno.into())),
         }
     }
@@ -217,7 +218,7 @@ impl Backend {
             FallocateFlags::ZERO_RANGE
         };
         let done = match self.fallocate(flags, offset, len) {
-            Err(Errno::OPNOTSUPP) => self.zero(offset, len),
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => self.zero(offset, len),
             done => done.map_err(io::Error::from),
         };
         done.map_err(self.failed("zero a part of it"))

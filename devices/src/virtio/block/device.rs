@@ -22,7 +22,7 @@ use crate::rate::{Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Chain, ChainError, Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError,
-    Queues, VirtioDevice,
+    Queues, Served, VirtioDevice,
 };
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
@@ -78,13 +78,12 @@ impl Block {
         &self.backend
     }
 
-    /// Serves one chain; returns the bytes written to guest memory.
-    fn serve(&self, memory: &GuestMemory, chain: Result<Chain, ChainError>) -> u32 {
+    fn serve(&self, memory: &GuestMemory, chain: Result<Chain, ChainError>) -> Served {
         let chain = match chain {
             Ok(chain) => chain,
             Err(error) => {
                 self.complain(&error);
-                return 0;
+                return Served::default();
             }
         };
         let disk = Disk {
@@ -96,29 +95,35 @@ impl Block {
             Ok(request) => {
                 let status = request.status;
                 match request.execute(memory, &disk) {
-                    Ok(written) => self.finish(memory, status, OK, written),
+                    Ok(served) => {
+                        self.limiter.charge(served.work);
+                        self.finish(memory, status, OK, served)
+                    }
                     Err(error) => self.fail(memory, status, &error),
                 }
             }
             Err((Some(status), error)) => self.fail(memory, status, &error),
             Err((None, error)) => {
                 self.complain(&error);
-                0
+                Served::default()
             }
         }
     }
 
-    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> u32 {
+    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> Served {
         self.complain(error);
-        self.finish(memory, status, error.status(), 0)
+        self.finish(memory, status, error.status(), Served::default())
     }
 
-    fn finish(&self, memory: &GuestMemory, status: GuestAddress, value: u8, written: u32) -> u32 {
+    fn finish(&self, memory: &GuestMemory, status: GuestAddress, value: u8, served: Served) -> Served {
         match memory.write_obj(value, status) {
-            Ok(()) => written.saturating_add(1),
+            Ok(()) => Served {
+                written: served.written.saturating_add(1),
+                ..served
+            },
             Err(error) => {
                 self.complain(&error);
-                written
+                served
             }
         }
     }

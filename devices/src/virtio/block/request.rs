@@ -9,7 +9,7 @@ use vm_memory::{GuestAddress, GuestMemoryError};
 use super::backend::{Backend, BackendError};
 use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
-use crate::virtio::{Buffers, Chain};
+use crate::virtio::{Buffers, Chain, Served};
 
 /// Type, a reserved word, sector; each little-endian.
 const HEADER_LEN: usize = 16;
@@ -66,7 +66,7 @@ impl RequestError {
     /// The status byte that tells the guest.
     pub(super) fn status(&self) -> u8 {
         match self {
-            Self::Unsupported(_) => VIRTIO_BLK_S_UNSUPP as u8,
+            Self::Unsupported(_) | Self::Flags { .. } => VIRTIO_BLK_S_UNSUPP as u8,
             _ => VIRTIO_BLK_S_IOERR as u8,
         }
     }
@@ -115,20 +115,21 @@ impl Request {
         })
     }
 
-    /// Carries the request out; returns the bytes written to guest memory, without the status byte.
-    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
-        match self.kind {
-            VIRTIO_BLK_T_IN => self.read(memory, disk.backend),
-            VIRTIO_BLK_T_OUT => self.write(memory, disk),
+    /// Carries the request out; what was written does not count the status byte.
+    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
+        let written = match self.kind {
+            VIRTIO_BLK_T_IN => self.read(memory, disk.backend)?,
+            VIRTIO_BLK_T_OUT => self.write(memory, disk)?,
             VIRTIO_BLK_T_FLUSH => {
                 disk.backend.flush()?;
-                Ok(0)
+                0
             }
-            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk),
-            VIRTIO_BLK_T_GET_ID => self.identify(memory, disk.id),
-            other => Err(RequestError::Unsupported(other)),
-        }
+            VIRTIO_BLK_T_DISCARD => return self.discard(memory, disk),
+            VIRTIO_BLK_T_WRITE_ZEROES => return self.write_zeroes(memory, disk),
+            VIRTIO_BLK_T_GET_ID => self.identify(memory, disk.id)?,
+            other => return Err(RequestError::Unsupported(other)),
+        };
+        Ok(written.into())
     }
 
     fn read(self, memory: &GuestMemory, backend: &Backend) -> Result<u32, RequestError> {
@@ -156,26 +157,29 @@ impl Request {
             disk.backend.write(memory, address, len, offset)?;
             offset += u64::from(len);
         }
-        disk.settle()
+        disk.settle()?;
+        Ok(0)
     }
 
-    fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+    fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
         let segment = self.segment(memory, disk.backend, MOST_DISCARDED)?;
         if segment.flags != 0 {
             return Err(RequestError::Flags { got: segment.flags });
         }
         disk.backend.discard(segment.offset, segment.len)?;
-        disk.settle()
+        disk.settle()?;
+        Ok(segment.served())
     }
 
-    fn write_zeroes(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+    fn write_zeroes(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
         let segment = self.segment(memory, disk.backend, MOST_ZEROED)?;
         if segment.flags & !UNMAP != 0 {
             return Err(RequestError::Flags { got: segment.flags });
         }
         let unmap = segment.flags & UNMAP != 0;
         disk.backend.write_zeroes(segment.offset, segment.len, unmap)?;
-        disk.settle()
+        disk.settle()?;
+        Ok(segment.served())
     }
 
     /// The one range that the request is about.
@@ -217,11 +221,11 @@ impl Request {
 
 impl Disk<'_> {
     /// A write is done, as far as the host knows.
-    fn settle(&self) -> Result<u32, RequestError> {
+    fn settle(&self) -> Result<(), RequestError> {
         if self.write_through {
             self.backend.flush()?;
         }
-        Ok(0)
+        Ok(())
     }
 }
 
@@ -230,6 +234,16 @@ struct Segment {
     offset: u64,
     len: u64,
     flags: u32,
+}
+
+impl Segment {
+    /// It may be as much work as to write all of it.
+    fn served(&self) -> Served {
+        Served {
+            written: 0,
+            work: self.len,
+        }
+    }
 }
 
 /// The byte offset of `len` bytes from `sector` on, all of which are on the disk.

@@ -133,10 +133,10 @@ fn what_is_discarded_or_zeroed() {
         (DISCARD, 56, 8, 0, OK),
         (DISCARD, 57, 8, 0, IOERR),
         (DISCARD, u64::MAX, 8, 0, IOERR),
-        (DISCARD, 0, 8, 1, IOERR),
+        (DISCARD, 0, 8, 1, UNSUPP),
         (DISCARD, 0, u32::MAX, 0, IOERR),
         (WRITE_ZEROES, 64, 1, 0, IOERR),
-        (WRITE_ZEROES, 0, 1, 2, IOERR),
+        (WRITE_ZEROES, 0, 1, 2, UNSUPP),
         (WRITE_ZEROES, 0, 1 << 17, 0, IOERR),
     ] {
         let got = range(&mut driver, kind, sector, sectors, flags);
