@@ -75,8 +75,8 @@ fn sizes_and_counts_out_of_range() -> Result<()> {
         ),
         ("--disk", "ro", &["disk", "expected", "no path"]),
         ("--disk", "path=x,rw", &["disk", "expected", "rw"]),
-        ("--disk", "id=a/b,path=x", &["disk", "a/b", "expected"]),
-        ("--disk", "id=vsock,path=x", &["disk", "vsock", "expected"]),
+        ("--disk", "id=a/b,path=x", &["device id", "a/b", "expected"]),
+        ("--disk", "id=vsock,path=x", &["device id", "vsock", "expected"]),
         (
             "--vsock",
             "cid=2,uds=x",
@@ -117,7 +117,7 @@ fn commands_that_make_no_sense() -> Result<()> {
         ),
         (
             &["receive", "--listen", "tcp:127.0.0.1:0", "--disk", "x"],
-            &["x", "expected ID=PATH"],
+            &["x", "--disk", "expected a device's id"],
         ),
         (
             &["receive", "--listen", "tcp:127.0.0.1:0", "--vsock", "cid=3,uds=x"],
