@@ -17,6 +17,8 @@ pub struct TinyGuest<'a> {
     pub workset_mib: u64,
     /// Bytes per second, e.g. `20M` or `max`.
     pub rate: &'a str,
+    /// More words for the kernel.
+    pub words: &'a str,
 }
 
 impl Default for TinyGuest<'_> {
@@ -25,6 +27,7 @@ impl Default for TinyGuest<'_> {
             cpus: 2,
             workset_mib: 64,
             rate: "20M",
+            words: "",
         }
     }
 }
@@ -41,11 +44,12 @@ impl TinyGuest<'_> {
             cpus,
             workset_mib,
             rate,
+            words,
         } = *self;
         // Kernel messages would end up in the middle of the agent's lines.
         let cmdline = format!(
             "console=ttyS0 reboot=k panic=-1 pci=off quiet loglevel=1 mem={KERNEL_MIB}M godwit.base={KERNEL_MIB}M \
-             godwit.dirty={workset_mib}M godwit.rate={rate}"
+             godwit.dirty={workset_mib}M godwit.rate={rate} {words}"
         );
         let file = |name| host.fixtures().tiny(name).display().to_string();
         let options = [

@@ -9,7 +9,7 @@ pub(super) fn connect(lab: &Lab) -> Result<lab::Process> {
         let address = lab.host(index).address();
         let script = format!(
             "set -e; brctl addbr bridge; ip link set bridge up; ip address flush dev eth0; brctl addif bridge eth0; \
-             ip address add {address}/24 dev bridge; mkdir -p /dev/net; [ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200; \
+             ip address add {address}/24 dev bridge; \
              tunctl -t {TAP}; ip link set {TAP} up; brctl addif bridge {TAP}"
         );
         let done = lab.host(index).run(&["sh", "-c", &script])?;

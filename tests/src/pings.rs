@@ -1,0 +1,133 @@
+//! Pings at short intervals, and which of them nobody answered.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto, socket_with,
+};
+
+/// Echo requests and their answers (RFC 792).
+const REQUEST: u8 = 8;
+const ANSWER: u8 = 0;
+/// Tells ours from others'.
+const ID: [u8; 2] = *b"gw";
+/// How long the last answers may take.
+const LAST: Duration = Duration::from_secs(5);
+
+/// A thread that pings.
+pub struct Pings {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Pinged>>,
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Pinged {
+    /// Requests.
+    pub sent: u16,
+    /// The numbers of those without an answer.
+    pub lost: BTreeSet<u16>,
+}
+
+impl Pings {
+    /// Starts to ping from this thread's network.
+    pub fn start(to: Ipv4Addr, interval: Duration) -> Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::ICMP))
+            .context("a socket for pings")?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || run(&socket, to, interval, &stopped));
+        Ok(Self { stop, thread })
+    }
+
+    /// Stops, and waits for the last answers.
+    pub fn stop(self) -> Result<Pinged> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the pings panicked"))?
+    }
+}
+
+fn run(socket: &OwnedFd, to: Ipv4Addr, interval: Duration, stop: &AtomicBool) -> Result<Pinged> {
+    let to = SocketAddrV4::new(to, 0);
+    let mut pinged = Pinged::default();
+    let mut due = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
+        // Nobody answers for the guest yet, or nobody knows where it is: lost as any other.
+        let _ = sendto(socket, &request(pinged.sent), SendFlags::empty(), &to);
+        pinged.lost.insert(pinged.sent);
+        pinged.sent += 1;
+        due += interval;
+        while take_answers(socket, due, &mut pinged)? {}
+    }
+    let end = Instant::now() + LAST;
+    while !pinged.lost.is_empty() && take_answers(socket, end, &mut pinged)? {}
+    Ok(pinged)
+}
+
+/// Waits for answers; `false` if it is time for something else.
+fn take_answers(socket: &OwnedFd, until: Instant, pinged: &mut Pinged) -> Result<bool> {
+    let left = Timespec::try_from(until.saturating_duration_since(Instant::now()))?;
+    if poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&left))? == 0 {
+        return Ok(false);
+    }
+    let mut packet = [0; 128];
+    loop {
+        match recv(socket, &mut packet[..], RecvFlags::empty()) {
+            Ok((len, _)) => {
+                if let Some(number) = answer(&packet[..len]) {
+                    pinged.lost.remove(&number);
+                }
+            }
+            Err(Errno::AGAIN) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn request(number: u16) -> [u8; 8] {
+    let [high, low] = number.to_be_bytes();
+    let mut packet = [REQUEST, 0, 0, 0, ID[0], ID[1], high, low];
+    let words = packet
+        .chunks(2)
+        .map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
+    let sum: u32 = words.sum();
+    let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    packet[2..4].copy_from_slice(&checksum.to_be_bytes());
+    packet
+}
+
+/// The number of an answer to one of ours, after its IP header.
+fn answer(packet: &[u8]) -> Option<u16> {
+    let header = usize::from(packet.first()? & 0xf) * 4;
+    match packet.get(header..)? {
+        [ANSWER, _, _, _, a, b, high, low, ..] if [*a, *b] == ID => Some(u16::from_be_bytes([*high, *low])),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_answers_itself_and_nobody_else_does() {
+        let interval = Duration::from_millis(1);
+        let pings = Pings::start(Ipv4Addr::LOCALHOST, interval).unwrap();
+        // Of the documentation (RFC 5737): nobody has it.
+        let nobody = Pings::start(Ipv4Addr::new(192, 0, 2, 1), LAST).unwrap();
+        let nobody = nobody.stop().unwrap();
+        assert_eq!(nobody.lost.len(), usize::from(nobody.sent));
+        let pinged = pings.stop().unwrap();
+        assert!(pinged.sent > 0 && pinged.lost.is_empty(), "{pinged:?}");
+    }
+}
