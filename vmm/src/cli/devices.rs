@@ -4,11 +4,11 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::Args;
-use devices::virtio::net::MacAddress;
+use devices::virtio::net::{MacAddress, Tap, TapError};
 use devices::{Bucket, Limits};
 
 use super::{units, vsock};
-use crate::config::{ConfigError, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
+use crate::config::{DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
 use crate::machine::Arrival;
 
 /// Devices of a machine that boots.
@@ -60,18 +60,18 @@ pub(super) struct BackendArgs {
 }
 
 impl BackendArgs {
-    /// What is offered to that machine.
-    pub(super) fn arrival(
-        self,
-        max_memory: Option<u64>,
-        reserve: Option<u64>,
-    ) -> Result<Arrival, ConfigError> {
+    /// What is offered to that machine, with its taps opened.
+    pub(super) fn arrival(self, max_memory: Option<u64>, reserve: Option<u64>) -> anyhow::Result<Arrival> {
         let disks = self.disks.iter().map(|(id, _)| id.as_str());
         let nets = self.nets.iter().map(|(id, _)| id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES)?;
         Ok(Arrival {
             disks: self.disks.into_iter().collect(),
-            nets: self.nets.into_iter().collect(),
+            nets: self
+                .nets
+                .into_iter()
+                .map(|(id, tap)| Ok((id, Tap::open(&tap)?)))
+                .collect::<Result<_, TapError>>()?,
             vsock: self.vsock,
             max_memory,
             reserve,
@@ -157,6 +157,7 @@ fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T), String> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ConfigError;
 
     #[test]
     fn disks() {
@@ -224,8 +225,10 @@ mod tests {
             nets: vec![backend(net).unwrap()],
             vsock: None,
         };
-        let arrival = args("b=tap0").arrival(None, None).unwrap();
-        assert_eq!(arrival.nets["b"], "tap0");
-        assert!(args("a=tap0").arrival(None, None).is_err());
+        let refused = |net| args(net).arrival(None, None).unwrap_err();
+        assert!(refused("a=tap0").downcast_ref::<ConfigError>().is_some());
+        // Said before anybody wants to come.
+        let missing = refused("b=no-tap-here").to_string();
+        assert!(missing.contains("ip tuntap add dev no-tap-here"), "{missing}");
     }
 }

@@ -125,15 +125,15 @@ impl Arrival {
         &self,
         DeviceDescription { id, parameters, .. }: &DeviceDescription,
     ) -> Result<NamedDevice, Unavailable> {
-        let tap = self.nets.get(id).ok_or_else(|| Unavailable {
-            expected: "a tap",
-            got: format!("none (use --net {id}=TAP)"),
-        })?;
         let parameters = Parameters::from_bytes(parameters).map_err(|error| Unavailable {
             expected: "an address and an MTU",
             got: error.to_string(),
         })?;
-        let net = Tap::open(tap).and_then(|tap| Net::new(tap, parameters));
+        let tap = self.nets.get(id).ok_or_else(|| Unavailable {
+            expected: "a tap",
+            got: format!("none (use --net {id}=TAP)"),
+        })?;
+        let net = tap.try_clone().and_then(|tap| Net::new(tap, parameters));
         let net = net.map_err(|error| Unavailable {
             expected: "a usable tap",
             got: error.to_string(),

@@ -117,6 +117,20 @@ impl Tap {
         })
     }
 
+    /// The same open tap once more: it is attached to as long as one of them is there.
+    pub fn try_clone(&self) -> Result<Self, TapError> {
+        let file = self.file.try_clone().map_err(|source| TapError::Io {
+            tap: self.name.clone(),
+            what: "open it once more",
+            source,
+        })?;
+        Ok(Self {
+            file,
+            name: self.name.clone(),
+            ..*self
+        })
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
