@@ -14,6 +14,7 @@ mod exit;
 mod limited;
 mod named_listener;
 mod rate;
+mod timer;
 
 pub use exit::{ExitEvent, GuestExit};
 pub use named_listener::{NamedListener, NamedListenerError};

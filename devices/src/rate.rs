@@ -2,15 +2,13 @@
 //! Where a machine is restored they begin anew, with full buckets.
 
 use std::cell::Cell;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 use serde::{Deserialize, Serialize};
+
+use crate::timer::Timer;
 
 /// A bucket: so many tokens at most, which come back evenly within a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +43,7 @@ pub(crate) struct Limiter {
     bandwidth: Cell<Option<Tokens>>,
     operations: Cell<Option<Tokens>>,
     /// Readable when there are tokens again, for whoever went away without any.
-    timer: File,
+    timer: Timer,
 }
 
 /// How many tokens there are. Whoever finds one may take as many as he needs, so that no request is too large; the
@@ -131,14 +129,13 @@ impl Limits {
 impl Limiter {
     /// Limits that were checked.
     pub(crate) fn new(limits: Limits) -> io::Result<Self> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let now = Instant::now();
         let tokens = |bucket: Option<Bucket>| Cell::new(bucket.map(|bucket| Tokens::new(bucket, now)));
         Ok(Self {
             limits,
             bandwidth: tokens(limits.bandwidth),
             operations: tokens(limits.operations),
-            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?.into(),
+            timer: Timer::new()?,
         })
     }
 
@@ -153,8 +150,8 @@ impl Limiter {
 
     /// What the event was about is seen to.
     pub(crate) fn hear(&self) {
-        // Nothing to read is fine.
-        let _ = (&self.timer).read(&mut [0; 8]);
+        // Whether it has: there is a look at the tokens in any case.
+        let _ = self.timer.has_gone_off();
     }
 
     /// Takes tokens for an operation of so many bytes; if there are none, has the event come when there are.
@@ -178,7 +175,9 @@ impl Limiter {
                 }
             }
         } else {
-            self.wake_in(wait);
+            if let Err(error) = self.timer.set(wait) {
+                tracing::error!(%error, "a rate limit cannot be waited for");
+            }
         }
         self.bandwidth.set(bandwidth);
         self.operations.set(operations);
@@ -190,19 +189,6 @@ impl Limiter {
         if let Some(mut tokens) = self.bandwidth.get() {
             tokens.take(bytes);
             self.bandwidth.set(Some(tokens));
-        }
-    }
-
-    fn wake_in(&self, wait: Duration) {
-        let timer = Itimerspec {
-            it_interval: Timespec::default(),
-            it_value: Timespec {
-                tv_sec: wait.as_secs() as i64,
-                tv_nsec: wait.subsec_nanos().into(),
-            },
-        };
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &timer) {
-            tracing::error!(%error, "a rate limit cannot be waited for");
         }
     }
 }

@@ -59,20 +59,21 @@ impl Machine {
         Ok(baseline.id.clone())
     }
 
-    /// The pages that may have been written since the last snapshot. Of a machine that stands still.
-    pub(super) fn written(&self) -> Result<PageSet, MachineError> {
+    /// The last snapshot, and the pages that may have been written since. Of a machine that stands still.
+    pub(super) fn written(&self) -> Result<(SnapshotId, PageSet), MachineError> {
         let baseline = self.baseline();
-        baseline.as_ref().ok_or(MachineError::NoBase)?.pages(&self.memory)
+        baseline
+            .as_ref()
+            .ok_or(MachineError::NoBase)?
+            .written(&self.memory)
     }
 
     /// Logs from now on what is written after the snapshot `id`. Of a machine that stands still, whose memory is in
     /// that snapshot.
     pub(super) fn track(&self, id: &SnapshotId) -> Result<Tracking<'_>, MachineError> {
         let mut baseline = self.baseline();
-        let previous = match &*baseline {
-            Some(before) => Some((before.id.clone(), before.pages(&self.memory)?)),
-            None => None,
-        };
+        let previous = baseline.as_ref().map(|before| before.written(&self.memory));
+        let previous = previous.transpose()?;
         let log = match &*baseline {
             Some(Baseline {
                 written: Written::Log(log),
@@ -159,7 +160,7 @@ impl Baseline {
         matches!(self.written, Written::Log(_))
     }
 
-    fn pages(&self, memory: &devices::GuestMemory) -> Result<PageSet, MachineError> {
+    fn written(&self, memory: &devices::GuestMemory) -> Result<(SnapshotId, PageSet), MachineError> {
         let mut pages = PageSet::of(memory).map_err(MemoryError::from)?;
         match &self.written {
             Written::PrivateCopies => memory::private_copies(memory, &mut pages)?,
@@ -168,7 +169,7 @@ impl Baseline {
         if let Some(earlier) = &self.earlier {
             pages.union(earlier).map_err(MemoryError::from)?;
         }
-        Ok(pages)
+        Ok((self.id.clone(), pages))
     }
 }
 

@@ -87,7 +87,8 @@ impl<'a> Standstill<'a> {
     ) -> Result<Manifest, MachineError> {
         let machine = self.machine;
         let (pages, base) = if difference {
-            (machine.written()?, Some(machine.base()?))
+            let (base, written) = machine.written()?;
+            (written, Some(base))
         } else {
             let mut populated = PageSet::of(&machine.memory).map_err(MemoryError::from)?;
             memory::populated(&machine.memory, &mut populated)?;

@@ -1,15 +1,12 @@
 //! Telling the network where a guest is that came from elsewhere.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
-
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 
 use super::mac::MacAddress;
 use super::{ETHERNET_LEN, HEADER_LEN};
+use crate::timer::Timer;
 
 /// How often the network is told: a packet may be lost, or a port not forward yet.
 const ROUNDS: u32 = 5;
@@ -25,16 +22,15 @@ const FRAME_LEN: usize = 60;
 /// Says when it is time to announce.
 #[derive(Debug)]
 pub(super) struct Announcer {
-    timer: OwnedFd,
+    timer: Timer,
     done: u32,
 }
 
 impl Announcer {
     /// With nothing to announce.
     pub(super) fn new() -> io::Result<Self> {
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self {
-            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
+            timer: Timer::new()?,
             done: ROUNDS,
         })
     }
@@ -42,47 +38,26 @@ impl Announcer {
     /// Begins with the first round.
     pub(super) fn begin(&mut self) -> io::Result<()> {
         self.done = 0;
-        self.set(AT_ONCE)
+        self.timer.set(AT_ONCE)
     }
 
     /// Ends it.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         self.done = ROUNDS;
-        self.set(Duration::ZERO)
+        self.timer.set(Duration::ZERO)
     }
 
     /// The number of the round that is due, from 0; `None` if none is.
     pub(super) fn due(&mut self) -> io::Result<Option<u32>> {
-        let mut expired = [0; 8];
-        match rustix::io::read(&self.timer, &mut expired) {
-            Ok(_) if self.done < ROUNDS => {}
-            Ok(_) | Err(rustix::io::Errno::AGAIN) => return Ok(None),
-            Err(error) => return Err(error.into()),
+        if !self.timer.has_gone_off()? || self.done == ROUNDS {
+            return Ok(None);
         }
         let round = self.done;
         self.done += 1;
         if self.done < ROUNDS {
-            self.set(GAP + STEP * round)?;
+            self.timer.set(GAP + STEP * round)?;
         }
         Ok(Some(round))
-    }
-
-    fn set(&self, after: Duration) -> io::Result<()> {
-        let never = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let value = Timespec {
-            // Less than a second.
-            tv_sec: after.as_secs() as i64,
-            tv_nsec: i64::from(after.subsec_nanos()),
-        };
-        let once = Itimerspec {
-            it_interval: never,
-            it_value: value,
-        };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
-        Ok(())
     }
 }
 

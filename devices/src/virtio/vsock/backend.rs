@@ -11,12 +11,11 @@ use std::time::Duration;
 
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
+use rustix::time::Timespec;
 
 use super::packet::{PORT_ANY, Ports};
 use crate::named_listener::{NamedListener, NamedListenerError, connect_now};
+use crate::timer::Timer;
 use crate::virtio::{HostBackend, HostError};
 
 /// Most bytes of the socket's path: what `sockaddr_un` has, less its end, less `_4294967295`.
@@ -31,7 +30,7 @@ pub struct Backend {
     path: PathBuf,
     /// Watches everything below.
     epoll: OwnedFd,
-    timer: OwnedFd,
+    timer: Timer,
     listener: Mutex<Option<NamedListener>>,
 }
 
@@ -104,8 +103,11 @@ impl Backend {
             }
         };
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(failed("watch it"))?;
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(failed("make a timer"))?;
+        let timer = Timer::new().map_err(|source| BackendError::Io {
+            path: path.into(),
+            what: "make a timer",
+            source,
+        })?;
         let edges = EventFlags::IN | EventFlags::ET;
         epoll::add(&epoll, &timer, Token::Time.data(), edges).map_err(failed("watch its timer"))?;
         Ok(Self {
@@ -150,14 +152,7 @@ impl Backend {
 
     /// Has a [`HostEvent::Time`] happen, once.
     pub(super) fn wake_in(&self, time: Duration) -> io::Result<()> {
-        let it_value = Timespec::try_from(time).map_err(io::Error::other)?;
-        let it_interval = Timespec::default();
-        let timer = Itimerspec {
-            it_interval,
-            it_value,
-        };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &timer)?;
-        Ok(())
+        self.timer.set(time)
     }
 
     /// The next program that has connected; `None` if none waits.
