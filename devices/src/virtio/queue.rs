@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -200,8 +201,7 @@ impl<'a> QueueAccess<'a> {
                 return Ok(());
             }
         }
-        self.interrupt.used_buffer();
-        Ok(())
+        self.raise()
     }
 
     /// Tells the driver that chains came back, if it wants to hear it.
@@ -211,8 +211,24 @@ impl<'a> QueueAccess<'a> {
             .needs_notification(self.memory)
             .map_err(QueueError::Ring)?
         {
-            self.interrupt.used_buffer();
+            self.raise()?;
         }
+        Ok(())
+    }
+
+    /// Raises the interrupt, unless the driver has a flag up that it polls (virtio 1.2, 2.7.7). What it wants to hear
+    /// where EVENT_IDX is negotiated was looked at before, and the flag means nothing there.
+    fn raise(&self) -> Result<(), QueueError> {
+        if !self.queue.event_idx_enabled() {
+            let flags: u16 = self
+                .memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
+            if u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0 {
+                return Ok(());
+            }
+        }
+        self.interrupt.used_buffer();
         Ok(())
     }
 }

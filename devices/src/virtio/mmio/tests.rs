@@ -145,6 +145,22 @@ fn event_idx_suppresses_interrupts() {
 }
 
 #[test]
+fn a_driver_that_polls_gets_no_interrupts() {
+    let mut driver = Driver::new(Rng::new());
+    driver.bring_up_with(VERSION_1);
+    for (flags, interrupts) in [(1u16, 0), (0, 1), (1, 0)] {
+        driver.memory.write_obj(flags, GuestAddress(AVAILABLE)).unwrap();
+        assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
+        assert_eq!(driver.interrupts(), interrupts, "flags {flags}");
+    }
+    // With EVENT_IDX the flag means nothing.
+    driver.bring_up();
+    driver.memory.write_obj(1u16, GuestAddress(AVAILABLE)).unwrap();
+    driver.submit(&[writes(DATA, 8)]);
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
 fn a_full_ring_is_served_in_turns() {
     let mut driver = Driver::ready(Rng::new());
     for _ in 0..256 {
