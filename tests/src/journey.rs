@@ -21,6 +21,8 @@ pub struct BareGuest<'a> {
     pub rate: &'a str,
     /// Whether memory outside the working set is stamped as well.
     pub fill: bool,
+    /// Pages that it reads from its disk at a time, at most 32; 0: it has none.
+    pub reads: u32,
 }
 
 impl Default for BareGuest<'_> {
@@ -31,6 +33,7 @@ impl Default for BareGuest<'_> {
             workset: "16M",
             rate: "10M",
             fill: true,
+            reads: 0,
         }
     }
 }
@@ -47,9 +50,10 @@ impl BareGuest<'_> {
             workset,
             rate,
             fill,
+            reads,
         } = *self;
         let mut cmdline = format!(
-            "cpus={cpus} rate={rate} fill={} tsc_khz={tsc_khz}",
+            "cpus={cpus} rate={rate} reads={reads} fill={} tsc_khz={tsc_khz}",
             u8::from(fill)
         );
         if !workset.is_empty() {

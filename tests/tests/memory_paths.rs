@@ -58,6 +58,7 @@ fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
         workset: "96M",
         rate: "400M",
         fill: true,
+        ..Default::default()
     };
     let mut journey = Journey::start(Host::new()?, &guest, &["--dirty-ring"])?;
     // Fast, and over a link that the guest is too fast for, so that rings fill up and vCPUs are slowed down.

@@ -13,6 +13,7 @@ fn back_and_forth(cpus: u32) -> Result<()> {
         workset: "",
         rate: "100M",
         fill: true,
+        ..Default::default()
     };
     let mut journey = Journey::start(Host::new()?, &guest, &[])?;
     let mut downtimes = Vec::new();

@@ -34,6 +34,7 @@ fn a_guest_goes_on_where_it_stood() -> Result<()> {
         workset: "64M",
         rate: "100M",
         fill: true,
+        ..Default::default()
     };
     let mut journey = Journey::start(Host::new()?, &guest, &[])?;
     // What was restored from a file and has changed since is put in the next.

@@ -39,9 +39,10 @@ impl Console {
         let (n, us) = (self.ticks, self.plan.us(now.saturating_sub(self.plan.start)));
         let gap = self.plan.us(self.plan.longest_gap());
         let (pages, errors) = (self.plan.sum(|cpu| &cpu.pages), self.plan.sum(|cpu| &cpu.errors));
+        let reads = self.plan.sum(|cpu| &cpu.reads);
         say(
             worker.cpu,
-            format_args!("tick n={n} us={us} max_gap_us={gap} pages={pages} errors={errors}"),
+            format_args!("tick n={n} us={us} max_gap_us={gap} pages={pages} reads={reads} errors={errors}"),
         );
         match serial::receive() {
             Some(b'v') => self.verify(worker),

@@ -8,7 +8,7 @@
 use core::arch::global_asm;
 use core::fmt;
 
-use guest_core::{PAGE, Ranges, STAMP_WORDS, Settings, WORDS};
+use guest_core::{PAGE, Ranges, STAMP_WORDS, Settings, WORDS, virtio_devices};
 
 global_asm!(include_str!("boot.s"));
 
@@ -53,6 +53,14 @@ struct MemmapEntry {
 pub(crate) struct Machine {
     pub(crate) settings: Settings,
     pub(crate) ranges: Ranges,
+    command_line: &'static str,
+}
+
+impl Machine {
+    /// Where the registers of the virtio-mmio devices are that the command line names.
+    pub(crate) fn virtio_devices(&self) -> impl Iterator<Item = u64> {
+        virtio_devices(self.command_line)
+    }
 }
 
 /// Why the guest cannot start.
@@ -85,7 +93,8 @@ pub(crate) fn discover() -> Result<Machine, Problem> {
     if info.magic != START_INFO_MAGIC || info.version < 1 {
         return Err(Problem::StartInfo);
     }
-    let settings = Settings::parse(command_line(info.command_line)).map_err(Problem::CommandLine)?;
+    let command_line = command_line(info.command_line);
+    let settings = Settings::parse(command_line).map_err(Problem::CommandLine)?;
     // SAFETY: the table that the start info names, in mapped memory, written by nobody else.
     let entries = unsafe {
         core::slice::from_raw_parts(info.memmap as *const MemmapEntry, info.memmap_entries as usize)
@@ -102,7 +111,11 @@ pub(crate) fn discover() -> Result<Machine, Problem> {
     if ranges.pages() == 0 {
         return Err(Problem::NoMemory);
     }
-    Ok(Machine { settings, ranges })
+    Ok(Machine {
+        settings,
+        ranges,
+        command_line,
+    })
 }
 
 /// The whole of page number `page`, a number below `ranges.pages()`.

@@ -6,10 +6,12 @@
 
 mod console;
 mod cpu;
+mod disk;
 mod machine;
 mod mem;
 mod once;
 mod plan;
+mod reads;
 mod serial;
 mod work;
 

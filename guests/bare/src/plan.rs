@@ -17,6 +17,8 @@ pub(crate) const FILLED: u32 = 2;
 pub(crate) struct Cpu {
     pub(crate) phase: AtomicU32,
     pub(crate) pages: AtomicU64,
+    /// Pages read from the disk.
+    pub(crate) reads: AtomicU64,
     pub(crate) errors: AtomicU64,
     pub(crate) verified: AtomicU64,
     /// In TSC ticks.
@@ -31,6 +33,7 @@ impl Cpu {
         Self {
             phase: AtomicU32::new(0),
             pages: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             verified: AtomicU64::new(0),
             longest_gap: AtomicU64::new(0),

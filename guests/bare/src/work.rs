@@ -11,6 +11,7 @@ use crate::cpu;
 use crate::machine::{Machine, page, split};
 use crate::once::Once;
 use crate::plan::{CPUS, Cpu, FILLED, ONLINE, Plan, say};
+use crate::reads::Reads;
 
 /// Errors that are printed; all are counted.
 const PRINTED_ERRORS: u64 = 20;
@@ -48,13 +49,20 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
     let mut worker = Worker::new(plan, 0);
     worker.fill();
     worker.wait_for(|| plan.all_in(FILLED));
+    let mut reads = Reads::begin(plan, &worker);
     plan.cpus()
         .iter()
         .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
     say(&CPUS[0], format_args!("ready"));
     READY.store(true, Ordering::Release);
     let mut console = Console::new(plan);
-    worker.run(|worker, now| console.poll(worker, now))
+    worker.run(|worker, now| {
+        let next = console.poll(worker, now);
+        let Some(reads) = &mut reads else { return next };
+        reads.turn(worker);
+        // Polled: there is always something to look for.
+        now
+    })
 }
 
 /// The work of any other CPU.
@@ -240,7 +248,8 @@ impl Worker {
         self.cpu.verified.store(pages, Ordering::Relaxed);
     }
 
-    fn error(&self, what: core::fmt::Arguments<'_>) {
+    /// Counts an error, and prints it if there were not too many.
+    pub(crate) fn error(&self, what: core::fmt::Arguments<'_>) {
         if self.cpu.errors.fetch_add(1, Ordering::Relaxed) < PRINTED_ERRORS {
             say(self.cpu, format_args!("error {what}"));
         }

@@ -5,10 +5,12 @@
 
 mod memory;
 mod pace;
+mod random;
 mod settings;
 mod stamp;
 
 pub use memory::{PAGE, Ranges, Share};
 pub use pace::Pace;
-pub use settings::{Rate, Settings, size};
+pub use random::Random;
+pub use settings::{Rate, Settings, size, virtio_devices};
 pub use stamp::{STAMP_WORDS, Seen, WORDS, body_intact, check, fill_body, stamp};

@@ -36,6 +36,8 @@ pub struct Settings {
     pub tick_ms: u64,
     /// Whether a CPU with nothing due spins (finer gaps) instead of waiting for its timer.
     pub spin: bool,
+    /// Pages that are read from a disk at a time; 0: there is no disk.
+    pub reads: u32,
 }
 
 impl Default for Settings {
@@ -48,6 +50,7 @@ impl Default for Settings {
             fill: true,
             tick_ms: 50,
             spin: false,
+            reads: 0,
         }
     }
 }
@@ -55,6 +58,8 @@ impl Default for Settings {
 impl Settings {
     /// Most CPUs that the image has stacks for.
     pub const MAX_CPUS: u32 = 32;
+    /// Most reads at a time that the image has memory for.
+    pub const MAX_READS: u32 = 32;
 
     /// Reads a command line. The error is the word that makes no sense.
     pub fn parse(line: &str) -> Result<Self, &str> {
@@ -84,10 +89,21 @@ impl Settings {
             "fill" => self.fill = flag(value)?,
             "tick" => self.tick_ms = value.parse().ok().filter(|ms| (1..=60_000).contains(ms))?,
             "idle" => self.spin = ["halt", "spin"].iter().position(|name| *name == value)? == 1,
+            "reads" => self.reads = value.parse().ok().filter(|n| *n <= Self::MAX_READS)?,
             _ => {}
         }
         Some(())
     }
+}
+
+/// Physical addresses of the registers of virtio-mmio devices, as monitors name them on a command line:
+/// `virtio_mmio.device=SIZE@ADDRESS:INTERRUPT`, the address in hexadecimal.
+pub fn virtio_devices(line: &str) -> impl Iterator<Item = u64> {
+    line.split_ascii_whitespace().filter_map(|word| {
+        let (_, place) = word.strip_prefix("virtio_mmio.device=")?.split_once("@0x")?;
+        let (address, _) = place.split_once(':')?;
+        u64::from_str_radix(address, 16).ok()
+    })
 }
 
 fn flag(value: &str) -> Option<bool> {
@@ -116,7 +132,7 @@ mod tests {
     #[test]
     fn words_set_what_they_name() {
         let settings = Settings::parse(
-            "console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin quiet",
+            "console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin reads=32 quiet",
         );
         let expected = Settings {
             workset: Some(512 << 20),
@@ -126,6 +142,7 @@ mod tests {
             fill: false,
             tick_ms: 20,
             spin: true,
+            reads: 32,
         };
         assert_eq!(settings, Ok(expected));
         assert_eq!(Settings::parse("").map(|s| s.rate), Ok(Rate::BytesPerSecond(0)));
@@ -133,6 +150,13 @@ mod tests {
             Settings::parse("rate=100M").map(|s| s.rate),
             Ok(Rate::BytesPerSecond(100 << 20))
         );
+    }
+
+    #[test]
+    fn devices_of_two_monitors() {
+        let line = "virtio_mmio.device=4K@0xd0000000:5 reads=1 virtio_mmio.device=512@0xfeb00e00:12:0 \
+                    virtio_mmio.device=4K virtio_mmio.device=4K@0x:5 virtio_mmio.device=4K@0xd0001000";
+        assert!(virtio_devices(line).eq([0xd000_0000, 0xfeb0_0e00]));
     }
 
     #[test]
@@ -145,6 +169,7 @@ mod tests {
             "cpus=0",
             "cpus=33",
             "tick=0",
+            "reads=33",
         ] {
             assert_eq!(Settings::parse(word), Err(word));
         }

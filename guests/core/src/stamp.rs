@@ -9,7 +9,7 @@ pub const WORDS: usize = PAGE as usize / 8;
 /// Words of the stamp at the start of the page: one cache line.
 pub const STAMP_WORDS: usize = 8;
 
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// What was found instead of the expected stamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +82,8 @@ fn seed(page: u64) -> u64 {
     mix(page.wrapping_add(1))
 }
 
-fn mix(mut word: u64) -> u64 {
+/// Every bit of the result depends on every bit of the word.
+pub(crate) fn mix(mut word: u64) -> u64 {
     word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     word ^ (word >> 31)
