@@ -1,8 +1,8 @@
 //! Every row of the bench.
 
 use crate::experiments::Experiment::{
-    Budget, Cancel, Capped, Footprint, Handover, Idle, LogStart, Overload, Prediction, Restore, Snapshot,
-    Throughput, Work,
+    Block, Budget, Cancel, Capped, Footprint, Handover, Idle, LogStart, Overload, Prediction, Restore,
+    Snapshot, Throughput, Work,
 };
 use crate::row::Bar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
 use crate::row::Definition;
@@ -11,7 +11,7 @@ const GB_PER_S: &str = "GB/s";
 const SHARE: &str = "share";
 
 /// Every row, in the order in which they are printed.
-pub const ROWS: [Definition; 28] = [
+pub const ROWS: [Definition; 29] = [
     Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
         .meaning("2 GiB that are not zero, destination ready, first to last page byte")
         .beside("iperf3, one stream")
@@ -101,6 +101,10 @@ pub const ROWS: [Definition; 28] = [
         .bar(RatioAtLeast(0.8)),
     Definition::new(Snapshot, "snapshot-diff-pause-ms", "ms")
         .meaning("how long the guest stands still for those"),
+    Definition::new(Block, "block-read-vs-qemu", "1000/s")
+        .meaning("reads of 4 KiB at random places of a file in the page cache, 32 at a time, by a guest that polls")
+        .beside("QEMU, best of io_uring and threads, each with and without an iothread")
+        .bar(RatioAtLeast(1.0)),
     Definition::new(Work, "work-before-during-after", SHARE)
         .meaning("pages per second of a guest at full speed while it migrates, of those before")
         .beside("after, of those before"),

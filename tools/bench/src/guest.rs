@@ -30,6 +30,8 @@ pub(crate) struct Guest {
     pub(crate) tick_ms: u64,
     /// Whether all of its memory is filled with what is neither zero nor compressible, and not only its working set.
     pub(crate) fill: bool,
+    /// Pages that it reads from its disk at a time; 0: it has none.
+    pub(crate) reads: u32,
 }
 
 impl Guest {
@@ -41,6 +43,7 @@ impl Guest {
             rate: Rate::Idle,
             tick_ms: 50,
             fill: true,
+            reads: 0,
         }
     }
 
@@ -52,6 +55,7 @@ impl Guest {
             rate,
             tick_ms: 50,
             fill: true,
+            reads: 0,
         }
     }
 
@@ -63,6 +67,7 @@ impl Guest {
             workset_mib,
             tick_ms,
             fill,
+            reads,
             ..
         } = *self;
         let rate = match self.rate {
@@ -75,7 +80,7 @@ impl Guest {
             mib => format!(" workset={mib}M"),
         };
         Ok(format!(
-            "cpus=1 fill={} rate={rate} tick={tick_ms} tsc_khz={tsc_khz}{workset}",
+            "cpus=1 fill={} rate={rate} reads={reads} tick={tick_ms} tsc_khz={tsc_khz}{workset}",
             u8::from(fill)
         ))
     }

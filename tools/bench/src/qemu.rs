@@ -57,6 +57,8 @@ pub(crate) struct Moved {
 pub(crate) struct Qemu {
     fixtures: Fixtures,
     guest: Guest,
+    /// More options of each process.
+    more: Vec<String>,
     directory: TempDir,
     vm: Instance,
     count: u32,
@@ -68,20 +70,17 @@ struct Instance {
 }
 
 impl Qemu {
-    /// Boots the guest.
-    pub(crate) fn start(fixtures: &Fixtures, guest: Guest) -> Result<Self> {
+    /// Boots the guest; `more` are options of QEMU.
+    pub(crate) fn start(fixtures: &Fixtures, guest: Guest, more: &[String]) -> Result<Self> {
         let _warm = Warm::lend(guest.memory_mib)?;
         let directory = tempfile::Builder::new().prefix("godwit-bench-").tempdir()?;
-        let vm = Instance::start(
-            instance_arguments(fixtures, guest, false)?,
-            directory.path(),
-            0,
-            &[],
-        )?;
+        let arguments = [instance_arguments(fixtures, guest, false)?, more.to_vec()].concat();
+        let vm = Instance::start(arguments, directory.path(), 0, &[])?;
         wait_ready(&vm.process)?;
         Ok(Self {
             fixtures: fixtures.clone(),
             guest,
+            more: more.to_vec(),
             directory,
             vm,
             count: 0,
@@ -154,12 +153,9 @@ impl Qemu {
 
     fn receiver(&self, settings: &Settings) -> Result<Instance> {
         let arguments = instance_arguments(&self.fixtures, self.guest, settings.prealloc)?;
-        Instance::start(
-            arguments,
-            self.directory.path(),
-            self.count,
-            &["-incoming", "defer"],
-        )
+        let arguments = [arguments, self.more.clone()].concat();
+        let incoming = ["-incoming", "defer"];
+        Instance::start(arguments, self.directory.path(), self.count, &incoming)
     }
 
     fn cpu_time(&self, receiver: &Instance) -> Result<Duration> {
@@ -240,7 +236,8 @@ fn instance_arguments(fixtures: &Fixtures, guest: Guest, prealloc: bool) -> Resu
     let prealloc = if prealloc { "on" } else { "off" };
     let object = format!("memory-backend-ram,id=ram,size={memory},prealloc={prealloc}");
     let cmdline = guest.cmdline(fixtures)?;
-    let machine = "microvm,pit=on,pic=on,rtc=on,memory-backend=ram";
+    // Without ACPI it names its virtio devices on the command line, where the guest looks for them.
+    let machine = "microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram";
     // Both features are host state that some KVMs cannot give to a guest.
     let cpu = "host,-arch-capabilities,-cx16";
     let text = "-enable-kvm -smp 1 -nodefaults -no-user-config -display none -serial stdio";

@@ -23,6 +23,7 @@ const GUEST: Guest = Guest {
     workset_mib: 128,
     rate: Rate::Max,
     tick_ms: 5,
+    reads: 0,
 };
 const ASKED: [&str; 6] = [
     "--bandwidth",

@@ -19,7 +19,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let guest = Guest::busy(MEMORY_MIB, Rate::BytesPerSecond(1_000_000_000));
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     godwit.freeze()?;
-    let mut qemu = Qemu::start(&bench.fixtures, guest)?;
+    let mut qemu = Qemu::start(&bench.fixtures, guest, &[])?;
     qemu.freeze()?;
     let asked = Asked {
         migrate: &["--bandwidth", "200MiB/s", "--max-downtime", "30ms"],

@@ -14,7 +14,7 @@ const MEMORY_MIB: u64 = 512;
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let guest = Guest::idle(MEMORY_MIB);
     let godwit = Godwit::start(&bench.fixtures, guest, &[])?;
-    let qemu = Qemu::start(&bench.fixtures, guest)?;
+    let qemu = Qemu::start(&bench.fixtures, guest, &[])?;
     let [ours, theirs] = [godwit.process().id(), qemu.process().id()].map(overhead_mib);
     let (ours, theirs) = (ours?, theirs?);
     say(format_args!(

@@ -1,5 +1,6 @@
 //! The experiments: each measures one or more rows.
 
+mod block;
 mod budget;
 mod cancel;
 mod capped;
@@ -44,6 +45,8 @@ pub(crate) enum Experiment {
     Restore,
     /// How fast snapshots are written.
     Snapshot,
+    /// How fast a disk is read.
+    Block,
     /// The guest's work before, during and after.
     Work,
     /// How well all of the above was predicted.
@@ -70,6 +73,7 @@ impl Experiment {
             Experiment::Footprint => footprint::run(bench),
             Experiment::Restore => restore::run(bench),
             Experiment::Snapshot => snapshot::run(bench),
+            Experiment::Block => block::run(bench),
             Experiment::Work => work::run(bench),
             Experiment::Prediction => prediction::run(bench),
         }

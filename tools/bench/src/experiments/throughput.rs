@@ -188,7 +188,7 @@ impl Field {
         let guest = Guest::idle(MEMORY_MIB);
         let godwit = Godwit::start(&bench.fixtures, guest, &[])?;
         godwit.freeze()?;
-        let qemu = Qemu::start(&bench.fixtures, guest)?;
+        let qemu = Qemu::start(&bench.fixtures, guest, &[])?;
         qemu.freeze()?;
         Ok(Self { godwit, qemu })
     }

@@ -15,6 +15,7 @@ const GUEST: Guest = Guest {
     workset_mib: 512,
     rate: Rate::Max,
     tick_ms: 20,
+    reads: 0,
 };
 const RUNS: u32 = 5;
 
