@@ -186,6 +186,25 @@ fn a_full_ring_is_served_in_turns() {
 }
 
 #[test]
+fn nobody_need_kick_a_queue_that_is_being_served() {
+    let mut driver = Driver::new(Rng::new());
+    driver.bring_up_with(VERSION_1);
+    let no_notify = |driver: &Driver| driver.memory.read_obj::<u16>(GuestAddress(USED)).unwrap();
+    for _ in 0..3 {
+        for _ in 0..65 {
+            driver.add(&[writes(DATA, 8)]);
+        }
+        driver.set(0x050, 0);
+        driver.turn();
+        assert_eq!((driver.used().len(), no_notify(&driver)), (64, 1));
+        // Without a kick.
+        driver.add(&[writes(DATA, 8)]);
+        driver.run();
+        assert_eq!((driver.used().len(), no_notify(&driver)), (2, 0));
+    }
+}
+
+#[test]
 fn accesses_of_any_size() {
     let mut driver = Driver::new(Rng::new());
     for offset in [0, 2, 4, 0xfc, 0xfe, 0x100, 0x10c, 0xfff, u64::MAX] {
