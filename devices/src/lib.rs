@@ -11,12 +11,15 @@ pub mod virtio;
 #[cfg(test)]
 mod cases;
 mod exit;
+mod host_socket;
 mod limited;
 mod named_listener;
 mod rate;
 mod timer;
+mod watch;
 
 pub use exit::{ExitEvent, GuestExit};
+pub use host_socket::HostSocketError;
 pub use named_listener::{NamedListener, NamedListenerError};
 pub use rate::{Bucket, BucketError, Limits};
 

@@ -10,6 +10,7 @@ mod lab_journey;
 mod output;
 mod pings;
 mod process;
+mod terminal;
 mod tiny;
 mod vsock;
 
@@ -21,6 +22,7 @@ pub use lab_journey::{GUEST, LabJourney, StockGuest, TAP, ended, payload};
 pub use output::Output;
 pub use pings::{Pinged, Pings};
 pub use process::{Finished, Process};
+pub use terminal::Terminal;
 pub use tiny::TinyGuest;
 pub use vsock::{ECHO_PORT, Echo};
 

@@ -1,4 +1,4 @@
-//! The other end of the echo service that guests' agents have on vsock.
+//! The other end of the echo services that guests' agents have on vsock and on the ports of their consoles.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -27,6 +27,11 @@ impl Echo {
         let line = echo.line()?;
         ensure!(line.starts_with("OK "), "expected OK, got {line:?}");
         Ok(echo)
+    }
+
+    /// Connects to a port of the guest's console whose socket is at `uds`.
+    pub fn port(uds: &Path) -> Result<Self> {
+        Self::over(UnixStream::connect(uds).with_context(|| uds.display().to_string())?)
     }
 
     /// Takes the guest that connects to a listener.

@@ -8,14 +8,15 @@ mod file;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::MacAddress;
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
 use devices::{BucketError, Limits};
 use thiserror::Error;
 
-use crate::boot::{BootSource, DEFAULT_CMDLINE, layout};
+use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, layout};
 use crate::cpu::{CpuError, Template};
-use crate::machine::{BALLOON_ID, INSTANCE_PREFIX, RNG_ID, VSOCK_ID};
+use crate::machine::{BALLOON_ID, CONSOLE_ID, INSTANCE_PREFIX, RNG_ID, VSOCK_ID};
 use crate::memory::{self, MemoryError};
 
 /// Most vCPUs of a machine.
@@ -24,11 +25,11 @@ pub const MAX_CPUS: u8 = 32;
 pub const DEFAULT_CPUS: u8 = 1;
 /// Memory of a machine whose configuration does not say, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Most disks and network cards of a machine together: one slot is the entropy device's, and one each the balloon's and
-/// the socket device's.
+/// Most disks and network cards of a machine together: one slot is the entropy device's, and one each the balloon's, the
+/// socket device's and the console's.
 pub const MAX_DEVICES: usize = layout::VIRTIO_GSIS.len() - 1;
 /// Names of other devices, which no disk and no network card can have.
-const RESERVED_IDS: [&str; 3] = [RNG_ID, BALLOON_ID, VSOCK_ID];
+const RESERVED_IDS: [&str; 4] = [RNG_ID, BALLOON_ID, VSOCK_ID, CONSOLE_ID];
 /// Most bytes of a device's name: it is part of the name of the device's saved state.
 const DEVICE_ID_MAX: usize = migration_state::MAX_NAME_LEN - INSTANCE_PREFIX.len();
 
@@ -61,6 +62,8 @@ pub enum ConfigError {
     Limits { id: String, source: BucketError },
     #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
     Balloon { got: u64, memory: u64 },
+    #[error(transparent)]
+    Ports(#[from] ParametersError),
     #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
     Cid(u64),
     #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
@@ -109,6 +112,15 @@ pub struct VsockConfig<C = u32> {
     pub uds: PathBuf,
 }
 
+/// The console device of the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConsoleConfig {
+    /// Whether it gets the input of the machine's terminal, and the serial port does not.
+    pub has_terminal: bool,
+    /// Names of its ports, and where programs on the host connect to them.
+    pub ports: Vec<(String, PathBuf)>,
+}
+
 /// A checked configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -134,6 +146,8 @@ pub struct Config {
     pub balloon: Option<BalloonConfig>,
     /// The socket device, if there is to be one.
     pub vsock: Option<VsockConfig>,
+    /// The console device, if there is to be one.
+    pub console: Option<ConsoleConfig>,
 }
 
 /// What was asked for, before any check; `None` where nothing was said.
@@ -163,6 +177,8 @@ pub struct Wishes {
     pub balloon: Option<BalloonConfig>,
     /// A socket device, with any number as the guest's address.
     pub vsock: Option<VsockConfig<u64>>,
+    /// Whether the terminal is to be a console device's, and the ports that this is to have.
+    pub console: ConsoleConfig,
 }
 
 impl Wishes {
@@ -181,6 +197,10 @@ impl Wishes {
             nets: [self.nets, over.nets].concat(),
             balloon: over.balloon.or(self.balloon),
             vsock: over.vsock.or(self.vsock),
+            console: ConsoleConfig {
+                has_terminal: over.console.has_terminal || self.console.has_terminal,
+                ports: [self.console.ports, over.console.ports].concat(),
+            },
         }
     }
 
@@ -201,7 +221,9 @@ impl Wishes {
             }
         };
         let vsock = self.vsock.map(VsockConfig::check).transpose()?;
-        let others = usize::from(vsock.is_some()) + usize::from(self.balloon.is_some());
+        let console = self.console.check()?;
+        let others = [vsock.is_some(), self.balloon.is_some(), console.is_some()];
+        let others = others.into_iter().filter(|there| *there).count();
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
@@ -216,10 +238,16 @@ impl Wishes {
         {
             return Err(ConfigError::Balloon { got, memory });
         }
+        let default_cmdline = match &console {
+            Some(ConsoleConfig {
+                has_terminal: true, ..
+            }) => VIRTIO_CONSOLE_CMDLINE,
+            _ => DEFAULT_CMDLINE,
+        };
         let boot = BootSource {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
-            cmdline: self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.into()),
+            cmdline: self.cmdline.unwrap_or_else(|| default_cmdline.into()),
         };
         Ok(Config {
             boot,
@@ -233,6 +261,7 @@ impl Wishes {
             nets: self.nets,
             balloon: self.balloon,
             vsock,
+            console,
         })
     }
 }
@@ -247,6 +276,19 @@ impl VsockConfig<u64> {
             guest_cid,
             uds: self.uds,
         })
+    }
+}
+
+impl ConsoleConfig {
+    /// The device, if there is any use for one.
+    fn check(self) -> Result<Option<Self>, ConfigError> {
+        let parameters = Parameters {
+            has_terminal: self.has_terminal,
+            ports: self.ports.iter().map(|(name, _)| name.clone()).collect(),
+        };
+        parameters.check()?;
+        let wanted = self.has_terminal || !self.ports.is_empty();
+        Ok(wanted.then_some(self))
     }
 }
 
@@ -393,6 +435,35 @@ mod tests {
             error.to_string(),
             "disks and network cards: expected at most 11, got 12"
         );
+    }
+
+    #[test]
+    fn a_console_device_is_there_when_it_is_wanted() {
+        let with = |has_terminal, ports: &[&str]| Wishes {
+            console: ConsoleConfig {
+                has_terminal,
+                ports: ports.iter().map(|name| ((*name).into(), "x".into())).collect(),
+            },
+            ..wishes()
+        };
+        let none = with(false, &[]).check().unwrap();
+        assert_eq!(
+            (none.console, none.boot.cmdline.as_str()),
+            (None, DEFAULT_CMDLINE)
+        );
+        let console = with(true, &[]).check().unwrap();
+        assert!(console.console.is_some() && console.boot.cmdline == VIRTIO_CONSOLE_CMDLINE);
+        let ports = with(false, &["a", "b"]).check().unwrap();
+        assert_eq!(ports.console.unwrap().ports.len(), 2);
+        assert_eq!(ports.boot.cmdline, DEFAULT_CMDLINE);
+        assert!(matches!(
+            with(false, &["a/b"]).check(),
+            Err(ConfigError::Ports(_))
+        ));
+        assert!(matches!(
+            with(false, &["a", "a"]).check(),
+            Err(ConfigError::Ports(_))
+        ));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The guest's console: what it prints goes to standard output and to everybody who attached.
 //!
-//! The serial port writes on a vCPU's thread, so nothing here may wait for a reader: bytes go into a bounded
+//! The serial port writes on a vCPU's thread, the virtio console on the device thread, so nothing here may wait for a reader: bytes go into a bounded
 //! buffer, a thread of its own carries them to standard output, and a reader that is too slow loses bytes.
 
 use std::collections::VecDeque;
@@ -9,6 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use devices::legacy::Serial;
+use devices::virtio::console::{Size, Terminal};
+use rustix::termios::tcgetwinsize;
 use tokio::sync::broadcast;
 
 /// Bytes that wait for standard output before the oldest are lost.
@@ -82,7 +84,7 @@ impl Console {
             .wait_timeout_while(output, FLUSH_TIMEOUT, unfinished);
     }
 
-    /// The serial port's end of it.
+    /// The end of it that a device writes to.
     pub fn sink(&self) -> Box<dyn Write + Send> {
         Box::new(Sink(self.clone()))
     }
@@ -110,28 +112,85 @@ impl Shared {
     }
 }
 
+/// The size of the terminal that standard input is; `None` if it is none, or does not say.
+pub(crate) fn terminal_size() -> Option<Size> {
+    let size = tcgetwinsize(io::stdin()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some(Size {
+        columns: size.ws_col,
+        rows: size.ws_row,
+    })
+}
+
+/// The device that gets a machine's console input.
+#[derive(Clone)]
+pub enum Keyboard {
+    /// The serial port.
+    Serial(Arc<Mutex<Serial>>),
+    /// The virtio console.
+    Virtio(Arc<Terminal>),
+}
+
+impl Keyboard {
+    fn enqueue(&self, bytes: &[u8]) -> usize {
+        match self {
+            Self::Serial(serial) => serial
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .enqueue(bytes),
+            Self::Virtio(terminal) => terminal.enqueue(bytes),
+        }
+    }
+
+    fn resize(&self, size: Size) {
+        match self {
+            // It has no way to tell.
+            Self::Serial(_) => {}
+            Self::Virtio(terminal) => terminal.resize(size),
+        }
+    }
+}
+
 /// Where console input goes; nowhere until there is a machine.
 #[derive(Clone, Default)]
-pub struct ConsoleInput(Arc<Mutex<Option<Arc<Mutex<Serial>>>>>);
+pub struct ConsoleInput(Arc<Mutex<Input>>);
+
+#[derive(Default)]
+struct Input {
+    keyboard: Option<Keyboard>,
+    /// The size of the terminal, if somebody has said it.
+    size: Option<Size>,
+}
 
 impl ConsoleInput {
     /// How long to wait before offering again what a guest that does not read has no room for.
     pub const RETRY: Duration = Duration::from_millis(20);
 
-    /// From here on input goes to `serial`.
-    pub fn connect(&self, serial: Arc<Mutex<Serial>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(serial);
+    /// From here on input goes to `keyboard`.
+    pub fn connect(&self, keyboard: Keyboard) {
+        let mut input = self.lock();
+        if let Some(size) = input.size {
+            keyboard.resize(size);
+        }
+        input.keyboard = Some(keyboard);
     }
 
     /// Offers input to the guest; returns how many bytes were taken. Without a machine all are, and lost.
     pub fn offer(&self, bytes: &[u8]) -> usize {
-        let serial = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        serial.map_or(bytes.len(), |serial| {
-            serial
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .enqueue(bytes)
-        })
+        let keyboard = self.lock().keyboard.clone();
+        keyboard.map_or(bytes.len(), |keyboard| keyboard.enqueue(bytes))
+    }
+
+    /// The terminal that somebody looks at has this size; the last one to say so counts.
+    pub fn resize(&self, size: Size) {
+        let mut input = self.lock();
+        input.size = Some(size);
+        if let Some(keyboard) = &input.keyboard {
+            keyboard.resize(size);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Input> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -136,8 +136,13 @@ impl Buffers {
         bytes: &[u8],
     ) -> Result<(), GuestMemoryError> {
         let mut rest = self.clone();
-        rest.consume(offset, |_, _| Ok(()))?;
+        rest.skip(offset)?;
         rest.fill(memory, bytes).map(drop)
+    }
+
+    /// Takes the first bytes off unseen.
+    pub(super) fn skip(&mut self, count: usize) -> Result<usize, GuestMemoryError> {
+        self.consume(count, |_, _| Ok(()))
     }
 
     fn consume(

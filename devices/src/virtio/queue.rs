@@ -79,6 +79,13 @@ pub enum Progress {
     More,
 }
 
+impl Progress {
+    /// Of two things together.
+    pub fn and(self, other: Self) -> Self {
+        if self == Self::More { self } else { other }
+    }
+}
+
 /// A queue that cannot be served any more.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {

@@ -6,8 +6,8 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::VirtioDevice;
 use super::mmio::{Transport, TransportError, Worker};
-use super::{QUEUE_SIZE, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 
@@ -64,6 +64,8 @@ pub(crate) struct Driver {
 /// Where a driver is in a queue.
 #[derive(Clone, Copy, Debug, Default)]
 struct DriverQueue {
+    /// As large as the device allows.
+    size: u16,
     next_descriptor: u16,
     added: u16,
     seen: u16,
@@ -81,14 +83,20 @@ impl Driver {
         let mut thread = EventManager::new().unwrap();
         thread.add_subscriber(transport.worker());
         let queues = vec![DriverQueue::default(); transport.queue_events().len()];
-        Self {
+        let mut driver = Self {
             transport,
             memory,
             line,
             thread,
             queues,
             selected: 0,
+        };
+        for index in 0..driver.queues.len() {
+            driver.set(0x030, index as u32);
+            driver.queues[index].size = driver.get(0x034) as u16;
         }
+        driver.set(0x030, 0);
+        driver
     }
 
     /// A device that the driver has brought up, with all features.
@@ -111,7 +119,11 @@ impl Driver {
             self.memory
                 .write_slice(&[0; QUEUE_BYTES as usize], GuestAddress(self.at(DESCRIPTORS)))
                 .unwrap();
-            self.queues[index] = DriverQueue::default();
+            let size = self.queues[index].size;
+            self.queues[index] = DriverQueue {
+                size,
+                ..Default::default()
+            };
         }
         self.set(0x070, 15);
         assert_eq!(self.get(0x070), 15);
@@ -159,7 +171,8 @@ impl Driver {
 
     pub(crate) fn set_up_queue(&mut self, descriptors: u64, available: u64, used: u64) {
         self.set(0x030, self.selected as u32);
-        self.set(0x038, u32::from(QUEUE_SIZE));
+        let size = self.queue().size;
+        self.set(0x038, u32::from(size));
         for (register, address) in [(0x080, descriptors), (0x090, available), (0x0a0, used)] {
             self.set(register, address as u32);
             self.set(register + 4, (address >> 32) as u32);
@@ -188,7 +201,7 @@ impl Driver {
         for (index, part) in parts.iter().enumerate() {
             let last = index + 1 == parts.len();
             let at = self.queue().next_descriptor;
-            let next = (at + 1) % QUEUE_SIZE;
+            let next = (at + 1) % self.queue().size;
             self.queue().next_descriptor = next;
             let flags = if part.write { WRITE } else { 0 } | if last { 0 } else { NEXT };
             self.describe(at, part.address, part.len, flags, next);
@@ -210,7 +223,7 @@ impl Driver {
     pub(crate) fn publish(&mut self, head: u16) {
         let available = self.at(AVAILABLE);
         let added = self.queue().added;
-        let entry = available + 4 + 2 * u64::from(added % QUEUE_SIZE);
+        let entry = available + 4 + 2 * u64::from(added % self.queue().size);
         self.memory.write_obj(head.to_le(), GuestAddress(entry)).unwrap();
         let added = added.wrapping_add(1);
         self.queue().added = added;
@@ -255,13 +268,13 @@ impl Driver {
         let mut used = Vec::new();
         let mut seen = self.queue().seen;
         while seen != index {
-            let at = ring + 4 + 8 * u64::from(seen % QUEUE_SIZE);
+            let at = ring + 4 + 8 * u64::from(seen % self.queue().size);
             used.push(self.memory.read_obj::<[u32; 2]>(GuestAddress(at)).unwrap().into());
             seen = seen.wrapping_add(1);
         }
         self.queue().seen = seen;
         // used_event: interrupt after the next chain.
-        let used_event = self.at(AVAILABLE) + 4 + 2 * u64::from(QUEUE_SIZE);
+        let used_event = self.at(AVAILABLE) + 4 + 2 * u64::from(self.queue().size);
         self.memory.write_obj(seen, GuestAddress(used_event)).unwrap();
         used
     }

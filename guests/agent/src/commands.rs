@@ -1,4 +1,5 @@
-//! Commands from the console, one per line: `verify`, `reset`, `churn MIB`, `sync`, `dial PORT`, `poweroff`, `reboot`.
+//! Commands from the console, one per line: `verify`, `reset`, `churn MIB`, `sync`, `dial PORT`, `size`, `poweroff`,
+//! `reboot`.
 
 use std::io::BufRead;
 use std::sync::atomic::Ordering;
@@ -6,7 +7,7 @@ use std::sync::mpsc::{Sender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use rustix::system::{RebootCommand, reboot};
-use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
 
 use crate::disk::Request;
 use crate::echo;
@@ -95,6 +96,7 @@ pub(crate) fn serve(input: impl BufRead, report: &Arc<Report>, workloads: &Workl
                 workloads.unmount();
                 report.line(format_args!("unmounted"));
             }
+            "size" => size(report),
             "poweroff" => workloads.end(RebootCommand::PowerOff, report),
             "reboot" => workloads.end(RebootCommand::Restart, report),
             line if line.starts_with("churn ") => churn(&line["churn ".len()..], report),
@@ -117,6 +119,14 @@ fn churn(mebibytes: &str, report: &Report) {
     std::hint::black_box(&memory);
     drop(memory);
     report.line(format_args!("churned mib={mebibytes}"));
+}
+
+/// Says what size the terminal has.
+fn size(report: &Report) {
+    match tcgetwinsize(std::io::stdin()) {
+        Ok(size) => report.line(format_args!("size columns={} rows={}", size.ws_col, size.ws_row)),
+        Err(error) => report.error(format_args!("size expected=some got={error}")),
+    }
 }
 
 /// Keeps the terminal from printing the commands between our lines.

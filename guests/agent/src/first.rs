@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
 /// What the agent reads from, and of which file system.
-const MOUNTS: [(&str, &str); 2] = [("/proc", "proc"), ("/dev", "devtmpfs")];
+const MOUNTS: [(&str, &str); 3] = [("/proc", "proc"), ("/dev", "devtmpfs"), ("/sys", "sysfs")];
 
 /// Mounts what the agent needs if it is the first program; a stock guest's has done so already.
 pub(crate) fn prepare() -> io::Result<()> {

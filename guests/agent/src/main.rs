@@ -11,6 +11,7 @@ mod heartbeat;
 mod memory;
 mod network;
 mod physical;
+mod ports;
 mod power;
 mod report;
 mod settings;
@@ -59,6 +60,7 @@ fn main() -> std::io::Result<()> {
     ));
 
     echo::start(&report);
+    ports::start(&report);
     power::watch(&report, &workloads);
     if let Err(error) = forks::watch(report.clone()) {
         report.error(format_args!("kmsg=open expected=a log got={error}"));

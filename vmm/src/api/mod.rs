@@ -15,6 +15,7 @@
 //! | `PATCH /balloon` | [`BalloonUpdate`]: how much memory the guest is to give up |
 //! | `GET /balloon/statistics` | [`BalloonStatistics`]; 404 if there is no balloon |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
+//! | `PUT /console/size` | `Size`: that of the terminal on which somebody looks at it |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.
 

@@ -11,6 +11,7 @@ use axum::extract::{Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
+use devices::virtio::console::Size;
 use hyper_util::rt::TokioIo;
 use migration::Progress;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -54,6 +55,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/balloon", patch(set_balloon))
         .route("/balloon/statistics", get(balloon_statistics))
         .route("/console", get(console))
+        .route("/console/size", put(resize_console))
         .with_state(context)
 }
 
@@ -252,6 +254,12 @@ async fn console(State(context): State<Context>, request: HttpRequest) -> Answer
         (header::CONNECTION, "Upgrade"),
     ];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+async fn resize_console(State(context): State<Context>, body: JsonBody<Size>) -> Answer<StatusCode> {
+    let Json(size) = body?;
+    context.input.resize(size);
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Until either side ends.

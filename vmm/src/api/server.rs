@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::routes::{Context, router};
-use crate::console::{Console, ConsoleInput};
+use crate::console::{Console, ConsoleInput, terminal_size};
 use crate::rundir::ApiSocket;
 use crate::supervisor::{Event, SupervisorHandle};
 
@@ -27,7 +27,7 @@ pub struct ApiServer {
 
 impl ApiServer {
     /// Serves `socket` on a thread of its own. The thread also turns SIGTERM, SIGINT and SIGHUP into events for
-    /// the supervisor.
+    /// the supervisor, and tells the guest of the terminal's size at SIGWINCH.
     pub fn start(socket: ApiSocket, supervisor: SupervisorHandle, console: Console) -> io::Result<Self> {
         let listener = socket.listener().try_clone()?;
         listener.set_nonblocking(true)?;
@@ -42,10 +42,10 @@ impl ApiServer {
             .enable_all()
             .build()?;
         // Inside the runtime, but before the thread starts, so that an error is the caller's.
-        let (listener, signals) = {
+        let (listener, signals, resized) = {
             let _inside = runtime.enter();
-            let signals = end_signals()?;
-            (UnixListener::from_std(listener)?, signals)
+            let resized = signal(SignalKind::window_change())?;
+            (UnixListener::from_std(listener)?, end_signals()?, resized)
         };
         let ended = end.clone();
         let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
@@ -58,6 +58,7 @@ impl ApiServer {
                         }
                     });
                 }
+                tokio::spawn(pass_size_on(resized, context.input.clone()));
                 serve(listener, context, ended).await;
             });
             runtime.shutdown_background();
@@ -87,6 +88,18 @@ impl Drop for ApiServer {
         if let Some(thread) = self.thread.take() {
             // A panic in it has been reported by the panic hook.
             let _ = thread.join();
+        }
+    }
+}
+
+/// Tells the guest of the size of the terminal that this process was started on, and of every change.
+async fn pass_size_on(mut resized: Signal, input: ConsoleInput) {
+    loop {
+        if let Some(size) = terminal_size() {
+            input.resize(size);
+        }
+        if resized.recv().await.is_none() {
+            return;
         }
     }
 }

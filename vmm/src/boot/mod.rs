@@ -27,6 +27,8 @@ use format::Format;
 
 /// The command line for a Linux guest that is given none.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
+/// The same for one whose console is the virtio one. Until the kernel has found that, it prints to the serial port.
+pub const VIRTIO_CONSOLE_CMDLINE: &str = "earlyprintk=ttyS0 console=hvc0 reboot=k panic=1 pci=off";
 
 /// What can go wrong before the first instruction.
 #[derive(Debug, Error)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
-use super::devices::{BackendArgs, DeviceArgs};
+use super::devices::{BackendArgs, DeviceArgs, backend};
 use super::help::{
     BALLOON_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES,
     RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
@@ -82,7 +82,8 @@ pub(super) struct RunArgs {
     /// Initial RAM file system
     #[arg(long, value_name = "FILE")]
     pub(super) initrd: Option<PathBuf>,
-    /// Kernel command line [default: "console=ttyS0 reboot=k panic=1 pci=off"]
+    /// Kernel command line [default: "console=ttyS0 reboot=k panic=1 pci=off", or with --console virtio
+    /// "earlyprintk=ttyS0 console=hvc0 reboot=k panic=1 pci=off"]
     #[arg(long, value_name = "TEXT")]
     pub(super) cmdline: Option<String>,
     /// Number of vCPUs, 1 to 32 [default: 1]
@@ -108,6 +109,22 @@ pub(super) struct RunArgs {
     /// A socket device: cid=N,uds=PATH; programs on the host connect to the Unix socket PATH
     #[arg(long, value_name = "SPEC", value_parser = vsock::run)]
     pub(super) vsock: Option<VsockConfig<u64>>,
+    /// Which of the guest's consoles has the terminal
+    #[arg(long, value_enum, default_value_t = ConsoleArg::Serial)]
+    pub(super) console: ConsoleArg,
+    /// A channel between the guest's /dev/virtio-ports/NAME and a program on the host that connects to the Unix socket
+    /// PATH; may be given several times
+    #[arg(long = "port", value_name = "NAME=PATH", value_parser = backend::<PathBuf>)]
+    pub(super) ports: Vec<(String, PathBuf)>,
+}
+
+/// The consoles of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ConsoleArg {
+    /// The serial port, ttyS0.
+    Serial,
+    /// A virtio console, hvc0, which knows the terminal's size.
+    Virtio,
 }
 
 /// What `run`, `receive` and `restore` have in common.

@@ -9,12 +9,14 @@ use anyhow::{Context, bail};
 use hyper::Method;
 use migration::Decision;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::{ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs};
 use super::terminal::{ESCAPE, RawTerminal};
 use super::{Exit, progress};
 use crate::api::client::Client;
 use crate::api::{Action, ActionType, InstanceInfo, Resolution, ResolveRequest, Verdict, VmState, VmUpdate};
+use crate::console::terminal_size;
 use crate::report::figures::bytes;
 use crate::rundir;
 use crate::snapshot::SnapshotProgress;
@@ -203,9 +205,27 @@ pub(super) fn console(args: &VmArgs) -> anyhow::Result<Exit> {
             eprintln!("godwit: attached to {}; Ctrl-] detaches", args.vm);
         }
         let _terminal = RawTerminal::enter().context("terminal")?;
-        relay(stream).await?;
+        tokio::select! {
+            ended = relay(stream) => ended?,
+            failed = pass_size_on(&client) => return Err(failed),
+        }
         Ok(Exit::Done)
     })?
+}
+
+/// Tells the guest of this terminal's size, and of every change. Returns why it cannot.
+async fn pass_size_on(client: &Client) -> anyhow::Error {
+    let mut resized = match signal(SignalKind::window_change()) {
+        Ok(resized) => resized,
+        Err(error) => return error.into(),
+    };
+    loop {
+        if let Some(size) = terminal_size() {
+            // The end of the VM ends the console as well, which says so.
+            let _ = client.send_json(Method::PUT, "/console/size", &size).await;
+        }
+        resized.recv().await;
+    }
 }
 
 /// Until the VM ends, or the user types the escape key. The end of standard input leaves the output on.

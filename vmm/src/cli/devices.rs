@@ -1,9 +1,11 @@
 //! The options that name devices, and what is behind them on this host.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::Args;
+use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::{MacAddress, Tap, TapError};
 use devices::{Bucket, Limits};
 
@@ -57,6 +59,9 @@ pub(super) struct BackendArgs {
     /// Unix socket of the machine's socket device here: uds=PATH
     #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
     vsock: Option<PathBuf>,
+    /// Unix socket of a port of the machine's console here; may be given several times
+    #[arg(long = "port", value_name = "NAME=PATH", value_parser = backend::<PathBuf>)]
+    ports: Vec<(String, PathBuf)>,
 }
 
 impl BackendArgs {
@@ -73,10 +78,20 @@ impl BackendArgs {
                 .map(|(id, tap)| Ok((id, Tap::open(&tap)?)))
                 .collect::<Result<_, TapError>>()?,
             vsock: self.vsock,
+            ports: port_paths(self.ports)?,
             max_memory,
             reserve,
         })
     }
+}
+
+fn port_paths(ports: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, PathBuf>, ParametersError> {
+    let names = Parameters {
+        has_terminal: false,
+        ports: ports.iter().map(|(name, _)| name.clone()).collect(),
+    };
+    names.check()?;
+    Ok(ports.into_iter().collect())
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,11 +160,12 @@ fn run_net(text: &str) -> Result<RunNet, String> {
     Ok(net)
 }
 
-fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T), String> {
+/// A name, and what is behind what has it.
+pub(super) fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T), String> {
     match text.split_once('=') {
         Some((id, backend)) if !id.is_empty() && !backend.is_empty() => Ok((id.into(), backend.into())),
         _ => Err(format!(
-            "expected a device's id, '=' and what is behind it, got {text:?}"
+            "expected a name, '=' and what is behind it, got {text:?}"
         )),
     }
 }
@@ -224,9 +240,13 @@ mod tests {
             disks: vec![backend("a=/dev/vda").unwrap()],
             nets: vec![backend(net).unwrap()],
             vsock: None,
+            ports: Vec::new(),
         };
         let refused = |net| args(net).arrival(None, None).unwrap_err();
         assert!(refused("a=tap0").downcast_ref::<ConfigError>().is_some());
+        let ports = vec![backend("a=x").unwrap(), backend("a=y").unwrap()];
+        let twice = port_paths(ports).unwrap_err();
+        assert_eq!(twice, ParametersError::Twice("a".into()));
         // Said before anybody wants to come.
         let missing = refused("b=no-tap-here").to_string();
         assert!(missing.contains("ip tuntap add dev no-tap-here"), "{missing}");

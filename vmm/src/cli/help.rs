@@ -6,16 +6,19 @@ Examples:
   godwit run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk id=root,path=root.img
   godwit run --kernel vmlinux --initrd initrd --vsock cid=3,uds=/run/web.vsock
   godwit run --kernel vmlinux --initrd initrd --net tap=tap0 --net id=lan,tap=tap1,mac=02:00:00:00:00:07
+  godwit run --kernel vmlinux --initrd initrd --console virtio --port agent=/run/web.agent
   godwit run --config-file vm.json --name web
 
 A tap is made before: ip tuntap add dev tap0 mode tap && ip link set dev tap0 up. Without mac= a network card has a
 random address.
+The guest prints on either console; what is typed comes to the one that has the terminal.
 In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
 
 pub(super) const RECEIVE_EXAMPLES: &str = "\
 Examples:
   godwit receive --name web --listen tcp:0.0.0.0:7000
-  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web --net net0=tap0 --vsock uds=/run/web.vsock";
+  godwit receive --listen unix:/run/web.migrate --disk root=/dev/vg0/web --net net0=tap0 --vsock uds=/run/web.vsock
+  godwit receive --listen tcp:0.0.0.0:7000 --port agent=/run/web.agent";
 
 pub(super) const RESTORE_EXAMPLES: &str = "\
 Examples:

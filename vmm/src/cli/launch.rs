@@ -10,12 +10,12 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::Uptime;
 
 use super::Exit;
-use super::args::{CommonArgs, ReceiveArgs, RestoreArgs, RunArgs};
+use super::args::{CommonArgs, ConsoleArg, ReceiveArgs, RestoreArgs, RunArgs};
 use super::signals::{Held, outlive_file_size_limit};
 use super::snapshot::with_bar;
 use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
-use crate::config::{BalloonConfig, ConfigError, Wishes};
+use crate::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory;
@@ -146,6 +146,10 @@ fn wishes(args: &RunArgs) -> Wishes {
             deflate_on_oom: true,
         }),
         vsock: args.vsock.clone(),
+        console: ConsoleConfig {
+            has_terminal: args.console == ConsoleArg::Virtio,
+            ports: args.ports.clone(),
+        },
     }
 }
 

@@ -7,7 +7,7 @@ use devices::{Bucket, Limits};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-use super::{BalloonConfig, ConfigError, DiskConfig, NetConfig, VsockConfig, Wishes};
+use super::{BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, NetConfig, VsockConfig, Wishes};
 
 impl Wishes {
     /// What a configuration file asks for.
@@ -36,6 +36,7 @@ impl Wishes {
             nets: file.network_interfaces.into_iter().map(NetConfig::from).collect(),
             balloon: file.balloon.map(BalloonConfig::from),
             vsock: file.vsock.map(VsockConfig::from),
+            console: ConsoleConfig::default(),
         })
     }
 }

@@ -5,13 +5,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use devices::virtio::block::BlockState;
+use devices::virtio::console::{self, ConsoleState};
 use devices::virtio::net::{NetState, Tap};
 use devices::virtio::rng::RngState;
 use devices::virtio::vsock::VsockState;
 use migration::{DeviceDescription, Difference};
 use migration_state::Record;
 
-use super::backends::{RNG_ID, Unavailable, VSOCK_ID};
+use super::backends::{CONSOLE_ID, RNG_ID, Unavailable, VSOCK_ID};
 use super::description;
 use crate::config::MAX_DEVICES;
 
@@ -25,6 +26,8 @@ pub struct Arrival {
     pub nets: BTreeMap<String, Tap>,
     /// Path of the socket device's socket.
     pub vsock: Option<PathBuf>,
+    /// Paths of the sockets of the console's ports, by the port's name.
+    pub ports: BTreeMap<String, PathBuf>,
     /// Most guest memory in bytes.
     pub max_memory: Option<u64>,
     /// Guest memory in bytes that is made, and made resident, before a machine arrives.
@@ -65,6 +68,15 @@ impl Arrival {
                 "--vsock uds=…",
             ));
         }
+        let known = console_ports(devices);
+        for name in self.ports.keys().filter(|name| !known.contains(*name)) {
+            let what = format!("port {name:?}");
+            differences.push(difference(
+                &what,
+                "no such port in the machine",
+                format!("--port {name}=…"),
+            ));
+        }
         differences
     }
 
@@ -76,9 +88,14 @@ impl Arrival {
             let got = format!("{} {RNG_ID:?} as device 0, and only there", RngState::KIND);
             return Some(difference(&what, expected, got));
         }
-        if device.kind == VsockState::KIND && device.id != VSOCK_ID {
-            let got = format!("{} {VSOCK_ID:?} alone", VsockState::KIND);
-            return Some(difference(&what, "a name of its own", got));
+        for (kind, id) in [(VsockState::KIND, VSOCK_ID), (ConsoleState::KIND, CONSOLE_ID)] {
+            if device.kind == kind && device.id != id {
+                return Some(difference(
+                    &what,
+                    "a name of its own",
+                    format!("{kind} {id:?} alone"),
+                ));
+            }
         }
         let opened = match self.open(device) {
             Ok(opened) => opened.device,
@@ -126,6 +143,13 @@ impl Arrival {
         let writable = !(device.read_only && other.read_only);
         writable && file(device).is_some_and(|id| file(other) == Some(id))
     }
+}
+
+/// The names of the ports that a machine's console has.
+fn console_ports(devices: &[DeviceDescription]) -> Vec<String> {
+    let mut consoles = devices.iter().filter(|device| device.kind == ConsoleState::KIND);
+    let parameters = consoles.find_map(|device| console::Parameters::from_bytes(&device.parameters).ok());
+    parameters.unwrap_or_default().ports
 }
 
 /// What tells one file from another, by whatever name.
@@ -182,6 +206,7 @@ mod tests {
         disks: BTreeMap::new(),
         nets: BTreeMap::new(),
         vsock: None,
+        ports: BTreeMap::new(),
         max_memory: None,
         reserve: None,
     };
@@ -278,5 +303,34 @@ mod tests {
         assert_eq!(check_one(&arrival, renamed), ["virtio-vsock \"vsock\" alone"]);
         let twice = check(&arrival, &[source.clone(), source]);
         assert_eq!(twice, ["two of that name"]);
+    }
+    #[test]
+    fn every_port_of_a_console_has_a_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let ports = ["a", "b"].map(|name| (name.to_owned(), path(name)));
+        let terminal = Arc::new(console::Terminal::new().unwrap());
+        let backend = Arc::new(console::Backend::open(&ports).unwrap());
+        let device = console::Console::new(terminal, backend, true);
+        let source = description::device(CONSOLE_ID, device.describe());
+        let with = |ports: &[(&str, &str)]| Arrival {
+            ports: ports
+                .iter()
+                .map(|(name, file)| ((*name).to_owned(), path(file)))
+                .collect(),
+            ..NOTHING
+        };
+        let check_one = |ports: &[(&str, &str)]| check(&with(ports), std::slice::from_ref(&source));
+        assert!(check_one(&[("a", "x"), ("b", "y")]).is_empty());
+        assert_eq!(check_one(&[("a", "x")]), ["none for \"b\" (use --port b=PATH)"]);
+        assert_eq!(check_one(&[("a", "x"), ("b", "y"), ("c", "z")]), ["--port c=…"]);
+        let shared = check_one(&[("a", "x"), ("b", "x")]);
+        assert!(shared[0].contains("a socket of its own"), "{shared:?}");
+        assert_eq!(check(&with(&[("a", "x")]), &[]), ["--port a=…"]);
+        let nonsense = DeviceDescription {
+            parameters: vec![2],
+            ..source.clone()
+        };
+        assert!(check(&with(&[]), &[nonsense])[0].starts_with("parameters: expected"));
     }
 }

@@ -1,11 +1,13 @@
 //! Virtio devices with what is behind them on this host: the one place that knows every kind of them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
 use devices::virtio::block::{Backend, Block, BlockState};
+use devices::virtio::console::{self, Console, ConsoleState, Terminal};
 use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{self, Vsock, VsockState};
@@ -14,7 +16,7 @@ use migration_state::Record;
 
 use super::MachineError;
 use super::arrival::Arrival;
-use super::devices::{NamedDevice, io_error};
+use super::devices::{MachineTerminal, NamedDevice, io_error};
 
 /// The name of the entropy device, which every machine has, as the first on the bus.
 pub(crate) const RNG_ID: &str = "rng";
@@ -22,14 +24,17 @@ pub(crate) const RNG_ID: &str = "rng";
 pub(crate) const BALLOON_ID: &str = "balloon";
 /// The name of the socket device, of which a machine has one at most.
 pub(crate) const VSOCK_ID: &str = "vsock";
+/// The name of the console device, of which a machine has one at most.
+pub(crate) const CONSOLE_ID: &str = "console";
 
 /// Every kind that a machine can have.
-const KINDS: [&str; 5] = [
+const KINDS: [&str; 6] = [
     RngState::KIND,
     BlockState::KIND,
     NetState::KIND,
     BalloonState::KIND,
     VsockState::KIND,
+    ConsoleState::KIND,
 ];
 
 /// The devices of a machine that boots, in bus order.
@@ -54,6 +59,9 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     if let Some(config) = &config.vsock {
         let backend = vsock::Backend::open(&config.uds)?;
         devices.push(named(VSOCK_ID, Vsock::new(Arc::new(backend), config.guest_cid)));
+    }
+    if let Some(config) = &config.console {
+        devices.push(virtio_console(&config.ports, config.has_terminal)?);
     }
     Ok(devices)
 }
@@ -114,6 +122,7 @@ impl Arrival {
                 })?;
                 Ok(named(id, Vsock::new(Arc::new(backend), guest_cid)))
             }
+            ConsoleState::KIND => self.open_console(description),
             _ => Err(Unavailable {
                 expected: "a kind that is known here",
                 got: format!("{:?}, which is none of {KINDS:?}", description.kind),
@@ -139,6 +148,28 @@ impl Arrival {
             got: error.to_string(),
         })?;
         Ok(named(id, net))
+    }
+
+    fn open_console(
+        &self,
+        DeviceDescription { parameters, .. }: &DeviceDescription,
+    ) -> Result<NamedDevice, Unavailable> {
+        let parameters = console::Parameters::from_bytes(parameters).map_err(|error| Unavailable {
+            expected: "a console's ports",
+            got: error.to_string(),
+        })?;
+        let port = |name: String| match self.ports.get(&name) {
+            Some(path) => Ok((name, path.clone())),
+            None => Err(Unavailable {
+                expected: "a socket on the host for each port",
+                got: format!("none for {name:?} (use --port {name}=PATH)"),
+            }),
+        };
+        let ports: Vec<_> = parameters.ports.into_iter().map(port).collect::<Result<_, _>>()?;
+        virtio_console(&ports, parameters.has_terminal).map_err(|error| Unavailable {
+            expected: "usable sockets on the host",
+            got: migration::chain(&error),
+        })
     }
 }
 
@@ -169,10 +200,23 @@ fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError
     })
 }
 
+fn virtio_console(ports: &[(String, PathBuf)], has_terminal: bool) -> Result<NamedDevice, MachineError> {
+    let terminal = Arc::new(Terminal::new().map_err(io_error("console"))?);
+    let backend = Arc::new(console::Backend::open(ports)?);
+    Ok(NamedDevice {
+        terminal: Some(MachineTerminal {
+            terminal: terminal.clone(),
+            has_input: has_terminal,
+        }),
+        ..named(CONSOLE_ID, Console::new(terminal, backend, has_terminal))
+    })
+}
+
 fn named(id: &str, device: impl VirtioDevice + 'static) -> NamedDevice {
     NamedDevice {
         id: id.into(),
         device: Box::new(device),
         balloon: None,
+        terminal: None,
     }
 }

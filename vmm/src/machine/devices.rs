@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
 use devices::virtio::mmio::Transport;
-use devices::virtio::{VirtioDevice, balloon};
+use devices::virtio::{VirtioDevice, balloon, console};
 use devices::{ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration::DeviceDescription;
@@ -31,6 +31,16 @@ pub(crate) struct NamedDevice {
     pub(crate) device: Box<dyn VirtioDevice>,
     /// The host's end of it, if it is a balloon.
     pub(crate) balloon: Option<Arc<balloon::Control>>,
+    /// The host's end of it, if it is a console.
+    pub(crate) terminal: Option<MachineTerminal>,
+}
+
+/// The host's end of a virtio console.
+#[derive(Clone)]
+pub(crate) struct MachineTerminal {
+    pub(crate) terminal: Arc<console::Terminal>,
+    /// Whether it gets the machine's input, and the serial port does not.
+    pub(crate) has_input: bool,
 }
 
 /// A virtio device in its slot.
@@ -38,6 +48,7 @@ pub(super) struct VirtioSlot {
     pub(super) id: String,
     pub(super) address: VirtioMmioSlot,
     balloon: Option<Arc<balloon::Control>>,
+    terminal: Option<MachineTerminal>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -87,6 +98,9 @@ impl DeviceSet {
 
         let mut virtio = Vec::with_capacity(named.len());
         for (index, named) in named.into_iter().enumerate() {
+            if let Some(MachineTerminal { terminal, .. }) = &named.terminal {
+                terminal.connect(console.sink());
+            }
             virtio.push(virtio_slot(vm, memory, index, named)?);
         }
         let mut mmio = Bus::new();
@@ -124,6 +138,13 @@ impl DeviceSet {
 
     pub(super) fn balloon(&self) -> Option<Arc<balloon::Control>> {
         self.virtio.iter().find_map(|slot| slot.balloon.clone())
+    }
+
+    /// The virtio console that gets the machine's input, if one does.
+    pub(super) fn terminal(&self) -> Option<Arc<console::Terminal>> {
+        let mut terminals = self.virtio.iter().filter_map(|slot| slot.terminal.as_ref());
+        let found = terminals.find(|terminal| terminal.has_input)?;
+        Some(found.terminal.clone())
     }
 
     /// How the guest ended, if it did.
@@ -230,6 +251,7 @@ fn virtio_slot(
         id: named.id,
         address,
         balloon: named.balloon,
+        terminal: named.terminal,
         transport: Arc::new(Mutex::new(transport)),
     })
 }

@@ -1,10 +1,11 @@
 //! What can go wrong with a machine.
 
+use devices::HostSocketError;
 use devices::virtio::HostError;
 use devices::virtio::block::BackendError;
+use devices::virtio::console;
 use devices::virtio::mmio::TransportError;
 use devices::virtio::net::TapError;
-use devices::virtio::vsock;
 use thiserror::Error;
 
 use crate::boot::BootError;
@@ -46,7 +47,9 @@ pub enum MachineError {
     #[error(transparent)]
     Disk(#[from] BackendError),
     #[error("{}", super::VSOCK_ID)]
-    Vsock(#[from] vsock::BackendError),
+    Vsock(#[from] HostSocketError),
+    #[error("{}", super::CONSOLE_ID)]
+    Console(#[from] console::BackendError),
     #[error(transparent)]
     Tap(#[from] TapError),
     #[error("{id}")]

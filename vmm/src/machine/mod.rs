@@ -22,6 +22,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VmFd};
 use migration::DirtyLog;
 
+use crate::console::Keyboard;
 use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, RingLog};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
@@ -33,7 +34,7 @@ pub use error::MachineError;
 pub use source::MigrationSource;
 pub use standstill::{SnapshotMemory, Standstill};
 
-pub(crate) use self::backends::{BALLOON_ID, RNG_ID, VSOCK_ID};
+pub(crate) use self::backends::{BALLOON_ID, CONSOLE_ID, RNG_ID, VSOCK_ID};
 pub(crate) use self::devices::INSTANCE_PREFIX;
 
 use self::baseline::Baseline;
@@ -130,9 +131,12 @@ impl Machine {
             })
     }
 
-    /// The serial port, for input from the console.
-    pub fn serial(&self) -> Arc<Mutex<::devices::legacy::Serial>> {
-        self.devices.serial.clone()
+    /// What gets the input from the console.
+    pub fn keyboard(&self) -> Keyboard {
+        match self.devices.terminal() {
+            Some(terminal) => Keyboard::Virtio(terminal),
+            None => Keyboard::Serial(self.devices.serial.clone()),
+        }
     }
 
     /// The host's end of its balloon, if it has one.

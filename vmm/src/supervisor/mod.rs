@@ -139,7 +139,7 @@ impl Supervisor {
 
     /// Takes a machine, which runs from here on.
     pub fn adopt(&mut self, machine: Machine, server: &ApiServer) {
-        server.console_input().connect(machine.serial());
+        server.console_input().connect(machine.keyboard());
         self.life = Some(Life::Here(Arc::new(machine)));
     }
 

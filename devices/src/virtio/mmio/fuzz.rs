@@ -12,6 +12,7 @@ use crate::cases::cases;
 use crate::rate::Limits;
 use crate::virtio::balloon::{Balloon, Control};
 use crate::virtio::block::{Backend, Block};
+use crate::virtio::console::{self, Console, Terminal};
 use crate::virtio::net::testing::{Wire, card, frame, ip, leave_for};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, reads, writes};
@@ -81,6 +82,13 @@ fn balloon() -> Balloon {
     Balloon::new(Arc::new(Control::new(1 << 20).unwrap()), true)
 }
 
+/// With two named ports: eight queues.
+fn console(dir: &Path) -> Console {
+    let ports = ["a", "b"].map(|name| (name.into(), dir.join(name)));
+    let backend = console::Backend::open(&ports).unwrap();
+    Console::new(Arc::new(Terminal::new().unwrap()), Arc::new(backend), true)
+}
+
 /// A descriptor: mostly plausible, sometimes not.
 fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let address = prop_oneof![
@@ -142,6 +150,20 @@ proptest! {
     }
 
     #[test]
+    fn any_registers_and_memory_of_ports(acts in prop::collection::vec(act(), 0..60)) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut driver = Driver::new(console(dir.path()));
+        acts.into_iter().for_each(|act| perform(&mut driver, act));
+        let saved = driver.save();
+        let moved = driver.move_to(console(dir.path()), saved);
+        prop_assert!(moved.is_ok(), "{:?}", moved.err());
+        driver.transport.resume();
+        driver.run();
+        driver.bring_up();
+        prop_assert_eq!(driver.select(1).submit(&[reads(DATA, 64)]), 0);
+    }
+
+    #[test]
     fn any_descriptor_chains(
         descriptors in prop::collection::vec(descriptor(), 1..12),
         heads in prop::collection::vec(prop_oneof![9 => 0u16..12, 1 => any::<u16>()], 1..8),
@@ -153,6 +175,7 @@ proptest! {
             Driver::ready(block(dir.path())),
             Driver::ready(vsock(dir.path())),
             Driver::ready(balloon()),
+            Driver::ready(console(dir.path())),
         ];
         for mut driver in drivers {
             for queue in 0..driver.queue_count() {

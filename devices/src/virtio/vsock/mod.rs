@@ -17,6 +17,6 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, BackendError};
+pub use backend::Backend;
 pub use device::{CID_MAX, CID_MIN, Vsock};
 pub use state::VsockState;

@@ -13,13 +13,14 @@ use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
 /// Drivers of our devices, and what tells the agent of the power button.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 9] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_rng",
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "virtio_net",
+    "virtio_console",
     "button",
     "evdev",
 ];

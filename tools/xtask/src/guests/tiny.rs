@@ -56,11 +56,11 @@ pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()
 
 /// Makes `tiny/initrd`. It is not compressed: the host may interpret the guest's kernel.
 pub(super) fn initrd(cache: &Cache, agent: &Path) -> Result<()> {
-    let key = Key::new("tiny initrd 1").path(agent)?;
+    let key = Key::new("tiny initrd 2").path(agent)?;
     cache.make("tiny-initrd", &key, &["tiny/initrd"], || {
         let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
         let mut archive = Archive::new();
-        for folder in ["dev", "proc", "mnt"] {
+        for folder in ["dev", "proc", "sys", "mnt"] {
             archive.folder(folder)?;
         }
         // The kernel opens it for us before anything is mounted.

@@ -5,12 +5,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use migration_state::Envelope;
 
+use super::super::Vsock;
 use super::super::packet::Op;
-use super::super::{BackendError, Vsock};
 use super::rig::*;
-use crate::NamedListenerError;
 use crate::virtio::mmio::TransportError;
 use crate::virtio::{HostBackend, VirtioDevice};
+use crate::{HostSocketError, NamedListenerError};
 
 /// The machine on another host, which runs it.
 fn moved(rig: &Rig, saved: Envelope) -> Rig {
@@ -133,8 +133,8 @@ fn the_socket_is_there_while_the_guest_is_ours() {
     UnixStream::connect(&path).unwrap();
     let (other, _other) = device(&path);
     let error = other.take_locks().unwrap_err();
-    let error = error.downcast_ref::<BackendError>().unwrap();
-    let in_use = matches!(error, BackendError::Listener(NamedListenerError::InUse { .. }));
+    let error = error.downcast_ref::<HostSocketError>().unwrap();
+    let in_use = matches!(error, HostSocketError::Listener(NamedListenerError::InUse { .. }));
     assert!(in_use, "{error:?}");
     backend.release_locks().unwrap();
     assert!(!path.exists());
@@ -154,13 +154,16 @@ fn paths_that_cannot_be_a_sockets() {
     let error = open(&file);
     let other = matches!(
         error,
-        BackendError::Listener(NamedListenerError::NotASocket { .. })
+        HostSocketError::Listener(NamedListenerError::NotASocket { .. })
     );
     assert!(other, "{error:?}");
-    assert!(matches!(open(&file.join("x")), BackendError::NoFolder { .. }));
+    assert!(matches!(open(&file.join("x")), HostSocketError::NoFolder { .. }));
     assert!(matches!(
         open("x".repeat(97).as_ref()),
-        BackendError::Length { got: 97, .. }
+        HostSocketError::Length { got: 97, .. }
     ));
-    assert!(matches!(open("".as_ref()), BackendError::Length { got: 0, .. }));
+    assert!(matches!(
+        open("".as_ref()),
+        HostSocketError::Length { got: 0, .. }
+    ));
 }

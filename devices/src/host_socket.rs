@@ -1,0 +1,134 @@
+//! A Unix socket of a device, at which programs on the host find the guest: there while the guest is ours.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::event::epoll::EventFlags;
+
+use crate::named_listener::{NamedListener, NamedListenerError};
+use crate::watch::Watch;
+
+/// The longest path of a socket in bytes: what `sockaddr_un` has, less its end.
+pub(crate) const PATH_MAX: usize = 108 - 1;
+
+/// A socket that is in the file system from [`HostSocket::listen`] to [`HostSocket::close`]. Its calls may come from
+/// any thread.
+#[derive(Debug)]
+pub(crate) struct HostSocket {
+    path: PathBuf,
+    listener: Mutex<Option<NamedListener>>,
+}
+
+/// Why there can be no socket at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum HostSocketError {
+    /// The path is too long for a socket.
+    #[error("socket {}: expected a path of 1 to {most} bytes, got {got}", path.display())]
+    Length {
+        /// The socket.
+        path: PathBuf,
+        /// Bytes that it may have.
+        most: usize,
+        /// Bytes of its path.
+        got: usize,
+    },
+    /// There is no folder for it.
+    #[error("socket {}: expected its folder to be there, found none", path.display())]
+    NoFolder {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The path cannot be had.
+    #[error(transparent)]
+    Listener(#[from] NamedListenerError),
+    /// A system call failed.
+    #[error("socket {}: cannot {what}", path.display())]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl HostSocket {
+    /// A socket that is to be at `path`, which may have `most` bytes.
+    pub(crate) fn at(path: &Path, most: usize) -> Result<Self, HostSocketError> {
+        let got = path.as_os_str().len();
+        if !(1..=most).contains(&got) {
+            let path = path.into();
+            return Err(HostSocketError::Length { path, most, got });
+        }
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if folder.is_some_and(|folder| !folder.is_dir()) {
+            return Err(HostSocketError::NoFolder { path: path.into() });
+        }
+        NamedListener::check_kind(path)?;
+        Ok(Self {
+            path: path.into(),
+            listener: Mutex::new(None),
+        })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Listens, if it does not yet, and has `watch` tell of programs that connect.
+    pub(crate) fn listen(&self, watch: &Watch, token: u64) -> Result<(), HostSocketError> {
+        let mut listener = self.listener();
+        if listener.is_some() {
+            return Ok(());
+        }
+        let bound = NamedListener::bind(&self.path)?;
+        bound
+            .listener()
+            .set_nonblocking(true)
+            .map_err(self.failed("listen without waiting"))?;
+        watch
+            .add(bound.listener(), token, EventFlags::IN)
+            .map_err(self.failed("watch it"))?;
+        *listener = Some(bound);
+        Ok(())
+    }
+
+    /// Listens no more, and leaves the file system.
+    pub(crate) fn close(&self) {
+        *self.listener() = None;
+    }
+
+    /// The next program that has connected, which is not waited for; `None` if none has.
+    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let listener = self.listener();
+        let Some(listener) = listener.as_ref() else {
+            return Ok(None);
+        };
+        match listener.listener().accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(true)?;
+                Ok(Some(stream))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The error of a call that failed.
+    pub(crate) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> HostSocketError + '_ {
+        move |source| HostSocketError::Io {
+            path: self.path.clone(),
+            what,
+            source,
+        }
+    }
+
+    fn listener(&self) -> MutexGuard<'_, Option<NamedListener>> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

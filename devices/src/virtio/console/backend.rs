@@ -1,0 +1,152 @@
+//! What backs the named ports on the host: a Unix socket each.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use rustix::event::epoll::EventFlags;
+
+use super::parameters::{Parameters, ParametersError};
+use crate::HostSocketError;
+use crate::host_socket::{HostSocket, PATH_MAX};
+use crate::virtio::{HostBackend, HostError};
+use crate::watch::Watch;
+
+/// The host's side of the named ports. Opening it puts no socket in the file system: they belong to whoever runs the
+/// guest, and come and go with the locks ([`HostBackend`]).
+#[derive(Debug)]
+pub struct Backend {
+    names: Vec<String>,
+    /// One for each name.
+    sockets: Vec<HostSocket>,
+    /// Watches them and who has connected.
+    watch: Watch,
+}
+
+/// Why ports cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// Their names or their number.
+    #[error(transparent)]
+    Parameters(#[from] ParametersError),
+    /// A socket cannot be had.
+    #[error("port {name:?}")]
+    Socket {
+        /// The port.
+        name: String,
+        /// The cause.
+        #[source]
+        source: HostSocketError,
+    },
+    /// Two ports with one socket.
+    #[error("port {name:?}: expected a socket of its own, got that of another port: {}", path.display())]
+    Shared {
+        /// The port.
+        name: String,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// There are no descriptors for it.
+    #[error("ports: cannot watch their sockets")]
+    Watch(#[source] io::Error),
+}
+
+impl Backend {
+    /// For ports with these names, and the sockets at these paths.
+    pub fn open(ports: &[(String, PathBuf)]) -> Result<Self, BackendError> {
+        let names: Vec<_> = ports.iter().map(|(name, _)| name.clone()).collect();
+        let parameters = Parameters {
+            has_terminal: false,
+            ports: names,
+        };
+        parameters.check()?;
+        let mut paths = BTreeSet::new();
+        let mut sockets = Vec::with_capacity(ports.len());
+        for (name, path) in ports {
+            let socket = HostSocket::at(path, PATH_MAX).map_err(|source| BackendError::Socket {
+                name: name.clone(),
+                source,
+            })?;
+            if !paths.insert(path) {
+                let (name, path) = (name.clone(), path.clone());
+                return Err(BackendError::Shared { name, path });
+            }
+            sockets.push(socket);
+        }
+        Ok(Self {
+            names: parameters.ports,
+            sockets,
+            watch: Watch::new().map_err(BackendError::Watch)?,
+        })
+    }
+
+    /// The ports' names.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Readable when there is something to [`Backend::look`] at.
+    pub(super) fn events(&self) -> BorrowedFd<'_> {
+        self.watch.as_fd()
+    }
+
+    /// Takes what has happened, and returns the ports, counted from 0, whose program has gone.
+    pub(super) fn look(&self) -> io::Result<Vec<usize>> {
+        // There are fewer sockets than one look takes events.
+        let (events, _) = self.watch.look()?;
+        let gone = events.into_iter().filter_map(|(token, flags)| {
+            let port = usize::try_from(token).ok()?.checked_sub(self.sockets.len())?;
+            flags
+                .intersects(EventFlags::HUP | EventFlags::ERR)
+                .then_some(port)
+        });
+        Ok(gone.collect())
+    }
+
+    /// The next program that has connected to a port, which is watched from here on; `None` if none waits.
+    pub(super) fn accept(&self, port: usize) -> io::Result<Option<UnixStream>> {
+        let Some(stream) = self
+            .sockets
+            .get(port)
+            .map(HostSocket::accept)
+            .transpose()?
+            .flatten()
+        else {
+            return Ok(None);
+        };
+        let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
+        self.watch
+            .add(&stream, (self.sockets.len() + port) as u64, events)?;
+        Ok(Some(stream))
+    }
+}
+
+impl HostBackend for Backend {
+    fn take_locks(&self) -> Result<(), HostError> {
+        let listened = (0..)
+            .zip(&self.sockets)
+            .try_for_each(|(token, socket)| socket.listen(&self.watch, token));
+        if listened.is_err() {
+            // All of them or none.
+            self.sockets.iter().for_each(HostSocket::close);
+        }
+        Ok(listened?)
+    }
+
+    fn release_locks(&self) -> Result<(), HostError> {
+        self.sockets.iter().for_each(HostSocket::close);
+        Ok(())
+    }
+
+    /// Streams are not stored anywhere.
+    fn flush(&self) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    /// Nor read ahead.
+    fn invalidate(&self) -> Result<(), HostError> {
+        Ok(())
+    }
+}

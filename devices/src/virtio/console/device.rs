@@ -1,0 +1,376 @@
+//! The device: its ports, and what guest and host tell each other of them.
+
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use migration_state::Envelope;
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+
+use super::backend::Backend;
+use super::control::{FromGuest, MESSAGE_LEN, ToGuest};
+use super::parameters::{PORTS_MAX, Parameters};
+use super::port::{Host, Port};
+use super::state::ConsoleState;
+use super::terminal::{Size, Terminal};
+use crate::limited::Limited;
+use crate::virtio::device::{RING_FEATURES, read_bytes};
+use crate::virtio::{Description, DeviceError, HostBackend, Progress, QueueError, Queues, VirtioDevice};
+
+/// The configuration space has the terminal's size (virtio 1.2, 5.3.3).
+const F_SIZE: u64 = 1 << 0;
+/// There are more ports than one, and control queues.
+const F_MULTIPORT: u64 = 1 << 1;
+/// A byte can be printed without a queue.
+const F_EMERG_WRITE: u64 = 1 << 2;
+
+/// Where that byte is written in the configuration space.
+const EMERG_WR: u64 = 8;
+/// The queues of control messages (virtio 1.2, 5.3.2).
+const CONTROL_TO_GUEST: usize = 2;
+const CONTROL_FROM_GUEST: usize = 3;
+/// Size of a queue: Linux fills it with a page a buffer.
+const QUEUE_SIZE: u16 = 64;
+const QUEUE_SIZES: [u16; 2 + 2 + 2 * PORTS_MAX] = [QUEUE_SIZE; 4 + 2 * PORTS_MAX];
+/// Control messages in one turn, each way.
+const TURN_MESSAGES: usize = 64;
+/// Bytes on their way at a time.
+const ROOM: usize = 16 << 10;
+
+/// A console device.
+#[derive(Debug)]
+pub struct Console {
+    terminal: Arc<Terminal>,
+    backend: Arc<Backend>,
+    has_terminal: bool,
+    /// The first is the console.
+    ports: Vec<Port>,
+    /// The driver knows of ports.
+    multiport: bool,
+    /// The terminal's size as the guest knows it.
+    size: Option<Size>,
+    room: Box<[u8]>,
+    complaints: Limited,
+}
+
+impl Console {
+    /// A device whose console is `terminal`, with the ports of `backend`. `has_terminal` says whether what is typed at
+    /// the machine's terminal comes to it.
+    pub fn new(terminal: Arc<Terminal>, backend: Arc<Backend>, has_terminal: bool) -> Self {
+        let console = Port::new(String::new(), Host::Terminal(terminal.clone()));
+        let named = backend.names().iter();
+        let named = named.map(|name| Port::new(name.clone(), Host::Program(None)));
+        Self {
+            ports: std::iter::once(console).chain(named).collect(),
+            terminal,
+            backend,
+            has_terminal,
+            multiport: false,
+            size: None,
+            room: vec![0; ROOM].into(),
+            complaints: Limited::default(),
+        }
+    }
+
+    /// Serves ports, and tells the guest what there is to tell.
+    fn work(&mut self, queues: &mut Queues<'_>, ports: Range<usize>) -> Result<Progress, QueueError> {
+        let mut progress = Progress::Idle;
+        for index in ports {
+            self.look_for_program(index);
+            if let Some(port) = self.ports.get_mut(index) {
+                let (to_guest, from_guest) = queues_of(index);
+                if let Some(mut queue) = queues.get(to_guest) {
+                    progress = progress.and(port.give(&mut queue, &mut self.room)?);
+                }
+                if let Some(mut queue) = queues.get(from_guest) {
+                    progress = progress.and(port.take(&mut queue, &mut self.room)?);
+                }
+            }
+        }
+        Ok(progress.and(self.tell(queues)?))
+    }
+
+    /// Has the next program in, if there may be one.
+    fn look_for_program(&mut self, index: usize) {
+        let (true, Some(port), Some(socket)) =
+            (self.multiport, self.ports.get_mut(index), index.checked_sub(1))
+        else {
+            return;
+        };
+        port.let_go();
+        if port.is_free() {
+            match self.backend.accept(socket) {
+                Ok(Some(stream)) => port.connect(stream),
+                Ok(None) => {}
+                Err(error) => {
+                    self.complain(format_args!("cannot take a program that has connected: {error}"))
+                }
+            }
+        }
+    }
+
+    /// Hears what the guest has to say of ports.
+    fn hear(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(CONTROL_FROM_GUEST).filter(|_| self.multiport) else {
+            return Ok(Progress::Idle);
+        };
+        let mut heard = 0;
+        let progress = loop {
+            if heard == TURN_MESSAGES {
+                break Progress::More;
+            }
+            let Some((head, chain)) = queue.take()? else {
+                break Progress::Idle;
+            };
+            let mut message = [0; MESSAGE_LEN];
+            match chain.map(|mut chain| chain.readable.read(queue.memory(), &mut message)) {
+                Ok(Ok(MESSAGE_LEN)) => self.mind(&message),
+                Ok(Ok(got)) => self.complain(format_args!("a control message of {got} bytes")),
+                Ok(Err(error)) => self.complain(error),
+                Err(error) => self.complain(error),
+            }
+            queue.give_back(head, 0)?;
+            heard += 1;
+        };
+        if heard > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    fn mind(&mut self, message: &[u8; MESSAGE_LEN]) {
+        let Some(decoded) = FromGuest::decode(message) else {
+            return self.complain(format_args!("control message {message:02x?} makes no sense"));
+        };
+        let (id, is_ready) = match decoded {
+            FromGuest::Device(true) => return self.ports.iter_mut().for_each(Port::announce),
+            FromGuest::Device(false) => return self.complain("the guest cannot use its ports"),
+            FromGuest::Ready(id, ready) => (id, Some(ready)),
+            FromGuest::Open(id, _) => (id, None),
+        };
+        let Some(port) = usize::try_from(id).ok().and_then(|id| self.ports.get_mut(id)) else {
+            return self.complain(format_args!("control message of port {id}, which there is not"));
+        };
+        match decoded {
+            FromGuest::Open(_, open) => port.guest_open = open,
+            _ => port.set_ready(is_ready == Some(true)),
+        }
+        if id == 0 && is_ready.is_some() {
+            self.size = None;
+        }
+    }
+
+    /// Tells the guest what it does not know yet.
+    fn tell(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        if !self.multiport {
+            if let Some(size) = self.new_size() {
+                self.size = Some(size);
+                queues.config_changed();
+            }
+            return Ok(Progress::Idle);
+        }
+        let Some(mut queue) = queues.get(CONTROL_TO_GUEST) else {
+            return Ok(Progress::Idle);
+        };
+        let mut told = 0;
+        let progress = loop {
+            let Some((index, news)) = self.news() else {
+                break Progress::Idle;
+            };
+            if told == TURN_MESSAGES {
+                break Progress::More;
+            }
+            let Some((head, chain)) = queue.take()? else {
+                break Progress::Idle;
+            };
+            // There are few ports.
+            let bytes = news.encode(index as u32);
+            let filled = chain.is_ok_and(|mut chain| {
+                let filled = chain.writable.fill(queue.memory(), &bytes);
+                filled.is_ok_and(|count| count == bytes.len())
+            });
+            if filled {
+                self.told(index, &news);
+            } else {
+                self.complain("no room for a control message in a buffer for one");
+            }
+            queue.give_back(head, if filled { bytes.len() as u32 } else { 0 })?;
+            told += 1;
+        };
+        if told > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    /// What the guest is to be told next, and of which port.
+    fn news(&self) -> Option<(usize, ToGuest)> {
+        let of_ports = self.ports.iter().enumerate();
+        let next = of_ports
+            .filter_map(|(index, port)| Some((index, port.news()?)))
+            .next();
+        next.or_else(|| {
+            self.ports.first().filter(|console| console.ready)?;
+            Some((0, ToGuest::Resize(self.new_size()?)))
+        })
+    }
+
+    fn told(&mut self, index: usize, news: &ToGuest) {
+        if let ToGuest::Resize(size) = news {
+            self.size = Some(*size);
+        }
+        if let Some(port) = self.ports.get_mut(index) {
+            port.told(news);
+        }
+        // Somebody may have been waiting for the port.
+        self.look_for_program(index);
+    }
+
+    /// The terminal's size, if the guest does not know it.
+    fn new_size(&self) -> Option<Size> {
+        self.terminal.size().filter(|size| self.size != Some(*size))
+    }
+
+    fn complain(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.complaints.count() {
+            tracing::warn!(count, "virtio-console: {why}");
+        }
+    }
+}
+
+/// The queues of a port (virtio 1.2, 5.3.2): for the guest, and from it. The control queues come after the first
+/// port's.
+fn queues_of(port: usize) -> (usize, usize) {
+    let first = if port == 0 { 0 } else { 2 + 2 * port };
+    (first, first + 1)
+}
+
+/// The port that a queue belongs to; `None` for the control queues.
+fn port_of(queue: usize) -> Option<usize> {
+    match queue {
+        0 | 1 => Some(0),
+        CONTROL_TO_GUEST | CONTROL_FROM_GUEST => None,
+        _ => Some(queue / 2 - 1),
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_CONSOLE
+    }
+
+    fn features(&self) -> u64 {
+        let ports = if self.ports.len() > 1 { F_MULTIPORT } else { 0 };
+        RING_FEATURES | F_SIZE | F_EMERG_WRITE | ports
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        let named = self.ports.len() - 1;
+        &QUEUE_SIZES[..if named == 0 { 2 } else { 4 + 2 * named }]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let Size { columns, rows } = self.terminal.size().or(self.size).unwrap_or_default();
+        let [a, b] = columns.to_le_bytes();
+        let [c, d] = rows.to_le_bytes();
+        // At most 1 + PORTS_MAX.
+        let ports = self.ports.len() as u32;
+        let config = [[a, b, c, d], ports.to_le_bytes(), [0; 4]];
+        read_bytes(config.as_flattened(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        match data {
+            [byte, ..] if offset == EMERG_WR => self.terminal.show(&[*byte]),
+            _ => tracing::debug!(
+                offset,
+                len = data.len(),
+                "virtio-console: nothing else in the configuration is writable"
+            ),
+        }
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.multiport = features & F_MULTIPORT != 0;
+        if !self.multiport
+            && let Some(console) = self.ports.first_mut()
+        {
+            console.guest_open = true;
+        }
+    }
+
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        match port_of(index) {
+            Some(port) => self.work(queues, port..port + 1),
+            None => {
+                let heard = self.hear(queues)?;
+                Ok(heard.and(self.work(queues, 0..self.ports.len())?))
+            }
+        }
+    }
+
+    fn host_events(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.terminal.event(), self.backend.events()]
+    }
+
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.terminal.hear();
+        match self.backend.look() {
+            Ok(gone) => {
+                for index in gone {
+                    if let Some(port) = self.ports.get_mut(index + 1) {
+                        port.hang_up();
+                    }
+                }
+            }
+            Err(error) => self.complain(format_args!("cannot see what happens on the host: {error}")),
+        }
+        self.work(queues, 0..self.ports.len())
+    }
+
+    fn reset(&mut self) {
+        self.ports.iter_mut().for_each(Port::reset);
+        self.multiport = false;
+        self.size = None;
+    }
+
+    /// What the guest has sent is with the host, or in the guest's queue.
+    fn drain(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state = ConsoleState {
+            ports: self.ports.iter().map(Port::save).collect(),
+            size: self.size,
+            input: self.terminal.input(),
+        };
+        Ok(envelope.put(instance, &state)?)
+    }
+
+    fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        let state: ConsoleState = envelope.take(instance)?;
+        state.check(self.ports.iter().map(|port| port.name.as_str()))?;
+        for (port, state) in self.ports.iter_mut().zip(&state.ports) {
+            port.restore(state);
+        }
+        self.size = state.size;
+        self.terminal.set_input(state.input);
+        Ok(())
+    }
+
+    fn describe(&self) -> Description {
+        let parameters = Parameters {
+            has_terminal: self.has_terminal,
+            ports: self.backend.names().to_vec(),
+        };
+        Description {
+            parameters: parameters.to_bytes(),
+            ..Description::of::<ConsoleState>(self.features())
+        }
+    }
+
+    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        Some(self.backend.clone())
+    }
+}

@@ -1,0 +1,379 @@
+//! One port: what is behind it on the host, and how far its bytes have got.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::control::ToGuest;
+use super::state::PortState;
+use super::terminal::Terminal;
+use crate::GuestMemory;
+use crate::limited::Limited;
+use crate::virtio::{Chain, Progress, QueueAccess, QueueError};
+
+/// What one turn does for a port, each way, at most: chains and bytes.
+const TURN_CHAINS: usize = 64;
+const TURN_BYTES: usize = 256 << 10;
+/// Of a chain that nobody wants any more.
+const ALL: usize = usize::MAX;
+
+/// A port.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) name: String,
+    pub(super) host: Host,
+    /// The guest is to be told that the port is there.
+    pub(super) add: bool,
+    /// The guest is to be told what it is.
+    pub(super) introduce: bool,
+    /// The guest has made something of it.
+    pub(super) ready: bool,
+    /// A program in the guest has it open.
+    pub(super) guest_open: bool,
+    /// Whether the guest knows that somebody on the host has it open.
+    pub(super) host_open: bool,
+    /// Bytes of the guest's next chain that the host has, or [`ALL`].
+    sent: usize,
+    complaints: Limited,
+}
+
+/// What is behind a port.
+#[derive(Debug)]
+pub(super) enum Host {
+    /// The machine's terminal, which is always there.
+    Terminal(Arc<Terminal>),
+    /// A program that has connected, if one has.
+    Program(Option<Program>),
+}
+
+#[derive(Debug)]
+pub(super) struct Program {
+    stream: UnixStream,
+    /// It has closed its end: there may be something left to read.
+    gone: bool,
+}
+
+impl Port {
+    pub(super) fn new(name: String, host: Host) -> Self {
+        Self {
+            name,
+            host,
+            add: false,
+            introduce: false,
+            ready: false,
+            guest_open: false,
+            host_open: false,
+            sent: 0,
+            complaints: Limited::default(),
+        }
+    }
+
+    /// Whether somebody on the host has it open.
+    pub(super) fn has_host(&self) -> bool {
+        !matches!(self.host, Host::Program(None))
+    }
+
+    /// Whether the next program may have it: the guest has heard of the last one's end.
+    pub(super) fn is_free(&self) -> bool {
+        !self.has_host() && !self.host_open
+    }
+
+    /// A program has connected.
+    pub(super) fn connect(&mut self, stream: UnixStream) {
+        self.host = Host::Program(Some(Program { stream, gone: false }));
+    }
+
+    /// The program on the host has closed its end. What it has sent is for the guest, if anybody is there to hear it.
+    pub(super) fn hang_up(&mut self) {
+        if let Host::Program(Some(program)) = &mut self.host {
+            program.gone = true;
+        }
+        self.forget_rest();
+    }
+
+    /// Lets go of a program that has gone and that nobody in the guest listens to.
+    pub(super) fn let_go(&mut self) {
+        if let Host::Program(Some(Program { gone: true, .. })) = self.host
+            && !self.guest_open
+        {
+            self.disconnect();
+        }
+    }
+
+    /// The driver starts anew. A program stays connected, but for one that has half of something.
+    pub(super) fn reset(&mut self) {
+        if self.sent > 0 {
+            self.disconnect();
+        }
+        (self.add, self.introduce, self.ready) = (false, false, false);
+        (self.guest_open, self.host_open) = (false, false);
+        self.sent = 0;
+    }
+
+    /// The driver asks for all ports.
+    pub(super) fn announce(&mut self) {
+        self.add = true;
+        self.set_ready(false);
+    }
+
+    /// The guest has made something of the port, or could not.
+    pub(super) fn set_ready(&mut self, ready: bool) {
+        (self.ready, self.introduce) = (ready, ready);
+        (self.guest_open, self.host_open) = (false, false);
+    }
+
+    /// What the guest is to be told next.
+    pub(super) fn news(&self) -> Option<ToGuest> {
+        if self.add {
+            Some(ToGuest::Add)
+        } else if !self.ready {
+            None
+        } else if self.introduce {
+            Some(match &self.host {
+                Host::Terminal(_) => ToGuest::Console,
+                Host::Program(_) => ToGuest::Name(self.name.clone()),
+            })
+        } else {
+            let has_host = self.has_host();
+            (has_host != self.host_open).then_some(ToGuest::Open(has_host))
+        }
+    }
+
+    /// The guest was told.
+    pub(super) fn told(&mut self, news: &ToGuest) {
+        match news {
+            ToGuest::Add => self.add = false,
+            ToGuest::Console | ToGuest::Name(_) => self.introduce = false,
+            ToGuest::Open(open) => self.host_open = *open,
+            ToGuest::Resize(_) => {}
+        }
+    }
+
+    /// Fills chains of the guest's with what the host has; `room` is for bytes on their way.
+    pub(super) fn give(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        room: &mut [u8],
+    ) -> Result<Progress, QueueError> {
+        let (mut chains, mut bytes) = (0, 0);
+        let progress = loop {
+            if !self.guest_open || !self.has_host() {
+                break Progress::Idle;
+            }
+            if chains == TURN_CHAINS || bytes >= TURN_BYTES {
+                break Progress::More;
+            }
+            let Some((head, chain)) = queue.take()? else {
+                break Progress::Idle;
+            };
+            let written = match chain {
+                Ok(chain) if !chain.writable.is_empty() => self.fill(queue.memory(), chain, room),
+                Ok(_) => {
+                    self.complain("no room in a buffer for the guest");
+                    Some(0)
+                }
+                Err(error) => {
+                    self.complain(error);
+                    Some(0)
+                }
+            };
+            let Some(written) = written else {
+                queue.put_back();
+                break Progress::Idle;
+            };
+            // No more than `room` has, which fits.
+            queue.give_back(head, written as u32)?;
+            chains += 1;
+            bytes += written;
+        };
+        if chains > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    /// Bytes that were put into the chain; `None` if the host has nothing.
+    fn fill(&mut self, memory: &GuestMemory, mut chain: Chain, room: &mut [u8]) -> Option<usize> {
+        let most = usize::try_from(chain.writable.len()).unwrap_or(usize::MAX);
+        let most = room.len().min(most);
+        let count = self.read(&mut room[..most])?;
+        match chain.writable.fill(memory, &room[..count]) {
+            Ok(filled) => Some(filled),
+            Err(error) => {
+                // They are lost: a driver that gives such a buffer has no use for them.
+                self.complain(error);
+                Some(0)
+            }
+        }
+    }
+
+    fn read(&mut self, room: &mut [u8]) -> Option<usize> {
+        let program = match &mut self.host {
+            Host::Terminal(terminal) => {
+                let count = terminal.take_input(room);
+                return (count > 0).then_some(count);
+            }
+            Host::Program(program) => program.as_mut()?,
+        };
+        loop {
+            match program.stream.read(room) {
+                Ok(count @ 1..) => return Some(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => {
+                    self.disconnect();
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Takes what the guest has for the host, as far as somebody there takes it.
+    pub(super) fn take(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        room: &mut [u8],
+    ) -> Result<Progress, QueueError> {
+        let (mut chains, mut budget) = (0, TURN_BYTES);
+        let progress = loop {
+            if !self.takes() {
+                break Progress::Idle;
+            }
+            if chains == TURN_CHAINS || budget == 0 {
+                break Progress::More;
+            }
+            let Some((head, chain)) = queue.take()? else {
+                break Progress::Idle;
+            };
+            let is_done = match chain {
+                Ok(chain) => self.deliver(queue.memory(), chain, room, &mut budget),
+                Err(error) => {
+                    self.complain(error);
+                    true
+                }
+            };
+            if is_done {
+                self.sent = 0;
+                queue.give_back(head, 0)?;
+                chains += 1;
+                continue;
+            }
+            queue.put_back();
+            if budget > 0 && self.sent != ALL {
+                // Its socket is full, or it is gone.
+                break Progress::Idle;
+            }
+        };
+        if chains > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    fn takes(&self) -> bool {
+        match &self.host {
+            Host::Terminal(_) => true,
+            Host::Program(program) => {
+                self.sent == ALL || program.as_ref().is_some_and(|program| !program.gone)
+            }
+        }
+    }
+
+    /// Whether that was all of the chain.
+    fn deliver(
+        &mut self,
+        memory: &GuestMemory,
+        mut chain: Chain,
+        room: &mut [u8],
+        budget: &mut usize,
+    ) -> bool {
+        let mut read = chain.readable.skip(self.sent);
+        loop {
+            let most = room.len().min(*budget);
+            if most == 0 {
+                return false;
+            }
+            read = read.and_then(|_| chain.readable.read(memory, &mut room[..most]));
+            let count = match &read {
+                Ok(0) => return true,
+                Ok(count) => *count,
+                Err(error) => {
+                    self.complain(error);
+                    return true;
+                }
+            };
+            let written = self.write(&room[..count]);
+            *budget -= written;
+            if written < count {
+                return false;
+            }
+        }
+    }
+
+    /// How much of it the host has taken.
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        let program = match &mut self.host {
+            Host::Terminal(terminal) => {
+                terminal.show(bytes);
+                self.sent += bytes.len();
+                return bytes.len();
+            }
+            Host::Program(Some(program)) => program,
+            Host::Program(None) => return 0,
+        };
+        loop {
+            match program.stream.write(bytes) {
+                Ok(count) => {
+                    self.sent += count;
+                    return count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return 0,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    // What it has sent is there to read still.
+                    self.hang_up();
+                    return 0;
+                }
+            }
+        }
+    }
+
+    fn disconnect(&mut self) {
+        if let Host::Program(program) = &mut self.host {
+            *program = None;
+            self.forget_rest();
+        }
+    }
+
+    /// The rest of what a program has the beginning of is for nobody else.
+    fn forget_rest(&mut self) {
+        if self.sent > 0 {
+            self.sent = ALL;
+        }
+    }
+
+    pub(super) fn save(&self) -> PortState {
+        PortState {
+            name: self.name.clone(),
+            add: self.add,
+            introduce: self.introduce,
+            ready: self.ready,
+            guest_open: self.guest_open,
+            host_open: self.host_open,
+            cut: self.sent > 0,
+        }
+    }
+
+    /// Takes saved state, with its name checked. What is on the host is not part of it.
+    pub(super) fn restore(&mut self, state: &PortState) {
+        (self.add, self.introduce, self.ready) = (state.add, state.introduce, state.ready);
+        (self.guest_open, self.host_open) = (state.guest_open, state.host_open);
+        self.sent = if state.cut { ALL } else { 0 };
+    }
+
+    fn complain(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.complaints.count() {
+            tracing::warn!(port = self.name, count, "virtio-console: {why}");
+        }
+    }
+}

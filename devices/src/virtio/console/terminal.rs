@@ -1,0 +1,131 @@
+//! The host's end of port 0: a terminal.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
+
+/// Bytes of input that wait for the guest before [`Terminal::enqueue`] refuses more.
+pub const INPUT_LIMIT: usize = 64 << 10;
+
+/// The size of a terminal in characters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// Characters of a line.
+    pub columns: u16,
+    /// Lines.
+    pub rows: u16,
+}
+
+/// Where port 0 leads. Its calls may come from any thread.
+pub struct Terminal {
+    /// An eventfd, readable when there is something that the device does not know of yet.
+    event: File,
+    side: Mutex<Side>,
+}
+
+#[derive(Default)]
+struct Side {
+    output: Option<Box<dyn Write + Send>>,
+    input: VecDeque<u8>,
+    size: Option<Size>,
+}
+
+impl Terminal {
+    /// A terminal that shows nothing yet, and whose size is not known.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
+            side: Mutex::default(),
+        })
+    }
+
+    /// From here on what the guest prints goes to `output`, which must not block.
+    pub fn connect(&self, output: Box<dyn Write + Send>) {
+        self.side().output = Some(output);
+    }
+
+    /// Types `bytes`; returns how many were taken. The others did not fit: offer them again once the guest has read.
+    pub fn enqueue(&self, bytes: &[u8]) -> usize {
+        let mut side = self.side();
+        let taken = bytes.len().min(INPUT_LIMIT.saturating_sub(side.input.len()));
+        side.input.extend(&bytes[..taken]);
+        drop(side);
+        self.raise();
+        taken
+    }
+
+    /// The terminal has this size from here on.
+    pub fn resize(&self, size: Size) {
+        self.side().size = Some(size);
+        self.raise();
+    }
+
+    pub(super) fn size(&self) -> Option<Size> {
+        self.side().size
+    }
+
+    /// Shows what the guest prints.
+    pub(super) fn show(&self, bytes: &[u8]) {
+        if let Some(output) = &mut self.side().output {
+            // Nobody may be looking any more; the guest prints all the same.
+            let _ = output.write_all(bytes);
+        }
+    }
+
+    /// Takes the first bytes of the input off, at most as many as fit into `room`.
+    pub(super) fn take_input(&self, room: &mut [u8]) -> usize {
+        let mut side = self.side();
+        let count = room.len().min(side.input.len());
+        for (to, from) in room.iter_mut().zip(side.input.drain(..count)) {
+            *to = from;
+        }
+        count
+    }
+
+    /// All input that waits.
+    pub(super) fn input(&self) -> Vec<u8> {
+        self.side().input.iter().copied().collect()
+    }
+
+    /// This is what waits.
+    pub(super) fn set_input(&self, input: Vec<u8>) {
+        self.side().input = input.into();
+    }
+
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// The device looks: what was there to hear of is heard.
+    pub(super) fn hear(&self) {
+        // Nothing to read is fine.
+        let _ = (&self.event).read(&mut [0; 8]);
+    }
+
+    fn raise(&self) {
+        if let Err(error) = (&self.event).write(&1u64.to_ne_bytes()) {
+            // The counter is full: the device will look anyway.
+            tracing::debug!(%error, "console: news not counted");
+        }
+    }
+
+    fn side(&self) -> MutexGuard<'_, Side> {
+        self.side.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Terminal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = self.side();
+        f.debug_struct("Terminal")
+            .field("input", &side.input.len())
+            .field("size", &side.size)
+            .finish_non_exhaustive()
+    }
+}

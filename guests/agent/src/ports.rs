@@ -1,0 +1,85 @@
+//! An echo service on every named port of the virtio console: what a program on the host sends comes back.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, read_dir, read_to_string};
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crate::report::Report;
+
+/// Where the kernel lists them; what is a console has no name there.
+const CLASS: &str = "/sys/class/virtio-ports";
+/// They come when the driver has heard of them: how often, and how many times, it is looked for more.
+const INTERVAL: Duration = Duration::from_millis(200);
+const LOOKS: u32 = 25;
+/// How often it is looked whether somebody has connected.
+const NOBODY: Duration = Duration::from_millis(100);
+/// Bytes that are read at a time.
+const CHUNK: usize = 16 << 10;
+
+/// Starts it where there are such ports.
+pub(crate) fn start(report: &Arc<Report>) {
+    if !Path::new(CLASS).is_dir() {
+        return;
+    }
+    let report = report.clone();
+    thread::spawn(move || {
+        let mut seen = BTreeSet::new();
+        for _ in 0..LOOKS {
+            look(&mut seen, &report);
+            thread::sleep(INTERVAL);
+        }
+    });
+}
+
+/// Serves the ports that are not among the `seen` ones.
+fn look(seen: &mut BTreeSet<OsString>, report: &Arc<Report>) {
+    for entry in read_dir(CLASS).into_iter().flatten().flatten() {
+        let Ok(name) = read_to_string(entry.path().join("name")) else {
+            continue;
+        };
+        let name = name.trim().to_owned();
+        if !seen.insert(entry.file_name()) {
+            continue;
+        }
+        let device = Path::new("/dev").join(entry.file_name());
+        match OpenOptions::new().read(true).write(true).open(&device) {
+            Ok(port) => {
+                report.line(format_args!("port name={name}"));
+                let report = report.clone();
+                thread::spawn(move || serve(port, &name, &report));
+            }
+            Err(error) => report.error(format_args!("port={name} expected=open got={error}")),
+        }
+    }
+}
+
+fn serve(mut port: File, name: &str, report: &Report) {
+    let mut bytes = 0;
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match echo(&mut port, &mut chunk) {
+            // Nobody is there, or not any more.
+            Ok(0) => {
+                if std::mem::take(&mut bytes) > 0 {
+                    report.line(format_args!("port name={name} end=eof"));
+                }
+                thread::sleep(NOBODY);
+            }
+            Ok(count) => bytes += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return report.error(format_args!("port={name} expected=an echo got={error}")),
+        }
+    }
+}
+
+/// Sends back what comes next; 0 at the end.
+fn echo(port: &mut File, chunk: &mut [u8]) -> io::Result<usize> {
+    let count = port.read(chunk)?;
+    port.write_all(&chunk[..count])?;
+    Ok(count)
+}
