@@ -37,6 +37,8 @@ pub struct StockGuest {
     pub disk: bool,
     /// Whether it has a socket device, which is [`StockGuest::VSOCK`] on every host.
     pub vsock: bool,
+    /// Whether its console is the virtio one, with a port that is [`StockGuest::PORT`] on every host.
+    pub console: bool,
     /// Whether it has a card on the hosts' [`TAP`], and a stream to who echoes on host 0.
     pub net: bool,
     /// More words for the kernel.
@@ -53,6 +55,7 @@ impl Default for StockGuest {
             memory: "256M",
             disk: false,
             vsock: false,
+            console: false,
             net: false,
             words: "",
             options: &[],
@@ -63,6 +66,8 @@ impl Default for StockGuest {
 impl StockGuest {
     /// Where programs on a host connect to it.
     pub const VSOCK: &str = "/run/vsock";
+    /// Where programs on a host connect to its port `echo`.
+    pub const PORT: &str = "/run/port";
 
     /// The options of `godwit run`, where the guests are in the folder `guests`.
     pub fn options(&self, guests: &str) -> Vec<String> {
@@ -74,6 +79,9 @@ impl StockGuest {
         }
         if self.net {
             cmdline.push_str(&format!(" godwit.address={GUEST}/24 godwit.echo={ECHO}"));
+        }
+        if self.console {
+            cmdline.push_str(" console=hvc0");
         }
         cmdline.push_str(&format!(" {}", self.words));
         let (kernel, initrd) = (
@@ -94,6 +102,10 @@ impl StockGuest {
         let vsock = format!("cid=3,uds={}", Self::VSOCK);
         if self.vsock {
             options.extend(["--vsock", &vsock]);
+        }
+        let port = format!("echo={}", Self::PORT);
+        if self.console {
+            options.extend(["--console", "virtio", "--port", &port]);
         }
         options.into_iter().map(str::to_owned).collect()
     }
@@ -227,6 +239,10 @@ impl LabJourney {
         let vsock = format!("uds={}", StockGuest::VSOCK);
         if self.guest.vsock {
             words.extend(["--vsock", &vsock]);
+        }
+        let port = format!("echo={}", StockGuest::PORT);
+        if self.guest.console {
+            words.extend(["--port", &port]);
         }
         let net = format!("net0={TAP}");
         if self.guest.net {

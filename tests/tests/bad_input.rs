@@ -89,6 +89,14 @@ fn sizes_and_counts_out_of_range() -> Result<()> {
         ),
         ("--vsock", "cid=x,uds=x", &["vsock", "expected cid=N,uds=PATH"]),
         ("--vsock", "cid=3", &["vsock", "got no uds"]),
+        ("--console", "graphics", &["--console", "graphics"]),
+        ("--port", "agent", &["--port", "expected a name"]),
+        ("--port", "a b=x", &["port name", "a b", "expected 1 to 64"]),
+        (
+            "--disk",
+            "id=console,path=x",
+            &["device id", "console", "expected"],
+        ),
         ("--config-file", "missing.json", &["missing.json", "No such file"]),
     ] {
         let finished = run(&host, &[option, value])?;
@@ -117,7 +125,11 @@ fn commands_that_make_no_sense() -> Result<()> {
         ),
         (
             &["receive", "--listen", "tcp:127.0.0.1:0", "--disk", "x"],
-            &["x", "--disk", "expected a device's id"],
+            &["x", "--disk", "expected a name"],
+        ),
+        (
+            &["receive", "--listen", "tcp:127.0.0.1:0", "--port", "a/b=x"],
+            &["port name", "a/b", "expected 1 to 64"],
         ),
         (
             &["receive", "--listen", "tcp:127.0.0.1:0", "--vsock", "cid=3,uds=x"],

@@ -1,5 +1,7 @@
 //! Debian guests on emulated hosts with ordinary KVM: unmodified kernels, real hosts, power cuts.
 
+#[path = "lab/console.rs"]
+mod console;
 #[path = "lab/network.rs"]
 mod network;
 #[path = "lab/together.rs"]
@@ -88,7 +90,11 @@ fn a_debian_guest_back_and_forth() -> Result<()> {
 
 /// A program on the host that the guest is on, with a stream to the guest.
 fn connect(journey: &LabJourney) -> Result<lab::Process> {
-    let words = ["vsock-echo", StockGuest::VSOCK, &ECHO_PORT.to_string()];
+    start_echo(journey, StockGuest::VSOCK, &ECHO_PORT.to_string())
+}
+
+fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::Process> {
+    let words = ["vsock-echo", uds, port];
     let mut program = journey.lab.host(journey.host()).spawn(&words)?;
     program.wait_line(|line| line == "connected", PATIENCE)?;
     Ok(program)

@@ -1,6 +1,6 @@
 //! Speaks to the echo service of a guest from a host of the lab.
 //!
-//! `vsock-echo UDS PORT` connects to the guest, `vsock-echo PATH` takes the guest that connects. It says `connected`,
+//! `vsock-echo UDS PORT` connects to the guest, `vsock-echo UDS -` to a port of its console, `vsock-echo PATH` takes the guest that connects. It says `connected`,
 //! and for each line on stdin, which is a number of bytes, `echoed` when so many went there and back; for `end`,
 //! `ended` when the stream has.
 
@@ -13,6 +13,7 @@ use tests::Echo;
 fn main() -> Result<()> {
     let words: Vec<_> = std::env::args().skip(1).collect();
     let mut echo = match words.as_slice() {
+        [uds, port] if port == "-" => Echo::port(uds.as_ref())?,
         [uds, port] => Echo::connect(uds.as_ref(), port.parse()?)?,
         [path] => {
             let listener = UnixListener::bind(path)?;

@@ -280,8 +280,8 @@ impl VsockConfig<u64> {
 }
 
 impl ConsoleConfig {
-    /// The device, if there is any use for one.
-    fn check(self) -> Result<Option<Self>, ConfigError> {
+    /// The device, if there is any use for one, with its ports checked.
+    pub fn check(self) -> Result<Option<Self>, ConfigError> {
         let parameters = Parameters {
             has_terminal: self.has_terminal,
             ports: self.ports.iter().map(|(name, _)| name.clone()).collect(),

@@ -1,4 +1,4 @@
-//! Sockets of socket devices: where they cannot be, machines without, and whose they are.
+//! Sockets of socket devices and of consoles' ports: where they cannot be, machines without, and whose they are.
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -28,6 +28,16 @@ fn paths_at_which_no_socket_can_be() -> Result<()> {
         let finished = run(&host, &["--vsock", &vsock(&path)])?;
         check(&host, &finished, FAILED, words).with_context(|| path.display().to_string())?;
     }
+    let port = |name: &str| format!("{name}={}", taken.display());
+    for (options, words) in [
+        (&["--port", &port("a")][..], &["console", "taken", "in use"][..]),
+        (
+            &["--port", &port("a"), "--port", &port("b")],
+            &["port \"b\"", "expected a socket of its own"],
+        ),
+    ] {
+        check(&host, &run(&host, options)?, FAILED, words)?;
+    }
     ensure!(std::fs::read(&precious)? == b"data", "a file was touched");
     drop(listener);
     // Nobody listens any more: it is taken over, and gone with the guest.
@@ -45,9 +55,12 @@ fn sockets_for_machines_without_and_machines_without_sockets() -> Result<()> {
     let path = host.path("v.sock");
     let (with, without) = (format!("cid=3,uds={}", path.display()), BareGuest::default());
     let here = format!("uds={}", host.path("here").display());
+    let port = format!("a={}", path.display());
     for (run, receive, word) in [
         (&["--vsock", &with][..], &[][..], "use --vsock uds=PATH"),
         (&[], &["--vsock", &here], "no such device"),
+        (&["--port", &port], &[], "use --port a=PATH"),
+        (&[], &["--port", &port], "no such port"),
     ] {
         let mut vm = without.boot(&host, "vm-0", run)?;
         let (receiver, endpoint) = host.receive("vm-1", "tcp:127.0.0.1:0", receive)?;

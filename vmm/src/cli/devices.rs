@@ -1,16 +1,14 @@
 //! The options that name devices, and what is behind them on this host.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::Args;
-use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::{MacAddress, Tap, TapError};
 use devices::{Bucket, Limits};
 
 use super::{units, vsock};
-use crate::config::{DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
+use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
 use crate::machine::Arrival;
 
 /// Devices of a machine that boots.
@@ -70,6 +68,11 @@ impl BackendArgs {
         let disks = self.disks.iter().map(|(id, _)| id.as_str());
         let nets = self.nets.iter().map(|(id, _)| id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES)?;
+        let console = ConsoleConfig {
+            has_terminal: false,
+            ports: self.ports,
+        };
+        let console = console.check()?;
         Ok(Arrival {
             disks: self.disks.into_iter().collect(),
             nets: self
@@ -78,20 +81,11 @@ impl BackendArgs {
                 .map(|(id, tap)| Ok((id, Tap::open(&tap)?)))
                 .collect::<Result<_, TapError>>()?,
             vsock: self.vsock,
-            ports: port_paths(self.ports)?,
+            ports: console.into_iter().flat_map(|console| console.ports).collect(),
             max_memory,
             reserve,
         })
     }
-}
-
-fn port_paths(ports: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, PathBuf>, ParametersError> {
-    let names = Parameters {
-        has_terminal: false,
-        ports: ports.iter().map(|(name, _)| name.clone()).collect(),
-    };
-    names.check()?;
-    Ok(ports.into_iter().collect())
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -245,8 +239,17 @@ mod tests {
         let refused = |net| args(net).arrival(None, None).unwrap_err();
         assert!(refused("a=tap0").downcast_ref::<ConfigError>().is_some());
         let ports = vec![backend("a=x").unwrap(), backend("a=y").unwrap()];
-        let twice = port_paths(ports).unwrap_err();
-        assert_eq!(twice, ParametersError::Twice("a".into()));
+        let args = BackendArgs {
+            disks: Vec::new(),
+            nets: Vec::new(),
+            vsock: None,
+            ports,
+        };
+        let twice = args.arrival(None, None).unwrap_err();
+        assert!(
+            matches!(twice.downcast_ref(), Some(ConfigError::Ports(_))),
+            "{twice}"
+        );
         // Said before anybody wants to come.
         let missing = refused("b=no-tap-here").to_string();
         assert!(missing.contains("ip tuntap add dev no-tap-here"), "{missing}");

@@ -71,10 +71,9 @@ impl ToGuest {
             }
             Self::Open(open) => (PORT_OPEN, u16::from(*open)),
             Self::Resize(Size { columns, rows }) => {
-                // The specification has the columns first. Linux, which sent this message before that was written, has
-                // always read the rows first, but for a few releases of 2025.
-                more.extend(rows.to_le_bytes());
+                // So the specification, and Linux since 2025; before, it took the first for the rows.
                 more.extend(columns.to_le_bytes());
+                more.extend(rows.to_le_bytes());
                 (RESIZE, 0)
             }
         };
@@ -103,7 +102,7 @@ mod tests {
             (ToGuest::Name("ab".into()), &[2, 1, 0, 0, 7, 0, 1, 0, b'a', b'b']),
             (ToGuest::Open(true), &[2, 1, 0, 0, 6, 0, 1, 0]),
             (ToGuest::Open(false), &[2, 1, 0, 0, 6, 0, 0, 0]),
-            (ToGuest::Resize(size), &[2, 1, 0, 0, 5, 0, 0, 0, 43, 0, 132, 0]),
+            (ToGuest::Resize(size), &[2, 1, 0, 0, 5, 0, 0, 0, 132, 0, 43, 0]),
         ] {
             assert_eq!(message.encode(0x102), bytes);
         }

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use crate::bus::BusDevice;
 use crate::cases::cases;
 use crate::rate::Limits;
+use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, Control};
 use crate::virtio::block::{Backend, Block};
 use crate::virtio::console::{self, Console, Terminal};
@@ -57,6 +58,19 @@ fn perform(driver: &mut Driver, act: Act) {
         Act::BringUp => driver.bring_up(),
         Act::Run => driver.kick(),
     }
+}
+
+/// A driver that did all that, after which its device could be moved, and starts anew.
+fn outlived<D: VirtioDevice + 'static>(device: impl Fn() -> D, acts: Vec<Act>) -> Driver {
+    let mut driver = Driver::new(device());
+    acts.into_iter().for_each(|act| perform(&mut driver, act));
+    let saved = driver.save();
+    let moved = driver.move_to(device(), saved);
+    assert!(moved.is_ok(), "{:?}", moved.err());
+    driver.transport.resume();
+    driver.run();
+    driver.bring_up();
+    driver
 }
 
 fn block(dir: &Path) -> Block {
@@ -123,28 +137,14 @@ proptest! {
 
     #[test]
     fn any_registers_and_memory(acts in prop::collection::vec(act(), 0..60)) {
-        let mut driver = Driver::new(Rng::new());
-        acts.into_iter().for_each(|act| perform(&mut driver, act));
-        let saved = driver.save();
-        let moved = driver.move_to(Rng::new(), saved);
-        prop_assert!(moved.is_ok(), "{:?}", moved.err());
-        driver.transport.resume();
-        driver.run();
-        driver.bring_up();
+        let mut driver = outlived(Rng::new, acts);
         prop_assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
     }
 
     #[test]
     fn any_registers_and_memory_of_several_queues(acts in prop::collection::vec(act(), 0..60)) {
         let dir = tempfile::tempdir().unwrap();
-        let mut driver = Driver::new(vsock(dir.path()));
-        acts.into_iter().for_each(|act| perform(&mut driver, act));
-        let saved = driver.save();
-        let moved = driver.move_to(vsock(dir.path()), saved);
-        prop_assert!(moved.is_ok(), "{:?}", moved.err());
-        driver.transport.resume();
-        driver.run();
-        driver.bring_up();
+        let mut driver = outlived(|| vsock(dir.path()), acts);
         // A packet of zeroes: dropped.
         prop_assert_eq!(driver.select(1).submit(&[reads(DATA, 64)]), 0);
     }
@@ -152,14 +152,7 @@ proptest! {
     #[test]
     fn any_registers_and_memory_of_ports(acts in prop::collection::vec(act(), 0..60)) {
         let dir = tempfile::tempdir().unwrap();
-        let mut driver = Driver::new(console(dir.path()));
-        acts.into_iter().for_each(|act| perform(&mut driver, act));
-        let saved = driver.save();
-        let moved = driver.move_to(console(dir.path()), saved);
-        prop_assert!(moved.is_ok(), "{:?}", moved.err());
-        driver.transport.resume();
-        driver.run();
-        driver.bring_up();
+        let mut driver = outlived(|| console(dir.path()), acts);
         prop_assert_eq!(driver.select(1).submit(&[reads(DATA, 64)]), 0);
     }
 

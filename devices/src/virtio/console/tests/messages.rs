@@ -74,13 +74,12 @@ fn the_terminals_size_comes_by_message_where_there_are_ports() {
     rig.say(0, DEVICE_READY, 1);
     rig.messages();
     rig.say(0, PORT_READY, 1);
-    // Rows first, as Linux has it.
-    assert_eq!(rig.messages()[2], (0, RESIZE, 0, vec![43, 0, 132, 0]));
+    assert_eq!(rig.messages()[2], (0, RESIZE, 0, vec![132, 0, 43, 0]));
     rig.terminal.resize(SIZE);
     assert_eq!(rig.messages(), [], "it knows");
     rig.terminal.resize(Size { rows: 1, ..SIZE });
     rig.terminal.resize(Size { rows: 44, ..SIZE });
-    assert_eq!(rig.messages(), [(0, RESIZE, 0, vec![44, 0, 132, 0])]);
+    assert_eq!(rig.messages(), [(0, RESIZE, 0, vec![132, 0, 44, 0])]);
     assert_eq!(config(&mut rig.driver)[0], 44 << 16 | 132);
     // A driver that has lost the port and finds it again is told again.
     rig.say(0, PORT_READY, 1);

@@ -12,7 +12,7 @@ use crate::virtio::{HostBackend, VirtioDevice};
 use crate::{HostSocketError, NamedListenerError};
 
 /// The machine on another host, which runs it.
-fn moved(rig: &Rig, saved: Envelope) -> Rig {
+pub(super) fn moved(rig: &Rig, saved: Envelope) -> Rig {
     rig.backend.release_locks().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let (backend, terminal, device) = device(directory.path(), &["a", "b"]);

@@ -97,14 +97,19 @@ impl Rig {
     /// With the ports `a` and `b`, which the guest knows and has open, as it has the console.
     pub(super) fn open() -> Self {
         let mut rig = Self::new(&["a", "b"]);
-        rig.post_messages(32);
-        rig.say(0, DEVICE_READY, 1);
-        for port in 0..3 {
-            rig.say(port, PORT_READY, 1);
-            rig.say(port, PORT_OPEN, 1);
-        }
-        rig.messages();
+        rig.start();
         rig
+    }
+
+    /// The driver, which is up, takes its ports in, and programs in the guest open them.
+    pub(super) fn start(&mut self) {
+        self.post_messages(32);
+        self.say(0, DEVICE_READY, 1);
+        for port in 0..3 {
+            self.say(port, PORT_READY, 1);
+            self.say(port, PORT_OPEN, 1);
+        }
+        self.messages();
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
