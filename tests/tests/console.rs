@@ -109,6 +109,8 @@ fn through_files(journey: &mut Journey, stream: Echo) -> Result<PathBuf> {
     let restored = journey.host.restore(&directory, &options)?;
     journey.arrive(restored)?;
     stream.wait_end().context("the stream of before the snapshot")?;
+    // Its kernel would keep from the agent that somebody has gone if somebody else came at once.
+    wait_for_ends(journey, 2)?;
     Echo::port(&third)?.check(MUCH).context("after the restore")?;
     wait_for_ends(journey, 3)?;
     Ok(third)
