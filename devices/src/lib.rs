@@ -13,6 +13,7 @@ mod cases;
 mod exit;
 mod host_socket;
 mod limited;
+mod metrics;
 mod named_listener;
 mod rate;
 mod timer;
@@ -20,6 +21,7 @@ mod watch;
 
 pub use exit::{ExitEvent, GuestExit};
 pub use host_socket::HostSocketError;
+pub use metrics::{Counter, Counters};
 pub use named_listener::{NamedListener, NamedListenerError};
 pub use rate::{Bucket, BucketError, Limits};
 

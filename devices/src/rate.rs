@@ -156,6 +156,15 @@ impl Limiter {
 
     /// Takes tokens for an operation of so many bytes; if there are none, has the event come when there are.
     pub(crate) fn take(&self, bytes: u64) -> bool {
+        let admitted = self.admits();
+        if admitted {
+            self.spend(bytes);
+        }
+        admitted
+    }
+
+    /// Whether there are tokens for an operation; if not, has the event come when there are.
+    pub(crate) fn admits(&self) -> bool {
         let (mut bandwidth, mut operations) = (self.bandwidth.get(), self.operations.get());
         if bandwidth.is_none() && operations.is_none() {
             return true;
@@ -167,29 +176,33 @@ impl Limiter {
             .map(|tokens| tokens.wait(now))
             .max()
             .unwrap_or_default();
-        let admitted = wait == Duration::ZERO;
-        if admitted {
-            for (tokens, cost) in [(&mut bandwidth, bytes), (&mut operations, 1)] {
-                if let Some(tokens) = tokens {
-                    tokens.take(cost);
-                }
-            }
-        } else {
-            if let Err(error) = self.timer.set(wait) {
-                tracing::error!(%error, "a rate limit cannot be waited for");
-            }
-        }
         self.bandwidth.set(bandwidth);
         self.operations.set(operations);
-        admitted
+        if wait == Duration::ZERO {
+            return true;
+        }
+        if let Err(error) = self.timer.set(wait) {
+            tracing::error!(%error, "a rate limit cannot be waited for");
+        }
+        false
+    }
+
+    /// Takes tokens for an operation that was admitted and is done, and turned out to be of so many bytes.
+    pub(crate) fn spend(&self, bytes: u64) {
+        take(&self.operations, 1);
+        self.charge(bytes);
     }
 
     /// Takes tokens for so many bytes that were not known before, and that the next operation waits for.
     pub(crate) fn charge(&self, bytes: u64) {
-        if let Some(mut tokens) = self.bandwidth.get() {
-            tokens.take(bytes);
-            self.bandwidth.set(Some(tokens));
-        }
+        take(&self.bandwidth, bytes);
+    }
+}
+
+fn take(tokens: &Cell<Option<Tokens>>, cost: u64) {
+    if let Some(mut some) = tokens.get() {
+        some.take(cost);
+        tokens.set(Some(some));
     }
 }
 

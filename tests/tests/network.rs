@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde_json::Value;
 use tests::{Host, PATIENCE, Pings, Process, TinyGuest};
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
@@ -90,5 +91,11 @@ fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
             "a downtime of {downtime} ms does not explain this: {pinged:?}"
         );
     }
+    let metrics: Value =
+        serde_json::from_str(&journey.vm.godwit("metrics", &["--json"])?.expect_code(0)?.stdout)?;
+    let answers = metrics["devices"]["net0"]["tx_packets"].as_u64();
+    ensure!(answers > Some(0), "the card counts no packet: {metrics}");
+    let table = journey.vm.godwit("metrics", &[])?.expect_code(0)?.stdout.clone();
+    ensure!(table.contains("net0\n  interrupts "), "got {table}");
     journey.end()
 }

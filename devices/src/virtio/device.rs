@@ -7,6 +7,7 @@ use migration_state::{Envelope, Record, StateError};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::queue::{Progress, QueueError, Queues};
+use crate::metrics::Counters;
 
 /// Features of the queue code that every device here shares.
 pub(super) const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -77,6 +78,9 @@ pub trait VirtioDevice: Send {
 
     /// What backs the device on the host; `None` if nothing does that a migration must care about.
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>>;
+
+    /// What it counts. Counts begin with the process: they are no part of the saved state, and no reset clears them.
+    fn metrics(&self) -> Arc<dyn Counters>;
 }
 
 /// What a destination must know of a device to build its like, with other things of the host behind it.

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::metrics::Counter;
+
 /// The interrupt line of one device, its interrupt status register (virtio 1.2, 4.2.2), and how often its
 /// configuration has changed.
 ///
@@ -14,6 +16,7 @@ pub struct Interrupt {
     line: EventFd,
     status: AtomicU32,
     config_generation: AtomicU32,
+    raised: Counter,
 }
 
 /// The device used a buffer.
@@ -28,6 +31,7 @@ impl Interrupt {
             line,
             status: AtomicU32::new(0),
             config_generation: AtomicU32::new(0),
+            raised: Counter::default(),
         }
     }
 
@@ -45,6 +49,11 @@ impl Interrupt {
     /// The reasons pending.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// How often it has raised its line.
+    pub(crate) fn raised(&self) -> u64 {
+        self.raised.get()
     }
 
     /// Changes with every change of the configuration (virtio 1.2, 2.5.1).
@@ -74,6 +83,7 @@ impl Interrupt {
     }
 
     fn raise(&self, reason: u32) {
+        self.raised.add(1);
         self.status.fetch_or(reason, Ordering::SeqCst);
         if let Err(error) = self.line.write(1) {
             tracing::error!(%error, "cannot raise a virtio interrupt");

@@ -294,6 +294,13 @@ impl Driver {
         self.line.read().unwrap_or(0)
     }
 
+    /// What the transport and the device have counted under that name.
+    pub(crate) fn count(&self, name: &str) -> u64 {
+        let counters = self.transport.metrics();
+        let mut all = counters.iter().flat_map(|counters| counters.read());
+        all.find(|(other, _)| *other == name).expect("a counter").1
+    }
+
     pub(crate) fn fill(&self, address: u64, bytes: &[u8]) {
         self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
     }

@@ -19,6 +19,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::balloon::{BalloonStatistics, BalloonUpdate};
+use super::metrics::Metrics;
 use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
 use super::snapshot::{SnapshotReport, SnapshotRequest};
 use super::types::{Action, ActionType, Fault, InstanceInfo, Version, VmState, VmUpdate};
@@ -54,6 +55,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/snapshot", put(snapshot).delete(cancel))
         .route("/balloon", patch(set_balloon))
         .route("/balloon/statistics", get(balloon_statistics))
+        .route("/metrics", get(metrics))
         .route("/console", get(console))
         .route("/console/size", put(resize_console))
         .with_state(context)
@@ -235,6 +237,10 @@ async fn set_balloon(State(context): State<Context>, body: JsonBody<BalloonUpdat
 async fn balloon_statistics(State(context): State<Context>) -> Answer<Json<BalloonStatistics>> {
     let balloon = context.supervisor.ask(Request::Balloon).await?;
     Ok(Json(BalloonStatistics::ask(&balloon).await))
+}
+
+async fn metrics(State(context): State<Context>) -> Answer<Json<Metrics>> {
+    Ok(Json(context.supervisor.ask(Request::Metrics).await?))
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

@@ -44,6 +44,8 @@ pub(super) enum Command {
     /// Take memory from a guest that has a balloon, or give it back; show what it has and what it needs.
     #[command(after_help = BALLOON_EXAMPLES)]
     Balloon(BalloonArgs),
+    /// Show what a VM's devices have counted since its process has it.
+    Metrics(OutputArgs),
     /// Show what a VM is and does.
     Status(OutputArgs),
     /// Cancel a VM's migration or snapshot; the guest runs on where it is.

@@ -6,6 +6,7 @@ mod client;
 mod devices;
 mod help;
 mod launch;
+mod metrics;
 mod migrate;
 mod progress;
 mod report;
@@ -87,6 +88,7 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Migrate(args) => migrate::run(args),
         Command::Snapshot(args) => snapshot::run(args),
         Command::Balloon(args) => balloon::run(&args),
+        Command::Metrics(args) => metrics::run(&args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
         Command::Resolve(args) => client::resolve(&args),

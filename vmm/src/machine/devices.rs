@@ -1,12 +1,13 @@
 //! The machine's devices: built, wired to KVM, stopped and resumed together.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
 use devices::virtio::mmio::Transport;
 use devices::virtio::{VirtioDevice, balloon, console};
-use devices::{ExitEvent, GuestExit, GuestMemory};
+use devices::{Counters, ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration::DeviceDescription;
 use migration_state::Envelope;
@@ -49,6 +50,7 @@ pub(super) struct VirtioSlot {
     pub(super) address: VirtioMmioSlot,
     balloon: Option<Arc<balloon::Control>>,
     terminal: Option<MachineTerminal>,
+    metrics: [Arc<dyn Counters>; 2],
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -145,6 +147,18 @@ impl DeviceSet {
         let mut terminals = self.virtio.iter().filter_map(|slot| slot.terminal.as_ref());
         let found = terminals.find(|terminal| terminal.has_input)?;
         Some(found.terminal.clone())
+    }
+
+    /// What the virtio devices have counted, by their names.
+    pub(super) fn metrics(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let read = |slot: &VirtioSlot| {
+            let counters = slot.metrics.iter().flat_map(|counters| counters.read());
+            counters.map(|(name, count)| (name.to_owned(), count)).collect()
+        };
+        self.virtio
+            .iter()
+            .map(|slot| (slot.id.clone(), read(slot)))
+            .collect()
     }
 
     /// How the guest ended, if it did.
@@ -252,6 +266,7 @@ fn virtio_slot(
         address,
         balloon: named.balloon,
         terminal: named.terminal,
+        metrics: transport.metrics(),
         transport: Arc::new(Mutex::new(transport)),
     })
 }

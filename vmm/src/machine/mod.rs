@@ -14,6 +14,7 @@ mod source;
 mod standstill;
 mod state;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -142,6 +143,11 @@ impl Machine {
     /// The host's end of its balloon, if it has one.
     pub fn balloon(&self) -> Option<Arc<::devices::virtio::balloon::Control>> {
         self.devices.balloon()
+    }
+
+    /// What its devices have counted, by their names. Waits for nobody.
+    pub fn metrics(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        self.devices.metrics()
     }
 
     /// Number of vCPUs.

@@ -205,6 +205,7 @@ impl Supervisor {
             Request::Pause(reply) => answer(reply, self.pause()),
             Request::Resume(reply) => answer(reply, self.resume()),
             Request::PowerButton(reply) => answer(reply, self.press_power_button()),
+            Request::Metrics(reply) => answer(reply, self.metrics()),
             Request::Balloon(reply) => answer(reply, self.balloon()),
             Request::SetBalloon(bytes, reply) => answer(reply, self.set_balloon(bytes)),
             Request::Migrate {

@@ -8,7 +8,7 @@ use migration::Control;
 
 use super::{Ending, Life, POWER_OFF_GRACE, Refusal, SnapshotJob, Supervisor, failed};
 use crate::VERSION;
-use crate::api::{InstanceInfo, InstanceState};
+use crate::api::{InstanceInfo, InstanceState, Metrics};
 use crate::config::ConfigError;
 use crate::machine::Machine;
 use crate::vcpu::Holder;
@@ -92,6 +92,10 @@ impl Supervisor {
 
     pub(super) fn press_power_button(&self) -> Result<(), Refusal> {
         self.idle_machine()?.press_power_button().map_err(failed)
+    }
+
+    pub(super) fn metrics(&self) -> Result<Metrics, Refusal> {
+        Ok(Metrics::now(self.machine()?.metrics()))
     }
 
     pub(super) fn balloon(&self) -> Result<Arc<balloon::Control>, Refusal> {

@@ -9,7 +9,7 @@ use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, 
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
-use crate::api::{InstanceInfo, Resolution, SnapshotReport, SnapshotRequest};
+use crate::api::{InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MigrationSource};
 use crate::vcpu::VcpuFailure;
 
@@ -75,6 +75,8 @@ pub enum Request {
     },
     /// Put the machine in files; the answer comes when that has ended.
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
+    /// What the machine's devices have counted.
+    Metrics(Reply<Metrics>),
     /// The host's end of the machine's balloon.
     Balloon(Reply<Arc<balloon::Control>>),
     /// Ask the guest to give up so many bytes.

@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::PAGE_SIZE;
+use super::metrics::BalloonMetrics;
 use super::statistics::Statistics;
 
 /// What the host wants of a balloon, and what is known of it. Its calls may come from any thread.
@@ -16,6 +17,7 @@ pub struct Control {
     /// An eventfd, readable when there is something that the device does not know of yet.
     event: File,
     known: Mutex<Known>,
+    pub(super) metrics: Arc<BalloonMetrics>,
 }
 
 /// Sizes in pages of [`PAGE_SIZE`].
@@ -30,8 +32,6 @@ pub(super) struct Known {
     pub(super) statistics: Option<Statistics>,
     /// How often statistics came, here or before the machine came here.
     pub(super) statistics_seen: u64,
-    /// Bytes that went back to the host so far, those included that the guest took again.
-    pub(super) given_up: u64,
 }
 
 impl Control {
@@ -44,6 +44,7 @@ impl Control {
         Ok(Self {
             event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
             known: Mutex::new(known),
+            metrics: Arc::default(),
         })
     }
 
@@ -70,7 +71,7 @@ impl Control {
     /// Bytes that went back to the host so far, for the target or because the guest did not use them; those included
     /// that it took again.
     pub fn given_up(&self) -> u64 {
-        self.known().given_up
+        self.metrics.discarded_bytes.get()
     }
 
     /// Asks the guest for new statistics; they come in its own time, or never.

@@ -13,6 +13,7 @@ use super::state::BalloonState;
 use super::statistics::{MOST, Statistics};
 use crate::GuestMemory;
 use crate::limited::Limited;
+use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Chain, ChainError, Description, DeviceError, Head, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues,
@@ -27,6 +28,8 @@ const F_PAGE_REPORTING: u64 = 1 << 5;
 
 /// Where the guest says in the configuration space how much it has given up.
 const ACTUAL: u64 = 4;
+/// Bytes of a page's number in a request.
+const PAGE_NUMBER: u64 = 4;
 /// Most pages that one request gives up, four times what Linux puts in one. The rest of a longer one stays the guest's.
 pub(super) const MOST_PAGES: usize = 1024;
 
@@ -93,11 +96,14 @@ impl Balloon {
         for run in pages.chunk_by(|page, next| page + 1 == *next) {
             self.take(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
         }
-        pages.len() as u64 * PAGE_SIZE
+        let bytes = pages.len() as u64 * PAGE_SIZE;
+        self.control.metrics.inflated_bytes.add(bytes);
+        bytes
     }
 
     /// The chain's buffers are pages that the guest does not use until it has the chain back.
     fn report(&self, memory: &GuestMemory, chain: &Chain) {
+        self.control.metrics.reported_bytes.add(chain.writable.len());
         for (address, len) in chain.writable.iter() {
             self.take(memory, address.0, len.into());
         }
@@ -105,10 +111,7 @@ impl Balloon {
 
     fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
         match discard(memory, gpa, len) {
-            Ok(bytes) => {
-                let mut known = self.control.known();
-                known.given_up = known.given_up.saturating_add(bytes);
-            }
+            Ok(bytes) => self.control.metrics.discarded_bytes.add(bytes),
             Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.complain(&error),
         }
     }
@@ -225,7 +228,12 @@ impl VirtioDevice for Balloon {
                     0
                 }
                 // Pages come back when they are touched.
-                Some(Role::Deflate | Role::Statistics) | None => 0,
+                Some(Role::Deflate) => {
+                    let pages = chain.readable.len() / PAGE_NUMBER;
+                    self.control.metrics.deflated_bytes.add(pages * PAGE_SIZE);
+                    0
+                }
+                Some(Role::Statistics) | None => 0,
             })
         })
     }
@@ -302,5 +310,9 @@ impl VirtioDevice for Balloon {
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         None
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.control.metrics.clone()
     }
 }

@@ -7,6 +7,7 @@
 mod control;
 mod device;
 mod discard;
+mod metrics;
 mod state;
 mod statistics;
 
@@ -15,6 +16,7 @@ mod tests;
 
 pub use control::Control;
 pub use device::Balloon;
+pub use metrics::BalloonMetrics;
 pub use state::BalloonState;
 pub use statistics::Statistics;
 

@@ -61,6 +61,8 @@ fn inflated_pages_go_back_to_the_host() {
     assert_eq!(driver.submit(&[reads(DATA, len)]), 0);
     dirty(&driver, PAGES..PAGES + 0x1000);
     assert!(is_kept(&driver, PAGES));
+    let counted = ["inflated_bytes", "deflated_bytes", "discarded_bytes"].map(|name| driver.count(name));
+    assert_eq!(counted, [3, 4, 3].map(|pages| pages * PAGE_SIZE));
 }
 
 #[test]
@@ -74,6 +76,7 @@ fn reported_pages_go_back_to_the_host() {
     let kept: Vec<bool> = (0..8).map(|page| is_kept(&driver, PAGES + page * 4096)).collect();
     assert_eq!(kept, [false, false, true, true, false, true, true, true]);
     assert_eq!(control.given_up(), 3 * PAGE_SIZE);
+    assert_eq!(driver.count("reported_bytes"), 0x4000);
 }
 
 #[test]

@@ -14,10 +14,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::ID_LEN;
 use super::backend::Backend;
+use super::metrics::BlockMetrics;
 use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError};
 use super::state::BlockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
+use crate::metrics::Counters;
 use crate::rate::{Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
@@ -54,6 +56,7 @@ pub struct Block {
     /// The driver did not accept FLUSH, so it counts on every write being durable (virtio 1.2, 5.2.6.2).
     pub(super) write_through: bool,
     limiter: Limiter,
+    metrics: Arc<BlockMetrics>,
     complaints: Limited,
 }
 
@@ -69,6 +72,7 @@ impl Block {
             id: padded,
             write_through: false,
             limiter: Limiter::new(limits)?,
+            metrics: Arc::default(),
             complaints: Limited::default(),
         })
     }
@@ -76,6 +80,14 @@ impl Block {
     /// What it is on.
     pub fn backend(&self) -> &Arc<Backend> {
         &self.backend
+    }
+
+    fn admit(&self, bytes: u64) -> bool {
+        let admitted = self.limiter.take(bytes);
+        if !admitted {
+            self.metrics.throttled.add(1);
+        }
+        admitted
     }
 
     fn serve(&self, memory: &GuestMemory, chain: Result<Chain, ChainError>) -> Served {
@@ -93,10 +105,11 @@ impl Block {
         };
         match Request::parse(memory, chain) {
             Ok(request) => {
-                let status = request.status;
+                let (status, kind, data) = (request.status, request.kind, request.len());
                 match request.execute(memory, &disk) {
                     Ok(served) => {
                         self.limiter.charge(served.work);
+                        self.metrics.done(kind, data.max(served.work));
                         self.finish(memory, status, OK, served)
                     }
                     Err(error) => self.fail(memory, status, &error),
@@ -129,6 +142,7 @@ impl Block {
     }
 
     fn complain(&self, error: &dyn std::error::Error) {
+        self.metrics.failed.add(1);
         if let Some(count) = self.complaints.count() {
             let disk = self.backend.path().display();
             tracing::warn!(%disk, count, "virtio-block: request failed: {error}");
@@ -188,7 +202,7 @@ impl VirtioDevice for Block {
             return Ok(Progress::Idle);
         };
         queue.serve_admitted(
-            |bytes| self.limiter.take(bytes),
+            |bytes| self.admit(bytes),
             |memory, chain| self.serve(memory, chain),
         )
     }
@@ -243,5 +257,9 @@ impl VirtioDevice for Block {
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         Some(self.backend.clone())
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.metrics.clone()
     }
 }

@@ -28,7 +28,7 @@ pub(super) const MOST_ZEROED: u32 = 1 << 16;
 pub(super) struct Request {
     /// GPA of the status byte.
     pub(super) status: GuestAddress,
-    kind: u32,
+    pub(super) kind: u32,
     sector: u64,
     /// What the driver provides and what it wants filled, without header and status byte.
     readable: Buffers,
@@ -113,6 +113,11 @@ impl Request {
             readable,
             writable,
         })
+    }
+
+    /// Bytes that the driver provides or wants.
+    pub(super) fn len(&self) -> u64 {
+        self.readable.len() + self.writable.len()
     }
 
     /// Carries the request out; what was written does not count the status byte.

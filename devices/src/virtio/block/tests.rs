@@ -109,6 +109,34 @@ fn space(disk: &Disk) -> u64 {
 }
 
 #[test]
+fn what_is_done_is_counted() {
+    let disk = Disk::new();
+    let mut driver = disk.driver();
+    request(&mut driver, OUT, 3, &[reads(BUFFER, 1024)]);
+    request(&mut driver, IN, 3, &[writes(BUFFER, 512)]);
+    request(&mut driver, FLUSH, 0, &[]);
+    range(&mut driver, DISCARD, 8, 8, 0);
+    range(&mut driver, WRITE_ZEROES, 16, 16, 1);
+    request(&mut driver, IN, 64, &[writes(BUFFER, 512)]);
+    driver.submit(&[reads(HEADER, 16)]);
+    for (name, expected) in [
+        ("writes", 1),
+        ("written_bytes", 1024),
+        ("reads", 1),
+        ("read_bytes", 512),
+        ("flushes", 1),
+        ("discards", 1),
+        ("discarded_bytes", 8 * 512),
+        ("zeroes", 1),
+        ("zeroed_bytes", 16 * 512),
+        ("failed", 2),
+        ("throttled", 0),
+    ] {
+        assert_eq!(driver.count(name), expected, "{name}");
+    }
+}
+
+#[test]
 fn what_is_discarded_or_zeroed() {
     let disk = Disk::new();
     let mut driver = disk.driver();
@@ -179,6 +207,7 @@ fn requests_wait_for_tokens() {
         driver.kick();
         if number == 2 {
             assert_eq!(driver.used().len(), 3, "the bucket and the burst");
+            assert_eq!(driver.count("throttled"), 0);
         }
     }
     let mut done = driver.used().len();
@@ -186,6 +215,7 @@ fn requests_wait_for_tokens() {
         driver.wait();
         done += driver.used().len();
     }
+    assert!(driver.count("throttled") > 0);
     // Three more operations, each after ten milliseconds.
     assert!(
         begin.elapsed() >= Duration::from_millis(29),

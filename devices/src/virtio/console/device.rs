@@ -9,11 +9,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::backend::Backend;
 use super::control::{FromGuest, MESSAGE_LEN, ToGuest};
+use super::metrics::ConsoleMetrics;
 use super::parameters::{PORTS_MAX, Parameters};
 use super::port::{Host, Port};
 use super::state::ConsoleState;
 use super::terminal::{Size, Terminal};
 use crate::limited::Limited;
+use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{Description, DeviceError, HostBackend, Progress, QueueError, Queues, VirtioDevice};
 
@@ -50,6 +52,7 @@ pub struct Console {
     /// The terminal's size as the guest knows it.
     size: Option<Size>,
     room: Box<[u8]>,
+    metrics: Arc<ConsoleMetrics>,
     complaints: Limited,
 }
 
@@ -57,9 +60,11 @@ impl Console {
     /// A device whose console is `terminal`, with the ports of `backend`. `has_terminal` says whether what is typed at
     /// the machine's terminal comes to it.
     pub fn new(terminal: Arc<Terminal>, backend: Arc<Backend>, has_terminal: bool) -> Self {
-        let console = Port::new(String::new(), Host::Terminal(terminal.clone()));
+        let metrics = Arc::new(ConsoleMetrics::default());
+        let port = |name, host| Port::new(name, host, metrics.clone());
+        let console = port(String::new(), Host::Terminal(terminal.clone()));
         let named = backend.names().iter();
-        let named = named.map(|name| Port::new(name.clone(), Host::Program(None)));
+        let named = named.map(|name| port(name.clone(), Host::Program(None)));
         Self {
             ports: std::iter::once(console).chain(named).collect(),
             terminal,
@@ -68,6 +73,7 @@ impl Console {
             multiport: false,
             size: None,
             room: vec![0; ROOM].into(),
+            metrics,
             complaints: Limited::default(),
         }
     }
@@ -368,6 +374,10 @@ impl VirtioDevice for Console {
             parameters: parameters.to_bytes(),
             ..Description::of::<ConsoleState>(self.features())
         }
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.metrics.clone()
     }
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {

@@ -11,6 +11,7 @@
 mod backend;
 mod control;
 mod device;
+mod metrics;
 mod parameters;
 mod port;
 mod state;

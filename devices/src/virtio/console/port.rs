@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::control::ToGuest;
+use super::metrics::ConsoleMetrics;
 use super::state::PortState;
 use super::terminal::Terminal;
 use crate::GuestMemory;
@@ -34,6 +35,7 @@ pub(super) struct Port {
     pub(super) host_open: bool,
     /// Bytes of the guest's next chain that the host has, or [`ALL`].
     sent: usize,
+    metrics: Arc<ConsoleMetrics>,
     complaints: Limited,
 }
 
@@ -54,7 +56,7 @@ pub(super) struct Program {
 }
 
 impl Port {
-    pub(super) fn new(name: String, host: Host) -> Self {
+    pub(super) fn new(name: String, host: Host, metrics: Arc<ConsoleMetrics>) -> Self {
         Self {
             name,
             host,
@@ -64,6 +66,7 @@ impl Port {
             guest_open: false,
             host_open: false,
             sent: 0,
+            metrics,
             complaints: Limited::default(),
         }
     }
@@ -80,6 +83,7 @@ impl Port {
 
     /// A program has connected.
     pub(super) fn connect(&mut self, stream: UnixStream) {
+        self.metrics.connections.add(1);
         self.host = Host::Program(Some(Program { stream, gone: false }));
     }
 
@@ -198,7 +202,10 @@ impl Port {
         let most = room.len().min(most);
         let count = self.read(&mut room[..most])?;
         match chain.writable.fill(memory, &room[..count]) {
-            Ok(filled) => Some(filled),
+            Ok(filled) => {
+                self.metrics.rx_bytes.add(filled as u64);
+                Some(filled)
+            }
             Err(error) => {
                 // They are lost: a driver that gives such a buffer has no use for them.
                 self.complain(error);
@@ -304,6 +311,7 @@ impl Port {
             };
             let written = self.write(&room[..count]);
             *budget -= written;
+            self.metrics.tx_bytes.add(written as u64);
             if written < count {
                 return false;
             }

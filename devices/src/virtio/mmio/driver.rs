@@ -122,6 +122,7 @@ impl Transport {
     /// taken, and the driver sees that when it reads the status back.
     fn write_status(&mut self, value: u32) {
         if value == 0 {
+            self.shared.resets.add(1);
             return self.reset();
         }
         let status = self.shared.status();

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::registers::{DRIVER_OK, NEEDS_RESET};
 use crate::GuestMemory;
 use crate::limited::Limited;
+use crate::metrics::{Counter, Counters};
 use crate::virtio::{Interrupt, Progress, QueueError, Queues, VirtioDevice};
 
 pub(super) struct Shared {
@@ -25,6 +26,10 @@ pub(super) struct Shared {
     /// Readable when the device must look at the host's side.
     host_event: EventFd,
     pub(super) complaints: Limited,
+    /// How often the device thread looked at a queue, for a kick or because a turn was over.
+    looks: Counter,
+    pub(super) resets: Counter,
+    needs: Counter,
     core: Mutex<Core>,
 }
 
@@ -60,6 +65,9 @@ impl Shared {
             queue_events,
             host_event,
             complaints: Limited::default(),
+            looks: Counter::default(),
+            resets: Counter::default(),
+            needs: Counter::default(),
             core: Mutex::new(core),
         }
     }
@@ -87,6 +95,7 @@ impl Shared {
     /// The device cannot go on without a reset by the driver (virtio 1.2, 2.1.2).
     pub(super) fn needs_reset(&self, core: &mut Core, why: &(dyn std::error::Error + 'static)) {
         core.active = false;
+        self.needs.add(1);
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
         if before & DRIVER_OK != 0 {
             self.interrupt.config_change();
@@ -101,7 +110,10 @@ impl Shared {
     fn serve(&self, source: Source) {
         let mut core = self.core();
         let event = match source {
-            Source::Queue(index) => self.queue_events.get(index),
+            Source::Queue(index) => {
+                self.looks.add(1);
+                self.queue_events.get(index)
+            }
             Source::Host => Some(&self.host_event),
         };
         // Nothing to read is fine: somebody else took the kick. A paused device is kicked again by resume.
@@ -111,6 +123,17 @@ impl Shared {
             Ok(Progress::More) => event.into_iter().for_each(raise),
             Err(error) => self.needs_reset(&mut core, &error),
         }
+    }
+}
+
+impl Counters for Shared {
+    fn read(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("queue_events", self.looks.get()),
+            ("interrupts", self.interrupt.raised()),
+            ("resets", self.resets.get()),
+            ("needs_reset", self.needs.get()),
+        ]
     }
 }
 

@@ -118,6 +118,8 @@ fn a_broken_ring_needs_a_reset() {
     assert_eq!(driver.get(0x070), NEEDS_RESET_SEEN);
     driver.bring_up();
     assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
+    let counted = ["needs_reset", "resets", "queue_events", "interrupts"].map(|name| driver.count(name));
+    assert_eq!(counted, [2, 3, 3, 3]);
 }
 
 #[test]

@@ -11,12 +11,14 @@ use super::registers as reg;
 use super::shared::{Shared, Worker};
 use super::state::{LayoutError, QueueRecord, TransportState};
 use crate::GuestMemory;
+use crate::metrics::Counters;
 use crate::virtio::{Description, DeviceError, HostBackend, HostError, Interrupt, VirtioDevice};
 
 /// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
 pub struct Transport {
     pub(super) shared: Arc<Shared>,
     backend: Option<Arc<dyn HostBackend>>,
+    metrics: Arc<dyn Counters>,
     pub(super) device_type: u32,
     pub(super) offered: u64,
     pub(super) driver_features: u64,
@@ -109,6 +111,7 @@ impl Transport {
         let host_event = EventFd::new(EFD_NONBLOCK).map_err(event_error)?;
         Ok(Self {
             backend: device.host_backend(),
+            metrics: device.metrics(),
             device_type,
             offered: device.features() | reg::VERSION_1,
             driver_features: 0,
@@ -173,6 +176,11 @@ impl Transport {
     /// What somebody must know of the device to build its like.
     pub fn describe(&self) -> Description {
         self.shared.core().device.describe()
+    }
+
+    /// What the transport and its device count.
+    pub fn metrics(&self) -> [Arc<dyn Counters>; 2] {
+        [self.shared.clone(), self.metrics.clone()]
     }
 
     /// What backs the device on the host. Its calls need no lock of the transport's.

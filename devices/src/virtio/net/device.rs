@@ -13,11 +13,13 @@ use virtio_bindings::virtio_net::{
 use super::Parameters;
 use super::announce::{Announcer, rarp};
 use super::control::{Command, answer};
+use super::metrics::NetMetrics;
 use super::receive::{Layout, receive};
 use super::state::NetState;
 use super::tap::{Tap, TapError};
 use super::transmit::send;
 use crate::limited::Limited;
+use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
@@ -51,6 +53,7 @@ pub struct Net {
     /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
     announce: bool,
     announcer: Announcer,
+    metrics: Arc<NetMetrics>,
     complaints: Limited,
 }
 
@@ -75,6 +78,7 @@ impl Net {
             features: 0,
             announce: false,
             announcer,
+            metrics: Arc::default(),
             complaints: Limited::default(),
         })
     }
@@ -84,7 +88,8 @@ impl Net {
             return Ok(Progress::Idle);
         };
         let layout = Layout::new(self.features, self.parameters.mtu);
-        receive(&mut queue, &self.tap, layout, |error| {
+        receive(&mut queue, &self.tap, layout, &self.metrics, |error| {
+            self.metrics.rx_failed.add(1);
             self.complain("packet to the guest", error);
         })
     }
@@ -94,8 +99,15 @@ impl Net {
             return Ok(Progress::Idle);
         };
         queue.serve(|memory, chain| {
-            if let Err(error) = send(memory, chain, &self.tap) {
-                self.complain("packet of the guest", &error);
+            match send(memory, chain, &self.tap) {
+                Ok(bytes) => {
+                    self.metrics.tx_packets.add(1);
+                    self.metrics.tx_bytes.add(bytes);
+                }
+                Err(error) => {
+                    self.metrics.tx_dropped.add(1);
+                    self.complain("packet of the guest", &error);
+                }
             }
             0
         })
@@ -232,5 +244,9 @@ impl VirtioDevice for Net {
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         None
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.metrics.clone()
     }
 }

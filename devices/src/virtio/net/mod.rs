@@ -4,6 +4,7 @@ mod announce;
 mod control;
 mod device;
 mod mac;
+mod metrics;
 mod offloads;
 mod parameters;
 mod receive;
@@ -19,6 +20,7 @@ mod tests;
 
 pub use device::Net;
 pub use mac::{MacAddress, MacError};
+pub use metrics::NetMetrics;
 pub use parameters::{Parameters, ParametersError};
 pub use state::NetState;
 pub use tap::{Tap, TapError};

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
 
+use super::metrics::NetMetrics;
 use super::tap::Tap;
 use super::transmit::PacketError;
 use super::{ETHERNET_LEN, HEADER_LEN, offloads};
@@ -65,6 +66,7 @@ pub(super) fn receive(
     queue: &mut QueueAccess<'_>,
     tap: &Tap,
     layout: Layout,
+    metrics: &NetMetrics,
     complain: impl Fn(&PacketError),
 ) -> Result<Progress, QueueError> {
     let mut pool = Pool::new(queue.memory(), layout);
@@ -82,7 +84,11 @@ pub(super) fn receive(
             }
         };
         match vectors.read_from(tap.as_fd()) {
-            Ok(len) => pool.hand_over(queue, len)?,
+            Ok(len) => {
+                pool.hand_over(queue, len)?;
+                metrics.rx_packets.add(1);
+                metrics.rx_bytes.add(len.saturating_sub(HEADER_LEN) as u64);
+            }
             Err(error) => {
                 if error.kind() != io::ErrorKind::WouldBlock {
                     complain(&error.into());

@@ -127,6 +127,9 @@ fn packets_go_both_ways() {
     let parts = [reads(PACKET, 12), reads(PACKET + 12, 5), reads(PACKET + 17, rest)];
     transmit(&mut driver, &packet, &parts);
     assert_eq!(wire.hear(is_ours).1, sent);
+    assert_eq!((driver.count("tx_packets"), driver.count("tx_bytes")), (1, 514));
+    // The kernel may have had a word of its own.
+    assert!(driver.count("rx_packets") >= 2 && driver.count("rx_bytes") >= 114 + 1414);
 }
 
 #[test]
@@ -264,6 +267,7 @@ fn packets_that_make_no_sense_come_back() {
     );
     transmit_frame(&mut driver, &frame(&[4; 100]));
     assert_eq!(wire.hear(is_ours).1, frame(&[4; 100]));
+    assert_eq!((driver.count("tx_packets"), driver.count("tx_dropped")), (1, 7));
 }
 
 #[test]
@@ -273,6 +277,7 @@ fn a_tap_that_goes_down_or_away_hurts_nobody() {
     provide(&mut driver, 0..60, LINUX);
     ip("link set dev tap0 down");
     transmit_frame(&mut driver, &frame(&[1; 100]));
+    assert_eq!(driver.count("tx_dropped"), 1);
     ip("link set dev tap0 up");
     // The bridge looks at its port in its own time.
     while wire.try_hear(is_ours).is_none() {

@@ -32,12 +32,12 @@ pub(super) enum PacketError {
     Tap(#[from] io::Error),
 }
 
-/// Sends the packet in a chain, which has its header first.
+/// Sends the packet in a chain, which has its header first; returns its bytes without that.
 pub(super) fn send(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
     tap: &Tap,
-) -> Result<(), PacketError> {
+) -> Result<u64, PacketError> {
     let packet = chain?.readable;
     let got = packet.len();
     if !(MIN_LEN..=MAX_LEN).contains(&got) {
@@ -46,5 +46,5 @@ pub(super) fn send(
     let mut vectors = Vectors::new(memory);
     vectors.push(&packet)?;
     vectors.write_to(tap.as_fd())?;
-    Ok(())
+    Ok(got - HEADER_LEN as u64)
 }

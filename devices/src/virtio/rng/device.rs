@@ -7,9 +7,11 @@ use migration_state::Envelope;
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
+use super::metrics::RngMetrics;
 use super::state::RngState;
 use crate::GuestMemory;
 use crate::limited::Limited;
+use crate::metrics::Counters;
 use crate::virtio::device::RING_FEATURES;
 use crate::virtio::{
     Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
@@ -23,6 +25,7 @@ const BLOCK: usize = 4096;
 /// The entropy device. Its bytes come from the host kernel's generator.
 #[derive(Debug, Default)]
 pub struct Rng {
+    metrics: Arc<RngMetrics>,
     complaints: Limited,
 }
 
@@ -55,6 +58,8 @@ impl Rng {
                 }
             }
         }
+        self.metrics.requests.add(1);
+        self.metrics.bytes.add(done);
         // At most `MAX_BYTES`.
         done as u32
     }
@@ -140,5 +145,9 @@ impl VirtioDevice for Rng {
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         None
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.metrics.clone()
     }
 }

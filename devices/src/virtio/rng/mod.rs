@@ -1,10 +1,12 @@
 //! The entropy device (virtio 1.2, 5.4).
 
 mod device;
+mod metrics;
 mod state;
 
 #[cfg(test)]
 mod tests;
 
 pub use device::Rng;
+pub use metrics::RngMetrics;
 pub use state::RngState;

@@ -22,6 +22,7 @@ fn buffers_are_filled_with_random_bytes() {
     assert_eq!(driver.bytes(DATA + 100, 64), [0; 64]);
     assert_eq!(driver.interrupts(), 1);
     assert!(driver.take_dirty(DATA + 0x3000));
+    assert_eq!((driver.count("requests"), driver.count("bytes")), (1, 5100));
 }
 
 #[test]

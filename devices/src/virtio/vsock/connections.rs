@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::backend::{Backend, HostEvent};
 use super::connection::{BUFFER_SIZE, Connection};
 use super::greeting::{Greeted, Greeting};
+use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, Op, PORT_ANY, Ports, TYPE_STREAM};
 use crate::limited::Limited;
 use crate::virtio::Progress;
@@ -27,6 +28,7 @@ const TICK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Connections {
+    pub(super) metrics: Arc<VsockMetrics>,
     backend: Arc<Backend>,
     guest_cid: u64,
     open: HashMap<Ports, Connection>,
@@ -47,6 +49,7 @@ pub(super) struct Connections {
 impl Connections {
     pub(super) fn new(backend: Arc<Backend>, guest_cid: u32) -> Self {
         Self {
+            metrics: Arc::default(),
             backend,
             guest_cid: guest_cid.into(),
             open: HashMap::new(),
@@ -301,6 +304,7 @@ impl Connections {
     }
 
     fn insert(&mut self, ports: Ports, connection: Connection) {
+        self.metrics.connections.add(1);
         self.open.insert(ports, connection);
         self.line_up(ports);
     }

@@ -13,6 +13,7 @@ use super::packet::{HEADER_LEN, Header, Op};
 use super::state::VsockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
+use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueAccess, QueueError, Queues,
@@ -177,6 +178,7 @@ impl Vsock {
             header.op = None;
         }
         let data = self.room.get(..len).unwrap_or_default();
+        self.connections.metrics.sent(header.op, data.len() as u64);
         self.connections.receive(&header, data);
     }
 
@@ -230,7 +232,10 @@ impl Vsock {
         let data = &self.room[..header.len as usize];
         let filled = chain.writable.fill(memory, &header.encode());
         match filled.and_then(|_| chain.writable.fill(memory, data)) {
-            Ok(_) => Some(HEADER_LEN as u32 + header.len),
+            Ok(_) => {
+                self.connections.metrics.received(header.op, header.len.into());
+                Some(HEADER_LEN as u32 + header.len)
+            }
             Err(error) => {
                 self.complain(error);
                 self.connections.lost(&header);
@@ -335,5 +340,9 @@ impl VirtioDevice for Vsock {
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         Some(self.backend.clone())
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.connections.metrics.clone()
     }
 }

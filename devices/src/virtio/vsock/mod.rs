@@ -11,6 +11,7 @@ mod connection;
 mod connections;
 mod device;
 mod greeting;
+mod metrics;
 mod packet;
 mod state;
 
@@ -19,4 +20,5 @@ mod tests;
 
 pub use backend::Backend;
 pub use device::{CID_MAX, CID_MIN, Vsock};
+pub use metrics::VsockMetrics;
 pub use state::VsockState;

@@ -76,6 +76,11 @@ fn the_guest_connects_to_a_program() {
     rig.send(packet(Op::Request, 53), &[]);
     let (reset, _) = rig.one();
     assert_eq!((reset.op, reset.source_port), (Some(Op::Reset), 53));
+    let counted = |name| rig.driver.count(name);
+    assert_eq!((counted("connections"), counted("resets")), (1, 1));
+    // Two requests and the data; an answer, the data, a refusal.
+    assert_eq!((counted("tx_packets"), counted("tx_bytes")), (3, 4));
+    assert_eq!((counted("rx_packets"), counted("rx_bytes")), (3, 4));
 }
 
 #[test]

@@ -1,0 +1,25 @@
+//! What a network card counts.
+
+use crate::metrics::counters;
+
+counters! {
+    /// Packets as the guest sees them: those that it receives (rx) and those that it sends (tx).
+    NetMetrics {
+        /// Packets that the guest got.
+        rx_packets,
+        /// Their bytes, without the header of virtio.
+        rx_bytes,
+        /// How often the tap failed, or the guest's buffers for packets were none.
+        rx_failed,
+        /// How often packets had to wait in the tap for a rate limit.
+        rx_throttled,
+        /// Packets that the tap took.
+        tx_packets,
+        /// Their bytes, without the header of virtio.
+        tx_bytes,
+        /// Packets that the tap did not take, or that were none: dropped.
+        tx_dropped,
+        /// How often packets had to wait in the guest's queue for a rate limit.
+        tx_throttled,
+    }
+}

@@ -1,0 +1,13 @@
+//! What the entropy device counts.
+
+use crate::metrics::counters;
+
+counters! {
+    /// Randomness that the guest got.
+    RngMetrics {
+        /// Requests.
+        requests,
+        /// Bytes.
+        bytes,
+    }
+}

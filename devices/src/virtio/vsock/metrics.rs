@@ -1,0 +1,44 @@
+//! What a socket device counts.
+
+use super::packet::Op;
+use crate::metrics::counters;
+
+counters! {
+    /// Packets as the guest sees them: those that it receives (rx) and those that it sends (tx).
+    VsockMetrics {
+        /// Connections that were made, from either side.
+        connections,
+        /// Packets that the guest got.
+        rx_packets,
+        /// Bytes of data in them.
+        rx_bytes,
+        /// Packets that the guest sent.
+        tx_packets,
+        /// Bytes of data in them.
+        tx_bytes,
+        /// Packets of either side that end or refuse a connection at once.
+        resets,
+    }
+}
+
+impl VsockMetrics {
+    /// Counts a packet that the guest got, with so many bytes of data.
+    pub(super) fn received(&self, op: Option<Op>, bytes: u64) {
+        self.rx_packets.add(1);
+        self.rx_bytes.add(bytes);
+        self.count_reset(op);
+    }
+
+    /// Counts a packet that the guest sent, with so many bytes of data.
+    pub(super) fn sent(&self, op: Option<Op>, bytes: u64) {
+        self.tx_packets.add(1);
+        self.tx_bytes.add(bytes);
+        self.count_reset(op);
+    }
+
+    fn count_reset(&self, op: Option<Op>) {
+        if op == Some(Op::Reset) {
+            self.resets.add(1);
+        }
+    }
+}
