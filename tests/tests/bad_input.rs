@@ -97,6 +97,14 @@ fn sizes_and_counts_out_of_range() -> Result<()> {
             "id=console,path=x",
             &["device id", "console", "expected"],
         ),
+        ("--net", "id=x", &["net", "expected", "got no tap"]),
+        ("--net", "fd=2", &["net", "expected a descriptor above 2"]),
+        (
+            "--net",
+            "tap=x,queues=0",
+            &["network card", "expected 1 to 16", "got 0"],
+        ),
+        ("--net", "tap=x,bandwidth=1", &["net", "expected a rate"]),
         ("--config-file", "missing.json", &["missing.json", "No such file"]),
     ] {
         let finished = run(&host, &[option, value])?;
@@ -267,6 +275,15 @@ fn disks_that_are_none() -> Result<()> {
         .with_context(|| path.clone())?;
     }
     Ok(())
+}
+
+#[test]
+fn descriptors_that_nobody_opened() -> Result<()> {
+    let host = Host::new()?;
+    let words = ["descriptor 999", "expected one that was open"];
+    check(&host, &run(&host, &["--net", "fd=999"])?, FAILED, &words)?;
+    let receiver = ["receive", "--listen", "tcp:127.0.0.1:0", "--net", "net0=fd:[999]"];
+    check(&host, &host.godwit(receiver)?, FAILED, &words)
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use devices::virtio::console::{Parameters, ParametersError};
-use devices::virtio::net::MacAddress;
+use devices::virtio::net::{MAX_QUEUE_PAIRS, MacAddress, TapSource};
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
 use devices::{BucketError, Limits};
 use thiserror::Error;
@@ -58,8 +58,12 @@ pub enum ConfigError {
     DeviceId { got: String },
     #[error("device id {0:?} is used twice; name disks and network cards apart with id=")]
     DuplicateDevice(String),
-    #[error("disk {id:?}")]
+    #[error("device {id:?}")]
     Limits { id: String, source: BucketError },
+    #[error("network cards: expected a tap for each, got one of two")]
+    SharedTap,
+    #[error("network card {id:?}: expected 1 to {MAX_QUEUE_PAIRS} queues, got {got}")]
+    Queues { id: String, got: u16 },
     #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
     Balloon { got: u64, memory: u64 },
     #[error(transparent)]
@@ -88,10 +92,16 @@ pub struct DiskConfig {
 pub struct NetConfig {
     /// Its name, unique in the machine, among disks as well.
     pub id: String,
-    /// Name of a tap of this host.
-    pub tap: String,
+    /// A tap of this host.
+    pub tap: TapSource,
     /// Its address; a random one if none is given.
     pub mac: Option<MacAddress>,
+    /// Pairs of queues, each of which is one of the tap's.
+    pub queues: u16,
+    /// What the guest may receive in a time.
+    pub rx_limits: Limits,
+    /// What it may send.
+    pub tx_limits: Limits,
 }
 
 /// A balloon of the machine.
@@ -227,12 +237,17 @@ impl Wishes {
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
-        for disk in &self.disks {
-            disk.limits.check().map_err(|source| ConfigError::Limits {
-                id: disk.id.clone(),
+        let disks = self.disks.iter().map(|disk| (&disk.id, disk.limits));
+        let nets = self.nets.iter();
+        let nets = nets.flat_map(|net| [(&net.id, net.rx_limits), (&net.id, net.tx_limits)]);
+        for (id, limits) in disks.chain(nets) {
+            limits.check().map_err(|source| ConfigError::Limits {
+                id: id.clone(),
                 source,
             })?;
         }
+        self.nets.iter().try_for_each(NetConfig::check)?;
+        check_taps(self.nets.iter().map(|net| &net.tap))?;
         if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
             && got > memory
         {
@@ -263,6 +278,18 @@ impl Wishes {
             vsock,
             console,
         })
+    }
+}
+
+impl NetConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        if !(1..=MAX_QUEUE_PAIRS).contains(&self.queues) {
+            return Err(ConfigError::Queues {
+                id: self.id.clone(),
+                got: self.queues,
+            });
+        }
+        Ok(())
     }
 }
 
@@ -304,6 +331,21 @@ pub fn check_device_ids<'a>(ids: impl Iterator<Item = &'a str>, most: usize) -> 
     if seen.len() > most {
         let got = seen.len();
         return Err(ConfigError::TooManyDevices { most, got });
+    }
+    Ok(())
+}
+
+/// Whether each network card has a tap of its own: one that may have many queues would serve two.
+pub fn check_taps<'a>(taps: impl Iterator<Item = &'a TapSource>) -> Result<(), ConfigError> {
+    let (mut names, mut descriptors) = (BTreeSet::new(), BTreeSet::new());
+    for tap in taps {
+        let new = match tap {
+            TapSource::Name(name) => names.insert(name),
+            TapSource::Descriptors(list) => list.iter().all(|descriptor| descriptors.insert(descriptor)),
+        };
+        if !new {
+            return Err(ConfigError::SharedTap);
+        }
     }
     Ok(())
 }
@@ -375,8 +417,11 @@ mod tests {
         assert!(matches!(twice.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
         let net = |id: &str| NetConfig {
             id: id.into(),
-            tap: "tap0".into(),
+            tap: TapSource::Name(format!("tap-{id}")),
             mac: None,
+            queues: 1,
+            rx_limits: Limits::default(),
+            tx_limits: Limits::default(),
         };
         let of_both_kinds = Wishes {
             disks: vec![disk("a")],
@@ -403,6 +448,41 @@ mod tests {
             assert!(matches!(bad.check(), Err(ConfigError::DeviceId { .. })));
         }
         check_device_id(&"x".repeat(DEVICE_ID_MAX)).unwrap();
+    }
+
+    #[test]
+    fn network_cards_have_distinct_taps_and_some_queues() {
+        let net = |id: &str, tap: TapSource| NetConfig {
+            id: id.into(),
+            tap,
+            mac: None,
+            queues: 1,
+            rx_limits: Limits::default(),
+            tx_limits: Limits::default(),
+        };
+        let both = |one, other| Wishes {
+            nets: vec![net("a", one), net("b", other)],
+            ..wishes()
+        };
+        let (name, list) = (|name: &str| TapSource::Name(name.into()), TapSource::Descriptors);
+        both(name("x"), name("y")).check().unwrap();
+        both(name("x"), list(vec![3, 4])).check().unwrap();
+        for shared in [
+            both(name("x"), name("x")),
+            both(list(vec![3, 4]), list(vec![5, 3])),
+            both(list(vec![3, 3]), name("x")),
+        ] {
+            assert!(matches!(shared.check(), Err(ConfigError::SharedTap)));
+        }
+        for queues in [0, MAX_QUEUE_PAIRS + 1] {
+            let mut wishes = both(name("x"), name("y"));
+            wishes.nets[1].queues = queues;
+            let error = wishes.check().unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("\"b\": expected 1 to 16 queues, got {queues}")),
+                "{error}"
+            );
+        }
     }
 
     #[test]
@@ -477,7 +557,8 @@ mod tests {
                 "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true,
                             "rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}],
                 "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0",
-                                        "guest_mac": "06:00:AC:10:00:02"},
+                                        "guest_mac": "06:00:AC:10:00:02",
+                                        "tx_rate_limiter": {"ops": {"size": 9, "refill_time": 100}}},
                                        {"iface_id": "eth1", "host_dev_name": "tap1"}],
                 "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1},
                 "vsock": {"guest_cid": 7, "uds_path": "v.sock"}}"#,
@@ -496,20 +577,26 @@ mod tests {
             (4, 128 << 20, "quiet")
         );
         assert_eq!(config.disks[0].id, "root");
-        let nine = devices::Bucket {
-            size: 9,
-            one_time_burst: 0,
-            refill_time_ms: 100,
+        let nine = Limits {
+            bandwidth: None,
+            operations: Some(devices::Bucket {
+                size: 9,
+                one_time_burst: 0,
+                refill_time_ms: 100,
+            }),
         };
-        assert_eq!(config.disks[0].limits.operations, Some(nine));
+        assert_eq!(config.disks[0].limits, nine);
         let expected = [
             ("eth0", "tap0", Some("06:00:ac:10:00:02".parse().unwrap())),
             ("eth1", "tap1", None),
         ]
         .map(|(id, tap, mac)| NetConfig {
             id: id.into(),
-            tap: tap.into(),
+            tap: TapSource::Name(tap.into()),
             mac,
+            queues: 1,
+            rx_limits: Limits::default(),
+            tx_limits: if mac.is_some() { nine } else { Limits::default() },
         });
         assert_eq!(config.nets, expected);
         let balloon = BalloonConfig {

@@ -1,14 +1,15 @@
 //! The options that name devices, and what is behind them on this host.
 
 use std::num::NonZeroU64;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Args;
-use devices::virtio::net::{MacAddress, Tap, TapError};
+use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
 use devices::{Bucket, Limits};
 
 use super::{units, vsock};
-use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
+use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids, check_taps};
 use crate::machine::Arrival;
 
 /// Devices of a machine that boots.
@@ -17,7 +18,8 @@ pub(super) struct DeviceArgs {
     /// A disk: [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]; may be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
-    /// A network card: [id=NAME,]tap=TAP[,mac=MAC]; may be given several times
+    /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE]; may be
+    /// given several times
     #[arg(long = "net", value_name = "SPEC", value_parser = run_net)]
     nets: Vec<RunNet>,
 }
@@ -40,6 +42,9 @@ impl DeviceArgs {
             id: net.id.clone().unwrap_or_else(|| format!("net{index}")),
             tap: net.tap.clone(),
             mac: net.mac,
+            queues: net.queues,
+            rx_limits: net.limits,
+            tx_limits: net.limits,
         };
         self.nets.iter().enumerate().map(config).collect()
     }
@@ -51,9 +56,10 @@ pub(super) struct BackendArgs {
     /// Backend of a disk of the machine; may be given several times
     #[arg(long = "disk", value_name = "ID=PATH", value_parser = backend::<PathBuf>)]
     disks: Vec<(String, PathBuf)>,
-    /// Tap of a network card of the machine; may be given several times
-    #[arg(long = "net", value_name = "ID=TAP", value_parser = backend::<String>)]
-    nets: Vec<(String, String)>,
+    /// Tap of a network card of the machine, by name or by the descriptors of its queues (ID=fd:N, ID=fd:[N,M]); may be
+    /// given several times
+    #[arg(long = "net", value_name = "ID=TAP", value_parser = backend_tap)]
+    nets: Vec<(String, TapSource)>,
     /// Unix socket of the machine's socket device here: uds=PATH
     #[arg(long, value_name = "SPEC", value_parser = vsock::receive)]
     vsock: Option<PathBuf>,
@@ -73,6 +79,7 @@ impl BackendArgs {
             ports: self.ports,
         };
         let console = console.check()?;
+        check_taps(self.nets.iter().map(|(_, tap)| tap))?;
         Ok(Arrival {
             disks: self.disks.into_iter().collect(),
             nets: self
@@ -130,28 +137,82 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct RunNet {
     id: Option<String>,
-    tap: String,
+    tap: TapSource,
     mac: Option<MacAddress>,
+    queues: u16,
+    limits: Limits,
 }
 
+const NET: &str = "expected [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, with [,mac=MAC][,bandwidth=RATE]";
+
 fn run_net(text: &str) -> Result<RunNet, String> {
-    let mut net = RunNet {
-        id: None,
-        tap: String::new(),
-        mac: None,
-    };
-    for part in text.split(',') {
+    let (mut id, mut tap, mut mac, mut queues) = (None, None, None, None);
+    let mut limits = Limits::default();
+    for part in parts(text) {
         match part.split_once('=') {
-            Some(("id", id)) => net.id = Some(id.into()),
-            Some(("tap", tap)) => net.tap = tap.into(),
-            Some(("mac", mac)) => net.mac = Some(mac.parse().map_err(|error| format!("{error}"))?),
-            _ => return Err(format!("expected [id=NAME,]tap=TAP[,mac=MAC], got {part:?}")),
+            Some(("id", name)) => id = Some(name.into()),
+            Some(("tap", name)) if tap.is_none() && !name.is_empty() => {
+                tap = Some(TapSource::Name(name.into()));
+            }
+            Some(("fd", list)) if tap.is_none() => tap = Some(TapSource::Descriptors(descriptors(list)?)),
+            Some(("mac", text)) => mac = Some(text.parse().map_err(|error| format!("{error}"))?),
+            Some(("queues", count)) => {
+                queues = Some(count.parse().map_err(|_| format!("{NET}, got {part:?}"))?);
+            }
+            Some(("bandwidth", rate)) => limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?)),
+            _ => return Err(format!("{NET}, got {part:?}")),
         }
     }
-    if net.tap.is_empty() {
-        return Err("expected [id=NAME,]tap=TAP[,mac=MAC], got no tap".into());
-    }
-    Ok(net)
+    let tap = tap.ok_or_else(|| format!("{NET}, got no tap"))?;
+    let queues = match (&tap, queues) {
+        (TapSource::Name(_), queues) => queues.unwrap_or(1),
+        // However many too many: refused by their number later.
+        (TapSource::Descriptors(list), None) => u16::try_from(list.len()).unwrap_or(u16::MAX),
+        (TapSource::Descriptors(_), Some(_)) => {
+            return Err("expected a descriptor for each queue, as fd=[3,4], got queues= as well".into());
+        }
+    };
+    Ok(RunNet {
+        id,
+        tap,
+        mac,
+        queues,
+        limits,
+    })
+}
+
+fn backend_tap(text: &str) -> Result<(String, TapSource), String> {
+    let (id, tap): (_, String) = backend(text)?;
+    Ok((
+        id,
+        match tap.strip_prefix("fd:") {
+            Some(list) => TapSource::Descriptors(descriptors(list)?),
+            None => TapSource::Name(tap),
+        },
+    ))
+}
+
+/// `3`, or several: `[3,4]`.
+fn descriptors(text: &str) -> Result<Vec<RawFd>, String> {
+    let list = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'))
+        .unwrap_or(text);
+    let number = |part: &str| {
+        // The first three are the terminal's.
+        let number = part.parse().ok().filter(|number| *number > 2);
+        number.ok_or_else(|| format!("expected a descriptor above 2, or some as [3,4], got {text:?}"))
+    };
+    list.split(',').map(number).collect()
+}
+
+/// The parts between commas, except for commas in brackets.
+fn parts(text: &str) -> impl Iterator<Item = &str> {
+    let mut open = false;
+    text.split(move |letter| {
+        open = letter == '[' || open && letter != ']';
+        letter == ',' && !open
+    })
 }
 
 /// A name, and what is behind what has it.
@@ -203,17 +264,35 @@ mod tests {
             net,
             RunNet {
                 id: Some("lan".into()),
-                tap: "tap3".into(),
-                mac: Some("02:00:00:00:00:07".parse().unwrap())
+                tap: TapSource::Name("tap3".into()),
+                mac: Some("02:00:00:00:00:07".parse().unwrap()),
+                queues: 1,
+                limits: Limits::default(),
             }
         );
-        assert!(run_net("id=x").unwrap_err().contains("no tap"));
-        assert!(
-            run_net("tap=x,mac=ff:ff:ff:ff:ff:ff")
-                .unwrap_err()
-                .contains("MAC address")
-        );
-        assert!(run_net("tap=x,up").unwrap_err().contains("\"up\""));
+        let net = run_net("tap=a,queues=4,bandwidth=1MB/s").unwrap();
+        assert_eq!(net.queues, 4);
+        assert_eq!(net.limits.bandwidth, Some(Bucket::per_second(1_000_000)));
+        for (text, list) in [("fd=7", &[7][..]), ("fd=[3,4],id=x", &[3, 4])] {
+            let net = run_net(text).unwrap();
+            assert_eq!(net.tap, TapSource::Descriptors(list.into()));
+            assert_eq!(usize::from(net.queues), list.len());
+        }
+        for (bad, word) in [
+            ("id=x", "no tap"),
+            ("tap=x,up", "\"up\""),
+            ("tap=x,mac=ff:ff:ff:ff:ff:ff", "MAC address"),
+            ("tap=x,tap=y", "\"tap=y\""),
+            ("tap=x,queues=many", "\"queues=many\""),
+            ("fd=2", "above 2"),
+            ("fd=", "above 2"),
+            ("fd=[3,x]", "[3,x]"),
+            ("fd=[3,4],queues=2", "queues="),
+            ("tap=x,bandwidth=0MB/s", "above 0"),
+        ] {
+            let error = run_net(bad).unwrap_err();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
     }
 
     #[test]
@@ -230,9 +309,14 @@ mod tests {
     fn backends_have_names_of_their_own() {
         assert!(backend::<String>("root").is_err());
         assert!(backend::<String>("root=").is_err());
+        assert_eq!(
+            backend_tap("a=fd:[3,4]").unwrap().1,
+            TapSource::Descriptors(vec![3, 4])
+        );
+        assert!(backend_tap("a=fd:x").unwrap_err().contains("above 2"));
         let args = |net: &str| BackendArgs {
             disks: vec![backend("a=/dev/vda").unwrap()],
-            nets: vec![backend(net).unwrap()],
+            nets: vec![backend_tap(net).unwrap()],
             vsock: None,
             ports: Vec::new(),
         };

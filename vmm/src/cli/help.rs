@@ -7,10 +7,12 @@ Examples:
   godwit run --kernel vmlinux --initrd initrd --vsock cid=3,uds=/run/web.vsock
   godwit run --kernel vmlinux --initrd initrd --net tap=tap0 --net id=lan,tap=tap1,mac=02:00:00:00:00:07
   godwit run --kernel vmlinux --initrd initrd --console virtio --port agent=/run/web.agent
+  godwit run --kernel vmlinux --initrd initrd --cpus 4 --net tap=tap0,queues=4,bandwidth=50MB/s
   godwit run --config-file vm.json --name web
 
-A tap is made before: ip tuntap add dev tap0 mode tap && ip link set dev tap0 up. Without mac= a network card has a
-random address.
+A tap is made before: ip tuntap add dev tap0 mode tap && ip link set dev tap0 up; with `mode tap multi_queue` for a card
+with several queues. Without mac= a network card has a random address. fd=3 or fd=[3,4] instead of tap= are descriptors of
+a tap's queues that were open before.
 The guest prints on either console; what is typed comes to the one that has the terminal.
 In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
 

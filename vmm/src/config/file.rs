@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use devices::virtio::net::MacAddress;
+use devices::virtio::net::{MacAddress, TapSource};
 use devices::{Bucket, Limits};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
@@ -166,6 +166,10 @@ struct NetworkSection {
     host_dev_name: String,
     #[serde(default, deserialize_with = "mac")]
     guest_mac: Option<MacAddress>,
+    #[serde(default)]
+    rx_rate_limiter: LimitsSection,
+    #[serde(default)]
+    tx_rate_limiter: LimitsSection,
 }
 
 /// Text, where [`MacAddress`] itself is bytes.
@@ -179,8 +183,11 @@ impl From<NetworkSection> for NetConfig {
     fn from(network: NetworkSection) -> Self {
         Self {
             id: network.iface_id,
-            tap: network.host_dev_name,
+            tap: TapSource::Name(network.host_dev_name),
             mac: network.guest_mac,
+            queues: 1,
+            rx_limits: network.rx_rate_limiter.into(),
+            tx_limits: network.tx_rate_limiter.into(),
         }
     }
 }

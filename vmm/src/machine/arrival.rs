@@ -262,9 +262,9 @@ mod tests {
             parameters: parameters.into(),
             ..disk(id, false)
         };
-        let good = card("x", &[2, 0, 0, 0, 0, 1, 0xdc, 5]);
+        let good = card("x", &[2, 0, 0, 0, 0, 1, 0xdc, 5, 1, 0, 0]);
         assert_eq!(check(&NOTHING, &[good]), ["none (use --net x=TAP)"]);
-        let nonsense = check(&NOTHING, &[card("x", &[0; 8])]);
+        let nonsense = check(&NOTHING, &[card("x", &[0; 11])]);
         assert!(nonsense[0].contains("MAC address"), "{nonsense:?}");
     }
 

@@ -50,6 +50,9 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
         let parameters = Parameters {
             mac: net.mac.map_or_else(random, Ok)?,
             mtu: tap.mtu(),
+            queue_pairs: net.queues,
+            rx_limits: net.rx_limits,
+            tx_limits: net.tx_limits,
         };
         devices.push(named(&net.id, Net::new(tap, parameters)?));
     }
@@ -135,7 +138,7 @@ impl Arrival {
         DeviceDescription { id, parameters, .. }: &DeviceDescription,
     ) -> Result<NamedDevice, Unavailable> {
         let parameters = Parameters::from_bytes(parameters).map_err(|error| Unavailable {
-            expected: "an address and an MTU",
+            expected: "an address, an MTU, queues and rate limits",
             got: error.to_string(),
         })?;
         let tap = self.nets.get(id).ok_or_else(|| Unavailable {

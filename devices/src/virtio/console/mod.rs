@@ -22,6 +22,7 @@ mod tests;
 
 pub use backend::{Backend, BackendError};
 pub use device::Console;
+pub use metrics::ConsoleMetrics;
 pub use parameters::{PORT_NAME_MAX, PORTS_MAX, Parameters, ParametersError};
 pub use state::{ConsoleState, PortState};
 pub use terminal::{INPUT_LIMIT, Size, Terminal};

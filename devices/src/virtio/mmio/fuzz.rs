@@ -185,13 +185,13 @@ proptest! {
 
 #[test]
 fn any_registers_and_memory_of_a_card() {
-    leave_for("tap0");
-    ip("tuntap add dev tap1 mode tap");
+    leave_for("many0");
+    ip("tuntap add dev many1 mode tap multi_queue");
     proptest!(cases(3000), |(acts in prop::collection::vec(act(), 0..60))| {
-        let mut driver = Driver::new(card("tap0"));
+        let mut driver = Driver::new(card("many0"));
         acts.into_iter().for_each(|act| perform(&mut driver, act));
         let saved = driver.save();
-        let moved = driver.move_to(card("tap1"), saved);
+        let moved = driver.move_to(card("many1"), saved);
         prop_assert!(moved.is_ok(), "{:?}", moved.err());
         driver.transport.resume();
         driver.run();
@@ -201,21 +201,28 @@ fn any_registers_and_memory_of_a_card() {
 
 #[test]
 fn any_descriptor_chains_of_a_card() {
-    let wire = Wire::between(&["tap0"]);
+    let wire = Wire::between(&["many0"]);
     // One for all cases: a bridge takes its time to see that a tap is open again.
-    let driver = RefCell::new(Driver::new(wire.card("tap0")));
+    let driver = RefCell::new(Driver::new(wire.card("many0")));
     let heads = prop::collection::vec(prop_oneof![9 => 0u16..12, 1 => any::<u16>()], 1..8);
     proptest!(cases(3000), |(
         descriptors in prop::collection::vec(descriptor(), 1..12),
         heads in heads,
-        queue in 0usize..3,
+        queue in 0usize..5,
         // All features, or neither mergeable buffers nor segments.
         modest in any::<bool>(),
+        // Two are all that there are.
+        pairs in prop::option::of(0u16..4),
     )| {
         let mut driver = driver.borrow_mut();
         let modest = if modest { 1 << 15 | 0x3 << 7 | 0x3 << 54 } else { 0 };
         let features = driver.offered() & !modest;
         driver.bring_up_with(features);
+        if let Some(pairs) = pairs {
+            driver.fill(DATA, &[&[4, 0][..], &pairs.to_le_bytes()].concat());
+            driver.select(4).submit(&[reads(DATA, 4), writes(DATA + 4, 1)]);
+            prop_assert_eq!(driver.bytes(DATA + 4, 1) == [0], (1..=2).contains(&pairs));
+        }
         wire.send([0; 12], &frame(&[1; 100]));
         chains(driver.select(queue), &descriptors, &heads);
         check_control(&mut driver);
@@ -227,5 +234,5 @@ fn check_control(driver: &mut Driver) {
     driver.bring_up();
     driver.fill(DATA, &[3, 0]);
     let parts = [reads(DATA, 2), writes(DATA + 2, 1)];
-    assert_eq!(driver.select(2).submit(&parts), 1);
+    assert_eq!(driver.select(4).submit(&parts), 1);
 }

@@ -1,7 +1,10 @@
 //! What the driver asks for on the control queue (virtio 1.2, 5.1.6.5).
 
+use std::io;
+
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 use vm_memory::{Bytes, GuestMemoryError};
 
@@ -11,12 +14,15 @@ use crate::virtio::{Chain, ChainError};
 /// Bytes of class and command.
 const HEADER_LEN: usize = 2;
 const ANNOUNCE_ACK: [u8; HEADER_LEN] = [VIRTIO_NET_CTRL_ANNOUNCE as u8, VIRTIO_NET_CTRL_ANNOUNCE_ACK as u8];
+const QUEUE_PAIRS: [u8; HEADER_LEN] = [VIRTIO_NET_CTRL_MQ as u8, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET as u8];
 
 /// What a driver can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     /// It has heard that it is to announce itself.
     AnnounceAck,
+    /// It will use so many pairs of queues.
+    QueuePairs(u16),
 }
 
 /// Why a command is not done.
@@ -24,19 +30,26 @@ pub(super) enum Command {
 pub(super) enum ControlError {
     #[error(transparent)]
     Chain(#[from] ChainError),
-    #[error("control command: expected a class, a command and a byte for the answer, got less")]
+    #[error(
+        "control command: expected a class, a command, what belongs to it and a byte for the answer, got less"
+    )]
     Short,
     #[error("control command: class {0}, command {1} is not supported")]
     Unsupported(u8, u8),
+    #[error("control command: expected 1 to {most} pairs of queues, got {got}")]
+    QueuePairs { most: u16, got: u16 },
+    #[error("control command: tap: {0}")]
+    Tap(#[from] io::Error),
     #[error("control command: guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
 }
 
-/// Finds out what a chain asks for, and answers; returns the command, if there is one, and the bytes written.
+/// Finds out what a chain asks for, has it done, and answers; returns what came of it, and the bytes written.
 pub(super) fn answer(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
-) -> (Result<Command, ControlError>, u32) {
+    carry_out: impl FnOnce(Command) -> Result<(), ControlError>,
+) -> (Result<(), ControlError>, u32) {
     let mut chain = match chain {
         Ok(chain) => chain,
         Err(error) => return (Err(error.into()), 0),
@@ -44,15 +57,15 @@ pub(super) fn answer(
     let Some(status) = chain.writable.take_last_byte() else {
         return (Err(ControlError::Short), 0);
     };
-    let command = parse(memory, chain);
-    let value = if command.is_ok() {
+    let done = parse(memory, chain).and_then(carry_out);
+    let value = if done.is_ok() {
         VIRTIO_NET_OK
     } else {
         VIRTIO_NET_ERR
     };
     match memory.write_obj(value as u8, status) {
-        Ok(()) => (command, 1),
-        Err(error) => (command.and(Err(error.into())), 0),
+        Ok(()) => (done, 1),
+        Err(error) => (done.and(Err(error.into())), 0),
     }
 }
 
@@ -63,6 +76,13 @@ fn parse(memory: &GuestMemory, mut chain: Chain) -> Result<Command, ControlError
     }
     match header {
         ANNOUNCE_ACK => Ok(Command::AnnounceAck),
+        QUEUE_PAIRS => {
+            let mut pairs = [0; 2];
+            if chain.readable.read(memory, &mut pairs)? < pairs.len() {
+                return Err(ControlError::Short);
+            }
+            Ok(Command::QueuePairs(u16::from_le_bytes(pairs)))
+        }
         [class, command] => Err(ControlError::Unsupported(class, command)),
     }
 }

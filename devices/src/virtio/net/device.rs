@@ -1,33 +1,40 @@
-//! The device: packets between one pair of queues and a tap, on the device thread.
+//! The device: packets between pairs of queues and a tap, on the device thread.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE,
+    VIRTIO_NET_S_LINK_UP,
 };
 
-use super::Parameters;
+use super::HEADER_LEN;
 use super::announce::{Announcer, rarp};
-use super::control::{Command, answer};
+use super::control::{Command, ControlError, answer};
 use super::metrics::NetMetrics;
+use super::parameters::{MAX_QUEUE_PAIRS, Parameters};
 use super::receive::{Layout, receive};
 use super::state::NetState;
 use super::tap::{Tap, TapError};
 use super::transmit::send;
 use crate::limited::Limited;
 use crate::metrics::Counters;
+use crate::rate::{Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
 };
 
+/// Queues come in pairs of these, and the control queue after the last pair (virtio 1.2, 5.1.2).
 pub(super) const RECEIVE: usize = 0;
 pub(super) const TRANSMIT: usize = 1;
-pub(super) const CONTROL: usize = 2;
+const QUEUES_OF_A_PAIR: usize = 2;
+static QUEUE_SIZES: [u16; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1] =
+    [QUEUE_SIZE; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1];
 
 /// Features that do not depend on the tap.
 const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
@@ -36,11 +43,12 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_STATUS
     | 1 << VIRTIO_NET_F_CTRL_VQ
     | GUEST_ANNOUNCE;
+const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 
 const LINK_UP: u16 = VIRTIO_NET_S_LINK_UP as u16;
 const ANNOUNCE: u16 = VIRTIO_NET_S_ANNOUNCE as u16;
-/// Address at 0, status at 6, the number of queue pairs (not offered) at 8, MTU at 10.
+/// Address at 0, status at 6, the number of queue pairs at 8, MTU at 10.
 const CONFIG_LEN: usize = 12;
 
 /// A network card. After a restore it tells the network where it is now, and has the guest do so.
@@ -50,6 +58,12 @@ pub struct Net {
     parameters: Parameters,
     /// What the driver accepted.
     features: u64,
+    /// Pairs of queues that it uses: the first ones.
+    active_pairs: u16,
+    /// Counts looks at the host's side: each begins with another pair, or one could take all tokens.
+    turn: usize,
+    rx_limiter: Limiter,
+    tx_limiter: Limiter,
     /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
     announce: bool,
     announcer: Announcer,
@@ -58,7 +72,7 @@ pub struct Net {
 }
 
 impl Net {
-    /// A card on `tap`, whose packets must not be smaller than the card's.
+    /// A card on `tap`, whose packets must not be smaller than the card's. The parameters were checked.
     pub fn new(tap: Tap, parameters: Parameters) -> Result<Self, TapError> {
         if tap.mtu() < parameters.mtu {
             return Err(TapError::Mtu {
@@ -67,15 +81,22 @@ impl Net {
                 got: tap.mtu(),
             });
         }
-        let announcer = Announcer::new().map_err(|source| TapError::Io {
+        let failed = |source| TapError::Io {
             tap: tap.name().into(),
-            what: "make a timer for its announcements",
+            what: "make a timer for it",
             source,
-        })?;
+        };
+        let announcer = Announcer::new().map_err(failed)?;
+        let rx_limiter = Limiter::new(parameters.rx_limits).map_err(failed)?;
+        let tx_limiter = Limiter::new(parameters.tx_limits).map_err(failed)?;
         Ok(Self {
-            tap,
+            tap: tap.with_queues(parameters.queue_pairs)?,
             parameters,
             features: 0,
+            active_pairs: 1,
+            turn: 0,
+            rx_limiter,
+            tx_limiter,
             announce: false,
             announcer,
             metrics: Arc::default(),
@@ -83,48 +104,132 @@ impl Net {
         })
     }
 
-    fn receive(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let Some(mut queue) = queues.get(RECEIVE) else {
+    /// The number of the control queue, which follows the last pair that the driver knows of.
+    fn control_queue(&self) -> usize {
+        let pairs = if self.features & MQ != 0 {
+            self.parameters.queue_pairs
+        } else {
+            1
+        };
+        QUEUES_OF_A_PAIR * usize::from(pairs)
+    }
+
+    /// The first `pairs`, in the order of this turn.
+    fn in_turn(&self, pairs: u16) -> impl Iterator<Item = usize> + use<> {
+        let (turn, pairs) = (self.turn, usize::from(pairs));
+        (0..pairs).map(move |offset| turn.wrapping_add(offset) % pairs)
+    }
+
+    /// Takes packets for the guest, of each pair that is in use. A busy one ends the turn.
+    fn receive_all(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        for pair in self.in_turn(self.active_pairs) {
+            if self.receive(pair, queues)? == Progress::More {
+                return Ok(Progress::More);
+            }
+        }
+        Ok(Progress::Idle)
+    }
+
+    fn receive(&self, pair: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        // What the driver does not use it must not find filled.
+        if pair >= self.active_pairs.into() {
+            return Ok(Progress::Idle);
+        }
+        let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + RECEIVE) else {
             return Ok(Progress::Idle);
         };
         let layout = Layout::new(self.features, self.parameters.mtu);
-        receive(&mut queue, &self.tap, layout, &self.metrics, |error| {
+        let (tap, limiter) = (self.tap.queue(pair), &self.rx_limiter);
+        receive(&mut queue, tap, layout, limiter, &self.metrics, |error| {
             self.metrics.rx_failed.add(1);
             self.complain("packet to the guest", error);
         })
     }
 
-    fn transmit(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let Some(mut queue) = queues.get(TRANSMIT) else {
+    /// Sends what waited for tokens.
+    fn transmit_all(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let mut progress = Progress::Idle;
+        for pair in self.in_turn(self.parameters.queue_pairs) {
+            if self.transmit(pair, queues)? == Progress::More {
+                progress = Progress::More;
+            }
+        }
+        Ok(progress)
+    }
+
+    fn transmit(&self, pair: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + TRANSMIT) else {
             return Ok(Progress::Idle);
         };
-        queue.serve(|memory, chain| {
-            match send(memory, chain, &self.tap) {
-                Ok(bytes) => {
-                    self.metrics.tx_packets.add(1);
-                    self.metrics.tx_bytes.add(bytes);
+        // What is left in a queue that the driver has given up goes out as well.
+        let tap = self.tap.queue(pair);
+        queue.serve_admitted(
+            |bytes| self.admit(bytes),
+            |memory, chain| {
+                match send(memory, chain, tap) {
+                    Ok(bytes) => {
+                        self.metrics.tx_packets.add(1);
+                        self.metrics.tx_bytes.add(bytes);
+                    }
+                    Err(error) => {
+                        self.metrics.tx_dropped.add(1);
+                        self.complain("packet of the guest", &error);
+                    }
                 }
-                Err(error) => {
-                    self.metrics.tx_dropped.add(1);
-                    self.complain("packet of the guest", &error);
-                }
-            }
-            0
-        })
+                0
+            },
+        )
+    }
+
+    fn admit(&self, bytes: u64) -> bool {
+        let admitted = self.tx_limiter.take(bytes.saturating_sub(HEADER_LEN as u64));
+        if !admitted {
+            self.metrics.tx_throttled.add(1);
+        }
+        admitted
     }
 
     fn control(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let Some(mut queue) = queues.get(CONTROL) else {
+        let Some(mut queue) = queues.get(self.control_queue()) else {
             return Ok(Progress::Idle);
         };
         queue.serve(|memory, chain| {
-            let (command, written) = answer(memory, chain);
-            match command {
-                Ok(Command::AnnounceAck) => self.announce = false,
+            let (done, written) = answer(memory, chain, |command| self.carry_out(command));
+            match done {
+                Ok(()) => self.metrics.commands.add(1),
                 Err(error) => self.complain("control queue", &error),
             }
             written
         })
+    }
+
+    fn carry_out(&mut self, command: Command) -> Result<(), ControlError> {
+        match command {
+            Command::AnnounceAck => self.announce = false,
+            Command::QueuePairs(got) => {
+                let most = if self.features & MQ != 0 {
+                    self.parameters.queue_pairs
+                } else {
+                    0
+                };
+                if !(1..=most).contains(&got) {
+                    return Err(ControlError::QueuePairs { most, got });
+                }
+                self.use_pairs(got)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The driver uses so many pairs from now on; if the tap cannot, it is as before.
+    fn use_pairs(&mut self, pairs: u16) -> io::Result<()> {
+        let set = self.tap.set_active(pairs);
+        if set.is_ok() {
+            self.active_pairs = pairs;
+        } else if let Err(error) = self.tap.set_active(self.active_pairs) {
+            self.complain("queues", &error);
+        }
+        set
     }
 
     /// Announces the guest if it is time to. It is asked to do so itself once: it sees to it that it is heard.
@@ -157,11 +262,12 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        RING_FEATURES | FEATURES | self.tap.features()
+        let many = if self.parameters.queue_pairs > 1 { MQ } else { 0 };
+        RING_FEATURES | FEATURES | many | self.tap.features()
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; 3]
+        &QUEUE_SIZES[..QUEUES_OF_A_PAIR * usize::from(self.parameters.queue_pairs) + 1]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -169,6 +275,7 @@ impl VirtioDevice for Net {
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&self.parameters.mac.bytes());
         config[6..8].copy_from_slice(&status.to_le_bytes());
+        config[8..10].copy_from_slice(&self.parameters.queue_pairs.to_le_bytes());
         config[10..].copy_from_slice(&self.parameters.mtu.to_le_bytes());
         read_bytes(&config, offset, data);
     }
@@ -183,31 +290,55 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, features: u64) {
         self.features = features;
+        // A driver that knows of one pair never says so. After a move it may use more.
+        let pairs = if features & MQ != 0 { self.active_pairs } else { 1 };
+        if let Err(error) = self.use_pairs(pairs) {
+            self.complain("queues", &error);
+        }
         if let Err(error) = self.tap.set_features(features) {
             self.complain("offloads", &error);
         }
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        match index {
-            RECEIVE => self.receive(queues),
-            TRANSMIT => self.transmit(queues),
-            CONTROL => self.control(queues),
-            _ => Ok(Progress::Idle),
+        let pair = index / QUEUES_OF_A_PAIR;
+        if index == self.control_queue() {
+            self.control(queues)
+        } else if index % QUEUES_OF_A_PAIR == RECEIVE {
+            self.receive(pair, queues)
+        } else {
+            self.transmit(pair, queues)
         }
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.tap.as_fd(), self.announcer.as_fd()]
+        let timers = [
+            self.announcer.as_fd(),
+            self.rx_limiter.event(),
+            self.tx_limiter.event(),
+        ];
+        self.tap.queues().chain(timers).collect()
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.announce(queues);
-        self.receive(queues)
+        self.turn = self.turn.wrapping_add(1);
+        self.rx_limiter.hear();
+        self.tx_limiter.hear();
+        let sent = if self.parameters.tx_limits == Limits::default() {
+            Progress::Idle
+        } else {
+            self.transmit_all(queues)?
+        };
+        Ok(match self.receive_all(queues)? {
+            Progress::Idle => sent,
+            Progress::More => Progress::More,
+        })
     }
 
     fn reset(&mut self) {
         self.features = 0;
+        self.active_pairs = 1;
         self.announce = false;
         if let Err(error) = self.announcer.stop() {
             self.complain("announcement", &error);
@@ -223,13 +354,19 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
-        let Parameters { mac, mtu } = self.parameters;
-        Ok(envelope.put(instance, &NetState { mac, mtu })?)
+        let state = NetState {
+            mac: self.parameters.mac,
+            mtu: self.parameters.mtu,
+            queue_pairs: self.parameters.queue_pairs,
+            active_pairs: self.active_pairs,
+        };
+        Ok(envelope.put(instance, &state)?)
     }
 
     fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
         let state: NetState = envelope.take(instance)?;
         state.check(self.parameters)?;
+        self.active_pairs = state.active_pairs;
         self.announcer
             .begin()
             .map_err(|error| DeviceError::Host(HostError::from(error)))

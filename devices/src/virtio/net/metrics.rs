@@ -11,7 +11,7 @@ counters! {
         rx_bytes,
         /// How often the tap failed, or the guest's buffers for packets were none.
         rx_failed,
-        /// How often packets had to wait in the tap for a rate limit.
+        /// How often a rate limit left the tap alone, with or without a packet in it.
         rx_throttled,
         /// Packets that the tap took.
         tx_packets,
@@ -21,5 +21,7 @@ counters! {
         tx_dropped,
         /// How often packets had to wait in the guest's queue for a rate limit.
         tx_throttled,
+        /// Commands of the driver that were carried out, how many queues it uses among them.
+        commands,
     }
 }

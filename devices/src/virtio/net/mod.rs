@@ -21,9 +21,9 @@ mod tests;
 pub use device::Net;
 pub use mac::{MacAddress, MacError};
 pub use metrics::NetMetrics;
-pub use parameters::{Parameters, ParametersError};
+pub use parameters::{MAX_QUEUE_PAIRS, Parameters, ParametersError};
 pub use state::NetState;
-pub use tap::{Tap, TapError};
+pub use tap::{Tap, TapError, TapSource};
 
 /// Bytes of the header before each packet (virtio 1.2, 5.1.6), for the guest as for the tap.
 const HEADER_LEN: usize = 12;

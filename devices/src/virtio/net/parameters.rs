@@ -1,9 +1,12 @@
 //! What a network device is made with, and what a destination must know to make its like.
 
 use super::mac::{MacAddress, MacError};
+use crate::rate::Limits;
 
 /// Smallest MTU that a device may have (virtio 1.2, 5.1.4.1), in bytes.
 const MTU_MIN: u16 = 68;
+/// Most pairs of queues of a device: one thread serves them all.
+pub const MAX_QUEUE_PAIRS: u16 = 16;
 
 /// What the guest sees of its network device that does not come from its tap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,16 +15,23 @@ pub struct Parameters {
     pub mac: MacAddress,
     /// Largest packet, without Ethernet's header, in bytes.
     pub mtu: u16,
+    /// Pairs of queues, one to receive and one to send each: 1 to [`MAX_QUEUE_PAIRS`].
+    pub queue_pairs: u16,
+    /// What the guest may receive in a time.
+    pub rx_limits: Limits,
+    /// What it may send.
+    pub tx_limits: Limits,
 }
 
 /// Bytes that are nobody's parameters.
 #[derive(Debug, thiserror::Error)]
 pub enum ParametersError {
     /// Too few or too many.
-    #[error("parameters: expected {expected} bytes, got {got}")]
+    #[error(
+        "parameters: expected {} bytes and rate limits, got {got} bytes",
+        Parameters::FIXED_LEN
+    )]
     Length {
-        /// How many there must be.
-        expected: usize,
         /// How many there are.
         got: usize,
     },
@@ -34,26 +44,46 @@ pub enum ParametersError {
         /// What it says.
         got: u16,
     },
+    /// More pairs of queues than any device has, or none.
+    #[error("queues: expected 1 to {MAX_QUEUE_PAIRS} pairs, got {got}")]
+    QueuePairs {
+        /// What it says.
+        got: u16,
+    },
 }
 
 impl Parameters {
-    const LEN: usize = 8;
+    /// Bytes before the limits.
+    const FIXED_LEN: usize = 11;
 
-    /// As they travel: the address, then the MTU in little-endian order.
+    /// As they travel, numbers in little-endian order: address, MTU, pairs of queues, how many bytes the limits of
+    /// receiving have, those, the limits of sending.
     pub fn to_bytes(self) -> Vec<u8> {
-        [&self.mac.bytes()[..], &self.mtu.to_le_bytes()].concat()
+        let rx_limits = self.rx_limits.to_bytes();
+        [
+            &self.mac.bytes()[..],
+            &self.mtu.to_le_bytes(),
+            &self.queue_pairs.to_le_bytes(),
+            // None or 48.
+            &[rx_limits.len() as u8],
+            &rx_limits,
+            &self.tx_limits.to_bytes(),
+        ]
+        .concat()
     }
 
     /// From a peer. Untrusted.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ParametersError> {
-        let [a, b, c, d, e, f, low, high] =
-            <[u8; Self::LEN]>::try_from(bytes).map_err(|_| ParametersError::Length {
-                expected: Self::LEN,
-                got: bytes.len(),
-            })?;
+        let length = || ParametersError::Length { got: bytes.len() };
+        let (fixed, limits) = bytes.split_first_chunk().ok_or_else(length)?;
+        let [a, b, c, d, e, f, mtu @ .., q0, q1, rx_len]: [u8; Self::FIXED_LEN] = *fixed;
+        let (rx, tx) = limits.split_at_checked(rx_len.into()).ok_or_else(length)?;
         Self {
             mac: [a, b, c, d, e, f].try_into()?,
-            mtu: u16::from_le_bytes([low, high]),
+            mtu: u16::from_le_bytes(mtu),
+            queue_pairs: u16::from_le_bytes([q0, q1]),
+            rx_limits: Limits::from_bytes(rx).ok_or_else(length)?,
+            tx_limits: Limits::from_bytes(tx).ok_or_else(length)?,
         }
         .checked()
     }
@@ -62,6 +92,11 @@ impl Parameters {
         if self.mtu < MTU_MIN {
             return Err(ParametersError::Mtu { got: self.mtu });
         }
+        if !(1..=MAX_QUEUE_PAIRS).contains(&self.queue_pairs) {
+            return Err(ParametersError::QueuePairs {
+                got: self.queue_pairs,
+            });
+        }
         Ok(self)
     }
 }
@@ -69,21 +104,51 @@ impl Parameters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate::Bucket;
 
     #[test]
     fn what_travels_is_checked() {
-        let parameters = Parameters {
+        let plain = Parameters {
             mac: "02:00:00:00:00:01".parse().unwrap(),
             mtu: 1500,
+            queue_pairs: 2,
+            rx_limits: Limits::default(),
+            tx_limits: Limits::default(),
         };
-        let bytes = parameters.to_bytes();
-        assert_eq!(bytes, [2, 0, 0, 0, 0, 1, 0xdc, 5]);
-        assert_eq!(Parameters::from_bytes(&bytes).unwrap(), parameters);
+        let bytes = plain.to_bytes();
+        assert_eq!(bytes, [2, 0, 0, 0, 0, 1, 0xdc, 5, 2, 0, 0]);
+        assert_eq!(Parameters::from_bytes(&bytes).unwrap(), plain);
+        let limits = Limits {
+            bandwidth: Some(Bucket::per_second(7)),
+            operations: None,
+        };
+        for limited in [
+            Parameters {
+                rx_limits: limits,
+                ..plain
+            },
+            Parameters {
+                tx_limits: limits,
+                ..plain
+            },
+            Parameters {
+                rx_limits: limits,
+                tx_limits: limits,
+                ..plain
+            },
+        ] {
+            let bytes = limited.to_bytes();
+            assert_eq!(Parameters::from_bytes(&bytes).unwrap(), limited);
+            assert!(Parameters::from_bytes(&bytes[..bytes.len() - 1]).is_err());
+        }
         for bad in [
-            &bytes[..7],
-            &[0; 9],
-            &[1, 0, 0, 0, 0, 1, 0xdc, 5],
-            &[2, 0, 0, 0, 0, 1, 67, 0],
+            &bytes[..10],
+            &[0; 12],
+            &[1, 0, 0, 0, 0, 1, 0xdc, 5, 2, 0, 0],
+            &[2, 0, 0, 0, 0, 1, 67, 0, 2, 0, 0],
+            &[2, 0, 0, 0, 0, 1, 0xdc, 5, 0, 0, 0],
+            &[2, 0, 0, 0, 0, 1, 0xdc, 5, 17, 0, 0],
+            &[2, 0, 0, 0, 0, 1, 0xdc, 5, 2, 0, 1],
         ] {
             assert!(Parameters::from_bytes(bad).is_err(), "{bad:?}");
         }

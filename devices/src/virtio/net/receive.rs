@@ -2,15 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
 
 use super::metrics::NetMetrics;
-use super::tap::Tap;
 use super::transmit::PacketError;
 use super::{ETHERNET_LEN, HEADER_LEN, offloads};
 use crate::GuestMemory;
+use crate::rate::Limiter;
 use crate::virtio::queue::TURN_CHAINS;
 use crate::virtio::sys::Vectors;
 use crate::virtio::{Buffers, Chain, ChainError, Head, Progress, QueueAccess, QueueError};
@@ -60,12 +60,14 @@ impl Layout {
     }
 }
 
-/// Takes packets out of the tap until it is empty, the driver has no more buffers, or others shall have a turn.
+/// Takes packets out of the tap until it is empty, the driver has no more buffers, the limit is reached, or others shall
+/// have a turn.
 /// What does not fit now stays in the tap.
 pub(super) fn receive(
     queue: &mut QueueAccess<'_>,
-    tap: &Tap,
+    tap: BorrowedFd<'_>,
     layout: Layout,
+    limiter: &Limiter,
     metrics: &NetMetrics,
     complain: impl Fn(&PacketError),
 ) -> Result<Progress, QueueError> {
@@ -83,11 +85,19 @@ pub(super) fn receive(
                 break;
             }
         };
-        match vectors.read_from(tap.as_fd()) {
+        // How long the packet is only the read will tell.
+        if !limiter.admits() {
+            metrics.rx_throttled.add(1);
+            progress = Progress::Idle;
+            break;
+        }
+        match vectors.read_from(tap) {
             Ok(len) => {
                 pool.hand_over(queue, len)?;
+                let bytes = len.saturating_sub(HEADER_LEN) as u64;
+                limiter.spend(bytes);
                 metrics.rx_packets.add(1);
-                metrics.rx_bytes.add(len.saturating_sub(HEADER_LEN) as u64);
+                metrics.rx_bytes.add(bytes);
             }
             Err(error) => {
                 if error.kind() != io::ErrorKind::WouldBlock {

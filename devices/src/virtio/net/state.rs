@@ -14,11 +14,15 @@ pub struct NetState {
     pub mac: MacAddress,
     /// Its MTU in bytes.
     pub mtu: u16,
+    /// Pairs of queues that it has.
+    pub queue_pairs: u16,
+    /// Pairs of queues that the driver uses.
+    pub active_pairs: u16,
 }
 
 impl Record for NetState {
     const KIND: &'static str = "virtio-net";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 }
 
 impl NetState {
@@ -31,6 +35,17 @@ impl NetState {
         }
         if self.mtu != here.mtu {
             return mismatch("MTU", here.mtu.to_string(), self.mtu.to_string());
+        }
+        if self.queue_pairs != here.queue_pairs {
+            return mismatch(
+                "pairs of queues",
+                here.queue_pairs.to_string(),
+                self.queue_pairs.to_string(),
+            );
+        }
+        if !(1..=self.queue_pairs).contains(&self.active_pairs) {
+            let expected = format!("1 to {}", self.queue_pairs);
+            return mismatch("pairs of queues in use", expected, self.active_pairs.to_string());
         }
         Ok(())
     }

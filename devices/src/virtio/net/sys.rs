@@ -4,16 +4,59 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
-/// Makes an opened `/dev/net/tun` the queue of the tap `name`, with a header before each packet.
-pub(super) fn attach(file: &File, name: &str) -> io::Result<()> {
+/// Makes an opened `/dev/net/tun` the queue of the tap `name`, or one of `many`, with a header before each packet.
+pub(super) fn attach(file: &File, name: &str, many: bool) -> io::Result<()> {
     let mut request = request(name)?;
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let queues = if many { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the request reads and writes an `ifreq`, which this is.
     done(unsafe { ioctl_with_mut_ref(file, libc::TUNSETIFF as libc::c_ulong, &mut request) })
+}
+
+/// Has one of many queues take part, or not.
+pub(super) fn set_active(file: &File, active: bool) -> io::Result<()> {
+    let mut request = request("")?;
+    let flag = if active {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    // SAFETY: the request reads an `ifreq`, which this is.
+    done(unsafe { ioctl_with_ref(file, libc::TUNSETQUEUE as libc::c_ulong, &request) })
+}
+
+/// The name of the interface that a queue belongs to, and its flags: `IFF_*`.
+pub(super) fn interface(file: &File) -> io::Result<(String, libc::c_int)> {
+    let mut request = request("")?;
+    // SAFETY: the request writes an `ifreq`, which this is.
+    done(unsafe { ioctl_with_mut_ref(file, libc::TUNGETIFF as libc::c_ulong, &mut request) })?;
+    let name = request.ifr_name.iter().take_while(|byte| **byte != 0);
+    let name: Vec<u8> = name.map(|byte| *byte as u8).collect();
+    // SAFETY: the kernel has filled in this field of the union, and any bytes are a number.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok((
+        String::from_utf8_lossy(&name).into(),
+        libc::c_int::from(flags as u16),
+    ))
+}
+
+/// A descriptor of our own for what somebody opened before he started this program. No program that this one starts has
+/// either.
+pub(super) fn inherit(descriptor: RawFd) -> io::Result<File> {
+    // SAFETY: whatever the number is, the call makes a new descriptor or fails.
+    let ours = unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 0) };
+    done(ours)?;
+    // SAFETY: the descriptor is new, and nobody else knows it.
+    let ours = unsafe { OwnedFd::from_raw_fd(ours) };
+    // SAFETY: the call changes a flag of a descriptor that is open, as there is a copy of it; it closes nothing.
+    done(unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    Ok(ours.into())
 }
 
 /// Sets the length of that header, in bytes.

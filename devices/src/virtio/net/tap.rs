@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
@@ -12,10 +13,27 @@ use super::{HEADER_LEN, offloads, sys};
 
 const TUN: &str = "/dev/net/tun";
 
+/// MTU of an interface that is in another network namespace than this process: Ethernet's.
+const UNKNOWN_MTU: u16 = 1500;
+
+/// Which tap of the host, and how to come by it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TapSource {
+    /// By its name.
+    Name(String),
+    /// By descriptors that were open when this program started, one for each of its queues.
+    Descriptors(Vec<RawFd>),
+}
+
 /// An open tap. Each packet that is read from it or written to it has a header of 12 bytes as virtio's.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
+    /// At least one. The kernel leads packets to the first `active` of them.
+    queues: Vec<File>,
+    active: usize,
+    /// Whether there can be more than one.
+    many: bool,
+    inherited: bool,
     name: String,
     mtu: u16,
     uso: bool,
@@ -41,13 +59,44 @@ pub enum TapError {
         /// The tap.
         tap: String,
     },
-    /// It is no tap, or one with several queues.
+    /// It is no tap.
     #[error(
-        "tap {tap}: expected a tap with one queue, got something else of that name; `ip -d link show dev {tap}` says what"
+        "tap {tap}: expected a tap, got something else of that name; `ip -d link show dev {tap}` says what"
     )]
     NotATap {
         /// The tap.
         tap: String,
+    },
+    /// It was made for one queue.
+    #[error(
+        "tap {tap}: expected a tap that may have {expected} queues, got one for a single queue; make it with \
+         `ip tuntap add dev {tap} mode tap multi_queue`"
+    )]
+    OneQueue {
+        /// The tap.
+        tap: String,
+        /// Queues that it must have.
+        expected: usize,
+    },
+    /// Too few or too many descriptors.
+    #[error("tap {tap}: expected {expected} descriptors, one for each queue, got {got}")]
+    Descriptors {
+        /// The tap.
+        tap: String,
+        /// Queues that the device has.
+        expected: usize,
+        /// Descriptors of the tap.
+        got: usize,
+    },
+    /// A descriptor is none of a tap that can be used.
+    #[error("descriptor {descriptor}: expected {expected}, got {got}")]
+    Descriptor {
+        /// Its number.
+        descriptor: RawFd,
+        /// What it must be.
+        expected: &'static str,
+        /// What it is.
+        got: String,
     },
     /// The process may not open it.
     #[error("tap {tap}: no permission; give it to this user: ip tuntap add dev {tap} mode tap user NAME")]
@@ -81,51 +130,112 @@ pub enum TapError {
 }
 
 impl Tap {
-    /// Opens the tap `name`, which must be there.
-    pub fn open(name: &str) -> Result<Self, TapError> {
-        let failed = |what| {
-            move |source| TapError::Io {
-                tap: name.into(),
-                what,
-                source,
-            }
-        };
-        let flags = SocketFlags::CLOEXEC;
-        let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)
-            .map_err(|errno| failed("open a socket")(errno.into()))?;
+    /// Opens the tap, which must be there.
+    pub fn open(source: &TapSource) -> Result<Self, TapError> {
+        match source {
+            TapSource::Name(name) => Self::named(name),
+            TapSource::Descriptors(descriptors) => Self::inherited(descriptors),
+        }
+    }
+
+    fn named(name: &str) -> Result<Self, TapError> {
+        let socket = socket(name)?;
         // To attach to what is not there would make it.
         if name_to_index(&socket, name).is_err() {
             return Err(TapError::Missing { tap: name.into() });
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(TUN)
-            .map_err(failed("open /dev/net/tun"))?;
-        sys::attach(&file, name).map_err(|source| attach_error(name, source))?;
-        sys::set_header_len(&file, HEADER_LEN as libc::c_int).map_err(failed("set its header's length"))?;
+        let file = open_tun(name)?;
+        // Whether it has one queue or many was settled when it was made.
+        let many = match sys::attach(&file, name, false) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                sys::attach(&file, name, true).map_err(|source| attach_error(name, source))?;
+                true
+            }
+            attached => attached
+                .map(|()| false)
+                .map_err(|source| attach_error(name, source))?,
+        };
+        Self::set_up(vec![file], name, many, false)
+    }
+
+    fn inherited(descriptors: &[RawFd]) -> Result<Self, TapError> {
+        let mut queues = Vec::new();
+        let mut first: Option<(String, bool)> = None;
+        for &descriptor in descriptors {
+            let (file, name, many) = inherit(descriptor)?;
+            let (expected, _) = first.get_or_insert((name.clone(), many));
+            if *expected != name {
+                return Err(TapError::Descriptor {
+                    descriptor,
+                    expected: "one of the same tap as those before it",
+                    got: format!("one of {name}, not of {expected}"),
+                });
+            }
+            queues.push(file);
+        }
+        match first {
+            Some((name, many)) => Self::set_up(queues, &name, many, true),
+            None => Err(TapError::Descriptors {
+                tap: "of no name".into(),
+                expected: 1,
+                got: 0,
+            }),
+        }
+    }
+
+    fn set_up(queues: Vec<File>, name: &str, many: bool, inherited: bool) -> Result<Self, TapError> {
+        let failed = |what| failure(name, what);
+        let file = &queues[0];
+        sys::set_header_len(file, HEADER_LEN as libc::c_int).map_err(failed("set its header's length"))?;
         // A kernel that does not know them refuses them.
-        let uso = sys::set_offloads(&file, offloads::ALL_BUT_USO | offloads::TAP_USO).is_ok();
-        sys::set_offloads(&file, 0).map_err(failed("turn its offloads off"))?;
-        let mtu = sys::mtu(&socket, name).map_err(failed("find its MTU"))?;
+        let uso = sys::set_offloads(file, offloads::ALL_BUT_USO | offloads::TAP_USO).is_ok();
+        sys::set_offloads(file, 0).map_err(failed("turn its offloads off"))?;
+        let mtu = match sys::mtu(socket(name)?, name) {
+            Ok(mtu) => u16::try_from(mtu).unwrap_or(u16::MAX),
+            Err(_) if inherited => UNKNOWN_MTU,
+            Err(error) => return Err(failed("find its MTU")(error)),
+        };
         Ok(Self {
-            file,
+            active: queues.len(),
+            queues,
+            many,
+            inherited,
             name: name.into(),
-            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+            mtu,
             uso,
         })
     }
 
+    /// The tap with so many queues, at least one; packets may come to any of them.
+    pub(super) fn with_queues(mut self, count: u16) -> Result<Self, TapError> {
+        let (expected, got) = (usize::from(count), self.queues.len());
+        if self.inherited && got != expected {
+            return Err(TapError::Descriptors {
+                tap: self.name.clone(),
+                expected,
+                got,
+            });
+        }
+        if expected > 1 && !self.many {
+            return Err(TapError::OneQueue {
+                tap: self.name.clone(),
+                expected,
+            });
+        }
+        while self.queues.len() < expected {
+            let file = open_tun(&self.name)?;
+            sys::attach(&file, &self.name, true).map_err(|source| attach_error(&self.name, source))?;
+            self.queues.push(file);
+            self.active += 1;
+        }
+        Ok(self)
+    }
+
     /// The same open tap once more: it is attached to as long as one of them is there.
     pub fn try_clone(&self) -> Result<Self, TapError> {
-        let file = self.file.try_clone().map_err(|source| TapError::Io {
-            tap: self.name.clone(),
-            what: "open it once more",
-            source,
-        })?;
+        let queues = self.queues.iter().map(File::try_clone).collect::<Result<_, _>>();
         Ok(Self {
-            file,
+            queues: queues.map_err(failure(&self.name, "open it once more"))?,
             name: self.name.clone(),
             ..*self
         })
@@ -146,20 +256,98 @@ impl Tap {
         offloads::EVERYWHERE | if self.uso { offloads::USO } else { 0 }
     }
 
+    /// From now on packets come to the first `count` queues alone. What is in the others is lost.
+    ///
+    /// A queue that takes no part cannot be watched either: whoever wants to be told of its packets watches it before.
+    pub(super) fn set_active(&mut self, count: u16) -> io::Result<()> {
+        let count = usize::from(count).clamp(1, self.queues.len());
+        while self.active > count {
+            sys::set_active(&self.queues[self.active - 1], false)?;
+            self.active -= 1;
+        }
+        while self.active < count {
+            sys::set_active(&self.queues[self.active], true)?;
+            self.active += 1;
+        }
+        Ok(())
+    }
+
+    /// The queue of that number, or the first one instead of one that takes no part.
+    pub(super) fn queue(&self, index: usize) -> BorrowedFd<'_> {
+        let index = if index < self.active { index } else { 0 };
+        self.queues[index].as_fd()
+    }
+
+    /// All queues.
+    pub(super) fn queues(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.queues.iter().map(File::as_fd)
+    }
+
     /// From now on the kernel leaves to the guest what its `features` say.
     pub(super) fn set_features(&self, features: u64) -> io::Result<()> {
-        sys::set_offloads(&self.file, offloads::of(features))
+        sys::set_offloads(&self.queues[0], offloads::of(features))
     }
 
     /// Writes a packet of our own.
     pub(super) fn write(&self, packet: &[u8]) -> io::Result<()> {
-        Ok(rustix::io::write(&self.file, packet).map(drop)?)
+        Ok(rustix::io::write(self.queue(0), packet).map(drop)?)
     }
 }
 
-impl AsFd for Tap {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+impl Drop for Tap {
+    /// Whoever has the same queues finds them as they were.
+    fn drop(&mut self) {
+        // Nobody is left who could be told of a tap that is gone.
+        let _ = self.set_active(u16::MAX);
+    }
+}
+
+/// A socket by which the kernel can be asked about interfaces.
+fn socket(tap: &str) -> Result<OwnedFd, TapError> {
+    let flags = SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)
+        .map_err(|errno| failure(tap, "open a socket")(errno.into()))
+}
+
+/// What will be a queue of a tap.
+fn open_tun(tap: &str) -> Result<File, TapError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(TUN)
+        .map_err(failure(tap, "open /dev/net/tun"))
+}
+
+/// A queue that somebody opened, the name of its tap, and whether that may have many.
+fn inherit(descriptor: RawFd) -> Result<(File, String, bool), TapError> {
+    let refused = |expected, got| TapError::Descriptor {
+        descriptor,
+        expected,
+        got,
+    };
+    let file = sys::inherit(descriptor)
+        .map_err(|error| refused("one that was open when this program started", error.to_string()))?;
+    let (name, flags) = sys::interface(&file)
+        .map_err(|error| refused("a queue of a tap", format!("something else: {error}")))?;
+    let wanted = libc::IFF_TAP | libc::IFF_VNET_HDR | libc::IFF_NO_PI;
+    if flags & wanted != wanted {
+        return Err(refused(
+            "a tap with IFF_TAP, IFF_VNET_HDR and IFF_NO_PI",
+            format!("{name} with flags {flags:#x}"),
+        ));
+    }
+    let nonblocking = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags | OFlags::NONBLOCK));
+    nonblocking.map_err(|errno| failure(&name, "set O_NONBLOCK")(errno.into()))?;
+    Ok((file, name, flags & libc::IFF_MULTI_QUEUE != 0))
+}
+
+/// An error of the tap, by what was tried.
+fn failure(tap: &str, what: &'static str) -> impl Fn(io::Error) -> TapError {
+    move |source| TapError::Io {
+        tap: tap.into(),
+        what,
+        source,
     }
 }
 

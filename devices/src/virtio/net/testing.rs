@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{MacAddress, Net, Parameters, Tap, TapError};
+use super::{MacAddress, Net, Parameters, Tap, TapError, TapSource};
+use crate::rate::Limits;
 
 /// How long what must happen may take; it only costs time where something is broken.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -51,22 +52,35 @@ pub(crate) fn ip(words: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Makes a tap; one with "many" in its name may have many queues.
 fn add(tap: &str) {
-    ip(&format!("tuntap add dev {tap} mode tap"));
+    let queues = if tap.contains("many") { " multi_queue" } else { "" };
+    ip(&format!("tuntap add dev {tap} mode tap{queues}"));
     ip(&format!("link set dev {tap} up"));
 }
 
-/// A card on a tap.
+/// What cards of the tests are made with, except for their pairs of queues.
+pub(crate) fn parameters(queue_pairs: u16) -> Parameters {
+    Parameters {
+        mac: MacAddress::try_from([2, 0, 0, 0, 0, 1]).unwrap(),
+        mtu: 1500,
+        queue_pairs,
+        rx_limits: Limits::default(),
+        tx_limits: Limits::default(),
+    }
+}
+
+/// A card on a tap, which has two pairs of queues if the tap may have many.
 pub(crate) fn card(tap: &str) -> Net {
-    let mac = MacAddress::try_from([2, 0, 0, 0, 0, 1]).unwrap();
-    Net::new(open(tap), Parameters { mac, mtu: 1500 }).unwrap()
+    let queue_pairs = if tap.contains("many") { 2 } else { 1 };
+    Net::new(open(tap), parameters(queue_pairs)).unwrap()
 }
 
 /// Opens a tap that was just closed: a program that another test starts may have it for a moment yet.
 pub(crate) fn open(tap: &str) -> Tap {
     let begin = Instant::now();
     loop {
-        match Tap::open(tap) {
+        match Tap::open(&TapSource::Name(tap.into())) {
             Err(TapError::Busy { .. }) if begin.elapsed() < PATIENCE => {}
             opened => return opened.unwrap(),
         }
@@ -100,7 +114,11 @@ impl Wire {
 
     /// A card on one of the taps.
     pub(crate) fn card(&self, tap: &str) -> Net {
-        let card = card(tap);
+        self.put(card(tap), tap)
+    }
+
+    /// A card that is on one of the taps, once the bridge has seen it.
+    pub(crate) fn put(&self, card: Net, tap: &str) -> Net {
         wait_until_forwarding(tap);
         card
     }
@@ -113,7 +131,7 @@ impl Wire {
     /// The next packet of which `wanted` takes the frame, as its header and the frame, if one is there.
     pub(crate) fn try_hear(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut packet = vec![0; 70_000];
-        while let Ok(len) = rustix::io::read(&self.far, &mut packet[..]) {
+        while let Ok(len) = rustix::io::read(self.far.queue(0), &mut packet[..]) {
             let (header, frame) = packet[..len].split_at(12);
             if wanted(frame) {
                 return Some((header.to_vec(), frame.to_vec()));
@@ -129,7 +147,11 @@ impl Wire {
             if let Some(packet) = self.try_hear(&wanted) {
                 return packet;
             }
-            let ready = poll(&mut [PollFd::new(&self.far, PollFlags::IN)], Some(&patience)).unwrap();
+            let ready = poll(
+                &mut [PollFd::new(&self.far.queue(0), PollFlags::IN)],
+                Some(&patience),
+            )
+            .unwrap();
             assert!(ready > 0, "nothing came");
         }
     }

@@ -1,15 +1,20 @@
+mod limits;
+mod queues;
+
 use std::ops::Range;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MRG_RXBUF};
 
-use super::device::{CONTROL, RECEIVE, TRANSMIT};
-use super::testing::{SENDER, Wire, card, frame, ip, is_ours, leave_for, open};
+use super::device::{RECEIVE, TRANSMIT};
+use super::testing::{SENDER, Wire, card, frame, ip, is_ours, leave_for, open, parameters};
 use super::*;
 use crate::virtio::DeviceError;
 use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{DATA, Driver, END, Part, VERSION_1, reads, writes};
 
+/// The control queue of a card with one pair of queues.
+const CONTROL: usize = 2;
 const MRG_RXBUF: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 /// What a driver accepts that knows nothing of checksums, segments and spread packets.
@@ -79,6 +84,29 @@ fn transmit_frame(driver: &mut Driver, frame: &[u8]) {
     transmit(driver, &packet, &[reads(PACKET, packet.len() as u32)]);
 }
 
+/// A header of IPv4 for `total` bytes with it, from and to hosts of 10.0.0.0/24.
+fn ip_header(protocol: u16, total: usize, from: u16, to: u16) -> Vec<u8> {
+    let words = [
+        0x4500,
+        total as u16,
+        0,
+        0,
+        0x4000 | protocol,
+        0,
+        0x0a00,
+        from,
+        0x0a00,
+        to,
+    ];
+    // A bridge drops packets with a wrong checksum.
+    let sum = words.iter().map(|&word| u32::from(word)).sum::<u32>();
+    let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    let words = words.into_iter().enumerate();
+    words
+        .flat_map(|(index, word)| if index == 5 { checksum } else { word }.to_be_bytes())
+        .collect()
+}
+
 /// A frame of IPv4 and TCP with so much data, and the header that leaves its segments and checksum to the receiver.
 fn segments(data: usize) -> ([u8; 12], Vec<u8>) {
     let mut header = [0; 12];
@@ -87,14 +115,7 @@ fn segments(data: usize) -> ([u8; 12], Vec<u8>) {
     let mut frame = vec![0xff; 6];
     frame.extend(SENDER);
     frame.extend([8, 0]);
-    let total = (40 + data) as u16;
-    // A bridge drops packets with a wrong checksum of their IP header.
-    let words = [0x4500, total, 0, 0, 0x4006, 0, 0x0a00, 1, 0x0a00, 2];
-    let sum = words.iter().map(|&word| u32::from(word)).sum::<u32>();
-    let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    for (index, word) in words.into_iter().enumerate() {
-        frame.extend(if index == 5 { checksum } else { word }.to_be_bytes());
-    }
+    frame.extend(ip_header(6, 40 + data, 1, 2));
     frame.extend([0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0, 0, 0, 0, 0, 0]);
     frame.extend((0..data).map(|n| n as u8));
     (header, frame)
@@ -316,7 +337,7 @@ fn the_configuration_says_what_the_card_is() {
     let mut driver = Driver::new(card("tap0"));
     assert_eq!(driver.get(0x100), 0x0000_0002);
     assert_eq!(driver.get(0x104), 0x0001_0100, "the address ends, the link is up");
-    assert_eq!(driver.get(0x108), 1500 << 16);
+    assert_eq!(driver.get(0x108), 1500 << 16 | 1);
     assert_eq!(driver.get(0x10c), 0);
 }
 
@@ -399,13 +420,23 @@ fn a_state_of_another_card_is_refused() {
     leave_for("tap0");
     let mut card = card("tap0");
     let mac = "02:00:00:00:00:09".parse().unwrap();
+    let good = NetState {
+        mac: "02:00:00:00:00:01".parse().unwrap(),
+        mtu: 1500,
+        queue_pairs: 1,
+        active_pairs: 1,
+    };
+    let (mtu, queue_pairs, active_pairs) = (9000, 2, 0);
     for (what, state) in [
-        ("MAC address", NetState { mac, mtu: 1500 }),
+        ("MAC address", NetState { mac, ..good }),
+        ("MTU", NetState { mtu, ..good }),
+        ("pairs of queues", NetState { queue_pairs, ..good }),
+        ("pairs of queues in use", NetState { active_pairs, ..good }),
         (
-            "MTU",
+            "pairs of queues in use",
             NetState {
-                mac: "02:00:00:00:00:01".parse().unwrap(),
-                mtu: 9000,
+                active_pairs: 2,
+                ..good
             },
         ),
     ] {
@@ -423,15 +454,22 @@ fn a_state_of_another_card_is_refused() {
 fn a_tap_that_cannot_be_used_is_refused_by_name() {
     leave_for("tap0");
     ip("link add name bridge type bridge");
-    let error = |name: &str| Tap::open(name).unwrap_err().to_string();
+    let try_open = |name: &str| Tap::open(&TapSource::Name(name.into()));
+    let error = |name: &str| try_open(name).unwrap_err().to_string();
     assert!(error("none").contains("ip tuntap add dev none mode tap"));
     assert!(error("a-name-that-is-too-long").contains("found none"));
-    assert!(matches!(Tap::open("bridge"), Err(TapError::NotATap { .. })));
-    let tap = Tap::open("tap0").unwrap();
-    assert!(matches!(Tap::open("tap0"), Err(TapError::Busy { .. })));
+    assert!(matches!(try_open("bridge"), Err(TapError::NotATap { .. })));
+    let tap = try_open("tap0").unwrap();
+    assert!(matches!(try_open("tap0"), Err(TapError::Busy { .. })));
+    let single = Net::new(tap, parameters(2)).unwrap_err().to_string();
+    assert!(
+        single.contains("ip tuntap add dev tap0 mode tap multi_queue"),
+        "{single}"
+    );
+    let tap = open("tap0");
     let parameters = Parameters {
-        mac: MacAddress::random().unwrap(),
         mtu: 9000,
+        ..parameters(1)
     };
     let small = Net::new(tap, parameters).unwrap_err().to_string();
     assert!(small.contains("ip link set dev tap0 mtu 9000"), "{small}");
@@ -444,6 +482,8 @@ fn golden_record() {
     let state = NetState {
         mac: "02:fc:00:00:00:07".parse().unwrap(),
         mtu: 1500,
+        queue_pairs: 4,
+        active_pairs: 3,
     };
-    migration_state::assert_golden(1, "02fc00000007 dc0b", &state);
+    migration_state::assert_golden(2, "02fc00000007 dc0b 04 03", &state);
 }

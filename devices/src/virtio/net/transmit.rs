@@ -1,11 +1,10 @@
 //! From the guest to the tap.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 
 use vm_memory::GuestMemoryError;
 
-use super::tap::Tap;
 use super::{ETHERNET_LEN, HEADER_LEN};
 use crate::GuestMemory;
 use crate::virtio::sys::Vectors;
@@ -36,7 +35,7 @@ pub(super) enum PacketError {
 pub(super) fn send(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
-    tap: &Tap,
+    tap: BorrowedFd<'_>,
 ) -> Result<u64, PacketError> {
     let packet = chain?.readable;
     let got = packet.len();
@@ -45,6 +44,6 @@ pub(super) fn send(
     }
     let mut vectors = Vectors::new(memory);
     vectors.push(&packet)?;
-    vectors.write_to(tap.as_fd())?;
+    vectors.write_to(tap)?;
     Ok(got - HEADER_LEN as u64)
 }
