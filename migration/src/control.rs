@@ -20,6 +20,8 @@ pub enum Phase {
     Waiting,
     /// The two sides find out whether the move can be made.
     Handshake,
+    /// Disks that come along are copied while the guest runs.
+    Mirror,
     /// Memory is copied while the guest runs.
     Precopy,
     /// The guest is paused; the last pages and the state are copied.
@@ -37,9 +39,9 @@ pub struct Progress {
     pub phase: Phase,
     /// The round under way, counted from 1.
     pub round: u32,
-    /// Bytes of guest memory that the destination does not have as they are now.
+    /// Bytes of guest memory, and of disks that come along, that the destination does not have as they are now.
     pub remaining_bytes: u64,
-    /// Bytes of guest RAM.
+    /// Bytes of guest RAM and of disks that come along.
     pub total_bytes: u64,
     /// Bytes put on the wire so far.
     pub bytes_sent: u64,

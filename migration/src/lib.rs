@@ -9,6 +9,7 @@ mod commit;
 mod control;
 mod converge;
 mod destination;
+mod digest;
 mod link;
 mod options;
 mod page_set;
@@ -16,6 +17,7 @@ mod ports;
 mod protocol;
 mod report;
 mod source;
+mod space;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -28,8 +30,8 @@ pub use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE};
 pub use options::{Compression, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptions};
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
-    CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, MachineDescription, MachineError,
-    MemoryRegion, Rehearsal, Source,
+    BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, MachineDescription,
+    MachineError, MemoryRegion, Rehearsal, Source, SourceDisk,
 };
 pub use report::{DataPath, Downtime, MemoryDigest, Outcome, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, migrate};

@@ -44,6 +44,8 @@ pub struct MigrateOptions {
     pub verify: bool,
     /// Whether page content is compressed; not by default.
     pub compression: Option<Compression>,
+    /// Whether disks that the destination does not have come along; not by default.
+    pub with_disks: bool,
     /// Most pre-copy rounds; 100 by default.
     pub max_rounds: u32,
     /// How long to wait for the connection; 5 s by default.
@@ -70,6 +72,7 @@ impl Default for MigrateOptions {
             throttle: true,
             verify: false,
             compression: None,
+            with_disks: false,
             max_rounds: 100,
             connect_timeout: Duration::from_secs(5),
             io_timeout: Duration::from_secs(10),

@@ -100,6 +100,47 @@ pub trait DirtyLog: Send + Sync {
     fn by_vcpu(&self) -> Vec<u64>;
 }
 
+/// A disk at the source whose content comes along, and the log of what is written to it. Blocks are of
+/// [`migration_io::PAGE_SIZE`] bytes. A block is marked from a write until it is cleared, as pages are in a
+/// [`DirtyLog`]. Any thread may call, any number at a time.
+pub trait SourceDisk: Send + Sync {
+    /// Bytes, more than 0. They do not change while the disk is mirrored.
+    fn size(&self) -> u64;
+
+    /// Ranges that may hold something, as offset and length in bytes; all else is zero. Asked after the log was
+    /// started.
+    fn allocated(&self) -> Result<Vec<(u64, u64)>, MachineError>;
+
+    /// The blocks that are marked, one bit for each: bit n of word m is block `64 m + n`. The marks stay.
+    fn marked(&self) -> Vec<u64>;
+
+    /// Clears the marks of the blocks whose bits are set in `words`, the first of which is block `first`, a multiple
+    /// of 64.
+    fn clear(&self, first: u64, words: &[u64]);
+
+    /// Reads what is there now; a range within the disk.
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError>;
+}
+
+/// A disk that the destination has made anew, zeroed, to be filled with what comes. Any thread may call, any number
+/// at a time.
+pub trait BlankDisk: Send + Sync {
+    /// Which of the machine's devices it is behind.
+    fn device(&self) -> u32;
+
+    /// Bytes, those of the source's disk.
+    fn size(&self) -> u64;
+
+    /// Writes; a range within the disk.
+    fn write(&self, offset: u64, content: &[u8]) -> Result<(), MachineError>;
+
+    /// Reads what is there now; a range within the disk.
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError>;
+
+    /// Makes a range within the disk zero.
+    fn zero(&self, offset: u64, len: u64) -> Result<(), MachineError>;
+}
+
 /// What [`Source::rehearse`] found out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rehearsal {
@@ -113,11 +154,11 @@ pub struct Rehearsal {
 
 /// The machine at the source.
 ///
-/// Calls come from one migration job, in the order of a migration: `start_dirty_log`, then `throttle`, `flush`
+/// Calls come from one migration job, in the order of a migration: `mirror`, `start_dirty_log`, then `throttle`, `flush`
 /// and `rehearse` at any time, `pause`, `drain`, `save`, `release`. In a handover of memory there is no dirty
 /// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it
-/// throttled, `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log`, also where
-/// that call failed or panicked. After "go" it calls `resume` only when the destination has said that it gave
+/// throttled, `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log` and
+/// `stop_mirror` if it called `mirror`, also where that call failed or panicked. After "go" it calls `resume` only when the destination has said that it gave
 /// the machine up.
 pub trait Source: Send {
     /// What the destination must be able to run.
@@ -133,6 +174,13 @@ pub trait Source: Send {
     /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
     /// them as well; nothing where RAM is not shared memory.
     fn memory_files(&self) -> Option<Vec<OwnedFd>>;
+
+    /// Begins to mark what is written to the disks behind these devices, which the destination does not have; one
+    /// for each, in that order. Only if there are any. The devices are the peer's word: untrusted.
+    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MachineError>;
+
+    /// Ends that; also after a `mirror` that failed.
+    fn stop_mirror(&mut self) -> Result<(), MachineError>;
 
     /// Turns dirty logging on. Every page counts as marked at first, or is marked by the first write; either
     /// way the engine sends all of memory once.
@@ -179,8 +227,9 @@ pub trait Source: Send {
 /// Calls come in this order: `check`, `create`, `rehearse` any number of times, `restore`, `resume`. Before
 /// `resume`, `discard` may come at any time; afterwards the value is ready for another attempt.
 pub trait Destination: Send {
-    /// Every difference that forbids the move; empty means that it can be done.
-    fn check(&self, description: &MachineDescription) -> Vec<Difference>;
+    /// Every difference that forbids the move; empty means that it can be done. With `disks_come` the source sends
+    /// what is on the disks that are not here.
+    fn check(&self, description: &MachineDescription, disks_come: bool) -> Vec<Difference>;
 
     /// Builds the machine, its backends open but its disks neither locked nor read, and returns its guest
     /// RAM, with the regions of the description in that order: zeroed, or, where `files` are given, a mapping of
@@ -190,7 +239,12 @@ pub trait Destination: Send {
         &mut self,
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
+        disks_come: bool,
     ) -> Result<GuestMemory, MachineError>;
+
+    /// The disks that `create` made anew, in the order of their devices. Whatever was written to them is durable
+    /// once `restore` has returned, and they have their names; `discard` leaves nothing of them.
+    fn blank_disks(&self) -> Vec<Arc<dyn BlankDisk>>;
 
     /// Whether guest RAM is resident already, so that there is nothing to gain by populating it.
     fn is_resident(&self) -> bool;

@@ -111,6 +111,12 @@ pub struct Report {
     pub pages_sent: u64,
     /// Pages sent as zero.
     pub pages_zero: u64,
+    /// Disks that came along.
+    pub disks: u32,
+    /// Bytes of their content that were sent, zeroes left out; part of `bytes_sent` and not of `pages_sent`.
+    pub disk_bytes: u64,
+    /// How long memory waited for them.
+    pub mirror_ms: f64,
     /// Number of data streams; 0 where memory was handed over.
     pub streams: u32,
     /// How page content got to the destination.
@@ -156,6 +162,9 @@ impl Report {
             bytes_sent: 0,
             pages_sent: 0,
             pages_zero: 0,
+            disks: 0,
+            disk_bytes: 0,
+            mirror_ms: 0.0,
             streams: 0,
             data_path: DataPath::Gather,
             verify_ms: 0.0,

@@ -230,11 +230,17 @@ impl LabJourney {
 
     /// Starts a receiver on the other host; also returns where it listens.
     pub fn receiver(&self) -> Result<(Process, String)> {
+        self.receiver_with_disk("/dev/vda")
+    }
+
+    /// The same with the guest's disk, if it has one, somewhere else than on what the hosts share.
+    pub fn receiver_with_disk(&self, path: &str) -> Result<(Process, String)> {
+        let disk = format!("data={path}");
         let name = format!("vm-{}", self.moves + 1);
         let listen = format!("tcp:0.0.0.0:{PORT}");
         let mut words = vec!["godwit", "receive", "--name", &name, "--listen", &listen];
         if self.guest.disk {
-            words.extend(["--disk", "data=/dev/vda"]);
+            words.extend(["--disk", &disk]);
         }
         let vsock = format!("uds={}", StockGuest::VSOCK);
         if self.guest.vsock {

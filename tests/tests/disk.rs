@@ -1,6 +1,13 @@
-//! A guest that reads from its disk all the time, moved while it does.
+//! A guest that reads from its disk all the time, moved while it does, with its disk or without.
+
+use std::fs;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use migration::Outcome;
+use rustix::process::Signal;
 use tests::{BareGuest, Event, Host, Journey, PATIENCE, Vm, count};
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -20,7 +27,7 @@ fn read_on(vm: &Vm, pages: u64) -> Result<u64> {
 fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
     let host = Host::new()?;
     let path = host.path("disk.img");
-    std::fs::File::create(&path)?.set_len(DISK_BYTES)?;
+    fs::File::create(&path)?.set_len(DISK_BYTES)?;
     let guest = BareGuest {
         reads: 32,
         ..Default::default()
@@ -44,4 +51,115 @@ fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
     // Every error of the guest's life is found there: a status, a page in another's place, a page that came later
     // than its completion.
     journey.end()
+}
+
+/// A guest whose disk, stamped by itself, is in a folder of its own, and another folder.
+fn with_a_disk_here() -> Result<(Journey, std::path::PathBuf, std::path::PathBuf)> {
+    let host = Host::new()?;
+    let (here, there) = (host.path("here"), host.path("there"));
+    fs::create_dir(&here)?;
+    fs::create_dir(&there)?;
+    let path = here.join("disk");
+    fs::File::create(&path)?.set_len(DISK_BYTES)?;
+    let guest = BareGuest {
+        reads: 32,
+        ..Default::default()
+    };
+    let disk = format!("id=d,path={}", path.display());
+    let journey = Journey::start(host, &guest, &["--disk", &disk])?;
+    read_on(&journey.vm, READS)?;
+    Ok((journey, path, there))
+}
+
+fn entries(folder: &Path) -> Result<Vec<String>> {
+    let name = |entry: std::io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+    fs::read_dir(folder)?.map(name).collect()
+}
+
+/// Waits until something holds; nothing tells when.
+fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    while !holds()? {
+        ensure!(Instant::now() < until, "waited for {what}");
+        sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_comes_along() -> Result<()> {
+    let (mut journey, here, there) = with_a_disk_here()?;
+    let mut left = here;
+    // There, and back to a file beside the old one.
+    for path in [there.join("disk"), left.with_file_name("back")] {
+        let disk = format!("d={}", path.display());
+        let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
+        let arguments = ["--with-disks", "--verify", "--on-miss", "switch"];
+        let report = journey.hop_to(receiver, &endpoint, &arguments)?;
+        ensure!(
+            report.disks == 1 && report.disk_bytes >= DISK_BYTES / 2 && report.mirror_ms > 0.0,
+            "no disk in {report:?}"
+        );
+        read_on(&journey.vm, READS)?;
+        ensure!(fs::read(&left)? == fs::read(&path)?, "the disks differ");
+        // It is not read any more.
+        fs::remove_file(&left)?;
+        left = path;
+    }
+    ensure!(entries(&there)?.is_empty(), "left behind: {:?}", entries(&there)?);
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
+    let (mut journey, here, there) = with_a_disk_here()?;
+    let disk = format!("d={}", there.join("disk").display());
+    let nothing = || Ok(entries(&there)?.is_empty());
+
+    // Nobody offers it: refused before the guest is touched.
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
+    let line = journey.vm.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
+    ensure!(line.contains("found nothing there"), "{line}");
+    drop(receiver);
+
+    let slowly = ["--with-disks", "--bandwidth", "2MB/s"];
+    let mirrors = |journey: &Journey| Ok(journey.vm.status()?["migration"]["phase"] == "mirror");
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
+    let mut migration = journey.vm.start_migration(&endpoint, &slowly)?;
+    wait_until("the disk's turn", || mirrors(&journey))?;
+    ensure!(!nothing()?, "no disk is made");
+    journey.vm.godwit("cancel", &[])?.expect_code(0)?;
+    migration.wait(PATIENCE)?;
+    wait_until("the disk to go", nothing)?;
+    read_on(&journey.vm, READS)?;
+    drop(receiver);
+
+    // Nobody is left to remove it; it has not the disk's name.
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
+    let mut migration = journey.vm.start_migration(&endpoint, &slowly)?;
+    wait_until("the disk's turn", || mirrors(&journey))?;
+    receiver.process.signal(Signal::KILL)?;
+    migration.wait(PATIENCE)?;
+    for name in entries(&there)? {
+        ensure!(name.starts_with(".disk."), "left behind: {name}");
+        fs::remove_file(there.join(name))?;
+    }
+
+    // The destination's file system is full: said where the user is, and the guest reads on.
+    let full = "d=/dev/full/disk";
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", full])?;
+    let line = journey
+        .vm
+        .migrate(&endpoint, &["--with-disks"])?
+        .stayed(Outcome::Failed)?;
+    ensure!(line.contains("/dev/full/disk"), "{line}");
+    drop(receiver);
+    read_on(&journey.vm, READS)?;
+    ensure!(here.exists(), "the only disk is gone");
+    journey.verify()?;
+    // The receivers that were killed left their sockets.
+    let life = journey.check_life();
+    drop(journey);
+    life.map(drop)
 }

@@ -2,6 +2,8 @@
 
 #[path = "lab/console.rs"]
 mod console;
+#[path = "lab/mirror.rs"]
+mod mirror;
 #[path = "lab/network.rs"]
 mod network;
 #[path = "lab/together.rs"]

@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use migration_io::digest;
-
 use super::ReceiveError;
 use super::job::{Job, call, nanoseconds};
 use super::memory::Incoming;
@@ -184,7 +182,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             Frame::Message(Message::RoundEnd(round)) if in_turn && with_streams => self.end_round(round),
             Frame::Message(Message::DigestRequest) if in_turn && self.digests < MAX_DIGESTS => {
                 self.digests += 1;
-                let digest = self.alive.during(|| digest(self.incoming.memory()))?;
+                let digest = self.alive.during(|| self.incoming.digest())?;
                 self.answer(&Message::Digest(digest))
             }
             Frame::Rehearsal(state) if in_turn && self.rehearsals < MAX_REHEARSALS => {

@@ -7,6 +7,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::decide::Word;
 use super::desk::{Arrival, Desk};
+use super::disks::Disks;
 use super::fill::Filling;
 use super::memory::Incoming;
 use super::populate::Populate;
@@ -35,6 +36,7 @@ pub(super) struct Job<'a> {
 struct Announced {
     description: MachineDescription,
     plan: Plan,
+    disks_come: bool,
 }
 
 /// More pings are no measurement.
@@ -71,16 +73,16 @@ impl<'a> Job<'a> {
             token: arrival.token,
             features,
         })?;
-        let Announced { description, plan } = described(link)?;
-        let incoming = self.build(link, alive, &description, plan, features)?;
+        let announced = described(link)?;
+        let incoming = self.build(link, alive, &announced, features)?;
         let accepted_at = Instant::now();
-        let word = self.fill_and_wait(link, alive, &incoming, plan)?;
+        let word = self.fill_and_wait(link, alive, &incoming, announced.plan)?;
         // A machine that was described was not paused yet.
         let stopped_at = word.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
         let resume_ms = self.resume(link, alive, stopped_at)?;
         let confirmed = word.connected && hears_farewell(link);
         Ok(Received {
-            description,
+            description: announced.description,
             resume_ms,
             bytes_received: link.bytes_received() + incoming.received(),
             confirmed,
@@ -123,12 +125,16 @@ impl<'a> Job<'a> {
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        description: &MachineDescription,
-        plan: Plan,
+        announced: &Announced,
         features: Features,
     ) -> Result<Incoming, ReceiveError> {
+        let Announced {
+            description,
+            plan,
+            disks_come,
+        } = announced;
         PageSet::check_regions(&description.memory).map_err(ReceiveError::MemoryMap)?;
-        let files = match plan {
+        let files = match *plan {
             Plan::Streams(1..=MAX_STREAMS) => None,
             Plan::Streams(got) => {
                 return Err(ReceiveError::StreamCount {
@@ -138,13 +144,14 @@ impl<'a> Job<'a> {
             }
             Plan::Handover => Some(files(link, description, features)?),
         };
-        let differences = alive.during(|| self.destination.check(description));
+        let differences = alive.during(|| self.destination.check(description, *disks_come));
         if !differences.is_empty() {
             link.send(&Message::Refuse(differences.clone()))?;
             return Err(ReceiveError::Refused { differences });
         }
         self.built = true;
-        let memory = alive.during(|| call("create", self.destination.create(description, files)))?;
+        let memory =
+            alive.during(|| call("create", self.destination.create(description, files, *disks_come)))?;
         let asked = description.memory.iter().map(|region| (region.gpa, region.len));
         if !memory
             .iter()
@@ -153,8 +160,9 @@ impl<'a> Job<'a> {
         {
             return Err(ReceiveError::OtherMemory);
         }
-        let incoming = Incoming::new(memory);
-        let total = description.memory.iter().map(|region| region.len).sum();
+        let disks = Disks::new(self.destination.blank_disks(), &description.memory)?;
+        let total = description.memory.iter().map(|region| region.len).sum::<u64>() + disks.bytes();
+        let incoming = Incoming::new(memory, disks);
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total;
@@ -179,7 +187,9 @@ impl<'a> Job<'a> {
         let populate = Populate::new(incoming)?;
         let streams = Streams::new(incoming, &populate, self.desk, self.control, self.options, count);
         let ahead = count > 0 && !self.destination.is_resident();
-        link.send(&Message::Accept)?;
+        link.send(&Message::Accept {
+            disks: incoming.disks().devices(),
+        })?;
         thread::scope(|scope| {
             // However this ends, the threads do.
             let _end = EndOf(&streams, &populate);
@@ -277,10 +287,11 @@ fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
     for _ in 0..MAX_PINGS {
         match link.receive_message(what)? {
             Message::Ping => link.send(&Message::Pong)?,
-            Message::Describe { machine, plan } => {
+            Message::Describe { machine, plan, disks } => {
                 return Ok(Announced {
                     description: machine,
                     plan,
+                    disks_come: disks,
                 });
             }
             other => {

@@ -6,22 +6,26 @@ use migration_io::{Decompressor, GuestMemory, MemoryRange, Method, PAGE_SIZE, ze
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ReceiveError;
+use super::disks::Disks;
 use crate::control::Control;
+use crate::digest::digest;
 use crate::link::Link;
 use crate::options::Compression;
 use crate::page_set::{PageSetError, masks};
 use crate::protocol::{CompressedTable, PageTable};
+use crate::space::is_disk;
 
 /// Guest memory, and what has arrived of it.
 #[derive(Debug)]
 pub(super) struct Incoming {
     memory: GuestMemory,
+    disks: Disks,
     written: Written,
     /// Bytes that came over the streams.
     received: AtomicU64,
 }
 
-/// What a stream needs for compressed pages, made when the first ones come.
+/// What a stream needs for pages that do not go straight to where they belong, made when the first ones come.
 #[derive(Default)]
 pub(super) struct Unpacker {
     block: Vec<u8>,
@@ -42,10 +46,11 @@ struct Region {
 }
 
 impl Incoming {
-    pub(super) fn new(memory: GuestMemory) -> Self {
+    pub(super) fn new(memory: GuestMemory, disks: Disks) -> Self {
         let written = Written::of(&memory);
         Self {
             memory,
+            disks,
             written,
             received: AtomicU64::new(0),
         }
@@ -55,13 +60,28 @@ impl Incoming {
         &self.memory
     }
 
+    pub(super) fn disks(&self) -> &Disks {
+        &self.disks
+    }
+
     /// Bytes that came over the streams so far.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// Takes in one batch of pages, whose content is next on the stream.
-    pub(super) fn take(&self, link: &mut Link<'_>, table: PageTable) -> Result<(), ReceiveError> {
+    /// Takes in one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory have
+    /// arrived with it, zero pages included.
+    pub(super) fn take(
+        &self,
+        link: &mut Link<'_>,
+        table: PageTable,
+        unpacker: &mut Unpacker,
+    ) -> Result<u64, ReceiveError> {
+        if table.data.iter().chain(&table.zero).any(|span| is_disk(span.gpa)) {
+            self.disks.take(link, &table, &mut unpacker.block)?;
+            return Ok(0);
+        }
+        let bytes = table.page_bytes();
         let data: Vec<MemoryRange> = table.data.into_iter().map(MemoryRange::from).collect();
         let zero: Vec<MemoryRange> = table.zero.into_iter().map(MemoryRange::from).collect();
         // All of it is looked at before any of it is done.
@@ -75,7 +95,12 @@ impl Incoming {
         for range in zero {
             self.zero(range)?;
         }
-        Ok(())
+        Ok(bytes)
+    }
+
+    /// A digest of all that is here.
+    pub(super) fn digest(&self) -> Result<u128, ReceiveError> {
+        digest(&self.memory, self.disks.readers())
     }
 
     /// Takes in one batch of compressed pages, whose block is next on the stream.

@@ -2,6 +2,7 @@
 
 mod decide;
 mod desk;
+mod disks;
 mod door;
 mod error;
 mod fill;

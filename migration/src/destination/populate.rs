@@ -187,12 +187,13 @@ mod tests {
     use migration_io::{GuestMemory, PAGE_SIZE};
     use vm_memory::GuestAddress;
 
+    use super::super::disks::Disks;
     use super::*;
 
     #[test]
     fn the_thread_keeps_a_lead_and_no_more() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), (LEAD + 4 * PIECE) as usize)]).unwrap();
-        let incoming = Incoming::new(memory);
+        let incoming = Incoming::new(memory, Disks::new(Vec::new(), &[]).unwrap());
         let populate = Populate::new(&incoming).unwrap();
         populate.set_thread(thread::current());
         let span = |gpa, len| Span { gpa, len };

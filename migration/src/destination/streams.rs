@@ -177,8 +177,7 @@ impl<'a> Streams<'a> {
             }
             match link.receive_on_stream(what)? {
                 Frame::Pages(table) => {
-                    let bytes = table.page_bytes();
-                    self.incoming.take(&mut link, table)?;
+                    let bytes = self.incoming.take(&mut link, table, &mut unpacker)?;
                     self.populate.arrived(bytes);
                 }
                 Frame::Compressed(table) => {

@@ -200,6 +200,21 @@ impl<'a> Link<'a> {
         }
     }
 
+    /// Why the peer gave up, if it says so within a moment: the data streams end first.
+    pub(crate) fn last_words(&mut self) -> Option<LinkError> {
+        let until = Instant::now() + FAREWELL;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            match self.next_frame(left, "why the peer gave up") {
+                Ok(_) => {}
+                Err(error) => return Some(error).filter(LinkError::is_abort),
+            }
+        }
+    }
+
     /// Tells the peer that it is over, and waits a moment for it to hang up: a connection that is closed with
     /// data unread would take the message back from the peer's buffer. Answers whether the peer has hung up,
     /// and so has heard it.

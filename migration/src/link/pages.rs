@@ -62,6 +62,14 @@ impl Link<'_> {
         self.transmit(gather, len, what)
     }
 
+    /// Sends a table of a disk's pages with the content of those that have one.
+    pub(crate) fn send_blocks(&mut self, table: &PageTable, content: &[u8]) -> Result<(), LinkError> {
+        let what = "pages of a disk";
+        let head = postcard::to_stdvec(table).map_err(|source| LinkError::Encode { what, source })?;
+        let header = encode_header(Kind::Pages, head.len(), what)?;
+        self.send_bytes(&[&header, &head, content], what)
+    }
+
     /// Receives the content of pages in place.
     pub(crate) fn receive_pages(
         &mut self,

@@ -6,7 +6,7 @@ use super::Span;
 use crate::ports::{Difference, MachineDescription};
 
 /// Versions of the protocol that this program speaks.
-const VERSIONS: RangeInclusive<u16> = 3..=3;
+const VERSIONS: RangeInclusive<u16> = 4..=4;
 const MAGIC: [u8; 8] = *b"GODWITMG";
 
 /// Most ranges in one piece of [`Message::Populated`]; fits its frame.
@@ -53,11 +53,16 @@ pub(crate) enum Message {
         machine: MachineDescription,
         /// How its memory comes.
         plan: Plan,
+        /// Whether the disks that the destination does not have can come along.
+        disks: bool,
     },
     /// Source, in a handover: this frame carries a file descriptor for each region of memory.
     MemoryFiles,
     /// Destination: the machine is built and waits for its memory.
-    Accept,
+    Accept {
+        /// The devices whose disks are to come along, ascending.
+        disks: Vec<u32>,
+    },
     /// Destination: the machine cannot run here.
     Refuse(Vec<Difference>),
     /// Source: these ranges of memory may hold something, all others are zero or were sent. Each once, in
@@ -217,7 +222,7 @@ impl Message {
             Message::Pong => "pong",
             Message::Describe { .. } => "describe",
             Message::MemoryFiles => "memory files",
-            Message::Accept => "accept",
+            Message::Accept { .. } => "accept",
             Message::Refuse(_) => "refuse",
             Message::Populated(_) => "populated",
             Message::RoundEnd(_) => "round end",

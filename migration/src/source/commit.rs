@@ -1,13 +1,11 @@
 use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;
-use super::precopy::peek;
+use super::space::Space;
 use super::switch::Stopped;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::link::{KeepAlive, Link};
-use crate::page_set::PageSet;
-use crate::ports::DirtyLog;
 use crate::protocol::Message;
 use crate::report::ms;
 
@@ -17,7 +15,7 @@ impl Job<'_> {
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        log: Option<&dyn DirtyLog>,
+        space: Option<&Space<'_>>,
         stopped: Stopped,
         round_trip: Duration,
     ) -> Result<(), MigrateError> {
@@ -31,8 +29,8 @@ impl Job<'_> {
             other => return Err(unexpected("ready", &other)),
         };
         self.report.downtime.restore_ms = ms(restored.min(sent_at.elapsed()));
-        if let Some(log) = log {
-            self.check_nothing_dirty(log)?;
+        if let Some(space) = space {
+            check_nothing_dirty(space)?;
         }
         // Whatever can still be noticed is noticed before the locks are given up.
         link.check("nothing after ready")?;
@@ -72,17 +70,6 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Contract: what was written was sent.
-    fn check_nothing_dirty(&self, log: &dyn DirtyLog) -> Result<(), MigrateError> {
-        let mut dirty = PageSet::of(&self.source.memory())?;
-        peek(log, &mut dirty)?;
-        if dirty.is_empty() {
-            Ok(())
-        } else {
-            Err(MigrateError::DirtyAtCommit { pages: dirty.len() })
-        }
-    }
-
     /// Sends "go". Only if not a byte of it was accepted by the system is the guest still ours.
     fn send_go(
         &mut self,
@@ -106,6 +93,17 @@ impl Job<'_> {
                 Err(error.into())
             }
         }
+    }
+}
+
+/// Contract: what was written was sent.
+fn check_nothing_dirty(space: &Space<'_>) -> Result<(), MigrateError> {
+    let mut dirty = space.none()?;
+    space.peek(&mut dirty)?;
+    if dirty.is_empty() {
+        Ok(())
+    } else {
+        Err(MigrateError::DirtyAtCommit { pages: dirty.len() })
     }
 }
 

@@ -7,24 +7,23 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_io::{GuestMemory, PAGE_SIZE};
+use migration_io::PAGE_SIZE;
 
 use super::MigrateError;
 use super::pacer::Pacer;
 use super::pass::{Order, Pass};
+use super::space::Space;
 use super::stream::Stream;
 use crate::link::Link;
 use crate::options::Compression;
 use crate::page_set::PageSet;
-use crate::ports::DirtyLog;
 use crate::protocol::Message;
 use crate::text::panic_message;
 use crate::transport::Connection;
 
 /// What the streams share. They wait for a pass, send it together, and wait for the next.
 pub(super) struct Crew<'a> {
-    pub(super) memory: &'a GuestMemory,
-    pub(super) log: Arc<dyn DirtyLog>,
+    pub(super) space: Space<'a>,
     pub(super) pacer: Pacer,
     pub(super) compression: Option<Compression>,
     pub(super) counts: Counts,
@@ -40,6 +39,9 @@ pub(super) struct Counts {
     pub(super) data: AtomicU64,
     /// Pages that were zero.
     pub(super) zero: AtomicU64,
+    /// Those of them that are of disks.
+    pub(super) disk_data: AtomicU64,
+    pub(super) disk_zero: AtomicU64,
     /// Bytes put on the wire.
     pub(super) wire: AtomicU64,
     /// Whether any stream sent without a copy.
@@ -58,8 +60,7 @@ struct State {
 
 impl<'a> Crew<'a> {
     pub(super) fn new(
-        memory: &'a GuestMemory,
-        log: Arc<dyn DirtyLog>,
+        space: Space<'a>,
         connections: &'a [Connection],
         pacer: Pacer,
         compression: Option<Compression>,
@@ -72,8 +73,7 @@ impl<'a> Crew<'a> {
             failure: None,
         };
         Self {
-            memory,
-            log,
+            space,
             pacer,
             compression,
             counts: Counts::default(),
@@ -224,7 +224,15 @@ impl Counts {
         self.wire.load(Ordering::Relaxed)
     }
 
-    /// Pages with content, and pages that were zero.
+    /// Pages with content, and pages that were zero, of disks alone.
+    pub(super) fn disk_pages(&self) -> (u64, u64) {
+        (
+            self.disk_data.load(Ordering::Relaxed),
+            self.disk_zero.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Pages with content, and pages that were zero, of memory and disks.
     pub(super) fn pages(&self) -> (u64, u64) {
         (
             self.data.load(Ordering::Relaxed),

@@ -37,13 +37,19 @@ pub(crate) enum MigrateError {
     Refused { differences: Vec<Difference> },
     #[error("{0}")]
     Missed(Miss),
+    #[error("the disks cannot be copied before the deadline of {deadline:?}")]
+    DisksMissDeadline { deadline: Duration },
+    #[error("disks that come along: expected {expected}, got {got}")]
+    Disks { expected: String, got: String },
     #[error("downtime would be {predicted:.1?}, expected at most {budget:.1?}")]
     OverBudget { predicted: Duration, budget: Duration },
     #[error(
         "\"go\" was sent but did not arrive, and the destination gave the machine up: it runs here again"
     )]
     GivenUp(#[source] Box<MigrateError>),
-    #[error("memory differs: the digest is {source_digest:032x} here and {destination_digest:032x} there")]
+    #[error(
+        "memory or disks differ: the digest is {source_digest:032x} here and {destination_digest:032x} there"
+    )]
     DigestDiffers {
         source_digest: u128,
         destination_digest: u128,

@@ -15,6 +15,8 @@ const PINGS: usize = 4;
 pub(super) struct Agreed {
     pub(super) token: Token,
     pub(super) plan: Plan,
+    /// The devices whose disks come along.
+    pub(super) disks: Vec<u32>,
     pub(super) compression: Option<Compression>,
     pub(super) round_trip: Duration,
 }
@@ -32,22 +34,29 @@ impl Job<'_> {
         let files = self
             .source
             .memory_files()
-            .filter(|_| matches!(self.to, Endpoint::Unix(_)) && features.has(Features::HANDOVER));
+            // Disks come over streams, of which there are none then.
+            .filter(|_| matches!(self.to, Endpoint::Unix(_)) && !self.options.with_disks)
+            .filter(|_| features.has(Features::HANDOVER));
         let plan = match &files {
             Some(_) => Plan::Handover,
             None => Plan::Streams(self.options.streams.clamp(1, MAX_STREAMS)),
         };
         let machine = self.source.describe();
-        link.send(&Message::Describe { machine, plan })?;
+        let devices = machine.devices.len();
+        link.send(&Message::Describe {
+            machine,
+            plan,
+            disks: self.options.with_disks,
+        })?;
         if let Some(files) = &files {
             let files: Vec<_> = files.iter().map(OwnedFd::as_fd).collect();
             link.send_with_files(&Message::MemoryFiles, &files)?;
         }
-        match link.receive_message("accept or refuse")? {
-            Message::Accept => {}
+        let disks = match link.receive_message("accept or refuse")? {
+            Message::Accept { disks } => self.check_disks(disks, devices)?,
             Message::Refuse(differences) => return Err(MigrateError::Refused { differences }),
             other => return Err(unexpected("accept or refuse", &other)),
-        }
+        };
         let wanted = |compression: &Compression| {
             features.has(match compression {
                 Compression::Lz4 => Features::LZ4,
@@ -57,9 +66,28 @@ impl Job<'_> {
         Ok(Agreed {
             token,
             plan,
+            disks,
             compression: self.options.compression.filter(wanted),
             round_trip,
         })
+    }
+
+    /// The disks that the destination wants, if they may come along and are of devices that there are.
+    fn check_disks(&self, disks: Vec<u32>, devices: usize) -> Result<Vec<u32>, MigrateError> {
+        let ascend = disks.windows(2).all(|pair| pair[0] < pair[1]);
+        let exist = disks.iter().all(|disk| (*disk as usize) < devices);
+        if !(disks.is_empty() || self.options.with_disks && ascend && exist) {
+            let expected = if self.options.with_disks {
+                format!("some of {devices} devices, ascending")
+            } else {
+                "none".into()
+            };
+            return Err(MigrateError::Disks {
+                expected,
+                got: format!("those of devices {disks:?}"),
+            });
+        }
+        Ok(disks)
     }
 
     /// Opens the data streams.

@@ -5,11 +5,13 @@ mod crew;
 mod doubt;
 mod error;
 mod handshake;
+mod mirror;
 mod observe;
 mod pacer;
 mod pass;
 mod precopy;
 mod rehearse;
+mod space;
 mod squeeze;
 mod stream;
 mod switch;
@@ -23,7 +25,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
-use migration_io::GuestMemory;
+use migration_io::{GuestMemory, PAGE_SIZE};
 
 use crate::commit::Claim;
 use crate::control::Control;
@@ -38,6 +40,7 @@ use crew::Crew;
 use handshake::Agreed;
 use observe::Watch;
 use pacer::Pacer;
+use space::Space;
 
 /// How a migration ended at the source.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,6 +114,7 @@ struct Job<'a> {
 /// fails half-way or panics.
 #[derive(Clone, Copy, Debug, Default)]
 struct Standing {
+    mirroring: bool,
     logging: bool,
     throttled: bool,
     /// Whose the guest is.
@@ -174,12 +178,14 @@ impl<'a> Job<'a> {
     ) -> Result<(), MigrateError> {
         let connections = self.open_streams(agreed, streams)?;
         self.report.streams = streams;
+        let disks = self.start_mirror(alive, &agreed.disks)?;
         self.standing.logging = true;
         let log: Arc<dyn DirtyLog> =
             self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
         tracing::debug!(round_trip = ?agreed.round_trip, "streams");
         let pacer = Pacer::new(self.options.bandwidth, Instant::now());
-        let crew = Crew::new(memory, log, &connections, pacer, agreed.compression);
+        let space = Space::new(self.source.describe().memory, memory, log, disks)?;
+        let crew = Crew::new(space, &connections, pacer, agreed.compression);
         thread::scope(|scope| {
             // However this ends, the threads do.
             let _end = EndOf(&crew);
@@ -190,18 +196,28 @@ impl<'a> Job<'a> {
             .map_err(MigrateError::Thread)?;
             let mut watch = Watch::new(self, agreed.round_trip);
             let result = self
-                .precopy(link, alive, &crew, &mut watch)
+                .mirror(link, alive, &crew)
+                .and_then(|()| self.precopy(link, alive, &crew, &mut watch))
+                .map_err(|error| match error {
+                    // The guest runs: there is time to hear what the destination has to say about it.
+                    MigrateError::Link(LinkError::Io { .. } | LinkError::Closed { .. }) => {
+                        link.last_words().map_or(error, MigrateError::from)
+                    }
+                    error => error,
+                })
                 .and_then(|unsent| self.stop_and_copy(link, alive, &crew, unsent));
             self.count(&crew);
             let stopped = result?;
-            self.commit(link, alive, Some(&*crew.log), stopped, agreed.round_trip)
+            self.commit(link, alive, Some(&crew.space), stopped, agreed.round_trip)
         })
     }
 
     fn count(&mut self, crew: &Crew<'_>) {
         let (data, zero) = crew.counts.pages();
-        self.report.pages_sent = data;
-        self.report.pages_zero += zero;
+        let (disk_data, disk_zero) = crew.counts.disk_pages();
+        self.report.pages_sent = data - disk_data;
+        self.report.pages_zero += zero - disk_zero;
+        self.report.disk_bytes = disk_data * PAGE_SIZE;
         self.report.bytes_sent += crew.counts.wire();
         if crew.counts.zerocopy.load(Ordering::Relaxed) {
             self.report.data_path = DataPath::Zerocopy;
@@ -222,6 +238,9 @@ impl<'a> Job<'a> {
         }
         if std::mem::take(&mut self.standing.logging) {
             self.undo_step("stop_dirty_log", |source| source.stop_dirty_log());
+        }
+        if std::mem::take(&mut self.standing.mirroring) {
+            self.undo_step("stop_mirror", |source| source.stop_mirror());
         }
     }
 

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
-use super::precopy::peek;
 use super::{Job, MigrateError};
 use crate::converge::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
 use crate::link::KeepAlive;
@@ -102,16 +101,16 @@ impl Job<'_> {
     ) -> Result<Decision, MigrateError> {
         let mut dirty = match watch.dirty.take() {
             Some(set) => set,
-            None => PageSet::of(crew.memory)?,
+            None => crew.space.none()?,
         };
         dirty.clear();
         let began = Instant::now();
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
-        peek(&*crew.log, &mut dirty)?;
+        crew.space.peek(&mut dirty)?;
         watch.costs.final_log = began.elapsed();
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
-        let by_vcpu = crew.log.by_vcpu();
+        let by_vcpu = crew.space.log.by_vcpu();
         let observation = Observation {
             at,
             round,

@@ -6,16 +6,16 @@ use super::crew::Crew;
 use super::handshake::unexpected;
 use super::observe::{SWITCH_ROUND_TRIPS, Watch};
 use super::pass::{Order, spans_in_order};
+use super::space::add;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::{Decision, Verdict};
 use crate::link::{KeepAlive, Link};
 use crate::page_set::PageSet;
-use crate::ports::DirtyLog;
 use crate::protocol::{MAX_SPANS, Message};
 
 /// How often the log is counted and the policy asked while the streams are at work.
-const TICK: Duration = Duration::from_millis(10);
+pub(super) const TICK: Duration = Duration::from_millis(10);
 
 /// Most rehearsals in a row.
 const REHEARSALS: u32 = 4;
@@ -49,34 +49,36 @@ impl Job<'_> {
         loop {
             n += 1;
             let decision = self.round(link, alive, crew, watch, n, pages)?;
-            pages = PageSet::of(crew.memory)?;
+            pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
             if self.settles(link, alive, crew, watch, n, decision)? {
                 return Ok(pages);
             }
-            peek(&*crew.log, &mut pages)?;
+            crew.space.peek(&mut pages)?;
         }
     }
 
-    /// Every page that may hold something. What was never touched is zero on both sides and needs no word.
+    /// Every page of memory that may hold something. What was never touched is zero on both sides and needs no word.
     fn first_pages(&mut self, alive: &KeepAlive, crew: &Crew<'_>) -> Result<PageSet, MigrateError> {
-        let mut populated = PageSet::of(crew.memory)?;
+        let mut populated = PageSet::of(crew.space.memory)?;
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         let mut untouched = populated.clone();
         untouched.invert();
         // A log may start with all pages marked. The marks of untouched pages go before the second look: what
         // is written between the two is seen by it, what is written after it is marked again.
         for (region, words) in untouched.words() {
-            clear(&*crew.log, region, 0, words)?;
+            crew.space.clear_ram(region, 0, words)?;
         }
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
-        self.report.pages_zero = PageSet::of(crew.memory)?.pages_in_all() - populated.len();
-        let total_bytes = populated.pages_in_all() * PAGE_SIZE;
+        self.report.pages_zero = populated.pages_in_all() - populated.len();
+        let mut pages = crew.space.none()?;
+        let total_bytes = pages.pages_in_all() * PAGE_SIZE;
+        add(&populated, &mut pages);
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total_bytes;
         });
-        Ok(populated)
+        Ok(pages)
     }
 
     /// Sends pages as round `n`, watching what the guest does meanwhile. Ends early if the policy says so.
@@ -180,7 +182,7 @@ impl Job<'_> {
     }
 
     /// The number of the next pass over pages; the wire calls it a round.
-    fn next_pass(&mut self) -> u32 {
+    pub(super) fn next_pass(&mut self) -> u32 {
         self.passes += 1;
         self.passes
     }
@@ -227,26 +229,6 @@ fn judge(decision: &Decision) -> Result<(), MigrateError> {
         Verdict::Miss(miss) => Err(MigrateError::Missed(miss.clone())),
         Verdict::Continue | Verdict::Switch => Ok(()),
     }
-}
-
-/// Adds what is marked.
-pub(super) fn peek(log: &dyn DirtyLog, to: &mut PageSet) -> Result<(), MigrateError> {
-    log.peek(to)
-        .map_err(|source| MigrateError::Machine { call: "peek", source })
-}
-
-/// Clears marks, see [`DirtyLog::clear`].
-pub(super) fn clear(
-    log: &dyn DirtyLog,
-    region: usize,
-    first: u64,
-    words: &[u64],
-) -> Result<(), MigrateError> {
-    log.clear(region, first, words)
-        .map_err(|source| MigrateError::Machine {
-            call: "clear",
-            source,
-        })
 }
 
 /// Waits until everything that was sent is in the destination's memory.

@@ -8,11 +8,12 @@ use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 use super::MigrateError;
 use super::crew::Crew;
 use super::pass::{Chunk, runs};
-use super::precopy::clear;
+use super::space::{Disk, read_failed};
 use super::squeeze::Squeeze;
 use crate::link::Link;
 use crate::options::Compression;
 use crate::protocol::{CompressedTable, MAX_BATCH_BYTES, MAX_BATCH_RANGES, Message, PageTable, Span};
+use crate::space::is_disk;
 
 /// A stream and the batch that it fills.
 pub(super) struct Stream<'a> {
@@ -20,6 +21,10 @@ pub(super) struct Stream<'a> {
     link: Link<'a>,
     squeeze: Option<Squeeze>,
     table: PageTable,
+    /// What the table's pages hold, if they are those of a disk: memory's are sent from where they are.
+    content: Vec<u8>,
+    /// A run of a disk's pages.
+    run: Vec<u8>,
     data_bytes: u64,
     zero_bytes: u64,
 }
@@ -32,6 +37,8 @@ impl<'a> Stream<'a> {
             link,
             squeeze: crew.compression.map(Squeeze::new).transpose()?,
             table: PageTable::default(),
+            content: Vec::new(),
+            run: Vec::new(),
             data_bytes: 0,
             zero_bytes: 0,
         })
@@ -39,11 +46,14 @@ impl<'a> Stream<'a> {
 
     /// Sends a chunk, in batches: many scattered pages take one system call, and zero pages a few bytes.
     pub(super) fn send(&mut self, chunk: &Chunk) -> Result<(), MigrateError> {
-        // Before any of its pages is read: a page that is written from here on is marked again.
-        clear(&*self.crew.log, chunk.region, chunk.first, &chunk.words)?;
+        let space = &self.crew.space;
+        space.clear(chunk)?;
         let most = self.crew.pacer.batch_bytes(MAX_BATCH_BYTES).max(PAGE_SIZE);
+        if let Some(disk) = space.disk(chunk.region) {
+            return self.send_blocks(chunk, disk, most);
+        }
         for (gpa, bits) in chunk.groups() {
-            let zero = zero_pages(self.crew.memory, gpa, bits)?;
+            let zero = zero_pages(space.memory, gpa, bits)?;
             for range in runs(gpa, bits & zero) {
                 self.add_zero(range)?;
             }
@@ -66,6 +76,37 @@ impl<'a> Stream<'a> {
         }
         self.link.log_sends();
         Ok(())
+    }
+
+    /// The same for a chunk of a disk.
+    fn send_blocks(&mut self, chunk: &Chunk, disk: &Disk, most: u64) -> Result<(), MigrateError> {
+        for (gpa, bits) in chunk.groups() {
+            for range in runs(gpa, bits) {
+                let offset = range.gpa - disk.region.gpa;
+                self.run.clear();
+                self.run.resize(range.len as usize, 0);
+                // Behind the disk's end its last page is zero.
+                let len = range.len.min(disk.port.size().saturating_sub(offset));
+                disk.port
+                    .read(offset, &mut self.run[..len as usize])
+                    .map_err(read_failed)?;
+                let run = std::mem::take(&mut self.run);
+                for (gpa, page) in (range.gpa..)
+                    .step_by(PAGE_SIZE as usize)
+                    .zip(run.chunks(PAGE_SIZE as usize))
+                {
+                    let page_range = MemoryRange { gpa, len: PAGE_SIZE };
+                    if page.iter().all(|byte| *byte == 0) {
+                        self.add_zero(page_range)?;
+                    } else {
+                        self.add_data(page_range, most)?;
+                        self.content.extend_from_slice(page);
+                    }
+                }
+                self.run = run;
+            }
+        }
+        self.flush()
     }
 
     fn add_zero(&mut self, range: MemoryRange) -> Result<(), MigrateError> {
@@ -109,8 +150,11 @@ impl<'a> Stream<'a> {
         if self.data_bytes + self.zero_bytes == 0 {
             return Ok(());
         }
+        let memory = self.crew.space.memory;
         let block = match &mut self.squeeze {
-            Some(squeeze) if self.data_bytes > 0 => squeeze.compress(self.crew.memory, &self.table.data)?,
+            Some(squeeze) if self.data_bytes > 0 && self.content.is_empty() => {
+                squeeze.compress(memory, &self.table.data)?
+            }
             _ => None,
         };
         let content = block.as_ref().map_or(self.data_bytes, |block| block.len() as u64);
@@ -119,25 +163,35 @@ impl<'a> Stream<'a> {
         if let (Some(block), Some(method)) = (&block, self.crew.compression) {
             self.send_block(method, block)?;
         }
-        if !self.table.data.is_empty() || !self.table.zero.is_empty() {
-            self.link.send_pages(self.crew.memory, &self.table)?;
+        if !self.content.is_empty() {
+            self.link.send_blocks(&self.table, &self.content)?;
+        } else if !self.table.data.is_empty() || !self.table.zero.is_empty() {
+            self.link.send_pages(memory, &self.table)?;
         }
         let sent = self.link.bytes_sent() - before;
         if let Some(squeeze) = &mut self.squeeze {
             squeeze.learn(sent, began.elapsed());
         }
-        let counts = &self.crew.counts;
-        counts.wire.fetch_add(sent, Ordering::Relaxed);
-        counts
-            .data
-            .fetch_add(self.data_bytes / PAGE_SIZE, Ordering::Relaxed);
-        counts
-            .zero
-            .fetch_add(self.zero_bytes / PAGE_SIZE, Ordering::Relaxed);
+        self.count(sent);
+        self.content.clear();
         self.table.data.clear();
         self.table.zero.clear();
         (self.data_bytes, self.zero_bytes) = (0, 0);
         Ok(())
+    }
+
+    /// The batch was sent, in so many bytes.
+    fn count(&self, sent: u64) {
+        let counts = &self.crew.counts;
+        let (data, zero) = (self.data_bytes / PAGE_SIZE, self.zero_bytes / PAGE_SIZE);
+        counts.wire.fetch_add(sent, Ordering::Relaxed);
+        counts.data.fetch_add(data, Ordering::Relaxed);
+        counts.zero.fetch_add(zero, Ordering::Relaxed);
+        let mut spans = self.table.data.iter().chain(&self.table.zero);
+        if spans.any(|span| is_disk(span.gpa)) {
+            counts.disk_data.fetch_add(data, Ordering::Relaxed);
+            counts.disk_zero.fetch_add(zero, Ordering::Relaxed);
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use migration_io::{GuestMemory, digest};
 use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
-use super::precopy::{await_ack, finish_round, peek};
+use super::precopy::{await_ack, finish_round};
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::Costs;
@@ -37,7 +37,7 @@ impl Job<'_> {
         link.check("nothing before the pause")?;
         crew.pacer.set(self.options.final_bandwidth, Instant::now());
         let (paused_at, mut lap, state) = self.stop(alive)?;
-        peek(&*crew.log, &mut pages)?;
+        crew.space.peek(&mut pages)?;
         self.report.downtime.final_log_ms = lap.ms();
         let last = if pages.is_empty() {
             None
@@ -50,7 +50,7 @@ impl Job<'_> {
                 finish_round(link, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
-            verifying = self.verify(link, alive, crew.memory)?;
+            verifying = self.verify(link, alive, || crew.space.digest())?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
         } else if let Some(last) = last {
@@ -95,7 +95,7 @@ impl Job<'_> {
         let (paused_at, mut lap, state) = self.stop(alive)?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, alive, memory)?;
+            verifying = self.verify(link, alive, || Ok(digest(memory)?))?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;
@@ -129,16 +129,16 @@ impl Job<'_> {
         Ok(link.send_state(state)?)
     }
 
-    /// Compares digests of all memory. Returns how long that took.
+    /// Compares digests of all memory, and of disks that come along. Returns how long that took.
     fn verify(
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
-        memory: &GuestMemory,
+        digest: impl FnOnce() -> Result<u128, MigrateError>,
     ) -> Result<Duration, MigrateError> {
         let began = Instant::now();
         link.send(&Message::DigestRequest)?;
-        let ours = alive.during(|| digest(memory))?;
+        let ours = alive.during(digest)?;
         let theirs = match link.receive_message("digest")? {
             Message::Digest(digest) => digest,
             other => return Err(unexpected("digest", &other)),

@@ -80,7 +80,7 @@ fn memory_is_handed_over_as_files() {
             .link
             .send_with_files(&Message::MemoryFiles, &files)
             .unwrap();
-        assert_eq!(hand.control.hear(), Message::Accept);
+        assert_eq!(hand.control.hear(), ACCEPT);
         hand.control.link.send(&Message::DigestRequest).unwrap();
         let found = (
             hand.control.hear(),
@@ -170,7 +170,7 @@ fn whoever_is_not_welcome_costs_a_good_source_nothing() {
         assert!(odd.contains("\"ping\", expected begin, join or ask"), "{odd}");
         // Not the source's language: it would understand no more than a hello.
         let old = shout(to, &frame(Kind::Control, b"\0GODWITMG\x01\x01\x031.0"));
-        assert!(contains(&old, "GODWITMG") && contains(&old, "expected one of 3 to 3"));
+        assert!(contains(&old, "GODWITMG") && contains(&old, "expected one of 4 to 4"));
         assert!(contains(
             &shout(to, b"GET / HTTP/1.1\r\n\r\n"),
             "expected a frame of kind"
@@ -326,7 +326,12 @@ fn a_description_that_promises_too_much_builds_nothing() {
             assert!(matches!(peer.hear(), Message::Session { .. }));
             let (mut machine, mut plan) = (describe(&Guest::new(1, 1).memory), Plan::Streams(1));
             change(&mut machine, &mut plan);
-            peer.link.send(&Message::Describe { machine, plan }).unwrap();
+            let describe = Message::Describe {
+                machine,
+                plan,
+                disks: false,
+            };
+            peer.link.send(&describe).unwrap();
             peer.refused()
         });
         assert_eq!(destination.discarded, 0, "nothing was built");

@@ -130,6 +130,9 @@ pub(super) fn span(gpa: u64, pages: u64) -> Span {
     }
 }
 
+/// What is heard where no disk comes along.
+pub(super) const ACCEPT: Message = Message::Accept { disks: Vec::new() };
+
 impl Hand {
     /// A migration whose machine is described, with a guest that has written every other page.
     pub(super) fn describe(to: &Endpoint, guest: Guest, plan: Plan) -> Self {
@@ -145,7 +148,12 @@ impl Hand {
         control.link.send(&Message::Ping).unwrap();
         assert_eq!(control.hear(), Message::Pong);
         let machine = describe(&guest.memory);
-        control.link.send(&Message::Describe { machine, plan }).unwrap();
+        let describe = Message::Describe {
+            machine,
+            plan,
+            disks: false,
+        };
+        control.link.send(&describe).unwrap();
         Self {
             guest,
             control,
@@ -158,7 +166,7 @@ impl Hand {
     /// The same, accepted, and the streams joined.
     pub(super) fn open(to: &Endpoint, streams: u32) -> Self {
         let mut hand = Self::describe(to, Guest::new(PAGES, PAGES), Plan::Streams(streams));
-        assert_eq!(hand.control.hear(), Message::Accept);
+        assert_eq!(hand.control.hear(), ACCEPT);
         let token = hand.token;
         let join = |index| {
             let mut stream = Peer::wish(to, &Message::Join { token, index });

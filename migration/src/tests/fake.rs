@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_state::Envelope;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::disk::{FakeDisk, device};
 use super::guest::Guest;
 use crate::*;
 
@@ -34,6 +36,7 @@ pub(super) struct FakeSource {
     /// How far each vCPU is slowed down.
     pub(super) shares: Vec<f64>,
     pub(super) locked: bool,
+    pub(super) disk: Option<Arc<FakeDisk>>,
     /// Whether guest RAM can be handed over.
     pub(super) files: Option<Vec<OwnedFd>>,
     /// Page written by `save`, as a clock's page would be.
@@ -53,6 +56,7 @@ impl FakeSource {
             logging: false,
             shares: vec![0.0],
             locked: true,
+            disk: None,
             files: None,
             written_by_save: None,
             on_pause: None,
@@ -71,6 +75,11 @@ impl FakeSource {
         self.guest.await_progress();
         assert!(!self.logging, "dirty logging is on; calls: {:?}", self.calls);
         assert!(self.locked, "the disk locks are gone");
+        assert!(
+            !self.disk.as_ref().is_some_and(|disk| disk.is_logged()),
+            "a disk is mirrored; calls: {:?}",
+            self.calls
+        );
         assert!(
             self.shares.iter().all(|share| *share == 0.0),
             "throttled: {:?}",
@@ -158,7 +167,10 @@ impl DirtyLog for FakeLog {
 
 impl Source for FakeSource {
     fn describe(&self) -> MachineDescription {
-        describe(&self.guest.memory)
+        MachineDescription {
+            devices: self.disk.iter().map(|_| device()).collect(),
+            ..describe(&self.guest.memory)
+        }
     }
 
     fn memory(&self) -> GuestMemory {
@@ -176,6 +188,19 @@ impl Source for FakeSource {
     fn memory_files(&self) -> Option<Vec<OwnedFd>> {
         let files = self.files.as_ref()?;
         files.iter().map(|file| file.try_clone().ok()).collect()
+    }
+
+    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MachineError> {
+        assert_eq!(devices, [0]);
+        let disk = self.disk.clone().ok_or("no disk")?;
+        disk.log(true);
+        self.enter("mirror")?;
+        Ok(vec![disk])
+    }
+
+    fn stop_mirror(&mut self) -> Result<(), MachineError> {
+        self.disk.as_ref().ok_or("no disk")?.log(false);
+        self.enter("stop_mirror")
     }
 
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, MachineError> {
@@ -266,13 +291,21 @@ pub(super) struct FakeDestination {
     pub(super) differences: Vec<Difference>,
     /// Pages that `create` forgets to build.
     pub(super) missing_pages: u64,
+    /// Whether the machine's disk is here, so that none has to come.
+    pub(super) has_disk: bool,
+    /// Whether it wants a disk that nobody offers.
+    pub(super) greedy: bool,
+    /// Whether the disk that is made takes nothing.
+    pub(super) disk_breaks: bool,
+    /// The disk that was made.
+    pub(super) blank: Option<Arc<FakeDisk>>,
     pub(super) running: bool,
     pub(super) stopped_at: Option<Instant>,
     pub(super) discarded: u32,
 }
 
 impl Destination for FakeDestination {
-    fn check(&self, _: &MachineDescription) -> Vec<Difference> {
+    fn check(&self, _: &MachineDescription, _: bool) -> Vec<Difference> {
         if let Err(error) = fault(&self.faults, "check") {
             return vec![Difference {
                 what: "fault".into(),
@@ -287,7 +320,13 @@ impl Destination for FakeDestination {
         &mut self,
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
+        disks_come: bool,
     ) -> Result<GuestMemory, MachineError> {
+        if !description.devices.is_empty() && !self.has_disk && (disks_come || self.greedy) {
+            let disk = FakeDisk::new();
+            disk.broken.store(self.disk_breaks, Ordering::SeqCst);
+            self.blank = Some(Arc::new(disk));
+        }
         assert!(self.guest.is_none() && !self.running);
         let pages: Vec<u64> = description
             .memory
@@ -302,6 +341,11 @@ impl Destination for FakeDestination {
         self.guest = Some(guest);
         fault(&self.faults, "create")?;
         Ok(memory)
+    }
+
+    fn blank_disks(&self) -> Vec<Arc<dyn BlankDisk>> {
+        let disk = |disk: &Arc<FakeDisk>| disk.clone() as Arc<dyn BlankDisk>;
+        self.blank.iter().map(disk).collect()
     }
 
     fn is_resident(&self) -> bool {
@@ -334,6 +378,7 @@ impl Destination for FakeDestination {
         assert!(!self.running);
         self.discarded += 1;
         self.guest = None;
+        self.blank = None;
         let _ = fault(&self.faults, "discard");
     }
 }

@@ -9,12 +9,14 @@ use migration_state::Envelope;
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use super::disk;
 use super::fake::{FakeDestination, describe};
 use super::guest::{Guest, HIGH};
 use super::rig::control;
 use crate::protocol::{
     CompressedTable, Features, HEADER_LEN, Header, Hello, Kind, Message, PageTable, Plan, Span, Token,
 };
+use crate::space::disk_regions;
 use crate::*;
 
 const PAGES: u64 = 16;
@@ -39,6 +41,8 @@ fn span() -> impl Strategy<Value = Span> {
     let gpa = prop_oneof![
         (0..PAGES + 2).prop_map(|page| page * PAGE_SIZE),
         (0..PAGES + 2).prop_map(|page| HIGH + page * PAGE_SIZE),
+        // On the disk, and around its end.
+        (690..710u64).prop_map(|page| disk_regions([disk::SIZE]).unwrap()[0].gpa + page * PAGE_SIZE),
         any::<u64>(),
     ];
     let len = prop_oneof![(0..4u64).prop_map(|pages| pages * PAGE_SIZE), any::<u64>()];
@@ -88,7 +92,7 @@ fn control_message() -> impl Strategy<Value = Vec<u8>> {
             Message::DigestRequest,
             Message::Farewell,
             Message::KeepAlive,
-            Message::Accept,
+            Message::Accept { disks: vec![0] },
             Message::Hello(Hello::ours()),
         ]),
     ];
@@ -151,12 +155,21 @@ fn converse(port: u16, pieces: &[Piece]) -> Option<(Token, TcpStream)> {
         Message::Session { token, .. } => Some(*token),
         _ => None,
     })?;
-    let machine = describe(&Guest::new(PAGES, PAGES).memory);
+    let machine = MachineDescription {
+        devices: vec![disk::device()],
+        ..describe(&Guest::new(PAGES, PAGES).memory)
+    };
     let plan = Plan::Streams(1);
     control
-        .write_all(&message(&Message::Describe { machine, plan }))
+        .write_all(&message(&Message::Describe {
+            machine,
+            plan,
+            disks: true,
+        }))
         .ok()?;
-    hear(&mut control, |said| matches!(said, Message::Accept).then_some(()))?;
+    hear(&mut control, |said| {
+        matches!(said, Message::Accept { .. }).then_some(())
+    })?;
     let mut stream = connect();
     let join = [Message::Hello(Hello::ours()), Message::Join { token, index: 0 }];
     stream

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::disk::{FakeDisk, SIZE};
 use crate::{GuestMemory, MachineError, PAGE_SIZE};
 
 /// First address of the second region.
@@ -24,6 +25,8 @@ pub(super) struct Guest {
 }
 
 struct Shared {
+    /// What the thread writes as well.
+    disk: OnceLock<Arc<FakeDisk>>,
     state: Mutex<GuestState>,
     changed: Condvar,
 }
@@ -100,6 +103,7 @@ impl Guest {
             ..GuestState::default()
         };
         let shared = Arc::new(Shared {
+            disk: OnceLock::new(),
             state: Mutex::new(state),
             changed: Condvar::new(),
         });
@@ -108,6 +112,11 @@ impl Guest {
             shared,
             thread: None,
         }
+    }
+
+    /// From now on the guest writes to a disk as well.
+    pub(super) fn writes_to(&self, disk: Arc<FakeDisk>) {
+        self.shared.disk.get_or_init(|| disk);
     }
 
     pub(super) fn start(&mut self, load: Load) {
@@ -254,6 +263,15 @@ fn run(memory: &GuestMemory, shared: &Shared, load: Load) {
                     random & 0x7000_0000 == 0,
                 );
             }
+        }
+        if let Some(disk) = shared.disk.get() {
+            let sector = (random >> 33) % (SIZE / 512);
+            let byte = if random & 0x7000_0000 == 0 {
+                0
+            } else {
+                random as u8
+            };
+            disk.write_and_mark(sector * 512, &[byte; 512]);
         }
         shared.changed.notify_all();
         let share = state.share;

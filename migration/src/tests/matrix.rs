@@ -151,7 +151,7 @@ impl Case {
     /// Nothing in the protocol protects the content of pages but the digest.
     fn is_found_by_digest(&self, ended: &Ended) -> bool {
         let error = ended.report.error.as_deref().unwrap_or_default();
-        self.harm == Harm::Corrupt(Part::Data) && error.contains("memory differs")
+        self.harm == Harm::Corrupt(Part::Data) && error.contains("memory or disks differ")
     }
 }
 

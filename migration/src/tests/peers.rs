@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::destination_hand::ACCEPT;
 use super::fake::FakeSource;
 use super::guest::{Guest, Load};
 use super::rig::{assert_stayed, control, hasty, options, receiver};
@@ -113,7 +114,7 @@ fn a_destination_that_does_not_read_is_left() {
     let report = thread::scope(|scope| {
         scope.spawn(move || {
             let mut control = fake.accept().unwrap().0;
-            let accept = [greeting(), vec![Message::Accept]].concat();
+            let accept = [greeting(), vec![ACCEPT]].concat();
             control
                 .write_all(&accept.iter().flat_map(frame).collect::<Vec<u8>>())
                 .unwrap();
@@ -147,7 +148,7 @@ fn a_destination_that_talks_nonsense_is_left() {
         say_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
     });
     assert!(error.contains("does not speak the protocol"), "{error}");
-    let error = meet(&options(), |stream| say(stream, &[Message::Accept]));
+    let error = meet(&options(), |stream| say(stream, &[ACCEPT]));
     assert!(error.contains("said \"accept\", expected hello"), "{error}");
     let early = [greeting(), vec![Message::RoundAck { round: 7, late_ns: 0 }]].concat();
     let error = meet(&options(), |stream| say(stream, &early));
@@ -155,13 +156,13 @@ fn a_destination_that_talks_nonsense_is_left() {
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
     let error = meet(&options(), |stream| say(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
-    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 4u16, 5u16, "9.9")).unwrap();
+    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 5u16, 6u16, "9.9")).unwrap();
     let header = Header::new(Kind::Control, newer.len()).unwrap().encode();
     let error = meet(&options(), |stream| {
         say_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
-        error.contains("versions 4 to 5 (godwit 9.9), expected one of 3 to 3"),
+        error.contains("versions 5 to 6 (godwit 9.9), expected one of 4 to 4"),
         "{error}"
     );
 }

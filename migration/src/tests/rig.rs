@@ -76,6 +76,9 @@ pub(super) fn assert_moved(source: &FakeSource, destination: &FakeDestination, r
     let guest = destination.guest.as_ref().unwrap();
     assert_eq!(guest.registers(), source.guest.registers());
     guest.check_stamps();
+    if let (Some(ours), Some(theirs)) = (&source.disk, &destination.blank) {
+        assert!(ours.content() == theirs.content(), "disks differ");
+    }
     assert_downtime(report);
 }
 

@@ -40,9 +40,12 @@ pub struct MigrationRequest {
     /// How page content is compressed, if at all.
     #[serde(default)]
     pub compression: Option<Compression>,
-    /// Compare digests of all memory.
+    /// Compare digests of all memory, and of disks that come along.
     #[serde(default)]
     pub verify: bool,
+    /// Whether disks that the destination does not have come along.
+    #[serde(default)]
+    pub with_disks: bool,
 }
 
 /// A request that cannot be meant.
@@ -75,6 +78,7 @@ impl MigrationRequest {
             throttle: default_throttle(),
             compression: None,
             verify: false,
+            with_disks: false,
         }
     }
 
@@ -100,6 +104,7 @@ impl MigrationRequest {
             throttle: self.throttle,
             compression: self.compression,
             verify: self.verify,
+            with_disks: self.with_disks,
             ..MigrateOptions::default()
         };
         Ok((self.destination.parse()?, options))
@@ -196,7 +201,7 @@ mod tests {
     #[test]
     fn everything_can_be_asked_for() {
         let (_, options) = request(
-            r#","max_downtime_ms":20.5,"deadline_ms":30000,"on_miss":"switch","streams":32,"verify":true,
+            r#","max_downtime_ms":20.5,"deadline_ms":30000,"on_miss":"switch","streams":32,"verify":true,"with_disks":true,
             "bandwidth_bytes_per_s":1000,"final_bandwidth_bytes_per_s":2000,"throttle":false,"compression":"zstd""#,
         )
         .unwrap();
@@ -209,6 +214,7 @@ mod tests {
             final_bandwidth: Some(2000),
             throttle: false,
             verify: true,
+            with_disks: true,
             compression: Some(Compression::Zstd),
             ..MigrateOptions::default()
         };

@@ -278,7 +278,11 @@ pub(super) struct MigrateArgs {
     /// Compress memory where it pays
     #[arg(long, value_enum)]
     pub(super) compression: Option<CompressionArg>,
-    /// Compare a digest of all memory on both sides before the guest runs on
+    /// Disks that the destination does not have come along: where nothing is at the path that `receive --disk` names, a
+    /// raw image is made there and filled while the guest runs
+    #[arg(long)]
+    pub(super) with_disks: bool,
+    /// Compare a digest of all memory, and of disks that come along, on both sides before the guest runs on
     #[arg(long)]
     pub(super) verify: bool,
     /// Write every sample to a file that `godwit report` draws
@@ -412,7 +416,7 @@ mod tests {
             Cli::try_parse_from(words).map_err(|error| error.to_string())
         };
         let all = "--streams 4 --max-downtime 20ms --deadline 30s --on-miss switch --bandwidth 1GiB/s \
-                   --final-bandwidth 500MB/s --no-throttle --compression lz4 --verify --json";
+                   --final-bandwidth 500MB/s --no-throttle --compression lz4 --with-disks --verify --json";
         let Command::Migrate(args) = migrate(all).unwrap().command else {
             panic!("another command");
         };

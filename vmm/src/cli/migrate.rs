@@ -67,6 +67,7 @@ fn request(args: &MigrateArgs) -> MigrationRequest {
             CompressionArg::Zstd => Compression::Zstd,
         }),
         verify: args.verify,
+        with_disks: args.with_disks,
         ..MigrationRequest::to(&args.destination)
     }
 }
@@ -163,6 +164,15 @@ fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
         report.pages_sent,
         report.pages_zero
     )?;
+    if report.disks > 0 {
+        writeln!(
+            out,
+            "  disks      {} came along: {:.1} MiB, in {:.1} ms before memory",
+            report.disks,
+            report.disk_bytes as f64 / MIB,
+            report.mirror_ms
+        )?;
+    }
     if report.outcome == Outcome::Moved {
         let kept = if report.budget_kept { "kept" } else { "missed" };
         writeln!(

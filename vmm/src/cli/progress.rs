@@ -124,6 +124,7 @@ fn phase(phase: Phase) -> &'static str {
     match phase {
         Phase::Waiting => "waiting",
         Phase::Handshake => "handshake",
+        Phase::Mirror => "disks",
         Phase::Precopy => "pre-copy",
         Phase::StopAndCopy => "stop-and-copy",
         Phase::Commit => "commit",

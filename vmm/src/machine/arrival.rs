@@ -1,6 +1,7 @@
 //! What this host offers to a machine that arrives, and what of its devices that leaves out.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use migration::{DeviceDescription, Difference};
 use migration_state::Record;
 
 use super::backends::{CONSOLE_ID, RNG_ID, Unavailable, VSOCK_ID};
+use super::blank::{Blank, BlankError};
 use super::description;
 use crate::config::MAX_DEVICES;
 
@@ -35,8 +37,29 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// Everything about a machine's devices that cannot be had here.
-    pub(super) fn check_devices(&self, devices: &[DeviceDescription]) -> Vec<Difference> {
+    /// A disk made anew for the device of this number, if that is what it needs: its content comes along, and there is
+    /// nothing at the path that is to be its own.
+    pub(super) fn blank(
+        &self,
+        index: usize,
+        device: &DeviceDescription,
+        disks_come: bool,
+    ) -> Result<Option<Blank>, BlankError> {
+        let path = self
+            .disks
+            .get(&device.id)
+            .filter(|_| device.kind == BlockState::KIND);
+        let Some(path) = path.filter(|path| disks_come && path.symlink_metadata().is_err_and(is_nothing))
+        else {
+            return Ok(None);
+        };
+        // There are few devices.
+        Blank::make(index as u32, path, device.backend_size).map(Some)
+    }
+
+    /// Everything about a machine's devices that cannot be had here. With `disks_come` disks that are not here do not
+    /// count.
+    pub(super) fn check_devices(&self, devices: &[DeviceDescription], disks_come: bool) -> Vec<Difference> {
         if !(1..=MAX_DEVICES + 1).contains(&devices.len()) {
             let here = format!("1 to {}", MAX_DEVICES + 1);
             return vec![difference("devices", devices.len().to_string(), here)];
@@ -44,7 +67,7 @@ impl Arrival {
         let mut differences: Vec<_> = devices
             .iter()
             .enumerate()
-            .filter_map(|(index, device)| self.check_device(index, device))
+            .filter_map(|(index, device)| self.check_device(index, device, disks_come))
             .collect();
         differences.extend(self.shared_backends(devices));
         let disks = self.disks.keys().map(|id| (BlockState::KIND, "--disk", id));
@@ -80,7 +103,7 @@ impl Arrival {
         differences
     }
 
-    fn check_device(&self, index: usize, device: &DeviceDescription) -> Option<Difference> {
+    fn check_device(&self, index: usize, device: &DeviceDescription, disks_come: bool) -> Option<Difference> {
         let what = format!("{} {:?}", noun(&device.kind), device.id);
         let is_rng = device.kind == RngState::KIND && device.id == RNG_ID;
         if (index == 0) != is_rng {
@@ -97,7 +120,12 @@ impl Arrival {
                 ));
             }
         }
-        let opened = match self.open(device) {
+        // Made to see whether that can be done, and gone again at the end of this.
+        let blank = match self.blank(index, device, disks_come) {
+            Ok(blank) => blank,
+            Err(error) => return Some(difference(&what, "room for it", migration::chain(&error))),
+        };
+        let opened = match self.open(device, blank.as_ref()) {
             Ok(opened) => opened.device,
             Err(Unavailable { expected, got }) => return Some(difference(&what, expected, got)),
         };
@@ -139,9 +167,17 @@ impl Arrival {
     }
 
     fn share_disk(&self, device: &DeviceDescription, other: &DeviceDescription) -> bool {
-        let file = |device: &DeviceDescription| self.disks.get(&device.id).and_then(|path| identity(path));
+        let path = |device: &DeviceDescription| self.disks.get(&device.id);
+        let (Some(path), Some(other_path)) = (path(device), path(other)) else {
+            return false;
+        };
         let writable = !(device.read_only && other.read_only);
-        writable && file(device).is_some_and(|id| file(other) == Some(id))
+        let same = match (identity(path), identity(other_path)) {
+            // Two that are to be made.
+            (None, None) => path == other_path,
+            (ours, theirs) => ours == theirs,
+        };
+        same && writable
     }
 }
 
@@ -150,6 +186,10 @@ fn console_ports(devices: &[DeviceDescription]) -> Vec<String> {
     let mut consoles = devices.iter().filter(|device| device.kind == ConsoleState::KIND);
     let parameters = consoles.find_map(|device| console::Parameters::from_bytes(&device.parameters).ok());
     parameters.unwrap_or_default().ports
+}
+
+fn is_nothing(error: io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
 }
 
 /// What tells one file from another, by whatever name.
@@ -229,7 +269,7 @@ mod tests {
 
     fn check(arrival: &Arrival, disks: &[DeviceDescription]) -> Vec<String> {
         let devices = [&[rng()], disks].concat();
-        let found = arrival.check_devices(&devices);
+        let found = arrival.check_devices(&devices, false);
         found.into_iter().map(|difference| difference.got).collect()
     }
 
@@ -270,7 +310,7 @@ mod tests {
 
     #[test]
     fn only_as_many_devices_as_there_are_slots_are_looked_at() {
-        assert_eq!(NOTHING.check_devices(&[])[0].expected, "0");
+        assert_eq!(NOTHING.check_devices(&[], false)[0].expected, "0");
         let many = vec![disk("x", false); 100_000];
         assert_eq!(check(&NOTHING, &many), ["1 to 13"]);
     }

@@ -16,6 +16,7 @@ use migration_state::Record;
 
 use super::MachineError;
 use super::arrival::Arrival;
+use super::blank::Blank;
 use super::devices::{MachineTerminal, NamedDevice, io_error};
 
 /// The name of the entropy device, which every machine has, as the first on the bus.
@@ -71,8 +72,12 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
 
 impl Arrival {
     /// A device like the one that a peer describes, with what this host has for it. The description is untrusted;
-    /// what the device turns out to be may still differ from it.
-    pub(super) fn open(&self, description: &DeviceDescription) -> Result<NamedDevice, Unavailable> {
+    /// what the device turns out to be may still differ from it. A disk is the one in `blank`, if there is one.
+    pub(super) fn open(
+        &self,
+        description: &DeviceDescription,
+        blank: Option<&Blank>,
+    ) -> Result<NamedDevice, Unavailable> {
         let id = &description.id;
         match description.kind.as_str() {
             RngState::KIND => Ok(named(id, Rng::new())),
@@ -81,9 +86,14 @@ impl Arrival {
                     expected: "a backend",
                     got: format!("none (use --disk {id}=PATH)"),
                 })?;
-                let backend = Backend::open(path, description.read_only).map_err(|error| Unavailable {
+                let read_only = description.read_only;
+                let opened = match blank {
+                    Some(blank) => blank.open(read_only).map_err(|error| migration::chain(&error)),
+                    None => Backend::open(path, read_only).map_err(|error| migration::chain(&error)),
+                };
+                let backend = opened.map_err(|got| Unavailable {
                     expected: "a usable backend",
-                    got: migration::chain(&error),
+                    got,
                 })?;
                 let limits = Limits::from_bytes(&description.parameters).ok_or_else(|| Unavailable {
                     expected: "rate limits",
@@ -184,11 +194,15 @@ pub(super) struct Unavailable {
 }
 
 fn block(id: &str, backend: Backend, limits: Limits) -> Result<NamedDevice, MachineError> {
-    let device = Block::new(Arc::new(backend), id, limits).map_err(|source| MachineError::Io {
+    let backend = Arc::new(backend);
+    let device = Block::new(backend.clone(), id, limits).map_err(|source| MachineError::Io {
         what: "rate limits",
         source,
     })?;
-    Ok(named(id, device))
+    Ok(NamedDevice {
+        disk: Some(backend),
+        ..named(id, device)
+    })
 }
 
 fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {
@@ -221,5 +235,6 @@ fn named(id: &str, device: impl VirtioDevice + 'static) -> NamedDevice {
         device: Box::new(device),
         balloon: None,
         terminal: None,
+        disk: None,
     }
 }

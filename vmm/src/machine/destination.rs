@@ -1,16 +1,19 @@
 //! The machine as the migration engine's destination.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use devices::GuestMemory;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 use migration::{
-    CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MachineError as PortError,
+    BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription,
+    MachineError as PortError,
 };
 
 use super::arrival::{Arrival, difference};
+use super::blank::Blank;
 use super::build::Spec;
 use super::description::cpuid_entries;
 use super::state::Pending;
@@ -39,6 +42,8 @@ pub struct MigrationDestination {
     machine: Option<Machine>,
     /// Whether the machine's memory was the reserve, or is another process's.
     resident: bool,
+    /// Disks that are filled from the source's.
+    blanks: Vec<Arc<Blank>>,
     pending: Option<Pending>,
 }
 
@@ -58,6 +63,7 @@ impl MigrationDestination {
             reserve: None,
             machine: None,
             resident: false,
+            blanks: Vec::new(),
             pending: None,
         };
         destination.prepare()?;
@@ -79,7 +85,7 @@ impl MigrationDestination {
 
     /// Fails, with all reasons, where this host cannot run the machine.
     pub fn check_all(&self, description: &MachineDescription) -> Result<(), MachineError> {
-        match self.check(description) {
+        match self.check(description, false) {
             differences if differences.is_empty() => Ok(()),
             differences => Err(MachineError::Unfit(differences)),
         }
@@ -163,15 +169,18 @@ impl MigrationDestination {
         &self,
         description: &MachineDescription,
         memory: GuestMemory,
+        blanks: &[Arc<Blank>],
     ) -> Result<Machine, MachineError> {
-        let open = |device: &DeviceDescription| {
-            self.arrival.open(device).map_err(|why| MachineError::Mismatch {
+        let open = |(index, device): (usize, &DeviceDescription)| {
+            let blank = blanks.iter().find(|blank| blank.device() as usize == index);
+            let opened = self.arrival.open(device, blank.map(|blank| &**blank));
+            opened.map_err(|why| MachineError::Mismatch {
                 what: "device",
                 expected: format!("{:?} with {}", device.id, why.expected),
                 got: why.got,
             })
         };
-        let devices: Result<Vec<_>, _> = description.devices.iter().map(open).collect();
+        let devices: Result<Vec<_>, _> = description.devices.iter().enumerate().map(open).collect();
         let spec = Spec {
             memory,
             // How a host finds out what was written is its own affair.
@@ -187,7 +196,7 @@ impl MigrationDestination {
 }
 
 impl Destination for MigrationDestination {
-    fn check(&self, description: &MachineDescription) -> Vec<Difference> {
+    fn check(&self, description: &MachineDescription, disks_come: bool) -> Vec<Difference> {
         let mut differences = self.check_memory(description);
         if !(1..=MAX_CPUS).contains(&description.cpus) {
             let got = description.cpus.to_string();
@@ -203,7 +212,7 @@ impl Destination for MigrationDestination {
         }
         differences.extend(check_cpuid(&description.cpuid, &self.host));
         differences.extend(self.check_tsc(description));
-        differences.extend(self.arrival.check_devices(&description.devices));
+        differences.extend(self.arrival.check_devices(&description.devices, disks_come));
         differences
     }
 
@@ -211,11 +220,21 @@ impl Destination for MigrationDestination {
         &mut self,
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
+        disks_come: bool,
     ) -> Result<GuestMemory, PortError> {
         let (memory, resident) = self.memory_for(description, files)?;
-        self.machine = Some(self.build(description, memory.clone())?);
+        let blanks: Result<Vec<_>, _> = (description.devices.iter().enumerate())
+            .map(|(index, device)| self.arrival.blank(index, device, disks_come))
+            .collect();
+        self.blanks = blanks?.into_iter().flatten().map(Arc::new).collect();
+        self.machine = Some(self.build(description, memory.clone(), &self.blanks)?);
         self.resident = resident;
         Ok(memory)
+    }
+
+    fn blank_disks(&self) -> Vec<Arc<dyn BlankDisk>> {
+        let disk = |blank: &Arc<Blank>| blank.clone() as Arc<dyn BlankDisk>;
+        self.blanks.iter().map(disk).collect()
     }
 
     fn is_resident(&self) -> bool {
@@ -227,6 +246,8 @@ impl Destination for MigrationDestination {
             .machine
             .as_ref()
             .ok_or("rehearse: expected a machine, got none")?;
+        // What is durable now need not be made so while the guest waits.
+        self.blanks.iter().try_for_each(|blank| blank.flush())?;
         Ok(machine.rehearse_restore(state)?)
     }
 
@@ -236,6 +257,7 @@ impl Destination for MigrationDestination {
             .as_ref()
             .ok_or("restore: expected a machine, got none")?;
         self.pending = Some(machine.restore(state)?);
+        self.blanks.iter().try_for_each(|blank| blank.give_name())?;
         Ok(())
     }
 
@@ -248,6 +270,8 @@ impl Destination for MigrationDestination {
             .pending
             .take()
             .ok_or("resume: expected a restored machine, got a bare one")?;
+        // Whatever happens from here on, this is the guest's disk.
+        self.blanks.iter().for_each(|blank| blank.keep());
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
         Ok(machine.run_restored(&pending, stopped_at)?)
@@ -257,6 +281,7 @@ impl Destination for MigrationDestination {
         self.resident = false;
         self.pending = None;
         self.machine = None;
+        self.blanks.clear();
     }
 }
 

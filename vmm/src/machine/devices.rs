@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
+use devices::virtio::block::Backend;
 use devices::virtio::mmio::Transport;
 use devices::virtio::{VirtioDevice, balloon, console};
 use devices::{Counters, ExitEvent, GuestExit, GuestMemory};
@@ -34,6 +35,8 @@ pub(crate) struct NamedDevice {
     pub(crate) balloon: Option<Arc<balloon::Control>>,
     /// The host's end of it, if it is a console.
     pub(crate) terminal: Option<MachineTerminal>,
+    /// What is behind it, if it is a disk.
+    pub(crate) disk: Option<Arc<Backend>>,
 }
 
 /// The host's end of a virtio console.
@@ -51,6 +54,7 @@ pub(super) struct VirtioSlot {
     balloon: Option<Arc<balloon::Control>>,
     terminal: Option<MachineTerminal>,
     metrics: [Arc<dyn Counters>; 2],
+    pub(super) disk: Option<Arc<Backend>>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -267,6 +271,7 @@ fn virtio_slot(
         balloon: named.balloon,
         terminal: named.terminal,
         metrics: transport.metrics(),
+        disk: named.disk,
         transport: Arc::new(Mutex::new(transport)),
     })
 }

@@ -46,6 +46,8 @@ pub enum MachineError {
     Clock(#[from] ClockError),
     #[error(transparent)]
     Disk(#[from] BackendError),
+    #[error(transparent)]
+    Blank(#[from] super::blank::BlankError),
     #[error("{}", super::VSOCK_ID)]
     Vsock(#[from] HostSocketError),
     #[error("{}", super::CONSOLE_ID)]

@@ -3,6 +3,7 @@
 mod arrival;
 mod backends;
 mod baseline;
+mod blank;
 mod build;
 mod description;
 mod destination;

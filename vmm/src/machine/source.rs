@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::GuestMemory;
-use migration::{DirtyLog, MachineDescription, MachineError as PortError, PageSet, Rehearsal, Source};
+use devices::virtio::block::{Backend, BlockLog};
+use migration::{
+    DirtyLog, MachineDescription, MachineError as PortError, PageSet, Rehearsal, Source, SourceDisk,
+};
 
 use super::Machine;
 use crate::memory;
@@ -24,6 +27,34 @@ impl MigrationSource {
             machine,
             paused_at: None,
         }
+    }
+}
+
+/// A disk whose content comes along.
+struct MirroredDisk {
+    backend: Arc<Backend>,
+    log: Arc<BlockLog>,
+}
+
+impl SourceDisk for MirroredDisk {
+    fn size(&self) -> u64 {
+        self.backend.size()
+    }
+
+    fn allocated(&self) -> Result<Vec<(u64, u64)>, PortError> {
+        Ok(self.backend.allocated()?)
+    }
+
+    fn marked(&self) -> Vec<u64> {
+        self.log.marked()
+    }
+
+    fn clear(&self, first: u64, words: &[u64]) {
+        self.log.clear(first, words);
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError> {
+        Ok(self.backend.read_at(offset, into)?)
     }
 }
 
@@ -46,6 +77,31 @@ impl Source for MigrationSource {
             tracing::warn!(%error, "the files behind guest memory cannot be handed over");
             None
         })
+    }
+
+    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, PortError> {
+        let disk = |device: &u32| -> Result<Arc<dyn SourceDisk>, PortError> {
+            let slot = self.machine.devices.virtio.get(*device as usize);
+            let backend = slot.and_then(|slot| slot.disk.clone());
+            let backend =
+                backend.ok_or_else(|| format!("device {device}: expected a disk, got something else"))?;
+            Ok(Arc::new(MirroredDisk {
+                log: backend.start_log(),
+                backend,
+            }))
+        };
+        devices.iter().map(disk).collect()
+    }
+
+    fn stop_mirror(&mut self) -> Result<(), PortError> {
+        let disks = self
+            .machine
+            .devices
+            .virtio
+            .iter()
+            .filter_map(|slot| slot.disk.as_ref());
+        disks.for_each(|disk| disk.stop_log());
+        Ok(())
     }
 
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError> {

@@ -46,7 +46,7 @@ impl MigrationDestination {
             SnapshotMemory::Mapped(memory) => (memory, true),
             SnapshotMemory::Read(memory) => (memory, false),
         };
-        let machine = self.build(snapshot.machine(), memory)?;
+        let machine = self.build(snapshot.machine(), memory, &[])?;
         if mapped {
             machine.based_on(snapshot.id());
         }

@@ -4,12 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, seek};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::SECTOR_SIZE;
+use super::log::{BlockLog, Logging};
 use super::sys::{self, Lock};
 use crate::GuestMemory;
 use crate::virtio::sys::At;
@@ -23,6 +25,9 @@ pub struct Backend {
     is_block_device: bool,
     read_only: bool,
     sectors: u64,
+    /// Nobody else has written to it, so that nothing that is cached of it is out of date.
+    made_here: bool,
+    logging: Logging,
 }
 
 /// Why a disk cannot be used. Every message is one line that names the path.
@@ -148,7 +153,18 @@ impl Backend {
             is_block_device,
             read_only,
             sectors: size / SECTOR_SIZE,
+            made_here: false,
+            logging: Logging::default(),
         })
+    }
+
+    /// The same disk, which was made on this host, and whose name is, or will be, `path`.
+    pub fn made_here(self, path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            made_here: true,
+            ..self
+        }
     }
 
     /// Where it is.
@@ -195,6 +211,45 @@ impl Backend {
             .map_err(self.failed("unlock it"))
     }
 
+    /// Logs from now on what is written to it. Any log before that ends.
+    pub fn start_log(&self) -> Arc<BlockLog> {
+        self.logging.start(self.size())
+    }
+
+    /// Ends the log.
+    pub fn stop_log(&self) {
+        self.logging.stop();
+    }
+
+    /// Ranges of bytes that may hold something, as offset and length; all else is zero.
+    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
+        let (size, mut at) = (self.size(), 0);
+        let mut ranges = Vec::new();
+        while at < size {
+            let data = match seek(&self.file, rustix::fs::SeekFrom::Data(at)) {
+                Ok(data) => data.min(size),
+                // Nothing but a hole from here on.
+                Err(Errno::NXIO) => break,
+                // A file system, or a device, that knows of no holes.
+                Err(Errno::INVAL) => at,
+                Err(errno) => return Err(self.failed("look for holes in it")(errno.into())),
+            };
+            let hole = seek(&self.file, rustix::fs::SeekFrom::Hole(data)).map_or(size, |hole| hole.min(size));
+            if hole > data {
+                ranges.push((data, hole - data));
+            }
+            at = hole.max(data + 1);
+        }
+        Ok(ranges)
+    }
+
+    /// Reads what is at byte `offset` of the disk.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BackendError> {
+        self.file
+            .read_exact_at(into, offset)
+            .map_err(self.failed("read it"))
+    }
+
     /// Makes what was written durable.
     pub fn flush(&self) -> Result<(), BackendError> {
         self.file.sync_data().map_err(self.failed("write it back"))
@@ -203,7 +258,9 @@ impl Backend {
     /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
     /// there afterwards, so nothing fails where it cannot.
     pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
-        match self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len) {
+        let done = self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len);
+        self.logging.written(offset, len);
+        match done {
             // Not at all, or not such small parts of it.
             Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
             done => done.map_err(|errno| self.failed("discard a part of it")(errno.into())),
@@ -221,6 +278,7 @@ impl Backend {
             Err(Errno::OPNOTSUPP | Errno::INVAL) => self.zero(offset, len),
             done => done.map_err(io::Error::from),
         };
+        self.logging.written(offset, len);
         done.map_err(self.failed("zero a part of it"))
     }
 
@@ -244,6 +302,9 @@ impl Backend {
 
     /// Drops what this host has cached of the disk, so that what another host wrote is read from the disk.
     pub fn invalidate(&self) -> Result<(), BackendError> {
+        if self.made_here {
+            return Ok(());
+        }
         if self.is_block_device {
             match sys::flush_buffers(&self.file) {
                 // Needs a privilege; advice does without, page by page.
@@ -283,14 +344,17 @@ impl Backend {
         len: u32,
         offset: u64,
     ) -> Result<(), GuestMemoryError> {
-        memory.write_all_volatile_to(
+        let written = memory.write_all_volatile_to(
             address,
             &mut At {
                 file: &self.file,
                 offset,
             },
             len as usize,
-        )
+        );
+        // A part of it may have been, also where it failed.
+        self.logging.written(offset, len.into());
+        written
     }
 
     fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {

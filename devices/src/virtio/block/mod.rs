@@ -2,6 +2,7 @@
 
 mod backend;
 mod device;
+mod log;
 mod metrics;
 mod request;
 mod state;
@@ -12,6 +13,7 @@ mod tests;
 
 pub use backend::{Backend, BackendError};
 pub use device::Block;
+pub use log::BlockLog;
 pub use metrics::BlockMetrics;
 pub use state::BlockState;
 

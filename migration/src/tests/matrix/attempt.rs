@@ -116,6 +116,9 @@ impl<'a> Rig<'a> {
         let guest = destination.guest.as_ref().unwrap();
         assert_eq!(guest.registers(), self.source.guest.registers());
         guest.check_stamps();
+        if let (Some(ours), Some(theirs)) = (&self.source.disk, &destination.blank) {
+            assert!(ours.content() == theirs.content(), "disks differ: {report:?}");
+        }
         if let Some(downtime_ms) = report.downtime_ms {
             let terms = report.downtime.total_ms();
             assert!((terms - downtime_ms).abs() < 1e-6, "{report:?}");
@@ -182,6 +185,9 @@ impl<'a> Rig<'a> {
             Answer::GaveUp => {
                 self.source.resume().unwrap();
                 self.source.stop_dirty_log().unwrap();
+                if self.setup.disks {
+                    self.source.stop_mirror().unwrap();
+                }
                 self.source.throttle(&[0.0]).unwrap();
                 self.check_stayed(report);
             }

@@ -1,9 +1,11 @@
 //! Migrations that bring every message about.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use fault_proxy::{Connection, Direction, Part, Point};
 
+use super::super::disk::FakeDisk;
 use super::super::fake::{FakeDestination, FakeSource, Fault};
 use super::super::guest::{Guest, HIGH, Load};
 use super::harm::Harm;
@@ -15,6 +17,8 @@ pub(super) struct Setup {
     /// Whether memory is handed over, on a Unix socket.
     pub(super) handover: bool,
     pub(super) compression: Option<Compression>,
+    /// Whether a disk comes along.
+    pub(super) disks: bool,
     /// A fault without which the messages that are looked at would not come.
     pub(super) first: Option<(Connection, Direction, &'static str, Harm)>,
     /// A call of the source's machine that takes long.
@@ -29,6 +33,7 @@ const PLAIN: Setup = Setup {
     name: "copy",
     handover: false,
     compression: None,
+    disks: false,
     first: None,
     slow: None,
     destination: None,
@@ -51,12 +56,18 @@ const fn lost(name: &'static str, direction: Direction, message: &'static str) -
 }
 
 /// Between them they have every message of the protocol.
-pub(super) static SETUPS: [Setup; 12] = [
+pub(super) static SETUPS: [Setup; 13] = [
     PLAIN,
     Setup {
         name: "compressed",
         compression: Some(Compression::Zstd),
         looks_at: |point| point.message == "compressed pages",
+        ..PLAIN
+    },
+    Setup {
+        name: "with a disk",
+        disks: true,
+        looks_at: |point| ["describe", "accept", "pages"].contains(&point.message.as_str()),
         ..PLAIN
     },
     Setup {
@@ -116,6 +127,7 @@ impl Setup {
             on_miss: OnMiss::Switch,
             verify: true,
             compression: self.compression,
+            with_disks: self.disks,
             // Else it does not pay.
             bandwidth: self.compression.map(|_| 8 << 20),
             connect_timeout: Duration::from_millis(500),
@@ -141,9 +153,15 @@ impl Setup {
             guest.write(HIGH + page * PAGE_SIZE, false);
         }
         guest.throttle(0.95);
+        let disk = self.disks.then(|| Arc::new(FakeDisk::new()));
+        if let Some(disk) = &disk {
+            disk.write_and_mark(0, &[7; 40 << 10]);
+            guest.writes_to(disk.clone());
+        }
         guest.start(Load { pages: low + high });
         let mut source = FakeSource::new(guest);
         source.files = files;
+        source.disk = disk;
         source
             .faults
             .extend(self.slow.map(|call| (call, Fault::Slow(LONG))));

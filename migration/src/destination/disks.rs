@@ -1,0 +1,104 @@
+//! Disks that come along, as they fill up.
+
+use std::fmt;
+use std::sync::Arc;
+
+use migration_io::PAGE_SIZE;
+
+use super::ReceiveError;
+use super::job::call;
+use crate::link::Link;
+use crate::page_set::{PageSet, PageSetError};
+use crate::ports::{BlankDisk, MemoryRegion};
+use crate::protocol::{PageTable, Span};
+use crate::space::disk_regions;
+
+/// The disks that were made anew, and where their pages are.
+pub(super) struct Disks {
+    disks: Vec<(Arc<dyn BlankDisk>, MemoryRegion)>,
+}
+
+impl Disks {
+    /// Where disks lie, which must not be where memory is.
+    pub(super) fn new(disks: Vec<Arc<dyn BlankDisk>>, memory: &[MemoryRegion]) -> Result<Self, ReceiveError> {
+        let regions = disk_regions(disks.iter().map(|disk| disk.size())).map_err(ReceiveError::MemoryMap)?;
+        let all = [memory, &regions].concat();
+        PageSet::check_regions(&all).map_err(ReceiveError::MemoryMap)?;
+        Ok(Self {
+            disks: disks.into_iter().zip(regions).collect(),
+        })
+    }
+
+    /// The devices that they are behind.
+    pub(super) fn devices(&self) -> Vec<u32> {
+        self.disks.iter().map(|(disk, _)| disk.device()).collect()
+    }
+
+    /// Bytes of all of them.
+    pub(super) fn bytes(&self) -> u64 {
+        self.disks.iter().map(|(_, region)| region.len).sum()
+    }
+
+    /// How to read each of them, and its size.
+    pub(super) fn readers(
+        &self,
+    ) -> impl Iterator<Item = (u64, impl Fn(u64, &mut [u8]) -> Result<(), ReceiveError>)> {
+        self.disks.iter().map(|(disk, _)| {
+            let read = |offset, into: &mut [u8]| call("read of a disk", disk.read(offset, into));
+            (disk.size(), read)
+        })
+    }
+
+    /// Takes in one batch of pages, whose content is next on the stream.
+    pub(super) fn take(
+        &self,
+        link: &mut Link<'_>,
+        table: &PageTable,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), ReceiveError> {
+        // All of it is looked at before any of it is done.
+        for span in table.data.iter().chain(&table.zero) {
+            self.locate(*span)?;
+        }
+        // At most 1 MiB, as every table's.
+        buffer.resize(table.data_bytes() as usize, 0);
+        link.receive_bytes(buffer, "the content of a disk's pages")?;
+        let mut content = buffer.as_slice();
+        for span in &table.data {
+            let (disk, offset, len) = self.locate(*span)?;
+            let (pages, rest) = content.split_at(span.len as usize);
+            content = rest;
+            call("write to a disk", disk.write(offset, &pages[..len as usize]))?;
+        }
+        for span in &table.zero {
+            let (disk, offset, len) = self.locate(*span)?;
+            call("zeroing of a disk", disk.zero(offset, len))?;
+        }
+        Ok(())
+    }
+
+    /// The disk of a range of whole pages, the offset in it, and how many bytes of the range it has: its last page
+    /// may reach beyond its end.
+    fn locate(&self, span: Span) -> Result<(&dyn BlankDisk, u64, u64), ReceiveError> {
+        let Span { gpa, len } = span;
+        let below = self.disks.partition_point(|(_, region)| region.gpa <= gpa);
+        let located = below.checked_sub(1).and_then(|at| {
+            let (disk, region) = self.disks.get(at)?;
+            let offset = gpa - region.gpa;
+            let end = offset.checked_add(len)?;
+            (end <= region.len).then(|| (&**disk, offset, end.min(disk.size()) - offset))
+        });
+        let whole = gpa.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+        located
+            .filter(|_| whole && len > 0)
+            .ok_or(ReceiveError::Pages(PageSetError::OutOfRange { gpa, len }))
+    }
+}
+
+impl fmt::Debug for Disks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.disks.iter().map(|(_, region)| region))
+            .finish()
+    }
+}

@@ -1,0 +1,103 @@
+//! Disks that come along are copied before memory, which is dirtied faster.
+
+use std::sync::Arc;
+
+use migration_io::PAGE_SIZE;
+
+use super::crew::Crew;
+use super::pass::Order;
+use super::precopy::{TICK, finish_round};
+use super::{Job, MigrateError};
+use crate::control::Phase;
+use crate::link::{KeepAlive, Link};
+use crate::options::OnMiss;
+use crate::ports::SourceDisk;
+use crate::report::ms;
+
+/// So few bytes of the disks may be left to the rounds of memory.
+const LITTLE: u64 = 16 << 20;
+
+impl Job<'_> {
+    /// Has what is written to the disks of these devices marked.
+    pub(super) fn start_mirror(
+        &mut self,
+        alive: &KeepAlive,
+        devices: &[u32],
+    ) -> Result<Vec<Arc<dyn SourceDisk>>, MigrateError> {
+        if devices.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.standing.mirroring = true;
+        let disks = self.call(alive, "mirror", |source| source.mirror(devices))?;
+        // What the two sides take for the end of a disk decides where the next one begins.
+        let described = self.source.describe().devices;
+        let expected: Vec<u64> = devices
+            .iter()
+            .filter_map(|device| described.get(*device as usize))
+            .map(|device| device.backend_size)
+            .collect();
+        let got: Vec<u64> = disks.iter().map(|disk| disk.size()).collect();
+        if got != expected {
+            return Err(MigrateError::Disks {
+                expected: format!("{expected:?} bytes"),
+                got: format!("{got:?} bytes"),
+            });
+        }
+        self.report.disks = u32::try_from(disks.len()).unwrap_or(u32::MAX);
+        Ok(disks)
+    }
+
+    /// Copies the disks while the guest runs, until little of them is left or it does not get less. What is written
+    /// to them from then on goes with the pages that are written.
+    pub(super) fn mirror(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+    ) -> Result<(), MigrateError> {
+        if !crew.space.has_disks() {
+            return Ok(());
+        }
+        let began = self.started.elapsed();
+        let mut pages = crew.space.disk_pages()?;
+        let total_bytes = pages.pages_in_all() * PAGE_SIZE;
+        self.control.update(|progress| {
+            progress.phase = Phase::Mirror;
+            progress.total_bytes = total_bytes;
+        });
+        loop {
+            let before = pages.len();
+            let pass = self.next_pass();
+            crew.send(pass, pages, Order::Ascending);
+            while !alive.during(|| crew.wait(TICK))? {
+                // A destination that gave up is heard at once.
+                link.check("nothing while disks are sent")?;
+                self.check_deadline()?;
+                self.control.sample(|progress| {
+                    progress.remaining_bytes = crew.unsent_bytes();
+                    progress.bytes_sent = crew.counts.wire();
+                });
+            }
+            finish_round(link, pass)?;
+            pages = crew.space.none()?;
+            crew.space.peek_disks(&mut pages)?;
+            let left = pages.len();
+            if left * PAGE_SIZE <= LITTLE || left > before / 2 {
+                break;
+            }
+        }
+        self.report.mirror_ms = ms(self.started.elapsed() - began);
+        Ok(())
+    }
+
+    /// A deadline that passes before memory was begun with is missed. Whoever wants the move all the same gets it
+    /// when the disks are there.
+    fn check_deadline(&self) -> Result<(), MigrateError> {
+        match self.options.deadline {
+            Some(deadline) if self.options.on_miss == OnMiss::Fail && self.started.elapsed() > deadline => {
+                Err(MigrateError::DisksMissDeadline { deadline })
+            }
+            _ => Ok(()),
+        }
+    }
+}

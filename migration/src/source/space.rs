@@ -1,0 +1,153 @@
+//! What the source sends as pages, and the logs that say which of them were written.
+
+use std::sync::Arc;
+
+use migration_io::{GuestMemory, MemoryRange};
+
+use super::MigrateError;
+use super::pass::Chunk;
+use crate::digest::digest;
+use crate::page_set::PageSet;
+use crate::ports::{DirtyLog, MachineError, MemoryRegion, SourceDisk};
+use crate::space::disk_regions;
+
+/// Guest RAM and the disks that come along: the regions of a pass over pages, RAM's first.
+pub(super) struct Space<'a> {
+    pub(super) memory: &'a GuestMemory,
+    pub(super) log: Arc<dyn DirtyLog>,
+    disks: Vec<Disk>,
+    ram: Vec<MemoryRegion>,
+}
+
+/// A disk that comes along, and where its pages are.
+pub(super) struct Disk {
+    pub(super) port: Arc<dyn SourceDisk>,
+    pub(super) region: MemoryRegion,
+}
+
+impl<'a> Space<'a> {
+    pub(super) fn new(
+        ram: Vec<MemoryRegion>,
+        memory: &'a GuestMemory,
+        log: Arc<dyn DirtyLog>,
+        disks: Vec<Arc<dyn SourceDisk>>,
+    ) -> Result<Self, MigrateError> {
+        let regions = disk_regions(disks.iter().map(|disk| disk.size()))?;
+        let disk = |(port, region)| Disk { port, region };
+        Ok(Self {
+            memory,
+            log,
+            disks: disks.into_iter().zip(regions).map(disk).collect(),
+            ram,
+        })
+    }
+
+    /// An empty set over all of it.
+    pub(super) fn none(&self) -> Result<PageSet, MigrateError> {
+        let disks = self.disks.iter().map(|disk| disk.region);
+        let regions: Vec<_> = self.ram.iter().copied().chain(disks).collect();
+        Ok(PageSet::new(&regions)?)
+    }
+
+    /// The disk whose region has this number.
+    pub(super) fn disk(&self, region: usize) -> Option<&Disk> {
+        self.disks.get(region.checked_sub(self.ram.len())?)
+    }
+
+    /// Whether any disk comes along.
+    pub(super) fn has_disks(&self) -> bool {
+        !self.disks.is_empty()
+    }
+
+    /// Adds every page that is marked. RAM's log knows of RAM alone.
+    pub(super) fn peek(&self, into: &mut PageSet) -> Result<(), MigrateError> {
+        if !self.has_disks() {
+            return self.peek_ram(into);
+        }
+        let mut ram = PageSet::new(&self.ram)?;
+        self.peek_ram(&mut ram)?;
+        add(&ram, into);
+        self.peek_disks(into)
+    }
+
+    /// The same for the disks alone.
+    pub(super) fn peek_disks(&self, into: &mut PageSet) -> Result<(), MigrateError> {
+        for (region, disk) in (self.ram.len()..).zip(&self.disks) {
+            into.insert_bitmap(region, &disk.port.marked())?;
+        }
+        Ok(())
+    }
+
+    /// Every page of the disks that may hold something; all others are zero.
+    pub(super) fn disk_pages(&self) -> Result<PageSet, MigrateError> {
+        let mut pages = self.none()?;
+        for disk in &self.disks {
+            let ranges = disk.port.allocated().map_err(|source| MigrateError::Machine {
+                call: "allocated",
+                source,
+            })?;
+            for (offset, len) in ranges {
+                pages.insert_range(MemoryRange {
+                    gpa: disk.region.gpa.saturating_add(offset),
+                    len,
+                })?;
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Clears the marks of a chunk's pages: before any of them is read, so that what is written from here on is
+    /// marked again.
+    pub(super) fn clear(&self, chunk: &Chunk) -> Result<(), MigrateError> {
+        match self.disk(chunk.region) {
+            Some(disk) => {
+                disk.port.clear(chunk.first, &chunk.words);
+                Ok(())
+            }
+            None => self.clear_ram(chunk.region, chunk.first, &chunk.words),
+        }
+    }
+
+    /// Clears marks of RAM, see [`DirtyLog::clear`].
+    pub(super) fn clear_ram(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MigrateError> {
+        self.log
+            .clear(region, first, words)
+            .map_err(|source| MigrateError::Machine {
+                call: "clear",
+                source,
+            })
+    }
+
+    /// A digest of all of it.
+    pub(super) fn digest(&self) -> Result<u128, MigrateError> {
+        let read = |disk: &'_ Disk| {
+            let port = disk.port.clone();
+            move |offset, into: &mut [u8]| port.read(offset, into).map_err(read_failed)
+        };
+        digest(
+            self.memory,
+            self.disks.iter().map(|disk| (disk.port.size(), read(disk))),
+        )
+    }
+
+    fn peek_ram(&self, into: &mut PageSet) -> Result<(), MigrateError> {
+        self.log
+            .peek(into)
+            .map_err(|source| MigrateError::Machine { call: "peek", source })
+    }
+}
+
+/// A disk of the machine's cannot be read.
+pub(super) fn read_failed(source: MachineError) -> MigrateError {
+    MigrateError::Machine {
+        call: "read of a disk",
+        source,
+    }
+}
+
+/// Adds pages of RAM to a set over RAM and more.
+pub(super) fn add(ram: &PageSet, to: &mut PageSet) {
+    for (region, words) in ram.words() {
+        to.insert_words(region, 0, words);
+    }
+}
