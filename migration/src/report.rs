@@ -111,11 +111,14 @@ pub struct Report {
     pub pages_sent: u64,
     /// Pages sent as zero.
     pub pages_zero: u64,
-    /// Disks that came along.
+    /// Disks that came along; none in the reports of older versions.
+    #[serde(default)]
     pub disks: u32,
     /// Bytes of their content that were sent, zeroes left out; part of `bytes_sent` and not of `pages_sent`.
+    #[serde(default)]
     pub disk_bytes: u64,
     /// How long memory waited for them.
+    #[serde(default)]
     pub mirror_ms: f64,
     /// Number of data streams; 0 where memory was handed over.
     pub streams: u32,

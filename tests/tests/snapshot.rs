@@ -1,5 +1,6 @@
 //! Guests that go into files and come out of them: once, several times over, and after a life in between.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -77,6 +78,50 @@ fn shared_memory_and_rings_are_no_obstacle() -> Result<()> {
         journey.end()?;
     }
     Ok(())
+}
+
+/// Changes of the clocks, and of the past, that a snapshot's guest was told of (VMClock: UAPI.13).
+fn disruptions(directory: &Path) -> Result<(u64, u64)> {
+    const PAGE: u64 = 0xfe000;
+    let memory = std::fs::File::open(directory.join("memory"))?;
+    let read = |at| -> Result<u64> {
+        let mut bytes = [0; 8];
+        memory.read_exact_at(&mut bytes, PAGE + at)?;
+        Ok(u64::from_le_bytes(bytes))
+    };
+    ensure!(
+        read(0)? == 0x1000_4b4c_4356,
+        "no VMClock in {}",
+        directory.display()
+    );
+    Ok((read(0x10)?, read(0x68)?))
+}
+
+#[test]
+fn a_guest_is_told_where_it_has_been() -> Result<()> {
+    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let path = |number: u32| journey.host.path(&format!("saved-{number}"));
+    let paths: Vec<_> = (0..4).map(path).collect();
+    let keep = ["--keep-running"];
+    journey.vm.snapshot(&paths[0], &keep)?;
+    journey.hop(&["--verify"])?;
+    journey.vm.snapshot(&paths[1], &[])?;
+    for (from, to) in [(1, 2), (2, 3)] {
+        let restored = journey.host.restore(&paths[from], &["--resume"])?;
+        journey.arrive(restored)?;
+        journey
+            .vm
+            .snapshot(&paths[to], if to == 3 { &keep } else { &[] })?;
+    }
+    for (path, expected) in paths.iter().zip([(0, 0), (1, 0), (2, 1), (3, 2)]) {
+        ensure!(
+            disruptions(path)? == expected,
+            "{}: expected {expected:?}, got {:?}",
+            path.display(),
+            disruptions(path)?
+        );
+    }
+    journey.end()
 }
 
 #[test]

@@ -102,6 +102,7 @@ fn dsdt(slots: &[VirtioMmioSlot]) -> Sdt {
     serial_device(&mut body);
     power_button(&mut body);
     generation_counter(&mut body);
+    vmclock(&mut body);
     event_device(&mut body);
     let scope = Scope::raw(Path::new("\\_SB_"), body);
     let s5 = Package::new(vec![
@@ -182,16 +183,33 @@ fn generation_counter(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
+/// Where the guest finds the page that tells of disruptions (VMClock, UAPI.13).
+fn vmclock(body: &mut Vec<u8>) {
+    let page = Memory32Fixed::new(false, layout::VMCLOCK as u32, layout::PAGE_SIZE as u32);
+    Device::new(
+        "VCLK".into(),
+        vec![
+            &Name::new("_HID".into(), &"AMZNC10C"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&page])),
+        ],
+    )
+    .to_aml_bytes(body);
+}
+
 /// A generic event device (ACPI 6.5, 5.6.9): the machine raises one of its interrupts, and it notifies the device
 /// that has something to say.
 fn event_device(body: &mut Vec<u8>) {
     let power = Interrupt::new(true, true, false, false, layout::POWER_GSI);
     let generation = Interrupt::new(true, true, false, false, layout::GENERATION_GSI);
+    let vmclock = Interrupt::new(true, true, false, false, layout::VMCLOCK_GSI);
+    let interrupts = ResourceTemplate::new(vec![&power, &generation, &vmclock]);
     Device::new(
         "GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&power, &generation])),
+            &Name::new("_CRS".into(), &interrupts),
             &Method::new(
                 "_EVT".into(),
                 1,
@@ -204,6 +222,10 @@ fn event_device(body: &mut Vec<u8>) {
                     &If::new(
                         &Equal::new(&Arg(0), &layout::GENERATION_GSI),
                         vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &EVENT)],
+                    ),
+                    &If::new(
+                        &Equal::new(&Arg(0), &layout::VMCLOCK_GSI),
+                        vec![&Notify::new(&Path::new("\\_SB_.VCLK"), &EVENT)],
                     ),
                 ],
             ),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT for the first instruction          0x0009_fc00  MP table (1 KiB)
-//! 0x0000_6000  PVH start info, modules, memory map    0x000e_0000  RSDP and ACPI tables, generation ID
+//! 0x0000_6000  PVH start info, modules, memory map    0x000e_0000  RSDP and ACPI tables, VMClock, generation ID
 //! 0x0000_7000  zero page (Linux boot protocol)        0x0010_0000  high memory: kernel, initrd, RAM
 //! 0x0000_9000  page tables for 64-bit entry           0xc000_0000  hole: devices, IOAPIC, LAPIC
 //! 0x0002_0000  kernel command line                    0x1_0000_0000 the rest of RAM
@@ -37,7 +37,9 @@ pub const MP_TABLE_MAX: usize = 0x400;
 /// RSDP; kernels look for it between here and 1 MiB. The other ACPI tables follow.
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes for ACPI tables.
-pub const ACPI_MAX: usize = 0x1_f000;
+pub const ACPI_MAX: usize = 0x1_e000;
+/// The page of the machine's VMClock.
+pub const VMCLOCK: u64 = 0xf_e000;
 /// The page of the machine's generation ID, which has it to itself.
 pub const GENERATION_ID: u64 = 0xf_f000;
 /// Where kernels are loaded.
@@ -67,6 +69,8 @@ pub const SERIAL_GSI: u32 = 4;
 pub const POWER_GSI: u32 = 5;
 /// Interrupt of the ACPI generic event device for a new generation ID.
 pub const GENERATION_GSI: u32 = 6;
+/// Interrupt of the ACPI generic event device for a disruption of the guest's clocks.
+pub const VMCLOCK_GSI: u32 = 7;
 /// First port of the keyboard controller.
 pub const I8042_PORT: u16 = 0x60;
 /// First port of the ACPI sleep and reset registers.

@@ -10,7 +10,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::backends;
 use super::devices::{DeviceSet, NamedDevice};
-use super::{EventSink, Machine, MachineError, MachineEvent, generation, kvm_error, open_kvm};
+use super::{EventSink, Machine, MachineError, MachineEvent, generation, kvm_error, open_kvm, vmclock};
 use crate::boot::{self, BootError, BootSource, layout};
 use crate::console::Console;
 use crate::cpu::{self, Template};
@@ -123,6 +123,7 @@ impl Machine {
     fn load(&self, source: &BootSource) -> Result<(), MachineError> {
         let entry = boot::load(&self.memory, source, self.cpus, &self.devices.slots())?;
         generation::write_new(&self.memory)?;
+        vmclock::write_new(&self.memory)?;
         entry.write_descriptors(&self.memory).map_err(BootError::from)?;
         let vcpus = self.vcpus.lock_all();
         for vcpu in &vcpus {

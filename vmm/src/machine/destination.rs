@@ -17,6 +17,7 @@ use super::blank::Blank;
 use super::build::Spec;
 use super::description::cpuid_entries;
 use super::state::Pending;
+use super::vmclock::Disruption;
 use super::{EventSink, Machine, MachineError, open_kvm};
 use crate::boot::layout;
 use crate::clock::ClockError;
@@ -274,6 +275,7 @@ impl Destination for MigrationDestination {
         self.blanks.iter().for_each(|blank| blank.keep());
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
+        machine.tell_disruption(Disruption::Moved)?;
         Ok(machine.run_restored(&pending, stopped_at)?)
     }
 

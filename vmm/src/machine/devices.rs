@@ -80,6 +80,8 @@ pub(super) struct DeviceSet {
     power: Arc<Mutex<AcpiPower>>,
     /// Raised when the machine has a new generation ID.
     pub(super) generation: EventFd,
+    /// Raised when the machine's VMClock has changed.
+    pub(super) vmclock: EventFd,
     pub(super) virtio: Vec<VirtioSlot>,
 }
 
@@ -127,6 +129,7 @@ impl DeviceSet {
             i8042,
             power,
             generation: interrupt(vm, layout::GENERATION_GSI)?,
+            vmclock: interrupt(vm, layout::VMCLOCK_GSI)?,
             virtio,
         })
     }

@@ -14,6 +14,7 @@ mod generation;
 mod source;
 mod standstill;
 mod state;
+mod vmclock;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

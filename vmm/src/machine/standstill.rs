@@ -6,6 +6,7 @@ use ::devices::GuestMemory;
 use migration::PageSet;
 
 use super::baseline::Tracking;
+use super::vmclock::Disruption;
 use super::{Machine, MachineError, MigrationDestination};
 use crate::memory::{self, MemoryError};
 use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
@@ -63,6 +64,7 @@ impl MigrationDestination {
         // There is an instant for every age that a snapshot can tell.
         let stopped_at = now.checked_sub(snapshot.age()).unwrap_or(now);
         machine.renew_generation()?;
+        machine.tell_disruption(Disruption::Cloned)?;
         machine.run_restored(&pending, stopped_at)?;
         Ok(machine)
     }
