@@ -31,7 +31,7 @@ pub use options::{Compression, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptio
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, MachineDescription,
-    MachineError, MemoryRegion, Rehearsal, Source, SourceDisk,
+    MachineError, MemoryKind, MemoryRegion, Rehearsal, Source, SourceDisk,
 };
 pub use report::{DataPath, Downtime, MemoryDigest, Outcome, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, migrate};

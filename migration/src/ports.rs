@@ -21,6 +21,18 @@ pub struct MemoryRegion {
     pub len: u64,
 }
 
+/// What guest RAM is made of. A destination has the same for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryKind {
+    /// Anonymous memory, in transparent huge pages where the host gives them.
+    Anonymous,
+    /// A memfd, which other processes can share.
+    Shared,
+    /// Huge pages of 2 MiB that the host has set aside (hugetlbfs).
+    HugePages,
+}
+
 /// One CPUID leaf as the guest sees it on vCPU 0 (Intel SDM vol. 2A, CPUID).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidLeaf {
@@ -58,8 +70,8 @@ pub struct DeviceDescription {
 pub struct MachineDescription {
     /// Guest RAM, ascending and without overlap.
     pub memory: Vec<MemoryRegion>,
-    /// Whether the RAM is a memfd that can be shared.
-    pub shared_memory: bool,
+    /// What the RAM is made of.
+    pub memory_kind: MemoryKind,
     /// Number of vCPUs.
     pub cpus: u8,
     /// Name of the CPU template in force.

@@ -12,6 +12,7 @@ use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::{MAX_QUEUE_PAIRS, MacAddress, TapSource};
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
 use devices::{BucketError, Limits};
+use migration::MemoryKind;
 use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, layout};
@@ -68,6 +69,8 @@ pub enum ConfigError {
     Balloon { got: u64, memory: u64 },
     #[error(transparent)]
     Ports(#[from] ParametersError),
+    #[error("huge pages: expected no {0} beside them")]
+    BesideHugePages(&'static str),
     #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
     Cid(u64),
     #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
@@ -140,8 +143,10 @@ pub struct Config {
     pub cpus: u8,
     /// Guest memory in bytes.
     pub memory: u64,
-    /// Whether guest memory is a memfd.
-    pub shared_memory: bool,
+    /// What guest memory is made of.
+    pub memory_kind: MemoryKind,
+    /// Whether all of it is to be there before the guest starts.
+    pub prealloc: bool,
     /// Whether vCPUs log their writes in rings, which tell who writes.
     pub dirty_ring: bool,
     /// CPU template.
@@ -175,6 +180,10 @@ pub struct Wishes {
     pub memory: Option<u64>,
     /// Whether guest memory is to be a memfd.
     pub shared_memory: bool,
+    /// Whether guest memory is to be in huge pages.
+    pub huge_pages: bool,
+    /// Whether all of it is to be there before the guest starts.
+    pub prealloc: bool,
     /// Whether vCPUs are to log their writes in rings.
     pub dirty_ring: bool,
     /// Name of a CPU template.
@@ -201,6 +210,8 @@ impl Wishes {
             cpus: over.cpus.or(self.cpus),
             memory: over.memory.or(self.memory),
             shared_memory: over.shared_memory || self.shared_memory,
+            huge_pages: over.huge_pages || self.huge_pages,
+            prealloc: over.prealloc || self.prealloc,
             dirty_ring: over.dirty_ring || self.dirty_ring,
             cpu_template: over.cpu_template.or(self.cpu_template),
             disks: [self.disks, over.disks].concat(),
@@ -214,6 +225,18 @@ impl Wishes {
         }
     }
 
+    /// What the memory is made of. What a balloon gives up of huge pages would be anybody's, and not always to be had
+    /// again.
+    fn memory_kind(&self) -> Result<MemoryKind, ConfigError> {
+        match (self.huge_pages, self.shared_memory) {
+            (true, true) => Err(ConfigError::BesideHugePages("shared memory")),
+            (true, false) if self.balloon.is_some() => Err(ConfigError::BesideHugePages("balloon")),
+            (true, false) => Ok(MemoryKind::HugePages),
+            (false, true) => Ok(MemoryKind::Shared),
+            (false, false) => Ok(MemoryKind::Anonymous),
+        }
+    }
+
     /// Checks everything that can be checked without building the machine.
     pub fn check(self) -> Result<Config, ConfigError> {
         let cpus = self.cpus.unwrap_or(DEFAULT_CPUS.into());
@@ -223,6 +246,7 @@ impl Wishes {
             .ok_or(ConfigError::Cpus(cpus))?;
         let memory = self.memory.unwrap_or(DEFAULT_MEMORY);
         memory::check_size(memory)?;
+        let memory_kind = self.memory_kind()?;
         let (template, template_reason) = match self.cpu_template {
             Some(name) => (name.parse()?, None),
             None => {
@@ -268,7 +292,8 @@ impl Wishes {
             boot,
             cpus,
             memory,
-            shared_memory: self.shared_memory,
+            memory_kind,
+            prealloc: self.prealloc,
             dirty_ring: self.dirty_ring,
             template,
             template_reason,
@@ -544,6 +569,42 @@ mod tests {
             with(false, &["a", "a"]).check(),
             Err(ConfigError::Ports(_))
         ));
+    }
+
+    #[test]
+    fn huge_pages_are_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.json");
+        let read = |huge_pages: &str| {
+            let text = format!(
+                r#"{{"boot-source": {{"kernel_image_path": "k"}},
+                    "machine-config": {{"vcpu_count": 1, "mem_size_mib": 64, "huge_pages": "{huge_pages}"}}}}"#
+            );
+            std::fs::write(&path, text).unwrap();
+            Wishes::from_file(&path)
+        };
+        let kind = |wishes: Wishes| wishes.check().map(|config| config.memory_kind);
+        assert_eq!(kind(read("None").unwrap()).unwrap(), MemoryKind::Anonymous);
+        assert_eq!(kind(read("2M").unwrap()).unwrap(), MemoryKind::HugePages);
+        assert!(read("1G").is_err());
+        let shared = Wishes {
+            shared_memory: true,
+            ..Default::default()
+        };
+        let error = kind(read("2M").unwrap().overridden_by(shared)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "huge pages: expected no shared memory beside them"
+        );
+        let balloon = Wishes {
+            balloon: Some(BalloonConfig {
+                bytes: 0,
+                deflate_on_oom: true,
+            }),
+            ..Default::default()
+        };
+        let error = kind(read("2M").unwrap().overridden_by(balloon)).unwrap_err();
+        assert!(matches!(error, ConfigError::BesideHugePages(_)));
     }
 
     #[test]

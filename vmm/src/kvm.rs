@@ -1,5 +1,5 @@
-//! What kvm-ioctls does not offer: clearing the dirty log, dirty rings, a vCPU's TSC offset, the reason of an
-//! internal error.
+//! What kvm-ioctls does not offer: clearing the dirty log, dirty rings, a VM's TSC frequency, a vCPU's TSC offset, the
+//! reason of an internal error.
 #![allow(unsafe_code)] // ioctls of our own and a union of the kernel's.
 
 use kvm_bindings::{
@@ -15,6 +15,7 @@ use vmm_sys_util::{errno, ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
@@ -113,6 +114,14 @@ pub(crate) fn clear_dirty_log(
     };
     // SAFETY: the kernel reads `pages` bits, rounded up to 64, from `bitmap`, which has them.
     errno_of(unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) })
+}
+
+/// The TSC frequency that vCPUs of the VM begin with, in kHz. A kernel that tells it has TSC offsets as well, which came
+/// one version earlier.
+pub(crate) fn tsc_khz(vm: &VmFd) -> Result<u32, errno::Error> {
+    // SAFETY: the ioctl has no argument.
+    let khz = unsafe { ioctl(vm, KVM_GET_TSC_KHZ()) };
+    u32::try_from(khz).map_err(|_| errno::Error::last())
 }
 
 /// The vCPU's TSC offset: guest TSC = host TSC + offset, modulo 2^64

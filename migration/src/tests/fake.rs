@@ -121,7 +121,7 @@ pub(super) fn describe(memory: &GuestMemory) -> MachineDescription {
                 len: region.len(),
             })
             .collect(),
-        shared_memory: false,
+        memory_kind: MemoryKind::Anonymous,
         cpus: 1,
         cpu_template: "none".into(),
         cpuid: vec![CpuidLeaf {

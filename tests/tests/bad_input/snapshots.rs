@@ -56,7 +56,7 @@ fn damaged_snapshots() -> Result<()> {
     let path = whole.display().to_string();
     vm.godwit("snapshot", &[&path])?.expect_code(0)?;
     vm.wait_success(tests::PATIENCE)?;
-    let newer = br#"{"format":3,"of":"the future"}"#;
+    let newer = br#"{"format":4,"of":"the future"}"#;
     for (file, damage, words) in [
         ("manifest.json", Damage::Missing, &["No such file"][..]),
         (
@@ -68,7 +68,7 @@ fn damaged_snapshots() -> Result<()> {
         (
             "manifest.json",
             Damage::Is(newer),
-            &["expected a snapshot of format 2", "got format 3"],
+            &["expected a snapshot of format 3", "got format 4"],
         ),
         (
             "manifest.json",

@@ -97,6 +97,12 @@ pub(super) struct RunArgs {
     /// Back guest memory by a memfd, which other processes can share
     #[arg(long)]
     pub(super) shared_memory: bool,
+    /// Take guest memory from the huge pages of 2 MiB that the host has set aside (/proc/sys/vm/nr_hugepages)
+    #[arg(long)]
+    pub(super) huge_pages: bool,
+    /// Touch all guest memory before the guest starts, so that it never waits for the host's
+    #[arg(long)]
+    pub(super) prealloc: bool,
     /// Track dirty pages with a ring per vCPU instead of a bitmap, which tells a migration which vCPU dirties
     #[arg(long)]
     pub(super) dirty_ring: bool,
@@ -177,6 +183,9 @@ pub(super) struct RestoreArgs {
     /// Read all memory and check it before the guest runs; otherwise pages are read when they are needed
     #[arg(long)]
     pub(super) preload: bool,
+    /// Let the page-fault handler that listens at this Unix socket bring pages when they are needed
+    #[arg(long, value_name = "SOCKET", conflicts_with = "preload")]
+    pub(super) uffd: Option<PathBuf>,
 }
 
 /// Arguments of `snapshot`.

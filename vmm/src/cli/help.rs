@@ -27,8 +27,10 @@ Examples:
   godwit restore web.snapshot --name web --resume
   godwit restore web.snapshot --disk root=clone-1.img --net net0=tap1 --name clone-1 --resume
   godwit restore web.snapshot --preload --resume
+  godwit restore web.snapshot --uffd web.handler --resume
 
-The snapshot is only read, and must stay as long as a guest runs from it without --preload. Any number of guests
+The snapshot is only read, and must stay as long as a guest runs from it without --preload. With --uffd a page-fault
+handler listens at the socket (Firecracker's protocol); when it hangs up, the VM ends with an error. Any number of guests
 can run from one snapshot, each with disks and taps of its own; their network cards have the same address. Its clocks
 go on from now, and its generation ID is new: Linux then takes new random numbers.";
 

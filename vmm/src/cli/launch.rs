@@ -5,9 +5,11 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use migration::{ReceiveOptions, Receiver};
-use tracing_subscriber::EnvFilter;
+use migration::{MemoryKind, ReceiveOptions, Receiver};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::Uptime;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::Exit;
 use super::args::{CommonArgs, ConsoleArg, ReceiveArgs, RestoreArgs, RunArgs};
@@ -18,7 +20,7 @@ use crate::api::ApiServer;
 use crate::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
 use crate::console::{Console, ConsoleInput};
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
-use crate::memory;
+use crate::memory::{self, FaultHandler};
 use crate::report::figures::duration;
 use crate::rundir::{ApiSocket, check_name};
 use crate::snapshot::Snapshot;
@@ -74,13 +76,13 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
     let arrival = args.backends.arrival(None, None)?;
     let name = checked_name(&args.common)?;
-    let snapshot = Snapshot::open(&args.directory)?;
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
+    let snapshot = Snapshot::open(&args.directory)?;
     destination.check_all(snapshot.machine())?;
     // May take long, and leaves nothing behind: a signal may end it where it stands.
-    let memory = snapshot_memory(&snapshot, args.preload)?;
+    let memory = snapshot_memory(&snapshot, args.preload, args.uffd.as_deref(), supervisor.handle())?;
     let held = Held::hold();
     let socket = bind(&args.common, &name)?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -91,27 +93,42 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
             "the snapshot is from the future of this host's clock: the guest's clocks go on where they stood"
         );
     }
-    let machine = destination.restore_snapshot(&snapshot, memory, args.resume)?;
-    supervisor.adopt(machine, &server);
     let after = if args.resume {
         "runs".into()
     } else {
         format!("is paused; `godwit resume {name}` lets it go on")
     };
-    // Scripts wait for this line.
-    eprintln!(
+    let announcement = format!(
         "godwit: {name} is restored and {after}; its clocks go on by {}",
         duration(age.as_secs_f64() * 1e3)
     );
+    let restore = move || destination.restore_snapshot(&snapshot, memory, args.resume);
+    supervisor
+        .restore(restore, args.uffd.is_some(), announcement)
+        .context("restore job")?;
     supervise(supervisor, server)
 }
 
-fn snapshot_memory(snapshot: &Snapshot, preload: bool) -> anyhow::Result<SnapshotMemory> {
+fn snapshot_memory(
+    snapshot: &Snapshot,
+    preload: bool,
+    uffd: Option<&Path>,
+    supervisor: SupervisorHandle,
+) -> anyhow::Result<SnapshotMemory> {
+    if let Some(socket) = uffd {
+        let memory = snapshot.without_pages()?;
+        let on_gone = move || supervisor.send(Event::FaultHandlerGone);
+        let handler = FaultHandler::connect(socket, &memory, on_gone)?;
+        return Ok(SnapshotMemory::Handled(memory, handler));
+    }
     // Other processes could not share what is mapped from a file for this one alone.
-    if !preload && !snapshot.machine().shared_memory {
+    let kind = snapshot.machine().memory_kind;
+    if !preload && kind != MemoryKind::Shared {
         return Ok(SnapshotMemory::Mapped(snapshot.map()?));
     }
-    Ok(SnapshotMemory::Read(with_bar(|watch| snapshot.read(watch))?))
+    Ok(SnapshotMemory::Read(with_bar(|watch| {
+        snapshot.read(kind, watch)
+    })?))
 }
 
 fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {
@@ -137,6 +154,8 @@ fn wishes(args: &RunArgs) -> Wishes {
         cpus: args.cpus,
         memory: args.memory,
         shared_memory: args.shared_memory,
+        huge_pages: args.huge_pages,
+        prealloc: args.prealloc,
         dirty_ring: args.dirty_ring,
         cpu_template: args.cpu_template.clone(),
         disks: args.devices.disks(),
@@ -171,14 +190,20 @@ fn bind(common: &CommonArgs, name: &str) -> anyhow::Result<ApiSocket> {
 
 /// To stderr or a file, never to stdout, which is the guest's console.
 fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let asked = std::env::var(LOG_VARIABLE)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let filter = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         .with_timer(Uptime::default())
         .with_target(false);
     match path {
-        Some(path) => log.with_writer(std::sync::Mutex::new(open_log(path)?)).init(),
-        None => log.with_writer(log_writer).init(),
+        Some(path) => {
+            let file = std::sync::Mutex::new(open_log(path)?);
+            log.with_writer(file).finish().with(filter).init();
+        }
+        None => log.with_writer(log_writer).finish().with(filter).init(),
     }
     Ok(())
 }

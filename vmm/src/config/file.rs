@@ -20,18 +20,18 @@ impl Wishes {
             path: path.into(),
             source,
         })?;
+        let machine = file.machine_config.as_ref();
         Ok(Self {
             kernel: Some(file.boot_source.kernel_image_path),
             initrd: file.boot_source.initrd_path,
             cmdline: file.boot_source.boot_args,
-            cpus: file.machine_config.as_ref().map(|machine| machine.vcpu_count),
-            memory: file
-                .machine_config
-                .as_ref()
-                .map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
+            cpus: machine.map(|machine| machine.vcpu_count),
+            memory: machine.map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
             shared_memory: false,
+            huge_pages: machine.is_some_and(|machine| machine.huge_pages == HugePages::Two),
+            prealloc: false,
             dirty_ring: false,
-            cpu_template: file.machine_config.and_then(|machine| machine.cpu_template),
+            cpu_template: machine.and_then(|machine| machine.cpu_template.clone()),
             disks: file.drives.into_iter().map(DiskConfig::from).collect(),
             nets: file.network_interfaces.into_iter().map(NetConfig::from).collect(),
             balloon: file.balloon.map(BalloonConfig::from),
@@ -69,6 +69,16 @@ struct MachineSection {
     vcpu_count: u64,
     mem_size_mib: u64,
     cpu_template: Option<String>,
+    #[serde(default)]
+    huge_pages: HugePages,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+enum HugePages {
+    #[default]
+    None,
+    #[serde(rename = "2M")]
+    Two,
 }
 
 #[derive(Debug, Deserialize)]

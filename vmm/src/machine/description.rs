@@ -13,7 +13,7 @@ impl Machine {
         let region = |(gpa, len)| MemoryRegion { gpa, len };
         MachineDescription {
             memory: memory::ranges(&self.memory).into_iter().map(region).collect(),
-            shared_memory: memory::is_shared(&self.memory),
+            memory_kind: memory::kind(&self.memory),
             cpus: self.cpus,
             cpu_template: self.template.to_string(),
             cpuid: self.cpuid.iter().map(leaf).collect(),

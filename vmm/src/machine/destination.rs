@@ -5,22 +5,23 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::GuestMemory;
+use devices::virtio::balloon::BalloonState;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use migration::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription,
-    MachineError as PortError,
+    MachineError as PortError, MemoryKind,
 };
+use migration_state::Record;
 
 use super::arrival::{Arrival, difference};
 use super::blank::Blank;
-use super::build::Spec;
+use super::build::{Spec, create_vm};
 use super::description::cpuid_entries;
 use super::state::Pending;
 use super::vmclock::Disruption;
 use super::{EventSink, Machine, MachineError, open_kvm};
 use crate::boot::layout;
-use crate::clock::ClockError;
 use crate::config::MAX_CPUS;
 use crate::console::Console;
 use crate::cpu::{self, Template};
@@ -33,6 +34,8 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// Builds and restores one arriving machine.
 pub struct MigrationDestination {
     kvm: Kvm,
+    /// For the next machine, if it was not used up: it takes a moment to make and to get rid of one.
+    vm: Option<VmFd>,
     host: Vec<kvm_cpuid_entry2>,
     host_tsc_khz: u32,
     arrival: Arrival,
@@ -53,9 +56,11 @@ impl MigrationDestination {
     pub fn new(arrival: Arrival, console: Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let host = cpu::host_cpuid(&kvm)?;
-        let host_tsc_khz = host_tsc_khz(&kvm)?;
+        let vm = create_vm(&kvm)?;
+        let host_tsc_khz = kvm::tsc_khz(&vm).map_err(MachineError::VmTscKhz)?;
         let mut destination = Self {
             kvm,
+            vm: Some(vm),
             host,
             host_tsc_khz,
             arrival,
@@ -78,7 +83,7 @@ impl MigrationDestination {
             return Ok(());
         };
         memory::check_size(size)?;
-        let reserve = memory::create(&layout::ram_ranges(size), false)?;
+        let reserve = memory::create(&layout::ram_ranges(size), MemoryKind::Anonymous)?;
         memory::make_resident(&reserve)?;
         self.reserve = Some(reserve);
         Ok(())
@@ -110,16 +115,18 @@ impl MigrationDestination {
             .collect();
         let reserve = self.reserve.take();
         match (files, reserve) {
-            (Some(_), _) if !description.shared_memory => Err(MachineError::Mismatch {
+            (Some(_), _) if description.memory_kind != MemoryKind::Shared => Err(MachineError::Mismatch {
                 what: "files behind memory that is not shared",
                 expected: "none".into(),
                 got: "some".into(),
             }),
             (Some(files), _) => Ok((memory::adopt(&ranges, files)?, true)),
-            (None, Some(reserve)) if !description.shared_memory && memory::ranges(&reserve) == ranges => {
+            (None, Some(reserve))
+                if description.memory_kind == MemoryKind::Anonymous && memory::ranges(&reserve) == ranges =>
+            {
                 Ok((reserve, true))
             }
-            (None, _) => Ok((memory::create(&ranges, description.shared_memory)?, false)),
+            (None, _) => Ok((memory::create(&ranges, description.memory_kind)?, false)),
         }
     }
 
@@ -140,6 +147,12 @@ impl MigrationDestination {
         }
         if let Err(error) = memory::check_size(size) {
             return vec![difference("memory", format!("{size} bytes"), error.to_string())];
+        }
+        if description.memory_kind == MemoryKind::HugePages
+            && let Err(error) = memory::check_huge_pages(size)
+        {
+            let expected = format!("{size} bytes in huge pages");
+            return vec![difference("memory", expected, error.to_string())];
         }
         let here = layout::ram_ranges(size);
         if regions != here {
@@ -167,13 +180,12 @@ impl MigrationDestination {
     }
 
     pub(super) fn build(
-        &self,
+        &mut self,
         description: &MachineDescription,
         memory: GuestMemory,
-        blanks: &[Arc<Blank>],
     ) -> Result<Machine, MachineError> {
         let open = |(index, device): (usize, &DeviceDescription)| {
-            let blank = blanks.iter().find(|blank| blank.device() as usize == index);
+            let blank = self.blanks.iter().find(|blank| blank.device() as usize == index);
             let opened = self.arrival.open(device, blank.map(|blank| &**blank));
             opened.map_err(|why| MachineError::Mismatch {
                 what: "device",
@@ -192,7 +204,8 @@ impl MigrationDestination {
             tsc_khz: Some(description.tsc_khz).filter(|khz| *khz != self.host_tsc_khz),
             devices: devices?,
         };
-        Machine::build(open_kvm()?, spec, &self.console, self.events.clone())
+        let vm = self.vm.take().map_or_else(|| create_vm(&self.kvm), Ok)?;
+        Machine::build(open_kvm()?, vm, spec, &self.console, self.events.clone())
     }
 }
 
@@ -214,6 +227,10 @@ impl Destination for MigrationDestination {
         differences.extend(check_cpuid(&description.cpuid, &self.host));
         differences.extend(self.check_tsc(description));
         differences.extend(self.arrival.check_devices(&description.devices, disks_come));
+        let balloon = |device: &DeviceDescription| device.kind == BalloonState::KIND;
+        if description.memory_kind == MemoryKind::HugePages && description.devices.iter().any(balloon) {
+            differences.push(difference("balloon", "one beside huge pages", "none beside them"));
+        }
         differences
     }
 
@@ -228,7 +245,7 @@ impl Destination for MigrationDestination {
             .map(|(index, device)| self.arrival.blank(index, device, disks_come))
             .collect();
         self.blanks = blanks?.into_iter().flatten().map(Arc::new).collect();
-        self.machine = Some(self.build(description, memory.clone(), &self.blanks)?);
+        self.machine = Some(self.build(description, memory.clone())?);
         self.resident = resident;
         Ok(memory)
     }
@@ -285,14 +302,6 @@ impl Destination for MigrationDestination {
         self.machine = None;
         self.blanks.clear();
     }
-}
-
-fn host_tsc_khz(kvm: &Kvm) -> Result<u32, MachineError> {
-    let vm = kvm.create_vm().map_err(super::kvm_error("KVM_CREATE_VM"))?;
-    let vcpu = vm.create_vcpu(0).map_err(super::kvm_error("KVM_CREATE_VCPU"))?;
-    // After "go" it would be too late to find out that this kernel has no TSC offsets.
-    kvm::tsc_offset(&vcpu).map_err(|source| ClockError::TscOffset { id: 0, source })?;
-    vcpu.get_tsc_khz().map_err(super::kvm_error("KVM_GET_TSC_KHZ"))
 }
 
 /// No table that KVM would take has more leaves; more of them would only cost time.

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::description;
 use super::device_thread::DeviceThread;
-use super::{EventSink, MachineError, MachineEvent, kvm_error};
+use super::{CONSOLE_ID, EventSink, MachineError, MachineEvent, VSOCK_ID, kvm_error};
 use crate::boot::{VirtioMmioSlot, layout};
 use crate::console::Console;
 
@@ -206,6 +206,19 @@ impl DeviceSet {
 
     pub(super) fn release_locks(&self) -> Result<(), MachineError> {
         self.for_each_backend(|transport| transport.release_locks())
+    }
+
+    /// Takes away the sockets of devices, which a process that just ends would leave behind. Waits for nobody. Disks stay
+    /// locked: somebody may still write to them.
+    pub(super) fn close_sockets(&self) {
+        let with_sockets = |slot: &&VirtioSlot| [VSOCK_ID, CONSOLE_ID].contains(&slot.id.as_str());
+        for slot in self.virtio.iter().filter(with_sockets) {
+            if let Ok(transport) = slot.transport.try_lock()
+                && let Err(error) = transport.release_locks()
+            {
+                tracing::warn!(%error, "{}: its sockets stay behind", slot.id);
+            }
+        }
     }
 
     /// Nothing read from a disk before is used from here on.

@@ -22,6 +22,8 @@ pub enum MachineError {
     NoKvm(kvm_ioctls::Error),
     #[error("KVM: expected dirty logs with manual protection, initially set (since Linux 5.7), got none")]
     NoManualProtect,
+    #[error("KVM: expected to hear a VM's TSC frequency (KVM_GET_TSC_KHZ of VMs, since Linux 5.17): {0}")]
+    VmTscKhz(vmm_sys_util::errno::Error),
     #[error("{what}")]
     Kvm {
         what: &'static str,
@@ -40,6 +42,8 @@ pub enum MachineError {
     Boot(#[from] BootError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    #[error("a page that a vCPU waits for does not come from the page-fault handler")]
+    NoPage(#[source] VcpuError),
     #[error(transparent)]
     VcpuState(#[from] VcpuStateError),
     #[error(transparent)]
@@ -68,7 +72,7 @@ pub enum MachineError {
     Snapshot(#[from] crate::snapshot::SnapshotError),
     #[error(
         "no base for a difference: expected an earlier snapshot with --keep-running, or a start by `godwit restore` \
-         without --preload and without shared memory, and no migration since: make a whole snapshot first"
+         without --preload, --uffd and shared memory, and no migration since: make a whole snapshot first"
     )]
     NoBase,
     #[error("log of the pages written since the last snapshot")]

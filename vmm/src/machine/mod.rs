@@ -23,11 +23,11 @@ use std::time::Instant;
 use ::devices::{GuestExit, GuestMemory};
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VmFd};
-use migration::DirtyLog;
+use migration::{DirtyLog, MemoryRange, PageSet};
 
 use crate::console::Keyboard;
 use crate::cpu::Template;
-use crate::memory::{self, BitmapLog, RingLog};
+use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
 
 pub use arrival::Arrival;
@@ -69,6 +69,8 @@ pub struct Machine {
     vm: Arc<VmFd>,
     kvm: Kvm,
     memory: GuestMemory,
+    /// Who brings its pages, if they are not all here.
+    fault_handler: Option<FaultHandler>,
     /// What a difference would be to; nothing where no snapshot was made that one could be to.
     baseline: Mutex<Option<Baseline>>,
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -92,7 +94,12 @@ impl Machine {
     /// Holds the vCPUs out of the guest for `holder`. Returns the instant at which the first was asked to
     /// leave.
     pub fn pause(&self, holder: Holder) -> Result<Instant, MachineError> {
-        Ok(self.vcpus.pause(holder)?)
+        self.vcpus
+            .pause(holder)
+            .map_err(|error| match &self.fault_handler {
+                Some(_) => MachineError::NoPage(error),
+                None => error.into(),
+            })
     }
 
     /// Lets go for `holder`.
@@ -161,6 +168,29 @@ impl Machine {
     pub fn memory_size(&self) -> u64 {
         use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
         self.memory.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Whether its pages come from another process: whoever touches one may wait for it, and for ever.
+    pub fn has_fault_handler(&self) -> bool {
+        self.fault_handler.is_some()
+    }
+
+    /// Gives up what others can see of a machine whose threads nobody may wait for. They end with the process.
+    pub fn abandon(self: Arc<Self>) {
+        self.devices.close_sockets();
+        std::mem::forget(self);
+    }
+
+    /// Adds every page that may hold something to `into`.
+    fn populated(&self, into: &mut PageSet) -> Result<(), MemoryError> {
+        if self.fault_handler.is_none() {
+            return memory::populated(&self.memory, into);
+        }
+        // Only the handler knows what those hold that never came.
+        for (gpa, len) in memory::ranges(&self.memory) {
+            into.insert_range(MemoryRange { gpa, len })?;
+        }
+        Ok(())
     }
 
     /// CPU template in force.

@@ -68,7 +68,7 @@ impl Source for MigrationSource {
     }
 
     fn populated(&self, into: &mut PageSet) -> Result<(), PortError> {
-        Ok(memory::populated(&self.machine.memory, into)?)
+        Ok(self.machine.populated(into)?)
     }
 
     fn memory_files(&self) -> Option<Vec<OwnedFd>> {

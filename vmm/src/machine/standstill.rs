@@ -8,7 +8,7 @@ use migration::PageSet;
 use super::baseline::Tracking;
 use super::vmclock::Disruption;
 use super::{Machine, MachineError, MigrationDestination};
-use crate::memory::{self, MemoryError};
+use crate::memory::{FaultHandler, MemoryError};
 use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
 use crate::vcpu::Holder;
 
@@ -38,19 +38,23 @@ impl MigrationDestination {
     /// Builds the snapshot's machine with that memory and its disks locked. The guest runs if it is to `resume`,
     /// whatever it did when the snapshot was made. Its clocks go on from now: it has been away since then.
     pub fn restore_snapshot(
-        self,
+        mut self,
         snapshot: &Snapshot,
         memory: SnapshotMemory,
         resume: bool,
     ) -> Result<Machine, MachineError> {
-        let (memory, mapped) = match memory {
-            SnapshotMemory::Mapped(memory) => (memory, true),
-            SnapshotMemory::Read(memory) => (memory, false),
+        let machine = match memory {
+            SnapshotMemory::Mapped(memory) => {
+                let machine = self.build(snapshot.machine(), memory)?;
+                machine.based_on(snapshot.id());
+                machine
+            }
+            SnapshotMemory::Read(memory) => self.build(snapshot.machine(), memory)?,
+            SnapshotMemory::Handled(memory, handler) => Machine {
+                fault_handler: Some(handler),
+                ..self.build(snapshot.machine(), memory)?
+            },
         };
-        let machine = self.build(snapshot.machine(), memory, &[])?;
-        if mapped {
-            machine.based_on(snapshot.id());
-        }
         let pending = machine.restore(snapshot.state())?;
         let gate = machine.vcpus.gate();
         if resume {
@@ -76,6 +80,8 @@ pub enum SnapshotMemory {
     Mapped(GuestMemory),
     /// Memory that was read.
     Read(GuestMemory),
+    /// Memory whose pages come from a page-fault handler.
+    Handled(GuestMemory, FaultHandler),
 }
 
 impl<'a> Standstill<'a> {
@@ -93,7 +99,7 @@ impl<'a> Standstill<'a> {
             (written, Some(base))
         } else {
             let mut populated = PageSet::of(&machine.memory).map_err(MemoryError::from)?;
-            memory::populated(&machine.memory, &mut populated)?;
+            machine.populated(&mut populated)?;
             (populated, None)
         };
         let content = Content {

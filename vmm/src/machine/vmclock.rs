@@ -89,6 +89,8 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use migration::MemoryKind;
+
     use crate::memory;
 
     fn fields(memory: &GuestMemory) -> (u32, u64, u64) {
@@ -102,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_disruption_is_told_in_whole_steps() {
-        let memory = memory::create(&[(0, 2 << 20)], false).unwrap();
+        let memory = memory::create(&[(0, 2 << 20)], MemoryKind::Anonymous).unwrap();
         assert!(!tell(&memory, Disruption::Moved).unwrap(), "there is no page yet");
         assert_eq!(fields(&memory), (0, 0, 0));
         write_new(&memory).unwrap();
@@ -117,7 +119,7 @@ mod tests {
 
     #[test]
     fn whatever_the_guest_left_there_does_no_harm() {
-        let memory = memory::create(&[(0, 2 << 20)], false).unwrap();
+        let memory = memory::create(&[(0, 2 << 20)], MemoryKind::Anonymous).unwrap();
         write_new(&memory).unwrap();
         let rest = [0xff; 4084];
         memory

@@ -1,10 +1,12 @@
 //! What can go wrong with guest memory.
 
 use std::io;
+use std::path::PathBuf;
 
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 
+use super::huge_pages::HUGE_PAGE;
 use super::mapping::MIN_MEMORY;
 use crate::boot::layout::PAGE_SIZE;
 
@@ -18,6 +20,29 @@ pub enum MemoryError {
     TooSmall(u64),
     #[error("memory: {got} bytes, but this host has {host}")]
     MoreThanHost { got: u64, host: u64 },
+    #[error("memory in huge pages: expected a multiple of {HUGE_PAGE} bytes, got {0}")]
+    NotHugePages(u64),
+    #[error(
+        "huge pages: expected {needed} of 2 MiB that are free, got {free}: add {missing} or more to \
+         /proc/sys/vm/nr_hugepages"
+    )]
+    TooFewHugePages { needed: u64, free: u64, missing: u64 },
+    #[error("huge pages of 2 MiB on this host")]
+    HugePagePool(#[source] io::Error),
+    #[error(
+        "userfaultfd: expected CAP_SYS_PTRACE, access to /dev/userfaultfd, or 1 in \
+         /proc/sys/vm/unprivileged_userfaultfd: KVM's accesses are to be handled as well, not only this process's own"
+    )]
+    Userfaultfd(#[source] io::Error),
+    #[error("userfaultfd: {what}: {cause}")]
+    Userfault {
+        what: &'static str,
+        cause: vmm_sys_util::errno::Error,
+    },
+    #[error("page-fault handler {}", path.display())]
+    FaultHandler { path: PathBuf, source: io::Error },
+    #[error("memory that other processes share cannot come from a page-fault handler")]
+    SharedFaults,
     #[error("memfd of {len} bytes")]
     Memfd { len: u64, source: io::Error },
     #[error("mapping the memory file of a snapshot")]

@@ -1,4 +1,5 @@
-//! Where guest memory lies: anonymous memory, a memfd of our own, memfds of another process, or a snapshot's file.
+//! Where guest memory lies: anonymous memory, huge pages, a memfd of our own, memfds of another process, or a snapshot's
+//! file.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::fs::File;
@@ -7,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 
 use devices::GuestMemory;
+use migration::MemoryKind;
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -16,6 +18,7 @@ use vm_memory::{
 };
 
 use super::MemoryError;
+use super::huge_pages::check_huge_pages;
 use super::marks::Region;
 use crate::boot::layout::PAGE_SIZE;
 
@@ -41,14 +44,17 @@ pub fn check_size(size: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Zeroed guest memory of the given ranges: anonymous with huge-page advice, or memfds if `shared`.
-pub fn create(ranges: &[(u64, u64)], shared: bool) -> Result<GuestMemory, MemoryError> {
+/// Zeroed guest memory of the given ranges.
+pub fn create(ranges: &[(u64, u64)], kind: MemoryKind) -> Result<GuestMemory, MemoryError> {
+    if kind == MemoryKind::HugePages {
+        check_huge_pages(ranges.iter().map(|(_, len)| len).sum())?;
+    }
     let mut mappings = Vec::with_capacity(ranges.len());
     for (_, len) in ranges {
-        let backing = if shared {
-            Backing::Shared(memfd(*len)?)
-        } else {
-            Backing::Anonymous
+        let backing = match kind {
+            MemoryKind::Anonymous => Backing::Anonymous,
+            MemoryKind::Shared => Backing::Shared(memfd(*len)?),
+            MemoryKind::HugePages => Backing::HugePages,
         };
         mappings.push(map(*len, backing)?);
     }
@@ -93,9 +99,16 @@ pub fn ranges(memory: &GuestMemory) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// Whether other processes can map the memory as well.
-pub fn is_shared(memory: &GuestMemory) -> bool {
-    memory.iter().all(|region| shared_file(region).is_some())
+/// What the memory is made of.
+pub fn kind(memory: &GuestMemory) -> MemoryKind {
+    let all = |has: fn(&Region) -> bool| memory.iter().all(has);
+    if all(|region| shared_file(region).is_some()) {
+        MemoryKind::Shared
+    } else if all(has_huge_pages) {
+        MemoryKind::HugePages
+    } else {
+        MemoryKind::Anonymous
+    }
 }
 
 /// The memfds behind shared memory, in the order of its regions; nothing for other memory.
@@ -112,6 +125,11 @@ pub(super) fn shared_file(region: &Region) -> Option<&File> {
     let mapping: &MmapRegion<AtomicBitmap> = region;
     let shared = mapping.flags() & libc::MAP_SHARED != 0;
     region.file_offset().filter(|_| shared).map(FileOffset::file)
+}
+
+fn has_huge_pages(region: &Region) -> bool {
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    mapping.flags() & libc::MAP_HUGETLB != 0
 }
 
 fn memfd(len: u64) -> Result<File, MemoryError> {
@@ -175,6 +193,7 @@ fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<AtomicBitmap>>) -> Resu
 
 enum Backing {
     Anonymous,
+    HugePages,
     Shared(File),
     Private(FileOffset),
 }
@@ -188,6 +207,10 @@ fn map(len: u64, backing: Backing) -> Result<MmapRegion<AtomicBitmap>, MemoryErr
         Backing::Anonymous => {
             builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
         }
+        // Without MAP_NORESERVE all of them are this mapping's from here on: none can be missing when it is touched.
+        Backing::HugePages => builder.with_mmap_flags(
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        ),
         Backing::Shared(file) => builder
             .with_file_offset(FileOffset::new(file, 0))
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
@@ -245,17 +268,21 @@ mod tests {
     #[test]
     fn memory_that_is_handed_over_is_the_same_memory() {
         let ranges = [(0, LEN), (1 << 32, 2 * LEN)];
-        let memory = create(&ranges, true).unwrap();
-        assert!(is_shared(&memory));
+        let memory = create(&ranges, MemoryKind::Shared).unwrap();
+        assert_eq!(kind(&memory), MemoryKind::Shared);
         let other = adopt(&ranges, files(&memory).unwrap().unwrap()).unwrap();
         for gpa in [1, (1 << 32) + LEN] {
             memory.write_obj(gpa, GuestAddress(gpa)).unwrap();
             assert_eq!(other.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa);
         }
-        assert!(is_shared(&other) && super::ranges(&other) == ranges);
+        assert!(kind(&other) == MemoryKind::Shared && super::ranges(&other) == ranges);
         // And on to the next.
         adopt(&ranges, files(&other).unwrap().unwrap()).unwrap();
-        assert!(files(&create(&ranges, false).unwrap()).unwrap().is_none());
+        assert!(
+            files(&create(&ranges, MemoryKind::Anonymous).unwrap())
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]
@@ -264,7 +291,7 @@ mod tests {
         file.set_len(3 * LEN).unwrap();
         file.write_all_at(&[7; 4096], LEN + 4096).unwrap();
         let memory = map_private(&[(0, LEN), (1 << 32, 2 * LEN)], &file).unwrap();
-        assert!(!is_shared(&memory) && files(&memory).unwrap().is_none());
+        assert!(kind(&memory) == MemoryKind::Anonymous && files(&memory).unwrap().is_none());
         let gpa = GuestAddress((1 << 32) + 4096);
         assert_eq!(memory.read_obj::<u8>(gpa).unwrap(), 7);
         memory.write_obj(8u8, gpa).unwrap();

@@ -95,6 +95,7 @@ pub(super) fn device_writes(region: &Region) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
+    use migration::MemoryKind;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
@@ -102,8 +103,8 @@ mod tests {
 
     #[test]
     fn device_writes_stay_until_they_are_cleared() {
-        for shared in [false, true] {
-            let memory = create(&[(0, 100 << 12)], shared).unwrap();
+        for kind in [MemoryKind::Anonymous, MemoryKind::Shared] {
+            let memory = create(&[(0, 100 << 12)], kind).unwrap();
             memory.write_slice(&[1; 2], GuestAddress(4095)).unwrap();
             memory.write_slice(&[1], GuestAddress(99 << 12)).unwrap();
             let region = memory.iter().next().unwrap();
@@ -124,7 +125,7 @@ mod tests {
 
     #[test]
     fn stretches_outside_the_region_are_refused() {
-        let memory = create(&[(0, 100 << 12)], false).unwrap();
+        let memory = create(&[(0, 100 << 12)], MemoryKind::Anonymous).unwrap();
         let check = |region, first, words: &[u64]| Stretch::new(&memory, region, first, words).is_ok();
         assert!(check(0, 0, &[u64::MAX, (1 << 36) - 1]) && check(0, 64, &[1]) && check(0, 0, &[]));
         assert!(!check(1, 0, &[0]), "no such region");

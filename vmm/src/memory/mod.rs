@@ -2,6 +2,8 @@
 
 mod bitmap_log;
 mod error;
+mod fault_handler;
+mod huge_pages;
 mod mapping;
 mod marks;
 mod populated;
@@ -9,10 +11,13 @@ mod reserve;
 mod ring;
 mod ring_log;
 mod slots;
+mod userfault;
 
 pub use bitmap_log::BitmapLog;
 pub use error::MemoryError;
-pub use mapping::{adopt, check_size, create, files, is_shared, map_private, ranges};
+pub use fault_handler::FaultHandler;
+pub use huge_pages::check_huge_pages;
+pub use mapping::{adopt, check_size, create, files, kind, map_private, ranges};
 pub use populated::{populated, private_copies};
 pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};

@@ -127,6 +127,7 @@ fn in_file(file: &FileOffset, region: &Region, into: &mut PageSet) -> Result<(),
 
 #[cfg(test)]
 mod tests {
+    use migration::MemoryKind;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
@@ -171,8 +172,8 @@ mod tests {
 
     #[test]
     fn only_what_was_written_is_populated() {
-        for shared in [false, true] {
-            let memory = create(&[(0, 300 << 20), (HIGH, 3 << 12)], shared).unwrap();
+        for kind in [MemoryKind::Anonymous, MemoryKind::Shared] {
+            let memory = create(&[(0, 300 << 20), (HIGH, 3 << 12)], kind).unwrap();
             // On either side of a read's and of the region's border.
             let written = [0, (256 << 20) - 4096, 256 << 20, (300 << 20) - 4096, HIGH + 4096];
             for gpa in written {
@@ -180,9 +181,9 @@ mod tests {
             }
             let mut found = PageSet::of(&memory).unwrap();
             populated(&memory, &mut found).unwrap();
-            assert!(written.iter().all(|gpa| found.contains(*gpa)), "shared: {shared}");
+            assert!(written.iter().all(|gpa| found.contains(*gpa)), "{kind:?}");
             // Huge pages, where the host gives them, are populated as a whole.
-            assert!(found.len() <= 5 * 512, "shared: {shared}: {} pages", found.len());
+            assert!(found.len() <= 5 * 512, "{kind:?}: {} pages", found.len());
             assert!(!found.contains(128 << 20));
         }
     }

@@ -55,23 +55,23 @@ fn populate(start: usize, len: u64) -> Result<(), MemoryError> {
 
 #[cfg(test)]
 mod tests {
-    use migration::PageSet;
+    use migration::{MemoryKind, PageSet};
 
     use super::*;
     use crate::memory::{create, populated};
 
     #[test]
     fn every_page_is_there_afterwards() {
-        for shared in [false, true] {
-            let memory = create(&[(0, PIECE + 4096), (1 << 32, 8192)], shared).unwrap();
+        for kind in [MemoryKind::Anonymous, MemoryKind::Shared] {
+            let memory = create(&[(0, PIECE + 4096), (1 << 32, 8192)], kind).unwrap();
             let count = || {
                 let mut pages = PageSet::of(&memory).unwrap();
                 populated(&memory, &mut pages).unwrap();
                 pages.len()
             };
-            assert_eq!(count(), 0, "shared: {shared}");
+            assert_eq!(count(), 0, "{kind:?}");
             make_resident(&memory).unwrap();
-            assert_eq!(count(), PIECE / 4096 + 3, "shared: {shared}");
+            assert_eq!(count(), PIECE / 4096 + 3, "{kind:?}");
         }
     }
 }

@@ -61,6 +61,10 @@ pub enum SnapshotError {
          put them together with `godwit snapshot merge`"
     )]
     IsDifference { path: PathBuf, base: SnapshotId },
+    #[error(
+        "memory in huge pages cannot be mapped from a file: use --preload, or --uffd with a page-fault handler"
+    )]
+    HugePages,
     #[error("{0}: expected a difference (`godwit snapshot --diff`), got a whole snapshot")]
     IsWhole(PathBuf),
     #[error("{path}: expected snapshot {expected} before it, to which it is a difference, got {got}")]

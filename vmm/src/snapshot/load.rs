@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use devices::GuestMemory;
-use migration::{MachineDescription, MemoryRange, PageSet};
+use migration::{MachineDescription, MemoryKind, MemoryRange, PageSet};
 
 use super::blocks;
 use super::manifest::{FileRecord, check_len};
@@ -33,7 +33,7 @@ pub struct Difference {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `directory`. What its memory holds is not looked at, only how much of it there is.
+    /// Opens the snapshot in `directory`. The file with its memory is not looked at.
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
         let files = Files::open(directory)?;
         match &files.manifest.difference {
@@ -68,12 +68,20 @@ impl Snapshot {
     /// Memory whose pages come from the file when they are needed, and are the machine's own once it writes to
     /// them. Nothing is read yet, nothing compared with checksums, and the file must stay as it is.
     pub fn map(&self) -> Result<GuestMemory, SnapshotError> {
-        Ok(memory::map_private(&self.0.ranges(), &self.0.memory)?)
+        if self.machine().memory_kind == MemoryKind::HugePages {
+            return Err(SnapshotError::HugePages);
+        }
+        Ok(memory::map_private(&self.0.ranges(), &self.0.memory()?)?)
     }
 
-    /// Memory that is read as a whole, and compared with its checksums.
-    pub fn read(&self, watch: &Watch) -> Result<GuestMemory, SnapshotError> {
-        let memory = memory::create(&self.0.ranges(), self.machine().shared_memory)?;
+    /// Memory for a page-fault handler to fill: what is in it is the handler's word, and the file is not needed.
+    pub fn without_pages(&self) -> Result<GuestMemory, SnapshotError> {
+        Ok(memory::create(&self.0.ranges(), self.machine().memory_kind)?)
+    }
+
+    /// Memory of that kind which is read as a whole, and compared with its checksums.
+    pub fn read(&self, kind: MemoryKind, watch: &Watch) -> Result<GuestMemory, SnapshotError> {
+        let memory = memory::create(&self.0.ranges(), kind)?;
         self.0.read(&memory, None, watch)?;
         Ok(memory)
     }
@@ -143,7 +151,6 @@ pub(super) struct Files {
     pub(super) manifest: Manifest,
     pub(super) state: Vec<u8>,
     checksums: Vec<u64>,
-    memory: File,
 }
 
 impl Files {
@@ -165,19 +172,23 @@ impl Files {
         )?;
         let (checksums, _) = bytes.as_chunks();
         let checksums = checksums.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
-        let path = directory.join(MEMORY);
-        let memory = open(&path)?;
-        let metadata = memory.metadata().map_err(SnapshotError::io(&path))?;
-        // More than there can be is no file's length.
-        let expected = blocks::file_len(regions).unwrap_or(u64::MAX);
-        check_len(&path, expected, metadata.len())?;
         Ok(Self {
             directory: directory.into(),
             manifest,
             state,
             checksums,
-            memory,
         })
+    }
+
+    /// The file with the memory, if it has as much of it as the machine.
+    fn memory(&self) -> Result<File, SnapshotError> {
+        let path = self.directory.join(MEMORY);
+        let memory = open(&path)?;
+        let metadata = memory.metadata().map_err(SnapshotError::io(&path))?;
+        // More than there can be is no file's length.
+        let expected = blocks::file_len(&self.manifest.machine.memory).unwrap_or(u64::MAX);
+        check_len(&path, expected, metadata.len())?;
+        Ok(memory)
     }
 
     pub(super) fn stopped(&self) -> SystemTime {
@@ -192,7 +203,7 @@ impl Files {
         watch: &Watch,
     ) -> Result<(), SnapshotError> {
         let path = self.directory.join(MEMORY);
-        blocks::read(memory, &self.memory, &path, changed, &self.checksums, watch)
+        blocks::read(memory, &self.memory()?, &path, changed, &self.checksums, watch)
     }
 
     fn ranges(&self) -> Vec<(u64, u64)> {

@@ -13,7 +13,7 @@ use super::SnapshotError;
 use crate::boot::layout::PAGE_SIZE;
 
 /// The format that this version writes and reads.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 
 /// What a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

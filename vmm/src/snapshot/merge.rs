@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use migration::PageSet;
+use migration::{MemoryKind, PageSet};
 
 use super::{Content, Difference, Draft, Manifest, Snapshot, SnapshotError, Watch};
 use crate::memory;
@@ -21,7 +21,7 @@ pub fn merge(
     };
     memory::check_size(base.machine().memory.iter().map(|region| region.len).sum())?;
     let mut draft = Draft::begin(target)?;
-    let memory = base.read(watch)?;
+    let memory = base.read(MemoryKind::Anonymous, watch)?;
     for difference in differences {
         difference.apply(&memory, watch)?;
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use devices::GuestMemory;
-use migration::{MachineDescription, MemoryRegion, PageSet};
+use migration::{MachineDescription, MemoryKind, MemoryRegion, PageSet};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -22,7 +22,7 @@ const RANGES: [(u64, u64); 2] = [(0, (2 << 20) + (70 << 12)), (HIGH, 3 << 12)];
 fn machine() -> MachineDescription {
     MachineDescription {
         memory: RANGES.map(|(gpa, len)| MemoryRegion { gpa, len }).to_vec(),
-        shared_memory: false,
+        memory_kind: MemoryKind::Anonymous,
         cpus: 1,
         cpu_template: "host".into(),
         cpuid: Vec::new(),
@@ -104,7 +104,7 @@ fn no_bit_of_a_manifest_can_change_what_it_says() {
 #[test]
 fn a_draft_that_is_dropped_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
-    let memory = memory::create(&RANGES, false).unwrap();
+    let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let watch = Watch::default();
     watch.cancel();
     let mut draft = Draft::begin(&directory.path().join("saved")).unwrap();
@@ -120,7 +120,7 @@ fn a_draft_that_is_dropped_leaves_nothing() {
 fn who_comes_second_does_not_replace_the_first() {
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("saved");
-    let memory = memory::create(&RANGES, false).unwrap();
+    let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let populated = PageSet::of(&memory).unwrap();
     let (mut late, watch) = (Draft::begin(&target).unwrap(), Watch::default());
     let content = Content {
@@ -137,7 +137,7 @@ fn who_comes_second_does_not_replace_the_first() {
 #[test]
 fn a_cancelled_snapshot_is_not_published() {
     let directory = tempfile::tempdir().unwrap();
-    let memory = memory::create(&RANGES, false).unwrap();
+    let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let (mut draft, watch) = (
         Draft::begin(&directory.path().join("saved")).unwrap(),
         Watch::default(),
@@ -201,7 +201,7 @@ impl Chain {
 }
 
 fn a_chain() -> Chain {
-    let memory = memory::create(&RANGES, false).unwrap();
+    let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     for gpa in [0, 4096, HIGH] {
         memory.write_obj(1u8, GuestAddress(gpa)).unwrap();
     }
@@ -234,7 +234,7 @@ fn differences_go_on_top_of_what_they_are_to_and_nothing_else() {
     std::fs::rename(chain.path("merged"), chain.path("whole")).unwrap();
     chain.merge("whole", &["third"]).unwrap();
     let read = Snapshot::open(&chain.path("merged")).unwrap();
-    let read = read.read(&Watch::default()).unwrap();
+    let read = read.read(MemoryKind::Anonymous, &Watch::default()).unwrap();
     assert_eq!(
         migration_io::digest(&read).unwrap(),
         migration_io::digest(&chain.memory).unwrap()
@@ -293,7 +293,7 @@ fn changed_pages_that_cannot_be_are_refused() {
 #[test]
 fn a_snapshot_knows_its_age() {
     let directory = tempfile::tempdir().unwrap();
-    let memory = memory::create(&RANGES, false).unwrap();
+    let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let pages = PageSet::of(&memory).unwrap();
     let age = |name: &str, stopped| {
         let content = Content {
@@ -365,7 +365,7 @@ proptest! {
     ) {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("saved");
-        let memory = memory::create(&RANGES, false).unwrap();
+        let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
         for (region, at, value) in writes {
             let (gpa, len) = RANGES[region];
             memory.write_obj(value as u8, GuestAddress(gpa + at % len)).unwrap();
@@ -381,7 +381,7 @@ proptest! {
         let digest = migration_io::digest(&memory).unwrap();
         let mapped = snapshot.map().unwrap();
         prop_assert_eq!(migration_io::digest(&mapped).unwrap(), digest);
-        let read = snapshot.read(&Watch::default()).unwrap();
+        let read = snapshot.read(MemoryKind::Anonymous, &Watch::default()).unwrap();
         prop_assert_eq!(migration_io::digest(&read).unwrap(), digest);
         // And again from what was mapped.
         let second = write(&mapped, &directory.path().join("again")).unwrap();
@@ -400,7 +400,7 @@ proptest! {
                 writes.into_iter().map(|(region, at, value)| (gpa(region, at), value)).collect()
             })
             .collect();
-        let memory = memory::create(&RANGES, false).unwrap();
+        let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
         for (gpa, value) in &writes[0] {
             memory.write_obj(*value, GuestAddress(*gpa)).unwrap();
         }
@@ -424,14 +424,14 @@ proptest! {
         use std::os::unix::fs::FileExt;
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("saved");
-        let memory = memory::create(&RANGES, false).unwrap();
+        let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
         memory.write_slice(&[1; 8192], GuestAddress(0x1000)).unwrap();
         write(&memory, &target).unwrap();
         let file = std::fs::OpenOptions::new().read(true).write(true).open(target.join("memory")).unwrap();
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
-        let error = Snapshot::open(&target).unwrap().read(&Watch::default()).unwrap_err();
+        let error = Snapshot::open(&target).unwrap().read(MemoryKind::Anonymous, &Watch::default()).unwrap_err();
         prop_assert!(matches!(error, SnapshotError::Block { .. }), "{error}");
     }
 

@@ -5,6 +5,7 @@ mod moves;
 mod operate;
 mod request;
 mod resolve;
+mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use crate::vcpu::VcpuFailure;
 
 pub(crate) use request::{Arrived, Ended, Event};
 use resolve::{Resolving, Side};
+use restore::RestoreJob;
 use snapshot::SnapshotJob;
 
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
@@ -53,6 +55,10 @@ pub enum SupervisorError {
     Vcpu(#[from] VcpuFailure),
     #[error("{0}")]
     Receive(String),
+    #[error("{0}")]
+    Restore(String),
+    #[error("the page-fault handler has hung up: the guest cannot go on without the rest of its memory")]
+    FaultHandlerGone,
 }
 
 /// Where the machine is in its life cycle.
@@ -92,6 +98,7 @@ pub struct Supervisor {
     life: Option<Life>,
     migration: Option<MigrationJob>,
     snapshot: Option<SnapshotJob>,
+    restore: Option<RestoreJob>,
     resolving: Option<Resolving>,
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
@@ -113,6 +120,7 @@ impl Supervisor {
             life: None,
             migration: None,
             snapshot: None,
+            restore: None,
             resolving: None,
             receiver: None,
             stop_at: None,
@@ -165,6 +173,10 @@ impl Supervisor {
                 Err(mpsc::RecvTimeoutError::Disconnected) => break Ok(Ending::Stopped),
             }
         };
+        if let Err(SupervisorError::FaultHandlerGone) = ending {
+            // Jobs may wait for pages, for ever. Whoever waits for them hears that all has ended.
+            (self.migration, self.snapshot) = (None, None);
+        }
         let ending = self.settle(ending);
         let ending = self.settle_snapshot(ending);
         self.end(server);
@@ -193,6 +205,8 @@ impl Supervisor {
             Event::Answered(said) => return self.answered(said).map(Ok),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
+            Event::Restored(restored) => return self.restored(restored, server).map(Err),
+            Event::FaultHandlerGone => return Some(Err(SupervisorError::FaultHandlerGone)),
             Event::ReceiveFailed(_) if self.leaving => return Some(Ok(Ending::Stopped)),
             Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),
         }
@@ -233,7 +247,15 @@ impl Supervisor {
 
     /// Everything goes in order: jobs, machine, console, API.
     fn end(mut self, server: ApiServer) {
-        if let Some(Life::Receiving(job)) = self.life.take() {
+        match self.life.take() {
+            Some(Life::Receiving(job)) => job.end(),
+            // Its threads may wait for pages, for ever.
+            Some(Life::Here(machine) | Life::InDoubt(machine, _)) if machine.has_fault_handler() => {
+                machine.abandon();
+            }
+            other => drop(other),
+        }
+        if let Some(job) = self.restore.take() {
             job.end();
         }
         drop(self.receiver.take());

@@ -121,6 +121,10 @@ pub(crate) enum Event {
     Received(Box<Arrived>),
     /// The receiving job cannot go on.
     ReceiveFailed(String),
+    /// The machine of a snapshot is there, or cannot be had.
+    Restored(Result<Box<Machine>, String>),
+    /// Whoever brings the pages of guest memory has gone.
+    FaultHandlerGone,
 }
 
 /// A migration away that has ended.

@@ -1,0 +1,257 @@
+//! Guests whose pages come from another process, and what becomes of them when that one has gone.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use tests::{BareGuest, Finished, Host, Journey, PATIENCE, Process, Tick, Vm};
+
+/// So soon a guest is paused though nobody brings the page that it waits for.
+const SOON: Duration = Duration::from_secs(2);
+
+const GUEST: BareGuest = BareGuest {
+    memory_mib: 96,
+    cpus: 2,
+    workset: "32M",
+    rate: "50M",
+    fill: true,
+    reads: 0,
+};
+
+/// A handler that listens, and where.
+struct Handler {
+    process: Process,
+    socket: String,
+}
+
+impl Handler {
+    fn start(host: &Host, memory: &Path, name: &str) -> Result<Self> {
+        let socket = host.path(name).display().to_string();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fault-handler"));
+        command.arg(memory).arg(&socket);
+        let process = Process::spawn(command)?;
+        let listens = |line: &str| (line == "listening").then_some(());
+        process
+            .stdout()
+            .wait("the handler to listen", 0, PATIENCE, listens)?;
+        Ok(Self { process, socket })
+    }
+
+    /// How many pages it brought. It ends when its machine does.
+    fn brought(self) -> Result<u64> {
+        let finished = self.process.finish(PATIENCE)?;
+        let said = &finished.expect_code(0)?.stdout;
+        let brought = said
+            .lines()
+            .find_map(|line| line.strip_prefix("brought ")?.split(',').next());
+        Ok(brought.with_context(|| format!("got {said:?}"))?.parse()?)
+    }
+}
+
+/// A guest that lies in files; its memory is not where the rest of them is.
+fn in_files(guest: &BareGuest<'_>, options: &[&str]) -> Result<(Journey, PathBuf, PathBuf)> {
+    let journey = Journey::start(Host::new()?, guest, options)?;
+    let (directory, memory) = (journey.host.path("saved"), journey.host.path("memory-elsewhere"));
+    journey.vm.snapshot(&directory, &[])?;
+    std::fs::rename(directory.join("memory"), &memory)?;
+    Ok((journey, directory, memory))
+}
+
+#[test]
+fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
+    let (mut journey, directory, memory) = in_files(&GUEST, &[])?;
+    let handler = Handler::start(&journey.host, &memory, "handler")?;
+    let restored = journey
+        .host
+        .restore(&directory, &["--resume", "--uffd", &handler.socket])?;
+    journey.arrive(restored)?;
+    journey.vm.check_running()?;
+    // Every page of it, whether it came by then or not, is in the next snapshot, and moves.
+    let again = journey.host.path("again");
+    journey.vm.snapshot(&again, &["--keep-running"])?;
+    journey.vm.check_running()?;
+    journey.hop(&["--verify"])?;
+    journey.verify()?;
+    journey.check_life()?;
+    let pages = GUEST.memory_mib << 8;
+    let brought = handler.brought()?;
+    ensure!(
+        brought == pages,
+        "expected each of {pages} pages once, got {brought}"
+    );
+    let mut other = journey.host.restore(&again, &["--resume", "--preload"])?;
+    other.check_running()?;
+    other.godwit("stop", &["--force"])?.expect_code(0)?;
+    other.wait_success(PATIENCE)?;
+    journey.end()
+}
+
+#[test]
+fn a_guest_that_moves_before_any_page_has_come() -> Result<()> {
+    let (mut journey, directory, memory) = in_files(&GUEST, &[])?;
+    let handler = Handler::start(&journey.host, &memory, "handler")?;
+    let restored = journey.host.restore(&directory, &["--uffd", &handler.socket])?;
+    journey.arrive(restored)?;
+    journey.hop(&["--verify"])?;
+    journey.vm.godwit("resume", &[])?.expect_code(0)?;
+    journey.vm.check_running()?;
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
+    let (mut journey, directory, memory) = in_files(&GUEST, &[])?;
+    let handler = Handler::start(&journey.host, &memory, "handler")?;
+    let restored = journey
+        .host
+        .restore(&directory, &["--resume", "--uffd", &handler.socket])?;
+    journey.arrive(restored)?;
+    handler.process.signal(Signal::STOP)?;
+    wait_silent(&journey.vm)?;
+    let begin = Instant::now();
+    let paused = journey.vm.godwit("pause", &[])?;
+    // A signal does not end every wait for a page: where KVM itself reads the guest's memory it has to be brought.
+    let refused = paused.code == Some(1)
+        && paused
+            .stderr
+            .contains("does not come from the page-fault handler");
+    ensure!(
+        refused || (paused.code == Some(0) && begin.elapsed() < SOON),
+        "after {:?} got {paused:?}",
+        begin.elapsed()
+    );
+    handler.process.signal(Signal::CONT)?;
+    journey.vm.godwit("resume", &[])?.expect_code(0)?;
+    journey.vm.check_running()?;
+    let begin = Instant::now();
+    journey.vm.godwit("pause", &[])?.expect_code(0)?;
+    ensure!(begin.elapsed() < SOON, "paused after {:?}", begin.elapsed());
+    journey.vm.godwit("resume", &[])?.expect_code(0)?;
+    journey.vm.check_running()?;
+    journey.verify()?;
+    journey.end()
+}
+
+/// Until the guest says nothing any more: its vCPUs wait for pages.
+fn wait_silent(vm: &Vm) -> Result<()> {
+    let begin = Instant::now();
+    while begin.elapsed() < PATIENCE {
+        let mark = vm.process.stdout().mark();
+        std::thread::sleep(Duration::from_millis(500));
+        if vm.process.stdout().mark() == mark {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("the guest needs no page any more")
+}
+
+/// A VM that ends by itself, with an error about its handler, and leaves nothing.
+fn check_end(host: &Host, vm: Vm) -> Result<Finished> {
+    let finished = vm.process.finish(PATIENCE)?;
+    finished.expect_code(1)?;
+    ensure!(
+        finished.stderr.contains("the page-fault handler has hung up"),
+        "got {finished:?}"
+    );
+    host.check_clean()?;
+    Ok(finished)
+}
+
+#[test]
+fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
+    let (journey, directory, memory) = in_files(&GUEST, &[])?;
+    let Journey { host, .. } = journey;
+    let start = |name: &str| -> Result<(Handler, Vm)> {
+        let handler = Handler::start(&host, &memory, name)?;
+        let vm = host.restore(&directory, &["--resume", "--uffd", &handler.socket])?;
+        Ok((handler, vm))
+    };
+    // While the guest runs, or waits for a page.
+    let (handler, vm) = start("first")?;
+    handler.process.signal(Signal::KILL)?;
+    check_end(&host, vm)?;
+    let (handler, vm) = start("second")?;
+    handler.process.signal(Signal::STOP)?;
+    wait_silent(&vm)?;
+    handler.process.signal(Signal::KILL)?;
+    let said = check_end(&host, vm)?.stdout;
+    ensure!(
+        said.lines().filter_map(Tick::parse).all(|tick| tick.errors == 0),
+        "the guest saw something else than its memory: {said}"
+    );
+    // While the guest is put in files: whoever waits for that hears of it.
+    let (handler, vm) = start("third")?;
+    handler.process.signal(Signal::STOP)?;
+    let snapshot = host.path("never").display().to_string();
+    let waiting = Process::spawn(host.command(["snapshot", &vm.name, &snapshot]))?;
+    std::thread::sleep(Duration::from_millis(500));
+    handler.process.signal(Signal::KILL)?;
+    check_end(&host, vm)?;
+    waiting.finish(PATIENCE)?.expect_code(1)?;
+    ensure!(
+        !host.path("never").exists(),
+        "half a snapshot has the name of one"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_handler_that_never_answers() -> Result<()> {
+    let (journey, directory, memory) = in_files(&GUEST, &[])?;
+    let host = journey.host.clone();
+    for signal in [Signal::KILL, Signal::TERM] {
+        let handler = Handler::start(&host, &memory, &format!("{signal:?}"))?;
+        handler.process.signal(Signal::STOP)?;
+        let mut command = host.command([
+            "restore",
+            "--name",
+            "waits",
+            "--resume",
+            "--uffd",
+            &handler.socket,
+        ]);
+        command.arg(&directory);
+        let vm = Process::spawn(command)?;
+        std::thread::sleep(Duration::from_millis(500));
+        if signal == Signal::KILL {
+            handler.process.signal(signal)?;
+            let finished = vm.finish(PATIENCE)?;
+            finished.expect_code(1)?;
+            ensure!(
+                finished.stderr.contains("the page-fault handler has hung up"),
+                "got {finished:?}"
+            );
+        } else {
+            vm.signal(signal)?;
+            vm.finish(PATIENCE)?.expect_code(0)?;
+        }
+        host.check_clean()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_no_handler_can_do() -> Result<()> {
+    for (kind, code, more, word) in [
+        (&[][..], 1, &[][..], "No such file"),
+        (&[], 2, &["--preload"], "cannot be used with"),
+        (&["--shared-memory"], 1, &[], "memory that other processes share"),
+    ] {
+        let (journey, directory, _) = in_files(&GUEST, kind)?;
+        let host = &journey.host;
+        let directory = directory.display().to_string();
+        let words = [&["restore", &directory, "--uffd", "nobody"], more].concat();
+        let refused = Process::run(host.command(words), PATIENCE)?;
+        refused.expect_code(code)?;
+        ensure!(
+            refused.stderr.contains(word),
+            "expected {word:?} in {:?}",
+            refused.stderr
+        );
+        host.check_clean()?;
+    }
+    Ok(())
+}
