@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use migration::{DataPath, Outcome, Report};
-use rustix::fs::{FlockOperation, flock};
-use tests::{BareGuest, Host, Journey, Vm};
+use tests::{BareGuest, Host, HugePages, Journey, Vm};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -122,45 +121,6 @@ fn what_cannot_be_compressed_goes_as_it_is() -> Result<()> {
         );
     }
     journey.end()
-}
-
-/// Huge pages that the host has set aside for as long as this lives. One test has them at a time.
-struct HugePages {
-    before: String,
-    _turn: std::fs::File,
-}
-
-impl HugePages {
-    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn set_aside(mib: u64) -> Result<Self> {
-        let turn = std::fs::File::create(std::env::temp_dir().join("godwit-test-huge-pages"))?;
-        flock(&turn, FlockOperation::LockExclusive)?;
-        let before = std::fs::read_to_string(Self::COUNT)?;
-        let pages = Self { before, _turn: turn };
-        pages.change(mib)?;
-        Ok(pages)
-    }
-
-    /// So many MiB more than there were at first.
-    fn change(&self, mib: u64) -> Result<()> {
-        let wanted = self.before.trim().parse::<u64>()? + mib / 2;
-        std::fs::write(Self::COUNT, wanted.to_string())?;
-        let got = std::fs::read_to_string(Self::COUNT)?;
-        ensure!(
-            got.trim() == wanted.to_string(),
-            "expected {wanted} huge pages, got {got}"
-        );
-        Ok(())
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::write(Self::COUNT, self.before.trim()) {
-            eprintln!("{}: expected {:?}, got {error}", Self::COUNT, self.before);
-        }
-    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Finished, Host, Journey, PATIENCE, Process, Tick, Vm};
+use tests::{BareGuest, Finished, Host, HugePages, Journey, PATIENCE, Process, Tick, Vm};
 
 /// So soon a guest is paused though nobody brings the page that it waits for.
 const SOON: Duration = Duration::from_secs(2);
@@ -59,14 +59,24 @@ fn in_files(guest: &BareGuest<'_>, options: &[&str]) -> Result<(Journey, PathBuf
     Ok((journey, directory, memory))
 }
 
+/// Goes on with it, and with a handler that brings its pages.
+fn handled(
+    mut journey: Journey,
+    directory: &Path,
+    memory: &Path,
+    options: &[&str],
+) -> Result<(Journey, Handler)> {
+    let handler = Handler::start(&journey.host, memory, "handler")?;
+    let options = [options, &["--uffd", &handler.socket]].concat();
+    let restored = journey.host.restore(directory, &options)?;
+    journey.arrive(restored)?;
+    Ok((journey, handler))
+}
+
 #[test]
 fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
-    let (mut journey, directory, memory) = in_files(&GUEST, &[])?;
-    let handler = Handler::start(&journey.host, &memory, "handler")?;
-    let restored = journey
-        .host
-        .restore(&directory, &["--resume", "--uffd", &handler.socket])?;
-    journey.arrive(restored)?;
+    let (journey, directory, memory) = in_files(&GUEST, &[])?;
+    let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     journey.vm.check_running()?;
     // Every page of it, whether it came by then or not, is in the next snapshot, and moves.
     let again = journey.host.path("again");
@@ -89,11 +99,29 @@ fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
 }
 
 #[test]
+fn huge_pages_come_whole() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 64,
+        ..GUEST
+    };
+    let _pages = HugePages::set_aside(128)?;
+    let (journey, directory, memory) = in_files(&guest, &["--huge-pages"])?;
+    let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
+    journey.vm.check_running()?;
+    journey.verify()?;
+    journey.end()?;
+    let brought = handler.brought()?;
+    ensure!(
+        brought == guest.memory_mib / 2,
+        "expected each page of 2 MiB once, got {brought}"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_guest_that_moves_before_any_page_has_come() -> Result<()> {
-    let (mut journey, directory, memory) = in_files(&GUEST, &[])?;
-    let handler = Handler::start(&journey.host, &memory, "handler")?;
-    let restored = journey.host.restore(&directory, &["--uffd", &handler.socket])?;
-    journey.arrive(restored)?;
+    let (journey, directory, memory) = in_files(&GUEST, &[])?;
+    let (mut journey, _handler) = handled(journey, &directory, &memory, &[])?;
     journey.hop(&["--verify"])?;
     journey.vm.godwit("resume", &[])?.expect_code(0)?;
     journey.vm.check_running()?;
@@ -103,12 +131,8 @@ fn a_guest_that_moves_before_any_page_has_come() -> Result<()> {
 
 #[test]
 fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
-    let (mut journey, directory, memory) = in_files(&GUEST, &[])?;
-    let handler = Handler::start(&journey.host, &memory, "handler")?;
-    let restored = journey
-        .host
-        .restore(&directory, &["--resume", "--uffd", &handler.socket])?;
-    journey.arrive(restored)?;
+    let (journey, directory, memory) = in_files(&GUEST, &[])?;
+    let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     handler.process.signal(Signal::STOP)?;
     wait_silent(&journey.vm)?;
     let begin = Instant::now();

@@ -10,6 +10,7 @@ pub mod clock;
 pub mod config;
 pub mod console;
 pub mod cpu;
+mod footprint;
 mod kvm;
 pub mod machine;
 pub mod memory;

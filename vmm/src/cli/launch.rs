@@ -19,6 +19,7 @@ use super::terminal::{ESCAPE, RawTerminal, log_writer};
 use crate::api::ApiServer;
 use crate::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
 use crate::console::{Console, ConsoleInput};
+use crate::footprint::give_back_text;
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory::{self, FaultHandler};
 use crate::report::figures::duration;
@@ -48,6 +49,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     drop(held);
     machine.start();
     supervisor.adopt(machine, &server);
+    give_back_text();
     supervise(supervisor, server)
 }
 

@@ -9,6 +9,7 @@ use super::{
     ApiServer, Arrived, Ended, Ending, Event, Job, Life, MigrationFeed, MigrationJob, Refusal, Side,
     Supervisor, SupervisorError, failed, jobs,
 };
+use crate::footprint::give_back_text;
 use crate::machine::MigrationSource;
 use crate::vcpu::Holder;
 
@@ -120,6 +121,7 @@ impl Supervisor {
         }
         tracing::info!("received: the guest runs here");
         self.adopt(machine, server);
+        give_back_text();
         if self.leaving { self.terminate() } else { None }
     }
 }

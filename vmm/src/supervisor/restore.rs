@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use super::{ApiServer, Event, Supervisor, SupervisorError};
+use crate::footprint::give_back_text;
 use crate::machine::{Machine, MachineError};
 
 /// The job, and what is to be said when it is done.
@@ -63,6 +64,7 @@ impl Supervisor {
                 self.adopt(*machine, server);
                 // Scripts wait for this line.
                 eprintln!("{}", job.announcement);
+                give_back_text();
                 None
             }
             Err(reason) => Some(SupervisorError::Restore(reason)),
