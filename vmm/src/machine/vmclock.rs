@@ -88,9 +88,9 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use migration::MemoryKind;
 
+    use super::*;
     use crate::memory;
 
     fn fields(memory: &GuestMemory) -> (u32, u64, u64) {
