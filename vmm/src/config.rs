@@ -8,6 +8,7 @@ mod file;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use devices::virtio::block::IoEngine;
 use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::MacAddress;
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
@@ -81,6 +82,8 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// What it may do in a time.
     pub limits: Limits,
+    /// How its requests are carried out.
+    pub engine: IoEngine,
 }
 
 /// A network card of the machine.
@@ -367,6 +370,7 @@ mod tests {
             path: "x".into(),
             read_only: false,
             limits: Limits::default(),
+            engine: IoEngine::default(),
         };
         let twice = Wishes {
             disks: vec![disk("a"), disk("a")],
@@ -425,6 +429,7 @@ mod tests {
             path: "x".into(),
             read_only: false,
             limits: Limits::default(),
+            engine: IoEngine::default(),
         };
         let full = Wishes {
             disks: (0..MAX_DEVICES).map(disk).collect(),

@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::Args;
+use devices::virtio::block::IoEngine;
 use devices::virtio::net::{MacAddress, Tap, TapError};
 use devices::{Bucket, Limits};
 
@@ -30,6 +31,7 @@ impl DeviceArgs {
             path: disk.path.clone(),
             read_only: disk.read_only,
             limits: disk.limits,
+            engine: IoEngine::default(),
         };
         self.disks.iter().enumerate().map(config).collect()
     }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use devices::virtio::block::IoEngine;
 use devices::virtio::net::MacAddress;
 use devices::{Bucket, Limits};
 use serde::de::Error as _;
@@ -86,6 +87,25 @@ struct DriveSection {
     is_root_device: bool,
     #[serde(default)]
     rate_limiter: LimitsSection,
+    #[serde(default)]
+    io_engine: EngineSection,
+}
+
+/// Firecracker's own default is `Sync`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+enum EngineSection {
+    #[default]
+    Async,
+    Sync,
+}
+
+impl From<EngineSection> for IoEngine {
+    fn from(section: EngineSection) -> Self {
+        match section {
+            EngineSection::Async => Self::Async,
+            EngineSection::Sync => Self::Sync,
+        }
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -192,6 +212,7 @@ impl From<DriveSection> for DiskConfig {
             path: drive.path_on_host,
             read_only: drive.is_read_only,
             limits: drive.rate_limiter.into(),
+            engine: drive.io_engine.into(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
-use devices::virtio::block::{Backend, Block, BlockState};
+use devices::virtio::block::{Backend, Block, BlockState, IoEngine};
 use devices::virtio::console::{self, Console, ConsoleState, Terminal};
 use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
 use devices::virtio::rng::{Rng, RngState};
@@ -42,7 +42,7 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     let mut devices = vec![named(RNG_ID, Rng::new())];
     for disk in &config.disks {
         let backend = Backend::open(&disk.path, disk.read_only)?;
-        devices.push(block(&disk.id, backend, disk.limits)?);
+        devices.push(block(&disk.id, backend, disk.limits, disk.engine)?);
     }
     for net in &config.nets {
         let tap = Tap::open(&net.tap)?;
@@ -86,7 +86,7 @@ impl Arrival {
                     expected: "rate limits",
                     got: format!("{:02x?}", description.parameters),
                 })?;
-                block(id, backend, limits).map_err(|error| Unavailable {
+                block(id, backend, limits, IoEngine::default()).map_err(|error| Unavailable {
                     expected: "a usable backend",
                     got: migration::chain(&error),
                 })
@@ -180,10 +180,12 @@ pub(super) struct Unavailable {
     pub(super) got: String,
 }
 
-fn block(id: &str, backend: Backend, limits: Limits) -> Result<NamedDevice, MachineError> {
-    let device = Block::new(Arc::new(backend), id, limits).map_err(|source| MachineError::Io {
-        what: "rate limits",
-        source,
+fn block(id: &str, backend: Backend, limits: Limits, engine: IoEngine) -> Result<NamedDevice, MachineError> {
+    let device = Block::new(Arc::new(backend), id, limits, engine).map_err(|source| {
+        MachineError::Io {
+            what: "rate limits",
+            source,
+        }
     })?;
     Ok(named(id, device))
 }

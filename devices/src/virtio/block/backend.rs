@@ -4,16 +4,18 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
+use super::request::RequestError;
 use super::sys::{self, Lock};
 use crate::GuestMemory;
-use crate::virtio::sys::At;
-use crate::virtio::{HostBackend, HostError};
+use crate::virtio::sys::{At, Durability};
+use crate::virtio::{Buffers, HostBackend, HostError};
 
 /// An open disk. Nothing is locked by opening it.
 #[derive(Debug)]
@@ -23,6 +25,9 @@ pub struct Backend {
     is_block_device: bool,
     read_only: bool,
     sectors: u64,
+    /// How often the disk was modified, and how much of that is durable.
+    modified: AtomicU64,
+    flushed: AtomicU64,
 }
 
 /// Why a disk cannot be used. Every message is one line that names the path.
@@ -142,12 +147,18 @@ impl Backend {
             });
         }
         let is_block_device = kind.is_block_device();
+        // Requests may take their time.
+        fcntl_getfl(&file)
+            .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
+            .map_err(|errno| failed("set it up")(errno.into()))?;
         Ok(Self {
             file,
             path: owned(),
             is_block_device,
             read_only,
             sectors: size / SECTOR_SIZE,
+            modified: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
         })
     }
 
@@ -195,15 +206,44 @@ impl Backend {
             .map_err(self.failed("unlock it"))
     }
 
+    /// The one place where every change of the disk passes: each write, discard and zeroing by whichever engine, in
+    /// bytes of the disk, after it was done or failed half-way, and before the guest hears of it.
+    pub(super) fn modified(&self, offset: u64, len: u64) {
+        tracing::trace!(offset, len, "disk modified");
+        self.modified.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// What is to be told to [`Backend::flushed`] when a flush that begins now is done; `None` if there is nothing to
+    /// flush.
+    pub(super) fn unflushed(&self) -> Option<u64> {
+        let modified = self.modified.load(Ordering::SeqCst);
+        (self.flushed.load(Ordering::SeqCst) < modified).then_some(modified)
+    }
+
+    /// A flush is done.
+    pub(super) fn flushed(&self, generation: u64) {
+        self.flushed.fetch_max(generation, Ordering::SeqCst);
+    }
+
     /// Makes what was written durable.
     pub fn flush(&self) -> Result<(), BackendError> {
+        if let Some(generation) = self.unflushed() {
+            self.write_back()?;
+            self.flushed(generation);
+        }
+        Ok(())
+    }
+
+    fn write_back(&self) -> Result<(), BackendError> {
         self.file.sync_data().map_err(self.failed("write it back"))
     }
 
     /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
     /// there afterwards, so nothing fails where it cannot.
     pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
-        match self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len) {
+        let done = self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len);
+        self.modified(offset, len);
+        match done {
             // Not at all, or not such small parts of it.
             Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
             done => done.map_err(|errno| self.failed("discard a part of it")(errno.into())),
@@ -221,6 +261,7 @@ impl Backend {
             Err(Errno::OPNOTSUPP | Errno::INVAL) => self.zero(offset, len),
             done => done.map_err(io::Error::from),
         };
+        self.modified(offset, len);
         done.map_err(self.failed("zero a part of it"))
     }
 
@@ -251,49 +292,54 @@ impl Backend {
                 done => return done.map_err(self.failed("drop its buffers")),
             }
         }
-        // Only pages that are written back can be dropped.
-        self.flush()?;
+        // Only pages that are written back can be dropped, whoever wrote them.
+        self.write_back()?;
         fadvise(&self.file, 0, None, Advice::DontNeed)
             .map_err(|errno| self.failed("drop its cached pages")(errno.into()))
     }
 
-    /// Reads `len` bytes at byte `offset` of the disk into guest memory, marking the pages.
-    pub(super) fn read(
-        &self,
-        memory: &GuestMemory,
-        address: GuestAddress,
-        len: u32,
-        offset: u64,
-    ) -> Result<(), GuestMemoryError> {
-        memory.read_exact_volatile_from(
-            address,
-            &mut At {
-                file: &self.file,
-                offset,
-            },
-            len as usize,
-        )
+    /// Fills `into` from byte `offset` of the disk on, marking the pages.
+    pub(super) fn read(&self, memory: &GuestMemory, into: &Buffers, offset: u64) -> Result<(), RequestError> {
+        let mut at = self.at(offset);
+        for (address, len) in into.iter() {
+            memory.read_exact_volatile_from(address, &mut at, len as usize)?;
+        }
+        Ok(())
     }
 
-    /// Writes `len` bytes of guest memory at byte `offset` of the disk.
+    /// Writes what `from` holds at byte `offset` of the disk.
     pub(super) fn write(
         &self,
         memory: &GuestMemory,
-        address: GuestAddress,
-        len: u32,
+        from: &Buffers,
         offset: u64,
-    ) -> Result<(), GuestMemoryError> {
-        memory.write_all_volatile_to(
-            address,
-            &mut At {
-                file: &self.file,
-                offset,
-            },
-            len as usize,
-        )
+        durability: Durability,
+    ) -> Result<(), RequestError> {
+        let mut at = self.at(offset);
+        let done = from
+            .iter()
+            .try_for_each(|(address, len)| memory.write_all_volatile_to(address, &mut at, len as usize));
+        self.modified(offset, from.len());
+        done?;
+        if durability == Durability::Durable {
+            self.flush()?;
+        }
+        Ok(())
     }
 
-    fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {
+    fn at(&self, offset: u64) -> At<'_> {
+        At {
+            file: &self.file,
+            offset,
+        }
+    }
+
+    /// What is read and written.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {
         move |source| BackendError::Io {
             path: self.path.clone(),
             what,

@@ -1,4 +1,4 @@
-//! The device: requests from one queue, carried out in order on the device thread.
+//! The device: requests from one queue, taken on the device thread, and answered as they are done.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -14,15 +14,17 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::ID_LEN;
 use super::backend::Backend;
-use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError};
+use super::engine::{Engine, IoEngine, Ticket};
+use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError, Step};
 use super::state::BlockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
 use crate::rate::{Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
+use crate::virtio::sys::Durability;
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError,
-    Queues, Served, VirtioDevice,
+    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
+    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
 };
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
@@ -47,27 +49,28 @@ const ZEROES_MAY_UNMAP: usize = 56;
 const HOST_PAGE_SECTORS: u32 = 8;
 
 /// A disk.
-#[derive(Debug)]
 pub struct Block {
+    engine: Engine,
     backend: Arc<Backend>,
     id: [u8; ID_LEN],
-    /// The driver did not accept FLUSH, so it counts on every write being durable (virtio 1.2, 5.2.6.2).
-    pub(super) write_through: bool,
+    /// A driver that did not accept FLUSH counts on every write being durable (virtio 1.2, 5.2.6.2).
+    pub(super) durability: Durability,
     limiter: Limiter,
     complaints: Limited,
 }
 
 impl Block {
     /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked.
-    pub fn new(backend: Arc<Backend>, id: &str, limits: Limits) -> io::Result<Self> {
+    pub fn new(backend: Arc<Backend>, id: &str, limits: Limits, engine: IoEngine) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         Ok(Self {
+            engine: Engine::new(engine, &backend),
             backend,
             id: padded,
-            write_through: false,
+            durability: Durability::Cached,
             limiter: Limiter::new(limits)?,
             complaints: Limited::default(),
         })
@@ -78,36 +81,124 @@ impl Block {
         &self.backend
     }
 
-    fn serve(&self, memory: &GuestMemory, chain: Result<Chain, ChainError>) -> Served {
+    /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
+    /// have a turn.
+    fn turn(&mut self, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
+        let (mut turn, mut answered) = (Turn::default(), 0);
+        let progress = loop {
+            let before = answered;
+            self.take(queue, &mut turn, &mut answered)?;
+            self.answer(queue, &mut answered)?;
+            if turn.is_over() || self.engine.is_queued() {
+                break Progress::More;
+            }
+            // The driver sees the answers, and may have more by now.
+            if answered == before {
+                break Progress::Idle;
+            }
+        };
+        if answered > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    fn take(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        turn: &mut Turn,
+        answered: &mut u64,
+    ) -> Result<(), QueueError> {
+        while !turn.is_over() && self.engine.has_room() {
+            let Some((head, chain)) = queue.take()? else { break };
+            let len = chain.as_ref().map_or(0, Chain::len);
+            if !self.limiter.take(len) {
+                queue.put_back();
+                break;
+            }
+            let served = self.begin(queue.memory(), head, chain);
+            turn.count(len + served.map_or(0, |served| served.work));
+            if let Some(served) = served {
+                queue.give_back(head, served.written)?;
+                *answered += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers what is done, and sees to it that what is not goes on.
+    fn answer(&mut self, queue: &mut QueueAccess<'_>, answered: &mut u64) -> Result<(), QueueError> {
+        loop {
+            if let Err(error) = self.engine.submit() {
+                self.complain(&error);
+            }
+            let before = *answered;
+            while let Some((ticket, result)) = self.engine.next(&self.backend) {
+                let written = self.conclude(queue.memory(), ticket.status, result);
+                queue.give_back(ticket.head, written)?;
+                *answered += 1;
+            }
+            // Done in part, it was queued again.
+            if !self.engine.is_queued() || *answered == before {
+                return Ok(());
+            }
+        }
+    }
+
+    fn conclude(&self, memory: &GuestMemory, status: GuestAddress, result: Result<u32, RequestError>) -> u32 {
+        match result {
+            Ok(written) => self.finish(memory, status, OK, written.into()).written,
+            Err(error) => self.fail(memory, status, &error).written,
+        }
+    }
+
+    /// Begins a request; what came of it, if it is done.
+    fn begin(
+        &mut self,
+        memory: &GuestMemory,
+        head: Head,
+        chain: Result<Chain, ChainError>,
+    ) -> Option<Served> {
         let chain = match chain {
             Ok(chain) => chain,
             Err(error) => {
                 self.complain(&error);
-                return Served::default();
+                return Some(Served::default());
             }
         };
+        let request = match Request::parse(memory, chain) {
+            Ok(request) => request,
+            Err((Some(status), error)) => return Some(self.fail(memory, status, &error)),
+            Err((None, error)) => {
+                self.complain(&error);
+                return Some(Served::default());
+            }
+        };
+        let status = request.status;
         let disk = Disk {
             backend: &self.backend,
             id: &self.id,
-            write_through: self.write_through,
+            durability: self.durability,
         };
-        match Request::parse(memory, chain) {
-            Ok(request) => {
-                let status = request.status;
-                match request.execute(memory, &disk) {
-                    Ok(served) => {
-                        self.limiter.charge(served.work);
-                        self.finish(memory, status, OK, served)
-                    }
-                    Err(error) => self.fail(memory, status, &error),
+        let served = match request.execute(memory, &disk) {
+            Ok(Step::Done(served)) => Ok(served),
+            Ok(Step::Transfer(io)) => {
+                let ticket = Ticket { head, status };
+                match self.engine.start(memory, &self.backend, ticket, io) {
+                    Ok(Some(written)) => Ok(written.into()),
+                    Ok(None) => return None,
+                    Err(error) => Err(error),
                 }
             }
-            Err((Some(status), error)) => self.fail(memory, status, &error),
-            Err((None, error)) => {
-                self.complain(&error);
-                Served::default()
+            Err(error) => Err(error),
+        };
+        Some(match served {
+            Ok(served) => {
+                self.limiter.charge(served.work);
+                self.finish(memory, status, OK, served)
             }
-        }
+            Err(error) => self.fail(memory, status, &error),
+        })
     }
 
     fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> Served {
@@ -180,34 +271,52 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, features: u64) {
-        self.write_through = features & F_FLUSH == 0;
+        self.durability = if features & F_FLUSH == 0 {
+            Durability::Durable
+        } else {
+            Durability::Cached
+        };
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         let Some(mut queue) = queues.get(index) else {
             return Ok(Progress::Idle);
         };
-        queue.serve_admitted(
-            |bytes| self.limiter.take(bytes),
-            |memory, chain| self.serve(memory, chain),
-        )
+        self.turn(&mut queue)
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.limiter.event()]
+        let engine = self.engine.event();
+        engine.into_iter().chain([self.limiter.event()]).collect()
     }
 
-    /// There may be tokens again for what could not be served.
+    /// Something is done, or there are tokens again for what could not be served.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.limiter.hear();
         self.process_queue(0, queues)
     }
 
     fn reset(&mut self) {
-        self.write_through = false;
+        self.engine.abandon(&self.backend);
+        self.durability = Durability::Cached;
     }
 
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        let mut broken = None;
+        while !self.engine.is_empty() {
+            self.engine.wait().map_err(HostError::from)?;
+            match queues.get(0) {
+                Some(mut queue) if broken.is_none() => {
+                    let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
+                    broken = done.err();
+                }
+                // Nobody is to hear of it any more.
+                _ => self.engine.abandon(&self.backend),
+            }
+        }
+        if let Some(broken) = broken {
+            return Err(broken.into());
+        }
         if self.backend.read_only() {
             return Ok(());
         }

@@ -2,6 +2,7 @@
 
 mod backend;
 mod device;
+mod engine;
 mod request;
 mod state;
 mod sys;
@@ -11,6 +12,7 @@ mod tests;
 
 pub use backend::{Backend, BackendError};
 pub use device::Block;
+pub use engine::IoEngine;
 pub use state::BlockState;
 
 /// The unit of addresses and capacity on the wire, in bytes, whatever the disk's own blocks are.

@@ -12,7 +12,7 @@ use crate::cases::cases;
 use crate::rate::Limits;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, Control};
-use crate::virtio::block::{Backend, Block};
+use crate::virtio::block::{Backend, Block, IoEngine};
 use crate::virtio::console::{self, Console, Terminal};
 use crate::virtio::net::testing::{Wire, card, frame, ip, leave_for};
 use crate::virtio::rng::Rng;
@@ -83,6 +83,7 @@ fn block(dir: &Path) -> Block {
         Arc::new(Backend::open(&path, false).unwrap()),
         "fuzz",
         Limits::default(),
+        IoEngine::default(),
     )
     .unwrap()
 }
