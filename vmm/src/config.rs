@@ -5,14 +5,16 @@
 
 mod file;
 
+pub(crate) use file::LimitsSection;
+
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use devices::virtio::block::IoEngine;
+use devices::BucketError;
+use devices::virtio::block;
 use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::MacAddress;
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
-use devices::{BucketError, Limits};
 use thiserror::Error;
 
 use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, layout};
@@ -80,10 +82,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read.
     pub read_only: bool,
-    /// What it may do in a time.
-    pub limits: Limits,
-    /// How its requests are carried out.
-    pub engine: IoEngine,
+    /// How it serves the guest.
+    pub parameters: block::Parameters,
 }
 
 /// A network card of the machine.
@@ -231,10 +231,13 @@ impl Wishes {
         let nets = self.nets.iter().map(|net| net.id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
         for disk in &self.disks {
-            disk.limits.check().map_err(|source| ConfigError::Limits {
-                id: disk.id.clone(),
-                source,
-            })?;
+            disk.parameters
+                .limits
+                .check()
+                .map_err(|source| ConfigError::Limits {
+                    id: disk.id.clone(),
+                    source,
+                })?;
         }
         if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
             && got > memory
@@ -369,8 +372,7 @@ mod tests {
             id: id.into(),
             path: "x".into(),
             read_only: false,
-            limits: Limits::default(),
-            engine: IoEngine::default(),
+            parameters: block::Parameters::default(),
         };
         let twice = Wishes {
             disks: vec![disk("a"), disk("a")],
@@ -428,8 +430,7 @@ mod tests {
             id: format!("d{id}"),
             path: "x".into(),
             read_only: false,
-            limits: Limits::default(),
-            engine: IoEngine::default(),
+            parameters: block::Parameters::default(),
         };
         let full = Wishes {
             disks: (0..MAX_DEVICES).map(disk).collect(),
@@ -480,6 +481,7 @@ mod tests {
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
                 "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true,
+                            "cache_type": "Unsafe", "io_engine": "Sync",
                             "rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}],
                 "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0",
                                         "guest_mac": "06:00:AC:10:00:02"},
@@ -506,7 +508,16 @@ mod tests {
             one_time_burst: 0,
             refill_time_ms: 100,
         };
-        assert_eq!(config.disks[0].limits.operations, Some(nine));
+        let expected = block::Parameters {
+            limits: devices::Limits {
+                bandwidth: None,
+                operations: Some(nine),
+            },
+            cache: block::Cache::Unsafe,
+            direct: false,
+            engine: block::IoEngine::Sync,
+        };
+        assert_eq!(config.disks[0].parameters, expected);
         let expected = [
             ("eth0", "tap0", Some("06:00:ac:10:00:02".parse().unwrap())),
             ("eth1", "tap1", None),

@@ -4,9 +4,9 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::Args;
-use devices::virtio::block::IoEngine;
+use devices::Bucket;
+use devices::virtio::block::{CacheError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError};
-use devices::{Bucket, Limits};
 
 use super::{units, vsock};
 use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
@@ -15,7 +15,8 @@ use crate::machine::Arrival;
 /// Devices of a machine that boots.
 #[derive(Debug, Args)]
 pub(super) struct DeviceArgs {
-    /// A disk: [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]; may be given several times
+    /// A disk: [id=NAME,]path=FILE[,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N]; may
+    /// be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
     /// A network card: [id=NAME,]tap=TAP[,mac=MAC]; may be given several times
@@ -30,8 +31,7 @@ impl DeviceArgs {
             id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
             path: disk.path.clone(),
             read_only: disk.read_only,
-            limits: disk.limits,
-            engine: IoEngine::default(),
+            parameters: disk.parameters,
         };
         self.disks.iter().enumerate().map(config).collect()
     }
@@ -95,30 +95,36 @@ struct RunDisk {
     id: Option<String>,
     path: PathBuf,
     read_only: bool,
-    limits: Limits,
+    parameters: Parameters,
 }
 
-const DISK: &str = "expected [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]";
+const DISK: &str = "expected [id=NAME,]path=FILE[,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
 
 fn run_disk(text: &str) -> Result<RunDisk, String> {
     let mut disk = RunDisk {
         id: None,
         path: PathBuf::new(),
         read_only: false,
-        limits: Limits::default(),
+        parameters: Parameters::default(),
     };
+    let limits = &mut disk.parameters.limits;
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("id", id)) => disk.id = Some(id.into()),
             Some(("path", path)) => disk.path = path.into(),
             Some(("bandwidth", rate)) => {
-                disk.limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?));
+                limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?));
             }
             Some(("iops", count)) => {
                 let count = count.parse::<NonZeroU64>();
                 let count = count.map_err(|_| format!("expected iops=N with N above 0, got {part:?}"))?;
-                disk.limits.operations = Some(Bucket::per_second(count.get()));
+                limits.operations = Some(Bucket::per_second(count.get()));
             }
+            Some(("cache", mode)) => {
+                disk.parameters.cache = mode.parse().map_err(|error: CacheError| error.to_string())?;
+            }
+            Some(("direct", "on")) => disk.parameters.direct = true,
+            Some(("direct", "off")) => disk.parameters.direct = false,
             None if part == "ro" => disk.read_only = true,
             _ => return Err(format!("{DISK}, got {part:?}")),
         }
@@ -168,6 +174,8 @@ pub(super) fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::block::Cache;
+
     use super::*;
     use crate::config::ConfigError;
 
@@ -180,13 +188,23 @@ mod tests {
                 id: Some("root".into()),
                 path: "/a b".into(),
                 read_only: true,
-                limits: Limits::default(),
+                parameters: Parameters::default(),
             }
         );
-        let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap().limits;
+        let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap();
+        let limited = limited.parameters.limits;
         assert_eq!(limited.bandwidth, Some(Bucket::per_second(10_000_000)));
         assert_eq!(limited.operations, Some(Bucket::per_second(500)));
+        let parameters = run_disk("path=x,direct=on,cache=unsafe").unwrap().parameters;
+        assert!(parameters.direct);
+        assert_eq!(parameters.cache, Cache::Unsafe);
+        assert_eq!(
+            run_disk("path=x,direct=off").unwrap().parameters,
+            Parameters::default()
+        );
         for bad in [
+            "path=x,cache=none",
+            "path=x,direct=maybe",
             "path=x,iops=0",
             "path=x,iops=many",
             "path=x,bandwidth=10",

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::IoEngine;
+use devices::virtio::block::{self, Cache, IoEngine};
 use devices::virtio::net::MacAddress;
 use devices::{Bucket, Limits};
 use serde::de::Error as _;
@@ -88,7 +88,26 @@ struct DriveSection {
     #[serde(default)]
     rate_limiter: LimitsSection,
     #[serde(default)]
+    cache_type: CacheSection,
+    #[serde(default)]
     io_engine: EngineSection,
+}
+
+/// Firecracker's own default is `Unsafe`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+enum CacheSection {
+    #[default]
+    Writeback,
+    Unsafe,
+}
+
+impl From<CacheSection> for Cache {
+    fn from(section: CacheSection) -> Self {
+        match section {
+            CacheSection::Writeback => Self::Writeback,
+            CacheSection::Unsafe => Self::Unsafe,
+        }
+    }
 }
 
 /// Firecracker's own default is `Sync`.
@@ -108,14 +127,15 @@ impl From<EngineSection> for IoEngine {
     }
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// Firecracker's `rate_limiter`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct LimitsSection {
+pub(crate) struct LimitsSection {
     bandwidth: Option<BucketSection>,
     ops: Option<BucketSection>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BucketSection {
     size: u64,
@@ -125,16 +145,25 @@ struct BucketSection {
     refill_time: u64,
 }
 
-impl From<LimitsSection> for Limits {
-    fn from(section: LimitsSection) -> Self {
-        let bucket = |section: BucketSection| Bucket {
-            size: section.size,
-            one_time_burst: section.one_time_burst,
-            refill_time_ms: section.refill_time,
+impl LimitsSection {
+    /// These limits where they say something, else `before`. A bucket of size 0 that takes no time to refill is no limit.
+    pub(crate) fn over(self, before: Limits) -> Limits {
+        let bucket = |section: Option<BucketSection>, before| match section {
+            None => before,
+            Some(BucketSection {
+                size: 0,
+                refill_time: 0,
+                ..
+            }) => None,
+            Some(section) => Some(Bucket {
+                size: section.size,
+                one_time_burst: section.one_time_burst,
+                refill_time_ms: section.refill_time,
+            }),
         };
-        Self {
-            bandwidth: section.bandwidth.map(bucket),
-            operations: section.ops.map(bucket),
+        Limits {
+            bandwidth: bucket(self.bandwidth, before.bandwidth),
+            operations: bucket(self.ops, before.operations),
         }
     }
 }
@@ -211,8 +240,12 @@ impl From<DriveSection> for DiskConfig {
             id: drive.drive_id,
             path: drive.path_on_host,
             read_only: drive.is_read_only,
-            limits: drive.rate_limiter.into(),
-            engine: drive.io_engine.into(),
+            parameters: block::Parameters {
+                limits: drive.rate_limiter.over(Limits::default()),
+                cache: drive.cache_type.into(),
+                direct: false,
+                engine: drive.io_engine.into(),
+            },
         }
     }
 }

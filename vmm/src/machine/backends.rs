@@ -1,12 +1,11 @@
 //! Virtio devices with what is behind them on this host: the one place that knows every kind of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
-use devices::virtio::block::{Backend, Block, BlockState, IoEngine};
+use devices::virtio::block::{self, Access, Backend, Block, BlockState};
 use devices::virtio::console::{self, Console, ConsoleState, Terminal};
 use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
 use devices::virtio::rng::{Rng, RngState};
@@ -41,8 +40,7 @@ const KINDS: [&str; 6] = [
 pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
     let mut devices = vec![named(RNG_ID, Rng::new())];
     for disk in &config.disks {
-        let backend = Backend::open(&disk.path, disk.read_only)?;
-        devices.push(block(&disk.id, backend, disk.limits, disk.engine)?);
+        devices.push(open_disk(&disk.id, &disk.path, disk.read_only, disk.parameters)?);
     }
     for net in &config.nets {
         let tap = Tap::open(&net.tap)?;
@@ -78,15 +76,12 @@ impl Arrival {
                     expected: "a backend",
                     got: format!("none (use --disk {id}=PATH)"),
                 })?;
-                let backend = Backend::open(path, description.read_only).map_err(|error| Unavailable {
-                    expected: "a usable backend",
-                    got: migration::chain(&error),
+                let parameters = &description.parameters;
+                let parameters = block::Parameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+                    expected: "cache mode and rate limits",
+                    got: format!("{parameters:02x?}"),
                 })?;
-                let limits = Limits::from_bytes(&description.parameters).ok_or_else(|| Unavailable {
-                    expected: "rate limits",
-                    got: format!("{:02x?}", description.parameters),
-                })?;
-                block(id, backend, limits, IoEngine::default()).map_err(|error| Unavailable {
+                open_disk(id, path, description.read_only, parameters).map_err(|error| Unavailable {
                     expected: "a usable backend",
                     got: migration::chain(&error),
                 })
@@ -180,14 +175,22 @@ pub(super) struct Unavailable {
     pub(super) got: String,
 }
 
-fn block(id: &str, backend: Backend, limits: Limits, engine: IoEngine) -> Result<NamedDevice, MachineError> {
-    let device = Block::new(Arc::new(backend), id, limits, engine).map_err(|source| {
-        MachineError::Io {
-            what: "rate limits",
-            source,
-        }
-    })?;
-    Ok(named(id, device))
+fn open_disk(
+    id: &str,
+    path: &Path,
+    read_only: bool,
+    parameters: block::Parameters,
+) -> Result<NamedDevice, MachineError> {
+    let access = Access {
+        read_only,
+        direct: parameters.direct,
+    };
+    let backend = Arc::new(Backend::open(path, access)?);
+    let device = Block::new(backend, id, parameters).map_err(io_error("disk"))?;
+    Ok(NamedDevice {
+        disk: Some(device.control().clone()),
+        ..named(id, device)
+    })
 }
 
 fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {
@@ -220,5 +223,6 @@ fn named(id: &str, device: impl VirtioDevice + 'static) -> NamedDevice {
         device: Box::new(device),
         balloon: None,
         terminal: None,
+        disk: None,
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
 use devices::virtio::mmio::Transport;
-use devices::virtio::{VirtioDevice, balloon, console};
+use devices::virtio::{VirtioDevice, balloon, block, console};
 use devices::{ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration::DeviceDescription;
@@ -33,6 +33,8 @@ pub(crate) struct NamedDevice {
     pub(crate) balloon: Option<Arc<balloon::Control>>,
     /// The host's end of it, if it is a console.
     pub(crate) terminal: Option<MachineTerminal>,
+    /// The host's end of it, if it is a disk.
+    pub(crate) disk: Option<Arc<block::Control>>,
 }
 
 /// The host's end of a virtio console.
@@ -49,6 +51,7 @@ pub(super) struct VirtioSlot {
     pub(super) address: VirtioMmioSlot,
     balloon: Option<Arc<balloon::Control>>,
     terminal: Option<MachineTerminal>,
+    disk: Option<Arc<block::Control>>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -145,6 +148,10 @@ impl DeviceSet {
         let mut terminals = self.virtio.iter().filter_map(|slot| slot.terminal.as_ref());
         let found = terminals.find(|terminal| terminal.has_input)?;
         Some(found.terminal.clone())
+    }
+
+    pub(super) fn disk(&self, id: &str) -> Option<Arc<block::Control>> {
+        self.virtio.iter().find(|slot| slot.id == id)?.disk.clone()
     }
 
     /// How the guest ended, if it did.
@@ -252,6 +259,7 @@ fn virtio_slot(
         address,
         balloon: named.balloon,
         terminal: named.terminal,
+        disk: named.disk,
         transport: Arc::new(Mutex::new(transport)),
     })
 }

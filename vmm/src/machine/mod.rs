@@ -144,6 +144,11 @@ impl Machine {
         self.devices.balloon()
     }
 
+    /// The host's end of the disk of that name.
+    pub fn disk(&self, id: &str) -> Option<Arc<::devices::virtio::block::Control>> {
+        self.devices.disk(id)
+    }
+
     /// Number of vCPUs.
     pub fn cpus(&self) -> u8 {
         self.cpus

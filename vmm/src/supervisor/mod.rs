@@ -207,6 +207,7 @@ impl Supervisor {
             Request::PowerButton(reply) => answer(reply, self.press_power_button()),
             Request::Balloon(reply) => answer(reply, self.balloon()),
             Request::SetBalloon(bytes, reply) => answer(reply, self.set_balloon(bytes)),
+            Request::UpdateDisk(update, reply) => answer(reply, self.update_disk(&update)),
             Request::Migrate {
                 destination,
                 options,

@@ -6,20 +6,22 @@ use std::sync::Arc;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::ID_LEN;
 use super::backend::Backend;
-use super::engine::{Engine, IoEngine, Ticket};
+use super::control::Control;
+use super::engine::{Engine, Ticket};
+use super::parameters::{Cache, Parameters};
 use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError, Step};
 use super::state::BlockState;
+use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::limited::Limited;
-use crate::rate::{Limiter, Limits};
+use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::sys::Durability;
 use crate::virtio::{
@@ -30,6 +32,8 @@ use crate::virtio::{
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
 const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+const F_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
+const F_CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
@@ -39,6 +43,8 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const CONFIG_LEN: usize = 60;
 const CAPACITY: usize = 0;
 const MAX_SEGMENTS: usize = 12;
+const BLOCK_SIZE: usize = 20;
+const WRITEBACK: usize = 32;
 const MAX_DISCARD_SECTORS: usize = 36;
 const MAX_DISCARD_SEGMENTS: usize = 40;
 const DISCARD_ALIGNMENT: usize = 44;
@@ -51,34 +57,56 @@ const HOST_PAGE_SECTORS: u32 = 8;
 /// A disk.
 pub struct Block {
     engine: Engine,
-    backend: Arc<Backend>,
+    pub(super) backend: Arc<Backend>,
     id: [u8; ID_LEN],
-    /// A driver that did not accept FLUSH counts on every write being durable (virtio 1.2, 5.2.6.2).
-    pub(super) durability: Durability,
+    parameters: Parameters,
+    control: Arc<Control>,
+    /// Features that the driver accepted.
+    accepted: u64,
+    /// The cache as the guest wants it (virtio 1.2, 5.2.5.2), and at first as the host does.
+    writeback: bool,
+    /// The capacity that the guest was told of last.
+    sectors: u64,
     limiter: Limiter,
     complaints: Limited,
 }
 
 impl Block {
-    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked.
-    pub fn new(backend: Arc<Backend>, id: &str, limits: Limits, engine: IoEngine) -> io::Result<Self> {
+    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked, and
+    /// the backend was opened as the parameters say.
+    pub fn new(backend: Arc<Backend>, id: &str, parameters: Parameters) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         Ok(Self {
-            engine: Engine::new(engine, &backend),
-            backend,
+            engine: Engine::new(parameters.engine, &backend),
+            control: Arc::new(Control::new(backend.clone(), parameters.limits)?),
             id: padded,
-            durability: Durability::Cached,
-            limiter: Limiter::new(limits)?,
+            parameters,
+            accepted: 0,
+            writeback: parameters.cache != Cache::Writethrough,
+            sectors: backend.sectors(),
+            limiter: Limiter::new(parameters.limits)?,
             complaints: Limited::default(),
+            backend,
         })
     }
 
-    /// What it is on.
-    pub fn backend(&self) -> &Arc<Backend> {
-        &self.backend
+    /// What is on the host's side.
+    pub fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// What a write must be when the guest hears that it is done. A guest that cannot flush counts on every write being
+    /// durable (virtio 1.2, 5.2.6.2).
+    pub(super) fn durability(&self) -> Durability {
+        let cached = self.accepted & F_FLUSH != 0 && self.writeback;
+        if cached || self.parameters.cache == Cache::Unsafe {
+            Durability::Cached
+        } else {
+            Durability::Durable
+        }
     }
 
     /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
@@ -145,6 +173,22 @@ impl Block {
         }
     }
 
+    /// Takes over what was changed on the host's side.
+    fn hear(&mut self, queues: &Queues<'_>) {
+        if !self.control.hear() {
+            return;
+        }
+        let limits = self.control.limits();
+        if limits != self.parameters.limits {
+            self.parameters.limits = limits;
+            self.limiter.set(limits);
+        }
+        let sectors = self.backend.sectors();
+        if std::mem::replace(&mut self.sectors, sectors) != sectors {
+            queues.config_changed();
+        }
+    }
+
     fn conclude(&self, memory: &GuestMemory, status: GuestAddress, result: Result<u32, RequestError>) -> u32 {
         match result {
             Ok(written) => self.finish(memory, status, OK, written.into()).written,
@@ -178,7 +222,8 @@ impl Block {
         let disk = Disk {
             backend: &self.backend,
             id: &self.id,
-            durability: self.durability,
+            cache: self.parameters.cache,
+            durability: self.durability(),
         };
         let served = match request.execute(memory, &disk) {
             Ok(Step::Done(served)) => Ok(served),
@@ -238,7 +283,17 @@ impl VirtioDevice for Block {
         } else {
             F_DISCARD | F_WRITE_ZEROES
         };
-        RING_FEATURES | F_FLUSH | F_SEG_MAX | by_mode
+        let by_cache = if self.backend.read_only() || self.parameters.cache == Cache::Unsafe {
+            0
+        } else {
+            F_CONFIG_WCE
+        };
+        let by_size = if u64::from(self.backend.block_size()) > SECTOR_SIZE {
+            F_BLK_SIZE
+        } else {
+            0
+        };
+        RING_FEATURES | F_FLUSH | F_SEG_MAX | by_mode | by_cache | by_size
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -250,6 +305,7 @@ impl VirtioDevice for Block {
         config[CAPACITY..][..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
         for (at, value) in [
             (MAX_SEGMENTS, SEG_MAX),
+            (BLOCK_SIZE, self.backend.block_size()),
             (MAX_DISCARD_SECTORS, MOST_DISCARDED),
             (MAX_DISCARD_SEGMENTS, 1),
             (DISCARD_ALIGNMENT, HOST_PAGE_SECTORS),
@@ -259,23 +315,26 @@ impl VirtioDevice for Block {
         ] {
             config[at..][..4].copy_from_slice(&value.to_le_bytes());
         }
+        config[WRITEBACK] = self.writeback.into();
         read_bytes(&config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        tracing::debug!(
-            offset,
-            len = data.len(),
-            "virtio-block: nothing in the configuration is writable"
-        );
+        if offset != WRITEBACK as u64 || data.len() != 1 || self.accepted & F_CONFIG_WCE == 0 {
+            tracing::debug!(offset, ?data, "virtio-block: not writable in the configuration");
+            return;
+        }
+        self.writeback = data != [0];
+        if !self.writeback {
+            // From here on the guest need not flush, nor what it wrote before.
+            if let Err(error) = self.backend.flush() {
+                self.complain(&error);
+            }
+        }
     }
 
     fn activate(&mut self, features: u64) {
-        self.durability = if features & F_FLUSH == 0 {
-            Durability::Durable
-        } else {
-            Durability::Cached
-        };
+        self.accepted = features;
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
@@ -287,21 +346,26 @@ impl VirtioDevice for Block {
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
         let engine = self.engine.event();
-        engine.into_iter().chain([self.limiter.event()]).collect()
+        let others = [self.limiter.event(), self.control.event()];
+        engine.into_iter().chain(others).collect()
     }
 
-    /// Something is done, or there are tokens again for what could not be served.
+    /// Something is done, or has changed, or there are tokens again for what could not be served.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.limiter.hear();
+        self.hear(queues);
         self.process_queue(0, queues)
     }
 
     fn reset(&mut self) {
         self.engine.abandon(&self.backend);
-        self.durability = Durability::Cached;
+        self.accepted = 0;
+        self.writeback = self.parameters.cache != Cache::Writethrough;
     }
 
     fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        // Or nobody would hear of it where the device is restored.
+        self.hear(queues);
         let mut broken = None;
         while !self.engine.is_empty() {
             self.engine.wait().map_err(HostError::from)?;
@@ -330,6 +394,7 @@ impl VirtioDevice for Block {
             sectors: self.backend.sectors(),
             read_only: self.backend.read_only(),
             id: self.id,
+            writeback: self.writeback,
         };
         Ok(envelope.put(instance, &state)?)
     }
@@ -338,6 +403,7 @@ impl VirtioDevice for Block {
         let state: BlockState = envelope.take(instance)?;
         state.check(&self.backend)?;
         self.id = state.id;
+        self.writeback = state.writeback;
         Ok(())
     }
 
@@ -345,7 +411,11 @@ impl VirtioDevice for Block {
         Description {
             backend_size: self.backend.size(),
             read_only: self.backend.read_only(),
-            parameters: self.limiter.limits().to_bytes(),
+            parameters: Parameters {
+                limits: self.control.limits(),
+                ..self.parameters
+            }
+            .to_bytes(),
             ..Description::of::<BlockState>(self.features())
         }
     }

@@ -42,6 +42,15 @@ pub(super) enum Io {
     Flush,
 }
 
+impl Io {
+    fn buffers(&self) -> Option<&Buffers> {
+        match self {
+            Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => Some(buffers),
+            Self::Flush => None,
+        }
+    }
+}
+
 /// The request that is answered when something is done.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ticket {
@@ -121,8 +130,10 @@ impl Engine {
         io: Io,
     ) -> Result<Option<u32>, RequestError> {
         match self {
-            Self::Sync => carry_out(memory, backend, &io).map(Some),
-            Self::Ring(ring) => start(ring, memory, backend, ticket, io),
+            Self::Ring(ring) if io.buffers().is_none_or(|buffers| backend.takes(buffers)) => {
+                start(ring, memory, backend, ticket, io)
+            }
+            _ => carry_out(memory, backend, &io).map(Some),
         }
     }
 

@@ -1,8 +1,10 @@
 //! The block device (virtio 1.2, 5.2) on a raw file or a block device of the host.
 
 mod backend;
+mod control;
 mod device;
 mod engine;
+mod parameters;
 mod request;
 mod state;
 mod sys;
@@ -10,9 +12,11 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, BackendError};
+pub use backend::{Access, Backend, BackendError};
+pub use control::Control;
 pub use device::Block;
 pub use engine::IoEngine;
+pub use parameters::{Cache, CacheError, Parameters};
 pub use state::BlockState;
 
 /// The unit of addresses and capacity on the wire, in bytes, whatever the disk's own blocks are.

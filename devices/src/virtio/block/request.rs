@@ -8,6 +8,7 @@ use vm_memory::{GuestAddress, GuestMemoryError};
 
 use super::backend::{Backend, BackendError};
 use super::engine::Io;
+use super::parameters::Cache;
 use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::virtio::sys::Durability;
@@ -50,6 +51,8 @@ pub(super) enum RequestError {
     Direction,
     #[error("expected whole sectors, got {len} bytes")]
     PartialSector { len: u64 },
+    #[error("expected whole blocks of {block} bytes, got {len} bytes at sector {sector}")]
+    PartialBlock { block: u32, sector: u64, len: u64 },
     #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
     OutOfRange { capacity: u64, sector: u64, len: u64 },
     #[error("expected one range of at most {most} sectors, got {len} bytes of ranges, {sectors} sectors")]
@@ -81,6 +84,7 @@ pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 pub(super) struct Disk<'a> {
     pub(super) backend: &'a Backend,
     pub(super) id: &'a [u8; ID_LEN],
+    pub(super) cache: Cache,
     /// What a write must be when the guest hears that it is done.
     pub(super) durability: Durability,
 }
@@ -130,6 +134,7 @@ impl Request {
         match self.kind {
             VIRTIO_BLK_T_IN => self.read(disk.backend).map(Step::Transfer),
             VIRTIO_BLK_T_OUT => self.write(disk).map(Step::Transfer),
+            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => Ok(Step::Done(0.into())),
             VIRTIO_BLK_T_FLUSH => Ok(Step::Transfer(Io::Flush)),
             VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Done),
             VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Done),
@@ -253,7 +258,11 @@ fn check_range(sector: u64, len: u64, backend: &Backend) -> Result<u64, RequestE
     if !len.is_multiple_of(SECTOR_SIZE) {
         return Err(RequestError::PartialSector { len });
     }
-    match sector.checked_add(len / SECTOR_SIZE) {
+    let (block, sectors) = (backend.block_size(), len / SECTOR_SIZE);
+    if !(sector | sectors).is_multiple_of(u64::from(block) / SECTOR_SIZE) {
+        return Err(RequestError::PartialBlock { block, sector, len });
+    }
+    match sector.checked_add(sectors) {
         Some(end) if end <= capacity => Ok(sector * SECTOR_SIZE),
         _ => Err(RequestError::OutOfRange {
             capacity,

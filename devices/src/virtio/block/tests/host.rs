@@ -3,6 +3,11 @@ use std::path::Path;
 
 use super::*;
 
+const READ_ONLY: Access = Access {
+    read_only: true,
+    direct: false,
+};
+
 #[test]
 fn a_disk_that_shrinks_is_an_error_for_the_guest() {
     with_both(|disk| {
@@ -21,7 +26,7 @@ fn a_disk_that_shrinks_is_an_error_for_the_guest() {
 fn what_is_no_disk_is_refused_by_name() {
     let disk = Disk::new();
     let dir = disk.dir.path();
-    let open = |path: &Path| Backend::open(path, false).unwrap_err();
+    let open = |path: &Path| Backend::open(path, Access::default()).unwrap_err();
     assert!(matches!(open(&dir.join("none")), BackendError::Missing { .. }));
     assert!(matches!(
         open(dir),
@@ -30,7 +35,7 @@ fn what_is_no_disk_is_refused_by_name() {
             ..
         }
     ));
-    let read_only = Backend::open(dir, true).unwrap_err();
+    let read_only = Backend::open(dir, READ_ONLY).unwrap_err();
     assert!(matches!(
         read_only,
         BackendError::NotADisk {
@@ -73,7 +78,10 @@ fn what_is_no_disk_is_refused_by_name() {
 #[test]
 fn locks_belong_to_the_open_disk() {
     let disk = Disk::new();
-    let open = |read_only| Backend::open(&disk.path(), read_only).unwrap();
+    let open = |read_only| {
+        let direct = false;
+        Backend::open(&disk.path(), Access { read_only, direct }).unwrap()
+    };
     let (first, second, reader) = (open(false), open(false), open(true));
     first.lock().unwrap();
     first.lock().unwrap();

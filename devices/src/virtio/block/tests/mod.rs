@@ -1,5 +1,6 @@
 mod engines;
 mod host;
+mod modes;
 mod moves;
 mod requests;
 
@@ -63,8 +64,24 @@ impl Disk {
     }
 
     pub(super) fn limited(&self, read_only: bool, limits: Limits) -> Block {
-        let backend = Backend::open(&self.path(), read_only).unwrap();
-        Block::new(Arc::new(backend), "root", limits, self.engine).unwrap()
+        let parameters = Parameters {
+            limits,
+            ..Default::default()
+        };
+        self.with_parameters(read_only, parameters)
+    }
+
+    pub(super) fn with_parameters(&self, read_only: bool, parameters: Parameters) -> Block {
+        let access = Access {
+            read_only,
+            direct: parameters.direct,
+        };
+        let parameters = Parameters {
+            engine: self.engine,
+            ..parameters
+        };
+        let backend = Backend::open(&self.path(), access).unwrap();
+        Block::new(Arc::new(backend), "root", parameters).unwrap()
     }
 
     pub(super) fn driver(&self) -> Driver {
@@ -86,4 +103,14 @@ pub(super) fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Part]
     let parts = [&[reads(HEADER, 16)], data, &[writes(STATUS, 1)]].concat();
     let written = driver.submit(&parts);
     (driver.bytes(STATUS, 1)[0], written)
+}
+
+/// Sends a request about one range of sectors; returns the status.
+pub(super) fn range(driver: &mut Driver, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&sector.to_le_bytes());
+    bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
+    bytes[12..].copy_from_slice(&flags.to_le_bytes());
+    driver.fill(BUFFER, &bytes);
+    request(driver, kind, 0, &[reads(BUFFER, 16)]).0
 }

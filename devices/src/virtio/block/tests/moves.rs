@@ -3,8 +3,6 @@ use std::fs::{self, File};
 use migration_state::Envelope;
 
 use super::*;
-use crate::virtio::sys::Durability;
-use crate::virtio::testing::VERSION_1;
 use crate::virtio::{DeviceError, VirtioDevice};
 
 #[test]
@@ -21,25 +19,6 @@ fn a_reset_forgets_requests_that_were_not_taken() {
         assert_eq!(fs::read(disk.path()).unwrap()[..512], [0; 512]);
         driver.bring_up();
         assert_eq!(request(&mut driver, IN, 1, &[writes(BUFFER, 512)]), (OK, 513));
-    });
-}
-
-#[test]
-fn without_flush_every_write_is_written_through() {
-    with_both(|disk| {
-        let mut device = disk.device(false);
-        device.activate(VERSION_1);
-        assert_eq!(device.durability, Durability::Durable);
-        device.activate(device.features());
-        assert_eq!(device.durability, Durability::Cached);
-        // A driver that cannot flush can still write.
-        let mut driver = Driver::new(disk.device(false));
-        assert!(driver.negotiate(VERSION_1));
-        driver.set_up_queue(0x1000, 0x3000, 0x4000);
-        driver.set(0x070, 15);
-        driver.fill(BUFFER, &[0xcd; 512]);
-        assert_eq!(request(&mut driver, OUT, 2, &[reads(BUFFER, 512)]), (OK, 1));
-        assert_eq!(fs::read(disk.path()).unwrap()[1024..1536], [0xcd; 512]);
     });
 }
 
@@ -121,7 +100,8 @@ fn golden_record() {
         sectors: 300,
         read_only: true,
         id,
+        writeback: true,
     };
-    let golden = "ac0201 7664000000000000000000000000000000000000";
-    migration_state::assert_golden(1, golden, &state);
+    let golden = "ac0201 7664000000000000000000000000000000000000 01";
+    migration_state::assert_golden(2, golden, &state);
 }

@@ -1,8 +1,12 @@
 //! What backs a disk: a raw image file or a block device of the host.
 
-use std::fs::{File, OpenOptions};
+mod error;
+mod open;
+mod scratch;
+
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,6 +21,11 @@ use crate::GuestMemory;
 use crate::virtio::sys::{At, Durability};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
+pub use error::BackendError;
+pub use open::Access;
+use open::{A_DIRECTORY, Alignment, open};
+use scratch::Scratch;
+
 /// An open disk. Nothing is locked by opening it.
 #[derive(Debug)]
 pub struct Backend {
@@ -24,142 +33,70 @@ pub struct Backend {
     path: PathBuf,
     is_block_device: bool,
     read_only: bool,
-    sectors: u64,
+    /// What direct I/O wants, if that is what is done.
+    alignment: Option<Alignment>,
+    sectors: AtomicU64,
     /// How often the disk was modified, and how much of that is durable.
     modified: AtomicU64,
     flushed: AtomicU64,
 }
 
-/// Why a disk cannot be used. Every message is one line that names the path.
-#[derive(Debug, thiserror::Error)]
-pub enum BackendError {
-    /// Nothing is there.
-    #[error("disk {}: expected a file or a block device, found nothing there", path.display())]
-    Missing {
-        /// The disk.
-        path: PathBuf,
-    },
-    /// Something else than a disk is there.
-    #[error("disk {}: expected a file or a block device, got {got}", path.display())]
-    NotADisk {
-        /// The disk.
-        path: PathBuf,
-        /// What it is.
-        got: &'static str,
-    },
-    /// The process may not open it like this.
-    #[error("disk {}: no permission to open it {}", path.display(), mode(*read_only))]
-    Permission {
-        /// The disk.
-        path: PathBuf,
-        /// Whether it was to be read only.
-        read_only: bool,
-    },
-    /// It has no whole number of sectors, or none.
-    #[error("disk {}: expected a size that is a positive multiple of {SECTOR_SIZE} bytes, got {got}", path.display())]
-    Size {
-        /// The disk.
-        path: PathBuf,
-        /// Its size in bytes.
-        got: u64,
-    },
-    /// Somebody else has it locked.
-    #[error("disk {}: expected {} lock, but another process has it locked", path.display(), lock(*read_only))]
-    Locked {
-        /// The disk.
-        path: PathBuf,
-        /// Whether a shared lock was asked for.
-        read_only: bool,
-    },
-    /// A system call failed.
-    #[error("disk {}: cannot {what}: {source}", path.display())]
-    Io {
-        /// The disk.
-        path: PathBuf,
-        /// What was tried.
-        what: &'static str,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
-
-fn mode(read_only: bool) -> &'static str {
-    if read_only {
-        "for reading"
-    } else {
-        "for reading and writing"
-    }
-}
-
-fn lock(read_only: bool) -> &'static str {
-    if read_only { "a shared" } else { "an exclusive" }
-}
-
 impl Backend {
     /// Opens the disk at `path`.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, BackendError> {
-        let owned = || path.to_owned();
+    pub fn open(path: &Path, access: Access) -> Result<Self, BackendError> {
         let failed = |what| {
             move |source| BackendError::Io {
-                path: owned(),
+                path: path.to_owned(),
                 what,
                 source,
             }
         };
-        // Without O_NONBLOCK a FIFO would block before it could be refused.
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path);
-        let mut file = opened.map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => BackendError::Missing { path: owned() },
-            io::ErrorKind::IsADirectory => BackendError::NotADisk {
-                path: owned(),
-                got: "a directory",
-            },
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => BackendError::Permission {
-                path: owned(),
-                read_only,
-            },
-            _ => BackendError::Io {
-                path: owned(),
-                what: "open it",
-                source,
-            },
-        })?;
+        let file = open(path, access)?;
         let kind = file.metadata().map_err(failed("look at it"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let got = if kind.is_dir() {
-                "a directory"
+                A_DIRECTORY
             } else {
                 "something else"
             };
-            return Err(BackendError::NotADisk { path: owned(), got });
+            let path = path.to_owned();
+            return Err(BackendError::NotADisk { path, got });
         }
-        // A block device's metadata says 0; its end says the truth.
-        let size = file.seek(SeekFrom::End(0)).map_err(failed("find its size"))?;
-        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
-            return Err(BackendError::Size {
-                path: owned(),
-                got: size,
-            });
-        }
-        let is_block_device = kind.is_block_device();
         // Requests may take their time.
         fcntl_getfl(&file)
             .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
             .map_err(|errno| failed("set it up")(errno.into()))?;
-        Ok(Self {
+        let alignment = access.direct.then(|| Alignment::of(&file));
+        let backend = Self {
             file,
-            path: owned(),
-            is_block_device,
-            read_only,
-            sectors: size / SECTOR_SIZE,
+            path: path.to_owned(),
+            is_block_device: kind.is_block_device(),
+            read_only: access.read_only,
+            alignment,
+            sectors: AtomicU64::new(0),
             modified: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
-        })
+        };
+        backend.measure()?;
+        Ok(backend)
+    }
+
+    /// Looks how large it is now.
+    pub(super) fn measure(&self) -> Result<(), BackendError> {
+        // A block device's metadata says 0; its end says the truth.
+        let end = (&self.file).seek(SeekFrom::End(0));
+        let size = end.map_err(self.failed("find its size"))?;
+        let unit = u64::from(self.block_size());
+        if size == 0 || !size.is_multiple_of(unit) {
+            let path = self.path.clone();
+            return Err(BackendError::Size {
+                path,
+                unit,
+                got: size,
+            });
+        }
+        self.sectors.store(size / SECTOR_SIZE, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Where it is.
@@ -174,12 +111,18 @@ impl Backend {
 
     /// Size in sectors of [`SECTOR_SIZE`] bytes.
     pub fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::SeqCst)
     }
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.sectors * SECTOR_SIZE
+        self.sectors() * SECTOR_SIZE
+    }
+
+    /// What offsets and lengths of requests are multiples of, in bytes.
+    pub(super) fn block_size(&self) -> u32 {
+        self.alignment
+            .map_or(SECTOR_SIZE as u32, |alignment| alignment.offset)
     }
 
     /// Locks the disk against other users: exclusively, or shared if it is read-only. The lock belongs to this
@@ -273,12 +216,12 @@ impl Backend {
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        let zeroes = [0; 64 << 10];
+        let mut zeroes = Scratch::new(len);
         let mut done = 0;
         while done < len {
-            let part = (len - done).min(zeroes.len() as u64);
-            self.file.write_all_at(&zeroes[..part as usize], offset + done)?;
-            done += part;
+            let part = zeroes.part(len - done);
+            self.write_at(part, offset + done)?;
+            done += part.len() as u64;
         }
         Ok(())
     }
@@ -298,11 +241,32 @@ impl Backend {
             .map_err(|errno| self.failed("drop its cached pages")(errno.into()))
     }
 
+    /// Whether the kernel can move data between the disk and these buffers where they are.
+    pub(super) fn takes(&self, buffers: &Buffers) -> bool {
+        self.alignment
+            .is_none_or(|alignment| buffers.are_aligned(alignment.memory))
+    }
+
     /// Fills `into` from byte `offset` of the disk on, marking the pages.
-    pub(super) fn read(&self, memory: &GuestMemory, into: &Buffers, offset: u64) -> Result<(), RequestError> {
-        let mut at = self.at(offset);
-        for (address, len) in into.iter() {
-            memory.read_exact_volatile_from(address, &mut at, len as usize)?;
+    pub(super) fn read(
+        &self,
+        memory: &GuestMemory,
+        into: &Buffers,
+        mut offset: u64,
+    ) -> Result<(), RequestError> {
+        if self.takes(into) {
+            let mut at = self.at(offset);
+            for (address, len) in into.iter() {
+                memory.read_exact_volatile_from(address, &mut at, len as usize)?;
+            }
+            return Ok(());
+        }
+        let (mut rest, mut scratch) = (into.clone(), Scratch::new(into.len()));
+        while !rest.is_empty() {
+            let part = scratch.part(rest.len());
+            self.read_at(part, offset).map_err(self.failed("read it"))?;
+            rest.fill(memory, part)?;
+            offset += part.len() as u64;
         }
         Ok(())
     }
@@ -315,16 +279,44 @@ impl Backend {
         offset: u64,
         durability: Durability,
     ) -> Result<(), RequestError> {
-        let mut at = self.at(offset);
-        let done = from
-            .iter()
-            .try_for_each(|(address, len)| memory.write_all_volatile_to(address, &mut at, len as usize));
+        let done = self.write_buffers(memory, from, offset);
         self.modified(offset, from.len());
         done?;
         if durability == Durability::Durable {
             self.flush()?;
         }
         Ok(())
+    }
+
+    fn write_buffers(
+        &self,
+        memory: &GuestMemory,
+        from: &Buffers,
+        mut offset: u64,
+    ) -> Result<(), RequestError> {
+        if self.takes(from) {
+            let mut at = self.at(offset);
+            for (address, len) in from.iter() {
+                memory.write_all_volatile_to(address, &mut at, len as usize)?;
+            }
+            return Ok(());
+        }
+        let (mut rest, mut scratch) = (from.clone(), Scratch::new(from.len()));
+        while !rest.is_empty() {
+            let part = scratch.part(rest.len());
+            rest.read(memory, part)?;
+            self.write_at(part, offset).map_err(self.failed("write to it"))?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
     }
 
     fn at(&self, offset: u64) -> At<'_> {
