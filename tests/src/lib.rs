@@ -5,6 +5,7 @@
 mod fixtures;
 mod guest;
 mod host;
+mod http;
 mod journey;
 mod lab_journey;
 mod output;
@@ -17,6 +18,7 @@ mod vsock;
 pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
 pub use host::{Host, Migration, Vm};
+pub use http::http;
 pub use journey::{BareGuest, Journey};
 pub use lab_journey::{GUEST, LabJourney, StockGuest, TAP, ended, payload};
 pub use output::Output;
