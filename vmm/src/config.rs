@@ -78,8 +78,10 @@ pub enum ConfigError {
 pub struct DiskConfig {
     /// Its name, unique in the machine.
     pub id: String,
-    /// A raw image or a block device.
+    /// An image or a block device.
     pub path: PathBuf,
+    /// What the file is.
+    pub format: block::Format,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// How it serves the guest.
@@ -371,6 +373,7 @@ mod tests {
         let disk = |id: &str| DiskConfig {
             id: id.into(),
             path: "x".into(),
+            format: block::Format::Raw,
             read_only: false,
             parameters: block::Parameters::default(),
         };
@@ -429,6 +432,7 @@ mod tests {
         let disk = |id| DiskConfig {
             id: format!("d{id}"),
             path: "x".into(),
+            format: block::Format::Raw,
             read_only: false,
             parameters: block::Parameters::default(),
         };

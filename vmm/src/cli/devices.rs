@@ -5,17 +5,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 use devices::Bucket;
-use devices::virtio::block::{CacheError, Parameters};
+use devices::virtio::block::{CacheError, Format, FormatError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError};
 
 use super::{units, vsock};
 use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids};
-use crate::machine::Arrival;
+use crate::machine::{Arrival, DiskBackend};
 
 /// Devices of a machine that boots.
 #[derive(Debug, Args)]
 pub(super) struct DeviceArgs {
-    /// A disk: [id=NAME,]path=FILE[,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N]; may
+    /// A disk: [id=NAME,]path=FILE[,format=raw|qcow2][,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N]; may
     /// be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
@@ -30,6 +30,7 @@ impl DeviceArgs {
         let config = |(index, disk): (usize, &RunDisk)| DiskConfig {
             id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
             path: disk.path.clone(),
+            format: disk.format,
             read_only: disk.read_only,
             parameters: disk.parameters,
         };
@@ -51,8 +52,8 @@ impl DeviceArgs {
 #[derive(Debug, Args)]
 pub(super) struct BackendArgs {
     /// Backend of a disk of the machine; may be given several times
-    #[arg(long = "disk", value_name = "ID=PATH", value_parser = backend::<PathBuf>)]
-    disks: Vec<(String, PathBuf)>,
+    #[arg(long = "disk", value_name = "ID=PATH[,format=raw|qcow2]", value_parser = disk_backend)]
+    disks: Vec<(String, DiskBackend)>,
     /// Tap of a network card of the machine; may be given several times
     #[arg(long = "net", value_name = "ID=TAP", value_parser = backend::<String>)]
     nets: Vec<(String, String)>,
@@ -94,16 +95,18 @@ impl BackendArgs {
 struct RunDisk {
     id: Option<String>,
     path: PathBuf,
+    format: Format,
     read_only: bool,
     parameters: Parameters,
 }
 
-const DISK: &str = "expected [id=NAME,]path=FILE[,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
+const DISK: &str = "expected [id=NAME,]path=FILE[,format=raw|qcow2][,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
 
 fn run_disk(text: &str) -> Result<RunDisk, String> {
     let mut disk = RunDisk {
         id: None,
         path: PathBuf::new(),
+        format: Format::default(),
         read_only: false,
         parameters: Parameters::default(),
     };
@@ -119,6 +122,9 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
                 let count = count.parse::<NonZeroU64>();
                 let count = count.map_err(|_| format!("expected iops=N with N above 0, got {part:?}"))?;
                 limits.operations = Some(Bucket::per_second(count.get()));
+            }
+            Some(("format", format)) => {
+                disk.format = format.parse().map_err(|error: FormatError| error.to_string())?;
             }
             Some(("cache", mode)) => {
                 disk.parameters.cache = mode.parse().map_err(|error: CacheError| error.to_string())?;
@@ -162,6 +168,18 @@ fn run_net(text: &str) -> Result<RunNet, String> {
     Ok(net)
 }
 
+fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
+    let (text, format) = match text.rsplit_once(",format=") {
+        Some((text, format)) => (
+            text,
+            format.parse().map_err(|error: FormatError| error.to_string())?,
+        ),
+        None => (text, Format::default()),
+    };
+    let (id, path) = backend(text)?;
+    Ok((id, DiskBackend { path, format }))
+}
+
 /// A name, and what is behind what has it.
 pub(super) fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T), String> {
     match text.split_once('=') {
@@ -187,6 +205,7 @@ mod tests {
             RunDisk {
                 id: Some("root".into()),
                 path: "/a b".into(),
+                format: Format::Raw,
                 read_only: true,
                 parameters: Parameters::default(),
             }
@@ -202,7 +221,9 @@ mod tests {
             run_disk("path=x,direct=off").unwrap().parameters,
             Parameters::default()
         );
+        assert_eq!(run_disk("path=x,format=qcow2").unwrap().format, Format::Qcow2);
         for bad in [
+            "path=x,format=vmdk",
             "path=x,cache=none",
             "path=x,direct=maybe",
             "path=x,iops=0",
@@ -250,8 +271,12 @@ mod tests {
     fn backends_have_names_of_their_own() {
         assert!(backend::<String>("root").is_err());
         assert!(backend::<String>("root=").is_err());
+        assert!(disk_backend("root=x,format=vmdk").is_err());
+        let (id, disk) = disk_backend("root=a,b,format=qcow2").unwrap();
+        assert_eq!((id.as_str(), disk.format), ("root", Format::Qcow2));
+        assert_eq!(disk.path, PathBuf::from("a,b"));
         let args = |net: &str| BackendArgs {
-            disks: vec![backend("a=/dev/vda").unwrap()],
+            disks: vec![disk_backend("a=/dev/vda").unwrap()],
             nets: vec![backend(net).unwrap()],
             vsock: None,
             ports: Vec::new(),

@@ -239,6 +239,7 @@ impl From<DriveSection> for DiskConfig {
         Self {
             id: drive.drive_id,
             path: drive.path_on_host,
+            format: block::Format::Raw,
             read_only: drive.is_read_only,
             parameters: block::Parameters {
                 limits: drive.rate_limiter.over(Limits::default()),

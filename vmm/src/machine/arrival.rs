@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::BlockState;
+use devices::virtio::block::{self, BlockState};
 use devices::virtio::console::{self, ConsoleState};
 use devices::virtio::net::{NetState, Tap};
 use devices::virtio::rng::RngState;
@@ -16,11 +16,20 @@ use super::backends::{CONSOLE_ID, RNG_ID, Unavailable, VSOCK_ID};
 use super::description;
 use crate::config::MAX_DEVICES;
 
+/// What there is for a disk here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskBackend {
+    /// An image or a block device.
+    pub path: PathBuf,
+    /// What the file is: the peer does not say.
+    pub format: block::Format,
+}
+
 /// What this host offers to a machine that arrives.
 #[derive(Debug)]
 pub struct Arrival {
     /// Disks by name: host paths never come from the peer.
-    pub disks: BTreeMap<String, PathBuf>,
+    pub disks: BTreeMap<String, DiskBackend>,
     /// Taps by the name of the network card. They are open long before a machine comes: it takes a bridge up to a second
     /// to see that, and it forwards nothing to them before.
     pub nets: BTreeMap<String, Tap>,
@@ -139,7 +148,8 @@ impl Arrival {
     }
 
     fn share_disk(&self, device: &DeviceDescription, other: &DeviceDescription) -> bool {
-        let file = |device: &DeviceDescription| self.disks.get(&device.id).and_then(|path| identity(path));
+        let file =
+            |device: &DeviceDescription| self.disks.get(&device.id).and_then(|disk| identity(&disk.path));
         let writable = !(device.read_only && other.read_only);
         writable && file(device).is_some_and(|id| file(other) == Some(id))
     }
@@ -237,11 +247,15 @@ mod tests {
     fn every_disk_has_a_name_and_a_backend_of_its_own() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
+        let backend = |name: &str| DiskBackend {
+            path: path(name),
+            format: block::Format::Raw,
+        };
         std::fs::write(path("a"), [0; 512]).unwrap();
         std::fs::hard_link(path("a"), path("also-a")).unwrap();
         std::fs::write(path("b"), [0; 512]).unwrap();
         let arrival = |other: &str| Arrival {
-            disks: [("x".into(), path("a")), ("y".into(), path(other))].into(),
+            disks: [("x".into(), backend("a")), ("y".into(), backend(other))].into(),
             ..NOTHING
         };
         let both = [disk("x", false), disk("y", false)];

@@ -40,7 +40,13 @@ const KINDS: [&str; 6] = [
 pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
     let mut devices = vec![named(RNG_ID, Rng::new())];
     for disk in &config.disks {
-        devices.push(open_disk(&disk.id, &disk.path, disk.read_only, disk.parameters)?);
+        devices.push(open_disk(
+            &disk.id,
+            &disk.path,
+            disk.format,
+            disk.read_only,
+            disk.parameters,
+        )?);
     }
     for net in &config.nets {
         let tap = Tap::open(&net.tap)?;
@@ -72,7 +78,7 @@ impl Arrival {
         match description.kind.as_str() {
             RngState::KIND => Ok(named(id, Rng::new())),
             BlockState::KIND => {
-                let path = self.disks.get(id).ok_or_else(|| Unavailable {
+                let disk = self.disks.get(id).ok_or_else(|| Unavailable {
                     expected: "a backend",
                     got: format!("none (use --disk {id}=PATH)"),
                 })?;
@@ -81,9 +87,11 @@ impl Arrival {
                     expected: "cache mode and rate limits",
                     got: format!("{parameters:02x?}"),
                 })?;
-                open_disk(id, path, description.read_only, parameters).map_err(|error| Unavailable {
-                    expected: "a usable backend",
-                    got: migration::chain(&error),
+                open_disk(id, &disk.path, disk.format, description.read_only, parameters).map_err(|error| {
+                    Unavailable {
+                        expected: "a usable backend",
+                        got: migration::chain(&error),
+                    }
                 })
             }
             NetState::KIND => self.open_net(description),
@@ -178,12 +186,14 @@ pub(super) struct Unavailable {
 fn open_disk(
     id: &str,
     path: &Path,
+    format: block::Format,
     read_only: bool,
     parameters: block::Parameters,
 ) -> Result<NamedDevice, MachineError> {
     let access = Access {
         read_only,
         direct: parameters.direct,
+        format,
     };
     let backend = Arc::new(Backend::open(path, access)?);
     let device = Block::new(backend, id, parameters).map_err(io_error("disk"))?;

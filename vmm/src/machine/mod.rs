@@ -27,7 +27,7 @@ use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, RingLog};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
 
-pub use arrival::Arrival;
+pub use arrival::{Arrival, DiskBackend};
 pub use baseline::Tracking;
 pub use destination::MigrationDestination;
 pub use error::MachineError;

@@ -76,10 +76,11 @@ enum Then {
 impl Engine {
     /// The engine that was asked for, if this host has it.
     pub(super) fn new(wanted: IoEngine, backend: &Backend) -> Self {
-        if wanted == IoEngine::Sync {
-            return Self::Sync;
-        }
-        match Ring::new(backend.file(), QUEUE_SIZE) {
+        let file = match backend.raw() {
+            Some(file) if wanted == IoEngine::Async => file,
+            _ => return Self::Sync,
+        };
+        match Ring::new(file, QUEUE_SIZE) {
             Ok(ring) => Self::Ring(Box::new(ring)),
             Err(error) => {
                 let disk = backend.path().display();

@@ -1,4 +1,4 @@
-//! The block device (virtio 1.2, 5.2) on a raw file or a block device of the host.
+//! The block device (virtio 1.2, 5.2) on an image or a block device of the host.
 
 mod backend;
 mod control;
@@ -12,7 +12,7 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Access, Backend, BackendError};
+pub use backend::{Access, Backend, BackendError, Format, FormatError};
 pub use control::Control;
 pub use device::Block;
 pub use engine::IoEngine;

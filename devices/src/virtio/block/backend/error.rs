@@ -28,8 +28,8 @@ pub enum BackendError {
         /// Whether it was to be read only.
         read_only: bool,
     },
-    /// It is on a file system without direct I/O.
-    #[error("disk {}: expected a file that can be opened with O_DIRECT, got one that cannot; leave direct=on out", path.display())]
+    /// It is no raw image, or on a file system without direct I/O.
+    #[error("disk {}: expected a raw disk that can be opened with O_DIRECT, got another; leave direct=on out", path.display())]
     NotDirect {
         /// The disk.
         path: PathBuf,

@@ -1,7 +1,8 @@
-//! What backs a disk: a raw image file or a block device of the host.
+//! What backs a disk: an image file or a block device of the host.
 
 mod error;
 mod open;
+mod qcow2;
 mod scratch;
 
 use std::fs::File;
@@ -11,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
 use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
@@ -22,8 +22,9 @@ use crate::virtio::sys::{At, Durability};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
 pub use error::BackendError;
-pub use open::Access;
 use open::{A_DIRECTORY, Alignment, open};
+pub use open::{Access, Format, FormatError};
+use qcow2::Qcow2;
 use scratch::Scratch;
 
 /// An open disk. Nothing is locked by opening it.
@@ -35,6 +36,8 @@ pub struct Backend {
     read_only: bool,
     /// What direct I/O wants, if that is what is done.
     alignment: Option<Alignment>,
+    /// What the file is, if it is not the disk as it is.
+    qcow2: Option<Qcow2>,
     sectors: AtomicU64,
     /// How often the disk was modified, and how much of that is durable.
     modified: AtomicU64,
@@ -67,12 +70,20 @@ impl Backend {
             .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
             .map_err(|errno| failed("set it up")(errno.into()))?;
         let alignment = access.direct.then(|| Alignment::of(&file));
+        let qcow2 = match access.format {
+            Format::Raw => None,
+            Format::Qcow2 => {
+                let opened = Qcow2::open(&file, path, access.read_only);
+                Some(opened.map_err(failed("open it as qcow2"))?)
+            }
+        };
         let backend = Self {
             file,
             path: path.to_owned(),
             is_block_device: kind.is_block_device(),
             read_only: access.read_only,
             alignment,
+            qcow2,
             sectors: AtomicU64::new(0),
             modified: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
@@ -83,9 +94,13 @@ impl Backend {
 
     /// Looks how large it is now.
     pub(super) fn measure(&self) -> Result<(), BackendError> {
-        // A block device's metadata says 0; its end says the truth.
-        let end = (&self.file).seek(SeekFrom::End(0));
-        let size = end.map_err(self.failed("find its size"))?;
+        let size = match &self.qcow2 {
+            Some(image) => image.size(),
+            // A block device's metadata says 0; its end says the truth.
+            None => (&self.file)
+                .seek(SeekFrom::End(0))
+                .map_err(self.failed("find its size"))?,
+        };
         let unit = u64::from(self.block_size());
         if size == 0 || !size.is_multiple_of(unit) {
             let path = self.path.clone();
@@ -178,41 +193,48 @@ impl Backend {
     }
 
     fn write_back(&self) -> Result<(), BackendError> {
-        self.file.sync_data().map_err(self.failed("write it back"))
+        let done = match &self.qcow2 {
+            Some(image) => image.flush(),
+            None => self.file.sync_data(),
+        };
+        done.map_err(self.failed("write it back"))
     }
 
     /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
     /// there afterwards, so nothing fails where it cannot.
     pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
-        let done = self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len);
+        let done = match &self.qcow2 {
+            Some(image) => image.discard(offset, len),
+            None => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
+        };
         self.modified(offset, len);
         match done {
             // Not at all, or not such small parts of it.
-            Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
-            done => done.map_err(|errno| self.failed("discard a part of it")(errno.into())),
+            Err(error) if cannot(&error) => Ok(()),
+            done => done.map_err(self.failed("discard a part of it")),
         }
     }
 
     /// Makes `len` bytes at byte `offset` zero; they may give up their space if `unmap`.
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BackendError> {
-        let flags = if unmap {
-            FallocateFlags::PUNCH_HOLE
-        } else {
-            FallocateFlags::ZERO_RANGE
+        let done = match &self.qcow2 {
+            Some(image) => image.write_zeroes(offset, len, unmap),
+            None if unmap => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
+            None => self.fallocate(FallocateFlags::ZERO_RANGE, offset, len),
         };
-        let done = match self.fallocate(flags, offset, len) {
-            Err(Errno::OPNOTSUPP | Errno::INVAL) => self.zero(offset, len),
-            done => done.map_err(io::Error::from),
+        let done = match done {
+            Err(error) if cannot(&error) => self.zero(offset, len),
+            done => done,
         };
         self.modified(offset, len);
         done.map_err(self.failed("zero a part of it"))
     }
 
-    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
-        if len == 0 {
-            return Ok(());
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        if len > 0 {
+            fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len)?;
         }
-        fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len)
+        Ok(())
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -236,15 +258,21 @@ impl Backend {
             }
         }
         // Only pages that are written back can be dropped, whoever wrote them.
-        self.write_back()?;
+        self.file.sync_data().map_err(self.failed("write it back"))?;
         fadvise(&self.file, 0, None, Advice::DontNeed)
-            .map_err(|errno| self.failed("drop its cached pages")(errno.into()))
+            .map_err(|errno| self.failed("drop its cached pages")(errno.into()))?;
+        match &self.qcow2 {
+            Some(image) => image
+                .reopen(&self.file, &self.path, self.read_only)
+                .map_err(self.failed("open it as qcow2")),
+            None => Ok(()),
+        }
     }
 
     /// Whether the kernel can move data between the disk and these buffers where they are.
     pub(super) fn takes(&self, buffers: &Buffers) -> bool {
-        self.alignment
-            .is_none_or(|alignment| buffers.are_aligned(alignment.memory))
+        let fits = |alignment: Alignment| buffers.are_aligned(alignment.memory);
+        self.raw().is_some() && self.alignment.is_none_or(fits)
     }
 
     /// Fills `into` from byte `offset` of the disk on, marking the pages.
@@ -312,11 +340,17 @@ impl Backend {
     }
 
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(bytes, offset)
+        match &self.qcow2 {
+            Some(image) => image.read(bytes, offset),
+            None => self.file.read_exact_at(bytes, offset),
+        }
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
+        match &self.qcow2 {
+            Some(image) => image.write(bytes, offset),
+            None => self.file.write_all_at(bytes, offset),
+        }
     }
 
     fn at(&self, offset: u64) -> At<'_> {
@@ -326,9 +360,9 @@ impl Backend {
         }
     }
 
-    /// What is read and written.
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// The disk's bytes as they are, if they are in a file like that.
+    pub(super) fn raw(&self) -> Option<&File> {
+        self.qcow2.is_none().then_some(&self.file)
     }
 
     pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {
@@ -338,6 +372,14 @@ impl Backend {
             source,
         }
     }
+}
+
+/// Whether the host, or the image, has no such thing, or not for such small parts.
+fn cannot(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput
+    )
 }
 
 impl HostBackend for Backend {

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::str::FromStr;
 
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
@@ -16,6 +17,36 @@ pub struct Access {
     pub read_only: bool,
     /// Without the host's cache (O_DIRECT).
     pub direct: bool,
+    /// What the file is.
+    pub format: Format,
+}
+
+/// What a disk's file is. It is said by whoever knows, and never guessed: a guest may write whatever it likes to a raw
+/// image, and make it look like another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes.
+    #[default]
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// Not the name of a [`Format`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("format: expected raw or qcow2, got {0:?}")]
+pub struct FormatError(String);
+
+impl FromStr for Format {
+    type Err = FormatError;
+
+    fn from_str(text: &str) -> Result<Self, FormatError> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(FormatError(text.into())),
+        }
+    }
 }
 
 /// What is there in place of a disk.
@@ -23,6 +54,10 @@ pub(super) const A_DIRECTORY: &str = "a directory";
 
 /// Opens what may yet be no disk.
 pub(super) fn open(path: &Path, access: Access) -> Result<File, BackendError> {
+    if access.direct && access.format != Format::Raw {
+        let path = path.to_owned();
+        return Err(BackendError::NotDirect { path });
+    }
     // Without O_NONBLOCK a FIFO would block before it could be refused.
     let direct = if access.direct { libc::O_DIRECT } else { 0 };
     let opened = OpenOptions::new()

@@ -6,6 +6,7 @@ use super::*;
 const READ_ONLY: Access = Access {
     read_only: true,
     direct: false,
+    format: Format::Raw,
 };
 
 #[test]
@@ -79,8 +80,11 @@ fn what_is_no_disk_is_refused_by_name() {
 fn locks_belong_to_the_open_disk() {
     let disk = Disk::new();
     let open = |read_only| {
-        let direct = false;
-        Backend::open(&disk.path(), Access { read_only, direct }).unwrap()
+        let access = Access {
+            read_only,
+            ..Default::default()
+        };
+        Backend::open(&disk.path(), access).unwrap()
     };
     let (first, second, reader) = (open(false), open(false), open(true));
     first.lock().unwrap();

@@ -1,5 +1,6 @@
 mod engines;
 mod host;
+mod images;
 mod modes;
 mod moves;
 mod requests;
@@ -75,6 +76,7 @@ impl Disk {
         let access = Access {
             read_only,
             direct: parameters.direct,
+            ..Default::default()
         };
         let parameters = Parameters {
             engine: self.engine,

@@ -191,6 +191,7 @@ fn what_cannot_be_opened_for_direct_io_says_so() {
         Access {
             read_only: true,
             direct: true,
+            ..Default::default()
         },
     );
     let error = error.unwrap_err().to_string();
