@@ -38,7 +38,6 @@ pub struct BucketError(pub Bucket);
 /// Limits at work.
 #[derive(Debug)]
 pub(crate) struct Limiter {
-    limits: Limits,
     // A device asks while it is itself at work with its requests.
     bandwidth: Cell<Option<Tokens>>,
     operations: Cell<Option<Tokens>>,
@@ -129,18 +128,21 @@ impl Limits {
 impl Limiter {
     /// Limits that were checked.
     pub(crate) fn new(limits: Limits) -> io::Result<Self> {
-        let now = Instant::now();
-        let tokens = |bucket: Option<Bucket>| Cell::new(bucket.map(|bucket| Tokens::new(bucket, now)));
-        Ok(Self {
-            limits,
-            bandwidth: tokens(limits.bandwidth),
-            operations: tokens(limits.operations),
+        let mut limiter = Self {
+            bandwidth: Cell::new(None),
+            operations: Cell::new(None),
             timer: Timer::new()?,
-        })
+        };
+        limiter.set(limits);
+        Ok(limiter)
     }
 
-    pub(crate) fn limits(&self) -> Limits {
-        self.limits
+    /// Replaces the limits by others that were checked. The buckets are full.
+    pub(crate) fn set(&mut self, limits: Limits) {
+        let now = Instant::now();
+        let tokens = |bucket: Option<Bucket>| Cell::new(bucket.map(|bucket| Tokens::new(bucket, now)));
+        self.bandwidth = tokens(limits.bandwidth);
+        self.operations = tokens(limits.operations);
     }
 
     /// Becomes readable when there are tokens again.

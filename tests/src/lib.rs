@@ -5,6 +5,7 @@
 mod fixtures;
 mod guest;
 mod host;
+mod http;
 mod huge_pages;
 mod journey;
 mod lab_journey;
@@ -18,6 +19,7 @@ mod vsock;
 pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
 pub use host::{Host, Migration, Vm};
+pub use http::http;
 pub use huge_pages::HugePages;
 pub use journey::{BareGuest, Journey};
 pub use lab_journey::{GUEST, LabJourney, StockGuest, TAP, ended, payload};

@@ -1,13 +1,11 @@
 //! The control plane of one host: names, states, life cycle, console.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Event, Host, Journey, PATIENCE, Process, Tick, Vm};
+use tests::{BareGuest, Event, Host, Journey, PATIENCE, Process, Tick, Vm, http};
 
 /// Ten ticks of the bare guest: whoever is silent for so long does not tick.
 const SILENCE: Duration = Duration::from_millis(500);
@@ -220,24 +218,21 @@ fn the_console_shows_and_types() -> Result<()> {
 fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
     let host = Host::new()?;
     let (socket, log) = (host.path("api.sock"), host.path("log"));
+    let get = |path| http(&host.path("api.sock"), "GET", path, "");
     let (socket, log) = (socket.display().to_string(), log.display().to_string());
     let mut vm = BareGuest::default().boot(&host, "apart", &["--api-sock", &socket, "--log", &log])?;
     host.godwit(["pause", &socket])?.expect_code(0)?;
     host.check_clean()?;
+    ensure!(get("/")?.contains("\"state\":\"Paused\""), "got {}", get("/")?);
     ensure!(
-        get(&socket, "/")?.contains("\"state\":\"Paused\""),
+        get("/version")?.contains("godwit_version"),
         "got {}",
-        get(&socket, "/")?
+        get("/version")?
     );
     ensure!(
-        get(&socket, "/version")?.contains("godwit_version"),
+        get("/nothing")?.starts_with("HTTP/1.1 404"),
         "got {}",
-        get(&socket, "/version")?
-    );
-    ensure!(
-        get(&socket, "/nothing")?.starts_with("HTTP/1.1 404"),
-        "got {}",
-        get(&socket, "/nothing")?
+        get("/nothing")?
     );
     host.godwit(["resume", &socket])?.expect_code(0)?;
     vm.process.send(b"q")?;
@@ -257,19 +252,6 @@ fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
         "the socket's file is still there"
     );
     Ok(())
-}
-
-/// What a plain HTTP client gets.
-fn get(socket: &str, path: &str) -> Result<String> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
 }
 
 #[test]

@@ -5,9 +5,12 @@
 
 mod file;
 
+pub(crate) use file::LimitsSection;
+
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use devices::virtio::block;
 use devices::virtio::console::{Parameters, ParametersError};
 use devices::virtio::net::{MAX_QUEUE_PAIRS, MacAddress, TapSource};
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
@@ -82,12 +85,14 @@ pub enum ConfigError {
 pub struct DiskConfig {
     /// Its name, unique in the machine.
     pub id: String,
-    /// A raw image or a block device.
+    /// An image or a block device.
     pub path: PathBuf,
+    /// What the file is.
+    pub format: block::Format,
     /// Whether the guest may only read.
     pub read_only: bool,
-    /// What it may do in a time.
-    pub limits: Limits,
+    /// How it serves the guest.
+    pub parameters: block::Parameters,
 }
 
 /// A network card of the machine.
@@ -261,7 +266,7 @@ impl Wishes {
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
-        let disks = self.disks.iter().map(|disk| (&disk.id, disk.limits));
+        let disks = self.disks.iter().map(|disk| (&disk.id, disk.parameters.limits));
         let nets = self.nets.iter();
         let nets = nets.flat_map(|net| [(&net.id, net.rx_limits), (&net.id, net.tx_limits)]);
         for (id, limits) in disks.chain(nets) {
@@ -432,8 +437,9 @@ mod tests {
         let disk = |id: &str| DiskConfig {
             id: id.into(),
             path: "x".into(),
+            format: block::Format::Raw,
             read_only: false,
-            limits: Limits::default(),
+            parameters: block::Parameters::default(),
         };
         let twice = Wishes {
             disks: vec![disk("a"), disk("a")],
@@ -528,8 +534,9 @@ mod tests {
         let disk = |id| DiskConfig {
             id: format!("d{id}"),
             path: "x".into(),
+            format: block::Format::Raw,
             read_only: false,
-            limits: Limits::default(),
+            parameters: block::Parameters::default(),
         };
         let full = Wishes {
             disks: (0..MAX_DEVICES).map(disk).collect(),
@@ -616,6 +623,7 @@ mod tests {
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
                 "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
                 "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true,
+                            "cache_type": "Unsafe", "io_engine": "Sync",
                             "rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}],
                 "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0",
                                         "guest_mac": "06:00:AC:10:00:02",
@@ -646,7 +654,13 @@ mod tests {
                 refill_time_ms: 100,
             }),
         };
-        assert_eq!(config.disks[0].limits, nine);
+        let expected = block::Parameters {
+            limits: nine,
+            cache: block::Cache::Unsafe,
+            direct: false,
+            engine: block::IoEngine::Sync,
+        };
+        assert_eq!(config.disks[0].parameters, expected);
         let expected = [
             ("eth0", "tap0", Some("06:00:ac:10:00:02".parse().unwrap())),
             ("eth1", "tap1", None),

@@ -107,6 +107,13 @@ impl Buffers {
         self.0.iter().map(|buffer| (buffer.address, buffer.len))
     }
 
+    /// Whether address and length of every buffer are multiples of `unit` bytes.
+    pub(super) fn are_aligned(&self, unit: u32) -> bool {
+        let aligned =
+            |buffer: &Buffer| buffer.address.0.is_multiple_of(unit.into()) && buffer.len.is_multiple_of(unit);
+        self.0.iter().all(aligned)
+    }
+
     /// How many buffers there are.
     pub fn count(&self) -> usize {
         self.0.len()

@@ -26,8 +26,9 @@ pub(super) fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
 /// A virtio device behind a transport.
 ///
 /// The transport owns the queues, the feature negotiation and the interrupt; it lends the queues for the time of
-/// one [`VirtioDevice::process_queue`] or [`VirtioDevice::process_host`]. Between two calls a device has nothing in
-/// flight that is not in its saved state, so that whoever holds the device may stop, save or reset it.
+/// one [`VirtioDevice::process_queue`], [`VirtioDevice::process_host`] or [`VirtioDevice::drain`]. What a device has in
+/// flight between two calls is finished by `drain`, which comes before it is saved, and waited for by a reset and when it
+/// is dropped.
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2, 5).
     fn device_type(&self) -> u32;
@@ -60,11 +61,11 @@ pub trait VirtioDevice: Send {
     /// could take, or says [`Progress::More`].
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
 
-    /// Back to the state before [`VirtioDevice::activate`].
+    /// Back to the state before [`VirtioDevice::activate`]. Nothing writes to memory afterwards.
     fn reset(&mut self);
 
     /// Finishes work in flight and makes what the guest was told is done durable.
-    fn drain(&mut self) -> Result<(), DeviceError>;
+    fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError>;
 
     /// Adds the device's saved state to `envelope`.
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError>;
@@ -140,6 +141,9 @@ pub enum DeviceError {
     /// The saved state cannot be read or written.
     #[error("saved state of the device")]
     State(#[from] StateError),
+    /// A queue that work in flight belongs to is broken.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
     /// The backend failed.
     #[error(transparent)]
     Host(#[from] HostError),

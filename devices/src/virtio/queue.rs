@@ -10,8 +10,7 @@ use super::chain::{Chain, ChainError};
 use super::interrupt::Interrupt;
 use crate::GuestMemory;
 
-/// Work after which [`QueueAccess::serve`] lets others have a turn: the device's lock is free for a moment, a
-/// pause gets in. A driver that adds chains as fast as they are served holds up nobody.
+/// Work after which a [`Turn`] is over.
 pub(super) const TURN_CHAINS: usize = 64;
 const TURN_BYTES: u64 = 4 << 20;
 
@@ -70,6 +69,27 @@ impl From<u32> for Served {
     }
 }
 
+/// What was done at one go. When it is enough others have a turn: the device's lock is free for a moment, a pause gets
+/// in. A driver that adds chains as fast as they are served holds up nobody.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Turn {
+    chains: usize,
+    bytes: u64,
+}
+
+impl Turn {
+    /// Counts a chain, and the work that it is in bytes.
+    pub fn count(&mut self, bytes: u64) {
+        self.chains += 1;
+        self.bytes = self.bytes.saturating_add(bytes);
+    }
+
+    /// Whether it was enough.
+    pub fn is_over(&self) -> bool {
+        self.chains >= TURN_CHAINS || self.bytes >= TURN_BYTES
+    }
+}
+
 /// Whether a queue is done for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -117,7 +137,7 @@ impl<'a> QueueAccess<'a> {
         mut admit: impl FnMut(u64) -> bool,
         mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
     ) -> Result<Progress, QueueError> {
-        let (mut turns, mut bytes, mut served) = (0, 0, false);
+        let (mut turn, mut served) = (Turn::default(), false);
         let progress = loop {
             let Some((head, chain)) = self.take()? else {
                 break Progress::Idle;
@@ -128,11 +148,10 @@ impl<'a> QueueAccess<'a> {
                 break Progress::Idle;
             }
             let Served { written, work } = serve_chain(self.memory, chain).into();
-            bytes += len + work;
             self.give_back(head, written)?;
             served = true;
-            turns += 1;
-            if turns >= TURN_CHAINS || bytes >= TURN_BYTES {
+            turn.count(len + work);
+            if turn.is_over() {
                 break Progress::More;
             }
         };

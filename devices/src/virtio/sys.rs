@@ -5,6 +5,8 @@
     reason = "positioned and vectored I/O on guest memory has no safe wrapper"
 )]
 
+mod ring;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -16,6 +18,8 @@ use vm_memory::{
 
 use super::Buffers;
 use crate::GuestMemory;
+
+pub(super) use ring::{Durability, Ring};
 
 /// A place in a file, to copy from and to guest memory. Moves on with what was copied; the file's own offset
 /// is left alone.

@@ -15,12 +15,14 @@
 //! | `PATCH /balloon` | [`BalloonUpdate`]: how much memory the guest is to give up |
 //! | `GET /balloon/statistics` | [`BalloonStatistics`]; 404 if there is no balloon |
 //! | `GET /metrics` | [`Metrics`]: what the devices count |
+//! | `PATCH /drives/{id}` | [`DriveUpdate`]: look at the disk's size anew, change its limits |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //! | `PUT /console/size` | `Size`: that of the terminal on which somebody looks at it |
 //!
 //! An error is a [`Fault`] with status 400, 404 or 409.
 
 mod balloon;
+mod drive;
 mod metrics;
 mod migrate;
 mod routes;
@@ -31,6 +33,7 @@ mod types;
 pub mod client;
 
 pub use balloon::{BalloonStatistics, BalloonUpdate};
+pub use drive::DriveUpdate;
 pub use metrics::Metrics;
 pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Verdict};
 pub use server::ApiServer;

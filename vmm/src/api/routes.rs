@@ -7,7 +7,7 @@ use axum::Json;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{Request as HttpRequest, State};
+use axum::extract::{Path, Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
@@ -19,6 +19,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::balloon::{BalloonStatistics, BalloonUpdate};
+use super::drive::DriveUpdate;
 use super::metrics::Metrics;
 use super::migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest};
 use super::snapshot::{SnapshotReport, SnapshotRequest};
@@ -56,6 +57,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/balloon", patch(set_balloon))
         .route("/balloon/statistics", get(balloon_statistics))
         .route("/metrics", get(metrics))
+        .route("/drives/{id}", patch(update_drive))
         .route("/console", get(console))
         .route("/console/size", put(resize_console))
         .with_state(context)
@@ -79,7 +81,7 @@ impl IntoResponse for Failure {
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal {
-            Refusal::NoMigration | Refusal::NoBalloon => StatusCode::NOT_FOUND,
+            Refusal::NoMigration | Refusal::NoBalloon | Refusal::NoDisk(_) => StatusCode::NOT_FOUND,
             Refusal::Migrating
             | Refusal::Snapshotting
             | Refusal::Stopping
@@ -241,6 +243,27 @@ async fn balloon_statistics(State(context): State<Context>) -> Answer<Json<Ballo
 
 async fn metrics(State(context): State<Context>) -> Answer<Json<Metrics>> {
     Ok(Json(context.supervisor.ask(Request::Metrics).await?))
+}
+
+async fn update_drive(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    body: JsonBody<DriveUpdate>,
+) -> Answer<StatusCode> {
+    let Json(update) = body?;
+    if update.drive_id != id {
+        let message = format!(
+            "expected drive_id {id:?} as in the path, got {:?}",
+            update.drive_id
+        );
+        return Err(Failure(StatusCode::BAD_REQUEST, message));
+    }
+    let update = Box::new(update);
+    context
+        .supervisor
+        .ask(|reply| Request::UpdateDisk(update, reply))
+        .await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {

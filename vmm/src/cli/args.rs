@@ -8,8 +8,8 @@ use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
 use super::devices::{BackendArgs, DeviceArgs, backend};
 use super::help::{
-    BALLOON_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP, RESTORE_EXAMPLES,
-    RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
+    BALLOON_EXAMPLES, DISK_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP,
+    RESTORE_EXAMPLES, RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
 };
 use super::{units, vsock};
 use crate::config::VsockConfig;
@@ -46,6 +46,9 @@ pub(super) enum Command {
     Balloon(BalloonArgs),
     /// Show what a VM's devices have counted since its process has it.
     Metrics(OutputArgs),
+    /// Have a guest see that the file or block device of one of its disks has another size now.
+    #[command(after_help = DISK_EXAMPLES)]
+    Disk(DiskArgs),
     /// Show what a VM is and does.
     Status(OutputArgs),
     /// Cancel a VM's migration or snapshot; the guest runs on where it is.
@@ -237,6 +240,15 @@ pub(super) struct MergeArgs {
     /// The directory that is to be made
     #[arg(long, short, value_name = "DIR")]
     pub(super) output: PathBuf,
+}
+
+/// Arguments of `disk`.
+#[derive(Debug, Args)]
+pub(super) struct DiskArgs {
+    /// Name of the VM, or path of its API socket
+    pub(super) vm: String,
+    /// Name of the disk
+    pub(super) id: String,
 }
 
 /// Arguments of `balloon`.

@@ -11,7 +11,7 @@ use migration::Decision;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::args::{ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs};
+use super::args::{DiskArgs, ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs};
 use super::terminal::{ESCAPE, RawTerminal};
 use super::{Exit, progress};
 use crate::api::client::Client;
@@ -91,6 +91,14 @@ pub(super) fn resume(args: &VmArgs) -> anyhow::Result<Exit> {
 fn update(vm: &str, state: VmState) -> anyhow::Result<Exit> {
     let client = connect(vm)?;
     block_on(client.send_json(Method::PATCH, "/vm", &VmUpdate { state }))??;
+    Ok(Exit::Done)
+}
+
+/// Limits are left as they are.
+pub(super) fn disk(args: &DiskArgs) -> anyhow::Result<Exit> {
+    let client = connect(&args.vm)?;
+    let update = serde_json::json!({ "drive_id": args.id });
+    block_on(client.send_json(Method::PATCH, &format!("/drives/{}", args.id), &update))??;
     Ok(Exit::Done)
 }
 

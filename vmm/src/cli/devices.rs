@@ -5,17 +5,19 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Args;
+use devices::virtio::block::{CacheError, Format, FormatError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
 use devices::{Bucket, Limits};
 
 use super::{units, vsock};
 use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids, check_taps};
-use crate::machine::Arrival;
+use crate::machine::{Arrival, DiskBackend};
 
 /// Devices of a machine that boots.
 #[derive(Debug, Args)]
 pub(super) struct DeviceArgs {
-    /// A disk: [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]; may be given several times
+    /// A disk: [id=NAME,]path=FILE[,format=raw|qcow2][,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N]; may
+    /// be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
     /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE]; may be
@@ -30,8 +32,9 @@ impl DeviceArgs {
         let config = |(index, disk): (usize, &RunDisk)| DiskConfig {
             id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
             path: disk.path.clone(),
+            format: disk.format,
             read_only: disk.read_only,
-            limits: disk.limits,
+            parameters: disk.parameters,
         };
         self.disks.iter().enumerate().map(config).collect()
     }
@@ -54,8 +57,8 @@ impl DeviceArgs {
 #[derive(Debug, Args)]
 pub(super) struct BackendArgs {
     /// Backend of a disk of the machine; may be given several times
-    #[arg(long = "disk", value_name = "ID=PATH", value_parser = backend::<PathBuf>)]
-    disks: Vec<(String, PathBuf)>,
+    #[arg(long = "disk", value_name = "ID=PATH[,format=raw|qcow2]", value_parser = disk_backend)]
+    disks: Vec<(String, DiskBackend)>,
     /// Tap of a network card of the machine, by name or by the descriptors of its queues (ID=fd:N, ID=fd:[N,M]); may be
     /// given several times
     #[arg(long = "net", value_name = "ID=TAP", value_parser = backend_tap)]
@@ -99,31 +102,42 @@ impl BackendArgs {
 struct RunDisk {
     id: Option<String>,
     path: PathBuf,
+    format: Format,
     read_only: bool,
-    limits: Limits,
+    parameters: Parameters,
 }
 
-const DISK: &str = "expected [id=NAME,]path=FILE[,ro][,bandwidth=RATE][,iops=N]";
+const DISK: &str = "expected [id=NAME,]path=FILE[,format=raw|qcow2][,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
 
 fn run_disk(text: &str) -> Result<RunDisk, String> {
     let mut disk = RunDisk {
         id: None,
         path: PathBuf::new(),
+        format: Format::default(),
         read_only: false,
-        limits: Limits::default(),
+        parameters: Parameters::default(),
     };
+    let limits = &mut disk.parameters.limits;
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("id", id)) => disk.id = Some(id.into()),
             Some(("path", path)) => disk.path = path.into(),
             Some(("bandwidth", rate)) => {
-                disk.limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?));
+                limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?));
             }
             Some(("iops", count)) => {
                 let count = count.parse::<NonZeroU64>();
                 let count = count.map_err(|_| format!("expected iops=N with N above 0, got {part:?}"))?;
-                disk.limits.operations = Some(Bucket::per_second(count.get()));
+                limits.operations = Some(Bucket::per_second(count.get()));
             }
+            Some(("format", format)) => {
+                disk.format = format.parse().map_err(|error: FormatError| error.to_string())?;
+            }
+            Some(("cache", mode)) => {
+                disk.parameters.cache = mode.parse().map_err(|error: CacheError| error.to_string())?;
+            }
+            Some(("direct", "on")) => disk.parameters.direct = true,
+            Some(("direct", "off")) => disk.parameters.direct = false,
             None if part == "ro" => disk.read_only = true,
             _ => return Err(format!("{DISK}, got {part:?}")),
         }
@@ -215,6 +229,18 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
+    let (text, format) = match text.rsplit_once(",format=") {
+        Some((text, format)) => (
+            text,
+            format.parse().map_err(|error: FormatError| error.to_string())?,
+        ),
+        None => (text, Format::default()),
+    };
+    let (id, path) = backend(text)?;
+    Ok((id, DiskBackend { path, format }))
+}
+
 /// A name, and what is behind what has it.
 pub(super) fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T), String> {
     match text.split_once('=') {
@@ -227,6 +253,8 @@ pub(super) fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::block::Cache;
+
     use super::*;
     use crate::config::ConfigError;
 
@@ -238,14 +266,27 @@ mod tests {
             RunDisk {
                 id: Some("root".into()),
                 path: "/a b".into(),
+                format: Format::Raw,
                 read_only: true,
-                limits: Limits::default(),
+                parameters: Parameters::default(),
             }
         );
-        let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap().limits;
+        let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap();
+        let limited = limited.parameters.limits;
         assert_eq!(limited.bandwidth, Some(Bucket::per_second(10_000_000)));
         assert_eq!(limited.operations, Some(Bucket::per_second(500)));
+        let parameters = run_disk("path=x,direct=on,cache=unsafe").unwrap().parameters;
+        assert!(parameters.direct);
+        assert_eq!(parameters.cache, Cache::Unsafe);
+        assert_eq!(
+            run_disk("path=x,direct=off").unwrap().parameters,
+            Parameters::default()
+        );
+        assert_eq!(run_disk("path=x,format=qcow2").unwrap().format, Format::Qcow2);
         for bad in [
+            "path=x,format=vmdk",
+            "path=x,cache=none",
+            "path=x,direct=maybe",
             "path=x,iops=0",
             "path=x,iops=many",
             "path=x,bandwidth=10",
@@ -314,8 +355,12 @@ mod tests {
             TapSource::Descriptors(vec![3, 4])
         );
         assert!(backend_tap("a=fd:x").unwrap_err().contains("above 2"));
+        assert!(disk_backend("root=x,format=vmdk").is_err());
+        let (id, disk) = disk_backend("root=a,b,format=qcow2").unwrap();
+        assert_eq!((id.as_str(), disk.format), ("root", Format::Qcow2));
+        assert_eq!(disk.path, PathBuf::from("a,b"));
         let args = |net: &str| BackendArgs {
-            disks: vec![backend("a=/dev/vda").unwrap()],
+            disks: vec![disk_backend("a=/dev/vda").unwrap()],
             nets: vec![backend_tap(net).unwrap()],
             vsock: None,
             ports: Vec::new(),

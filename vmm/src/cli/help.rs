@@ -48,6 +48,10 @@ Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
 Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";
 
+pub(super) const DISK_EXAMPLES: &str = "\
+Examples:
+  truncate --size 20G web.img && godwit disk web root";
+
 pub(super) const BALLOON_EXAMPLES: &str = "\
 Examples:
   godwit balloon web 256M

@@ -89,6 +89,7 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Snapshot(args) => snapshot::run(args),
         Command::Balloon(args) => balloon::run(&args),
         Command::Metrics(args) => metrics::run(&args),
+        Command::Disk(args) => client::disk(&args),
         Command::Status(args) => client::status(&args),
         Command::Cancel(args) => client::cancel(&args),
         Command::Resolve(args) => client::resolve(&args),

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use devices::virtio::block::{self, Cache, IoEngine};
 use devices::virtio::net::{MacAddress, TapSource};
 use devices::{Bucket, Limits};
 use serde::de::Error as _;
@@ -96,16 +97,55 @@ struct DriveSection {
     is_root_device: bool,
     #[serde(default)]
     rate_limiter: LimitsSection,
+    #[serde(default)]
+    cache_type: CacheSection,
+    #[serde(default)]
+    io_engine: EngineSection,
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// Firecracker's own default is `Unsafe`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+enum CacheSection {
+    #[default]
+    Writeback,
+    Unsafe,
+}
+
+impl From<CacheSection> for Cache {
+    fn from(section: CacheSection) -> Self {
+        match section {
+            CacheSection::Writeback => Self::Writeback,
+            CacheSection::Unsafe => Self::Unsafe,
+        }
+    }
+}
+
+/// Firecracker's own default is `Sync`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+enum EngineSection {
+    #[default]
+    Async,
+    Sync,
+}
+
+impl From<EngineSection> for IoEngine {
+    fn from(section: EngineSection) -> Self {
+        match section {
+            EngineSection::Async => Self::Async,
+            EngineSection::Sync => Self::Sync,
+        }
+    }
+}
+
+/// Firecracker's `rate_limiter`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct LimitsSection {
+pub(crate) struct LimitsSection {
     bandwidth: Option<BucketSection>,
     ops: Option<BucketSection>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BucketSection {
     size: u64,
@@ -115,16 +155,25 @@ struct BucketSection {
     refill_time: u64,
 }
 
-impl From<LimitsSection> for Limits {
-    fn from(section: LimitsSection) -> Self {
-        let bucket = |section: BucketSection| Bucket {
-            size: section.size,
-            one_time_burst: section.one_time_burst,
-            refill_time_ms: section.refill_time,
+impl LimitsSection {
+    /// These limits where they say something, else `before`. A bucket of size 0 that takes no time to refill is no limit.
+    pub(crate) fn over(self, before: Limits) -> Limits {
+        let bucket = |section: Option<BucketSection>, before| match section {
+            None => before,
+            Some(BucketSection {
+                size: 0,
+                refill_time: 0,
+                ..
+            }) => None,
+            Some(section) => Some(Bucket {
+                size: section.size,
+                one_time_burst: section.one_time_burst,
+                refill_time_ms: section.refill_time,
+            }),
         };
-        Self {
-            bandwidth: section.bandwidth.map(bucket),
-            operations: section.ops.map(bucket),
+        Limits {
+            bandwidth: bucket(self.bandwidth, before.bandwidth),
+            operations: bucket(self.ops, before.operations),
         }
     }
 }
@@ -196,8 +245,8 @@ impl From<NetworkSection> for NetConfig {
             tap: TapSource::Name(network.host_dev_name),
             mac: network.guest_mac,
             queues: 1,
-            rx_limits: network.rx_rate_limiter.into(),
-            tx_limits: network.tx_rate_limiter.into(),
+            rx_limits: network.rx_rate_limiter.over(Limits::default()),
+            tx_limits: network.tx_rate_limiter.over(Limits::default()),
         }
     }
 }
@@ -207,8 +256,14 @@ impl From<DriveSection> for DiskConfig {
         Self {
             id: drive.drive_id,
             path: drive.path_on_host,
+            format: block::Format::Raw,
             read_only: drive.is_read_only,
-            limits: drive.rate_limiter.into(),
+            parameters: block::Parameters {
+                limits: drive.rate_limiter.over(Limits::default()),
+                cache: drive.cache_type.into(),
+                direct: false,
+                engine: drive.io_engine.into(),
+            },
         }
     }
 }

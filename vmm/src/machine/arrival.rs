@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::BlockState;
+use devices::virtio::block::{self, BlockState};
 use devices::virtio::console::{self, ConsoleState};
 use devices::virtio::net::{NetState, Tap};
 use devices::virtio::rng::RngState;
@@ -18,11 +18,20 @@ use super::blank::{Blank, BlankError};
 use super::description;
 use crate::config::MAX_DEVICES;
 
+/// What there is for a disk here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskBackend {
+    /// An image or a block device.
+    pub path: PathBuf,
+    /// What the file is: the peer does not say.
+    pub format: block::Format,
+}
+
 /// What this host offers to a machine that arrives.
 #[derive(Debug)]
 pub struct Arrival {
     /// Disks by name: host paths never come from the peer.
-    pub disks: BTreeMap<String, PathBuf>,
+    pub disks: BTreeMap<String, DiskBackend>,
     /// Taps by the name of the network card. They are open long before a machine comes: it takes a bridge up to a second
     /// to see that, and it forwards nothing to them before.
     pub nets: BTreeMap<String, Tap>,
@@ -45,12 +54,13 @@ impl Arrival {
         device: &DeviceDescription,
         disks_come: bool,
     ) -> Result<Option<Blank>, BlankError> {
-        let path = self
-            .disks
-            .get(&device.id)
-            .filter(|_| device.kind == BlockState::KIND);
-        let Some(path) = path.filter(|path| disks_come && path.symlink_metadata().is_err_and(is_nothing))
-        else {
+        let disk = self.disks.get(&device.id);
+        // What is made is a raw image.
+        let wanted = |disk: &&DiskBackend| {
+            let is_raw_disk = device.kind == BlockState::KIND && disk.format == block::Format::Raw;
+            disks_come && is_raw_disk && disk.path.symlink_metadata().is_err_and(is_nothing)
+        };
+        let Some(DiskBackend { path, .. }) = disk.filter(wanted) else {
             return Ok(None);
         };
         // There are few devices.
@@ -167,7 +177,7 @@ impl Arrival {
     }
 
     fn share_disk(&self, device: &DeviceDescription, other: &DeviceDescription) -> bool {
-        let path = |device: &DeviceDescription| self.disks.get(&device.id);
+        let path = |device: &DeviceDescription| self.disks.get(&device.id).map(|disk| &disk.path);
         let (Some(path), Some(other_path)) = (path(device), path(other)) else {
             return false;
         };
@@ -277,11 +287,15 @@ mod tests {
     fn every_disk_has_a_name_and_a_backend_of_its_own() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
+        let backend = |name: &str| DiskBackend {
+            path: path(name),
+            format: block::Format::Raw,
+        };
         std::fs::write(path("a"), [0; 512]).unwrap();
         std::fs::hard_link(path("a"), path("also-a")).unwrap();
         std::fs::write(path("b"), [0; 512]).unwrap();
         let arrival = |other: &str| Arrival {
-            disks: [("x".into(), path("a")), ("y".into(), path(other))].into(),
+            disks: [("x".into(), backend("a")), ("y".into(), backend(other))].into(),
             ..NOTHING
         };
         let both = [disk("x", false), disk("y", false)];

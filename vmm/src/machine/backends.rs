@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
-use devices::virtio::block::{Backend, Block, BlockState};
+use devices::virtio::block::{self, Access, Backend, Block, BlockState};
 use devices::virtio::console::{self, Console, ConsoleState, Terminal};
 use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
 use devices::virtio::rng::{Rng, RngState};
@@ -42,8 +41,13 @@ const KINDS: [&str; 6] = [
 pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
     let mut devices = vec![named(RNG_ID, Rng::new())];
     for disk in &config.disks {
-        let backend = Backend::open(&disk.path, disk.read_only)?;
-        devices.push(block(&disk.id, backend, disk.limits)?);
+        let access = Access {
+            read_only: disk.read_only,
+            direct: disk.parameters.direct,
+            format: disk.format,
+        };
+        let backend = Backend::open(&disk.path, access)?;
+        devices.push(block(&disk.id, backend, disk.parameters)?);
     }
     for net in &config.nets {
         let tap = Tap::open(&net.tap)?;
@@ -82,27 +86,31 @@ impl Arrival {
         match description.kind.as_str() {
             RngState::KIND => Ok(named(id, Rng::new())),
             BlockState::KIND => {
-                let path = self.disks.get(id).ok_or_else(|| Unavailable {
+                let disk = self.disks.get(id).ok_or_else(|| Unavailable {
                     expected: "a backend",
                     got: format!("none (use --disk {id}=PATH)"),
                 })?;
-                let read_only = description.read_only;
-                let opened = match blank {
-                    Some(blank) => blank.open(read_only).map_err(|error| migration::chain(&error)),
-                    None => Backend::open(path, read_only).map_err(|error| migration::chain(&error)),
+                let parameters = &description.parameters;
+                let parameters = block::Parameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+                    expected: "cache mode and rate limits",
+                    got: format!("{parameters:02x?}"),
+                })?;
+                let access = Access {
+                    read_only: description.read_only,
+                    direct: parameters.direct,
+                    format: disk.format,
                 };
-                let backend = opened.map_err(|got| Unavailable {
-                    expected: "a usable backend",
-                    got,
-                })?;
-                let limits = Limits::from_bytes(&description.parameters).ok_or_else(|| Unavailable {
-                    expected: "rate limits",
-                    got: format!("{:02x?}", description.parameters),
-                })?;
-                block(id, backend, limits).map_err(|error| Unavailable {
-                    expected: "a usable backend",
-                    got: migration::chain(&error),
-                })
+                let opened = match blank {
+                    Some(blank) => blank.open(access),
+                    None => Backend::open(&disk.path, access),
+                };
+                opened
+                    .map_err(MachineError::from)
+                    .and_then(|backend| block(id, backend, parameters))
+                    .map_err(|error| Unavailable {
+                        expected: "a usable backend",
+                        got: migration::chain(&error),
+                    })
             }
             NetState::KIND => self.open_net(description),
             BalloonState::KIND => {
@@ -193,14 +201,10 @@ pub(super) struct Unavailable {
     pub(super) got: String,
 }
 
-fn block(id: &str, backend: Backend, limits: Limits) -> Result<NamedDevice, MachineError> {
-    let backend = Arc::new(backend);
-    let device = Block::new(backend.clone(), id, limits).map_err(|source| MachineError::Io {
-        what: "rate limits",
-        source,
-    })?;
+fn block(id: &str, backend: Backend, parameters: block::Parameters) -> Result<NamedDevice, MachineError> {
+    let device = Block::new(Arc::new(backend), id, parameters).map_err(io_error("disk"))?;
     Ok(NamedDevice {
-        disk: Some(backend),
+        disk: Some(device.control().clone()),
         ..named(id, device)
     })
 }

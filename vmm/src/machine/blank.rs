@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use devices::virtio::block::{Backend, BackendError};
+use devices::virtio::block::{Access, Backend, BackendError};
 use migration::{BlankDisk, MachineError as PortError};
 use rustix::fs::{FallocateFlags, fallocate};
 use tempfile::{Builder, TempPath};
@@ -36,23 +36,14 @@ enum Name {
     Kept,
 }
 
-/// Why a disk cannot be made.
+/// A disk that cannot be made.
 #[derive(Debug, thiserror::Error)]
-pub enum BlankError {
-    /// The file cannot be made.
-    #[error("disk {}: cannot make it, with {size} bytes: {source}", path.display())]
-    Make {
-        /// The disk.
-        path: PathBuf,
-        /// Bytes.
-        size: u64,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The new file cannot be opened as a disk.
-    #[error(transparent)]
-    Open(#[from] BackendError),
+#[error("disk {}: cannot make it, with {size} bytes: {source}", path.display())]
+pub struct BlankError {
+    path: PathBuf,
+    size: u64,
+    #[source]
+    source: io::Error,
 }
 
 impl Blank {
@@ -67,7 +58,7 @@ impl Blank {
             file.as_file().set_len(size)?;
             Ok(file.into_parts())
         };
-        let (file, hidden) = made().map_err(|source| BlankError::Make {
+        let (file, hidden) = made().map_err(|source| BlankError {
             path: path.to_owned(),
             size,
             source,
@@ -83,10 +74,10 @@ impl Blank {
     }
 
     /// The disk as the machine has it.
-    pub(super) fn open(&self, read_only: bool) -> Result<Backend, BlankError> {
+    pub(super) fn open(&self, access: Access) -> Result<Backend, BackendError> {
         let opened = match &*self.name() {
-            Name::Hidden(hidden) => Backend::open(hidden, read_only)?,
-            Name::Given | Name::Kept => Backend::open(&self.path, read_only)?,
+            Name::Hidden(hidden) => Backend::open(hidden, access)?,
+            Name::Given | Name::Kept => Backend::open(&self.path, access)?,
         };
         Ok(opened.made_here(&self.path))
     }
@@ -191,7 +182,7 @@ mod tests {
         let path = directory.path().join("disk");
         for kept in [false, true] {
             let blank = Blank::make(3, &path, 8192).unwrap();
-            let backend = blank.open(false).unwrap();
+            let backend = blank.open(Access::default()).unwrap();
             assert_eq!((backend.path(), backend.size()), (path.as_path(), 8192));
             assert!(!path.exists());
             blank.write(4096, &[7; 4096]).unwrap();

@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, Serial};
-use devices::virtio::block::Backend;
 use devices::virtio::mmio::Transport;
-use devices::virtio::{VirtioDevice, balloon, console};
+use devices::virtio::{VirtioDevice, balloon, block, console};
 use devices::{Counters, ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration::DeviceDescription;
@@ -35,8 +34,8 @@ pub(crate) struct NamedDevice {
     pub(crate) balloon: Option<Arc<balloon::Control>>,
     /// The host's end of it, if it is a console.
     pub(crate) terminal: Option<MachineTerminal>,
-    /// What is behind it, if it is a disk.
-    pub(crate) disk: Option<Arc<Backend>>,
+    /// The host's end of it, if it is a disk.
+    pub(crate) disk: Option<Arc<block::Control>>,
 }
 
 /// The host's end of a virtio console.
@@ -54,7 +53,7 @@ pub(super) struct VirtioSlot {
     balloon: Option<Arc<balloon::Control>>,
     terminal: Option<MachineTerminal>,
     metrics: [Arc<dyn Counters>; 2],
-    pub(super) disk: Option<Arc<Backend>>,
+    pub(super) disk: Option<Arc<block::Control>>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -166,6 +165,10 @@ impl DeviceSet {
             .iter()
             .map(|slot| (slot.id.clone(), read(slot)))
             .collect()
+    }
+
+    pub(super) fn disk(&self, id: &str) -> Option<Arc<block::Control>> {
+        self.virtio.iter().find(|slot| slot.id == id)?.disk.clone()
     }
 
     /// How the guest ended, if it did.

@@ -30,7 +30,7 @@ use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
 
-pub use arrival::Arrival;
+pub use arrival::{Arrival, DiskBackend};
 pub use baseline::Tracking;
 pub use destination::MigrationDestination;
 pub use error::MachineError;
@@ -157,6 +157,11 @@ impl Machine {
     /// What its devices have counted, by their names. Waits for nobody.
     pub fn metrics(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         self.devices.metrics()
+    }
+
+    /// The host's end of the disk of that name.
+    pub fn disk(&self, id: &str) -> Option<Arc<::devices::virtio::block::Control>> {
+        self.devices.disk(id)
     }
 
     /// Number of vCPUs.

@@ -33,12 +33,14 @@ impl MigrationSource {
 /// A disk whose content comes along.
 struct MirroredDisk {
     backend: Arc<Backend>,
+    /// As the destination knows it. A disk that is resized meanwhile is not the one that it has made.
+    size: u64,
     log: Arc<BlockLog>,
 }
 
 impl SourceDisk for MirroredDisk {
     fn size(&self) -> u64 {
-        self.backend.size()
+        self.size
     }
 
     fn allocated(&self) -> Result<Vec<(u64, u64)>, PortError> {
@@ -82,10 +84,11 @@ impl Source for MigrationSource {
     fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, PortError> {
         let disk = |device: &u32| -> Result<Arc<dyn SourceDisk>, PortError> {
             let slot = self.machine.devices.virtio.get(*device as usize);
-            let backend = slot.and_then(|slot| slot.disk.clone());
-            let backend =
-                backend.ok_or_else(|| format!("device {device}: expected a disk, got something else"))?;
+            let disk = slot.and_then(|slot| slot.disk.as_ref());
+            let disk = disk.ok_or_else(|| format!("device {device}: expected a disk, got something else"))?;
+            let backend = disk.backend().clone();
             Ok(Arc::new(MirroredDisk {
+                size: backend.size(),
                 log: backend.start_log(),
                 backend,
             }))
@@ -100,7 +103,7 @@ impl Source for MigrationSource {
             .virtio
             .iter()
             .filter_map(|slot| slot.disk.as_ref());
-        disks.for_each(|disk| disk.stop_log());
+        disks.for_each(|disk| disk.backend().stop_log());
         Ok(())
     }
 

@@ -222,6 +222,7 @@ impl Supervisor {
             Request::Metrics(reply) => answer(reply, self.metrics()),
             Request::Balloon(reply) => answer(reply, self.balloon()),
             Request::SetBalloon(bytes, reply) => answer(reply, self.set_balloon(bytes)),
+            Request::UpdateDisk(update, reply) => answer(reply, self.update_disk(&update)),
             Request::Migrate {
                 destination,
                 options,

@@ -8,7 +8,7 @@ use migration::Control;
 
 use super::{Ending, Life, POWER_OFF_GRACE, Refusal, SnapshotJob, Supervisor, failed};
 use crate::VERSION;
-use crate::api::{InstanceInfo, InstanceState, Metrics};
+use crate::api::{DriveUpdate, InstanceInfo, InstanceState, Metrics};
 use crate::config::ConfigError;
 use crate::machine::Machine;
 use crate::vcpu::Holder;
@@ -118,6 +118,25 @@ impl Supervisor {
             return Err(failed(ConfigError::Balloon { got: bytes, memory }));
         }
         balloon.set_target(bytes);
+        Ok(())
+    }
+
+    /// Looks at a disk's size anew and changes its limits. Size and limits are part of what a destination was told.
+    pub(super) fn update_disk(&self, update: &DriveUpdate) -> Result<(), Refusal> {
+        let id = &update.drive_id;
+        let disk = self
+            .idle_machine()?
+            .disk(id)
+            .ok_or_else(|| Refusal::NoDisk(id.clone()))?;
+        let limits = update.limits(disk.limits()).map_err(|source| {
+            let id = id.clone();
+            failed(ConfigError::Limits { id, source })
+        })?;
+        update.check_path(disk.path())?;
+        disk.resize().map_err(failed)?;
+        if limits != disk.limits() {
+            disk.set_limits(limits);
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, 
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
-use crate::api::{InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
+use crate::api::{DriveUpdate, InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MigrationSource};
 use crate::vcpu::VcpuFailure;
 
@@ -43,6 +43,8 @@ pub enum Refusal {
     NothingToDecide,
     #[error("this machine has no balloon: start it with `run --balloon`")]
     NoBalloon,
+    #[error("this machine has no disk {0:?}")]
+    NoDisk(String),
     #[error("{0}")]
     Failed(String),
     #[error("the VM has just ended")]
@@ -81,6 +83,8 @@ pub enum Request {
     Balloon(Reply<Arc<balloon::Control>>),
     /// Ask the guest to give up so many bytes.
     SetBalloon(u64, Reply<()>),
+    /// Look at a disk's size anew, and change its limits.
+    UpdateDisk(Box<DriveUpdate>, Reply<()>),
     /// How far is the migration?
     Progress(Reply<Progress>),
     /// End the migration, or the snapshot; the guest runs on here.

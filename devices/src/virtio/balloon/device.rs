@@ -267,7 +267,7 @@ impl VirtioDevice for Balloon {
     }
 
     /// Requests are finished when they are taken.
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! The device: requests from one queue, carried out in order on the device thread.
+//! The device: requests from one queue, taken on the device thread, and answered as they are done.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -6,30 +6,36 @@ use std::sync::Arc;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::ID_LEN;
 use super::backend::Backend;
+use super::control::Control;
+use super::engine::{Engine, Ticket};
 use super::metrics::BlockMetrics;
-use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError};
+use super::parameters::{Cache, Parameters};
+use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError, Step};
 use super::state::BlockState;
+use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::limited::Limited;
 use crate::metrics::Counters;
-use crate::rate::{Limiter, Limits};
+use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
+use crate::virtio::sys::Durability;
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError,
-    Queues, Served, VirtioDevice,
+    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
+    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
 };
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
 const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+const F_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
+const F_CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
@@ -39,6 +45,8 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const CONFIG_LEN: usize = 60;
 const CAPACITY: usize = 0;
 const MAX_SEGMENTS: usize = 12;
+const BLOCK_SIZE: usize = 20;
+const WRITEBACK: usize = 32;
 const MAX_DISCARD_SECTORS: usize = 36;
 const MAX_DISCARD_SEGMENTS: usize = 40;
 const DISCARD_ALIGNMENT: usize = 44;
@@ -49,78 +57,204 @@ const ZEROES_MAY_UNMAP: usize = 56;
 const HOST_PAGE_SECTORS: u32 = 8;
 
 /// A disk.
-#[derive(Debug)]
 pub struct Block {
-    backend: Arc<Backend>,
+    engine: Engine,
+    pub(super) backend: Arc<Backend>,
     id: [u8; ID_LEN],
-    /// The driver did not accept FLUSH, so it counts on every write being durable (virtio 1.2, 5.2.6.2).
-    pub(super) write_through: bool,
+    parameters: Parameters,
+    control: Arc<Control>,
+    /// Features that the driver accepted.
+    accepted: u64,
+    /// The cache as the guest wants it (virtio 1.2, 5.2.5.2), and at first as the host does.
+    writeback: bool,
+    /// The capacity that the guest was told of last.
+    sectors: u64,
     limiter: Limiter,
     metrics: Arc<BlockMetrics>,
     complaints: Limited,
 }
 
 impl Block {
-    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked.
-    pub fn new(backend: Arc<Backend>, id: &str, limits: Limits) -> io::Result<Self> {
+    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked, and
+    /// the backend was opened as the parameters say.
+    pub fn new(backend: Arc<Backend>, id: &str, parameters: Parameters) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         Ok(Self {
-            backend,
+            engine: Engine::new(parameters.engine, &backend),
+            control: Arc::new(Control::new(backend.clone(), parameters.limits)?),
             id: padded,
-            write_through: false,
-            limiter: Limiter::new(limits)?,
+            parameters,
+            accepted: 0,
+            writeback: parameters.cache != Cache::Writethrough,
+            sectors: backend.sectors(),
+            limiter: Limiter::new(parameters.limits)?,
             metrics: Arc::default(),
             complaints: Limited::default(),
+            backend,
         })
     }
 
-    /// What it is on.
-    pub fn backend(&self) -> &Arc<Backend> {
-        &self.backend
+    /// What is on the host's side.
+    pub fn control(&self) -> &Arc<Control> {
+        &self.control
     }
 
-    fn admit(&self, bytes: u64) -> bool {
-        let admitted = self.limiter.take(bytes);
-        if !admitted {
-            self.metrics.throttled.add(1);
+    /// What a write must be when the guest hears that it is done. A guest that cannot flush counts on every write being
+    /// durable (virtio 1.2, 5.2.6.2).
+    pub(super) fn durability(&self) -> Durability {
+        let cached = self.accepted & F_FLUSH != 0 && self.writeback;
+        if cached || self.parameters.cache == Cache::Unsafe {
+            Durability::Cached
+        } else {
+            Durability::Durable
         }
-        admitted
     }
 
-    fn serve(&self, memory: &GuestMemory, chain: Result<Chain, ChainError>) -> Served {
+    /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
+    /// have a turn.
+    fn turn(&mut self, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
+        let (mut turn, mut answered) = (Turn::default(), 0);
+        let progress = loop {
+            let before = answered;
+            self.take(queue, &mut turn, &mut answered)?;
+            self.answer(queue, &mut answered)?;
+            if turn.is_over() || self.engine.is_queued() {
+                break Progress::More;
+            }
+            // The driver sees the answers, and may have more by now.
+            if answered == before {
+                break Progress::Idle;
+            }
+        };
+        if answered > 0 {
+            queue.notify()?;
+        }
+        Ok(progress)
+    }
+
+    fn take(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        turn: &mut Turn,
+        answered: &mut u64,
+    ) -> Result<(), QueueError> {
+        while !turn.is_over() && self.engine.has_room() {
+            let Some((head, chain)) = queue.take()? else { break };
+            let len = chain.as_ref().map_or(0, Chain::len);
+            if !self.limiter.take(len) {
+                self.metrics.throttled.add(1);
+                queue.put_back();
+                break;
+            }
+            let served = self.begin(queue.memory(), head, chain);
+            turn.count(len + served.map_or(0, |served| served.work));
+            if let Some(served) = served {
+                queue.give_back(head, served.written)?;
+                *answered += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers what is done, and sees to it that what is not goes on.
+    fn answer(&mut self, queue: &mut QueueAccess<'_>, answered: &mut u64) -> Result<(), QueueError> {
+        loop {
+            if let Err(error) = self.engine.submit() {
+                self.complain(&error);
+            }
+            let before = *answered;
+            while let Some((ticket, result)) = self.engine.next(&self.backend) {
+                let written = self.conclude(queue.memory(), ticket, result);
+                queue.give_back(ticket.head, written)?;
+                *answered += 1;
+            }
+            // Done in part, it was queued again.
+            if !self.engine.is_queued() || *answered == before {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes over what was changed on the host's side.
+    fn hear(&mut self, queues: &Queues<'_>) {
+        if !self.control.hear() {
+            return;
+        }
+        let limits = self.control.limits();
+        if limits != self.parameters.limits {
+            self.parameters.limits = limits;
+            self.limiter.set(limits);
+        }
+        let sectors = self.backend.sectors();
+        if std::mem::replace(&mut self.sectors, sectors) != sectors {
+            queues.config_changed();
+        }
+    }
+
+    fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, RequestError>) -> u32 {
+        match result {
+            Ok(written) => {
+                self.metrics.done(ticket.kind, ticket.data);
+                self.finish(memory, ticket.status, OK, written.into()).written
+            }
+            Err(error) => self.fail(memory, ticket.status, &error).written,
+        }
+    }
+
+    /// Begins a request; what came of it, if it is done.
+    fn begin(
+        &mut self,
+        memory: &GuestMemory,
+        head: Head,
+        chain: Result<Chain, ChainError>,
+    ) -> Option<Served> {
         let chain = match chain {
             Ok(chain) => chain,
             Err(error) => {
                 self.complain(&error);
-                return Served::default();
+                return Some(Served::default());
             }
+        };
+        let request = match Request::parse(memory, chain) {
+            Ok(request) => request,
+            Err((Some(status), error)) => return Some(self.fail(memory, status, &error)),
+            Err((None, error)) => {
+                self.complain(&error);
+                return Some(Served::default());
+            }
+        };
+        let ticket = Ticket {
+            head,
+            status: request.status,
+            kind: request.kind,
+            data: request.len(),
         };
         let disk = Disk {
             backend: &self.backend,
             id: &self.id,
-            write_through: self.write_through,
+            cache: self.parameters.cache,
+            durability: self.durability(),
         };
-        match Request::parse(memory, chain) {
-            Ok(request) => {
-                let (status, kind, data) = (request.status, request.kind, request.len());
-                match request.execute(memory, &disk) {
-                    Ok(served) => {
-                        self.limiter.charge(served.work);
-                        self.metrics.done(kind, data.max(served.work));
-                        self.finish(memory, status, OK, served)
-                    }
-                    Err(error) => self.fail(memory, status, &error),
-                }
+        let served = match request.execute(memory, &disk) {
+            Ok(Step::Done(served)) => Ok(served),
+            Ok(Step::Transfer(io)) => match self.engine.start(memory, &self.backend, ticket, io) {
+                Ok(Some(written)) => Ok(written.into()),
+                Ok(None) => return None,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        Some(match served {
+            Ok(served) => {
+                self.limiter.charge(served.work);
+                self.metrics.done(ticket.kind, ticket.data.max(served.work));
+                self.finish(memory, ticket.status, OK, served)
             }
-            Err((Some(status), error)) => self.fail(memory, status, &error),
-            Err((None, error)) => {
-                self.complain(&error);
-                Served::default()
-            }
-        }
+            Err(error) => self.fail(memory, ticket.status, &error),
+        })
     }
 
     fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> Served {
@@ -161,7 +295,17 @@ impl VirtioDevice for Block {
         } else {
             F_DISCARD | F_WRITE_ZEROES
         };
-        RING_FEATURES | F_FLUSH | F_SEG_MAX | by_mode
+        let by_cache = if self.backend.read_only() || self.parameters.cache == Cache::Unsafe {
+            0
+        } else {
+            F_CONFIG_WCE
+        };
+        let by_size = if u64::from(self.backend.block_size()) > SECTOR_SIZE {
+            F_BLK_SIZE
+        } else {
+            0
+        };
+        RING_FEATURES | F_FLUSH | F_SEG_MAX | by_mode | by_cache | by_size
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -173,6 +317,7 @@ impl VirtioDevice for Block {
         config[CAPACITY..][..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
         for (at, value) in [
             (MAX_SEGMENTS, SEG_MAX),
+            (BLOCK_SIZE, self.backend.block_size()),
             (MAX_DISCARD_SECTORS, MOST_DISCARDED),
             (MAX_DISCARD_SEGMENTS, 1),
             (DISCARD_ALIGNMENT, HOST_PAGE_SECTORS),
@@ -182,46 +327,72 @@ impl VirtioDevice for Block {
         ] {
             config[at..][..4].copy_from_slice(&value.to_le_bytes());
         }
+        config[WRITEBACK] = self.writeback.into();
         read_bytes(&config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        tracing::debug!(
-            offset,
-            len = data.len(),
-            "virtio-block: nothing in the configuration is writable"
-        );
+        if offset != WRITEBACK as u64 || data.len() != 1 || self.accepted & F_CONFIG_WCE == 0 {
+            tracing::debug!(offset, ?data, "virtio-block: not writable in the configuration");
+            return;
+        }
+        self.writeback = data != [0];
+        if !self.writeback {
+            // From here on the guest need not flush, nor what it wrote before.
+            if let Err(error) = self.backend.flush() {
+                self.complain(&error);
+            }
+        }
     }
 
     fn activate(&mut self, features: u64) {
-        self.write_through = features & F_FLUSH == 0;
+        self.accepted = features;
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         let Some(mut queue) = queues.get(index) else {
             return Ok(Progress::Idle);
         };
-        queue.serve_admitted(
-            |bytes| self.admit(bytes),
-            |memory, chain| self.serve(memory, chain),
-        )
+        self.turn(&mut queue)
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.limiter.event()]
+        let engine = self.engine.event();
+        let others = [self.limiter.event(), self.control.event()];
+        engine.into_iter().chain(others).collect()
     }
 
-    /// There may be tokens again for what could not be served.
+    /// Something is done, or has changed, or there are tokens again for what could not be served.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.limiter.hear();
+        self.hear(queues);
         self.process_queue(0, queues)
     }
 
     fn reset(&mut self) {
-        self.write_through = false;
+        self.engine.abandon(&self.backend);
+        self.accepted = 0;
+        self.writeback = self.parameters.cache != Cache::Writethrough;
     }
 
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        // Or nobody would hear of it where the device is restored.
+        self.hear(queues);
+        let mut broken = None;
+        while !self.engine.is_empty() {
+            self.engine.wait().map_err(HostError::from)?;
+            match queues.get(0) {
+                Some(mut queue) if broken.is_none() => {
+                    let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
+                    broken = done.err();
+                }
+                // Nobody is to hear of it any more.
+                _ => self.engine.abandon(&self.backend),
+            }
+        }
+        if let Some(broken) = broken {
+            return Err(broken.into());
+        }
         if self.backend.read_only() {
             return Ok(());
         }
@@ -235,6 +406,7 @@ impl VirtioDevice for Block {
             sectors: self.backend.sectors(),
             read_only: self.backend.read_only(),
             id: self.id,
+            writeback: self.writeback,
         };
         Ok(envelope.put(instance, &state)?)
     }
@@ -243,6 +415,7 @@ impl VirtioDevice for Block {
         let state: BlockState = envelope.take(instance)?;
         state.check(&self.backend)?;
         self.id = state.id;
+        self.writeback = state.writeback;
         Ok(())
     }
 
@@ -250,16 +423,20 @@ impl VirtioDevice for Block {
         Description {
             backend_size: self.backend.size(),
             read_only: self.backend.read_only(),
-            parameters: self.limiter.limits().to_bytes(),
+            parameters: Parameters {
+                limits: self.control.limits(),
+                ..self.parameters
+            }
+            .to_bytes(),
             ..Description::of::<BlockState>(self.features())
         }
     }
 
-    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
-        Some(self.backend.clone())
-    }
-
     fn metrics(&self) -> Arc<dyn Counters> {
         self.metrics.clone()
+    }
+
+    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        Some(self.backend.clone())
     }
 }

@@ -1,9 +1,12 @@
-//! The block device (virtio 1.2, 5.2) on a raw file or a block device of the host.
+//! The block device (virtio 1.2, 5.2) on an image or a block device of the host.
 
 mod backend;
+mod control;
 mod device;
+mod engine;
 mod log;
 mod metrics;
+mod parameters;
 mod request;
 mod state;
 mod sys;
@@ -11,10 +14,13 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, BackendError};
+pub use backend::{Access, Backend, BackendError, Format, FormatError};
+pub use control::Control;
 pub use device::Block;
+pub use engine::IoEngine;
 pub use log::BlockLog;
 pub use metrics::BlockMetrics;
+pub use parameters::{Cache, CacheError, Parameters};
 pub use state::BlockState;
 
 /// The unit of addresses and capacity on the wire, in bytes, whatever the disk's own blocks are.

@@ -7,8 +7,11 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{GuestAddress, GuestMemoryError};
 
 use super::backend::{Backend, BackendError};
+use super::engine::Io;
+use super::parameters::Cache;
 use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
+use crate::virtio::sys::Durability;
 use crate::virtio::{Buffers, Chain, Served};
 
 /// Type, a reserved word, sector; each little-endian.
@@ -48,6 +51,8 @@ pub(super) enum RequestError {
     Direction,
     #[error("expected whole sectors, got {len} bytes")]
     PartialSector { len: u64 },
+    #[error("expected whole blocks of {block} bytes, got {len} bytes at sector {sector}")]
+    PartialBlock { block: u32, sector: u64, len: u64 },
     #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
     OutOfRange { capacity: u64, sector: u64, len: u64 },
     #[error("expected one range of at most {most} sectors, got {len} bytes of ranges, {sectors} sectors")]
@@ -79,8 +84,16 @@ pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 pub(super) struct Disk<'a> {
     pub(super) backend: &'a Backend,
     pub(super) id: &'a [u8; ID_LEN],
-    /// Whether a write must be durable when the guest hears that it is done.
-    pub(super) write_through: bool,
+    pub(super) cache: Cache,
+    /// What a write must be when the guest hears that it is done.
+    pub(super) durability: Durability,
+}
+
+/// What came of looking at a request.
+#[derive(Debug)]
+pub(super) enum Step {
+    Done(Served),
+    Transfer(Io),
 }
 
 impl Request {
@@ -120,50 +133,43 @@ impl Request {
         self.readable.len() + self.writable.len()
     }
 
-    /// Carries the request out; what was written does not count the status byte.
-    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
-        let written = match self.kind {
-            VIRTIO_BLK_T_IN => self.read(memory, disk.backend)?,
-            VIRTIO_BLK_T_OUT => self.write(memory, disk)?,
-            VIRTIO_BLK_T_FLUSH => {
-                disk.backend.flush()?;
-                0
-            }
-            VIRTIO_BLK_T_DISCARD => return self.discard(memory, disk),
-            VIRTIO_BLK_T_WRITE_ZEROES => return self.write_zeroes(memory, disk),
-            VIRTIO_BLK_T_GET_ID => self.identify(memory, disk.id)?,
-            other => return Err(RequestError::Unsupported(other)),
-        };
-        Ok(written.into())
+    /// Carries the request out, or says what is to be transferred for it; what was written does not count the status
+    /// byte.
+    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Step, RequestError> {
+        match self.kind {
+            VIRTIO_BLK_T_IN => self.read(disk.backend).map(Step::Transfer),
+            VIRTIO_BLK_T_OUT => self.write(disk).map(Step::Transfer),
+            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => Ok(Step::Done(0.into())),
+            VIRTIO_BLK_T_FLUSH => Ok(Step::Transfer(Io::Flush)),
+            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Done),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Done),
+            VIRTIO_BLK_T_GET_ID => Ok(Step::Done(self.identify(memory, disk.id)?.into())),
+            other => Err(RequestError::Unsupported(other)),
+        }
     }
 
-    fn read(self, memory: &GuestMemory, backend: &Backend) -> Result<u32, RequestError> {
+    fn read(self, backend: &Backend) -> Result<Io, RequestError> {
         if !self.readable.is_empty() {
             return Err(RequestError::Direction);
         }
-        let mut offset = check_range(self.sector, self.writable.len(), backend)?;
-        for (address, len) in self.writable.iter() {
-            backend.read(memory, address, len, offset)?;
-            offset += u64::from(len);
-        }
-        // A chain is at most 4 GiB long, and the status byte is part of it.
-        Ok(self.writable.len() as u32)
+        Ok(Io::Read {
+            offset: check_range(self.sector, self.writable.len(), backend)?,
+            into: self.writable,
+        })
     }
 
-    fn write(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<u32, RequestError> {
+    fn write(self, disk: &Disk<'_>) -> Result<Io, RequestError> {
         if !self.writable.is_empty() {
             return Err(RequestError::Direction);
         }
         if disk.backend.read_only() {
             return Err(RequestError::ReadOnly);
         }
-        let mut offset = check_range(self.sector, self.readable.len(), disk.backend)?;
-        for (address, len) in self.readable.iter() {
-            disk.backend.write(memory, address, len, offset)?;
-            offset += u64::from(len);
-        }
-        disk.settle()?;
-        Ok(0)
+        Ok(Io::Write {
+            offset: check_range(self.sector, self.readable.len(), disk.backend)?,
+            from: self.readable,
+            durability: disk.durability,
+        })
     }
 
     fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
@@ -227,7 +233,7 @@ impl Request {
 impl Disk<'_> {
     /// A write is done, as far as the host knows.
     fn settle(&self) -> Result<(), RequestError> {
-        if self.write_through {
+        if self.durability == Durability::Durable {
             self.backend.flush()?;
         }
         Ok(())
@@ -257,7 +263,11 @@ fn check_range(sector: u64, len: u64, backend: &Backend) -> Result<u64, RequestE
     if !len.is_multiple_of(SECTOR_SIZE) {
         return Err(RequestError::PartialSector { len });
     }
-    match sector.checked_add(len / SECTOR_SIZE) {
+    let (block, sectors) = (backend.block_size(), len / SECTOR_SIZE);
+    if !(sector | sectors).is_multiple_of(u64::from(block) / SECTOR_SIZE) {
+        return Err(RequestError::PartialBlock { block, sector, len });
+    }
+    match sector.checked_add(sectors) {
         Some(end) if end <= capacity => Ok(sector * SECTOR_SIZE),
         _ => Err(RequestError::OutOfRange {
             capacity,

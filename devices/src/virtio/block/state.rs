@@ -16,11 +16,13 @@ pub struct BlockState {
     pub read_only: bool,
     /// What GET_ID answers, padded with zeroes.
     pub id: [u8; ID_LEN],
+    /// Whether a write is done when the host has it in its cache; the guest may choose.
+    pub writeback: bool,
 }
 
 impl Record for BlockState {
     const KIND: &'static str = "virtio-block";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 }
 
 impl BlockState {

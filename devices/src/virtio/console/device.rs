@@ -341,7 +341,7 @@ impl VirtioDevice for Console {
     }
 
     /// What the guest has sent is with the host, or in the guest's queue.
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
 

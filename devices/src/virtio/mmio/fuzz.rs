@@ -9,10 +9,9 @@ use proptest::prelude::*;
 
 use crate::bus::BusDevice;
 use crate::cases::cases;
-use crate::rate::Limits;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, Control};
-use crate::virtio::block::{Backend, Block};
+use crate::virtio::block::{Access, Backend, Block, Parameters};
 use crate::virtio::console::{self, Console, Terminal};
 use crate::virtio::net::testing::{Wire, card, frame, ip, leave_for};
 use crate::virtio::rng::Rng;
@@ -79,12 +78,8 @@ fn block(dir: &Path) -> Block {
         .unwrap()
         .write_all(&[0x5a; 64 * 512])
         .unwrap();
-    Block::new(
-        Arc::new(Backend::open(&path, false).unwrap()),
-        "fuzz",
-        Limits::default(),
-    )
-    .unwrap()
+    let backend = Backend::open(&path, Access::default()).unwrap();
+    Block::new(Arc::new(backend), "fuzz", Parameters::default()).unwrap()
 }
 
 fn vsock(dir: &Path) -> Vsock {

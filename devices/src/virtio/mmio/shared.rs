@@ -14,7 +14,7 @@ use super::registers::{DRIVER_OK, NEEDS_RESET};
 use crate::GuestMemory;
 use crate::limited::Limited;
 use crate::metrics::{Counter, Counters};
-use crate::virtio::{Interrupt, Progress, QueueError, Queues, VirtioDevice};
+use crate::virtio::{DeviceError, Interrupt, Progress, QueueError, Queues, VirtioDevice};
 
 pub(super) struct Shared {
     pub(super) memory: GuestMemory,
@@ -104,6 +104,24 @@ impl Shared {
             let device = core.device.device_type();
             let cause = why.source().map(ToString::to_string).unwrap_or_default();
             tracing::warn!(device, count, cause, "virtio device needs a reset: {why}");
+        }
+    }
+
+    /// Finishes what the device has in flight. A queue that is broken needs a reset, as always.
+    pub(super) fn drain(&self) -> Result<(), DeviceError> {
+        let mut core = self.core();
+        let Core { device, queues, .. } = &mut *core;
+        let queues = &mut Queues {
+            memory: &self.memory,
+            queues,
+            interrupt: &self.interrupt,
+        };
+        match device.drain(queues) {
+            Err(DeviceError::Queue(error)) => {
+                self.needs_reset(&mut core, &error);
+                Ok(())
+            }
+            done => done,
         }
     }
 

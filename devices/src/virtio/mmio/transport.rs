@@ -148,7 +148,7 @@ impl Transport {
     /// Offset of the QueueNotify register.
     pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
-    /// Stops serving queues. When it returns no request is in flight and guest memory is left alone.
+    /// Stops serving queues. When it returns no request is taken any more; [`Transport::drain`] finishes those that were.
     pub fn pause(&self) {
         self.shared.core().paused = true;
     }
@@ -164,13 +164,10 @@ impl Transport {
         self.shared.look_at_host();
     }
 
-    /// Makes what the guest was told is done durable. After [`Transport::pause`].
+    /// Finishes what is in flight and makes what the guest was told is done durable. After [`Transport::pause`]: when
+    /// it returns guest memory is left alone.
     pub fn drain(&self) -> Result<(), TransportError> {
-        self.shared
-            .core()
-            .device
-            .drain()
-            .map_err(|source| self.device_error(source))
+        self.shared.drain().map_err(|source| self.device_error(source))
     }
 
     /// What somebody must know of the device to build its like.

@@ -349,7 +349,7 @@ impl VirtioDevice for Net {
     }
 
     /// Packets are on their way when they are taken; nothing is ever in flight.
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
 

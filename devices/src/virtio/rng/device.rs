@@ -126,7 +126,7 @@ impl VirtioDevice for Rng {
     }
 
     /// Requests are finished when they are taken; nothing is ever in flight or unwritten.
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
 

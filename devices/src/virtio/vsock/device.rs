@@ -311,7 +311,7 @@ impl VirtioDevice for Vsock {
     }
 
     /// What the guest has sent is with the host's programs or in a connection's buffer, which the guest knows.
-    fn drain(&mut self) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
 

@@ -34,7 +34,7 @@ const BANNED: [(&str, &str); 6] = [
 ];
 
 /// Crates that may be there in several versions: their name, in which versions, and why.
-const DUPLICATES: [(&str, &[&str], &str); 4] = [
+const DUPLICATES: [(&str, &[&str], &str); 6] = [
     ("bitflags", &["1", "2"], "vmm-sys-util is still at 1"),
     ("cpufeatures", &["0.2", "0.3"], "sha2 is still at 0.2"),
     (
@@ -42,6 +42,8 @@ const DUPLICATES: [(&str, &[&str], &str); 4] = [
         &["0.4", "0.6"],
         "postcard offers both, and we use neither",
     ),
+    ("miniz_oxide", &["0.8", "0.9"], "imago is still at 0.8"),
+    ("nix", &["0.30", "0.31"], "imago is still at 0.30"),
     ("syn", &["2", "3"], "derive macros are on their way to 3"),
 ];
 

@@ -1,0 +1,78 @@
+//! Why a disk cannot be used.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a disk cannot be used. Every message is one line that names the path.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// Nothing is there.
+    #[error("disk {}: expected a file or a block device, found nothing there", path.display())]
+    Missing {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// Something else than a disk is there.
+    #[error("disk {}: expected a file or a block device, got {got}", path.display())]
+    NotADisk {
+        /// The disk.
+        path: PathBuf,
+        /// What it is.
+        got: &'static str,
+    },
+    /// The process may not open it like this.
+    #[error("disk {}: no permission to open it {}", path.display(), mode(*read_only))]
+    Permission {
+        /// The disk.
+        path: PathBuf,
+        /// Whether it was to be read only.
+        read_only: bool,
+    },
+    /// It is no raw image, or on a file system without direct I/O.
+    #[error("disk {}: expected a raw disk that can be opened with O_DIRECT, got another; leave direct=on out", path.display())]
+    NotDirect {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// It has no whole number of blocks, or none.
+    #[error("disk {}: expected a size that is a positive multiple of {unit} bytes, got {got}", path.display())]
+    Size {
+        /// The disk.
+        path: PathBuf,
+        /// Bytes of a block.
+        unit: u64,
+        /// Its size in bytes.
+        got: u64,
+    },
+    /// Somebody else has it locked.
+    #[error("disk {}: expected {} lock, but another process has it locked", path.display(), lock(*read_only))]
+    Locked {
+        /// The disk.
+        path: PathBuf,
+        /// Whether a shared lock was asked for.
+        read_only: bool,
+    },
+    /// A system call failed.
+    #[error("disk {}: cannot {what}: {source}", path.display())]
+    Io {
+        /// The disk.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn mode(read_only: bool) -> &'static str {
+    if read_only {
+        "for reading"
+    } else {
+        "for reading and writing"
+    }
+}
+
+fn lock(read_only: bool) -> &'static str {
+    if read_only { "a shared" } else { "an exclusive" }
+}

@@ -1,0 +1,479 @@
+//! What backs a disk: an image file or a block device of the host.
+
+mod error;
+mod open;
+mod qcow2;
+mod scratch;
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{
+    Advice, FallocateFlags, OFlags, SeekFrom as Whence, fadvise, fallocate, fcntl_getfl, fcntl_setfl, seek,
+};
+use rustix::io::Errno;
+use vm_memory::Bytes;
+
+use super::SECTOR_SIZE;
+use super::log::{BlockLog, Logging};
+use super::request::RequestError;
+use super::sys::{self, Lock};
+use crate::GuestMemory;
+use crate::virtio::sys::{At, Durability};
+use crate::virtio::{Buffers, HostBackend, HostError};
+
+pub use error::BackendError;
+use open::{A_DIRECTORY, Alignment, open};
+pub use open::{Access, Format, FormatError};
+use qcow2::Qcow2;
+use scratch::Scratch;
+
+/// An open disk. Nothing is locked by opening it.
+#[derive(Debug)]
+pub struct Backend {
+    file: File,
+    path: PathBuf,
+    is_block_device: bool,
+    read_only: bool,
+    /// What direct I/O wants, if that is what is done.
+    alignment: Option<Alignment>,
+    /// What the file is, if it is not the disk as it is.
+    qcow2: Option<Qcow2>,
+    sectors: AtomicU64,
+    /// Nobody else has written to it, so that nothing that is cached of it is out of date.
+    made_here: bool,
+    logging: Logging,
+    /// How often the disk was modified, and how much of that is durable.
+    modified: AtomicU64,
+    flushed: AtomicU64,
+}
+
+impl Backend {
+    /// Opens the disk at `path`.
+    pub fn open(path: &Path, access: Access) -> Result<Self, BackendError> {
+        let failed = |what| {
+            move |source| BackendError::Io {
+                path: path.to_owned(),
+                what,
+                source,
+            }
+        };
+        let file = open(path, access)?;
+        let kind = file.metadata().map_err(failed("look at it"))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let got = if kind.is_dir() {
+                A_DIRECTORY
+            } else {
+                "something else"
+            };
+            let path = path.to_owned();
+            return Err(BackendError::NotADisk { path, got });
+        }
+        // Requests may take their time.
+        fcntl_getfl(&file)
+            .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
+            .map_err(|errno| failed("set it up")(errno.into()))?;
+        let alignment = access.direct.then(|| Alignment::of(&file));
+        let qcow2 = match access.format {
+            Format::Raw => None,
+            Format::Qcow2 => {
+                let opened = Qcow2::open(&file, path, access.read_only);
+                Some(opened.map_err(failed("open it as qcow2"))?)
+            }
+        };
+        let backend = Self {
+            file,
+            path: path.to_owned(),
+            is_block_device: kind.is_block_device(),
+            read_only: access.read_only,
+            alignment,
+            qcow2,
+            sectors: AtomicU64::new(0),
+            made_here: false,
+            logging: Logging::default(),
+            modified: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+        };
+        backend.measure()?;
+        Ok(backend)
+    }
+
+    /// The same disk, which was made on this host, and whose name is, or will be, `path`.
+    pub fn made_here(self, path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            made_here: true,
+            ..self
+        }
+    }
+
+    /// Looks how large it is now.
+    pub(super) fn measure(&self) -> Result<(), BackendError> {
+        let size = match &self.qcow2 {
+            Some(image) => image.size(),
+            // A block device's metadata says 0; its end says the truth.
+            None => (&self.file)
+                .seek(SeekFrom::End(0))
+                .map_err(self.failed("find its size"))?,
+        };
+        let unit = u64::from(self.block_size());
+        if size == 0 || !size.is_multiple_of(unit) {
+            let path = self.path.clone();
+            return Err(BackendError::Size {
+                path,
+                unit,
+                got: size,
+            });
+        }
+        self.sectors.store(size / SECTOR_SIZE, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the guest may only read.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Size in sectors of [`SECTOR_SIZE`] bytes.
+    pub fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::SeqCst)
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.sectors() * SECTOR_SIZE
+    }
+
+    /// What offsets and lengths of requests are multiples of, in bytes.
+    pub(super) fn block_size(&self) -> u32 {
+        self.alignment
+            .map_or(SECTOR_SIZE as u32, |alignment| alignment.offset)
+    }
+
+    /// Locks the disk against other users: exclusively, or shared if it is read-only. The lock belongs to this
+    /// open disk, not to the process, and ends with it.
+    pub fn lock(&self) -> Result<(), BackendError> {
+        let kind = if self.read_only {
+            Lock::Shared
+        } else {
+            Lock::Exclusive
+        };
+        match sys::set_lock(&self.file, kind).map_err(self.failed("lock it"))? {
+            true => Ok(()),
+            false => Err(BackendError::Locked {
+                path: self.path.clone(),
+                read_only: self.read_only,
+            }),
+        }
+    }
+
+    /// Gives the lock up.
+    pub fn unlock(&self) -> Result<(), BackendError> {
+        sys::set_lock(&self.file, Lock::Unlocked)
+            .map(drop)
+            .map_err(self.failed("unlock it"))
+    }
+
+    /// The one place where every change of the disk passes: each write, discard and zeroing by whichever engine, in
+    /// bytes of the disk, after it was done or failed half-way, and before the guest hears of it.
+    pub(super) fn modified(&self, offset: u64, len: u64) {
+        self.logging.written(offset, len);
+        self.modified.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Logs from now on what is written to it. Any log before that ends.
+    pub fn start_log(&self) -> Arc<BlockLog> {
+        self.logging.start(self.size())
+    }
+
+    /// Ends the log.
+    pub fn stop_log(&self) {
+        self.logging.stop();
+    }
+
+    /// Ranges of bytes that may hold something, as offset and length; all else is zero.
+    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
+        let size = self.size();
+        match self.raw() {
+            Some(file) => data_ranges(file, size).map_err(self.failed("look for holes in it")),
+            None => Ok(vec![(0, size)]),
+        }
+    }
+
+    /// Reads what is at byte `offset` of the disk.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BackendError> {
+        let mut scratch = Scratch::new(into.len() as u64);
+        let (mut at, mut rest) = (offset, into);
+        while !rest.is_empty() {
+            // Direct I/O wants memory that is aligned.
+            let part = scratch.part(rest.len() as u64);
+            self.read_bytes(part, at).map_err(self.failed("read it"))?;
+            let (to, after) = rest.split_at_mut(part.len());
+            to.copy_from_slice(part);
+            at += part.len() as u64;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// What is to be told to [`Backend::flushed`] when a flush that begins now is done; `None` if there is nothing to
+    /// flush.
+    pub(super) fn unflushed(&self) -> Option<u64> {
+        let modified = self.modified.load(Ordering::SeqCst);
+        (self.flushed.load(Ordering::SeqCst) < modified).then_some(modified)
+    }
+
+    /// A flush is done.
+    pub(super) fn flushed(&self, generation: u64) {
+        self.flushed.fetch_max(generation, Ordering::SeqCst);
+    }
+
+    /// Makes what was written durable.
+    pub fn flush(&self) -> Result<(), BackendError> {
+        if let Some(generation) = self.unflushed() {
+            self.write_back()?;
+            self.flushed(generation);
+        }
+        Ok(())
+    }
+
+    fn write_back(&self) -> Result<(), BackendError> {
+        let done = match &self.qcow2 {
+            Some(image) => image.flush(),
+            None => self.file.sync_data(),
+        };
+        done.map_err(self.failed("write it back"))
+    }
+
+    /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
+    /// there afterwards, so nothing fails where it cannot.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
+        let done = match &self.qcow2 {
+            Some(image) => image.discard(offset, len),
+            None => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
+        };
+        self.modified(offset, len);
+        match done {
+            // Not at all, or not such small parts of it.
+            Err(error) if cannot(&error) => Ok(()),
+            done => done.map_err(self.failed("discard a part of it")),
+        }
+    }
+
+    /// Makes `len` bytes at byte `offset` zero; they may give up their space if `unmap`.
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BackendError> {
+        let done = match &self.qcow2 {
+            Some(image) => image.write_zeroes(offset, len, unmap),
+            None if unmap => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
+            None => self.fallocate(FallocateFlags::ZERO_RANGE, offset, len),
+        };
+        let done = match done {
+            Err(error) if cannot(&error) => self.zero(offset, len),
+            done => done,
+        };
+        self.modified(offset, len);
+        done.map_err(self.failed("zero a part of it"))
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        if len > 0 {
+            fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len)?;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut zeroes = Scratch::new(len);
+        let mut done = 0;
+        while done < len {
+            let part = zeroes.part(len - done);
+            self.write_bytes(part, offset + done)?;
+            done += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Drops what this host has cached of the disk, so that what another host wrote is read from the disk.
+    pub fn invalidate(&self) -> Result<(), BackendError> {
+        if self.made_here {
+            return Ok(());
+        }
+        if self.is_block_device {
+            match sys::flush_buffers(&self.file) {
+                // Needs a privilege; advice does without, page by page.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                done => return done.map_err(self.failed("drop its buffers")),
+            }
+        }
+        // Only pages that are written back can be dropped, whoever wrote them.
+        self.file.sync_data().map_err(self.failed("write it back"))?;
+        fadvise(&self.file, 0, None, Advice::DontNeed)
+            .map_err(|errno| self.failed("drop its cached pages")(errno.into()))?;
+        match &self.qcow2 {
+            Some(image) => image
+                .reopen(&self.file, &self.path, self.read_only)
+                .map_err(self.failed("open it as qcow2")),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the kernel can move data between the disk and these buffers where they are.
+    pub(super) fn takes(&self, buffers: &Buffers) -> bool {
+        let fits = |alignment: Alignment| buffers.are_aligned(alignment.memory);
+        self.raw().is_some() && self.alignment.is_none_or(fits)
+    }
+
+    /// Fills `into` from byte `offset` of the disk on, marking the pages.
+    pub(super) fn read(
+        &self,
+        memory: &GuestMemory,
+        into: &Buffers,
+        mut offset: u64,
+    ) -> Result<(), RequestError> {
+        if self.takes(into) {
+            let mut at = self.at(offset);
+            for (address, len) in into.iter() {
+                memory.read_exact_volatile_from(address, &mut at, len as usize)?;
+            }
+            return Ok(());
+        }
+        let (mut rest, mut scratch) = (into.clone(), Scratch::new(into.len()));
+        while !rest.is_empty() {
+            let part = scratch.part(rest.len());
+            self.read_bytes(part, offset).map_err(self.failed("read it"))?;
+            rest.fill(memory, part)?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes what `from` holds at byte `offset` of the disk.
+    pub(super) fn write(
+        &self,
+        memory: &GuestMemory,
+        from: &Buffers,
+        offset: u64,
+        durability: Durability,
+    ) -> Result<(), RequestError> {
+        let done = self.write_buffers(memory, from, offset);
+        self.modified(offset, from.len());
+        done?;
+        if durability == Durability::Durable {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn write_buffers(
+        &self,
+        memory: &GuestMemory,
+        from: &Buffers,
+        mut offset: u64,
+    ) -> Result<(), RequestError> {
+        if self.takes(from) {
+            let mut at = self.at(offset);
+            for (address, len) in from.iter() {
+                memory.write_all_volatile_to(address, &mut at, len as usize)?;
+            }
+            return Ok(());
+        }
+        let (mut rest, mut scratch) = (from.clone(), Scratch::new(from.len()));
+        while !rest.is_empty() {
+            let part = scratch.part(rest.len());
+            rest.read(memory, part)?;
+            self.write_bytes(part, offset)
+                .map_err(self.failed("write to it"))?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn read_bytes(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.qcow2 {
+            Some(image) => image.read(bytes, offset),
+            None => self.file.read_exact_at(bytes, offset),
+        }
+    }
+
+    fn write_bytes(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        match &self.qcow2 {
+            Some(image) => image.write(bytes, offset),
+            None => self.file.write_all_at(bytes, offset),
+        }
+    }
+
+    fn at(&self, offset: u64) -> At<'_> {
+        At {
+            file: &self.file,
+            offset,
+        }
+    }
+
+    /// The disk's bytes as they are, if they are in a file like that.
+    pub(super) fn raw(&self) -> Option<&File> {
+        self.qcow2.is_none().then_some(&self.file)
+    }
+
+    pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {
+        move |source| BackendError::Io {
+            path: self.path.clone(),
+            what,
+            source,
+        }
+    }
+}
+
+/// Where a file has data, as far as its file system knows of holes.
+fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    let (mut at, mut ranges) = (0, Vec::new());
+    while at < size {
+        let data = match seek(file, Whence::Data(at)) {
+            Ok(data) => data.min(size),
+            // Nothing but a hole from here on.
+            Err(Errno::NXIO) => break,
+            Err(Errno::INVAL) => at,
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = seek(file, Whence::Hole(data)).map_or(size, |hole| hole.min(size));
+        if hole > data {
+            ranges.push((data, hole - data));
+        }
+        at = hole.max(data + 1);
+    }
+    Ok(ranges)
+}
+
+/// Whether the host, or the image, has no such thing, or not for such small parts.
+fn cannot(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput
+    )
+}
+
+impl HostBackend for Backend {
+    fn take_locks(&self) -> Result<(), HostError> {
+        Ok(self.lock()?)
+    }
+
+    fn release_locks(&self) -> Result<(), HostError> {
+        Ok(self.unlock()?)
+    }
+
+    fn flush(&self) -> Result<(), HostError> {
+        Ok(Self::flush(self)?)
+    }
+
+    fn invalidate(&self) -> Result<(), HostError> {
+        Ok(Self::invalidate(self)?)
+    }
+}

@@ -1,0 +1,111 @@
+//! How a disk's file is opened, and what it then wants of requests.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::str::FromStr;
+
+use rustix::fs::{AtFlags, StatxFlags, statx};
+
+use super::BackendError;
+
+/// How a disk is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// For reading alone.
+    pub read_only: bool,
+    /// Without the host's cache (O_DIRECT).
+    pub direct: bool,
+    /// What the file is.
+    pub format: Format,
+}
+
+/// What a disk's file is. It is said by whoever knows, and never guessed: a guest may write whatever it likes to a raw
+/// image, and make it look like another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes.
+    #[default]
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// Not the name of a [`Format`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("format: expected raw or qcow2, got {0:?}")]
+pub struct FormatError(String);
+
+impl FromStr for Format {
+    type Err = FormatError;
+
+    fn from_str(text: &str) -> Result<Self, FormatError> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(FormatError(text.into())),
+        }
+    }
+}
+
+/// What is there in place of a disk.
+pub(super) const A_DIRECTORY: &str = "a directory";
+
+/// Opens what may yet be no disk.
+pub(super) fn open(path: &Path, access: Access) -> Result<File, BackendError> {
+    if access.direct && access.format != Format::Raw {
+        let path = path.to_owned();
+        return Err(BackendError::NotDirect { path });
+    }
+    // Without O_NONBLOCK a FIFO would block before it could be refused.
+    let direct = if access.direct { libc::O_DIRECT } else { 0 };
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(!access.read_only)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | direct)
+        .open(path);
+    let path = path.to_owned();
+    opened.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => BackendError::Missing { path },
+        io::ErrorKind::IsADirectory => BackendError::NotADisk {
+            path,
+            got: A_DIRECTORY,
+        },
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => BackendError::Permission {
+            path,
+            read_only: access.read_only,
+        },
+        io::ErrorKind::InvalidInput if access.direct => BackendError::NotDirect { path },
+        _ => BackendError::Io {
+            path,
+            what: "open it",
+            source,
+        },
+    })
+}
+
+/// What direct I/O demands, in bytes: powers of two.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alignment {
+    /// Of addresses and lengths of buffers.
+    pub(super) memory: u32,
+    /// Of places on the disk.
+    pub(super) offset: u32,
+}
+
+impl Alignment {
+    /// As the kernel says. One that says nothing is older than 6.1, or does not care: sectors then, as ever.
+    pub(super) fn of(file: &File) -> Self {
+        let sector = super::SECTOR_SIZE as u32;
+        let (memory, offset) = match statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
+            Ok(said) => (said.stx_dio_mem_align, said.stx_dio_offset_align),
+            Err(_) => (0, 0),
+        };
+        let or_sector = |said: u32| if said.is_power_of_two() { said } else { sector };
+        Self {
+            memory: or_sector(memory),
+            offset: or_sector(offset).max(sector),
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! What a disk is made with, besides what is behind it.
+
+use std::str::FromStr;
+
+use super::engine::IoEngine;
+use crate::rate::Limits;
+
+/// When a write counts as done, for a guest that can flush.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// When the host has it in its cache; a flush makes it durable. The guest may change that.
+    #[default]
+    Writeback,
+    /// When it is durable, until the guest changes that.
+    Writethrough,
+    /// When the host has it in its cache; the guest's flushes do nothing. For disks that nobody needs after a crash.
+    Unsafe,
+}
+
+/// Not the name of a [`Cache`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cache: expected writeback, writethrough or unsafe, got {0:?}")]
+pub struct CacheError(String);
+
+impl FromStr for Cache {
+    type Err = CacheError;
+
+    fn from_str(text: &str) -> Result<Self, CacheError> {
+        match text {
+            "writeback" => Ok(Self::Writeback),
+            "writethrough" => Ok(Self::Writethrough),
+            "unsafe" => Ok(Self::Unsafe),
+            _ => Err(CacheError(text.into())),
+        }
+    }
+}
+
+/// How a disk serves its guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// What it may do in a time.
+    pub limits: Limits,
+    /// When writes are done.
+    pub cache: Cache,
+    /// Whether the host's cache is left out (O_DIRECT).
+    pub direct: bool,
+    /// How requests are carried out: the host's own affair, which does not move.
+    pub engine: IoEngine,
+}
+
+impl Parameters {
+    /// What a destination must know of them; nothing where all is as usual.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let usual = Self {
+            engine: self.engine,
+            ..Self::default()
+        };
+        if *self == usual {
+            return Vec::new();
+        }
+        let mut bytes = vec![self.cache as u8, self.direct.into()];
+        bytes.extend(self.limits.to_bytes());
+        bytes
+    }
+
+    /// What [`Parameters::to_bytes`] made; `None` if it did not, or if they cannot be.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (cache, direct, limits) = match bytes {
+            [] => return Some(Self::default()),
+            [cache, direct @ 0..=1, limits @ ..] => (cache, *direct == 1, limits),
+            _ => return None,
+        };
+        let known = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe];
+        Some(Self {
+            limits: Limits::from_bytes(limits)?,
+            cache: known.into_iter().find(|known| *known as u8 == *cache)?,
+            direct,
+            engine: IoEngine::default(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rate::Bucket;
+
+    #[test]
+    fn parameters_as_bytes() {
+        let limits = Limits {
+            bandwidth: Some(Bucket::per_second(7)),
+            ..Default::default()
+        };
+        assert!(Parameters::default().to_bytes().is_empty());
+        for cache in [Cache::Writeback, Cache::Writethrough, Cache::Unsafe] {
+            for direct in [false, true] {
+                for limits in [limits, Limits::default()] {
+                    let parameters = Parameters {
+                        limits,
+                        cache,
+                        direct,
+                        ..Default::default()
+                    };
+                    assert_eq!(Parameters::from_bytes(&parameters.to_bytes()), Some(parameters));
+                }
+            }
+        }
+        for nonsense in [&[0][..], &[3, 0], &[0, 2], &[0, 1, 0]] {
+            assert_eq!(Parameters::from_bytes(nonsense), None, "{nonsense:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_modes() {
+        assert_eq!("writethrough".parse(), Ok(Cache::Writethrough));
+        let error = "none".parse::<Cache>().unwrap_err().to_string();
+        assert!(
+            error.contains("expected writeback, writethrough or unsafe, got \"none\""),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,104 @@
+use std::fs::File;
+use std::path::Path;
+
+use super::*;
+
+const READ_ONLY: Access = Access {
+    read_only: true,
+    direct: false,
+    format: Format::Raw,
+};
+
+#[test]
+fn a_disk_that_shrinks_is_an_error_for_the_guest() {
+    with_both(|disk| {
+        let mut driver = disk.driver();
+        File::options()
+            .write(true)
+            .open(disk.path())
+            .unwrap()
+            .set_len(512)
+            .unwrap();
+        assert_eq!(request(&mut driver, IN, 10, &[writes(BUFFER, 512)]), (IOERR, 1));
+    });
+}
+
+#[test]
+fn what_is_no_disk_is_refused_by_name() {
+    let disk = Disk::new();
+    let dir = disk.dir.path();
+    let open = |path: &Path| Backend::open(path, Access::default()).unwrap_err();
+    assert!(matches!(open(&dir.join("none")), BackendError::Missing { .. }));
+    assert!(matches!(
+        open(dir),
+        BackendError::NotADisk {
+            got: "a directory",
+            ..
+        }
+    ));
+    let read_only = Backend::open(dir, READ_ONLY).unwrap_err();
+    assert!(matches!(
+        read_only,
+        BackendError::NotADisk {
+            got: "a directory",
+            ..
+        }
+    ));
+    assert!(matches!(
+        open(Path::new("/dev/null")),
+        BackendError::NotADisk {
+            got: "something else",
+            ..
+        }
+    ));
+    // Even root may not write here.
+    let error = open(Path::new("/sys/kernel/uevent_seqnum"));
+    assert!(
+        matches!(error, BackendError::Permission { read_only: false, .. }),
+        "{error}"
+    );
+    for size in [0, 511, 513] {
+        File::options()
+            .write(true)
+            .open(disk.path())
+            .unwrap()
+            .set_len(size)
+            .unwrap();
+        let error = open(&disk.path());
+        assert!(matches!(error, BackendError::Size { got, .. } if got == size));
+        assert!(
+            error
+                .to_string()
+                .contains("expected a size that is a positive multiple of 512"),
+            "{error}"
+        );
+        assert!(!error.to_string().contains('\n'));
+    }
+}
+
+#[test]
+fn locks_belong_to_the_open_disk() {
+    let disk = Disk::new();
+    let open = |read_only| {
+        let access = Access {
+            read_only,
+            ..Default::default()
+        };
+        Backend::open(&disk.path(), access).unwrap()
+    };
+    let (first, second, reader) = (open(false), open(false), open(true));
+    first.lock().unwrap();
+    first.lock().unwrap();
+    let error = second.lock().unwrap_err();
+    assert!(
+        matches!(error, BackendError::Locked { read_only: false, .. }),
+        "{error}"
+    );
+    assert!(reader.lock().is_err());
+    first.unlock().unwrap();
+    reader.lock().unwrap();
+    open(true).lock().unwrap();
+    assert!(second.lock().is_err());
+    drop(reader);
+    second.lock().unwrap();
+}
