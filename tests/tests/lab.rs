@@ -4,6 +4,8 @@
 mod console;
 #[path = "lab/network.rs"]
 mod network;
+#[path = "lab/snapshots.rs"]
+mod snapshots;
 #[path = "lab/together.rs"]
 mod together;
 
@@ -44,9 +46,10 @@ fn tool(words: &[&str]) -> Result<()> {
         .map(drop)
 }
 
-/// An image with an empty file system, and the folder that it goes with.
+/// An image with an empty file system, and the folder that it goes with, in memory: what a guest flushes would else wait
+/// for everything that anybody has written to the machine's disk, which it may take for a stuck CPU.
 fn formatted_disk() -> Result<(tempfile::TempDir, String)> {
-    let directory = tempfile::tempdir()?;
+    let directory = tempfile::tempdir_in("/dev/shm")?;
     let image = directory.path().join("disk").display().to_string();
     std::fs::File::create(&image)?.set_len(64 << 20)?;
     tool(&["mkfs.ext4", "-q", "-F", &image])?;
