@@ -1,12 +1,13 @@
 //! A Debian guest on emulated hosts, on its way from host to host.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::{Lab, Payload, Process};
 use migration::{Progress, Report};
 
-use crate::{Event, Finished, Fixtures, Migration, PATIENCE, Tick, check_ticks};
+use crate::{Event, Finished, Fixtures, Migration, PATIENCE, StockGuest, TAP, Tick, check_ticks};
 
 /// Where hosts receive guests.
 const PORT: u16 = 7000;
@@ -15,111 +16,19 @@ const SEEN: f64 = 0.9;
 
 /// Heartbeats that may be in the guest's terminal when it is paused.
 const LATE_TICKS: u32 = 40;
-/// The hosts' tap for a guest.
-pub const TAP: &str = "tap0";
-/// The address of a guest with a card, in the hosts' network.
-pub const GUEST: &str = "10.0.0.100";
-/// Who sends back what the guest sends, on host 0.
-const ECHO: &str = "10.0.0.1:7007";
-/// Heartbeats within which a stream must go on, where the peer's next try may take seconds.
-const STREAM_TICKS: u32 = 400;
-
-/// A Debian guest's machine and work.
-#[derive(Clone, Debug)]
-pub struct StockGuest {
-    /// `vmlinux` or `vmlinuz`.
-    pub kernel: &'static str,
-    /// vCPUs.
-    pub cpus: u32,
-    /// As `godwit run` takes it.
-    pub memory: &'static str,
-    /// Whether the hosts' shared disk is the guest's, formatted, and under load.
-    pub disk: bool,
-    /// Whether it has a socket device, which is [`StockGuest::VSOCK`] on every host.
-    pub vsock: bool,
-    /// Whether its console is the virtio one, with a port that is [`StockGuest::PORT`] on every host.
-    pub console: bool,
-    /// Whether it has a card on the hosts' [`TAP`], and a stream to who echoes on host 0.
-    pub net: bool,
-    /// More words for the kernel.
-    pub words: &'static str,
-    /// More options of `godwit run`.
-    pub options: &'static [&'static str],
-}
-
-impl Default for StockGuest {
-    fn default() -> Self {
-        Self {
-            kernel: "vmlinux",
-            cpus: 2,
-            memory: "256M",
-            disk: false,
-            vsock: false,
-            console: false,
-            net: false,
-            words: "",
-            options: &[],
-        }
-    }
-}
-
-impl StockGuest {
-    /// Where programs on a host connect to it.
-    pub const VSOCK: &str = "/run/vsock";
-    /// Where programs on a host connect to its port `echo`.
-    pub const PORT: &str = "/run/port";
-
-    /// The options of `godwit run`, where the guests are in the folder `guests`.
-    pub fn options(&self, guests: &str) -> Vec<String> {
-        // Kernel messages would end up in the middle of the agent's lines.
-        let mut cmdline = "console=ttyS0 reboot=k panic=-1 quiet loglevel=1".to_owned();
-        cmdline.push_str(" godwit.dirty=32M godwit.rate=4M");
-        if self.disk {
-            cmdline.push_str(" godwit.disk=/dev/vda");
-        }
-        if self.net {
-            cmdline.push_str(&format!(" godwit.address={GUEST}/24 godwit.echo={ECHO}"));
-        }
-        if self.console {
-            cmdline.push_str(" console=hvc0");
-        }
-        cmdline.push_str(&format!(" {}", self.words));
-        let (kernel, initrd) = (
-            format!("{guests}/stock/{}", self.kernel),
-            format!("{guests}/stock/initrd"),
-        );
-        let cpus = self.cpus.to_string();
-        let mut options = vec!["--kernel", &kernel, "--initrd", &initrd, "--cmdline", &cmdline];
-        options.extend(["--cpus", &cpus, "--memory", self.memory]);
-        if self.disk {
-            options.extend(["--disk", "id=data,path=/dev/vda"]);
-        }
-        let net = format!("tap={TAP}");
-        if self.net {
-            options.extend(["--net", &net]);
-        }
-        options.extend(self.options);
-        let vsock = format!("cid=3,uds={}", Self::VSOCK);
-        if self.vsock {
-            options.extend(["--vsock", &vsock]);
-        }
-        let port = format!("echo={}", Self::PORT);
-        if self.console {
-            options.extend(["--console", "virtio", "--port", &port]);
-        }
-        options.into_iter().map(str::to_owned).collect()
-    }
-}
+/// Heartbeats within which a count must grow: a stream whose peer's next try may take seconds is the slowest.
+const GROWING_TICKS: u32 = 400;
 
 /// A guest that moves between hosts 0 and 1 of a lab.
 pub struct LabJourney {
-    /// The hosts.
-    pub lab: Lab,
+    /// The hosts; other guests may be there too.
+    pub lab: Arc<Lab>,
     /// The `godwit` process that has the guest.
     pub vm: Process,
     guest: StockGuest,
     host: usize,
-    moves: u32,
+    /// Of its VM's name.
+    number: u32,
     /// What the guest printed on the hosts before, to the last byte.
     before: String,
 }
@@ -131,7 +40,8 @@ pub fn payload(fixtures: &Fixtures) -> Payload {
 
 impl LabJourney {
     /// Boots the guest on host 0 and waits until it works.
-    pub fn start(lab: Lab, guest: StockGuest) -> Result<Self> {
+    pub fn start(lab: impl Into<Arc<Lab>>, guest: StockGuest) -> Result<Self> {
+        let lab = lab.into();
         let options = guest.options("/guests");
         let words = ["godwit", "run", "--name", "vm-0"]
             .into_iter()
@@ -142,7 +52,7 @@ impl LabJourney {
             vm,
             guest,
             host: 0,
-            moves: 0,
+            number: 0,
             before: String::new(),
         };
         let ready = journey.event("ready")?;
@@ -216,16 +126,21 @@ impl LabJourney {
 
     /// Shows that the guest's stream goes on; returns the bytes that came back so far.
     pub fn check_stream(&mut self) -> Result<u64> {
-        let before = self.event("tick")?.number("streamed")?;
-        for _ in 0..STREAM_TICKS {
+        self.check_growing("streamed")
+    }
+
+    /// Shows that a count in the guest's ticks goes on; returns how far it is.
+    pub fn check_growing(&mut self, count: &str) -> Result<u64> {
+        let before = self.event("tick")?.number(count)?;
+        for _ in 0..GROWING_TICKS {
             let tick = self.event("tick")?;
             ensure!(tick.number("errors")? == 0, "the guest counts errors: {tick:?}");
-            let streamed = tick.number("streamed")?;
-            if streamed > before {
-                return Ok(streamed);
+            let now = tick.number(count)?;
+            if now > before {
+                return Ok(now);
             }
         }
-        bail!("nothing comes back after {before} bytes; {}", self.look_at_host())
+        bail!("{count} stays at {before}; {}", self.look_at_host())
     }
 
     /// Starts a receiver on the other host; also returns where it listens.
@@ -236,7 +151,7 @@ impl LabJourney {
     /// The same with the guest's disk, if it has one, somewhere else than on what the hosts share.
     pub fn receiver_with_disk(&self, path: &str) -> Result<(Process, String)> {
         let disk = format!("data={path}");
-        let name = format!("vm-{}", self.moves + 1);
+        let name = name(self.number + 1);
         let listen = format!("tcp:0.0.0.0:{PORT}");
         let mut words = vec!["godwit", "receive", "--name", &name, "--listen", &listen];
         if self.guest.disk {
@@ -282,6 +197,15 @@ impl LabJourney {
     pub fn hop_to(&mut self, receiver: Process, endpoint: &str, arguments: &[&str]) -> Result<Report> {
         self.command("reset", "reset")?;
         let report = self.migrate(endpoint, arguments)?.moved()?;
+        self.arrive(receiver)?;
+        self.host = self.other();
+        let stood = report.downtime_ms.context("no downtime")? + report.verify_ms;
+        self.check_gap(stood)?;
+        Ok(report)
+    }
+
+    /// Goes on with the process that has the guest now; the one that had it must have ended well.
+    fn arrive(&mut self, vm: Process) -> Result<()> {
         let source = self.vm.wait(PATIENCE)?;
         ensure!(
             source.status.success(),
@@ -290,12 +214,35 @@ impl LabJourney {
             source.stderr
         );
         self.before.push_str(&source.stdout);
-        self.vm = receiver;
-        self.host = self.other();
-        self.moves += 1;
-        let stood = report.downtime_ms.context("no downtime")? + report.verify_ms;
-        self.check_gap(stood)?;
-        Ok(report)
+        self.vm = vm;
+        self.number += 1;
+        Ok(())
+    }
+
+    /// Goes on with what comes out of a snapshot on the host where the guest went into it, with `options` of
+    /// `godwit restore`.
+    pub fn restore(&mut self, directory: &str, options: &[&str]) -> Result<()> {
+        let vm = restore(&self.lab, (self.host, self.number + 1), directory, options)?;
+        self.arrive(vm)
+    }
+
+    /// A guest of this kind that lives its past once more, restored as VM `number` on a host of a lab. Its life begins
+    /// with the snapshot.
+    pub fn clone_of(
+        guest: StockGuest,
+        lab: &Arc<Lab>,
+        (host, number): (usize, u32),
+        directory: &str,
+        options: &[&str],
+    ) -> Result<Self> {
+        Ok(Self {
+            lab: lab.clone(),
+            vm: restore(lab, (host, number), directory, options)?,
+            guest,
+            host,
+            number,
+            before: String::new(),
+        })
     }
 
     /// The guest has seen that it stood still for so many milliseconds.
@@ -319,10 +266,17 @@ impl LabJourney {
 
     /// What a command of godwit about the VM prints with `--json`.
     pub fn ask(&self, command: &str, arguments: &[&str]) -> Result<serde_json::Value> {
+        let printed = self.godwit(command, &[&["--json"], arguments].concat())?;
+        serde_json::from_str(&printed).with_context(|| format!("godwit {command}: {printed:?}"))
+    }
+
+    /// What a command of godwit about the VM prints; it must succeed.
+    pub fn godwit(&self, command: &str, arguments: &[&str]) -> Result<String> {
         let name = self.name();
-        let words = [&["godwit", command, &name, "--json"], arguments].concat();
+        let words = [&["godwit", command, &name], arguments].concat();
         let output = self.lab.host(self.host).run(&words)?;
-        serde_json::from_str(&output.stdout).with_context(|| format!("{words:?}: {}", output.stderr))
+        ensure!(output.status.success(), "{words:?}: {}", output.stderr);
+        Ok(output.stdout)
     }
 
     /// Lets the guest check all its memory and files; returns what it says.
@@ -341,13 +295,13 @@ impl LabJourney {
     }
 
     /// Ends the guest from inside and checks its whole life.
-    pub fn power_off(self) -> Result<Lab> {
+    pub fn power_off(self) -> Result<Arc<Lab>> {
         self.vm.write_stdin(b"poweroff\n")?;
         self.ended()
     }
 
     /// Waits for the guest's end and checks its whole life.
-    pub fn ended(mut self) -> Result<Lab> {
+    pub fn ended(mut self) -> Result<Arc<Lab>> {
         let output = self.vm.wait(PATIENCE)?;
         ensure!(
             output.status.success(),
@@ -366,8 +320,23 @@ impl LabJourney {
     }
 
     fn name(&self) -> String {
-        format!("vm-{}", self.moves)
+        name(self.number)
     }
+}
+
+/// What a guest's VM is called.
+fn name(number: u32) -> String {
+    format!("vm-{number}")
+}
+
+/// Starts `godwit restore` on a host, as VM `number`, and waits until it has its guest.
+fn restore(lab: &Lab, (host, number): (usize, u32), directory: &str, options: &[&str]) -> Result<Process> {
+    let name = name(number);
+    let words = ["godwit", "restore", directory, "--name", &name, "--resume"];
+    let mut vm = lab.host(host).spawn(&[&words[..], options].concat())?;
+    let restored = format!("godwit: {name} is restored");
+    vm.wait_line(|line| line.starts_with(&restored), PATIENCE)?;
+    Ok(vm)
 }
 
 /// What a guest printed before its kernel said that it ends; that message may cut the agent's last line in two.

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -47,11 +48,17 @@ impl Echo {
 
     /// A line, and not a byte of what follows it.
     fn line(&mut self) -> Result<String> {
+        let begin = Instant::now();
         let mut line = String::new();
         let mut byte = [0];
         while !line.ends_with('\n') {
             let read = self.stream.read(&mut byte).context("a line")?;
-            ensure!(read == 1, "expected a line, got {line:?} and the end");
+            // Whoever is refused is told at once; whoever is not answered, in the end.
+            let after = begin.elapsed();
+            ensure!(
+                read == 1,
+                "expected a line, got {line:?} and the end after {after:?}"
+            );
             line.push(byte[0].into());
         }
         Ok(line)

@@ -6,14 +6,17 @@ mod console;
 mod mirror;
 #[path = "lab/network.rs"]
 mod network;
+#[path = "lab/snapshots.rs"]
+mod snapshots;
 #[path = "lab/together.rs"]
 mod together;
 
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use lab::{Lab, Signal};
+use lab::{Lab, Payload, Signal};
 use migration::{DataPath, Outcome, Phase};
 use serde_json::Value;
 use tests::{ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
@@ -22,6 +25,8 @@ use tests::{ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, coun
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
 /// In pre-copy for long enough to cut the power.
 const SLOWLY: [&str; 4] = ["--on-miss", "switch", "--bandwidth", "4MiB/s"];
+/// Has the guest read random numbers all the time.
+const RANDOM: &str = "godwit.random=/dev/hwrng";
 const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
 
 fn two_hosts() -> Result<Lab> {
@@ -43,9 +48,10 @@ fn tool(words: &[&str]) -> Result<()> {
         .map(drop)
 }
 
-/// An image with an empty file system, and the folder that it goes with.
+/// An image with an empty file system, and the folder that it goes with, in memory: what a guest flushes would else wait
+/// for everything that anybody has written to the machine's disk, which it may take for a stuck CPU.
 fn formatted_disk() -> Result<(tempfile::TempDir, String)> {
-    let directory = tempfile::tempdir()?;
+    let directory = tempfile::tempdir_in("/dev/shm")?;
     let image = directory.path().join("disk").display().to_string();
     std::fs::File::create(&image)?.set_len(64 << 20)?;
     tool(&["mkfs.ext4", "-q", "-F", &image])?;
@@ -90,6 +96,23 @@ fn a_debian_guest_back_and_forth() -> Result<()> {
     tool(&["e2fsck", "-fn", &image])
 }
 
+/// Runs a script on a host, and fails if that does.
+fn shell(lab: &Lab, host: usize, script: &str) -> Result<()> {
+    let done = lab.host(host).run(&["sh", "-ec", script])?;
+    ensure!(
+        done.status.success(),
+        "host {host}, {script}: {}{}",
+        done.stdout,
+        done.stderr
+    );
+    Ok(())
+}
+
+/// What hosts carry, and a program that has streams to guests.
+fn payload_with_echo() -> Result<Payload> {
+    Ok(payload(&Fixtures::from_env()?).with("bin/vsock-echo", env!("CARGO_BIN_EXE_vsock-echo")))
+}
+
 /// A program on the host that the guest is on, with a stream to the guest.
 fn connect(journey: &LabJourney) -> Result<lab::Process> {
     start_echo(journey, StockGuest::VSOCK, &ECHO_PORT.to_string())
@@ -110,10 +133,27 @@ fn echo(program: &mut lab::Process, bytes: usize) -> Result<()> {
 }
 
 #[test]
+fn random_numbers_across_moves() -> Result<()> {
+    let guest = StockGuest {
+        words: RANDOM,
+        ..Default::default()
+    };
+    let mut journey = LabJourney::start(two_hosts()?, guest)?;
+    journey.check_growing("random")?;
+    for number in 1..=2 {
+        let on = || format!("move {number}");
+        journey.hop(&VERIFIED).with_context(on)?;
+        let random = journey.check_growing("random").with_context(on)?;
+        println!("move {number}: {random} random bytes");
+    }
+    journey.verify()?;
+    journey.power_off().map(drop)
+}
+
+#[test]
 fn streams_to_a_debian_guest_on_whichever_host() -> Result<()> {
     const MUCH: usize = 512 << 10;
-    let payload = payload(&Fixtures::from_env()?).with("bin/vsock-echo", env!("CARGO_BIN_EXE_vsock-echo"));
-    let lab = Lab::builder(payload).hosts(2).start()?;
+    let lab = Lab::builder(payload_with_echo()?).hosts(2).start()?;
     let guest = StockGuest {
         vsock: true,
         ..Default::default()
@@ -157,7 +197,7 @@ fn streams_to_a_debian_guest_on_whichever_host() -> Result<()> {
 
 #[test]
 fn kernels_of_both_formats_with_and_without_acpi() -> Result<()> {
-    let mut lab = Lab::builder(payload(&Fixtures::from_env()?)).start()?;
+    let mut lab = Arc::new(Lab::builder(payload(&Fixtures::from_env()?)).start()?);
     // Debian's kernel is built without MP tables, so it finds one CPU where it must do without ACPI.
     for (kernel, words, cpus) in [("vmlinuz", "", 4), ("vmlinux", "acpi=off", 1)] {
         let guest = StockGuest {

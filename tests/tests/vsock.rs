@@ -1,12 +1,13 @@
 //! Streams between programs on the host and in a guest, across moves.
 
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy};
 use migration::Outcome;
-use tests::{ECHO_PORT, Echo, Event, Host, Journey, PATIENCE, TinyGuest, Vm};
+use tests::saved::{Backends, tiny_guest};
+use tests::{ECHO_PORT, Echo, Event, Host, Journey, Network, PATIENCE, Vm};
 
 /// Several times what the device holds.
 const MUCH: usize = 256 << 10;
@@ -14,12 +15,11 @@ const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
 /// The host's port that the guest dials.
 const HOST_PORT: u32 = 52;
 
-fn uds(host: &Host, name: &str) -> PathBuf {
-    host.path(name)
-}
-
-fn option(uds: &Path) -> String {
-    format!("uds={}", uds.display())
+fn backends(host: &Host, tap: &'static str, name: &str) -> Backends {
+    Backends {
+        tap,
+        uds: host.path(name),
+    }
 }
 
 /// Has the guest connect to the host, where its socket is at `uds`.
@@ -43,12 +43,10 @@ fn wait_for_ends(vm: &Vm, end: &str, count: usize) -> Result<()> {
 
 #[test]
 fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
-    let host = Host::new()?;
-    let first = uds(&host, "first.vsock");
-    let vsock = format!("cid=3,{}", option(&first));
-    let mut journey = TinyGuest::default().start(host, &["--vsock", &vsock])?;
-    let stdout = journey.vm.process.stdout().clone();
-    stdout.wait("agent: vsock", 0, PATIENCE, |line| Event::named(line, "vsock"))?;
+    let (network, host) = (Network::enter()?, Host::new()?);
+    let first = backends(&host, "tap0", "first.vsock");
+    let mut journey = tiny_guest(host.clone(), &network, &first)?;
+    let first = first.uds;
 
     let mut from_host = Echo::connect(&first, ECHO_PORT)?;
     from_host.check(MUCH).context("from the host")?;
@@ -61,8 +59,9 @@ fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
 
     refusals_leave_streams_alone(&mut journey, &mut [&mut from_host, &mut from_guest])?;
 
-    let second = uds(&journey.host, "second.vsock");
-    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--vsock", &option(&second)])?;
+    let second = backends(&host, "tap1", "second.vsock");
+    let (receiver, endpoint) = second.receiver(&journey)?;
+    let second = second.uds;
     ensure!(!second.exists(), "the socket is there before the guest is");
     journey.hop_to(receiver, &endpoint, &["--verify", "--on-miss", "switch"])?;
     ensure!(!first.exists(), "the source has left its socket behind");
@@ -78,7 +77,7 @@ fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
 
     through_files(&mut journey, again)?;
     journey.vm.check_running()?;
-    let last = uds(&journey.host, "third.vsock");
+    let last = host.path("third.vsock");
     journey.end()?;
     ensure!(!last.exists(), "the end has left the socket behind");
     Ok(())
@@ -86,14 +85,14 @@ fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
 
 /// Moves that do not happen.
 fn refusals_leave_streams_alone(journey: &mut Journey, streams: &mut [&mut Echo]) -> Result<()> {
-    let (without, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
+    let (without, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--net", "net0=tap1"])?;
     let line = journey.vm.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
     for word in ["vsock", "--vsock uds="] {
         ensure!(line.contains(word), "expected {word:?} in {line:?}");
     }
     drop(without);
-    let unused = uds(&journey.host, "unused.vsock");
-    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--vsock", &option(&unused)])?;
+    let unused = backends(&journey.host, "tap1", "unused.vsock");
+    let (receiver, endpoint) = unused.receiver(journey)?;
     // The connection is lost when the guest stands still and its state is on its way.
     let point = Point {
         connection: Connection::Control,
@@ -115,7 +114,7 @@ fn refusals_leave_streams_alone(journey: &mut Journey, streams: &mut [&mut Echo]
         proxy.seen()
     );
     drop(receiver);
-    ensure!(!unused.exists(), "the socket is there and the guest is not");
+    ensure!(!unused.uds.exists(), "the socket is there and the guest is not");
     for stream in streams {
         stream.check(MUCH).context("after moves that failed")?;
     }
@@ -126,13 +125,10 @@ fn refusals_leave_streams_alone(journey: &mut Journey, streams: &mut [&mut Echo]
 fn through_files(journey: &mut Journey, stream: Echo) -> Result<()> {
     let directory = journey.host.path("saved");
     journey.vm.snapshot(&directory, &[])?;
-    let third = uds(&journey.host, "third.vsock");
-    let restored = journey
-        .host
-        .restore(&directory, &["--resume", "--vsock", &option(&third)])?;
-    journey.arrive(restored)?;
+    let third = backends(&journey.host, "tap0", "third.vsock");
+    journey.arrive(third.restore(&journey.host, &directory)?)?;
     stream.wait_end().context("the stream of before the snapshot")?;
-    Echo::connect(&third, ECHO_PORT)
+    Echo::connect(&third.uds, ECHO_PORT)
         .context("after the restore")?
         .check(MUCH)
         .context("after the restore")

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
 use migration_state::Envelope;
+use tempfile::TempDir;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -48,6 +49,11 @@ pub(crate) fn writes(address: u64, len: u32) -> Part {
         len,
         write: true,
     }
+}
+
+/// A folder for a device's files, in memory: what a device makes durable there costs nothing.
+pub(crate) fn folder() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
 pub(crate) fn memory() -> GuestMemory {

@@ -30,8 +30,9 @@ pub(crate) fn run(tick: Duration, report: &Report) -> ! {
             let pages = report.pages.load(Ordering::Relaxed);
             let files = report.files.load(Ordering::Relaxed);
             let streamed = report.streamed.load(Ordering::Relaxed);
+            let random = report.random.load(Ordering::Relaxed);
             report.line(format_args!(
-                "tick n={} mono_us={now} real_us={real} max_gap_us={} pages={pages} errors={} files={files} streamed={streamed}",
+                "tick n={} mono_us={now} real_us={real} max_gap_us={} pages={pages} errors={} files={files} streamed={streamed} random={random}",
                 beats.count,
                 beats.longest,
                 report.errors()

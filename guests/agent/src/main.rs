@@ -13,6 +13,7 @@ mod network;
 mod physical;
 mod ports;
 mod power;
+mod random;
 mod report;
 mod settings;
 mod stream;
@@ -45,6 +46,9 @@ fn main() -> std::io::Result<()> {
     }
     if let Some(peer) = settings.echo {
         stream::start(peer, report.clone());
+    }
+    if let Some(device) = settings.random {
+        random::start(device, report.clone());
     }
     let workloads = Arc::new(commands::Workloads::new(memory, disk));
     workloads.wait_until_filled();

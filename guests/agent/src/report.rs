@@ -16,6 +16,8 @@ pub(crate) struct Report {
     pub(crate) files: AtomicU64,
     /// Bytes that came back over the network.
     pub(crate) streamed: AtomicU64,
+    /// Random bytes read.
+    pub(crate) random: AtomicU64,
     /// Asks the heartbeat to forget the longest gap.
     pub(crate) reset: AtomicBool,
     errors: AtomicU64,

@@ -22,6 +22,8 @@ pub(crate) struct Settings {
     pub(crate) address: Option<(Ipv4Addr, u8)>,
     /// `echo`: who sends back everything that he gets.
     pub(crate) echo: Option<SocketAddr>,
+    /// `random`: a device to read random numbers from.
+    pub(crate) random: Option<String>,
     /// Words with our prefix that make no sense.
     pub(crate) unknown: Vec<String>,
 }
@@ -37,6 +39,7 @@ impl Settings {
             disk: None,
             address: None,
             echo: None,
+            random: None,
             unknown: Vec::new(),
         };
         for word in line.split_ascii_whitespace() {
@@ -66,6 +69,7 @@ impl Settings {
                 self.address = Some((address.parse().ok()?, prefix.parse().ok()?));
             }
             "echo" => self.echo = Some(value.parse().ok()?),
+            "random" => self.random = Some(value.to_owned()),
             _ => return None,
         }
         Some(())
@@ -85,7 +89,7 @@ mod tests {
 
     #[test]
     fn our_words_are_read_and_nonsense_is_kept() {
-        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.address=10.0.0.9/24 godwit.echo=10.0.0.1:7 godwit.x=1";
+        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.address=10.0.0.9/24 godwit.echo=10.0.0.1:7 godwit.random=/dev/hwrng godwit.x=1";
         let expected = Settings {
             dirty_bytes: 64 << 20,
             base: Some(96 << 20),
@@ -94,6 +98,7 @@ mod tests {
             disk: Some("/dev/vda".into()),
             address: Some((Ipv4Addr::new(10, 0, 0, 9), 24)),
             echo: Some("10.0.0.1:7".parse().unwrap()),
+            random: Some("/dev/hwrng".into()),
             unknown: vec!["godwit.x=1".into()],
         };
         assert_eq!(Settings::parse(line), expected);

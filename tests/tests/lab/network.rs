@@ -8,17 +8,11 @@ pub(super) fn connect(lab: &Lab) -> Result<lab::Process> {
     for index in 0..2 {
         let address = lab.host(index).address();
         let script = format!(
-            "set -e; brctl addbr bridge; ip link set bridge up; ip address flush dev eth0; brctl addif bridge eth0; \
+            "brctl addbr bridge; ip link set bridge up; ip address flush dev eth0; brctl addif bridge eth0; \
              ip address add {address}/24 dev bridge; \
              tunctl -t {TAP}; ip link set {TAP} up; brctl addif bridge {TAP}"
         );
-        let done = lab.host(index).run(&["sh", "-c", &script])?;
-        ensure!(
-            done.status.success(),
-            "host {index}: {}{}",
-            done.stdout,
-            done.stderr
-        );
+        shell(lab, index, &script)?;
     }
     Ok(lab.host(0).spawn(&["nc", "-ll", "-p", "7007", "-e", "cat"])?)
 }

@@ -5,14 +5,17 @@ use super::*;
 #[test]
 fn everything_at_once() -> Result<()> {
     let (directory, image) = formatted_disk()?;
-    let payload = payload(&Fixtures::from_env()?).with("bin/vsock-echo", env!("CARGO_BIN_EXE_vsock-echo"));
-    let lab = Lab::builder(payload).hosts(2).shared_image(&image).start()?;
+    let lab = Lab::builder(payload_with_echo()?)
+        .hosts(2)
+        .shared_image(&image)
+        .start()?;
     let peer = network::connect(&lab)?;
     let guest = StockGuest {
         memory: "320M",
         disk: true,
         net: true,
         vsock: true,
+        words: RANDOM,
         options: &["--balloon"],
         ..Default::default()
     };
@@ -32,6 +35,7 @@ fn everything_at_once() -> Result<()> {
         let mut again = connect(&journey).with_context(on)?;
         echo(&mut again, 64 << 10).with_context(on)?;
         let streamed = journey.check_stream().with_context(on)?;
+        journey.check_growing("random").with_context(on)?;
         let verified = journey.verify().with_context(on)?;
         let (pages, files) = (verified.number("pages")?, verified.number("files")?);
         let balloon = journey.ask("balloon", &[])?;

@@ -49,11 +49,22 @@ pub(crate) fn has_kvm() -> bool {
 
 impl Prepared {
     /// Every test outside `tests/`: those that need nothing but the sources and the guests.
-    pub(crate) fn unit_tests(&self, filter: Option<&str>, settings: &[(&str, String)]) -> Result<Counts> {
-        let mut command = self.cargo_test();
+    pub(crate) fn unit_tests(&self, filter: Option<&str>) -> Result<Counts> {
+        counted(&mut finish(self.unit_test_command(), filter, &[]))
+    }
+
+    /// Those of them that are properties, for long.
+    pub(crate) fn properties(&self, filter: &str, settings: &[(&str, String)]) -> Result<Counts> {
+        let mut command = self.unit_test_command();
+        command.args(["--lib", "--profile", "fuzz"]);
         command.envs(settings.iter().map(|(key, value)| (key, value)));
+        counted(&mut finish(command, Some(filter), &[]))
+    }
+
+    fn unit_test_command(&self) -> Command {
+        let mut command = self.cargo_test();
         command.args(["--workspace", "--exclude", "tests"]);
-        counted(&mut finish(command, filter, &[]))
+        command
     }
 
     /// The tests of the harness itself.

@@ -28,7 +28,7 @@ enum Scenario {
     Lab,
     /// A Debian guest that uses disk, network, sockets and balloon at once moves 20 times between emulated hosts
     Together,
-    /// Every property of every decoder with 100000 random cases
+    /// Every property of devices and decoders with a million random cases
     Fuzz,
 }
 
@@ -60,7 +60,7 @@ impl Scenario {
             Self::Faults => 200,
             Self::Lab => 10,
             Self::Together => 20,
-            Self::Fuzz => 100_000,
+            Self::Fuzz => 1_000_000,
         };
         let name = if self == Self::Fuzz {
             "PROPTEST_CASES"
@@ -90,7 +90,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for scenario in chosen {
         let settings = scenario.settings(options.count);
         steps.tests(scenario.filter(), || match scenario {
-            Scenario::Fuzz => prepared.unit_tests(Some(scenario.filter()), &settings),
+            Scenario::Fuzz => prepared.properties(scenario.filter(), &settings),
             _ => prepared.scenarios(scenario.lane(), Some(scenario.filter()), &settings),
         });
     }

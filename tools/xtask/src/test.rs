@@ -21,7 +21,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         None => steps.check("lint", lint::run_all),
         Some(_) => steps.not_run("lint", "a filter was given"),
     }
-    steps.tests("unit tests", || prepared.unit_tests(filter, &[]));
+    steps.tests("unit tests", || prepared.unit_tests(filter));
     steps.tests("harness", || prepared.harness_tests(filter));
     if has_kvm() {
         steps.tests("direct lane", || prepared.scenarios(Lane::Direct, filter, &[]));

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM};
 use super::super::{Backend, Vsock};
 use crate::virtio::HostBackend;
-use crate::virtio::testing::{DATA, Driver, Part, reads, writes};
+use crate::virtio::testing::{DATA, Driver, Part, folder, reads, writes};
 
 pub(super) const GUEST_CID: u32 = 3;
 /// The guest's port in these tests.
@@ -51,7 +51,7 @@ impl Rig {
     }
 
     pub(super) fn without_buffers() -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = folder();
         let (backend, device) = device(&directory.path().join("v.sock"));
         backend.take_locks().unwrap();
         Self {
