@@ -10,6 +10,9 @@ use super::guest::{Guest, Load};
 use super::rig::{assert_moved, assert_stayed, direct, options};
 use crate::*;
 
+/// Makes something fail at either side.
+type Break = fn(&mut FakeSource, &mut FakeDestination);
+
 fn with_disks() -> MigrateOptions {
     MigrateOptions {
         with_disks: true,
@@ -89,7 +92,7 @@ fn nobody_gets_a_disk_that_was_not_offered() {
 
 #[test]
 fn whatever_fails_leaves_the_sources_disk_as_the_only_one() {
-    let faults: [(&str, fn(&mut FakeSource, &mut FakeDestination)); 6] = [
+    let faults: [(&str, Break); 6] = [
         ("injected into mirror", |source, _| {
             source.faults.insert("mirror", Fault::Error);
         }),
