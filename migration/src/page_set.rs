@@ -241,6 +241,16 @@ impl PageSet {
         Ok(())
     }
 
+    /// Removes the pages of another set whose regions are the same, or begin with the same, or are the first of these.
+    pub(crate) fn subtract(&mut self, other: &PageSet) {
+        for (bits, less) in self.regions.iter_mut().zip(&other.regions) {
+            bits.words
+                .iter_mut()
+                .zip(&less.words)
+                .for_each(|(word, less)| *word &= !less);
+        }
+    }
+
     /// An error unless a range lies within one region.
     pub fn check_range(&self, range: MemoryRange) -> Result<(), PageSetError> {
         self.locate(range).map(|_| ())
@@ -431,6 +441,17 @@ mod tests {
         assert_eq!((pages.len(), taken.len()), (0, 200));
         pages.union(&taken).unwrap();
         assert_eq!(pages, taken);
+        let mut less = PageSet::new(&[MemoryRegion {
+            gpa: 0,
+            len: 70 * PAGE_SIZE,
+        }])
+        .unwrap();
+        less.insert_range(range(65 << 12, 4 << 12)).unwrap();
+        pages.subtract(&less);
+        assert_eq!(pages.len(), 196);
+        assert!(pages.contains(64 << 12) && !pages.contains(65 << 12) && pages.contains(69 << 12));
+        less.subtract(&taken);
+        assert!(less.is_empty());
     }
 
     #[test]

@@ -183,6 +183,16 @@ pub trait Source: Send {
     /// after `start_dirty_log`.
     fn populated(&self, into: &mut PageSet) -> Result<(), MachineError>;
 
+    /// Whether it pays to ask the guest which of its pages it does not use, where so many pages are populated. Returns
+    /// within half a second.
+    fn has_unused(&mut self, populated: u64) -> Result<bool, MachineError>;
+
+    /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
+    /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.
+    /// Asked after `start_dirty_log`, with all marks cleared, and only if `has_unused` said that it pays. Afterwards the
+    /// guest keeps nothing back for it, whatever came of it.
+    fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), MachineError>;
+
     /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
     /// them as well; nothing where RAM is not shared memory.
     fn memory_files(&self) -> Option<Vec<OwnedFd>>;

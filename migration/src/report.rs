@@ -111,7 +111,11 @@ pub struct Report {
     pub pages_sent: u64,
     /// Pages sent as zero.
     pub pages_zero: u64,
-    /// Disks that came along; none in the reports of older versions.
+    /// Pages that were left out of the first round because the guest said that it does not use them; none in the
+    /// reports of older versions.
+    #[serde(default)]
+    pub pages_unused: u64,
+    /// Disks that came along.
     #[serde(default)]
     pub disks: u32,
     /// Bytes of their content that were sent, zeroes left out; part of `bytes_sent` and not of `pages_sent`.
@@ -165,6 +169,7 @@ impl Report {
             bytes_sent: 0,
             pages_sent: 0,
             pages_zero: 0,
+            pages_unused: 0,
             disks: 0,
             disk_bytes: 0,
             mirror_ms: 0.0,

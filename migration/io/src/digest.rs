@@ -2,13 +2,18 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::memory::slice_of;
-use crate::{GuestMemory, MemoryIoError, MemoryRange};
+use crate::{GuestMemory, MemoryIoError, MemoryRange, PAGE_SIZE};
 
 /// Bytes that are copied out and hashed at a time: fits the L2 cache with room to spare.
 const CHUNK: u64 = 128 << 10;
 
 /// xxh3-128 of all guest RAM, region after region. Meaningful only while nothing writes the memory.
 pub fn digest(memory: &GuestMemory) -> Result<u128, MemoryIoError> {
+    digest_without(memory, |_| false)
+}
+
+/// The same with zeroes in the pages for whose address `is_unused` says so, whatever they hold.
+pub fn digest_without(memory: &GuestMemory, is_unused: impl Fn(u64) -> bool) -> Result<u128, MemoryIoError> {
     let mut hash = Xxh3::new();
     let mut buffer = vec![0; CHUNK as usize];
     for region in memory.iter() {
@@ -20,6 +25,12 @@ pub fn digest(memory: &GuestMemory) -> Result<u128, MemoryIoError> {
                 len: CHUNK.min(len - at),
             };
             let copied = slice_of(memory, range)?.copy_to(&mut buffer);
+            let pages = buffer[..copied].chunks_mut(PAGE_SIZE as usize);
+            for (gpa, page) in (range.gpa..).step_by(PAGE_SIZE as usize).zip(pages) {
+                if is_unused(gpa) {
+                    page.fill(0);
+                }
+            }
             hash.update(&buffer[..copied]);
         }
     }

@@ -15,6 +15,7 @@ mod space;
 mod squeeze;
 mod stream;
 mod switch;
+mod unused;
 
 pub use doubt::{Answer, AskError, Doubt};
 use error::MigrateError;
@@ -205,7 +206,7 @@ impl<'a> Job<'a> {
                     }
                     error => error,
                 })
-                .and_then(|unsent| self.stop_and_copy(link, alive, &crew, unsent));
+                .and_then(|left| self.stop_and_copy(link, alive, &crew, left));
             self.count(&crew);
             let stopped = result?;
             self.commit(link, alive, Some(&crew.space), stopped, agreed.round_trip)

@@ -34,17 +34,24 @@ const MIN_BURST_CAP: u64 = 20_000_000;
 /// Fewer bytes say more about latency than about bandwidth.
 const MIN_BURST_BYTES: u64 = 2 << 20;
 
+/// What the guest's pause finds.
+pub(super) struct Left {
+    /// Pages that were to be sent in a round that was ended early; the log has the others.
+    pub(super) pages: PageSet,
+    /// Pages that the guest does not use and that were never sent, if they are neither here nor in the log.
+    pub(super) unused: PageSet,
+}
+
 impl Job<'_> {
-    /// Copies memory, round after round, until a pause is worth it. Returns pages that were to be sent in a round
-    /// that was ended early; the log has the others.
+    /// Copies memory, round after round, until a pause is worth it.
     pub(super) fn precopy(
         &mut self,
         link: &mut Link<'_>,
         alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
-    ) -> Result<PageSet, MigrateError> {
-        let mut pages = self.first_pages(alive, crew)?;
+    ) -> Result<Left, MigrateError> {
+        let (mut pages, mut unused) = self.first_pages(alive, crew)?;
         let mut n = 0;
         loop {
             n += 1;
@@ -52,14 +59,20 @@ impl Job<'_> {
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
             if self.settles(link, alive, crew, watch, n, decision)? {
-                return Ok(pages);
+                return Ok(Left { pages, unused });
             }
             crew.space.peek(&mut pages)?;
+            unused.subtract(&pages);
         }
     }
 
-    /// Every page of memory that may hold something. What was never touched is zero on both sides and needs no word.
-    fn first_pages(&mut self, alive: &KeepAlive, crew: &Crew<'_>) -> Result<PageSet, MigrateError> {
+    /// Every page of memory that may hold something that counts. What was never touched is zero on both sides and
+    /// needs no word. Also returns what the guest does not use.
+    fn first_pages(
+        &mut self,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+    ) -> Result<(PageSet, PageSet), MigrateError> {
         let mut populated = PageSet::of(crew.space.memory)?;
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         let mut untouched = populated.clone();
@@ -71,6 +84,7 @@ impl Job<'_> {
         }
         self.call(alive, "populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = populated.pages_in_all() - populated.len();
+        let unused = self.leave_unused(alive, crew, &mut populated)?;
         let mut pages = crew.space.none()?;
         let total_bytes = pages.pages_in_all() * PAGE_SIZE;
         add(&populated, &mut pages);
@@ -78,7 +92,7 @@ impl Job<'_> {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total_bytes;
         });
-        Ok(pages)
+        Ok((pages, unused))
     }
 
     /// Sends pages as round `n`, watching what the guest does meanwhile. Ends early if the policy says so.

@@ -118,19 +118,21 @@ impl<'a> Space<'a> {
             })
     }
 
-    /// A digest of all of it.
-    pub(super) fn digest(&self) -> Result<u128, MigrateError> {
+    /// A digest of all of it; pages that are `unused` were never sent, and count as zero.
+    pub(super) fn digest(&self, unused: &PageSet) -> Result<u128, MigrateError> {
         let read = |disk: &'_ Disk| {
             let port = disk.port.clone();
             move |offset, into: &mut [u8]| port.read(offset, into).map_err(read_failed)
         };
         digest(
             self.memory,
+            |gpa| unused.contains(gpa),
             self.disks.iter().map(|disk| (disk.port.size(), read(disk))),
         )
     }
 
-    fn peek_ram(&self, into: &mut PageSet) -> Result<(), MigrateError> {
+    /// The same for RAM alone, into a set over RAM alone.
+    pub(super) fn peek_ram(&self, into: &mut PageSet) -> Result<(), MigrateError> {
         self.log
             .peek(into)
             .map_err(|source| MigrateError::Machine { call: "peek", source })

@@ -5,13 +5,12 @@ use migration_io::{GuestMemory, digest};
 use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
-use super::precopy::{await_ack, finish_round};
+use super::precopy::{Left, await_ack, finish_round};
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::Costs;
 use crate::link::{KeepAlive, Link};
 use crate::options::OnMiss;
-use crate::page_set::PageSet;
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
@@ -32,12 +31,17 @@ impl Job<'_> {
         link: &mut Link<'_>,
         alive: &KeepAlive,
         crew: &Crew<'_>,
-        mut pages: PageSet,
+        left: Left,
     ) -> Result<Stopped, MigrateError> {
         link.check("nothing before the pause")?;
         crew.pacer.set(self.options.final_bandwidth, Instant::now());
         let (paused_at, mut lap, state) = self.stop(alive)?;
+        let Left {
+            mut pages,
+            mut unused,
+        } = left;
         crew.space.peek(&mut pages)?;
+        unused.subtract(&pages);
         self.report.downtime.final_log_ms = lap.ms();
         let last = if pages.is_empty() {
             None
@@ -50,7 +54,7 @@ impl Job<'_> {
                 finish_round(link, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
-            verifying = self.verify(link, alive, || crew.space.digest())?;
+            verifying = self.verify(link, alive, || crew.space.digest(&unused))?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
         } else if let Some(last) = last {

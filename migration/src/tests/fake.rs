@@ -37,6 +37,10 @@ pub(super) struct FakeSource {
     pub(super) shares: Vec<f64>,
     pub(super) locked: bool,
     pub(super) disk: Option<Arc<FakeDisk>>,
+    /// Pages that the guest has no use for, where it tells.
+    pub(super) unused: Option<Vec<u64>>,
+    /// How long it was listened to for that.
+    pub(super) listened: Option<Duration>,
     /// Whether guest RAM can be handed over.
     pub(super) files: Option<Vec<OwnedFd>>,
     /// Page written by `save`, as a clock's page would be.
@@ -57,6 +61,8 @@ impl FakeSource {
             shares: vec![0.0],
             locked: true,
             disk: None,
+            unused: None,
+            listened: None,
             files: None,
             written_by_save: None,
             on_pause: None,
@@ -183,6 +189,21 @@ impl Source for FakeSource {
             into.insert_gpa(gpa)?;
         }
         Ok(())
+    }
+
+    fn has_unused(&mut self, populated: u64) -> Result<bool, MachineError> {
+        fault(&self.faults, "has_unused")?;
+        assert!(populated <= self.guest.touched().len() as u64);
+        Ok(self.unused.is_some())
+    }
+
+    fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), MachineError> {
+        self.listened = Some(at_most);
+        for gpa in self.unused.iter().flatten() {
+            self.guest.forget(*gpa);
+            into.insert_gpa(*gpa)?;
+        }
+        self.enter("unused")
     }
 
     fn memory_files(&self) -> Option<Vec<OwnedFd>> {

@@ -10,7 +10,9 @@ use crate::*;
 fn busy() -> FakeSource {
     let mut guest = Guest::new(256, 64);
     guest.start(Load { pages: 300 });
-    FakeSource::new(guest)
+    let mut source = FakeSource::new(guest);
+    source.unused = Some((0..16).map(|page| page * PAGE_SIZE).collect());
+    source
 }
 
 #[test]
@@ -18,6 +20,8 @@ fn every_call_at_the_source_may_fail_or_panic() {
     for call in [
         "start_dirty_log",
         "populated",
+        "has_unused",
+        "unused",
         "clear",
         "peek",
         "flush",

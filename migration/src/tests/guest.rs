@@ -17,6 +17,9 @@ use crate::{GuestMemory, MachineError, PAGE_SIZE};
 /// First address of the second region.
 pub(super) const HIGH: u64 = 4 << 30;
 
+/// In the place of a generation: whatever the page holds.
+const ANY: u64 = u64::MAX;
+
 /// Memory, and a thread that writes it while nobody holds it.
 pub(super) struct Guest {
     pub(super) memory: GuestMemory,
@@ -36,7 +39,7 @@ struct Shared {
 pub(super) struct Registers {
     /// Writes so far.
     pub(super) generation: u64,
-    /// Generation of each page that was written; 0 means zeroed.
+    /// Generation of each page that was written; 0 means zeroed, [`ANY`] that it does not matter.
     pub(super) stamps: Vec<(u64, u64)>,
 }
 
@@ -130,6 +133,19 @@ impl Guest {
         write(&self.memory, &mut self.shared.state.lock().unwrap(), gpa, zero);
     }
 
+    /// What a page that was written holds is of no use any more.
+    pub(super) fn forget(&self, gpa: u64) {
+        if let Some(stamp) = self.shared.state.lock().unwrap().stamps.get_mut(&gpa) {
+            *stamp = ANY;
+        }
+    }
+
+    /// Pages that hold what is of use.
+    pub(super) fn used(&self) -> usize {
+        let state = self.shared.state.lock().unwrap();
+        state.stamps.values().filter(|stamp| **stamp != ANY).count()
+    }
+
     /// Every page that was ever written.
     pub(super) fn touched(&self) -> Vec<u64> {
         self.shared.state.lock().unwrap().stamps.keys().copied().collect()
@@ -198,6 +214,9 @@ impl Guest {
                 .step_by(PAGE_SIZE as usize)
             {
                 let stamp = stamps.get(&gpa).copied().unwrap_or(0);
+                if stamp == ANY {
+                    continue;
+                }
                 let page: [u64; 512] = std::array::from_fn(|at| {
                     self.memory.read_obj(GuestAddress(gpa + at as u64 * 8)).unwrap()
                 });

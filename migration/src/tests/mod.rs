@@ -14,3 +14,4 @@ mod mirror;
 mod moves;
 mod peers;
 mod rig;
+mod unused;

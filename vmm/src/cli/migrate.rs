@@ -164,6 +164,13 @@ fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
         report.pages_sent,
         report.pages_zero
     )?;
+    if report.pages_unused > 0 {
+        writeln!(
+            out,
+            "  left out   {:.1} MiB that the guest does not use",
+            (report.pages_unused * migration::PAGE_SIZE) as f64 / MIB
+        )?;
+    }
     if report.disks > 0 {
         writeln!(
             out,

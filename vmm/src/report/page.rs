@@ -62,6 +62,7 @@ fn figures(report: &Report) -> Vec<Vec<String>> {
         ("sent", bytes(report.bytes_sent as f64)),
         ("pages", report.pages_sent.to_string()),
         ("zero pages", report.pages_zero.to_string()),
+        ("unused pages", report.pages_unused.to_string()),
         ("streams", report.streams.to_string()),
     ];
     if let Some(digest) = &report.memory_digest {

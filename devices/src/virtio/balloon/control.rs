@@ -3,11 +3,14 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::PAGE_SIZE;
+use super::discard::whole_pages;
+use super::hints::Hints;
 use super::metrics::BalloonMetrics;
 use super::statistics::Statistics;
 
@@ -18,6 +21,8 @@ pub struct Control {
     event: File,
     known: Mutex<Known>,
     pub(super) metrics: Arc<BalloonMetrics>,
+    /// Statistics came, or hints.
+    told: Condvar,
 }
 
 /// Sizes in pages of [`PAGE_SIZE`].
@@ -25,14 +30,23 @@ pub struct Control {
 pub(super) struct Known {
     pub(super) target: u32,
     pub(super) actual: u32,
-    /// The guest has not been told of the target yet.
+    /// The guest has not been told of the target, or of what is asked, yet.
     pub(super) changed: bool,
     /// Somebody waits for new statistics.
     pub(super) statistics_wanted: bool,
     pub(super) statistics: Option<Statistics>,
     /// How often statistics came, here or before the machine came here.
     pub(super) statistics_seen: u64,
+    /// What the driver made of FREE_PAGE_HINT and PAGE_POISON.
+    pub(super) tells_hints: bool,
+    pub(super) poisons: bool,
+    /// What the guest puts into pages that it frees, if it does.
+    pub(super) poison: u32,
+    pub(super) hints: Hints,
 }
+
+/// A guest that tells nothing for so long is asked no further.
+const SILENCE: Duration = Duration::from_millis(200);
 
 impl Control {
     /// Of a balloon that is to have `bytes`, rounded down to pages.
@@ -45,6 +59,7 @@ impl Control {
             event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
             known: Mutex::new(known),
             metrics: Arc::default(),
+            told: Condvar::new(),
         })
     }
 
@@ -86,6 +101,58 @@ impl Control {
         (known.statistics, known.statistics_seen)
     }
 
+    /// The same, new ones, which are waited for; none of a guest that does not send them at once.
+    pub fn new_statistics(&self) -> Option<Statistics> {
+        let mut known = self.known();
+        let seen = known.statistics_seen;
+        known.statistics_wanted = true;
+        self.raise();
+        let waited = self
+            .told
+            .wait_timeout_while(known, SILENCE, |known| known.statistics_seen == seen);
+        let (known, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        known.statistics.filter(|_| !timeout.timed_out())
+    }
+
+    /// Whether [`Control::hints`] is of use: the driver tells, and counts on no content of pages that it frees but zero.
+    pub fn tells_hints(&self) -> bool {
+        let known = self.known();
+        known.tells_hints && known.reads_zero()
+    }
+
+    /// Asks the guest for pages that it does not use, as addresses and lengths in bytes: whole pages, which may lie
+    /// outside memory. What they hold at some time between call and answer is of no use to the guest; it may write to
+    /// them again at any time, without a word. Waits until it has told all, or for so long.
+    pub fn hints(&self, at_most: Duration) -> Vec<(u64, u64)> {
+        let deadline = Instant::now() + at_most;
+        let mut known = self.known();
+        known.hints.ask();
+        known.changed = true;
+        self.raise();
+        loop {
+            let before = known.hints.len();
+            let left = deadline.saturating_duration_since(Instant::now());
+            let waited = self.told.wait_timeout_while(known, left.min(SILENCE), |known| {
+                known.hints.is_open() && known.hints.len() == before
+            });
+            known = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if !known.hints.is_open() || known.hints.len() == before || Instant::now() >= deadline {
+                break;
+            }
+        }
+        let hints = known.hints.take();
+        known.changed = true;
+        drop(known);
+        self.raise();
+        let whole = |(address, len)| whole_pages(address, len);
+        hints.into_iter().filter_map(whole).collect()
+    }
+
+    /// Whoever waits for the guest looks.
+    pub(super) fn tell(&self) {
+        self.told.notify_all();
+    }
+
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
@@ -105,6 +172,13 @@ impl Control {
             // The counter is full: the device will look anyway.
             tracing::debug!(%error, "balloon: wish not counted");
         }
+    }
+}
+
+impl Known {
+    /// Whether the guest has no objection if pages that it freed are zero when it takes them again.
+    pub(super) fn reads_zero(&self) -> bool {
+        !self.poisons || self.poison == 0
     }
 }
 

@@ -9,6 +9,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use super::PAGE_SIZE;
 use super::control::Control;
 use super::discard::{DiscardError, discard};
+use super::hints::Hints;
 use super::state::BalloonState;
 use super::statistics::{MOST, Statistics};
 use crate::GuestMemory;
@@ -24,12 +25,16 @@ use crate::virtio::{
 const F_MUST_TELL_HOST: u64 = 1 << 0;
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+const F_FREE_PAGE_HINT: u64 = 1 << 3;
+const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
 /// Where the guest says in the configuration space how much it has given up.
 const ACTUAL: u64 = 4;
 /// Bytes of a page's number in a request.
 const PAGE_NUMBER: u64 = 4;
+/// Where it says what it puts into pages that it frees.
+const POISON: u64 = 12;
 /// Most pages that one request gives up, four times what Linux puts in one. The rest of a longer one stays the guest's.
 pub(super) const MOST_PAGES: usize = 1024;
 
@@ -50,6 +55,7 @@ enum Role {
     Inflate,
     Deflate,
     Statistics,
+    Hinting,
     Reporting,
 }
 
@@ -101,12 +107,36 @@ impl Balloon {
         bytes
     }
 
-    /// The chain's buffers are pages that the guest does not use until it has the chain back.
+    /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
+    /// counts on what they hold (virtio 1.2, 5.5.6.8).
     fn report(&self, memory: &GuestMemory, chain: &Chain) {
+        if !self.control.known().reads_zero() {
+            return;
+        }
         self.control.metrics.reported_bytes.add(chain.writable.len());
         for (address, len) in chain.writable.iter() {
             self.take(memory, address.0, len.into());
         }
+    }
+
+    /// The chain says which command the guest answers, or has pages that it does not use.
+    fn hint(&self, memory: &GuestMemory, mut chain: Chain) {
+        let mut id = [0; 4];
+        let read = match chain.readable.is_empty() {
+            true => Ok(0),
+            false => chain.readable.read(memory, &mut id),
+        };
+        let mut known = self.control.known();
+        match read {
+            Ok(got) if got == id.len() => known.hints.hear(u32::from_le_bytes(id)),
+            Ok(_) => {}
+            Err(error) => self.complain(&error),
+        }
+        for (address, len) in chain.writable.iter() {
+            known.hints.add(address.0, len.into());
+        }
+        drop(known);
+        self.control.tell();
     }
 
     fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
@@ -136,6 +166,8 @@ impl Balloon {
                 let mut known = self.control.known();
                 known.statistics = Some(Statistics::parse(&bytes[..got]));
                 known.statistics_seen += 1;
+                drop(known);
+                self.control.tell();
             }
             Ok(Err(error)) => self.complain(&error),
             Err(error) => self.complain(&error),
@@ -174,22 +206,24 @@ impl VirtioDevice for Balloon {
 
     fn features(&self) -> u64 {
         let deflate = if self.deflate_on_oom { F_DEFLATE_ON_OOM } else { 0 };
-        RING_FEATURES | F_MUST_TELL_HOST | F_STATS_VQ | F_PAGE_REPORTING | deflate
+        let hints = F_FREE_PAGE_HINT | F_PAGE_POISON;
+        RING_FEATURES | F_MUST_TELL_HOST | F_STATS_VQ | F_PAGE_REPORTING | hints | deflate
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; 4]
+        &[QUEUE_SIZE; 5]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let known = self.control.known();
-        let config = [known.target.to_le_bytes(), known.actual.to_le_bytes()];
+        let config = [known.target, known.actual, known.hints.id(), known.poison].map(u32::to_le_bytes);
         read_bytes(config.as_flattened(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         match data.try_into() {
             Ok(actual) if offset == ACTUAL => self.control.known().actual = u32::from_le_bytes(actual),
+            Ok(poison) if offset == POISON => self.control.known().poison = u32::from_le_bytes(poison),
             _ => tracing::debug!(
                 offset,
                 len = data.len(),
@@ -203,12 +237,16 @@ impl VirtioDevice for Balloon {
         self.roles = vec![Role::Inflate, Role::Deflate];
         for (feature, role) in [
             (F_STATS_VQ, Role::Statistics),
+            (F_FREE_PAGE_HINT, Role::Hinting),
             (F_PAGE_REPORTING, Role::Reporting),
         ] {
             if features & feature != 0 {
                 self.roles.push(role);
             }
         }
+        let mut known = self.control.known();
+        known.tells_hints = features & F_FREE_PAGE_HINT != 0;
+        known.poisons = features & F_PAGE_POISON != 0;
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
@@ -225,6 +263,10 @@ impl VirtioDevice for Balloon {
                 // Its bytes are the chain's, and are counted with it.
                 Some(Role::Reporting) => {
                     self.report(memory, &chain);
+                    0
+                }
+                Some(Role::Hinting) => {
+                    self.hint(memory, chain);
                     0
                 }
                 // Pages come back when they are touched.
@@ -263,7 +305,13 @@ impl VirtioDevice for Balloon {
     fn reset(&mut self) {
         self.roles.clear();
         self.statistics = None;
-        self.control.known().actual = 0;
+        let mut known = self.control.known();
+        known.actual = 0;
+        known.poison = 0;
+        known.tells_hints = false;
+        known.hints.reset();
+        drop(known);
+        self.control.tell();
     }
 
     /// Requests are finished when they are taken.
@@ -277,6 +325,8 @@ impl VirtioDevice for Balloon {
             target: known.target,
             actual: known.actual,
             statistics: self.statistics.map(|head| head.0),
+            command: known.hints.command(),
+            poison: known.poison,
         };
         Ok(envelope.put(instance, &state)?)
     }
@@ -293,7 +343,9 @@ impl VirtioDevice for Balloon {
         let mut known = self.control.known();
         known.target = state.target;
         known.actual = state.actual;
-        // It may not have heard of the target where it comes from.
+        known.poison = state.poison;
+        known.hints = Hints::restored(state.command);
+        // It may not have heard of the target where it comes from, nor that its pages are its own again.
         known.changed = true;
         // A chain that is kept came with some, elsewhere.
         known.statistics_seen = state.statistics.is_some().into();

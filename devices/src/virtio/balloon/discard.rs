@@ -28,11 +28,10 @@ pub(super) enum DiscardError {
 /// Gives the whole pages among `len` bytes at `gpa` back to the host and returns how many bytes they have. Nobody knows
 /// what they hold afterwards, so they count as written.
 pub(super) fn discard(memory: &GuestMemory, gpa: u64, len: u64) -> Result<u64, DiscardError> {
-    let end = gpa.saturating_add(len) / PAGE_SIZE * PAGE_SIZE;
-    let Some(gpa) = gpa.checked_next_multiple_of(PAGE_SIZE).filter(|gpa| *gpa < end) else {
+    let Some((gpa, len)) = whole_pages(gpa, len) else {
         return Ok(0);
     };
-    let (at, len) = (GuestAddress(gpa), end - gpa);
+    let at = GuestAddress(gpa);
     let slice = memory
         .get_slice(at, len as usize)
         .map_err(DiscardError::Outside)?;
@@ -63,4 +62,11 @@ pub(super) fn discard(memory: &GuestMemory, gpa: u64, len: u64) -> Result<u64, D
     slice.bitmap().mark_dirty(0, slice.len());
     done.map_err(|error| DiscardError::Host(error.into()))?;
     Ok(len)
+}
+
+/// The pages that lie in a range as a whole: their address and length in bytes.
+pub(super) fn whole_pages(address: u64, len: u64) -> Option<(u64, u64)> {
+    let end = address.saturating_add(len) / PAGE_SIZE * PAGE_SIZE;
+    let start = address.checked_next_multiple_of(PAGE_SIZE)?;
+    (start < end).then(|| (start, end - start))
 }

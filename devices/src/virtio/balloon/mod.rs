@@ -3,10 +3,14 @@
 //! Two ways: the host sets a target and the guest gives up that much until it is asked to take it back; and the guest
 //! reports, by itself, what it does not use at the moment. What was given up is neither kept nor migrated, except where
 //! memory is mapped from a file: there it is again what the file has.
+//!
+//! And the host can ask what the guest does not use at the moment ([`Control::hints`]); that is not given up, but need
+//! not be migrated.
 
 mod control;
 mod device;
 mod discard;
+mod hints;
 mod metrics;
 mod state;
 mod statistics;

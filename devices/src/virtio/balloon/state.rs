@@ -12,9 +12,13 @@ pub struct BalloonState {
     pub actual: u32,
     /// The first descriptor of the chain that waits for the next wish for statistics.
     pub statistics: Option<u16>,
+    /// The last command to tell what is free, 0 before the first. None is open.
+    pub command: u32,
+    /// What the guest says that it puts into pages that it frees.
+    pub poison: u32,
 }
 
 impl Record for BalloonState {
     const KIND: &'static str = "virtio-balloon";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 }

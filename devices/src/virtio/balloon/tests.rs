@@ -1,17 +1,30 @@
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::device::MOST_PAGES;
 use super::discard::discard;
+use super::hints::{Hints, MOST_RANGES};
 use super::*;
 use crate::virtio::testing::{DATA, Driver, END, VERSION_1, memory, reads, writes};
 
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATISTICS: usize = 2;
-const REPORTING: usize = 3;
+const HINTING: usize = 3;
+const REPORTING: usize = 4;
+
+/// Features and where the configuration space has what belongs to them.
+const F_HINTS: u64 = 1 << 3;
+const F_POISON: u64 = 1 << 4;
+const COMMAND: u64 = 0x108;
+const POISON: u64 = 0x10c;
+
+/// The host wants no hints any more.
+const DONE: u32 = 1;
 
 /// Pages that tests give up.
 const PAGES: u64 = DATA + 0x4_0000;
@@ -106,8 +119,9 @@ fn the_guest_hears_of_targets_and_says_how_far_it_is() {
     assert_eq!(control.target(), 10 * PAGE_SIZE);
     // Nothing else can be written, and nothing is there beyond.
     driver.set(0x100, 77);
-    driver.set(0x108, 77);
-    assert_eq!((driver.get(0x100), driver.get(0x108)), (10, 0));
+    driver.set(COMMAND, 77);
+    driver.set(0x110, 77);
+    assert_eq!([0x100, COMMAND, 0x110].map(|at| driver.get(at)), [10, 0, 0]);
     control.set_target(u64::MAX);
     assert_eq!(control.target(), u64::from(u32::MAX) * PAGE_SIZE);
 }
@@ -179,6 +193,195 @@ fn a_move_takes_target_and_kept_chain_along() {
     moved.run();
     moved.select(STATISTICS);
     assert!(moved.used().is_empty());
+}
+
+/// Has the guest asked for hints, and `act` on that; what came of it. It is told that it can have its pages back.
+fn hints(driver: &mut Driver, control: &Arc<Control>, act: impl FnOnce(&mut Driver, u32)) -> Vec<(u64, u64)> {
+    driver.run();
+    driver.interrupts();
+    let hints = thread::scope(|scope| {
+        let asking = scope.spawn(|| control.hints(Duration::from_secs(10)));
+        driver.wait();
+        assert_eq!((driver.interrupts(), driver.get(0x060) & 2), (1, 2));
+        driver.set(0x064, 2);
+        let command = driver.get(COMMAND);
+        assert!(command >= 2);
+        act(driver, command);
+        asking.join().unwrap()
+    });
+    driver.run();
+    hints
+}
+
+/// The guest names the command that it answers, or says that it has answered.
+fn name(driver: &mut Driver, command: u32) {
+    driver.fill(DATA, &command.to_le_bytes());
+    assert_eq!(driver.submit(&[reads(DATA, 4)]), 0);
+}
+
+#[test]
+fn what_is_free_is_told_on_request_and_stays_as_it_is() {
+    let (mut driver, control) = balloon();
+    assert!(control.tells_hints());
+    dirty(&driver, PAGES..PAGES + 0x8000);
+    driver.select(HINTING);
+    // Nobody has asked.
+    driver.submit(&[writes(PAGES, 0x1000)]);
+    let mut commands = Vec::new();
+    for _ in 0..2 {
+        driver.take_dirty(PAGES);
+        let told = hints(&mut driver, &control, |driver, command| {
+            commands.push(command);
+            // The end of an earlier answer, and what belongs to that.
+            name(driver, 0);
+            driver.submit(&[writes(PAGES, 0x1000)]);
+            name(driver, command);
+            driver.submit(&[writes(PAGES + 0x1000, 0x2000)]);
+            // Parts of pages, nothing, what is not there.
+            driver.submit(&[writes(PAGES + 0x3800, 0x2000), writes(PAGES, 0)]);
+            driver.submit(&[writes(u64::MAX - 0x1fff, 0x2000), writes(END, 0x1000)]);
+            name(driver, 0);
+            driver.submit(&[writes(PAGES + 0x6000, 0x1000)]);
+        });
+        let outside = [(u64::MAX - 0x1fff, 0x1000), (END, 0x1000)];
+        assert_eq!(told[..2], [(PAGES + 0x1000, 0x2000), (PAGES + 0x4000, 0x1000)]);
+        assert_eq!(told[2..], outside, "for others to look at");
+        assert_eq!((driver.get(COMMAND), driver.get(0x060) & 2), (DONE, 2));
+        assert!((0..8).all(|page| is_kept(&driver, PAGES + page * 0x1000)));
+        assert!(!driver.take_dirty(PAGES + 0x1000));
+    }
+    assert!(commands[0] != commands[1], "the same one is not answered twice");
+    assert_eq!(control.given_up(), 0);
+}
+
+#[test]
+fn a_guest_that_tells_nothing_is_left_alone_soon() {
+    let (mut driver, control) = balloon();
+    driver.select(HINTING);
+    assert_eq!(hints(&mut driver, &control, |_, _| {}), []);
+    // Or begins, with what makes no sense in between, and does not end.
+    let told = hints(&mut driver, &control, |driver, command| {
+        name(driver, command.wrapping_add(1));
+        driver.submit(&[writes(PAGES, 0x1000)]);
+        name(driver, command);
+        for chain in [
+            vec![reads(DATA, 3)],
+            vec![reads(END, 4)],
+            vec![writes(DATA, 4), reads(DATA, 4)],
+        ] {
+            driver.submit(&chain);
+        }
+        driver.submit(&[reads(DATA, 4), writes(PAGES, 0x1000)]);
+    });
+    assert_eq!(told, [(PAGES, 0x1000)]);
+    // Or never ends.
+    let told = thread::scope(|scope| {
+        let asking = scope.spawn(|| control.hints(Duration::from_millis(50)));
+        driver.wait();
+        let command = driver.get(COMMAND);
+        name(&mut driver, command);
+        while !asking.is_finished() {
+            driver.submit(&[writes(PAGES, 0x1000)]);
+        }
+        asking.join().unwrap()
+    });
+    assert!(!told.is_empty());
+    driver.run();
+    assert_eq!((driver.get(COMMAND), driver.get(0x070)), (DONE, 15));
+    assert!(control.new_statistics().is_none());
+}
+
+#[test]
+fn no_more_is_kept_than_a_guest_can_have_to_tell() {
+    let mut hints = Hints::restored(u32::MAX);
+    hints.ask();
+    assert_eq!(
+        (hints.id(), hints.command()),
+        (2, 2),
+        "after the last number comes the first"
+    );
+    hints.hear(2);
+    for _ in 0..=MOST_RANGES {
+        hints.add(PAGES, 0x1000);
+    }
+    assert!(hints.is_open());
+    assert_eq!(hints.take().len(), MOST_RANGES);
+}
+
+#[test]
+fn a_guest_that_poisons_what_it_frees_keeps_it() {
+    let (mut driver, control) = balloon();
+    dirty(&driver, PAGES..PAGES + 0x1000);
+    for (poison, gone) in [(0xaaaa_aaaa, false), (0, true)] {
+        driver.set(POISON, poison);
+        assert_eq!((driver.get(POISON), control.tells_hints()), (poison, gone));
+        driver.select(REPORTING);
+        driver.submit(&[writes(PAGES, 0x1000)]);
+        assert_eq!(is_kept(&driver, PAGES), !gone);
+    }
+    // A value means something only to who said so, and ends with a reset.
+    driver.set(POISON, 1);
+    driver.bring_up();
+    assert_eq!(driver.get(POISON), 0);
+    driver.bring_up_with(VERSION_1 | F_HINTS);
+    driver.set(POISON, 1);
+    assert!(control.tells_hints());
+    driver.bring_up_with(VERSION_1 | F_POISON);
+    assert!(!control.tells_hints());
+}
+
+#[test]
+fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
+    let (mut driver, control) = balloon();
+    driver.select(HINTING);
+    let mut open = None;
+    hints(&mut driver, &control, |driver, command| {
+        name(driver, command);
+        open = Some((command, driver.save()));
+        driver.transport.resume();
+    });
+    // It moves in the middle.
+    let (command, saved) = open.unwrap();
+    let there = Arc::new(Control::new(0).unwrap());
+    let mut moved = driver.move_to(Balloon::new(there.clone(), true), saved).unwrap();
+    moved.transport.resume();
+    moved.run();
+    assert_eq!((moved.get(COMMAND), moved.get(0x060) & 2), (DONE, 2));
+    assert!(moved.interrupts() > 0 && there.tells_hints());
+    let told = hints(&mut moved, &there, |moved, next| {
+        assert_ne!(next, command, "it has answered that one");
+        name(moved, next);
+        moved.submit(&[writes(PAGES, 0x1000)]);
+        name(moved, 0);
+    });
+    assert_eq!(told, [(PAGES, 0x1000)]);
+    // It starts anew in the middle: nobody waits for an answer, and it is not left with a command that is over.
+    let told = hints(&mut moved, &there, |moved, command| {
+        name(moved, command);
+        moved.submit(&[writes(PAGES, 0x1000)]);
+        moved.bring_up();
+        assert_eq!(moved.get(COMMAND), 0);
+    });
+    assert_eq!(told, []);
+    assert_eq!(moved.get(COMMAND), DONE);
+}
+
+#[test]
+fn new_statistics_are_waited_for() {
+    let (mut driver, control) = balloon();
+    driver.fill(DATA, &entries(&[(4, 1)]));
+    driver.select(STATISTICS);
+    driver.add(&[reads(DATA, 10)]);
+    driver.kick();
+    let statistics = thread::scope(|scope| {
+        let asking = scope.spawn(|| control.new_statistics());
+        driver.wait();
+        driver.fill(DATA, &entries(&[(4, 2)]));
+        driver.add(&[reads(DATA, 10)]);
+        driver.kick();
+        asking.join().unwrap()
+    });
+    assert_eq!(statistics.unwrap().free_memory, Some(2));
 }
 
 #[test]
@@ -265,8 +468,10 @@ fn golden_record() {
         target: 1,
         actual: 2,
         statistics: Some(3),
+        command: 4,
+        poison: 5,
     };
-    migration_state::assert_golden(1, "01020103", &state);
+    migration_state::assert_golden(2, "010201030405", &state);
 }
 
 proptest! {

@@ -1,0 +1,53 @@
+//! Pages that the guest does not use: what they hold need not be sent.
+
+use std::time::Duration;
+
+use super::crew::Crew;
+use super::{Job, MigrateError};
+use crate::link::KeepAlive;
+use crate::page_set::PageSet;
+
+/// The guest is listened to for so long at most,
+const LISTENING: Duration = Duration::from_millis(500);
+/// and for no more than this part of the time that is left.
+const PART_OF_DEADLINE: u32 = 20;
+/// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.
+const WORDS: usize = 256;
+
+impl Job<'_> {
+    /// Takes out of `populated`, which the first round is to send, what the guest says that it does not use, and
+    /// returns those pages. They count as zero until they are written.
+    ///
+    /// All marks are cleared before the guest is asked. So a page that it tells and that is not marked afterwards was
+    /// not written since it was of no use; one that is written later is marked, and is sent then.
+    pub(super) fn leave_unused(
+        &mut self,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+        populated: &mut PageSet,
+    ) -> Result<PageSet, MigrateError> {
+        let mut unused = PageSet::of(crew.space.memory)?;
+        let left = self
+            .options
+            .deadline
+            .map(|deadline| deadline.saturating_sub(self.started.elapsed()));
+        let at_most = left.map_or(LISTENING, |left| LISTENING.min(left / PART_OF_DEADLINE));
+        let pages = populated.len();
+        if !self.call(alive, "has_unused", |source| source.has_unused(pages))? {
+            return Ok(unused);
+        }
+        for (region, words) in populated.words() {
+            for (at, words) in (0..).step_by(WORDS * 64).zip(words.chunks(WORDS)) {
+                crew.space.clear_ram(region, at, words)?;
+            }
+        }
+        self.call(alive, "unused", |source| source.unused(at_most, &mut unused))?;
+        let mut marked = PageSet::of(crew.space.memory)?;
+        crew.space.peek_ram(&mut marked)?;
+        unused.subtract(&marked);
+        populated.subtract(&unused);
+        self.report.pages_unused = pages - populated.len();
+        tracing::debug!(pages = self.report.pages_unused, "unused by the guest");
+        Ok(unused)
+    }
+}

@@ -1,0 +1,110 @@
+//! Guests that tell what they do not use.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::disk::FakeDisk;
+use super::fake::{FakeDestination, FakeSource, Fault};
+use super::guest::{Guest, HIGH, Load};
+use super::rig::{assert_moved, direct, options};
+use crate::*;
+
+fn verified() -> MigrateOptions {
+    MigrateOptions {
+        verify: true,
+        ..options()
+    }
+}
+
+fn pages(gpa: u64, count: u64) -> Vec<u64> {
+    (0..count).map(|page| gpa + page * PAGE_SIZE).collect()
+}
+
+fn first_word(guest: &Guest, gpa: u64) -> u64 {
+    guest.memory.read_obj(GuestAddress(gpa)).unwrap()
+}
+
+#[test]
+fn what_the_guest_does_not_use_is_not_sent() {
+    let mut guest = Guest::new(1024, 64);
+    let used = [pages(0, 100), pages(HIGH, 1)].concat();
+    let unused = [pages(100 * PAGE_SIZE, 700), pages(HIGH + PAGE_SIZE, 63)].concat();
+    for gpa in used.iter().chain(&unused) {
+        guest.write(*gpa, false);
+    }
+    guest.start(Load::default());
+    let mut source = FakeSource::new(guest);
+    // Pages that were never touched do not count, whatever is told of them.
+    source.unused = Some([unused.clone(), pages(900 * PAGE_SIZE, 100)].concat());
+    let mut destination = FakeDestination::default();
+    let (report, received) = direct(&mut source, &mut destination, &verified());
+    received.unwrap();
+    assert_moved(&source, &destination, &report);
+    assert_eq!(report.pages_unused, 763);
+    assert!(report.pages_sent <= 102, "and one by the drain: {report:?}");
+    let there = destination.guest.as_ref().unwrap();
+    for gpa in unused {
+        // Nobody touched it here, should the guest have stayed.
+        assert!(first_word(&source.guest, gpa) != 0 && first_word(there, gpa) == 0);
+    }
+    assert_eq!(source.listened, Some(Duration::from_millis(500)));
+}
+
+#[test]
+fn what_is_used_again_arrives_whole() {
+    let mut used_again = 0;
+    for (with_disks, attempt) in (0..8).map(|attempt| (attempt % 4 == 3, attempt)) {
+        let mut guest = Guest::new(2048, 1024);
+        let disk = Arc::new(FakeDisk::new());
+        if with_disks {
+            guest.writes_to(disk.clone());
+        }
+        for gpa in pages(0, 2048) {
+            guest.write(gpa, false);
+        }
+        guest.start(Load { pages: 1500 });
+        guest.await_progress();
+        let mut source = FakeSource::new(guest);
+        source.disk = with_disks.then_some(disk);
+        source.unused = Some(pages(0, 2048));
+        // It goes on writing after it has told.
+        source
+            .faults
+            .insert("unused", Fault::Slow(Duration::from_millis(2 * attempt)));
+        let options = MigrateOptions {
+            with_disks,
+            ..verified()
+        };
+        let mut destination = FakeDestination::default();
+        let (report, received) = direct(&mut source, &mut destination, &options);
+        received.unwrap();
+        assert_moved(&source, &destination, &report);
+        assert!(report.pages_unused >= 500, "{report:?}");
+        used_again += source.guest.used();
+    }
+    assert!(used_again > 1000, "{used_again}");
+}
+
+#[test]
+fn nobody_listens_for_longer_than_the_deadline_allows() {
+    let mut guest = Guest::new(64, 16);
+    guest.start(Load { pages: 8 });
+    let mut source = FakeSource::new(guest);
+    source.unused = Some(Vec::new());
+    let urgent = MigrateOptions {
+        deadline: Some(Duration::from_secs(4)),
+        ..options()
+    };
+    let mut destination = FakeDestination::default();
+    let (report, received) = direct(&mut source, &mut destination, &urgent);
+    received.unwrap();
+    assert_moved(&source, &destination, &report);
+    assert_eq!(report.pages_unused, 0);
+    let listened = source.listened.unwrap();
+    assert!(
+        listened <= Duration::from_millis(200) && !listened.is_zero(),
+        "{listened:?}"
+    );
+}
