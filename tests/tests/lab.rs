@@ -10,6 +10,8 @@ mod network;
 mod snapshots;
 #[path = "lab/together.rs"]
 mod together;
+#[path = "lab/unused.rs"]
+mod unused;
 
 use std::process::Command;
 use std::sync::Arc;

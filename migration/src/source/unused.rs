@@ -7,8 +7,8 @@ use super::{Job, MigrateError};
 use crate::link::KeepAlive;
 use crate::page_set::PageSet;
 
-/// The guest is listened to for so long at most,
-const LISTENING: Duration = Duration::from_millis(500);
+/// The guest is listened to for so long at most: some fill with zeroes what they tell. Most have told all much sooner.
+const LISTENING: Duration = Duration::from_secs(1);
 /// and for no more than this part of the time that is left.
 const PART_OF_DEADLINE: u32 = 20;
 /// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.

@@ -9,7 +9,9 @@ use super::device::MOST_PAGES;
 use super::discard::discard;
 use super::hints::{Hints, MOST_RANGES};
 use super::*;
-use crate::virtio::testing::{DATA, Driver, END, VERSION_1, memory, reads, writes};
+use crate::virtio::testing::{
+    AVAILABLE, DATA, DESCRIPTORS, Driver, END, USED, VERSION_1, memory, reads, writes,
+};
 
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
@@ -364,6 +366,23 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
     });
     assert_eq!(told, []);
     assert_eq!(moved.get(COMMAND), DONE);
+}
+
+#[test]
+fn statistics_that_were_there_before_the_driver_was_ready_count() {
+    let control = Arc::new(Control::new(0).unwrap());
+    let mut driver = Driver::new(Balloon::new(control.clone(), true));
+    let features = driver.offered();
+    assert!(driver.negotiate(features));
+    let above = 0x4000 * STATISTICS as u64;
+    driver.select(STATISTICS);
+    driver.set_up_queue(DESCRIPTORS + above, AVAILABLE + above, USED + above);
+    driver.fill(DATA, &entries(&[(4, 1)]));
+    driver.add(&[reads(DATA, 10)]);
+    driver.kick();
+    driver.set(0x070, 15);
+    driver.run();
+    assert_eq!(control.statistics().1, 1);
 }
 
 #[test]

@@ -177,6 +177,10 @@ impl Transport {
                 core.active = self.shared.status() & reg::NEEDS_RESET == 0;
                 core.device.activate(self.driver_features);
                 self.shared.look_at_host();
+                // Linux's balloon kicks before it is ready, and no more then.
+                for index in 0..self.queues.len() {
+                    self.shared.kick(index);
+                }
             }
             Err(error) => self.shared.needs_reset(&mut core, &error),
         }
