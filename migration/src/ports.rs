@@ -183,9 +183,9 @@ pub trait Source: Send {
     /// after `start_dirty_log`.
     fn populated(&self, into: &mut PageSet) -> Result<(), MachineError>;
 
-    /// Whether it pays to ask the guest which of its pages it does not use, where so many pages are populated. Returns
-    /// within half a second.
-    fn has_unused(&mut self, populated: u64) -> Result<bool, MachineError>;
+    /// Whether it pays to ask the guest which of its pages it does not use, where so many pages are populated. Answers
+    /// within so long.
+    fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, MachineError>;
 
     /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
     /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.

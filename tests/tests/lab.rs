@@ -51,7 +51,7 @@ fn tool(words: &[&str]) -> Result<()> {
 }
 
 /// An image with an empty file system, and the folder that it goes with, in memory: what a guest flushes would else wait
-/// for everything that anybody has written to the machine's disk, which it may take for a stuck CPU.
+/// for everything that anybody has written to the machine's disk.
 fn formatted_disk() -> Result<(tempfile::TempDir, String)> {
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let image = directory.path().join("disk").display().to_string();

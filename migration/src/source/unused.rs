@@ -8,7 +8,7 @@ use crate::link::KeepAlive;
 use crate::page_set::PageSet;
 
 /// The guest is listened to for so long at most: some fill with zeroes what they tell. Most have told all much sooner.
-const LISTENING: Duration = Duration::from_secs(1);
+const LISTENING: Duration = Duration::from_secs(2);
 /// and for no more than this part of the time that is left.
 const PART_OF_DEADLINE: u32 = 20;
 /// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.
@@ -33,7 +33,7 @@ impl Job<'_> {
             .map(|deadline| deadline.saturating_sub(self.started.elapsed()));
         let at_most = left.map_or(LISTENING, |left| LISTENING.min(left / PART_OF_DEADLINE));
         let pages = populated.len();
-        if !self.call(alive, "has_unused", |source| source.has_unused(pages))? {
+        if !self.call(alive, "has_unused", |source| source.has_unused(pages, at_most))? {
             return Ok(unused);
         }
         for (region, words) in populated.words() {

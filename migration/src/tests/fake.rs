@@ -37,7 +37,7 @@ pub(super) struct FakeSource {
     pub(super) shares: Vec<f64>,
     pub(super) locked: bool,
     pub(super) disk: Option<Arc<FakeDisk>>,
-    /// Pages that the guest has no use for, where it tells.
+    /// Pages that the guest has no use for, where it tells; but the last it takes back at once.
     pub(super) unused: Option<Vec<u64>>,
     /// How long it was listened to for that.
     pub(super) listened: Option<Duration>,
@@ -191,7 +191,7 @@ impl Source for FakeSource {
         Ok(())
     }
 
-    fn has_unused(&mut self, populated: u64) -> Result<bool, MachineError> {
+    fn has_unused(&mut self, populated: u64, _: Duration) -> Result<bool, MachineError> {
         fault(&self.faults, "has_unused")?;
         assert!(populated <= self.guest.touched().len() as u64);
         Ok(self.unused.is_some())
@@ -202,6 +202,9 @@ impl Source for FakeSource {
         for gpa in self.unused.iter().flatten() {
             self.guest.forget(*gpa);
             into.insert_gpa(*gpa)?;
+        }
+        if let Some(gpa) = self.unused.iter().flatten().last() {
+            self.guest.write(*gpa, false);
         }
         self.enter("unused")
     }

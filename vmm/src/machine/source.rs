@@ -79,7 +79,7 @@ impl Source for MigrationSource {
         Ok(self.machine.populated(into)?)
     }
 
-    fn has_unused(&mut self, populated: u64) -> Result<bool, PortError> {
+    fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, PortError> {
         let Some(balloon) = self.machine.balloon().filter(|balloon| balloon.tells_hints()) else {
             return Ok(false);
         };
@@ -89,7 +89,7 @@ impl Source for MigrationSource {
         // A guest that fills free pages with zeroes when it takes them populates what it tells. So it is asked only
         // where most of what is free is populated anyway.
         let free = balloon
-            .new_statistics()
+            .new_statistics(at_most)
             .and_then(|statistics| statistics.free_memory);
         let populated = populated * PAGE_SIZE;
         let used = self.machine.memory_size().saturating_sub(free.unwrap_or(0));

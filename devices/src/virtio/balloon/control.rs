@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -44,9 +44,6 @@ pub(super) struct Known {
     pub(super) poison: u32,
     pub(super) hints: Hints,
 }
-
-/// A guest that tells nothing for so long is asked no further.
-const SILENCE: Duration = Duration::from_millis(200);
 
 impl Control {
     /// Of a balloon that is to have `bytes`, rounded down to pages.
@@ -101,17 +98,14 @@ impl Control {
         (known.statistics, known.statistics_seen)
     }
 
-    /// The same, new ones, which are waited for; none of a guest that does not send them at once.
-    pub fn new_statistics(&self) -> Option<Statistics> {
+    /// The same, new ones, which are waited for so long; none of a guest that does not send them by then.
+    pub fn new_statistics(&self, at_most: Duration) -> Option<Statistics> {
         let mut known = self.known();
         let seen = known.statistics_seen;
         known.statistics_wanted = true;
         self.raise();
-        let waited = self
-            .told
-            .wait_timeout_while(known, SILENCE, |known| known.statistics_seen == seen);
-        let (known, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-        known.statistics.filter(|_| !timeout.timed_out())
+        let known = self.wait(known, at_most, |known| known.statistics_seen == seen);
+        known.statistics.filter(|_| known.statistics_seen != seen)
     }
 
     /// Whether [`Control::hints`] is of use: the driver tells, and counts on no content of pages that it frees but zero.
@@ -124,28 +118,29 @@ impl Control {
     /// outside memory. What they hold at some time between call and answer is of no use to the guest; it may write to
     /// them again at any time, without a word. Waits until it has told all, or for so long.
     pub fn hints(&self, at_most: Duration) -> Vec<(u64, u64)> {
-        let deadline = Instant::now() + at_most;
         let mut known = self.known();
         known.hints.ask();
         known.changed = true;
         self.raise();
-        loop {
-            let before = known.hints.len();
-            let left = deadline.saturating_duration_since(Instant::now());
-            let waited = self.told.wait_timeout_while(known, left.min(SILENCE), |known| {
-                known.hints.is_open() && known.hints.len() == before
-            });
-            known = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if !known.hints.is_open() || known.hints.len() == before || Instant::now() >= deadline {
-                break;
-            }
-        }
+        let mut known = self.wait(known, at_most, |known| known.hints.is_open());
         let hints = known.hints.take();
         known.changed = true;
         drop(known);
         self.raise();
         let whole = |(address, len)| whole_pages(address, len);
         hints.into_iter().filter_map(whole).collect()
+    }
+
+    fn wait<'a>(
+        &self,
+        known: MutexGuard<'a, Known>,
+        at_most: Duration,
+        mut wanting: impl FnMut(&Known) -> bool,
+    ) -> MutexGuard<'a, Known> {
+        let waited = self
+            .told
+            .wait_timeout_while(known, at_most, |known| wanting(known));
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Whoever waits for the guest looks.

@@ -73,11 +73,6 @@ impl Hints {
         matches!(self.stage, Stage::Asked | Stage::Telling)
     }
 
-    /// How many ranges there are so far.
-    pub(super) fn len(&self) -> usize {
-        self.ranges.len()
-    }
-
     /// Takes what was told, and wants no more: the guest can have its pages back.
     pub(super) fn take(&mut self) -> Vec<(u64, u64)> {
         self.stage = Stage::Done;
