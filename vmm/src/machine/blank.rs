@@ -51,10 +51,9 @@ impl Blank {
     pub(super) fn make(device: u32, path: &Path, size: u64) -> Result<Self, BlankError> {
         let made = || {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             let file = Builder::new()
                 .prefix(&format!(".{name}."))
-                .tempfile_in(parent.unwrap_or(Path::new(".")))?;
+                .tempfile_in(directory(path))?;
             file.as_file().set_len(size)?;
             Ok(file.into_parts())
         };
@@ -90,6 +89,13 @@ impl Blank {
             .map_err(|error| self.failed("write it back", error))
     }
 
+    /// What [`Blank::give_name`] will cost, as far as that can be done before: what is durable now need not be made so
+    /// while the guest waits.
+    pub(super) fn rehearse(&self) -> Result<(), PortError> {
+        self.flush()?;
+        self.sync_directory()
+    }
+
     /// Makes it durable and gives it its name, if nobody else has that by now.
     pub(super) fn give_name(&self) -> Result<(), PortError> {
         self.flush()?;
@@ -100,8 +106,11 @@ impl Blank {
             *name = Name::Hidden(error.path);
             return Err(self.failed("give it its name", error.error));
         }
-        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        File::open(parent.unwrap_or(Path::new(".")))
+        self.sync_directory()
+    }
+
+    fn sync_directory(&self) -> Result<(), PortError> {
+        File::open(directory(&self.path))
             .and_then(|directory| directory.sync_all())
             .map_err(|error| self.failed("make its name durable", error))
     }
@@ -118,6 +127,11 @@ impl Blank {
     fn failed(&self, what: &str, error: impl Into<io::Error>) -> PortError {
         format!("disk {}: cannot {what}: {}", self.path.display(), error.into()).into()
     }
+}
+
+fn directory(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
 }
 
 impl BlankDisk for Blank {

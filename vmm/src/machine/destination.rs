@@ -264,8 +264,7 @@ impl Destination for MigrationDestination {
             .machine
             .as_ref()
             .ok_or("rehearse: expected a machine, got none")?;
-        // What is durable now need not be made so while the guest waits.
-        self.blanks.iter().try_for_each(|blank| blank.flush())?;
+        self.blanks.iter().try_for_each(|blank| blank.rehearse())?;
         Ok(machine.rehearse_restore(state)?)
     }
 

@@ -1,6 +1,7 @@
 //! What backs a disk: an image file or a block device of the host.
 
 mod error;
+mod mirror;
 mod open;
 mod qcow2;
 mod scratch;
@@ -9,17 +10,13 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{
-    Advice, FallocateFlags, OFlags, SeekFrom as Whence, fadvise, fallocate, fcntl_getfl, fcntl_setfl, seek,
-};
-use rustix::io::Errno;
+use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fcntl_getfl, fcntl_setfl};
 use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
-use super::log::{BlockLog, Logging};
+use super::log::Logging;
 use super::request::RequestError;
 use super::sys::{self, Lock};
 use crate::GuestMemory;
@@ -188,41 +185,6 @@ impl Backend {
     pub(super) fn modified(&self, offset: u64, len: u64) {
         self.logging.written(offset, len);
         self.modified.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Logs from now on what is written to it. Any log before that ends.
-    pub fn start_log(&self) -> Arc<BlockLog> {
-        self.logging.start(self.size())
-    }
-
-    /// Ends the log.
-    pub fn stop_log(&self) {
-        self.logging.stop();
-    }
-
-    /// Ranges of bytes that may hold something, as offset and length; all else is zero.
-    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
-        let size = self.size();
-        match self.raw() {
-            Some(file) => data_ranges(file, size).map_err(self.failed("look for holes in it")),
-            None => Ok(vec![(0, size)]),
-        }
-    }
-
-    /// Reads what is at byte `offset` of the disk.
-    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BackendError> {
-        let mut scratch = Scratch::new(into.len() as u64);
-        let (mut at, mut rest) = (offset, into);
-        while !rest.is_empty() {
-            // Direct I/O wants memory that is aligned.
-            let part = scratch.part(rest.len() as u64);
-            self.read_bytes(part, at).map_err(self.failed("read it"))?;
-            let (to, after) = rest.split_at_mut(part.len());
-            to.copy_from_slice(part);
-            at += part.len() as u64;
-            rest = after;
-        }
-        Ok(())
     }
 
     /// What is to be told to [`Backend::flushed`] when a flush that begins now is done; `None` if there is nothing to
@@ -430,26 +392,6 @@ impl Backend {
             source,
         }
     }
-}
-
-/// Where a file has data, as far as its file system knows of holes.
-fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
-    let (mut at, mut ranges) = (0, Vec::new());
-    while at < size {
-        let data = match seek(file, Whence::Data(at)) {
-            Ok(data) => data.min(size),
-            // Nothing but a hole from here on.
-            Err(Errno::NXIO) => break,
-            Err(Errno::INVAL) => at,
-            Err(errno) => return Err(errno.into()),
-        };
-        let hole = seek(file, Whence::Hole(data)).map_or(size, |hole| hole.min(size));
-        if hole > data {
-            ranges.push((data, hole - data));
-        }
-        at = hole.max(data + 1);
-    }
-    Ok(ranges)
 }
 
 /// Whether the host, or the image, has no such thing, or not for such small parts.

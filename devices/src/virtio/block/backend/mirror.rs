@@ -1,0 +1,69 @@
+//! What a disk that is mirrored tells of itself, while its guest goes on.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::super::log::BlockLog;
+use super::scratch::Scratch;
+use super::{Backend, BackendError};
+
+impl Backend {
+    /// Logs from now on what is written to it. Any log before that ends.
+    pub fn start_log(&self) -> Arc<BlockLog> {
+        self.logging.start(self.size())
+    }
+
+    /// Ends the log.
+    pub fn stop_log(&self) {
+        self.logging.stop();
+    }
+
+    /// Ranges of bytes that may hold something, as offset and length; all else is zero.
+    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
+        let size = self.size();
+        match self.raw() {
+            Some(file) => data_ranges(file, size).map_err(self.failed("look for holes in it")),
+            None => Ok(vec![(0, size)]),
+        }
+    }
+
+    /// Reads what is at byte `offset` of the disk.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BackendError> {
+        let mut scratch = Scratch::new(into.len() as u64);
+        let (mut at, mut rest) = (offset, into);
+        while !rest.is_empty() {
+            // Direct I/O wants memory that is aligned.
+            let part = scratch.part(rest.len() as u64);
+            self.read_bytes(part, at).map_err(self.failed("read it"))?;
+            let (to, after) = rest.split_at_mut(part.len());
+            to.copy_from_slice(part);
+            at += part.len() as u64;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+/// Where a file has data, as far as its file system knows of holes.
+fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    let (mut at, mut ranges) = (0, Vec::new());
+    while at < size {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(size),
+            // Nothing but a hole from here on.
+            Err(Errno::NXIO) => break,
+            Err(Errno::INVAL) => at,
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = seek(file, SeekFrom::Hole(data)).map_or(size, |hole| hole.min(size));
+        if hole > data {
+            ranges.push((data, hole - data));
+        }
+        at = hole.max(data + 1);
+    }
+    Ok(ranges)
+}

@@ -1,0 +1,308 @@
+use super::*;
+
+fn wishes() -> Wishes {
+    Wishes {
+        kernel: Some("vmlinux".into()),
+        memory: Some(64 << 20),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn defaults_and_limits() {
+    let config = wishes().check().unwrap();
+    assert_eq!((config.cpus, config.memory), (1, 64 << 20));
+    for bad in [0, 33, 1 << 40] {
+        let error = Wishes {
+            cpus: Some(bad),
+            ..wishes()
+        }
+        .check()
+        .unwrap_err();
+        assert_eq!(error.to_string(), format!("cpus: expected 1 to 32, got {bad}"));
+    }
+    assert!(matches!(Wishes::default().check(), Err(ConfigError::NoKernel)));
+}
+
+#[test]
+fn a_balloon_is_no_larger_than_the_guest() {
+    let with = |bytes| Wishes {
+        balloon: Some(BalloonConfig {
+            bytes,
+            deflate_on_oom: true,
+        }),
+        ..wishes()
+    };
+    with(64 << 20).check().unwrap();
+    assert!(matches!(
+        with((64 << 20) + 1).check(),
+        Err(ConfigError::Balloon { .. })
+    ));
+}
+
+#[test]
+fn devices_have_distinct_names() {
+    let disk = |id: &str| DiskConfig {
+        id: id.into(),
+        path: "x".into(),
+        format: block::Format::Raw,
+        read_only: false,
+        parameters: block::Parameters::default(),
+    };
+    let twice = Wishes {
+        disks: vec![disk("a"), disk("a")],
+        ..wishes()
+    };
+    assert!(matches!(twice.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
+    let net = |id: &str| NetConfig {
+        id: id.into(),
+        tap: TapSource::Name(format!("tap-{id}")),
+        mac: None,
+        queues: 1,
+        rx_limits: Limits::default(),
+        tx_limits: Limits::default(),
+    };
+    let of_both_kinds = Wishes {
+        disks: vec![disk("a")],
+        nets: vec![net("b"), net("a")],
+        ..wishes()
+    };
+    assert!(matches!(of_both_kinds.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
+    let many = Wishes {
+        disks: vec![disk("a")],
+        nets: (0..MAX_DEVICES)
+            .map(|number| net(&format!("net{number}")))
+            .collect(),
+        ..wishes()
+    };
+    assert!(matches!(
+        many.check(),
+        Err(ConfigError::TooManyDevices { got: 13, .. })
+    ));
+    for bad in ["", "a/b", "rng", "vsock", &"x".repeat(DEVICE_ID_MAX + 1)] {
+        let bad = Wishes {
+            disks: vec![disk(bad)],
+            ..wishes()
+        };
+        assert!(matches!(bad.check(), Err(ConfigError::DeviceId { .. })));
+    }
+    check_device_id(&"x".repeat(DEVICE_ID_MAX)).unwrap();
+}
+
+#[test]
+fn network_cards_have_distinct_taps_and_some_queues() {
+    let net = |id: &str, tap: TapSource| NetConfig {
+        id: id.into(),
+        tap,
+        mac: None,
+        queues: 1,
+        rx_limits: Limits::default(),
+        tx_limits: Limits::default(),
+    };
+    let both = |one, other| Wishes {
+        nets: vec![net("a", one), net("b", other)],
+        ..wishes()
+    };
+    let (name, list) = (|name: &str| TapSource::Name(name.into()), TapSource::Descriptors);
+    both(name("x"), name("y")).check().unwrap();
+    both(name("x"), list(vec![3, 4])).check().unwrap();
+    for shared in [
+        both(name("x"), name("x")),
+        both(list(vec![3, 4]), list(vec![5, 3])),
+        both(list(vec![3, 3]), name("x")),
+    ] {
+        assert!(matches!(shared.check(), Err(ConfigError::SharedTap)));
+    }
+    for queues in [0, MAX_QUEUE_PAIRS + 1] {
+        let mut wishes = both(name("x"), name("y"));
+        wishes.nets[1].queues = queues;
+        let error = wishes.check().unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("\"b\": expected 1 to 16 queues, got {queues}")),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn addresses_that_no_guest_can_have() {
+    let with_cid = |guest_cid| Wishes {
+        vsock: Some(VsockConfig {
+            guest_cid,
+            uds: "v.sock".into(),
+        }),
+        ..wishes()
+    };
+    for bad in [0, 2, u64::from(u32::MAX), 1 << 32 | 3] {
+        let error = with_cid(bad).check().unwrap_err();
+        let expected = format!("vsock cid: expected 3 to 4294967294, got {bad}");
+        assert_eq!(error.to_string(), expected);
+    }
+    with_cid(3).check().unwrap();
+    let disk = |id| DiskConfig {
+        id: format!("d{id}"),
+        path: "x".into(),
+        format: block::Format::Raw,
+        read_only: false,
+        parameters: block::Parameters::default(),
+    };
+    let full = Wishes {
+        disks: (0..MAX_DEVICES).map(disk).collect(),
+        ..with_cid(3)
+    };
+    let error = full.check().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "disks and network cards: expected at most 11, got 12"
+    );
+}
+
+#[test]
+fn a_console_device_is_there_when_it_is_wanted() {
+    let with = |has_terminal, ports: &[&str]| Wishes {
+        console: ConsoleConfig {
+            has_terminal,
+            ports: ports.iter().map(|name| ((*name).into(), "x".into())).collect(),
+        },
+        ..wishes()
+    };
+    let none = with(false, &[]).check().unwrap();
+    assert_eq!(
+        (none.console, none.boot.cmdline.as_str()),
+        (None, DEFAULT_CMDLINE)
+    );
+    let console = with(true, &[]).check().unwrap();
+    assert!(console.console.is_some() && console.boot.cmdline == VIRTIO_CONSOLE_CMDLINE);
+    let ports = with(false, &["a", "b"]).check().unwrap();
+    assert_eq!(ports.console.unwrap().ports.len(), 2);
+    assert_eq!(ports.boot.cmdline, DEFAULT_CMDLINE);
+    assert!(matches!(
+        with(false, &["a/b"]).check(),
+        Err(ConfigError::Ports(_))
+    ));
+    assert!(matches!(
+        with(false, &["a", "a"]).check(),
+        Err(ConfigError::Ports(_))
+    ));
+}
+
+#[test]
+fn huge_pages_are_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.json");
+    let read = |huge_pages: &str| {
+        let text = format!(
+            r#"{{"boot-source": {{"kernel_image_path": "k"}},
+                "machine-config": {{"vcpu_count": 1, "mem_size_mib": 64, "huge_pages": "{huge_pages}"}}}}"#
+        );
+        std::fs::write(&path, text).unwrap();
+        Wishes::from_file(&path)
+    };
+    let kind = |wishes: Wishes| wishes.check().map(|config| config.memory_kind);
+    assert_eq!(kind(read("None").unwrap()).unwrap(), MemoryKind::Anonymous);
+    assert_eq!(kind(read("2M").unwrap()).unwrap(), MemoryKind::HugePages);
+    assert!(read("1G").is_err());
+    let shared = Wishes {
+        shared_memory: true,
+        ..Default::default()
+    };
+    let error = kind(read("2M").unwrap().overridden_by(shared)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "huge pages: expected no shared memory beside them"
+    );
+    let balloon = Wishes {
+        balloon: Some(BalloonConfig {
+            bytes: 0,
+            deflate_on_oom: true,
+        }),
+        ..Default::default()
+    };
+    let error = kind(read("2M").unwrap().overridden_by(balloon)).unwrap_err();
+    assert!(matches!(error, ConfigError::BesideHugePages(_)));
+}
+
+#[test]
+fn the_command_line_overrides_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.json");
+    std::fs::write(
+        &path,
+        r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "quiet"},
+            "machine-config": {"vcpu_count": 2, "mem_size_mib": 128},
+            "drives": [{"drive_id": "root", "path_on_host": "d", "is_root_device": true,
+                        "cache_type": "Unsafe", "io_engine": "Sync",
+                        "rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}],
+            "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0",
+                                    "guest_mac": "06:00:AC:10:00:02",
+                                    "tx_rate_limiter": {"ops": {"size": 9, "refill_time": 100}}},
+                                   {"iface_id": "eth1", "host_dev_name": "tap1"}],
+            "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1},
+            "vsock": {"guest_cid": 7, "uds_path": "v.sock"}}"#,
+    )
+    .unwrap();
+    let file = Wishes::from_file(&path).unwrap();
+    let config = file
+        .overridden_by(Wishes {
+            cpus: Some(4),
+            ..Default::default()
+        })
+        .check()
+        .unwrap();
+    assert_eq!(
+        (config.cpus, config.memory, config.boot.cmdline.as_str()),
+        (4, 128 << 20, "quiet")
+    );
+    assert_eq!(config.disks[0].id, "root");
+    let nine = Limits {
+        bandwidth: None,
+        operations: Some(devices::Bucket {
+            size: 9,
+            one_time_burst: 0,
+            refill_time_ms: 100,
+        }),
+    };
+    let expected = block::Parameters {
+        limits: nine,
+        cache: block::Cache::Unsafe,
+        direct: false,
+        engine: block::IoEngine::Sync,
+    };
+    assert_eq!(config.disks[0].parameters, expected);
+    let expected = [
+        ("eth0", "tap0", Some("06:00:ac:10:00:02".parse().unwrap())),
+        ("eth1", "tap1", None),
+    ]
+    .map(|(id, tap, mac)| NetConfig {
+        id: id.into(),
+        tap: TapSource::Name(tap.into()),
+        mac,
+        queues: 1,
+        rx_limits: Limits::default(),
+        tx_limits: if mac.is_some() { nine } else { Limits::default() },
+    });
+    assert_eq!(config.nets, expected);
+    let balloon = BalloonConfig {
+        bytes: 16 << 20,
+        deflate_on_oom: false,
+    };
+    assert_eq!(config.balloon, Some(balloon));
+    let expected = VsockConfig {
+        guest_cid: 7,
+        uds: "v.sock".into(),
+    };
+    assert_eq!(config.vsock, Some(expected));
+
+    for (section, expected) in [
+        (r#""mmds-config": {}"#, "unknown field `mmds-config`"),
+        (
+            r#""network-interfaces": [{"iface_id": "a", "host_dev_name": "b", "guest_mac": "c"}]"#,
+            "MAC address: expected",
+        ),
+    ] {
+        let text = format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, {section}}}"#);
+        std::fs::write(&path, text).unwrap();
+        let error = migration::chain(&Wishes::from_file(&path).unwrap_err());
+        assert!(error.contains(expected), "{error}");
+    }
+}
