@@ -53,8 +53,8 @@ impl fmt::Display for Miss {
         match self.reason {
             Reason::Costs => write!(
                 f,
-                "a downtime of {max_downtime} cannot be kept: pausing, saving and restoring the machine take \
-                 {kept} even if no page is left to send; allow at least that"
+                "a downtime of {max_downtime} cannot be kept: to pause, save and restore the machine, and to send \
+                 what it writes until it stands still, takes {kept}; allow at least that"
             ),
             Reason::DirtyRate => write!(
                 f,

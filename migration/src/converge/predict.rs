@@ -88,8 +88,12 @@ impl Outlook {
 
     /// The most bytes that may be dirty at the switch; negative where the costs alone are too much.
     pub(super) fn room(&self) -> f64 {
-        let left = self.budget - self.costs_worst;
-        left * self.final_worst - self.rate.max(self.natural) * self.pause
+        (self.budget - self.least_downtime()) * self.final_worst
+    }
+
+    /// The downtime that is left if no page is dirty at the switch: the costs, and what is written while vCPUs leave.
+    pub(super) fn least_downtime(&self) -> f64 {
+        self.costs_worst + self.rate.max(self.natural) * self.pause / self.final_worst
     }
 
     /// Whether a switch now is sure to keep the budget.

@@ -71,7 +71,7 @@ impl Policy {
         };
         let at_deadline = (now.dirty - (now.link - now.rate).max(0.0) * left).max(0.0);
         let attainable = match reason {
-            Reason::Costs => now.costs_worst,
+            Reason::Costs => now.least_downtime(),
             Reason::DirtyRate | Reason::Rounds => now.worst_downtime(now.dirty),
             Reason::Deadline => now.worst_downtime(at_deadline),
         };

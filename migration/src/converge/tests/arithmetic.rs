@@ -231,7 +231,7 @@ fn a_miss_is_a_sentence_with_numbers() {
     assert!(
         miss(Reason::Costs)
             .to_string()
-            .contains("take 623 ms even if no page is left")
+            .contains("takes 623 ms; allow at least that")
     );
     assert!(miss(Reason::Rounds).to_string().contains("in the rounds allowed"));
 }
