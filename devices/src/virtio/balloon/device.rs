@@ -154,22 +154,32 @@ impl Balloon {
         let Some((head, chain)) = queue.take()? else {
             return Ok(Progress::Idle);
         };
+        let mut chain = match chain {
+            Ok(chain) if head.0 < QUEUE_SIZE => chain,
+            malformed => {
+                if let Err(error) = malformed {
+                    self.complain(&error);
+                }
+                // Not kept: whoever restores what is kept would not believe it.
+                queue.give_back(head, 0)?;
+                queue.notify()?;
+                return Ok(Progress::More);
+            }
+        };
         // A driver that sends a second one does not want the first one kept.
         if let Some(earlier) = self.statistics.replace(head) {
             queue.give_back(earlier, 0)?;
             queue.notify()?;
         }
         let mut bytes = [0; MOST];
-        let read = chain.map(|mut chain| chain.readable.read(queue.memory(), &mut bytes));
-        match read {
-            Ok(Ok(got)) => {
+        match chain.readable.read(queue.memory(), &mut bytes) {
+            Ok(got) => {
                 let mut known = self.control.known();
                 known.statistics = Some(Statistics::parse(&bytes[..got]));
                 known.statistics_seen += 1;
                 drop(known);
                 self.control.tell();
             }
-            Ok(Err(error)) => self.complain(&error),
             Err(error) => self.complain(&error),
         }
         Ok(Progress::More)
