@@ -183,7 +183,10 @@ pub(super) struct RestoreArgs {
     /// Let the guest run; otherwise it waits for `godwit resume`
     #[arg(long)]
     pub(super) resume: bool,
-    /// Read all memory and check it before the guest runs; otherwise pages are read when they are needed
+    /// Read pages when they are needed, which is the default
+    #[arg(long = "lazy", conflicts_with_all = ["preload", "uffd"])]
+    pub(super) _lazy: bool,
+    /// Read all memory and check it before the guest runs
     #[arg(long)]
     pub(super) preload: bool,
     /// Let the page-fault handler that listens at this Unix socket bring pages when they are needed
@@ -423,9 +426,12 @@ mod tests {
                 "soon",
             ],
             &["godwit", "receive", "--listen", "tcp:host"],
+            &["godwit", "restore", "dir", "--lazy", "--preload"],
+            &["godwit", "restore", "dir", "--lazy", "--uffd", "handler"],
         ] {
             assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
         }
+        Cli::try_parse_from(["godwit", "restore", "dir", "--lazy", "--resume"]).unwrap();
     }
 
     #[test]
