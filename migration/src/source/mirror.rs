@@ -5,8 +5,7 @@ use std::sync::Arc;
 use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
-use super::pass::Order;
-use super::precopy::{TICK, finish_round};
+use super::precopy::finish_round;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::link::{KeepAlive, Link};
@@ -67,17 +66,14 @@ impl Job<'_> {
         });
         loop {
             let before = pages.len();
-            let pass = self.next_pass();
-            crew.send(pass, pages, Order::Ascending);
-            while !alive.during(|| crew.wait(TICK))? {
-                // A destination that gave up is heard at once.
-                link.check("nothing while disks are sent")?;
-                self.check_deadline()?;
-                self.control.sample(|progress| {
+            let pass = self.send_watched(link, alive, crew, pages, |job| {
+                job.check_deadline()?;
+                job.control.sample(|progress| {
                     progress.remaining_bytes = crew.unsent_bytes();
                     progress.bytes_sent = crew.counts.wire();
                 });
-            }
+                Ok(())
+            })?;
             finish_round(link, pass)?;
             pages = crew.space.none()?;
             crew.space.peek_disks(&mut pages)?;

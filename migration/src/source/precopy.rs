@@ -15,7 +15,7 @@ use crate::page_set::PageSet;
 use crate::protocol::{MAX_SPANS, Message};
 
 /// How often the log is counted and the policy asked while the streams are at work.
-pub(super) const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(10);
 
 /// Most rehearsals in a row.
 const REHEARSALS: u32 = 4;
@@ -187,16 +187,30 @@ impl Job<'_> {
         crew: &Crew<'_>,
         pages: PageSet,
     ) -> Result<u32, MigrateError> {
+        self.send_watched(link, alive, crew, pages, |_| Ok(()))
+    }
+
+    /// The same, with a look at how far it is every now and then, which may end it.
+    pub(super) fn send_watched(
+        &mut self,
+        link: &mut Link<'_>,
+        alive: &KeepAlive,
+        crew: &Crew<'_>,
+        pages: PageSet,
+        look: impl Fn(&Self) -> Result<(), MigrateError>,
+    ) -> Result<u32, MigrateError> {
         let pass = self.next_pass();
         crew.send(pass, pages, Order::Ascending);
         while !alive.during(|| crew.wait(TICK))? {
+            // A destination that gave up is heard at once.
             link.check("nothing while pages are sent")?;
+            look(self)?;
         }
         Ok(pass)
     }
 
     /// The number of the next pass over pages; the wire calls it a round.
-    pub(super) fn next_pass(&mut self) -> u32 {
+    fn next_pass(&mut self) -> u32 {
         self.passes += 1;
         self.passes
     }
