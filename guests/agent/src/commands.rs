@@ -7,7 +7,7 @@ use std::sync::mpsc::{Sender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use rustix::system::{RebootCommand, reboot};
-use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::tcgetwinsize;
 
 use crate::disk::Request;
 use crate::echo;
@@ -126,15 +126,5 @@ fn size(report: &Report) {
     match tcgetwinsize(std::io::stdin()) {
         Ok(size) => report.line(format_args!("size columns={} rows={}", size.ws_col, size.ws_row)),
         Err(error) => report.error(format_args!("size expected=some got={error}")),
-    }
-}
-
-/// Keeps the terminal from printing the commands between our lines.
-pub(crate) fn quiet_terminal() {
-    let input = std::io::stdin();
-    if let Ok(mut modes) = tcgetattr(&input) {
-        modes.local_modes.remove(LocalModes::ECHO);
-        // A console that refuses echoes: ugly, not wrong.
-        let _ = tcsetattr(&input, OptionalActions::Now, &modes);
     }
 }

@@ -3,6 +3,7 @@
 //! Every line on stdout is one event: `agent: <event> key=value…`. See `guests/DESIGN.md` for all of them.
 
 mod commands;
+mod console;
 mod disk;
 mod echo;
 mod first;
@@ -28,8 +29,10 @@ fn main() -> std::io::Result<()> {
     first::prepare()?;
     let line = std::fs::read_to_string("/proc/cmdline")?;
     let settings = Settings::parse(&line);
-    commands::quiet_terminal();
     let report = Arc::new(Report::default());
+    if let Err(error) = console::take(&line) {
+        report.error(format_args!("console expected=ours got={error}"));
+    }
     for word in &settings.unknown {
         report.error(format_args!("word={word} expected=a setting got=nonsense"));
     }
