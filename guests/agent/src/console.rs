@@ -27,10 +27,10 @@ pub(crate) fn take(line: &str) -> io::Result<()> {
 
 /// The console's name in /dev.
 fn named(line: &str) -> Option<&str> {
-    let consoles = line
+    let mut consoles = line
         .split_ascii_whitespace()
         .filter_map(|word| word.strip_prefix("console="));
-    consoles.last()?.split(',').next()
+    consoles.next_back()?.split(',').next()
 }
 
 fn open(name: &str) -> io::Result<File> {
