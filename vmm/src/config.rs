@@ -1,7 +1,7 @@
 //! A machine's configuration: what the command line and the configuration file say, checked.
 //!
-//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`, `network-interfaces`, `balloon`, `vsock`), so that
-//! one file serves both.
+//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`, `network-interfaces`, `balloon`, `vsock`,
+//! `entropy`), so that one file serves both.
 
 mod file;
 #[cfg(test)]
@@ -130,6 +130,8 @@ pub struct VsockConfig<C = u32> {
     pub guest_cid: C,
     /// Where programs on the host connect.
     pub uds: PathBuf,
+    /// What goes in each direction in a time.
+    pub limits: Limits,
 }
 
 /// The console device of the machine.
@@ -168,6 +170,8 @@ pub struct Config {
     pub balloon: Option<BalloonConfig>,
     /// The socket device, if there is to be one.
     pub vsock: Option<VsockConfig>,
+    /// What the entropy device gives in a time.
+    pub rng_limits: Limits,
     /// The console device, if there is to be one.
     pub console: Option<ConsoleConfig>,
 }
@@ -203,6 +207,8 @@ pub struct Wishes {
     pub balloon: Option<BalloonConfig>,
     /// A socket device, with any number as the guest's address.
     pub vsock: Option<VsockConfig<u64>>,
+    /// Limits of the entropy device.
+    pub rng_limits: Option<Limits>,
     /// Whether the terminal is to be a console device's, and the ports that this is to have.
     pub console: ConsoleConfig,
 }
@@ -225,6 +231,7 @@ impl Wishes {
             nets: [self.nets, over.nets].concat(),
             balloon: over.balloon.or(self.balloon),
             vsock: over.vsock.or(self.vsock),
+            rng_limits: over.rng_limits.or(self.rng_limits),
             console: ConsoleConfig {
                 has_terminal: over.console.has_terminal || self.console.has_terminal,
                 ports: [self.console.ports, over.console.ports].concat(),
@@ -268,12 +275,16 @@ impl Wishes {
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
-        let disks = self.disks.iter().map(|disk| (&disk.id, disk.parameters.limits));
+        let disks = self
+            .disks
+            .iter()
+            .map(|disk| (disk.id.as_str(), disk.parameters.limits));
         let nets = self.nets.iter();
-        let nets = nets.flat_map(|net| [(&net.id, net.rx_limits), (&net.id, net.tx_limits)]);
-        for (id, limits) in disks.chain(nets) {
+        let nets = nets.flat_map(|net| [(net.id.as_str(), net.rx_limits), (net.id.as_str(), net.tx_limits)]);
+        let rng_limits = self.rng_limits.unwrap_or_default();
+        for (id, limits) in disks.chain(nets).chain([(RNG_ID, rng_limits)]) {
             limits.check().map_err(|source| ConfigError::Limits {
-                id: id.clone(),
+                id: id.into(),
                 source,
             })?;
         }
@@ -308,6 +319,7 @@ impl Wishes {
             nets: self.nets,
             balloon: self.balloon,
             vsock,
+            rng_limits,
             console,
         })
     }
@@ -334,6 +346,7 @@ impl VsockConfig<u64> {
         Ok(VsockConfig {
             guest_cid,
             uds: self.uds,
+            limits: self.limits,
         })
     }
 }

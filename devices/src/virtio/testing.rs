@@ -11,8 +11,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::VirtioDevice;
 use super::mmio::{Transport, TransportError, Worker};
+use super::rng::Rng;
 use crate::GuestMemory;
 use crate::bus::BusDevice;
+use crate::rate::Limits;
 
 /// Where the rings of queue 0 are; those of each further queue are [`QUEUE_BYTES`] above the ones before.
 pub(crate) const DESCRIPTORS: u64 = 0x1000;
@@ -49,6 +51,11 @@ pub(crate) fn writes(address: u64, len: u32) -> Part {
         len,
         write: true,
     }
+}
+
+/// An entropy device without limits: the simplest there is.
+pub(crate) fn rng() -> Rng {
+    Rng::new(Limits::default()).unwrap()
 }
 
 /// A folder for a device's files, in memory: what a device makes durable there costs nothing.

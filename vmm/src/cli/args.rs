@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use devices::Limits;
 use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
 
 use super::devices::{BackendArgs, DeviceArgs, backend};
@@ -11,7 +12,7 @@ use super::help::{
     BALLOON_EXAMPLES, DISK_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP,
     RESTORE_EXAMPLES, RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
 };
-use super::{units, vsock};
+use super::{limits, units, vsock};
 use crate::config::VsockConfig;
 
 /// MicroVMs that move between hosts while they run.
@@ -28,7 +29,7 @@ pub(super) struct Cli {
 pub(super) enum Command {
     /// Boot a guest and run it until it ends, is stopped, or has moved.
     #[command(after_help = RUN_EXAMPLES)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Wait for a guest that moves here, and run it.
     #[command(after_help = RECEIVE_EXAMPLES)]
     Receive(ReceiveArgs),
@@ -117,9 +118,12 @@ pub(super) struct RunArgs {
     /// A balloon: the guest gives memory back that it does not use, and SIZE of it from the start [default size: 0]
     #[arg(long, value_name = "SIZE", value_parser = units::size, num_args = 0..=1, default_missing_value = "0")]
     pub(super) balloon: Option<u64>,
-    /// A socket device: cid=N,uds=PATH; programs on the host connect to the Unix socket PATH
+    /// A socket device: cid=N,uds=PATH[,bandwidth=RATE][,iops=N]; programs on the host connect to the Unix socket PATH
     #[arg(long, value_name = "SPEC", value_parser = vsock::run)]
     pub(super) vsock: Option<VsockConfig<u64>>,
+    /// Limits of the entropy device, which every machine has: bandwidth=RATE, iops=N or both [default: none]
+    #[arg(long, value_name = "SPEC", value_parser = limits::alone)]
+    pub(super) rng: Option<Limits>,
     /// Which of the guest's consoles has the terminal
     #[arg(long, value_enum, default_value_t = ConsoleArg::Serial)]
     pub(super) console: ConsoleArg,

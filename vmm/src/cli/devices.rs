@@ -1,15 +1,14 @@
 //! The options that name devices, and what is behind them on this host.
 
-use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Args;
+use devices::Limits;
 use devices::virtio::block::{CacheError, Format, FormatError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
-use devices::{Bucket, Limits};
 
-use super::{units, vsock};
+use super::{limits, vsock};
 use crate::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids, check_taps};
 use crate::machine::{Arrival, DiskBackend};
 
@@ -20,8 +19,8 @@ pub(super) struct DeviceArgs {
     /// be given several times
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
-    /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE]; may be
-    /// given several times
+    /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE][,iops=N]; may
+    /// be given several times
     #[arg(long = "net", value_name = "SPEC", value_parser = run_net)]
     nets: Vec<RunNet>,
 }
@@ -117,19 +116,13 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
         read_only: false,
         parameters: Parameters::default(),
     };
-    let limits = &mut disk.parameters.limits;
     for part in text.split(',') {
+        if limits::take(&mut disk.parameters.limits, part)? {
+            continue;
+        }
         match part.split_once('=') {
             Some(("id", id)) => disk.id = Some(id.into()),
             Some(("path", path)) => disk.path = path.into(),
-            Some(("bandwidth", rate)) => {
-                limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?));
-            }
-            Some(("iops", count)) => {
-                let count = count.parse::<NonZeroU64>();
-                let count = count.map_err(|_| format!("expected iops=N with N above 0, got {part:?}"))?;
-                limits.operations = Some(Bucket::per_second(count.get()));
-            }
             Some(("format", format)) => {
                 disk.format = format.parse().map_err(|error: FormatError| error.to_string())?;
             }
@@ -157,12 +150,16 @@ struct RunNet {
     limits: Limits,
 }
 
-const NET: &str = "expected [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, with [,mac=MAC][,bandwidth=RATE]";
+const NET: &str =
+    "expected [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, with [,mac=MAC][,bandwidth=RATE][,iops=N]";
 
 fn run_net(text: &str) -> Result<RunNet, String> {
     let (mut id, mut tap, mut mac, mut queues) = (None, None, None, None);
     let mut limits = Limits::default();
     for part in parts(text) {
+        if limits::take(&mut limits, part)? {
+            continue;
+        }
         match part.split_once('=') {
             Some(("id", name)) => id = Some(name.into()),
             Some(("tap", name)) if tap.is_none() && !name.is_empty() => {
@@ -173,7 +170,6 @@ fn run_net(text: &str) -> Result<RunNet, String> {
             Some(("queues", count)) => {
                 queues = Some(count.parse().map_err(|_| format!("{NET}, got {part:?}"))?);
             }
-            Some(("bandwidth", rate)) => limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?)),
             _ => return Err(format!("{NET}, got {part:?}")),
         }
     }
@@ -272,9 +268,8 @@ mod tests {
             }
         );
         let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap();
-        let limited = limited.parameters.limits;
-        assert_eq!(limited.bandwidth, Some(Bucket::per_second(10_000_000)));
-        assert_eq!(limited.operations, Some(Bucket::per_second(500)));
+        let limits = limits::alone("bandwidth=10MB/s,iops=500").unwrap();
+        assert_eq!(limited.parameters.limits, limits);
         let parameters = run_disk("path=x,direct=on,cache=unsafe").unwrap().parameters;
         assert!(parameters.direct);
         assert_eq!(parameters.cache, Cache::Unsafe);
@@ -288,9 +283,6 @@ mod tests {
             "path=x,cache=none",
             "path=x,direct=maybe",
             "path=x,iops=0",
-            "path=x,iops=many",
-            "path=x,bandwidth=10",
-            "path=x,bandwidth=0MB/s",
         ] {
             assert!(run_disk(bad).is_err(), "{bad}");
         }
@@ -313,7 +305,7 @@ mod tests {
         );
         let net = run_net("tap=a,queues=4,bandwidth=1MB/s").unwrap();
         assert_eq!(net.queues, 4);
-        assert_eq!(net.limits.bandwidth, Some(Bucket::per_second(1_000_000)));
+        assert_eq!(net.limits, limits::alone("bandwidth=1MB/s").unwrap());
         for (text, list) in [("fd=7", &[7][..]), ("fd=[3,4],id=x", &[3, 4])] {
             let net = run_net(text).unwrap();
             assert_eq!(net.tap, TapSource::Descriptors(list.into()));

@@ -167,6 +167,7 @@ fn wishes(args: &RunArgs) -> Wishes {
             deflate_on_oom: true,
         }),
         vsock: args.vsock.clone(),
+        rng_limits: args.rng,
         console: ConsoleConfig {
             has_terminal: args.console == ConsoleArg::Virtio,
             ports: args.ports.clone(),

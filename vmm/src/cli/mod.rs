@@ -6,6 +6,7 @@ mod client;
 mod devices;
 mod help;
 mod launch;
+mod limits;
 mod metrics;
 mod migrate;
 mod progress;
@@ -82,7 +83,7 @@ fn is_usage(error: &anyhow::Error) -> bool {
 
 fn dispatch(command: Command) -> anyhow::Result<Exit> {
     match command {
-        Command::Run(args) => launch::run(args),
+        Command::Run(args) => launch::run(*args),
         Command::Receive(args) => launch::receive(args),
         Command::Restore(args) => launch::restore(args),
         Command::Migrate(args) => migrate::run(args),

@@ -2,13 +2,20 @@
 
 use std::path::PathBuf;
 
+use devices::Limits;
+
+use super::limits;
 use crate::config::VsockConfig;
 
-/// `run`'s: the guest's address, which may still be out of range, and the socket.
+/// `run`'s: the guest's address, which may still be out of range, the socket, and limits.
 pub(super) fn run(text: &str) -> Result<VsockConfig<u64>, String> {
-    const EXPECTED: &str = "expected cid=N,uds=PATH";
+    const EXPECTED: &str = "expected cid=N,uds=PATH[,bandwidth=RATE][,iops=N]";
     let (mut cid, mut uds) = (None, None);
+    let mut limits = Limits::default();
     for part in text.split(',') {
+        if limits::take(&mut limits, part)? {
+            continue;
+        }
         match part.split_once('=') {
             Some(("cid", text)) => {
                 let number = text.parse();
@@ -21,6 +28,7 @@ pub(super) fn run(text: &str) -> Result<VsockConfig<u64>, String> {
     Ok(VsockConfig {
         guest_cid: cid.ok_or_else(|| format!("{EXPECTED}, got no cid"))?,
         uds: uds.ok_or_else(|| format!("{EXPECTED}, got no uds"))?,
+        limits,
     })
 }
 
@@ -41,8 +49,9 @@ mod tests {
         let expected = VsockConfig {
             guest_cid: 3,
             uds: "/run/a b".into(),
+            limits: limits::alone("iops=7").unwrap(),
         };
-        assert_eq!(run("cid=3,uds=/run/a b"), Ok(expected));
+        assert_eq!(run("cid=3,uds=/run/a b,iops=7"), Ok(expected));
         for (bad, word) in [
             ("cid=3", "no uds"),
             ("uds=x", "no cid"),
@@ -50,6 +59,7 @@ mod tests {
             ("cid=-3,uds=x", "\"-3\" as the CID"),
             ("cid=3,uds=", "\"uds=\""),
             ("cid=3,uds=x,ro", "\"ro\""),
+            ("cid=3,uds=x,iops=0", "above 0"),
         ] {
             let error = run(bad).unwrap_err();
             assert!(error.contains(word), "{bad}: {error}");

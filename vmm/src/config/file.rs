@@ -37,6 +37,9 @@ impl Wishes {
             nets: file.network_interfaces.into_iter().map(NetConfig::from).collect(),
             balloon: file.balloon.map(BalloonConfig::from),
             vsock: file.vsock.map(VsockConfig::from),
+            rng_limits: file
+                .entropy
+                .map(|entropy| entropy.rate_limiter.over(Limits::default())),
             console: ConsoleConfig::default(),
         })
     }
@@ -54,6 +57,7 @@ struct File {
     network_interfaces: Vec<NetworkSection>,
     balloon: Option<BalloonSection>,
     vsock: Option<VsockSection>,
+    entropy: Option<EntropySection>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -214,8 +218,17 @@ impl From<VsockSection> for VsockConfig<u64> {
         Self {
             guest_cid: vsock.guest_cid,
             uds: vsock.uds_path,
+            limits: Limits::default(),
         }
     }
+}
+
+/// The device is there without it as well.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EntropySection {
+    #[serde(default)]
+    rate_limiter: LimitsSection,
 }
 
 #[derive(Debug, Deserialize)]

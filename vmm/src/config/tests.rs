@@ -130,6 +130,7 @@ fn addresses_that_no_guest_can_have() {
         vsock: Some(VsockConfig {
             guest_cid,
             uds: "v.sock".into(),
+            limits: Limits::default(),
         }),
         ..wishes()
     };
@@ -238,7 +239,8 @@ fn the_command_line_overrides_the_file() {
                                     "tx_rate_limiter": {"ops": {"size": 9, "refill_time": 100}}},
                                    {"iface_id": "eth1", "host_dev_name": "tap1"}],
             "balloon": {"amount_mib": 16, "deflate_on_oom": false, "stats_polling_interval_s": 1},
-            "vsock": {"guest_cid": 7, "uds_path": "v.sock"}}"#,
+            "vsock": {"guest_cid": 7, "uds_path": "v.sock"},
+            "entropy": {"rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}}"#,
     )
     .unwrap();
     let file = Wishes::from_file(&path).unwrap();
@@ -290,8 +292,10 @@ fn the_command_line_overrides_the_file() {
     let expected = VsockConfig {
         guest_cid: 7,
         uds: "v.sock".into(),
+        limits: Limits::default(),
     };
     assert_eq!(config.vsock, Some(expected));
+    assert_eq!(config.rng_limits, nine);
 
     for (section, expected) in [
         (r#""mmds-config": {}"#, "unknown field `mmds-config`"),

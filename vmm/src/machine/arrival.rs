@@ -246,6 +246,7 @@ pub(super) fn difference(what: &str, expected: impl Into<String>, got: impl Into
 mod tests {
     use std::sync::Arc;
 
+    use devices::Limits;
     use devices::virtio::VirtioDevice;
     use devices::virtio::rng::Rng;
     use devices::virtio::vsock::{self, Vsock};
@@ -274,7 +275,7 @@ mod tests {
     }
 
     fn rng() -> DeviceDescription {
-        description::device(RNG_ID, Rng::new().describe())
+        description::device(RNG_ID, Rng::new(Limits::default()).unwrap().describe())
     }
 
     fn check(arrival: &Arrival, disks: &[DeviceDescription]) -> Vec<String> {
@@ -330,10 +331,25 @@ mod tests {
     }
 
     #[test]
+    fn limits_that_are_none_are_refused() {
+        let nonsense = DeviceDescription {
+            parameters: vec![1],
+            ..rng()
+        };
+        let differences = NOTHING.check_devices(&[nonsense], false);
+        assert_eq!(differences[0].got, "[01]");
+    }
+
+    #[test]
     fn a_socket_device_is_wanted_on_both_sides() {
         let directory = tempfile::tempdir().unwrap();
         let backend = vsock::Backend::open(&directory.path().join("source")).unwrap();
-        let source = description::device(VSOCK_ID, Vsock::new(Arc::new(backend), 3).describe());
+        let parameters = vsock::Parameters {
+            guest_cid: 3,
+            limits: Limits::default(),
+        };
+        let device = Vsock::new(Arc::new(backend), parameters).unwrap();
+        let source = description::device(VSOCK_ID, device.describe());
         let arrival = Arrival {
             vsock: Some(directory.path().join("here")),
             ..NOTHING
@@ -349,7 +365,7 @@ mod tests {
             parameters: vec![0; 5],
             ..source.clone()
         };
-        assert_eq!(check_one(&arrival, nonsense), ["5 bytes that are none"]);
+        assert_eq!(check_one(&arrival, nonsense), ["[00, 00, 00, 00, 00]"]);
         let renamed = DeviceDescription {
             id: "x".into(),
             ..source.clone()

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
 use devices::virtio::block::{self, Access, Backend, Block, BlockState};
@@ -39,7 +40,7 @@ const KINDS: [&str; 6] = [
 
 /// The devices of a machine that boots, in bus order.
 pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
-    let mut devices = vec![named(RNG_ID, Rng::new())];
+    let mut devices = vec![rng(config.rng_limits)?];
     for disk in &config.disks {
         let access = Access {
             read_only: disk.read_only,
@@ -66,7 +67,13 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
     }
     if let Some(config) = &config.vsock {
         let backend = vsock::Backend::open(&config.uds)?;
-        devices.push(named(VSOCK_ID, Vsock::new(Arc::new(backend), config.guest_cid)));
+        devices.push(socket_device(
+            backend,
+            vsock::Parameters {
+                guest_cid: config.guest_cid,
+                limits: config.limits,
+            },
+        )?);
     }
     if let Some(config) = &config.console {
         devices.push(virtio_console(&config.ports, config.has_terminal)?);
@@ -84,7 +91,17 @@ impl Arrival {
     ) -> Result<NamedDevice, Unavailable> {
         let id = &description.id;
         match description.kind.as_str() {
-            RngState::KIND => Ok(named(id, Rng::new())),
+            RngState::KIND => {
+                let parameters = &description.parameters;
+                let limits = Limits::from_bytes(parameters).ok_or_else(|| Unavailable {
+                    expected: "rate limits",
+                    got: format!("{parameters:02x?}"),
+                })?;
+                rng(limits).map_err(|error| Unavailable {
+                    expected: "an entropy device",
+                    got: migration::chain(&error),
+                })
+            }
             BlockState::KIND => {
                 let disk = self.disks.get(id).ok_or_else(|| Unavailable {
                     expected: "a backend",
@@ -133,15 +150,17 @@ impl Arrival {
                     got: "none (use --vsock uds=PATH)".into(),
                 })?;
                 let parameters = &description.parameters;
-                let guest_cid = Vsock::guest_cid(parameters).ok_or_else(|| Unavailable {
-                    expected: "the guest's CID",
-                    got: format!("{} bytes that are none", parameters.len()),
+                let parameters = vsock::Parameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+                    expected: "the guest's CID and rate limits",
+                    got: format!("{parameters:02x?}"),
                 })?;
-                let backend = vsock::Backend::open(path).map_err(|error| Unavailable {
-                    expected: "a usable socket on the host",
-                    got: migration::chain(&error),
-                })?;
-                Ok(named(id, Vsock::new(Arc::new(backend), guest_cid)))
+                vsock::Backend::open(path)
+                    .map_err(MachineError::from)
+                    .and_then(|backend| socket_device(backend, parameters))
+                    .map_err(|error| Unavailable {
+                        expected: "a usable socket on the host",
+                        got: migration::chain(&error),
+                    })
             }
             ConsoleState::KIND => self.open_console(description),
             _ => Err(Unavailable {
@@ -207,6 +226,19 @@ fn block(id: &str, backend: Backend, parameters: block::Parameters) -> Result<Na
         disk: Some(device.control().clone()),
         ..named(id, device)
     })
+}
+
+fn rng(limits: Limits) -> Result<NamedDevice, MachineError> {
+    let device = Rng::new(limits).map_err(io_error("entropy device"))?;
+    Ok(named(RNG_ID, device))
+}
+
+fn socket_device(
+    backend: vsock::Backend,
+    parameters: vsock::Parameters,
+) -> Result<NamedDevice, MachineError> {
+    let device = Vsock::new(Arc::new(backend), parameters).map_err(io_error("socket device"))?;
+    Ok(named(VSOCK_ID, device))
 }
 
 fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {

@@ -10,13 +10,13 @@ use proptest::prelude::*;
 
 use crate::bus::BusDevice;
 use crate::cases::cases;
+use crate::rate::Limits;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, Control};
 use crate::virtio::block::{Access, Backend, Block, Parameters};
 use crate::virtio::console::{self, Console, Terminal};
 use crate::virtio::net::testing::{Wire, card, frame, ip, leave_for};
-use crate::virtio::rng::Rng;
-use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, folder, reads, writes};
+use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, folder, reads, rng, writes};
 use crate::virtio::vsock::{self, Vsock};
 
 #[derive(Clone, Debug)]
@@ -116,7 +116,11 @@ fn block(dir: &Path) -> Block {
 
 fn vsock(dir: &Path) -> Vsock {
     let backend = vsock::Backend::open(&dir.join("socket")).unwrap();
-    Vsock::new(Arc::new(backend), 3)
+    let parameters = vsock::Parameters {
+        guest_cid: 3,
+        limits: Limits::default(),
+    };
+    Vsock::new(Arc::new(backend), parameters).unwrap()
 }
 
 fn balloon() -> Balloon {
@@ -196,7 +200,7 @@ proptest! {
 
     #[test]
     fn any_registers_and_memory(acts in prop::collection::vec(act(), 0..60)) {
-        let mut driver = outlived(Rng::new, acts);
+        let mut driver = outlived(rng, acts);
         prop_assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
     }
 
@@ -249,7 +253,7 @@ fn any_descriptor_chains() {
         noise in prop::collection::vec(any::<u8>(), 0..8),
     )| {
         let drivers = [
-            Driver::ready(Rng::new()),
+            Driver::ready(rng()),
             Driver::ready(block(dir.path())),
             Driver::ready(vsock(dir.path())),
             Driver::ready(balloon()),

@@ -1,5 +1,6 @@
 //! The device: the host's random bytes into the guest's buffers.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use super::state::RngState;
 use crate::GuestMemory;
 use crate::limited::Limited;
 use crate::metrics::Counters;
+use crate::rate::{Limiter, Limits};
 use crate::virtio::device::RING_FEATURES;
 use crate::virtio::{
     Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
@@ -22,17 +24,51 @@ pub(super) const MAX_BYTES: u64 = 64 << 10;
 /// Bytes fetched from the host at a time.
 const BLOCK: usize = 4096;
 
+/// Where requests come.
+const QUEUE: usize = 0;
+
 /// The entropy device. Its bytes come from the host kernel's generator.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rng {
+    limits: Limits,
+    limiter: Limiter,
     metrics: Arc<RngMetrics>,
     complaints: Limited,
 }
 
 impl Rng {
-    /// A device.
-    pub fn new() -> Self {
-        Self::default()
+    /// A device that gives no more than `limits`, which were checked, allow.
+    pub fn new(limits: Limits) -> io::Result<Self> {
+        Ok(Self {
+            limits,
+            limiter: Limiter::new(limits)?,
+            metrics: Arc::default(),
+            complaints: Limited::default(),
+        })
+    }
+
+    fn serve(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let Some(mut queue) = queues.get(QUEUE) else {
+            return Ok(Progress::Idle);
+        };
+        queue.serve_admitted(
+            |bytes| self.admit(bytes),
+            |memory, chain| match chain {
+                Ok(chain) => self.fill(memory, chain),
+                Err(error) => {
+                    self.complain(&error);
+                    0
+                }
+            },
+        )
+    }
+
+    fn admit(&self, bytes: u64) -> bool {
+        let admitted = self.limiter.take(bytes.min(MAX_BYTES));
+        if !admitted {
+            self.metrics.throttled.add(1);
+        }
+        admitted
     }
 
     /// Fills the chain's buffers as far as one request goes; returns the bytes written.
@@ -100,25 +136,17 @@ impl VirtioDevice for Rng {
         tracing::debug!(features, "virtio-rng: driver ready");
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
-        };
-        queue.serve(|memory, chain| match chain {
-            Ok(chain) => self.fill(memory, chain),
-            Err(error) => {
-                self.complain(&error);
-                0
-            }
-        })
+    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.serve(queues)
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
+        vec![self.limiter.event()]
     }
 
-    fn process_host(&mut self, _queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        Ok(Progress::Idle)
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.limiter.hear();
+        self.serve(queues)
     }
 
     fn reset(&mut self) {
@@ -140,7 +168,10 @@ impl VirtioDevice for Rng {
     }
 
     fn describe(&self) -> Description {
-        Description::of::<RngState>(self.features())
+        Description {
+            parameters: self.limits.to_bytes(),
+            ..Description::of::<RngState>(self.features())
+        }
     }
 
     fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {

@@ -9,5 +9,7 @@ counters! {
         requests,
         /// Bytes.
         bytes,
+        /// How often requests had to wait for a rate limit.
+        throttled,
     }
 }

@@ -1,6 +1,9 @@
+use std::time::{Duration, Instant};
+
 use super::device::MAX_BYTES;
 use super::*;
-use crate::virtio::testing::{DATA, Driver, END, reads, writes};
+use crate::rate::{Bucket, Limits};
+use crate::virtio::testing::{DATA, Driver, END, reads, rng, writes};
 
 fn is_random(bytes: &[u8]) -> bool {
     // 64 zero bytes in a row do not happen.
@@ -11,7 +14,7 @@ fn is_random(bytes: &[u8]) -> bool {
 
 #[test]
 fn buffers_are_filled_with_random_bytes() {
-    let mut driver = Driver::ready(Rng::new());
+    let mut driver = Driver::ready(rng());
     assert_eq!(driver.get(0x008), 4);
     assert_eq!(
         driver.submit(&[writes(DATA, 100), writes(DATA + 0x2000, 5000)]),
@@ -27,7 +30,7 @@ fn buffers_are_filled_with_random_bytes() {
 
 #[test]
 fn one_request_gets_a_bounded_amount() {
-    let mut driver = Driver::ready(Rng::new());
+    let mut driver = Driver::ready(rng());
     let written = driver.submit(&[writes(DATA, 0x10_0000)]);
     assert_eq!(u64::from(written), MAX_BYTES);
     assert_eq!(driver.bytes(DATA + MAX_BYTES, 64), [0; 64]);
@@ -35,13 +38,49 @@ fn one_request_gets_a_bounded_amount() {
 
 #[test]
 fn hostile_chains_come_back() {
-    let mut driver = Driver::ready(Rng::new());
+    let mut driver = Driver::ready(rng());
     assert_eq!(driver.submit(&[reads(DATA, 100)]), 0);
     assert_eq!(driver.submit(&[writes(END, 100)]), 0);
     assert_eq!(driver.submit(&[writes(u64::MAX - 10, 100)]), 0);
     assert_eq!(driver.submit(&[writes(DATA, 0), writes(DATA, 1)]), 1);
     assert_eq!(driver.submit(&[writes(DATA, 10), reads(DATA, 10)]), 0);
     assert_eq!(driver.get(0x070), 15);
+}
+
+#[test]
+fn requests_wait_for_tokens() {
+    let bucket = |size| Bucket {
+        size,
+        one_time_burst: 0,
+        refill_time_ms: 20,
+    };
+    let operations = Limits {
+        bandwidth: None,
+        operations: Some(bucket(2)),
+    };
+    // No request gets more than this, whatever it asks for.
+    let bandwidth = Limits {
+        bandwidth: Some(bucket(2 * MAX_BYTES)),
+        operations: None,
+    };
+    // A request may take more than is left, so there is one more at once where bytes are counted.
+    for (limits, at_least) in [(operations, 39), (bandwidth, 29)] {
+        let mut driver = Driver::ready(Rng::new(limits).unwrap());
+        let begin = Instant::now();
+        (0..6).for_each(|_| {
+            driver.add(&[writes(DATA, 0x10_0000)]);
+        });
+        driver.kick();
+        let at_once = driver.used().len();
+        assert!((2..6).contains(&at_once), "{at_once}");
+        driver.wait_for(6 - at_once);
+        // Each of the others ten milliseconds after the one before.
+        let took = begin.elapsed();
+        assert!(took >= Duration::from_millis(at_least), "{took:?}");
+        assert!(driver.count("throttled") > 0);
+        let parameters = driver.transport.describe().parameters;
+        assert_eq!(Limits::from_bytes(&parameters), Some(limits));
+    }
 }
 
 #[test]

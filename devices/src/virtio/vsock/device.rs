@@ -1,5 +1,6 @@
 //! The device: packets between its queues and its connections, and the news of a move.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -10,10 +11,12 @@ use super::backend::Backend;
 use super::connection::BUFFER_SIZE;
 use super::connections::Connections;
 use super::packet::{HEADER_LEN, Header, Op};
+use super::parameters::Parameters;
 use super::state::VsockState;
 use crate::GuestMemory;
 use crate::limited::Limited;
 use crate::metrics::Counters;
+use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueAccess, QueueError, Queues,
@@ -41,7 +44,9 @@ const TURN_PACKETS: usize = 64;
 #[derive(Debug)]
 pub struct Vsock {
     backend: Arc<Backend>,
-    guest_cid: u32,
+    parameters: Parameters,
+    rx_limiter: Limiter,
+    tx_limiter: Limiter,
     connections: Connections,
     news: News,
     /// A packet's data on its way.
@@ -62,22 +67,18 @@ enum News {
 }
 
 impl Vsock {
-    /// A device on `backend` whose guest has the address `guest_cid`, [`CID_MIN`] to [`CID_MAX`].
-    pub fn new(backend: Arc<Backend>, guest_cid: u32) -> Self {
-        Self {
-            connections: Connections::new(backend.clone(), guest_cid),
+    /// A device on `backend`. The parameters were checked.
+    pub fn new(backend: Arc<Backend>, parameters: Parameters) -> io::Result<Self> {
+        Ok(Self {
+            connections: Connections::new(backend.clone(), parameters.guest_cid),
             backend,
-            guest_cid,
+            parameters,
+            rx_limiter: Limiter::new(parameters.limits)?,
+            tx_limiter: Limiter::new(parameters.limits)?,
             news: News::None,
             room: vec![0; BUFFER_SIZE].into(),
             complaints: Limited::default(),
-        }
-    }
-
-    /// The guest's address in a device's [`Description::parameters`]; `None` if they make no sense.
-    pub fn guest_cid(parameters: &[u8]) -> Option<u32> {
-        let cid = u32::from_le_bytes(parameters.try_into().ok()?);
-        (CID_MIN..=CID_MAX).contains(&cid).then_some(cid)
+        })
     }
 
     /// Whatever happened, everything is looked at: there is little to look at where nothing did.
@@ -144,9 +145,15 @@ impl Vsock {
             if taken == TURN_PACKETS || !self.connections.can_refuse() {
                 break Progress::More;
             }
+            if !self.tx_limiter.admits() {
+                self.connections.metrics.tx_throttled.add(1);
+                break Progress::Idle;
+            }
             let Some((head, chain)) = queue.take()? else {
                 break Progress::Idle;
             };
+            let bytes = chain.as_ref().map_or(0, |chain| chain.readable.len());
+            self.tx_limiter.spend(bytes.saturating_sub(HEADER_LEN as u64));
             match chain {
                 Ok(chain) => self.receive(queue.memory(), chain),
                 Err(error) => self.complain(error),
@@ -194,6 +201,10 @@ impl Vsock {
             if given == TURN_PACKETS {
                 break Progress::More;
             }
+            if !self.rx_limiter.admits() {
+                self.connections.metrics.rx_throttled.add(1);
+                break Progress::Idle;
+            }
             let Some((head, chain)) = queue.take()? else {
                 break Progress::Idle;
             };
@@ -215,6 +226,8 @@ impl Vsock {
                 queue.put_back();
                 break Progress::Idle;
             };
+            let bytes = u64::from(written).saturating_sub(HEADER_LEN as u64);
+            self.rx_limiter.spend(bytes);
             queue.give_back(head, written)?;
             given += 1;
         };
@@ -277,7 +290,7 @@ impl VirtioDevice for Vsock {
 
     /// The guest's address, 64 bits (virtio 1.2, 5.10.4).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
+        read_bytes(&u64::from(self.parameters.guest_cid).to_le_bytes(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -298,10 +311,16 @@ impl VirtioDevice for Vsock {
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.backend.events()]
+        vec![
+            self.backend.events(),
+            self.rx_limiter.event(),
+            self.tx_limiter.event(),
+        ]
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.rx_limiter.hear();
+        self.tx_limiter.hear();
         self.work(queues)
     }
 
@@ -317,7 +336,7 @@ impl VirtioDevice for Vsock {
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
         let state = VsockState {
-            guest_cid: self.guest_cid,
+            guest_cid: self.parameters.guest_cid,
             next_port: self.connections.next_port(),
         };
         Ok(envelope.put(instance, &state)?)
@@ -325,7 +344,7 @@ impl VirtioDevice for Vsock {
 
     fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
         let state: VsockState = envelope.take(instance)?;
-        state.check(self.guest_cid)?;
+        state.check(self.parameters.guest_cid)?;
         self.connections.set_next_port(state.next_port);
         self.news = News::Due;
         Ok(())
@@ -333,7 +352,7 @@ impl VirtioDevice for Vsock {
 
     fn describe(&self) -> Description {
         Description {
-            parameters: self.guest_cid.to_le_bytes().into(),
+            parameters: self.parameters.to_bytes(),
             ..Description::of::<VsockState>(self.features())
         }
     }

@@ -12,10 +12,14 @@ counters! {
         rx_packets,
         /// Bytes of data in them.
         rx_bytes,
+        /// How often packets for the guest had to wait for a rate limit.
+        rx_throttled,
         /// Packets that the guest sent.
         tx_packets,
         /// Bytes of data in them.
         tx_bytes,
+        /// How often packets of the guest had to wait in its queue for a rate limit.
+        tx_throttled,
         /// Packets of either side that end or refuse a connection at once.
         resets,
     }

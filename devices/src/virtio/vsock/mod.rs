@@ -13,6 +13,7 @@ mod device;
 mod greeting;
 mod metrics;
 mod packet;
+mod parameters;
 mod state;
 
 #[cfg(test)]
@@ -21,4 +22,5 @@ mod tests;
 pub use backend::Backend;
 pub use device::{CID_MAX, CID_MIN, Vsock};
 pub use metrics::VsockMetrics;
+pub use parameters::Parameters;
 pub use state::VsockState;

@@ -1,6 +1,7 @@
 mod flow;
 mod fuzz;
 mod hostile;
+mod limits;
 mod moves;
 mod rig;
 mod streams;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use tempfile::TempDir;
 
 use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM};
-use super::super::{Backend, Vsock};
+use super::super::{Backend, Parameters, Vsock};
+use crate::rate::Limits;
 use crate::virtio::HostBackend;
 use crate::virtio::testing::{DATA, Driver, Part, folder, reads, writes};
 
@@ -38,21 +39,36 @@ pub(super) struct Rig {
 
 /// A device with its socket at `path`, as whoever runs the guest has it.
 pub(super) fn device(path: &Path) -> (Arc<Backend>, Vsock) {
+    limited(path, Limits::default())
+}
+
+/// One with limits.
+fn limited(path: &Path, limits: Limits) -> (Arc<Backend>, Vsock) {
     let backend = Arc::new(Backend::open(path).unwrap());
-    (backend.clone(), Vsock::new(backend, GUEST_CID))
+    let guest_cid = GUEST_CID;
+    let device = Vsock::new(backend.clone(), Parameters { guest_cid, limits });
+    (backend, device.unwrap())
 }
 
 impl Rig {
     /// With buffers for the guest.
     pub(super) fn new() -> Self {
-        let mut rig = Self::without_buffers();
+        Self::with_limits(Limits::default())
+    }
+
+    pub(super) fn with_limits(limits: Limits) -> Self {
+        let mut rig = Self::without(limits);
         rig.post(BUFFER_COUNT);
         rig
     }
 
     pub(super) fn without_buffers() -> Self {
+        Self::without(Limits::default())
+    }
+
+    fn without(limits: Limits) -> Self {
         let directory = folder();
-        let (backend, device) = device(&directory.path().join("v.sock"));
+        let (backend, device) = limited(&directory.path().join("v.sock"), limits);
         backend.take_locks().unwrap();
         Self {
             directory,

@@ -1,0 +1,53 @@
+//! What a device is made with, and how a destination is told.
+
+use super::device::{CID_MAX, CID_MIN};
+use crate::rate::Limits;
+
+/// What a device is made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// The guest's address, [`CID_MIN`] to [`CID_MAX`].
+    pub guest_cid: u32,
+    /// What goes in each direction in a time; an operation is a packet, the bytes are those of its data.
+    pub limits: Limits,
+}
+
+impl Parameters {
+    /// As they travel: the address in little-endian order, then the limits.
+    pub fn to_bytes(self) -> Vec<u8> {
+        [&self.guest_cid.to_le_bytes()[..], &self.limits.to_bytes()].concat()
+    }
+
+    /// From a peer, untrusted; `None` if they make no sense.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (cid, limits) = bytes.split_first_chunk()?;
+        let parameters = Self {
+            guest_cid: u32::from_le_bytes(*cid),
+            limits: Limits::from_bytes(limits)?,
+        };
+        (CID_MIN..=CID_MAX)
+            .contains(&parameters.guest_cid)
+            .then_some(parameters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rate::Bucket;
+
+    #[test]
+    fn what_is_told_is_understood() {
+        let limits = Limits {
+            bandwidth: Some(Bucket::per_second(1 << 20)),
+            operations: None,
+        };
+        for limits in [limits, Limits::default()] {
+            let parameters = Parameters { guest_cid: 3, limits };
+            assert_eq!(Parameters::from_bytes(&parameters.to_bytes()), Some(parameters));
+        }
+        for bad in [&[][..], &[3, 0, 0], &[2, 0, 0, 0], &[0xff; 4], &[3, 0, 0, 0, 0]] {
+            assert_eq!(Parameters::from_bytes(bad), None, "{bad:?}");
+        }
+    }
+}
