@@ -145,7 +145,7 @@ fn paths_that_cannot_be_a_sockets() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     std::fs::write(&file, "precious").unwrap();
-    let open = |path: &std::path::Path| super::super::Backend::open(path).unwrap_err();
+    let open = |path: &std::path::Path| Backend::open(path).unwrap_err();
     let error = open(&file);
     let other = matches!(
         error,
