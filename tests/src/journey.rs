@@ -23,6 +23,10 @@ pub struct BareGuest<'a> {
     pub fill: bool,
     /// Pages that it reads from its disk at a time, at most 32; 0: it has none.
     pub reads: u32,
+    /// Whether it writes each of them before.
+    pub writes: bool,
+    /// Whether its disk may answer with I/O errors.
+    pub io_errors: bool,
 }
 
 impl Default for BareGuest<'_> {
@@ -34,6 +38,8 @@ impl Default for BareGuest<'_> {
             rate: "10M",
             fill: true,
             reads: 0,
+            writes: false,
+            io_errors: false,
         }
     }
 }
@@ -51,10 +57,13 @@ impl BareGuest<'_> {
             rate,
             fill,
             reads,
+            writes,
+            io_errors,
         } = *self;
+        let [fill, writes, io_errors] = [fill, writes, io_errors].map(u8::from);
         let mut cmdline = format!(
-            "cpus={cpus} rate={rate} reads={reads} fill={} tsc_khz={tsc_khz}",
-            u8::from(fill)
+            "cpus={cpus} rate={rate} reads={reads} writes={writes} io_errors={io_errors} fill={fill} \
+             tsc_khz={tsc_khz}"
         );
         if !workset.is_empty() {
             cmdline.push_str(&format!(" workset={workset}"));

@@ -2,6 +2,7 @@
 //!
 //! The scenarios are in `tests/tests/`; `cargo xtask test` builds what they need and runs them. See `DESIGN.md`.
 
+mod disk_work;
 mod fixtures;
 mod guest;
 mod host;
@@ -14,11 +15,13 @@ mod output;
 mod pings;
 mod process;
 pub mod saved;
+mod small;
 mod stock;
 mod terminal;
 mod tiny;
 mod vsock;
 
+pub use disk_work::DiskWork;
 pub use fixtures::{Fixtures, count, memory};
 pub use guest::{Event, Tick, check_ticks};
 pub use host::{Host, Migration, Vm};
@@ -30,6 +33,7 @@ pub use network::Network;
 pub use output::Output;
 pub use pings::{Pinged, Pings};
 pub use process::{Finished, Process};
+pub use small::{LoopDevice, SmallFileSystem};
 pub use stock::{GUEST, StockGuest, TAP};
 pub use terminal::Terminal;
 pub use tiny::TinyGuest;

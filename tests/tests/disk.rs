@@ -8,20 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
-use tests::{BareGuest, Event, Host, Journey, PATIENCE, Vm, count};
+use tests::{BareGuest, Host, Journey, PATIENCE, count};
 
 const DISK_BYTES: u64 = 64 << 20;
 /// Reads after each move: the disk is read once in the mean.
 const READS: u64 = DISK_BYTES >> 12;
-
-/// Waits until the guest has read so many pages more, and returns how many it has read in all.
-fn read_on(vm: &Vm, pages: u64) -> Result<u64> {
-    let reads = |line: &str| Event::named(line, "tick")?.number("reads").ok();
-    let output = vm.process.stdout();
-    let first = output.wait("a tick", output.mark(), PATIENCE, reads)?;
-    let enough = |line: &str| reads(line).filter(|reads| *reads >= first + pages);
-    output.wait("reads from the disk", output.mark(), PATIENCE, enough)
-}
 
 #[test]
 fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
@@ -34,14 +25,14 @@ fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
     };
     let disk = format!("id=d,path={}", path.display());
     let mut journey = Journey::start(host, &guest, &["--disk", &disk])?;
-    let mut reads = read_on(&journey.vm, READS)?;
+    let mut reads = journey.vm.read_on(READS)?.reads;
     let disk = format!("d={}", path.display());
     for number in 1..=count(4)? {
         let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
         let moved = journey.hop_to(receiver, &endpoint, &["--verify", "--on-miss", "switch"]);
         moved.with_context(|| format!("move {number}"))?;
         let before = reads;
-        reads = read_on(&journey.vm, READS)?;
+        reads = journey.vm.read_on(READS)?.reads;
         ensure!(
             reads >= before + READS,
             "the guest had read {before} pages, and has read {reads} after move {number}"
@@ -67,7 +58,7 @@ fn with_a_disk_here() -> Result<(Journey, std::path::PathBuf, std::path::PathBuf
     };
     let disk = format!("id=d,path={}", path.display());
     let journey = Journey::start(host, &guest, &["--disk", &disk])?;
-    read_on(&journey.vm, READS)?;
+    journey.vm.read_on(READS)?;
     Ok((journey, path, there))
 }
 
@@ -100,7 +91,7 @@ fn a_disk_comes_along() -> Result<()> {
             report.disks == 1 && report.disk_bytes >= DISK_BYTES / 2 && report.mirror_ms > 0.0,
             "no disk in {report:?}"
         );
-        read_on(&journey.vm, READS)?;
+        journey.vm.read_on(READS)?;
         ensure!(fs::read(&left)? == fs::read(&path)?, "the disks differ");
         // It is not read any more.
         fs::remove_file(&left)?;
@@ -132,7 +123,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
     journey.vm.godwit("cancel", &[])?.expect_code(0)?;
     migration.wait(PATIENCE)?;
     wait_until("the disk to go", nothing)?;
-    read_on(&journey.vm, READS)?;
+    journey.vm.read_on(READS)?;
     drop(receiver);
 
     // Nobody is left to remove it; it has not the disk's name.
@@ -155,7 +146,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
         .stayed(Outcome::Failed)?;
     ensure!(line.contains("/dev/full/disk"), "{line}");
     drop(receiver);
-    read_on(&journey.vm, READS)?;
+    journey.vm.read_on(READS)?;
     ensure!(here.exists(), "the only disk is gone");
     journey.verify()?;
     // The receivers that were killed left their sockets.

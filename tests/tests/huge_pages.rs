@@ -14,6 +14,8 @@ fn huge_pages_move_and_are_put_in_files() -> Result<()> {
         rate: "50M",
         fill: true,
         reads: 0,
+        writes: false,
+        io_errors: false,
     };
     // Enough for the guest on both sides of a move.
     let pages = HugePages::set_aside(128)?;

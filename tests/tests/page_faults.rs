@@ -18,6 +18,8 @@ const GUEST: BareGuest = BareGuest {
     rate: "50M",
     fill: true,
     reads: 0,
+    writes: false,
+    io_errors: false,
 };
 
 /// A handler that listens, and where.

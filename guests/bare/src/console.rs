@@ -39,10 +39,16 @@ impl Console {
         let (n, us) = (self.ticks, self.plan.us(now.saturating_sub(self.plan.start)));
         let gap = self.plan.us(self.plan.longest_gap());
         let (pages, errors) = (self.plan.sum(|cpu| &cpu.pages), self.plan.sum(|cpu| &cpu.errors));
-        let reads = self.plan.sum(|cpu| &cpu.reads);
+        let (reads, io_errors) = (
+            self.plan.sum(|cpu| &cpu.reads),
+            self.plan.sum(|cpu| &cpu.io_errors),
+        );
         say(
             worker.cpu,
-            format_args!("tick n={n} us={us} max_gap_us={gap} pages={pages} reads={reads} errors={errors}"),
+            format_args!(
+                "tick n={n} us={us} max_gap_us={gap} pages={pages} reads={reads} io_errors={io_errors} \
+                 errors={errors}"
+            ),
         );
         match serial::receive() {
             Some(b'v') => self.verify(worker),

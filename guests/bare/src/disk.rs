@@ -57,6 +57,8 @@ const NEXT: u64 = 1;
 const WRITE: u64 = 2;
 const NO_INTERRUPT: u16 = 1;
 const NO_NOTIFY: u16 = 1;
+/// The status of a request that the device could not carry out.
+pub(crate) const IO_ERROR: u8 = 1;
 /// No device writes this as a status.
 const UNDONE: u8 = 0xff;
 
@@ -71,6 +73,7 @@ pub(crate) enum Kind {
 pub(crate) struct Done {
     /// By which it was submitted.
     pub(crate) slot: usize,
+    pub(crate) kind: Kind,
     /// The page of the disk.
     pub(crate) page: u64,
     /// 0 if it went well.
@@ -249,8 +252,10 @@ impl Disk {
         // A device that names no request of ours ends in a panic, which is reported.
         let slot = head.load(Ordering::Relaxed) as usize / PARTS;
         let request = &QUEUE.requests[slot];
+        let is_write = request.kind.load(Ordering::Relaxed) == Kind::Write as u32;
         Some(Done {
             slot,
+            kind: if is_write { Kind::Write } else { Kind::Read },
             page: request.sector.load(Ordering::Relaxed) / SECTORS_PER_PAGE,
             status: request.status.load(Ordering::Relaxed),
         })

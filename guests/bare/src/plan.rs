@@ -19,6 +19,8 @@ pub(crate) struct Cpu {
     pub(crate) pages: AtomicU64,
     /// Pages read from the disk.
     pub(crate) reads: AtomicU64,
+    /// Requests that the disk answered with an I/O error, where it may.
+    pub(crate) io_errors: AtomicU64,
     pub(crate) errors: AtomicU64,
     pub(crate) verified: AtomicU64,
     /// In TSC ticks.
@@ -34,6 +36,7 @@ impl Cpu {
             phase: AtomicU32::new(0),
             pages: AtomicU64::new(0),
             reads: AtomicU64::new(0),
+            io_errors: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             verified: AtomicU64::new(0),
             longest_gap: AtomicU64::new(0),

@@ -1,11 +1,12 @@
-//! The disk workload: pages at random places, so many at a time, each checked.
+//! The disk workload: pages at random places, so many at a time, each checked, and each written before if the command
+//! line says so.
 
 use core::sync::atomic::Ordering;
 
-use guest_core::{Random, body_intact, check, fill_body, stamp};
+use guest_core::{Random, Settings, body_intact, check, fill_body, stamp};
 
 use crate::cpu;
-use crate::disk::{Disk, Done, Kind};
+use crate::disk::{Disk, Done, IO_ERROR, Kind};
 use crate::machine::split;
 use crate::plan::{Plan, say};
 use crate::work::Worker;
@@ -13,17 +14,22 @@ use crate::work::Worker;
 /// A stamp is one cache line, and looked at after each read; the body after each of so many.
 const BODY_EACH: u64 = 16;
 
-/// A disk whose pages carry the stamps of their numbers, and the reads that are under way.
+/// A disk whose pages carry the stamps of their numbers, and the requests that are under way.
 pub(crate) struct Reads {
     disk: Disk,
     random: Random,
+    settings: Settings,
+    /// What each slot has written last.
+    generations: [u64; Settings::MAX_READS as usize],
     done: u64,
 }
 
 impl Reads {
-    /// Stamps the disk, if it can be written, and begins to read. `None` if the command line does not want it.
+    /// Stamps the disk, if it can be written and is not written later, and begins. `None` if the command line does not
+    /// want it.
     pub(crate) fn begin(plan: &Plan, worker: &Worker) -> Option<Self> {
-        let depth = plan.machine.settings.reads as usize;
+        let settings = plan.machine.settings;
+        let depth = settings.reads as usize;
         if depth == 0 {
             return None;
         }
@@ -37,13 +43,15 @@ impl Reads {
         let mut reads = Self {
             disk,
             random: Random::new(cpu::tsc()),
+            settings,
+            generations: [0; _],
             done: 0,
         };
-        if !reads.disk.read_only {
+        if !reads.disk.read_only && !settings.writes {
             reads.stamp(depth, worker);
         }
         for slot in 0..depth {
-            reads.read(slot);
+            reads.next(slot);
         }
         reads.disk.kick();
         Some(reads)
@@ -52,8 +60,18 @@ impl Reads {
     /// Checks what came, and asks for as much again.
     pub(crate) fn turn(&mut self, worker: &Worker) {
         while let Some(done) = self.disk.poll() {
-            self.check(&done, worker);
-            self.read(done.slot);
+            match (done.kind, self.succeeded(&done, worker)) {
+                (Kind::Write, true) => {
+                    // Or a read that brings nothing would find what was written.
+                    self.disk.page(done.slot).fill(0);
+                    self.disk.submit(done.slot, Kind::Read, done.page);
+                }
+                (Kind::Read, true) => {
+                    self.check(&done, worker);
+                    self.next(done.slot);
+                }
+                (_, false) => self.next(done.slot),
+            }
         }
         self.disk.kick();
         worker.cpu.reads.store(self.done, Ordering::Relaxed);
@@ -69,15 +87,12 @@ impl Reads {
             } else {
                 self.disk.poll().map(|done| {
                     ended += 1;
-                    succeeded(&done, worker);
+                    self.succeeded(&done, worker);
                     done.slot
                 })
             };
             if let Some(slot) = free.filter(|_| begun < self.disk.pages) {
-                let (head, body) = split(self.disk.page(slot));
-                *head = stamp(begun, 0);
-                fill_body(begun, body);
-                self.disk.submit(slot, Kind::Write, begun);
+                self.write(slot, begun);
                 begun += 1;
             }
             self.disk.kick();
@@ -85,32 +100,47 @@ impl Reads {
         }
     }
 
-    fn read(&mut self, slot: usize) {
-        let page = self.random.below(self.disk.pages);
-        self.disk.submit(slot, Kind::Read, page);
+    fn next(&mut self, slot: usize) {
+        if self.settings.writes {
+            // No other slot writes there before this one has read it.
+            let slots = u64::from(self.settings.reads);
+            let page = slot as u64 + slots * self.random.below((self.disk.pages / slots).max(1));
+            self.generations[slot] += 1;
+            self.write(slot, page);
+        } else {
+            let page = self.random.below(self.disk.pages);
+            self.disk.submit(slot, Kind::Read, page);
+        }
+    }
+
+    fn write(&mut self, slot: usize, page: u64) {
+        let (head, body) = split(self.disk.page(slot));
+        *head = stamp(page, self.generations[slot]);
+        fill_body(page, body);
+        self.disk.submit(slot, Kind::Write, page);
     }
 
     fn check(&mut self, done: &Done, worker: &Worker) {
         self.done += 1;
-        if !succeeded(done, worker) {
-            return;
-        }
+        let expected = self.generations[done.slot];
         let (head, body) = split(self.disk.page(done.slot));
-        if let Err(seen) = check(head, done.page, 0) {
-            let (page, of, intact) = (done.page, seen.page, u8::from(seen.intact));
+        if let Err(seen) = check(head, done.page, expected) {
+            let (page, of, got, intact) = (done.page, seen.page, seen.generation, u8::from(seen.intact));
             worker.error(format_args!(
-                "disk page={page} expected=stamp got_page={of} intact={intact}"
+                "disk page={page} expected={expected} got={got} got_page={of} intact={intact}"
             ));
         } else if self.done.is_multiple_of(BODY_EACH) && !body_intact(done.page, body) {
             worker.error(format_args!("disk page={} expected=body got=other", done.page));
         }
     }
-}
 
-fn succeeded(done: &Done, worker: &Worker) -> bool {
-    let Done { page, status, .. } = *done;
-    if status != 0 {
-        worker.error(format_args!("disk page={page} expected=status=0 got={status}"));
+    fn succeeded(&self, done: &Done, worker: &Worker) -> bool {
+        let Done { page, status, .. } = *done;
+        if status == IO_ERROR && self.settings.io_errors {
+            worker.cpu.io_errors.fetch_add(1, Ordering::Relaxed);
+        } else if status != 0 {
+            worker.error(format_args!("disk page={page} expected=status=0 got={status}"));
+        }
+        status == 0
     }
-    status == 0
 }

@@ -38,6 +38,10 @@ pub struct Settings {
     pub spin: bool,
     /// Pages that are read from a disk at a time; 0: there is no disk.
     pub reads: u32,
+    /// Whether each of them is written before it is read.
+    pub writes: bool,
+    /// Whether the disk may answer with I/O errors, which are then counted apart.
+    pub io_errors: bool,
 }
 
 impl Default for Settings {
@@ -51,6 +55,8 @@ impl Default for Settings {
             tick_ms: 50,
             spin: false,
             reads: 0,
+            writes: false,
+            io_errors: false,
         }
     }
 }
@@ -90,6 +96,8 @@ impl Settings {
             "tick" => self.tick_ms = value.parse().ok().filter(|ms| (1..=60_000).contains(ms))?,
             "idle" => self.spin = ["halt", "spin"].iter().position(|name| *name == value)? == 1,
             "reads" => self.reads = value.parse().ok().filter(|n| *n <= Self::MAX_READS)?,
+            "writes" => self.writes = flag(value)?,
+            "io_errors" => self.io_errors = flag(value)?,
             _ => {}
         }
         Some(())
@@ -132,7 +140,8 @@ mod tests {
     #[test]
     fn words_set_what_they_name() {
         let settings = Settings::parse(
-            "console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin reads=32 quiet",
+            "console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin reads=32 writes=1 \
+             io_errors=1 quiet",
         );
         let expected = Settings {
             workset: Some(512 << 20),
@@ -143,6 +152,8 @@ mod tests {
             tick_ms: 20,
             spin: true,
             reads: 32,
+            writes: true,
+            io_errors: true,
         };
         assert_eq!(settings, Ok(expected));
         assert_eq!(Settings::parse("").map(|s| s.rate), Ok(Rate::BytesPerSecond(0)));
@@ -170,6 +181,8 @@ mod tests {
             "cpus=33",
             "tick=0",
             "reads=33",
+            "writes=2",
+            "io_errors=yes",
         ] {
             assert_eq!(Settings::parse(word), Err(word));
         }

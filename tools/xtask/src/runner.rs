@@ -10,8 +10,9 @@ use crate::steps::Counts;
 use crate::workspace::{cargo, root, run};
 use crate::{guests, packages};
 
-/// What is installed system-wide: the emulator for the lab, file system tools for its disk, network tools for taps.
-const PACKAGES: [&str; 4] = ["e2fsprogs", "iproute2", "qemu-system-x86", "util-linux"];
+/// What is installed system-wide: the emulator for the lab, file system tools for its disk, network tools for taps, and
+/// `losetup` (mount).
+const PACKAGES: [&str; 5] = ["e2fsprogs", "iproute2", "mount", "qemu-system-x86", "util-linux"];
 
 /// The scenarios on emulated hosts; all others need the machine's own KVM.
 const LAB: &str = "lab";

@@ -224,6 +224,16 @@ impl DeviceSet {
         }
     }
 
+    /// Whoever opens the disks after this process will find them; those in `mirrored` are not asked.
+    pub(super) fn check_disks_kept(&self, mirrored: &[u32]) -> Result<(), MachineError> {
+        for (index, slot) in (0u32..).zip(&self.virtio) {
+            if let Some(disk) = slot.disk.as_ref().filter(|_| !mirrored.contains(&index)) {
+                disk.backend().check_kept()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Nothing read from a disk before is used from here on.
     pub(super) fn invalidate(&self) -> Result<(), MachineError> {
         self.for_each_backend(|transport| transport.invalidate())

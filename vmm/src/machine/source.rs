@@ -18,6 +18,8 @@ use crate::vcpu::Holder;
 /// A machine that is lent to a migration job.
 pub struct MigrationSource {
     machine: Arc<Machine>,
+    /// Devices whose disks come along; the destination opens all others where they are.
+    mirrored: Vec<u32>,
     paused_at: Option<Instant>,
 }
 
@@ -26,6 +28,7 @@ impl MigrationSource {
     pub fn new(machine: Arc<Machine>) -> Self {
         Self {
             machine,
+            mirrored: Vec::new(),
             paused_at: None,
         }
     }
@@ -128,6 +131,7 @@ impl Source for MigrationSource {
                 backend,
             }))
         };
+        self.mirrored = devices.to_vec();
         devices.iter().map(disk).collect()
     }
 
@@ -143,6 +147,8 @@ impl Source for MigrationSource {
     }
 
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError> {
+        // Before anything is sent.
+        self.machine.devices.check_disks_kept(&self.mirrored)?;
         self.machine.release_log()?;
         Ok(self.machine.turn_dirty_log_on()?)
     }
@@ -160,6 +166,8 @@ impl Source for MigrationSource {
     }
 
     fn rehearse(&mut self) -> Result<Rehearsal, PortError> {
+        // A handover has no dirty log.
+        self.machine.devices.check_disks_kept(&self.mirrored)?;
         Ok(self.machine.rehearse_save()?)
     }
 

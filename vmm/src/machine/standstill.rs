@@ -20,8 +20,10 @@ pub struct Standstill<'a> {
 }
 
 impl Machine {
-    /// Lets the guest stand still until the answer is dropped.
+    /// Lets the guest stand still until the answer is dropped. Not if a disk of it would be gone with this process: no
+    /// file of a snapshot has what is on it.
     pub fn stand_still(&self) -> Result<Standstill<'_>, MachineError> {
+        self.devices.check_disks_kept(&[])?;
         // Made first: a pause that fails lets go as well.
         let mut standstill = Standstill {
             machine: self,

@@ -12,6 +12,12 @@ pub enum BackendError {
         /// The disk.
         path: PathBuf,
     },
+    /// Its file has no name any more.
+    #[error("disk {}: expected its file to be there for whoever takes the guest over, but it was removed; only a migration with its content (--with-disks) keeps it", path.display())]
+    Removed {
+        /// Where it was.
+        path: PathBuf,
+    },
     /// Something else than a disk is there.
     #[error("disk {}: expected a file or a block device, got {got}", path.display())]
     NotADisk {
@@ -41,6 +47,16 @@ pub enum BackendError {
         path: PathBuf,
         /// Bytes of a block.
         unit: u64,
+        /// Its size in bytes.
+        got: u64,
+    },
+    /// It has lost its end.
+    #[error("disk {}: expected its {expected} bytes, got {got}: it has shrunk", path.display())]
+    Shrunk {
+        /// The disk.
+        path: PathBuf,
+        /// The size that the guest knows, in bytes.
+        expected: u64,
         /// Its size in bytes.
         got: u64,
     },

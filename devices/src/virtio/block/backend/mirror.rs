@@ -25,10 +25,19 @@ impl Backend {
     /// Ranges of bytes that may hold something, as offset and length; all else is zero.
     pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
         let size = self.size();
-        match self.raw() {
-            Some(file) => data_ranges(file, size).map_err(self.failed("look for holes in it")),
-            None => Ok(vec![(0, size)]),
+        let Some(file) = self.raw() else {
+            return Ok(vec![(0, size)]);
+        };
+        // What is missing at its end would look like a hole, and is none.
+        let got = self.file_size()?;
+        if got < size {
+            return Err(BackendError::Shrunk {
+                path: self.path.clone(),
+                expected: size,
+                got,
+            });
         }
+        data_ranges(file, size).map_err(self.failed("look for holes in it"))
     }
 
     /// Reads what is at byte `offset` of the disk.

@@ -4,6 +4,7 @@ mod error;
 mod mirror;
 mod open;
 mod qcow2;
+mod removed;
 mod scratch;
 
 use std::fs::File;
@@ -112,10 +113,7 @@ impl Backend {
     pub(super) fn measure(&self) -> Result<(), BackendError> {
         let size = match &self.qcow2 {
             Some(image) => image.size(),
-            // A block device's metadata says 0; its end says the truth.
-            None => (&self.file)
-                .seek(SeekFrom::End(0))
-                .map_err(self.failed("find its size"))?,
+            None => self.file_size()?,
         };
         let unit = u64::from(self.block_size());
         if size == 0 || !size.is_multiple_of(unit) {
@@ -128,6 +126,13 @@ impl Backend {
         }
         self.sectors.store(size / SECTOR_SIZE, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// A block device's metadata says 0; its end says the truth.
+    fn file_size(&self) -> Result<u64, BackendError> {
+        (&self.file)
+            .seek(SeekFrom::End(0))
+            .map_err(self.failed("find its size"))
     }
 
     /// Where it is.

@@ -77,6 +77,43 @@ fn what_is_no_disk_is_refused_by_name() {
 }
 
 #[test]
+fn what_a_disk_has_lost_is_no_hole() {
+    let disk = Disk::new();
+    let backend = Backend::open(&disk.path(), Access::default()).unwrap();
+    assert_eq!(backend.allocated().unwrap(), [(0, backend.size())]);
+    File::options()
+        .write(true)
+        .open(disk.path())
+        .unwrap()
+        .set_len(512)
+        .unwrap();
+    let error = backend.allocated().unwrap_err();
+    assert!(matches!(error, BackendError::Shrunk { got: 512, .. }), "{error}");
+}
+
+#[test]
+fn a_file_that_was_removed_is_kept_by_nobody_else() {
+    let disk = Disk::new();
+    let open = |path: &Path| Backend::open(path, Access::default()).unwrap();
+    let backend = open(&disk.path());
+    let other = disk.dir.path().join("other");
+    // Whatever it is called.
+    fs::rename(disk.path(), &other).unwrap();
+    backend.check_kept().unwrap();
+    fs::copy(&other, disk.path()).unwrap();
+    fs::remove_file(&other).unwrap();
+    let error = backend.check_kept().unwrap_err();
+    assert!(
+        matches!(&error, BackendError::Removed { path } if *path == disk.path()),
+        "{error}"
+    );
+    let removed = File::open(disk.path()).unwrap();
+    fs::remove_file(disk.path()).unwrap();
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&removed));
+    open(Path::new(&path)).check_kept().unwrap();
+}
+
+#[test]
 fn locks_belong_to_the_open_disk() {
     let disk = Disk::new();
     let open = |read_only| {
