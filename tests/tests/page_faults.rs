@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Finished, Host, HugePages, Journey, PATIENCE, Process, Tick, Vm};
+use tests::{BareGuest, Event, Finished, Host, HugePages, Journey, PATIENCE, Process, Tick, Vm};
 
 /// So soon a guest is paused though nobody brings the page that it waits for.
 const SOON: Duration = Duration::from_secs(2);
@@ -43,12 +43,20 @@ impl Handler {
 
     /// How many pages it brought. It ends when its machine does.
     fn brought(self) -> Result<u64> {
+        Ok(self.ended()?.0)
+    }
+
+    /// The same, and how many were given up.
+    fn ended(self) -> Result<(u64, u64)> {
         let finished = self.process.finish(PATIENCE)?;
         let said = &finished.expect_code(0)?.stdout;
-        let brought = said
-            .lines()
-            .find_map(|line| line.strip_prefix("brought ")?.split(',').next());
-        Ok(brought.with_context(|| format!("got {said:?}"))?.parse()?)
+        let numbers = |line: &str| {
+            let (brought, given_up) = line.strip_prefix("brought ")?.split_once(", given up ")?;
+            Some((brought.parse().ok()?, given_up.parse().ok()?))
+        };
+        said.lines()
+            .find_map(numbers)
+            .with_context(|| format!("got {said:?}"))
     }
 }
 
@@ -97,6 +105,56 @@ fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
     other.check_running()?;
     other.godwit("stop", &["--force"])?.expect_code(0)?;
     other.wait_success(PATIENCE)?;
+    journey.end()
+}
+
+/// Has the guest's balloon filled up to so many MiB, or emptied; how many pages it has taken back since it was started,
+/// and how many of them were zero.
+fn fill_balloon(vm: &Vm, mib: u64) -> Result<(u64, u64)> {
+    let output = vm.process.stdout();
+    let mark = output.mark();
+    vm.godwit("balloon", &[&format!("{mib}M")])?.expect_code(0)?;
+    output.wait("the balloon to be so large", mark, PATIENCE, |line| {
+        let balloon = Event::named(line, "balloon")?;
+        let number = |name| balloon.number(name).ok();
+        (number("pages")? == mib << 8).then_some((number("taken")?, number("zero")?))
+    })
+}
+
+#[test]
+fn pages_that_were_given_up_do_not_come_back() -> Result<()> {
+    const MIB: u64 = 32;
+    const PAGES: u64 = MIB << 8;
+    let guest = BareGuest { cpus: 1, ..GUEST };
+    let (journey, directory, memory) = in_files(&guest, &["--balloon"])?;
+    let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
+    // The snapshot has something else in them. First they have never come, then they all have.
+    fill_balloon(&journey.vm, MIB)?;
+    let taken = fill_balloon(&journey.vm, 0)?;
+    ensure!(
+        taken == (PAGES, PAGES),
+        "expected {PAGES} pages of zeroes, got {taken:?}"
+    );
+    journey.verify()?;
+    fill_balloon(&journey.vm, MIB)?;
+    journey.verify()?;
+    // A move reads all of memory.
+    journey.hop(&["--verify"])?;
+    let taken = fill_balloon(&journey.vm, 0)?;
+    ensure!(
+        taken == (2 * PAGES, 2 * PAGES),
+        "expected {PAGES} more pages of zeroes, got {taken:?}"
+    );
+    let verified = journey.verify()?;
+    ensure!(
+        verified > 2 * PAGES,
+        "expected all of memory, got {verified} pages"
+    );
+    let (brought, given_up) = handler.ended()?;
+    ensure!(
+        given_up == 2 * PAGES && brought >= 2 * PAGES,
+        "brought {brought} pages, {given_up} were given up"
+    );
     journey.end()
 }
 

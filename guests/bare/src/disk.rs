@@ -1,17 +1,16 @@
-//! A disk on virtio-mmio (virtio 1.2, 4.2 and 5.2), polled: no interrupt is wanted, a request is one page.
+//! A disk (virtio 1.2, 5.2), polled: a request is one page.
 //!
 //! All that the device and this CPU share is atomic; only the pages themselves are plain memory, which belongs to
 //! the device from [`Disk::submit`] until [`Disk::poll`] returns the request.
 
-#![allow(
-    unsafe_code,
-    reason = "memory-mapped registers, and pages that the device reads and writes"
-)]
+#![allow(unsafe_code, reason = "pages that the device reads and writes")]
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use guest_core::{PAGE, Settings, WORDS};
+
+use crate::virtio::{Available, Device, NEXT, Place, Used, WRITE, descriptor};
 
 /// Most requests at a time.
 const SLOTS: usize = Settings::MAX_READS as usize;
@@ -21,42 +20,15 @@ const PARTS: usize = 3;
 const SIZE: usize = (SLOTS * PARTS).next_power_of_two();
 const SECTORS_PER_PAGE: u64 = PAGE / 512;
 
-// Registers (virtio 1.2, 4.2.2).
-const MAGIC: u64 = 0x000;
-const VERSION: u64 = 0x004;
-const DEVICE_ID: u64 = 0x008;
-const DEVICE_FEATURES: u64 = 0x010;
-const DEVICE_FEATURES_SELECT: u64 = 0x014;
-const DRIVER_FEATURES: u64 = 0x020;
-const DRIVER_FEATURES_SELECT: u64 = 0x024;
-const QUEUE_SELECT: u64 = 0x030;
-const QUEUE_SIZE_MAX: u64 = 0x034;
-const QUEUE_SIZE: u64 = 0x038;
-const QUEUE_READY: u64 = 0x044;
-const QUEUE_NOTIFY: u64 = 0x050;
-const STATUS: u64 = 0x070;
-const QUEUE_DESCRIPTORS: u64 = 0x080;
-const QUEUE_AVAILABLE: u64 = 0x090;
-const QUEUE_USED: u64 = 0x0a0;
-const CAPACITY: u64 = 0x100;
-
-const MAGIC_VALUE: u32 = 0x7472_6976;
+/// The kind of device.
 const BLOCK: u32 = 2;
-const ACKNOWLEDGE: u32 = 1;
-const DRIVER: u32 = 2;
-const DRIVER_OK: u32 = 4;
-const FEATURES_OK: u32 = 8;
+/// In the configuration space.
+const CAPACITY: u64 = 0;
 
 const F_RO: u32 = 1 << 5;
 /// Accepted, though nothing here flushes: without it the device writes through.
 const F_FLUSH: u32 = 1 << 9;
-/// Bit 32, in the second half.
-const F_VERSION_1: u32 = 1;
 
-const NEXT: u64 = 1;
-const WRITE: u64 = 2;
-const NO_INTERRUPT: u16 = 1;
-const NO_NOTIFY: u16 = 1;
 /// The status of a request that the device could not carry out.
 pub(crate) const IO_ERROR: u8 = 1;
 /// No device writes this as a status.
@@ -82,13 +54,11 @@ pub(crate) struct Done {
 
 /// A disk that is ready.
 pub(crate) struct Disk {
-    registers: u64,
+    device: Device,
     pub(crate) read_only: bool,
     /// Pages on it.
     pub(crate) pages: u64,
-    /// Requests that were made available and that came back, as the rings count.
-    available: u16,
-    used: u16,
+    place: Place,
 }
 
 /// The header of a request, its status, and what it is about, in a cache line of their own.
@@ -100,21 +70,6 @@ struct Request {
     status: AtomicU8,
 }
 
-#[repr(C, align(64))]
-struct Available {
-    flags: AtomicU16,
-    index: AtomicU16,
-    ring: [AtomicU16; SIZE],
-}
-
-#[repr(C, align(64))]
-struct Used {
-    flags: AtomicU16,
-    index: AtomicU16,
-    /// Number of the chain's first descriptor, bytes written.
-    ring: [[AtomicU32; 2]; SIZE],
-}
-
 /// What is shared with the device.
 #[repr(C, align(4096))]
 struct Queue {
@@ -122,8 +77,8 @@ struct Queue {
     /// Address; length, flags and next.
     descriptors: [[AtomicU64; 2]; SIZE],
     requests: [Request; SLOTS],
-    available: Available,
-    used: Used,
+    available: Available<SIZE>,
+    used: Used<SIZE>,
 }
 
 // SAFETY: all but `pages` is atomic, and these belong to the one `Disk` of this guest or to the device.
@@ -140,69 +95,28 @@ static QUEUE: Queue = Queue {
             status: AtomicU8::new(0),
         }
     }; SLOTS],
-    available: Available {
-        flags: AtomicU16::new(0),
-        index: AtomicU16::new(0),
-        ring: [const { AtomicU16::new(0) }; SIZE],
-    },
-    used: Used {
-        flags: AtomicU16::new(0),
-        index: AtomicU16::new(0),
-        ring: [const { [const { AtomicU32::new(0) }; 2] }; SIZE],
-    },
+    available: Available::new(),
+    used: Used::new(),
 };
 
 impl Disk {
     /// Brings up the first disk among virtio-mmio devices at these addresses. Called once. `None` if there is no
     /// disk, or if it does not agree.
-    pub(crate) fn find(mut addresses: impl Iterator<Item = u64>) -> Option<Self> {
-        let is_disk = |registers: &u64| {
-            let identity = [MAGIC, VERSION, DEVICE_ID].map(|register| read(*registers, register));
-            identity == [MAGIC_VALUE, 2, BLOCK]
-        };
-        Self::bring_up(addresses.find(is_disk)?)
-    }
-
-    fn bring_up(registers: u64) -> Option<Self> {
-        let (get, set) = (
-            |register| read(registers, register),
-            |register, value| write(registers, register, value),
-        );
-        set(STATUS, 0);
-        set(STATUS, ACKNOWLEDGE | DRIVER);
-        set(DEVICE_FEATURES_SELECT, 0);
-        let features = get(DEVICE_FEATURES) & (F_RO | F_FLUSH);
-        for (half, features) in [(0, features), (1, F_VERSION_1)] {
-            set(DRIVER_FEATURES_SELECT, half);
-            set(DRIVER_FEATURES, features);
-        }
-        set(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-        set(QUEUE_SELECT, 0);
-        if get(STATUS) & FEATURES_OK == 0 || get(QUEUE_SIZE_MAX) < SIZE as u32 {
-            return None;
-        }
-        set(QUEUE_SIZE, SIZE as u32);
-        for (register, address) in [
-            (QUEUE_DESCRIPTORS, &raw const QUEUE.descriptors as u64),
-            (QUEUE_AVAILABLE, &raw const QUEUE.available as u64),
-            (QUEUE_USED, &raw const QUEUE.used as u64),
-        ] {
-            set(register, address as u32);
-            set(register + 4, (address >> 32) as u32);
-        }
+    pub(crate) fn find(addresses: impl Iterator<Item = u64>) -> Option<Self> {
+        let device = Device::find(addresses, BLOCK)?;
+        let features = device.negotiate(F_RO | F_FLUSH)?;
         for slot in 0..SLOTS {
             lay_out(slot);
         }
-        QUEUE.available.flags.store(NO_INTERRUPT, Ordering::Release);
-        set(QUEUE_READY, 1);
-        set(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-        let sectors = u64::from(get(CAPACITY + 4)) << 32 | u64::from(get(CAPACITY));
+        let descriptors = &raw const QUEUE.descriptors as u64;
+        device.set_up_queue(0, descriptors, &QUEUE.available, &QUEUE.used)?;
+        device.start();
+        let [low, high] = [CAPACITY, CAPACITY + 4].map(|offset| u64::from(device.config(offset)));
         Some(Self {
-            registers,
+            device,
             read_only: features & F_RO != 0,
-            pages: sectors / SECTORS_PER_PAGE,
-            available: 0,
-            used: 0,
+            pages: (high << 32 | low) / SECTORS_PER_PAGE,
+            place: Place::default(),
         })
     }
 
@@ -225,32 +139,19 @@ impl Disk {
         };
         let (index, head) = (slot * PARTS + 1, (slot * PARTS) as u16);
         QUEUE.descriptors[index][1].store(descriptor(PAGE, flags, index + 1), Ordering::Relaxed);
-        QUEUE.available.ring[usize::from(self.available) % SIZE].store(head, Ordering::Relaxed);
-        self.available = self.available.wrapping_add(1);
+        self.place.submit(&QUEUE.available, head);
     }
 
     /// Shows the device what was submitted, and writes its register unless it is at work anyway.
     pub(crate) fn kick(&self) {
-        if QUEUE.available.index.load(Ordering::Relaxed) == self.available {
-            return;
-        }
-        QUEUE.available.index.store(self.available, Ordering::Release);
-        // Between that and a look at what the device wants to hear (virtio 1.2, 2.7.13.4).
-        fence(Ordering::SeqCst);
-        if QUEUE.used.flags.load(Ordering::Relaxed) & NO_NOTIFY == 0 {
-            write(self.registers, QUEUE_NOTIFY, 0);
-        }
+        self.place.kick(self.device, 0, &QUEUE.available, &QUEUE.used);
     }
 
     /// The next request that came back.
     pub(crate) fn poll(&mut self) -> Option<Done> {
-        if QUEUE.used.index.load(Ordering::Acquire) == self.used {
-            return None;
-        }
-        let [head, _] = &QUEUE.used.ring[usize::from(self.used) % SIZE];
-        self.used = self.used.wrapping_add(1);
+        let head = self.place.poll(&QUEUE.used)?;
         // A device that names no request of ours ends in a panic, which is reported.
-        let slot = head.load(Ordering::Relaxed) as usize / PARTS;
+        let slot = head as usize / PARTS;
         let request = &QUEUE.requests[slot];
         let is_write = request.kind.load(Ordering::Relaxed) == Kind::Write as u32;
         Some(Done {
@@ -279,19 +180,4 @@ fn lay_out(slot: usize) {
         QUEUE.descriptors[index][0].store(address, Ordering::Relaxed);
         QUEUE.descriptors[index][1].store(rest, Ordering::Relaxed);
     }
-}
-
-/// The second half of a descriptor.
-fn descriptor(len: u64, flags: u64, next: usize) -> u64 {
-    len | flags << 32 | (next as u64) << 48
-}
-
-fn write(registers: u64, register: u64, value: u32) {
-    // SAFETY: an aligned register of a device that the command line names, mapped by `boot.s`.
-    unsafe { ((registers + register) as *mut u32).write_volatile(value) };
-}
-
-fn read(registers: u64, register: u64) -> u32 {
-    // SAFETY: as above.
-    unsafe { ((registers + register) as *const u32).read_volatile() }
 }

@@ -4,6 +4,7 @@
 #![no_std]
 #![no_main]
 
+mod balloon;
 mod console;
 mod cpu;
 mod disk;
@@ -13,6 +14,7 @@ mod once;
 mod plan;
 mod reads;
 mod serial;
+mod virtio;
 mod work;
 
 use core::fmt::Write;

@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use guest_core::{Pace, Share, body_intact, check, fill_body, stamp};
 
+use crate::balloon::Balloon;
 use crate::console::Console;
 use crate::cpu;
 use crate::machine::{Machine, page, split};
@@ -50,6 +51,7 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
     worker.fill();
     worker.wait_for(|| plan.all_in(FILLED));
     let mut reads = Reads::begin(plan, &worker);
+    let mut balloon = Balloon::find(plan);
     plan.cpus()
         .iter()
         .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
@@ -58,6 +60,9 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
     let mut console = Console::new(plan);
     worker.run(|worker, now| {
         let next = console.poll(worker, now);
+        if let Some(balloon) = &mut balloon {
+            balloon.turn(worker);
+        }
         let Some(reads) = &mut reads else { return next };
         reads.turn(worker);
         // Polled: there is always something to look for.
@@ -246,6 +251,39 @@ impl Worker {
             }
         }
         self.cpu.verified.store(pages, Ordering::Relaxed);
+    }
+
+    /// Up to `count` pages that are not swept any more, nor verified: the last ones.
+    pub(crate) fn give_up(&mut self, count: u64) -> Share {
+        let count = count.min(self.rest.count);
+        self.rest.count -= count;
+        self.given_up(count)
+    }
+
+    /// Of those that were given up the `count` that come first.
+    pub(crate) fn given_up(&self, count: u64) -> Share {
+        Share {
+            first: self.rest.first + self.rest.count,
+            count,
+        }
+    }
+
+    /// Stamps them again. Returns how many of them were zero.
+    pub(crate) fn take_back(&mut self, share: Share) -> u64 {
+        let mut zero = 0;
+        for number in share.first..share.first + share.count {
+            // SAFETY: the page is in this CPU's share.
+            let Some(words) = (unsafe { page(&self.plan.machine.ranges, number) }) else {
+                continue;
+            };
+            zero += u64::from(words.iter().all(|word| *word == 0));
+            let (head, body) = split(words);
+            *head = stamp(number, 0);
+            fill_body(number, body);
+        }
+        self.rest.count += share.count;
+        self.cpu.look();
+        zero
     }
 
     /// Counts an error, and prints it if there were not too many.

@@ -1,0 +1,124 @@
+//! A balloon (virtio 1.2, 5.5), polled: memory outside the working set that the host wants is given up, and taken back
+//! when the host wants less.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use guest_core::{PAGE, Share};
+
+use crate::plan::{Plan, say};
+use crate::virtio::{Available, Device, Place, Used, descriptor};
+use crate::work::Worker;
+
+/// The kind of device.
+const BALLOON: u32 = 5;
+// In the configuration space, in pages: what the host wants, and what it has.
+const TARGET: u64 = 0;
+const ACTUAL: u64 = 4;
+const INFLATE: usize = 0;
+const DEFLATE: usize = 1;
+/// Most pages in one request, as Linux has it.
+const MOST: u64 = 256;
+/// Requests come one after the other.
+const SIZE: usize = 1;
+
+/// What is shared with the device.
+#[repr(C, align(4096))]
+struct Queue {
+    /// The pages that a request is about: their addresses in pages.
+    numbers: [AtomicU32; MOST as usize],
+    descriptors: [[AtomicU64; 2]; SIZE],
+    available: Available<SIZE>,
+    used: Used<SIZE>,
+}
+
+static QUEUES: [Queue; 2] = [const {
+    Queue {
+        numbers: [const { AtomicU32::new(0) }; MOST as usize],
+        descriptors: [const { [const { AtomicU64::new(0) }; 2] }; SIZE],
+        available: Available::new(),
+        used: Used::new(),
+    }
+}; 2];
+
+/// A balloon that is ready.
+pub(crate) struct Balloon {
+    plan: &'static Plan,
+    device: Device,
+    places: [Place; 2],
+    /// Pages in it.
+    held: u64,
+    /// Of those that were taken back: how many, and how many of them were zero.
+    taken: u64,
+    zero: u64,
+}
+
+impl Balloon {
+    /// Brings up the machine's balloon, if it has one.
+    pub(crate) fn find(plan: &'static Plan) -> Option<Self> {
+        let device = Device::find(plan.machine.virtio_devices(), BALLOON)?;
+        device.negotiate(0)?;
+        for (index, queue) in (0..).zip(&QUEUES) {
+            let descriptors = &raw const queue.descriptors as u64;
+            device.set_up_queue(index, descriptors, &queue.available, &queue.used)?;
+        }
+        device.start();
+        Some(Self {
+            plan,
+            device,
+            places: Default::default(),
+            held: 0,
+            taken: 0,
+            zero: 0,
+        })
+    }
+
+    /// Goes a step towards what the host wants.
+    pub(crate) fn turn(&mut self, worker: &mut Worker) {
+        let target = u64::from(self.device.config(TARGET));
+        if target > self.held {
+            let share = worker.give_up(MOST.min(target - self.held));
+            if share.count == 0 {
+                return;
+            }
+            self.request(INFLATE, share, worker);
+            self.held += share.count;
+        } else if target < self.held {
+            // The device hears of it before a page is touched.
+            let share = worker.given_up(MOST.min(self.held - target));
+            self.request(DEFLATE, share, worker);
+            self.zero += worker.take_back(share);
+            self.taken += share.count;
+            self.held -= share.count;
+        } else {
+            return;
+        }
+        self.device.set_config(ACTUAL, self.held as u32);
+        if self.held == target {
+            let Self {
+                held, taken, zero, ..
+            } = self;
+            say(
+                worker.cpu,
+                format_args!("balloon pages={held} taken={taken} zero={zero}"),
+            );
+        }
+    }
+
+    /// Tells the device about pages, and waits until it has heard.
+    fn request(&mut self, index: usize, share: Share, worker: &Worker) {
+        let (queue, place) = (&QUEUES[index], &mut self.places[index]);
+        let pages = share.first..share.first + share.count;
+        for (number, page) in queue.numbers.iter().zip(pages) {
+            let address = self.plan.machine.ranges.address(page).unwrap_or(0);
+            number.store((address / PAGE) as u32, Ordering::Relaxed);
+        }
+        let [address, rest] = &queue.descriptors[0];
+        address.store(&raw const queue.numbers as u64, Ordering::Relaxed);
+        rest.store(descriptor(4 * share.count, 0, 0), Ordering::Relaxed);
+        place.submit(&queue.available, 0);
+        place.kick(self.device, index as u32, &queue.available, &queue.used);
+        while place.poll(&queue.used).is_none() {
+            worker.cpu.look();
+        }
+    }
+}
