@@ -20,6 +20,7 @@ mod stock;
 mod terminal;
 mod tiny;
 mod vsock;
+mod wait;
 
 pub use disk_work::DiskWork;
 pub use fixtures::{Fixtures, count, memory};
@@ -38,6 +39,7 @@ pub use stock::{GUEST, StockGuest, TAP};
 pub use terminal::Terminal;
 pub use tiny::TinyGuest;
 pub use vsock::{ECHO_PORT, Echo};
+pub use wait::wait_until;
 
 use std::time::Duration;
 

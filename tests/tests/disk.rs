@@ -2,13 +2,11 @@
 
 use std::fs;
 use std::path::Path;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
-use tests::{BareGuest, Host, Journey, PATIENCE, count};
+use tests::{BareGuest, Host, Journey, PATIENCE, count, wait_until};
 
 const DISK_BYTES: u64 = 64 << 20;
 /// Reads after each move: the disk is read once in the mean.
@@ -65,16 +63,6 @@ fn with_a_disk_here() -> Result<(Journey, std::path::PathBuf, std::path::PathBuf
 fn entries(folder: &Path) -> Result<Vec<String>> {
     let name = |entry: std::io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
     fs::read_dir(folder)?.map(name).collect()
-}
-
-/// Waits until something holds; nothing tells when.
-fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
-    while !holds()? {
-        ensure!(Instant::now() < until, "waited for {what}");
-        sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Event, Finished, Host, HugePages, Journey, PATIENCE, Process, Tick, Vm};
+use tests::{BareGuest, Event, Finished, Host, HugePages, Journey, PATIENCE, Process, Tick, Vm, wait_until};
 
 /// So soon a guest is paused though nobody brings the page that it waits for.
 const SOON: Duration = Duration::from_secs(2);
@@ -194,7 +194,7 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     handler.process.signal(Signal::STOP)?;
-    wait_silent(&journey.vm)?;
+    wait_stuck(&journey.vm)?;
     let begin = Instant::now();
     let paused = journey.vm.godwit("pause", &[])?;
     // A signal does not end every wait for a page: where KVM itself reads the guest's memory it has to be brought.
@@ -219,17 +219,28 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
     journey.end()
 }
 
-/// Until the guest says nothing any more: its vCPUs wait for pages.
-fn wait_silent(vm: &Vm) -> Result<()> {
-    let begin = Instant::now();
-    while begin.elapsed() < PATIENCE {
-        let mark = vm.process.stdout().mark();
-        std::thread::sleep(Duration::from_millis(500));
-        if vm.process.stdout().mark() == mark {
-            return Ok(());
+/// Until as many wait for a page as the guest has vCPUs.
+fn wait_stuck(vm: &Vm) -> Result<()> {
+    wait_until("the vCPUs to need pages", || {
+        Ok(waiting(&vm.process)? >= u64::from(GUEST.cpus))
+    })
+}
+
+/// How many wait for a page of that machine, as the kernel counts them.
+fn waiting(machine: &Process) -> Result<u64> {
+    let folder = PathBuf::from(format!("/proc/{}", machine.id()));
+    for entry in std::fs::read_dir(folder.join("fd"))? {
+        let entry = entry?;
+        // Others are closed meanwhile.
+        let target = std::fs::read_link(entry.path()).unwrap_or_default();
+        if target != Path::new("anon_inode:[userfaultfd]") {
+            continue;
         }
+        let text = std::fs::read_to_string(folder.join("fdinfo").join(entry.file_name()))?;
+        let total = text.lines().find_map(|line| line.strip_prefix("total:"));
+        return Ok(total.with_context(|| format!("got {text:?}"))?.trim().parse()?);
     }
-    anyhow::bail!("the guest needs no page any more")
+    Ok(0)
 }
 
 /// A VM that ends by itself, with an error about its handler, and leaves nothing.
@@ -259,7 +270,7 @@ fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
     check_end(&host, vm)?;
     let (handler, vm) = start("second")?;
     handler.process.signal(Signal::STOP)?;
-    wait_silent(&vm)?;
+    wait_stuck(&vm)?;
     handler.process.signal(Signal::KILL)?;
     let said = check_end(&host, vm)?.stdout;
     ensure!(
@@ -271,7 +282,9 @@ fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
     handler.process.signal(Signal::STOP)?;
     let snapshot = host.path("never").display().to_string();
     let waiting = Process::spawn(host.command(["snapshot", &vm.name, &snapshot]))?;
-    std::thread::sleep(Duration::from_millis(500));
+    wait_until("the snapshot to begin", || {
+        Ok(vm.status()?["snapshot"].is_object())
+    })?;
     handler.process.signal(Signal::KILL)?;
     check_end(&host, vm)?;
     waiting.finish(PATIENCE)?.expect_code(1)?;
@@ -299,7 +312,7 @@ fn a_handler_that_never_answers() -> Result<()> {
         ]);
         command.arg(&directory);
         let vm = Process::spawn(command)?;
-        std::thread::sleep(Duration::from_millis(500));
+        wait_until("the machine to need a page", || Ok(waiting(&vm)? > 0))?;
         if signal == Signal::KILL {
             handler.process.signal(signal)?;
             let finished = vm.finish(PATIENCE)?;
