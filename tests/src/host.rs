@@ -119,6 +119,11 @@ impl Host {
     ) -> Result<(Vm, String)> {
         let mut command = self.command(["receive", "--name", name, "--listen", listen]);
         command.args(arguments);
+        self.start_receiver(name, command)
+    }
+
+    /// The same with a command that is ready to run.
+    pub fn start_receiver(&self, name: &str, command: Command) -> Result<(Vm, String)> {
         let vm = self.start(name, command)?;
         let prefix = format!("godwit: {name} is listening on ");
         let listens = |line: &str| line.strip_prefix(&prefix).map(str::to_owned);
@@ -172,7 +177,8 @@ impl Host {
         Ok(vm)
     }
 
-    fn start(&self, name: &str, command: Command) -> Result<Vm> {
+    /// Starts a command that is ready to run, and is to have a VM of this name.
+    pub fn start(&self, name: &str, command: Command) -> Result<Vm> {
         Ok(Vm {
             name: name.into(),
             process: Process::spawn(command)?,

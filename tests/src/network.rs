@@ -30,11 +30,35 @@ impl Network {
         ip("link add name bridge up type bridge")?;
         ip("address add 10.9.0.1/24 dev bridge")?;
         for tap in ["tap0", "tap1"] {
-            ip(&format!("tuntap add dev {tap} mode tap"))?;
-            ip(&format!("link set dev {tap} master bridge"))?;
-            ip(&format!("link set dev {tap} up"))?;
+            add_tap(tap, "mode tap")?;
         }
         Ok(Self { _holder: holder })
+    }
+
+    /// Adds a tap that may have several queues.
+    pub fn add_tap_of_many(&self, tap: &str) -> Result<()> {
+        add_tap(tap, "mode tap multi_queue")
+    }
+
+    /// How many queues of such a tap take part: the network card's driver has asked for so many.
+    pub fn active_queues(&self, tap: &str) -> Result<usize> {
+        let shown = ip(&format!("-details link show dev {tap}"))?;
+        let mut words = shown.split_whitespace();
+        let count = words.find(|word| *word == "numqueues").and(words.next());
+        let count = count.with_context(|| format!("{tap} does not say how many queues it has: {shown}"))?;
+        Ok(count.parse()?)
+    }
+
+    /// Packets that were put in each of the first `count` queues of such a tap.
+    pub fn packets_by_queue(&self, tap: &str, count: usize) -> Result<Vec<u64>> {
+        let shown = tool("tc", &format!("-statistics qdisc show dev {tap}"))?;
+        let packets = |number: usize| {
+            let (_, queue) = shown.split_once(&format!(" parent :{number} "))?;
+            let (_, sent) = queue.split_once("Sent ")?;
+            sent.split_whitespace().nth(2)?.parse().ok()
+        };
+        let counts: Option<_> = (1..=count).map(packets).collect();
+        counts.with_context(|| format!("{tap} has no {count} queues: {shown}"))
     }
 
     /// Waits until the bridge forwards to a tap: it takes up to a second to see that a receiver has it open.
@@ -47,14 +71,26 @@ impl Network {
     }
 }
 
-/// Runs `ip` in this thread's network; what it prints.
+fn add_tap(tap: &str, kind: &str) -> Result<()> {
+    ip(&format!("tuntap add dev {tap} {kind}"))?;
+    ip(&format!("link set dev {tap} master bridge"))?;
+    ip(&format!("link set dev {tap} up")).map(drop)
+}
+
 fn ip(words: &str) -> Result<String> {
-    let mut command = Command::new("ip");
+    tool("ip", words)
+}
+
+/// Runs a program in this thread's network; what it prints.
+fn tool(program: &str, words: &str) -> Result<String> {
+    let mut command = Command::new(program);
     command.args(words.split(' '));
     // Not everybody has it in the path.
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
     let finished = Process::run(command, PATIENCE)?;
-    finished.expect_code(0).with_context(|| format!("ip {words}"))?;
+    finished
+        .expect_code(0)
+        .with_context(|| format!("{program} {words}"))?;
     Ok(finished.stdout)
 }

@@ -1,5 +1,7 @@
 //! A Linux guest that comes up on every host, one that interprets kernel code included.
 
+use std::process::Command;
+
 use anyhow::{Result, ensure};
 
 use crate::{Event, Host, Journey, PATIENCE};
@@ -67,9 +69,20 @@ impl TinyGuest<'_> {
 
     /// Boots it and waits until it works.
     pub fn start(&self, host: Host, more: &[&str]) -> Result<Journey> {
-        let options = self.options(&host);
-        let arguments = options.iter().map(String::as_str).chain(more.iter().copied());
-        let vm = host.run("vm-0", arguments)?;
+        self.start_with(host, more, |_| ())
+    }
+
+    /// The same with a last hand on the command that runs it.
+    pub fn start_with(
+        &self,
+        host: Host,
+        more: &[&str],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<Journey> {
+        let mut command = host.command(["run", "--name", "vm-0"]);
+        command.args(self.options(&host)).args(more);
+        prepare(&mut command);
+        let vm = host.start("vm-0", command)?;
         let ready = vm
             .process
             .stdout()

@@ -1,10 +1,13 @@
 //! A guest's network on the machine's own KVM: what is lost in a move.
 
+use std::io::{self, ErrorKind};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tests::saved::{ADDRESS, Backends, tiny_guest};
-use tests::{Host, Network, Pings};
+use tests::{Event, Host, Network, PATIENCE, Pings, TapQueues, TinyGuest, Vm};
 
 /// Where kernel code is interpreted, an answer takes the guest some milliseconds.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -12,6 +15,10 @@ const INTERVAL: Duration = Duration::from_millis(10);
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
 /// Pings that may be lost besides those of the downtime: on their way when the guest stops, and one that is late.
 const AROUND: f64 = 3.0;
+/// Pairs of queues of a card that has several.
+const PAIRS: usize = 2;
+/// Flows that are spread over them by chance: that one gets none happens once in 2³¹ times.
+const FLOWS: u16 = 32;
 
 #[test]
 fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
@@ -42,4 +49,82 @@ fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
         );
     }
     journey.end()
+}
+
+#[test]
+fn a_card_with_several_queues_moves() -> Result<()> {
+    let network = Network::enter()?;
+    let host = Host::new()?;
+    for tap in ["many0", "many1"] {
+        network.add_tap_of_many(tap)?;
+    }
+    let listener = TcpListener::bind("10.9.0.1:7")?;
+    thread::spawn(move || echo(&listener));
+
+    let guest = TinyGuest {
+        rate: "1M",
+        words: "godwit.address=10.9.0.2/24 godwit.echo=10.9.0.1:7",
+        ..Default::default()
+    };
+    let queues = TapQueues::open("many0", PAIRS)?;
+    let net = format!("fd={}", queues.list());
+    let mut journey = guest.start_with(host.clone(), &["--net", &net], |command| queues.leave_to(command))?;
+    check_all_queues(&network, "many0", &journey.vm)?;
+
+    let queues = TapQueues::open("many1", PAIRS)?;
+    let name = host.free_name();
+    let mut command = host.command(["receive", "--name", &name, "--listen", "tcp:127.0.0.1:0"]);
+    command.args(["--net", &format!("net0=fd:{}", queues.list())]);
+    queues.leave_to(&mut command);
+    let (receiver, endpoint) = host.start_receiver(&name, command)?;
+    network.wait_until_forwarding("many1")?;
+    journey.hop_to(receiver, &endpoint, &ANY_DOWNTIME)?;
+    check_all_queues(&network, "many1", &journey.vm).context("after a move to descriptors")?;
+
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--net", "net0=many0"])?;
+    network.wait_until_forwarding("many0")?;
+    journey.hop_to(receiver, &endpoint, &ANY_DOWNTIME)?;
+    check_all_queues(&network, "many0", &journey.vm).context("after a move to a name")?;
+    journey.end()
+}
+
+/// Sends everything back.
+fn echo(listener: &TcpListener) {
+    for stream in listener.incoming().flatten() {
+        // The guest tells what it misses.
+        let _ = io::copy(&mut &stream, &mut &stream);
+    }
+}
+
+/// The guest's stream goes on, its driver has asked for all queues, and packets go through each of them and are answered.
+fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
+    let streamed = |from| {
+        let output = vm.process.stdout();
+        output.wait("the stream to go on", output.mark(), PATIENCE, |line| {
+            let streamed = Event::named(line, "tick")?.number("streamed").ok()?;
+            (streamed > from).then_some(streamed)
+        })
+    };
+    streamed(streamed(0)?)?;
+    let active = network.active_queues(tap)?;
+    ensure!(active == PAIRS, "{active} of {PAIRS} queues of {tap} take part");
+    let before = network.packets_by_queue(tap, PAIRS)?;
+    for port in 1..=FLOWS {
+        // Nobody listens: the guest's kernel says so.
+        let answer = TcpStream::connect_timeout(&(ADDRESS, port).into(), PATIENCE);
+        let error = answer
+            .err()
+            .with_context(|| format!("somebody listens on port {port}"))?;
+        ensure!(
+            error.kind() == ErrorKind::ConnectionRefused,
+            "port {port}: {error}"
+        );
+    }
+    let after = network.packets_by_queue(tap, PAIRS)?;
+    println!("{tap}: packets by queue {before:?}, {after:?} after {FLOWS} flows");
+    ensure!(
+        before.iter().zip(&after).all(|(before, after)| before < after),
+        "no packets in one of the queues of {tap}: {before:?}, {after:?} after {FLOWS} flows"
+    );
+    Ok(())
 }
