@@ -9,8 +9,9 @@ use anyhow::{Context, Result, ensure};
 use tests::saved::{ADDRESS, Backends, tiny_guest};
 use tests::{Event, Host, Network, PATIENCE, Pings, TapQueues, TinyGuest, Vm};
 
-/// Where kernel code is interpreted, an answer takes the guest some milliseconds. Measured without any move: of pings at
-/// 1 ms two thirds are lost; of those at 5 ms some are once another program keeps a CPU busy; of those at 10 ms, none.
+/// Where kernel code is interpreted, an answer takes the guest some milliseconds. Measured without any move: of pings
+/// at 1 ms two thirds are lost; of those at 5 ms some are once another program keeps a CPU busy; of those at 10 ms,
+/// none.
 const INTERVAL: Duration = Duration::from_millis(10);
 /// However busy the machine is.
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
@@ -97,7 +98,7 @@ fn echo(listener: &TcpListener) {
     }
 }
 
-/// The guest's stream goes on, its driver has asked for all queues, and packets go through each of them and are answered.
+/// The guest's stream goes on, its driver has asked for all queues, and packets through each of them are answered.
 fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
     let streamed = |from| {
         let output = vm.process.stdout();
