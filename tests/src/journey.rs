@@ -31,20 +31,23 @@ pub struct BareGuest<'a> {
 
 impl Default for BareGuest<'_> {
     fn default() -> Self {
-        Self {
-            memory_mib: 64,
-            cpus: 1,
-            workset: "16M",
-            rate: "10M",
-            fill: true,
-            reads: 0,
-            writes: false,
-            io_errors: false,
-        }
+        Self::DEFAULT
     }
 }
 
 impl BareGuest<'_> {
+    /// The default, for constants.
+    pub const DEFAULT: Self = Self {
+        memory_mib: 64,
+        cpus: 1,
+        workset: "16M",
+        rate: "10M",
+        fill: true,
+        reads: 0,
+        writes: false,
+        io_errors: false,
+    };
+
     /// The options of `godwit run` for it.
     pub fn options(&self, host: &Host) -> Result<Vec<String>> {
         let tsc_khz = host.fixtures().probe()?["tsc_khz"]

@@ -20,6 +20,7 @@ mod stock;
 mod tap_queues;
 mod terminal;
 mod tiny;
+mod tool;
 mod vsock;
 mod wait;
 

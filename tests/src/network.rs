@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::process::Command;
-use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::{PATIENCE, Process};
+use crate::tool::tool;
+use crate::{PATIENCE, Process, wait_until};
 
 /// The network that the thread which made it is in, with the taps `tap0` and `tap1`; it ends with the process.
 pub struct Network {
@@ -51,7 +51,7 @@ impl Network {
 
     /// Packets that were put in each of the first `count` queues of such a tap.
     pub fn packets_by_queue(&self, tap: &str, count: usize) -> Result<Vec<u64>> {
-        let shown = tool("tc", &format!("-statistics qdisc show dev {tap}"))?;
+        let shown = tool("tc", ["-statistics", "qdisc", "show", "dev", tap])?;
         let packets = |number: usize| {
             let (_, queue) = shown.split_once(&format!(" parent :{number} "))?;
             let (_, sent) = queue.split_once("Sent ")?;
@@ -63,11 +63,9 @@ impl Network {
 
     /// Waits until the bridge forwards to a tap: it takes up to a second to see that a receiver has it open.
     pub fn wait_until_forwarding(&self, tap: &str) -> Result<()> {
-        let begin = Instant::now();
-        while !ip(&format!("-details link show dev {tap}"))?.contains("state forwarding") {
-            ensure!(begin.elapsed() < PATIENCE, "the bridge forwards nothing to {tap}");
-        }
-        Ok(())
+        wait_until(&format!("the bridge to forward to {tap}"), || {
+            Ok(ip(&format!("-details link show dev {tap}"))?.contains("state forwarding"))
+        })
     }
 }
 
@@ -78,19 +76,5 @@ fn add_tap(tap: &str, kind: &str) -> Result<()> {
 }
 
 fn ip(words: &str) -> Result<String> {
-    tool("ip", words)
-}
-
-/// Runs a program in this thread's network; what it prints.
-fn tool(program: &str, words: &str) -> Result<String> {
-    let mut command = Command::new(program);
-    command.args(words.split(' '));
-    // Not everybody has it in the path.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    let finished = Process::run(command, PATIENCE)?;
-    finished
-        .expect_code(0)
-        .with_context(|| format!("{program} {words}"))?;
-    Ok(finished.stdout)
+    tool("ip", words.split(' '))
 }

@@ -1,17 +1,16 @@
 //! A file system of a test's own, which is soon full, and a block device on it.
 #![allow(unsafe_code)] // A thread leaves the mounts of the others.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::{PATIENCE, Process};
+use crate::tool::tool;
 
 /// A file system in memory that only the thread which made it sees, and what that starts. It ends with them at the
 /// latest.
@@ -55,7 +54,10 @@ pub struct LoopDevice {
 impl LoopDevice {
     /// One on that file.
     pub fn of(file: &Path) -> Result<Self> {
-        let shown = losetup(&["--find".as_ref(), "--show".as_ref(), file.as_os_str()])?;
+        let shown = tool(
+            "losetup",
+            ["--find".as_ref(), "--show".as_ref(), file.as_os_str()],
+        )?;
         let device = Self {
             path: shown.trim_end().into(),
         };
@@ -80,21 +82,9 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         let merges = self.set_merges("0").map_err(Into::into);
         // Whoever has it open keeps it until then.
-        let detached = losetup(&["--detach".as_ref(), self.path.as_os_str()]);
+        let detached = tool("losetup", ["--detach".as_ref(), self.path.as_os_str()]);
         if let Err(error) = merges.and(detached) {
             eprintln!("{}: cannot be given back: {error}", self.path.display());
         }
     }
-}
-
-/// Runs `losetup`; what it prints.
-fn losetup(words: &[&OsStr]) -> Result<String> {
-    let mut command = Command::new("losetup");
-    command.args(words);
-    // Not everybody has it in the path.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    let finished = Process::run(command, PATIENCE)?;
-    finished.expect_code(0).context("losetup")?;
-    Ok(finished.stdout)
 }

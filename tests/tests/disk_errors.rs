@@ -17,14 +17,9 @@ const FAILURES: u64 = 100;
 const ANY_PORT: &str = "tcp:127.0.0.1:0";
 
 const READER: BareGuest = BareGuest {
-    memory_mib: 64,
-    cpus: 1,
-    workset: "16M",
-    rate: "10M",
-    fill: true,
     reads: 32,
-    writes: false,
     io_errors: true,
+    ..BareGuest::DEFAULT
 };
 const WRITER: BareGuest = BareGuest {
     writes: true,

@@ -8,14 +8,10 @@ use tests::{BareGuest, Host, HugePages, Journey, Vm};
 #[test]
 fn huge_pages_move_and_are_put_in_files() -> Result<()> {
     let guest = BareGuest {
-        memory_mib: 64,
         cpus: 2,
         workset: "32M",
         rate: "50M",
-        fill: true,
-        reads: 0,
-        writes: false,
-        io_errors: false,
+        ..Default::default()
     };
     // Enough for the guest on both sides of a move.
     let pages = HugePages::set_aside(128)?;

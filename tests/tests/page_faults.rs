@@ -16,10 +16,7 @@ const GUEST: BareGuest = BareGuest {
     cpus: 2,
     workset: "32M",
     rate: "50M",
-    fill: true,
-    reads: 0,
-    writes: false,
-    io_errors: false,
+    ..BareGuest::DEFAULT
 };
 
 /// A handler that listens, and where.

@@ -1,0 +1,21 @@
+//! Programs of the system.
+
+use std::ffi::OsStr;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::{PATIENCE, Process};
+
+/// Runs one in this thread's network and mounts, to its end, which must be a good one; what it prints.
+pub(crate) fn tool<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(words);
+    // Not everybody has it in the path.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    let shown = format!("{command:?}");
+    let finished = Process::run(command, PATIENCE)?;
+    finished.expect_code(0).context(shown)?;
+    Ok(finished.stdout)
+}
