@@ -1,4 +1,5 @@
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use super::*;
@@ -9,16 +10,17 @@ const READ_ONLY: Access = Access {
     format: Format::Raw,
 };
 
+/// Leaves nothing but its first sector.
+fn shrink(disk: &Disk) {
+    let file = File::options().write(true).open(disk.path()).unwrap();
+    file.set_len(512).unwrap();
+}
+
 #[test]
 fn a_disk_that_shrinks_is_an_error_for_the_guest() {
     with_both(|disk| {
         let mut driver = disk.driver();
-        File::options()
-            .write(true)
-            .open(disk.path())
-            .unwrap()
-            .set_len(512)
-            .unwrap();
+        shrink(disk);
         assert_eq!(request(&mut driver, IN, 10, &[writes(BUFFER, 512)]), (IOERR, 1));
     });
 }
@@ -81,12 +83,7 @@ fn what_a_disk_has_lost_is_no_hole() {
     let disk = Disk::new();
     let backend = Backend::open(&disk.path(), Access::default()).unwrap();
     assert_eq!(backend.allocated().unwrap(), [(0, backend.size())]);
-    File::options()
-        .write(true)
-        .open(disk.path())
-        .unwrap()
-        .set_len(512)
-        .unwrap();
+    shrink(&disk);
     let error = backend.allocated().unwrap_err();
     assert!(matches!(error, BackendError::Shrunk { got: 512, .. }), "{error}");
 }
@@ -109,7 +106,7 @@ fn a_file_that_was_removed_is_kept_by_nobody_else() {
     );
     let removed = File::open(disk.path()).unwrap();
     fs::remove_file(disk.path()).unwrap();
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&removed));
+    let path = format!("/proc/self/fd/{}", removed.as_raw_fd());
     open(Path::new(&path)).check_kept().unwrap();
 }
 
