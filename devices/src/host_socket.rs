@@ -5,13 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use named_socket::{NamedListener, NamedListenerError};
 use rustix::event::epoll::EventFlags;
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 
-use crate::named_listener::{NamedListener, NamedListenerError};
 use crate::watch::Watch;
-
-/// The longest path of a socket in bytes: what `sockaddr_un` has, less its end.
-pub(crate) const PATH_MAX: usize = 108 - 1;
 
 /// A socket that is in the file system from [`HostSocket::listen`] to [`HostSocket::close`]. Its calls may come from
 /// any thread.
@@ -65,8 +63,18 @@ impl HostSocket {
             return Err(HostSocketError::Length { path, most, got });
         }
         let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        if folder.is_some_and(|folder| !folder.is_dir()) {
+        let folder = folder.unwrap_or(Path::new("."));
+        if !folder.is_dir() {
             return Err(HostSocketError::NoFolder { path: path.into() });
+        }
+        // It will be made when the guest is ours, and no sooner: then it is too late to find out that it cannot be.
+        let writable = Access::WRITE_OK | Access::EXEC_OK;
+        if let Err(errno) = accessat(CWD, folder, writable, AtFlags::EACCESS) {
+            return Err(HostSocketError::Io {
+                path: path.into(),
+                what: "make a socket in its folder",
+                source: errno.into(),
+            });
         }
         NamedListener::check_kind(path)?;
         Ok(Self {

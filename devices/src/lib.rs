@@ -14,7 +14,6 @@ mod exit;
 mod host_socket;
 mod limited;
 mod metrics;
-mod named_listener;
 mod rate;
 mod timer;
 mod watch;
@@ -22,7 +21,6 @@ mod watch;
 pub use exit::{ExitEvent, GuestExit};
 pub use host_socket::HostSocketError;
 pub use metrics::{Counter, Counters};
-pub use named_listener::{NamedListener, NamedListenerError};
 pub use rate::{Bucket, BucketError, Limits};
 
 /// Guest RAM with a bitmap of the pages that devices wrote.

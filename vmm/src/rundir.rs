@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use devices::{NamedListener, NamedListenerError};
+use named_socket::{NamedListener, NamedListenerError};
 use thiserror::Error;
 
 const SUFFIX: &str = "sock";
@@ -28,8 +28,8 @@ pub enum RundirError {
     InUse { path: PathBuf },
     #[error("API socket {path}: expected a free path or a stale socket, got something else")]
     NotASocket { path: PathBuf },
-    #[error("API socket {path}")]
-    Socket { path: PathBuf, source: io::Error },
+    #[error("API socket")]
+    Socket(#[source] NamedListenerError),
     #[error("no VM {name:?}: {path} is not there; `godwit ps` lists the running ones")]
     NoSuchVm { name: String, path: PathBuf },
 }
@@ -52,7 +52,7 @@ impl ApiSocket {
         let bound = NamedListener::bind(path).map_err(|error| match error {
             NamedListenerError::InUse { path } => RundirError::InUse { path },
             NamedListenerError::NotASocket { path } => RundirError::NotASocket { path },
-            NamedListenerError::Io { path, source } => RundirError::Socket { path, source },
+            other => RundirError::Socket(other),
         });
         bound.map(Self)
     }

@@ -10,7 +10,7 @@ use rustix::event::epoll::EventFlags;
 
 use super::parameters::{Parameters, ParametersError};
 use crate::HostSocketError;
-use crate::host_socket::{HostSocket, PATH_MAX};
+use crate::host_socket::HostSocket;
 use crate::virtio::{HostBackend, HostError};
 use crate::watch::Watch;
 
@@ -65,10 +65,11 @@ impl Backend {
         let mut paths = BTreeSet::new();
         let mut sockets = Vec::with_capacity(ports.len());
         for (name, path) in ports {
-            let socket = HostSocket::at(path, PATH_MAX).map_err(|source| BackendError::Socket {
-                name: name.clone(),
-                source,
-            })?;
+            let socket =
+                HostSocket::at(path, named_socket::PATH_MAX).map_err(|source| BackendError::Socket {
+                    name: name.clone(),
+                    source,
+                })?;
             if !paths.insert(path) {
                 let (name, path) = (name.clone(), path.clone());
                 return Err(BackendError::Shared { name, path });

@@ -8,17 +8,17 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use named_socket::connect_now;
 use rustix::event::epoll::EventFlags;
 
 use super::packet::{PORT_ANY, Ports};
-use crate::host_socket::{self, HostSocket, HostSocketError};
-use crate::named_listener::connect_now;
+use crate::host_socket::{HostSocket, HostSocketError};
 use crate::timer::Timer;
 use crate::virtio::{HostBackend, HostError};
 use crate::watch::Watch;
 
 /// Most bytes of the socket's path: those of the guest's connections end in `_4294967295`.
-const PATH_MAX: usize = host_socket::PATH_MAX - 11;
+const PATH_MAX: usize = named_socket::PATH_MAX - 11;
 
 /// The host's side of a device. Opening it puts no socket in the file system: that belongs to whoever runs the
 /// guest, and comes and goes with the locks ([`HostBackend`]).

@@ -9,7 +9,9 @@ use super::super::{BackendError, ConsoleState, INPUT_LIMIT, Parameters, PortStat
 use super::rig::*;
 use crate::virtio::mmio::TransportError;
 use crate::virtio::{HostBackend, VirtioDevice};
-use crate::{HostSocketError, NamedListenerError};
+use named_socket::NamedListenerError;
+
+use crate::HostSocketError;
 
 /// The machine on another host, which runs it.
 pub(super) fn moved(rig: &Rig, saved: Envelope) -> Rig {

@@ -12,7 +12,9 @@ use super::rig::*;
 use crate::rate::Limits;
 use crate::virtio::HostBackend;
 use crate::virtio::mmio::TransportError;
-use crate::{HostSocketError, NamedListenerError};
+use named_socket::NamedListenerError;
+
+use crate::HostSocketError;
 
 /// The machine on another host, which runs it.
 fn moved(rig: &Rig, saved: Envelope) -> Rig {
