@@ -15,7 +15,7 @@ pub(super) const BUFFER_SIZE: usize = 64 << 10;
 /// So much room must have come back before the guest is told without asking.
 const WORTH_TELLING: u32 = BUFFER_SIZE as u32 / 2;
 /// For an answer that the guest owes: to a request, or to the news that the host's program has closed.
-const ANSWER_TIME: Duration = Duration::from_secs(8);
+pub(super) const ANSWER_TIME: Duration = Duration::from_secs(8);
 
 /// A connection.
 #[derive(Debug)]
@@ -111,6 +111,11 @@ impl Connection {
             to_guest: ToGuest::default(),
             to_host: ToHost::default(),
         }
+    }
+
+    /// Whether a program on the host waits for the guest to take it.
+    pub(super) fn is_unanswered(&self) -> bool {
+        matches!(self.phase, Phase::Asking | Phase::Asked)
     }
 
     /// When the guest must have answered.

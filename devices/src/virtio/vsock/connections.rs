@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backend::{Backend, HostEvent};
-use super::connection::{BUFFER_SIZE, Connection};
+use super::connection::{ANSWER_TIME, BUFFER_SIZE, Connection};
 use super::greeting::{Greeted, Greeting};
 use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, Op, PORT_ANY, Ports, TYPE_STREAM};
@@ -210,15 +210,27 @@ impl Connections {
         self.ticking = false;
         self.greetings.retain(|_, greeting| greeting.deadline > now);
         let overdue = |connection: &Connection| connection.deadline().is_some_and(|deadline| deadline <= now);
-        let open = self.open.iter_mut();
+        let open = self.open.iter();
         let overdue = open.filter(|(_, connection)| overdue(connection));
-        let overdue: Vec<_> = overdue
-            .map(|(ports, connection)| {
-                connection.end();
-                *ports
-            })
-            .collect();
-        overdue.into_iter().for_each(|ports| self.line_up(ports));
+        let overdue: Vec<_> = overdue.map(|(ports, _)| *ports).collect();
+        overdue.into_iter().for_each(|ports| self.give_up(ports));
+    }
+
+    /// Ends a connection to which the guest owes an answer.
+    fn give_up(&mut self, ports: Ports) {
+        let Some(connection) = self.open.get_mut(&ports) else {
+            return;
+        };
+        let is_unanswered = connection.is_unanswered();
+        connection.end();
+        if is_unanswered {
+            self.metrics.unanswered.add(1);
+            self.complain(
+                "gave up a connection to the guest",
+                &format!("port {} did not answer within {ANSWER_TIME:?}", ports.guest),
+            );
+        }
+        self.line_up(ports);
     }
 
     /// Accepts programs that have connected; whether more may wait. One that is too much finds itself cut off.

@@ -22,6 +22,8 @@ counters! {
         tx_throttled,
         /// Packets of either side that end or refuse a connection at once.
         resets,
+        /// Connections that programs on the host wanted, and that were given up since the guest did not answer in time.
+        unanswered,
     }
 }
 

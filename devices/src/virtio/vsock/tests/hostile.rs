@@ -172,6 +172,7 @@ fn who_owes_an_answer_has_a_time_limit() {
     assert!(!has_ended_now(&mut silent) && !has_ended_now(&mut dialled));
     connections.tick(Instant::now() + Duration::from_secs(60));
     assert!(has_ended_now(&mut silent));
+    assert_eq!(connections.metrics.unanswered.get(), 1);
     assert_eq!(connections.next(&mut [0; 100]).unwrap().op, Some(Op::Reset));
     assert!(has_ended_now(&mut dialled));
 }
