@@ -10,7 +10,7 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
 /// How long its driver may take to find it, and how often we look.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(600);
 const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Makes the console that the kernel's command line names last our input and output. What /dev/console is when the

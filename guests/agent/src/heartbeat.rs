@@ -8,11 +8,9 @@ use rustix::time::{ClockId, Timespec, clock_gettime};
 
 use crate::report::Report;
 
-/// At most one line in this time.
-const PRINT_EVERY_US: u64 = 250_000;
-
-/// Ticks for ever.
-pub(crate) fn run(tick: Duration, report: &Report) -> ! {
+/// Ticks for ever; prints at most one line in each `print`.
+pub(crate) fn run(tick: Duration, print: Duration, report: &Report) -> ! {
+    let print_us = print.as_micros() as u64;
     let mut beats = Beats::default();
     let mut printed = None::<u64>;
     loop {
@@ -24,7 +22,7 @@ pub(crate) fn run(tick: Duration, report: &Report) -> ! {
         if let Some(last) = beats.tick(now) {
             report.error(format_args!("clock=monotonic expected>={last} got={now}"));
         }
-        if printed.is_none_or(|at| now.saturating_sub(at) >= PRINT_EVERY_US) {
+        if printed.is_none_or(|at| now.saturating_sub(at) >= print_us) {
             printed = Some(now);
             let real = microseconds(clock_gettime(ClockId::Realtime));
             let pages = report.pages.load(Ordering::Relaxed);

@@ -76,5 +76,5 @@ fn main() -> std::io::Result<()> {
         let (report, workloads) = (report.clone(), workloads.clone());
         thread::spawn(move || commands::serve(std::io::stdin().lock(), &report, &workloads));
     }
-    heartbeat::run(settings.tick, &report)
+    heartbeat::run(settings.tick, settings.print, &report)
 }

@@ -14,6 +14,11 @@ use crate::report::Report;
 
 /// How long the workload waits when nothing is due.
 const NAP: Duration = Duration::from_millis(5);
+/// A batch of pages that takes so long is followed by a rest that is as long: where each page is slow, say as the host
+/// copies it, the workload leaves half of the CPU to the rest of the guest, and misses its rate.
+const SLOW: Duration = Duration::from_millis(1);
+/// Most of that rest: the guest may have stood still in the middle of a batch.
+const LONGEST_REST: Duration = Duration::from_millis(200);
 /// Nanoseconds of the monotonic clock in a millisecond: the pace's clock.
 const KHZ: u64 = 1_000_000;
 
@@ -47,17 +52,31 @@ fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify
         } else {
             pace.due(nanoseconds())
         };
+        let begin = Instant::now();
         for _ in 0..due {
             pages.dirty_next(report);
         }
         report.pages.fetch_add(due, Ordering::Relaxed);
-        let nap = if due == 0 { NAP } else { Duration::ZERO };
+        let nap = if due == 0 {
+            NAP
+        } else {
+            rest_after(rate, begin.elapsed())
+        };
         match requests.recv_timeout(nap) {
             // Whoever asked may have gone meanwhile.
             Ok(answer) => drop(answer.send(pages.verify(report))),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
+    }
+}
+
+/// How long the workload rests after a batch that took so long.
+fn rest_after(rate: Rate, took: Duration) -> Duration {
+    if rate == Rate::Max || took < SLOW {
+        Duration::ZERO
+    } else {
+        took.min(LONGEST_REST)
     }
 }
 
@@ -159,6 +178,15 @@ mod tests {
         assert_eq!((pages.generation, pages.position), (2, 5));
         assert_eq!(pages.verify(&report), 10);
         assert_eq!(report.errors(), 0);
+    }
+
+    #[test]
+    fn who_is_slow_leaves_half_of_the_time_to_others() {
+        let rate = Rate::BytesPerSecond(1 << 20);
+        assert_eq!(rest_after(rate, SLOW / 2), Duration::ZERO);
+        assert_eq!(rest_after(rate, SLOW * 20), SLOW * 20);
+        assert_eq!(rest_after(rate, SLOW * 10_000), LONGEST_REST);
+        assert_eq!(rest_after(Rate::Max, SLOW * 20), Duration::ZERO);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, read_dir, read_to_string};
 use std::io::{self, Read, Write};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -13,9 +14,9 @@ use crate::report::Report;
 
 /// Where the kernel lists them; what is a console has no name there.
 const CLASS: &str = "/sys/class/virtio-ports";
-/// They come when the driver has heard of them: how often, and how many times, it is looked for more.
-const INTERVAL: Duration = Duration::from_millis(200);
-const LOOKS: u32 = 25;
+/// They come when the driver has heard of them, on a slow host late. From the first of these on it is looked for more
+/// ever less often.
+const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(5);
 /// How often it is looked whether somebody has connected.
 const NOBODY: Duration = Duration::from_millis(100);
 /// Bytes that are read at a time.
@@ -29,9 +30,11 @@ pub(crate) fn start(report: &Arc<Report>) {
     let report = report.clone();
     thread::spawn(move || {
         let mut seen = BTreeSet::new();
-        for _ in 0..LOOKS {
+        let mut interval = *INTERVALS.start();
+        loop {
             look(&mut seen, &report);
-            thread::sleep(INTERVAL);
+            thread::sleep(interval);
+            interval = (interval * 2).min(*INTERVALS.end());
         }
     });
 }

@@ -16,6 +16,8 @@ pub(crate) struct Settings {
     pub(crate) rate: Rate,
     /// `tick`: time between two heartbeats.
     pub(crate) tick: Duration,
+    /// `print`: time between two heartbeats that are printed, or a little more.
+    pub(crate) print: Duration,
     /// `disk`: a device with an ext4 file system to work on.
     pub(crate) disk: Option<String>,
     /// `address`: the network card's, with the length of its prefix.
@@ -36,6 +38,7 @@ impl Settings {
             base: None,
             rate: Rate::BytesPerSecond(0),
             tick: Duration::from_millis(50),
+            print: Duration::from_millis(250),
             disk: None,
             address: None,
             echo: None,
@@ -63,6 +66,7 @@ impl Settings {
             "base" => self.base = Some(size(value).filter(|base| base % PAGE == 0)?),
             "rate" => self.rate = Rate::parse(value)?,
             "tick" => self.tick = milliseconds(value)?,
+            "print" => self.print = milliseconds(value)?,
             "disk" => self.disk = Some(value.to_owned()),
             "address" => {
                 let (address, prefix) = value.split_once('/')?;
@@ -89,12 +93,13 @@ mod tests {
 
     #[test]
     fn our_words_are_read_and_nonsense_is_kept() {
-        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.disk=/dev/vda godwit.address=10.0.0.9/24 godwit.echo=10.0.0.1:7 godwit.random=/dev/hwrng godwit.x=1";
+        let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.print=1000ms godwit.disk=/dev/vda godwit.address=10.0.0.9/24 godwit.echo=10.0.0.1:7 godwit.random=/dev/hwrng godwit.x=1";
         let expected = Settings {
             dirty_bytes: 64 << 20,
             base: Some(96 << 20),
             rate: Rate::Max,
             tick: Duration::from_millis(20),
+            print: Duration::from_millis(1000),
             disk: Some("/dev/vda".into()),
             address: Some((Ipv4Addr::new(10, 0, 0, 9), 24)),
             echo: Some("10.0.0.1:7".parse().unwrap()),
@@ -103,10 +108,10 @@ mod tests {
         };
         assert_eq!(Settings::parse(line), expected);
         assert_eq!(
-            Settings::parse("godwit.tick=0ms godwit.dirty godwit.rate=quick godwit.base=5")
+            Settings::parse("godwit.tick=0ms godwit.print=0 godwit.dirty godwit.rate=quick godwit.base=5")
                 .unknown
                 .len(),
-            4
+            5
         );
     }
 }
