@@ -5,9 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use lab::Patience;
 use migration::{Outcome, Report};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -270,8 +270,8 @@ impl Vm {
     }
 
     /// Waits until its process ends with status 0.
-    pub fn wait_success(&mut self, timeout: Duration) -> Result<()> {
-        self.process.wait_success(timeout)
+    pub fn wait_success(&mut self, patience: impl Into<Patience>) -> Result<()> {
+        self.process.wait_success(patience)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::PATIENCE;
 /// The whole answer to one request; the body is JSON, or empty.
 pub fn http(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE.longest))?;
     let len = body.len();
     write!(
         stream,

@@ -16,8 +16,6 @@ const SEEN: f64 = 0.9;
 
 /// Heartbeats that may be in the guest's terminal when it is paused.
 const LATE_TICKS: u32 = 40;
-/// Heartbeats within which a count must grow: a stream whose peer's next try may take seconds is the slowest.
-const GROWING_TICKS: u32 = 400;
 
 /// A guest that moves between hosts 0 and 1 of a lab.
 pub struct LabJourney {
@@ -132,7 +130,9 @@ impl LabJourney {
     /// Shows that a count in the guest's ticks goes on; returns how far it is.
     pub fn check_growing(&mut self, count: &str) -> Result<u64> {
         let before = self.event("tick")?.number(count)?;
-        for _ in 0..GROWING_TICKS {
+        // A stream whose peer's next try may take seconds is the slowest.
+        let mut deadline = PATIENCE.begin();
+        while deadline.left().is_some() {
             let tick = self.event("tick")?;
             ensure!(tick.number("errors")? == 0, "the guest counts errors: {tick:?}");
             let now = tick.number(count)?;
@@ -141,6 +141,23 @@ impl LabJourney {
             }
         }
         bail!("{count} stays at {before}; {}", self.look_at_host())
+    }
+
+    /// Waits until the guest has printed these words so often on the host that it is on, and no more often.
+    pub fn wait_for_words(&mut self, words: &str, count: usize) -> Result<()> {
+        let mut deadline = PATIENCE.begin();
+        loop {
+            let log = self.vm.log();
+            let found = log.matches(words).count();
+            if found == count {
+                return Ok(());
+            }
+            ensure!(
+                found < count && deadline.left().is_some(),
+                "expected {count} times {words:?}, got {found}: {log}"
+            );
+            self.tick()?;
+        }
     }
 
     /// Starts a receiver on the other host; also returns where it listens.

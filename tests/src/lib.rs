@@ -42,9 +42,4 @@ pub use tap_queues::TapQueues;
 pub use terminal::Terminal;
 pub use tiny::TinyGuest;
 pub use vsock::{ECHO_PORT, Echo};
-pub use wait::wait_until;
-
-use std::time::Duration;
-
-/// How long anything may take before a test gives up: it only costs time where something is broken.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub use wait::{PATIENCE, wait_for, wait_until};

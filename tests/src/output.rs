@@ -2,9 +2,10 @@
 
 use std::io::Read;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
+use lab::{Patience, note_progress};
 
 /// Lines of output that an error shows.
 const SHOWN: usize = 25;
@@ -40,6 +41,7 @@ impl Output {
             let mut chunk = [0; 16 << 10];
             while let Ok(count @ 1..) = source.read(&mut chunk) {
                 reader.lock().append(&chunk[..count]);
+                note_progress();
                 reader.changed.notify_all();
             }
             reader.lock().ended = true;
@@ -54,15 +56,15 @@ impl Output {
     }
 
     /// Waits for a line, at or after `mark`, of which `find` makes something. Fails where the output ends or
-    /// `timeout` passes before; the error names `what` and shows the last lines.
+    /// the wait is given up before; the error names `what` and shows the last lines.
     pub fn wait<T>(
         &self,
         what: &str,
         mark: usize,
-        timeout: Duration,
+        patience: impl Into<Patience>,
         mut find: impl FnMut(&str) -> Option<T>,
     ) -> Result<T> {
-        let deadline = Instant::now() + timeout;
+        let mut deadline = patience.into().begin();
         let mut next = mark;
         let mut text = self.shared.lock();
         loop {
@@ -72,28 +74,27 @@ impl Output {
                     return Ok(found);
                 }
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if text.ended || left.is_zero() {
+            let left = deadline.left().filter(|_| !text.ended);
+            let Some(left) = left else {
                 let why = if text.ended {
                     "the output ended"
                 } else {
                     "nothing came in time"
                 };
                 bail!("waiting for {what}: {why}; the last lines:\n{}", text.tail());
-            }
+            };
             text = self.shared.wait(text, left);
         }
     }
 
     /// Waits for the end of the output.
-    pub fn wait_end(&self, timeout: Duration) -> Result<()> {
-        let deadline = Instant::now() + timeout;
+    pub fn wait_end(&self, patience: impl Into<Patience>) -> Result<()> {
+        let mut deadline = patience.into().begin();
         let mut text = self.shared.lock();
         while !text.ended {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let Some(left) = deadline.left() else {
                 bail!("the output did not end; the last lines:\n{}", text.tail());
-            }
+            };
             text = self.shared.wait(text, left);
         }
         Ok(())

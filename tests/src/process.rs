@@ -4,9 +4,9 @@
 use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use lab::Patience;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, set_parent_process_death_signal};
 
@@ -64,10 +64,10 @@ impl Process {
     }
 
     /// Runs the command to its end.
-    pub fn run(command: Command, timeout: Duration) -> Result<Finished> {
+    pub fn run(command: Command, patience: impl Into<Patience>) -> Result<Finished> {
         let mut process = Self::spawn(command)?;
         process.close_stdin();
-        process.finish(timeout)
+        process.finish(patience)
     }
 
     /// Its process id.
@@ -104,25 +104,29 @@ impl Process {
         kill_process(self.pid(), signal).with_context(|| format!("cannot signal {}", self.shown))
     }
 
-    /// Waits for its end; an error if it is still there after `timeout`.
-    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
+    /// Waits for its end; an error if it is still there after that.
+    pub fn wait(&mut self, patience: impl Into<Patience>) -> Result<ExitStatus> {
         let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).context("pidfd_open")?;
-        let timeout = Timespec::try_from(timeout).context("timeout")?;
-        let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)).context("poll")?;
-        ensure!(
-            ready > 0,
+        let mut deadline = patience.into().begin();
+        while let Some(left) = deadline.left() {
+            let left = Timespec::try_from(left).context("timeout")?;
+            if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)).context("poll")? > 0 {
+                return self.child.wait().context("wait");
+            }
+        }
+        bail!(
             "{} does not end; its last messages:\n{}",
             self.shown,
             self.stderr.text()
-        );
-        self.child.wait().context("wait")
+        )
     }
 
     /// Waits for its end and returns what it printed.
-    pub fn finish(mut self, timeout: Duration) -> Result<Finished> {
-        let status = self.wait(timeout)?;
-        self.stdout.wait_end(timeout)?;
-        self.stderr.wait_end(timeout)?;
+    pub fn finish(mut self, patience: impl Into<Patience>) -> Result<Finished> {
+        let patience = patience.into();
+        let status = self.wait(patience)?;
+        self.stdout.wait_end(patience)?;
+        self.stderr.wait_end(patience)?;
         Ok(Finished {
             code: status.code(),
             stdout: self.stdout.text(),
@@ -131,8 +135,9 @@ impl Process {
     }
 
     /// Waits for an end with status 0.
-    pub fn wait_success(&mut self, timeout: Duration) -> Result<()> {
-        let status = self.wait(timeout)?;
+    pub fn wait_success(&mut self, patience: impl Into<Patience>) -> Result<()> {
+        let patience = patience.into();
+        let status = self.wait(patience)?;
         if !status.success() {
             let how = status
                 .signal()
@@ -143,7 +148,7 @@ impl Process {
                 self.stderr.text()
             );
         }
-        self.stdout.wait_end(timeout)
+        self.stdout.wait_end(patience)
     }
 
     fn pid(&self) -> Pid {
@@ -175,6 +180,8 @@ impl Finished {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn shell(script: &str) -> Command {

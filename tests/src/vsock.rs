@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -11,6 +11,9 @@ use crate::PATIENCE;
 
 /// Where a guest's agent listens.
 pub const ECHO_PORT: u32 = 1024;
+
+/// After which a device gives up a connection that the guest does not answer.
+const ANSWER_TIME: Duration = Duration::from_secs(8);
 
 /// A stream to a program in a guest that sends back what comes.
 pub struct Echo {
@@ -20,8 +23,22 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Connects to a port of the guest whose socket is at `uds`.
+    /// Connects to a port of the guest whose socket is at `uds`. A guest that is too busy to answer in the time that it
+    /// is given is asked again.
     pub fn connect(uds: &Path, port: u32) -> Result<Self> {
+        let mut deadline = PATIENCE.begin();
+        loop {
+            let begin = Instant::now();
+            let connected = Self::ask(uds, port);
+            // Whoever is refused is told at once.
+            if connected.is_ok() || begin.elapsed() < ANSWER_TIME || deadline.left().is_none() {
+                return connected;
+            }
+            eprintln!("not answered within {ANSWER_TIME:?}");
+        }
+    }
+
+    fn ask(uds: &Path, port: u32) -> Result<Self> {
         let stream = UnixStream::connect(uds).with_context(|| uds.display().to_string())?;
         let mut echo = Self::over(stream)?;
         writeln!(echo.stream, "CONNECT {port}")?;
@@ -41,8 +58,8 @@ impl Echo {
     }
 
     fn over(stream: UnixStream) -> Result<Self> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE.longest))?;
+        stream.set_write_timeout(Some(PATIENCE.longest))?;
         Ok(Self { stream, checked: 0 })
     }
 
@@ -53,7 +70,6 @@ impl Echo {
         let mut byte = [0];
         while !line.ends_with('\n') {
             let read = self.stream.read(&mut byte).context("a line")?;
-            // Whoever is refused is told at once; whoever is not answered, in the end.
             let after = begin.elapsed();
             ensure!(
                 read == 1,

@@ -1,18 +1,33 @@
-//! Waiting for what nothing tells by itself.
+//! Waiting for what nothing tells by itself, and how long anything may take.
 
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail};
+use lab::Patience;
 
-use crate::PATIENCE;
+/// How long anything may take before a test gives up. A machine may be slow, so a wait is renewed whenever one of the
+/// test's programs, or a program on one of its hosts, prints something: a guest's next tick is enough.
+pub const PATIENCE: Patience = Patience::DEFAULT;
+
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Looks again and again until something holds.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
-    while !holds()? {
-        ensure!(Instant::now() < until, "waited for {what}");
-        sleep(Duration::from_millis(10));
+    wait_for(what, || Ok(holds()?.then_some(())))
+}
+
+/// Looks again and again until there is something to see; what that is.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let mut deadline = PATIENCE.begin();
+    loop {
+        if let Some(seen) = look()? {
+            return Ok(seen);
+        }
+        if deadline.left().is_none() {
+            bail!("waited for {what}");
+        }
+        sleep(INTERVAL);
     }
-    Ok(())
 }

@@ -15,13 +15,15 @@ mod unused;
 
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use lab::{Lab, Payload, Signal};
-use migration::{DataPath, Outcome, Phase};
+use migration::{DataPath, Outcome, Phase, Progress};
 use serde_json::Value;
-use tests::{ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload};
+use tests::{
+    ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload, wait_for,
+    wait_until,
+};
 
 /// Emulated hosts are slow, and how slow says nothing: no move fails for its downtime.
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
@@ -179,18 +181,8 @@ fn streams_to_a_debian_guest_on_whichever_host() -> Result<()> {
         }
         let mut again = connect(&journey).with_context(|| format!("after move {number}"))?;
         echo(&mut again, MUCH).with_context(|| format!("after move {number}"))?;
-        // By now it is on its way to the console; ticks come several a second.
-        let resets = |journey: &LabJourney| journey.vm.log().matches(" end=connection-reset").count();
-        for _ in 0..100 {
-            if resets(&journey) < 2 {
-                journey.tick()?;
-            }
-        }
-        ensure!(
-            resets(&journey) == 2,
-            "the guest did not see its streams end: {}",
-            journey.vm.log()
-        );
+        // By now it is on its way to the console.
+        journey.wait_for_words(" end=connection-reset", 2)?;
         drop(again);
     }
     journey.verify()?;
@@ -257,18 +249,9 @@ fn a_host_with_another_cpu_is_refused() -> Result<()> {
 
 /// Returns once something that a balloon's statistics say is so.
 fn wait_for_balloon(journey: &LabJourney, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-    let begin = Instant::now();
-    loop {
-        // Each look takes a while: a program starts on an emulated host.
-        let statistics = journey.ask("balloon", &[])?;
-        if wanted(&statistics) {
-            return Ok(statistics);
-        }
-        ensure!(
-            begin.elapsed() < PATIENCE,
-            "the balloon stays as it is: {statistics}"
-        );
-    }
+    wait_for("the balloon's statistics", || {
+        Ok(Some(journey.ask("balloon", &[])?).filter(|statistics| wanted(statistics)))
+    })
 }
 
 /// KiB of the host's memory that the guest's process has.
@@ -289,13 +272,10 @@ fn move_after_churn(journey: &mut LabJourney, has_balloon: bool) -> Result<u64> 
     /// Far less than has been used, more than the guest needs.
     const GIVEN_BACK_KIB: u64 = 150 << 10;
     journey.command("churn 384", "churned")?;
-    let begin = Instant::now();
-    while has_balloon && resident(journey)? > GIVEN_BACK_KIB {
-        ensure!(
-            begin.elapsed() < PATIENCE,
-            "the guest keeps {} KiB",
-            resident(journey)?
-        );
+    if has_balloon {
+        wait_until("the guest's memory to come back", || {
+            Ok(resident(journey)? <= GIVEN_BACK_KIB)
+        })?;
     }
     let report = journey.hop(&VERIFIED)?;
     journey.verify()?;
@@ -343,13 +323,10 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
 
 /// Returns once the guest's migration copies memory.
 fn wait_for_precopy(journey: &LabJourney) -> Result<()> {
-    while !journey
-        .progress()?
-        .is_some_and(|progress| progress.phase == Phase::Precopy && progress.bytes_sent > 0)
-    {
-        // Each look takes a while: a program starts on an emulated host.
-    }
-    Ok(())
+    wait_until("pre-copy", || {
+        let copies = |progress: Progress| progress.phase == Phase::Precopy && progress.bytes_sent > 0;
+        Ok(journey.progress()?.is_some_and(copies))
+    })
 }
 
 #[test]

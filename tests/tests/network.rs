@@ -133,7 +133,7 @@ fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
     let before = network.packets_by_queue(tap, PAIRS)?;
     for port in 1..=FLOWS {
         // Nobody listens: the guest's kernel says so.
-        let answer = TcpStream::connect_timeout(&(ADDRESS, port).into(), PATIENCE);
+        let answer = TcpStream::connect_timeout(&(ADDRESS, port).into(), PATIENCE.longest);
         let error = answer
             .err()
             .with_context(|| format!("somebody listens on port {port}"))?;

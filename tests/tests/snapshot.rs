@@ -2,7 +2,6 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -266,8 +265,8 @@ fn no_base(journey: &Journey, name: &str) -> Result<()> {
 /// Whether somebody else takes the name of a snapshot that is being written, which then comes to nothing.
 fn takes_the_name(directory: &Path) -> Result<bool> {
     let around = directory.parent().context("a directory around it")?;
-    let begin = Instant::now();
-    while begin.elapsed() < tests::PATIENCE && !directory.exists() {
+    let mut deadline = tests::PATIENCE.begin();
+    while deadline.left().is_some() && !directory.exists() {
         // From the moment on at which its draft appears the name is only looked at again when all is written.
         for entry in std::fs::read_dir(around)? {
             if entry?.file_name().to_string_lossy().starts_with(".taken.") {
@@ -456,11 +455,7 @@ fn is_busy(vm: &Vm) -> Result<bool> {
 
 /// Waits until a snapshot has begun, which must take longer than it takes to ask.
 fn wait_until_busy(vm: &Vm) -> Result<()> {
-    let begin = Instant::now();
-    while !is_busy(vm)? {
-        ensure!(begin.elapsed() < tests::PATIENCE, "no snapshot: {}", vm.status()?);
-    }
-    Ok(())
+    tests::wait_until("the snapshot to begin", || is_busy(vm))
 }
 
 #[test]

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
 use serde_json::Value;
-use tests::{BareGuest, Host, Journey, Migration, PATIENCE, Vm};
+use tests::{BareGuest, Host, Journey, Migration, PATIENCE, Vm, wait_for};
 
 /// Ends a receiver that nobody moved to.
 fn end(mut receiver: Vm) -> Result<()> {
@@ -14,14 +14,9 @@ fn end(mut receiver: Vm) -> Result<()> {
 
 /// Waits until `status` shows a migration that `matches`.
 fn wait_status(vm: &Vm, matches: impl Fn(&Value) -> bool) -> Result<Value> {
-    let begin = std::time::Instant::now();
-    loop {
-        let status = vm.status()?;
-        if matches(&status["migration"]) {
-            return Ok(status);
-        }
-        ensure!(begin.elapsed() < PATIENCE, "not seen; at last {status}");
-    }
+    wait_for("a status", || {
+        Ok(Some(vm.status()?).filter(|status| matches(&status["migration"])))
+    })
 }
 
 #[test]

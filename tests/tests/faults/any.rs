@@ -2,14 +2,13 @@
 //! says so, and `godwit resolve` finds out.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use fault_proxy::{Fault, Part, Plan, Point, Proxy, When};
 use migration::Outcome;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Vm, count};
+use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Vm, count, wait_until};
 
 use super::{ANY_PORT, Moments};
 
@@ -258,10 +257,10 @@ impl Strike {
         } = self;
         let host = journey.host.clone();
         let mut fate = Fate::Moved;
-        let begin = Instant::now();
+        let mut deadline = PATIENCE.begin();
         while receiver.state()? == "Receiving" {
             ensure!(
-                begin.elapsed() < PATIENCE,
+                deadline.left().is_some(),
                 "the destination still waits: {}",
                 receiver.status()?
             );
@@ -305,11 +304,9 @@ fn verdict(resolved: &Finished) -> Result<String> {
 
 /// Waits until a receiver has done with the attempt before.
 fn wait_until_idle(receiver: &Vm) -> Result<()> {
-    let begin = Instant::now();
-    while !matches!(phase(receiver)?.as_str(), "waiting" | "done") {
-        ensure!(begin.elapsed() < PATIENCE, "still busy: {}", receiver.status()?);
-    }
-    Ok(())
+    wait_until("the receiver to be idle", || {
+        Ok(matches!(phase(receiver)?.as_str(), "waiting" | "done"))
+    })
 }
 
 fn phase(receiver: &Vm) -> Result<String> {
@@ -322,14 +319,9 @@ fn phase(receiver: &Vm) -> Result<String> {
 fn check(journey: &mut Journey) -> Result<()> {
     journey.vm.check_running()?;
     // It runs before "farewell" has come, and its console's input is connected after that.
-    let begin = Instant::now();
-    while journey.vm.state()? == "Receiving" {
-        ensure!(
-            begin.elapsed() < PATIENCE,
-            "not taken over: {}",
-            journey.vm.status()?
-        );
-    }
+    wait_until("the guest to be taken over", || {
+        Ok(journey.vm.state()? != "Receiving")
+    })?;
     journey.verify()?;
     journey.check_life().map(drop)
 }

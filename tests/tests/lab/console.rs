@@ -33,17 +33,5 @@ fn a_console_and_its_port_of_a_debian_guest() -> Result<()> {
 
 /// Waits until the guest has said so often on its host that who was at the port's other side has gone.
 fn wait_for_ends(journey: &mut LabJourney, count: usize) -> Result<()> {
-    let ends = |journey: &LabJourney| journey.vm.log().matches("port name=echo end=eof").count();
-    // Ticks come several a second.
-    for _ in 0..100 {
-        if ends(journey) < count {
-            journey.tick()?;
-        }
-    }
-    ensure!(
-        ends(journey) == count,
-        "expected {count} ends in {}",
-        journey.vm.log()
-    );
-    Ok(())
+    journey.wait_for_words("port name=echo end=eof", count)
 }

@@ -17,18 +17,13 @@ pub(super) fn connect(lab: &Lab) -> Result<lab::Process> {
     Ok(lab.host(0).spawn(&["nc", "-ll", "-p", "7007", "-e", "cat"])?)
 }
 
-/// The guest answers a host, whoever runs it.
-fn ping(journey: &LabJourney, host: usize) -> Result<()> {
-    let done = journey
-        .lab
-        .host(host)
-        .run(&["ping", "-c", "1", "-W", "20", GUEST])?;
-    ensure!(
-        done.status.success(),
-        "host {host} hears nothing: {}",
-        done.stdout
-    );
-    Ok(())
+/// Waits until the guest answers a ping of a host, whoever runs it. A busy guest may lose some.
+pub(super) fn wait_for_answer(lab: &Lab, host: usize, options: &str) -> Result<()> {
+    let ping = format!("ping {options} -c 1 -W 5 {GUEST}");
+    wait_until("an answer to a ping", || {
+        Ok(lab.host(host).run(&["sh", "-c", &ping])?.status.success())
+    })
+    .with_context(|| format!("host {host}: {ping}"))
 }
 
 #[test]
@@ -48,7 +43,7 @@ fn a_stream_goes_on_across_moves() -> Result<()> {
         journey.hop(&VERIFIED).with_context(on)?;
         let streamed = journey.check_stream().with_context(on)?;
         for host in 0..2 {
-            ping(&journey, host).with_context(on)?;
+            wait_for_answer(&journey.lab, host, "").with_context(on)?;
         }
         println!("move {number} of {moves}: {streamed} bytes came back");
     }

@@ -19,7 +19,7 @@ pub(crate) struct Qmp {
 impl Qmp {
     /// Connects to the socket at `path`, which QEMU creates before anything else that it does, but not at once.
     pub(crate) fn connect(path: &Path) -> Result<Self> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE.longest;
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
@@ -28,7 +28,7 @@ impl Qmp {
                 Err(error) => return Err(error).with_context(|| format!("QEMU's socket {}", path.display())),
             }
         };
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE.longest))?;
         let mut qmp = Self {
             reader: BufReader::new(stream),
             events: VecDeque::new(),

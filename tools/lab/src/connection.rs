@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
 
+use crate::patience::{Deadline, note_progress};
 use crate::wire::{self, Frame, Kind};
 
 /// What is kept of a process's output; the rest is dropped.
@@ -74,7 +74,7 @@ impl Connection {
     }
 
     /// Waits until the host says that it is up.
-    pub(crate) fn wait_until_up(&self, deadline: Instant) -> Result<(), Missed> {
+    pub(crate) fn wait_until_up(&self, deadline: &mut Deadline) -> Result<(), Missed> {
         self.wait(deadline, |state| state.up.then_some(()))
     }
 
@@ -105,10 +105,10 @@ impl Connection {
     pub(crate) fn wait_for<T>(
         &self,
         process: u32,
-        deadline: Instant,
+        mut deadline: Deadline,
         mut look: impl FnMut(&Transcript) -> Option<T>,
     ) -> Result<T, Missed> {
-        self.wait(deadline, |state| {
+        self.wait(&mut deadline, |state| {
             state.processes.get(&process).and_then(&mut look)
         })
     }
@@ -123,7 +123,11 @@ impl Connection {
         self.lock().processes.remove(&process);
     }
 
-    fn wait<T>(&self, deadline: Instant, mut look: impl FnMut(&State) -> Option<T>) -> Result<T, Missed> {
+    fn wait<T>(
+        &self,
+        deadline: &mut Deadline,
+        mut look: impl FnMut(&State) -> Option<T>,
+    ) -> Result<T, Missed> {
         let mut state = self.lock();
         loop {
             if let Some(found) = look(&state) {
@@ -132,10 +136,7 @@ impl Connection {
             if state.gone {
                 return Err(Missed::Host);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left == Duration::ZERO {
-                return Err(Missed::Time);
-            }
+            let left = deadline.left().ok_or(Missed::Time)?;
             state = self
                 .changed
                 .wait_timeout(state, left)
@@ -145,6 +146,7 @@ impl Connection {
     }
 
     fn take(&self, frame: Frame) {
+        note_progress();
         let mut state = self.lock();
         if frame.kind == Kind::Hello {
             state.up = true;
@@ -213,15 +215,18 @@ impl Transcript {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::Patience;
 
     fn pair() -> (Arc<Connection>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (Connection::new(ours).unwrap(), theirs)
     }
 
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(10)
+    fn soon() -> Deadline {
+        Patience::from(Duration::from_secs(10)).begin()
     }
 
     #[test]
@@ -257,12 +262,15 @@ mod tests {
             .wait_for(process, soon(), |seen| seen.ended)
             .unwrap_err();
         assert_eq!(missed, Missed::Host);
-        assert_eq!(connection.wait_until_up(soon()), Err(Missed::Host));
+        assert_eq!(connection.wait_until_up(&mut soon()), Err(Missed::Host));
     }
 
     #[test]
     fn time_runs_out() {
         let (connection, _host) = pair();
-        assert_eq!(connection.wait_until_up(Instant::now()), Err(Missed::Time));
+        assert_eq!(
+            connection.wait_until_up(&mut Patience::from(Duration::ZERO).begin()),
+            Err(Missed::Time)
+        );
     }
 }

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
+use crate::Patience;
 use crate::cpio::CpioError;
 
 /// Any failure; the text names the thing, what was expected and what came.
@@ -29,12 +29,12 @@ pub enum LabError {
         source: io::Error,
     },
     /// A host did not come up.
-    #[error("host {host} expected up within {within:?}, got {got}; its console:\n{console}")]
+    #[error("host {host} expected up within {within}, got {got}; its console:\n{console}")]
     NotUp {
         /// Its number.
         host: usize,
         /// How long it had.
-        within: Duration,
+        within: Patience,
         /// What happened instead.
         got: String,
         /// The end of its console log.
@@ -59,7 +59,7 @@ pub enum LabError {
         reason: String,
     },
     /// Something did not happen in time.
-    #[error("{command} on host {host}: expected {what} within {within:?}; its output:\n{log}")]
+    #[error("{command} on host {host}: expected {what} within {within}; its output:\n{log}")]
     TimedOut {
         /// The host's number.
         host: usize,
@@ -68,7 +68,7 @@ pub enum LabError {
         /// What was waited for.
         what: String,
         /// How long.
-        within: Duration,
+        within: Patience,
         /// What the program has printed so far.
         log: String,
     },

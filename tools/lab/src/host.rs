@@ -7,21 +7,17 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use crate::LabError;
 use crate::connection::{Connection, Missed};
+use crate::patience::{Deadline, Patience};
 use crate::process::{Output, Process};
 use crate::qemu::Qemu;
 use crate::wire::Kind;
 
-/// How long a host may take to come up.
-const UP_WITHIN: Duration = Duration::from_secs(60);
-/// How long [`Host::run`] waits.
-const RUN_WITHIN: Duration = Duration::from_secs(300);
 /// What an error shows of a console log.
 const CONSOLE_TAIL: u64 = 4096;
 
@@ -63,7 +59,7 @@ struct Running {
 pub(crate) struct Starting {
     qemu: Qemu,
     control: UnixListener,
-    deadline: Instant,
+    deadline: Deadline,
 }
 
 impl Host {
@@ -79,12 +75,11 @@ impl Host {
         }
     }
 
-    /// Runs a program to its end, five minutes at most, and returns what it printed. A status other than 0 is
-    /// no error here.
+    /// Runs a program to its end and returns what it printed. A status other than 0 is no error here.
     pub fn run(&self, words: &[&str]) -> Result<Output, LabError> {
         let mut process = self.spawn(words)?;
         process.close_stdin()?;
-        process.wait(RUN_WITHIN)
+        process.wait(Patience::DEFAULT)
     }
 
     /// Starts a program. That it cannot be started is told by the first wait.
@@ -122,7 +117,7 @@ impl Host {
 
     /// Starts QEMU.
     pub(crate) fn begin(&self) -> Result<Starting, LabError> {
-        let deadline = Instant::now() + UP_WITHIN;
+        let deadline = Patience::DEFAULT.begin();
         let index = self.identity.index;
         let control = self.identity.path("control");
         match std::fs::remove_file(&control) {
@@ -151,13 +146,13 @@ impl Host {
         let Starting {
             mut qemu,
             control,
-            deadline,
+            mut deadline,
         } = starting;
-        let up = wait_for_client(&control, &qemu, deadline)
+        let up = wait_for_client(&control, &qemu, &mut deadline)
             .and_then(|()| control.accept())
             .and_then(|(stream, _)| Connection::new(stream))
             .map_err(|error| error.to_string())
-            .and_then(|connection| match connection.wait_until_up(deadline) {
+            .and_then(|connection| match connection.wait_until_up(&mut deadline) {
                 Ok(()) => Ok(connection),
                 Err(Missed::Time) => Err("silence".to_owned()),
                 Err(Missed::Host) => Err("the end of QEMU".to_owned()),
@@ -178,7 +173,7 @@ impl Host {
                 let (host, console) = (self.identity.index, self.identity.console());
                 Err(LabError::NotUp {
                     host,
-                    within: UP_WITHIN,
+                    within: Patience::DEFAULT,
                     got,
                     console,
                 })
@@ -305,23 +300,22 @@ fn quoted(path: &Path) -> String {
 }
 
 /// Waits until QEMU opens the channel; an error if it ends first or takes too long.
-fn wait_for_client(control: &UnixListener, qemu: &Qemu, deadline: Instant) -> io::Result<()> {
+fn wait_for_client(control: &UnixListener, qemu: &Qemu, deadline: &mut Deadline) -> io::Result<()> {
     let process = pidfd_open(qemu.pid(), PidfdFlags::empty())?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    let left = Timespec {
-        tv_sec: left.as_secs() as i64,
-        tv_nsec: i64::from(left.subsec_nanos()),
-    };
     let mut ready = [
         PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),
         PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN),
     ];
-    poll(&mut ready, Some(&left))?;
-    if ready[0].revents().contains(PollFlags::IN) {
-        Ok(())
-    } else if ready[1].revents().contains(PollFlags::IN) {
-        Err(io::Error::other("the end of QEMU"))
-    } else {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "no control channel"))
+    while let Some(left) = deadline.left() {
+        let left = Timespec::try_from(left).map_err(io::Error::other)?;
+        if poll(&mut ready, Some(&left))? == 0 {
+            continue;
+        }
+        return if ready[0].revents().contains(PollFlags::IN) {
+            Ok(())
+        } else {
+            Err(io::Error::other("the end of QEMU"))
+        };
     }
+    Err(io::Error::new(io::ErrorKind::TimedOut, "no control channel"))
 }

@@ -16,6 +16,7 @@ pub mod wire;
 mod connection;
 mod error;
 mod host;
+mod patience;
 mod payload;
 mod process;
 mod qemu;
@@ -24,6 +25,7 @@ mod switch;
 
 pub use error::LabError;
 pub use host::Host;
+pub use patience::{Deadline, Patience, note_progress};
 pub use payload::Payload;
 pub use process::{Output, Process, Signal};
 pub use start::{Builder, Lab};

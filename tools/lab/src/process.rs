@@ -3,12 +3,11 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use crate::LabError;
 use crate::connection::{Connection, Missed, Transcript};
 use crate::host::Identity;
 use crate::wire::{Kind, LONGEST};
+use crate::{LabError, Patience};
 
 /// What a program that has ended left behind.
 #[derive(Clone, Debug)]
@@ -88,20 +87,19 @@ impl Process {
     pub fn wait_line(
         &mut self,
         mut matches: impl FnMut(&str) -> bool,
-        within: Duration,
+        within: impl Into<Patience>,
     ) -> Result<String, LabError> {
+        let within = within.into();
         let mut next = self.next_line;
-        let found = self
-            .connection
-            .wait_for(self.number, Instant::now() + within, |seen| {
-                while let Some(line) = seen.lines.get(next) {
-                    next += 1;
-                    if matches(line) {
-                        return Some(Ok(line.clone()));
-                    }
+        let found = self.connection.wait_for(self.number, within.begin(), |seen| {
+            while let Some(line) = seen.lines.get(next) {
+                next += 1;
+                if matches(line) {
+                    return Some(Ok(line.clone()));
                 }
-                ending(seen).map(Err)
-            });
+            }
+            ending(seen).map(Err)
+        });
         self.next_line = next;
         match found {
             Ok(Ok(line)) => Ok(line),
@@ -119,9 +117,9 @@ impl Process {
 
     /// Bytes that it has printed on standard output from byte `from` on, as soon as there are any or it has
     /// ended. For terminals.
-    pub fn read_stdout(&self, from: usize, within: Duration) -> Result<Vec<u8>, LabError> {
-        let deadline = Instant::now() + within;
-        let found = self.connection.wait_for(self.number, deadline, |seen| {
+    pub fn read_stdout(&self, from: usize, within: impl Into<Patience>) -> Result<Vec<u8>, LabError> {
+        let within = within.into();
+        let found = self.connection.wait_for(self.number, within.begin(), |seen| {
             let new = seen.stdout.get(from..).unwrap_or_default();
             (!new.is_empty() || ending(seen).is_some()).then(|| new.to_vec())
         });
@@ -130,18 +128,17 @@ impl Process {
 
     /// Waits for the end of the program and of its output: a program of its own that it leaves behind with the
     /// same standard output counts.
-    pub fn wait(&mut self, within: Duration) -> Result<Output, LabError> {
-        let found = self
-            .connection
-            .wait_for(self.number, Instant::now() + within, |seen| {
-                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                let output = |status| Output {
-                    status: ExitStatus::from_raw(status),
-                    stdout: text(&seen.stdout),
-                    stderr: text(&seen.stderr),
-                };
-                ending(seen).map(|end| end.map(output))
-            });
+    pub fn wait(&mut self, within: impl Into<Patience>) -> Result<Output, LabError> {
+        let within = within.into();
+        let found = self.connection.wait_for(self.number, within.begin(), |seen| {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            let output = |status| Output {
+                status: ExitStatus::from_raw(status),
+                stdout: text(&seen.stdout),
+                stderr: text(&seen.stderr),
+            };
+            ending(seen).map(|end| end.map(output))
+        });
         match found {
             Ok(Ok(output)) => Ok(output),
             Ok(Err(reason)) => Err(self.refused(reason)),
@@ -175,7 +172,7 @@ impl Process {
         }
     }
 
-    fn missed(&self, missed: Missed, what: &str, within: Duration) -> LabError {
+    fn missed(&self, missed: Missed, what: &str, within: Patience) -> LabError {
         match missed {
             Missed::Host => self.host.gone(),
             Missed::Time => LabError::TimedOut {
