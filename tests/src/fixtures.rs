@@ -1,6 +1,7 @@
 //! What a scenario needs from outside: the program, the guests, how often to repeat.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +23,19 @@ impl Fixtures {
             godwit: path("GODWIT_BIN")?,
             guests: path("GODWIT_GUESTS")?,
         })
+    }
+
+    /// The program and the guest without Linux, copied to a folder.
+    pub fn copied_to(&self, folder: &Path) -> Result<Self> {
+        let copied = Self {
+            godwit: folder.join("godwit"),
+            guests: folder.into(),
+        };
+        fs::create_dir(folder.join("bare"))?;
+        for (from, to) in [(&self.godwit, &copied.godwit), (&self.bare(), &copied.bare())] {
+            fs::copy(from, to).with_context(|| from.display().to_string())?;
+        }
+        Ok(copied)
     }
 
     /// The guest without Linux.

@@ -151,6 +151,11 @@ impl Host {
         let name = self.free_name();
         let mut godwit = self.command(["restore", "--name", &name]);
         godwit.arg(directory).args(arguments);
+        self.start_restored(&name, self.under(program, &godwit)?)
+    }
+
+    /// A `godwit` command as the last arguments of another program that runs it.
+    pub fn under(&self, program: &[OsString], godwit: &Command) -> Result<Command> {
         let (first, rest) = program.split_first().context("a program")?;
         let mut command = Command::new(first);
         command
@@ -164,7 +169,7 @@ impl Host {
                 None => command.env_remove(key),
             };
         }
-        self.start_restored(&name, command)
+        Ok(command)
     }
 
     fn start_restored(&self, name: &str, command: Command) -> Result<Vm> {

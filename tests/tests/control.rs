@@ -1,5 +1,8 @@
 //! The control plane of one host: names, states, life cycle, console.
 
+#[path = "control/unprivileged.rs"]
+mod unprivileged;
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 

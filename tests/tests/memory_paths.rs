@@ -1,8 +1,8 @@
 //! The ways that guest memory can take to its destination, and the logs that say which of it is dirty.
 
 use anyhow::{Context, Result, ensure};
-use migration::{DataPath, Report};
-use tests::{BareGuest, Host, Journey, Vm};
+use migration::{DataPath, Outcome, Report};
+use tests::{BareGuest, Host, Journey, MemoryGroup, PATIENCE, Process, Vm};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -142,4 +142,67 @@ fn memory_is_there_before_the_guest_starts() -> Result<()> {
         journey.end()?;
     }
     Ok(())
+}
+
+#[test]
+fn a_cgroup_that_is_smaller_than_the_guest_refuses_it_before_it_is_touched() -> Result<()> {
+    let guest = BareGuest {
+        memory_mib: 256,
+        workset: "16M",
+        ..Default::default()
+    };
+    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let host = journey.host.clone();
+    let group = MemoryGroup::limited(192)?;
+    let refused = |arguments: &[&str]| -> Result<()> {
+        let command = host.under(&group.program(), &host.command(arguments))?;
+        let finished = Process::run(command, PATIENCE)?;
+        ensure!(
+            finished.code != Some(0) && finished.stderr.contains("has left, got 268435456"),
+            "{arguments:?} in a cgroup of 192 MiB: {finished:?}"
+        );
+        Ok(())
+    };
+    let kernel = host.fixtures().bare();
+    let kernel = kernel.to_str().context("a path that is no UTF-8")?;
+    refused(&["run", "--kernel", kernel, "--memory", "256M"])?;
+    let listen = ["receive", "--listen", "tcp:127.0.0.1:0"];
+    refused(&[&listen[..], &["--reserve", "256M"]].concat())?;
+
+    let small = |name: &str| {
+        let arguments = [&listen[..], &["--name", name]].concat();
+        host.start_receiver(name, host.under(&group.program(), &host.command(arguments))?)
+    };
+    let (mut receiver, endpoint) = small("small")?;
+    let error = journey.vm.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
+    ensure!(error.contains("the cgroup"), "got {error}");
+    journey.vm.check_running()?;
+    receiver.godwit("stop", &[])?.expect_code(0)?;
+    receiver.wait_success(PATIENCE)?;
+
+    let directory = host.path("snapshot");
+    journey.vm.snapshot(&directory, &["--keep-running"])?;
+    let directory = directory.to_str().context("a path that is no UTF-8")?;
+    for how in ["--lazy", "--preload"] {
+        refused(&["restore", how, directory])?;
+    }
+    hop_and_verify(&mut journey, &[])?;
+
+    // What fits is taken.
+    let fits = BareGuest {
+        memory_mib: 64,
+        workset: "16M",
+        ..Default::default()
+    };
+    let mut other = Journey::start(Host::new()?, &fits, &[])?;
+    let arguments = [&listen[..], &["--name", "fits"]].concat();
+    let command = other.host.command(arguments);
+    let (receiver, endpoint) = other
+        .host
+        .start_receiver("fits", other.host.under(&group.program(), &command)?)?;
+    other.hop_to(receiver, &endpoint, &["--verify"])?;
+    other.verify()?;
+    other.end()?;
+    group.check_nothing_killed()?;
+    journey.end()
 }

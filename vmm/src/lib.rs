@@ -14,6 +14,7 @@ mod footprint;
 mod kvm;
 pub mod machine;
 pub mod memory;
+mod privacy;
 pub mod probe;
 pub mod report;
 pub mod rundir;

@@ -22,6 +22,7 @@ use crate::console::{Console, ConsoleInput};
 use crate::footprint::give_back_text;
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory::{self, FaultHandler};
+use crate::privacy::keep_memory_private;
 use crate::report::figures::duration;
 use crate::rundir::{ApiSocket, check_name};
 use crate::snapshot::Snapshot;
@@ -32,6 +33,7 @@ const LOG_VARIABLE: &str = "GODWIT_LOG";
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
+    keep_memory_private()?;
     let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
     let config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
     if let Some(reason) = config.template_reason {
@@ -55,6 +57,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
+    keep_memory_private()?;
     let arrival = args.backends.arrival(args.max_memory, args.reserve)?;
     if let Some(reserve) = args.reserve {
         memory::check_size(reserve).map_err(ConfigError::from)?;
@@ -76,6 +79,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     init_log(args.common.log.as_deref())?;
+    keep_memory_private()?;
     let arrival = args.backends.arrival(None, None)?;
     let name = checked_name(&args.common)?;
     let console = Console::to_stdout().context("console")?;

@@ -25,6 +25,7 @@ use crate::boot::layout;
 use crate::config::MAX_CPUS;
 use crate::console::Console;
 use crate::cpu::{self, Template};
+use crate::memory::MemoryError;
 use crate::{kvm, memory};
 
 /// TSC frequencies that differ by no more than this, in parts per million, count as equal; it is what KVM
@@ -126,7 +127,11 @@ impl MigrationDestination {
             {
                 Ok((reserve, true))
             }
-            (None, _) => Ok((memory::create(&ranges, description.memory_kind)?, false)),
+            (None, unfit) => {
+                // What it takes is what the machine may need.
+                drop(unfit);
+                Ok((memory::create(&ranges, description.memory_kind)?, false))
+            }
         }
     }
 
@@ -148,10 +153,12 @@ impl MigrationDestination {
         if let Err(error) = memory::check_size(size) {
             return vec![difference("memory", format!("{size} bytes"), error.to_string())];
         }
-        if description.memory_kind == MemoryKind::HugePages
-            && let Err(error) = memory::check_huge_pages(size)
-        {
-            let expected = format!("{size} bytes in huge pages");
+        if let Err(error) = self.check_room(size, description.memory_kind) {
+            let pages = match description.memory_kind {
+                MemoryKind::HugePages => " in huge pages",
+                MemoryKind::Anonymous | MemoryKind::Shared => "",
+            };
+            let expected = format!("{size} bytes{pages}");
             return vec![difference("memory", expected, error.to_string())];
         }
         let here = layout::ram_ranges(size);
@@ -163,6 +170,19 @@ impl MigrationDestination {
             )];
         }
         Vec::new()
+    }
+
+    fn check_room(&self, size: u64, kind: MemoryKind) -> Result<(), MemoryError> {
+        let reserved = self.reserve.as_ref().map_or(0, |reserve| {
+            memory::ranges(reserve).iter().map(|(_, len)| len).sum()
+        });
+        match kind {
+            // The reserve is used for it, or given back first.
+            MemoryKind::Anonymous => memory::check_room(size.saturating_sub(reserved), kind),
+            MemoryKind::HugePages => memory::check_room(size, kind),
+            // It may be handed over, and then takes nothing here: what is missing is found when it is made.
+            MemoryKind::Shared => Ok(()),
+        }
     }
 
     fn check_tsc(&self, description: &MachineDescription) -> Option<Difference> {

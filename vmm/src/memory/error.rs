@@ -20,6 +20,10 @@ pub enum MemoryError {
     TooSmall(u64),
     #[error("memory: {got} bytes, but this host has {host}")]
     MoreThanHost { got: u64, host: u64 },
+    #[error("memory: expected at most {bytes} bytes, which is what {by} has left, got {got}")]
+    NotAvailable { got: u64, bytes: u64, by: String },
+    #[error("memory that is available on this host")]
+    Available(#[source] io::Error),
     #[error("memory in huge pages: expected a multiple of {HUGE_PAGE} bytes, got {0}")]
     NotHugePages(u64),
     #[error(

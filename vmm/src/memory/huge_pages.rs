@@ -12,7 +12,7 @@ pub(super) const HUGE_PAGE: u64 = 2 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 /// Checks that memory of `size` bytes can be had in huge pages, before it is asked for.
-pub fn check_huge_pages(size: u64) -> Result<(), MemoryError> {
+pub(super) fn check_huge_pages(size: u64) -> Result<(), MemoryError> {
     if !size.is_multiple_of(HUGE_PAGE) {
         return Err(MemoryError::NotHugePages(size));
     }

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use devices::GuestMemory;
 use migration::MemoryKind;
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::Advice;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -18,6 +19,7 @@ use vm_memory::{
 };
 
 use super::MemoryError;
+use super::available::check_available;
 use super::huge_pages::check_huge_pages;
 use super::marks::Region;
 use crate::boot::layout::PAGE_SIZE;
@@ -44,11 +46,19 @@ pub fn check_size(size: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Zeroed guest memory of the given ranges.
-pub fn create(ranges: &[(u64, u64)], kind: MemoryKind) -> Result<GuestMemory, MemoryError> {
-    if kind == MemoryKind::HugePages {
-        check_huge_pages(ranges.iter().map(|(_, len)| len).sum())?;
+/// Checks that guest memory of that size and kind can be had here, so that it is refused before a guest depends on it
+/// rather than missing when the guest first touches it.
+pub fn check_room(size: u64, kind: MemoryKind) -> Result<(), MemoryError> {
+    match kind {
+        // The host has set them aside: they are no part of what is available, and no cgroup's memory.
+        MemoryKind::HugePages => check_huge_pages(size),
+        MemoryKind::Anonymous | MemoryKind::Shared => check_available(size),
     }
+}
+
+/// Zeroed guest memory of the given ranges, if there is room for all of it.
+pub fn create(ranges: &[(u64, u64)], kind: MemoryKind) -> Result<GuestMemory, MemoryError> {
+    check_room(total(ranges), kind)?;
     let mut mappings = Vec::with_capacity(ranges.len());
     for (_, len) in ranges {
         let backing = match kind {
@@ -80,8 +90,9 @@ pub fn adopt(ranges: &[(u64, u64)], files: Vec<OwnedFd>) -> Result<GuestMemory, 
 
 /// Guest memory of the given ranges, whose pages are those of the file, one range after the other, until they are
 /// written to: the file is only read. It must have all of them, as long as the memory lives: a page that is not there
-/// kills whoever touches it.
+/// kills whoever touches it. There must be room for all of it, as the guest may write to all of it.
 pub fn map_private(ranges: &[(u64, u64)], file: &File) -> Result<GuestMemory, MemoryError> {
+    check_available(total(ranges))?;
     let (mut mappings, mut offset) = (Vec::with_capacity(ranges.len()), 0);
     for (_, len) in ranges {
         let file = file.try_clone().map_err(MemoryError::Private)?;
@@ -89,6 +100,13 @@ pub fn map_private(ranges: &[(u64, u64)], file: &File) -> Result<GuestMemory, Me
         offset += len;
     }
     place(ranges, mappings)
+}
+
+fn total(ranges: &[(u64, u64)]) -> u64 {
+    ranges
+        .iter()
+        .map(|(_, len)| len)
+        .fold(0, |sum, len| sum.saturating_add(*len))
 }
 
 /// The ranges of memory as `(gpa, length)`.
@@ -221,22 +239,20 @@ fn map(len: u64, backing: Backing) -> Result<MmapRegion<AtomicBitmap>, MemoryErr
     let region = builder
         .build()
         .map_err(|source| MemoryError::Map { len, source })?;
-    advise_huge_pages(&region);
+    // A kernel without transparent huge pages says no, and 4 KiB pages do as well.
+    advise(&region, Advice::LinuxHugepage);
+    // A core dump of this process is no place for what a guest has in its memory.
+    advise(&region, Advice::LinuxDontDump);
     Ok(region)
 }
 
-/// Advice only: a kernel without transparent huge pages says no, and 4 KiB pages do as well.
-fn advise_huge_pages(region: &MmapRegion<AtomicBitmap>) {
-    // SAFETY: the range is one mapping that `region` owns, and MADV_HUGEPAGE does not change its content.
-    let advised = unsafe {
-        rustix::mm::madvise(
-            region.as_ptr().cast(),
-            region.size(),
-            rustix::mm::Advice::LinuxHugepage,
-        )
-    };
+/// Advice only: what the kernel does not take is done without.
+fn advise(region: &MmapRegion<AtomicBitmap>, advice: Advice) {
+    // SAFETY: the range is one mapping that `region` owns, and neither MADV_HUGEPAGE nor MADV_DONTDUMP changes its
+    // content.
+    let advised = unsafe { rustix::mm::madvise(region.as_ptr().cast(), region.size(), advice) };
     if let Err(error) = advised {
-        tracing::debug!(%error, "no huge pages for guest memory");
+        tracing::debug!(%error, ?advice, "advice on guest memory was not taken");
     }
 }
 

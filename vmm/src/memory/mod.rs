@@ -1,5 +1,6 @@
 //! Guest memory: its backing, its KVM slots, what of it was written, what of it is in use.
 
+mod available;
 mod bitmap_log;
 mod error;
 mod fault_handler;
@@ -16,9 +17,8 @@ mod userfault;
 pub use bitmap_log::BitmapLog;
 pub use error::MemoryError;
 pub use fault_handler::FaultHandler;
-pub use huge_pages::check_huge_pages;
-pub use mapping::{adopt, check_size, create, files, kind, map_private, ranges};
-pub use populated::{populated, private_copies};
+pub use mapping::{adopt, check_room, check_size, create, files, kind, map_private, ranges};
+pub use populated::{open_page_map, populated, private_copies};
 pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};
 pub use slots::{register, set_dirty_log};

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use devices::GuestMemory;
 use migration::{MemoryRange, PageSet};
@@ -22,6 +23,22 @@ const ENTRY: usize = 8;
 const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
 /// An entry's bit for "a file's page, or anonymous memory that is shared".
 const OF_FILE: u64 = 1 << 61;
+
+/// This process's page map, which is opened once: see [`open_page_map`].
+static PAGE_MAP: OnceLock<File> = OnceLock::new();
+
+/// Opens the page map for all who look at it later, when the process may not be allowed to open it any more.
+pub fn open_page_map() -> Result<(), MemoryError> {
+    page_map().map(drop).map_err(MemoryError::Pagemap)
+}
+
+fn page_map() -> io::Result<&'static File> {
+    if let Some(file) = PAGE_MAP.get() {
+        return Ok(file);
+    }
+    let file = File::open("/proc/self/pagemap")?;
+    Ok(PAGE_MAP.get_or_init(|| file))
+}
 
 /// Adds every page that may hold something to `into`.
 pub fn populated(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryError> {
@@ -64,14 +81,14 @@ fn is_own(entry: u64) -> bool {
 }
 
 struct Pagemap {
-    file: File,
+    file: &'static File,
     buffer: Vec<u8>,
 }
 
 impl Pagemap {
     fn open() -> io::Result<Self> {
         Ok(Self {
-            file: File::open("/proc/self/pagemap")?,
+            file: page_map()?,
             buffer: vec![0; ENTRIES * ENTRY],
         })
     }
