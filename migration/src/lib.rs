@@ -30,8 +30,8 @@ pub use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE};
 pub use options::{Compression, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptions};
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
-    BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, MachineDescription,
-    MachineError, MemoryKind, MemoryRegion, Rehearsal, Source, SourceDisk,
+    BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, DiskMark, MachineDescription,
+    MachineError, MemoryKind, MemoryRegion, OfferedDisks, Rehearsal, Source, SourceDisk,
 };
 pub use report::{DataPath, Downtime, MemoryDigest, Outcome, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, migrate};

@@ -84,6 +84,25 @@ pub struct MachineDescription {
     pub devices: Vec<DeviceDescription>,
 }
 
+/// What the source says about its disks, besides what its devices are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedDisks {
+    /// Whether it sends what is on the disks that the destination does not have.
+    pub come: bool,
+    /// By what the destination knows them.
+    pub marks: Vec<DiskMark>,
+}
+
+/// Shows that a file is the disk that the source has open, on whichever host the two are: of all that is locked in it
+/// the source has locked exactly one byte at an offset that it has chosen at random.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMark {
+    /// Which of the machine's devices the disk is behind.
+    pub device: u32,
+    /// The offset in bytes.
+    pub offset: u64,
+}
+
 /// One reason why a destination cannot run the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
@@ -176,6 +195,10 @@ pub trait Source: Send {
     /// What the destination must be able to run.
     fn describe(&self) -> MachineDescription;
 
+    /// Marks the disks for this migration. The marks stay until the next ones, or until the disks' locks are given up.
+    /// Fails where nobody could open a disk that does not `come` along, as it has no name any more.
+    fn mark_disks(&mut self, come: bool) -> Result<Vec<DiskMark>, MachineError>;
+
     /// Guest RAM; the regions are those of [`MachineDescription::memory`], in that order.
     fn memory(&self) -> GuestMemory;
 
@@ -249,9 +272,9 @@ pub trait Source: Send {
 /// Calls come in this order: `check`, `create`, `rehearse` any number of times, `restore`, `resume`. Before
 /// `resume`, `discard` may come at any time; afterwards the value is ready for another attempt.
 pub trait Destination: Send {
-    /// Every difference that forbids the move; empty means that it can be done. With `disks_come` the source sends
-    /// what is on the disks that are not here.
-    fn check(&self, description: &MachineDescription, disks_come: bool) -> Vec<Difference>;
+    /// Every difference that forbids the move; empty means that it can be done. What is here and has not the mark of
+    /// the source's disk is not that disk.
+    fn check(&self, description: &MachineDescription, disks: &OfferedDisks) -> Vec<Difference>;
 
     /// Builds the machine, its backends open but its disks neither locked nor read, and returns its guest
     /// RAM, with the regions of the description in that order: zeroed, or, where `files` are given, a mapping of
@@ -261,7 +284,7 @@ pub trait Destination: Send {
         &mut self,
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
-        disks_come: bool,
+        disks: &OfferedDisks,
     ) -> Result<GuestMemory, MachineError>;
 
     /// The disks that `create` made anew, in the order of their devices. Whatever was written to them is durable

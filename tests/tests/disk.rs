@@ -91,6 +91,46 @@ fn a_disk_comes_along() -> Result<()> {
 }
 
 #[test]
+fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
+    let (mut journey, here, there) = with_a_disk_here()?;
+    let there = there.join("disk");
+    let disk = |path: &Path| format!("d={}", path.display());
+    let refused = |journey: &Journey, endpoint: &str, arguments: &[&str]| -> Result<()> {
+        let line = journey.vm.migrate(endpoint, arguments)?.stayed(Outcome::Failed)?;
+        ensure!(
+            line.contains("without the source's lock") && line.contains("shared=on"),
+            "{line}"
+        );
+        journey.vm.check_running().map(drop)
+    };
+    // Of the right size, and even with the right content, but nobody's.
+    fs::copy(&here, &there)?;
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk(&there)])?;
+    refused(&journey, &endpoint, &[])?;
+    refused(&journey, &endpoint, &["--with-disks"])?;
+    fs::remove_file(&there)?;
+    let come = ["--with-disks", "--verify", "--on-miss", "switch"];
+    let report = journey.hop_to(receiver, &endpoint, &come)?;
+    ensure!(report.disks == 1, "no disk in {report:?}");
+
+    // What it left is older than what it has.
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk(&here)])?;
+    refused(&journey, &endpoint, &come)?;
+    drop(receiver);
+    // This guest has written nothing meanwhile, and its operator knows that.
+    let word = format!("{},shared=on", disk(&here));
+    let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &word])?;
+    let report = journey.hop_to(receiver, &endpoint, &come)?;
+    ensure!(report.disks == 0, "a disk came along: {report:?}");
+    journey.vm.read_on(READS)?;
+    journey.verify()?;
+    // A receiver that was killed left its socket.
+    let life = journey.check_life();
+    drop(journey);
+    life.map(drop)
+}
+
+#[test]
 fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
     let (mut journey, here, there) = with_a_disk_here()?;
     let disk = format!("d={}", there.join("disk").display());

@@ -227,7 +227,7 @@ fn a_disk_whose_file_is_removed() -> Result<()> {
     check_well(&journey.vm)?;
 
     let (here, at) = receiver(&journey, &image)?;
-    refused(&journey, &at, &[], &["found nothing there"])?;
+    refused(&journey, &at, &[], &["it was removed"])?;
     // Another file in its place is not the guest's, whatever its size.
     fs::write(&image, vec![0; content.len()])?;
     refused(&journey, &at, &[], &["it was removed"])?;

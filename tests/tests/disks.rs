@@ -1,12 +1,164 @@
-//! Disks whose size and limits change, and images, with a guest that moves.
+//! Disks whose size and limits change, and images that QEMU's tools look at.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use migration::Outcome;
-use tests::{BareGuest, Host, Journey, http};
+use rustix::process::Signal;
+use tests::{BareGuest, Finished, Host, Image, Journey, PATIENCE, Vm, http, qemu, wait_until};
 
 const ANY_PORT: &str = "tcp:127.0.0.1:0";
+const IMAGE_BYTES: u64 = 4 << 20;
+/// Each page of such a disk four times in the mean, and each cluster of 64 KiB for sure.
+const READS: u64 = 4 * (IMAGE_BYTES >> 12);
+
+const READER: BareGuest = BareGuest {
+    reads: 32,
+    ..BareGuest::DEFAULT
+};
+/// It never flushes.
+const WRITER: BareGuest = BareGuest {
+    writes: true,
+    ..READER
+};
+
+#[test]
+fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
+    let host = Host::new()?;
+    let image = Image::make(&host.path("disk.qcow2"), IMAGE_BYTES)?;
+    let (path, copy) = (image.path(), host.path("copy"));
+    let disk = format!("id=d,path={path},format=qcow2");
+    let mut journey = Journey::start(host, &WRITER, &["--disk", &disk])?;
+    journey.vm.read_on(READS)?;
+    qemu("qemu-img", &["info", path])?.expect_code(0)?;
+    for (program, words) in [
+        ("qemu-img", &["resize", "-f", "qcow2", path, "8M"][..]),
+        ("qemu-io", &["-f", "qcow2", "-c", "write 0 4k", path]),
+    ] {
+        let finished = qemu(program, words)?;
+        ensure!(finished.expect_code(0).is_err(), "{words:?} has changed the disk");
+        ensure!(finished.stderr.contains("lock"), "{}", finished.stderr);
+    }
+    journey.vm.godwit("pause", &[])?.expect_code(0)?;
+    fs::copy(path, &copy)?;
+    let copy = Image::at(&copy);
+    copy.check(true)?;
+    let known = copy.mapped()?;
+    ensure!(
+        known == IMAGE_BYTES,
+        "a copy knows {known} bytes of {IMAGE_BYTES} that the guest has written"
+    );
+    journey.vm.godwit("resume", &[])?.expect_code(0)?;
+    journey.vm.read_on(READS)?;
+    let backend = format!("d={path},format=qcow2");
+    let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &backend])?;
+    journey.hop_to(receiver, &endpoint, &["--on-miss", "switch"])?;
+    journey.vm.read_on(READS)?;
+    journey.verify()?;
+    let _host = journey.host.clone();
+    journey.end()?;
+    image.check(true)
+}
+
+#[test]
+fn a_killed_process_leaves_an_image_that_knows_its_data() -> Result<()> {
+    let host = Host::new()?;
+    for cache in ["writeback", "unsafe"] {
+        let image = Image::make(&host.path(cache), IMAGE_BYTES)?;
+        let disk = format!("id=d,path={},format=qcow2,cache={cache}", image.path());
+        let mut vm = WRITER.boot(&host, cache, &["--disk", &disk])?;
+        vm.read_on(READS)?;
+        wait_until(
+            "the image to know its data",
+            || Ok(image.mapped()? == IMAGE_BYTES),
+        )?;
+        vm.process.signal(Signal::KILL)?;
+        vm.process.wait(PATIENCE)?;
+        // Clusters may be lost, but none is wrong.
+        image.check(false)?;
+        ensure!(image.mapped()? == IMAGE_BYTES);
+    }
+    Ok(())
+}
+
+#[test]
+fn nobody_boots_what_overlays_are_on() -> Result<()> {
+    let host = Host::new()?;
+    let base = host.path("base").display().to_string();
+    File::create(&base)?.set_len(IMAGE_BYTES)?;
+    let run = |name: &str, disk: &str| -> Result<Finished> {
+        let mut words = vec!["run".to_owned(), "--name".to_owned(), name.to_owned()];
+        words.extend(READER.options(&host)?);
+        words.extend(["--disk".to_owned(), disk.to_owned()]);
+        host.godwit(words)
+    };
+    let mut clones = Vec::new();
+    for name in ["one", "two"] {
+        let top = Image::make_on(&host.path(name), &base)?;
+        let disk = format!("id=d,path={},format=qcow2", top.path());
+        // What an image names is not opened for that.
+        let finished = run("unnamed", &disk)?;
+        finished.expect_code(1)?;
+        ensure!(
+            finished.stderr.contains(&format!("add backing={base}")),
+            "{}",
+            finished.stderr
+        );
+        let disk = format!("{disk},backing={base}");
+        clones.push(READER.boot(&host, name, &["--disk", &disk])?);
+    }
+    let finished = run("base", &format!("path={base}"))?;
+    finished.expect_code(1)?;
+    ensure!(
+        finished.stderr.contains(&base) && finished.stderr.contains("locked"),
+        "{}",
+        finished.stderr
+    );
+    for mut vm in clones {
+        vm.read_on(READS)?;
+        vm.process.send(b"q")?;
+        vm.wait_success(PATIENCE)?;
+    }
+    Ok(())
+}
+
+/// How often the log says that the disk's end is hidden.
+fn hidden(vm: &Vm) -> usize {
+    let log = vm.process.stderr().text();
+    log.lines()
+        .filter(|line| line.contains("last 300 bytes are hidden"))
+        .count()
+}
+
+#[test]
+fn a_disk_has_any_size() -> Result<()> {
+    let host = Host::new()?;
+    let (odd, empty) = (host.path("odd"), host.path("empty"));
+    File::create(&odd)?.set_len(IMAGE_BYTES + 300)?;
+    File::create(&empty)?;
+    let disk = |path: &Path| format!("path={}", path.display());
+    let (d, e) = (format!("id=d,{}", disk(&odd)), format!("id=e,{}", disk(&empty)));
+    let mut journey = Journey::start(host, &READER, &["--disk", &d, "--disk", &e])?;
+    journey.vm.read_on(READS)?;
+    ensure!(hidden(&journey.vm) == 1, "{}", journey.vm.process.stderr().text());
+    let (there, nothing) = (journey.host.path("there"), journey.host.path("nothing"));
+    for (d, e, come, told) in [(&odd, &empty, 0, 1), (&there, &nothing, 1, 0)] {
+        let [d, e] = [("d", d), ("e", e)].map(|(id, path)| format!("{id}={}", path.display()));
+        let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &d, "--disk", &e])?;
+        let report = journey.hop_to(receiver, &endpoint, &["--with-disks", "--on-miss", "switch"])?;
+        ensure!(report.disks == come, "{report:?}");
+        journey.vm.read_on(READS)?;
+        ensure!(
+            hidden(&journey.vm) == told,
+            "{}",
+            journey.vm.process.stderr().text()
+        );
+    }
+    ensure!(fs::metadata(&there)?.len() == IMAGE_BYTES && fs::metadata(&nothing)?.len() == 0);
+    journey.verify()?;
+    journey.end()
+}
 
 #[test]
 fn a_disk_is_resized_and_moves() -> Result<()> {

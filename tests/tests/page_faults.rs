@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Event, Finished, Host, HugePages, Journey, PATIENCE, Process, Tick, Vm, wait_until};
+use tests::{
+    BareGuest, Event, Finished, Host, HugePages, Image, Journey, PATIENCE, Process, Tick, Vm, wait_until,
+};
 
 /// So soon a guest is paused though nobody brings the page that it waits for.
 const SOON: Duration = Duration::from_secs(2);
@@ -59,7 +61,11 @@ impl Handler {
 
 /// A guest that lies in files; its memory is not where the rest of them is.
 fn in_files(guest: &BareGuest<'_>, options: &[&str]) -> Result<(Journey, PathBuf, PathBuf)> {
-    let journey = Journey::start(Host::new()?, guest, options)?;
+    put_in_files(Journey::start(Host::new()?, guest, options)?)
+}
+
+/// Puts a guest there.
+fn put_in_files(journey: Journey) -> Result<(Journey, PathBuf, PathBuf)> {
     let (directory, memory) = (journey.host.path("saved"), journey.host.path("memory-elsewhere"));
     journey.vm.snapshot(&directory, &[])?;
     std::fs::rename(directory.join("memory"), &memory)?;
@@ -348,4 +354,31 @@ fn what_no_handler_can_do() -> Result<()> {
         host.check_clean()?;
     }
     Ok(())
+}
+
+#[test]
+fn what_a_clone_has_written_is_in_its_image_at_the_end() -> Result<()> {
+    const BYTES: u64 = 4 << 20;
+    let guest = BareGuest {
+        reads: 32,
+        writes: true,
+        ..GUEST
+    };
+    let host = Host::new()?;
+    let base = host.path("base").display().to_string();
+    std::fs::File::create(&base)?.set_len(BYTES)?;
+    let journey = Journey::start(host, &guest, &["--disk", &format!("id=d,path={base}")])?;
+    // Each page four times in the mean, so each cluster for sure.
+    let reads = 4 * (BYTES >> 12);
+    journey.vm.read_on(reads)?;
+    let (journey, directory, memory) = put_in_files(journey)?;
+    let clone = Image::make_on(&journey.host.path("clone"), &base)?;
+    let disk = format!("d={},format=qcow2,backing={base}", clone.path());
+    let (mut journey, _handler) = handled(journey, &directory, &memory, &["--resume", "--disk", &disk])?;
+    journey.vm.read_on(reads)?;
+    journey.vm.godwit("stop", &["--force"])?.expect_code(0)?;
+    journey.vm.wait_success(PATIENCE)?;
+    let known = clone.mapped()?;
+    ensure!(known == BYTES, "the image knows {known} bytes of {BYTES}");
+    clone.check(false)
 }

@@ -91,6 +91,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// What the file is.
     pub format: block::Format,
+    /// What it is on, if it is an image, from the upper to the lower.
+    pub backing: Vec<block::BackingFile>,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// How it serves the guest.

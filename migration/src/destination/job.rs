@@ -18,7 +18,7 @@ use crate::control::{Control, Phase};
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::{MAX_STREAMS, ReceiveOptions};
 use crate::page_set::PageSet;
-use crate::ports::{Destination, MachineDescription, MachineError};
+use crate::ports::{Destination, MachineDescription, MachineError, OfferedDisks};
 use crate::protocol::{Features, Message, Plan};
 use crate::report::ms;
 use crate::text::panic_message;
@@ -36,7 +36,7 @@ pub(super) struct Job<'a> {
 struct Announced {
     description: MachineDescription,
     plan: Plan,
-    disks_come: bool,
+    disks: OfferedDisks,
 }
 
 /// More pings are no measurement.
@@ -131,7 +131,7 @@ impl<'a> Job<'a> {
         let Announced {
             description,
             plan,
-            disks_come,
+            disks: offered,
         } = announced;
         PageSet::check_regions(&description.memory).map_err(ReceiveError::MemoryMap)?;
         let files = match *plan {
@@ -144,14 +144,13 @@ impl<'a> Job<'a> {
             }
             Plan::Handover => Some(files(link, description, features)?),
         };
-        let differences = alive.during(|| self.destination.check(description, *disks_come));
+        let differences = alive.during(|| self.destination.check(description, offered));
         if !differences.is_empty() {
             link.send(&Message::Refuse(differences.clone()))?;
             return Err(ReceiveError::Refused { differences });
         }
         self.built = true;
-        let memory =
-            alive.during(|| call("create", self.destination.create(description, files, *disks_come)))?;
+        let memory = alive.during(|| call("create", self.destination.create(description, files, offered)))?;
         let asked = description.memory.iter().map(|region| (region.gpa, region.len));
         if !memory
             .iter()
@@ -291,7 +290,7 @@ fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
                 return Ok(Announced {
                     description: machine,
                     plan,
-                    disks_come: disks,
+                    disks,
                 });
             }
             other => {

@@ -3,10 +3,10 @@ use std::ops::RangeInclusive;
 use serde::{Deserialize, Serialize};
 
 use super::Span;
-use crate::ports::{Difference, MachineDescription};
+use crate::ports::{Difference, MachineDescription, OfferedDisks};
 
 /// Versions of the protocol that this program speaks.
-const VERSIONS: RangeInclusive<u16> = 4..=4;
+const VERSIONS: RangeInclusive<u16> = 5..=5;
 const MAGIC: [u8; 8] = *b"GODWITMG";
 
 /// Most ranges in one piece of [`Message::Populated`]; fits its frame.
@@ -53,8 +53,8 @@ pub(crate) enum Message {
         machine: MachineDescription,
         /// How its memory comes.
         plan: Plan,
-        /// Whether the disks that the destination does not have can come along.
-        disks: bool,
+        /// What becomes of its disks.
+        disks: OfferedDisks,
     },
     /// Source, in a handover: this frame carries a file descriptor for each region of memory.
     MemoryFiles,

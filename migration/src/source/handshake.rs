@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 use super::{Job, MigrateError};
 use crate::link::{Link, LinkError};
 use crate::options::{Compression, MAX_STREAMS};
+use crate::ports::OfferedDisks;
 use crate::protocol::{Features, Hello, Message, Plan, Token};
 use crate::text::clean;
 use crate::transport::{Connection, Endpoint};
@@ -43,10 +44,20 @@ impl Job<'_> {
         };
         let machine = self.source.describe();
         let devices = machine.devices.len();
+        let marks = self
+            .source
+            .mark_disks(self.options.with_disks)
+            .map_err(|source| MigrateError::Machine {
+                call: "mark_disks",
+                source,
+            })?;
         link.send(&Message::Describe {
             machine,
             plan,
-            disks: self.options.with_disks,
+            disks: OfferedDisks {
+                come: self.options.with_disks,
+                marks,
+            },
         })?;
         if let Some(files) = &files {
             let files: Vec<_> = files.iter().map(OwnedFd::as_fd).collect();

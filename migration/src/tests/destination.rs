@@ -170,7 +170,7 @@ fn whoever_is_not_welcome_costs_a_good_source_nothing() {
         assert!(odd.contains("\"ping\", expected begin, join or ask"), "{odd}");
         // Not the source's language: it would understand no more than a hello.
         let old = shout(to, &frame(Kind::Control, b"\0GODWITMG\x01\x01\x031.0"));
-        assert!(contains(&old, "GODWITMG") && contains(&old, "expected one of 4 to 4"));
+        assert!(contains(&old, "GODWITMG") && contains(&old, "expected one of 5 to 5"));
         assert!(contains(
             &shout(to, b"GET / HTTP/1.1\r\n\r\n"),
             "expected a frame of kind"
@@ -329,7 +329,7 @@ fn a_description_that_promises_too_much_builds_nothing() {
             let describe = Message::Describe {
                 machine,
                 plan,
-                disks: false,
+                disks: OfferedDisks::default(),
             };
             peer.link.send(&describe).unwrap();
             peer.refused()

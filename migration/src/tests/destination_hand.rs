@@ -151,7 +151,7 @@ impl Hand {
         let describe = Message::Describe {
             machine,
             plan,
-            disks: false,
+            disks: OfferedDisks::default(),
         };
         control.link.send(&describe).unwrap();
         Self {

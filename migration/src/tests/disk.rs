@@ -8,6 +8,12 @@ use crate::*;
 /// What the machine's only device is called and has. Its last page is not whole.
 pub(super) const SIZE: u64 = 700 * PAGE_SIZE + 512;
 
+/// Its mark.
+pub(super) const MARK: DiskMark = DiskMark {
+    device: 0,
+    offset: 1 << 40,
+};
+
 /// A disk, and while somebody mirrors it the log of what is written to it.
 #[derive(Default)]
 pub(super) struct FakeDisk {

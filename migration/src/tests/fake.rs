@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use migration_state::Envelope;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::disk::{FakeDisk, device};
+use super::disk::{FakeDisk, MARK, device};
 use super::guest::Guest;
 use crate::*;
 
@@ -179,6 +179,11 @@ impl Source for FakeSource {
         }
     }
 
+    fn mark_disks(&mut self, _: bool) -> Result<Vec<DiskMark>, MachineError> {
+        fault(&self.faults, "mark_disks")?;
+        Ok(self.disk.iter().map(|_| MARK).collect())
+    }
+
     fn memory(&self) -> GuestMemory {
         self.guest.memory.clone()
     }
@@ -329,7 +334,15 @@ pub(super) struct FakeDestination {
 }
 
 impl Destination for FakeDestination {
-    fn check(&self, _: &MachineDescription, _: bool) -> Vec<Difference> {
+    fn check(&self, description: &MachineDescription, disks: &OfferedDisks) -> Vec<Difference> {
+        let expected: Vec<_> = description.devices.iter().map(|_| MARK).collect();
+        if disks.marks != expected {
+            return vec![Difference {
+                what: "marks".into(),
+                expected: format!("{expected:?}"),
+                got: format!("{:?}", disks.marks),
+            }];
+        }
         if let Err(error) = fault(&self.faults, "check") {
             return vec![Difference {
                 what: "fault".into(),
@@ -344,9 +357,9 @@ impl Destination for FakeDestination {
         &mut self,
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
-        disks_come: bool,
+        disks: &OfferedDisks,
     ) -> Result<GuestMemory, MachineError> {
-        if !description.devices.is_empty() && !self.has_disk && (disks_come || self.greedy) {
+        if !description.devices.is_empty() && !self.has_disk && (disks.come || self.greedy) {
             let disk = FakeDisk::new();
             disk.broken.store(self.disk_breaks, Ordering::SeqCst);
             self.blank = Some(Arc::new(disk));

@@ -164,7 +164,10 @@ fn converse(port: u16, pieces: &[Piece]) -> Option<(Token, TcpStream)> {
         .write_all(&message(&Message::Describe {
             machine,
             plan,
-            disks: true,
+            disks: OfferedDisks {
+                come: true,
+                marks: vec![disk::MARK],
+            },
         }))
         .ok()?;
     hear(&mut control, |said| {

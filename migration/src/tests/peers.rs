@@ -156,13 +156,13 @@ fn a_destination_that_talks_nonsense_is_left() {
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
     let error = meet(&options(), |stream| say(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
-    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 5u16, 6u16, "9.9")).unwrap();
+    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 6u16, 7u16, "9.9")).unwrap();
     let header = Header::new(Kind::Control, newer.len()).unwrap().encode();
     let error = meet(&options(), |stream| {
         say_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
-        error.contains("versions 5 to 6 (godwit 9.9), expected one of 4 to 4"),
+        error.contains("versions 6 to 7 (godwit 9.9), expected one of 5 to 5"),
         "{error}"
     );
 }

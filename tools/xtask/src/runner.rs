@@ -12,7 +12,14 @@ use crate::{guests, packages};
 
 /// What is installed system-wide: the emulator for the lab, file system tools for its disk, network tools for taps, and
 /// `losetup` (mount).
-const PACKAGES: [&str; 5] = ["e2fsprogs", "iproute2", "mount", "qemu-system-x86", "util-linux"];
+const PACKAGES: [&str; 6] = [
+    "e2fsprogs",
+    "iproute2",
+    "mount",
+    "qemu-system-x86",
+    "qemu-utils",
+    "util-linux",
+];
 
 /// The scenarios on emulated hosts; all others need the machine's own KVM.
 const LAB: &str = "lab";

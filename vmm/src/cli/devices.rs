@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use devices::Limits;
-use devices::virtio::block::{CacheError, Format, FormatError, Parameters};
+use devices::virtio::block::{BackingFile, CacheError, Format, FormatError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
 
 use super::{limits, vsock};
@@ -15,8 +15,8 @@ use crate::machine::{Arrival, DiskBackend};
 /// Devices of a machine that boots.
 #[derive(Debug, Args)]
 pub(super) struct DeviceArgs {
-    /// A disk: [id=NAME,]path=FILE[,format=raw|qcow2][,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N]; may
-    /// be given several times
+    /// A disk: [id=NAME,]path=FILE[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N];
+    /// may be given several times. Each backing= is what the image before it is on, and is only read
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
     /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE][,iops=N]; may
@@ -32,6 +32,7 @@ impl DeviceArgs {
             id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
             path: disk.path.clone(),
             format: disk.format,
+            backing: disk.backing.clone(),
             read_only: disk.read_only,
             parameters: disk.parameters,
         };
@@ -55,8 +56,10 @@ impl DeviceArgs {
 /// What this host has for the devices of a machine that comes from elsewhere.
 #[derive(Debug, Args)]
 pub(super) struct BackendArgs {
-    /// Backend of a disk of the machine; may be given several times
-    #[arg(long = "disk", value_name = "ID=PATH[,format=raw|qcow2]", value_parser = disk_backend)]
+    /// Backend of a disk of the machine: ID=PATH[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,shared=on];
+    /// may be given several times. A disk that moves must be the one that the source has locked, or a new
+    /// one (--with-disks); shared=on says that it is the source's where locks do not travel, as with block devices
+    #[arg(long = "disk", value_name = "SPEC", value_parser = disk_backend)]
     disks: Vec<(String, DiskBackend)>,
     /// Tap of a network card of the machine, by name or by the descriptors of its queues (ID=fd:N, ID=fd:[N,M]); may be
     /// given several times
@@ -102,22 +105,24 @@ struct RunDisk {
     id: Option<String>,
     path: PathBuf,
     format: Format,
+    backing: Vec<BackingFile>,
     read_only: bool,
     parameters: Parameters,
 }
 
-const DISK: &str = "expected [id=NAME,]path=FILE[,format=raw|qcow2][,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
+const DISK: &str = "expected [id=NAME,]path=FILE[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
 
 fn run_disk(text: &str) -> Result<RunDisk, String> {
     let mut disk = RunDisk {
         id: None,
         path: PathBuf::new(),
         format: Format::default(),
+        backing: Vec::new(),
         read_only: false,
         parameters: Parameters::default(),
     };
     for part in text.split(',') {
-        if limits::take(&mut disk.parameters.limits, part)? {
+        if limits::take(&mut disk.parameters.limits, part)? || take_backing(&mut disk.backing, part)? {
             continue;
         }
         match part.split_once('=') {
@@ -225,16 +230,56 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// Takes a part that is about what an image is on.
+fn take_backing(backing: &mut Vec<BackingFile>, part: &str) -> Result<bool, String> {
+    match (part.split_once('='), backing.last_mut()) {
+        (Some(("backing", path)), _) if !path.is_empty() => backing.push(BackingFile {
+            path: path.into(),
+            format: None,
+        }),
+        (Some(("backing-format", format)), Some(last)) if last.format.is_none() => {
+            last.format = Some(format.parse().map_err(|error: FormatError| error.to_string())?);
+        }
+        (Some(("backing" | "backing-format", _)), _) => {
+            return Err(format!(
+                "expected backing=FILE, and then backing-format=raw|qcow2, got {part:?}"
+            ));
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+/// Options follow the path, which may have commas of its own.
 fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
-    let (text, format) = match text.rsplit_once(",format=") {
-        Some((text, format)) => (
-            text,
-            format.parse().map_err(|error: FormatError| error.to_string())?,
-        ),
-        None => (text, Format::default()),
+    const OPTIONS: [&str; 4] = ["format=", "backing=", "backing-format=", "shared="];
+    let is_option = |part: &str| OPTIONS.iter().any(|option| part.starts_with(option));
+    let (mut rest, mut options) = (text, Vec::new());
+    while let Some((before, part)) = rest.rsplit_once(',').filter(|(_, part)| is_option(part)) {
+        options.push(part);
+        rest = before;
+    }
+    let (id, path) = backend(rest)?;
+    let mut disk = DiskBackend {
+        path,
+        format: Format::default(),
+        backing: Vec::new(),
+        is_shared: false,
     };
-    let (id, path) = backend(text)?;
-    Ok((id, DiskBackend { path, format }))
+    for part in options.into_iter().rev() {
+        if take_backing(&mut disk.backing, part)? {
+            continue;
+        }
+        match part.split_once('=') {
+            Some(("format", format)) => {
+                disk.format = format.parse().map_err(|error: FormatError| error.to_string())?;
+            }
+            Some(("shared", "on")) => disk.is_shared = true,
+            Some(("shared", "off")) => disk.is_shared = false,
+            _ => return Err(format!("expected shared=on or shared=off, got {part:?}")),
+        }
+    }
+    Ok((id, disk))
 }
 
 /// A name, and what is behind what has it.
@@ -254,6 +299,14 @@ mod tests {
     use super::*;
     use crate::config::ConfigError;
 
+    fn chain_of(files: &[(&str, Option<Format>)]) -> Vec<BackingFile> {
+        let file = |(path, format): &(&str, _)| BackingFile {
+            path: path.into(),
+            format: *format,
+        };
+        files.iter().map(file).collect()
+    }
+
     #[test]
     fn disks() {
         let disk = run_disk("id=root,path=/a b,ro").unwrap();
@@ -263,6 +316,7 @@ mod tests {
                 id: Some("root".into()),
                 path: "/a b".into(),
                 format: Format::Raw,
+                backing: Vec::new(),
                 read_only: true,
                 parameters: Parameters::default(),
             }
@@ -285,6 +339,18 @@ mod tests {
             "path=x,iops=0",
         ] {
             assert!(run_disk(bad).is_err(), "{bad}");
+        }
+        let chain = run_disk("path=x,format=qcow2,backing=mid,backing-format=qcow2,backing=base,ro").unwrap();
+        assert_eq!(
+            chain.backing,
+            chain_of(&[("mid", Some(Format::Qcow2)), ("base", None)])
+        );
+        for bad in [
+            "path=x,backing=",
+            "path=x,backing-format=raw",
+            "path=x,backing=y,backing-format=raw,backing-format=raw",
+        ] {
+            assert!(run_disk(bad).unwrap_err().contains("backing=FILE"), "{bad}");
         }
         assert!(run_disk("id=x").unwrap_err().contains("no path"));
         assert!(run_disk("path=x,rw").unwrap_err().contains("\"rw\""));
@@ -348,8 +414,16 @@ mod tests {
         );
         assert!(backend_tap("a=fd:x").unwrap_err().contains("above 2"));
         assert!(disk_backend("root=x,format=vmdk").is_err());
-        let (id, disk) = disk_backend("root=a,b,format=qcow2").unwrap();
+        let (id, disk) =
+            disk_backend("root=a,b,format=qcow2,backing=c,backing=d,backing-format=raw,shared=on").unwrap();
         assert_eq!((id.as_str(), disk.format), ("root", Format::Qcow2));
+        assert_eq!(disk.backing, chain_of(&[("c", None), ("d", Some(Format::Raw))]));
+        assert!(disk.is_shared);
+        assert!(
+            disk_backend("root=x,shared=maybe")
+                .unwrap_err()
+                .contains("shared=on")
+        );
         assert_eq!(disk.path, PathBuf::from("a,b"));
         let args = |net: &str| BackendArgs {
             disks: vec![disk_backend("a=/dev/vda").unwrap()],

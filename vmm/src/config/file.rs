@@ -270,6 +270,7 @@ impl From<DriveSection> for DiskConfig {
             id: drive.drive_id,
             path: drive.path_on_host,
             format: block::Format::Raw,
+            backing: Vec::new(),
             read_only: drive.is_read_only,
             parameters: block::Parameters {
                 limits: drive.rate_limiter.over(Limits::default()),

@@ -46,6 +46,7 @@ fn devices_have_distinct_names() {
         id: id.into(),
         path: "x".into(),
         format: block::Format::Raw,
+        backing: Vec::new(),
         read_only: false,
         parameters: block::Parameters::default(),
     };
@@ -144,6 +145,7 @@ fn addresses_that_no_guest_can_have() {
         id: format!("d{id}"),
         path: "x".into(),
         format: block::Format::Raw,
+        backing: Vec::new(),
         read_only: false,
         parameters: block::Parameters::default(),
     };

@@ -5,12 +5,12 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::{self, BlockState};
+use devices::virtio::block::{self, Access, Backend, BackendError, BackingFile, BlockState};
 use devices::virtio::console::{self, ConsoleState};
 use devices::virtio::net::{NetState, Tap};
 use devices::virtio::rng::RngState;
 use devices::virtio::vsock::VsockState;
-use migration::{DeviceDescription, Difference};
+use migration::{DeviceDescription, Difference, OfferedDisks};
 use migration_state::Record;
 
 use super::backends::{CONSOLE_ID, RNG_ID, Unavailable, VSOCK_ID};
@@ -25,6 +25,18 @@ pub struct DiskBackend {
     pub path: PathBuf,
     /// What the file is: the peer does not say.
     pub format: block::Format,
+    /// What it is on, if it is an image, from the upper to the lower.
+    pub backing: Vec<BackingFile>,
+    /// Whether it is the source's own disk on its operator's word, where locks do not show that.
+    pub is_shared: bool,
+}
+
+impl DiskBackend {
+    /// All of its files, and whether each is written to where the disk is.
+    fn files(&self, is_writable: bool) -> impl Iterator<Item = (&Path, bool)> {
+        let below = self.backing.iter().map(|below| (below.path.as_path(), false));
+        [(self.path.as_path(), is_writable)].into_iter().chain(below)
+    }
 }
 
 /// What this host offers to a machine that arrives.
@@ -52,13 +64,15 @@ impl Arrival {
         &self,
         index: usize,
         device: &DeviceDescription,
-        disks_come: bool,
+        offered: Option<&OfferedDisks>,
     ) -> Result<Option<Blank>, BlankError> {
         let disk = self.disks.get(&device.id);
         // What is made is a raw image.
         let wanted = |disk: &&DiskBackend| {
             let is_raw_disk = device.kind == BlockState::KIND && disk.format == block::Format::Raw;
-            disks_come && is_raw_disk && disk.path.symlink_metadata().is_err_and(is_nothing)
+            offered.is_some_and(|disks| disks.come)
+                && is_raw_disk
+                && disk.path.symlink_metadata().is_err_and(is_nothing)
         };
         let Some(DiskBackend { path, .. }) = disk.filter(wanted) else {
             return Ok(None);
@@ -67,9 +81,35 @@ impl Arrival {
         Blank::make(index as u32, path, device.backend_size).map(Some)
     }
 
-    /// Everything about a machine's devices that cannot be had here. With `disks_come` disks that are not here do not
-    /// count.
-    pub(super) fn check_devices(&self, devices: &[DeviceDescription], disks_come: bool) -> Vec<Difference> {
+    /// The disk that is here for the device of this number. One that a source offers must have its mark; a snapshot's
+    /// is whatever was put there.
+    pub(super) fn open_disk(
+        &self,
+        index: usize,
+        disk: &DiskBackend,
+        access: Access,
+        offered: Option<&OfferedDisks>,
+    ) -> Result<Backend, BackendError> {
+        let backend = Backend::open_on(&disk.path, access, &disk.backing)?;
+        let Some(offered) = offered else {
+            return Ok(backend);
+        };
+        if !disk.is_shared {
+            let mut marks = offered.marks.iter();
+            let mark = marks.find(|mark| mark.device as usize == index);
+            // At 0 there is none.
+            backend.check_mark(mark.map_or(0, |mark| mark.offset))?;
+        }
+        Ok(backend.taken_over())
+    }
+
+    /// Everything about a machine's devices that cannot be had here, with what its source offers of its disks; a
+    /// snapshot has no source.
+    pub(super) fn check_devices(
+        &self,
+        devices: &[DeviceDescription],
+        offered: Option<&OfferedDisks>,
+    ) -> Vec<Difference> {
         if !(1..=MAX_DEVICES + 1).contains(&devices.len()) {
             let here = format!("1 to {}", MAX_DEVICES + 1);
             return vec![difference("devices", devices.len().to_string(), here)];
@@ -77,7 +117,7 @@ impl Arrival {
         let mut differences: Vec<_> = devices
             .iter()
             .enumerate()
-            .filter_map(|(index, device)| self.check_device(index, device, disks_come))
+            .filter_map(|(index, device)| self.check_device(index, device, offered))
             .collect();
         differences.extend(self.shared_backends(devices));
         let disks = self.disks.keys().map(|id| (BlockState::KIND, "--disk", id));
@@ -113,7 +153,12 @@ impl Arrival {
         differences
     }
 
-    fn check_device(&self, index: usize, device: &DeviceDescription, disks_come: bool) -> Option<Difference> {
+    fn check_device(
+        &self,
+        index: usize,
+        device: &DeviceDescription,
+        offered: Option<&OfferedDisks>,
+    ) -> Option<Difference> {
         let what = format!("{} {:?}", noun(&device.kind), device.id);
         let is_rng = device.kind == RngState::KIND && device.id == RNG_ID;
         if (index == 0) != is_rng {
@@ -131,11 +176,11 @@ impl Arrival {
             }
         }
         // Made to see whether that can be done, and gone again at the end of this.
-        let blank = match self.blank(index, device, disks_come) {
+        let blank = match self.blank(index, device, offered) {
             Ok(blank) => blank,
             Err(error) => return Some(difference(&what, "room for it", migration::chain(&error))),
         };
-        let opened = match self.open(device, blank.as_ref()) {
+        let opened = match self.open(index, device, blank.as_ref(), offered) {
             Ok(opened) => opened.device,
             Err(Unavailable { expected, got }) => return Some(difference(&what, expected, got)),
         };
@@ -177,17 +222,18 @@ impl Arrival {
     }
 
     fn share_disk(&self, device: &DeviceDescription, other: &DeviceDescription) -> bool {
-        let path = |device: &DeviceDescription| self.disks.get(&device.id).map(|disk| &disk.path);
-        let (Some(path), Some(other_path)) = (path(device), path(other)) else {
+        let (Some(disk), Some(other_disk)) = (self.disks.get(&device.id), self.disks.get(&other.id)) else {
             return false;
         };
-        let writable = !(device.read_only && other.read_only);
-        let same = match (identity(path), identity(other_path)) {
+        let same = |path: &Path, other: &Path| match (identity(path), identity(other)) {
             // Two that are to be made.
-            (None, None) => path == other_path,
+            (None, None) => path == other,
             (ours, theirs) => ours == theirs,
         };
-        same && writable
+        disk.files(!device.read_only).any(|(path, writes)| {
+            let mut others = other_disk.files(!other.read_only);
+            others.any(|(other, also)| (writes || also) && same(path, other))
+        })
     }
 }
 
@@ -280,7 +326,7 @@ mod tests {
 
     fn check(arrival: &Arrival, disks: &[DeviceDescription]) -> Vec<String> {
         let devices = [&[rng()], disks].concat();
-        let found = arrival.check_devices(&devices, false);
+        let found = arrival.check_devices(&devices, None);
         found.into_iter().map(|difference| difference.got).collect()
     }
 
@@ -291,6 +337,8 @@ mod tests {
         let backend = |name: &str| DiskBackend {
             path: path(name),
             format: block::Format::Raw,
+            backing: Vec::new(),
+            is_shared: false,
         };
         std::fs::write(path("a"), [0; 512]).unwrap();
         std::fs::hard_link(path("a"), path("also-a")).unwrap();
@@ -325,7 +373,7 @@ mod tests {
 
     #[test]
     fn only_as_many_devices_as_there_are_slots_are_looked_at() {
-        assert_eq!(NOTHING.check_devices(&[], false)[0].expected, "0");
+        assert_eq!(NOTHING.check_devices(&[], None)[0].expected, "0");
         let many = vec![disk("x", false); 100_000];
         assert_eq!(check(&NOTHING, &many), ["1 to 13"]);
     }
@@ -336,7 +384,7 @@ mod tests {
             parameters: vec![1],
             ..rng()
         };
-        let differences = NOTHING.check_devices(&[nonsense], false);
+        let differences = NOTHING.check_devices(&[nonsense], None);
         assert_eq!(differences[0].got, "[01]");
     }
 

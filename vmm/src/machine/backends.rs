@@ -1,17 +1,17 @@
 //! Virtio devices with what is behind them on this host: the one place that knows every kind of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::Limits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonState, Control};
-use devices::virtio::block::{self, Access, Backend, Block, BlockState};
+use devices::virtio::block::{self, Access, Backend, BackendError, Block, BlockState};
 use devices::virtio::console::{self, Console, ConsoleState, Terminal};
 use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
 use devices::virtio::rng::{Rng, RngState};
 use devices::virtio::vsock::{self, Vsock, VsockState};
-use migration::DeviceDescription;
+use migration::{DeviceDescription, OfferedDisks};
 use migration_state::Record;
 
 use super::MachineError;
@@ -47,7 +47,7 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
             direct: disk.parameters.direct,
             format: disk.format,
         };
-        let backend = Backend::open(&disk.path, access)?;
+        let backend = Backend::open_on(&disk.path, access, &disk.backing)?;
         devices.push(block(&disk.id, backend, disk.parameters)?);
     }
     for net in &config.nets {
@@ -82,12 +82,15 @@ pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineEr
 }
 
 impl Arrival {
-    /// A device like the one that a peer describes, with what this host has for it. The description is untrusted;
-    /// what the device turns out to be may still differ from it. A disk is the one in `blank`, if there is one.
+    /// A device like the one of this number that a peer describes, with what this host has for it. The description is
+    /// untrusted; what the device turns out to be may still differ from it. A disk is the one in `blank`, if there is
+    /// one, or else what the source offers.
     pub(super) fn open(
         &self,
+        index: usize,
         description: &DeviceDescription,
         blank: Option<&Blank>,
+        offered: Option<&OfferedDisks>,
     ) -> Result<NamedDevice, Unavailable> {
         let id = &description.id;
         match description.kind.as_str() {
@@ -119,8 +122,11 @@ impl Arrival {
                 };
                 let opened = match blank {
                     Some(blank) => blank.open(access),
-                    None => Backend::open(&disk.path, access),
+                    None => self.open_disk(index, disk, access, offered),
                 };
+                if let Err(BackendError::NotTheSame { path }) = &opened {
+                    return Err(Unavailable::another_disk(id, path));
+                }
                 opened
                     .map_err(MachineError::from)
                     .and_then(|backend| block(id, backend, parameters))
@@ -218,6 +224,20 @@ impl Arrival {
 pub(super) struct Unavailable {
     pub(super) expected: &'static str,
     pub(super) got: String,
+}
+
+impl Unavailable {
+    fn another_disk(id: &str, path: &Path) -> Self {
+        Self {
+            expected: "the source's own disk, which the source has locked",
+            got: format!(
+                "{} without the source's lock: another file, or one where locks do not travel. Where nothing is, \
+                 --with-disks makes the disk; if it is the source's, say so: --disk {id}={},shared=on",
+                path.display(),
+                path.display()
+            ),
+        }
+    }
 }
 
 fn block(id: &str, backend: Backend, parameters: block::Parameters) -> Result<NamedDevice, MachineError> {

@@ -1,8 +1,8 @@
 //! Disks that are made anew for a machine that brings their content along.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,11 +10,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use devices::virtio::block::{Access, Backend, BackendError};
 use migration::{BlankDisk, MachineError as PortError};
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use tempfile::{Builder, TempPath};
 
 /// So many bytes are written at most before they are made durable: else the last flush, for which the guest waits,
 /// might have all of a disk to write back.
 const WRITE_BACK: u64 = 64 << 20;
+/// What is written where a file system has no holes.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A new disk, zeroed and hidden beside the name that it is to have. It goes when this does, unless it was kept.
 #[derive(Debug)]
@@ -109,6 +112,40 @@ impl Blank {
         self.sync_directory()
     }
 
+    /// Where there are no holes.
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let part = (end - at).min(ZEROES.len() as u64);
+            self.file.write_all_at(&ZEROES[..part as usize], at)?;
+            at += part;
+        }
+        Ok(())
+    }
+
+    /// Takes it away, unless what has its name by now is another's. Nothing may use it any more.
+    pub(super) fn remove(&self) {
+        let is_ours = || {
+            let (ours, found) = (self.file.metadata()?, fs::symlink_metadata(&self.path)?);
+            Ok((ours.dev(), ours.ino()) == (found.dev(), found.ino()))
+        };
+        let removed = match is_ours() {
+            Ok(true) => fs::remove_file(&self.path),
+            Ok(false) => Err(io::Error::other("another file has its name by now")),
+            Err(error) => Err(error),
+        };
+        let disk = self.path.display();
+        match removed {
+            Ok(()) => {
+                tracing::info!(%disk, "a disk that was made for a machine that did not come is removed")
+            }
+            Err(error) => {
+                tracing::warn!(%disk, %error, "a disk that was made for a machine that did not come stays behind");
+            }
+        }
+    }
+
     fn sync_directory(&self) -> Result<(), PortError> {
         File::open(directory(&self.path))
             .and_then(|directory| directory.sync_all())
@@ -161,27 +198,26 @@ impl BlankDisk for Blank {
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<(), PortError> {
-        // It lies on a file system that made it sparse.
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, offset, len).map_err(|error| self.failed("zero a part of it", error))
+        let done = match fallocate(&self.file, flags, offset, len) {
+            // Some file systems have no holes: NFS before 4.2, vfat.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeroes(offset, len),
+            done => done.map_err(io::Error::from),
+        };
+        done.map_err(|error| self.failed("zero a part of it", error))
     }
 }
 
 impl Drop for Blank {
     fn drop(&mut self) {
-        if matches!(*self.name(), Name::Given)
-            && let Err(error) = std::fs::remove_file(&self.path)
-        {
-            let disk = self.path.display();
-            tracing::warn!(%disk, %error, "a disk whose machine did not come cannot be removed");
+        if matches!(*self.name(), Name::Given) {
+            self.remove();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn names(directory: &Path) -> Vec<String> {
@@ -211,6 +247,44 @@ mod tests {
         }
         let content = fs::read(&path).unwrap();
         assert_eq!(content, [vec![0; 4096], vec![7; 2048], vec![0; 2048]].concat());
+    }
+
+    #[test]
+    fn what_another_has_put_in_its_place_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let blank = Blank::make(0, &path, 512).unwrap();
+        blank.give_name().unwrap();
+        fs::write(directory.path().join("other"), "somebody else's").unwrap();
+        fs::rename(directory.path().join("other"), &path).unwrap();
+        drop(blank);
+        assert_eq!(fs::read(&path).unwrap(), b"somebody else's");
+    }
+
+    #[test]
+    fn a_disk_that_is_kept_goes_on_demand() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let blank = Blank::make(0, &path, 512).unwrap();
+        blank.give_name().unwrap();
+        blank.keep();
+        blank.remove();
+        drop(blank);
+        assert!(names(directory.path()).is_empty());
+    }
+
+    #[test]
+    fn zeroes_where_there_are_no_holes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let len = 3 * ZEROES.len() as u64;
+        let blank = Blank::make(0, &path, len).unwrap();
+        blank.write(0, &vec![7; len as usize]).unwrap();
+        blank.write_zeroes(100, len - 300).unwrap();
+        blank.give_name().unwrap();
+        let content = fs::read(&path).unwrap();
+        let expected = [vec![7; 100], vec![0; (len - 300) as usize], vec![7; 200]].concat();
+        assert!(content == expected);
     }
 
     #[test]

@@ -104,6 +104,7 @@ impl Machine {
             memory: spec.memory,
             fault_handler: None,
             baseline: Mutex::default(),
+            made_disks: Mutex::default(),
             cpuid: spec.cpuid,
             template: spec.template,
             cpus: spec.cpus,

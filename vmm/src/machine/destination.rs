@@ -10,7 +10,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use migration::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription,
-    MachineError as PortError, MemoryKind,
+    MachineError as PortError, MemoryKind, OfferedDisks,
 };
 use migration_state::Record;
 
@@ -92,7 +92,7 @@ impl MigrationDestination {
 
     /// Fails, with all reasons, where this host cannot run the machine.
     pub fn check_all(&self, description: &MachineDescription) -> Result<(), MachineError> {
-        match self.check(description, false) {
+        match self.differences(description, None) {
             differences if differences.is_empty() => Ok(()),
             differences => Err(MachineError::Unfit(differences)),
         }
@@ -185,6 +185,35 @@ impl MigrationDestination {
         }
     }
 
+    /// Every difference that forbids to run the machine here.
+    fn differences(
+        &self,
+        description: &MachineDescription,
+        offered: Option<&OfferedDisks>,
+    ) -> Vec<Difference> {
+        let mut differences = self.check_memory(description);
+        if !(1..=MAX_CPUS).contains(&description.cpus) {
+            let got = description.cpus.to_string();
+            differences.push(difference("vCPUs", got, format!("1 to {MAX_CPUS}")));
+        }
+        if description.cpu_template.parse::<Template>().is_err() {
+            let expected = description.cpu_template.clone();
+            differences.push(difference(
+                "cpu template",
+                expected,
+                format!("one of {}", Template::names()),
+            ));
+        }
+        differences.extend(check_cpuid(&description.cpuid, &self.host));
+        differences.extend(self.check_tsc(description));
+        differences.extend(self.arrival.check_devices(&description.devices, offered));
+        let balloon = |device: &DeviceDescription| device.kind == BalloonState::KIND;
+        if description.memory_kind == MemoryKind::HugePages && description.devices.iter().any(balloon) {
+            differences.push(difference("balloon", "one beside huge pages", "none beside them"));
+        }
+        differences
+    }
+
     fn check_tsc(&self, description: &MachineDescription) -> Option<Difference> {
         let (expected, got) = (u64::from(description.tsc_khz), u64::from(self.host_tsc_khz));
         let close = expected.abs_diff(got) * 1_000_000 <= expected * TSC_TOLERANCE_PPM;
@@ -203,10 +232,13 @@ impl MigrationDestination {
         &mut self,
         description: &MachineDescription,
         memory: GuestMemory,
+        offered: Option<&OfferedDisks>,
     ) -> Result<Machine, MachineError> {
         let open = |(index, device): (usize, &DeviceDescription)| {
             let blank = self.blanks.iter().find(|blank| blank.device() as usize == index);
-            let opened = self.arrival.open(device, blank.map(|blank| &**blank));
+            let opened = self
+                .arrival
+                .open(index, device, blank.map(|blank| &**blank), offered);
             opened.map_err(|why| MachineError::Mismatch {
                 what: "device",
                 expected: format!("{:?} with {}", device.id, why.expected),
@@ -230,49 +262,31 @@ impl MigrationDestination {
 }
 
 impl Destination for MigrationDestination {
-    fn check(&self, description: &MachineDescription, disks_come: bool) -> Vec<Difference> {
-        let mut differences = self.check_memory(description);
-        if !(1..=MAX_CPUS).contains(&description.cpus) {
-            let got = description.cpus.to_string();
-            differences.push(difference("vCPUs", got, format!("1 to {MAX_CPUS}")));
-        }
-        if description.cpu_template.parse::<Template>().is_err() {
-            let expected = description.cpu_template.clone();
-            differences.push(difference(
-                "cpu template",
-                expected,
-                format!("one of {}", Template::names()),
-            ));
-        }
-        differences.extend(check_cpuid(&description.cpuid, &self.host));
-        differences.extend(self.check_tsc(description));
-        differences.extend(self.arrival.check_devices(&description.devices, disks_come));
-        let balloon = |device: &DeviceDescription| device.kind == BalloonState::KIND;
-        if description.memory_kind == MemoryKind::HugePages && description.devices.iter().any(balloon) {
-            differences.push(difference("balloon", "one beside huge pages", "none beside them"));
-        }
-        differences
+    fn check(&self, description: &MachineDescription, disks: &OfferedDisks) -> Vec<Difference> {
+        self.differences(description, Some(disks))
     }
 
     fn create(
         &mut self,
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
-        disks_come: bool,
+        disks: &OfferedDisks,
     ) -> Result<GuestMemory, PortError> {
         let (memory, resident) = self.memory_for(description, files)?;
         let blanks: Result<Vec<_>, _> = (description.devices.iter().enumerate())
-            .map(|(index, device)| self.arrival.blank(index, device, disks_come))
+            .map(|(index, device)| self.arrival.blank(index, device, Some(disks)))
             .collect();
         self.blanks = blanks?.into_iter().flatten().map(Arc::new).collect();
-        self.machine = Some(self.build(description, memory.clone())?);
+        self.machine = Some(self.build(description, memory.clone(), Some(disks))?);
         self.resident = resident;
         Ok(memory)
     }
 
     fn blank_disks(&self) -> Vec<Arc<dyn BlankDisk>> {
         let disk = |blank: &Arc<Blank>| blank.clone() as Arc<dyn BlankDisk>;
-        self.blanks.iter().map(disk).collect()
+        // There is nothing to fill in an empty one.
+        let filled = self.blanks.iter().filter(|blank| blank.size() > 0);
+        filled.map(disk).collect()
     }
 
     fn is_resident(&self) -> bool {
@@ -307,12 +321,15 @@ impl Destination for MigrationDestination {
             .pending
             .take()
             .ok_or("resume: expected a restored machine, got a bare one")?;
-        // Whatever happens from here on, this is the guest's disk.
+        // Whatever happens from here on, these are the guest's disks, until somebody decides otherwise.
         self.blanks.iter().for_each(|blank| blank.keep());
+        machine.set_made_disks(self.blanks.clone());
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
         machine.tell_disruption(Disruption::Moved)?;
-        Ok(machine.run_restored(&pending, stopped_at)?)
+        machine.run_restored(&pending, stopped_at)?;
+        machine.set_made_disks(Vec::new());
+        Ok(())
     }
 
     fn discard(&mut self) {

@@ -224,6 +224,30 @@ impl DeviceSet {
         }
     }
 
+    /// Puts what was written to disks into their files.
+    pub(super) fn write_out(&self) -> Result<(), MachineError> {
+        let backends = self
+            .virtio
+            .iter()
+            .filter_map(|slot| Some((slot, slot.disk.as_ref()?.backend())));
+        for (slot, backend) in backends {
+            backend.write_out().map_err(|error| MachineError::Backend {
+                id: slot.id.clone(),
+                source: error.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Does that for the last time: nothing is written to them afterwards.
+    pub(super) fn close_disks(&self) {
+        for disk in self.virtio.iter().filter_map(|slot| slot.disk.as_ref()) {
+            if let Err(error) = disk.backend().close() {
+                tracing::error!(%error, "the end of what was written to a disk is lost");
+            }
+        }
+    }
+
     /// Whoever opens the disks after this process will find them; those in `mirrored` are not asked.
     pub(super) fn check_disks_kept(&self, mirrored: &[u32]) -> Result<(), MachineError> {
         for (index, slot) in (0u32..).zip(&self.virtio) {

@@ -17,7 +17,7 @@ mod state;
 mod vmclock;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use ::devices::{GuestExit, GuestMemory};
@@ -41,6 +41,7 @@ pub(crate) use self::backends::{BALLOON_ID, CONSOLE_ID, RNG_ID, VSOCK_ID};
 pub(crate) use self::devices::INSTANCE_PREFIX;
 
 use self::baseline::Baseline;
+use self::blank::Blank;
 use self::devices::DeviceSet;
 
 /// What a machine tells whoever owns it, from its own threads.
@@ -73,6 +74,8 @@ pub struct Machine {
     fault_handler: Option<FaultHandler>,
     /// What a difference would be to; nothing where no snapshot was made that one could be to.
     baseline: Mutex<Option<Baseline>>,
+    /// Disks that were made for it when it came here.
+    made_disks: Mutex<Vec<Arc<Blank>>>,
     cpuid: Vec<kvm_cpuid_entry2>,
     template: Template,
     cpus: u8,
@@ -87,7 +90,7 @@ pub fn open_kvm() -> Result<Kvm, MachineError> {
 impl Machine {
     /// Lets a new machine's vCPUs into the guest.
     pub fn start(&self) {
-        self.devices.resume();
+        self.resume_devices();
         self.vcpus.resume(Holder::Startup);
     }
 
@@ -100,6 +103,39 @@ impl Machine {
                 Some(_) => MachineError::NoPage(error),
                 None => error.into(),
             })
+    }
+
+    /// Lets the guest stand still for its user. Nothing is in flight then, and what the guest was told is written is in
+    /// the files of its disks, for whoever copies them.
+    pub fn pause_for_user(&self) -> Result<(), MachineError> {
+        let was_paused = self.is_held_by(Holder::User);
+        self.pause(Holder::User)?;
+        let settled = self.settle_devices();
+        if settled.is_err() && !was_paused {
+            self.resume_for_user();
+        }
+        settled
+    }
+
+    /// Lets the guest go on for its user.
+    pub fn resume_for_user(&self) {
+        self.devices.resume();
+        self.resume(Holder::User);
+    }
+
+    fn settle_devices(&self) -> Result<(), MachineError> {
+        // A device that waits for a page may wait for ever.
+        if self.fault_handler.is_none() {
+            self.devices.drain()?;
+        }
+        self.devices.write_out()
+    }
+
+    /// Devices go on, unless the user has the guest stand still.
+    fn resume_devices(&self) {
+        if !self.is_held_by(Holder::User) {
+            self.devices.resume();
+        }
     }
 
     /// Lets go for `holder`.
@@ -116,7 +152,7 @@ impl Machine {
     /// given them up, and without them the guest must not run. To take one that is held is harmless.
     pub fn take_back(&self) -> Result<(), MachineError> {
         self.devices.take_locks()?;
-        self.devices.resume();
+        self.resume_devices();
         self.resume(Holder::Migration);
         Ok(())
     }
@@ -180,10 +216,22 @@ impl Machine {
         self.fault_handler.is_some()
     }
 
-    /// Gives up what others can see of a machine whose threads nobody may wait for. They end with the process.
+    /// Gives up what others can see of a machine whose threads nobody may wait for. They end with the process. What the
+    /// guest was told is written is in the files of its disks then.
     pub fn abandon(self: Arc<Self>) {
         self.devices.close_sockets();
+        self.devices.close_disks();
         std::mem::forget(self);
+    }
+
+    fn set_made_disks(&self, disks: Vec<Arc<Blank>>) {
+        *self.made_disks.lock().unwrap_or_else(PoisonError::into_inner) = disks;
+    }
+
+    /// Removes the disks that were made for it when it came here, as it never ran with them.
+    pub fn remove_made_disks(&self) {
+        let made = std::mem::take(&mut *self.made_disks.lock().unwrap_or_else(PoisonError::into_inner));
+        made.iter().for_each(|disk| disk.remove());
     }
 
     /// Adds every page that may hold something to `into`.

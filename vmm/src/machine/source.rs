@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use devices::GuestMemory;
 use devices::virtio::block::{Backend, BlockLog};
 use migration::{
-    DirtyLog, MachineDescription, MachineError as PortError, MemoryRange, PAGE_SIZE, PageSet, Rehearsal,
-    Source, SourceDisk,
+    DirtyLog, DiskMark, MachineDescription, MachineError as PortError, MemoryRange, PAGE_SIZE, PageSet,
+    Rehearsal, Source, SourceDisk,
 };
 
 use super::Machine;
@@ -72,6 +72,20 @@ impl SourceDisk for MirroredDisk {
 impl Source for MigrationSource {
     fn describe(&self) -> MachineDescription {
         self.machine.describe()
+    }
+
+    fn mark_disks(&mut self, come: bool) -> Result<Vec<DiskMark>, PortError> {
+        if !come {
+            self.machine.devices.check_disks_kept(&[])?;
+        }
+        let disks = (0..).zip(&self.machine.devices.virtio);
+        let disks = disks.filter_map(|(device, slot)| Some((device, slot.disk.as_ref()?.backend())));
+        disks
+            .map(|(device, backend)| {
+                let offset = backend.mark()?;
+                Ok(DiskMark { device, offset })
+            })
+            .collect()
     }
 
     fn memory(&self) -> GuestMemory {

@@ -47,14 +47,14 @@ impl MigrationDestination {
     ) -> Result<Machine, MachineError> {
         let machine = match memory {
             SnapshotMemory::Mapped(memory) => {
-                let machine = self.build(snapshot.machine(), memory)?;
+                let machine = self.build(snapshot.machine(), memory, None)?;
                 machine.based_on(snapshot.id());
                 machine
             }
-            SnapshotMemory::Read(memory) => self.build(snapshot.machine(), memory)?,
+            SnapshotMemory::Read(memory) => self.build(snapshot.machine(), memory, None)?,
             SnapshotMemory::Handled(memory, handler) => Machine {
                 fault_handler: Some(handler),
-                ..self.build(snapshot.machine(), memory)?
+                ..self.build(snapshot.machine(), memory, None)?
             },
         };
         let pending = machine.restore(snapshot.state())?;
@@ -135,7 +135,7 @@ impl<'a> Standstill<'a> {
 impl Drop for Standstill<'_> {
     fn drop(&mut self) {
         if !self.for_good {
-            self.machine.devices.resume();
+            self.machine.resume_devices();
             self.machine.resume(Holder::Snapshot);
         }
     }

@@ -77,7 +77,7 @@ impl Supervisor {
     }
 
     pub(super) fn pause(&self) -> Result<(), Refusal> {
-        self.idle_machine()?.pause(Holder::User).map(drop).map_err(failed)
+        self.idle_machine()?.pause_for_user().map_err(failed)
     }
 
     pub(super) fn resume(&self) -> Result<(), Refusal> {
@@ -86,7 +86,7 @@ impl Supervisor {
             // One that failed could not give the guest back: somebody had its disks.
             machine.take_back().map_err(failed)?;
         }
-        machine.resume(Holder::User);
+        machine.resume_for_user();
         Ok(())
     }
 

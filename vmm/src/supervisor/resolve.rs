@@ -113,8 +113,11 @@ impl Supervisor {
                     return self.answered(Ok(Answer::Unknown));
                 }
             },
-            Some(Life::InDoubt(_, Side::Destination { reason })) => {
+            Some(Life::InDoubt(machine, Side::Destination { reason })) => {
                 let (resolution, ending) = at_destination(reason, decision);
+                if ending.is_some() {
+                    machine.remove_made_disks();
+                }
                 answer(reply, Ok(resolution));
                 return ending;
             }

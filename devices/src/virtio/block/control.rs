@@ -44,6 +44,7 @@ impl Control {
         self.backend.measure()?;
         if self.backend.sectors() != before {
             tracing::info!(disk = %self.backend.path().display(), before, now = self.backend.sectors(), "disk resized");
+            self.backend.say_tail();
             self.raise();
         }
         Ok(self.backend.size())

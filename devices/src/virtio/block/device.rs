@@ -19,6 +19,7 @@ use super::metrics::BlockMetrics;
 use super::parameters::{Cache, Parameters};
 use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError, Step};
 use super::state::BlockState;
+use super::write_out::WriteOut;
 use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::limited::Limited;
@@ -70,6 +71,7 @@ pub struct Block {
     /// The capacity that the guest was told of last.
     sectors: u64,
     limiter: Limiter,
+    write_out: Option<WriteOut>,
     metrics: Arc<BlockMetrics>,
     complaints: Limited,
 }
@@ -91,6 +93,7 @@ impl Block {
             writeback: parameters.cache != Cache::Writethrough,
             sectors: backend.sectors(),
             limiter: Limiter::new(parameters.limits)?,
+            write_out: WriteOut::of(&backend)?,
             metrics: Arc::default(),
             complaints: Limited::default(),
             backend,
@@ -131,6 +134,9 @@ impl Block {
         };
         if answered > 0 {
             queue.notify()?;
+        }
+        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.plan(&self.backend)) {
+            self.complain(&error);
         }
         Ok(progress)
     }
@@ -358,19 +364,27 @@ impl VirtioDevice for Block {
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
         let engine = self.engine.event();
+        let write_out = self.write_out.as_ref().map(WriteOut::event);
         let others = [self.limiter.event(), self.control.event()];
-        engine.into_iter().chain(others).collect()
+        engine.into_iter().chain(write_out).chain(others).collect()
     }
 
     /// Something is done, or has changed, or there are tokens again for what could not be served.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.limiter.hear();
+        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.hear(&self.backend)) {
+            self.complain(&error);
+        }
         self.hear(queues);
         self.process_queue(0, queues)
     }
 
     fn reset(&mut self) {
         self.engine.abandon(&self.backend);
+        // Nobody looks at the time until there is a driver again.
+        if let Err(error) = self.backend.write_out() {
+            self.complain(&error);
+        }
         self.accepted = 0;
         self.writeback = self.parameters.cache != Cache::Writethrough;
     }

@@ -10,11 +10,12 @@ mod parameters;
 mod request;
 mod state;
 mod sys;
+mod write_out;
 
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Access, Backend, BackendError, Format, FormatError};
+pub use backend::{Access, Backend, BackendError, BackingFile, Format, FormatError};
 pub use control::Control;
 pub use device::Block;
 pub use engine::IoEngine;

@@ -139,7 +139,11 @@ impl Request {
         match self.kind {
             VIRTIO_BLK_T_IN => self.read(disk.backend).map(Step::Transfer),
             VIRTIO_BLK_T_OUT => self.write(disk).map(Step::Transfer),
-            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => Ok(Step::Done(0.into())),
+            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => {
+                // The host's end may take it away, but not this process's.
+                disk.backend.write_out()?;
+                Ok(Step::Done(0.into()))
+            }
             VIRTIO_BLK_T_FLUSH => Ok(Step::Transfer(Io::Flush)),
             VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Done),
             VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Done),

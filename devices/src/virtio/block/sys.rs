@@ -9,10 +9,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// A lock on a whole file.
+/// A lock on some bytes of a file.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Lock {
-    /// Others may lock it too, but not exclusively.
+    /// Others may lock them too, but not exclusively.
     Shared,
     /// Nobody else has a lock.
     Exclusive,
@@ -20,21 +20,33 @@ pub(super) enum Lock {
     Unlocked,
 }
 
-/// Sets the lock of the open file description; `Ok(false)` if somebody else's lock is in the way.
-pub(super) fn set_lock(file: &File, lock: Lock) -> io::Result<bool> {
+/// Bytes of a file, which need not be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Range {
+    /// The first.
+    pub(super) start: u64,
+    /// How many; 0 are all from the first on, however the file grows.
+    pub(super) len: u64,
+}
+
+impl Range {
+    /// All of a file.
+    pub(super) const ALL: Self = Self { start: 0, len: 0 };
+
+    /// One byte.
+    pub(super) const fn byte(start: u64) -> Self {
+        Self { start, len: 1 }
+    }
+}
+
+/// Sets a lock of the open file description; `Ok(false)` if somebody else's lock is in the way.
+pub(super) fn set_lock(file: &File, range: Range, lock: Lock) -> io::Result<bool> {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,
         Lock::Exclusive => libc::F_WRLCK,
         Lock::Unlocked => libc::F_UNLCK,
     };
-    // Start 0 and length 0 mean the whole file, however it grows; the process ID must be 0.
-    let request = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
+    let request = request(kind, range)?;
     // SAFETY: the descriptor is open as long as `file` lives, and the call only reads `request`.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const request) } == 0 {
         return Ok(true);
@@ -44,6 +56,35 @@ pub(super) fn set_lock(file: &File, lock: Lock) -> io::Result<bool> {
         Some(libc::EAGAIN | libc::EACCES) => Ok(false),
         _ => Err(error),
     }
+}
+
+/// One of the locks, shared or exclusive, that others have on some of these bytes.
+pub(super) fn find_lock(file: &File, range: Range) -> io::Result<Option<Range>> {
+    let mut request = request(libc::F_WRLCK, range)?;
+    // SAFETY: the descriptor is open as long as `file` lives, and the call reads and writes `request` alone.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if i32::from(request.l_type) == libc::F_UNLCK {
+        return Ok(None);
+    }
+    let number = |number: i64| u64::try_from(number).map_err(io::Error::other);
+    Ok(Some(Range {
+        start: number(request.l_start)?,
+        len: number(request.l_len)?,
+    }))
+}
+
+/// The process ID of such a request must be 0.
+fn request(kind: libc::c_int, range: Range) -> io::Result<libc::flock> {
+    let number = |number: u64| i64::try_from(number).map_err(io::Error::other);
+    Ok(libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: number(range.start)?,
+        l_len: number(range.len)?,
+        l_pid: 0,
+    })
 }
 
 /// Writes back and drops what the host has cached of a block device.

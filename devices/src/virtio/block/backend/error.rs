@@ -40,16 +40,6 @@ pub enum BackendError {
         /// The disk.
         path: PathBuf,
     },
-    /// It has no whole number of blocks, or none.
-    #[error("disk {}: expected a size that is a positive multiple of {unit} bytes, got {got}", path.display())]
-    Size {
-        /// The disk.
-        path: PathBuf,
-        /// Bytes of a block.
-        unit: u64,
-        /// Its size in bytes.
-        got: u64,
-    },
     /// It has lost its end.
     #[error("disk {}: expected its {expected} bytes, got {got}: it has shrunk", path.display())]
     Shrunk {
@@ -67,6 +57,20 @@ pub enum BackendError {
         path: PathBuf,
         /// Whether a shared lock was asked for.
         read_only: bool,
+    },
+    /// It has not the mark of the disk that it was to be.
+    #[error("disk {}: expected the source's disk, got a file that the source has not locked", path.display())]
+    NotTheSame {
+        /// The disk, or a file that it is on.
+        path: PathBuf,
+    },
+    /// A raw disk is on nothing.
+    #[error("disk {}: expected no backing file of a raw disk, got {}", path.display(), got.display())]
+    NoImage {
+        /// The disk.
+        path: PathBuf,
+        /// What was named.
+        got: PathBuf,
     },
     /// A system call failed.
     #[error("disk {}: cannot {what}: {source}", path.display())]

@@ -1,6 +1,8 @@
 //! What backs a disk: an image file or a block device of the host.
 
 mod error;
+mod flush;
+mod lock;
 mod mirror;
 mod open;
 mod qcow2;
@@ -9,24 +11,26 @@ mod scratch;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
 use super::log::Logging;
 use super::request::RequestError;
-use super::sys::{self, Lock};
+use super::sys;
 use crate::GuestMemory;
 use crate::virtio::sys::{At, Durability};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
 pub use error::BackendError;
-use open::{A_DIRECTORY, Alignment, open};
-pub use open::{Access, Format, FormatError};
+use lock::Held;
+pub use open::{Access, BackingFile, Format, FormatError};
+use open::{Alignment, open_disk};
 use qcow2::Qcow2;
 use scratch::Scratch;
 
@@ -42,58 +46,53 @@ pub struct Backend {
     /// What the file is, if it is not the disk as it is.
     qcow2: Option<Qcow2>,
     sectors: AtomicU64,
+    /// Bytes beyond the last whole block, until that was said.
+    tail: AtomicU64,
     /// Nobody else has written to it, so that nothing that is cached of it is out of date.
     made_here: bool,
+    /// It was somebody else's, who had it locked until then.
+    is_taken_over: bool,
+    held: Mutex<Held>,
     logging: Logging,
-    /// How often the disk was modified, and how much of that is durable.
+    /// How often the disk was modified, how much of that is in its file, and how much durable.
     modified: AtomicU64,
+    written_out: AtomicU64,
     flushed: AtomicU64,
 }
 
 impl Backend {
     /// Opens the disk at `path`.
     pub fn open(path: &Path, access: Access) -> Result<Self, BackendError> {
-        let failed = |what| {
-            move |source| BackendError::Io {
-                path: path.to_owned(),
-                what,
-                source,
-            }
-        };
-        let file = open(path, access)?;
-        let kind = file.metadata().map_err(failed("look at it"))?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let got = if kind.is_dir() {
-                A_DIRECTORY
-            } else {
-                "something else"
-            };
-            let path = path.to_owned();
-            return Err(BackendError::NotADisk { path, got });
-        }
-        // Requests may take their time.
-        fcntl_getfl(&file)
-            .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
-            .map_err(|errno| failed("set it up")(errno.into()))?;
+        Self::open_on(path, access, &[])
+    }
+
+    /// Opens the image at `path`, on these files, from the upper to the lower.
+    pub fn open_on(path: &Path, access: Access, backing: &[BackingFile]) -> Result<Self, BackendError> {
+        let (file, is_block_device) = open_disk(path, access)?;
         let alignment = access.direct.then(|| Alignment::of(&file));
-        let qcow2 = match access.format {
-            Format::Raw => None,
-            Format::Qcow2 => {
-                let opened = Qcow2::open(&file, path, access.read_only);
-                Some(opened.map_err(failed("open it as qcow2"))?)
+        let qcow2 = match (access.format, backing) {
+            (Format::Raw, []) => None,
+            (Format::Raw, [BackingFile { path: got, .. }, ..]) => {
+                let (path, got) = (path.to_owned(), got.clone());
+                return Err(BackendError::NoImage { path, got });
             }
+            (Format::Qcow2, backing) => Some(Qcow2::open(&file, path, access.read_only, backing)?),
         };
         let backend = Self {
             file,
             path: path.to_owned(),
-            is_block_device: kind.is_block_device(),
+            is_block_device,
             read_only: access.read_only,
             alignment,
             qcow2,
             sectors: AtomicU64::new(0),
+            tail: AtomicU64::new(0),
             made_here: false,
+            is_taken_over: false,
+            held: Mutex::default(),
             logging: Logging::default(),
             modified: AtomicU64::new(0),
+            written_out: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
         };
         backend.measure()?;
@@ -109,23 +108,25 @@ impl Backend {
         }
     }
 
-    /// Looks how large it is now.
+    /// Looks how large it is now. What is beyond its last whole block no guest can reach.
     pub(super) fn measure(&self) -> Result<(), BackendError> {
         let size = match &self.qcow2 {
             Some(image) => image.size(),
             None => self.file_size()?,
         };
-        let unit = u64::from(self.block_size());
-        if size == 0 || !size.is_multiple_of(unit) {
-            let path = self.path.clone();
-            return Err(BackendError::Size {
-                path,
-                unit,
-                got: size,
-            });
-        }
-        self.sectors.store(size / SECTOR_SIZE, Ordering::SeqCst);
+        let tail = size % u64::from(self.block_size());
+        self.sectors.store((size - tail) / SECTOR_SIZE, Ordering::SeqCst);
+        self.tail.store(tail, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Says, once, that the guest does not see the disk's end.
+    pub(super) fn say_tail(&self) {
+        let tail = self.tail.swap(0, Ordering::SeqCst);
+        if tail > 0 {
+            let (disk, unit) = (self.path.display(), self.block_size());
+            tracing::warn!(%disk, "the size is no multiple of {unit}: its last {tail} bytes are hidden from the guest");
+        }
     }
 
     /// A block device's metadata says 0; its end says the truth.
@@ -159,66 +160,6 @@ impl Backend {
     pub(super) fn block_size(&self) -> u32 {
         self.alignment
             .map_or(SECTOR_SIZE as u32, |alignment| alignment.offset)
-    }
-
-    /// Locks the disk against other users: exclusively, or shared if it is read-only. The lock belongs to this
-    /// open disk, not to the process, and ends with it.
-    pub fn lock(&self) -> Result<(), BackendError> {
-        let kind = if self.read_only {
-            Lock::Shared
-        } else {
-            Lock::Exclusive
-        };
-        match sys::set_lock(&self.file, kind).map_err(self.failed("lock it"))? {
-            true => Ok(()),
-            false => Err(BackendError::Locked {
-                path: self.path.clone(),
-                read_only: self.read_only,
-            }),
-        }
-    }
-
-    /// Gives the lock up.
-    pub fn unlock(&self) -> Result<(), BackendError> {
-        sys::set_lock(&self.file, Lock::Unlocked)
-            .map(drop)
-            .map_err(self.failed("unlock it"))
-    }
-
-    /// The one place where every change of the disk passes: each write, discard and zeroing by whichever engine, in
-    /// bytes of the disk, after it was done or failed half-way, and before the guest hears of it.
-    pub(super) fn modified(&self, offset: u64, len: u64) {
-        self.logging.written(offset, len);
-        self.modified.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// What is to be told to [`Backend::flushed`] when a flush that begins now is done; `None` if there is nothing to
-    /// flush.
-    pub(super) fn unflushed(&self) -> Option<u64> {
-        let modified = self.modified.load(Ordering::SeqCst);
-        (self.flushed.load(Ordering::SeqCst) < modified).then_some(modified)
-    }
-
-    /// A flush is done.
-    pub(super) fn flushed(&self, generation: u64) {
-        self.flushed.fetch_max(generation, Ordering::SeqCst);
-    }
-
-    /// Makes what was written durable.
-    pub fn flush(&self) -> Result<(), BackendError> {
-        if let Some(generation) = self.unflushed() {
-            self.write_back()?;
-            self.flushed(generation);
-        }
-        Ok(())
-    }
-
-    fn write_back(&self) -> Result<(), BackendError> {
-        let done = match &self.qcow2 {
-            Some(image) => image.flush(),
-            None => self.file.sync_data(),
-        };
-        done.map_err(self.failed("write it back"))
     }
 
     /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
@@ -286,9 +227,7 @@ impl Backend {
         fadvise(&self.file, 0, None, Advice::DontNeed)
             .map_err(|errno| self.failed("drop its cached pages")(errno.into()))?;
         match &self.qcow2 {
-            Some(image) => image
-                .reopen(&self.file, &self.path, self.read_only)
-                .map_err(self.failed("open it as qcow2")),
+            Some(image) => image.reopen().map_err(self.failed("open it as qcow2")),
             None => Ok(()),
         }
     }

@@ -1,12 +1,13 @@
 //! How a disk's file is opened, and what it then wants of requests.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{AtFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 
 use super::BackendError;
 
@@ -32,6 +33,24 @@ pub enum Format {
     Qcow2,
 }
 
+/// A file that an image is on, as whoever starts the guest names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is; `None` if the image on it says that.
+    pub format: Option<Format>,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
+    }
+}
+
 /// Not the name of a [`Format`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("format: expected raw or qcow2, got {0:?}")]
@@ -50,10 +69,37 @@ impl FromStr for Format {
 }
 
 /// What is there in place of a disk.
-pub(super) const A_DIRECTORY: &str = "a directory";
+const A_DIRECTORY: &str = "a directory";
+
+/// Opens a disk, or a file of one, and says whether it is a block device.
+pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), BackendError> {
+    let failed = |what| {
+        move |source| BackendError::Io {
+            path: path.to_owned(),
+            what,
+            source,
+        }
+    };
+    let file = open(path, access)?;
+    let kind = file.metadata().map_err(failed("look at it"))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let got = if kind.is_dir() {
+            A_DIRECTORY
+        } else {
+            "something else"
+        };
+        let path = path.to_owned();
+        return Err(BackendError::NotADisk { path, got });
+    }
+    // Requests may take their time.
+    fcntl_getfl(&file)
+        .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
+        .map_err(|errno| failed("set it up")(errno.into()))?;
+    Ok((file, kind.is_block_device()))
+}
 
 /// Opens what may yet be no disk.
-pub(super) fn open(path: &Path, access: Access) -> Result<File, BackendError> {
+fn open(path: &Path, access: Access) -> Result<File, BackendError> {
     if access.direct && access.format != Format::Raw {
         let path = path.to_owned();
         return Err(BackendError::NotDirect { path });

@@ -2,28 +2,83 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use imago::FormatAccess;
 use imago::file::File as ImageFile;
 use imago::qcow2::Qcow2 as Image;
+use imago::raw::Raw;
 use imago::storage::StorageOpenOptions;
-use imago::{FormatAccess, PermissiveImplicitOpenGate};
 
-/// An open image, with whatever it is on.
+use super::open::{Access, Format, open_disk};
+use super::{BackendError, BackingFile};
+
+/// An open image, with what it is on: nothing is opened but what was named, and that once.
 #[derive(Debug)]
-pub(super) struct Qcow2(Mutex<FormatAccess<ImageFile>>);
+pub(super) struct Qcow2 {
+    /// From the image itself down.
+    layers: Vec<Layer>,
+    read_only: bool,
+    image: Mutex<FormatAccess<ImageFile>>,
+}
+
+/// A file of an image.
+#[derive(Debug)]
+struct Layer {
+    file: File,
+    path: PathBuf,
+    /// What it is, where that was said; else the image above says.
+    format: Option<Format>,
+}
 
 impl Qcow2 {
-    /// What `file`, which is at `path`, holds. Nothing is written by opening it.
-    pub(super) fn open(file: &File, path: &Path, read_only: bool) -> io::Result<Self> {
-        Ok(Self(Mutex::new(open(file, path, read_only)?)))
+    /// What `file`, which is at `path`, holds, on these files. Nothing is written by opening it.
+    pub(super) fn open(
+        file: &File,
+        path: &Path,
+        read_only: bool,
+        backing: &[BackingFile],
+    ) -> Result<Self, BackendError> {
+        let failed = |source| BackendError::Io {
+            path: path.to_owned(),
+            what: "open it as qcow2",
+            source,
+        };
+        let mut layers = vec![Layer {
+            file: file.try_clone().map_err(failed)?,
+            path: path.to_owned(),
+            format: Some(Format::Qcow2),
+        }];
+        for BackingFile { path, format } in backing {
+            let access = Access {
+                read_only: true,
+                ..Access::default()
+            };
+            layers.push(Layer {
+                file: open_disk(path, access)?.0,
+                path: path.clone(),
+                format: *format,
+            });
+        }
+        let image = open(&layers, Format::Qcow2, !read_only).map_err(failed)?;
+        Ok(Self {
+            layers,
+            read_only,
+            image: Mutex::new(image),
+        })
     }
 
     /// Forgets what is known of the image and looks anew, as another host may have written to it.
-    pub(super) fn reopen(&self, file: &File, path: &Path, read_only: bool) -> io::Result<()> {
-        *self.image() = open(file, path, read_only)?;
+    pub(super) fn reopen(&self) -> io::Result<()> {
+        *self.image() = open(&self.layers, Format::Qcow2, !self.read_only)?;
         Ok(())
+    }
+
+    /// The files that it is on, from the upper to the lower.
+    pub(super) fn below(&self) -> impl Iterator<Item = (&File, &Path)> {
+        let below = self.layers.iter().skip(1);
+        below.map(|layer| (&layer.file, layer.path.as_path()))
     }
 
     /// What the guest sees, in bytes.
@@ -60,29 +115,93 @@ impl Qcow2 {
         image.sync()
     }
 
+    /// Puts into the file where data are.
+    pub(super) fn write_out(&self) -> io::Result<()> {
+        self.image().flush()
+    }
+
+    /// Does that, and nobody writes after it.
+    pub(super) fn close(&self) -> io::Result<()> {
+        let image = self.image();
+        let done = image.flush();
+        std::mem::forget(image);
+        done
+    }
+
     fn image(&self) -> MutexGuard<'_, FormatAccess<ImageFile>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.image.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn open(file: &File, path: &Path, read_only: bool) -> io::Result<FormatAccess<ImageFile>> {
-    let options = StorageOpenOptions::new().filename(path).write(!read_only);
-    let file = ImageFile::from_open_file(file.try_clone()?, options)?;
-    let mut image = Image::<ImageFile>::open_image(file, !read_only)?;
+/// What the first of `layers` holds, on the others. What its header names is what they are, or nothing.
+fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAccess<ImageFile>> {
+    let (this, below) = layers.split_first().ok_or(io::ErrorKind::NotFound)?;
+    let options = StorageOpenOptions::new().filename(&this.path).write(writable);
+    let file = ImageFile::from_open_file(this.file.try_clone()?, options)?;
+    let path = this.path.display();
+    if format == Format::Raw {
+        return match below.first() {
+            None => Ok(FormatAccess::new(Raw::open_image(file, writable)?)),
+            Some(named) => Err(refused(format!(
+                "expected no backing file of {path}, which is raw, got {}",
+                named.path.display()
+            ))),
+        };
+    }
+    let mut image = Image::<ImageFile>::open_image(file, writable)?;
     if image.requires_external_data_file() {
-        return Err(unsupported(
-            "expected its data in the image itself, got an external data file".into(),
-        ));
+        return Err(refused(format!(
+            "expected the data of {path} in the image itself, got an external data file"
+        )));
     }
-    if let (Some(file), None) = (image.implicit_backing_file(), image.implicit_backing_format()) {
-        // To guess would be to trust a guest that wrote to it.
-        let message = format!("expected the format of its backing file {file:?} in the image, got none");
-        return Err(unsupported(message));
-    }
-    image.open_implicit_dependencies_gated(PermissiveImplicitOpenGate::default())?;
+    image.set_data_file(None);
+    let named = image.implicit_backing_file();
+    let below = match (named, below.first()) {
+        (None, None) => None,
+        (None, Some(Layer { path: got, .. })) => {
+            let got = got.display();
+            return Err(refused(format!(
+                "expected no backing file of {path}, which has none, got {got}"
+            )));
+        }
+        (Some(named), None) => {
+            // What an image names is its maker's word, and the host's files are not his.
+            let at = this.path.parent().unwrap_or(Path::new("")).join(named);
+            return Err(refused(format!(
+                "expected the backing file of {path} to be named by whoever starts the guest; if it may be read, add backing={}",
+                at.display()
+            )));
+        }
+        (Some(_), Some(next)) => {
+            let format = format_of(next, image.implicit_backing_format().map(String::as_str))?;
+            Some(open(below, format, false)?)
+        }
+    };
+    image.set_backing(below);
     Ok(FormatAccess::new(image))
 }
 
-fn unsupported(message: String) -> io::Error {
+/// What a backing file is: as was said, or as the image on it says. To look at it would be to trust a guest that wrote
+/// to it.
+fn format_of(layer: &Layer, in_image: Option<&str>) -> io::Result<Format> {
+    let path = layer.path.display();
+    let in_image = match in_image.filter(|name| !name.is_empty()) {
+        None => None,
+        // An old name.
+        Some("file") => Some(Format::Raw),
+        Some(name) => Some(name.parse().map_err(io::Error::other)?),
+    };
+    match (layer.format, in_image) {
+        (Some(said), Some(found)) if said != found => Err(refused(format!(
+            "expected backing file {path} to be {said}, but the image on it says {found}"
+        ))),
+        (Some(format), _) | (None, Some(format)) => Ok(format),
+        (None, None) => Err(refused(format!(
+            "expected the format of backing file {path} to be said, here or in the image on it; add backing-format=raw or qcow2"
+        ))),
+    }
+}
+
+fn refused(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, message)
 }

@@ -143,29 +143,222 @@ fn an_image_changes_hands() {
     assert!(holds(&mut again, 1000, 99_840, 0xcd));
 }
 
+/// What it says when the image at `path` cannot be opened on these files.
+fn refused(path: &Path, backing: &[BackingFile]) -> String {
+    let error = Backend::open_on(path, access(true), backing).unwrap_err();
+    let cause = std::error::Error::source(&error).map(ToString::to_string);
+    let message = format!("{error} {}", cause.unwrap_or_default());
+    assert!(!message.contains('\n'), "{message}");
+    message
+}
+
+fn backing(path: &Path, format: Option<Format>) -> BackingFile {
+    BackingFile {
+        path: path.to_owned(),
+        format,
+    }
+}
+
+fn device_on(path: &Path, files: &[BackingFile]) -> Block {
+    let backend = Backend::open_on(path, access(false), files).unwrap();
+    Block::new(Arc::new(backend), "root", Parameters::default()).unwrap()
+}
+
 #[test]
 fn what_an_image_is_on() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (dir.path().join("base"), dir.path().join("top"));
+    let [base, middle, top] = ["base", "middle", "top"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
-    make(&top, Some((&base, "raw")));
-    let mut driver = Driver::ready(device(&top));
+    make(&middle, Some((&base, "raw")));
+    make(&top, Some((&middle, "qcow2")));
+    let files = [backing(&middle, None), backing(&base, Some(Format::Raw))];
+    let mut driver = Driver::ready(device_on(&top, &files));
     assert!(holds(&mut driver, 100, 4096, 0x11));
     write(&mut driver, 100, 512, 0x22);
     assert!(holds(&mut driver, 100, 512, 0x22));
     assert!(holds(&mut driver, 101, 512, 0x11));
     assert!(fs::read(&base).unwrap().iter().all(|&byte| byte == 0x11));
-    let refused = |path: &Path| Backend::open(path, access(true)).unwrap_err();
-    let message = |error: BackendError| format!("{error}: {:?}", std::error::Error::source(&error));
-    fs::remove_file(&base).unwrap();
-    let error = message(refused(&top));
-    assert!(error.contains("base") && error.contains("as qcow2"), "{error}");
+    // After another host had it, on the files that are open.
+    driver.transport.flush().unwrap();
+    for path in [&middle, &base] {
+        fs::rename(path, path.with_extension("away")).unwrap();
+    }
+    driver.transport.invalidate().unwrap();
+    assert!(holds(&mut driver, 100, 512, 0x22));
+    assert!(holds(&mut driver, 101, 512, 0x11));
+}
+
+#[test]
+fn an_image_is_on_nothing_that_was_not_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, middle, top] = ["base", "middle", "top"].map(|name| dir.path().join(name));
+    fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
+    make(&middle, Some((Path::new("base"), "raw")));
+    make(&top, Some((&middle, "qcow2")));
+    let error = refused(&middle, &[]);
+    let option = format!("add backing={}", base.display());
+    assert!(error.contains(&option), "{error}");
+    // At no level.
+    let error = refused(&top, &[backing(&middle, None)]);
+    assert!(error.contains(&option), "{error}");
+    let error = refused(&middle, &[backing(&base, Some(Format::Qcow2))]);
+    assert!(
+        error.contains("to be qcow2") && error.contains("says raw"),
+        "{error}"
+    );
+    let error = refused(&middle, &[backing(&base, None), backing(&top, None)]);
+    assert!(error.contains("which is raw"), "{error}");
+    let error = Backend::open_on(&base, Access::default(), &[backing(&top, None)]).unwrap_err();
+    assert!(matches!(error, BackendError::NoImage { .. }), "{error}");
+    // What is no disk is none below one either; nobody waits for its other end.
+    for (path, word) in [
+        (dir.path().join("none"), "found nothing"),
+        (dir.path().to_owned(), "a directory"),
+        ("/dev/null".into(), "something else"),
+        (fifo(&dir), "something else"),
+    ] {
+        let error = refused(&middle, &[backing(&path, Some(Format::Raw))]);
+        assert!(error.contains(word), "{error}");
+    }
     // Without a format somebody would have to guess.
     fs::remove_file(&top).unwrap();
-    fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
     make(&top, Some((&base, "")));
-    let error = message(refused(&top));
-    assert!(error.contains("format"), "{error}");
+    let error = refused(&top, &[backing(&base, None)]);
+    assert!(error.contains("backing-format=raw or qcow2"), "{error}");
+    Backend::open_on(&top, access(true), &[backing(&base, Some(Format::Raw))]).unwrap();
+    fs::remove_file(&top).unwrap();
+    make(&top, None);
+    let error = refused(&top, &[backing(&base, None)]);
+    assert!(error.contains("expected no backing file"), "{error}");
+}
+
+/// A FIFO without a writer.
+fn fifo(dir: &TempDir) -> PathBuf {
+    let path = dir.path().join("fifo");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    path
+}
+
+#[test]
+fn data_in_another_file_are_refused() {
+    let (dir, path) = image();
+    let mut image = fs::read(&path).unwrap();
+    // An incompatible feature (qcow2's specification, "External data file bit").
+    image[79] |= 4;
+    fs::write(&path, &image).unwrap();
+    assert!(refused(&path, &[]).contains("external data file"));
+    let top = dir.path().join("top");
+    make(&top, Some((&path, "qcow2")));
+    assert!(refused(&top, &[backing(&path, None)]).contains("external data file"));
+}
+
+#[test]
+fn nobody_writes_to_what_images_are_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, one, two] = ["base", "one", "two"].map(|name| dir.path().join(name));
+    fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
+    let on_base = |path: &Path| {
+        make(path, Some((&base, "raw")));
+        Backend::open_on(path, access(false), &[backing(&base, None)]).unwrap()
+    };
+    let (one, two) = (on_base(&one), on_base(&two));
+    one.lock().unwrap();
+    two.lock().unwrap();
+    let writer = Backend::open(&base, Access::default()).unwrap();
+    let error = writer.lock().unwrap_err();
+    assert!(
+        matches!(&error, BackendError::Locked { path, .. } if *path == base),
+        "{error}"
+    );
+    one.unlock().unwrap();
+    assert!(writer.lock().is_err());
+    drop(two);
+    writer.lock().unwrap();
+    // Nor is one of them used while somebody writes to that.
+    let error = one.lock().unwrap_err();
+    assert!(
+        matches!(&error, BackendError::Locked { path, .. } if *path == base),
+        "{error}"
+    );
+    drop(writer);
+    one.lock().unwrap();
+    // A destination must have all of them.
+    let mark = one.mark().unwrap();
+    let copy = dir.path().join("copy");
+    fs::copy(&base, &copy).unwrap();
+    let there = |base: &Path| {
+        let files = [backing(base, Some(Format::Raw))];
+        Backend::open_on(one.path(), access(false), &files)
+            .unwrap()
+            .check_mark(mark)
+    };
+    there(&base).unwrap();
+    let error = there(&copy).unwrap_err();
+    assert!(
+        matches!(&error, BackendError::NotTheSame { path } if *path == copy),
+        "{error}"
+    );
+}
+
+/// Whether somebody else finds sector 9 of the image full of `byte`.
+fn is_in_the_file(path: &Path, byte: u8) -> bool {
+    let (copies, name) = (tempfile::tempdir().unwrap(), "copy");
+    let copy = copies.path().join(name);
+    fs::copy(path, &copy).unwrap();
+    holds(&mut Driver::ready(device(&copy)), 9, 512, byte)
+}
+
+#[test]
+fn what_the_guest_was_told_is_written_gets_into_the_file_in_time() {
+    let (_dir, path) = image();
+    let mut driver = Driver::ready(device(&path));
+    for byte in [1, 2] {
+        write(&mut driver, 9, 512, byte);
+        assert_eq!(
+            is_in_the_file(&path, 0),
+            byte == 1,
+            "where it is was known before"
+        );
+        // The device's timer.
+        if byte == 1 {
+            driver.wait();
+        }
+        assert!(is_in_the_file(&path, byte));
+    }
+    // Nothing is behind any more, and the device comes to rest.
+    write(&mut driver, 4096, 512, 3);
+    driver.wait();
+    assert!(!driver.turn());
+}
+
+#[test]
+fn what_a_guest_flushes_is_in_the_file_in_every_mode() {
+    for cache in [Cache::Writeback, Cache::Writethrough, Cache::Unsafe] {
+        let (_dir, path) = image();
+        let backend = Arc::new(Backend::open(&path, access(false)).unwrap());
+        let parameters = Parameters {
+            cache,
+            ..Default::default()
+        };
+        let mut driver = Driver::ready(Block::new(backend, "root", parameters).unwrap());
+        write(&mut driver, 9, 512, 1);
+        assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
+        assert!(is_in_the_file(&path, 1), "{cache:?}");
+    }
+}
+
+#[test]
+fn an_image_that_is_closed_has_all_and_takes_nothing() {
+    let (_dir, path) = image();
+    let backend = Arc::new(Backend::open(&path, access(false)).unwrap());
+    let device = Block::new(backend.clone(), "root", Parameters::default()).unwrap();
+    let mut driver = Driver::ready(device);
+    write(&mut driver, 9, 512, 1);
+    backend.close().unwrap();
+    assert!(is_in_the_file(&path, 1));
+    // As its process does: whoever wants it waits for ever.
+    std::mem::forget((driver, backend));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 mod engines;
 mod host;
 mod images;
+mod locks;
 mod modes;
 mod moves;
 mod requests;

@@ -237,15 +237,13 @@ fn a_disk_that_grows_and_shrinks() {
         assert_eq!(request(&mut driver, IN, 31, &sector), (OK, 513));
         assert_eq!(fs::metadata(disk.path()).unwrap().len(), 32 * 512);
 
-        // What is no size is refused, and nothing changes.
-        for bad in [0, 100] {
-            file.set_len(bad).unwrap();
-            let error = control.resize().unwrap_err();
-            assert!(
-                matches!(error, BackendError::Size { got, .. } if got == bad),
-                "{error}"
-            );
-            assert_eq!(driver.get(0x100), 32);
+        // The part of a sector at its end is nobody's, and an empty disk is one.
+        for (bytes, sectors) in [(33 * 512 + 100, 33), (0, 0)] {
+            file.set_len(bytes).unwrap();
+            assert_eq!(control.resize().unwrap(), sectors * 512);
+            driver.run();
+            assert_eq!(u64::from(driver.get(0x100)), sectors);
+            assert_eq!(request(&mut driver, IN, sectors, &sector), (IOERR, 1));
         }
     });
 }

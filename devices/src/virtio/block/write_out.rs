@@ -1,0 +1,52 @@
+//! Has what an image's data are found by put into its file in time: a process that is killed takes what is in its
+//! memory along, and the guest was told that it is written.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use super::backend::{Backend, BackendError};
+use crate::timer::Timer;
+
+/// For so long it may be in this process alone.
+const WITHIN: Duration = Duration::from_secs(1);
+
+/// Of one image.
+pub(super) struct WriteOut {
+    timer: Timer,
+    is_set: bool,
+}
+
+impl WriteOut {
+    /// For what is behind a device, if that is an image.
+    pub(super) fn of(backend: &Backend) -> io::Result<Option<Self>> {
+        if backend.raw().is_some() || backend.read_only() {
+            return Ok(None);
+        }
+        let timer = Timer::new()?;
+        Ok(Some(Self { timer, is_set: false }))
+    }
+
+    /// Becomes readable when it is time.
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+
+    /// Sees to it that there will be a time, if something is to be written out.
+    pub(super) fn plan(&mut self, backend: &Backend) -> io::Result<()> {
+        if !self.is_set && backend.is_behind() {
+            self.timer.set(WITHIN)?;
+            self.is_set = true;
+        }
+        Ok(())
+    }
+
+    /// Writes out if it is time.
+    pub(super) fn hear(&mut self, backend: &Backend) -> Result<(), BackendError> {
+        if !matches!(self.timer.has_gone_off(), Ok(false)) {
+            self.is_set = false;
+            backend.write_out()?;
+        }
+        Ok(())
+    }
+}
