@@ -4,6 +4,8 @@
 //! know KVM: the machine maps addresses to a [`bus::Bus`], registers the eventfds, and decides when devices
 //! stop and go on. `DESIGN.md` beside this crate's manifest has the picture and the rules.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod bus;
 pub mod legacy;
 pub mod virtio;

@@ -5,6 +5,8 @@
 //! of one migration. `PROTOCOL.md` says what goes over the wire, `DESIGN.md` how the
 //! parts fit together; both lie beside this crate's `Cargo.toml`.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod commit;
 mod control;
 mod converge;

@@ -12,7 +12,7 @@ use migration::{Outcome, Report};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Finished, Fixtures, PATIENCE, Process, Tick};
+use crate::{Elsewhere, Finished, Fixtures, PATIENCE, Process, Tick};
 
 /// A place where VMs run; clones are the same place.
 #[derive(Clone)]
@@ -184,9 +184,14 @@ impl Host {
 
     /// Starts a command that is ready to run, and is to have a VM of this name.
     pub fn start(&self, name: &str, command: Command) -> Result<Vm> {
+        self.start_to(name, command, Elsewhere::default())
+    }
+
+    /// The same with some of its output elsewhere.
+    pub fn start_to(&self, name: &str, command: Command, elsewhere: Elsewhere) -> Result<Vm> {
         Ok(Vm {
             name: name.into(),
-            process: Process::spawn(command)?,
+            process: Process::spawn_to(command, elsewhere)?,
             host: self.clone(),
         })
     }
@@ -262,9 +267,19 @@ impl Vm {
 
     /// Starts `godwit migrate --json`.
     pub fn start_migration(&self, destination: &str, arguments: &[&str]) -> Result<Process> {
+        self.start_migration_to(destination, arguments, Elsewhere::default())
+    }
+
+    /// The same with some of its output elsewhere.
+    pub fn start_migration_to(
+        &self,
+        destination: &str,
+        arguments: &[&str],
+        elsewhere: Elsewhere,
+    ) -> Result<Process> {
         let mut command = self.host.command(["migrate", &self.name, destination, "--json"]);
         command.args(arguments);
-        Process::spawn(command)
+        Process::spawn_to(command, elsewhere)
     }
 
     /// Puts the guest in the files of a new directory; the report.

@@ -39,7 +39,7 @@ pub use memory_group::MemoryGroup;
 pub use network::Network;
 pub use output::Output;
 pub use pings::{Pinged, Pings};
-pub use process::{Finished, Process};
+pub use process::{Elsewhere, Finished, Process};
 pub use small::{LoopDevice, SmallFileSystem};
 pub use stock::{GUEST, StockGuest, TAP};
 pub use tap_queues::TapQueues;

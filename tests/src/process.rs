@@ -1,7 +1,7 @@
 //! A child process that never outlives the test.
 #![allow(unsafe_code)] // `pre_exec`: the child asks for a signal at the death of its parent.
 
-use std::io::Write;
+use std::io::{Write, empty};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 
@@ -21,6 +21,15 @@ pub struct Process {
     shown: String,
 }
 
+/// Standard streams of a program that go elsewhere than to the test.
+#[derive(Default)]
+pub struct Elsewhere {
+    /// Where standard output goes.
+    pub stdout: Option<Stdio>,
+    /// Where standard error goes.
+    pub stderr: Option<Stdio>,
+}
+
 /// A program that has ended.
 #[derive(Debug)]
 pub struct Finished {
@@ -36,7 +45,12 @@ impl Process {
     /// Starts the command with its standard streams in our hands.
     ///
     /// The process dies with the thread that calls this, at the latest.
-    pub fn spawn(mut command: Command) -> Result<Self> {
+    pub fn spawn(command: Command) -> Result<Self> {
+        Self::spawn_to(command, Elsewhere::default())
+    }
+
+    /// The same with some of its output elsewhere; what the test sees of it is empty.
+    pub fn spawn_to(mut command: Command, elsewhere: Elsewhere) -> Result<Self> {
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         let shown = words
             .map(|word| word.to_string_lossy())
@@ -44,16 +58,22 @@ impl Process {
             .join(" ");
         command
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stdout(elsewhere.stdout.unwrap_or_else(Stdio::piped))
+            .stderr(elsewhere.stderr.unwrap_or_else(Stdio::piped));
         // SAFETY: the closure runs between fork and exec and makes a single prctl call: no allocation, no lock.
         unsafe {
             command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into));
         }
         let mut child = command.spawn().with_context(|| format!("cannot start {shown}"))?;
         let stdin = child.stdin.take();
-        let stdout = Output::follow(child.stdout.take().context("stdout")?);
-        let stderr = Output::follow(child.stderr.take().context("stderr")?);
+        let stdout = child
+            .stdout
+            .take()
+            .map_or_else(|| Output::follow(empty()), Output::follow);
+        let stderr = child
+            .stderr
+            .take()
+            .map_or_else(|| Output::follow(empty()), Output::follow);
         Ok(Self {
             child,
             stdin,

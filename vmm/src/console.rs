@@ -13,6 +13,8 @@ use devices::virtio::console::{Size, Terminal};
 use rustix::termios::tcgetwinsize;
 use tokio::sync::broadcast;
 
+use crate::output::Descriptor;
+
 /// Bytes that wait for standard output before the oldest are lost.
 const BACKLOG: usize = 1 << 20;
 /// The last bytes of output, which a client sees when it attaches.
@@ -48,7 +50,7 @@ impl Console {
         let shared = console.shared.clone();
         std::thread::Builder::new()
             .name("console".into())
-            .spawn(move || shared.carry_to(io::stdout()))?;
+            .spawn(move || shared.carry_to(Descriptor::Stdout))?;
         Ok(console)
     }
 

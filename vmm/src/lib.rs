@@ -3,6 +3,8 @@
 //! The way of a request: command line or HTTP ([`api`]) → [`supervisor`] → [`machine`] → vCPUs, memory,
 //! devices. `DESIGN.md` beside this crate's manifest has the picture.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod api;
 pub mod boot;
 pub mod cli;
@@ -14,6 +16,7 @@ mod footprint;
 mod kvm;
 pub mod machine;
 pub mod memory;
+mod output;
 mod privacy;
 pub mod probe;
 pub mod report;

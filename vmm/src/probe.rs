@@ -1,7 +1,6 @@
 //! What this host offers for booting and moving guests, and what it lacks.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -9,6 +8,7 @@ use serde::Serialize;
 
 use crate::cli::Exit;
 use crate::cpu::Template;
+use crate::output::print;
 
 /// What the probe found.
 #[derive(Clone, Debug, Serialize)]
@@ -163,35 +163,35 @@ pub fn findings() -> Findings {
 /// The command `probe`.
 pub(crate) fn run(json: bool) -> anyhow::Result<Exit> {
     let findings = findings();
-    let mut out = std::io::stdout().lock();
-    if json {
-        writeln!(out, "{}", serde_json::to_string(&findings)?)?;
+    print(&if json {
+        serde_json::to_string(&findings)? + "\n"
     } else {
-        print(&mut out, &findings)?;
-    }
+        table(&findings)
+    });
     Ok(if findings.boot { Exit::Done } else { Exit::Failed })
 }
 
-fn print(out: &mut impl Write, findings: &Findings) -> std::io::Result<()> {
+fn table(findings: &Findings) -> String {
     let (template, reason) = Template::probe();
     let verdict = |yes: bool| if yes { "yes" } else { "no, see what it LACKS below" };
-    writeln!(out, "boots guests:   {}", verdict(findings.boot))?;
-    writeln!(out, "moves guests:   {}", verdict(findings.migration))?;
-    writeln!(out, "post-copy:      {}", verdict(findings.postcopy))?;
-    writeln!(out, "CPU template:   {template} ({reason})")?;
+    let mut table = format!(
+        "boots guests:   {}\nmoves guests:   {}\npost-copy:      {}\nCPU template:   {template} ({reason})\n",
+        verdict(findings.boot),
+        verdict(findings.migration),
+        verdict(findings.postcopy)
+    );
     for check in &findings.checks {
         let mark = match (check.present, check.required) {
             (true, _) => "has  ",
             (false, true) => "LACKS",
             (false, false) => "lacks",
         };
-        writeln!(
-            out,
-            "  {mark} {:<18} {:<10} {}",
+        table += &format!(
+            "  {mark} {:<18} {:<10} {}\n",
             check.name, check.purpose, check.detail
-        )?;
+        );
     }
-    Ok(())
+    table
 }
 
 fn check_kvm(checks: &mut Vec<Check>) -> Option<Kvm> {

@@ -4,6 +4,8 @@
 //! that the caller decides how long to wait and what else to listen for. [`zero_pages`], [`zero_range`] and
 //! [`digest`] look at, clear and sum up memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod compression;
 mod copy;
 mod digest;

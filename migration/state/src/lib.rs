@@ -3,6 +3,8 @@
 //! A [`Record`] is plain data with a kind and a version; an [`Envelope`] carries records from one process to
 //! another and refuses whatever it does not recognise. See `DESIGN.md` beside this crate's `Cargo.toml`.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod codec;
 mod envelope;
 mod error;

@@ -1,14 +1,13 @@
 //! `balloon`: memory that a guest gives up.
 
-use std::io::{self, Write};
-
 use hyper::Method;
 
 use super::Exit;
 use super::args::BalloonArgs;
-use super::client::block_on;
+use super::client::{block_on, json_line};
 use crate::api::client::Client;
 use crate::api::{BalloonStatistics, BalloonUpdate};
+use crate::output::print;
 use crate::report::figures::bytes;
 use crate::rundir;
 
@@ -21,12 +20,11 @@ pub(super) fn run(args: &BalloonArgs) -> anyhow::Result<Exit> {
         }
         client.get("/balloon/statistics").await
     })??;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string(&statistics)?)?;
+    print(&if args.json {
+        json_line(&statistics)?
     } else {
-        writeln!(out, "{}", told(&args.vm, &statistics))?;
-    }
+        format!("{}\n", told(&args.vm, &statistics))
+    });
     Ok(Exit::Done)
 }
 

@@ -1,13 +1,14 @@
 //! The commands that talk to a running VM over its API socket.
 
 use std::future::Future;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use hyper::Method;
 use migration::Decision;
+use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -17,6 +18,7 @@ use super::{Exit, progress};
 use crate::api::client::Client;
 use crate::api::{Action, ActionType, InstanceInfo, Resolution, ResolveRequest, Verdict, VmState, VmUpdate};
 use crate::console::terminal_size;
+use crate::output::{print, tell};
 use crate::report::figures::bytes;
 use crate::rundir;
 use crate::snapshot::SnapshotProgress;
@@ -47,37 +49,45 @@ pub(super) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> 
 pub(super) fn status(args: &OutputArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?;
     let info: InstanceInfo = block_on(client.get("/"))??;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string(&info)?)?;
-        return Ok(Exit::Done);
-    }
-    writeln!(out, "{}: {}", info.id, info.state)?;
-    writeln!(out, "  process    {} (godwit {})", info.pid, info.vmm_version)?;
+    print(&if args.json {
+        json_line(&info)?
+    } else {
+        status_text(&info)
+    });
+    Ok(Exit::Done)
+}
+
+fn status_text(info: &InstanceInfo) -> String {
+    let mut text = format!(
+        "{}: {}\n  process    {} (godwit {})\n",
+        info.id, info.state, info.pid, info.vmm_version
+    );
     if info.vcpu_count > 0 {
-        writeln!(
-            out,
-            "  machine    {} vCPUs, {} MiB, CPU template {}",
+        text += &format!(
+            "  machine    {} vCPUs, {} MiB, CPU template {}\n",
             info.vcpu_count, info.mem_size_mib, info.cpu_template
-        )?;
+        );
     }
-    if let Some(in_doubt) = info.in_doubt {
-        writeln!(out, "  in doubt   {in_doubt}")?;
+    if let Some(in_doubt) = &info.in_doubt {
+        text += &format!("  in doubt   {in_doubt}\n");
     }
     if let Some(SnapshotProgress {
         done_bytes,
         total_bytes,
-    }) = info.snapshot
+    }) = &info.snapshot
     {
-        let (done, total) = (bytes(done_bytes as f64), bytes(total_bytes as f64));
-        writeln!(out, "  snapshot   {done} of {total} of memory")?;
+        let (done, total) = (bytes(*done_bytes as f64), bytes(*total_bytes as f64));
+        text += &format!("  snapshot   {done} of {total} of memory\n");
     }
-    if let Some(progress) = info.migration {
-        for line in progress::lines(&progress) {
-            writeln!(out, "  {line}")?;
-        }
+    for line in info.migration.iter().flat_map(progress::lines) {
+        text += &format!("  {line}\n");
     }
-    Ok(Exit::Done)
+    text
+}
+
+/// One line of JSON for standard output.
+pub(super) fn json_line(value: &impl Serialize) -> serde_json::Result<String> {
+    Ok(serde_json::to_string(value)? + "\n")
 }
 
 pub(super) fn pause(args: &VmArgs) -> anyhow::Result<Exit> {
@@ -117,12 +127,11 @@ pub(super) fn resolve(args: &ResolveArgs) -> anyhow::Result<Exit> {
     };
     let request = ResolveRequest { decision };
     let resolution: Resolution = block_on(client.put("/migration/resolve", &request))??;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string(&resolution)?)?;
+    print(&if args.json {
+        json_line(&resolution)?
     } else {
-        writeln!(out, "{}: {}", args.vm, resolution.message)?;
-    }
+        format!("{}: {}\n", args.vm, resolution.message)
+    });
     Ok(match resolution.verdict {
         Verdict::InDoubt => Exit::InDoubt,
         _ if resolution.as_asked => Exit::Done,
@@ -141,7 +150,9 @@ pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {
             if ended(&path, POWER_OFF_GRACE).await {
                 return Ok(Exit::Done);
             }
-            eprintln!("godwit: the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it");
+            tell(&format!(
+                "the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it"
+            ));
         }
         act(&client, ActionType::Stop).await?;
         if !ended(&path, STOP_TIMEOUT).await {
@@ -179,30 +190,32 @@ pub(super) fn ps(args: &ListArgs) -> anyhow::Result<Exit> {
             match Client::new(path).get("/").await {
                 Ok(info) => infos.push(info),
                 // It may have ended just now.
-                Err(error) => eprintln!("godwit: {name}: {}", migration::chain(&error)),
+                Err(error) => tell(&format!("{name}: {}", migration::chain(&error))),
             }
         }
         infos
     })?;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string(&infos)?)?;
-        return Ok(Exit::Done);
-    }
-    writeln!(
-        out,
-        "{:<24} {:<10} {:>8} {:>5} {:>10}",
+    print(&if args.json {
+        json_line(&infos)?
+    } else {
+        table(&infos)
+    });
+    Ok(Exit::Done)
+}
+
+fn table(infos: &[InstanceInfo]) -> String {
+    let mut table = format!(
+        "{:<24} {:<10} {:>8} {:>5} {:>10}\n",
         "NAME", "STATE", "PID", "VCPUS", "MEMORY"
-    )?;
+    );
     for info in infos {
         let memory = format!("{} MiB", info.mem_size_mib);
-        writeln!(
-            out,
-            "{:<24} {:<10} {:>8} {:>5} {memory:>10}",
+        table += &format!(
+            "{:<24} {:<10} {:>8} {:>5} {memory:>10}\n",
             info.id, info.state, info.pid, info.vcpu_count
-        )?;
+        );
     }
-    Ok(Exit::Done)
+    table
 }
 
 pub(super) fn console(args: &VmArgs) -> anyhow::Result<Exit> {
@@ -210,7 +223,7 @@ pub(super) fn console(args: &VmArgs) -> anyhow::Result<Exit> {
     block_on(async {
         let stream = client.console().await?;
         if io::stdin().is_terminal() {
-            eprintln!("godwit: attached to {}; Ctrl-] detaches", args.vm);
+            tell(&format!("attached to {}; Ctrl-] detaches", args.vm));
         }
         let _terminal = RawTerminal::enter().context("terminal")?;
         tokio::select! {
@@ -261,8 +274,11 @@ async fn relay(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite) -> io:
             if count == 0 {
                 return Ok(());
             }
-            stdout.write_all(&chunk[..count]).await?;
-            stdout.flush().await?;
+            match stdout.write_all(&chunk[..count]).await.and(stdout.flush().await) {
+                // Whoever went away has seen enough.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                written => written?,
+            }
         }
     };
     tokio::select! {

@@ -1,38 +1,31 @@
 //! `run`, `receive` and `restore`: the commands that become a VM.
 
-use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use migration::{MemoryKind, ReceiveOptions, Receiver};
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::time::Uptime;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use super::Exit;
 use super::args::{CommonArgs, ConsoleArg, ReceiveArgs, RestoreArgs, RunArgs};
 use super::signals::{Held, outlive_file_size_limit};
 use super::snapshot::with_bar;
-use super::terminal::{ESCAPE, RawTerminal, log_writer};
+use super::terminal::{ESCAPE, RawTerminal};
 use crate::api::ApiServer;
 use crate::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
 use crate::console::{Console, ConsoleInput};
 use crate::footprint::give_back_text;
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory::{self, FaultHandler};
+use crate::output::{self, start_log};
 use crate::privacy::keep_memory_private;
 use crate::report::figures::duration;
 use crate::rundir::{ApiSocket, check_name};
 use crate::snapshot::Snapshot;
 use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
 
-/// The log's verbosity, in tracing's syntax.
-const LOG_VARIABLE: &str = "GODWIT_LOG";
-
 pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
-    init_log(args.common.log.as_deref())?;
+    start_log(args.common.log.as_deref())?;
     keep_memory_private()?;
     let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
     let config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
@@ -56,7 +49,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 }
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
-    init_log(args.common.log.as_deref())?;
+    start_log(args.common.log.as_deref())?;
     keep_memory_private()?;
     let arrival = args.backends.arrival(args.max_memory, args.reserve)?;
     if let Some(reserve) = args.reserve {
@@ -72,13 +65,13 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.
-    eprintln!("godwit: {name} is listening on {}", receiver.endpoint());
+    output::tell(&format!("{name} is listening on {}", receiver.endpoint()));
     supervisor.receive(receiver, destination).context("receive job")?;
     supervise(supervisor, server)
 }
 
 pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
-    init_log(args.common.log.as_deref())?;
+    start_log(args.common.log.as_deref())?;
     keep_memory_private()?;
     let arrival = args.backends.arrival(None, None)?;
     let name = checked_name(&args.common)?;
@@ -105,7 +98,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
         format!("is paused; `godwit resume {name}` lets it go on")
     };
     let announcement = format!(
-        "godwit: {name} is restored and {after}; its clocks go on by {}",
+        "{name} is restored and {after}; its clocks go on by {}",
         duration(age.as_secs_f64() * 1e3)
     );
     let restore = move || destination.restore_snapshot(&snapshot, memory, args.resume);
@@ -193,32 +186,6 @@ fn bind(common: &CommonArgs, name: &str) -> anyhow::Result<ApiSocket> {
         Some(path) => ApiSocket::bind(path)?,
         None => ApiSocket::for_name(name)?,
     })
-}
-
-/// To stderr or a file, never to stdout, which is the guest's console.
-fn init_log(path: Option<&Path>) -> anyhow::Result<()> {
-    let asked = std::env::var(LOG_VARIABLE)
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let filter = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
-    let log = tracing_subscriber::fmt()
-        .with_max_level(LevelFilter::TRACE)
-        .with_timer(Uptime::default())
-        .with_target(false);
-    match path {
-        Some(path) => {
-            let file = std::sync::Mutex::new(open_log(path)?);
-            log.with_writer(file).finish().with(filter).init();
-        }
-        None => log.with_writer(log_writer).finish().with(filter).init(),
-    }
-    Ok(())
-}
-
-fn open_log(path: &Path) -> anyhow::Result<std::fs::File> {
-    let shown = PathBuf::from(path);
-    let open = OpenOptions::new().create(true).append(true).open(path);
-    open.with_context(|| format!("log file {}", shown.display()))
 }
 
 /// Passes standard input on to the guest. In a terminal the escape key goes to the supervisor instead.

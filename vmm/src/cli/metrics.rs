@@ -1,24 +1,28 @@
 //! `metrics`: what a VM's devices count.
 
-use std::io::{self, Write};
-
 use super::Exit;
 use super::args::OutputArgs;
-use super::client::{block_on, connect};
+use super::client::{block_on, connect, json_line};
 use crate::api::Metrics;
+use crate::output::print;
 
 pub(super) fn run(args: &OutputArgs) -> anyhow::Result<Exit> {
     let metrics: Metrics = block_on(connect(&args.vm)?.get("/metrics"))??;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string(&metrics)?)?;
-        return Ok(Exit::Done);
-    }
+    print(&if args.json {
+        json_line(&metrics)?
+    } else {
+        table(&metrics)
+    });
+    Ok(Exit::Done)
+}
+
+fn table(metrics: &Metrics) -> String {
+    let mut table = String::new();
     for (device, counters) in &metrics.devices {
-        writeln!(out, "{device}")?;
+        table += &format!("{device}\n");
         for (name, count) in counters {
-            writeln!(out, "  {name:<20} {count:>16}")?;
+            table += &format!("  {name:<20} {count:>16}\n");
         }
     }
-    Ok(Exit::Done)
+    table
 }

@@ -1,16 +1,17 @@
 //! `migrate`: asks the VM to move, shows how far it is, prints the report.
 
-use std::io::Write;
+use std::fmt::{self, Write};
 use std::time::Duration;
 
 use migration::{Compression, OnMiss, Outcome, Report};
 
 use super::Exit;
 use super::args::{CompressionArg, MigrateArgs, OnMissArg};
-use super::client::{block_on, connect};
+use super::client::{block_on, connect, json_line};
 use super::progress::Bar;
 use crate::api::client::{Client, ClientError};
 use crate::api::{MigrationEvent, MigrationRequest};
+use crate::output::{print, tell};
 use crate::report::TraceWriter;
 
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
@@ -23,15 +24,16 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
         .map(|path| TraceWriter::create(path, &args.vm, &request.destination, &request))
         .transpose()?;
     let Some(report) = block_on(follow(&client, &request, trace))?? else {
-        eprintln!(
-            "godwit: the VM's process ended without a report; ask the destination (`godwit status` there) and read the VM's log"
+        tell(
+            "the VM's process ended without a report; ask the destination (`godwit status` there) and read the VM's log",
         );
         return Ok(Exit::InDoubt);
     };
-    // What became of the guest counts, whether or not anybody reads about it.
-    if let Err(error) = print(&report, args.json) {
-        tell(&format!("cannot print the report: {error}"));
-    }
+    print(&if args.json {
+        json_line(&report)?
+    } else {
+        report_text(&report)
+    });
     if let Some(error) = &report.error {
         tell(&format!(
             "migration to {}: {}: {error}",
@@ -131,23 +133,14 @@ fn outcome(outcome: Outcome) -> &'static str {
     }
 }
 
-fn print(report: &Report, json: bool) -> std::io::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    if json {
-        serde_json::to_writer(&mut stdout, report)?;
-        writeln!(stdout)?;
-    } else {
-        print_report(&mut stdout, report)?;
-    }
-    stdout.flush()
+fn report_text(report: &Report) -> String {
+    let mut text = String::new();
+    // A string takes everything.
+    let _ = write_report(&mut text, report);
+    text
 }
 
-/// One line on standard error, if anybody reads it: `eprintln!` panics where nobody does.
-fn tell(line: &str) {
-    let _ = writeln!(std::io::stderr(), "godwit: {line}");
-}
-
-fn print_report(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
+fn write_report(out: &mut impl Write, report: &Report) -> fmt::Result {
     const MIB: f64 = (1 << 20) as f64;
     let ms = |value: Option<f64>| value.map_or("unknown".into(), |ms| format!("{ms:.2} ms"));
     writeln!(out, "migration {}", outcome(report.outcome))?;

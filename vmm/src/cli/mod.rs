@@ -17,6 +17,7 @@ mod terminal;
 mod units;
 mod vsock;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -24,6 +25,7 @@ use clap::Parser;
 use args::{Cli, Command};
 
 use crate::config::ConfigError;
+use crate::output;
 use crate::rundir::RundirError;
 
 /// Exit codes that scripts can rely on.
@@ -60,17 +62,19 @@ pub fn main() -> ExitCode {
             return exit.into();
         }
     };
-    match dispatch(cli.command) {
-        Ok(exit) => exit.into(),
-        Err(error) => {
-            eprintln!("godwit: {error:#}");
-            if is_usage(&error) {
-                Exit::Usage.into()
-            } else {
-                Exit::Failed.into()
-            }
+    output::tell_of_panics();
+    // A panic has been told of by the hook.
+    let done = catch_unwind(AssertUnwindSafe(|| dispatch(cli.command))).unwrap_or_else(|_| Ok(Exit::Failed));
+    let exit = done.unwrap_or_else(|error| {
+        output::tell(&format!("{error:#}"));
+        if is_usage(&error) {
+            Exit::Usage
+        } else {
+            Exit::Failed
         }
-    }
+    });
+    output::flush();
+    exit.into()
 }
 
 /// Whether the arguments were wrong, rather than the world.

@@ -45,7 +45,7 @@ impl Bar {
 
 /// Of the terminal as it is now.
 fn columns() -> usize {
-    match tcgetwinsize(std::io::stderr()) {
+    match tcgetwinsize(rustix::stdio::stderr()) {
         Ok(size) if size.ws_col > 0 => usize::from(size.ws_col),
         _ => COLUMNS,
     }

@@ -1,7 +1,6 @@
 //! `report`: draws a trace.
 
 use std::fs;
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -9,6 +8,7 @@ use thiserror::Error;
 
 use super::Exit;
 use super::args::ReportArgs;
+use crate::output::write_stdout;
 use crate::report::{Trace, html, svg};
 
 /// A file name that does not say what to draw.
@@ -20,9 +20,7 @@ pub(super) struct OtherKind {
 
 pub(super) fn run(args: &ReportArgs) -> anyhow::Result<Exit> {
     let Some(output) = &args.output else {
-        let mut stdout = io::stdout().lock();
-        stdout.write_all(svg(&Trace::read(&args.trace)?)?.as_bytes())?;
-        stdout.flush()?;
+        write_stdout(svg(&Trace::read(&args.trace)?)?.as_bytes()).context("standard output")?;
         return Ok(Exit::Done);
     };
     let draw = match output.extension().and_then(|extension| extension.to_str()) {

@@ -1,6 +1,5 @@
 //! `snapshot`: puts a VM in files. `snapshot merge`: puts such files together.
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,9 +9,10 @@ use tokio::sync::oneshot;
 
 use super::Exit;
 use super::args::{MergeArgs, SnapshotArgs, SnapshotCommand, WriteArgs};
-use super::client::{STOP_TIMEOUT, block_on, ended};
+use super::client::{STOP_TIMEOUT, block_on, ended, json_line};
 use crate::api::client::Client;
 use crate::api::{InstanceInfo, SnapshotReport, SnapshotRequest};
+use crate::output::print;
 use crate::report::figures::{bytes, duration};
 use crate::rundir;
 use crate::snapshot::{self, Difference, Snapshot, SnapshotError, SnapshotProgress, Watch};
@@ -52,12 +52,11 @@ fn write(args: &WriteArgs) -> anyhow::Result<Exit> {
         }
         Ok(report)
     })??;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
-        return Ok(Exit::Done);
-    }
-    writeln!(out, "{}", told(args, &report))?;
+    print(&if args.json {
+        json_line(&report)?
+    } else {
+        format!("{}\n", told(args, &report))
+    });
     Ok(Exit::Done)
 }
 
@@ -70,11 +69,9 @@ fn merge(args: &MergeArgs) -> anyhow::Result<Exit> {
         .collect::<Result<_, _>>()?;
     let manifest = with_bar(|watch| snapshot::merge(&base, &differences, &args.output, watch))?;
     let (path, stored) = (shown(&args.output), bytes(manifest.stored_bytes() as f64));
-    let mut out = io::stdout().lock();
-    writeln!(
-        out,
-        "{path} is whole, with {stored} stored; go on with `godwit restore {path} --resume`"
-    )?;
+    print(&format!(
+        "{path} is whole, with {stored} stored; go on with `godwit restore {path} --resume`\n"
+    ));
     Ok(Exit::Done)
 }
 

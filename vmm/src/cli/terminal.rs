@@ -1,17 +1,15 @@
 //! The user's terminal: raw mode, and the escape key.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
+use crate::output;
+
 /// Ctrl-]: ends `run`, detaches from `console`.
 pub(super) const ESCAPE: u8 = 0x1d;
-
-/// Whether the terminal is raw: it then takes a line feed for no more than that.
-static RAW: AtomicBool = AtomicBool::new(false);
 
 /// As long as it lives, the terminal passes every key on. Dropping it restores what was.
 pub(super) struct RawTerminal {
@@ -31,63 +29,16 @@ impl RawTerminal {
         let mut raw = before.clone();
         raw.make_raw();
         tcsetattr(&terminal, OptionalActions::Now, &raw)?;
-        RAW.store(true, Ordering::Relaxed);
+        output::set_raw_terminal(true);
         Ok(Some(Self { terminal, before }))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        RAW.store(false, Ordering::Relaxed);
+        output::set_raw_terminal(false);
         if let Err(error) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
-            eprintln!("godwit: cannot restore the terminal: {error}; `reset` does");
-        }
-    }
-}
-
-/// Standard error for whole lines, each of which begins at the left in a raw terminal as well.
-pub(super) fn log_writer() -> impl Write {
-    let stderr = io::stderr();
-    let raw = RAW.load(Ordering::Relaxed) && stderr.is_terminal();
-    Lines { out: stderr, raw }
-}
-
-struct Lines<W> {
-    out: W,
-    raw: bool,
-}
-
-impl<W: Write> Write for Lines<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !self.raw {
-            return self.out.write(bytes);
-        }
-        let mut text = Vec::with_capacity(bytes.len() + 8);
-        for byte in bytes {
-            if *byte == b'\n' {
-                text.push(b'\r');
-            }
-            text.push(*byte);
-        }
-        self.out.write_all(&text)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_return_in_a_raw_terminal_only() {
-        for (raw, expected) in [(true, "one\r\ntwo\r\n"), (false, "one\ntwo\n")] {
-            let mut lines = Lines { out: Vec::new(), raw };
-            lines.write_all(b"one\ntwo\n").unwrap();
-            assert_eq!(lines.out, expected.as_bytes());
+            output::tell(&format!("cannot restore the terminal: {error}; `reset` does"));
         }
     }
 }

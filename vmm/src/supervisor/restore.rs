@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use super::{ApiServer, Event, Supervisor, SupervisorError};
 use crate::footprint::give_back_text;
 use crate::machine::{Machine, MachineError};
+use crate::output;
 
 /// The job, and what is to be said when it is done.
 pub(super) struct RestoreJob {
@@ -63,7 +64,7 @@ impl Supervisor {
             Ok(machine) => {
                 self.adopt(*machine, server);
                 // Scripts wait for this line.
-                eprintln!("{}", job.announcement);
+                output::tell(&job.announcement);
                 give_back_text();
                 None
             }

@@ -1,0 +1,335 @@
+//! Lines on their way to where they are read: a bounded queue, and a thread that writes.
+
+use std::io::{self, Write};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Descriptor, RAW};
+
+/// Bytes that wait for the thread; what comes on top is lost.
+const ROOM: usize = 256 << 10;
+/// How often it is tried to say how much was lost, and at most said how much was left out.
+const NEWS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Takes lines and never waits for anybody; clones share it.
+#[derive(Clone)]
+pub(super) struct Lines {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    text: Vec<u8>,
+    /// Lines for which there was no room behind `text`.
+    lost: u64,
+    /// Lines that were not to be written: too many of a kind.
+    left_out: u64,
+    /// Whether the thread has taken something that is not written yet.
+    writing: bool,
+}
+
+impl Lines {
+    /// Starts the thread, which lives as long as the process.
+    pub(super) fn start(name: &str, to: Descriptor) -> io::Result<Self> {
+        let lines = Self {
+            shared: Arc::new(Shared {
+                queue: Mutex::default(),
+                changed: Condvar::new(),
+            }),
+        };
+        let shared = lines.shared.clone();
+        let mut writer = Writer::new(to);
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || shared.carry_to(&mut writer))?;
+        Ok(lines)
+    }
+
+    /// Takes whole lines. They are lost where there is no room.
+    pub(super) fn push(&self, text: &[u8]) {
+        let mut queue = self.shared.lock();
+        // In order: what comes behind a gap waits until the gap can be named.
+        if queue.lost > 0 || queue.text.len() + text.len() > ROOM {
+            queue.lost += count_lines(text);
+            return;
+        }
+        queue.text.extend_from_slice(text);
+        drop(queue);
+        self.shared.changed.notify_all();
+    }
+
+    /// Counts a line that is not to be written.
+    pub(super) fn leave_out(&self) {
+        let mut queue = self.shared.lock();
+        queue.left_out += 1;
+        if queue.left_out == 1 {
+            drop(queue);
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Waits until all is written or lost, or for so long.
+    pub(super) fn flush(&self, patience: Duration) {
+        let queue = self.shared.lock();
+        let unfinished = |queue: &mut Queue| queue.writing || !queue.text.is_empty();
+        // Whoever does not read does not get it.
+        let _ = self
+            .shared
+            .changed
+            .wait_timeout_while(queue, patience, unfinished);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn carry_to(&self, writer: &mut Writer) {
+        loop {
+            let (text, lost) = self.take(writer);
+            writer.write(&text);
+            writer.lost += lost;
+            writer.say_news();
+            self.lock().writing = false;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for lines, or until there is something to say about those that are not there.
+    fn take(&self, writer: &mut Writer) -> (Vec<u8>, u64) {
+        let mut queue = self.lock();
+        loop {
+            writer.left_out += std::mem::take(&mut queue.left_out);
+            let news = writer.time_of_news();
+            let due = news.is_some_and(|at| at <= Instant::now());
+            if due || !queue.text.is_empty() || queue.lost > 0 {
+                queue.writing = true;
+                return (std::mem::take(&mut queue.text), std::mem::take(&mut queue.lost));
+            }
+            queue = match news {
+                Some(at) => {
+                    let left = at.saturating_duration_since(Instant::now());
+                    let waited = self.changed.wait_timeout(queue, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+/// The thread's end: writes, and keeps account of what could not be written.
+struct Writer {
+    to: Descriptor,
+    /// Lines that could not be written, and of which nobody was told.
+    lost: u64,
+    /// The same of lines that were too many.
+    left_out: u64,
+    /// Whether the last line that was written has no end.
+    torn: bool,
+    /// When news of those was last tried to be told.
+    told: Option<Instant>,
+}
+
+impl Writer {
+    fn new(to: Descriptor) -> Self {
+        Self {
+            to,
+            lost: 0,
+            left_out: 0,
+            torn: false,
+            told: None,
+        }
+    }
+
+    /// When there is something to say besides lines; `None` if there is nothing.
+    fn time_of_news(&self) -> Option<Instant> {
+        let news = self.lost > 0 || self.left_out > 0;
+        news.then(|| self.told.map_or_else(Instant::now, |told| told + NEWS_INTERVAL))
+    }
+
+    /// Writes lines, behind how many are missing before them.
+    fn write(&mut self, text: &[u8]) {
+        if text.is_empty() {
+            return;
+        }
+        if self.lost > 0 && !self.say_lost() {
+            self.lost += count_lines(text);
+            return;
+        }
+        self.lost += self.put(text);
+    }
+
+    /// Says what is not there, if it is time to.
+    fn say_news(&mut self) {
+        if self.time_of_news().is_none_or(|at| at > Instant::now()) {
+            return;
+        }
+        self.told = Some(Instant::now());
+        if self.lost > 0 && !self.say_lost() {
+            return;
+        }
+        if self.left_out > 0 {
+            let line = format!("{} log lines were left out: too many of a kind\n", self.left_out);
+            if self.put(line.as_bytes()) == 0 {
+                self.left_out = 0;
+            }
+        }
+    }
+
+    fn say_lost(&mut self) -> bool {
+        let said = self.put(format!("{} log lines were lost\n", self.lost).as_bytes()) == 0;
+        if said {
+            self.lost = 0;
+        }
+        said
+    }
+
+    /// Writes lines; answers how many are missing, one that is there in part included.
+    fn put(&mut self, text: &[u8]) -> u64 {
+        let mut whole = Vec::with_capacity(text.len() + 1);
+        if self.torn {
+            whole.push(b'\n');
+        }
+        whole.extend_from_slice(text);
+        if RAW.load(Ordering::Relaxed) && self.to.is_terminal() {
+            whole = with_returns(&whole);
+        }
+        let mut written = 0;
+        while written < whole.len() {
+            match self.to.write(&whole[written..]) {
+                Ok(count @ 1..) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Nobody may be reading any more, or there is no room: the VM goes on all the same.
+                Ok(0) | Err(_) => break,
+            }
+        }
+        if written > 0 {
+            self.torn = whole[written - 1] != b'\n';
+        }
+        count_lines(&whole[written..]).min(count_lines(text))
+    }
+}
+
+fn count_lines(text: &[u8]) -> u64 {
+    text.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// Each line begins at the left in a raw terminal as well.
+fn with_returns(text: &[u8]) -> Vec<u8> {
+    let mut returned = Vec::with_capacity(text.len() + 8);
+    for byte in text {
+        if *byte == b'\n' {
+            returned.push(b'\r');
+        }
+        returned.push(*byte);
+    }
+    returned
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{BufRead, BufReader, PipeReader};
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn pipe() -> (PipeReader, Lines) {
+        let (reader, writer) = io::pipe().unwrap();
+        let lines = Lines::start("log", Descriptor::File(File::from(OwnedFd::from(writer)))).unwrap();
+        (reader, lines)
+    }
+
+    #[test]
+    fn lines_that_nobody_reads_are_lost_and_counted() {
+        let (reader, lines) = pipe();
+        let many = 100_000u64;
+        for number in 0..many {
+            lines.push(format!("line {number}\n").as_bytes());
+        }
+        let mut read = BufReader::new(reader).lines().map(Result::unwrap);
+        let mut next = 0;
+        let lost = loop {
+            let line = read.next().unwrap();
+            if line == format!("line {next}") {
+                next += 1;
+                continue;
+            }
+            let lost = line
+                .strip_suffix(" log lines were lost")
+                .unwrap_or_else(|| panic!("{line:?}"));
+            break lost.parse::<u64>().unwrap();
+        };
+        assert!(
+            next > 0 && next + lost == many,
+            "{next} lines read, {lost} lost of {many}"
+        );
+        lines.push(b"behind the gap\n");
+        assert_eq!(read.next().unwrap(), "behind the gap");
+    }
+
+    #[test]
+    fn a_reader_that_went_away_loses_lines_and_nothing_else() {
+        let (reader, lines) = pipe();
+        drop(reader);
+        for _ in 0..1000 {
+            lines.push(b"to nobody\n");
+        }
+        lines.flush(PATIENCE);
+        assert!(lines.shared.lock().text.is_empty());
+    }
+
+    #[test]
+    fn what_was_lost_is_said_when_there_is_room_again() {
+        let mut writer = Writer::new(Descriptor::File(
+            File::options().write(true).open("/dev/full").unwrap(),
+        ));
+        writer.write(b"one\ntwo\n");
+        writer.say_news();
+        writer.write(b"three\n");
+        assert_eq!(writer.lost, 3);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        writer.to = Descriptor::File(file.reopen().unwrap());
+        writer.torn = true;
+        writer.write(b"four\n");
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        assert_eq!(text, "\n3 log lines were lost\nfour\n");
+    }
+
+    #[test]
+    fn lines_that_were_too_many_are_said_once_in_a_while() {
+        let (reader, lines) = pipe();
+        let began = Instant::now();
+        for _ in 0..1000 {
+            lines.leave_out();
+        }
+        let mut said = 0;
+        let mut read = BufReader::new(reader).lines().map(Result::unwrap);
+        let mut count = 0;
+        while said < 1000 {
+            let line = read.next().unwrap();
+            let number = line
+                .strip_suffix(" log lines were left out: too many of a kind")
+                .unwrap();
+            said += number.parse::<u64>().unwrap();
+            count += 1;
+        }
+        assert_eq!(said, 1000);
+        assert!(count <= 2 + began.elapsed().as_secs(), "{count} lines of news");
+    }
+
+    #[test]
+    fn a_raw_terminal_needs_returns() {
+        assert_eq!(with_returns(b"one\ntwo\n"), b"one\r\ntwo\r\n");
+    }
+}
