@@ -49,19 +49,22 @@ impl Machine {
             devices: backends::open(config)?,
         };
         let vm = create_vm(&kvm)?;
-        let machine = Self::build(kvm, vm, spec, console, events)?;
+        let machine = Self::build(kvm, spec, console, events, vm)?;
         machine.devices.take_locks()?;
         machine.load(&config.boot)?;
         Ok(machine)
     }
 
     /// Builds a machine in the new `vm`, whose vCPUs are in their reset state and wait at the gate.
+    ///
+    /// The VM is the last parameter, as the last one is the first to be dropped: where this fails half-way, KVM lets go
+    /// of the memory before the memory goes.
     pub(crate) fn build(
         kvm: Kvm,
-        vm: VmFd,
         spec: Spec,
         console: &Console,
         events: EventSink,
+        vm: VmFd,
     ) -> Result<Self, MachineError> {
         // First of all: KVM waits for the readers of what it changes, and for those of what it changed before. Once
         // there are interrupt controllers that takes 7 ms, now 0.1 ms.

@@ -257,7 +257,7 @@ impl MigrationDestination {
             devices: devices?,
         };
         let vm = self.vm.take().map_or_else(|| create_vm(&self.kvm), Ok)?;
-        Machine::build(open_kvm()?, vm, spec, &self.console, self.events.clone())
+        Machine::build(open_kvm()?, spec, &self.console, self.events.clone(), vm)
     }
 }
 

@@ -27,8 +27,8 @@ fn set_slots(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), MemoryEr
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the range is a mapping owned by `memory`. Whoever has the VM (the machine, a dirty log) has
-        // the memory as well and drops it later: see the order of their fields.
+        // SAFETY: the range is a mapping owned by `memory`. The machine and its dirty logs have the VM and the memory,
+        // and drop the memory later: see the order of their fields, and of the parameters of `Machine::build`.
         unsafe { vm.set_user_memory_region(kvm_region) }
             .map_err(|source| MemoryError::Slot { slot, source })?;
     }

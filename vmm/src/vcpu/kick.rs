@@ -7,6 +7,7 @@
 
 use std::cell::Cell;
 use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -26,14 +27,16 @@ pub(super) fn install_handler() -> Result<(), vmm_sys_util::errno::Error> {
     register_signal_handler(signal(), on_kick)
 }
 
-/// As long as it lives, kicks to this thread reach this vCPU.
-pub(super) struct Kickable;
+/// As long as it lives, kicks to this thread reach this vCPU, which lives as long.
+pub(super) struct Kickable {
+    _vcpu: Arc<Mutex<VcpuFd>>,
+}
 
 impl Kickable {
-    /// The vCPU must outlive the returned value.
-    pub(super) fn new(vcpu: &mut VcpuFd) -> Self {
-        KVM_RUN.set(vcpu.get_kvm_run());
-        Kickable
+    pub(super) fn new(vcpu: Arc<Mutex<VcpuFd>>) -> Self {
+        let run: *mut kvm_run = vcpu.lock().unwrap_or_else(PoisonError::into_inner).get_kvm_run();
+        KVM_RUN.set(run);
+        Kickable { _vcpu: vcpu }
     }
 }
 
@@ -47,7 +50,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
     // A thread at its end has no thread-locals any more, and no vCPU to kick either.
     let run = KVM_RUN.try_with(Cell::get).unwrap_or(ptr::null_mut());
     if !run.is_null() {
-        // SAFETY: `Kickable` keeps the pointer valid while it is not null. The byte is shared with the
+        // SAFETY: `Kickable` has the vCPU, and with it the mapping, while the pointer is not null. The byte is shared with the
         // kernel only, and with this thread's own code, which the handler interrupts.
         unsafe { ptr::write_volatile(&raw mut (*run).immediate_exit, 1) };
     }

@@ -51,8 +51,8 @@ pub enum VcpuFailure {
 const INTERNAL_ERROR_EMULATION: u32 = 1;
 
 /// Until the gate sends the thread home, or the vCPU fails.
-pub(super) fn run(id: u8, vcpu: &Mutex<VcpuFd>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
-    let _kickable = Kickable::new(&mut vcpu.lock().unwrap_or_else(PoisonError::into_inner));
+pub(super) fn run(id: u8, vcpu: &Arc<Mutex<VcpuFd>>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
+    let _kickable = Kickable::new(vcpu.clone());
     while gate.pass(id.into()) == Next::Enter {
         // Held while the vCPU is in the guest, free while the thread is parked, so that whoever holds the
         // gate can save and restore it.
