@@ -10,7 +10,7 @@ use super::ReceiveError;
 use super::job::Job;
 use crate::commit::Stage;
 use crate::control::Decision;
-use crate::link::{KeepAlive, Link, LinkError};
+use crate::link::{Heard, Link, LinkError};
 use crate::protocol::{Frame, Message};
 use crate::text::chain;
 
@@ -28,12 +28,11 @@ impl Job<'_> {
     pub(super) fn await_word(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         state_at: Instant,
     ) -> Result<Word, ReceiveError> {
         let mut connected = true;
-        let mut spoke = Instant::now();
-        let (ready_at, mut heard) = (spoke, spoke);
+        let ready_at = Instant::now();
+        let (mut heard, mut bytes) = (ready_at, link.bytes_received());
         let mut undecided = false;
         loop {
             self.desk.hush();
@@ -61,24 +60,28 @@ impl Job<'_> {
             let silent = heard.elapsed() > self.options.io_timeout
                 || ready_at.elapsed() > self.options.step_timeout
                 || !connected;
-            if silent && !undecided {
-                undecided = true;
-                self.control.set_undecided(true);
+            if silent != undecided {
+                undecided = silent;
+                self.control.set_undecided(silent);
             }
             let others = [self.desk.bell(), self.control.decided()];
             if !connected {
                 wait_for(&others)?;
                 continue;
             }
-            match hear(link, &others, spoke + alive.interval()) {
-                Ok(Heard::Go(stopped_at)) if self.desk.with_ledger(|ledger| ledger.go()) => {
+            let overdue = (heard + self.options.io_timeout).min(ready_at + self.options.step_timeout);
+            let said = hear(link, &others, (!silent).then_some(overdue));
+            if link.bytes_received() != bytes {
+                (heard, bytes) = (Instant::now(), link.bytes_received());
+            }
+            match said {
+                Ok(Some(Go { stopped_at })) if self.desk.with_ledger(|ledger| ledger.go()) => {
                     return Ok(Word {
                         stopped_at,
                         connected,
                     });
                 }
-                Ok(Heard::Life) => heard = Instant::now(),
-                Ok(Heard::Go(_) | Heard::Nothing) => {}
+                Ok(_) => {}
                 Err(error) if error.is_abort() && self.desk.with_ledger(|ledger| ledger.discard()) => {
                     return Err(error.into());
                 }
@@ -90,33 +93,30 @@ impl Job<'_> {
                         "the source was lost; the machine is ready and waits for a word"
                     );
                     connected = false;
-                    continue;
                 }
-            }
-            if spoke.elapsed() >= alive.interval() {
-                // Whether it arrives is found out by listening.
-                let _ = link.send(&Message::KeepAlive);
-                spoke = Instant::now();
             }
         }
     }
 }
 
-enum Heard {
-    /// With the moment at which the guest stopped, unless that lies before this clock's beginning.
-    Go(Option<Instant>),
-    /// It is still at it.
-    Life,
-    Nothing,
+/// The source's word.
+struct Go {
+    /// The moment at which the guest stopped, unless that lies before this clock's beginning.
+    stopped_at: Option<Instant>,
 }
 
 /// Waits for the source to say something, for one of `others`, or until a moment.
-fn hear(link: &mut Link<'_>, others: &[BorrowedFd<'_>], until: Instant) -> Result<Heard, LinkError> {
-    if !link.await_peer(others, Some(until))? {
-        return Ok(Heard::Nothing);
-    }
-    match link.receive_any("go")? {
-        Frame::Message(Message::KeepAlive) => Ok(Heard::Life),
+fn hear(
+    link: &mut Link<'_>,
+    others: &[BorrowedFd<'_>],
+    until: Option<Instant>,
+) -> Result<Option<Go>, LinkError> {
+    link.await_peer(others, until)?;
+    let what = "go";
+    let Some(Heard::Said(frame)) = link.poll(what)? else {
+        return Ok(None);
+    };
+    match frame {
         Frame::Message(Message::Go {
             stopped_for_ns,
             round_trip_ns,
@@ -125,10 +125,12 @@ fn hear(link: &mut Link<'_>, others: &[BorrowedFd<'_>], until: Instant) -> Resul
             // Half a round trip ago "go" was sent, and the guest had been paused for that long.
             let stopped_for = Duration::from_nanos(stopped_for_ns);
             let ago = stopped_for.saturating_add(Duration::from_nanos(round_trip_ns / 2));
-            Ok(Heard::Go(now.checked_sub(ago)))
+            Ok(Some(Go {
+                stopped_at: now.checked_sub(ago),
+            }))
         }
         frame => Err(LinkError::Unexpected {
-            expected: "go",
+            expected: what,
             got: frame.name(),
         }),
     }

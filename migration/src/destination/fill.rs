@@ -7,7 +7,7 @@ use super::job::{Job, call, nanoseconds};
 use super::memory::Incoming;
 use super::populate::Populate;
 use super::streams::Streams;
-use crate::link::{KeepAlive, Link, LinkError};
+use crate::link::{Heard, Link, LinkError};
 use crate::protocol::{Frame, Message};
 
 /// More are no practice. A source rehearses a few times in a round at most.
@@ -22,7 +22,6 @@ const WHAT: &str = "populated, round end, a rehearsal or the state";
 pub(super) struct Filling<'a, 'b, 'l> {
     job: &'a mut Job<'b>,
     link: &'a mut Link<'l>,
-    alive: &'a KeepAlive,
     incoming: &'a Incoming,
     streams: &'a Streams<'a>,
     populate: &'a Populate<'a>,
@@ -38,13 +37,12 @@ pub(super) struct Filling<'a, 'b, 'l> {
 
 /// Who said or did something last.
 struct Clock {
-    /// The source said something, if only that it is alive.
+    /// A byte came from the source, on whichever connection.
     heard: Instant,
     /// The migration got on: a message with a meaning, or bytes on a stream.
     moved: Instant,
-    bytes: u64,
-    /// This side said something.
-    spoke: Instant,
+    /// Bytes on the control connection and on the streams by then.
+    bytes: (u64, u64),
     /// When streams must have joined.
     joined_by: Instant,
 }
@@ -53,7 +51,6 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     pub(super) fn new(
         job: &'a mut Job<'b>,
         link: &'a mut Link<'l>,
-        alive: &'a KeepAlive,
         incoming: &'a Incoming,
         streams: &'a Streams<'a>,
         populate: &'a Populate<'a>,
@@ -62,14 +59,12 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         let clock = Clock {
             heard: now,
             moved: now,
-            bytes: 0,
-            spoke: now,
+            bytes: (0, 0),
             joined_by: now + job.options.io_timeout,
         };
         Self {
             job,
             link,
-            alive,
             incoming,
             streams,
             populate,
@@ -105,13 +100,10 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
                 return Ok(state);
             }
             let until = self.next_moment()?.min(again.unwrap_or_else(far_off));
-            if self.link.await_peer(&[self.job.desk.bell()], Some(until))? {
-                let frame = self.link.receive_any(WHAT)?;
-                self.clock.heard = Instant::now();
-                if !frame.is(&Message::KeepAlive) {
-                    self.clock.moved = self.clock.heard;
-                    self.take(frame)?;
-                }
+            self.link.await_peer(&[self.job.desk.bell()], Some(until))?;
+            if let Some(Heard::Said(frame)) = self.link.poll(WHAT)? {
+                self.clock.moved = Instant::now();
+                self.take(frame)?;
             }
         }
     }
@@ -137,7 +129,6 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             round,
             late_ns: nanoseconds(late),
         })?;
-        self.clock.spoke = Instant::now();
         self.acknowledged = true;
         self.populate.round_ended();
         Ok(())
@@ -146,12 +137,20 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     /// When something has to be done at the latest. An error if the source has had all the time it may have.
     fn next_moment(&mut self) -> Result<Instant, ReceiveError> {
         let (now, options) = (Instant::now(), self.job.options);
-        let bytes = self.incoming.received();
+        let bytes = (self.link.bytes_received(), self.incoming.arrived());
         if bytes != self.clock.bytes {
-            (self.clock.bytes, self.clock.moved) = (bytes, now);
+            self.clock.heard = now;
         }
+        if bytes.1 != self.clock.bytes.1 {
+            self.clock.moved = now;
+        }
+        self.clock.bytes = bytes;
         let silent_by = self.clock.heard + options.io_timeout;
-        let stuck_by = self.clock.moved + options.step_timeout;
+        let mut stuck_by = self.clock.moved + options.step_timeout;
+        if let Some(due) = self.link.frame_due() {
+            // Which may be worth the wait.
+            stuck_by = stuck_by.max(due);
+        }
         let timed_out = |what, after| Err(LinkError::TimedOut { what, after }.into());
         if now >= silent_by {
             return timed_out(WHAT, options.io_timeout);
@@ -159,18 +158,15 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         if now >= stuck_by {
             return timed_out("anything but signs of life", options.step_timeout);
         }
-        let mut next = silent_by.min(stuck_by);
+        // Bytes on the streams ring no bell.
+        let mut next = silent_by.min(stuck_by).min(now + options.io_timeout / 4);
         if self.streams.missing() > 0 {
             if now >= self.clock.joined_by {
                 return timed_out("all streams to join", options.io_timeout);
             }
             next = next.min(self.clock.joined_by);
         }
-        if now >= self.clock.spoke + self.alive.interval() {
-            self.link.send(&Message::KeepAlive)?;
-            self.clock.spoke = now;
-        }
-        Ok(next.min(self.clock.spoke + self.alive.interval()))
+        Ok(next)
     }
 
     fn take(&mut self, frame: Frame) -> Result<(), ReceiveError> {
@@ -182,7 +178,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             Frame::Message(Message::RoundEnd(round)) if in_turn && with_streams => self.end_round(round),
             Frame::Message(Message::DigestRequest) if in_turn && self.digests < MAX_DIGESTS => {
                 self.digests += 1;
-                let digest = self.alive.during(|| self.incoming.digest())?;
+                let digest = self.incoming.digest()?;
                 self.answer(&Message::Digest(digest))
             }
             Frame::Rehearsal(state) if in_turn && self.rehearsals < MAX_REHEARSALS => {
@@ -211,8 +207,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
 
     fn rehearse(&mut self, state: &[u8]) -> Result<(), ReceiveError> {
         let began = Instant::now();
-        self.alive
-            .during(|| call("rehearse", self.job.destination.rehearse(state)))?;
+        call("rehearse", self.job.destination.rehearse(state))?;
         self.answer(&Message::Rehearsed {
             restore_ns: nanoseconds(began.elapsed()),
         })
@@ -222,7 +217,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     fn answer(&mut self, message: &Message) -> Result<(), ReceiveError> {
         self.link.send(message)?;
         let now = Instant::now();
-        (self.clock.heard, self.clock.moved, self.clock.spoke) = (now, now, now);
+        (self.clock.heard, self.clock.moved) = (now, now);
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use super::streams::Streams;
 use super::{ReceiveError, Received};
 use crate::commit::Stage;
 use crate::control::{Control, Phase};
-use crate::link::{KeepAlive, Link, LinkError};
+use crate::link::{Admitted, Heard, Link, LinkError};
 use crate::options::{MAX_STREAMS, ReceiveOptions};
 use crate::page_set::PageSet;
 use crate::ports::{Destination, MachineDescription, MachineError, OfferedDisks};
@@ -62,24 +62,20 @@ impl<'a> Job<'a> {
     }
 
     /// The migration as it goes when nothing goes wrong.
-    pub(super) fn run(
-        &mut self,
-        link: &mut Link<'_>,
-        alive: &KeepAlive,
-        arrival: &Arrival,
-    ) -> Result<Received, ReceiveError> {
+    pub(super) fn run(&mut self, link: &mut Link<'_>, arrival: &Arrival) -> Result<Received, ReceiveError> {
         let features = self.features(arrival);
+        link.admit(Admitted::Messages);
         link.send(&Message::Session {
             token: arrival.token,
             features,
         })?;
         let announced = described(link)?;
-        let incoming = self.build(link, alive, &announced, features)?;
+        let incoming = self.build(link, &announced, features)?;
         let accepted_at = Instant::now();
-        let word = self.fill_and_wait(link, alive, &incoming, announced.plan)?;
+        let word = self.fill_and_wait(link, &incoming, announced.plan)?;
         // A machine that was described was not paused yet.
         let stopped_at = word.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
-        let resume_ms = self.resume(link, alive, stopped_at)?;
+        let resume_ms = self.resume(link, stopped_at)?;
         let confirmed = word.connected && hears_farewell(link);
         Ok(Received {
             description: announced.description,
@@ -124,7 +120,6 @@ impl<'a> Job<'a> {
     fn build(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         announced: &Announced,
         features: Features,
     ) -> Result<Incoming, ReceiveError> {
@@ -144,13 +139,13 @@ impl<'a> Job<'a> {
             }
             Plan::Handover => Some(files(link, description, features)?),
         };
-        let differences = alive.during(|| self.destination.check(description, offered));
+        let differences = self.destination.check(description, offered);
         if !differences.is_empty() {
             link.send(&Message::Refuse(differences.clone()))?;
             return Err(ReceiveError::Refused { differences });
         }
         self.built = true;
-        let memory = alive.during(|| call("create", self.destination.create(description, files, offered)))?;
+        let memory = call("create", self.destination.create(description, files, offered))?;
         let asked = description.memory.iter().map(|region| (region.gpa, region.len));
         if !memory
             .iter()
@@ -173,7 +168,6 @@ impl<'a> Job<'a> {
     fn fill_and_wait(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         incoming: &Incoming,
         plan: Plan,
     ) -> Result<Word, ReceiveError> {
@@ -186,6 +180,7 @@ impl<'a> Job<'a> {
         let populate = Populate::new(incoming)?;
         let streams = Streams::new(incoming, &populate, self.desk, self.control, self.options, count);
         let ahead = count > 0 && !self.destination.is_resident();
+        link.admit(Admitted::Machine);
         link.send(&Message::Accept {
             disks: incoming.disks().devices(),
         })?;
@@ -202,25 +197,25 @@ impl<'a> Job<'a> {
                     .map_err(ReceiveError::Thread)?;
                 populate.set_thread(thread.thread().clone());
             }
-            let mut filling = Filling::new(self, link, alive, incoming, &streams, &populate);
+            let mut filling = Filling::new(self, link, incoming, &streams, &populate);
             let state = filling.run(|| streams.seat(scope))?;
             let arrived_at = Instant::now();
             // Nothing comes after the state: whatever did would be written into a machine that is complete.
             streams.end();
             streams.join();
-            self.restore(link, alive, &state)?;
+            self.restore(link, &state)?;
             drop(state);
-            let word = self.await_word(link, alive, arrived_at);
+            let word = self.await_word(link, arrived_at);
             self.control.set_undecided(false);
             word
         })
     }
 
-    fn restore(&mut self, link: &mut Link<'_>, alive: &KeepAlive, state: &[u8]) -> Result<(), ReceiveError> {
+    fn restore(&mut self, link: &mut Link<'_>, state: &[u8]) -> Result<(), ReceiveError> {
         self.control
             .update(|progress| progress.phase = Phase::StopAndCopy);
         let began = Instant::now();
-        alive.during(|| call("restore", self.destination.restore(state)))?;
+        call("restore", self.destination.restore(state))?;
         let restore_ns = nanoseconds(began.elapsed());
         link.check("nothing before ready")?;
         if !self.desk.with_ledger(|ledger| ledger.ready()) {
@@ -236,17 +231,11 @@ impl<'a> Job<'a> {
     }
 
     /// Lets the guest run. Returns how long that took, in milliseconds.
-    fn resume(
-        &mut self,
-        link: &mut Link<'_>,
-        alive: &KeepAlive,
-        stopped_at: Instant,
-    ) -> Result<f64, ReceiveError> {
+    fn resume(&mut self, link: &mut Link<'_>, stopped_at: Instant) -> Result<f64, ReceiveError> {
         let began = Instant::now();
         self.control.update(|progress| progress.phase = Phase::Commit);
         let run = AssertUnwindSafe(|| self.destination.resume(stopped_at));
-        let resumed = alive
-            .during(|| catch_unwind(run))
+        let resumed = catch_unwind(run)
             .unwrap_or_else(|panic| Err(format!("panicked: {}", panic_message(&*panic)).into()));
         let took = began.elapsed();
         if let Err(error) = resumed {
@@ -342,10 +331,9 @@ fn hears_farewell(link: &mut Link<'_>) -> bool {
     let until = Instant::now() + FAREWELL;
     while Instant::now() < until {
         match link.await_peer(&[], Some(until)) {
-            Ok(false) => {}
-            Ok(true) => match link.receive_any("farewell") {
-                Ok(frame) if frame.is(&Message::KeepAlive) => {}
-                Ok(frame) => return frame.is(&Message::Farewell),
+            Ok(_) => match link.poll("farewell") {
+                Ok(Some(Heard::Said(frame))) => return frame.is(&Message::Farewell),
+                Ok(_) => {}
                 Err(_) => return false,
             },
             Err(_) => return false,

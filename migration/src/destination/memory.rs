@@ -21,8 +21,10 @@ pub(super) struct Incoming {
     memory: GuestMemory,
     disks: Disks,
     written: Written,
-    /// Bytes that came over the streams.
+    /// Bytes that came over the streams, in whole batches.
     received: AtomicU64,
+    /// The same, counted as they come.
+    arrived: AtomicU64,
 }
 
 /// What a stream needs for pages that do not go straight to where they belong, made when the first ones come.
@@ -53,6 +55,7 @@ impl Incoming {
             disks,
             written,
             received: AtomicU64::new(0),
+            arrived: AtomicU64::new(0),
         }
     }
 
@@ -67,6 +70,16 @@ impl Incoming {
     /// Bytes that came over the streams so far.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    /// Changes whenever a part of a batch has come over a stream.
+    pub(super) fn arrived(&self) -> u64 {
+        self.received().wrapping_add(self.arrived.load(Ordering::Relaxed))
+    }
+
+    /// Where a stream counts for [`Incoming::arrived`].
+    pub(super) fn arrivals(&self) -> &AtomicU64 {
+        &self.arrived
     }
 
     /// Takes in one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory have

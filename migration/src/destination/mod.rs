@@ -101,23 +101,19 @@ impl Receiver {
         arrival: &Arrival,
     ) -> Result<Received, ReceiveError> {
         let options = &self.options;
-        let new_link = || {
-            Link::new(
-                &arrival.connection,
-                control,
-                options.io_timeout,
-                options.step_timeout,
-            )
-        };
         let alive = KeepAlive::new(options.io_timeout);
-        let mut link = new_link();
+        let mut link = Link::new(
+            &arrival.connection,
+            control,
+            options.io_timeout,
+            options.step_timeout,
+        );
         let mut job = Job::new(destination, &self.desk, control, options);
         thread::scope(|scope| {
-            // Without the thread a long step looks like silence; the job itself does not need it.
-            if let Err(error) = alive.start(scope, new_link()) {
-                tracing::warn!(%error, "no thread for keep-alives");
-            }
-            let run = AssertUnwindSafe(|| job.run(&mut link, &alive, arrival));
+            let run = AssertUnwindSafe(|| {
+                alive.start(scope, link.pulse()).map_err(ReceiveError::Thread)?;
+                job.run(&mut link, arrival)
+            });
             let result = catch_unwind(run).unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
             alive.stop();
             if let Err(error) = &result

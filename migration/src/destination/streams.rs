@@ -11,7 +11,7 @@ use super::desk::Desk;
 use super::memory::{Incoming, Unpacker};
 use super::populate::Populate;
 use crate::control::Control;
-use crate::link::{Link, LinkError};
+use crate::link::{Admitted, Link, LinkError};
 use crate::options::ReceiveOptions;
 use crate::protocol::{Frame, Message};
 use crate::text::panic_message;
@@ -166,6 +166,8 @@ impl<'a> Streams<'a> {
         let mut link = Link::new(connection, self.control, options.io_timeout, options.step_timeout);
         // Whoever cancels ends the job, which hangs up.
         link.ignore_cancel();
+        link.admit(Admitted::Pages);
+        link.count_arrivals(self.incoming.arrivals());
         link.send(&Message::Joined)?;
         let what = "pages or round end";
         let mut unpacker = Unpacker::default();

@@ -62,6 +62,12 @@ pub enum LinkError {
         /// Why.
         reason: String,
     },
+    /// Half a frame was sent before, so that the peer would take whatever follows for the rest of it.
+    #[error("{what} cannot be sent: an earlier frame was sent in part only")]
+    Torn {
+        /// What.
+        what: &'static str,
+    },
     /// Something of ours is too long for the protocol.
     #[error("{what} cannot be sent")]
     TooLong {

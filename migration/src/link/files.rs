@@ -11,8 +11,8 @@ use rustix::net::{
 };
 
 use super::wait::{Patience, Wanted};
-use super::{Link, LinkError, encode_header};
-use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message};
+use super::{Link, LinkError, encode_frame};
+use crate::protocol::{HEADER_LEN, Message};
 
 /// Most files that Linux passes at a time (`SCM_MAX_FD`).
 const MAX_FILES: usize = 253;
@@ -24,12 +24,9 @@ impl Link<'_> {
         message: &Message,
         files: &[BorrowedFd<'_>],
     ) -> Result<(), LinkError> {
-        let what = message.name();
-        let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
-        let header = encode_header(Kind::Control, content.len(), what)?;
-        let bytes = [&header[..], &content].concat();
+        let bytes = encode_frame(message)?;
         let mut at = 0;
-        self.drive(Wanted::Room, Patience::new(self.io_timeout), what, |socket| {
+        self.send_whole(bytes.len() as u64, message.name(), |socket| {
             if at == bytes.len() {
                 return Ok(Step::Done);
             }
@@ -51,9 +48,7 @@ impl Link<'_> {
                 Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
                 Err(error) => Err(MemoryIoError::Socket(error.into())),
             }
-        })?;
-        self.bytes_sent += bytes.len() as u64;
-        Ok(())
+        })
     }
 
     /// Receives a message, and the files that come with its first bytes.
@@ -61,6 +56,10 @@ impl Link<'_> {
         &mut self,
         what: &'static str,
     ) -> Result<(Message, Vec<OwnedFd>), LinkError> {
+        if self.early.is_some() || self.reader.since().is_some() {
+            // It came out of turn, while something was sent, and whatever came with it is gone.
+            return Ok((self.receive_message(what)?, Vec::new()));
+        }
         let mut files = Vec::new();
         let (mut header, mut at) = ([0; HEADER_LEN], 0);
         self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
@@ -91,17 +90,7 @@ impl Link<'_> {
                 Err(error) => Err(MemoryIoError::Socket(error.into())),
             }
         })?;
-        self.bytes_received += HEADER_LEN as u64;
-        let header = Header::decode(header).map_err(|source| LinkError::Protocol {
-            expected: what,
-            source,
-        })?;
-        match self.rest_of_frame(header, what)? {
-            Frame::Message(message) => Ok((message, files)),
-            frame => Err(LinkError::Unexpected {
-                expected: what,
-                got: frame.name(),
-            }),
-        }
+        self.reader.put_header(header);
+        Ok((self.receive_message(what)?, files))
     }
 }

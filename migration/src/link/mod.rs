@@ -1,29 +1,34 @@
-//! Frames over a connection: every wait bounded, woken by cancel, and deaf to a peer that trickles.
+//! Frames over a connection: one reader that sorts them, one writer at a time, every wait bounded, woken by cancel,
+//! and deaf to a peer that trickles.
 
 mod error;
 mod files;
 mod keep_alive;
 mod pages;
+mod reader;
 mod wait;
+mod writer;
 
 pub use error::LinkError;
 pub(crate) use keep_alive::KeepAlive;
+pub(crate) use reader::{Admitted, Heard};
+pub(crate) use writer::Pulse;
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use migration_io::{Gather, GuestMemory, MemoryIoError, Piece, Sender, Step};
-use rustix::net::{RecvFlags, recv};
 
 use crate::control::Control;
 use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message};
 use crate::text::clean;
 use crate::transport::Connection;
+use reader::{Reader, read};
 use wait::{Patience, Wanted};
-
-/// Content is received in pieces of this size, so that a header alone cannot make us allocate.
-const CONTENT_PIECE: usize = 256 << 10;
+use writer::Writer;
 
 /// More of them at once are no signs of life.
 const MAX_KEEP_ALIVES: usize = 64;
@@ -34,7 +39,8 @@ const IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The longest that an end waits for the other one to read its last words.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// One side's end of the connection.
+/// One side's end of a connection: all that comes is read by it, and what it sends does not get mixed up with what a
+/// [`Pulse`] of it does.
 pub(crate) struct Link<'a> {
     connection: &'a Connection,
     control: &'a Control,
@@ -43,8 +49,14 @@ pub(crate) struct Link<'a> {
     heed_cancel: bool,
     /// Whether to hear what the peer says while we send.
     listen: bool,
-    /// Whether a frame was sent in part only, so that nothing can follow it.
-    torn: bool,
+    reader: Reader,
+    /// An answer that came while something was being sent. There is never more than one under way.
+    early: Option<Frame>,
+    writer: Arc<Writer>,
+    /// Whether the system took a part of the last frame, or all of it.
+    begun: bool,
+    /// Where bytes are counted as they come, if anywhere.
+    arrivals: Option<&'a AtomicU64>,
     /// On a data stream: sends without a copy where that works.
     sender: Option<Sender>,
     /// On a data stream: is woken for pieces that are worth it.
@@ -67,7 +79,11 @@ impl<'a> Link<'a> {
             step_timeout,
             heed_cancel: true,
             listen: true,
-            torn: false,
+            reader: Reader::default(),
+            early: None,
+            writer: Arc::new(Writer::new()),
+            begun: false,
+            arrivals: None,
             sender: None,
             receiver: None,
             bytes_sent: 0,
@@ -82,12 +98,30 @@ impl<'a> Link<'a> {
 
     /// Bytes received so far.
     pub(crate) fn bytes_received(&self) -> u64 {
-        self.bytes_received
+        self.bytes_received + self.reader.received()
     }
 
-    /// Whether the last frame was sent in part only.
-    pub(crate) fn is_torn(&self) -> bool {
-        self.torn
+    /// Whether the system took a part of the last frame that was to be sent, or all of it.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Signs of life on this connection, for another thread.
+    pub(crate) fn pulse(&self) -> Pulse<'a> {
+        Pulse {
+            connection: self.connection,
+            writer: self.writer.clone(),
+        }
+    }
+
+    /// From here on these frames are taken; before, short messages.
+    pub(crate) fn admit(&mut self, admitted: Admitted) {
+        self.reader.admit(admitted);
+    }
+
+    /// Counts bytes as they come: whoever waits for a batch to be complete learns late that it is under way.
+    pub(crate) fn count_arrivals(&mut self, arrivals: &'a AtomicU64) {
+        self.arrivals = Some(arrivals);
     }
 
     /// From here on cancel comes too late.
@@ -95,7 +129,7 @@ impl<'a> Link<'a> {
         self.heed_cancel = false;
     }
 
-    /// For a link that only sends while another one to the same peer does the listening.
+    /// For a stream on which the peer has nothing to say: what it does say is found out on the control connection.
     pub(crate) fn only_send(&mut self) {
         self.listen = false;
     }
@@ -105,10 +139,16 @@ impl<'a> Link<'a> {
     pub(crate) fn check(&mut self, what: &'static str) -> Result<(), LinkError> {
         self.check_cancel()?;
         for _ in 0..MAX_KEEP_ALIVES {
-            if !wait::ready_now(self.connection)? {
-                return Ok(());
+            match self.poll(what)? {
+                None => return Ok(()),
+                Some(Heard::Life) => {}
+                Some(Heard::Said(frame)) => {
+                    return Err(LinkError::Unexpected {
+                        expected: what,
+                        got: frame.name(),
+                    });
+                }
             }
-            self.listen(what)?;
         }
         Err(LinkError::Unexpected {
             expected: what,
@@ -118,9 +158,7 @@ impl<'a> Link<'a> {
 
     /// Sends a message.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), LinkError> {
-        let what = message.name();
-        let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
-        self.send_frame(Kind::Control, &content, what)
+        self.send_bytes(&[&encode_frame(message)?], message.name())
     }
 
     /// Waits so long, or until somebody asks for the end.
@@ -146,6 +184,9 @@ impl<'a> Link<'a> {
     /// The next frame that is no keep-alive. An abort is an error, as is silence.
     pub(crate) fn receive(&mut self, what: &'static str) -> Result<Frame, LinkError> {
         let deadline = Instant::now() + self.step_timeout;
+        if let Some(early) = self.early.take() {
+            return Ok(early);
+        }
         loop {
             self.check_cancel()?;
             // A peer that only keeps itself alive has the time of one step, no more.
@@ -157,8 +198,8 @@ impl<'a> Link<'a> {
                 });
             }
             match self.next_frame(self.io_timeout.min(left), what)? {
-                Frame::Message(Message::KeepAlive) => {}
-                frame => return Ok(frame),
+                Heard::Life => {}
+                Heard::Said(frame) => return Ok(frame),
             }
         }
     }
@@ -171,6 +212,9 @@ impl<'a> Link<'a> {
         until: Option<Instant>,
     ) -> Result<bool, LinkError> {
         self.check_cancel()?;
+        if self.early.is_some() {
+            return Ok(true);
+        }
         let mut others = others.to_vec();
         others.extend(self.heed_cancel.then(|| self.control.wake()));
         let ready = wait::wait_with(self.connection, &others, until)?;
@@ -178,15 +222,52 @@ impl<'a> Link<'a> {
         Ok(ready)
     }
 
-    /// The next frame, a keep-alive as well. An abort is an error.
-    pub(crate) fn receive_any(&mut self, what: &'static str) -> Result<Frame, LinkError> {
-        self.next_frame(self.io_timeout, what)
+    /// What has come, if it is whole. Does not wait. An abort is an error, as is a frame that takes longer than a step.
+    pub(crate) fn poll(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+        match self.early.take() {
+            Some(early) => Ok(Some(Heard::Said(early))),
+            None => self.read_on(what),
+        }
+    }
+
+    /// Reads what there is, up to the end of a frame.
+    fn read_on(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+        let socket = self.connection.as_fd();
+        loop {
+            match self.reader.step(socket) {
+                Ok(Step::Moved(_)) => {}
+                Ok(Step::Done) => {
+                    if let Some(heard) = self.reader.turn(what)? {
+                        return Ok(Some(heard));
+                    }
+                }
+                Ok(Step::WouldBlock) if self.frame_due().is_some_and(|due| Instant::now() >= due) => {
+                    return Err(LinkError::TimedOut {
+                        what,
+                        after: self.step_timeout,
+                    });
+                }
+                Ok(Step::WouldBlock) => return Ok(None),
+                Err(error) => return Err(LinkError::moving(what, error)),
+            }
+        }
+    }
+
+    /// When the frame that has come in part must be whole, if there is one.
+    pub(crate) fn frame_due(&self) -> Option<Instant> {
+        self.reader.since().map(|since| since + self.step_timeout)
     }
 
     /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
     /// whoever ends the migration shuts this connection down.
     pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
-        self.next_frame(IDLE, what)
+        match self.next_frame(IDLE, what)? {
+            Heard::Said(frame) => Ok(frame),
+            Heard::Life => Err(LinkError::Unexpected {
+                expected: what,
+                got: Message::KeepAlive.name(),
+            }),
+        }
     }
 
     /// The next message.
@@ -225,7 +306,7 @@ impl<'a> Link<'a> {
             cancelled,
             reason: clean(reason),
         };
-        !self.torn && self.send(&abort).is_ok() && self.hang_up()
+        self.send(&abort).is_ok() && self.hang_up()
     }
 
     /// Ends the connection: there is nothing more to say or to hear.
@@ -248,7 +329,13 @@ impl<'a> Link<'a> {
             if left.is_zero() {
                 return false;
             }
-            match self.fill(&mut rest, Patience::new(left), "the end") {
+            let ended = self.drive(Wanted::Data, Patience::new(left), "the end", |socket| match read(
+                socket, &mut rest,
+            )? {
+                Step::Moved(_) => Ok(Step::Done),
+                step => Ok(step),
+            });
+            match ended {
                 Ok(()) => {}
                 Err(error) => return matches!(error, LinkError::Closed { .. }),
             }
@@ -269,26 +356,49 @@ impl<'a> Link<'a> {
     }
 
     fn transmit(&mut self, mut gather: Gather<'_>, len: u64, what: &'static str) -> Result<(), LinkError> {
-        self.check_cancel()?;
-        let mut moved = false;
         let mut sender = self.sender.take();
+        let sent = self.send_whole(len, what, |socket| match &mut sender {
+            Some(sender) => sender.send(&mut gather, socket),
+            None => gather.step(socket),
+        });
+        self.sender = sender;
+        sent
+    }
+
+    /// Sends one frame, while nobody else sends on this connection.
+    fn send_whole(
+        &mut self,
+        len: u64,
+        what: &'static str,
+        mut step: impl FnMut(BorrowedFd<'_>) -> Result<Step, MemoryIoError>,
+    ) -> Result<(), LinkError> {
+        self.begun = false;
+        self.check_cancel()?;
+        let writer = self.writer.clone();
+        let mut state = writer.lock();
+        state.check(what)?;
+        let patience = Patience::new(self.io_timeout);
+        self.drive(Wanted::Room, patience.clone(), what, |socket| {
+            state.send_rest(socket)
+        })?;
+        state.torn = true;
+        let mut begun = false;
         let mut step = |socket: BorrowedFd<'_>| {
-            let step = match &mut sender {
-                Some(sender) => sender.send(&mut gather, socket)?,
-                None => gather.step(socket)?,
-            };
-            moved |= step != Step::WouldBlock;
+            let step = step(socket)?;
+            begun |= step != Step::WouldBlock;
             Ok(step)
         };
-        let mut result = self.drive(Wanted::Room, Patience::new(self.io_timeout), what, &mut step);
+        let mut result = self.drive(Wanted::Room, patience, what, &mut step);
         let cancelled = matches!(result, Err(LinkError::Cancelled));
         if cancelled && self.listen {
             // Half a frame would make nonsense of the abort that follows: a moment to complete it.
             self.ignore_cancel();
             result = self.drive(Wanted::Room, Patience::new(FAREWELL), what, &mut step);
         }
-        self.torn = result.is_err() && moved;
-        self.sender = sender;
+        self.begun = begun;
+        state.torn = result.is_err() && begun;
+        state.last = Instant::now();
+        drop(state);
         match result {
             _ if cancelled => Err(LinkError::Cancelled),
             Ok(()) => {
@@ -296,20 +406,7 @@ impl<'a> Link<'a> {
                 Ok(())
             }
             // The peer may have said why before it went.
-            Err(LinkError::Io {
-                what,
-                source: MemoryIoError::Socket(error),
-            }) => {
-                let lost = LinkError::Io {
-                    what,
-                    source: MemoryIoError::Socket(error),
-                };
-                Err(if self.listen {
-                    self.check(what).err().filter(LinkError::is_abort).unwrap_or(lost)
-                } else {
-                    lost
-                })
-            }
+            Err(lost @ LinkError::Io { .. }) if self.listen => Err(self.said_why(what).unwrap_or(lost)),
             Err(error) => Err(error),
         }
     }
@@ -325,7 +422,12 @@ impl<'a> Link<'a> {
         loop {
             match step(self.connection.as_fd()).map_err(|error| LinkError::moving(what, error))? {
                 Step::Done => return Ok(()),
-                Step::Moved(bytes) => patience.reward(bytes),
+                Step::Moved(bytes) => {
+                    patience.reward(bytes);
+                    if let (Wanted::Data, Some(arrivals)) = (wanted, self.arrivals) {
+                        arrivals.fetch_add(bytes as u64, Ordering::Relaxed);
+                    }
+                }
                 Step::WouldBlock => {
                     let wake = self.heed_cancel.then(|| self.control.wake());
                     let wanted = if self.listen { wanted } else { wanted.alone() };
@@ -337,73 +439,63 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Fills a buffer of our own.
+    /// Fills a buffer of our own with what follows a frame.
     fn fill(&mut self, buffer: &mut [u8], patience: Patience, what: &'static str) -> Result<(), LinkError> {
-        let (mut at, len) = (0, buffer.len());
+        let mut at = 0;
         self.drive(Wanted::Data, patience, what, |socket| {
-            if at == len {
-                return Ok(Step::Done);
+            let step = read(socket, &mut buffer[at..])?;
+            if let Step::Moved(bytes) = step {
+                at += bytes;
             }
-            match recv(socket, &mut buffer[at..], RecvFlags::DONTWAIT) {
-                Ok((_, 0)) => Err(MemoryIoError::Closed),
-                Ok((_, bytes)) => {
-                    at += bytes;
-                    Ok(if at == len { Step::Done } else { Step::Moved(bytes) })
-                }
-                Err(rustix::io::Errno::AGAIN) => Ok(Step::WouldBlock),
-                Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
-                Err(error) => Err(MemoryIoError::Socket(error.into())),
-            }
+            Ok(step)
         })?;
-        self.bytes_received += len as u64;
+        self.bytes_received += buffer.len() as u64;
         Ok(())
     }
 
     /// The next frame of any kind. An abort is an error.
-    fn next_frame(&mut self, silence: Duration, what: &'static str) -> Result<Frame, LinkError> {
-        let malformed = |source| LinkError::Protocol {
-            expected: what,
-            source,
-        };
-        let mut header = [0; HEADER_LEN];
-        self.fill(&mut header, Patience::new(silence), what)?;
-        self.rest_of_frame(Header::decode(header).map_err(malformed)?, what)
-    }
-
-    /// The content that a header announces. An abort is an error.
-    fn rest_of_frame(&mut self, header: Header, what: &'static str) -> Result<Frame, LinkError> {
-        let malformed = |source| LinkError::Protocol {
-            expected: what,
-            source,
-        };
-        // A peer that trickles does not get longer for a frame than for a step.
-        let by = Instant::now() + self.step_timeout;
-        let mut content = Vec::new();
-        let mut left = header.len as usize;
-        while left > 0 {
-            let (at, piece) = (content.len(), left.min(CONTENT_PIECE));
-            content.resize(at + piece, 0);
-            self.fill(&mut content[at..], Patience::new(self.io_timeout).by(by), what)?;
-            left -= piece;
-        }
-        match Frame::decode(header.kind, content).map_err(malformed)? {
-            Frame::Message(Message::Abort { cancelled, reason }) => Err(LinkError::Aborted {
-                cancelled,
-                reason: clean(&reason),
-            }),
-            frame => Ok(frame),
+    fn next_frame(&mut self, silence: Duration, what: &'static str) -> Result<Heard, LinkError> {
+        let mut patience = Patience::new(silence);
+        loop {
+            let mut reader = std::mem::take(&mut self.reader);
+            let read = self.drive(Wanted::Data, patience, what, |socket| reader.step(socket));
+            self.reader = reader;
+            read?;
+            if let Some(heard) = self.reader.turn(what)? {
+                return Ok(heard);
+            }
+            // The header is there. A peer that trickles does not get longer for a frame than for a step.
+            let by = self.frame_due().unwrap_or_else(Instant::now);
+            patience = Patience::new(self.io_timeout).by(by);
         }
     }
 
-    /// Hears a peer that should be silent: it may be alive, or say why it gives up.
+    /// Hears a peer while something is being sent: it may be alive, say why it gives up, or answer what it was sent
+    /// before.
     fn listen(&mut self, what: &'static str) -> Result<(), LinkError> {
-        match self.next_frame(self.io_timeout, what)? {
-            Frame::Message(Message::KeepAlive) => Ok(()),
-            frame => Err(LinkError::Unexpected {
+        match self.read_on(what)? {
+            None | Some(Heard::Life) => Ok(()),
+            Some(Heard::Said(frame)) if self.early.is_none() => {
+                self.early = Some(frame);
+                Ok(())
+            }
+            Some(Heard::Said(frame)) => Err(LinkError::Unexpected {
                 expected: what,
                 got: frame.name(),
             }),
         }
+    }
+
+    /// Why the peer gave up, if it has said so already.
+    fn said_why(&mut self, what: &'static str) -> Option<LinkError> {
+        for _ in 0..MAX_KEEP_ALIVES {
+            match self.poll(what) {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(error) => return Some(error).filter(LinkError::is_abort),
+            }
+        }
+        None
     }
 
     fn check_cancel(&self) -> Result<(), LinkError> {
@@ -418,4 +510,12 @@ impl<'a> Link<'a> {
 fn encode_header(kind: Kind, len: usize, what: &'static str) -> Result<[u8; HEADER_LEN], LinkError> {
     let header = Header::new(kind, len).map_err(|source| LinkError::TooLong { what, source })?;
     Ok(header.encode())
+}
+
+/// A message as the bytes of a frame.
+fn encode_frame(message: &Message) -> Result<Vec<u8>, LinkError> {
+    let what = message.name();
+    let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
+    let header = encode_header(Kind::Control, content.len(), what)?;
+    Ok([&header[..], &content].concat())
 }

@@ -152,16 +152,6 @@ pub(super) fn rest(wake: BorrowedFd<'_>, time: Duration) -> Result<(), LinkError
     }
 }
 
-/// Whether there is something to read, or the end of the connection, without waiting.
-pub(super) fn ready_now(connection: &Connection) -> Result<bool, LinkError> {
-    let mut events = [PollFd::new(connection, PollFlags::IN)];
-    match poll(&mut events, Some(&timespec(Duration::ZERO))) {
-        Ok(count) => Ok(count > 0),
-        Err(Errno::INTR) => Ok(false),
-        Err(error) => Err(LinkError::Wait(error.into())),
-    }
-}
-
 fn timespec(duration: Duration) -> Timespec {
     Timespec::try_from(duration).unwrap_or(Timespec {
         tv_sec: i64::MAX,

@@ -75,7 +75,8 @@ pub(crate) struct Span {
 }
 
 impl Kind {
-    fn limit(self) -> u32 {
+    /// Most bytes of a frame's content.
+    pub(crate) fn limit(self) -> u32 {
         match self {
             Kind::Control => 1 << 20,
             Kind::Pages | Kind::Compressed => 16 << 10,
@@ -83,7 +84,8 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// What it is, for messages.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Kind::Control => "control",
             Kind::Pages => "pages",

@@ -5,7 +5,7 @@ use super::space::Space;
 use super::switch::Stopped;
 use super::{Job, MigrateError};
 use crate::control::Phase;
-use crate::link::{KeepAlive, Link};
+use crate::link::Link;
 use crate::protocol::Message;
 use crate::report::ms;
 
@@ -14,7 +14,6 @@ impl Job<'_> {
     pub(super) fn commit(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         space: Option<&Space<'_>>,
         stopped: Stopped,
         round_trip: Duration,
@@ -34,7 +33,7 @@ impl Job<'_> {
         }
         // Whatever can still be noticed is noticed before the locks are given up.
         link.check("nothing after ready")?;
-        self.call(alive, "release", |source| source.release())?;
+        self.call("release", |source| source.release())?;
         self.control.sample(|progress| progress.phase = Phase::Commit);
         let go_sent_at = self.send_go(link, paused_at, round_trip)?;
         let resumed = match link.receive_message("resumed") {
@@ -87,7 +86,7 @@ impl Job<'_> {
         self.standing.claim.go();
         match link.send(&go) {
             Ok(()) => Ok(now),
-            Err(error) if link.is_torn() => Err(MigrateError::NoAnswer(error)),
+            Err(error) if link.has_begun() => Err(MigrateError::NoAnswer(error)),
             Err(error) => {
                 self.standing.claim.go_not_sent();
                 Err(error.into())

@@ -2,7 +2,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::{Job, MigrateError};
-use crate::link::{Link, LinkError};
+use crate::link::{Admitted, Link, LinkError};
 use crate::options::{Compression, MAX_STREAMS};
 use crate::ports::OfferedDisks;
 use crate::protocol::{Features, Hello, Message, Plan, Token};
@@ -26,6 +26,7 @@ impl Job<'_> {
     /// Agrees with the destination on version, features and machine.
     pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Agreed, MigrateError> {
         greet(link)?;
+        link.admit(Admitted::Messages);
         link.send(&Message::Begin(Features::OURS))?;
         let (token, features) = match link.receive_message("session")? {
             Message::Session { token, features } => (token, features.and(Features::OURS)),

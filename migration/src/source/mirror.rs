@@ -8,7 +8,7 @@ use super::crew::Crew;
 use super::precopy::finish_round;
 use super::{Job, MigrateError};
 use crate::control::Phase;
-use crate::link::{KeepAlive, Link};
+use crate::link::Link;
 use crate::options::OnMiss;
 use crate::ports::SourceDisk;
 use crate::report::ms;
@@ -18,16 +18,12 @@ const LITTLE: u64 = 16 << 20;
 
 impl Job<'_> {
     /// Has what is written to the disks of these devices marked.
-    pub(super) fn start_mirror(
-        &mut self,
-        alive: &KeepAlive,
-        devices: &[u32],
-    ) -> Result<Vec<Arc<dyn SourceDisk>>, MigrateError> {
+    pub(super) fn start_mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MigrateError> {
         if devices.is_empty() {
             return Ok(Vec::new());
         }
         self.standing.mirroring = true;
-        let disks = self.call(alive, "mirror", |source| source.mirror(devices))?;
+        let disks = self.call("mirror", |source| source.mirror(devices))?;
         // What the two sides take for the end of a disk decides where the next one begins.
         let described = self.source.describe().devices;
         let expected: Vec<u64> = devices
@@ -48,12 +44,7 @@ impl Job<'_> {
 
     /// Copies the disks while the guest runs, until little of them is left or it does not get less. What is written
     /// to them from then on goes with the pages that are written.
-    pub(super) fn mirror(
-        &mut self,
-        link: &mut Link<'_>,
-        alive: &KeepAlive,
-        crew: &Crew<'_>,
-    ) -> Result<(), MigrateError> {
+    pub(super) fn mirror(&mut self, link: &mut Link<'_>, crew: &Crew<'_>) -> Result<(), MigrateError> {
         if !crew.space.has_disks() {
             return Ok(());
         }
@@ -66,7 +57,7 @@ impl Job<'_> {
         });
         loop {
             let before = pages.len();
-            let pass = self.send_watched(link, alive, crew, pages, |job| {
+            let pass = self.send_watched(link, crew, pages, |job| {
                 job.check_deadline()?;
                 job.control.sample(|progress| {
                     progress.remaining_bytes = crew.unsent_bytes();

@@ -127,10 +127,9 @@ impl<'a> Job<'a> {
     fn run(&mut self, connection: &Connection) -> Result<(), MigrateError> {
         let alive = KeepAlive::new(self.options.io_timeout);
         let mut link = self.link(connection);
-        let signs = self.link(connection);
         thread::scope(|scope| {
-            alive.start(scope, signs).map_err(MigrateError::Thread)?;
-            let result = catch_unwind(AssertUnwindSafe(|| self.transfer(&mut link, &alive)));
+            alive.start(scope, link.pulse()).map_err(MigrateError::Thread)?;
+            let result = catch_unwind(AssertUnwindSafe(|| self.transfer(&mut link)));
             alive.stop();
             let mut result = result.unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
             self.report.bytes_sent += link.bytes_sent();
@@ -155,16 +154,16 @@ impl<'a> Job<'a> {
     }
 
     /// The migration as it goes when nothing goes wrong.
-    fn transfer(&mut self, link: &mut Link<'_>, alive: &KeepAlive) -> Result<(), MigrateError> {
+    fn transfer(&mut self, link: &mut Link<'_>) -> Result<(), MigrateError> {
         let agreed = self.handshake(link)?;
         self.token = Some(agreed.token);
         let memory = self.source.memory();
         match agreed.plan {
             Plan::Handover => {
                 self.report.data_path = DataPath::Handover;
-                self.hand_over(link, alive, &memory, &agreed)
+                self.hand_over(link, &memory, &agreed)
             }
-            Plan::Streams(count) => self.copy_over(link, alive, &memory, &agreed, count),
+            Plan::Streams(count) => self.copy_over(link, &memory, &agreed, count),
         }
     }
 
@@ -172,17 +171,15 @@ impl<'a> Job<'a> {
     fn copy_over(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         memory: &GuestMemory,
         agreed: &Agreed,
         streams: u32,
     ) -> Result<(), MigrateError> {
         let connections = self.open_streams(agreed, streams)?;
         self.report.streams = streams;
-        let disks = self.start_mirror(alive, &agreed.disks)?;
+        let disks = self.start_mirror(&agreed.disks)?;
         self.standing.logging = true;
-        let log: Arc<dyn DirtyLog> =
-            self.call(alive, "start_dirty_log", |source| source.start_dirty_log())?;
+        let log: Arc<dyn DirtyLog> = self.call("start_dirty_log", |source| source.start_dirty_log())?;
         tracing::debug!(round_trip = ?agreed.round_trip, "streams");
         let pacer = Pacer::new(self.options.bandwidth, Instant::now());
         let space = Space::new(self.source.describe().memory, memory, log, disks)?;
@@ -197,8 +194,8 @@ impl<'a> Job<'a> {
             .map_err(MigrateError::Thread)?;
             let mut watch = Watch::new(self, agreed.round_trip);
             let result = self
-                .mirror(link, alive, &crew)
-                .and_then(|()| self.precopy(link, alive, &crew, &mut watch))
+                .mirror(link, &crew)
+                .and_then(|()| self.precopy(link, &crew, &mut watch))
                 .map_err(|error| match error {
                     // The guest runs: there is time to hear what the destination has to say about it.
                     MigrateError::Link(LinkError::Io { .. } | LinkError::Closed { .. }) => {
@@ -206,10 +203,10 @@ impl<'a> Job<'a> {
                     }
                     error => error,
                 })
-                .and_then(|left| self.stop_and_copy(link, alive, &crew, left));
+                .and_then(|left| self.stop_and_copy(link, &crew, left));
             self.count(&crew);
             let stopped = result?;
-            self.commit(link, alive, Some(&crew.space), stopped, agreed.round_trip)
+            self.commit(link, Some(&crew.space), stopped, agreed.round_trip)
         })
     }
 
@@ -301,16 +298,13 @@ impl<'a> Job<'a> {
         matches!(error, MigrateError::Link(LinkError::Cancelled)) || self.control.is_cancelled()
     }
 
-    /// Calls the machine, and keeps the connection alive while it is at work.
+    /// Calls the machine.
     fn call<T>(
         &mut self,
-        alive: &KeepAlive,
         call: &'static str,
         port: impl FnOnce(&mut dyn Source) -> Result<T, MachineError>,
     ) -> Result<T, MigrateError> {
-        alive
-            .during(|| port(self.source))
-            .map_err(|source| MigrateError::Machine { call, source })
+        port(self.source).map_err(|source| MigrateError::Machine { call, source })
     }
 }
 

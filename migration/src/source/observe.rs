@@ -7,7 +7,6 @@ use migration_io::PAGE_SIZE;
 use super::crew::Crew;
 use super::{Job, MigrateError};
 use crate::converge::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
-use crate::link::KeepAlive;
 use crate::page_set::PageSet;
 use crate::report::{Round, ms};
 
@@ -93,7 +92,6 @@ impl Job<'_> {
     /// Counts the log and asks the policy.
     pub(super) fn observe(
         &mut self,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
         round: u32,
@@ -141,7 +139,7 @@ impl Job<'_> {
         // A guest that is about to be paused is not let off the reins first: what it would write in the meantime
         // is in no prediction.
         if decision.verdict != Verdict::Switch {
-            self.apply_throttle(alive, watch, &shares)?;
+            self.apply_throttle(watch, &shares)?;
         }
         if let Some(miss) = watch.policy.missed().filter(|_| !watch.warned) {
             tracing::warn!("going on as was asked, although {miss}");
@@ -167,18 +165,13 @@ impl Job<'_> {
     }
 
     /// Tells the machine how far to slow down its vCPUs, if that has changed.
-    fn apply_throttle(
-        &mut self,
-        alive: &KeepAlive,
-        watch: &mut Watch,
-        shares: &[f64],
-    ) -> Result<(), MigrateError> {
+    fn apply_throttle(&mut self, watch: &mut Watch, shares: &[f64]) -> Result<(), MigrateError> {
         let same = |(a, b): (&f64, &f64)| (a - b).abs() < SHARE_STEP && (*a == 0.0) == (*b == 0.0);
         if watch.shares.iter().zip(shares).all(same) {
             return Ok(());
         }
         self.standing.throttled = true;
-        self.call(alive, "throttle", |source| source.throttle(shares))?;
+        self.call("throttle", |source| source.throttle(shares))?;
         watch.shares = shares.to_vec();
         Ok(())
     }

@@ -10,7 +10,7 @@ use super::space::add;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::{Decision, Verdict};
-use crate::link::{KeepAlive, Link};
+use crate::link::Link;
 use crate::page_set::PageSet;
 use crate::protocol::{MAX_SPANS, Message};
 
@@ -47,18 +47,17 @@ impl Job<'_> {
     pub(super) fn precopy(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
     ) -> Result<Left, MigrateError> {
-        let (mut pages, mut unused) = self.first_pages(alive, crew)?;
+        let (mut pages, mut unused) = self.first_pages(crew)?;
         let mut n = 0;
         loop {
             n += 1;
-            let decision = self.round(link, alive, crew, watch, n, pages)?;
+            let decision = self.round(link, crew, watch, n, pages)?;
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
-            if self.settles(link, alive, crew, watch, n, decision)? {
+            if self.settles(link, crew, watch, n, decision)? {
                 return Ok(Left { pages, unused });
             }
             crew.space.peek(&mut pages)?;
@@ -68,13 +67,9 @@ impl Job<'_> {
 
     /// Every page of memory that may hold something that counts. What was never touched is zero on both sides and
     /// needs no word. Also returns what the guest does not use.
-    fn first_pages(
-        &mut self,
-        alive: &KeepAlive,
-        crew: &Crew<'_>,
-    ) -> Result<(PageSet, PageSet), MigrateError> {
+    fn first_pages(&mut self, crew: &Crew<'_>) -> Result<(PageSet, PageSet), MigrateError> {
         let mut populated = PageSet::of(crew.space.memory)?;
-        self.call(alive, "populated", |source| source.populated(&mut populated))?;
+        self.call("populated", |source| source.populated(&mut populated))?;
         let mut untouched = populated.clone();
         untouched.invert();
         // A log may start with all pages marked. The marks of untouched pages go before the second look: what
@@ -82,9 +77,9 @@ impl Job<'_> {
         for (region, words) in untouched.words() {
             crew.space.clear_ram(region, 0, words)?;
         }
-        self.call(alive, "populated", |source| source.populated(&mut populated))?;
+        self.call("populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = populated.pages_in_all() - populated.len();
-        let unused = self.leave_unused(alive, crew, &mut populated)?;
+        let unused = self.leave_unused(crew, &mut populated)?;
         let mut pages = crew.space.none()?;
         let total_bytes = pages.pages_in_all() * PAGE_SIZE;
         add(&populated, &mut pages);
@@ -99,14 +94,13 @@ impl Job<'_> {
     fn round(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
         n: u32,
         pages: PageSet,
     ) -> Result<Decision, MigrateError> {
         self.begin_round(crew, watch, n);
-        let pages = self.burst(link, alive, crew, watch, pages)?;
+        let pages = self.burst(link, crew, watch, pages)?;
         let order = if n == 1 {
             Order::Scattered
         } else {
@@ -121,17 +115,17 @@ impl Job<'_> {
         }
         let pass = self.next_pass();
         crew.send(pass, pages, order);
-        while !alive.during(|| crew.wait(TICK))? {
+        while !crew.wait(TICK)? {
             // A destination that gave up is heard at once.
             link.check("nothing while pages are sent")?;
-            let decision = self.observe(alive, crew, watch, n, false)?;
+            let decision = self.observe(crew, watch, n, false)?;
             judge(&decision)?;
             if matches!(decision.verdict, Verdict::Switch) {
                 crew.stop();
             }
         }
         finish_round(link, pass)?;
-        let decision = self.observe(alive, crew, watch, n, true)?;
+        let decision = self.observe(crew, watch, n, true)?;
         self.end_round(crew, watch, n, &decision);
         judge(&decision)?;
         Ok(decision)
@@ -142,7 +136,6 @@ impl Job<'_> {
     fn burst(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
         mut pages: PageSet,
@@ -160,7 +153,7 @@ impl Job<'_> {
         crew.pacer.set(None, began);
         for _ in 0..BURSTS {
             let (first, from, at) = (pages.split_off(burst), crew.counts.wire(), Instant::now());
-            let pass = self.send_unasked(link, alive, crew, first)?;
+            let pass = self.send_unasked(link, crew, first)?;
             finish_round(link, pass)?;
             let bytes = crew.counts.wire() - from;
             // Pages that were zero say nothing about the network; the next ones may.
@@ -183,25 +176,23 @@ impl Job<'_> {
     pub(super) fn send_unasked(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         pages: PageSet,
     ) -> Result<u32, MigrateError> {
-        self.send_watched(link, alive, crew, pages, |_| Ok(()))
+        self.send_watched(link, crew, pages, |_| Ok(()))
     }
 
     /// The same, with a look at how far it is every now and then, which may end it.
     pub(super) fn send_watched(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         pages: PageSet,
         look: impl Fn(&Self) -> Result<(), MigrateError>,
     ) -> Result<u32, MigrateError> {
         let pass = self.next_pass();
         crew.send(pass, pages, Order::Ascending);
-        while !alive.during(|| crew.wait(TICK))? {
+        while !crew.wait(TICK)? {
             // A destination that gave up is heard at once.
             link.check("nothing while pages are sent")?;
             look(self)?;
@@ -220,7 +211,6 @@ impl Job<'_> {
     fn settles(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         watch: &mut Watch,
         n: u32,
@@ -228,14 +218,14 @@ impl Job<'_> {
     ) -> Result<bool, MigrateError> {
         let switch = matches!(decision.verdict, Verdict::Switch);
         if switch || n == 1 {
-            let mut costs = self.rehearse(link, alive, watch.costs)?;
+            let mut costs = self.rehearse(link, watch.costs)?;
             // One slow rehearsal may be the host's fault, or that of a destination that is still busy with what it
             // has just been sent; the least of a few is the machine's.
             for done in 1..REHEARSALS {
                 if done > 1 && costs.total() * 3 <= self.options.max_downtime {
                     break;
                 }
-                let again = self.rehearse(link, alive, watch.costs)?;
+                let again = self.rehearse(link, watch.costs)?;
                 if again.total() < costs.total() {
                     costs = again;
                 }
@@ -245,7 +235,7 @@ impl Job<'_> {
         if !switch {
             return Ok(false);
         }
-        let decision = self.observe(alive, crew, watch, n, true)?;
+        let decision = self.observe(crew, watch, n, true)?;
         judge(&decision)?;
         Ok(matches!(decision.verdict, Verdict::Switch))
     }

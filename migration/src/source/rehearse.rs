@@ -4,24 +4,19 @@ use super::handshake::unexpected;
 use super::observe::SWITCH_ROUND_TRIPS;
 use super::{Job, MigrateError};
 use crate::converge::Costs;
-use crate::link::{KeepAlive, Link};
+use crate::link::Link;
 use crate::protocol::Message;
 
 impl Job<'_> {
     /// Measures, on both sides and while the guest runs, what the downtime will cost besides the copy. What
     /// cannot be measured stays as it is in `before`.
-    pub(super) fn rehearse(
-        &mut self,
-        link: &mut Link<'_>,
-        alive: &KeepAlive,
-        before: Costs,
-    ) -> Result<Costs, MigrateError> {
+    pub(super) fn rehearse(&mut self, link: &mut Link<'_>, before: Costs) -> Result<Costs, MigrateError> {
         // A flush that follows another one has only the last moment's writes left, as the drain will have.
-        self.call(alive, "flush", |source| source.flush())?;
+        self.call("flush", |source| source.flush())?;
         let began = Instant::now();
-        self.call(alive, "flush", |source| source.flush())?;
+        self.call("flush", |source| source.flush())?;
         let drain = began.elapsed();
-        let rehearsal = self.call(alive, "rehearse", |source| source.rehearse())?;
+        let rehearsal = self.call("rehearse", |source| source.rehearse())?;
         let sent = Instant::now();
         link.send_rehearsal(&rehearsal.state)?;
         let restore = match link.receive_message("rehearsed")? {

@@ -9,7 +9,7 @@ use super::precopy::{Left, await_ack, finish_round};
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::Costs;
-use crate::link::{KeepAlive, Link};
+use crate::link::Link;
 use crate::options::OnMiss;
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
@@ -29,13 +29,12 @@ impl Job<'_> {
     pub(super) fn stop_and_copy(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         left: Left,
     ) -> Result<Stopped, MigrateError> {
         link.check("nothing before the pause")?;
         crew.pacer.set(self.options.final_bandwidth, Instant::now());
-        let (paused_at, mut lap, state) = self.stop(alive)?;
+        let (paused_at, mut lap, state) = self.stop()?;
         let Left {
             mut pages,
             mut unused,
@@ -46,7 +45,7 @@ impl Job<'_> {
         let last = if pages.is_empty() {
             None
         } else {
-            Some(self.send_unasked(link, alive, crew, pages)?)
+            Some(self.send_unasked(link, crew, pages)?)
         };
         let mut verifying = Duration::ZERO;
         if self.options.verify {
@@ -54,7 +53,7 @@ impl Job<'_> {
                 finish_round(link, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
-            verifying = self.verify(link, alive, || crew.space.digest(&unused))?;
+            verifying = self.verify(link, || crew.space.digest(&unused))?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
         } else if let Some(last) = last {
@@ -80,7 +79,6 @@ impl Job<'_> {
     pub(super) fn hand_over(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         memory: &GuestMemory,
         agreed: &Agreed,
     ) -> Result<(), MigrateError> {
@@ -88,7 +86,7 @@ impl Job<'_> {
             round_trip: agreed.round_trip.mul_f64(SWITCH_ROUND_TRIPS),
             ..Costs::default()
         };
-        let predicted = self.rehearse(link, alive, assumed)?.total();
+        let predicted = self.rehearse(link, assumed)?.total();
         self.report.predicted_downtime_ms = Some(ms(predicted));
         self.report.predicted_total_ms = Some(ms(self.started.elapsed() + predicted));
         let budget = self.options.max_downtime;
@@ -96,10 +94,10 @@ impl Job<'_> {
             return Err(MigrateError::OverBudget { predicted, budget });
         }
         link.check("nothing before the pause")?;
-        let (paused_at, mut lap, state) = self.stop(alive)?;
+        let (paused_at, mut lap, state) = self.stop()?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, alive, || Ok(digest(memory)?))?;
+            verifying = self.verify(link, || Ok(digest(memory)?))?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;
@@ -109,20 +107,20 @@ impl Job<'_> {
             sent_at: lap.0,
             verifying,
         };
-        self.commit(link, alive, None, stopped, agreed.round_trip)
+        self.commit(link, None, stopped, agreed.round_trip)
     }
 
     /// Pauses, drains, saves. Afterwards nothing writes guest memory any more.
-    fn stop(&mut self, alive: &KeepAlive) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
+    fn stop(&mut self) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
         self.control
             .sample(|progress| progress.phase = Phase::StopAndCopy);
         self.standing.claim.pause();
-        let paused_at = self.call(alive, "pause", |source| source.pause())?;
+        let paused_at = self.call("pause", |source| source.pause())?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
-        self.call(alive, "drain", |source| source.drain())?;
+        self.call("drain", |source| source.drain())?;
         self.report.downtime.drain_ms = lap.ms();
-        let state = self.call(alive, "save", |source| source.save())?;
+        let state = self.call("save", |source| source.save())?;
         self.report.downtime.state_ms = lap.ms();
         Ok((paused_at, lap, state))
     }
@@ -137,12 +135,11 @@ impl Job<'_> {
     fn verify(
         &mut self,
         link: &mut Link<'_>,
-        alive: &KeepAlive,
         digest: impl FnOnce() -> Result<u128, MigrateError>,
     ) -> Result<Duration, MigrateError> {
         let began = Instant::now();
         link.send(&Message::DigestRequest)?;
-        let ours = alive.during(digest)?;
+        let ours = digest()?;
         let theirs = match link.receive_message("digest")? {
             Message::Digest(digest) => digest,
             other => return Err(unexpected("digest", &other)),

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::crew::Crew;
 use super::{Job, MigrateError};
-use crate::link::KeepAlive;
 use crate::page_set::PageSet;
 
 /// The guest is listened to for so long at most: some fill with zeroes what they tell. Most have told all much sooner.
@@ -22,7 +21,6 @@ impl Job<'_> {
     /// not written since it was of no use; one that is written later is marked, and is sent then.
     pub(super) fn leave_unused(
         &mut self,
-        alive: &KeepAlive,
         crew: &Crew<'_>,
         populated: &mut PageSet,
     ) -> Result<PageSet, MigrateError> {
@@ -33,7 +31,7 @@ impl Job<'_> {
             .map(|deadline| deadline.saturating_sub(self.started.elapsed()));
         let at_most = left.map_or(LISTENING, |left| LISTENING.min(left / PART_OF_DEADLINE));
         let pages = populated.len();
-        if !self.call(alive, "has_unused", |source| source.has_unused(pages, at_most))? {
+        if !self.call("has_unused", |source| source.has_unused(pages, at_most))? {
             return Ok(unused);
         }
         for (region, words) in populated.words() {
@@ -41,7 +39,7 @@ impl Job<'_> {
                 crew.space.clear_ram(region, at, words)?;
             }
         }
-        self.call(alive, "unused", |source| source.unused(at_most, &mut unused))?;
+        self.call("unused", |source| source.unused(at_most, &mut unused))?;
         let mut marked = PageSet::of(crew.space.memory)?;
         crew.space.peek_ram(&mut marked)?;
         unused.subtract(&marked);

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::destination_hand::*;
 use super::fake::{FakeDestination, describe};
@@ -187,6 +189,50 @@ fn whoever_is_not_welcome_costs_a_good_source_nothing() {
     destination.guest.unwrap().check_stamps();
     let late = Peer::wish(receiver.endpoint(), &Message::Begin(Features::OURS)).refused();
     assert!(late.contains("a machine that has arrived"), "{late}");
+}
+
+#[test]
+fn bytes_on_a_stream_are_signs_of_life() {
+    let options = ReceiveOptions {
+        io_timeout: Duration::from_secs(1),
+        ..ReceiveOptions::default()
+    };
+    let mut receiver = Receiver::listen(&TCP.parse().unwrap(), options).unwrap();
+    let (received, _, _) = meet(&mut receiver, |to, _| {
+        let mut hand = Hand::open(to, 1);
+        // The round has ended here; what was sent is still under way, on a slow network.
+        hand.control.link.send(&Message::RoundEnd(1)).unwrap();
+        for page in 0..PAGES {
+            hand.send(0, vec![span(page * PAGE_SIZE, 1)], vec![]);
+            // The time itself is what is simulated.
+            thread::sleep(Duration::from_millis(150));
+        }
+        hand.end_streams();
+        hand.hear_ack();
+        hand.send(0, vec![span(HIGH, PAGES)], vec![]);
+        hand.end_round();
+        let state = hand.state();
+        hand.control.link.send_state(&state).unwrap();
+        hand.hear_ready();
+        hand.finish()
+    });
+    received.unwrap();
+}
+
+#[test]
+fn nobody_is_listened_to_for_longer_than_a_greeting_may_be() {
+    let receiver = receiver(TCP);
+    let to = receiver.endpoint();
+    // Headers alone: their content is not waited for, let alone kept.
+    for (header, refusal) in [
+        ([3, 0, 0, 0, 0, 0, 0, 4], "said \"state\", expected hello"),
+        ([1, 0, 0, 0, 0, 0, 16, 0], "at most 8192 bytes, got 1048576"),
+    ] {
+        let began = Instant::now();
+        let said = shout(to, &header);
+        assert!(contains(&said, refusal), "{}", String::from_utf8_lossy(&said));
+        assert!(began.elapsed() < Duration::from_secs(2));
+    }
 }
 
 /// One attempt that has to fail. Returns both sides' words for it.

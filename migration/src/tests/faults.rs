@@ -138,6 +138,32 @@ fn a_step_longer_than_the_time_out_is_bridged_by_keep_alives() {
 }
 
 #[test]
+fn a_log_that_takes_long_to_count_looks_like_no_silence() {
+    let mut guest = Guest::new(1024, 256);
+    for page in 0..1024 {
+        guest.write(page * PAGE_SIZE, false);
+    }
+    guest.start(Load::default());
+    let mut source = FakeSource::new(guest);
+    // Between two looks of 100 ms the job does nothing else but wait for 10 ms.
+    source
+        .faults
+        .insert("peek", Fault::Slow(Duration::from_millis(100)));
+    let options = MigrateOptions {
+        // So that a round takes several times as long as a destination waits for a sign of life.
+        bandwidth: Some(1 << 20),
+        throttle: false,
+        max_downtime: Duration::from_millis(700),
+        ..hasty()
+    };
+    let mut destination = FakeDestination::default();
+    let (report, received) = direct(&mut source, &mut destination, &options);
+    received.unwrap();
+    assert_eq!(report.outcome, Outcome::Moved, "{report:?}");
+    assert!(report.rounds[0].ms > 3000.0, "{report:?}");
+}
+
+#[test]
 fn a_step_longer_than_a_step_may_be_is_given_up() {
     let mut source = busy();
     let mut destination = FakeDestination::default();

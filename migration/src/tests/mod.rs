@@ -9,6 +9,7 @@ mod fake;
 mod faults;
 mod fuzz;
 mod guest;
+mod link;
 mod matrix;
 mod mirror;
 mod moves;

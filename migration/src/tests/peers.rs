@@ -172,7 +172,7 @@ fn a_destination_that_trickles_is_left() {
     let error = meet(&hasty(), |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(40))).unwrap();
         // One byte now and then of what would be a long frame.
-        stream.write_all(&[1, 0, 0, 0, 0, 0, 1, 0]).unwrap();
+        stream.write_all(&[1, 0, 0, 0, 0, 16, 0, 0]).unwrap();
         let mut rest = [0; 64];
         while !matches!(stream.read(&mut rest), Ok(0)) && stream.write_all(&[0]).is_ok() {}
     });
@@ -192,6 +192,34 @@ fn a_destination_that_only_keeps_itself_alive_is_left() {
 }
 
 #[test]
+fn a_source_that_waits_is_not_silent() {
+    let error = meet(&hasty(), |mut stream| {
+        let alive = frame(&Message::KeepAlive);
+        stream
+            .write_all(&greeting().iter().flat_map(frame).collect::<Vec<u8>>())
+            .unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let (mut said, mut piece) = (Vec::new(), [0; 4096]);
+        let until = Instant::now() + Duration::from_millis(2500);
+        while Instant::now() < until {
+            // A time-out is the pace of this side's own signs of life.
+            if let Ok(bytes) = stream.read(&mut piece) {
+                said.extend_from_slice(&piece[..bytes]);
+            }
+            stream.write_all(&alive).unwrap();
+        }
+        let heard = said
+            .windows(alive.len())
+            .filter(|window| *window == alive)
+            .count();
+        // One every 250 ms, if this machine has the time.
+        assert!(heard >= 3, "{heard} signs of life");
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+    });
+    assert!(error.contains("accept or refuse"), "{error}");
+}
+
+#[test]
 fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
     let dir = tempfile::tempdir().unwrap();
     let listener = Listener::bind(&Endpoint::Unix(dir.path().join("s"))).unwrap();
@@ -201,7 +229,7 @@ fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
     let connection = connect();
     drop(listener.accept(&control, None).unwrap().unwrap());
     let mut link = Link::new(&connection, &control, patience, patience);
-    assert!(link.send(&Message::Ping).is_err() && !link.is_torn());
+    assert!(link.send(&Message::Ping).is_err() && !link.has_begun());
 
     let connection = connect();
     let _unread = listener.accept(&control, None).unwrap().unwrap();
@@ -217,5 +245,5 @@ fn a_frame_is_torn_only_if_a_part_of_it_was_taken() {
         ),
         "{error}"
     );
-    assert!(link.is_torn());
+    assert!(link.has_begun());
 }

@@ -1,0 +1,120 @@
+//! The sending side of a connection: one frame at a time, whoever sends it.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use migration_io::{MemoryIoError, Step};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+
+use super::{LinkError, encode_frame};
+use crate::protocol::Message;
+use crate::transport::Connection;
+
+/// What everybody who sends on a connection has to know of what was sent before. Locked for the time of a frame.
+#[derive(Debug)]
+pub(super) struct Writer {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    /// Whether a frame was sent in part only, so that nothing can follow it. Also set while one is being sent, so
+    /// that a panic leaves the truth behind.
+    pub(super) torn: bool,
+    /// What the system did not take of a keep-alive: goes before the next frame.
+    pub(super) rest: Vec<u8>,
+    /// When the last frame was sent.
+    pub(super) last: Instant,
+}
+
+impl Writer {
+    pub(super) fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                torn: false,
+                rest: Vec::new(),
+                last: Instant::now(),
+            }),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // What a panic left is in `torn`.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says nothing but that this side is alive, on a connection that belongs to a [`super::Link`].
+pub(crate) struct Pulse<'a> {
+    pub(super) connection: &'a Connection,
+    pub(super) writer: Arc<Writer>,
+}
+
+impl Pulse<'_> {
+    /// Sends a keep-alive if nothing was sent for `interval`, and answers when to look again. Never waits: where the
+    /// system takes nothing, the peer has not read yet what it was sent before.
+    pub(crate) fn beat(&self, interval: Duration) -> Duration {
+        let mut state = match self.writer.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            // A frame is under way, which is as good.
+            Err(TryLockError::WouldBlock) => return interval / 2,
+        };
+        let idle = state.last.elapsed();
+        if idle < interval {
+            return interval - idle;
+        }
+        if state.torn {
+            return interval;
+        }
+        let mut whole = 0;
+        if state.rest.is_empty()
+            && let Ok(frame) = encode_frame(&Message::KeepAlive)
+        {
+            whole = frame.len();
+            state.rest = frame;
+        }
+        // A connection that is lost is noticed by whoever waits for the peer.
+        if matches!(state.send_rest(self.connection.as_fd()), Ok(Step::Done)) {
+            state.last = Instant::now();
+            return interval;
+        }
+        if state.rest.len() == whole {
+            // Nothing of it was taken, so that nothing is owed.
+            state.rest.clear();
+        }
+        interval / 2
+    }
+
+    /// As if the system had taken the beginning of a keep-alive, and not this.
+    #[cfg(test)]
+    pub(crate) fn owe(&self, rest: &[u8]) {
+        self.writer.lock().rest = rest.to_vec();
+    }
+}
+
+impl State {
+    /// Sends what is left of a keep-alive.
+    pub(super) fn send_rest(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+        while !self.rest.is_empty() {
+            match send(socket, &self.rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(taken) => drop(self.rest.drain(..taken)),
+                Err(Errno::AGAIN) => return Ok(Step::WouldBlock),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(MemoryIoError::Socket(error.into())),
+            }
+        }
+        Ok(Step::Done)
+    }
+
+    /// Refuses whatever would follow half a frame.
+    pub(super) fn check(&self, what: &'static str) -> Result<(), LinkError> {
+        if self.torn {
+            Err(LinkError::Torn { what })
+        } else {
+            Ok(())
+        }
+    }
+}

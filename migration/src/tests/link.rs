@@ -1,0 +1,221 @@
+//! One end of a connection, its reader and its writers.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use super::rig::control;
+use crate::link::{Admitted, Heard, Link};
+use crate::protocol::{Features, Frame, Header, Kind, Message};
+use crate::transport::Connection;
+use crate::*;
+
+const PATIENT: Duration = Duration::from_secs(20);
+
+/// A connection, and its other end as a plain socket.
+fn pair(control: &Control) -> (Connection, UnixStream) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let connection = Connection::connect(&Endpoint::Unix(path), PATIENT, control).unwrap();
+    (connection, listener.accept().unwrap().0)
+}
+
+fn frame(message: &Message) -> Vec<u8> {
+    let content = postcard::to_stdvec(message).unwrap();
+    let header = Header::new(Kind::Control, content.len()).unwrap().encode();
+    [&header[..], &content].concat()
+}
+
+fn read(peer: &mut UnixStream, bytes: usize) -> Vec<u8> {
+    let mut read = vec![0; bytes];
+    peer.read_exact(&mut read).unwrap();
+    read
+}
+
+fn rest(mut peer: UnixStream) -> usize {
+    let mut read = Vec::new();
+    peer.read_to_end(&mut read).unwrap()
+}
+
+#[test]
+fn a_look_does_not_wait_for_the_rest_of_a_frame() {
+    let control = control();
+    let (connection, mut peer) = pair(&control);
+    let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
+    let pong = frame(&Message::Pong);
+    let began = Instant::now();
+    for byte in &pong[..pong.len() - 1] {
+        peer.write_all(&[*byte]).unwrap();
+        link.check("nothing").unwrap();
+        // Nor is a sender held up by it.
+        link.send(&Message::Ping).unwrap();
+    }
+    assert!(began.elapsed() < PATIENT / 2);
+    peer.write_all(&pong[pong.len() - 1..]).unwrap();
+    assert_eq!(link.receive_message("pong").unwrap(), Message::Pong);
+    peer.write_all(&pong).unwrap();
+    let error = link.check("nothing").unwrap_err();
+    assert!(
+        error.to_string().contains("\"pong\", expected nothing"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_look_ends_a_frame_that_takes_longer_than_a_step() {
+    let control = control();
+    let (connection, mut peer) = pair(&control);
+    let step = Duration::from_millis(30);
+    let mut link = Link::new(&connection, &control, PATIENT, step);
+    peer.write_all(&[1]).unwrap();
+    link.check("nothing").unwrap();
+    while link.frame_due().unwrap() > Instant::now() {
+        std::thread::yield_now();
+    }
+    assert!(matches!(
+        link.check("nothing"),
+        Err(LinkError::TimedOut { after, .. }) if after == step
+    ));
+}
+
+#[test]
+fn an_answer_that_comes_while_something_is_sent_is_not_lost() {
+    let control = control();
+    let (connection, mut peer) = pair(&control);
+    let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
+    link.admit(Admitted::Messages);
+    let state = vec![7; 32 << 20];
+    std::thread::scope(|scope| {
+        // Nobody reads yet, so that the state has to wait for room, and finds the answer there.
+        peer.write_all(&frame(&Message::Pong)).unwrap();
+        let peer = &mut peer;
+        let sending = scope.spawn(|| {
+            link.send_state(&state).unwrap();
+            link.receive_message("pong").unwrap()
+        });
+        read(peer, 8 + state.len());
+        assert_eq!(sending.join().unwrap(), Message::Pong);
+    });
+}
+
+#[test]
+fn only_what_is_due_is_taken() {
+    let control = control();
+    let header = |kind, len: u32| {
+        let mut header = [kind, 0, 0, 0, 0, 0, 0, 0];
+        header[4..].copy_from_slice(&len.to_le_bytes());
+        header
+    };
+    let judge = |admitted, header: [u8; 8]| {
+        let (connection, mut peer) = pair(&control);
+        let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
+        link.admit(admitted);
+        peer.write_all(&header).unwrap();
+        link.check("nothing").err().map(|error| chain(&error))
+    };
+    for (admitted, kind, len, refusal) in [
+        (Admitted::Greeting, 1, 8192, None),
+        (Admitted::Greeting, 1, 8193, Some("at most 8192 bytes, got 8193")),
+        (Admitted::Greeting, 2, 1, Some("said \"pages\"")),
+        (Admitted::Greeting, 3, 64 << 20, Some("said \"state\"")),
+        (Admitted::Messages, 1, 1 << 20, None),
+        (Admitted::Messages, 5, 1, Some("said \"rehearsal\"")),
+        (Admitted::Machine, 3, 64 << 20, None),
+        (Admitted::Machine, 2, 1, Some("said \"pages\"")),
+        (Admitted::Pages, 4, 16 << 10, None),
+        (Admitted::Pages, 1, 8193, Some("at most 8192 bytes, got 8193")),
+        (Admitted::Pages, 3, 1, Some("said \"state\"")),
+    ] {
+        let found = judge(admitted, header(kind, len));
+        match refusal {
+            None => assert_eq!(found, None, "{admitted:?} {kind} {len}"),
+            Some(text) => assert!(found.as_ref().unwrap().contains(text), "{found:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_frame_cut_short_is_known_to_everybody_who_sends() {
+    let control = control();
+    let (connection, peer) = pair(&control);
+    let patience = Duration::from_millis(50);
+    let mut link = Link::new(&connection, &control, patience, patience);
+    let pulse = link.pulse();
+    link.send_state(&vec![1; 32 << 20]).unwrap_err();
+    assert!(link.has_begun());
+    let taken = {
+        // Room again, but nothing may follow half a frame.
+        let mut peer = peer.try_clone().unwrap();
+        peer.set_read_timeout(Some(patience)).unwrap();
+        std::io::copy(&mut peer, &mut std::io::sink()).unwrap_err()
+    };
+    assert_eq!(taken.kind(), std::io::ErrorKind::WouldBlock);
+    pulse.beat(Duration::ZERO);
+    let go = Message::Go {
+        stopped_for_ns: 1,
+        round_trip_ns: 1,
+    };
+    assert!(matches!(link.send(&go), Err(LinkError::Torn { what: "go" })));
+    assert!(!link.has_begun(), "not a byte of it was sent");
+    assert!(!link.abort(false, "too late"));
+    drop(connection);
+    assert_eq!(rest(peer), 0);
+}
+
+#[test]
+fn signs_of_life_neither_wait_nor_mix_with_frames() {
+    let control = control();
+    let (connection, mut peer) = pair(&control);
+    let patience = Duration::from_millis(50);
+    let mut link = Link::new(&connection, &control, patience, PATIENT);
+    let pulse = link.pulse();
+    let alive = frame(&Message::KeepAlive);
+    let hour = Duration::from_secs(3600);
+
+    assert!(pulse.beat(hour) > hour / 2, "nothing is due");
+    pulse.beat(Duration::ZERO);
+    assert_eq!(read(&mut peer, alive.len()), alive);
+
+    // What the system took in part goes on in front of the next frame.
+    connection_write(&connection, &alive[..4]);
+    pulse.owe(&alive[4..]);
+    link.send(&Message::Ping).unwrap();
+    assert_eq!(
+        read(&mut peer, 2 * alive.len()),
+        [alive.clone(), frame(&Message::Ping)].concat()
+    );
+
+    // Without room nothing is said, nor owed.
+    let fill = [0xaa; 4096];
+    let mut filled = 0;
+    while let Ok(bytes) = rustix::net::send(&connection, &fill, rustix::net::SendFlags::DONTWAIT) {
+        filled += bytes;
+    }
+    let began = Instant::now();
+    pulse.beat(Duration::ZERO);
+    assert!(began.elapsed() < PATIENT / 2);
+    read(&mut peer, filled);
+    link.send(&Message::Pong).unwrap();
+    assert_eq!(read(&mut peer, alive.len()), frame(&Message::Pong));
+}
+
+fn connection_write(connection: &Connection, bytes: &[u8]) {
+    assert_eq!(rustix::io::write(connection, bytes).unwrap(), bytes.len());
+}
+
+#[test]
+fn a_sign_of_life_is_told_from_what_is_said() {
+    let control = control();
+    let (connection, mut peer) = pair(&control);
+    let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
+    assert!(link.poll("anything").unwrap().is_none());
+    let begin = Message::Begin(Features::OURS);
+    peer.write_all(&[frame(&Message::KeepAlive), frame(&begin)].concat())
+        .unwrap();
+    assert!(matches!(link.poll("anything").unwrap(), Some(Heard::Life)));
+    match link.poll("anything").unwrap() {
+        Some(Heard::Said(Frame::Message(said))) => assert_eq!(said, begin),
+        other => panic!("{other:?}"),
+    }
+}
