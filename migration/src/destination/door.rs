@@ -134,7 +134,7 @@ impl Hall {
         if guests.len() >= MOST_GUESTS {
             let Some(at) = guests.iter().position(Guest::is_heard) else {
                 tracing::warn!(
-                    from = connection.peer(),
+                    from = %connection.peer(),
                     "too many connections at a time; one is refused"
                 );
                 return;
@@ -165,7 +165,7 @@ impl Hall {
         let mut link = Link::new(&connection, &self.closing, GREETING, GREETING);
         if let Err(error) = self.hear(&mut link, slot, &connection) {
             let reason = chain(&error);
-            tracing::info!(from = connection.peer(), "connection refused: {reason}");
+            tracing::info!(from = %connection.peer(), "connection refused: {reason}");
             link.abort(false, &reason);
         }
     }
@@ -197,7 +197,7 @@ impl Hall {
                 let until = Instant::now() + self.options.io_timeout;
                 let outcome = self.desk.ask(token, until).ok_or(Unwelcome::Undecided)?;
                 tracing::info!(
-                    from = connection.peer(),
+                    from = %connection.peer(),
                     ?outcome,
                     "a source asked for its machine"
                 );
@@ -223,7 +223,7 @@ impl Guest {
     /// Ends it, unless it has said what it wants.
     fn show_out(&self) {
         if let Some(connection) = lock(&self.connection).take() {
-            tracing::info!(from = connection.peer(), "a connection did not say what it wants");
+            tracing::info!(from = %connection.peer(), "a connection did not say what it wants");
             let _ = connection.shutdown(Shutdown::Both);
         }
     }

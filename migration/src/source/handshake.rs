@@ -104,7 +104,7 @@ impl Job<'_> {
 
     /// Opens the data streams.
     pub(super) fn open_streams(&self, agreed: &Agreed, count: u32) -> Result<Vec<Connection>, MigrateError> {
-        let connect = |_| Connection::connect(self.to, self.options.connect_timeout, self.control);
+        let connect = |_| Connection::connect(&self.to, self.options.connect_timeout, self.control);
         let connections = (0..count).map(connect).collect::<Result<Vec<_>, _>>()?;
         for connection in &connections {
             connection.carry_pages(agreed.round_trip);

@@ -77,7 +77,7 @@ pub fn migrate(
     control.begin();
     let mut job = Job {
         source,
-        to,
+        to: to.clone(),
         options,
         control,
         started: Instant::now(),
@@ -88,7 +88,10 @@ pub fn migrate(
     };
     match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
+            // Of a host's addresses the one that answered: for the streams, and for every question later.
+            job.to = connection.peer().clone();
             let result = job.run(&connection);
+            let to = job.to.clone();
             job.conclude(result, &format!("migration to {to}: "))
         }
         // It names the place itself.
@@ -99,7 +102,7 @@ pub fn migrate(
 /// One migration under way.
 struct Job<'a> {
     source: &'a mut dyn Source,
-    to: &'a Endpoint,
+    to: Endpoint,
     options: &'a MigrateOptions,
     control: &'a Control,
     started: Instant,

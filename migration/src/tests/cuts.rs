@@ -40,14 +40,11 @@ struct Shared {
 
 impl Cutter {
     fn new(to: &Endpoint, way: Way, limit: i64) -> Self {
-        let Endpoint::Tcp { host, port } = to.clone() else {
+        let Endpoint::Tcp(addresses) = to.clone() else {
             panic!("TCP only")
         };
         let front = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = Endpoint::Tcp {
-            host: host.clone(),
-            port: front.local_addr().unwrap().port(),
-        };
+        let endpoint = Endpoint::from(front.local_addr().unwrap());
         let shared = Arc::new(Shared {
             way,
             left: AtomicI64::new(limit),
@@ -57,7 +54,7 @@ impl Cutter {
         let all = shared.clone();
         thread::spawn(move || {
             for a in front.incoming() {
-                let (Ok(a), Ok(b)) = (a, TcpStream::connect((host.as_str(), port))) else {
+                let (Ok(a), Ok(b)) = (a, TcpStream::connect(&addresses[..])) else {
                     return;
                 };
                 for (from, to, this) in [(&a, &b, Way::ToDestination), (&b, &a, Way::ToSource)] {

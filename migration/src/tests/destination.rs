@@ -132,10 +132,10 @@ fn the_state_waits_for_the_last_round() {
 
 /// Bytes on a connection of their own, and what is said to them until the end.
 fn shout(to: &Endpoint, bytes: &[u8]) -> Vec<u8> {
-    let Endpoint::Tcp { port, .. } = *to else {
+    let Endpoint::Tcp(addresses) = to else {
         panic!("TCP only")
     };
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut stream = TcpStream::connect(&addresses[..]).unwrap();
     stream.write_all(bytes).unwrap();
     let mut said = Vec::new();
     // A reset is an end as well.

@@ -45,10 +45,7 @@ fn nobody_at_the_destination_is_a_failure() {
 fn meet(options: &MigrateOptions, answer: impl FnOnce(TcpStream) + Send) -> String {
     let mut source = busy();
     let fake = TcpListener::bind("127.0.0.1:0").unwrap();
-    let to = Endpoint::Tcp {
-        host: "127.0.0.1".into(),
-        port: fake.local_addr().unwrap().port(),
-    };
+    let to = Endpoint::from(fake.local_addr().unwrap());
     let report = thread::scope(|scope| {
         scope.spawn(|| answer(fake.accept().unwrap().0));
         migrate(&mut source, &to, options, &control()).report
@@ -106,10 +103,7 @@ fn a_destination_that_does_not_read_is_left() {
     guest.start(Load { pages: 8192 });
     let mut source = FakeSource::new(guest);
     let fake = TcpListener::bind("127.0.0.1:0").unwrap();
-    let to = Endpoint::Tcp {
-        host: "127.0.0.1".into(),
-        port: fake.local_addr().unwrap().port(),
-    };
+    let to = Endpoint::from(fake.local_addr().unwrap());
     let (done, wait) = std::sync::mpsc::channel::<()>();
     let report = thread::scope(|scope| {
         scope.spawn(move || {

@@ -1,5 +1,7 @@
+//! One byte stream to a peer, and how it comes about.
+
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -7,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionbio};
-use rustix::net::addr::SocketAddrArg;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
 
 use super::{Endpoint, TransportError};
@@ -29,7 +30,7 @@ const NEAR: Duration = Duration::from_micros(80);
 #[derive(Debug)]
 pub(crate) struct Connection {
     stream: Stream,
-    peer: String,
+    peer: Endpoint,
 }
 
 #[derive(Debug)]
@@ -39,25 +40,21 @@ enum Stream {
 }
 
 impl Connection {
-    /// Connects, and gives up after `timeout` or when `control` is cancelled (name resolution not counted: the
-    /// system's own limits hold).
+    /// Connects, and gives up after `timeout` or when `control` is cancelled.
     pub(crate) fn connect(
         endpoint: &Endpoint,
         timeout: Duration,
         control: &Control,
     ) -> Result<Self, TransportError> {
+        let deadline = Instant::now() + timeout;
         let connected = match endpoint {
-            Endpoint::Tcp { host, port } => {
-                let resolve = |source| TransportError::Resolve {
-                    endpoint: endpoint.clone(),
-                    source,
-                };
-                let addresses = (host.as_str(), *port).to_socket_addrs().map_err(resolve)?;
-                connect_tcp(addresses, timeout, control)
+            Endpoint::Tcp(addresses) => connect_tcp(addresses, deadline, control)
+                .map(|(socket, address)| (Stream::Tcp(socket.into()), address.into())),
+            Endpoint::Unix(path) => {
+                connect_unix(path, deadline, control).map(|stream| (Stream::Unix(stream), endpoint.clone()))
             }
-            Endpoint::Unix(path) => connect_unix(path, timeout, control).map(Stream::Unix),
         };
-        match connected.and_then(|stream| Self::prepare(stream, endpoint.to_string())) {
+        match connected.and_then(|(stream, peer)| Self::prepare(stream, peer)) {
             Ok(connection) => Ok(connection),
             Err(_) if control.is_cancelled() => Err(TransportError::Cancelled),
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
@@ -73,8 +70,8 @@ impl Connection {
         }
     }
 
-    /// Whom it leads to, for messages.
-    pub(crate) fn peer(&self) -> &str {
+    /// Whom it leads to: of several addresses the one that answered.
+    pub(crate) fn peer(&self) -> &Endpoint {
         &self.peer
     }
 
@@ -100,14 +97,14 @@ impl Connection {
     }
 
     pub(super) fn from_tcp(stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
-        Self::prepare(Stream::Tcp(stream), format!("tcp:{peer}"))
+        Self::prepare(Stream::Tcp(stream), peer.into())
     }
 
-    pub(super) fn from_unix(stream: UnixStream, peer: String) -> io::Result<Self> {
+    pub(super) fn from_unix(stream: UnixStream, peer: Endpoint) -> io::Result<Self> {
         Self::prepare(Stream::Unix(stream), peer)
     }
 
-    fn prepare(stream: Stream, peer: String) -> io::Result<Self> {
+    fn prepare(stream: Stream, peer: Endpoint) -> io::Result<Self> {
         if let Stream::Tcp(stream) = &stream {
             stream.set_nodelay(true)?;
         }
@@ -136,72 +133,210 @@ impl AsFd for Connection {
     }
 }
 
-/// Tries one address after the other, all within the time.
-fn connect_tcp(
-    addresses: impl Iterator<Item = SocketAddr>,
-    timeout: Duration,
-    control: &Control,
-) -> io::Result<Stream> {
-    let deadline = Instant::now() + timeout;
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in addresses {
-        let family = match address {
-            SocketAddr::V4(_) => AddressFamily::INET,
-            SocketAddr::V6(_) => AddressFamily::INET6,
-        };
-        match connect_until(family, &address, deadline, control) {
-            Ok(socket) => return Ok(Stream::Tcp(socket.into())),
-            Err(error) => last = error,
+fn connect_unix(path: &Path, deadline: Instant, control: &Control) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = new_socket(AddressFamily::UNIX)?;
+    loop {
+        check(deadline, control)?;
+        match connect(&socket, &address) {
+            Ok(()) | Err(Errno::ISCONN) => break,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                wait(&[], deadline.min(Instant::now() + FULL_QUEUE), control)?;
+            }
+            Err(error) => return Err(error.into()),
         }
     }
-    Err(last)
-}
-
-fn connect_unix(path: &Path, timeout: Duration, control: &Control) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(path)?;
-    let deadline = Instant::now() + timeout;
-    Ok(connect_until(AddressFamily::UNIX, &address, deadline, control)?.into())
+    ioctl_fionbio(&socket, false)?;
+    Ok(socket.into())
 }
 
 /// A listener's queue on a Unix socket is full, and nothing tells when it is not: looked at so often.
 const FULL_QUEUE: Duration = Duration::from_millis(10);
 
-/// Connects without blocking in the call, so that a cancel is heard. The socket that is returned blocks, as
-/// others do: whoever does not want to wait says so in each call.
-fn connect_until(
-    family: AddressFamily,
-    address: &impl SocketAddrArg,
+/// An address that does not answer gets so much of a start before the next one is tried as well (RFC 8305).
+const HEAD_START: Duration = Duration::from_millis(250);
+
+/// Tries addresses of one host until one answers: the next one when the one before has failed, or is still silent
+/// after a moment; none that was begun with is given up before the end.
+fn connect_tcp(
+    addresses: &[SocketAddr],
     deadline: Instant,
     control: &Control,
-) -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+) -> io::Result<(OwnedFd, SocketAddr)> {
+    let mut rest = alternate(addresses).into_iter();
+    let mut tried: Vec<(OwnedFd, SocketAddr)> = Vec::new();
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "there is no address");
+    let mut next_at = Instant::now();
     loop {
-        if control.is_cancelled() {
-            return Err(io::ErrorKind::Interrupted.into());
+        check(deadline, control)?;
+        if (tried.is_empty() || next_at <= Instant::now())
+            && let Some(address) = rest.next()
+        {
+            match begin(address) {
+                Ok(socket) => tried.push((socket, address)),
+                Err(error) => failure = error,
+            }
+            next_at = Instant::now() + HEAD_START;
+            continue;
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
+        if tried.is_empty() {
+            return Err(failure);
         }
-        let pending = match connect(&socket, address) {
-            Ok(()) | Err(Errno::ISCONN) => break,
-            Err(Errno::INPROGRESS | Errno::ALREADY | Errno::INTR) => true,
-            Err(Errno::AGAIN) => false,
-            Err(error) => return Err(error.into()),
+        let until = if rest.len() == 0 {
+            deadline
+        } else {
+            deadline.min(next_at)
         };
-        let wait = if pending { left } else { left.min(FULL_QUEUE) };
-        let wait = Timespec::try_from(wait).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let mut events = vec![PollFd::from_borrowed_fd(control.wake(), PollFlags::IN)];
-        if pending {
-            events.push(PollFd::new(&socket, PollFlags::OUT));
+        let sockets: Vec<BorrowedFd<'_>> = tried.iter().map(|(socket, _)| socket.as_fd()).collect();
+        let Some(at) = wait(&sockets, until, control)? else {
+            continue;
+        };
+        let (socket, address) = tried.swap_remove(at);
+        match sockopt::socket_error(&socket)? {
+            Ok(()) => {
+                ioctl_fionbio(&socket, false)?;
+                return Ok((socket, address));
+            }
+            Err(error) => {
+                failure = error.into();
+                next_at = Instant::now();
+            }
         }
-        match poll(&mut events, Some(&wait)) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        sockopt::socket_error(&socket)??;
     }
-    ioctl_fionbio(&socket, false)?;
-    Ok(socket)
+}
+
+/// Addresses in their order, but one of each family in turn: where one family does not work, the second attempt is
+/// with the other.
+fn alternate(addresses: &[SocketAddr]) -> Vec<SocketAddr> {
+    let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let of = |v6: bool| {
+        addresses
+            .iter()
+            .copied()
+            .filter(move |address| address.is_ipv6() == v6)
+    };
+    let (mut ones, mut others) = (of(first_is_v6), of(!first_is_v6));
+    let mut order = Vec::with_capacity(addresses.len());
+    while order.len() < addresses.len() {
+        order.extend(ones.next());
+        order.extend(others.next());
+    }
+    order
+}
+
+/// Begins to connect. The socket becomes writable when that has ended, one way or the other.
+fn begin(address: SocketAddr) -> io::Result<OwnedFd> {
+    let socket = new_socket(match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    })?;
+    match connect(&socket, &address) {
+        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(socket),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A socket that does not block while it connects, so that a cancel is heard.
+fn new_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(family, SocketType::STREAM, flags, None)?)
+}
+
+fn check(deadline: Instant, control: &Control) -> io::Result<()> {
+    if control.is_cancelled() {
+        Err(io::ErrorKind::Interrupted.into())
+    } else if Instant::now() >= deadline {
+        Err(io::ErrorKind::TimedOut.into())
+    } else {
+        Ok(())
+    }
+}
+
+/// Waits until one of the sockets is writable, until a moment, or for a cancel; may come back early. Answers which.
+fn wait(sockets: &[BorrowedFd<'_>], until: Instant, control: &Control) -> io::Result<Option<usize>> {
+    let left = until.saturating_duration_since(Instant::now());
+    let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut events: Vec<PollFd<'_>> = sockets.iter().map(|fd| PollFd::new(fd, PollFlags::OUT)).collect();
+    events.push(PollFd::from_borrowed_fd(control.wake(), PollFlags::IN));
+    match poll(&mut events, Some(&left)) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let ready = events.iter().position(|event| !event.revents().is_empty());
+    Ok(ready.filter(|at| *at < sockets.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn control() -> Control {
+        Control::new().unwrap()
+    }
+
+    /// An address that drops whoever knocks: its queue is full, and stays so while what is returned lives.
+    fn black_hole() -> (SocketAddr, (TcpListener, Vec<OwnedFd>)) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        loop {
+            let socket = begin(address).unwrap();
+            let until = Instant::now() + Duration::from_millis(200);
+            let answered = wait(&[socket.as_fd()], until, &control()).unwrap();
+            waiting.push(socket);
+            if answered.is_none() {
+                return (address, (listener, waiting));
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_that_swallows_everything_costs_a_moment() {
+        let (dead, _full) = black_hole();
+        let alive = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = alive.local_addr().unwrap();
+        let endpoint = Endpoint::Tcp(vec![dead, there]);
+        let began = Instant::now();
+        let connection = Connection::connect(&endpoint, Duration::from_secs(5), &control()).unwrap();
+        assert_eq!(*connection.peer(), there.into(), "who answered is remembered");
+        let took = began.elapsed();
+        assert!(took >= HEAD_START && took < Duration::from_secs(3), "{took:?}");
+    }
+
+    #[test]
+    fn an_address_that_refuses_costs_nothing() {
+        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let alive = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = alive.local_addr().unwrap();
+        let (dead, _full) = black_hole();
+        // The last one is not waited for.
+        let endpoint = Endpoint::Tcp(vec![gone, there, dead]);
+        let connection = Connection::connect(&endpoint, Duration::from_secs(5), &control()).unwrap();
+        assert_eq!(*connection.peer(), there.into());
+        let error = Connection::connect(&gone.into(), Duration::from_secs(5), &control()).unwrap_err();
+        assert!(matches!(error, TransportError::Connect { .. }), "{error}");
+        let endpoint = Endpoint::Tcp(vec![dead, gone]);
+        let error = Connection::connect(&endpoint, Duration::from_millis(600), &control()).unwrap_err();
+        assert!(matches!(error, TransportError::ConnectTimedOut { .. }), "{error}");
+    }
+
+    #[test]
+    fn families_take_turns() {
+        let of = |text: &str| match text.parse().unwrap() {
+            Endpoint::Tcp(addresses) => addresses,
+            Endpoint::Unix(_) => panic!("TCP only"),
+        };
+        assert_eq!(
+            alternate(&of("tcp:[::1]:1,[::1]:2,[::1]:3,1.1.1.1:4,1.1.1.1:5")),
+            of("tcp:[::1]:1,1.1.1.1:4,[::1]:2,1.1.1.1:5,[::1]:3")
+        );
+        assert_eq!(
+            alternate(&of("tcp:1.1.1.1:1,[::1]:2")),
+            of("tcp:1.1.1.1:1,[::1]:2")
+        );
+    }
 }

@@ -1,20 +1,21 @@
+//! Where a destination is: addresses, never names.
+
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Where a destination listens: `tcp:HOST:PORT` (an IPv6 address in brackets) or `unix:PATH`.
+/// Where a destination listens: `tcp:ADDRESS:PORT[,ADDRESS:PORT]...` (an IPv6 address in brackets) or `unix:PATH`.
+///
+/// There are no names in it: what looks them up may hang, or take its process along, and so is no business of a
+/// process that has a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Endpoint {
-    /// A TCP port.
-    Tcp {
-        /// Name or address, without brackets.
-        host: String,
-        /// Port; 0 lets a listener choose.
-        port: u16,
-    },
+    /// TCP addresses of one host, at least one, in the order in which they are tried. Port 0 lets a listener choose.
+    Tcp(Vec<SocketAddr>),
     /// A Unix socket.
     Unix(PathBuf),
 }
@@ -50,6 +51,18 @@ pub enum EndpointError {
         /// The whole text.
         text: String,
     },
+    /// A name in the place of an address.
+    #[error(
+        "{text:?} names a host: expected an IP address, as `godwit migrate` sends after it has looked the name up"
+    )]
+    Name {
+        /// The whole text.
+        text: String,
+        /// The name.
+        host: String,
+        /// The port.
+        port: u16,
+    },
     /// A socket's path is empty or longer than the system takes.
     #[error("{text:?} is not an endpoint: expected unix:PATH with a path of 1 to 107 bytes, got {len}")]
     Path {
@@ -68,7 +81,11 @@ impl FromStr for Endpoint {
 
     fn from_str(text: &str) -> Result<Self, EndpointError> {
         match text.split_once(':') {
-            Some(("tcp", address)) => tcp(text, address),
+            Some(("tcp", addresses)) => addresses
+                .split(',')
+                .map(|address| tcp(text, address))
+                .collect::<Result<_, _>>()
+                .map(Endpoint::Tcp),
             Some(("unix", path)) => match path.len() {
                 1..=MAX_PATH_LEN => Ok(Endpoint::Unix(PathBuf::from(path))),
                 len => Err(EndpointError::Path {
@@ -84,8 +101,12 @@ impl FromStr for Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Endpoint::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Endpoint::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Endpoint::Tcp(addresses) => {
+                for (index, address) in addresses.iter().enumerate() {
+                    write!(f, "{}{address}", if index == 0 { "tcp:" } else { "," })?;
+                }
+                Ok(())
+            }
             Endpoint::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
@@ -105,7 +126,13 @@ impl From<Endpoint> for String {
     }
 }
 
-fn tcp(text: &str, address: &str) -> Result<Endpoint, EndpointError> {
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        Endpoint::Tcp(vec![address])
+    }
+}
+
+fn tcp(text: &str, address: &str) -> Result<SocketAddr, EndpointError> {
     let missing = |missing| EndpointError::Missing {
         text: text.into(),
         missing,
@@ -131,16 +158,20 @@ fn tcp(text: &str, address: &str) -> Result<Endpoint, EndpointError> {
         return Err(missing("the port"));
     }
     let digits = port.bytes().all(|byte| byte.is_ascii_digit());
-    match port.parse() {
-        Ok(port) if digits => Ok(Endpoint::Tcp {
-            host: host.into(),
-            port,
-        }),
-        _ => Err(EndpointError::Port {
+    let number = port.parse().ok().filter(|_| digits);
+    let number = number.ok_or_else(|| EndpointError::Port {
+        text: text.into(),
+        port: port.into(),
+    })?;
+    // The second way also takes the scope of an IPv6 address.
+    let parsed = host.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, number));
+    parsed
+        .or_else(|_| address.parse())
+        .map_err(|_| EndpointError::Name {
             text: text.into(),
-            port: port.into(),
-        }),
-    }
+            host: host.into(),
+            port: number,
+        })
 }
 
 #[cfg(test)]
@@ -152,19 +183,40 @@ mod tests {
         for text in [
             "tcp:10.0.0.1:9000",
             "tcp:[::1]:9000",
-            "tcp:host-b:0",
+            "tcp:[fe80::1%2]:9000",
+            "tcp:[2001:db8::1]:7000,10.0.0.1:7000",
             "unix:/run/a:b",
             "unix:x",
         ] {
             assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), text);
         }
         assert_eq!(
-            "tcp:[::1]:9000".parse(),
-            Ok(Endpoint::Tcp {
-                host: "::1".into(),
-                port: 9000
-            })
+            "tcp:[::1]:9000,1.2.3.4:0".parse(),
+            Ok(Endpoint::Tcp(vec![
+                (std::net::Ipv6Addr::LOCALHOST, 9000).into(),
+                ([1, 2, 3, 4], 0).into()
+            ]))
         );
+    }
+
+    #[test]
+    fn a_name_is_no_address() {
+        for (text, host) in [
+            ("tcp:host-b:7000", "host-b"),
+            ("tcp:10.0.0.1:7000,host-b:7000", "host-b"),
+            ("tcp:10.0.0:7000", "10.0.0"),
+            ("tcp:[fe80::1%eth0]:7000", "fe80::1%eth0"),
+        ] {
+            let error = text.parse::<Endpoint>().unwrap_err();
+            assert!(error.to_string().contains("expected an IP address"), "{error}");
+            let EndpointError::Name {
+                host: found, port, ..
+            } = error
+            else {
+                panic!("{error:?}")
+            };
+            assert_eq!((&found[..], port), (host, 7000));
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
+//! Where sources connect: every address of a TCP endpoint, or a Unix socket.
+
 use std::fs::{self, Metadata};
 use std::io;
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,6 +11,7 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
 
 use super::{Connection, Endpoint, TransportError};
 use crate::control::Control;
@@ -22,7 +25,7 @@ pub(crate) struct Listener {
 
 #[derive(Debug)]
 enum Socket {
-    Tcp(TcpListener),
+    Tcp(Vec<TcpListener>),
     Unix {
         listener: UnixListener,
         _file: SocketFile,
@@ -45,25 +48,11 @@ impl Listener {
             source,
         };
         let (socket, endpoint) = match endpoint {
-            Endpoint::Tcp { host, port } => {
-                let resolve = |source| TransportError::Resolve {
-                    endpoint: endpoint.clone(),
-                    source,
-                };
-                let addresses: Vec<_> = (host.as_str(), *port)
-                    .to_socket_addrs()
-                    .map_err(resolve)?
-                    .collect();
-                let listener = TcpListener::bind(&addresses[..]).map_err(failed)?;
-                listener.set_nonblocking(true).map_err(failed)?;
-                let port = listener.local_addr().map_err(failed)?.port();
-                (
-                    Socket::Tcp(listener),
-                    Endpoint::Tcp {
-                        host: host.clone(),
-                        port,
-                    },
-                )
+            Endpoint::Tcp(addresses) => {
+                let listeners = bind_all(addresses).map_err(failed)?;
+                let bound = listeners.iter().map(TcpListener::local_addr);
+                let bound = bound.collect::<io::Result<_>>().map_err(failed)?;
+                (Socket::Tcp(listeners), Endpoint::Tcp(bound))
             }
             Endpoint::Unix(path) => {
                 clear_stale(path, endpoint)?;
@@ -109,8 +98,11 @@ impl Listener {
                         return Ok(None);
                     }
                     let left = left.and_then(|left| Timespec::try_from(left).ok());
-                    let (socket, wake) = (self.as_fd(), control.wake());
-                    let mut events = [socket, wake].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+                    let mut events: Vec<PollFd<'_>> = self
+                        .sockets()
+                        .chain([control.wake()])
+                        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+                        .collect();
                     match poll(&mut events, left.as_ref()) {
                         Ok(_) | Err(Errno::INTR) => {}
                         Err(error) => return Err(failed(error.into())),
@@ -126,25 +118,92 @@ impl Listener {
 
     fn try_accept(&self) -> io::Result<Connection> {
         match &self.socket {
-            Socket::Tcp(listener) => {
-                let (stream, peer) = listener.accept()?;
-                Connection::from_tcp(stream, peer)
+            Socket::Tcp(listeners) => {
+                let mut nobody = io::ErrorKind::WouldBlock.into();
+                for listener in listeners {
+                    match listener.accept() {
+                        Ok((stream, peer)) => return Connection::from_tcp(stream, peer),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        Err(error) => nobody = error,
+                    }
+                }
+                Err(nobody)
             }
             Socket::Unix { listener, .. } => {
                 let (stream, _) = listener.accept()?;
-                Connection::from_unix(stream, self.endpoint.to_string())
+                Connection::from_unix(stream, self.endpoint.clone())
             }
+        }
+    }
+
+    fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let (tcp, unix) = match &self.socket {
+            Socket::Tcp(listeners) => (&listeners[..], None),
+            Socket::Unix { listener, .. } => (&[][..], Some(listener.as_fd())),
+        };
+        tcp.iter().map(AsFd::as_fd).chain(unix)
+    }
+}
+
+/// How often a port that the system has chosen for the first address may be taken at another one.
+const PORTS_TRIED: u32 = 16;
+
+/// Listens on every address that this host has, on one port where the system is to choose it.
+fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
+    let chosen = addresses.len() > 1 && addresses.iter().all(|address| address.port() == 0);
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match bind_each(addresses, chosen) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && chosen && tries < PORTS_TRIED => {}
+            bound => return bound,
         }
     }
 }
 
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.socket {
-            Socket::Tcp(listener) => listener.as_fd(),
-            Socket::Unix { listener, .. } => listener.as_fd(),
+fn bind_each(addresses: &[SocketAddr], one_port: bool) -> io::Result<Vec<TcpListener>> {
+    let mut listeners: Vec<TcpListener> = Vec::new();
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "there is no address");
+    for address in addresses {
+        let mut address = *address;
+        if let (true, Some(first)) = (one_port, listeners.first()) {
+            address.set_port(first.local_addr()?.port());
+        }
+        match bind_tcp(address, addresses.len() > 1) {
+            Ok(listener) => listeners.push(listener),
+            // A name has addresses of other hosts' interfaces, or of a family that is switched off here.
+            Err(error @ (Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT)) => {
+                tracing::info!(%address, %error, "not listening on an address");
+                failure = error.into();
+            }
+            Err(error) => return Err(error.into()),
         }
     }
+    if listeners.is_empty() {
+        Err(failure)
+    } else {
+        Ok(listeners)
+    }
+}
+
+/// Connections that wait to be accepted.
+const QUEUE: i32 = 128;
+
+fn bind_tcp(address: SocketAddr, among_others: bool) -> Result<TcpListener, Errno> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if among_others && address.is_ipv6() {
+        // Else the IPv6 wildcard would take the place of the IPv4 one.
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    bind(&socket, &address)?;
+    listen(&socket, QUEUE)?;
+    Ok(socket.into())
 }
 
 impl SocketFile {
@@ -233,6 +292,40 @@ mod tests {
     }
 
     #[test]
+    fn every_address_is_listened_on() {
+        // All of 127/8 is this host's; the last one is nobody's (RFC 5737).
+        let all: Endpoint = "tcp:127.0.0.1:0,127.0.0.2:0,192.0.2.1:0".parse().unwrap();
+        let listener = Listener::bind(&all).unwrap();
+        let Endpoint::Tcp(bound) = listener.endpoint().clone() else {
+            panic!("TCP only")
+        };
+        assert_eq!(bound.len(), 2, "{bound:?}");
+        assert_eq!(bound[0].port(), bound[1].port());
+        let control = Control::new().unwrap();
+        for address in bound.iter().rev() {
+            let connection = Connection::connect(&(*address).into(), PATIENT, &control).unwrap();
+            assert!(
+                listener
+                    .accept(&control, Some(Instant::now() + PATIENT))
+                    .unwrap()
+                    .is_some()
+            );
+            drop(connection);
+        }
+        let elsewhere = Listener::bind(&"tcp:192.0.2.1:0".parse().unwrap());
+        assert!(
+            matches!(elsewhere, Err(TransportError::Listen { .. })),
+            "{elsewhere:?}"
+        );
+        // One that is taken is no reason to be content with the others.
+        let taken = Endpoint::Tcp(vec![([127, 0, 0, 3], 0).into(), bound[0]]);
+        let both = Listener::bind(&taken);
+        assert!(matches!(both, Err(TransportError::Listen { .. })), "{both:?}");
+    }
+
+    const PATIENT: Duration = Duration::from_secs(10);
+
+    #[test]
     fn a_listener_that_waits_is_woken_by_cancel() {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let control = Control::new().unwrap();
@@ -276,7 +369,7 @@ mod tests {
         let path = dir.path().join("full");
         let listener = UnixListener::bind(&path).unwrap();
         // Linux takes a second listen as a change of the queue's length.
-        rustix::net::listen(&listener, 1).unwrap();
+        listen(&listener, 1).unwrap();
         let (patience, control) = (Duration::from_millis(20), Control::new().unwrap());
         let mut waiting = Vec::new();
         let error = loop {

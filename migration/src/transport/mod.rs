@@ -14,15 +14,6 @@ use std::time::Duration;
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// The host's name means nothing here.
-    #[error("cannot find the host of {endpoint}")]
-    Resolve {
-        /// Where to.
-        endpoint: Endpoint,
-        /// What the resolver says.
-        #[source]
-        source: io::Error,
-    },
     /// Nobody answers there.
     #[error("cannot connect to {endpoint}")]
     Connect {

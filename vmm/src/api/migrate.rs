@@ -14,7 +14,7 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationRequest {
-    /// `tcp:HOST:PORT` or `unix:PATH`.
+    /// `tcp:ADDRESS:PORT[,ADDRESS:PORT]...` or `unix:PATH`. Names are for the client to look up.
     pub destination: String,
     /// Budget of the downtime in milliseconds.
     #[serde(default = "default_max_downtime_ms")]
@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     fn request(more: &str) -> Result<(Endpoint, MigrateOptions), String> {
-        let text = format!(r#"{{"destination":"tcp:host:7000"{more}}}"#);
+        let text = format!(r#"{{"destination":"tcp:10.0.0.1:7000"{more}}}"#);
         let request: MigrationRequest = serde_json::from_str(&text).map_err(|error| error.to_string())?;
         request.check().map_err(|error| error.to_string())
     }
@@ -190,12 +190,33 @@ mod tests {
     #[test]
     fn what_is_left_out_has_the_engines_default() {
         let (destination, options) = request("").unwrap();
-        assert_eq!(destination.to_string(), "tcp:host:7000");
+        assert_eq!(destination.to_string(), "tcp:10.0.0.1:7000");
         assert_eq!(options, MigrateOptions::default());
         assert_eq!(
             MigrationRequest::to(&destination).check().unwrap().1,
             MigrateOptions::default()
         );
+    }
+
+    #[test]
+    fn names_are_left_to_the_client() {
+        let request = MigrationRequest {
+            destination: "tcp:host-b:7000".into(),
+            ..MigrationRequest::to(&"unix:x".parse().unwrap())
+        };
+        let error = request.check().unwrap_err().to_string();
+        assert!(
+            error.contains("names a host") && error.contains("godwit migrate"),
+            "{error}"
+        );
+        let several = MigrationRequest {
+            destination: "tcp:[2001:db8::1]:7000,10.0.0.1:7000".into(),
+            ..request
+        };
+        let (Endpoint::Tcp(addresses), _) = several.check().unwrap() else {
+            panic!("TCP only")
+        };
+        assert_eq!(addresses.len(), 2);
     }
 
     #[test]

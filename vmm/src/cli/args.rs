@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use devices::Limits;
-use migration::{Endpoint, MAX_STREAMS, MigrateOptions};
+use migration::{MAX_STREAMS, MigrateOptions};
 
 use super::devices::{BackendArgs, DeviceArgs, backend};
 use super::help::{
     BALLOON_EXAMPLES, DISK_EXAMPLES, MIGRATE_EXAMPLES, RECEIVE_EXAMPLES, REPORT_EXAMPLES, RESOLVE_HELP,
     RESTORE_EXAMPLES, RUN_EXAMPLES, SNAPSHOT_EXAMPLES,
 };
+use super::place::Place;
 use super::{limits, units, vsock};
 use crate::config::VsockConfig;
 
@@ -161,9 +162,9 @@ pub(super) struct CommonArgs {
 pub(super) struct ReceiveArgs {
     #[command(flatten)]
     pub(super) common: CommonArgs,
-    /// Where to listen: tcp:HOST:PORT or unix:PATH
+    /// Where to listen: tcp:HOST:PORT (every address of a name) or unix:PATH
     #[arg(long, value_name = "ENDPOINT")]
-    pub(super) listen: Endpoint,
+    pub(super) listen: Place,
     #[command(flatten)]
     pub(super) backends: BackendArgs,
     /// Refuse machines with more memory than this [default: what the host has]
@@ -278,9 +279,9 @@ pub(super) struct MigrateArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
-    /// Where `godwit receive` listens: tcp:HOST:PORT or unix:PATH
+    /// Where `godwit receive` listens: tcp:HOST:PORT, tcp:ADDRESS:PORT,ADDRESS:PORT... or unix:PATH
     #[arg(value_name = "DEST")]
-    pub(super) destination: Endpoint,
+    pub(super) destination: Place,
     /// How long the guest may stand still
     #[arg(long, value_name = "DURATION", value_parser = units::some_duration, default_value = "300ms")]
     pub(super) max_downtime: Duration,

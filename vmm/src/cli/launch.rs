@@ -51,6 +51,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     start_log(args.common.log.as_deref())?;
     keep_memory_private()?;
+    let listen = args.listen.resolve()?;
     let arrival = args.backends.arrival(args.max_memory, args.reserve)?;
     if let Some(reserve) = args.reserve {
         memory::check_size(reserve).map_err(ConfigError::from)?;
@@ -61,7 +62,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let console = Console::to_stdout().context("console")?;
     let mut supervisor = Supervisor::new(&name, console.clone());
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
-    let receiver = Receiver::listen(&args.listen, ReceiveOptions::default())?;
+    let receiver = Receiver::listen(&listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.

@@ -16,7 +16,7 @@ use crate::report::TraceWriter;
 
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?;
-    let request = request(&args);
+    let request = request(&args)?;
     // Before anything happens: whoever asked for a trace shall not find out afterwards that there is none.
     let trace = args
         .trace
@@ -51,9 +51,9 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     })
 }
 
-fn request(args: &MigrateArgs) -> MigrationRequest {
+fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
     let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
-    MigrationRequest {
+    Ok(MigrationRequest {
         max_downtime_ms: ms(args.max_downtime),
         deadline_ms: args.deadline.map(ms),
         on_miss: match args.on_miss {
@@ -70,8 +70,8 @@ fn request(args: &MigrateArgs) -> MigrationRequest {
         }),
         verify: args.verify,
         with_disks: args.with_disks,
-        ..MigrationRequest::to(&args.destination)
-    }
+        ..MigrationRequest::to(&args.destination.resolve()?)
+    })
 }
 
 /// Until the report comes. Ctrl-C cancels the migration and goes on waiting for its report.

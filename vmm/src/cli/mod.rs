@@ -9,6 +9,7 @@ mod launch;
 mod limits;
 mod metrics;
 mod migrate;
+mod place;
 mod progress;
 mod report;
 mod signals;
