@@ -56,6 +56,8 @@ struct Room {
     joined: Vec<bool>,
     /// Those that the job has not taken yet.
     streams: Vec<(u32, Arc<Connection>)>,
+    /// Threads of streams that were left alone.
+    abandoned: usize,
     closed: bool,
 }
 
@@ -217,6 +219,16 @@ impl Desk {
     /// The streams that have joined since the last call.
     pub(super) fn take_streams(&self) -> Vec<(u32, Arc<Connection>)> {
         std::mem::take(&mut self.lock().streams)
+    }
+
+    /// So many threads of streams are left alone.
+    pub(super) fn abandon(&self, streams: usize) {
+        self.lock().abandoned += streams;
+    }
+
+    /// How many threads were left alone so far.
+    pub(super) fn abandoned(&self) -> usize {
+        self.lock().abandoned
     }
 
     /// Looks into the ledger, or writes in it.

@@ -95,6 +95,13 @@ pub enum ReceiveError {
     /// Nobody could be waited for, or somebody asked not to.
     #[error(transparent)]
     Transport(#[from] crate::transport::TransportError),
+    /// Threads of a failed attempt hang in writes, and were left alone with the memory and the disks of the machine
+    /// that they were to fill: another attempt might add to them.
+    #[error("{streams} data streams hang in a write to a disk or to memory; nothing more is received here")]
+    Hang {
+        /// How many.
+        streams: usize,
+    },
     /// The system gave no thread.
     #[error("no thread")]
     Thread(#[source] std::io::Error),
@@ -104,6 +111,11 @@ pub enum ReceiveError {
 }
 
 impl ReceiveError {
+    /// Whether no other attempt can be made.
+    pub fn is_final(&self) -> bool {
+        matches!(self, ReceiveError::Transport(_) | ReceiveError::Hang { .. })
+    }
+
     /// Whether "go" had come: the machine is kept here, paused, and the source will not run it.
     pub fn is_committed(&self) -> bool {
         matches!(self, ReceiveError::NotResumed(_))

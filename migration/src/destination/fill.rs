@@ -1,5 +1,6 @@
 //! What the control connection says while memory comes.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ReceiveError;
@@ -16,6 +17,9 @@ const MAX_REHEARSALS: u32 = 4096;
 /// A digest reads all memory; one verifies a move, and a few more attempts at the switch.
 const MAX_DIGESTS: u32 = 16;
 
+/// How often to look at what has come on the streams, which rings no bell.
+const LOOK: Duration = Duration::from_millis(250);
+
 const WHAT: &str = "populated, round end, a rehearsal or the state";
 
 /// Everything between "accept" and the state.
@@ -23,8 +27,8 @@ pub(super) struct Filling<'a, 'b, 'l> {
     job: &'a mut Job<'b>,
     link: &'a mut Link<'l>,
     incoming: &'a Incoming,
-    streams: &'a Streams<'a>,
-    populate: &'a Populate<'a>,
+    streams: &'a Arc<Streams>,
+    populate: &'a Populate,
     clock: Clock,
     /// The round that has ended on the control connection, and when.
     round: (u32, Instant),
@@ -52,8 +56,8 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         job: &'a mut Job<'b>,
         link: &'a mut Link<'l>,
         incoming: &'a Incoming,
-        streams: &'a Streams<'a>,
-        populate: &'a Populate<'a>,
+        streams: &'a Arc<Streams>,
+        populate: &'a Populate,
     ) -> Self {
         let now = Instant::now();
         let clock = Clock {
@@ -77,15 +81,12 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         }
     }
 
-    /// Takes in what comes until all memory and the state are there, and has streams that have joined seated.
-    /// Returns the state.
-    pub(super) fn run(
-        &mut self,
-        mut seat: impl FnMut() -> Result<(), ReceiveError>,
-    ) -> Result<Vec<u8>, ReceiveError> {
+    /// Takes in what comes until all memory and the state are there, on streams that join meanwhile. Returns the state.
+    pub(super) fn run(&mut self) -> Result<Vec<u8>, ReceiveError> {
         loop {
             self.job.desk.hush();
-            seat()?;
+            self.streams.seat()?;
+            self.show();
             let (failure, again) = self.streams.failure();
             if let Some(error) = failure {
                 return Err(error);
@@ -106,6 +107,14 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
                 self.take(frame)?;
             }
         }
+    }
+
+    /// Lets others see how far it is.
+    fn show(&self) {
+        let bytes = self.incoming.received();
+        self.job
+            .control
+            .update(|progress| progress.bytes_sent = progress.bytes_sent.max(bytes));
     }
 
     /// Whether the source has not asked for its machine meanwhile.
@@ -158,8 +167,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         if now >= stuck_by {
             return timed_out("anything but signs of life", options.step_timeout);
         }
-        // Bytes on the streams ring no bell.
-        let mut next = silent_by.min(stuck_by).min(now + options.io_timeout / 4);
+        let mut next = silent_by.min(stuck_by).min(now + LOOK);
         if self.streams.missing() > 0 {
             if now >= self.clock.joined_by {
                 return timed_out("all streams to join", options.io_timeout);

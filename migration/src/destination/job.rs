@@ -1,5 +1,6 @@
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,7 +27,7 @@ use crate::text::panic_message;
 /// One migration under way.
 pub(super) struct Job<'a> {
     pub(super) destination: &'a mut dyn Destination,
-    pub(super) desk: &'a Desk,
+    pub(super) desk: &'a Arc<Desk>,
     pub(super) control: &'a Control,
     pub(super) options: &'a ReceiveOptions,
     built: bool,
@@ -42,13 +43,16 @@ struct Announced {
 /// More pings are no measurement.
 const MAX_PINGS: usize = 64;
 
+/// How long streams that have lost their connections may take to end, when nobody needs what they do.
+const LEAVING: Duration = Duration::from_secs(2);
+
 /// How long a source may take to say that it has heard "resumed": it has nothing else to do.
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl<'a> Job<'a> {
     pub(super) fn new(
         destination: &'a mut dyn Destination,
-        desk: &'a Desk,
+        desk: &'a Arc<Desk>,
         control: &'a Control,
         options: &'a ReceiveOptions,
     ) -> Self {
@@ -70,7 +74,7 @@ impl<'a> Job<'a> {
             features,
         })?;
         let announced = described(link)?;
-        let incoming = self.build(link, &announced, features)?;
+        let incoming = Arc::new(self.build(link, &announced, features)?);
         let accepted_at = Instant::now();
         let word = self.fill_and_wait(link, &incoming, announced.plan)?;
         // A machine that was described was not paused yet.
@@ -168,7 +172,7 @@ impl<'a> Job<'a> {
     fn fill_and_wait(
         &mut self,
         link: &mut Link<'_>,
-        incoming: &Incoming,
+        incoming: &Arc<Incoming>,
         plan: Plan,
     ) -> Result<Word, ReceiveError> {
         let count = match plan {
@@ -177,8 +181,9 @@ impl<'a> Job<'a> {
         };
         // Before anybody is told that they may come.
         self.desk.expect_streams(count);
-        let populate = Populate::new(incoming)?;
-        let streams = Streams::new(incoming, &populate, self.desk, self.control, self.options, count);
+        let populate = Arc::new(Populate::new(incoming.clone())?);
+        let (desk, options) = (self.desk.clone(), self.options.clone());
+        let streams = Streams::new(incoming.clone(), populate.clone(), desk, options, count)?;
         let ahead = count > 0 && !self.destination.is_resident();
         link.admit(Admitted::Machine);
         link.send(&Message::Accept {
@@ -198,11 +203,11 @@ impl<'a> Job<'a> {
                 populate.set_thread(thread.thread().clone());
             }
             let mut filling = Filling::new(self, link, incoming, &streams, &populate);
-            let state = filling.run(|| streams.seat(scope))?;
+            let state = filling.run()?;
             let arrived_at = Instant::now();
             // Nothing comes after the state: whatever did would be written into a machine that is complete.
             streams.end();
-            streams.join();
+            streams.join(self.options.step_timeout)?;
             self.restore(link, &state)?;
             drop(state);
             let word = self.await_word(link, arrived_at);
@@ -259,13 +264,17 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Sends the threads home when it goes.
-struct EndOf<'a, 'b>(&'a Streams<'b>, &'a Populate<'b>);
+/// Ends the threads when it goes.
+struct EndOf<'a>(&'a Streams, &'a Populate);
 
-impl Drop for EndOf<'_, '_> {
+impl Drop for EndOf<'_> {
     fn drop(&mut self) {
         self.0.end();
         self.1.stop();
+        // What they still write goes to memory and disks that are theirs as well, and that nobody uses any more.
+        if let Err(error) = self.0.join(LEAVING) {
+            tracing::error!(error = crate::text::chain(&error), "threads are left alone");
+        }
     }
 }
 

@@ -7,7 +7,6 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ReceiveError;
 use super::disks::Disks;
-use crate::control::Control;
 use crate::digest::digest;
 use crate::link::Link;
 use crate::options::Compression;
@@ -143,9 +142,8 @@ impl Incoming {
     }
 
     /// A stream has received so many bytes more.
-    pub(super) fn count(&self, bytes: u64, control: &Control) {
-        let all = self.received.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        control.update(|progress| progress.bytes_sent = progress.bytes_sent.max(all));
+    pub(super) fn count(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Whether a range lies within one region.

@@ -91,7 +91,16 @@ impl Receiver {
         control.begin();
         let result = self.take_in(destination, control, &arrival);
         control.end();
-        result
+        match (result, self.desk.abandoned()) {
+            (Err(error), streams @ 1..) if !error.is_committed() => {
+                tracing::error!(
+                    error = chain(&error),
+                    "an attempt failed, and left threads behind"
+                );
+                Err(ReceiveError::Hang { streams })
+            }
+            (result, _) => result,
+        }
     }
 
     fn take_in(

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 
 use migration_io::{MemoryRange, populate};
@@ -23,8 +23,8 @@ const PIECE: u64 = 2 << 20;
 const LEAD: u64 = 64 << 20;
 
 /// What may hold something, and the thread that prepares for it. Nothing depends on its work.
-pub(super) struct Populate<'a> {
-    incoming: &'a Incoming,
+pub(super) struct Populate {
+    incoming: Arc<Incoming>,
     work: Mutex<Work>,
     /// Bytes of guest memory that have arrived, zero pages included.
     arrived: AtomicU64,
@@ -40,8 +40,8 @@ struct Work {
     taken: u64,
 }
 
-impl<'a> Populate<'a> {
-    pub(super) fn new(incoming: &'a Incoming) -> Result<Self, ReceiveError> {
+impl Populate {
+    pub(super) fn new(incoming: Arc<Incoming>) -> Result<Self, ReceiveError> {
         let named = PageSet::of(incoming.memory()).map_err(ReceiveError::MemoryMap)?;
         Ok(Self {
             incoming,
@@ -194,7 +194,7 @@ mod tests {
     fn the_thread_keeps_a_lead_and_no_more() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), (LEAD + 4 * PIECE) as usize)]).unwrap();
         let incoming = Incoming::new(memory, Disks::new(Vec::new(), &[]).unwrap());
-        let populate = Populate::new(&incoming).unwrap();
+        let populate = Populate::new(Arc::new(incoming)).unwrap();
         populate.set_thread(thread::current());
         let span = |gpa, len| Span { gpa, len };
         let last = LEAD + 4 * PIECE - PAGE_SIZE;

@@ -20,13 +20,15 @@ use crate::transport::Connection;
 /// A source whose streams end before their time may be about to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// All data streams of one migration.
-pub(super) struct Streams<'a> {
-    incoming: &'a Incoming,
-    populate: &'a Populate<'a>,
-    desk: &'a Desk,
-    control: &'a Control,
-    options: &'a ReceiveOptions,
+/// All data streams of one migration. Its threads own what they use: one that hangs in a write to a disk that is gone
+/// can be left alone.
+pub(super) struct Streams {
+    incoming: Arc<Incoming>,
+    populate: Arc<Populate>,
+    desk: Arc<Desk>,
+    options: ReceiveOptions,
+    /// Nobody cancels it: whoever ends the migration hangs up.
+    control: Control,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -43,15 +45,14 @@ struct State {
     failure: Option<(Instant, ReceiveError)>,
 }
 
-impl<'a> Streams<'a> {
+impl Streams {
     pub(super) fn new(
-        incoming: &'a Incoming,
-        populate: &'a Populate<'a>,
-        desk: &'a Desk,
-        control: &'a Control,
-        options: &'a ReceiveOptions,
+        incoming: Arc<Incoming>,
+        populate: Arc<Populate>,
+        desk: Arc<Desk>,
+        options: ReceiveOptions,
         count: u32,
-    ) -> Self {
+    ) -> Result<Arc<Self>, ReceiveError> {
         let state = State {
             connections: Vec::new(),
             rounds: vec![0; count as usize],
@@ -60,30 +61,28 @@ impl<'a> Streams<'a> {
             ending: false,
             failure: None,
         };
-        Self {
+        Ok(Arc::new(Self {
             incoming,
             populate,
             desk,
-            control,
             options,
+            control: Control::new().map_err(ReceiveError::Thread)?,
             state: Mutex::new(state),
             changed: Condvar::new(),
-        }
+        }))
     }
 
     /// Starts the threads of streams that have joined.
-    pub(super) fn seat<'scope>(
-        &'scope self,
-        scope: &'scope thread::Scope<'scope, '_>,
-    ) -> Result<(), ReceiveError> {
+    pub(super) fn seat(self: &Arc<Self>) -> Result<(), ReceiveError> {
         for (index, connection) in self.desk.take_streams() {
             let mut state = self.lock();
             state.connections.push(connection.clone());
             state.running += 1;
             drop(state);
+            let all = self.clone();
             let spawned = thread::Builder::new()
                 .name(format!("stream {index}"))
-                .spawn_scoped(scope, move || self.run(index as usize, &connection));
+                .spawn(move || all.run(index as usize, &connection));
             if let Err(error) = spawned {
                 self.lock().running -= 1;
                 return Err(ReceiveError::Thread(error));
@@ -135,11 +134,18 @@ impl<'a> Streams<'a> {
         self.changed.notify_all();
     }
 
-    /// Waits until the last thread is out of guest memory; comes after [`Streams::end`].
-    pub(super) fn join(&self) {
-        let mut state = self.lock();
-        while state.running > 0 {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    /// Waits until the last thread is out of guest memory and of the disks; comes after [`Streams::end`]. An error if
+    /// one is not within `at_most`: it has no connection any more, so that it hangs in a write.
+    pub(super) fn join(&self, at_most: Duration) -> Result<(), ReceiveError> {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), at_most, |state| state.running > 0);
+        match waited.unwrap_or_else(PoisonError::into_inner).0.running {
+            0 => Ok(()),
+            streams => {
+                self.desk.abandon(streams);
+                Err(ReceiveError::Hang { streams })
+            }
         }
     }
 
@@ -162,10 +168,13 @@ impl<'a> Streams<'a> {
     }
 
     fn receive(&self, index: usize, connection: &Connection) -> Result<(), ReceiveError> {
-        let options = self.options;
-        let mut link = Link::new(connection, self.control, options.io_timeout, options.step_timeout);
-        // Whoever cancels ends the job, which hangs up.
-        link.ignore_cancel();
+        let options = &self.options;
+        let mut link = Link::new(
+            connection,
+            &self.control,
+            options.io_timeout,
+            options.step_timeout,
+        );
         link.admit(Admitted::Pages);
         link.count_arrivals(self.incoming.arrivals());
         link.send(&Message::Joined)?;
@@ -200,7 +209,7 @@ impl<'a> Streams<'a> {
                     .into());
                 }
             }
-            self.incoming.count(link.bytes_received() - counted, self.control);
+            self.incoming.count(link.bytes_received() - counted);
             counted = link.bytes_received();
         }
     }

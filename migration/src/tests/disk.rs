@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
 use crate::*;
 
@@ -21,6 +22,8 @@ pub(super) struct FakeDisk {
     marks: Mutex<Option<Vec<u64>>>,
     /// Makes the next read fail.
     pub(super) broken: AtomicBool,
+    /// What a write waits for, as on a server that is gone: until its other end is dropped.
+    pub(super) hang: Mutex<Option<mpsc::Receiver<()>>>,
 }
 
 impl FakeDisk {
@@ -107,6 +110,9 @@ impl BlankDisk for FakeDisk {
     fn write(&self, offset: u64, content: &[u8]) -> Result<(), MachineError> {
         if self.broken.load(Ordering::SeqCst) {
             return Err("injected into write".into());
+        }
+        if let Some(gone) = &*self.hang.lock().unwrap() {
+            let _ = gone.recv();
         }
         self.put(offset, content);
         Ok(())

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -326,6 +326,8 @@ pub(super) struct FakeDestination {
     pub(super) greedy: bool,
     /// Whether the disk that is made takes nothing.
     pub(super) disk_breaks: bool,
+    /// What writes to the disk that is made wait for.
+    pub(super) disk_hangs: Option<mpsc::Receiver<()>>,
     /// The disk that was made.
     pub(super) blank: Option<Arc<FakeDisk>>,
     pub(super) running: bool,
@@ -362,6 +364,7 @@ impl Destination for FakeDestination {
         if !description.devices.is_empty() && !self.has_disk && (disks.come || self.greedy) {
             let disk = FakeDisk::new();
             disk.broken.store(self.disk_breaks, Ordering::SeqCst);
+            *disk.hang.lock().unwrap() = self.disk_hangs.take();
             self.blank = Some(Arc::new(disk));
         }
         assert!(self.guest.is_none() && !self.running);

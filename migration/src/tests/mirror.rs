@@ -1,13 +1,13 @@
 //! Disks that come along.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use super::disk::{FakeDisk, SIZE};
 use super::fake::{FakeDestination, FakeSource, Fault};
 use super::guest::{Guest, Load};
-use super::rig::{assert_moved, assert_stayed, direct, options};
+use super::rig::{assert_moved, assert_stayed, direct, hasty, options};
 use crate::*;
 
 /// Makes something fail at either side.
@@ -147,5 +147,28 @@ fn a_deadline_counts_for_disks_too() {
         error.contains("disks cannot be copied before the deadline"),
         "{error}"
     );
+    assert_stayed(&mut source, &report, Outcome::Failed);
+}
+
+#[test]
+fn a_disk_that_hangs_holds_up_no_more_than_the_threads_that_write_to_it() {
+    let (mut source, mut destination) = (busy(), FakeDestination::default());
+    let (back, hangs) = mpsc::channel();
+    destination.disk_hangs = Some(hangs);
+    let options = MigrateOptions {
+        with_disks: true,
+        step_timeout: Duration::from_secs(2),
+        ..hasty()
+    };
+    let began = Instant::now();
+    let (report, received) = direct(&mut source, &mut destination, &options);
+    assert!(began.elapsed() < Duration::from_secs(30));
+    let error = received.unwrap_err();
+    assert!(
+        matches!(error, ReceiveError::Hang { streams: 1.. }) && error.is_final(),
+        "{error:?}"
+    );
+    assert_eq!(destination.discarded, 1);
+    drop(back);
     assert_stayed(&mut source, &report, Outcome::Failed);
 }

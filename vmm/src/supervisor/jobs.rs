@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, ReceiveError, Receiver};
+use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, Receiver};
 
 use super::request::{Arrived, Ended, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
@@ -70,7 +70,7 @@ fn wait_for_machine(
         let (reason, confirmed) = match receiver.receive(&mut destination, control) {
             Ok(received) => (None, received.confirmed),
             Err(error) if error.is_committed() => (Some(migration::chain(&error)), false),
-            Err(error @ ReceiveError::Transport(_)) => {
+            Err(error) if error.is_final() => {
                 return Event::ReceiveFailed(migration::chain(&error));
             }
             Err(error) => {

@@ -1,0 +1,220 @@
+//! What a connection brings: answers that are waited for, and what comes unasked.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use migration_io::Step;
+
+use super::reader::{Heard, read};
+use super::wait::{self, Patience, Wanted};
+use super::{FAREWELL, Link, LinkError};
+use crate::protocol::{Frame, Message};
+
+/// More of them at once are no signs of life.
+const MAX_KEEP_ALIVES: usize = 64;
+
+/// A stream may be idle for longer than any migration lasts.
+const IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
+
+impl Link<'_> {
+    /// An error if somebody asked for the end, or if the peer has given up or gone while it had nothing to
+    /// say. Does not wait.
+    pub(crate) fn check(&mut self, what: &'static str) -> Result<(), LinkError> {
+        self.check_cancel()?;
+        for _ in 0..MAX_KEEP_ALIVES {
+            match self.poll(what)? {
+                None => return Ok(()),
+                Some(Heard::Life) => {}
+                Some(Heard::Said(frame)) => {
+                    return Err(LinkError::Unexpected {
+                        expected: what,
+                        got: frame.name(),
+                    });
+                }
+            }
+        }
+        Err(LinkError::Unexpected {
+            expected: what,
+            got: "keep-alive after keep-alive",
+        })
+    }
+
+    /// The next frame that is no keep-alive. An abort is an error, as is silence.
+    pub(crate) fn receive(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        let deadline = Instant::now() + self.step_timeout;
+        if let Some(early) = self.early.take() {
+            return Ok(early);
+        }
+        loop {
+            self.check_cancel()?;
+            // A peer that only keeps itself alive has the time of one step, no more.
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(LinkError::TimedOut {
+                    what,
+                    after: self.step_timeout,
+                });
+            }
+            match self.next_frame(self.io_timeout.min(left), what)? {
+                Heard::Life => {}
+                Heard::Said(frame) => return Ok(frame),
+            }
+        }
+    }
+
+    /// Waits until the peer says something or hangs up, one of `others` is readable, or until a moment; may come
+    /// back early. Answers whether the peer has something to be received.
+    pub(crate) fn await_peer(
+        &self,
+        others: &[BorrowedFd<'_>],
+        until: Option<Instant>,
+    ) -> Result<bool, LinkError> {
+        self.check_cancel()?;
+        if self.early.is_some() {
+            return Ok(true);
+        }
+        let mut others = others.to_vec();
+        others.extend(self.heed_cancel.then(|| self.control.wake()));
+        let ready = wait::wait_with(self.connection, &others, until)?;
+        self.check_cancel()?;
+        Ok(ready)
+    }
+
+    /// What has come, if it is whole. Does not wait. An abort is an error, as is a frame that takes longer than a step.
+    pub(crate) fn poll(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+        match self.early.take() {
+            Some(early) => Ok(Some(Heard::Said(early))),
+            None => self.read_on(what),
+        }
+    }
+
+    /// Reads what there is, up to the end of a frame.
+    fn read_on(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+        let socket = self.connection.as_fd();
+        loop {
+            match self.reader.step(socket) {
+                Ok(Step::Moved(_)) => {}
+                Ok(Step::Done) => {
+                    if let Some(heard) = self.reader.turn(what)? {
+                        return Ok(Some(heard));
+                    }
+                }
+                Ok(Step::WouldBlock) if self.frame_due().is_some_and(|due| Instant::now() >= due) => {
+                    return Err(LinkError::TimedOut {
+                        what,
+                        after: self.step_timeout,
+                    });
+                }
+                Ok(Step::WouldBlock) => return Ok(None),
+                Err(error) => return Err(LinkError::moving(what, error)),
+            }
+        }
+    }
+
+    /// When the frame that has come in part must be whole, if there is one.
+    pub(crate) fn frame_due(&self) -> Option<Instant> {
+        self.reader.since().map(|since| since + self.step_timeout)
+    }
+
+    /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
+    /// whoever ends the migration shuts this connection down.
+    pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
+        match self.next_frame(IDLE, what)? {
+            Heard::Said(frame) => Ok(frame),
+            Heard::Life => Err(LinkError::Unexpected {
+                expected: what,
+                got: Message::KeepAlive.name(),
+            }),
+        }
+    }
+
+    /// The next message.
+    pub(crate) fn receive_message(&mut self, what: &'static str) -> Result<Message, LinkError> {
+        match self.receive(what)? {
+            Frame::Message(message) => Ok(message),
+            frame => Err(LinkError::Unexpected {
+                expected: what,
+                got: frame.name(),
+            }),
+        }
+    }
+
+    /// Why the peer gave up, if it says so within a moment: the data streams end first.
+    pub(crate) fn last_words(&mut self) -> Option<LinkError> {
+        let until = Instant::now() + FAREWELL;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            match self.next_frame(left, "why the peer gave up") {
+                Ok(_) => {}
+                Err(error) => return Some(error).filter(LinkError::is_abort),
+            }
+        }
+    }
+
+    /// Fills a buffer of our own with what follows a frame.
+    pub(super) fn fill(
+        &mut self,
+        buffer: &mut [u8],
+        patience: Patience,
+        what: &'static str,
+    ) -> Result<(), LinkError> {
+        let mut at = 0;
+        self.drive(Wanted::Data, patience, what, |socket| {
+            let step = read(socket, &mut buffer[at..])?;
+            if let Step::Moved(bytes) = step {
+                at += bytes;
+            }
+            Ok(step)
+        })?;
+        self.bytes_received += buffer.len() as u64;
+        Ok(())
+    }
+
+    /// The next frame of any kind. An abort is an error.
+    fn next_frame(&mut self, silence: Duration, what: &'static str) -> Result<Heard, LinkError> {
+        let mut patience = Patience::new(silence);
+        loop {
+            let mut reader = std::mem::take(&mut self.reader);
+            let read = self.drive(Wanted::Data, patience, what, |socket| reader.step(socket));
+            self.reader = reader;
+            read?;
+            if let Some(heard) = self.reader.turn(what)? {
+                return Ok(heard);
+            }
+            // The header is there. A peer that trickles does not get longer for a frame than for a step.
+            let by = self.frame_due().unwrap_or_else(Instant::now);
+            patience = Patience::new(self.io_timeout).by(by);
+        }
+    }
+
+    /// Hears a peer while something is being sent: it may be alive, say why it gives up, or answer what it was sent
+    /// before.
+    pub(super) fn listen(&mut self, what: &'static str) -> Result<(), LinkError> {
+        match self.read_on(what)? {
+            None | Some(Heard::Life) => Ok(()),
+            Some(Heard::Said(frame)) if self.early.is_none() => {
+                self.early = Some(frame);
+                Ok(())
+            }
+            Some(Heard::Said(frame)) => Err(LinkError::Unexpected {
+                expected: what,
+                got: frame.name(),
+            }),
+        }
+    }
+
+    /// Why the peer gave up, if it has said so already.
+    pub(super) fn said_why(&mut self, what: &'static str) -> Option<LinkError> {
+        for _ in 0..MAX_KEEP_ALIVES {
+            match self.poll(what) {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(error) => return Some(error).filter(LinkError::is_abort),
+            }
+        }
+        None
+    }
+}
