@@ -1,8 +1,16 @@
 //! Guests move between two processes of this machine.
 
+use std::ffi::OsString;
+use std::net::{Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::process::Command;
+
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
-use tests::{BareGuest, Host, Journey, count, memory};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
+use tests::{BareGuest, Host, Journey, PATIENCE, Process, count, memory};
 
 /// Moves a guest under load back and forth, digests and gaps checked each time, and says what it cost.
 fn back_and_forth(cpus: u32) -> Result<()> {
@@ -164,4 +172,76 @@ fn the_report_has_the_promised_fields() -> Result<()> {
     );
     journey.arrive(receiver)?;
     journey.end()
+}
+
+/// A `godwit` command that sees these lines as /etc/hosts, and nobody else does.
+fn with_hosts(host: &Host, lines: &str, arguments: &[&str]) -> Result<Command> {
+    let hosts = host.path("hosts");
+    std::fs::write(&hosts, lines)?;
+    let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+    let mut program: Vec<OsString> = ["unshare", "--mount", "sh", "-c", script].map(Into::into).into();
+    program.push(hosts.into());
+    host.under(&program, &host.command(arguments))
+}
+
+/// Both addresses of this host, the one that is tried first in front.
+const BOTH: &str = "::1 both\n127.0.0.1 both\n";
+
+/// Takes a port whose queue of connections is full: whoever knocks gets no answer while what is returned lives.
+fn swallow(address: SocketAddr) -> Result<(TcpListener, Vec<OwnedFd>)> {
+    let listener = TcpListener::bind(address)?;
+    rustix::net::listen(&listener, 0)?;
+    let mut knocking = Vec::new();
+    loop {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::INET6, SocketType::STREAM, flags, None)?;
+        match connect(&socket, &address) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut events = [PollFd::new(&socket, PollFlags::OUT)];
+        let answered = poll(
+            &mut events,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 200_000_000,
+            }),
+        )?;
+        knocking.push(socket);
+        if answered == 0 {
+            return Ok((listener, knocking));
+        }
+    }
+}
+
+#[test]
+fn a_name_whose_first_address_does_not_answer_is_reached() -> Result<()> {
+    let host = Host::new()?;
+    let _vm = BareGuest::default().boot(&host, "web", &[])?;
+    let (receiver, endpoint) = host.receive("there", "tcp:127.0.0.1:0", [""; 0])?;
+    let port = endpoint.rsplit(':').next().context("a port")?;
+    let _dead = swallow(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port.parse()?))?;
+    let destination = format!("tcp:both:{port}");
+    let migrate = ["migrate", "web", &destination, "--verify"];
+    // Only the command knows the name: had the VM to look it up, it would find nothing.
+    Process::run(with_hosts(&host, BOTH, &migrate)?, PATIENCE)?.expect_code(0)?;
+    receiver.check_running()?;
+    Ok(())
+}
+
+#[test]
+fn every_address_of_a_name_is_listened_on() -> Result<()> {
+    let host = Host::new()?;
+    let vm = BareGuest::default().boot(&host, "web", &[])?;
+    let receive = ["receive", "--name", "there", "--listen", "tcp:both:0"];
+    let (receiver, endpoint) = host.start_receiver("there", with_hosts(&host, BOTH, &receive)?)?;
+    let port = endpoint.rsplit(':').next().context("a port")?;
+    ensure!(
+        endpoint == format!("tcp:[::1]:{port},127.0.0.1:{port}"),
+        "got {endpoint}"
+    );
+    let report = vm.migrate(&format!("tcp:127.0.0.1:{port}"), &[])?.moved()?;
+    ensure!(report.error.is_none(), "got {report:?}");
+    receiver.check_running()?;
+    Ok(())
 }
