@@ -19,6 +19,9 @@ const GREETING: Duration = Duration::from_secs(3);
 /// Connections that are heard at a time; one more, and the one that has been silent for longest goes.
 const MOST_GUESTS: usize = 64;
 
+/// Threads that hear connections or have done so, at a time: whoever connects a thousand times a second gets no more.
+const MOST_THREADS: usize = 2 * MOST_GUESTS;
+
 /// After an accept that failed, e.g. for want of file descriptors: nothing tells when there are some again.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -132,15 +135,16 @@ impl Hall {
 
     fn let_in(self: &Arc<Self>, connection: Connection, guests: &mut Vec<Guest>) {
         if guests.len() >= MOST_GUESTS {
-            let Some(at) = guests.iter().position(Guest::is_heard) else {
+            let silent = guests.iter().find(|guest| guest.is_heard());
+            // A thread that was told to end does so at once, but not before it runs.
+            let Some(silent) = silent.filter(|_| guests.len() < MOST_THREADS) else {
                 tracing::warn!(
                     from = %connection.peer(),
                     "too many connections at a time; one is refused"
                 );
                 return;
             };
-            // Its thread ends by itself, at once.
-            guests.remove(at).show_out();
+            silent.show_out();
         }
         let connection = Arc::new(Mutex::new(Some(Arc::new(connection))));
         let (hall, theirs) = (self.clone(), connection.clone());
