@@ -144,7 +144,7 @@ fn the_report_has_the_promised_fields() -> Result<()> {
     let finished = journey
         .vm
         .start_migration(&endpoint, &["--verify"])?
-        .finish(tests::PATIENCE)?;
+        .finish(PATIENCE)?;
     let report: serde_json::Value = serde_json::from_str(&finished.expect_code(0)?.stdout)?;
     let fields = |value: &serde_json::Value| {
         let mut names: Vec<_> = value
