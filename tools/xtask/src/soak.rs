@@ -1,4 +1,7 @@
-//! `cargo xtask soak`: the scenarios whose promise is a count.
+//! `cargo xtask soak`: the scenarios whose promise is a count, and all of them on a slow machine.
+
+mod quota;
+mod slow;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -14,13 +17,17 @@ pub(crate) struct Options {
     /// How often instead of as often as promised
     #[arg(long)]
     count: Option<u32>,
+    /// Of `slow`: run only tests whose name contains this
+    #[arg(long)]
+    filter: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Scenario {
     /// A bare guest of 2 GiB that dirties 100 MiB/s moves 50 times, with one vCPU and with four
     Moves,
-    /// 200 faults at random messages: either side killed, messages lost, changed or doubled, the network gone
+    /// 400 faults at random messages: either side killed, messages lost, changed or doubled, the network gone, slow or
+    /// silent, logs that nobody reads, what a guest needs taken away
     Faults,
     /// The destination is killed 50 times at random moments
     Kills,
@@ -28,50 +35,49 @@ enum Scenario {
     Lab,
     /// A Debian guest that uses disk, network, sockets and balloon at once moves 20 times between emulated hosts
     Together,
+    /// All scenarios of both lanes, while the emulators and every godwit together have a third of the machine's CPU time
+    Slow,
     /// Every property of devices and decoders with a million random cases
     Fuzz,
 }
 
-impl Scenario {
-    fn lane(self) -> Lane {
-        if matches!(self, Self::Lab | Self::Together) {
-            Lane::Lab
-        } else {
-            Lane::Direct
-        }
-    }
+/// Random cases of each property.
+const CASES: u32 = 1_000_000;
 
+/// A scenario that repeats something, as often as promised.
+struct Repeated {
+    lane: Lane,
     /// The part of the tests' names that selects it.
-    fn filter(self) -> &'static str {
-        match self {
-            Self::Moves => "back_and_forth_with",
-            Self::Faults => "any_fault_at_any_message",
-            Self::Kills => "a_killed_destination",
-            Self::Lab => "a_debian_guest_back_and_forth",
-            Self::Together => "everything_at_once",
-            Self::Fuzz => "any_",
-        }
-    }
+    filter: &'static str,
+    count: u32,
+    memory_mib: Option<u32>,
+}
 
+impl Scenario {
+    fn repeated(self) -> Option<Repeated> {
+        let (lane, filter, count) = match self {
+            Self::Moves => (Lane::Direct, "back_and_forth_with", 50),
+            Self::Faults => (Lane::Direct, "any_fault_at_any_message", 400),
+            Self::Kills => (Lane::Direct, "a_killed_destination", 50),
+            Self::Lab => (Lane::Lab, "a_debian_guest_back_and_forth", 10),
+            Self::Together => (Lane::Lab, "everything_at_once", 20),
+            Self::Slow | Self::Fuzz => return None,
+        };
+        Some(Repeated {
+            lane,
+            filter,
+            count,
+            memory_mib: (self == Self::Moves).then_some(2048),
+        })
+    }
+}
+
+impl Repeated {
     /// What the tests read from their environment.
-    fn settings(self, count: Option<u32>) -> Vec<(&'static str, String)> {
-        let promised = match self {
-            Self::Moves | Self::Kills => 50,
-            Self::Faults => 200,
-            Self::Lab => 10,
-            Self::Together => 20,
-            Self::Fuzz => 1_000_000,
-        };
-        let name = if self == Self::Fuzz {
-            "PROPTEST_CASES"
-        } else {
-            "GODWIT_COUNT"
-        };
-        let mut settings = vec![(name, count.unwrap_or(promised).to_string())];
-        if self == Self::Moves {
-            settings.push(("GODWIT_MEMORY_MIB", "2048".into()));
-        }
-        settings
+    fn settings(&self, count: Option<u32>) -> Vec<(&'static str, String)> {
+        let memory = self.memory_mib.map(|mib| ("GODWIT_MEMORY_MIB", mib.to_string()));
+        let count = ("GODWIT_COUNT", count.unwrap_or(self.count).to_string());
+        [count].into_iter().chain(memory).collect()
     }
 }
 
@@ -82,17 +88,30 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     } else {
         &options.scenarios
     };
-    if !has_kvm() && chosen.iter().any(|scenario| scenario.lane() == Lane::Direct) {
-        bail!("this machine has no /dev/kvm: only `cargo xtask soak lab` can run here");
+    let is_direct = |repeated: Repeated| repeated.lane == Lane::Direct;
+    if !has_kvm()
+        && chosen
+            .iter()
+            .any(|scenario| scenario.repeated().is_some_and(is_direct))
+    {
+        bail!("this machine has no /dev/kvm: only `cargo xtask soak lab together slow fuzz` can run here");
     }
     let mut steps = Steps::default();
     let prepared = steps.need("set-up", prepare)?;
     for scenario in chosen {
-        let settings = scenario.settings(options.count);
-        steps.tests(scenario.filter(), || match scenario {
-            Scenario::Fuzz => prepared.properties(scenario.filter(), &settings),
-            _ => prepared.scenarios(scenario.lane(), Some(scenario.filter()), &settings),
-        });
+        match scenario.repeated() {
+            Some(repeated) => steps.tests(repeated.filter, || {
+                let settings = repeated.settings(options.count);
+                prepared.scenarios(repeated.lane, Some(repeated.filter), &settings)
+            }),
+            None if *scenario == Scenario::Slow => {
+                slow::run(&mut steps, &prepared, options.filter.as_deref())?;
+            }
+            None => steps.tests("properties", || {
+                let cases = options.count.unwrap_or(CASES).to_string();
+                prepared.properties("any_", &[("PROPTEST_CASES", cases)])
+            }),
+        }
     }
     steps.finish()
 }
