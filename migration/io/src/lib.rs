@@ -33,5 +33,6 @@ pub use populate::populate;
 pub use receiver::Receiver;
 pub use scatter::Scatter;
 pub use sender::{SendCounters, SendPath, Sender};
+pub use socket::in_flight;
 pub use vectors::Step;
 pub use zero::{zero_pages, zero_range};

@@ -1,5 +1,5 @@
 //! Options of sockets.
-#![allow(unsafe_code)] // setsockopt for options that rustix does not set.
+#![allow(unsafe_code)] // setsockopt for options that rustix does not set, and ioctl for the length of a queue.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -30,5 +30,53 @@ pub(crate) fn set_option(socket: BorrowedFd<'_>, option: libc::c_int, value: lib
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Bytes that were sent on a stream socket and that the other side's system does not have yet; on a Unix socket those
+/// that were not read, and what they take in memory.
+pub fn in_flight(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request stores an int, for which `bytes` has room during the call.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if done == 0 {
+        Ok(u64::try_from(bytes).unwrap_or(0))
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use super::*;
+
+    fn check(mut near: impl Write + AsFd, mut far: impl Read) {
+        assert_eq!(in_flight(near.as_fd()).unwrap(), 0);
+        // Little enough that nobody has to read.
+        let sent = [7; 32 << 10];
+        near.write_all(&sent).unwrap();
+        far.read_exact(&mut [0; 32 << 10]).unwrap();
+        // An acknowledgement may be under way.
+        while in_flight(near.as_fd()).unwrap() > 0 {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_has_arrived_is_in_flight_no_more() {
+        let (near, far) = UnixStream::pair().unwrap();
+        (&near).write_all(&[7; 1000]).unwrap();
+        assert!(in_flight(near.as_fd()).unwrap() >= 1000, "nobody has read it");
+        (&far).read_exact(&mut [0; 1000]).unwrap();
+        check(near, far);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        check(near, listener.accept().unwrap().0);
     }
 }

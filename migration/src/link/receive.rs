@@ -39,25 +39,38 @@ impl Link<'_> {
         })
     }
 
-    /// The next frame that is no keep-alive. An abort is an error, as is silence.
-    pub(crate) fn receive(&mut self, what: &'static str) -> Result<Frame, LinkError> {
-        let deadline = Instant::now() + self.step_timeout;
+    /// The next frame that is no keep-alive, from a peer that has to receive so many bytes before, on other connections:
+    /// as long as they get fewer it has the time of a step anew. An abort is an error, as is silence.
+    fn receive_after(
+        &mut self,
+        what: &'static str,
+        mut in_flight: impl FnMut() -> u64,
+    ) -> Result<Frame, LinkError> {
         if let Some(early) = self.early.take() {
             return Ok(early);
         }
+        let (mut deadline, mut before) = (Instant::now() + self.step_timeout, in_flight());
         loop {
             self.check_cancel()?;
-            // A peer that only keeps itself alive has the time of one step, no more.
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(LinkError::TimedOut {
-                    what,
-                    after: self.step_timeout,
-                });
+                let now = in_flight();
+                // A peer that only keeps itself alive has the time of one step, no more.
+                if now.saturating_add(Patience::QUANTUM as u64) > before {
+                    return Err(LinkError::TimedOut {
+                        what,
+                        after: self.step_timeout,
+                    });
+                }
+                (deadline, before) = (Instant::now() + self.step_timeout, now);
+                continue;
             }
-            match self.next_frame(self.io_timeout.min(left), what)? {
-                Heard::Life => {}
-                Heard::Said(frame) => return Ok(frame),
+            match self.next_frame(self.io_timeout.min(left), what) {
+                Err(LinkError::TimedOut { .. }) if Instant::now() >= deadline => {}
+                heard => match heard? {
+                    Heard::Life => {}
+                    Heard::Said(frame) => return Ok(frame),
+                },
             }
         }
     }
@@ -130,7 +143,16 @@ impl Link<'_> {
 
     /// The next message.
     pub(crate) fn receive_message(&mut self, what: &'static str) -> Result<Message, LinkError> {
-        match self.receive(what)? {
+        self.receive_message_after(what, || 0)
+    }
+
+    /// The same as [`Link::receive_after`].
+    pub(crate) fn receive_message_after(
+        &mut self,
+        what: &'static str,
+        in_flight: impl FnMut() -> u64,
+    ) -> Result<Message, LinkError> {
+        match self.receive_after(what, in_flight)? {
             Frame::Message(message) => Ok(message),
             frame => Err(LinkError::Unexpected {
                 expected: what,

@@ -45,7 +45,7 @@ pub(super) struct Patience {
 
 impl Patience {
     /// Bytes that the peer has to move within the time to get it anew.
-    const QUANTUM: usize = 64 << 10;
+    pub(super) const QUANTUM: usize = 64 << 10;
 
     pub(super) fn new(span: Duration) -> Self {
         Self {

@@ -1,6 +1,7 @@
 //! The threads that send pages, one for each data stream.
 
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -140,6 +141,12 @@ impl<'a> Crew<'a> {
         if let Some(pass) = &self.lock().pass {
             pass.stop();
         }
+    }
+
+    /// Bytes that the streams have sent and the other side does not have yet.
+    pub(super) fn in_flight(&self) -> u64 {
+        let of = |connection: &Connection| migration_io::in_flight(connection.as_fd()).unwrap_or(0);
+        self.connections.iter().map(of).sum()
     }
 
     /// Bytes of the round's pages that no stream has taken up.

@@ -65,7 +65,7 @@ impl Job<'_> {
                 });
                 Ok(())
             })?;
-            finish_round(link, pass)?;
+            finish_round(link, crew, pass)?;
             pages = crew.space.none()?;
             crew.space.peek_disks(&mut pages)?;
             let left = pages.len();

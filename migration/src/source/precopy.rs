@@ -124,7 +124,7 @@ impl Job<'_> {
                 crew.stop();
             }
         }
-        finish_round(link, pass)?;
+        finish_round(link, crew, pass)?;
         let decision = self.observe(crew, watch, n, true)?;
         self.end_round(crew, watch, n, &decision);
         judge(&decision)?;
@@ -154,7 +154,7 @@ impl Job<'_> {
         for _ in 0..BURSTS {
             let (first, from, at) = (pages.split_off(burst), crew.counts.wire(), Instant::now());
             let pass = self.send_unasked(link, crew, first)?;
-            finish_round(link, pass)?;
+            finish_round(link, crew, pass)?;
             let bytes = crew.counts.wire() - from;
             // Pages that were zero say nothing about the network; the next ones may.
             if bytes >= MIN_BURST_BYTES {
@@ -250,14 +250,14 @@ fn judge(decision: &Decision) -> Result<(), MigrateError> {
 }
 
 /// Waits until everything that was sent is in the destination's memory.
-pub(super) fn finish_round(link: &mut Link<'_>, n: u32) -> Result<(), MigrateError> {
+pub(super) fn finish_round(link: &mut Link<'_>, crew: &Crew<'_>, n: u32) -> Result<(), MigrateError> {
     link.send(&Message::RoundEnd(n))?;
-    await_ack(link, n)
+    await_ack(link, crew, n)
 }
 
 /// Waits for the acknowledgement of a round whose end was sent.
-pub(super) fn await_ack(link: &mut Link<'_>, n: u32) -> Result<(), MigrateError> {
-    match link.receive_message("round ack")? {
+pub(super) fn await_ack(link: &mut Link<'_>, crew: &Crew<'_>, n: u32) -> Result<(), MigrateError> {
+    match link.receive_message_after("round ack", || crew.in_flight())? {
         Message::RoundAck { round, .. } if round == n => Ok(()),
         other => Err(unexpected("the ack of this round", &other)),
     }

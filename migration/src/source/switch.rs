@@ -50,7 +50,7 @@ impl Job<'_> {
         let mut verifying = Duration::ZERO;
         if self.options.verify {
             if let Some(last) = last {
-                finish_round(link, last)?;
+                finish_round(link, crew, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
             verifying = self.verify(link, || crew.space.digest(&unused))?;
@@ -62,7 +62,7 @@ impl Job<'_> {
             let copied = lap.ms();
             self.offer(link, &state)?;
             self.report.downtime.state_ms += lap.ms();
-            await_ack(link, last)?;
+            await_ack(link, crew, last)?;
             self.report.downtime.final_copy_ms = copied + lap.ms();
         } else {
             self.offer(link, &state)?;

@@ -410,7 +410,7 @@ fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
     assert!(matches!(waiting.hear(), Message::Hello(_)));
     assert_eq!(ask(receiver.endpoint(), [1; 16]), Told::Unknown);
     drop(receiver);
-    assert!(waiting.link.receive("the end").is_err());
+    assert!(waiting.link.receive_message("the end").is_err());
     assert!(fs::metadata(&path).is_err());
 }
 

@@ -100,6 +100,27 @@ fn an_answer_that_comes_while_something_is_sent_is_not_lost() {
 }
 
 #[test]
+fn an_answer_is_waited_for_as_long_as_bytes_arrive() {
+    let control = control();
+    let (connection, mut peer) = pair(&control);
+    let step = Duration::from_millis(50);
+    let mut link = Link::new(&connection, &control, PATIENT, step);
+    // Half a second's worth of data in the system's buffers, which arrives steadily.
+    let began = Instant::now();
+    let flying = |began: Instant| 1_000_000_u64.saturating_sub(began.elapsed().as_micros() as u64 * 2);
+    let error = link.receive_message_after("ack", || flying(began)).unwrap_err();
+    assert!(
+        matches!(error, LinkError::TimedOut { after, .. } if after == step),
+        "{error}"
+    );
+    // Less than a quantum of 64 KiB is no more than a trickle.
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(400), "{took:?}");
+    peer.write_all(&frame(&Message::Pong)).unwrap();
+    assert_eq!(link.receive_message_after("ack", || 0).unwrap(), Message::Pong);
+}
+
+#[test]
 fn only_what_is_due_is_taken() {
     let control = control();
     let header = |kind, len: u32| {
