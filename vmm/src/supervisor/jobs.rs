@@ -3,7 +3,6 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, Receiver};
 
@@ -18,24 +17,21 @@ pub(super) fn start_migration(
     options: MigrateOptions,
     control: Arc<Control>,
     supervisor: SupervisorHandle,
-) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name("migration".into())
-        .spawn(move || {
-            let mut source = MigrationSource::new(machine);
-            let migrate =
-                AssertUnwindSafe(|| migration::migrate(&mut source, &destination, &options, &control));
-            // The engine catches panics of its own and of the machine; after one that got through, nobody knows
-            // whose the guest is.
-            let migrated = catch_unwind(migrate).unwrap_or_else(|_| Migrated::unknown(&options));
-            if let Some(error) = &migrated.report.error {
-                tracing::warn!("migration to {destination} ended: {error}");
-            }
-            // The supervisor must be the last owner of the machine when it hears of the end.
-            let in_doubt = migrated.report.outcome == Outcome::InDoubt;
-            let source = in_doubt.then(|| Box::new(source));
-            supervisor.send(Event::MigrationEnded(Box::new(Ended { migrated, source })));
-        })
+) -> io::Result<Job> {
+    Job::start("migration", control.clone(), move || {
+        let mut source = MigrationSource::new(machine);
+        let migrate = AssertUnwindSafe(|| migration::migrate(&mut source, &destination, &options, &control));
+        // The engine catches panics of its own and of the machine; after one that got through, nobody knows
+        // whose the guest is.
+        let migrated = catch_unwind(migrate).unwrap_or_else(|_| Migrated::unknown(&options));
+        if let Some(error) = &migrated.report.error {
+            tracing::warn!("migration to {destination} ended: {error}");
+        }
+        // The supervisor must be the last owner of the machine when it hears of the end.
+        let in_doubt = migrated.report.outcome == Outcome::InDoubt;
+        let source = in_doubt.then(|| Box::new(source));
+        supervisor.send(Event::MigrationEnded(Box::new(Ended { migrated, source })));
+    })
 }
 
 impl Supervisor {
@@ -43,15 +39,13 @@ impl Supervisor {
     pub fn receive(&mut self, receiver: Receiver, destination: MigrationDestination) -> io::Result<()> {
         let control = Arc::new(Control::new()?);
         let (job_control, supervisor) = (control.clone(), self.handle.clone());
-        let thread = std::thread::Builder::new()
-            .name("receive".into())
-            .spawn(move || {
-                let wait =
-                    AssertUnwindSafe(|| wait_for_machine(receiver, destination, &job_control, &supervisor));
-                let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());
-                supervisor.send(catch_unwind(wait).unwrap_or_else(panicked));
-            })?;
-        self.life = Some(Life::Receiving(Job { control, thread }));
+        let job = Job::start("receive", control, move || {
+            let wait =
+                AssertUnwindSafe(|| wait_for_machine(receiver, destination, &job_control, &supervisor));
+            let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());
+            supervisor.send(catch_unwind(wait).unwrap_or_else(panicked));
+        })?;
+        self.life = Some(Life::Receiving(job));
         Ok(())
     }
 }

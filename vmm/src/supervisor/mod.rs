@@ -10,6 +10,8 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 
+use std::convert::Infallible;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -73,12 +75,41 @@ enum Life {
 struct Job {
     control: Arc<Control>,
     thread: JoinHandle<()>,
+    /// Disconnected once the thread is about to end.
+    ended: mpsc::Receiver<Infallible>,
 }
 
+/// How long a job may take to end: longer than all of its own waits, so that it hangs in a call if it has not by then.
+const ENDING: Duration = Duration::from_secs(60);
+
 impl Job {
+    fn start(name: &str, control: Arc<Control>, work: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+        let (at_work, ended) = mpsc::channel();
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            let _at_work = at_work;
+            work();
+        })?;
+        Ok(Self {
+            control,
+            thread,
+            ended,
+        })
+    }
+
     /// Cancels it and waits for its end: what it holds (a listening socket, the machine) is then gone.
     fn end(self) {
+        self.end_within(ENDING);
+    }
+
+    /// The same, but leaves a job alone that hangs, in a write to a disk that is gone say: it must not hold up the end of
+    /// the process, with which it ends.
+    fn end_within(self, at_most: Duration) {
         self.control.cancel();
+        if self.ended.recv_timeout(at_most) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let name = self.thread.thread().name().unwrap_or_default().to_owned();
+            tracing::error!("the job {name:?} hangs; it is left alone");
+            return;
+        }
         // A panic in it has been reported by the panic hook.
         let _ = self.thread.join();
     }

@@ -6,8 +6,8 @@ use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome};
 use tokio::sync::broadcast;
 
 use super::{
-    ApiServer, Arrived, Ended, Ending, Event, Job, Life, MigrationFeed, MigrationJob, Refusal, Side,
-    Supervisor, SupervisorError, failed, jobs,
+    ApiServer, Arrived, Ended, Ending, Event, Life, MigrationFeed, MigrationJob, Refusal, Side, Supervisor,
+    SupervisorError, failed, jobs,
 };
 use crate::footprint::give_back_text;
 use crate::machine::MigrationSource;
@@ -25,7 +25,7 @@ impl Supervisor {
         }
         let control = Arc::new(Control::new().map_err(failed)?);
         let (reports, report) = broadcast::channel(1);
-        let thread = jobs::start_migration(
+        let job = jobs::start_migration(
             machine,
             destination,
             options,
@@ -33,10 +33,6 @@ impl Supervisor {
             self.handle.clone(),
         )
         .map_err(failed)?;
-        let job = Job {
-            control: control.clone(),
-            thread,
-        };
         self.migration = Some(MigrationJob { job, reports });
         Ok(MigrationFeed { control, report })
     }

@@ -25,10 +25,31 @@ fn rig() -> Rig {
 }
 
 fn job() -> Job {
-    Job {
-        control: Arc::new(Control::new().unwrap()),
-        thread: std::thread::spawn(|| {}),
-    }
+    Job::start("job", Arc::new(Control::new().unwrap()), || {}).unwrap()
+}
+
+#[test]
+fn a_job_that_hangs_is_left_alone_in_the_end() {
+    let (back, hangs) = mpsc::channel::<()>();
+    let control = Arc::new(Control::new().unwrap());
+    let (entered, inside) = mpsc::channel();
+    let hang = move || {
+        let _ = entered.send(());
+        let _ = hangs.recv();
+    };
+    let job = Job::start("job", control.clone(), hang).unwrap();
+    inside.recv().unwrap();
+    job.end_within(Duration::from_millis(20));
+    assert!(control.is_cancelled());
+    drop(back);
+
+    let ended = Arc::new(());
+    let seen = ended.clone();
+    let work = move || drop(seen);
+    Job::start("job", control, work)
+        .unwrap()
+        .end_within(Duration::from_secs(60));
+    assert_eq!(Arc::strong_count(&ended), 1, "waited for");
 }
 
 fn ended(outcome: &str) -> Box<Ended> {
