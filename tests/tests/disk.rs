@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
+use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy, When};
 use migration::Outcome;
+use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::process::Signal;
 use tests::{BareGuest, Host, Journey, PATIENCE, count, wait_until};
 
@@ -128,6 +131,54 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
     let life = journey.check_life();
     drop(journey);
     life.map(drop)
+}
+
+/// Has somebody else lock the disk at `path` when the destination is about to.
+fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> Plan {
+    let path = path.to_owned();
+    let lock = move || {
+        // Whether that went well is seen by what the destination says.
+        let file = fs::File::options().write(true).open(path).ok();
+        let locked = file.filter(|file| fcntl_lock(file, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if let Ok(mut held) = held.lock() {
+            *held = locked;
+        }
+    };
+    Plan {
+        point: Point {
+            connection: Connection::Control,
+            direction: Direction::ToDestination,
+            message: "go".into(),
+            occurrence: 0,
+        },
+        fault: Fault::Call(When::Before, Box::new(lock)),
+    }
+}
+
+#[test]
+fn a_disk_goes_with_the_copy_of_its_guest_that_is_thrown_away() -> Result<()> {
+    let (mut journey, here, there) = with_a_disk_here()?;
+    let path = there.join("disk");
+    let disk = format!("d={}", path.display());
+    let (mut receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
+    let held = Arc::new(Mutex::new(None));
+    let plans = vec![locked_at_go(&path, held.clone())];
+    let proxy = Proxy::start(&"tcp:127.0.0.1:0".parse()?, &endpoint.parse()?, plans)?;
+    let arguments = ["--with-disks", "--on-miss", "switch"];
+    let migration = journey.vm.migrate(&proxy.address().to_string(), &arguments)?;
+    ensure!(migration.code == Some(3), "{migration:?}");
+    let status = receiver.status()?;
+    ensure!(status.to_string().contains("has it locked"), "{status}");
+    ensure!(path.exists(), "the disk of a guest that may run yet is gone");
+    receiver.godwit("resolve", &["--discard"])?.expect_code(0)?;
+    receiver.wait_success(PATIENCE)?;
+    ensure!(entries(&there)?.is_empty(), "left behind: {:?}", entries(&there)?);
+    drop(held);
+    journey.vm.godwit("resolve", &["--run"])?.expect_code(0)?;
+    journey.vm.read_on(READS)?;
+    ensure!(here.exists(), "the only disk is gone");
+    journey.verify()?;
+    journey.end()
 }
 
 #[test]

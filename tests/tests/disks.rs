@@ -115,6 +115,17 @@ fn nobody_boots_what_overlays_are_on() -> Result<()> {
         "{}",
         finished.stderr
     );
+    // It moves with all of its files, and not without.
+    let moving = clones.remove(0);
+    let top = format!("d={},format=qcow2", host.path("one").display());
+    let (receiver, endpoint) = host.receive("unnamed", ANY_PORT, ["--disk", &top])?;
+    let line = moving.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
+    ensure!(line.contains("add backing="), "{line}");
+    drop(receiver);
+    let (receiver, endpoint) =
+        host.receive("three", ANY_PORT, ["--disk", &format!("{top},backing={base}")])?;
+    moving.migrate(&endpoint, &[])?.moved()?;
+    clones.push(receiver);
     for mut vm in clones {
         vm.read_on(READS)?;
         vm.process.send(b"q")?;

@@ -90,6 +90,12 @@ enum HugePages {
 #[serde(deny_unknown_fields)]
 struct DriveSection {
     drive_id: String,
+    /// Firecracker's files have none.
+    #[serde(default)]
+    format: FormatSection,
+    /// What an image is on, from the upper to the lower; as little Firecracker's.
+    #[serde(default)]
+    backing: Vec<BackingSection>,
     path_on_host: PathBuf,
     #[serde(default)]
     is_read_only: bool,
@@ -105,6 +111,40 @@ struct DriveSection {
     cache_type: CacheSection,
     #[serde(default)]
     io_engine: EngineSection,
+}
+
+/// What a disk's file is.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum FormatSection {
+    #[default]
+    Raw,
+    Qcow2,
+}
+
+impl From<FormatSection> for block::Format {
+    fn from(section: FormatSection) -> Self {
+        match section {
+            FormatSection::Raw => Self::Raw,
+            FormatSection::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BackingSection {
+    path_on_host: PathBuf,
+    format: Option<FormatSection>,
+}
+
+impl From<BackingSection> for block::BackingFile {
+    fn from(section: BackingSection) -> Self {
+        Self {
+            path: section.path_on_host,
+            format: section.format.map(Into::into),
+        }
+    }
 }
 
 /// Firecracker's own default is `Unsafe`.
@@ -269,8 +309,8 @@ impl From<DriveSection> for DiskConfig {
         Self {
             id: drive.drive_id,
             path: drive.path_on_host,
-            format: block::Format::Raw,
-            backing: Vec::new(),
+            format: drive.format.into(),
+            backing: drive.backing.into_iter().map(Into::into).collect(),
             read_only: drive.is_read_only,
             parameters: block::Parameters {
                 limits: drive.rate_limiter.over(Limits::default()),

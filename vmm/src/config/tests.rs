@@ -226,6 +226,29 @@ fn huge_pages_are_alone() {
 }
 
 #[test]
+fn an_image_and_what_it_is_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.json");
+    std::fs::write(
+        &path,
+        r#"{"boot-source": {"kernel_image_path": "k"},
+            "drives": [{"drive_id": "root", "path_on_host": "top", "format": "qcow2",
+                        "backing": [{"path_on_host": "middle"}, {"path_on_host": "base", "format": "raw"}]}]}"#,
+    )
+    .unwrap();
+    let disk = Wishes::from_file(&path).unwrap().disks.remove(0);
+    let file = |path: &str, format| block::BackingFile {
+        path: path.into(),
+        format,
+    };
+    let expected = [file("middle", None), file("base", Some(block::Format::Raw))];
+    assert_eq!(
+        (disk.format, disk.backing.as_slice()),
+        (block::Format::Qcow2, &expected[..])
+    );
+}
+
+#[test]
 fn the_command_line_overrides_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.json");
