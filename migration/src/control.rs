@@ -154,6 +154,20 @@ impl Control {
         live.decision = None;
     }
 
+    /// The source is there again, so that nobody else decides. Answers whether that is so: what somebody has decided
+    /// meanwhile, and was told counts, is to be taken first.
+    pub(crate) fn end_doubt(&self) -> bool {
+        let mut live = self.lock();
+        live.undecided = live.decision.is_some();
+        !live.undecided
+    }
+
+    /// Whether an operator may decide.
+    #[cfg(test)]
+    pub(crate) fn is_undecided(&self) -> bool {
+        self.lock().undecided
+    }
+
     /// What was decided, once.
     pub(crate) fn take_decision(&self) -> Option<Decision> {
         // Reset before the look: a decision in between is seen now, and once more as none.

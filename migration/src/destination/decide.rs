@@ -60,9 +60,11 @@ impl Job<'_> {
             let silent = heard.elapsed() > self.options.io_timeout
                 || ready_at.elapsed() > self.options.step_timeout
                 || !connected;
-            if silent != undecided {
-                undecided = silent;
-                self.control.set_undecided(silent);
+            if silent && !undecided {
+                undecided = true;
+                self.control.set_undecided(true);
+            } else if undecided && !silent {
+                undecided = !self.control.end_doubt();
             }
             let others = [self.desk.bell(), self.control.decided()];
             if !connected {

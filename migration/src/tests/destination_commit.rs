@@ -1,7 +1,7 @@
 //! What a machine that is ready hears, from whom, and what is answered afterwards.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::destination_hand::*;
 use super::fake::{FakeDestination, Fault};
@@ -140,6 +140,33 @@ fn a_lost_connection_leaves_a_ready_machine_to_its_operator() {
             }
         }
     }
+}
+
+#[test]
+fn a_source_that_speaks_again_decides_itself() {
+    let options = ReceiveOptions {
+        io_timeout: Duration::from_secs(1),
+        ..ReceiveOptions::default()
+    };
+    let mut receiver = Receiver::listen(&TCP.parse().unwrap(), options).unwrap();
+    let (received, _, _) = meet(&mut receiver, |to, there| {
+        let mut hand = Hand::open(to, 1);
+        hand.make_ready();
+        let until = Instant::now() + Duration::from_secs(20);
+        while !there.is_undecided() {
+            assert!(Instant::now() < until, "never an operator's to decide");
+            thread::sleep(Duration::from_millis(10));
+        }
+        while there.is_undecided() {
+            assert!(Instant::now() < until, "still an operator's to decide");
+            hand.control.link.send(&Message::KeepAlive).unwrap();
+            thread::sleep(Duration::from_millis(10));
+        }
+        hand.control.link.send(&Message::KeepAlive).unwrap();
+        assert!(!there.decide(Decision::Discard));
+        hand.finish()
+    });
+    assert!(received.unwrap().confirmed);
 }
 
 #[test]
