@@ -281,6 +281,8 @@ impl Supervisor {
     fn end(mut self, server: ApiServer) {
         match self.life.take() {
             Some(Life::Receiving(job)) => job.end(),
+            // A job that hangs has it still, and nobody knows for how long.
+            Some(Life::Here(machine)) if Arc::strong_count(&machine) > 1 => machine.abandon(),
             // Its threads may wait for pages, for ever.
             Some(Life::Here(machine) | Life::InDoubt(machine, _)) if machine.has_fault_handler() => {
                 machine.abandon();

@@ -156,7 +156,7 @@ impl Backend {
     }
 
     /// The disk's files, from the one that the guest writes to down.
-    fn files(&self) -> impl Iterator<Item = (&File, &Path)> {
+    pub(super) fn files(&self) -> impl Iterator<Item = (&File, &Path)> {
         let below = self.qcow2.iter().flat_map(|image| image.below());
         let own = [(&self.file, self.path.as_path())];
         own.into_iter().chain(below)

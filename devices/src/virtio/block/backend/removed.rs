@@ -1,25 +1,29 @@
 //! A disk whose file was removed while it is open.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::{Backend, BackendError};
 
 impl Backend {
-    /// Fails if its file has no name any more, so that it ends with this process: whoever is to open it later would
+    /// Fails if a file of it has no name any more, so that it ends with this process: whoever is to open it later would
     /// find nothing, or another file in its place.
     pub fn check_kept(&self) -> Result<(), BackendError> {
-        let open = self.file.metadata().map_err(self.failed("look at it"))?;
-        // A node of a block device is not the device.
-        if self.is_block_device || open.nlink() > 0 {
-            return Ok(());
+        for (file, path) in self.files() {
+            let open = file.metadata().map_err(self.failed("look at it"))?;
+            // A node of a block device is not the device.
+            if open.file_type().is_block_device() || open.nlink() > 0 {
+                continue;
+            }
+            // A path through /proc leads to files without a name.
+            match fs::metadata(path) {
+                Ok(found) if (found.dev(), found.ino()) == (open.dev(), open.ino()) => {}
+                _ => {
+                    let path = path.to_owned();
+                    return Err(BackendError::Removed { path });
+                }
+            }
         }
-        // A path through /proc leads to files without a name.
-        match fs::metadata(&self.path) {
-            Ok(found) if (found.dev(), found.ino()) == (open.dev(), open.ino()) => Ok(()),
-            _ => Err(BackendError::Removed {
-                path: self.path.clone(),
-            }),
-        }
+        Ok(())
     }
 }

@@ -178,6 +178,8 @@ fn what_an_image_is_on() {
     assert!(holds(&mut driver, 100, 512, 0x22));
     assert!(holds(&mut driver, 101, 512, 0x11));
     assert!(fs::read(&base).unwrap().iter().all(|&byte| byte == 0x11));
+    let backend = Backend::open_on(&top, access(true), &files).unwrap();
+    backend.check_kept().unwrap();
     // After another host had it, on the files that are open.
     driver.transport.flush().unwrap();
     for path in [&middle, &base] {
@@ -186,6 +188,12 @@ fn what_an_image_is_on() {
     driver.transport.invalidate().unwrap();
     assert!(holds(&mut driver, 100, 512, 0x22));
     assert!(holds(&mut driver, 101, 512, 0x11));
+    fs::remove_file(base.with_extension("away")).unwrap();
+    let error = backend.check_kept().unwrap_err();
+    assert!(
+        matches!(&error, BackendError::Removed { path } if *path == base),
+        "{error}"
+    );
 }
 
 #[test]
