@@ -13,6 +13,8 @@ pub enum GuestExit {
     Reset,
     /// A power-off: ACPI sleep state S5.
     PowerOff,
+    /// Nothing: its kernel panicked, and said so.
+    Panic,
 }
 
 /// An eventfd and the reason why it was raised, shared by devices (which raise it) and the supervisor (which
@@ -29,6 +31,7 @@ struct Inner {
 const NONE: u8 = 0;
 const RESET: u8 = 1;
 const POWER_OFF: u8 = 2;
+const PANIC: u8 = 3;
 
 impl ExitEvent {
     /// A new event, not raised. Fails if the process is out of file descriptors.
@@ -44,6 +47,7 @@ impl ExitEvent {
         let code = match exit {
             GuestExit::Reset => RESET,
             GuestExit::PowerOff => POWER_OFF,
+            GuestExit::Panic => PANIC,
         };
         // A second exit changes nothing, whichever thread it comes from.
         let _ = self
@@ -60,6 +64,7 @@ impl ExitEvent {
         match self.0.reason.load(Ordering::Acquire) {
             RESET => Some(GuestExit::Reset),
             POWER_OFF => Some(GuestExit::PowerOff),
+            PANIC => Some(GuestExit::Panic),
             _ => None,
         }
     }

@@ -21,14 +21,7 @@ pub struct Terminal {
 impl Terminal {
     /// Attaches to `vm` of `host`, with a terminal of this size.
     pub fn attach(host: &Host, vm: &Vm, columns: u16, rows: u16) -> Result<Self> {
-        let end = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).context("a terminal")?;
-        grantpt(&end)?;
-        unlockpt(&end)?;
-        let path = ptsname(&end, Vec::new())?;
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let terminal = File::from(open(path, flags, Mode::empty())?);
-        let end = File::from(end);
-        resize(&end, columns, rows)?;
+        let (end, terminal) = open_terminal(columns, rows)?;
         let mut command = host.command(["console", &vm.name]);
         command
             .stdin(terminal)
@@ -51,6 +44,19 @@ impl Drop for Terminal {
         let _ = self.program.kill();
         let _ = self.program.wait();
     }
+}
+
+/// A new terminal of this size: its other end, and itself.
+pub(crate) fn open_terminal(columns: u16, rows: u16) -> Result<(File, File)> {
+    let end = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).context("a terminal")?;
+    grantpt(&end)?;
+    unlockpt(&end)?;
+    let path = ptsname(&end, Vec::new())?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = File::from(open(path, flags, Mode::empty())?);
+    let end = File::from(end);
+    resize(&end, columns, rows)?;
+    Ok((end, terminal))
 }
 
 fn resize(end: &File, columns: u16, rows: u16) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Event, Host, Journey, PATIENCE, Process, Tick, Vm, http};
+use tests::{BareGuest, Event, Host, Journey, PATIENCE, Process, Tick, Vm, http, http_as};
 
 /// Ten ticks of the bare guest: whoever is silent for so long does not tick.
 const SILENCE: Duration = Duration::from_millis(500);
@@ -228,15 +228,30 @@ fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
     host.check_clean()?;
     ensure!(get("/")?.contains("\"state\":\"Paused\""), "got {}", get("/")?);
     ensure!(
-        get("/version")?.contains("godwit_version"),
+        get("/version")?.contains("godwit_version") && get("/version")?.contains("firecracker_version"),
         "got {}",
         get("/version")?
     );
     ensure!(
-        get("/nothing")?.starts_with("HTTP/1.1 404"),
+        get("/nothing")?.starts_with("HTTP/1.1 404") && get("/nothing")?.contains("fault_message"),
         "got {}",
         get("/nothing")?
     );
+    let wrong = http(&host.path("api.sock"), "DELETE", "/vm", "")?;
+    ensure!(
+        wrong.starts_with("HTTP/1.1 405") && wrong.contains("fault_message"),
+        "got {wrong}"
+    );
+    // As curl sends it where nobody says what it is.
+    let pause = r#"{"state": "Paused"}"#;
+    let form = http_as(
+        &host.path("api.sock"),
+        "application/x-www-form-urlencoded",
+        "PATCH",
+        "/vm",
+        pause,
+    )?;
+    ensure!(form.starts_with("HTTP/1.1 204"), "got {form}");
     host.godwit(["resume", &socket])?.expect_code(0)?;
     vm.process.send(b"q")?;
     vm.wait_success(PATIENCE)?;

@@ -201,6 +201,8 @@ fn a_disk_is_resized_and_moves() -> Result<()> {
     journey.vm.godwit("disk", &["data"])?.expect_code(0)?;
     let limits = r#"{"drive_id": "data", "rate_limiter": {"ops": {"size": 5, "refill_time": 100}}}"#;
     ensure!(patch("data", limits)?.starts_with("HTTP/1.1 204"));
+    let unchanged = r#"{"drive_id": "data", "path_on_host": null, "rate_limiter": null}"#;
+    ensure!(patch("data", unchanged)?.starts_with("HTTP/1.1 204"));
     for (id, body, status, expected) in [
         ("other", r#"{"drive_id": "other"}"#, 404, "no disk"),
         ("data", r#"{"drive_id": "other"}"#, 400, "drive_id"),

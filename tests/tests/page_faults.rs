@@ -199,7 +199,14 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
     handler.process.signal(Signal::STOP)?;
     wait_stuck(&journey.vm)?;
     let begin = Instant::now();
-    let paused = journey.vm.godwit("pause", &[])?;
+    let pause = Process::spawn(journey.host.command(["pause", &journey.vm.name]))?;
+    // Whoever else asks is answered meanwhile.
+    while waits(&pause)? {
+        let asked = Instant::now();
+        journey.vm.status()?;
+        ensure!(asked.elapsed() < SOON, "answered after {:?}", asked.elapsed());
+    }
+    let paused = pause.finish(PATIENCE)?;
     // A signal does not end every wait for a page: where KVM itself reads the guest's memory it has to be brought.
     let refused = paused.code == Some(1)
         && paused
@@ -210,7 +217,13 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
         "after {:?} got {paused:?}",
         begin.elapsed()
     );
+    // A pause that failed holds nobody.
+    let state = if refused { "Running" } else { "Paused" };
+    ensure!(journey.vm.state()? == state, "got {}", journey.vm.status()?);
     handler.process.signal(Signal::CONT)?;
+    if refused {
+        journey.vm.check_running()?;
+    }
     journey.vm.godwit("resume", &[])?.expect_code(0)?;
     journey.vm.check_running()?;
     let begin = Instant::now();
@@ -220,6 +233,12 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
     journey.vm.check_running()?;
     journey.verify()?;
     journey.end()
+}
+
+/// Whether a command is still under way.
+fn waits(command: &Process) -> Result<bool> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", command.id()))?;
+    Ok(!status.lines().any(|line| line.starts_with("State:\tZ")))
 }
 
 /// Until as many wait for a page as the guest has vCPUs.

@@ -4,6 +4,7 @@
 //! `entropy`), so that one file serves both.
 
 mod file;
+mod repeat;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +79,10 @@ pub enum ConfigError {
     BesideHugePages(&'static str),
     #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
     Cid(u64),
+    #[error("network card {id:?}: expected a tap by its name beside --on-reset reboot, got descriptors")]
+    TapOnce { id: String },
+    #[error("network card {id:?}: random address")]
+    RandomMac { id: String, source: std::io::Error },
     #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
     NoKernel,
 }

@@ -3,13 +3,16 @@
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use named_socket::{NamedListener, NamedListenerError};
 use thiserror::Error;
 
 const SUFFIX: &str = "sock";
+const LOG_SUFFIX: &str = "log";
+/// Where names are without a run-time directory of the user's own.
+const ROOT_DIRECTORY: &str = "/run/godwit";
 const NAME_MAX: usize = 64;
 
 /// A name or an API socket cannot be had.
@@ -20,6 +23,8 @@ pub enum RundirError {
     Directory { path: PathBuf, source: io::Error },
     #[error("run-time directory {path}: expected mode 0700 and your own, got mode {mode:04o}, owner {owner}")]
     NotPrivate { path: PathBuf, mode: u32, owner: u32 },
+    #[error("log {path}")]
+    Log { path: PathBuf, source: io::Error },
     #[error(
         "VM name {got:?}: expected 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not starting with '.', and not \"merge\""
     )]
@@ -42,7 +47,14 @@ impl ApiSocket {
     /// Binds the socket of the VM `name`, in the run-time directory.
     pub fn for_name(name: &str) -> Result<Self, RundirError> {
         check_name(name)?;
-        let directory = directory()?;
+        let directory = directory();
+        let named = std::env::var_os("XDG_RUNTIME_DIR").filter(|base| !base.is_empty());
+        if let Some(base) = named.filter(|base| !directory.starts_with(base)) {
+            let (used, base) = (directory.display(), Path::new(&base).display());
+            tracing::warn!(
+                "VMs have their names in {used}: somebody else could replace {base} (XDG_RUNTIME_DIR)"
+            );
+        }
         create_private(&directory)?;
         Self::bind(&directory.join(format!("{name}.{SUFFIX}")))
     }
@@ -74,7 +86,7 @@ pub fn resolve(vm: &str) -> Result<PathBuf, RundirError> {
         return Ok(vm.into());
     }
     check_name(vm)?;
-    let path = directory()?.join(format!("{vm}.{SUFFIX}"));
+    let path = directory().join(format!("{vm}.{SUFFIX}"));
     if path.exists() {
         Ok(path)
     } else {
@@ -85,10 +97,9 @@ pub fn resolve(vm: &str) -> Result<PathBuf, RundirError> {
     }
 }
 
-/// Names and sockets of all VMs in the run-time directory, by name. Sockets that nobody listens on are left
-/// out.
+/// Names and sockets in the run-time directory, by name. That of a VM that was killed is among them.
 pub fn list() -> Result<Vec<(String, PathBuf)>, RundirError> {
-    let directory = directory()?;
+    let directory = directory();
     let entries = match fs::read_dir(&directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -103,17 +114,90 @@ pub fn list() -> Result<Vec<(String, PathBuf)>, RundirError> {
         .filter_map(Result::ok)
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_some_and(|extension| extension == SUFFIX))
-        .filter(|path| UnixStream::connect(path).is_ok())
         .filter_map(|path| Some((path.file_stem()?.to_str()?.to_owned(), path)))
         .collect();
     found.sort();
     Ok(found)
 }
 
-fn directory() -> Result<PathBuf, RundirError> {
-    Ok(match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(base) if !base.is_empty() => PathBuf::from(base).join("godwit"),
-        _ => PathBuf::from("/run/godwit"),
+/// Where the log of a VM is that was started with `--detach`: it stays until the name is used again.
+pub fn log_path(name: &str) -> Result<PathBuf, RundirError> {
+    check_name(name)?;
+    Ok(directory().join(format!("{name}.{LOG_SUFFIX}")))
+}
+
+/// The log of a VM that is being started. It has its name when the VM has: until then that may be a running VM's. It goes
+/// when this is dropped before.
+#[derive(Debug)]
+pub struct LogDraft {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl LogDraft {
+    /// An empty file beside the one that a VM of this name is to have.
+    pub fn create(name: &str) -> Result<Self, RundirError> {
+        let path = log_path(name)?;
+        let directory = directory();
+        create_private(&directory)?;
+        let file = tempfile::Builder::new()
+            .prefix(&format!(".{name}.{LOG_SUFFIX}."))
+            .tempfile_in(&directory);
+        let file = file.map_err(|source| RundirError::Log {
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Self { file, path })
+    }
+
+    /// Where it is now.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Gives it its name, in place of the log of the VM that had that before. Returns where it is then.
+    pub fn publish(self) -> Result<PathBuf, RundirError> {
+        let path = self.path;
+        match self.file.persist(&path) {
+            Ok(_) => Ok(path),
+            Err(error) => Err(RundirError::Log {
+                path,
+                source: error.error,
+            }),
+        }
+    }
+}
+
+fn directory() -> PathBuf {
+    let user = rustix::process::geteuid().as_raw();
+    let base = std::env::var_os("XDG_RUNTIME_DIR").filter(|base| !base.is_empty());
+    match base.map(PathBuf::from) {
+        // Root with somebody else's environment (`sudo -E`), who could put another directory in its place.
+        Some(base) if user == 0 && !is_beyond_others(&base, user) => ROOT_DIRECTORY.into(),
+        Some(base) => base.join("godwit"),
+        None => ROOT_DIRECTORY.into(),
+    }
+}
+
+/// Whether nobody but `user` and root can rename what leads to `path`, or replace it.
+fn is_beyond_others(path: &Path, user: u32) -> bool {
+    const STICKY: u32 = 0o1000;
+    const OTHERS_WRITE: u32 = 0o022;
+    let Ok(path) = std::path::absolute(path) else {
+        return false;
+    };
+    // What is not there yet is made by us, in what is.
+    let Some(path) = path
+        .ancestors()
+        .find_map(|ancestor| fs::canonicalize(ancestor).ok())
+    else {
+        return false;
+    };
+    path.ancestors().all(|ancestor| {
+        fs::symlink_metadata(ancestor).is_ok_and(|metadata| {
+            let ours = metadata.uid() == 0 || metadata.uid() == user;
+            ours && (metadata.mode() & OTHERS_WRITE == 0 || metadata.mode() & STICKY != 0)
+        })
     })
 }
 
@@ -158,6 +242,8 @@ pub fn check_name(name: &str) -> Result<(), RundirError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -170,6 +256,25 @@ mod tests {
         fs::write(&path, "data").unwrap();
         let bound = ApiSocket::bind(&path);
         assert!(matches!(bound, Err(RundirError::NotASocket { .. })));
+    }
+
+    #[test]
+    fn a_directory_that_somebody_else_can_replace_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let us = rustix::process::geteuid().as_raw();
+        let inner = directory.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        // As it may be for us, it is not for anybody else, unless we are root, whom everybody has to trust.
+        assert!(is_beyond_others(&inner.join("new"), us));
+        assert_eq!(is_beyond_others(&inner, us + 1), us == 0);
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(!is_beyond_others(&inner, us));
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        assert!(is_beyond_others(&inner, us));
+        if us == 0 {
+            std::os::unix::fs::chown(directory.path(), Some(1000), None).unwrap();
+            assert!(!is_beyond_others(&inner, us) && is_beyond_others(&inner, 1000));
+        }
     }
 
     #[test]

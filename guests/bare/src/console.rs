@@ -60,6 +60,8 @@ impl Console {
                 say(worker.cpu, format_args!("reset"));
             }
             Some(b'q') => cpu::end(),
+            Some(b'p') => panic_as_asked(),
+            Some(b't') => cpu::triple_fault(),
             _ => {}
         }
         self.next
@@ -75,4 +77,9 @@ impl Console {
         );
         say(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
     }
+}
+
+#[allow(clippy::panic, reason = "somebody wants to see what becomes of the machine")]
+fn panic_as_asked() -> ! {
+    panic!()
 }

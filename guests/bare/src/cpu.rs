@@ -22,6 +22,10 @@ const WAIT: u32 = 3;
 const STOP: u32 = 4;
 const TRIPLE_FAULT: u32 = 5;
 
+/// QEMU's panic notifier (docs/specs/pvpanic.rst), and the event that says that there is no way on.
+const PANIC_NOTIFIER: u16 = 0x505;
+const PANICKED: u8 = 1;
+
 /// A page below 1 MiB where the other CPUs begin, in real mode.
 const TRAMPOLINE: u64 = 0x8000;
 
@@ -76,12 +80,22 @@ pub(crate) fn stop() -> ! {
     }
 }
 
-/// Ends the machine: the keyboard controller's reset line, or a triple fault where there is no controller.
-pub(crate) fn end() -> ! {
-    port_out(0x64, 0xfe);
+/// Says to the machine's panic notifier that this guest has panicked.
+pub(crate) fn report_panic() {
+    port_out(PANIC_NOTIFIER, PANICKED);
+}
+
+/// Has this CPU shut down with a triple fault.
+pub(crate) fn triple_fault() -> ! {
     // SAFETY: nothing is wanted of this machine any more.
     unsafe { service(TRIPLE_FAULT, 0, 0, core::ptr::null()) };
     stop()
+}
+
+/// Ends the machine: the keyboard controller's reset line, or a triple fault where there is no controller.
+pub(crate) fn end() -> ! {
+    port_out(0x64, 0xfe);
+    triple_fault()
 }
 
 /// Masks the two PICs: no interrupt but this CPU's own timer is wanted.

@@ -59,6 +59,7 @@ extern "C" fn bare_fault(vector: u64, rip: u64, cr2: u64, code: u64) -> ! {
         "fault vector={vector} rip={rip:#x} cr2={cr2:#x} code={code:#x}"
     );
     line.print(|| {});
+    cpu::report_panic();
     cpu::stop()
 }
 
@@ -71,5 +72,6 @@ fn panicked(info: &PanicInfo<'_>) -> ! {
         .map_or(("?", 0), |place| (place.file(), place.line()));
     let _ = write!(line, "fault panic={}:{}", place.0, place.1);
     line.print(|| {});
+    cpu::report_panic();
     cpu::stop()
 }

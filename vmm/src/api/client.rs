@@ -1,7 +1,11 @@
 //! A small client for the API, as the command line uses it.
+//!
+//! No request waits for ever: a VM whose process is stopped, or hangs, gives no answer in time, and that is an error.
 
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -17,6 +21,11 @@ use tokio::net::UnixStream;
 use super::routes::CONSOLE_PROTOCOL;
 use super::types::Fault;
 
+/// How long an answer is waited for, if nobody says otherwise: no VM takes long over what needs nothing of its guest.
+pub const ANSWER: Duration = Duration::from_secs(10);
+/// How long between two lines of a stream, of which there are ten a second.
+const NEXT_LINE: Duration = Duration::from_secs(30);
+
 /// Why a request had no good answer.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
@@ -30,6 +39,8 @@ pub enum ClientError {
         path: PathBuf,
         source: serde_json::Error,
     },
+    #[error("API socket {path}: no answer within {after:?}; its process hangs, or is stopped")]
+    NoAnswer { path: PathBuf, after: Duration },
     #[error("{message}")]
     Refused { status: StatusCode, message: String },
 }
@@ -37,18 +48,26 @@ pub enum ClientError {
 /// A client of one VM's API.
 pub struct Client {
     path: PathBuf,
+    patience: Duration,
 }
 
 impl Client {
     /// For the socket at `path`.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.into() }
+        Self {
+            path: path.into(),
+            patience: ANSWER,
+        }
+    }
+
+    /// The same, which waits so long for each answer.
+    pub fn patient(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Sends a request and reads a JSON answer.
     pub async fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, ClientError> {
-        let body = self.send(Method::GET, route, Bytes::new(), None).await?;
-        let bytes = self.collect(body).await?;
+        let bytes = self.ask(Method::GET, route, Bytes::new()).await?;
         serde_json::from_slice(&bytes).map_err(|source| self.json(source))
     }
 
@@ -60,8 +79,7 @@ impl Client {
         body: &B,
     ) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
-        let response = self.send(method, route, body.into(), None).await?;
-        self.collect(response).await?;
+        self.ask(method, route, body.into()).await?;
         Ok(())
     }
 
@@ -72,15 +90,13 @@ impl Client {
         body: &B,
     ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
-        let response = self.send(Method::PUT, route, body.into(), None).await?;
-        let bytes = self.collect(response).await?;
+        let bytes = self.ask(Method::PUT, route, body.into()).await?;
         serde_json::from_slice(&bytes).map_err(|source| self.json(source))
     }
 
     /// `DELETE route`.
     pub async fn delete(&self, route: &str) -> Result<(), ClientError> {
-        let response = self.send(Method::DELETE, route, Bytes::new(), None).await?;
-        self.collect(response).await?;
+        self.ask(Method::DELETE, route, Bytes::new()).await?;
         Ok(())
     }
 
@@ -92,9 +108,13 @@ impl Client {
         mut on_line: impl FnMut(T),
     ) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
-        let mut response = self.send(Method::PUT, route, body.into(), None).await?;
+        let begin = self.request(Method::PUT, route, body.into(), None);
+        let mut response = self.within(self.patience, begin).await?.into_body();
         let mut pending = Vec::new();
-        while let Some(frame) = response.frame().await {
+        while let Some(frame) = self
+            .within(NEXT_LINE, async { Ok(response.frame().await) })
+            .await?
+        {
             let frame = frame.map_err(|source| self.http(source))?;
             pending.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
             while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
@@ -107,23 +127,35 @@ impl Client {
 
     /// Opens the console: from here on the stream carries its bytes.
     pub async fn console(&self) -> Result<TokioIo<hyper::upgrade::Upgraded>, ClientError> {
-        let response = self
-            .request(Method::GET, "/console", Bytes::new(), Some(CONSOLE_PROTOCOL))
-            .await?;
+        let begin = self.request(Method::GET, "/console", Bytes::new(), Some(CONSOLE_PROTOCOL));
+        let response = self.within(self.patience, begin).await?;
         let upgraded = hyper::upgrade::on(response)
             .await
             .map_err(|source| self.http(source))?;
         Ok(TokioIo::new(upgraded))
     }
 
-    async fn send(
+    /// Sends a request and reads all of its answer.
+    async fn ask(&self, method: Method, route: &str, body: Bytes) -> Result<Bytes, ClientError> {
+        let ask = async {
+            let response = self.request(method, route, body, None).await?;
+            self.collect(response.into_body()).await
+        };
+        self.within(self.patience, ask).await
+    }
+
+    async fn within<T>(
         &self,
-        method: Method,
-        route: &str,
-        body: Bytes,
-        upgrade: Option<&str>,
-    ) -> Result<Incoming, ClientError> {
-        Ok(self.request(method, route, body, upgrade).await?.into_body())
+        patience: Duration,
+        answer: impl Future<Output = Result<T, ClientError>>,
+    ) -> Result<T, ClientError> {
+        match tokio::time::timeout(patience, answer).await {
+            Ok(answer) => answer,
+            Err(_) => Err(ClientError::NoAnswer {
+                path: self.path.clone(),
+                after: patience,
+            }),
+        }
     }
 
     async fn request(
@@ -133,9 +165,14 @@ impl Client {
         body: Bytes,
         upgrade: Option<&str>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let connect = |source| ClientError::Connect {
-            path: self.path.clone(),
-            source,
+        let connect = |source: io::Error| {
+            let path = self.path.clone();
+            if source.kind() == io::ErrorKind::WouldBlock {
+                // As many wait for it as the kernel lets: it takes no connections any more.
+                let after = Duration::ZERO;
+                return ClientError::NoAnswer { path, after };
+            }
+            ClientError::Connect { path, source }
         };
         let stream = UnixStream::connect(&self.path).await.map_err(connect)?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))

@@ -18,13 +18,13 @@ pub struct DriveUpdate {
     path_on_host: Option<PathBuf>,
     /// Limits that are to change.
     #[serde(default)]
-    rate_limiter: LimitsSection,
+    rate_limiter: Option<LimitsSection>,
 }
 
 impl DriveUpdate {
     /// The limits that the disk is to have in place of `before`.
     pub(crate) fn limits(&self, before: Limits) -> Result<Limits, BucketError> {
-        let limits = self.rate_limiter.over(before);
+        let limits = self.rate_limiter.map_or(before, |limits| limits.over(before));
         limits.check()?;
         Ok(limits)
     }

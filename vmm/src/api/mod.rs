@@ -19,7 +19,7 @@
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
 //! | `PUT /console/size` | `Size`: that of the terminal on which somebody looks at it |
 //!
-//! An error is a [`Fault`] with status 400, 404 or 409.
+//! An error is a [`Fault`] with status 400, 404, 405 or 409. Bodies are JSON, whatever their `Content-Type` says.
 
 mod balloon;
 mod drive;

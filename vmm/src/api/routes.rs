@@ -6,14 +6,14 @@ use std::time::Duration;
 use axum::Json;
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{Path, Request as HttpRequest, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::extract::{FromRequest, Path, Request as HttpRequest, State};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
 use devices::virtio::console::Size;
 use hyper_util::rt::TokioIo;
 use migration::Progress;
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -60,6 +60,8 @@ pub(super) fn router(context: Context) -> Router {
         .route("/drives/{id}", patch(update_drive))
         .route("/console", get(console))
         .route("/console/size", put(resize_console))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(unknown_method)
         .with_state(context)
 }
 
@@ -87,6 +89,7 @@ impl From<Refusal> for Failure {
             | Refusal::Stopping
             | Refusal::NoMachine
             | Refusal::InDoubt
+            | Refusal::InDoubtStays
             | Refusal::NoDoubt
             | Refusal::Resolving
             | Refusal::NotTakenBack
@@ -103,14 +106,35 @@ impl From<RequestError> for Failure {
     }
 }
 
-impl From<JsonRejection> for Failure {
-    fn from(rejection: JsonRejection) -> Self {
-        Failure(StatusCode::BAD_REQUEST, rejection.body_text())
+type Answer<T> = Result<T, Failure>;
+
+/// A body of JSON, whatever its header says: Firecracker's clients often have none, and curl calls it a form.
+struct JsonBody<T>(T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: HttpRequest, state: &S) -> Answer<Self> {
+        let bytes = Bytes::from_request(request, state)
+            .await
+            .map_err(|rejection| Failure(rejection.status(), rejection.body_text()))?;
+        let Json(body) = Json::from_bytes(&bytes)
+            .map_err(|rejection| Failure(StatusCode::BAD_REQUEST, rejection.body_text()))?;
+        Ok(Self(body))
     }
 }
 
-type Answer<T> = Result<T, Failure>;
-type JsonBody<T> = Result<Json<T>, JsonRejection>;
+async fn unknown_route(method: Method, uri: Uri) -> Failure {
+    Failure(
+        StatusCode::NOT_FOUND,
+        format!("no such route: {method} {}", uri.path()),
+    )
+}
+
+async fn unknown_method(method: Method, uri: Uri) -> Failure {
+    let message = format!("{} has no {method}", uri.path());
+    Failure(StatusCode::METHOD_NOT_ALLOWED, message)
+}
 
 async fn info(State(context): State<Context>) -> Answer<Json<InstanceInfo>> {
     Ok(Json(context.supervisor.ask(Request::Info).await?))
@@ -119,27 +143,36 @@ async fn info(State(context): State<Context>) -> Answer<Json<InstanceInfo>> {
 async fn version() -> Json<Version> {
     Json(Version {
         godwit_version: VERSION.into(),
+        firecracker_version: VERSION.into(),
     })
 }
 
-async fn update(State(context): State<Context>, body: JsonBody<VmUpdate>) -> Answer<StatusCode> {
-    match body?.state {
+async fn update(State(context): State<Context>, JsonBody(body): JsonBody<VmUpdate>) -> Answer<StatusCode> {
+    match body.state {
         VmState::Paused => context.supervisor.ask(Request::Pause).await?,
         VmState::Resumed => context.supervisor.ask(Request::Resume).await?,
     }
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn action(State(context): State<Context>, body: JsonBody<Action>) -> Answer<StatusCode> {
-    match body?.action_type {
+async fn action(State(context): State<Context>, JsonBody(body): JsonBody<Action>) -> Answer<StatusCode> {
+    let Action { action_type, force } = body;
+    match action_type {
         ActionType::SendCtrlAltDel => context.supervisor.ask(Request::PowerButton).await?,
-        ActionType::Stop => context.supervisor.ask(Request::Stop).await?,
+        ActionType::Stop => {
+            context
+                .supervisor
+                .ask(|reply| Request::Stop { force, reply })
+                .await?
+        }
     }
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn migrate(State(context): State<Context>, body: JsonBody<MigrationRequest>) -> Answer<Response> {
-    let Json(request) = body?;
+async fn migrate(
+    State(context): State<Context>,
+    JsonBody(request): JsonBody<MigrationRequest>,
+) -> Answer<Response> {
     let (destination, options) = request.check()?;
     let options = Box::new(options);
     let feed = context
@@ -204,8 +237,11 @@ async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn resolve(State(context): State<Context>, body: JsonBody<ResolveRequest>) -> Answer<Json<Resolution>> {
-    let Json(ResolveRequest { decision }) = body?;
+async fn resolve(
+    State(context): State<Context>,
+    JsonBody(body): JsonBody<ResolveRequest>,
+) -> Answer<Json<Resolution>> {
+    let ResolveRequest { decision } = body;
     let resolution = context
         .supervisor
         .ask(|reply| Request::Resolve(decision, reply))
@@ -215,9 +251,8 @@ async fn resolve(State(context): State<Context>, body: JsonBody<ResolveRequest>)
 
 async fn snapshot(
     State(context): State<Context>,
-    body: JsonBody<SnapshotRequest>,
+    JsonBody(request): JsonBody<SnapshotRequest>,
 ) -> Answer<Json<SnapshotReport>> {
-    let Json(request) = body?;
     request.check()?;
     let report = context
         .supervisor
@@ -226,8 +261,11 @@ async fn snapshot(
     Ok(Json(report))
 }
 
-async fn set_balloon(State(context): State<Context>, body: JsonBody<BalloonUpdate>) -> Answer<StatusCode> {
-    let Json(BalloonUpdate { amount_mib }) = body?;
+async fn set_balloon(
+    State(context): State<Context>,
+    JsonBody(body): JsonBody<BalloonUpdate>,
+) -> Answer<StatusCode> {
+    let BalloonUpdate { amount_mib } = body;
     let bytes = amount_mib.saturating_mul(1 << 20);
     context
         .supervisor
@@ -248,9 +286,8 @@ async fn metrics(State(context): State<Context>) -> Answer<Json<Metrics>> {
 async fn update_drive(
     State(context): State<Context>,
     Path(id): Path<String>,
-    body: JsonBody<DriveUpdate>,
+    JsonBody(update): JsonBody<DriveUpdate>,
 ) -> Answer<StatusCode> {
-    let Json(update) = body?;
     if update.drive_id != id {
         let message = format!(
             "expected drive_id {id:?} as in the path, got {:?}",
@@ -285,8 +322,10 @@ async fn console(State(context): State<Context>, request: HttpRequest) -> Answer
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
-async fn resize_console(State(context): State<Context>, body: JsonBody<Size>) -> Answer<StatusCode> {
-    let Json(size) = body?;
+async fn resize_console(
+    State(context): State<Context>,
+    JsonBody(size): JsonBody<Size>,
+) -> Answer<StatusCode> {
     context.input.resize(size);
     Ok(StatusCode::NO_CONTENT)
 }

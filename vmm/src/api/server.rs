@@ -1,10 +1,12 @@
 //! The API thread: the only place with tokio.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
@@ -23,6 +25,8 @@ pub struct ApiServer {
     thread: Option<JoinHandle<()>>,
     socket: ApiSocket,
     input: ConsoleInput,
+    /// Raised when the process goes on after it was stopped.
+    continued: Arc<OwnedFd>,
 }
 
 impl ApiServer {
@@ -42,10 +46,18 @@ impl ApiServer {
             .enable_all()
             .build()?;
         // Inside the runtime, but before the thread starts, so that an error is the caller's.
-        let (listener, signals, resized) = {
+        let continued = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let raise = continued.clone();
+        let (listener, signals, resized, continues) = {
             let _inside = runtime.enter();
             let resized = signal(SignalKind::window_change())?;
-            (UnixListener::from_std(listener)?, end_signals()?, resized)
+            let continues = signal(SignalKind::from_raw(libc::SIGCONT))?;
+            (
+                UnixListener::from_std(listener)?,
+                end_signals()?,
+                resized,
+                continues,
+            )
         };
         let ended = end.clone();
         let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
@@ -59,6 +71,7 @@ impl ApiServer {
                     });
                 }
                 tokio::spawn(pass_size_on(resized, context.input.clone()));
+                tokio::spawn(pass_on(continues, raise));
                 serve(listener, context, ended).await;
             });
             runtime.shutdown_background();
@@ -68,12 +81,18 @@ impl ApiServer {
             thread: Some(thread),
             socket,
             input,
+            continued,
         })
     }
 
     /// Where console input goes once there is a machine.
     pub fn console_input(&self) -> &ConsoleInput {
         &self.input
+    }
+
+    /// Raised when this process goes on after it was stopped.
+    pub fn continued(&self) -> &Arc<OwnedFd> {
+        &self.continued
     }
 
     /// The socket that is served.
@@ -89,6 +108,14 @@ impl Drop for ApiServer {
             // A panic in it has been reported by the panic hook.
             let _ = thread.join();
         }
+    }
+}
+
+/// Raises `event` for each signal.
+async fn pass_on(mut signal: Signal, event: Arc<OwnedFd>) {
+    while signal.recv().await.is_some() {
+        // Where it is full, it is raised already.
+        let _ = rustix::io::write(&event, &1u64.to_ne_bytes());
     }
 }
 

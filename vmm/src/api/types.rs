@@ -1,5 +1,7 @@
 //! What goes over the API, as JSON.
 
+use std::path::PathBuf;
+
 use migration::Progress;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +16,12 @@ pub enum InstanceState {
     Paused,
     /// No machine yet: waiting for one, or receiving it.
     Receiving,
+    /// No machine: its guest has reset, and will boot again.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// As a client sees it: its process does not answer.
+    #[serde(rename = "No answer")]
+    NoAnswer,
     /// "go" was sent and nobody knows whether the destination runs.
     #[serde(rename = "In doubt")]
     InDoubt,
@@ -25,8 +33,31 @@ impl std::fmt::Display for InstanceState {
             InstanceState::Running => "running",
             InstanceState::Paused => "paused",
             InstanceState::Receiving => "receiving",
+            InstanceState::NoAnswer => "no answer",
+            InstanceState::NotStarted => "not started",
             InstanceState::InDoubt => "in doubt",
         })
+    }
+}
+
+impl InstanceInfo {
+    /// What can be said of a VM that does not answer: its name and its process, if that is known.
+    pub fn silent(id: &str, pid: Option<u32>) -> Self {
+        Self {
+            app_name: "godwit".into(),
+            id: id.into(),
+            state: InstanceState::NoAnswer,
+            vmm_version: String::new(),
+            pid: pid.unwrap_or(0),
+            vcpu_count: 0,
+            mem_size_mib: 0,
+            cpu_template: String::new(),
+            in_doubt: None,
+            migration: None,
+            snapshot: None,
+            stop_timeout_ms: 0,
+            log: None,
+        }
     }
 }
 
@@ -55,6 +86,10 @@ pub struct InstanceInfo {
     pub migration: Option<Progress>,
     /// The snapshot that is being written.
     pub snapshot: Option<SnapshotProgress>,
+    /// How long its guest may take to shut down when it is asked to, in milliseconds.
+    pub stop_timeout_ms: u64,
+    /// The file that its process logs to, if it is one.
+    pub log: Option<PathBuf>,
 }
 
 /// The program's version.
@@ -62,6 +97,8 @@ pub struct InstanceInfo {
 pub struct Version {
     /// As `godwit --version` prints it.
     pub godwit_version: String,
+    /// The same, where Firecracker's clients look for it.
+    pub firecracker_version: String,
 }
 
 /// Body of `PATCH /vm`.
@@ -87,6 +124,9 @@ pub enum VmState {
 pub struct Action {
     /// What to do.
     pub action_type: ActionType,
+    /// Whether `Stop` also ends a VM whose copy of its guest may be the only one.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// What `PUT /actions` can do.

@@ -11,7 +11,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
-use devices::legacy::AcpiPower;
+use devices::legacy::{AcpiPower, PvPanic};
 
 use super::layout;
 
@@ -103,6 +103,7 @@ fn dsdt(slots: &[VirtioMmioSlot]) -> Sdt {
     power_button(&mut body);
     generation_counter(&mut body);
     vmclock(&mut body);
+    panic_notifier(&mut body);
     event_device(&mut body);
     let scope = Scope::raw(Path::new("\\_SB_"), body);
     let s5 = Package::new(vec![
@@ -193,6 +194,19 @@ fn vmclock(body: &mut Vec<u8>) {
             &Name::new("_CID".into(), &"VMCLOCK"),
             &Name::new("_DDN".into(), &"VMCLOCK"),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&page])),
+        ],
+    )
+    .to_aml_bytes(body);
+}
+
+/// Where the guest's kernel says that it has panicked (QEMU, docs/specs/pvpanic.rst).
+fn panic_notifier(body: &mut Vec<u8>) {
+    let port = IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, PvPanic::LEN as u8);
+    Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
         ],
     )
     .to_aml_bytes(body);

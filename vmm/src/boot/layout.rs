@@ -73,6 +73,8 @@ pub const GENERATION_GSI: u32 = 6;
 pub const VMCLOCK_GSI: u32 = 7;
 /// First port of the keyboard controller.
 pub const I8042_PORT: u16 = 0x60;
+/// Port of the panic notifier, where QEMU has it.
+pub const PVPANIC_PORT: u16 = 0x505;
 /// First port of the ACPI sleep and reset registers.
 pub const ACPI_POWER_PORT: u16 = 0x600;
 /// Interrupts of virtio devices, in bus order: none that a legacy device would claim.

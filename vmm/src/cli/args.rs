@@ -68,6 +68,8 @@ pub(super) enum Command {
     Ps(ListArgs),
     /// Attach to a guest's console. Ctrl-] detaches.
     Console(VmArgs),
+    /// Print the log of a VM that was started with --detach or --log.
+    Logs(LogsArgs),
     /// Draw the trace of a migration.
     #[command(after_help = REPORT_EXAMPLES)]
     Report(ReportArgs),
@@ -128,10 +130,22 @@ pub(super) struct RunArgs {
     /// Which of the guest's consoles has the terminal
     #[arg(long, value_enum, default_value_t = ConsoleArg::Serial)]
     pub(super) console: ConsoleArg,
+    /// What becomes of a guest that resets. One that has moved ends all the same: its kernel stays where it was booted
+    #[arg(long, value_enum, default_value_t = OnResetArg::Exit)]
+    pub(super) on_reset: OnResetArg,
     /// A channel between the guest's /dev/virtio-ports/NAME and a program on the host that connects to the Unix socket
     /// PATH; may be given several times
     #[arg(long = "port", value_name = "NAME=PATH", value_parser = backend::<PathBuf>)]
     pub(super) ports: Vec<(String, PathBuf)>,
+}
+
+/// What becomes of a guest that resets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum OnResetArg {
+    /// The VM ends, with status 0.
+    Exit,
+    /// It boots again in the same process, at once, or up to half a minute later if it keeps resetting.
+    Reboot,
 }
 
 /// The consoles of a guest.
@@ -152,9 +166,16 @@ pub(super) struct CommonArgs {
     /// Path of the API socket [default: NAME.sock in the run-time directory]
     #[arg(long, value_name = "PATH")]
     pub(super) api_sock: Option<PathBuf>,
+    /// How long a guest that is asked to shut down (SIGTERM, Ctrl-], `godwit stop`) may take before it is stopped
+    #[arg(long, value_name = "DURATION", value_parser = units::duration, default_value = "5s")]
+    pub(super) stop_timeout: Duration,
     /// Append log messages to a file instead of writing them to stderr
     #[arg(long, value_name = "FILE")]
     pub(super) log: Option<PathBuf>,
+    /// Leave the VM running in the background: wait until it is up, print its name, and return. `godwit console` has its
+    /// console, `godwit logs` its log, which is NAME.log in the run-time directory without --log
+    #[arg(long)]
+    pub(super) detach: bool,
 }
 
 /// Arguments of `receive`.
@@ -387,15 +408,30 @@ pub(super) struct OutputArgs {
     pub(super) json: bool,
 }
 
+/// Arguments of `logs`.
+#[derive(Debug, Args)]
+pub(super) struct LogsArgs {
+    /// Name of the VM, or path of its API socket; also that of one that has ended, if it was started with --detach
+    #[arg(value_name = "VM")]
+    pub(super) vm: String,
+    /// Go on until the VM ends
+    #[arg(long, short)]
+    pub(super) follow: bool,
+}
+
 /// Arguments of `stop`.
 #[derive(Debug, Args)]
 pub(super) struct StopArgs {
     /// Name of the VM, or path of its API socket
     #[arg(value_name = "VM")]
     pub(super) vm: String,
-    /// End it at once, without asking the guest
+    /// End it at once, without asking the guest; its process as well if that does not answer, and also a copy of a guest
+    /// that a migration left in doubt
     #[arg(long)]
     pub(super) force: bool,
+    /// How long the guest may take to shut down [default: what the VM was started with]
+    #[arg(long, value_name = "DURATION", value_parser = units::duration, conflicts_with = "force")]
+    pub(super) timeout: Option<Duration>,
 }
 
 /// How to print a list.

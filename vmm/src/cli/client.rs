@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io::{self, IsTerminal};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -10,20 +10,29 @@ use hyper::Method;
 use migration::Decision;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::{DiskArgs, ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs};
+use super::owner::{self, Owner};
 use super::terminal::{ESCAPE, RawTerminal};
 use super::{Exit, progress};
-use crate::api::client::Client;
-use crate::api::{Action, ActionType, InstanceInfo, Resolution, ResolveRequest, Verdict, VmState, VmUpdate};
+use crate::api::client::{ANSWER, Client, ClientError};
+use crate::api::{
+    Action, ActionType, InstanceInfo, InstanceState, Resolution, ResolveRequest, Verdict, VmState, VmUpdate,
+};
 use crate::console::terminal_size;
 use crate::output::{print, tell};
 use crate::report::figures::bytes;
 use crate::rundir;
 use crate::snapshot::SnapshotProgress;
-use crate::supervisor::POWER_OFF_GRACE;
 
+/// A VM that is silent for so long is listed as such, and ended where somebody insists.
+const SILENCE: Duration = Duration::from_secs(3);
+/// How long `pause`, `resume` and `disk` may take: each waits up to 10 s for a vCPU or an image, and for one before it.
+const OPERATION: Duration = Duration::from_secs(30);
+/// How long `resolve` may take: the other end has 10 s to answer, and the guest 10 s to go on.
+const RESOLVE: Duration = Duration::from_secs(40);
 /// How often `stop` looks whether the VM has ended.
 const STOP_POLL: Duration = Duration::from_millis(50);
 /// How long a VM's process may take to end once it was told to.
@@ -99,14 +108,14 @@ pub(super) fn resume(args: &VmArgs) -> anyhow::Result<Exit> {
 }
 
 fn update(vm: &str, state: VmState) -> anyhow::Result<Exit> {
-    let client = connect(vm)?;
+    let client = connect(vm)?.patient(OPERATION);
     block_on(client.send_json(Method::PATCH, "/vm", &VmUpdate { state }))??;
     Ok(Exit::Done)
 }
 
 /// Limits are left as they are.
 pub(super) fn disk(args: &DiskArgs) -> anyhow::Result<Exit> {
-    let client = connect(&args.vm)?;
+    let client = connect(&args.vm)?.patient(OPERATION);
     let update = serde_json::json!({ "drive_id": args.id });
     block_on(client.send_json(Method::PATCH, &format!("/drives/{}", args.id), &update))??;
     Ok(Exit::Done)
@@ -119,7 +128,7 @@ pub(super) fn cancel(args: &VmArgs) -> anyhow::Result<Exit> {
 }
 
 pub(super) fn resolve(args: &ResolveArgs) -> anyhow::Result<Exit> {
-    let client = connect(&args.vm)?;
+    let client = connect(&args.vm)?.patient(RESOLVE);
     let decision = match (args.run, args.discard) {
         (true, _) => Some(Decision::Run),
         (_, true) => Some(Decision::Discard),
@@ -141,60 +150,94 @@ pub(super) fn resolve(args: &ResolveArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {
     let path = rundir::resolve(&args.vm)?;
-    let client = Client::new(&path);
-    block_on(async {
-        let info: InstanceInfo = client.get("/").await?;
-        let runs = info.state == crate::api::InstanceState::Running;
-        if !args.force && runs {
-            act(&client, ActionType::SendCtrlAltDel).await?;
-            if ended(&path, POWER_OFF_GRACE).await {
-                return Ok(Exit::Done);
+    match block_on(ask_to_stop(args, &path))? {
+        Err(error) if args.force && is_silence(&error) => {
+            let owner = Owner::of(&path)?;
+            let pid = owner.pid;
+            tell(&format!("{} does not answer: ending its process, {pid}", args.vm));
+            if !owner.kill(STOP_TIMEOUT)? {
+                bail!(
+                    "{}: process {pid} is still there {STOP_TIMEOUT:?} after SIGKILL: the kernel does not let it go",
+                    args.vm
+                );
             }
-            tell(&format!(
-                "the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it"
-            ));
+            Ok(Exit::Done)
         }
-        act(&client, ActionType::Stop).await?;
-        if !ended(&path, STOP_TIMEOUT).await {
-            bail!(
-                "{}: still there after {STOP_TIMEOUT:?} (process {})",
-                args.vm,
-                info.pid
-            );
-        }
-        Ok(Exit::Done)
-    })?
+        Err(error) if is_silence(&error) => Err(error.context("`godwit stop --force` ends its process")),
+        other => other,
+    }
 }
 
-async fn act(client: &Client, action_type: ActionType) -> anyhow::Result<()> {
-    Ok(client
-        .send_json(Method::PUT, "/actions", &Action { action_type })
-        .await?)
+async fn ask_to_stop(args: &StopArgs, path: &Path) -> anyhow::Result<Exit> {
+    let patience = if args.force { SILENCE } else { ANSWER };
+    let client = Client::new(path).patient(patience);
+    let info: InstanceInfo = client.get("/").await?;
+    if info.state == InstanceState::InDoubt && !args.force {
+        tell(&format!(
+            "{vm} is in doubt, and this may be the only copy of its guest: `godwit resolve {vm}` asks the other end; `godwit stop --force` throws this copy away",
+            vm = args.vm
+        ));
+        return Ok(Exit::InDoubt);
+    }
+    if !args.force && info.state == InstanceState::Running {
+        let grace = args
+            .timeout
+            .unwrap_or(Duration::from_millis(info.stop_timeout_ms));
+        act(&client, ActionType::SendCtrlAltDel, false).await?;
+        if ended(path, grace).await {
+            return Ok(Exit::Done);
+        }
+        tell(&format!(
+            "the guest did not shut down within {grace:?}: stopping it"
+        ));
+    }
+    act(&client, ActionType::Stop, args.force).await?;
+    if ended(path, STOP_TIMEOUT).await {
+        return Ok(Exit::Done);
+    }
+    // One that still answers has something to finish.
+    let _: InstanceInfo = client.get("/").await?;
+    bail!(
+        "{}: still there after {STOP_TIMEOUT:?} (process {})",
+        args.vm,
+        info.pid
+    );
 }
 
-/// Whether nobody answers at the socket any more, within `timeout`.
+/// Whether a VM gave no answer at all.
+fn is_silence(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<ClientError>();
+    matches!(error, Some(ClientError::NoAnswer { .. }))
+}
+
+async fn act(client: &Client, action_type: ActionType, force: bool) -> anyhow::Result<()> {
+    let action = Action { action_type, force };
+    Ok(client.send_json(Method::PUT, "/actions", &action).await?)
+}
+
+/// Whether nobody listens at the socket any more, within `timeout`.
 pub(super) async fn ended(path: &Path, timeout: Duration) -> bool {
     let gone = async {
-        while tokio::net::UnixStream::connect(path).await.is_ok() {
+        while !is_abandoned(path).await {
             tokio::time::sleep(STOP_POLL).await;
         }
     };
     tokio::time::timeout(timeout, gone).await.is_ok()
 }
 
+async fn is_abandoned(path: &Path) -> bool {
+    let connected = UnixStream::connect(path).await;
+    connected.is_err_and(|error| nobody_listens(&error))
+}
+
+/// Whether that is why there is no connection. A process that takes none is still there.
+fn nobody_listens(error: &io::Error) -> bool {
+    [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound].contains(&error.kind())
+}
+
 pub(super) fn ps(args: &ListArgs) -> anyhow::Result<Exit> {
     let vms = rundir::list()?;
-    let infos: Vec<InstanceInfo> = block_on(async {
-        let mut infos = Vec::new();
-        for (name, path) in &vms {
-            match Client::new(path).get("/").await {
-                Ok(info) => infos.push(info),
-                // It may have ended just now.
-                Err(error) => tell(&format!("{name}: {}", migration::chain(&error))),
-            }
-        }
-        infos
-    })?;
+    let infos = block_on(ask_all(vms))?;
     print(&if args.json {
         json_line(&infos)?
     } else {
@@ -216,6 +259,41 @@ fn table(infos: &[InstanceInfo]) -> String {
         );
     }
     table
+}
+
+/// What each VM says of itself, in their order. They are asked at the same time, so that one that does not answer holds up
+/// nobody; it is listed as such.
+async fn ask_all(vms: Vec<(String, PathBuf)>) -> Vec<InstanceInfo> {
+    let asked: Vec<_> = vms
+        .into_iter()
+        .map(|(name, path)| tokio::spawn(async move { ask(&name, &path).await }))
+        .collect();
+    let mut infos = Vec::new();
+    for answer in asked {
+        // A task that panicked has been reported by the panic hook.
+        infos.extend(answer.await.ok().flatten());
+    }
+    infos
+}
+
+/// `None` if it has ended.
+async fn ask(name: &str, path: &Path) -> Option<InstanceInfo> {
+    let client = Client::new(path).patient(SILENCE);
+    match client.get("/").await {
+        Ok(info) => Some(info),
+        Err(ClientError::Connect { source, .. }) if nobody_listens(&source) => None,
+        // It may have ended just now.
+        Err(_) if is_abandoned(path).await => None,
+        Err(ClientError::NoAnswer { .. }) => {
+            let pid = owner::listener(path).ok();
+            let pid = pid.and_then(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok());
+            Some(InstanceInfo::silent(name, pid))
+        }
+        Err(error) => {
+            tell(&format!("{name}: {}", migration::chain(&error)));
+            None
+        }
+    }
 }
 
 pub(super) fn console(args: &VmArgs) -> anyhow::Result<Exit> {

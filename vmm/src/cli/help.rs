@@ -8,13 +8,15 @@ Examples:
   godwit run --kernel vmlinux --initrd initrd --net tap=tap0 --net id=lan,tap=tap1,mac=02:00:00:00:00:07
   godwit run --kernel vmlinux --initrd initrd --console virtio --port agent=/run/web.agent
   godwit run --kernel vmlinux --initrd initrd --cpus 4 --net tap=tap0,queues=4,bandwidth=50MB/s
-  godwit run --config-file vm.json --name web
+  godwit run --config-file vm.json --name web --detach && godwit logs web --follow
 
 A tap is made before: ip tuntap add dev tap0 mode tap && ip link set dev tap0 up; with `mode tap multi_queue` for a card
 with several queues. Without mac= a network card has a random address. fd=3 or fd=[3,4] instead of tap= are descriptors of
 a tap's queues that were open before.
 The guest prints on either console; what is typed comes to the one that has the terminal.
-In a terminal, Ctrl-] asks the guest to shut down; a second Ctrl-] ends it at once.";
+In a terminal, Ctrl-] asks the guest to shut down (ACPI power button); a second Ctrl-] ends it at once.
+Exit codes: 0 the guest powered itself off or reset, was stopped, has moved or is in a snapshot; 1 failed; 2 bad usage;
+4 the guest panicked (pvpanic) or ended with a triple fault.";
 
 pub(super) const RECEIVE_EXAMPLES: &str = "\
 Examples:
@@ -86,4 +88,5 @@ A migration is in doubt when the source has said \"go\" and does not know what c
 The destination is asked in any case, and what it says counts more than --run or --discard.
 
 At a receiver that has a complete machine while its source is gone for good, --run and --discard decide.
+A VM in doubt ends neither by `godwit stop` nor by one signal: `godwit stop --force` throws its copy away.
 Exit codes: 0 settled; 1 refused, or settled otherwise than asked for; 2 bad usage; 3 still in doubt.";

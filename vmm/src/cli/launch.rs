@@ -1,19 +1,21 @@
 //! `run`, `receive` and `restore`: the commands that become a VM.
 
-use std::io::{self, Read};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
+use devices::GuestExit;
 use migration::{MemoryKind, ReceiveOptions, Receiver};
 
 use super::Exit;
-use super::args::{CommonArgs, ConsoleArg, ReceiveArgs, RestoreArgs, RunArgs};
-use super::signals::{Held, outlive_file_size_limit};
+use super::args::{CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
+use super::detach::{Launch, Part, detach};
+use super::signals::{Held, outlive_file_size_limit, stay_with_the_terminal};
 use super::snapshot::with_bar;
-use super::terminal::{ESCAPE, RawTerminal};
+use super::stdin::forward_stdin;
 use crate::api::ApiServer;
 use crate::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
-use crate::console::{Console, ConsoleInput};
+use crate::console::Console;
 use crate::footprint::give_back_text;
 use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
 use crate::memory::{self, FaultHandler};
@@ -22,13 +24,18 @@ use crate::privacy::keep_memory_private;
 use crate::report::figures::duration;
 use crate::rundir::{ApiSocket, check_name};
 use crate::snapshot::Snapshot;
-use crate::supervisor::{Ending, Event, Supervisor, SupervisorHandle};
+use crate::supervisor::{Boot, Ending, Event, Supervisor, SupervisorHandle};
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
-    start_log(args.common.log.as_deref())?;
-    keep_memory_private()?;
+    let mut launch = match begin(&args.common)? {
+        Part::Vm(launch) => launch,
+        Part::Starter(exit) => return Ok(exit),
+    };
     let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
-    let config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
+    let mut config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
+    if args.on_reset == OnResetArg::Reboot {
+        config.make_repeatable()?;
+    }
     if let Some(reason) = config.template_reason {
         tracing::info!("CPU template {} ({reason})", config.template);
     } else {
@@ -37,20 +44,36 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let name = checked_name(&args.common)?;
     let held = Held::hold();
     let socket = bind(&args.common, &name)?;
-    let console = Console::to_stdout().context("console")?;
-    let mut supervisor = Supervisor::new(&name, console.clone());
-    let machine = Machine::boot(&config, &console, supervisor.event_sink())?;
+    let log = launch.named()?;
+    let console = open_console(&launch)?;
+    let mut supervisor = new_supervisor(&args.common, &name, &console);
+    supervisor.set_log(log);
+    let boot: Boot = {
+        let console = console.clone();
+        Arc::new(move |events| Machine::boot(&config, &console, events))
+    };
+    let machine = boot(supervisor.event_sink())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     machine.start();
     supervisor.adopt(machine, &server);
+    if args.on_reset == OnResetArg::Reboot {
+        supervisor.boot_on_reset(Arc::new(move |events| {
+            let machine = boot(events)?;
+            machine.start();
+            Ok(machine)
+        }));
+    }
     give_back_text();
+    launch.up(&name);
     supervise(supervisor, server)
 }
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
-    start_log(args.common.log.as_deref())?;
-    keep_memory_private()?;
+    let mut launch = match begin(&args.common)? {
+        Part::Vm(launch) => launch,
+        Part::Starter(exit) => return Ok(exit),
+    };
     let listen = args.listen.resolve()?;
     let arrival = args.backends.arrival(args.max_memory, args.reserve)?;
     if let Some(reserve) = args.reserve {
@@ -59,8 +82,10 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let name = checked_name(&args.common)?;
     let held = Held::hold();
     let socket = bind(&args.common, &name)?;
-    let console = Console::to_stdout().context("console")?;
-    let mut supervisor = Supervisor::new(&name, console.clone());
+    let log = launch.named()?;
+    let console = open_console(&launch)?;
+    let mut supervisor = new_supervisor(&args.common, &name, &console);
+    supervisor.set_log(log);
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let receiver = Receiver::listen(&listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -68,16 +93,19 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     // Scripts wait for this line.
     output::tell(&format!("{name} is listening on {}", receiver.endpoint()));
     supervisor.receive(receiver, destination).context("receive job")?;
+    launch.up(&name);
     supervise(supervisor, server)
 }
 
 pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
-    start_log(args.common.log.as_deref())?;
-    keep_memory_private()?;
+    let mut launch = match begin(&args.common)? {
+        Part::Vm(launch) => launch,
+        Part::Starter(exit) => return Ok(exit),
+    };
     let arrival = args.backends.arrival(None, None)?;
     let name = checked_name(&args.common)?;
-    let console = Console::to_stdout().context("console")?;
-    let mut supervisor = Supervisor::new(&name, console.clone());
+    let console = open_console(&launch)?;
+    let mut supervisor = new_supervisor(&args.common, &name, &console);
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let snapshot = Snapshot::open(&args.directory)?;
     destination.check_all(snapshot.machine())?;
@@ -85,6 +113,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     let memory = snapshot_memory(&snapshot, args.preload, args.uffd.as_deref(), supervisor.handle())?;
     let held = Held::hold();
     let socket = bind(&args.common, &name)?;
+    supervisor.set_log(launch.named()?);
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     let age = snapshot.age();
@@ -98,13 +127,17 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     } else {
         format!("is paused; `godwit resume {name}` lets it go on")
     };
+    // Scripts wait for this line.
     let announcement = format!(
         "{name} is restored and {after}; its clocks go on by {}",
         duration(age.as_secs_f64() * 1e3)
     );
     let restore = move || destination.restore_snapshot(&snapshot, memory, args.resume);
     supervisor
-        .restore(restore, args.uffd.is_some(), announcement)
+        .restore(restore, args.uffd.is_some(), move || {
+            output::tell(&announcement);
+            launch.up(&name);
+        })
         .context("restore job")?;
     supervise(supervisor, server)
 }
@@ -133,17 +166,56 @@ fn snapshot_memory(
 
 fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {
     outlive_file_size_limit();
-    let terminal = RawTerminal::enter().context("terminal")?;
-    forward_stdin(&server, supervisor.handle(), terminal.is_some())?;
+    let terminal = forward_stdin(&server, supervisor.handle())?;
     let ending = supervisor.run(server);
-    drop(terminal);
-    match ending? {
-        Ending::Guest(reason) => tracing::info!("the guest ended: {reason:?}"),
+    if let Some(terminal) = terminal {
+        terminal.give_back();
+    }
+    Ok(told(&ending?))
+}
+
+/// Logs how a VM ended.
+fn told(ending: &Ending) -> Exit {
+    match ending {
+        Ending::Guest(GuestExit::Panic) => {
+            tracing::error!("the guest panicked");
+            return Exit::GuestFailed;
+        }
+        Ending::TripleFault(vcpu) => {
+            tracing::error!("the guest ended with a triple fault of vCPU {vcpu}");
+            return Exit::GuestFailed;
+        }
+        Ending::Guest(GuestExit::Reset) => tracing::info!("the guest ended: it reset"),
+        Ending::Guest(GuestExit::PowerOff) => tracing::info!("the guest ended: it powered itself off"),
         Ending::Stopped => tracing::info!("stopped"),
         Ending::Saved => tracing::info!("saved: the guest is in the snapshot"),
         Ending::Moved => tracing::info!("moved: the guest runs at the destination"),
     }
-    Ok(Exit::Done)
+    Exit::Done
+}
+
+/// Leaves the terminal, if that is wanted, and opens the log.
+fn begin(common: &CommonArgs) -> anyhow::Result<Part> {
+    let part = detach(common)?;
+    if let Part::Vm(launch) = &part {
+        stay_with_the_terminal();
+        start_log(launch.log())?;
+        keep_memory_private()?;
+    }
+    Ok(part)
+}
+
+fn open_console(launch: &Launch) -> anyhow::Result<Console> {
+    if launch.is_detached() {
+        return Ok(Console::detached());
+    }
+    Console::to_stdout().context("console")
+}
+
+fn new_supervisor(common: &CommonArgs, name: &str, console: &Console) -> Supervisor {
+    let mut supervisor = Supervisor::new(name, console.clone());
+    supervisor.set_stop_timeout(common.stop_timeout);
+    supervisor
 }
 
 fn wishes(args: &RunArgs) -> Wishes {
@@ -173,7 +245,7 @@ fn wishes(args: &RunArgs) -> Wishes {
     }
 }
 
-fn checked_name(common: &CommonArgs) -> anyhow::Result<String> {
+pub(super) fn checked_name(common: &CommonArgs) -> anyhow::Result<String> {
     let name = common
         .name
         .clone()
@@ -187,30 +259,4 @@ fn bind(common: &CommonArgs, name: &str) -> anyhow::Result<ApiSocket> {
         Some(path) => ApiSocket::bind(path)?,
         None => ApiSocket::for_name(name)?,
     })
-}
-
-/// Passes standard input on to the guest. In a terminal the escape key goes to the supervisor instead.
-fn forward_stdin(server: &ApiServer, supervisor: SupervisorHandle, escape: bool) -> anyhow::Result<()> {
-    let input = server.console_input().clone();
-    // Ends with the process: a read from a terminal cannot be interrupted otherwise.
-    std::thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || {
-            let mut chunk = [0; 4096];
-            while let Ok(count @ 1..) = io::stdin().lock().read(&mut chunk) {
-                let mut bytes = &chunk[..count];
-                if escape && bytes.contains(&ESCAPE) {
-                    supervisor.send(Event::Escape);
-                    continue;
-                }
-                while !bytes.is_empty() {
-                    bytes = &bytes[input.offer(bytes)..];
-                    if !bytes.is_empty() {
-                        std::thread::sleep(ConsoleInput::RETRY);
-                    }
-                }
-            }
-        })
-        .context("stdin thread")?;
-    Ok(())
 }

@@ -14,8 +14,11 @@ use crate::api::{MigrationEvent, MigrationRequest};
 use crate::output::{print, tell};
 use crate::report::TraceWriter;
 
+/// How long the VM may take to begin: it may be busy with what was asked for before.
+const START: Duration = Duration::from_secs(30);
+
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
-    let client = connect(&args.vm)?;
+    let client = connect(&args.vm)?.patient(START);
     let request = request(&args)?;
     // Before anything happens: whoever asked for a trace shall not find out afterwards that there is none.
     let trace = args
@@ -25,7 +28,7 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
         .transpose()?;
     let Some(report) = block_on(follow(&client, &request, trace))?? else {
         tell(
-            "the VM's process ended without a report; ask the destination (`godwit status` there) and read the VM's log",
+            "no report from the VM's process; ask the destination (`godwit status` there) and read the VM's log",
         );
         return Ok(Exit::InDoubt);
     };
@@ -120,6 +123,10 @@ async fn follow(
         Ok(()) => Ok(report),
         // The stream broke off: the report is what counts, if it had come.
         Err(ClientError::Http { .. }) if started => Ok(report),
+        Err(silent @ ClientError::NoAnswer { .. }) if started => {
+            tell(&migration::chain(&silent));
+            Ok(report)
+        }
         Err(error) => Err(error.into()),
     }
 }

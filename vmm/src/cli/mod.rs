@@ -3,17 +3,21 @@
 mod args;
 mod balloon;
 mod client;
+mod detach;
 mod devices;
 mod help;
 mod launch;
 mod limits;
+mod logs;
 mod metrics;
 mod migrate;
+mod owner;
 mod place;
 mod progress;
 mod report;
 mod signals;
 mod snapshot;
+mod stdin;
 mod terminal;
 mod units;
 mod vsock;
@@ -40,6 +44,8 @@ pub enum Exit {
     Usage = 2,
     /// A migration is in doubt.
     InDoubt = 3,
+    /// The guest panicked, or could not handle a fault.
+    GuestFailed = 4,
 }
 
 impl From<Exit> for ExitCode {
@@ -104,6 +110,7 @@ fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Stop(args) => client::stop(&args),
         Command::Ps(args) => client::ps(&args),
         Command::Console(args) => client::console(&args),
+        Command::Logs(args) => logs::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Probe(args) => crate::probe::run(args.json),
     }

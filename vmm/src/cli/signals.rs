@@ -13,6 +13,15 @@ pub(super) fn outlive_file_size_limit() {
     }
 }
 
+/// A job in the background that reads from its terminal, or prints there, gets an error instead of being stopped: what would
+/// stand still is the guest. For this thread and those that it starts.
+pub(super) fn stay_with_the_terminal() {
+    for signal in [libc::SIGTTIN, libc::SIGTTOU] {
+        // One that is blocked already does the same.
+        let _ = block_signal(signal);
+    }
+}
+
 /// As long as it lives, signals that ask for the end wait. Without it, one that comes before there is a handler
 /// ends the process where it stands, with its sockets left behind.
 pub(super) struct Held(Vec<libc::c_int>);

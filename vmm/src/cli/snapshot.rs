@@ -10,12 +10,15 @@ use tokio::sync::oneshot;
 use super::Exit;
 use super::args::{MergeArgs, SnapshotArgs, SnapshotCommand, WriteArgs};
 use super::client::{STOP_TIMEOUT, block_on, ended, json_line};
-use crate::api::client::Client;
+use crate::api::client::{Client, ClientError};
 use crate::api::{InstanceInfo, SnapshotReport, SnapshotRequest};
 use crate::output::print;
 use crate::report::figures::{bytes, duration};
 use crate::rundir;
 use crate::snapshot::{self, Difference, Snapshot, SnapshotError, SnapshotProgress, Watch};
+
+/// How long the VM may give no sign of life.
+const SILENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn run(args: SnapshotArgs) -> anyhow::Result<Exit> {
     match (args.command, args.write) {
@@ -27,7 +30,9 @@ pub(super) fn run(args: SnapshotArgs) -> anyhow::Result<Exit> {
 
 fn write(args: &WriteArgs) -> anyhow::Result<Exit> {
     let socket = rundir::resolve(&args.vm)?;
-    let client = Client::new(&socket);
+    let client = Client::new(&socket).patient(SILENCE);
+    // The answer comes when all is written. That its process lives shows meanwhile.
+    let writer = Client::new(&socket).patient(Duration::MAX);
     // The VM may have another working directory.
     let path = std::path::absolute(&args.directory).context("snapshot directory")?;
     let request = SnapshotRequest {
@@ -38,8 +43,8 @@ fn write(args: &WriteArgs) -> anyhow::Result<Exit> {
     let bar = MemoryBar::new();
     let report = block_on(async {
         let report: SnapshotReport = tokio::select! {
-            report = client.put("/snapshot", &request) => report,
-            never = watch(&client, &bar) => match never {},
+            report = writer.put("/snapshot", &request) => report,
+            silent = watch(&client, &bar) => Err(silent),
         }
         .inspect_err(|_| bar.clear())?;
         bar.clear();
@@ -97,8 +102,8 @@ fn shown(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Shows how far it is, and cancels at Ctrl-C, for as long as somebody waits for it.
-async fn watch(client: &Client, bar: &MemoryBar) -> std::convert::Infallible {
+/// Shows how far it is, and cancels at Ctrl-C, for as long as the VM answers. Returns that it does not.
+async fn watch(client: &Client, bar: &MemoryBar) -> ClientError {
     loop {
         tokio::select! {
             () = tokio::time::sleep(MemoryBar::INTERVAL) => {}
@@ -107,13 +112,12 @@ async fn watch(client: &Client, bar: &MemoryBar) -> std::convert::Infallible {
                 let _ = client.delete("/snapshot").await;
             }
         }
-        // A VM that does not answer has something better to do: the answer that counts comes anyway.
-        if let Ok(InstanceInfo {
-            snapshot: Some(progress),
-            ..
-        }) = client.get("/").await
-        {
-            bar.show(&progress);
+        let asked: Result<InstanceInfo, _> = client.get("/").await;
+        match asked {
+            Ok(info) => info.snapshot.iter().for_each(|progress| bar.show(progress)),
+            Err(silent @ ClientError::NoAnswer { .. }) => return silent,
+            // It ends: the answer that counts has come, or comes to nothing by itself.
+            Err(_) => {}
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
-use devices::legacy::{AcpiPower, I8042, Serial};
+use devices::legacy::{AcpiPower, I8042, PvPanic, Serial};
 use devices::virtio::mmio::Transport;
 use devices::virtio::{VirtioDevice, balloon, block, console};
 use devices::{Counters, ExitEvent, GuestExit, GuestMemory};
@@ -98,9 +98,11 @@ impl DeviceSet {
         let i8042 = Arc::new(Mutex::new(I8042::new(exit.clone())));
         let power = AcpiPower::new(exit.clone(), interrupt(vm, layout::POWER_GSI)?);
         let power = Arc::new(Mutex::new(power));
+        let panic_notifier = Arc::new(Mutex::new(PvPanic::new(exit.clone())));
         let mut pio = Bus::new();
         pio.insert(layout::SERIAL_PORT.into(), SERIAL_PORTS, serial.clone())?;
         pio.insert(layout::I8042_PORT.into(), I8042_PORTS, i8042.clone())?;
+        pio.insert(layout::PVPANIC_PORT.into(), PvPanic::LEN, panic_notifier)?;
         pio.insert(layout::ACPI_POWER_PORT.into(), AcpiPower::LEN, power.clone())?;
 
         let mut virtio = Vec::with_capacity(named.len());

@@ -56,6 +56,8 @@ pub enum MachineError {
     Vsock(#[from] HostSocketError),
     #[error("{}", super::CONSOLE_ID)]
     Console(#[from] console::BackendError),
+    #[error("the VM is to end")]
+    CalledOff,
     #[error(transparent)]
     Tap(#[from] TapError),
     #[error("{id}")]

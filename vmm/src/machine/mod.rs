@@ -162,6 +162,11 @@ impl Machine {
         self.vcpus.gate().held_by(holder)
     }
 
+    /// How the guest ended, if it did, which a [`MachineEvent`] says as well.
+    pub fn exit_reason(&self) -> Option<GuestExit> {
+        self.devices.exit_reason()
+    }
+
     /// Whether a vCPU has failed, which a [`MachineEvent`] says as well.
     fn has_failed_vcpu(&self) -> bool {
         self.vcpus.gate().has_retired()

@@ -3,15 +3,19 @@
 mod jobs;
 mod moves;
 mod operate;
+mod operation;
 mod request;
+mod reset;
 mod resolve;
 mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,21 +30,27 @@ use crate::console::Console;
 use crate::machine::{EventSink, Machine, MachineEvent};
 use crate::vcpu::VcpuFailure;
 
+use operate::DoubtAlarm;
+use operation::Operation;
 pub(crate) use request::{Arrived, Ended, Event};
+use reset::Reboot;
 use resolve::{Resolving, Side};
 use restore::RestoreJob;
 use snapshot::SnapshotJob;
 
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
+pub use reset::Boot;
 
-/// How long a guest may take to shut down after the power button.
+/// How long a guest may take to shut down after the power button, if nobody says otherwise.
 pub const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
 
 /// How a VM's process ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// The guest reset or powered itself off.
+    /// The guest reset or powered itself off, or panicked.
     Guest(GuestExit),
+    /// The guest could not handle a fault, nor the fault in handling that. Its vCPU is out.
+    TripleFault(u8),
     /// Somebody stopped it.
     Stopped,
     /// The guest runs elsewhere now.
@@ -130,11 +140,23 @@ pub struct Supervisor {
     migration: Option<MigrationJob>,
     snapshot: Option<SnapshotJob>,
     restore: Option<RestoreJob>,
+    operation: Option<Operation>,
+    /// What was asked for while that is under way, and would meet it.
+    deferred: VecDeque<Request>,
     resolving: Option<Resolving>,
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
     stop_at: Option<Instant>,
-    /// Somebody asked for the end while a machine was being received, or a snapshot written.
+    stop_timeout: Duration,
+    doubt_alarm: DoubtAlarm,
+    log: Option<PathBuf>,
+    /// How the guest is booted again when it resets, if it is to be.
+    reboot: Option<Reboot>,
+    /// It has reset while a job has its machine.
+    resetting: bool,
+    /// How many machines there were, this one included.
+    machines: u64,
+    /// Somebody asked for the end while a machine was being received or moved, or a snapshot written.
     leaving: bool,
 }
 
@@ -152,9 +174,17 @@ impl Supervisor {
             migration: None,
             snapshot: None,
             restore: None,
+            operation: None,
+            deferred: VecDeque::new(),
             resolving: None,
             receiver: None,
             stop_at: None,
+            stop_timeout: POWER_OFF_GRACE,
+            doubt_alarm: DoubtAlarm::default(),
+            log: None,
+            reboot: None,
+            resetting: false,
+            machines: 0,
             leaving: false,
         }
     }
@@ -164,15 +194,24 @@ impl Supervisor {
         self.handle.clone()
     }
 
-    /// Where a machine reports to.
-    pub fn event_sink(&self) -> EventSink {
+    /// A guest that is asked to shut down has so long for it.
+    pub fn set_stop_timeout(&mut self, timeout: Duration) {
+        self.stop_timeout = timeout;
+    }
+
+    /// The file that this process logs to, for those who ask.
+    pub fn set_log(&mut self, log: Option<PathBuf>) {
+        self.log = log;
+    }
+
+    /// Where the next machine reports to. What those before it still say counts no more.
+    pub fn event_sink(&mut self) -> EventSink {
+        self.machines += 1;
+        let number = self.machines;
         let handle = Mutex::new(self.handle.clone());
         Arc::new(move |event| {
             let handle = handle.lock().unwrap_or_else(PoisonError::into_inner);
-            handle.send(match event {
-                MachineEvent::Exit(reason) => Event::GuestExit(reason),
-                MachineEvent::VcpuFailed(failure) => Event::VcpuFailed(failure),
-            });
+            handle.send(Event::Machine { number, event });
         })
     }
 
@@ -197,43 +236,48 @@ impl Supervisor {
                     self.give_up_deciding();
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    tracing::info!("the guest did not shut down within {POWER_OFF_GRACE:?}: stopping it");
-                    break Ok(Ending::Stopped);
+                    if let Some(ending) = self.grace_over() {
+                        break Ok(ending);
+                    }
                 }
                 // `self.handle` keeps the channel open.
                 Err(mpsc::RecvTimeoutError::Disconnected) => break Ok(Ending::Stopped),
             }
         };
-        if let Err(SupervisorError::FaultHandlerGone) = ending {
+        let may_hang = matches!(ending, Err(SupervisorError::FaultHandlerGone));
+        if may_hang {
             // Jobs may wait for pages, for ever. Whoever waits for them hears that all has ended.
             (self.migration, self.snapshot) = (None, None);
         }
         let ending = self.settle(ending);
         let ending = self.settle_snapshot(ending);
+        self.settle_operation(may_hang);
+        if !may_hang {
+            self.settle_resolving();
+        }
         self.end(server);
         ending
     }
 
     fn handle_event(&mut self, event: Event, server: &ApiServer) -> Option<Result<Ending, SupervisorError>> {
         match event {
-            Event::Request(Request::Stop(reply)) => {
-                answer(reply, Ok(()));
-                return (!self.call_off()).then_some(Ok(Ending::Stopped));
-            }
+            Event::Request(Request::Stop { force, reply }) => return self.stop(force, reply).map(Ok),
             Event::Request(Request::Resolve(decision, reply)) => {
                 return self.resolve(decision, reply).map(Ok);
             }
             Event::Request(request) => self.handle_request(request),
-            Event::GuestExit(reason) => return Some(Ok(Ending::Guest(reason))),
-            // A triple fault is how a guest without other means resets (`reboot=t`).
-            Event::VcpuFailed(VcpuFailure::TripleFault(_)) => {
-                return Some(Ok(Ending::Guest(GuestExit::Reset)));
-            }
-            Event::VcpuFailed(failure) => return Some(Err(failure.into())),
+            Event::Machine { number, event } if number == self.machines => return self.machine_says(event),
+            // That machine is gone.
+            Event::Machine { .. } => {}
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
-            Event::MigrationEnded(report) => return self.migration_ended(*report).map(Ok),
-            Event::SnapshotEnded(ended) => return self.snapshot_ended(ended).map(Ok),
+            Event::MigrationEnded(report) => return self.migration_ended(*report),
+            Event::SnapshotEnded(ended) => return self.snapshot_ended(ended),
+            Event::OperationEnded(ended) => {
+                self.operation_ended(ended);
+                return self.reset_now();
+            }
             Event::Answered(said) => return self.answered(said).map(Ok),
+            Event::TakenBack(source, resumed) => self.taken_back(source, resumed),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
             Event::Restored(restored) => return self.restored(restored, server).map(Err),
@@ -244,16 +288,35 @@ impl Supervisor {
         None
     }
 
+    fn machine_says(&mut self, event: MachineEvent) -> Option<Result<Ending, SupervisorError>> {
+        match event {
+            MachineEvent::Exit(GuestExit::Reset) => self.reset(),
+            MachineEvent::Exit(reason) => Some(Ok(Ending::Guest(reason))),
+            MachineEvent::VcpuFailed(VcpuFailure::TripleFault(vcpu)) => {
+                // A guest that has reset may have gone on to the next means of resetting before it was stopped.
+                let reason = self.machine().ok().and_then(|machine| machine.exit_reason());
+                match reason {
+                    Some(reason) => self.machine_says(MachineEvent::Exit(reason)),
+                    None => Some(Ok(Ending::TripleFault(vcpu))),
+                }
+            }
+            MachineEvent::VcpuFailed(failure) => Some(Err(failure.into())),
+        }
+    }
+
     fn handle_request(&mut self, request: Request) {
+        let Some(request) = self.defer(request) else {
+            return;
+        };
         match request {
             Request::Info(reply) => answer(reply, Ok(self.info())),
-            Request::Pause(reply) => answer(reply, self.pause()),
-            Request::Resume(reply) => answer(reply, self.resume()),
+            Request::Pause(reply) => self.pause(reply),
+            Request::Resume(reply) => self.resume(reply),
             Request::PowerButton(reply) => answer(reply, self.press_power_button()),
             Request::Metrics(reply) => answer(reply, self.metrics()),
             Request::Balloon(reply) => answer(reply, self.balloon()),
             Request::SetBalloon(bytes, reply) => answer(reply, self.set_balloon(bytes)),
-            Request::UpdateDisk(update, reply) => answer(reply, self.update_disk(&update)),
+            Request::UpdateDisk(update, reply) => self.update_disk(update, reply),
             Request::Migrate {
                 destination,
                 options,
@@ -272,7 +335,7 @@ impl Supervisor {
             Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Cancel(reply) => answer(reply, self.cancel()),
             // Answered where the loop can end.
-            Request::Stop(reply) => answer(reply, Err(Refusal::Gone)),
+            Request::Stop { reply, .. } => answer(reply, Err(Refusal::Gone)),
             Request::Resolve(_, reply) => answer(reply, Err(Refusal::Gone)),
         }
     }

@@ -51,7 +51,7 @@ impl Supervisor {
         Ok(())
     }
 
-    pub(super) fn migration_ended(&mut self, ended: Ended) -> Option<Ending> {
+    pub(super) fn migration_ended(&mut self, ended: Ended) -> Option<Result<Ending, SupervisorError>> {
         let Ended { migrated, source } = ended;
         let Migrated { report, doubt } = migrated;
         let outcome = report.outcome;
@@ -60,15 +60,25 @@ impl Supervisor {
             let _ = migration.reports.send(report);
         }
         match outcome {
-            Outcome::Moved => Some(Ending::Moved),
+            Outcome::Moved => Some(Ok(Ending::Moved)),
             Outcome::InDoubt => {
+                // Whoever asked for the end did not know that this would be it.
+                self.leaving = false;
+                self.stop_at = None;
                 if let Some(Life::Here(machine)) = self.life.take() {
                     let source = source.unwrap_or_else(|| Box::new(MigrationSource::new(machine.clone())));
-                    self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
+                    self.life = Some(Life::InDoubt(
+                        machine,
+                        Side::Source {
+                            source: Some(source),
+                            doubt,
+                        },
+                    ));
                 }
                 None
             }
-            Outcome::Failed | Outcome::Cancelled => None,
+            Outcome::Failed | Outcome::Cancelled if self.leaving => Some(Ok(Ending::Stopped)),
+            Outcome::Failed | Outcome::Cancelled => self.reset_now(),
         }
     }
 

@@ -1,14 +1,15 @@
 //! What can be done to the machine while it stays here.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::virtio::balloon;
 use migration::Control;
 
-use super::{Ending, Life, POWER_OFF_GRACE, Refusal, SnapshotJob, Supervisor, failed};
+use super::request::{NEVER, Reply};
+use super::{Ending, Life, Refusal, SnapshotJob, Supervisor, answer, failed};
 use crate::VERSION;
-use crate::api::{DriveUpdate, InstanceInfo, InstanceState, Metrics};
+use crate::api::{InstanceInfo, InstanceState, Metrics};
 use crate::config::ConfigError;
 use crate::machine::Machine;
 use crate::vcpu::Holder;
@@ -46,9 +47,12 @@ impl Supervisor {
             Some(Life::Here(machine) | Life::InDoubt(machine, _)) => Some(machine),
             Some(Life::Receiving(_)) | None => None,
         };
+        let pausing = self.operation.as_ref().is_some_and(|operation| operation.pauses);
         let state = match &self.life {
             Some(Life::InDoubt(..)) => InstanceState::InDoubt,
-            Some(Life::Here(machine)) if machine.is_held_by(Holder::User) => InstanceState::Paused,
+            Some(Life::Here(machine)) if machine.is_held_by(Holder::User) && !pausing => {
+                InstanceState::Paused
+            }
             Some(Life::Here(machine))
                 if self.migration.is_none() && machine.is_held_by(Holder::Migration) =>
             {
@@ -56,6 +60,7 @@ impl Supervisor {
             }
             Some(Life::Here(machine)) if machine.is_held_by(Holder::Startup) => InstanceState::Paused,
             Some(Life::Here(_)) => InstanceState::Running,
+            None if self.reboot.is_some() => InstanceState::NotStarted,
             Some(Life::Receiving(_)) | None => InstanceState::Receiving,
         };
         InstanceInfo {
@@ -73,21 +78,9 @@ impl Supervisor {
             },
             migration: self.control().map(|control| control.progress()),
             snapshot: self.snapshot.as_ref().map(SnapshotJob::progress),
+            stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),
+            log: self.log.clone(),
         }
-    }
-
-    pub(super) fn pause(&self) -> Result<(), Refusal> {
-        self.idle_machine()?.pause_for_user().map_err(failed)
-    }
-
-    pub(super) fn resume(&self) -> Result<(), Refusal> {
-        let machine = self.idle_machine()?;
-        if machine.is_held_by(Holder::Migration) {
-            // One that failed could not give the guest back: somebody had its disks.
-            machine.take_back().map_err(failed)?;
-        }
-        machine.resume_for_user();
-        Ok(())
     }
 
     pub(super) fn press_power_button(&self) -> Result<(), Refusal> {
@@ -121,32 +114,23 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Looks at a disk's size anew and changes its limits. Size and limits are part of what a destination was told.
-    pub(super) fn update_disk(&self, update: &DriveUpdate) -> Result<(), Refusal> {
-        let id = &update.drive_id;
-        let disk = self
-            .idle_machine()?
-            .disk(id)
-            .ok_or_else(|| Refusal::NoDisk(id.clone()))?;
-        let limits = update.limits(disk.limits()).map_err(|source| {
-            let id = id.clone();
-            failed(ConfigError::Limits { id, source })
-        })?;
-        update.check_path(disk.path())?;
-        disk.resize().map_err(failed)?;
-        if limits != disk.limits() {
-            disk.set_limits(limits);
-        }
-        Ok(())
-    }
-
     /// First time: the power button. Second time, or where nobody would hear the button: the end.
     pub(super) fn terminate(&mut self) -> Option<Ending> {
         if self.call_off() {
             return None;
         }
+        if let Some(Life::InDoubt(_, side)) = &self.life {
+            if self.doubt_alarm.is_confirmed(Instant::now()) {
+                return Some(Ending::Stopped);
+            }
+            tracing::error!(
+                "in doubt, and this may be the only copy of the guest, so the VM does not end: {}. Asked for the end again, it throws this copy away",
+                side.describe()
+            );
+            return None;
+        }
         if self.stop_at.is_some() {
-            return Some(Ending::Stopped);
+            return self.leave();
         }
         if let Some(snapshot) = &self.snapshot {
             // A guest that stands still hears no button. A second time does not wait for it.
@@ -160,17 +144,55 @@ impl Supervisor {
             return Some(Ending::Stopped);
         };
         if machine.is_held_by(Holder::User) {
-            return Some(Ending::Stopped);
+            return self.leave();
         }
         if let Err(error) = machine.press_power_button() {
             tracing::warn!(%error, "stopping without the power button");
-            return Some(Ending::Stopped);
+            return self.leave();
         }
-        tracing::info!(
-            "asked the guest to shut down; it has {POWER_OFF_GRACE:?}, a second time ends it at once"
-        );
-        self.stop_at = Some(Instant::now() + POWER_OFF_GRACE);
+        let grace = self.stop_timeout;
+        tracing::info!("asked the guest to shut down; it has {grace:?}, a second time ends it at once");
+        // What is too far away for a clock never comes.
+        self.stop_at = Some(Instant::now().checked_add(grace).unwrap_or_else(far_future));
         None
+    }
+
+    /// Somebody asks for the end at once, without the guest.
+    pub(super) fn stop(&mut self, force: bool, reply: Reply<()>) -> Option<Ending> {
+        if !force && matches!(self.life, Some(Life::InDoubt(..))) {
+            answer(reply, Err(Refusal::InDoubtStays));
+            return None;
+        }
+        answer(reply, Ok(()));
+        if self.call_off() {
+            None
+        } else if force {
+            Some(Ending::Stopped)
+        } else {
+            self.leave()
+        }
+    }
+
+    /// The time that the guest had to shut down is over.
+    pub(super) fn grace_over(&mut self) -> Option<Ending> {
+        let grace = self.stop_timeout;
+        tracing::info!("the guest did not shut down within {grace:?}: stopping it");
+        self.leave()
+    }
+
+    /// The end, as soon as it is known where the guest is: a migration that is called off may have switched already, and
+    /// what it leaves in doubt may be the only copy.
+    pub(super) fn leave(&mut self) -> Option<Ending> {
+        self.stop_at = None;
+        match (&self.migration, &self.life) {
+            (Some(migration), _) => {
+                migration.job.control.cancel();
+                self.leaving = true;
+                None
+            }
+            (None, Some(Life::InDoubt(..))) => self.terminate(),
+            (None, _) => Some(Ending::Stopped),
+        }
     }
 
     /// Calls off waiting for a machine, if that is what goes on. The job then says how it ended: after
@@ -182,5 +204,49 @@ impl Supervisor {
         job.control.cancel();
         self.leaving = true;
         true
+    }
+}
+
+fn far_future() -> Instant {
+    Instant::now() + NEVER
+}
+
+/// Tells a second request for the end from the first: what follows at once belongs to the first (a service manager sends
+/// two signals, a key repeats), and what comes much later does not know of it.
+#[derive(Debug, Default)]
+pub(super) struct DoubtAlarm(Option<Instant>);
+
+impl DoubtAlarm {
+    /// When a second request counts, after the first.
+    const SECOND: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(60);
+
+    /// Whether a request that comes `now` is the second.
+    fn is_confirmed(&mut self, now: Instant) -> bool {
+        let since = self.0.map(|first| now.saturating_duration_since(first));
+        match since {
+            Some(since) if Self::SECOND.contains(&since) => true,
+            Some(since) if since < Self::SECOND.start => false,
+            _ => {
+                self.0 = Some(now);
+                false
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_request_for_the_end_is_not_two() {
+        let mut alarm = DoubtAlarm::default();
+        let first = Instant::now();
+        let after = |ms| first + Duration::from_millis(ms);
+        assert!(!alarm.is_confirmed(first));
+        assert!(!alarm.is_confirmed(after(20)) && !alarm.is_confirmed(after(999)));
+        assert!(alarm.is_confirmed(after(1000)) && alarm.is_confirmed(after(59_999)));
+        assert!(!alarm.is_confirmed(after(3_600_000)));
+        assert!(alarm.is_confirmed(after(3_602_000)));
     }
 }

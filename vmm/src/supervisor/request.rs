@@ -3,15 +3,13 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use devices::GuestExit;
 use devices::virtio::balloon;
 use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
 use crate::api::{DriveUpdate, InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
-use crate::machine::{Machine, MigrationSource};
-use crate::vcpu::VcpuFailure;
+use crate::machine::{Machine, MachineEvent, MigrationSource};
 
 /// Why a request was refused.
 #[derive(Clone, Debug, Error)]
@@ -23,10 +21,14 @@ pub enum Refusal {
     Snapshotting,
     #[error("the guest has been asked to shut down: expected one that goes on")]
     Stopping,
-    #[error("no machine here yet: it is still being received")]
+    #[error("no machine here yet: it is still being received, restored or booted again")]
     NoMachine,
     #[error("the last migration is in doubt: the guest may run at its other end, and stays paused here")]
     InDoubt,
+    #[error(
+        "the last migration is in doubt, and this may be the only copy of the guest: expected `godwit resolve`, which asks the other end; `godwit stop --force` throws this copy away"
+    )]
+    InDoubtStays,
     #[error(
         "the last migration could not give the guest back: expected one that goes on; `godwit resume` tries again"
     )]
@@ -65,7 +67,12 @@ pub enum Request {
     /// Ask the guest to shut down.
     PowerButton(Reply<()>),
     /// End.
-    Stop(Reply<()>),
+    Stop {
+        /// Even if that throws away what may be the only copy of a guest.
+        force: bool,
+        /// Answered before the end.
+        reply: Reply<()>,
+    },
     /// Move to `destination`; the answer is a feed that ends with the report.
     Migrate {
         /// Where to.
@@ -105,20 +112,27 @@ pub struct MigrationFeed {
 pub(crate) enum Event {
     /// From the API.
     Request(Request),
-    /// The guest wants to end.
-    GuestExit(GuestExit),
-    /// A vCPU cannot go on.
-    VcpuFailed(VcpuFailure),
+    /// From a machine.
+    Machine {
+        /// Which of those that there were one after the other.
+        number: u64,
+        /// What it says.
+        event: MachineEvent,
+    },
     /// The user at the terminal typed the escape key.
     Escape,
     /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
     /// The migration job has ended.
     MigrationEnded(Box<Ended>),
+    /// What was done with the machine has ended.
+    OperationEnded(Result<(), Refusal>),
     /// The snapshot job has ended.
     SnapshotEnded(Result<SnapshotReport, String>),
     /// The destination of a migration in doubt was asked.
     Answered(Result<Answer, AskError>),
+    /// A machine in doubt goes on here, or why it does not.
+    TakenBack(Box<MigrationSource>, Result<(), String>),
     /// The receiving job has no machine after all, and waits for the next.
     AttemptFailed(String),
     /// The receiving job has a machine.

@@ -11,12 +11,14 @@
 //! | it is kept there, paused | in doubt | runs here | in doubt |
 //! | nothing, or nothing of use | in doubt | runs here | discarded |
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::{Answer, AskError, Decision, Doubt, MachineError, Source};
+use migration::{Answer, AskError, Control, Decision, Doubt, Source};
 
 use super::request::Reply;
-use super::{Ending, Event, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
+use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
 use crate::api::{Resolution, Verdict};
 use crate::machine::MigrationSource;
 
@@ -29,8 +31,8 @@ const DECIDE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) enum Side {
     /// "go" was sent from here.
     Source {
-        /// The machine as the migration left it.
-        source: Box<MigrationSource>,
+        /// The machine as the migration left it; nothing while it is being taken back.
+        source: Option<Box<MigrationSource>>,
         /// Whom to ask.
         doubt: Option<Doubt>,
     },
@@ -62,6 +64,14 @@ pub(super) enum Resolving {
     Asking {
         decision: Option<Decision>,
         reply: Reply<Resolution>,
+    },
+    /// The guest is let go on here.
+    TakingBack {
+        decision: Option<Decision>,
+        reply: Reply<Resolution>,
+        /// What the destination said.
+        known: String,
+        job: Job,
     },
     /// The receiving job was told.
     Deciding {
@@ -160,58 +170,89 @@ impl Supervisor {
                 let message = format!("still in doubt, and paused here: {known}. {}", advice(&said));
                 (Verdict::InDoubt, message, None)
             }
-            Step::TakeBack => match self.take_back() {
-                Ok(()) => (Verdict::Here, format!("{known}; it goes on here"), None),
-                Err(error) => {
-                    let error = migration::chain(&*error);
-                    let message =
-                        format!("{known}; it cannot go on here yet: {error}; `godwit resolve` tries again");
-                    tracing::error!("{message}");
-                    answer(reply, Err(Refusal::Failed(message)));
-                    return None;
-                }
-            },
+            Step::TakeBack => {
+                self.take_back(decision, reply, known);
+                return None;
+            }
         };
-        let as_asked = match decision {
-            None => true,
-            Some(Decision::Run) => verdict == Verdict::Here,
-            Some(Decision::Discard) => matches!(verdict, Verdict::Moved | Verdict::Discarded),
-        };
-        tracing::info!("{message}");
-        let resolution = Resolution {
-            verdict,
-            as_asked,
-            message,
-        };
-        answer(reply, Ok(resolution));
+        settled(decision, reply, verdict, message);
         ending
     }
 
-    /// The machine is this process's own again, whether or not the guest can go on at once.
-    fn take_back(&mut self) -> Result<(), MachineError> {
-        let (machine, mut source, doubt) = match self.life.take() {
-            Some(Life::InDoubt(machine, Side::Source { source, doubt })) => (machine, source, doubt),
-            other => {
-                self.life = other;
-                return Err("expected a source in doubt".into());
-            }
+    /// The machine is to be this process's own again. That may take its time (locks, a vCPU that does not enter the guest),
+    /// so it is done on a thread of its own.
+    fn take_back(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
+        let source = match &mut self.life {
+            Some(Life::InDoubt(_, Side::Source { source, .. })) => source.take(),
+            _ => None,
         };
-        // What the engine would have undone had the migration failed before "go".
-        let resumed = source.resume();
-        if resumed.is_err() {
-            // Somebody may have its disks: it stays a question.
-            self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
-            return resumed;
+        let Some(mut source) = source else {
+            return answer(reply, Err(Refusal::NoDoubt));
+        };
+        let supervisor = self.handle.clone();
+        let go_on = move || {
+            let resume = AssertUnwindSafe(|| source.resume());
+            let resumed = catch_unwind(resume).unwrap_or_else(|_| Err("it panicked, see the log".into()));
+            let resumed = resumed.map_err(|error| migration::chain(&*error));
+            if resumed.is_ok() {
+                clear_up(&mut source);
+            }
+            supervisor.send(Event::TakenBack(source, resumed));
+        };
+        let job = Control::new().and_then(|control| Job::start("resolve", Arc::new(control), go_on));
+        match job {
+            Ok(job) => {
+                self.resolving = Some(Resolving::TakingBack {
+                    decision,
+                    reply,
+                    known,
+                    job,
+                });
+            }
+            Err(error) => answer(reply, Err(failed(error))),
         }
-        self.life = Some(Life::Here(machine));
-        let cpus = usize::from(source.describe().cpus);
-        if let Err(error) = source.throttle(&vec![0.0; cpus]) {
-            tracing::warn!(error = migration::chain(&*error), "vCPUs stay throttled");
+    }
+
+    /// The guest goes on here, or why it does not.
+    pub(super) fn taken_back(&mut self, source: Box<MigrationSource>, resumed: Result<(), String>) {
+        let Some(Resolving::TakingBack {
+            decision,
+            reply,
+            known,
+            ..
+        }) = self.resolving.take()
+        else {
+            return;
+        };
+        match (self.life.take(), resumed) {
+            (Some(Life::InDoubt(machine, Side::Source { .. })), Ok(())) => {
+                drop(source);
+                self.life = Some(Life::Here(machine));
+                settled(
+                    decision,
+                    reply,
+                    Verdict::Here,
+                    format!("{known}; it goes on here"),
+                );
+            }
+            (Some(Life::InDoubt(machine, Side::Source { doubt, .. })), Err(error)) => {
+                // Somebody may have its disks: it stays a question.
+                let source = Some(source);
+                self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
+                let message =
+                    format!("{known}; it cannot go on here yet: {error}; `godwit resolve` tries again");
+                tracing::error!("{message}");
+                answer(reply, Err(Refusal::Failed(message)));
+            }
+            (life, _) => self.life = life,
         }
-        if let Err(error) = source.stop_dirty_log() {
-            tracing::warn!(error = migration::chain(&*error), "dirty logging stays on");
+    }
+
+    /// Waits for an attempt to let the guest go on here, if there is one: it has the machine.
+    pub(super) fn settle_resolving(&mut self) {
+        if let Some(Resolving::TakingBack { job, .. }) = self.resolving.take() {
+            job.end();
         }
-        resumed
     }
 
     /// A receiving job ended an attempt without a machine.
@@ -263,6 +304,33 @@ impl Supervisor {
             answer(reply, Err(Refusal::NothingToDecide));
         }
     }
+}
+
+/// What the engine would have undone had the migration failed before "go".
+fn clear_up(source: &mut MigrationSource) {
+    let cpus = usize::from(source.describe().cpus);
+    if let Err(error) = source.throttle(&vec![0.0; cpus]) {
+        tracing::warn!(error = migration::chain(&*error), "vCPUs stay throttled");
+    }
+    if let Err(error) = source.stop_dirty_log() {
+        tracing::warn!(error = migration::chain(&*error), "dirty logging stays on");
+    }
+}
+
+/// Answers and logs how it ended.
+fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Verdict, message: String) {
+    let as_asked = match decision {
+        None => true,
+        Some(Decision::Run) => verdict == Verdict::Here,
+        Some(Decision::Discard) => matches!(verdict, Verdict::Moved | Verdict::Discarded),
+    };
+    tracing::info!("{message}");
+    let resolution = Resolution {
+        verdict,
+        as_asked,
+        message,
+    };
+    answer(reply, Ok(resolution));
 }
 
 /// Asks on a thread of its own, which ends with its answer.

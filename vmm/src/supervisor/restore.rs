@@ -1,25 +1,29 @@
-//! A machine that comes out of a snapshot, on a thread of its own: who brings its pages may take time over it.
+//! A machine that comes out of a snapshot, or boots again, on a thread of its own: who brings its pages may take time over
+//! it.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use super::{ApiServer, Event, Supervisor, SupervisorError};
 use crate::footprint::give_back_text;
 use crate::machine::{Machine, MachineError};
-use crate::output;
 
-/// The job, and what is to be said when it is done.
+/// The job, and what is to be done when it has made its machine.
 pub(super) struct RestoreJob {
     thread: JoinHandle<()>,
     /// Whether it may have to wait for pages, for ever.
     may_hang: bool,
-    announcement: String,
+    /// What calls it off when it is dropped, as long as the job waits for something.
+    called_off: Option<mpsc::Sender<()>>,
+    announce: Box<dyn FnOnce()>,
 }
 
 impl RestoreJob {
     /// Waits for its end, unless that may never come: then it ends with the process.
     pub(super) fn end(self) {
+        drop(self.called_off);
         if !self.may_hang {
             // A panic in it has been reported by the panic hook.
             let _ = self.thread.join();
@@ -28,28 +32,39 @@ impl RestoreJob {
 }
 
 impl Supervisor {
-    /// Lets `restore` make the machine. `announcement` is a line for stderr that tells of it, `may_hang` whether its
-    /// memory comes from somebody who may keep it waiting.
+    /// Lets `restore` make the machine. `announce` tells of it, `may_hang` is whether its memory comes from somebody who
+    /// may keep it waiting.
     pub fn restore(
         &mut self,
         restore: impl FnOnce() -> Result<Machine, MachineError> + Send + 'static,
         may_hang: bool,
-        announcement: String,
+        announce: impl FnOnce() + 'static,
+    ) -> io::Result<()> {
+        self.make_machine(restore, may_hang, None, announce)
+    }
+
+    pub(super) fn make_machine(
+        &mut self,
+        make: impl FnOnce() -> Result<Machine, MachineError> + Send + 'static,
+        may_hang: bool,
+        called_off: Option<mpsc::Sender<()>>,
+        announce: impl FnOnce() + 'static,
     ) -> io::Result<()> {
         let supervisor = self.handle.clone();
         let thread = std::thread::Builder::new()
             .name("restore".into())
             .spawn(move || {
-                let restored = catch_unwind(AssertUnwindSafe(restore)).map_or_else(
+                let made = catch_unwind(AssertUnwindSafe(make)).map_or_else(
                     |_| Err("the restoring job panicked".into()),
-                    |restored| restored.map_err(|error| migration::chain(&error)),
+                    |made| made.map_err(|error| migration::chain(&error)),
                 );
-                supervisor.send(Event::Restored(restored.map(Box::new)));
+                supervisor.send(Event::Restored(made.map(Box::new)));
             })?;
         self.restore = Some(RestoreJob {
             thread,
             may_hang,
-            announcement,
+            called_off,
+            announce: Box::new(announce),
         });
         Ok(())
     }
@@ -63,8 +78,8 @@ impl Supervisor {
         match restored {
             Ok(machine) => {
                 self.adopt(*machine, server);
-                // Scripts wait for this line.
-                output::tell(&job.announcement);
+                self.booted();
+                (job.announce)();
                 give_back_text();
                 None
             }

@@ -59,17 +59,20 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn snapshot_ended(&mut self, ended: Result<SnapshotReport, String>) -> Option<Ending> {
+    pub(super) fn snapshot_ended(
+        &mut self,
+        ended: Result<SnapshotReport, String>,
+    ) -> Option<Result<Ending, SupervisorError>> {
         let job = self.snapshot.take()?;
         let saved = ended.is_ok() && !job.keep_running;
         answer(job.reply, ended.map_err(Refusal::Failed));
         if saved {
-            return Some(Ending::Saved);
+            return Some(Ok(Ending::Saved));
         }
         if std::mem::take(&mut self.leaving) {
-            return self.terminate();
+            return self.terminate().map(Ok);
         }
-        None
+        self.reset_now()
     }
 
     /// Ends the snapshot under way, if there is one. If the end came too late for it, the guest is in it.

@@ -72,7 +72,12 @@ fn ended(outcome: &str) -> Box<Ended> {
 
 #[test]
 fn a_job_that_receives_is_called_off_and_has_the_last_word() {
-    let stop = || Event::Request(Request::Stop(oneshot::channel().0));
+    let stop = || {
+        Event::Request(Request::Stop {
+            force: false,
+            reply: oneshot::channel().0,
+        })
+    };
     for ask in [stop(), Event::Terminate] {
         let mut rig = rig();
         let job = job();

@@ -78,6 +78,19 @@ impl Gate {
         self.lock().holders |= holder as u8;
     }
 
+    /// Closes the gate for `holder`, lets `kick` get the threads out of the guest, and waits until every one is parked. If
+    /// that is not so after `timeout`, it is false, and `holder` holds the gate no more than before.
+    pub(super) fn hold(&self, holder: Holder, kick: impl FnOnce(), timeout: Duration) -> bool {
+        let held_before = self.held_by(holder);
+        self.close(holder);
+        kick();
+        let parked = self.wait_parked(timeout);
+        if !parked && !held_before {
+            self.open(holder);
+        }
+        parked
+    }
+
     /// Takes `holder` off. The threads go on if nobody else holds the gate.
     pub fn open(&self, holder: Holder) {
         self.lock().holders &= !(holder as u8);
@@ -258,6 +271,18 @@ mod tests {
         assert!(gate.wait_parked(Duration::ZERO));
         gate.open(Holder::Startup);
         assert!(gate.wait_entered(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_hold_that_fails_holds_nobody() {
+        let gate = Gate::new(1);
+        gate.open(Holder::Startup);
+        // Its thread is in the guest, and stays there.
+        assert!(!gate.hold(Holder::User, || {}, Duration::ZERO));
+        assert!(!gate.is_closed());
+        gate.close(Holder::User);
+        assert!(!gate.hold(Holder::User, || {}, Duration::ZERO));
+        assert!(gate.held_by(Holder::User), "it was held before");
     }
 
     #[test]

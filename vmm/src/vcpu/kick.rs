@@ -40,6 +40,19 @@ impl Kickable {
     }
 }
 
+/// How many bytes each access has of the port I/O for which this thread's vCPU has just left the guest: several come at once
+/// (`rep outsb`), one after the other at the same port.
+pub(super) fn port_access_size() -> usize {
+    let run = KVM_RUN.get();
+    if run.is_null() {
+        return 1;
+    }
+    // SAFETY: `Kickable` keeps the pointer valid while it is not null. For this exit the kernel has filled the union's
+    // `io` variant, and any bit pattern is a valid u8. The data of the access lie in another page.
+    let size = unsafe { ptr::read_volatile(&raw const (*run).__bindgen_anon_1.io.size) };
+    usize::from(size.max(1))
+}
+
 impl Drop for Kickable {
     fn drop(&mut self) {
         KVM_RUN.set(ptr::null_mut());

@@ -91,13 +91,11 @@ impl VcpuSet {
         Ok(set)
     }
 
-    /// Closes the gate for `holder` and waits until every vCPU is out of the guest.
-    /// Returns the instant at which the first one was asked to leave.
+    /// Closes the gate for `holder` and waits until every vCPU is out of the guest. If one does not come out, `holder`
+    /// holds the gate no more than before. Returns the instant at which the first one was asked to leave.
     pub fn pause(&self, holder: Holder) -> Result<Instant, VcpuError> {
         let asked = Instant::now();
-        self.gate.close(holder);
-        self.kick();
-        if self.gate.wait_parked(PARK_TIMEOUT) {
+        if self.gate.hold(holder, || self.kick(), PARK_TIMEOUT) {
             Ok(asked)
         } else {
             Err(VcpuError::NotParked(PARK_TIMEOUT))

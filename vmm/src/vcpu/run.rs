@@ -8,7 +8,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
 use super::gate::{Gate, Next};
-use super::kick::Kickable;
+use super::kick::{Kickable, port_access_size};
 use crate::memory::{MemoryError, RingLog};
 
 /// What a vCPU's exits go to.
@@ -66,10 +66,10 @@ fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), Vcpu
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
-                buses.pio.read(port.into(), data);
+                read_port(&buses.pio, port, data, port_access_size());
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                buses.pio.write(port.into(), data);
+                write_port(&buses.pio, port, data, port_access_size());
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 buses.mmio.read(address, data);
@@ -99,6 +99,20 @@ fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), Vcpu
     }
 }
 
+/// Accesses of `size` bytes each, one after the other at the same port.
+fn read_port(bus: &Bus, port: u16, data: &mut [u8], size: usize) {
+    for one in data.chunks_mut(size) {
+        bus.read(port.into(), one);
+    }
+}
+
+/// The same the other way.
+fn write_port(bus: &Bus, port: u16, data: &[u8], size: usize) {
+    for one in data.chunks(size) {
+        bus.write(port.into(), one);
+    }
+}
+
 /// Empties the dirty rings: the vCPU cannot go on while its own is full.
 fn make_room(id: u8, buses: &Buses) -> Result<(), VcpuFailure> {
     let harvested = buses.rings.as_ref().map_or(Ok(()), |rings| rings.harvest());
@@ -125,5 +139,50 @@ fn internal_error(id: u8, vcpu: &mut VcpuFd) -> VcpuFailure {
         rip,
         cs,
         hint,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use devices::bus::BusDevice;
+
+    use super::*;
+
+    /// Writes down what is written to it; reads count.
+    #[derive(Default)]
+    struct Recorder {
+        written: Vec<(u64, Vec<u8>)>,
+        reads: u8,
+    }
+
+    impl BusDevice for Recorder {
+        fn read(&mut self, _: u64, data: &mut [u8]) {
+            self.reads += 1;
+            data.fill(self.reads);
+        }
+
+        fn write(&mut self, offset: u64, data: &[u8]) {
+            self.written.push((offset, data.to_vec()));
+        }
+    }
+
+    #[test]
+    fn a_string_goes_to_one_port_and_a_word_is_one_access() {
+        let recorder = Arc::new(Mutex::new(Recorder::default()));
+        let mut bus = Bus::new();
+        bus.insert(0x3f8, 8, recorder.clone()).unwrap();
+        write_port(&bus, 0x3f8, b"abc", 1);
+        write_port(&bus, 0x3f8, &[1, 2, 3, 4], 2);
+        let expected = [
+            (0, vec![b'a']),
+            (0, vec![b'b']),
+            (0, vec![b'c']),
+            (0, vec![1, 2]),
+            (0, vec![3, 4]),
+        ];
+        assert_eq!(recorder.lock().unwrap().written, expected);
+        let mut data = [0; 4];
+        read_port(&bus, 0x3f8, &mut data, 2);
+        assert_eq!(data, [1, 1, 2, 2]);
     }
 }

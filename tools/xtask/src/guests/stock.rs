@@ -13,7 +13,7 @@ use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
 /// Drivers of our devices, and what tells the agent of the power button.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_rng",
@@ -23,6 +23,7 @@ const MODULES: [&str; 9] = [
     "virtio_console",
     "button",
     "evdev",
+    "pvpanic-mmio",
 ];
 
 const INIT: &str = "guests/stock/init";

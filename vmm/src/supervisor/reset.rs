@@ -1,0 +1,128 @@
+//! A guest that resets, where it is to boot again in the same process.
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use devices::GuestExit;
+
+use super::{Ending, Life, Supervisor, SupervisorError};
+use crate::machine::{EventSink, Machine, MachineError};
+
+/// A guest that resets before it has run for so long is booted later each time.
+const SETTLED: Duration = Duration::from_secs(10);
+/// How much later the first time; twice as much the next.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// At most so often the wait doubles: half a minute.
+const DOUBLINGS: u32 = 5;
+
+/// Makes a machine like the one that reset, whose guest runs.
+pub type Boot = Arc<dyn Fn(EventSink) -> Result<Machine, MachineError> + Send + Sync>;
+
+/// How a machine is made anew, and when that was done.
+pub(super) struct Reboot {
+    boot: Boot,
+    /// When the guest was booted that runs.
+    since: Instant,
+    /// How often it has reset too soon in a row.
+    hasty: u32,
+}
+
+impl Reboot {
+    /// How long the next boot has to wait: a guest that resets at once must not keep a host busy.
+    fn wait(&mut self, now: Instant) -> Duration {
+        let settled = now.saturating_duration_since(self.since) >= SETTLED;
+        self.hasty = if settled { 0 } else { self.hasty.saturating_add(1) };
+        match self.hasty {
+            0 => Duration::ZERO,
+            hasty => FIRST_WAIT * 2u32.pow((hasty - 1).min(DOUBLINGS)),
+        }
+    }
+}
+
+impl Supervisor {
+    /// From here on a guest that resets is booted again, by `boot`, instead of ending the VM.
+    pub fn boot_on_reset(&mut self, boot: Boot) {
+        self.reboot = Some(Reboot {
+            boot,
+            since: Instant::now(),
+            hasty: 0,
+        });
+    }
+
+    /// The guest has reset. Whatever has the machine ends first, which it does soon: a guest that has reset is neither
+    /// moved nor put in files.
+    pub(super) fn reset(&mut self) -> Option<Result<Ending, SupervisorError>> {
+        let ending = Some(Ok(Ending::Guest(GuestExit::Reset)));
+        if self.stop_at.is_some() || self.leaving {
+            return ending;
+        }
+        let Some(reboot) = &mut self.reboot else {
+            return ending;
+        };
+        self.resetting = self.migration.is_some() || self.snapshot.is_some() || self.operation.is_some();
+        if self.resetting {
+            if let Some(migration) = &self.migration {
+                migration.job.control.cancel();
+            }
+            if let Some(snapshot) = &self.snapshot {
+                snapshot.cancel();
+            }
+            return None;
+        }
+        let machine = match self.life.take() {
+            Some(Life::Here(machine)) => machine,
+            other => {
+                self.life = other;
+                return ending;
+            }
+        };
+        let wait = reboot.wait(Instant::now());
+        let boot = reboot.boot.clone();
+        tracing::info!("the guest has reset: booting it again in {wait:?}");
+        let events = self.event_sink();
+        let (called_off, waiting) = mpsc::channel::<()>();
+        let make = move || {
+            // Its disks, taps and sockets are free only when it is gone.
+            drop(machine);
+            match waiting.recv_timeout(wait) {
+                Err(mpsc::RecvTimeoutError::Timeout) => boot(events),
+                _ => Err(MachineError::CalledOff),
+            }
+        };
+        match self.make_machine(make, false, Some(called_off), || {}) {
+            Ok(()) => None,
+            Err(error) => Some(Err(SupervisorError::Restore(error.to_string()))),
+        }
+    }
+
+    /// What a reset has waited for has ended.
+    pub(super) fn reset_now(&mut self) -> Option<Result<Ending, SupervisorError>> {
+        if self.resetting { self.reset() } else { None }
+    }
+
+    /// A guest has been booted.
+    pub(super) fn booted(&mut self) {
+        if let Some(reboot) = &mut self.reboot {
+            reboot.since = Instant::now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_resets_at_once_is_booted_ever_later() {
+        let began = Instant::now();
+        let mut reboot = Reboot {
+            boot: Arc::new(|_| Err(MachineError::CalledOff)),
+            since: began,
+            hasty: 0,
+        };
+        let waits: Vec<_> = (0..8).map(|_| reboot.wait(began).as_secs()).collect();
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 32, 32]);
+        assert_eq!(reboot.wait(began + SETTLED), Duration::ZERO);
+        assert_eq!(reboot.wait(began), FIRST_WAIT);
+    }
+}
