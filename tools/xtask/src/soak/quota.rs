@@ -21,6 +21,7 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 /// when this is dropped; what is left of one that was not, as its owner was killed, the next one takes over.
 pub(super) struct Quota {
     folder: PathBuf,
+    version: Version,
     /// Tells whoever finds the group that it has an owner.
     _lock: File,
 }
@@ -51,25 +52,46 @@ impl Quota {
             _ => {}
         }
         let lock = take(&folder)?;
-        let quota = Self { folder, _lock: lock };
+        let quota = Self {
+            folder,
+            version,
+            _lock: lock,
+        };
         let cpus = available_parallelism().context("number of CPUs")?.get() as u64;
         let quota_us = cpus * PERIOD_US / parts;
-        match version {
-            Version::V1 => {
-                set(&quota.folder.join("cpu.cfs_period_us"), &PERIOD_US.to_string())?;
-                set(&quota.folder.join("cpu.cfs_quota_us"), &quota_us.to_string())?;
-            }
-            Version::V2 => set(&quota.folder.join("cpu.max"), &format!("{quota_us} {PERIOD_US}"))?,
-        }
+        quota.limit(Some(quota_us))?;
+        // Programs that a scenario runs as another user enter too, where the kernel lets them: not in version 2.
+        let entry = quota.folder.join("cgroup.procs");
+        fs::set_permissions(&entry, fs::Permissions::from_mode(0o666)).context("cgroup.procs")?;
         Ok(quota)
     }
 
-    /// Writes a program at `path` that enters the group and becomes `program`.
-    pub(super) fn stand_in(&self, path: &Path, program: &Path) -> Result<()> {
+    /// So many microseconds of CPU time in each period, or as many as there are.
+    fn limit(&self, quota_us: Option<u64>) -> Result<()> {
+        let limit = |none: &str| quota_us.map_or_else(|| none.to_owned(), |quota| quota.to_string());
+        match self.version {
+            Version::V1 => {
+                set(&self.folder.join("cpu.cfs_period_us"), &PERIOD_US.to_string())?;
+                set(&self.folder.join("cpu.cfs_quota_us"), &limit("-1"))
+            }
+            Version::V2 => set(
+                &self.folder.join("cpu.max"),
+                &format!("{} {PERIOD_US}", limit("max")),
+            ),
+        }
+    }
+
+    /// Writes a program at `path` that enters the group and becomes `program`. Another user's becomes it even where he
+    /// may not enter, and so does one with the argument `free`.
+    pub(super) fn stand_in(&self, path: &Path, program: &Path, free: &str) -> Result<()> {
+        let (entry, program) = (quoted(&self.folder.join("cgroup.procs"))?, quoted(program)?);
         let script = format!(
-            "#!/bin/sh\necho 0 > {} || exit 125\nexec {} \"$@\"\n",
-            quoted(&self.folder.join("cgroup.procs"))?,
-            quoted(program)?
+            "#!/bin/sh\n\
+             case \" $* \" in\n\
+             *\" {free} \"*) ;;\n\
+             *) {{ echo 0 > {entry}; }} 2> /dev/null || [ \"$(id -u)\" != 0 ] || exit 125 ;;\n\
+             esac\n\
+             exec {program} \"$@\"\n"
         );
         fs::write(path, script)
             .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)))
@@ -84,7 +106,10 @@ impl Quota {
 
 impl Drop for Quota {
     fn drop(&mut self) {
-        // Programs of the last scenario may still be on their way out.
+        // Programs of the last scenario may still be on their way out, which they do not find while they are held back.
+        if let Err(error) = self.limit(None) {
+            crate::workspace::say(format_args!("{error:#}"));
+        }
         let begin = Instant::now();
         while let Err(error) = fs::remove_dir(&self.folder) {
             if begin.elapsed() > EMPTY_WITHIN {
@@ -151,6 +176,9 @@ fn quoted(path: &Path) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::ManuallyDrop;
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -175,6 +203,26 @@ mod tests {
         assert_eq!(hierarchy(&mounts), None);
         fs::write(folder.path().join("cgroup.controllers"), "cpuset cpu io\n").unwrap();
         assert_eq!(hierarchy(&mounts), Some((Version::V2, folder.path().into())));
+    }
+
+    #[test]
+    fn a_stand_in_enters_the_group_and_becomes_the_program() {
+        let folder = tempfile::tempdir().unwrap();
+        let quota = ManuallyDrop::new(Quota {
+            folder: folder.path().into(),
+            version: Version::V2,
+            _lock: File::open(folder.path()).unwrap(),
+        });
+        let (entry, path) = (folder.path().join("cgroup.procs"), folder.path().join("stand-in"));
+        quota.stand_in(&path, Path::new("/bin/echo"), "--free").unwrap();
+        let run = |arguments: &[&str]| {
+            fs::write(&entry, "").unwrap();
+            let output = Command::new(&path).args(arguments).output().unwrap();
+            let said = String::from_utf8(output.stdout).unwrap();
+            (said, fs::read_to_string(&entry).unwrap())
+        };
+        assert_eq!(run(&["a b", "c"]), ("a b c\n".into(), "0\n".into()));
+        assert_eq!(run(&["a", "--free", "b"]), ("a --free b\n".into(), String::new()));
     }
 
     #[test]
