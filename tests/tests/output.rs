@@ -2,59 +2,22 @@
 //! became of them.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter};
+use std::io::{self, BufRead, BufReader, PipeReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
-use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mknodat};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tests::{
-    BareGuest, Elsewhere, Event, Host, Journey, Migration, PATIENCE, Process, SmallFileSystem, Vm, wait_until,
+    BareGuest, Elsewhere, Event, Host, Journey, Migration, PATIENCE, Process, Sink, SmallFileSystem, Vm,
+    wait_until,
 };
 
 /// Where nothing listens.
 const NOBODY: &str = "tcp:127.0.0.1:1";
-
-/// What becomes of a stream that nobody reads as he should.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sink {
-    /// Each write fails for want of room.
-    Full,
-    /// A pipe whose reader leaves when he has read a line.
-    Left,
-    /// A pipe that is full, and never read.
-    Stuck,
-}
-
-/// A pipe into which nothing goes any more.
-fn full_pipe() -> Result<(PipeReader, PipeWriter)> {
-    let (reader, mut writer) = io::pipe()?;
-    let flags = fcntl_getfl(&writer)?;
-    fcntl_setfl(&writer, flags | OFlags::NONBLOCK)?;
-    while io::Write::write(&mut writer, &[b'x'; 4096]).is_ok() {}
-    fcntl_setfl(&writer, flags)?;
-    Ok((reader, writer))
-}
-
-impl Sink {
-    /// A stream into it, and the end that is to be kept.
-    fn open(self) -> Result<(Stdio, Option<PipeReader>)> {
-        Ok(match self {
-            Self::Full => (File::options().write(true).open("/dev/full")?.into(), None),
-            Self::Left => {
-                let (reader, writer) = io::pipe()?;
-                (writer.into(), Some(reader))
-            }
-            Self::Stuck => {
-                let (reader, writer) = full_pipe()?;
-                (writer.into(), Some(reader))
-            }
-        })
-    }
-}
 
 /// Starts VMs whose standard error goes into a sink.
 struct Starter {

@@ -65,8 +65,20 @@ pub enum Fault {
     /// It does not pass: the network is gone. All connections are reset, and new ones as soon as they are made,
     /// until [`crate::Proxy::heal`].
     CutAll,
+    /// It passes, and from it on the network is so fast, as by [`crate::Proxy::pace`].
+    Pace(Pace),
     /// It passes, and the function is called before or after that, on the connection's thread.
     Call(When, Box<dyn FnOnce() + Send>),
+}
+
+/// How fast a network is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// As fast as the machine.
+    #[default]
+    Free,
+    /// So many bytes per second on each connection each way. With 0 nothing passes, and nobody is told.
+    Bytes(u64),
 }
 
 /// A part of a frame.
@@ -102,6 +114,7 @@ impl fmt::Debug for Fault {
             Fault::Reset => f.write_str("Reset"),
             Fault::Stall(time) => write!(f, "Stall({time:?})"),
             Fault::CutAll => f.write_str("CutAll"),
+            Fault::Pace(pace) => write!(f, "Pace({pace:?})"),
             Fault::Call(when, _) => write!(f, "Call({when:?})"),
         }
     }

@@ -13,6 +13,6 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use fault::{Connection, Direction, Fault, Part, Plan, Point, When};
+pub use fault::{Connection, Direction, Fault, Pace, Part, Plan, Point, When};
 pub use proxy::{Proxy, ProxyError};
 pub use socket::{Address, AddressError};

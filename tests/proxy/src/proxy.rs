@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 
-use crate::fault::{Connection, Direction, Fault, Plan, Point};
+use crate::fault::{Connection, Direction, Fault, Pace, Plan, Point};
 use crate::frame::Frame;
 use crate::pump::{Pair, Pump};
 use crate::socket::{Address, Bell, Listener, Socket};
@@ -52,6 +52,8 @@ struct State {
     struck: usize,
     /// Whether the network is gone.
     cut: bool,
+    /// How fast bytes pass.
+    pace: Pace,
     /// Whether the control connection was made.
     begun: bool,
     /// Streams that were announced.
@@ -109,6 +111,11 @@ impl Proxy {
     /// The network goes: see [`Fault::CutAll`].
     pub fn cut_all(&self) {
         self.shared.cut_all();
+    }
+
+    /// From now on bytes pass at this pace, both ways on every connection; those of a frame that is under way too.
+    pub fn pace(&self, pace: Pace) {
+        self.shared.lock().pace = pace;
     }
 
     /// The network is there again: new connections pass.
@@ -204,12 +211,21 @@ impl Shared {
         Some(plan.fault)
     }
 
+    /// How fast bytes pass now.
+    pub(crate) fn pace(&self) -> Pace {
+        self.lock().pace
+    }
+
     /// Learns from a message which connections will come.
     pub(crate) fn learn(&self, frame: &Frame) {
         if let Some(streams) = frame.streams() {
             let mut state = self.lock();
             (state.streams, state.opened) = (streams, 0);
         }
+    }
+
+    pub(crate) fn set_pace(&self, pace: Pace) {
+        self.lock().pace = pace;
     }
 
     pub(crate) fn cut_all(&self) {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::fault::{Connection, Direction, Fault, When};
+use crate::fault::{Connection, Direction, Fault, Pace, When};
 use crate::frame::{Frame, HEADER, content_len, data_len};
 use crate::proxy::Shared;
 use crate::socket::{Bell, Gone, Socket};
@@ -59,6 +59,10 @@ enum Received {
     Other(Frame),
     End,
 }
+
+/// On a slow network a piece passes every so often.
+const BEAT: Duration = Duration::from_millis(5);
+const BEATS_PER_SECOND: u64 = 200;
 
 /// Raw bytes pass in pieces of this size.
 const PIECE: usize = 64 << 10;
@@ -125,6 +129,10 @@ impl Pump {
             Some(Fault::CutAll) => {
                 self.shared.cut_all();
                 Err(Gone::Woken)
+            }
+            Some(Fault::Pace(pace)) => {
+                self.shared.set_pace(pace);
+                self.send(&frame)
             }
             Some(Fault::Call(When::Before, call)) => {
                 call();
@@ -212,7 +220,25 @@ impl Pump {
     }
 
     fn send(&self, frame: &Frame) -> Result<(), Gone> {
-        self.to().send(&frame.bytes, &frame.files, &self.pair.bell)
+        let (mut bytes, mut files) = (&frame.bytes[..], &frame.files[..]);
+        while !bytes.is_empty() {
+            let most = match self.shared.pace() {
+                Pace::Free => bytes.len(),
+                Pace::Bytes(per_second) => {
+                    if !self.pair.bell.rest(Some(BEAT)) {
+                        return Err(Gone::Woken);
+                    }
+                    per_second.div_ceil(BEATS_PER_SECOND) as usize
+                }
+            };
+            let (piece, rest) = bytes.split_at(most.min(bytes.len()));
+            self.to().send(piece, files, &self.pair.bell)?;
+            bytes = rest;
+            if !piece.is_empty() {
+                files = &[];
+            }
+        }
+        Ok(())
     }
 
     fn from(&self) -> &Socket {

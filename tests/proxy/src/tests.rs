@@ -280,6 +280,34 @@ fn one_direction_stalls_and_the_other_goes_on() {
 }
 
 #[test]
+fn a_network_is_silent_from_a_message_on_until_it_is_fast_again() {
+    let rig = Rig::ping(Fault::Pace(Pace::Bytes(0)));
+    let (mut source, mut destination) = rig.connect();
+    source.write_all(&[hello(), ping()].concat()).unwrap();
+    expect(&mut destination, &hello());
+    destination
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    let error = destination.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    rig.proxy.pace(Pace::Free);
+    destination.set_read_timeout(Some(PATIENCE)).unwrap();
+    expect(&mut destination, &ping());
+}
+
+#[test]
+fn a_network_trickles_from_a_message_on() {
+    let rig = Rig::ping(Fault::Pace(Pace::Bytes(400)));
+    let (mut source, mut destination) = rig.connect();
+    let begin = Instant::now();
+    source.write_all(&[ping(), pages()].concat()).unwrap();
+    expect(&mut destination, &ping());
+    destination.read_exact(&mut [0; 20]).unwrap();
+    // Two bytes every 5 ms.
+    assert!(begin.elapsed() >= Duration::from_millis(50));
+}
+
+#[test]
 fn half_a_message_passes_and_then_the_end() {
     let rig = Rig::ping(Fault::Truncate);
     let (mut source, mut destination) = rig.connect();

@@ -1,46 +1,28 @@
 //! Any fault at any message of a migration of a real guest: it ends up in one place, or a side that does not know
 //! says so, and `godwit resolve` finds out.
 
+#[path = "any/dependent.rs"]
+mod dependent;
+#[path = "any/harm.rs"]
+mod harm;
+#[path = "any/receiver.rs"]
+mod receiver;
+
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use fault_proxy::{Fault, Part, Plan, Point, Proxy, When};
+use fault_proxy::{Pace, Plan, Point, Proxy};
 use migration::Outcome;
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Vm, count, wait_until};
+use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Process, Vm, count, wait_until};
 
+use self::dependent::{Dependent, Thing};
+use self::harm::{HARMS, Harm};
+use self::receiver::{LOGS, Log, Receiver};
 use super::{ANY_PORT, Moments};
 
 const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
-
-/// What happens when the message passes.
-#[derive(Clone, Copy, Debug)]
-enum Harm {
-    KillSource(When),
-    KillDestination(When),
-    Drop,
-    Truncate,
-    Corrupt,
-    Duplicate,
-    Reset,
-    Stall,
-    CutAll,
-}
-
-const HARMS: [Harm; 11] = [
-    Harm::KillSource(When::Before),
-    Harm::KillSource(When::After),
-    Harm::KillDestination(When::Before),
-    Harm::KillDestination(When::After),
-    Harm::Drop,
-    Harm::Truncate,
-    Harm::Corrupt,
-    Harm::Duplicate,
-    Harm::Reset,
-    Harm::Stall,
-    Harm::CutAll,
-];
 
 /// How it went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,6 +39,8 @@ enum Fate {
     OutlivedSource,
     /// It had moved when its destination died.
     DiedWithDestination,
+    /// What it needs was taken away before the switch, and its VM said so and ended.
+    EndedWithoutIt,
 }
 
 #[test]
@@ -67,22 +51,23 @@ fn any_fault_at_any_message() -> Result<()> {
     let points = points(journey.as_mut().context("no guest")?)?;
     let mut fates = BTreeMap::<_, u32>::new();
     for number in 1..=faults {
-        // Every other one at the end, where it is decided who has the guest.
-        let among = if number % 2 == 0 {
+        let harm = *moments.choose(&HARMS);
+        // Every other one at the end, where it is decided who has the guest. A network that trickles is one for pauses.
+        let among = if number % 2 == 0 && harm != Harm::Trickle {
             &points[..]
         } else {
             last_words(&points)
         };
-        let (point, harm) = (moments.choose(among).clone(), *moments.choose(&HARMS));
-        let guest = match journey.take() {
-            Some(guest) => guest,
-            None => begin()?,
+        let (point, log) = (moments.choose(among).clone(), *moments.choose(&LOGS));
+        let guest = match (harm, journey.take()) {
+            (Harm::Lose(thing), _) => Dependent::on(thing)?,
+            (_, Some(guest)) => Dependent::on_nothing(guest),
+            (_, None) => Dependent::on_nothing(begin()?),
         };
-        let strike = Strike::new(guest, &point, harm)?;
-        let (fate, left) = strike
-            .run()
-            .with_context(|| format!("{number} of {faults}: {harm:?} at {point}"))?;
-        println!("{number} of {faults}: {harm:?} at {point}: {fate:?}");
+        let what = format!("{number} of {faults}: {harm:?} at {point}, log {log:?}");
+        let strike = Strike::new(guest, &point, harm, log).with_context(|| what.clone())?;
+        let (fate, left) = strike.run().with_context(|| what.clone())?;
+        println!("{what}: {fate:?}");
         *fates.entry(fate).or_default() += 1;
         journey = left;
     }
@@ -124,72 +109,93 @@ fn proxy(endpoint: &str, plans: Vec<Plan>) -> Result<Proxy> {
 /// A migration with a fault under way.
 struct Strike {
     journey: Journey,
-    receiver: Vm,
-    /// Where the receiver listens itself.
-    endpoint: String,
+    receiver: Receiver,
     proxy: Proxy,
     harm: Harm,
+    needs: Needs,
+}
+
+/// What the guest needs, and has lost by then.
+struct Needs {
+    /// The image of its disk.
+    image: Option<PathBuf>,
+    /// Who brings its pages, until this is dropped.
+    _handler: Option<Process>,
 }
 
 impl Strike {
-    fn new(journey: Journey, point: &Point, harm: Harm) -> Result<Self> {
-        let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
-        let kill = |vm: &Vm, when| {
-            let id = vm.process.id();
-            Fault::Call(when, Box::new(move || kill(id)))
-        };
-        let fault = match harm {
-            Harm::KillSource(when) => kill(&journey.vm, when),
-            Harm::KillDestination(when) => kill(&receiver, when),
-            Harm::Drop => Fault::Drop,
-            Harm::Truncate => Fault::Truncate,
-            Harm::Corrupt => Fault::Corrupt(Part::Kind),
-            Harm::Duplicate => Fault::Duplicate,
-            Harm::Reset => Fault::Reset,
-            Harm::Stall => Fault::Stall(None),
-            Harm::CutAll => Fault::CutAll,
-        };
+    fn new(guest: Dependent, point: &Point, harm: Harm, log: Log) -> Result<Self> {
+        let Dependent {
+            journey,
+            receiver: options,
+            lose,
+            image,
+            handler,
+        } = guest;
+        let receiver = Receiver::start(&journey, &options, log)?;
+        let fault = harm.fault(&journey.vm, &receiver.vm, lose);
         let point = point.clone();
-        let proxy = proxy(&endpoint, vec![Plan { point, fault }])?;
+        let proxy = proxy(&receiver.endpoint, vec![Plan { point, fault }])?;
         Ok(Self {
             journey,
             receiver,
-            endpoint,
             proxy,
             harm,
+            needs: Needs {
+                image,
+                _handler: handler,
+            },
         })
     }
 
     /// Migrates, and checks where the guest is. What is left of it goes on.
     fn run(self) -> Result<(Fate, Option<Journey>)> {
         let to = self.proxy.address().to_string();
-        let migration = Migration::of(
-            self.journey
-                .vm
-                .start_migration(&to, &VERIFIED)?
-                .finish(PATIENCE)?,
-        )?;
+        let migration = self.journey.vm.start_migration(&to, self.harm.arguments())?;
+        let migration = Migration::of(migration.finish(PATIENCE)?)?;
         let struck = self.proxy.struck() > 0;
+        self.proxy.pace(Pace::Free);
+        self.proxy.heal();
         let source_died = struck && matches!(self.harm, Harm::KillSource(_));
         let destination_died = struck && matches!(self.harm, Harm::KillDestination(_));
         match migration.code {
-            _ if source_died => self.without_source(),
+            _ if source_died => self.without_source(Fate::DiedWithSource),
             Some(0) if destination_died => {
                 // Moved to a process that is dead now, or that the kill has not reached yet.
                 Ok((Fate::DiedWithDestination, None))
             }
             Some(0) => self.arrived(Fate::Moved),
+            _ if struck && self.has_lost_memory() => self.ended_without_memory(),
             Some(1) => self.stayed(migration, destination_died),
             Some(3) => self.in_doubt(destination_died),
             _ => bail!("got {migration:?}"),
         }
     }
 
+    fn has_lost_memory(&self) -> bool {
+        self.harm == Harm::Lose(Thing::Handler)
+    }
+
+    /// A guest whose memory has gone does not run on with something else: its VM ends, and says why.
+    fn ended_without_memory(mut self) -> Result<(Fate, Option<Journey>)> {
+        let process = &mut self.journey.vm.process;
+        // It may not have needed the part that is gone. It does now; if it has ended, nobody takes this.
+        let _ = process.send(b"v");
+        process.stderr().wait_end(PATIENCE)?;
+        let said = process.stderr().text();
+        ensure!(
+            said.contains("the page-fault handler has hung up"),
+            "expected the reason, got {said:?}"
+        );
+        self.without_source(Fate::EndedWithoutIt)
+    }
+
     fn arrived(self, fate: Fate) -> Result<(Fate, Option<Journey>)> {
         let mut journey = self.journey;
-        journey.arrive(self.receiver)?;
+        journey.arrive(self.receiver.vm)?;
         check(&mut journey)?;
-        Ok((fate, Some(journey)))
+        // The next receiver does not have its disk.
+        Ok((fate, Some(journey).filter(|_| self.needs.image.is_none())))
     }
 
     /// The guest runs on here, and can move, to the same receiver if that is alive.
@@ -198,10 +204,10 @@ impl Strike {
         self.journey.vm.check_running()?;
         if error.contains("may wait for \"go\"")
             && !destination_died
-            && phase(&self.receiver)? == "stop-and-copy"
+            && phase(&self.receiver.vm)? == "stop-and-copy"
         {
             // It is refused where the destination has found out by itself meanwhile.
-            resolve(&self.receiver, &["--discard"])?;
+            resolve(&self.receiver.vm, &["--discard"])?;
         }
         self.moves_after_all(Fate::Stayed, destination_died)
     }
@@ -210,25 +216,27 @@ impl Strike {
         let Self {
             mut journey,
             receiver,
-            endpoint,
+            needs,
             ..
         } = self;
+        if let Some(image) = &needs.image {
+            Dependent::mend(image)?;
+        }
         if destination_died {
             drop(receiver);
             journey.hop(&VERIFIED)?;
         } else {
-            wait_until_idle(&receiver)?;
-            journey.hop_to(receiver, &endpoint, &VERIFIED)?;
+            wait_until_idle(&receiver.vm)?;
+            journey.hop_to(receiver.vm, &receiver.endpoint, &VERIFIED)?;
         }
         check(&mut journey)?;
-        Ok((fate, Some(journey)))
+        Ok((fate, Some(journey).filter(|_| needs.image.is_none())))
     }
 
     fn in_doubt(self, destination_died: bool) -> Result<(Fate, Option<Journey>)> {
         let vm = &self.journey.vm;
         ensure!(vm.state()? == "In doubt", "got {}", vm.status()?);
         vm.godwit("resume", &[])?.expect_code(1)?;
-        self.proxy.heal();
         if destination_died {
             resolve(vm, &[])?.expect_code(3)?;
             resolve(vm, &["--run"])?.expect_code(0)?;
@@ -247,49 +255,39 @@ impl Strike {
         }
     }
 
-    /// The source is dead: the guest runs at the destination, waits there for a word, or died with its source.
-    fn without_source(self) -> Result<(Fate, Option<Journey>)> {
+    /// The source is dead: the guest runs at the destination, waits there for a word, or went with its source, which
+    /// is the fate `lost`.
+    fn without_source(self, lost: Fate) -> Result<(Fate, Option<Journey>)> {
         let Self {
-            journey,
-            receiver,
-            endpoint,
-            ..
+            journey, receiver, ..
         } = self;
+        let Receiver { vm, endpoint, .. } = receiver;
         let host = journey.host.clone();
         let mut fate = Fate::Moved;
         let mut deadline = PATIENCE.begin();
-        while receiver.state()? == "Receiving" {
+        while vm.state()? == "Receiving" {
             ensure!(
                 deadline.left().is_some(),
                 "the destination still waits: {}",
-                receiver.status()?
+                vm.status()?
             );
-            match phase(&receiver)?.as_str() {
+            match phase(&vm)?.as_str() {
                 // It has seen the end, or has not seen a beginning.
                 "waiting" | "done" => {
                     drop(journey);
                     let other = BareGuest::default().boot(&host, "other", &[])?;
                     let mut other = Journey::of(host, other);
-                    other.hop_to(receiver, &endpoint, &VERIFIED)?;
+                    other.hop_to(vm, &endpoint, &VERIFIED)?;
                     check(&mut other)?;
-                    return Ok((Fate::DiedWithSource, Some(other)));
+                    return Ok((lost, Some(other)));
                 }
-                "stop-and-copy" if resolve(&receiver, &["--run"])?.code == Some(0) => {
-                    fate = Fate::OutlivedSource
-                }
+                "stop-and-copy" if resolve(&vm, &["--run"])?.code == Some(0) => fate = Fate::OutlivedSource,
                 _ => {}
             }
         }
-        let mut journey = journey.orphan(receiver)?;
+        let mut journey = journey.orphan(vm)?;
         check(&mut journey)?;
         Ok((fate, None))
-    }
-}
-
-fn kill(id: u32) {
-    // It may be on its way out by itself; as a child that nobody has waited for, its number is still its own.
-    if let Some(pid) = i32::try_from(id).ok().and_then(Pid::from_raw) {
-        let _ = kill_process(pid, Signal::KILL);
     }
 }
 

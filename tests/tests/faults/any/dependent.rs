@@ -1,0 +1,121 @@
+//! Guests that need something outside, which can go.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+use tests::{BareGuest, Host, Journey, PATIENCE, Process};
+
+use super::harm::kill;
+
+const DISK_BYTES: u64 = 4 << 20;
+
+/// What a guest needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Thing {
+    /// The program that brings its pages, which is killed.
+    Handler,
+    /// The image of its disk, which shrinks.
+    Disk,
+}
+
+/// A guest, and what it needs.
+pub(super) struct Dependent {
+    pub(super) journey: Journey,
+    /// More options of whoever receives it.
+    pub(super) receiver: Vec<String>,
+    /// Takes away what it needs.
+    pub(super) lose: Box<dyn FnOnce() + Send>,
+    /// The image of its disk, if that is it.
+    pub(super) image: Option<PathBuf>,
+    /// Ends with this.
+    pub(super) handler: Option<Process>,
+}
+
+impl Dependent {
+    /// A guest that nothing outside can harm.
+    pub(super) fn on_nothing(journey: Journey) -> Self {
+        Self {
+            journey,
+            receiver: Vec::new(),
+            lose: Box::new(|| ()),
+            image: None,
+            handler: None,
+        }
+    }
+
+    /// A new guest that needs something.
+    pub(super) fn on(thing: Thing) -> Result<Self> {
+        match thing {
+            Thing::Handler => Self::on_handler(),
+            Thing::Disk => Self::on_disk(),
+        }
+    }
+
+    fn on_handler() -> Result<Self> {
+        let (mut journey, directory) = in_files()?;
+        let [memory, socket] = ["memory-elsewhere", "handler"].map(|name| journey.host.path(name));
+        std::fs::rename(directory.join("memory"), &memory)?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fault-handler"));
+        command.args([&memory, &socket]);
+        let handler = Process::spawn(command)?;
+        let listens = |line: &str| (line == "listening").then_some(());
+        handler.stdout().wait("the handler", 0, PATIENCE, listens)?;
+        let socket = socket.display().to_string();
+        let restored = journey
+            .host
+            .restore(&directory, &["--resume", "--uffd", &socket])?;
+        journey.arrive(restored)?;
+        let id = handler.id();
+        Ok(Self {
+            lose: Box::new(move || kill(id)),
+            handler: Some(handler),
+            ..Self::on_nothing(journey)
+        })
+    }
+
+    fn on_disk() -> Result<Self> {
+        let host = Host::new()?;
+        let image = host.path("disk");
+        File::create(&image)?.set_len(DISK_BYTES)?;
+        let guest = BareGuest {
+            reads: 8,
+            io_errors: true,
+            ..Default::default()
+        };
+        let disk = format!("id=d,path={}", image.display());
+        let journey = Journey::start(host, &guest, &["--disk", &disk])?;
+        let lost = image.clone();
+        Ok(Self {
+            receiver: vec![format!("--disk=d={}", image.display())],
+            lose: Box::new(move || halve(&lost)),
+            image: Some(image),
+            ..Self::on_nothing(journey)
+        })
+    }
+
+    /// Gives the disk its size back, so that it is the guest's again.
+    pub(super) fn mend(image: &PathBuf) -> Result<()> {
+        Ok(File::options().write(true).open(image)?.set_len(DISK_BYTES)?)
+    }
+}
+
+/// A guest that lies in files.
+fn in_files() -> Result<(Journey, PathBuf)> {
+    let journey = super::begin()?;
+    let directory = journey.host.path("saved");
+    journey.vm.snapshot(&directory, &[])?;
+    Ok((journey, directory))
+}
+
+fn halve(path: &PathBuf) {
+    let halved = File::options()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_len(file.metadata()?.len() / 2));
+    if let Err(error) = halved {
+        // The proxy's thread has nobody else to tell; that the guest misses nothing fails the test.
+        eprintln!("{}: {error}", path.display());
+    }
+}

@@ -1,0 +1,78 @@
+//! Destinations whose log goes where nobody reads it.
+
+use std::io::{BufRead, BufReader, PipeReader};
+
+use anyhow::{Result, ensure};
+use tests::{Elsewhere, Journey, Sink, Vm, wait_until};
+
+use super::ANY_PORT;
+
+/// Where a VM's standard error goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Log {
+    /// To the test.
+    Read,
+    Into(Sink),
+}
+
+/// Half of them are read.
+pub(super) const LOGS: [Log; 6] = [
+    Log::Read,
+    Log::Read,
+    Log::Read,
+    Log::Into(Sink::Full),
+    Log::Into(Sink::Left),
+    Log::Into(Sink::Stuck),
+];
+
+/// A destination.
+pub(super) struct Receiver {
+    pub(super) vm: Vm,
+    /// Where it listens itself.
+    pub(super) endpoint: String,
+    /// The end of its log that is never read; once this is dropped, the end that is gone.
+    _unread: Option<PipeReader>,
+}
+
+impl Receiver {
+    /// Starts one for the journey's next move. In later moves it is the source, with the same log.
+    pub(super) fn start(journey: &Journey, options: &[String], log: Log) -> Result<Self> {
+        let options: Vec<_> = options.iter().map(String::as_str).collect();
+        let Log::Into(sink) = log else {
+            let (vm, endpoint) = journey.receiver_with(ANY_PORT, &options)?;
+            return Ok(Self {
+                vm,
+                endpoint,
+                _unread: None,
+            });
+        };
+        // Where it listens has to be known: it may not be able to tell.
+        let (host, name) = (&journey.host, journey.host.free_name());
+        let path = host.path(&format!("{name}.move"));
+        let endpoint = format!("unix:{}", path.display());
+        // One that a killed VM has left says nothing about this one.
+        let _ = std::fs::remove_file(&path);
+        let mut command = host.command(["receive", "--name", &name, "--listen", &endpoint]);
+        command.args(options);
+        let (stderr, mut unread) = sink.open()?;
+        let elsewhere = Elsewhere {
+            stderr: Some(stderr),
+            ..Default::default()
+        };
+        let vm = host.start_to(&name, command, elsewhere)?;
+        if let (Sink::Left, Some(reader)) = (sink, &mut unread) {
+            let mut line = String::new();
+            BufReader::new(reader).read_line(&mut line)?;
+            ensure!(line.ends_with('\n'), "expected a line from {name}, got {line:?}");
+            unread = None;
+        }
+        wait_until("a receiver that listens", || {
+            Ok(vm.godwit("status", &[])?.code == Some(0) && path.exists())
+        })?;
+        Ok(Self {
+            vm,
+            endpoint,
+            _unread: unread,
+        })
+    }
+}
