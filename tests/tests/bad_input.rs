@@ -157,7 +157,11 @@ fn a_configuration_file_that_makes_no_sense() -> Result<()> {
         ("{", "EOF"),
         (
             r#"{"boot-source": {"kernel_image_path": "k"}, "mmds-config": {}}"#,
-            "unknown field `mmds-config`",
+            "mmds-config: expected null, got {}: there is no metadata service",
+        ),
+        (
+            r#"{"boot-source": {"kernel_image_path": "k"}, "balloons": null}"#,
+            "unknown field `balloons`",
         ),
         (
             r#"{"boot-source": {"kernel_image_path": "k"}, "machine-config": {"vcpu_count": 99, "mem_size_mib": 64}}"#,
@@ -230,6 +234,26 @@ fn initrds_and_command_lines_that_do_not_fit() -> Result<()> {
         FAILED,
         &["initrd", &large, "do not fit"],
     )?;
+    // It would lie behind the file's end, but where the kernel unpacks itself.
+    let compressed = host.fixtures().stock_kernel("vmlinuz").display().to_string();
+    let small = host.path("small");
+    std::fs::File::create(&small)?.set_len(40 << 20)?;
+    let small = small.display().to_string();
+    for (memory, words) in [
+        ("96M", &["initrd", &small, "do not fit", "unpacked kernel"][..]),
+        ("64M", &["kernel", &compressed, "to unpack itself"]),
+    ] {
+        let arguments = [
+            "run",
+            "--kernel",
+            &compressed,
+            "--memory",
+            memory,
+            "--initrd",
+            &small,
+        ];
+        check(&host, &host.godwit(arguments)?, FAILED, words)?;
+    }
     check(
         &host,
         &run(&host, &["--initrd", "/nonexistent/initrd"])?,

@@ -1,6 +1,6 @@
 //! The bare guest boots, works and ends, on machines of all shapes.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tests::{BareGuest, Event, Host, Journey, PATIENCE};
 
 /// Boots the guest, lets it verify its memory, and ends it; returns the number of pages that it has.
@@ -83,18 +83,34 @@ fn memory_on_both_sides_of_the_hole() -> Result<()> {
     Ok(())
 }
 
+/// Firecracker's format, with keys that ask for nothing, a root disk that is not the first, and words for a first
+/// program, behind which no word of the machine's may come.
 #[test]
 fn configuration_file() -> Result<()> {
     let host = Host::new()?;
     let options = BareGuest {
         cpus: 2,
+        reads: 32,
         ..Default::default()
     }
     .options(&host)?;
     let after = |option: &str| options.iter().skip_while(|word| *word != option).nth(1).cloned();
+    let cmdline = after("--cmdline").context("no command line")?;
+    let drive = |id: &str| -> Result<serde_json::Value> {
+        let path = host.path(id);
+        std::fs::File::create(&path)?.set_len(1 << 20)?;
+        Ok(serde_json::json!({
+            "drive_id": id, "path_on_host": path, "is_root_device": id == "root", "partuuid": null,
+            "rate_limiter": null, "socket": null,
+        }))
+    };
     let file = serde_json::json!({
-        "boot-source": { "kernel_image_path": after("--kernel"), "boot_args": after("--cmdline") },
-        "machine-config": { "vcpu_count": 2, "mem_size_mib": 96 },
+        "boot-source": {
+            "kernel_image_path": after("--kernel"), "boot_args": format!("{cmdline} -- cpus=99"), "initrd_path": null,
+        },
+        "drives": [drive("data")?, drive("root")?],
+        "machine-config": { "vcpu_count": 2, "mem_size_mib": 96, "smt": false, "track_dirty_pages": false },
+        "balloon": null, "vsock": null, "logger": null, "metrics": null, "mmds-config": null, "cpu-config": null,
     });
     let path = host.path("vm.json");
     std::fs::write(&path, file.to_string())?;
@@ -105,6 +121,15 @@ fn configuration_file() -> Result<()> {
         status["vcpu_count"] == 2 && status["mem_size_mib"] == 96,
         "got {status}"
     );
+    // The guest reads from the first disk, having stamped it.
+    vm.read_on(256)?;
+    for (id, expected) in [("root", true), ("data", false)] {
+        let written = std::fs::read(host.path(id))?.iter().any(|byte| *byte != 0);
+        ensure!(
+            written == expected,
+            "{id}: expected it to be written to: {expected}"
+        );
+    }
     vm.process.send(b"q")?;
     vm.wait_success(PATIENCE)?;
     host.check_clean()

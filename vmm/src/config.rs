@@ -1,9 +1,9 @@
 //! A machine's configuration: what the command line and the configuration file say, checked.
 //!
-//! The file is Firecracker's (`boot-source`, `machine-config`, `drives`, `network-interfaces`, `balloon`, `vsock`,
-//! `entropy`), so that one file serves both.
+//! The file is Firecracker's, so that one file serves both.
 
 mod file;
+mod harmless;
 mod repeat;
 #[cfg(test)]
 mod tests;
@@ -21,7 +21,7 @@ use devices::{BucketError, Limits};
 use migration::MemoryKind;
 use thiserror::Error;
 
-use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, layout};
+use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, cmdline, layout};
 use crate::cpu::{CpuError, Template};
 use crate::machine::{BALLOON_ID, CONSOLE_ID, INSTANCE_PREFIX, RNG_ID, VSOCK_ID};
 use crate::memory::{self, MemoryError};
@@ -63,6 +63,8 @@ pub enum ConfigError {
         "device id {got:?}: expected 1 to {DEVICE_ID_MAX} letters, digits, '_' or '-', and none of {RESERVED_IDS:?}"
     )]
     DeviceId { got: String },
+    #[error("drives: expected one with is_root_device at most, got {0:?} and {1:?}")]
+    TwoRoots(String, String),
     #[error("device id {0:?} is used twice; name disks and network cards apart with id=")]
     DuplicateDevice(String),
     #[error("device {id:?}")]
@@ -192,6 +194,8 @@ pub struct Wishes {
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: Option<String>,
+    /// What the command line says of the root disk in addition, whatever it is otherwise.
+    pub root: Option<String>,
     /// Number of vCPUs.
     pub cpus: Option<u64>,
     /// Guest memory in bytes.
@@ -223,7 +227,12 @@ pub struct Wishes {
 impl Wishes {
     /// These wishes, with `over` where it says something.
     pub fn overridden_by(self, over: Wishes) -> Self {
+        let says_root = |line: &String| cmdline::has_key(line, "root");
+        let own_root = self
+            .root
+            .filter(|_| !over.cmdline.as_ref().is_some_and(says_root));
         Self {
+            root: over.root.or(own_root),
             kernel: over.kernel.or(self.kernel),
             initrd: over.initrd.or(self.initrd),
             cmdline: over.cmdline.or(self.cmdline),
@@ -308,10 +317,11 @@ impl Wishes {
             }) => VIRTIO_CONSOLE_CMDLINE,
             _ => DEFAULT_CMDLINE,
         };
+        let cmdline = self.cmdline.as_deref().unwrap_or(default_cmdline);
         let boot = BootSource {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
-            cmdline: self.cmdline.unwrap_or_else(|| default_cmdline.into()),
+            cmdline: cmdline::with_words(cmdline, self.root.as_deref().unwrap_or_default()),
         };
         Ok(Config {
             boot,

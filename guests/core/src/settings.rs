@@ -1,4 +1,5 @@
-//! The bare guest's command line: words of the form `key=value`; unknown words are passed over.
+//! The bare guest's command line: words of the form `key=value`; unknown words are passed over, and all that follow a
+//! word `--`, as in Linux.
 
 /// How fast memory is dirtied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,7 @@ impl Settings {
     /// Reads a command line. The error is the word that makes no sense.
     pub fn parse(line: &str) -> Result<Self, &str> {
         let mut settings = Self::default();
-        for word in line.split_ascii_whitespace() {
+        for word in words(line) {
             let Some((key, value)) = word.split_once('=') else {
                 continue;
             };
@@ -107,11 +108,15 @@ impl Settings {
 /// Physical addresses of the registers of virtio-mmio devices, as monitors name them on a command line:
 /// `virtio_mmio.device=SIZE@ADDRESS:INTERRUPT`, the address in hexadecimal.
 pub fn virtio_devices(line: &str) -> impl Iterator<Item = u64> {
-    line.split_ascii_whitespace().filter_map(|word| {
+    words(line).filter_map(|word| {
         let (_, place) = word.strip_prefix("virtio_mmio.device=")?.split_once("@0x")?;
         let (address, _) = place.split_once(':')?;
         u64::from_str_radix(address, 16).ok()
     })
+}
+
+fn words(line: &str) -> impl Iterator<Item = &str> {
+    line.split_ascii_whitespace().take_while(|word| *word != "--")
 }
 
 fn flag(value: &str) -> Option<bool> {
@@ -157,6 +162,8 @@ mod tests {
         };
         assert_eq!(settings, Ok(expected));
         assert_eq!(Settings::parse("").map(|s| s.rate), Ok(Rate::BytesPerSecond(0)));
+        let behind = Settings::parse("rate=max -- cpus=99 rate=0").map(|s| (s.rate, s.cpus));
+        assert_eq!(behind, Ok((Rate::Max, 1)));
         assert_eq!(
             Settings::parse("rate=100M").map(|s| s.rate),
             Ok(Rate::BytesPerSecond(100 << 20))
@@ -166,7 +173,8 @@ mod tests {
     #[test]
     fn devices_of_two_monitors() {
         let line = "virtio_mmio.device=4K@0xd0000000:5 reads=1 virtio_mmio.device=512@0xfeb00e00:12:0 \
-                    virtio_mmio.device=4K virtio_mmio.device=4K@0x:5 virtio_mmio.device=4K@0xd0001000";
+                    virtio_mmio.device=4K virtio_mmio.device=4K@0x:5 virtio_mmio.device=4K@0xd0001000 \
+                    -- virtio_mmio.device=4K@0xd0002000:6";
         assert!(virtio_devices(line).eq([0xd000_0000, 0xfeb0_0e00]));
     }
 

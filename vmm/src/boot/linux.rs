@@ -17,6 +17,20 @@ const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
 
+/// Where the memory ends in which a bzImage at `load` unpacks itself (boot.rst, `init_size`). It does so at its
+/// preferred address where that is above the one that it was loaded to.
+pub(super) fn unpacked_end(header: &setup_header, load: u64) -> u64 {
+    let (preferred, size) = (header.pref_address, u64::from(header.init_size));
+    let start = if header.relocatable_kernel == 0 {
+        preferred
+    } else {
+        let alignment = u64::from(header.kernel_alignment.max(1));
+        let start = load.max(preferred);
+        start.checked_next_multiple_of(alignment).unwrap_or(u64::MAX)
+    };
+    start.saturating_add(size)
+}
+
 pub(super) fn write_zero_page(
     memory: &GuestMemory,
     size: u64,

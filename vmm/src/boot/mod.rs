@@ -13,12 +13,15 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 pub mod acpi;
+pub mod cmdline;
 pub mod entry;
 mod format;
 pub mod layout;
 mod linux;
 mod mptable;
 mod pvh;
+#[cfg(test)]
+mod tests;
 
 pub use acpi::VirtioMmioSlot;
 pub use entry::Entry;
@@ -55,10 +58,14 @@ pub enum BootError {
         path: PathBuf,
         cause: linux_loader::loader::Error,
     },
+    #[error(
+        "kernel {path}: needs memory up to {end:#x} to unpack itself, the guest's ends at {limit:#x}: expected more"
+    )]
+    KernelTooLarge { path: PathBuf, end: u64, limit: u64 },
     #[error("kernel {0}: expected a bzImage with a 64-bit entry point (boot protocol 2.12 or later)")]
     No64BitEntry(PathBuf),
     #[error(
-        "initrd {path}: {size} bytes do not fit between the kernel's end at {kernel_end:#x} and {limit:#x}"
+        "initrd {path}: {size} bytes do not fit between the unpacked kernel's end at {kernel_end:#x} and {limit:#x}"
     )]
     InitrdTooLarge {
         path: PathBuf,
@@ -98,15 +105,23 @@ pub fn load(
     let (image, format) = open_kernel(&source.kernel)?;
     let loaded = load_kernel(memory, &source.kernel, image, format)?;
     let low_end = layout::ram_ranges(size)[0].1;
+    let kernel_end = kernel_end(&loaded);
+    if kernel_end > low_end {
+        return Err(BootError::KernelTooLarge {
+            path: source.kernel.clone(),
+            end: kernel_end,
+            limit: low_end,
+        });
+    }
     let limit = match &loaded.setup_header {
         Some(header) if header.initrd_addr_max != 0 => low_end.min(u64::from(header.initrd_addr_max) + 1),
         _ => low_end,
     };
     let initrd = match &source.initrd {
-        Some(path) => Some(load_initrd(memory, path, loaded.kernel_end, limit)?),
+        Some(path) => Some(load_initrd(memory, path, kernel_end, limit)?),
         None => None,
     };
-    write_cmdline(memory, &full_cmdline(&source.cmdline, slots))?;
+    cmdline::write(memory, &cmdline::with_devices(&source.cmdline, slots))?;
     memory.write_slice(&mptable::build(cpus), GuestAddress(layout::MP_TABLE))?;
     memory.write_slice(&acpi::build(cpus, slots), GuestAddress(layout::ACPI))?;
 
@@ -209,6 +224,15 @@ fn load_kernel(
     Ok(loaded)
 }
 
+/// Where the memory ends that the kernel takes before it looks at where the initrd is.
+fn kernel_end(loaded: &KernelLoaderResult) -> u64 {
+    let unpacked = loaded
+        .setup_header
+        .as_ref()
+        .map_or(0, |header| linux::unpacked_end(header, loaded.kernel_load.0));
+    loaded.kernel_end.max(unpacked)
+}
+
 fn load_initrd(memory: &GuestMemory, path: &Path, kernel_end: u64, limit: u64) -> Result<Initrd, BootError> {
     let (mut file, size) = open("initrd", path)?;
     let too_large = || BootError::InitrdTooLarge {
@@ -223,28 +247,4 @@ fn load_initrd(memory: &GuestMemory, path: &Path, kernel_end: u64, limit: u64) -
     }
     memory.read_exact_volatile_from(GuestAddress(gpa), &mut file, size as usize)?;
     Ok(Initrd { gpa, len: size })
-}
-
-fn full_cmdline(cmdline: &str, slots: &[VirtioMmioSlot]) -> String {
-    let mut full = cmdline.trim().to_owned();
-    for slot in slots {
-        full.push_str(&format!(" virtio_mmio.device=4K@{:#x}:{}", slot.base, slot.gsi));
-    }
-    full
-}
-
-fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
-    let limit = layout::CMDLINE_MAX - 1;
-    if cmdline.len() > limit {
-        return Err(BootError::CmdlineTooLong {
-            got: cmdline.len(),
-            limit,
-        });
-    }
-    if let Some(position) = cmdline.bytes().position(|byte| byte == 0) {
-        return Err(BootError::CmdlineNul(position));
-    }
-    memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
-    memory.write_obj(0u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;
-    Ok(())
 }

@@ -223,6 +223,7 @@ fn wishes(args: &RunArgs) -> Wishes {
         kernel: args.kernel.clone(),
         initrd: args.initrd.clone(),
         cmdline: args.cmdline.clone(),
+        root: None,
         cpus: args.cpus,
         memory: args.memory,
         shared_memory: args.shared_memory,

@@ -1,5 +1,6 @@
 //! Firecracker's configuration file.
 
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 
 use devices::virtio::block::{self, Cache, IoEngine};
@@ -8,6 +9,7 @@ use devices::{Bucket, Limits};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use super::harmless::{self, or_default};
 use super::{BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, NetConfig, VsockConfig, Wishes};
 
 impl Wishes {
@@ -17,22 +19,26 @@ impl Wishes {
             path: path.into(),
             source,
         })?;
-        let file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+        let mut file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
             path: path.into(),
             source,
         })?;
+        let root = put_root_first(&mut file.drives)?;
         let machine = file.machine_config.as_ref();
         Ok(Self {
             kernel: Some(file.boot_source.kernel_image_path),
             initrd: file.boot_source.initrd_path,
             cmdline: file.boot_source.boot_args,
+            root,
             cpus: machine.map(|machine| machine.vcpu_count),
             memory: machine.map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
             shared_memory: false,
             huge_pages: machine.is_some_and(|machine| machine.huge_pages == HugePages::Two),
             prealloc: false,
             dirty_ring: false,
-            cpu_template: machine.and_then(|machine| machine.cpu_template.clone()),
+            cpu_template: machine
+                .and_then(|machine| machine.cpu_template.clone())
+                .filter(|template| template != NO_TEMPLATE),
             disks: file.drives.into_iter().map(DiskConfig::from).collect(),
             nets: file.network_interfaces.into_iter().map(NetConfig::from).collect(),
             balloon: file.balloon.map(BalloonConfig::from),
@@ -45,19 +51,89 @@ impl Wishes {
     }
 }
 
-/// Firecracker's configuration file, as far as it is served. Unknown sections are errors, not silence.
+/// What Firecracker calls no CPU template.
+const NO_TEMPLATE: &str = "None";
+
+/// As Firecracker does: the root disk becomes the first one, and so `/dev/vda` to Linux. Returns the kernel's words for
+/// it, if there is one.
+fn put_root_first(drives: &mut [DriveSection]) -> Result<Option<String>, ConfigError> {
+    drives.sort_by_key(|drive| Reverse(drive.is_root_device));
+    let mut roots = drives.iter().filter(|drive| drive.is_root_device);
+    let (first, second) = (roots.next(), roots.next());
+    if let (Some(first), Some(second)) = (first, second) {
+        return Err(ConfigError::TwoRoots(
+            first.drive_id.clone(),
+            second.drive_id.clone(),
+        ));
+    }
+    Ok(first.map(|drive| {
+        let device = match &drive.partuuid {
+            Some(partuuid) => format!("PARTUUID={partuuid}"),
+            None => "/dev/vda".into(),
+        };
+        let mode = if drive.is_read_only { "ro" } else { "rw" };
+        format!("root={device} {mode}")
+    }))
+}
+
+/// Firecracker's configuration file, as far as it is served. Unknown keys are errors, not silence; what is known and
+/// not served is [`harmless`] or an error too.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct File {
     boot_source: BootSourceSection,
     machine_config: Option<MachineSection>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     drives: Vec<DriveSection>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     network_interfaces: Vec<NetworkSection>,
     balloon: Option<BalloonSection>,
     vsock: Option<VsockSection>,
     entropy: Option<EntropySection>,
+    #[serde(rename = "logger")]
+    _logger: Option<LoggerSection>,
+    #[serde(default, rename = "metrics", deserialize_with = "harmless::metrics")]
+    _metrics: (),
+    #[serde(default, rename = "mmds-config", deserialize_with = "harmless::mmds_config")]
+    _mmds_config: (),
+    /// Of the service that `mmds-config` would configure.
+    #[serde(rename = "mmds-version")]
+    _mmds_version: Option<String>,
+    #[serde(default, rename = "cpu-config", deserialize_with = "harmless::cpu_config")]
+    _cpu_config: (),
+    #[serde(default, rename = "pmem", deserialize_with = "harmless::pmem")]
+    _pmem: (),
+    #[serde(
+        default,
+        rename = "memory-hotplug",
+        deserialize_with = "harmless::memory_hotplug"
+    )]
+    _memory_hotplug: (),
+    #[serde(default, rename = "serial", deserialize_with = "harmless::serial")]
+    _serial: (),
+}
+
+/// Of which nothing is served but what is so anyway. The forms of log lines differ and have no meaning.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoggerSection {
+    #[serde(default, rename = "log_path", deserialize_with = "harmless::log_path")]
+    _log_path: (),
+    #[serde(default, rename = "level", deserialize_with = "harmless::level")]
+    _level: (),
+    #[serde(rename = "show_level")]
+    _show_level: Option<bool>,
+    #[serde(rename = "show_log_origin")]
+    _show_log_origin: Option<bool>,
+    #[serde(default, rename = "module", deserialize_with = "harmless::module")]
+    _module: (),
+    // Of older versions.
+    #[serde(default, rename = "log_fifo", deserialize_with = "harmless::log_fifo")]
+    _log_fifo: (),
+    #[serde(default, rename = "metrics_fifo", deserialize_with = "harmless::metrics_fifo")]
+    _metrics_fifo: (),
+    #[serde(default, rename = "options", deserialize_with = "harmless::options")]
+    _options: (),
 }
 
 #[derive(Debug, Deserialize)]
@@ -74,14 +150,30 @@ struct MachineSection {
     vcpu_count: u64,
     mem_size_mib: u64,
     cpu_template: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     huge_pages: HugePages,
+    #[serde(default, rename = "smt", deserialize_with = "harmless::smt")]
+    _smt: (),
+    /// `smt` in older versions.
+    #[serde(default, rename = "ht_enabled", deserialize_with = "harmless::ht_enabled")]
+    _ht_enabled: (),
+    /// A guest's writes can always be logged, and are only while somebody wants to know.
+    #[serde(rename = "track_dirty_pages")]
+    _track_dirty_pages: Option<bool>,
+    #[serde(
+        default,
+        rename = "gdb_socket_path",
+        deserialize_with = "harmless::gdb_socket_path"
+    )]
+    _gdb_socket_path: (),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 enum HugePages {
     #[default]
     None,
+    /// Which memory is in anyway, where the host gives them.
+    Transparent,
     #[serde(rename = "2M")]
     Two,
 }
@@ -97,20 +189,20 @@ struct DriveSection {
     #[serde(default)]
     backing: Vec<BackingSection>,
     path_on_host: PathBuf,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     is_read_only: bool,
-    #[serde(default)]
-    #[expect(
-        dead_code,
-        reason = "Firecracker's files have it; the guest finds its root on the kernel command line here"
-    )]
+    #[serde(default, deserialize_with = "or_default")]
     is_root_device: bool,
-    #[serde(default)]
+    /// The root's partition, where it is not the whole disk.
+    partuuid: Option<String>,
+    #[serde(default, deserialize_with = "or_default")]
     rate_limiter: LimitsSection,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     cache_type: CacheSection,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     io_engine: EngineSection,
+    #[serde(default, rename = "socket", deserialize_with = "harmless::socket")]
+    _socket: (),
 }
 
 /// What a disk's file is.
@@ -193,22 +285,18 @@ pub(crate) struct LimitsSection {
 #[serde(deny_unknown_fields)]
 struct BucketSection {
     size: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     one_time_burst: u64,
     /// In milliseconds.
     refill_time: u64,
 }
 
 impl LimitsSection {
-    /// These limits where they say something, else `before`. A bucket of size 0 that takes no time to refill is no limit.
+    /// These limits where they say something, else `before`. A bucket of size 0 is no limit, as in Firecracker.
     pub(crate) fn over(self, before: Limits) -> Limits {
         let bucket = |section: Option<BucketSection>, before| match section {
             None => before,
-            Some(BucketSection {
-                size: 0,
-                refill_time: 0,
-                ..
-            }) => None,
+            Some(BucketSection { size: 0, .. }) => None,
             Some(section) => Some(Bucket {
                 size: section.size,
                 one_time_burst: section.one_time_burst,
@@ -227,12 +315,14 @@ impl LimitsSection {
 struct BalloonSection {
     amount_mib: u64,
     deflate_on_oom: bool,
-    #[serde(default)]
-    #[expect(
-        dead_code,
-        reason = "Firecracker's files may have it; here statistics are asked for when somebody wants to see them"
-    )]
-    stats_polling_interval_s: u64,
+    /// Statistics are asked for when somebody wants to see them.
+    #[serde(rename = "stats_polling_interval_s")]
+    _stats_polling_interval_s: Option<u64>,
+    /// The guest may always tell which pages are free.
+    #[serde(rename = "free_page_hinting")]
+    _free_page_hinting: Option<bool>,
+    #[serde(rename = "free_page_reporting")]
+    _free_page_reporting: Option<bool>,
 }
 
 impl From<BalloonSection> for BalloonConfig {
@@ -249,8 +339,9 @@ impl From<BalloonSection> for BalloonConfig {
 struct VsockSection {
     guest_cid: u64,
     uds_path: PathBuf,
-    #[expect(dead_code, reason = "Firecracker's older files have it, for nothing")]
-    vsock_id: Option<String>,
+    /// Older versions' name for it, which nobody uses.
+    #[serde(rename = "vsock_id")]
+    _vsock_id: Option<String>,
 }
 
 impl From<VsockSection> for VsockConfig<u64> {
@@ -267,7 +358,7 @@ impl From<VsockSection> for VsockConfig<u64> {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct EntropySection {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     rate_limiter: LimitsSection,
 }
 
@@ -278,10 +369,19 @@ struct NetworkSection {
     host_dev_name: String,
     #[serde(default, deserialize_with = "mac")]
     guest_mac: Option<MacAddress>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     rx_rate_limiter: LimitsSection,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     tx_rate_limiter: LimitsSection,
+    #[serde(default, rename = "mtu", deserialize_with = "harmless::mtu")]
+    _mtu: (),
+    /// Of older versions.
+    #[serde(
+        default,
+        rename = "allow_mmds_requests",
+        deserialize_with = "harmless::allow_mmds_requests"
+    )]
+    _allow_mmds_requests: (),
 }
 
 /// Text, where [`MacAddress`] itself is bytes.
