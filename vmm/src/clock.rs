@@ -1,10 +1,13 @@
 //! Clocks that go on: TSC, kvmclock and the TSC deadline advance by the time that a machine stood still.
 //!
-//! The guest's TSC is the host's plus an offset per vCPU (Documentation/virt/kvm/devices/vcpu.rst, 4). The
-//! source saves what the guest's clocks say at one instant; the destination adds the time since then, as its
+//! The guest's TSC is the host's, scaled where the frequencies differ, plus an offset per vCPU
+//! (Documentation/virt/kvm/devices/vcpu.rst, 4). The source saves what the guest's clocks say at one instant; the destination adds the time since then, as its
 //! own clock measured it, and computes offsets against its own TSC at one instant, so that vCPUs whose
 //! clocks were equal stay equal.
 
+mod tsc;
+
+use std::ops::Deref;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_clock_data;
@@ -13,7 +16,6 @@ use migration_state::Record;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::kvm;
 use crate::vcpu::{MSR_TSC_DEADLINE, VcpuRecord, VcpuStateError, set_msr};
 
 /// A clock could not be read or set.
@@ -25,6 +27,8 @@ pub enum ClockError {
         id: usize,
         source: vmm_sys_util::errno::Error,
     },
+    #[error("TSC")]
+    Tsc(#[source] VcpuStateError),
     #[error("KVM_GET_CLOCK: {0}")]
     Get(kvm_ioctls::Error),
     #[error("KVM_SET_CLOCK: {0}")]
@@ -49,25 +53,39 @@ impl Record for ClockRecord {
     const VERSION: u16 = 1;
 }
 
+/// A guest's TSC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TscFrequency {
+    /// In kHz.
+    pub khz: u32,
+    /// Whether KVM scales the host's to it.
+    pub scaled: bool,
+}
+
+/// How the clocks of a machine go on that stood still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClockStart {
+    /// As if they had run since that instant, at which the machine was stopped.
+    StoppedAt(Instant),
+    /// From where they stood.
+    Kept,
+}
+
 /// Reads the clocks of a machine that was paused at `paused_at`. Returns its record and each vCPU's TSC.
 pub fn save(
     vm: &VmFd,
-    vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
-    tsc_khz: u32,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    frequency: TscFrequency,
     paused_at: Instant,
 ) -> Result<(ClockRecord, Vec<u64>), ClockError> {
-    let offsets = vcpus
-        .iter()
-        .enumerate()
-        .map(|(id, vcpu)| kvm::tsc_offset(vcpu).map_err(|source| ClockError::TscOffset { id, source }))
-        .collect::<Result<Vec<_>, _>>()?;
+    let offsets = tsc::offsets(vcpus)?;
     let clock = vm.get_clock().map_err(ClockError::Get)?;
-    let tsc = kvm::host_tsc();
+    let tsc = tsc::without_offset(vcpus, frequency.scaled)?;
     let since_pause = paused_at.elapsed();
     let record = ClockRecord {
         kvmclock_ns: clock.clock,
         since_pause_ns: since_pause.as_nanos() as u64,
-        tsc_khz,
+        tsc_khz: frequency.khz,
     };
     Ok((
         record,
@@ -78,24 +96,26 @@ pub fn save(
     ))
 }
 
-/// Sets the clocks of a machine that has been paused since `stopped_at`, and arms the deadline timers.
+/// Sets the clocks of a machine that stood still to where they `start`, and arms the deadline timers. `scaled`: whether
+/// KVM scales its TSC here.
 pub fn advance(
     vm: &VmFd,
-    vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    scaled: bool,
     clock: &ClockRecord,
     records: &[VcpuRecord],
-    stopped_at: Instant,
+    start: ClockStart,
 ) -> Result<(), ClockError> {
-    // Both sides estimate the same pause; an estimate that is too short must not turn a clock back.
-    let gap = stopped_at
-        .elapsed()
-        .saturating_sub(Duration::from_nanos(clock.since_pause_ns));
-    let tsc = kvm::host_tsc();
+    let gap = match start {
+        // Both sides estimate the same pause; an estimate that is too short must not turn a clock back.
+        ClockStart::StoppedAt(stopped_at) => stopped_at
+            .elapsed()
+            .saturating_sub(Duration::from_nanos(clock.since_pause_ns)),
+        ClockStart::Kept => Duration::ZERO,
+    };
+    let now = tsc::without_offset(vcpus, scaled)?;
     let ticks = (gap.as_nanos().saturating_mul(u128::from(clock.tsc_khz)) / 1_000_000) as u64;
-    for (id, (vcpu, record)) in vcpus.iter().zip(records).enumerate() {
-        let offset = record.tsc.wrapping_add(ticks).wrapping_sub(tsc);
-        kvm::set_tsc_offset(vcpu, offset).map_err(|source| ClockError::TscOffset { id, source })?;
-    }
+    tsc::go_on(vcpus, records.iter().map(|record| record.tsc), ticks, now)?;
     let now = kvm_clock_data {
         clock: clock.kvmclock_ns.saturating_add(gap.as_nanos() as u64),
         ..Default::default()

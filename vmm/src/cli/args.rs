@@ -157,6 +157,15 @@ pub(super) enum ConsoleArg {
     Virtio,
 }
 
+/// What a restored guest's clocks make of the time since its snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ClockArg {
+    /// They go on by it: the wall clock is right, and what was due meanwhile is due at once.
+    Advance,
+    /// They go on from where they stood, as with Firecracker: nothing jumps, and the wall clock is behind.
+    Keep,
+}
+
 /// What `run`, `receive` and `restore` have in common.
 #[derive(Debug, Args)]
 pub(super) struct CommonArgs {
@@ -209,6 +218,9 @@ pub(super) struct RestoreArgs {
     /// Let the guest run; otherwise it waits for `godwit resume`
     #[arg(long)]
     pub(super) resume: bool,
+    /// What the guest's clocks make of the time since the snapshot
+    #[arg(long, value_enum, default_value = "advance")]
+    pub(super) clock: ClockArg,
     /// Read pages when they are needed, which is the default
     #[arg(long = "lazy", conflicts_with_all = ["preload", "uffd"])]
     pub(super) _lazy: bool,

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use devices::GuestExit;
 use migration::{MemoryKind, ReceiveOptions, Receiver};
 
 use super::Exit;
-use super::args::{CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
+use super::args::{ClockArg, CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
 use super::detach::{Launch, Part, detach};
 use super::signals::{Held, outlive_file_size_limit, stay_with_the_terminal};
 use super::snapshot::with_bar;
@@ -16,8 +17,9 @@ use super::stdin::forward_stdin;
 use crate::api::ApiServer;
 use crate::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
 use crate::console::Console;
+use crate::cpu::Template;
 use crate::footprint::give_back_text;
-use crate::machine::{Machine, MigrationDestination, SnapshotMemory};
+use crate::machine::{Machine, MigrationDestination, SnapshotClocks, SnapshotMemory};
 use crate::memory::{self, FaultHandler};
 use crate::output::{self, start_log};
 use crate::privacy::keep_memory_private;
@@ -116,23 +118,15 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     supervisor.set_log(launch.named()?);
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
-    let age = snapshot.age();
-    if age.is_zero() {
-        tracing::warn!(
-            "the snapshot is from the future of this host's clock: the guest's clocks go on where they stood"
-        );
-    }
+    let (clocks, clocks_go_on) = restored_clocks(args.clock, snapshot.age());
     let after = if args.resume {
         "runs".into()
     } else {
         format!("is paused; `godwit resume {name}` lets it go on")
     };
     // Scripts wait for this line.
-    let announcement = format!(
-        "{name} is restored and {after}; its clocks go on by {}",
-        duration(age.as_secs_f64() * 1e3)
-    );
-    let restore = move || destination.restore_snapshot(&snapshot, memory, args.resume);
+    let announcement = format!("{name} is restored and {after}; its clocks go on {clocks_go_on}");
+    let restore = move || destination.restore_snapshot(&snapshot, memory, clocks, args.resume);
     supervisor
         .restore(restore, args.uffd.is_some(), move || {
             output::tell(&announcement);
@@ -140,6 +134,30 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
         })
         .context("restore job")?;
     supervise(supervisor, server)
+}
+
+/// What a guest's clocks do that was saved so long ago, and how that is said.
+fn restored_clocks(asked: ClockArg, age: Duration) -> (SnapshotClocks, String) {
+    match asked {
+        ClockArg::Keep => {
+            if Template::probe().0 == Template::Pvm {
+                tracing::warn!(
+                    "KVM here is kvm-pvm: guests read the host's own TSC, so only clocks that they get from KVM \
+                     (kvm-clock) are kept"
+                );
+            }
+            (SnapshotClocks::Keep, "where they stood".into())
+        }
+        ClockArg::Advance => {
+            if age.is_zero() {
+                tracing::warn!(
+                    "the snapshot is from the future of this host's clock: the guest's clocks go on where they stood"
+                );
+            }
+            let by = format!("by {}", duration(age.as_secs_f64() * 1e3));
+            (SnapshotClocks::Advance, by)
+        }
+    }
 }
 
 fn snapshot_memory(

@@ -10,6 +10,7 @@ use super::backends;
 use super::devices::{DeviceSet, NamedDevice};
 use super::{EventSink, Machine, MachineError, MachineEvent, generation, kvm_error, open_kvm, vmclock};
 use crate::boot::{self, BootError, BootSource, layout};
+use crate::clock::TscFrequency;
 use crate::console::Console;
 use crate::cpu::{self, Template};
 use crate::memory::RingLog;
@@ -89,7 +90,10 @@ impl Machine {
             }
             None => None,
         };
-        let tsc_khz = vcpus[0].get_tsc_khz().map_err(kvm_error("KVM_GET_TSC_KHZ"))?;
+        let tsc = TscFrequency {
+            khz: vcpus[0].get_tsc_khz().map_err(kvm_error("KVM_GET_TSC_KHZ"))?,
+            scaled: spec.tsc_khz.is_some() && vm.check_extension(Cap::TscControl),
+        };
         let devices = DeviceSet::build(&vm, &spec.memory, spec.devices, console, events.clone())?;
         let buses = Buses {
             pio: devices.pio.clone(),
@@ -111,7 +115,7 @@ impl Machine {
             cpuid: spec.cpuid,
             template: spec.template,
             cpus: spec.cpus,
-            tsc_khz,
+            tsc,
         })
     }
 

@@ -17,7 +17,7 @@ impl Machine {
             cpus: self.cpus,
             cpu_template: self.template.to_string(),
             cpuid: self.cpuid.iter().map(leaf).collect(),
-            tsc_khz: self.tsc_khz,
+            tsc_khz: self.tsc.khz,
             devices: self.devices.describe(),
         }
     }

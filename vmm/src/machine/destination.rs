@@ -22,6 +22,7 @@ use super::state::Pending;
 use super::vmclock::Disruption;
 use super::{EventSink, Machine, MachineError, open_kvm};
 use crate::boot::layout;
+use crate::clock::ClockStart;
 use crate::config::MAX_CPUS;
 use crate::console::Console;
 use crate::cpu::{self, Template};
@@ -327,7 +328,7 @@ impl Destination for MigrationDestination {
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
         machine.tell_disruption(Disruption::Moved)?;
-        machine.run_restored(&pending, stopped_at)?;
+        machine.run_restored(&pending, ClockStart::StoppedAt(stopped_at))?;
         machine.set_made_disks(Vec::new());
         Ok(())
     }

@@ -25,6 +25,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VmFd};
 use migration::{DirtyLog, MemoryRange, PageSet};
 
+use crate::clock::TscFrequency;
 use crate::console::Keyboard;
 use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog};
@@ -35,7 +36,7 @@ pub use baseline::Tracking;
 pub use destination::MigrationDestination;
 pub use error::MachineError;
 pub use source::MigrationSource;
-pub use standstill::{SnapshotMemory, Standstill};
+pub use standstill::{SnapshotClocks, SnapshotMemory, Standstill};
 
 pub(crate) use self::backends::{BALLOON_ID, CONSOLE_ID, RNG_ID, VSOCK_ID};
 pub(crate) use self::devices::INSTANCE_PREFIX;
@@ -79,7 +80,7 @@ pub struct Machine {
     cpuid: Vec<kvm_cpuid_entry2>,
     template: Template,
     cpus: u8,
-    tsc_khz: u32,
+    tsc: TscFrequency,
 }
 
 /// Opens `/dev/kvm`.

@@ -8,6 +8,7 @@ use migration::PageSet;
 use super::baseline::Tracking;
 use super::vmclock::Disruption;
 use super::{Machine, MachineError, MigrationDestination};
+use crate::clock::ClockStart;
 use crate::memory::{FaultHandler, MemoryError};
 use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
 use crate::vcpu::Holder;
@@ -38,11 +39,12 @@ impl Machine {
 
 impl MigrationDestination {
     /// Builds the snapshot's machine with that memory and its disks locked. The guest runs if it is to `resume`,
-    /// whatever it did when the snapshot was made. Its clocks go on from now: it has been away since then.
+    /// whatever it did when the snapshot was made.
     pub fn restore_snapshot(
         mut self,
         snapshot: &Snapshot,
         memory: SnapshotMemory,
+        clocks: SnapshotClocks,
         resume: bool,
     ) -> Result<Machine, MachineError> {
         let machine = match memory {
@@ -67,13 +69,25 @@ impl MigrationDestination {
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
         let now = Instant::now();
-        // There is an instant for every age that a snapshot can tell.
-        let stopped_at = now.checked_sub(snapshot.age()).unwrap_or(now);
+        let start = match clocks {
+            // There is an instant for every age that a snapshot can tell.
+            SnapshotClocks::Advance => ClockStart::StoppedAt(now.checked_sub(snapshot.age()).unwrap_or(now)),
+            SnapshotClocks::Keep => ClockStart::Kept,
+        };
         machine.renew_generation()?;
         machine.tell_disruption(Disruption::Cloned)?;
-        machine.run_restored(&pending, stopped_at)?;
+        machine.run_restored(&pending, start)?;
         Ok(machine)
     }
+}
+
+/// What the clocks of a machine make of the time that it lay in files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotClocks {
+    /// They go on from where they stood: nothing jumps, and the wall clock is behind.
+    Keep,
+    /// They are moved on by it: the wall clock is right, and timers that were due fire.
+    Advance,
 }
 
 /// A snapshot's memory, for a machine.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Machine, MachineError, kvm_error};
 use crate::boot::BootError;
-use crate::clock::{self, ClockRecord};
+use crate::clock::{self, ClockRecord, ClockStart};
 use crate::vcpu::{self, Holder, Purpose, VcpuRecord, bytes, parse};
 
 /// Bytes of `pvclock_wall_clock` (Documentation/virt/kvm/x86/msr.rst).
@@ -132,12 +132,13 @@ impl Machine {
     }
 
     /// Moves the clocks on and lets the guest run, see [`clock::advance`].
-    pub(super) fn run_restored(&self, pending: &Pending, stopped_at: Instant) -> Result<(), MachineError> {
+    pub(super) fn run_restored(&self, pending: &Pending, start: ClockStart) -> Result<(), MachineError> {
         let vcpus = self.vcpus.lock_all();
         for (vcpu, record) in vcpus.iter().zip(&pending.vcpus) {
             vcpu::restore_shared_pages(vcpu, record)?;
         }
-        clock::advance(&self.vm, &vcpus, &pending.clock, &pending.vcpus, stopped_at)?;
+        let scaled = self.tsc.scaled;
+        clock::advance(&self.vm, &vcpus, scaled, &pending.clock, &pending.vcpus, start)?;
         if let (Some(vcpu), Some(record)) = (vcpus.first(), pending.vcpus.first()) {
             self.restore_wall_clock(vcpu, record)?;
         }
@@ -152,7 +153,7 @@ impl Machine {
 
     fn save_processors(&self, envelope: &mut Envelope, paused_at: Instant) -> Result<(), MachineError> {
         let vcpus = self.vcpus.lock_all();
-        let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc_khz, paused_at)?;
+        let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc, paused_at)?;
         envelope.put("clock", &clock)?;
         for (id, (vcpu, tsc)) in vcpus.iter().zip(tscs).enumerate() {
             envelope.put(&format!("vcpu{id}"), &vcpu::save(&self.kvm, vcpu, tsc)?)?;

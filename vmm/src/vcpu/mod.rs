@@ -20,8 +20,8 @@ use throttle::Throttle;
 pub use gate::{Gate, Holder};
 pub use run::{Buses, VcpuFailure};
 pub use state::{
-    MSR_TSC_DEADLINE, Purpose, VcpuRecord, VcpuStateError, bytes, parse, restore, restore_shared_pages, save,
-    set_msr,
+    MSR_TSC_DEADLINE, Purpose, VcpuRecord, VcpuStateError, bytes, parse, read_tsc, restore,
+    restore_shared_pages, save, set_msr,
 };
 
 /// A vCPU that does not leave the guest within this time is stuck in the kernel.

@@ -212,6 +212,11 @@ pub fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), VcpuStateErr
     set_msrs(vcpu, &[entry])
 }
 
+/// What the guest would read as its TSC now.
+pub fn read_tsc(vcpu: &VcpuFd) -> Result<u64, VcpuStateError> {
+    read_msr(vcpu, MSR_TSC)?.ok_or(VcpuStateError::UnknownMsr(MSR_TSC))
+}
+
 fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
     let list = kvm
         .get_msr_index_list()
