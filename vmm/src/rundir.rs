@@ -1,5 +1,6 @@
 //! Names of VMs: each is an API socket in a directory of the user's.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -48,9 +49,8 @@ impl ApiSocket {
     pub fn for_name(name: &str) -> Result<Self, RundirError> {
         check_name(name)?;
         let directory = directory();
-        let named = std::env::var_os("XDG_RUNTIME_DIR").filter(|base| !base.is_empty());
-        if let Some(base) = named.filter(|base| !directory.starts_with(base)) {
-            let (used, base) = (directory.display(), Path::new(&base).display());
+        if let Some(base) = environment().filter(|base| !directory.starts_with(base)) {
+            let (used, base) = (directory.display(), base.display());
             tracing::warn!(
                 "VMs have their names in {used}: somebody else could replace {base} (XDG_RUNTIME_DIR)"
             );
@@ -86,38 +86,48 @@ pub fn resolve(vm: &str) -> Result<PathBuf, RundirError> {
         return Ok(vm.into());
     }
     check_name(vm)?;
-    let path = directory().join(format!("{vm}.{SUFFIX}"));
-    if path.exists() {
-        Ok(path)
-    } else {
-        Err(RundirError::NoSuchVm {
+    let mut paths = places()
+        .into_iter()
+        .map(|place| place.join(format!("{vm}.{SUFFIX}")));
+    paths
+        .find(|path| path.exists())
+        .ok_or_else(|| RundirError::NoSuchVm {
             name: vm.into(),
-            path,
+            path: directory().join(format!("{vm}.{SUFFIX}")),
         })
-    }
 }
 
 /// Names and sockets in the run-time directory, by name. That of a VM that was killed is among them.
 pub fn list() -> Result<Vec<(String, PathBuf)>, RundirError> {
-    let directory = directory();
-    let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => {
-            return Err(RundirError::Directory {
-                path: directory,
-                source,
-            });
+    let mut found = BTreeMap::new();
+    for directory in places() {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(source) => {
+                return Err(RundirError::Directory {
+                    path: directory,
+                    source,
+                });
+            }
+        };
+        let paths = entries.filter_map(Result::ok).map(|entry| entry.path());
+        for path in paths.filter(|path| path.extension().is_some_and(|extension| extension == SUFFIX)) {
+            if let Some(name) = path.file_stem().and_then(|name| name.to_str()) {
+                found.entry(name.to_owned()).or_insert(path);
+            }
         }
-    };
-    let mut found: Vec<_> = entries
-        .filter_map(Result::ok)
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == SUFFIX))
-        .filter_map(|path| Some((path.file_stem()?.to_str()?.to_owned(), path)))
-        .collect();
-    found.sort();
-    Ok(found)
+    }
+    Ok(found.into_iter().collect())
+}
+
+/// Where VMs are looked for: first where this user has theirs, then in the environment's directory where that is another
+/// user's. A name in both is the first one's, so that nobody can put a VM of theirs in the place of one of root's.
+fn places() -> Vec<PathBuf> {
+    let mut places = vec![directory()];
+    places.extend(environment().map(|base| base.join("godwit")));
+    places.dedup();
+    places
 }
 
 /// Where the log of a VM is that was started with `--detach`: it stays until the name is used again.
@@ -168,10 +178,14 @@ impl LogDraft {
     }
 }
 
+fn environment() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_RUNTIME_DIR").filter(|base| !base.is_empty());
+    base.map(PathBuf::from)
+}
+
 fn directory() -> PathBuf {
     let user = rustix::process::geteuid().as_raw();
-    let base = std::env::var_os("XDG_RUNTIME_DIR").filter(|base| !base.is_empty());
-    match base.map(PathBuf::from) {
+    match environment() {
         // Root with somebody else's environment (`sudo -E`), who could put another directory in its place.
         Some(base) if user == 0 && !is_beyond_others(&base, user) => ROOT_DIRECTORY.into(),
         Some(base) => base.join("godwit"),
