@@ -9,7 +9,6 @@ mod harm;
 mod receiver;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use fault_proxy::{Pace, Plan, Point, Proxy};
@@ -17,7 +16,7 @@ use migration::Outcome;
 use serde_json::Value;
 use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Process, Vm, count, wait_until};
 
-use self::dependent::{Dependent, Thing};
+use self::dependent::{Dependent, Disk, Thing};
 use self::harm::{HARMS, Harm};
 use self::receiver::{LOGS, Log, Receiver};
 use super::{ANY_PORT, Moments};
@@ -117,8 +116,8 @@ struct Strike {
 
 /// What the guest needs, and has lost by then.
 struct Needs {
-    /// The image of its disk.
-    image: Option<PathBuf>,
+    /// Its disk, which has shrunk.
+    disk: Option<Disk>,
     /// Who brings its pages, until this is dropped.
     _handler: Option<Process>,
 }
@@ -129,7 +128,7 @@ impl Strike {
             journey,
             receiver: options,
             lose,
-            image,
+            disk,
             handler,
         } = guest;
         let receiver = Receiver::start(&journey, &options, log)?;
@@ -142,7 +141,7 @@ impl Strike {
             proxy,
             harm,
             needs: Needs {
-                image,
+                disk,
                 _handler: handler,
             },
         })
@@ -195,7 +194,7 @@ impl Strike {
         journey.arrive(self.receiver.vm)?;
         check(&mut journey)?;
         // The next receiver does not have its disk.
-        Ok((fate, Some(journey).filter(|_| self.needs.image.is_none())))
+        Ok((fate, Some(journey).filter(|_| self.needs.disk.is_none())))
     }
 
     /// The guest runs on here, and can move, to the same receiver if that is alive.
@@ -219,8 +218,8 @@ impl Strike {
             needs,
             ..
         } = self;
-        if let Some(image) = &needs.image {
-            Dependent::mend(image)?;
+        if let Some(disk) = &needs.disk {
+            disk.mend()?;
         }
         if destination_died {
             drop(receiver);
@@ -230,7 +229,7 @@ impl Strike {
             journey.hop_to(receiver.vm, &receiver.endpoint, &VERIFIED)?;
         }
         check(&mut journey)?;
-        Ok((fate, Some(journey).filter(|_| needs.image.is_none())))
+        Ok((fate, Some(journey).filter(|_| needs.disk.is_none())))
     }
 
     fn in_doubt(self, destination_died: bool) -> Result<(Fate, Option<Journey>)> {

@@ -1,6 +1,7 @@
 //! Guests that need something outside, which can go.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -27,8 +28,8 @@ pub(super) struct Dependent {
     pub(super) receiver: Vec<String>,
     /// Takes away what it needs.
     pub(super) lose: Box<dyn FnOnce() + Send>,
-    /// The image of its disk, if that is it.
-    pub(super) image: Option<PathBuf>,
+    /// Its disk, if that is it.
+    pub(super) disk: Option<Disk>,
     /// Ends with this.
     pub(super) handler: Option<Process>,
 }
@@ -40,7 +41,7 @@ impl Dependent {
             journey,
             receiver: Vec::new(),
             lose: Box::new(|| ()),
-            image: None,
+            disk: None,
             handler: None,
         }
     }
@@ -86,18 +87,29 @@ impl Dependent {
         };
         let disk = format!("id=d,path={}", image.display());
         let journey = Journey::start(host, &guest, &["--disk", &disk])?;
+        // It has written all of it by now, and only reads.
+        let content = std::fs::read(&image)?;
         let lost = image.clone();
         Ok(Self {
             receiver: vec![format!("--disk=d={}", image.display())],
             lose: Box::new(move || halve(&lost)),
-            image: Some(image),
+            disk: Some(Disk { image, content }),
             ..Self::on_nothing(journey)
         })
     }
+}
 
-    /// Gives the disk its size back, so that it is the guest's again.
-    pub(super) fn mend(image: &PathBuf) -> Result<()> {
-        Ok(File::options().write(true).open(image)?.set_len(DISK_BYTES)?)
+/// A disk whose image may have shrunk.
+pub(super) struct Disk {
+    image: PathBuf,
+    content: Vec<u8>,
+}
+
+impl Disk {
+    /// Gives the image back what it had.
+    pub(super) fn mend(&self) -> Result<()> {
+        let image = File::options().write(true).open(&self.image)?;
+        Ok(image.write_all_at(&self.content, 0)?)
     }
 }
 
