@@ -103,7 +103,8 @@ impl<'a> Vectors<'a> {
             for slice in self.memory.get_slices(address, len as usize) {
                 let slice = slice?;
                 self.vectors.push(libc::iovec {
-                    // The mapping lives as long as the memory that is borrowed for 'a.
+                    // The guard that ends here does nothing: this memory is mapped for good, and not page by page as
+                    // Xen's is. The mapping lives as long as the memory that is borrowed for 'a.
                     iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                     iov_len: slice.len(),
                 });

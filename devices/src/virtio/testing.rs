@@ -1,5 +1,6 @@
 //! A driver for tests: sets up queues through the registers and puts descriptor chains into guest memory.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
@@ -9,9 +10,9 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::VirtioDevice;
 use super::mmio::{Transport, TransportError, Worker};
 use super::rng::Rng;
+use super::{HostBackend, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 use crate::rate::Limits;
@@ -321,6 +322,11 @@ impl Driver {
         assert_eq!(used.len(), 1, "{used:?}");
         assert_eq!(used[0].0, u32::from(head));
         used[0].1
+    }
+
+    /// What backs the device on the host.
+    pub(crate) fn backend(&self) -> Arc<dyn HostBackend> {
+        self.transport.host_backend().unwrap()
     }
 
     /// Interrupts since the last call.

@@ -1,12 +1,15 @@
 //! The machine's devices: built, wired to KVM, stopped and resumed together.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, PvPanic, Serial};
 use devices::virtio::mmio::Transport;
-use devices::virtio::{VirtioDevice, balloon, block, console};
+use devices::virtio::{HostBackend, HostError, VirtioDevice, balloon, block, console};
 use devices::{Counters, ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use migration::DeviceDescription;
@@ -54,6 +57,8 @@ pub(super) struct VirtioSlot {
     terminal: Option<MachineTerminal>,
     metrics: [Arc<dyn Counters>; 2],
     pub(super) disk: Option<Arc<block::Control>>,
+    /// Beside the transport: its calls wait for disks, and must not be made with a lock that a vCPU can want.
+    backend: Option<Arc<dyn HostBackend>>,
     transport: Arc<Mutex<Transport>>,
 }
 
@@ -182,9 +187,9 @@ impl DeviceSet {
         lock(&self.power).press()
     }
 
-    /// Writes back what backends have cached.
+    /// Writes back what backends have cached, also while the guest runs: it waits for nothing that is done here.
     pub(super) fn flush(&self) -> Result<(), MachineError> {
-        self.for_each_backend(|transport| transport.flush())
+        self.for_each_backend(HostBackend::flush)
     }
 
     /// No device writes guest memory when it returns, and what the guest was told is on the disk.
@@ -206,11 +211,11 @@ impl DeviceSet {
     }
 
     pub(super) fn take_locks(&self) -> Result<(), MachineError> {
-        self.for_each_backend(|transport| transport.take_locks())
+        self.for_each_backend(HostBackend::take_locks)
     }
 
     pub(super) fn release_locks(&self) -> Result<(), MachineError> {
-        self.for_each_backend(|transport| transport.release_locks())
+        self.for_each_backend(HostBackend::release_locks)
     }
 
     /// Takes away the sockets of devices, which a process that just ends would leave behind. Waits for nobody. Disks stay
@@ -218,8 +223,8 @@ impl DeviceSet {
     pub(super) fn close_sockets(&self) {
         let with_sockets = |slot: &&VirtioSlot| [VSOCK_ID, CONSOLE_ID].contains(&slot.id.as_str());
         for slot in self.virtio.iter().filter(with_sockets) {
-            if let Ok(transport) = slot.transport.try_lock()
-                && let Err(error) = transport.release_locks()
+            if let Some(backend) = &slot.backend
+                && let Err(error) = backend.release_locks()
             {
                 tracing::warn!(%error, "{}: its sockets stay behind", slot.id);
             }
@@ -262,7 +267,7 @@ impl DeviceSet {
 
     /// Nothing read from a disk before is used from here on.
     pub(super) fn invalidate(&self) -> Result<(), MachineError> {
-        self.for_each_backend(|transport| transport.invalidate())
+        self.for_each_backend(HostBackend::invalidate)
     }
 
     pub(super) fn save(&self, envelope: &mut Envelope) -> Result<(), MachineError> {
@@ -287,10 +292,11 @@ impl DeviceSet {
 
     fn for_each_backend(
         &self,
-        act: impl Fn(&Transport) -> Result<(), devices::virtio::HostError>,
+        act: impl Fn(&(dyn HostBackend + 'static)) -> Result<(), HostError>,
     ) -> Result<(), MachineError> {
         for slot in &self.virtio {
-            act(&slot.transport()).map_err(|source| MachineError::Backend {
+            let Some(backend) = &slot.backend else { continue };
+            act(&**backend).map_err(|source| MachineError::Backend {
                 id: slot.id.clone(),
                 source,
             })?;
@@ -326,6 +332,7 @@ fn virtio_slot(
         balloon: named.balloon,
         terminal: named.terminal,
         metrics: transport.metrics(),
+        backend: transport.host_backend(),
         disk: named.disk,
         transport: Arc::new(Mutex::new(transport)),
     })

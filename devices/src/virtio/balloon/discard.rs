@@ -49,7 +49,7 @@ pub(super) fn discard(memory: &GuestMemory, gpa: u64, len: u64) -> Result<u64, D
         None => {
             let guard = slice.ptr_guard_mut();
             // SAFETY: the slice is mapped guest memory, whole pages of it, and the guard keeps it so during the call.
-            // Nothing in this process counts on what guest memory holds.
+            // No Rust reference to guest memory exists, and this process's own safety counts on nothing in it.
             unsafe {
                 rustix::mm::madvise(
                     guard.as_ptr().cast(),

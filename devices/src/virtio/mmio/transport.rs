@@ -12,7 +12,7 @@ use super::shared::{Shared, Worker};
 use super::state::{LayoutError, QueueRecord, TransportState};
 use crate::GuestMemory;
 use crate::metrics::Counters;
-use crate::virtio::{Description, DeviceError, HostBackend, HostError, Interrupt, VirtioDevice};
+use crate::virtio::{Description, DeviceError, HostBackend, Interrupt, VirtioDevice};
 
 /// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
 pub struct Transport {
@@ -180,35 +180,10 @@ impl Transport {
         [self.shared.clone(), self.metrics.clone()]
     }
 
-    /// What backs the device on the host. Its calls need no lock of the transport's.
+    /// What backs the device on the host. Its calls may take their time: whoever makes them must not hold a lock that an
+    /// access of the guest's takes, as the transport's own is.
     pub fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         self.backend.clone()
-    }
-
-    /// Takes the backend's locks. Nothing to do where there is no backend.
-    pub fn take_locks(&self) -> Result<(), HostError> {
-        self.backend
-            .as_ref()
-            .map_or(Ok(()), |backend| backend.take_locks())
-    }
-
-    /// Gives up the backend's locks.
-    pub fn release_locks(&self) -> Result<(), HostError> {
-        self.backend
-            .as_ref()
-            .map_or(Ok(()), |backend| backend.release_locks())
-    }
-
-    /// Makes what was written to the backend durable, also while the guest runs.
-    pub fn flush(&self) -> Result<(), HostError> {
-        self.backend.as_ref().map_or(Ok(()), |backend| backend.flush())
-    }
-
-    /// Drops what is cached from the backend.
-    pub fn invalidate(&self) -> Result<(), HostError> {
-        self.backend
-            .as_ref()
-            .map_or(Ok(()), |backend| backend.invalidate())
     }
 
     /// Adds the saved state of transport and device to `envelope`. After [`Transport::pause`].

@@ -23,7 +23,7 @@ use super::tap::{Tap, TapError};
 use super::transmit::send;
 use crate::limited::Limited;
 use crate::metrics::Counters;
-use crate::rate::{Limiter, Limits};
+use crate::rate::{Bucket, Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
     Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
@@ -46,6 +46,17 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
 const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 
+/// What may come of the control queue: each command may take the lock that all of the host's network needs, a dozen times.
+pub(super) const COMMAND_LIMITS: Limits = Limits {
+    bandwidth: None,
+    operations: Some(Bucket {
+        size: COMMANDS,
+        one_time_burst: 0,
+        refill_time_ms: 1000,
+    }),
+};
+pub(super) const COMMANDS: u64 = 8;
+
 const LINK_UP: u16 = VIRTIO_NET_S_LINK_UP as u16;
 const ANNOUNCE: u16 = VIRTIO_NET_S_ANNOUNCE as u16;
 /// Address at 0, status at 6, the number of queue pairs at 8, MTU at 10.
@@ -64,6 +75,7 @@ pub struct Net {
     turn: usize,
     rx_limiter: Limiter,
     tx_limiter: Limiter,
+    command_limiter: Limiter,
     /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
     announce: bool,
     announcer: Announcer,
@@ -89,6 +101,7 @@ impl Net {
         let announcer = Announcer::new().map_err(failed)?;
         let rx_limiter = Limiter::new(parameters.rx_limits).map_err(failed)?;
         let tx_limiter = Limiter::new(parameters.tx_limits).map_err(failed)?;
+        let command_limiter = Limiter::new(COMMAND_LIMITS).map_err(failed)?;
         Ok(Self {
             tap: tap.with_queues(parameters.queue_pairs)?,
             parameters,
@@ -97,6 +110,7 @@ impl Net {
             turn: 0,
             rx_limiter,
             tx_limiter,
+            command_limiter,
             announce: false,
             announcer,
             metrics: Arc::default(),
@@ -189,18 +203,26 @@ impl Net {
         admitted
     }
 
+    /// One command a turn, and few a second.
     fn control(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         let Some(mut queue) = queues.get(self.control_queue()) else {
             return Ok(Progress::Idle);
         };
-        queue.serve(|memory, chain| {
-            let (done, written) = answer(memory, chain, |command| self.carry_out(command));
-            match done {
-                Ok(()) => self.metrics.commands.add(1),
-                Err(error) => self.complain("control queue", &error),
-            }
-            written
-        })
+        let Some((head, chain)) = queue.take()? else {
+            return Ok(Progress::Idle);
+        };
+        if !self.command_limiter.take(0) {
+            queue.put_back();
+            return Ok(Progress::Idle);
+        }
+        let (done, written) = answer(queue.memory(), chain, |command| self.carry_out(command));
+        match done {
+            Ok(()) => self.metrics.commands.add(1),
+            Err(error) => self.complain("control queue", &error),
+        }
+        queue.give_back(head, written)?;
+        queue.notify()?;
+        Ok(Progress::More)
     }
 
     fn carry_out(&mut self, command: Command) -> Result<(), ControlError> {
@@ -316,6 +338,7 @@ impl VirtioDevice for Net {
             self.announcer.as_fd(),
             self.rx_limiter.event(),
             self.tx_limiter.event(),
+            self.command_limiter.event(),
         ];
         self.tap.queues().chain(timers).collect()
     }
@@ -325,13 +348,15 @@ impl VirtioDevice for Net {
         self.turn = self.turn.wrapping_add(1);
         self.rx_limiter.hear();
         self.tx_limiter.hear();
+        self.command_limiter.hear();
+        let commands = self.control(queues)?;
         let sent = if self.parameters.tx_limits == Limits::default() {
             Progress::Idle
         } else {
             self.transmit_all(queues)?
         };
         Ok(match self.receive_all(queues)? {
-            Progress::Idle => sent,
+            Progress::Idle => sent.and(commands),
             Progress::More => Progress::More,
         })
     }

@@ -37,6 +37,8 @@ pub struct Tap {
     name: String,
     mtu: u16,
     uso: bool,
+    /// What the kernel leaves to the guest, as it was told last.
+    offloads: u32,
 }
 
 /// Why a tap cannot be used. Every message is one line that names the tap.
@@ -203,6 +205,7 @@ impl Tap {
             name: name.into(),
             mtu,
             uso,
+            offloads: 0,
         })
     }
 
@@ -284,8 +287,14 @@ impl Tap {
     }
 
     /// From now on the kernel leaves to the guest what its `features` say.
-    pub(super) fn set_features(&self, features: u64) -> io::Result<()> {
-        sys::set_offloads(&self.queues[0], offloads::of(features))
+    pub(super) fn set_features(&mut self, features: u64) -> io::Result<()> {
+        let offloads = offloads::of(features);
+        // Each time is one under a lock that all of the host's network needs.
+        if offloads != self.offloads {
+            sys::set_offloads(&self.queues[0], offloads)?;
+            self.offloads = offloads;
+        }
+        Ok(())
     }
 
     /// Writes a packet of our own.

@@ -157,7 +157,7 @@ impl Wire {
     }
 
     /// From now on packets are not cut into segments for the far end.
-    pub(crate) fn take_segments(&self) {
+    pub(crate) fn take_segments(&mut self) {
         self.far.set_features(self.far.features()).unwrap();
     }
 }

@@ -202,7 +202,7 @@ fn many_packets_are_taken_in_turns() {
 
 #[test]
 fn segments_are_left_to_who_takes_them() {
-    let wire = Wire::between(&["tap0"]);
+    let mut wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     provide(&mut driver, 0..60, LINUX);
     let (header, sent) = segments(60_000);

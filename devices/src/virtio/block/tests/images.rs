@@ -115,7 +115,7 @@ fn discards_and_zeroes() {
 fn an_image_changes_hands() {
     let (_dir, path) = image();
     let mut source = Driver::ready(device(&path));
-    source.transport.take_locks().unwrap();
+    source.backend().take_locks().unwrap();
     // The destination has it open before the source is done with it, and writes nothing.
     let before = fs::read(&path).unwrap();
     let there = device(&path);
@@ -123,10 +123,10 @@ fn an_image_changes_hands() {
     write(&mut source, 1000, 99_840, 0xcd);
     let envelope = source.save();
     let mut destination = source.move_to(there, envelope).unwrap();
-    assert!(destination.transport.take_locks().is_err());
-    source.transport.release_locks().unwrap();
-    destination.transport.take_locks().unwrap();
-    destination.transport.invalidate().unwrap();
+    assert!(destination.backend().take_locks().is_err());
+    source.backend().release_locks().unwrap();
+    destination.backend().take_locks().unwrap();
+    destination.backend().invalidate().unwrap();
     let released = fs::read(&path).unwrap();
     drop(source);
     assert!(
@@ -181,11 +181,11 @@ fn what_an_image_is_on() {
     let backend = Backend::open_on(&top, access(true), &files).unwrap();
     backend.check_kept().unwrap();
     // After another host had it, on the files that are open.
-    driver.transport.flush().unwrap();
+    driver.backend().flush().unwrap();
     for path in [&middle, &base] {
         fs::rename(path, path.with_extension("away")).unwrap();
     }
-    driver.transport.invalidate().unwrap();
+    driver.backend().invalidate().unwrap();
     assert!(holds(&mut driver, 100, 512, 0x22));
     assert!(holds(&mut driver, 101, 512, 0x11));
     fs::remove_file(base.with_extension("away")).unwrap();

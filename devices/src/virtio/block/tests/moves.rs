@@ -35,10 +35,10 @@ fn a_disk_moves_in_the_middle_of_a_sequence() {
         let envelope = source.save();
 
         let mut destination = source.move_to(disk.device(false), envelope).unwrap();
-        assert!(destination.transport.take_locks().is_err());
-        source.transport.release_locks().unwrap();
-        destination.transport.take_locks().unwrap();
-        destination.transport.invalidate().unwrap();
+        assert!(destination.backend().take_locks().is_err());
+        source.backend().release_locks().unwrap();
+        destination.backend().take_locks().unwrap();
+        destination.backend().invalidate().unwrap();
         destination.transport.resume();
         destination.run();
         assert_eq!(destination.wait_for(1), [(u32::from(head), 513)]);

@@ -1,9 +1,11 @@
 //! Cards with several pairs of queues, and taps that somebody else opened.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
 
+use super::super::device::COMMANDS;
 use super::super::testing::{SENDER, Wire, card, is_ours, leave_for, open, parameters};
 use super::super::{Net, NetState, Tap, TapError, TapSource};
 use super::{BUFFERS, LINUX, NOTHING, PACKET, ip_header};
@@ -107,6 +109,33 @@ fn the_driver_says_how_many_pairs_it_uses() {
     driver.bring_up_with(features);
     assert_eq!(set_pairs(&mut driver, 2, 1), 1);
     assert_eq!(Driver::ready(card("many0")).queue_count(), 5);
+}
+
+#[test]
+fn a_driver_that_floods_the_control_queue_waits() {
+    leave_for("many0");
+    let mut driver = Driver::ready(Net::new(open("many0"), parameters(4)).unwrap());
+    driver.run();
+    driver.select(8);
+    let flood = 3 * COMMANDS;
+    for number in 0..flood {
+        let at = PACKET + 16 * number;
+        let pairs = 1 + 3 * (number % 2) as u16;
+        driver.fill(at, &[&[4, 0][..], &pairs.to_le_bytes(), &[0xff]].concat());
+        driver.add(&[reads(at, 4), writes(at + 4, 1)]);
+    }
+    let begin = Instant::now();
+    driver.set(0x050, 8);
+    driver.turn();
+    assert_eq!(driver.used().len(), 1, "a turn is one command");
+    driver.run();
+    let at_once = 1 + driver.used().len() as u64;
+    assert!(at_once <= COMMANDS + 1, "{at_once} of {flood} at once");
+    // The others come in time, without a kick.
+    driver.wait_for((flood - at_once) as usize);
+    assert!(begin.elapsed() >= Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert_eq!(driver.count("commands"), flood);
+    assert_eq!(driver.bytes(PACKET + 16 * (flood - 1) + 4, 1), [0]);
 }
 
 #[test]
