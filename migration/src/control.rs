@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::report::ms;
@@ -74,8 +77,14 @@ pub enum Decision {
 #[derive(Debug)]
 pub struct Control {
     cancelled: AtomicBool,
-    /// Readable for ever once cancelled, so that whoever waits for a socket waits for this as well.
+    /// Readable for ever once cancelled.
+    cancel: OwnedFd,
+    /// Readable once the guest was paused for as long as it may be, until that is taken back.
+    timer: OwnedFd,
+    /// Readable when either of them is, so that whoever waits for a socket waits for this as well.
     wake: OwnedFd,
+    /// Whether the guest is paused for a limited time: saves the lock while it is not.
+    limited: AtomicBool,
     /// Readable while there is a decision to take.
     decided: OwnedFd,
     live: Mutex<Live>,
@@ -101,6 +110,23 @@ struct Live {
     decision: Option<Decision>,
     /// Set while a migration is under way.
     started: Option<Instant>,
+    limit: Option<PauseLimit>,
+}
+
+/// How long a pause may last, and so when it has to be over.
+#[derive(Clone, Copy, Debug)]
+struct PauseLimit {
+    at_most: Duration,
+    until: Instant,
+}
+
+/// Why a migration has to end before "go".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interruption {
+    /// Somebody asked for it.
+    Cancelled,
+    /// The guest was paused for so long, as long as it may be.
+    PausedTooLong(Duration),
 }
 
 impl Live {
@@ -119,9 +145,17 @@ impl Control {
     /// A control for one migration. Fails when the process is out of file descriptors.
     pub fn new() -> io::Result<Self> {
         let new_event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let (cancel, timer) = (new_event()?, timer()?);
+        let wake = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for event in [&cancel, &timer] {
+            epoll::add(&wake, event, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        }
         Ok(Self {
             cancelled: AtomicBool::new(false),
-            wake: new_event()?,
+            cancel,
+            timer,
+            wake,
+            limited: AtomicBool::new(false),
             decided: new_event()?,
             live: Mutex::default(),
         })
@@ -131,7 +165,7 @@ impl Control {
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
         // Can only fail when the counter is at its limit, and then the descriptor is readable anyway.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.cancel, &1u64.to_ne_bytes());
     }
 
     /// Decides for a machine that waits for "go" while its source is gone. Answers whether there is one; if not,
@@ -202,14 +236,54 @@ impl Control {
         self.lock().trace.samples.get(from..).unwrap_or_default().to_vec()
     }
 
-    /// What becomes readable when the migration is cancelled.
+    /// Why the migration has to end before "go", if it has to.
+    pub(crate) fn interruption(&self) -> Option<Interruption> {
+        if self.is_cancelled() {
+            return Some(Interruption::Cancelled);
+        }
+        if !self.limited.load(Ordering::SeqCst) {
+            return None;
+        }
+        let limit = self.lock().limit?;
+        (Instant::now() >= limit.until).then_some(Interruption::PausedTooLong(limit.at_most))
+    }
+
+    /// The guest may stand still for so long from a moment on. Whoever waits is woken when that is over.
+    pub(crate) fn limit_pause(&self, from: Instant, at_most: Duration) {
+        // One that ends beyond the clock's end never does.
+        let until = from.checked_add(at_most);
+        self.set_limit(until.map(|until| PauseLimit { at_most, until }));
+    }
+
+    /// The guest does not stand still any more, or it does for a reason that nobody but the peer can end.
+    pub(crate) fn lift_pause_limit(&self) {
+        self.set_limit(None);
+    }
+
+    fn set_limit(&self, limit: Option<PauseLimit>) {
+        self.lock().limit = limit;
+        self.limited.store(limit.is_some(), Ordering::SeqCst);
+        // A time of zero would turn the timer off.
+        let left = limit.map_or(Duration::ZERO, |limit| {
+            let left = limit.until.saturating_duration_since(Instant::now());
+            left.max(Duration::from_nanos(1))
+        });
+        let time = Itimerspec {
+            it_interval: timespec(Duration::ZERO),
+            it_value: timespec(left),
+        };
+        // Fails for no time that `timespec` makes; should it do so all the same, every wait has an end of its own.
+        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &time);
+    }
+
+    /// What becomes readable when the migration has to end: see [`Control::interruption`].
     pub(crate) fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 
     /// Waits until it is cancelled, or for so long.
     pub(crate) fn wait_for_cancel(&self, at_most: Duration) {
-        let mut events = [PollFd::new(&self.wake, PollFlags::IN)];
+        let mut events = [PollFd::new(&self.cancel, PollFlags::IN)];
         // An interrupted wait is a short one.
         let _ = poll(&mut events, Timespec::try_from(at_most).ok().as_ref());
     }
@@ -226,6 +300,7 @@ impl Control {
             undecided: false,
             decision: None,
             started: Some(Instant::now()),
+            limit: None,
         };
     }
 
@@ -253,4 +328,18 @@ impl Control {
     fn lock(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn timer() -> io::Result<OwnedFd> {
+    Ok(timerfd_create(
+        TimerfdClockId::Monotonic,
+        TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+    )?)
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec::try_from(time).unwrap_or(Timespec {
+        tv_sec: i64::MAX,
+        tv_nsec: 0,
+    })
 }

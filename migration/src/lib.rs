@@ -29,7 +29,7 @@ pub use control::{Control, Decision, Phase, Progress};
 pub use destination::{ReceiveError, Received, Receiver};
 pub use link::LinkError;
 pub use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE};
-pub use options::{Compression, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptions};
+pub use options::{Compression, MAX_PAUSE, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptions};
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, DiskMark, MachineDescription,

@@ -57,6 +57,29 @@ pub struct MigrateOptions {
     pub step_timeout: Duration,
 }
 
+/// The longest that a guest stands still before a move that [`OnMiss::Switch`] asks for is given up, unless its
+/// budget allows more.
+pub const MAX_PAUSE: Duration = Duration::from_secs(30);
+
+/// A pause may be this many times as long as its budget,
+const PAUSE_FACTOR: u32 = 3;
+/// or longer than it by this much, before a move that is to keep its promise is given up.
+const PAUSE_SLACK: Duration = Duration::from_millis(100);
+
+impl MigrateOptions {
+    /// How long the guest may stand still before "go": then it is let run on at the source.
+    pub fn pause_limit(&self) -> Duration {
+        let budget = self.max_downtime;
+        let limit = budget
+            .saturating_mul(PAUSE_FACTOR)
+            .max(budget.saturating_add(PAUSE_SLACK));
+        match self.on_miss {
+            OnMiss::Fail => limit,
+            OnMiss::Switch => limit.max(MAX_PAUSE),
+        }
+    }
+}
+
 /// Most data streams of one migration.
 pub const MAX_STREAMS: u32 = 32;
 

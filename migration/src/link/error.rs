@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use migration_io::MemoryIoError;
 
+use crate::control::Interruption;
 use crate::protocol::ProtocolError;
 
 /// Why a conversation with the peer ended.
@@ -11,6 +12,15 @@ pub enum LinkError {
     /// Somebody asked for it on this side.
     #[error("cancelled")]
     Cancelled,
+    /// The guest was paused for too long on this side.
+    #[error(
+        "the guest stood still for {} ms, the longest that it may: it was let run on here",
+        limit.as_millis()
+    )]
+    PausedTooLong {
+        /// How long it may stand still.
+        limit: Duration,
+    },
     /// The peer was silent, or took no data, for too long.
     #[error("timed out after {} ms waiting for {what}", after.as_millis())]
     TimedOut {
@@ -94,10 +104,24 @@ impl LinkError {
         matches!(self, LinkError::Aborted { .. })
     }
 
+    /// Whether this side ended it, by somebody's wish or because the guest was paused for too long.
+    pub(super) fn is_interruption(&self) -> bool {
+        matches!(self, LinkError::Cancelled | LinkError::PausedTooLong { .. })
+    }
+
     pub(super) fn moving(what: &'static str, error: MemoryIoError) -> Self {
         match error {
             MemoryIoError::Closed => LinkError::Closed { what },
             source => LinkError::Io { what, source },
+        }
+    }
+}
+
+impl From<Interruption> for LinkError {
+    fn from(interruption: Interruption) -> Self {
+        match interruption {
+            Interruption::Cancelled => LinkError::Cancelled,
+            Interruption::PausedTooLong(limit) => LinkError::PausedTooLong { limit },
         }
     }
 }

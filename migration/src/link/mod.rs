@@ -34,6 +34,9 @@ use writer::Writer;
 /// The longest that an end waits for the other one to read its last words.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// The longest that this side takes, once it has to end, to complete a frame that it has begun: the guest may be paused.
+const COMPLETION: Duration = Duration::from_millis(20);
+
 /// One side's end of a connection: all that comes is read by it, and what it sends does not get mixed up with what a
 /// [`Pulse`] of it does.
 pub(crate) struct Link<'a> {
@@ -132,16 +135,6 @@ impl<'a> Link<'a> {
     /// Sends a message.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), LinkError> {
         self.send_bytes(&[&encode_frame(message)?], message.name())
-    }
-
-    /// Waits so long, or until somebody asks for the end.
-    pub(crate) fn pause(&mut self, time: Duration) -> Result<(), LinkError> {
-        self.check_cancel()?;
-        if time.is_zero() {
-            return Ok(());
-        }
-        wait::rest(self.control.wake(), time)?;
-        self.check_cancel()
     }
 
     /// Sends the machine's state.
@@ -247,18 +240,26 @@ impl<'a> Link<'a> {
             Ok(step)
         };
         let mut result = self.drive(Wanted::Room, patience, what, &mut step);
-        let cancelled = matches!(result, Err(LinkError::Cancelled));
-        if cancelled && self.listen {
+        let interruption = match result {
+            Err(error) if error.is_interruption() => {
+                result = Err(LinkError::Cancelled);
+                Some(error)
+            }
+            _ => None,
+        };
+        if interruption.is_some() && self.listen {
             // Half a frame would make nonsense of the abort that follows: a moment to complete it.
             self.ignore_cancel();
-            result = self.drive(Wanted::Room, Patience::new(FAREWELL), what, &mut step);
+            result = self.drive(Wanted::Room, Patience::new(COMPLETION), what, &mut step);
         }
         self.begun = begun;
         state.torn = result.is_err() && begun;
         state.last = Instant::now();
         drop(state);
+        if let Some(interruption) = interruption {
+            return Err(interruption);
+        }
         match result {
-            _ if cancelled => Err(LinkError::Cancelled),
             Ok(()) => {
                 self.bytes_sent += len;
                 Ok(())
@@ -289,7 +290,8 @@ impl<'a> Link<'a> {
                 Step::WouldBlock => {
                     let wake = self.heed_cancel.then(|| self.control.wake());
                     let wanted = if self.listen { wanted } else { wanted.alone() };
-                    if wait::wait(self.connection, wanted, wake, &patience, what)? {
+                    let ready = wait::wait(self.connection, wanted, wake, &patience, what);
+                    if ready.map_err(|error| self.reason(error))? {
                         self.listen(what)?;
                     }
                 }
@@ -298,10 +300,17 @@ impl<'a> Link<'a> {
     }
 
     fn check_cancel(&self) -> Result<(), LinkError> {
-        if self.heed_cancel && self.control.is_cancelled() {
-            Err(LinkError::Cancelled)
-        } else {
-            Ok(())
+        match self.control.interruption().filter(|_| self.heed_cancel) {
+            Some(interruption) => Err(interruption.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// A wait that was woken knows that it has to end, and not why.
+    fn reason(&self, error: LinkError) -> LinkError {
+        match error {
+            LinkError::Cancelled => self.control.interruption().map_or(error, LinkError::from),
+            error => error,
         }
     }
 }

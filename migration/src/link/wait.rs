@@ -114,7 +114,12 @@ pub(super) fn wait(
         if events.get(1).is_some_and(|wake| !wake.revents().is_empty()) {
             return Err(LinkError::Cancelled);
         }
-        return Ok(wanted == Wanted::Room && events[0].revents().contains(PollFlags::IN));
+        let seen = events[0].revents();
+        // Completions are announced as an error; without one, a connection that has ended would wake this for ever.
+        if wanted == Wanted::Completions && seen.contains(PollFlags::HUP) && !seen.contains(PollFlags::ERR) {
+            return Err(LinkError::Closed { what });
+        }
+        return Ok(wanted == Wanted::Room && seen.contains(PollFlags::IN));
     }
 }
 
@@ -132,23 +137,6 @@ pub(super) fn wait_with(
         Ok(_) => Ok(!events[0].revents().is_empty()),
         Err(Errno::INTR) => Ok(false),
         Err(error) => Err(LinkError::Wait(error.into())),
-    }
-}
-
-/// Waits so long, or until `wake` is readable.
-pub(super) fn rest(wake: BorrowedFd<'_>, time: Duration) -> Result<(), LinkError> {
-    let deadline = Instant::now() + time;
-    let mut events = [PollFd::from_borrowed_fd(wake, PollFlags::IN)];
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(());
-        }
-        match poll(&mut events, Some(&timespec(left))) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(error) => return Err(LinkError::Wait(error.into())),
-        }
     }
 }
 

@@ -1,7 +1,6 @@
 use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;
-use super::space::Space;
 use super::switch::Stopped;
 use super::{Job, MigrateError};
 use crate::control::Phase;
@@ -14,7 +13,6 @@ impl Job<'_> {
     pub(super) fn commit(
         &mut self,
         link: &mut Link<'_>,
-        space: Option<&Space<'_>>,
         stopped: Stopped,
         round_trip: Duration,
     ) -> Result<(), MigrateError> {
@@ -28,9 +26,6 @@ impl Job<'_> {
             other => return Err(unexpected("ready", &other)),
         };
         self.report.downtime.restore_ms = ms(restored.min(sent_at.elapsed()));
-        if let Some(space) = space {
-            check_nothing_dirty(space)?;
-        }
         // Whatever can still be noticed is noticed before the locks are given up.
         link.check("nothing after ready")?;
         self.call("release", |source| source.release())?;
@@ -84,6 +79,7 @@ impl Job<'_> {
         link.check("nothing before go")?;
         link.ignore_cancel();
         self.standing.claim.go();
+        self.control.lift_pause_limit();
         match link.send(&go) {
             Ok(()) => Ok(now),
             Err(error) if link.has_begun() => Err(MigrateError::NoAnswer(error)),
@@ -92,17 +88,6 @@ impl Job<'_> {
                 Err(error.into())
             }
         }
-    }
-}
-
-/// Contract: what was written was sent.
-fn check_nothing_dirty(space: &Space<'_>) -> Result<(), MigrateError> {
-    let mut dirty = space.none()?;
-    space.peek(&mut dirty)?;
-    if dirty.is_empty() {
-        Ok(())
-    } else {
-        Err(MigrateError::DirtyAtCommit { pages: dirty.len() })
     }
 }
 

@@ -112,7 +112,6 @@ impl<'a> Crew<'a> {
         let pass = Arc::new(Pass::new(pages, self.connections.len(), order));
         let mut state = self.lock();
         state.pass = Some(pass);
-
         state.round = round;
         state.busy = self.connections.len();
         drop(state);
@@ -161,6 +160,21 @@ impl<'a> Crew<'a> {
         if let Some(pass) = pass {
             pass.add_unsent(to);
         }
+    }
+
+    /// Waits so long. An error if the streams end meanwhile.
+    pub(super) fn rest(&self, time: Duration) -> Result<(), MigrateError> {
+        if time.is_zero() {
+            return Ok(());
+        }
+        let resting = self
+            .changed
+            .wait_timeout_while(self.lock(), time, |state| !state.ending);
+        let (state, _) = resting.unwrap_or_else(PoisonError::into_inner);
+        if state.ending {
+            return Err(MigrateError::StreamsEnd);
+        }
+        Ok(())
     }
 
     /// Sends the threads home.

@@ -60,6 +60,9 @@ pub(crate) enum MigrateError {
     NotResumed { reason: String },
     #[error("\"go\" was sent, and no answer came")]
     NoAnswer(#[source] LinkError),
+    /// Seen by a stream's thread alone.
+    #[error("the streams are to end")]
+    StreamsEnd,
     #[error("the migration engine panicked: {0}")]
     Panic(String),
     #[error("no thread for keep-alives or for a stream")]

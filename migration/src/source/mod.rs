@@ -21,10 +21,9 @@ pub use doubt::{Answer, AskError, Doubt};
 use error::MigrateError;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migration_io::{GuestMemory, PAGE_SIZE};
 
@@ -32,7 +31,7 @@ use crate::commit::Claim;
 use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
-use crate::ports::{DirtyLog, MachineError, Source};
+use crate::ports::{MachineError, Source};
 use crate::protocol::{Plan, Token};
 use crate::report::{DataPath, Outcome, Report, ms};
 use crate::text::{chain, panic_message};
@@ -41,6 +40,7 @@ use crew::Crew;
 use handshake::Agreed;
 use observe::Watch;
 use pacer::Pacer;
+use precopy::Left;
 use space::Space;
 
 /// How a migration ended at the source.
@@ -85,6 +85,7 @@ pub fn migrate(
         standing: Standing::default(),
         token: None,
         passes: 0,
+        wound_up: false,
     };
     match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
@@ -112,6 +113,8 @@ struct Job<'a> {
     token: Option<Token>,
     /// Passes over pages so far, by which the wire counts.
     passes: u32,
+    /// Whether a failure has been seen to.
+    wound_up: bool,
 }
 
 /// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call
@@ -132,28 +135,49 @@ impl<'a> Job<'a> {
         let mut link = self.link(connection);
         thread::scope(|scope| {
             alive.start(scope, link.pulse()).map_err(MigrateError::Thread)?;
-            let result = catch_unwind(AssertUnwindSafe(|| self.transfer(&mut link)));
+            let result = self.caught(|job| job.transfer(&mut link));
             alive.stop();
-            let mut result = result.unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
             self.report.bytes_sent += link.bytes_sent();
-            if self.standing.claim.in_doubt()
-                && let Err(error) = result
-            {
-                result = self.settle_doubt(error);
-            }
-            let Err(error) = result else { return Ok(()) };
-            if let Some(failed) = self.standing.claim.fail() {
-                // The guest first: without "go" the destination cannot run it, whatever it hears.
-                self.undo(failed.resume);
-                link.abort(self.was_cancelled(&error), &chain(&error));
-                // That the peer's direction ends does not show that it has heard us: whoever passes our bytes on
-                // may have ended it. Its answer does.
-                if failed.withdraw && !matches!(&error, MigrateError::Link(error) if error.is_abort()) {
-                    self.withdraw();
-                }
-            }
-            Err(error)
+            self.wind_up(&mut link, result)
         })
+    }
+
+    /// A part of the migration. A panic in it is an error like any other.
+    fn caught(
+        &mut self,
+        part: impl FnOnce(&mut Self) -> Result<(), MigrateError>,
+    ) -> Result<(), MigrateError> {
+        catch_unwind(AssertUnwindSafe(|| part(self)))
+            .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))))
+    }
+
+    /// Sees to the guest after a failure, and tells the destination. Does so once, as early as it can: nothing that
+    /// ends afterwards, a stream that hangs in a read say, holds up a guest that is paused.
+    fn wind_up(
+        &mut self,
+        link: &mut Link<'_>,
+        mut result: Result<(), MigrateError>,
+    ) -> Result<(), MigrateError> {
+        if std::mem::replace(&mut self.wound_up, true) {
+            return result;
+        }
+        if self.standing.claim.in_doubt()
+            && let Err(error) = result
+        {
+            result = self.settle_doubt(error);
+        }
+        let Err(error) = result else { return Ok(()) };
+        if let Some(failed) = self.standing.claim.fail() {
+            // The guest first: without "go" the destination cannot run it, unless its operator says so.
+            self.undo(failed.resume);
+            link.abort(self.was_cancelled(&error), &chain(&error));
+            // That the peer's direction ends does not show that it has heard us: whoever passes our bytes on
+            // may have ended it. Its answer does.
+            if failed.withdraw && !matches!(&error, MigrateError::Link(error) if error.is_abort()) {
+                self.withdraw();
+            }
+        }
+        Err(error)
     }
 
     /// The migration as it goes when nothing goes wrong.
@@ -181,11 +205,9 @@ impl<'a> Job<'a> {
         let connections = self.open_streams(agreed, streams)?;
         self.report.streams = streams;
         let disks = self.start_mirror(&agreed.disks)?;
-        self.standing.logging = true;
-        let log: Arc<dyn DirtyLog> = self.call("start_dirty_log", |source| source.start_dirty_log())?;
         tracing::debug!(round_trip = ?agreed.round_trip, "streams");
         let pacer = Pacer::new(self.options.bandwidth, Instant::now());
-        let space = Space::new(self.source.describe().memory, memory, log, disks)?;
+        let space = Space::new(self.source.describe().memory, memory, disks)?;
         let crew = Crew::new(space, &connections, pacer, agreed.compression);
         thread::scope(|scope| {
             // However this ends, the threads do.
@@ -195,22 +217,49 @@ impl<'a> Job<'a> {
                 Link::new(connection, control, options.io_timeout, options.step_timeout)
             })
             .map_err(MigrateError::Thread)?;
-            let mut watch = Watch::new(self, agreed.round_trip);
-            let result = self
-                .mirror(link, &crew)
-                .and_then(|()| self.precopy(link, &crew, &mut watch))
-                .map_err(|error| match error {
-                    // The guest runs: there is time to hear what the destination has to say about it.
-                    MigrateError::Link(LinkError::Io { .. } | LinkError::Closed { .. }) => {
-                        link.last_words().map_or(error, MigrateError::from)
-                    }
-                    error => error,
-                })
-                .and_then(|left| self.stop_and_copy(link, &crew, left));
+            let result = self.caught(|job| job.copy(link, &crew, agreed.round_trip));
             self.count(&crew);
-            let stopped = result?;
-            self.commit(link, Some(&crew.space), stopped, agreed.round_trip)
+            if result.is_err() {
+                crew.end();
+            }
+            // Before the threads are waited for.
+            self.wind_up(link, result)
         })
+    }
+
+    /// The same, once the streams are at work.
+    fn copy(
+        &mut self,
+        link: &mut Link<'_>,
+        crew: &Crew<'_>,
+        round_trip: Duration,
+    ) -> Result<(), MigrateError> {
+        let left = self
+            .copy_running(link, crew, round_trip)
+            .map_err(|error| match error {
+                // The guest runs: there is time to hear what the destination has to say about it.
+                MigrateError::Link(LinkError::Io { .. } | LinkError::Closed { .. }) => {
+                    link.last_words().map_or(error, MigrateError::from)
+                }
+                error => error,
+            })?;
+        let stopped = self.stop_and_copy(link, crew, left)?;
+        self.commit(link, stopped, round_trip)
+    }
+
+    /// Copies disks and memory while the guest runs.
+    fn copy_running(
+        &mut self,
+        link: &mut Link<'_>,
+        crew: &Crew<'_>,
+        round_trip: Duration,
+    ) -> Result<Left, MigrateError> {
+        self.mirror(link, crew)?;
+        self.standing.logging = true;
+        let log = self.call("start_dirty_log", |source| source.start_dirty_log())?;
+        crew.space.log_with(log);
+        let mut watch = Watch::new(self, round_trip);
+        self.precopy(link, crew, &mut watch)
     }
 
     fn count(&mut self, crew: &Crew<'_>) {
@@ -236,6 +285,7 @@ impl<'a> Job<'a> {
         }
         if resume {
             self.undo_step("resume", |source| source.resume());
+            self.control.lift_pause_limit();
         }
         if std::mem::take(&mut self.standing.logging) {
             self.undo_step("stop_dirty_log", |source| source.stop_dirty_log());
@@ -299,6 +349,14 @@ impl<'a> Job<'a> {
 
     fn was_cancelled(&self, error: &MigrateError) -> bool {
         matches!(error, MigrateError::Link(LinkError::Cancelled)) || self.control.is_cancelled()
+    }
+
+    /// An error if the migration has to end.
+    fn check_interruption(&self) -> Result<(), MigrateError> {
+        match self.control.interruption() {
+            Some(interruption) => Err(LinkError::from(interruption).into()),
+            None => Ok(()),
+        }
     }
 
     /// Calls the machine.

@@ -108,7 +108,7 @@ impl Job<'_> {
         watch.costs.final_log = began.elapsed();
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
-        let by_vcpu = crew.space.log.by_vcpu();
+        let by_vcpu = crew.space.by_vcpu();
         let observation = Observation {
             at,
             round,

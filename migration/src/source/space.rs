@@ -1,6 +1,6 @@
 //! What the source sends as pages, and the logs that say which of them were written.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use migration_io::{GuestMemory, MemoryRange};
 
@@ -14,7 +14,8 @@ use crate::space::disk_regions;
 /// Guest RAM and the disks that come along: the regions of a pass over pages, RAM's first.
 pub(super) struct Space<'a> {
     pub(super) memory: &'a GuestMemory,
-    pub(super) log: Arc<dyn DirtyLog>,
+    /// Once there is one: disks are copied before.
+    log: OnceLock<Arc<dyn DirtyLog>>,
     disks: Vec<Disk>,
     ram: Vec<MemoryRegion>,
 }
@@ -29,17 +30,26 @@ impl<'a> Space<'a> {
     pub(super) fn new(
         ram: Vec<MemoryRegion>,
         memory: &'a GuestMemory,
-        log: Arc<dyn DirtyLog>,
         disks: Vec<Arc<dyn SourceDisk>>,
     ) -> Result<Self, MigrateError> {
         let regions = disk_regions(disks.iter().map(|disk| disk.size()))?;
         let disk = |(port, region)| Disk { port, region };
         Ok(Self {
             memory,
-            log,
+            log: OnceLock::new(),
             disks: disks.into_iter().zip(regions).map(disk).collect(),
             ram,
         })
+    }
+
+    /// From here on what is written to RAM is marked in this log.
+    pub(super) fn log_with(&self, log: Arc<dyn DirtyLog>) {
+        self.log.get_or_init(|| log);
+    }
+
+    /// Pages marked by each vCPU, see [`DirtyLog::by_vcpu`].
+    pub(super) fn by_vcpu(&self) -> Vec<u64> {
+        self.log.get().map(|log| log.by_vcpu()).unwrap_or_default()
     }
 
     /// An empty set over all of it.
@@ -110,16 +120,23 @@ impl<'a> Space<'a> {
 
     /// Clears marks of RAM, see [`DirtyLog::clear`].
     pub(super) fn clear_ram(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MigrateError> {
-        self.log
-            .clear(region, first, words)
-            .map_err(|source| MigrateError::Machine {
-                call: "clear",
-                source,
-            })
+        let cleared = self
+            .log
+            .get()
+            .map_or(Ok(()), |log| log.clear(region, first, words));
+        cleared.map_err(|source| MigrateError::Machine {
+            call: "clear",
+            source,
+        })
     }
 
-    /// A digest of all of it; pages that are `unused` were never sent, and count as zero.
-    pub(super) fn digest(&self, unused: &PageSet) -> Result<u128, MigrateError> {
+    /// A digest of all of it; pages that are `unused` were never sent, and count as zero. `go_on` is asked every now and
+    /// then; its error ends it.
+    pub(super) fn digest(
+        &self,
+        unused: &PageSet,
+        go_on: impl FnMut() -> Result<(), MigrateError>,
+    ) -> Result<u128, MigrateError> {
         let read = |disk: &'_ Disk| {
             let port = disk.port.clone();
             move |offset, into: &mut [u8]| port.read(offset, into).map_err(read_failed)
@@ -128,14 +145,14 @@ impl<'a> Space<'a> {
             self.memory,
             |gpa| unused.contains(gpa),
             self.disks.iter().map(|disk| (disk.port.size(), read(disk))),
+            go_on,
         )
     }
 
     /// The same for RAM alone, into a set over RAM alone.
     pub(super) fn peek_ram(&self, into: &mut PageSet) -> Result<(), MigrateError> {
-        self.log
-            .peek(into)
-            .map_err(|source| MigrateError::Machine { call: "peek", source })
+        let added = self.log.get().map_or(Ok(()), |log| log.peek(into));
+        added.map_err(|source| MigrateError::Machine { call: "peek", source })
     }
 }
 

@@ -159,7 +159,7 @@ impl<'a> Stream<'a> {
         };
         let content = block.as_ref().map_or(self.data_bytes, |block| block.len() as u64);
         let (began, before) = (Instant::now(), self.link.bytes_sent());
-        self.link.pause(self.crew.pacer.book(content, began))?;
+        self.crew.rest(self.crew.pacer.book(content, began))?;
         if let (Some(block), Some(method)) = (&block, self.crew.compression) {
             self.send_block(method, block)?;
         }

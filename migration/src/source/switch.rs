@@ -1,11 +1,12 @@
 use std::time::{Duration, Instant};
 
-use migration_io::{GuestMemory, digest};
+use migration_io::{GuestMemory, digest_without};
 
 use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
 use super::precopy::{Left, await_ack, finish_round};
+use super::space::Space;
 use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::Costs;
@@ -13,6 +14,12 @@ use crate::link::Link;
 use crate::options::OnMiss;
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
+
+/// Whether a step that takes long may go on.
+type GoOn<'a> = dyn FnMut() -> Result<(), MigrateError> + 'a;
+
+/// A host that digests fewer bytes in a second does not verify.
+const SLOWEST_DIGEST: f64 = 100e6;
 
 /// A machine that is paused here and complete there.
 pub(super) struct Stopped {
@@ -53,7 +60,7 @@ impl Job<'_> {
                 finish_round(link, crew, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
-            verifying = self.verify(link, || crew.space.digest(&unused))?;
+            verifying = self.verify(link, paused_at, |go_on| crew.space.digest(&unused, go_on))?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
         } else if let Some(last) = last {
@@ -68,6 +75,9 @@ impl Job<'_> {
             self.offer(link, &state)?;
         }
         self.report.downtime.state_ms += lap.ms();
+        // The destination restores meanwhile. Since the state was saved nothing writes, so that an earlier look would
+        // not find less than one right before "go".
+        check_nothing_dirty(&crew.space)?;
         Ok(Stopped {
             paused_at,
             sent_at: lap.0,
@@ -97,7 +107,9 @@ impl Job<'_> {
         let (paused_at, mut lap, state) = self.stop()?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, || Ok(digest(memory)?))?;
+            verifying = self.verify(link, paused_at, |go_on| {
+                digest_without(memory, |_| false, go_on)
+            })?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;
@@ -107,21 +119,26 @@ impl Job<'_> {
             sent_at: lap.0,
             verifying,
         };
-        self.commit(link, None, stopped, agreed.round_trip)
+        self.commit(link, stopped, agreed.round_trip)
     }
 
     /// Pauses, drains, saves. Afterwards nothing writes guest memory any more.
     fn stop(&mut self) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
         self.control
             .sample(|progress| progress.phase = Phase::StopAndCopy);
+        self.control
+            .limit_pause(Instant::now(), self.options.pause_limit());
         self.standing.claim.pause();
         let paused_at = self.call("pause", |source| source.pause())?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
+        self.check_interruption()?;
         self.call("drain", |source| source.drain())?;
         self.report.downtime.drain_ms = lap.ms();
+        self.check_interruption()?;
         let state = self.call("save", |source| source.save())?;
         self.report.downtime.state_ms = lap.ms();
+        self.check_interruption()?;
         Ok((paused_at, lap, state))
     }
 
@@ -131,20 +148,25 @@ impl Job<'_> {
         Ok(link.send_state(state)?)
     }
 
-    /// Compares digests of all memory, and of disks that come along. Returns how long that took.
+    /// Compares digests of all memory, and of disks that come along. Returns how long that took, which does not count
+    /// against the pause that began at `paused_at`: it has a limit of its own.
     fn verify(
         &mut self,
         link: &mut Link<'_>,
-        digest: impl FnOnce() -> Result<u128, MigrateError>,
+        paused_at: Instant,
+        digest: impl FnOnce(&mut GoOn<'_>) -> Result<u128, MigrateError>,
     ) -> Result<Duration, MigrateError> {
         let began = Instant::now();
+        self.control.limit_pause(began, self.verify_limit());
         link.send(&Message::DigestRequest)?;
-        let ours = digest()?;
+        let ours = digest(&mut || self.check_interruption())?;
         let theirs = match link.receive_message("digest")? {
             Message::Digest(digest) => digest,
             other => return Err(unexpected("digest", &other)),
         };
         let elapsed = began.elapsed();
+        self.control
+            .limit_pause(paused_at + elapsed, self.options.pause_limit());
         self.report.verify_ms = ms(elapsed);
         self.report.memory_digest = Some(MemoryDigest {
             source: format!("{ours:032x}"),
@@ -158,6 +180,28 @@ impl Job<'_> {
                 destination_digest: theirs,
             })
         }
+    }
+}
+
+impl Job<'_> {
+    /// How long `--verify` may take: a step, and time to read everything on both sides.
+    fn verify_limit(&self) -> Duration {
+        let machine = self.source.describe();
+        let memory: u64 = machine.memory.iter().map(|region| region.len).sum();
+        let disks: u64 = machine.devices.iter().map(|device| device.backend_size).sum();
+        let read = Duration::from_secs_f64(memory.saturating_add(disks) as f64 / SLOWEST_DIGEST);
+        self.options.step_timeout.saturating_add(read)
+    }
+}
+
+/// Contract: what was written was sent.
+fn check_nothing_dirty(space: &Space<'_>) -> Result<(), MigrateError> {
+    let mut dirty = space.none()?;
+    space.peek(&mut dirty)?;
+    if dirty.is_empty() {
+        Ok(())
+    } else {
+        Err(MigrateError::DirtyAtCommit { pages: dirty.len() })
     }
 }
 

@@ -1,8 +1,7 @@
 //! A disk in memory, at either side.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, mpsc};
 
 use crate::*;
 
@@ -24,6 +23,11 @@ pub(super) struct FakeDisk {
     pub(super) broken: AtomicBool,
     /// What a write waits for, as on a server that is gone: until its other end is dropped.
     pub(super) hang: Mutex<Option<mpsc::Receiver<()>>>,
+    /// Keeps who reads, as a dead file server would.
+    hung: Mutex<bool>,
+    answers: Condvar,
+    /// Reads so far.
+    pub(super) reads: AtomicU64,
 }
 
 impl FakeDisk {
@@ -58,6 +62,12 @@ impl FakeDisk {
         self.content.lock().unwrap().clone()
     }
 
+    /// From now on whoever reads waits, or no longer does.
+    pub(super) fn hang_reads(&self, hung: bool) {
+        *self.hung.lock().unwrap() = hung;
+        self.answers.notify_all();
+    }
+
     fn put(&self, offset: u64, content: &[u8]) {
         self.content.lock().unwrap()[offset as usize..][..content.len()].copy_from_slice(content);
     }
@@ -90,6 +100,9 @@ impl SourceDisk for FakeDisk {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let hung = self.hung.lock().unwrap();
+        drop(self.answers.wait_while(hung, |hung| *hung).unwrap());
         if self.broken.load(Ordering::SeqCst) {
             return Err("injected into read".into());
         }

@@ -50,6 +50,12 @@ pub(super) struct FakeSource {
     /// The same for `release`.
     pub(super) on_release: Option<Box<dyn FnMut() + Send>>,
     pub(super) calls: Vec<&'static str>,
+    /// Since when a migration holds the guest.
+    held_since: Option<Instant>,
+    /// How long the last one did that let it run again.
+    pub(super) stood_still: Option<Duration>,
+    /// Reads of the disk before memory was logged.
+    pub(super) reads_before_log: u64,
 }
 
 impl FakeSource {
@@ -68,6 +74,9 @@ impl FakeSource {
             on_pause: None,
             on_release: None,
             calls: Vec::new(),
+            held_since: None,
+            stood_still: None,
+            reads_before_log: 0,
         }
     }
 
@@ -234,6 +243,9 @@ impl Source for FakeSource {
 
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, MachineError> {
         self.logging = true;
+        if let Some(disk) = &self.disk {
+            self.reads_before_log = disk.reads.load(Ordering::SeqCst);
+        }
         self.guest.mark_all_dirty();
         self.enter("start_dirty_log")?;
         Ok(Arc::new(FakeLog {
@@ -272,6 +284,7 @@ impl Source for FakeSource {
     fn pause(&mut self) -> Result<Instant, MachineError> {
         let now = Instant::now();
         self.guest.hold();
+        self.held_since = Some(now);
         if let Some(on_pause) = &mut self.on_pause {
             on_pause();
         }
@@ -308,6 +321,7 @@ impl Source for FakeSource {
     fn resume(&mut self) -> Result<(), MachineError> {
         self.locked = true;
         self.guest.release();
+        self.stood_still = self.held_since.take().map(|since| since.elapsed());
         self.enter("resume")
     }
 }

@@ -175,17 +175,7 @@ impl Guest {
 
     /// Returns once the guest has made progress from here on.
     pub(super) fn await_progress(&self) {
-        let mut state = self.shared.state.lock().unwrap();
-        let from = state.generation;
-        while state.generation == from {
-            let (next, waited) = self
-                .shared
-                .changed
-                .wait_timeout(state, Duration::from_secs(10))
-                .unwrap();
-            assert!(!waited.timed_out(), "the guest does not run");
-            state = next;
-        }
+        self.shared.await_progress();
     }
 
     pub(super) fn registers(&self) -> Registers {
@@ -232,6 +222,60 @@ impl Guest {
                 .get_mmap()
                 .bitmap()
                 .set_addr_range(0, region.len() as usize);
+        }
+    }
+}
+
+/// Another hold on a guest.
+pub(super) struct Writer {
+    memory: GuestMemory,
+    shared: Arc<Shared>,
+}
+
+impl Guest {
+    /// A hold on it for another thread.
+    pub(super) fn writer(&self) -> Writer {
+        Writer {
+            memory: self.memory.clone(),
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl Writer {
+    /// Writes the first so many pages, as the guest would.
+    pub(super) fn write_all(&self, pages: u64) {
+        let mut state = self.shared.state.lock().unwrap();
+        for page in 0..pages {
+            write(&self.memory, &mut state, page * PAGE_SIZE, false);
+        }
+    }
+
+    /// Returns once the guest is held.
+    pub(super) fn await_pause(&self) {
+        let state = self.shared.state.lock().unwrap();
+        drop(
+            self.shared
+                .changed
+                .wait_while(state, |state| !state.held)
+                .unwrap(),
+        );
+    }
+
+    /// Returns once the guest has made progress from here on.
+    pub(super) fn await_progress(&self) {
+        self.shared.await_progress();
+    }
+}
+
+impl Shared {
+    fn await_progress(&self) {
+        let mut state = self.state.lock().unwrap();
+        let from = state.generation;
+        while state.generation == from {
+            let (next, waited) = self.changed.wait_timeout(state, Duration::from_secs(10)).unwrap();
+            assert!(!waited.timed_out(), "the guest does not run");
+            state = next;
         }
     }
 }

@@ -13,6 +13,7 @@ mod link;
 mod matrix;
 mod mirror;
 mod moves;
+mod pause;
 mod peers;
 mod rig;
 mod unused;

@@ -315,13 +315,14 @@ pub(super) struct MigrateArgs {
     /// Where `godwit receive` listens: tcp:HOST:PORT, tcp:ADDRESS:PORT,ADDRESS:PORT... or unix:PATH
     #[arg(value_name = "DEST")]
     pub(super) destination: Place,
-    /// How long the guest may stand still
+    /// How long the guest may stand still; a pause that comes to three times as much (or 100 ms more, if that is more)
+    /// is undone
     #[arg(long, value_name = "DURATION", value_parser = units::some_duration, default_value = "300ms")]
     pub(super) max_downtime: Duration,
     /// When the move must have ended, counted from its start [default: never]
     #[arg(long, value_name = "DURATION", value_parser = units::some_duration)]
     pub(super) deadline: Option<Duration>,
-    /// When either cannot be kept: give up, or move it nevertheless
+    /// When either cannot be kept: give up, or move it nevertheless (with a pause of up to 30 s)
     #[arg(long, value_enum, default_value_t = OnMissArg::Fail)]
     pub(super) on_miss: OnMissArg,
     /// Data streams, 1 to 32

@@ -146,6 +146,8 @@ impl Source for MigrationSource {
             }))
         };
         self.mirrored = devices.to_vec();
+        // Before anything is sent.
+        self.machine.devices.check_disks_kept(devices)?;
         devices.iter().map(disk).collect()
     }
 

@@ -1,0 +1,223 @@
+//! Whatever happens while the guest is paused, it stands still for a limited time.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use fault_proxy::{Pace, Proxy};
+
+use super::disk::FakeDisk;
+use super::fake::{FakeDestination, FakeSource, Fault};
+use super::guest::{Guest, Load};
+use super::rig::{assert_moved, assert_stayed, control, direct, options, receiver};
+use crate::*;
+
+/// Pages that the guest turns out to have written when it is paused.
+const SURPRISE: u64 = 6144;
+/// What the test allows a loaded machine on top of the limit.
+const LATE: Duration = Duration::from_millis(250);
+
+fn strict(max_downtime: Duration) -> MigrateOptions {
+    MigrateOptions {
+        max_downtime,
+        ..options()
+    }
+}
+
+/// What is to happen to the network.
+type Change = Box<dyn FnMut() + Send>;
+
+/// A guest that has written much when it is paused; `change` is called right then.
+fn surprising(mut change: Change) -> FakeSource {
+    let mut guest = Guest::new(SURPRISE, 16);
+    guest.start(Load { pages: 8 });
+    guest.await_progress();
+    let memory = guest.writer();
+    let mut source = FakeSource::new(guest);
+    source.on_pause = Some(Box::new(move || {
+        change();
+        memory.write_all(SURPRISE);
+    }));
+    source
+}
+
+/// One attempt through a proxy whose pace changes to `pace` when the guest is paused.
+fn paced(pace: Pace, options: &MigrateOptions) -> (FakeSource, FakeDestination, Report) {
+    let mut receiver = receiver(options);
+    let to = receiver.endpoint().to_string().parse().unwrap();
+    let proxy = Proxy::start(&"tcp:127.0.0.1:0".parse().unwrap(), &to, Vec::new()).unwrap();
+    let proxy = Arc::new(proxy);
+    let through = proxy.address().to_string().parse().unwrap();
+    let at_pause = proxy.clone();
+    let mut source = surprising(Box::new(move || at_pause.pace(pace)));
+    let mut destination = FakeDestination::default();
+    let (here, there) = (control(), control());
+    let report = thread::scope(|scope| {
+        scope.spawn(|| receiver.receive(&mut destination, &there));
+        let report = migrate(&mut source, &through, options, &here).report;
+        proxy.cut_all();
+        if report.outcome != Outcome::Moved {
+            there.cancel();
+        }
+        report
+    });
+    (source, destination, report)
+}
+
+/// Asserts that the guest runs here again, and was let run in time.
+fn assert_in_time(source: &mut FakeSource, report: &Report, limit: Duration) {
+    let error = report.error.as_ref().unwrap();
+    let expected = format!("the guest stood still for {} ms", limit.as_millis());
+    assert!(error.contains(&expected), "{error}");
+    let stood_still = source.stood_still.unwrap();
+    assert!(
+        stood_still >= limit && stood_still < limit + LATE,
+        "limit {limit:?}: it stood still for {stood_still:?}"
+    );
+    assert_stayed(source, report, Outcome::Failed);
+}
+
+#[test]
+fn the_limit_is_a_little_more_than_the_budget() {
+    let ms = Duration::from_millis;
+    let limit = |budget, on_miss| {
+        MigrateOptions {
+            max_downtime: budget,
+            on_miss,
+            ..options()
+        }
+        .pause_limit()
+    };
+    assert_eq!(limit(ms(20), OnMiss::Fail), ms(120));
+    assert_eq!(limit(ms(300), OnMiss::Fail), ms(900));
+    assert_eq!(limit(ms(300), OnMiss::Switch), MAX_PAUSE);
+    assert_eq!(limit(MAX_PAUSE, OnMiss::Switch), MAX_PAUSE * 3);
+    assert_eq!(limit(Duration::MAX, OnMiss::Fail), Duration::MAX);
+}
+
+#[test]
+fn a_network_that_dies_or_slows_down_at_the_pause_does_not_keep_the_guest() {
+    for (budget, limit) in [(100, 300), (20, 120)] {
+        let options = strict(Duration::from_millis(budget));
+        for pace in [Pace::Bytes(0), Pace::Bytes(200), Pace::Bytes(1_250_000)] {
+            let (mut source, _, report) = paced(pace, &options);
+            assert_in_time(&mut source, &report, Duration::from_millis(limit));
+        }
+    }
+}
+
+#[test]
+fn whoever_wants_the_move_nevertheless_gets_it_over_a_slow_network() {
+    let options = MigrateOptions {
+        on_miss: OnMiss::Switch,
+        ..strict(Duration::from_millis(20))
+    };
+    let (source, destination, report) = paced(Pace::Bytes(20_000_000), &options);
+    assert_moved(&source, &destination, &report);
+    assert!(
+        report.downtime_ms.unwrap() > 200.0 && !report.budget_kept,
+        "{report:?}"
+    );
+}
+
+#[test]
+fn a_destination_that_is_not_ready_in_time_does_not_get_the_guest() {
+    let mut source = surprising(Box::new(|| {}));
+    let mut destination = FakeDestination::default();
+    destination
+        .faults
+        .insert("restore", Fault::Slow(Duration::from_millis(900)));
+    let budget = Duration::from_millis(150);
+    let (report, received) = direct(&mut source, &mut destination, &strict(budget));
+    assert!(!received.unwrap_err().is_committed());
+    assert!(destination.guest.is_none() && !destination.running);
+    assert_in_time(&mut source, &report, budget * 3);
+}
+
+#[test]
+fn a_step_of_the_machine_that_takes_too_long_is_the_last() {
+    for call in ["pause", "drain", "save", "release"] {
+        let mut source = surprising(Box::new(|| {}));
+        let slow = Fault::Slow(Duration::from_millis(500));
+        source.faults.insert(call, slow);
+        let budget = Duration::from_millis(100);
+        let (report, _) = direct(&mut source, &mut FakeDestination::default(), &strict(budget));
+        let error = report.error.as_ref().unwrap();
+        assert!(error.contains("stood still for 300 ms"), "{call}: {error}");
+        assert_eq!(source.calls.last(), Some(&"stop_dirty_log"), "{call}");
+        assert_stayed(&mut source, &report, Outcome::Failed);
+    }
+}
+
+#[test]
+fn a_cap_on_the_last_copy_that_takes_too_long_is_woken() {
+    let budget = Duration::from_millis(500);
+    let options = MigrateOptions {
+        final_bandwidth: Some(10_000),
+        streams: 32,
+        ..strict(budget)
+    };
+    let mut source = surprising(Box::new(|| {}));
+    let (report, _) = direct(&mut source, &mut FakeDestination::default(), &options);
+    // The last of the streams was told to wait for 13 s.
+    assert!(report.total_ms < 6000.0, "{report:?}");
+    assert_in_time(&mut source, &report, budget * 3);
+}
+
+#[test]
+fn a_disk_that_hangs_does_not_keep_the_guest() {
+    let disk = Arc::new(FakeDisk::new());
+    disk.write_and_mark(0, &[7; 4096]);
+    let at_pause = disk.clone();
+    let mut source = surprising(Box::new(move || {
+        at_pause.hang_reads(true);
+        at_pause.write_and_mark(8192, &[9; 4096]);
+    }));
+    source.disk = Some(disk.clone());
+    let watched = source.guest.writer();
+    let budget = Duration::from_millis(100);
+    let options = MigrateOptions {
+        with_disks: true,
+        ..strict(budget)
+    };
+    let (report, _) = thread::scope(|scope| {
+        scope.spawn(move || {
+            watched.await_pause();
+            // The disk answers only when the guest runs again.
+            watched.await_progress();
+            disk.hang_reads(false);
+        });
+        direct(&mut source, &mut FakeDestination::default(), &options)
+    });
+    assert_in_time(&mut source, &report, budget * 3);
+}
+
+#[test]
+fn a_cancel_in_the_pause_lets_the_guest_run_at_once_over_a_dead_network() {
+    let mut receiver = receiver(&options());
+    let to = receiver.endpoint().to_string().parse().unwrap();
+    let proxy = Arc::new(Proxy::start(&"tcp:127.0.0.1:0".parse().unwrap(), &to, Vec::new()).unwrap());
+    let through = proxy.address().to_string().parse().unwrap();
+    let (here, there) = (Arc::new(control()), control());
+    let (at_pause, cancel) = (proxy.clone(), here.clone());
+    let mut source = surprising(Box::new(move || {
+        at_pause.pace(Pace::Bytes(0));
+        let cancel = cancel.clone();
+        thread::spawn(move || {
+            // Not a wait for something: into the middle of what follows.
+            thread::sleep(Duration::from_millis(150));
+            cancel.cancel();
+        });
+    }));
+    let mut destination = FakeDestination::default();
+    let report = thread::scope(|scope| {
+        scope.spawn(|| receiver.receive(&mut destination, &there));
+        let report = migrate(&mut source, &through, &strict(Duration::from_secs(9)), &here).report;
+        proxy.cut_all();
+        there.cancel();
+        report
+    });
+    let stood_still = source.stood_still.unwrap();
+    assert!(stood_still < Duration::from_millis(150) + LATE, "{stood_still:?}");
+    assert_stayed(&mut source, &report, Outcome::Cancelled);
+}
