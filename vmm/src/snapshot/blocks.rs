@@ -69,20 +69,16 @@ pub(super) fn count(regions: &[MemoryRegion]) -> u64 {
     regions.iter().map(|region| region.len.div_ceil(BLOCK)).sum()
 }
 
-/// Writes those pages of `memory` to the file at `path` that are in `pages` and not zero. Nothing may write to
+/// Writes those pages of `memory` to the file that are in `pages` and not zero. Nothing may write to
 /// the memory meanwhile.
 pub(super) fn write(
     memory: &GuestMemory,
     pages: &PageSet,
+    file: &File,
     path: &Path,
     watch: &Watch,
 ) -> Result<Contents, SnapshotError> {
-    let open = || {
-        OpenOptions::new()
-            .write(true)
-            .open(path)
-            .map_err(SnapshotError::io(path))
-    };
+    let open = || open_again(file, OpenOptions::new().write(true), path);
     each_block(memory, watch, open, |file, block| {
         let words = block.words_of(pages);
         let stored = stored_pages(memory, block, |word| words.get(word).copied().unwrap_or(0))?;
@@ -111,8 +107,7 @@ pub(super) fn read(
     expected: &[u64],
     watch: &Watch,
 ) -> Result<(), SnapshotError> {
-    // A description of its own for each thread, with a position of its own, of the very file that was checked.
-    let open = || File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(SnapshotError::io(path));
+    let open = || open_again(file, OpenOptions::new().read(true), path);
     let found = each_block(memory, watch, open, |file, block| {
         let stretches = match changed {
             None => data(file, block, path)?,
@@ -152,6 +147,12 @@ pub(super) fn read(
         expected: expected[index],
         got: found.checksums[index],
     })
+}
+
+/// A description of its own for a thread, with a position of its own, of the very file that was made or checked.
+fn open_again(file: &File, how: &OpenOptions, path: &Path) -> Result<File, SnapshotError> {
+    how.open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .map_err(SnapshotError::io(path))
 }
 
 /// Does `work` for every block, with what `open` gives each thread; it returns a block's checksum and its pages.

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::blocks;
+use super::directory::Directory;
 use super::manifest::{DifferenceRecord, FileRecord};
 use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
 use crate::VERSION;
@@ -21,6 +22,8 @@ use crate::VERSION;
 #[derive(Debug)]
 pub struct Draft {
     directory: TempDir,
+    /// The same, opened.
+    beneath: Directory,
     target: PathBuf,
     /// The directory around both.
     parent: File,
@@ -70,6 +73,7 @@ impl Draft {
             .tempdir_in(around)
             .map_err(SnapshotError::io(around))?;
         Ok(Self {
+            beneath: Directory::open(directory.path())?,
             directory,
             target: target.into(),
             parent,
@@ -79,15 +83,15 @@ impl Draft {
 
     /// Writes all files.
     pub fn write(&mut self, content: Content<'_>, watch: &Watch) -> Result<Manifest, SnapshotError> {
-        let path = self.path(MEMORY);
-        let file = File::create_new(&path).map_err(SnapshotError::io(&path))?;
+        let path = self.beneath.path_of(MEMORY);
+        let file = self.beneath.create(MEMORY)?;
         let len = crate::memory::ranges(content.memory)
             .iter()
             .map(|(_, len)| len)
             .sum();
         file.set_len(len).map_err(SnapshotError::io(&path))?;
-        self.files.push((path.clone(), file));
-        let written = blocks::write(content.memory, content.pages, &path, watch)?;
+        let written = blocks::write(content.memory, content.pages, &file, &path, watch)?;
+        self.files.push((path, file));
         let checksums: Vec<u8> = written
             .checksums
             .iter()
@@ -114,7 +118,7 @@ impl Draft {
             pages: written.pages,
         };
         let text = manifest.seal().map_err(|source| SnapshotError::Manifest {
-            path: self.path(MANIFEST),
+            path: self.beneath.path_of(MANIFEST),
             source,
         })?;
         self.create(MANIFEST, &text)?;
@@ -128,8 +132,7 @@ impl Draft {
             file.sync_all().map_err(SnapshotError::io(path))?;
         }
         let draft = self.directory.path();
-        let sync = || File::open(draft)?.sync_all();
-        sync().map_err(SnapshotError::io(draft))?;
+        self.beneath.sync().map_err(SnapshotError::io(draft))?;
         watch.check()?;
         self.rename(draft)?;
         if let Err(error) = self.parent.sync_all() {
@@ -157,19 +160,10 @@ impl Draft {
     }
 
     fn create(&mut self, name: &str, content: &[u8]) -> Result<(), SnapshotError> {
-        let path = self.path(name);
-        let write = || {
-            let mut file = File::create_new(&path)?;
-            file.write_all(content)?;
-            Ok(file)
-        };
-        let file = write().map_err(SnapshotError::io(&path))?;
+        let (path, mut file) = (self.beneath.path_of(name), self.beneath.create(name)?);
+        file.write_all(content).map_err(SnapshotError::io(&path))?;
         self.files.push((path, file));
         Ok(())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use devices::GuestMemory;
 use migration::{MachineDescription, MemoryKind, MemoryRange, PageSet};
 
 use super::blocks;
+use super::directory::Directory;
 use super::manifest::{FileRecord, check_len};
 use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
 use crate::memory;
@@ -33,7 +33,7 @@ pub struct Difference {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `directory`. The file with its memory is not looked at.
+    /// Opens the snapshot in `directory`. The file with its memory need not be there, and is not looked at.
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
         let files = Files::open(directory)?;
         match &files.manifest.difference {
@@ -71,7 +71,8 @@ impl Snapshot {
         if self.machine().memory_kind == MemoryKind::HugePages {
             return Err(SnapshotError::HugePages);
         }
-        Ok(memory::map_private(&self.0.ranges(), &self.0.memory()?)?)
+        let file = self.0.memory()?;
+        Ok(memory::map_private(&self.0.ranges(), &file)?)
     }
 
     /// Memory for a page-fault handler to fill: what is in it is the handler's word, and the file is not needed.
@@ -94,8 +95,8 @@ impl Difference {
         let Some(difference) = files.manifest.difference.clone() else {
             return Err(SnapshotError::IsWhole(directory.into()));
         };
-        let path = directory.join(CHANGED);
-        let bytes = read_checked(&path, &difference.changed)?;
+        let path = files.directory.path_of(CHANGED);
+        let bytes = read_checked(files.file(&files.changed, CHANGED)?, &path, &difference.changed)?;
         let (runs, rest) = bytes.as_chunks::<RUN>();
         check_len(
             &path,
@@ -147,24 +148,32 @@ impl Difference {
 /// What both kinds have.
 #[derive(Debug)]
 pub(super) struct Files {
-    pub(super) directory: PathBuf,
+    directory: Directory,
     pub(super) manifest: Manifest,
     pub(super) state: Vec<u8>,
     checksums: Vec<u64>,
+    /// Those that not everybody needs, if they are there.
+    memory: Option<File>,
+    changed: Option<File>,
 }
 
 impl Files {
     fn open(directory: &Path) -> Result<Self, SnapshotError> {
-        let path = directory.join(MANIFEST);
-        let manifest = Manifest::unseal(&read_file(&path)?, &path)?;
+        let directory = Directory::open(directory)?;
+        // All at once: what a directory has may change while they are read.
+        let [manifest, state, checksums] = [MANIFEST, STATE, CHECKSUMS].map(|name| directory.file(name));
+        let [memory, changed] = [MEMORY, CHANGED].map(|name| directory.file(name).ok());
+
+        let path = directory.path_of(MANIFEST);
+        let manifest = Manifest::unseal(&read_file(manifest?, &path)?, &path)?;
         let regions = &manifest.machine.memory;
         PageSet::check_regions(regions).map_err(|source| SnapshotError::Regions {
             path: path.clone(),
             source,
         })?;
-        let state = read_checked(&directory.join(STATE), &manifest.state)?;
-        let path = directory.join(CHECKSUMS);
-        let bytes = read_checked(&path, &manifest.checksums)?;
+        let state = read_checked(state?, &directory.path_of(STATE), &manifest.state)?;
+        let path = directory.path_of(CHECKSUMS);
+        let bytes = read_checked(checksums?, &path, &manifest.checksums)?;
         check_len(
             &path,
             blocks::count(regions).saturating_mul(8),
@@ -173,17 +182,34 @@ impl Files {
         let (checksums, _) = bytes.as_chunks();
         let checksums = checksums.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
         Ok(Self {
-            directory: directory.into(),
+            directory,
             manifest,
             state,
             checksums,
+            memory,
+            changed,
         })
+    }
+
+    /// Where they are.
+    pub(super) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A file that was opened; if it was not there, the reason.
+    fn file(&self, opened: &Option<File>, name: &str) -> Result<File, SnapshotError> {
+        match opened {
+            Some(file) => file
+                .try_clone()
+                .map_err(SnapshotError::io(&self.directory.path_of(name))),
+            None => self.directory.file(name),
+        }
     }
 
     /// The file with the memory, if it has as much of it as the machine.
     fn memory(&self) -> Result<File, SnapshotError> {
-        let path = self.directory.join(MEMORY);
-        let memory = open(&path)?;
+        let path = self.directory.path_of(MEMORY);
+        let memory = self.file(&self.memory, MEMORY)?;
         let metadata = memory.metadata().map_err(SnapshotError::io(&path))?;
         // More than there can be is no file's length.
         let expected = blocks::file_len(&self.manifest.machine.memory).unwrap_or(u64::MAX);
@@ -202,7 +228,7 @@ impl Files {
         changed: Option<&PageSet>,
         watch: &Watch,
     ) -> Result<(), SnapshotError> {
-        let path = self.directory.join(MEMORY);
+        let path = self.directory.path_of(MEMORY);
         blocks::read(memory, &self.memory()?, &path, changed, &self.checksums, watch)
     }
 
@@ -212,16 +238,15 @@ impl Files {
     }
 }
 
-fn read_checked(path: &Path, record: &FileRecord) -> Result<Vec<u8>, SnapshotError> {
-    let bytes = read_file(path)?;
+fn read_checked(file: File, path: &Path, record: &FileRecord) -> Result<Vec<u8>, SnapshotError> {
+    let bytes = read_file(file, path)?;
     record.check(&bytes, path)?;
     Ok(bytes)
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
+fn read_file(file: File, path: &Path) -> Result<Vec<u8>, SnapshotError> {
     let mut bytes = Vec::new();
-    open(path)?
-        .take(MOST_BYTES + 1)
+    file.take(MOST_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(SnapshotError::io(path))?;
     if bytes.len() as u64 > MOST_BYTES {
@@ -233,17 +258,4 @@ fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
         });
     }
     Ok(bytes)
-}
-
-/// A regular file; nothing else is waited for, or even touched more than it takes to find out.
-fn open(path: &Path) -> Result<File, SnapshotError> {
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(SnapshotError::io(path))?;
-    if file.metadata().map_err(SnapshotError::io(path))?.is_file() {
-        return Ok(file);
-    }
-    Err(SnapshotError::NoFile(path.into()))
 }

@@ -46,7 +46,7 @@ fn check_order(base: &Snapshot, differences: &[Difference]) -> Result<(), Snapsh
     let mut before = base.id();
     for difference in differences {
         let files = difference.files();
-        let path = || files.directory.clone();
+        let path = || files.path().to_owned();
         if difference.base() != before {
             return Err(SnapshotError::OtherBase {
                 path: path(),

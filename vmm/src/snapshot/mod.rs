@@ -13,9 +13,10 @@
 //!
 //! The directory appears under its name when all of it is on the disk, and never before: it is written under
 //! another name beside it ([`Draft`]), synchronised and renamed. Everything in it is untrusted when it is read
-//! ([`Snapshot`]).
+//! ([`Snapshot`]): all its files are opened before any of them is looked at, and none through a link.
 
 mod blocks;
+mod directory;
 mod draft;
 mod error;
 mod load;

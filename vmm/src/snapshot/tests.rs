@@ -442,3 +442,46 @@ proptest! {
         prop_assert!(Snapshot::open(directory.path()).is_err());
     }
 }
+
+/// Somebody else's memory, state or pages, of just the right length, are not this snapshot's.
+#[test]
+fn links_are_not_followed() {
+    let open = |path: &Path, is_difference: bool| match is_difference {
+        true => Difference::open(path).map(drop),
+        false => Snapshot::open(path).and_then(|snapshot| snapshot.map()).map(drop),
+    };
+    for (name, files) in [
+        ("base", &[MANIFEST, super::STATE, super::CHECKSUMS, MEMORY][..]),
+        ("first", &[MANIFEST, super::STATE, super::CHECKSUMS, CHANGED]),
+    ] {
+        for file in files {
+            let chain = a_chain();
+            let (path, elsewhere) = (chain.path(name).join(file), chain.path("elsewhere"));
+            let is_difference = name != "base";
+            open(&chain.path(name), is_difference).unwrap();
+            std::fs::rename(&path, &elsewhere).unwrap();
+            std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+            let error = open(&chain.path(name), is_difference).unwrap_err();
+            assert!(
+                matches!(&error, SnapshotError::NoFile(at) if *at == path),
+                "{file}: {error}"
+            );
+        }
+    }
+    // The directory may be one: it is what the operator names.
+    let chain = a_chain();
+    std::os::unix::fs::symlink(chain.path("base"), chain.path("current")).unwrap();
+    open(&chain.path("current"), false).unwrap();
+}
+
+#[test]
+fn what_was_opened_is_what_is_read() {
+    let chain = a_chain();
+    let snapshot = Snapshot::open(&chain.path("base")).unwrap();
+    let digest = migration_io::digest(&snapshot.map().unwrap()).unwrap();
+    let path = chain.path("base").join(MEMORY);
+    let len = path.metadata().unwrap().len();
+    std::fs::rename(&path, chain.path("elsewhere")).unwrap();
+    std::fs::File::create(&path).unwrap().set_len(len).unwrap();
+    assert_eq!(migration_io::digest(&snapshot.map().unwrap()).unwrap(), digest);
+}
