@@ -90,15 +90,28 @@ pub struct Control {
     live: Mutex<Live>,
 }
 
-/// Samples in the order in which they were taken.
+/// Samples in the order in which they were taken. The longer the migration lasts, the fewer are kept, so that those of
+/// days need some MiB.
 #[derive(Debug, Default)]
 struct Trace {
     samples: Vec<Progress>,
 }
 
 impl Trace {
-    /// Some hours at a sample every 20 ms; later ones are not kept.
-    const MOST: usize = 1 << 20;
+    /// A sample is kept if the one before is older than this part of the time since the start: all of them for the
+    /// first minutes, one every second after hours.
+    const FINENESS: f64 = 16384.0;
+
+    fn keep(&mut self, sample: Progress) {
+        let fine = sample.elapsed_ms / Self::FINENESS;
+        let tells = self
+            .samples
+            .last()
+            .is_none_or(|last| sample.elapsed_ms - last.elapsed_ms >= fine || sample.phase != last.phase);
+        if tells {
+            self.samples.push(sample);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -131,13 +144,11 @@ pub(crate) enum Interruption {
 
 impl Live {
     fn keep_sample(&mut self) {
-        if self.trace.samples.len() < Trace::MOST {
-            let elapsed_ms = self.started.map_or(0.0, |started| ms(started.elapsed()));
-            self.trace.samples.push(Progress {
-                elapsed_ms,
-                ..self.progress
-            });
-        }
+        let elapsed_ms = self.started.map_or(0.0, |started| ms(started.elapsed()));
+        self.trace.keep(Progress {
+            elapsed_ms,
+            ..self.progress
+        });
     }
 }
 
@@ -342,4 +353,45 @@ fn timespec(time: Duration) -> Timespec {
         tv_sec: i64::MAX,
         tv_nsec: 0,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_of_days_stays_small_and_has_every_phase() {
+        let mut trace = Trace::default();
+        let day_ms = 86_400_000.0;
+        let mut at = 0.0;
+        while at < 2.0 * day_ms {
+            trace.keep(Progress {
+                elapsed_ms: at,
+                phase: Phase::Precopy,
+                ..Progress::default()
+            });
+            at += 20.0;
+        }
+        for phase in [Phase::StopAndCopy, Phase::Commit] {
+            trace.keep(Progress {
+                elapsed_ms: at,
+                phase,
+                ..Progress::default()
+            });
+        }
+        let bytes = trace.samples.len() * size_of::<Progress>();
+        assert!(bytes < 16 << 20, "{bytes} bytes");
+        assert!(
+            trace.samples[15_000].elapsed_ms <= 300_000.0,
+            "all of the first minutes"
+        );
+        let phases: Vec<_> = trace
+            .samples
+            .iter()
+            .rev()
+            .take(3)
+            .map(|last| last.phase)
+            .collect();
+        assert_eq!(phases, [Phase::Commit, Phase::StopAndCopy, Phase::Precopy]);
+    }
 }

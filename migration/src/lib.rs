@@ -29,13 +29,15 @@ pub use control::{Control, Decision, Phase, Progress};
 pub use destination::{ReceiveError, Received, Receiver};
 pub use link::LinkError;
 pub use migration_io::{GuestMemory, MemoryRange, PAGE_SIZE};
-pub use options::{Compression, MAX_PAUSE, MAX_STREAMS, MigrateOptions, OnMiss, ReceiveOptions};
+pub use options::{
+    Compression, MAX_PAUSE, MAX_STREAMS, MAX_THROTTLE, MigrateOptions, OnMiss, ReceiveOptions,
+};
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, DiskMark, MachineDescription,
     MachineError, MemoryKind, MemoryRegion, OfferedDisks, Rehearsal, Source, SourceDisk,
 };
-pub use report::{DataPath, Downtime, MemoryDigest, Outcome, Report, Round};
-pub use source::{Answer, AskError, Doubt, Migrated, migrate};
+pub use report::{DataPath, Downtime, MemoryDigest, Outcome, RehearsalPauses, Report, Round};
+pub use source::{Answer, AskError, Doubt, Migrated, Remains, migrate};
 pub use text::{chain, list};
 pub use transport::{Endpoint, EndpointError, TransportError};

@@ -57,6 +57,10 @@ pub struct MigrateOptions {
     pub step_timeout: Duration,
 }
 
+/// The largest share of time that a migration holds a vCPU out of the guest: what keeps the guest alive, and what a
+/// machine can do with slices of at most 10 ms.
+pub const MAX_THROTTLE: f64 = 0.98;
+
 /// The longest that a guest stands still before a move that [`OnMiss::Switch`] asks for is given up, unless its
 /// budget allows more.
 pub const MAX_PAUSE: Duration = Duration::from_secs(30);

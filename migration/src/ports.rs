@@ -295,8 +295,9 @@ pub trait Destination: Send {
     fn is_resident(&self) -> bool;
 
     /// Does with what [`Source::rehearse`] saved as much of a restore as can be done again afterwards, so that
-    /// the restore itself is short and its time known. Untrusted input.
-    fn rehearse(&mut self, state: &[u8]) -> Result<(), MachineError>;
+    /// the restore itself is short and its time known. Then does the same for `resume`, and returns how long that part
+    /// took. Untrusted input.
+    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, MachineError>;
 
     /// Makes the saved state the machine's own. Untrusted input. Afterwards the machine is paused and ready
     /// to run in every respect but the clocks and the disk locks.

@@ -70,6 +70,27 @@ pub struct Round {
     pub throttle_percent: f64,
 }
 
+/// How often the guest stood still so that its next pause could be predicted, and for how long, in milliseconds: none of
+/// it is part of the downtime.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RehearsalPauses {
+    /// How often.
+    pub count: u32,
+    /// For how long in all.
+    pub sum: f64,
+    /// For how long at the most.
+    pub max: f64,
+}
+
+impl RehearsalPauses {
+    /// One more.
+    pub(crate) fn add(&mut self, ms: f64) {
+        self.count = self.count.saturating_add(1);
+        self.sum += ms;
+        self.max = self.max.max(ms);
+    }
+}
+
 /// A digest of all guest memory on either side, in hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDigest {
@@ -84,7 +105,7 @@ pub struct MemoryDigest {
 pub struct Report {
     /// How it ended.
     pub outcome: Outcome,
-    /// Why, where it was not moved.
+    /// Why, where it was not moved; where it was, what went wrong all the same.
     pub error: Option<String>,
     /// `precopy`.
     pub mode: String,
@@ -99,6 +120,9 @@ pub struct Report {
     pub downtime_ms: Option<f64>,
     /// Its terms.
     pub downtime: Downtime,
+    /// Short pauses before that, to measure what the pause would cost; none in the reports of older versions.
+    #[serde(default)]
+    pub rehearsal_pause_ms: RehearsalPauses,
     /// The prediction of the total time, made as soon as a fifth of it had passed.
     pub predicted_total_ms: Option<f64>,
     /// From the start of the job to its end.
@@ -163,6 +187,7 @@ impl Report {
             predicted_downtime_ms: None,
             downtime_ms: None,
             downtime: Downtime::default(),
+            rehearsal_pause_ms: RehearsalPauses::default(),
             predicted_total_ms: None,
             total_ms: 0.0,
             rounds: Vec::new(),

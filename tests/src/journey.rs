@@ -207,7 +207,7 @@ impl Journey {
 
     /// As [`Journey::hop`], and compares the gap that the guest lived through with the report.
     pub fn hop_and_check_gap(&mut self, arguments: &[&str]) -> Result<Report> {
-        self.command(self.commands.reset, "reset")?;
+        self.reset_gap()?;
         let report = self.hop(arguments)?;
         // The first whole tick may have been made before the pause and printed after it.
         self.vm.tick_from(0)?;
@@ -218,6 +218,11 @@ impl Journey {
             "the guest stood still for {stood} ms and saw a gap of {seen} ms: {report:?}"
         );
         Ok(report)
+    }
+
+    /// Makes the guest forget the longest gap that it saw.
+    pub fn reset_gap(&mut self) -> Result<()> {
+        self.command(self.commands.reset, "reset").map(|_| ())
     }
 
     /// Lets the guest check every page; returns how many it checked.

@@ -2,6 +2,8 @@
 
 #[path = "faults/any.rs"]
 mod any;
+#[path = "faults/pause.rs"]
+mod pause;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{Read, Write};

@@ -36,6 +36,17 @@ pub(crate) enum Verdict {
     StillInDoubt,
 }
 
+/// What an answer means for a guest that was taken back from a destination that may have been ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Withdrawn {
+    /// Nobody waits for "go" there.
+    Done,
+    /// Somebody may: ask again.
+    StillWaits,
+    /// Its operator has decided that it runs there, and the guest has run in both places.
+    RunsTwice,
+}
+
 impl Claim {
     /// The migration pauses the guest; comes before the call.
     pub(crate) fn pause(&mut self) {
@@ -105,6 +116,20 @@ impl Claim {
         }
     }
 
+    /// The destination answered after a failure before "go", when the guest ran here again.
+    pub(crate) fn withdrawn(&mut self, outcome: &Outcome) -> Withdrawn {
+        match (*self, outcome) {
+            // Without "go" only an operator can have said so.
+            (Claim::Running, Outcome::Runs | Outcome::Kept { .. }) => {
+                *self = Claim::InDoubt;
+                Withdrawn::RunsTwice
+            }
+            (_, Outcome::GaveUp) => Withdrawn::Done,
+            // "unknown": whoever answers may be another than the one that waits.
+            _ => Withdrawn::StillWaits,
+        }
+    }
+
     fn step(&mut self, from: Claim, to: Claim) {
         if *self == from {
             *self = to;
@@ -141,6 +166,22 @@ mod tests {
         claim.moved();
         assert_eq!(claim.answer(&Outcome::GaveUp), Verdict::StillInDoubt);
         assert_eq!((claim, claim.fail()), (Claim::Moved, None));
+    }
+
+    #[test]
+    fn a_guest_that_its_operator_runs_there_does_not_run_on_here() {
+        let kept = Outcome::Kept { reason: "x".into() };
+        for (outcome, expected) in [
+            (Outcome::GaveUp, Withdrawn::Done),
+            (Outcome::Unknown, Withdrawn::StillWaits),
+            (Outcome::Runs, Withdrawn::RunsTwice),
+            (kept, Withdrawn::RunsTwice),
+        ] {
+            let mut claim = offered();
+            claim.fail();
+            assert_eq!(claim.withdrawn(&outcome), expected);
+            assert_eq!(claim.in_doubt(), expected == Withdrawn::RunsTwice);
+        }
     }
 
     #[test]

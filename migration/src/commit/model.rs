@@ -14,10 +14,13 @@
 //! source's before "ready", the destination's after the commit) is gone. The operator here decides only what is
 //! sure: "run" at the destination when the source is dead, "run" at the source when the destination that had
 //! the machine is dead or has it paused, and never ran it.
+//!
+//! An operator who errs runs the guest at the destination while the source lives. Then it may run twice, and no protocol
+//! can help that; but it is noticed: the source goes on asking until it knows, and pauses its copy.
 
 use std::collections::{HashMap, VecDeque};
 
-use super::{Claim, Ledger, Stage};
+use super::{Claim, Ledger, Stage, Withdrawn};
 use crate::control::Decision;
 use crate::protocol::{Outcome, Token};
 
@@ -45,6 +48,9 @@ struct World {
     asks: Vec<u8>,
     /// The answer under way to the asker that waits.
     answer: Option<(u8, Outcome)>,
+    /// Whether the operator may still err, and has.
+    may_err: bool,
+    erred: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -94,6 +100,10 @@ enum Flaw {
     GoAlwaysCounts,
     /// The source takes an answer about an earlier attempt for one about this one.
     HeedsOldAnswers,
+    /// The source does not look at what it is told when it has taken the guest back.
+    WithdrawsUnheard,
+    /// It asks once.
+    WithdrawsOnce,
 }
 
 /// More questions under way at a time add states, not cases.
@@ -108,8 +118,10 @@ fn token(attempt: u8) -> Token {
 type Next = Vec<(&'static str, World, bool)>;
 
 impl World {
-    fn start() -> Self {
+    fn start(may_err: bool) -> Self {
         Self {
+            may_err,
+            erred: false,
             source: Source {
                 alive: true,
                 claim: Claim::default(),
@@ -229,6 +241,7 @@ impl World {
             world.down.pop_front();
             match word {
                 Word::Ready => world.source.heard_ready = true,
+                Word::Resumed | Word::ResumeFailed if !world.source.claim.in_doubt() => world.source_fails(),
                 Word::Resumed => {
                     world.source.claim.moved();
                     world.say_up(Word::Farewell);
@@ -260,6 +273,9 @@ impl World {
             self.add(next, "the asker gives up", |world| {
                 world.source.asks_for = None;
                 world.answer = None;
+                if flaw == Flaw::WithdrawsOnce {
+                    world.source.withdraws = None;
+                }
             });
         }
         let Some((about, outcome)) = self.answer.clone() else {
@@ -269,7 +285,16 @@ impl World {
             world.answer = None;
             world.source.asks_for = None;
             if world.source.withdraws == Some(about) {
-                world.source.withdraws = None;
+                let withdrawn = if flaw == Flaw::WithdrawsUnheard {
+                    Withdrawn::Done
+                } else {
+                    world.source.claim.withdrawn(&outcome)
+                };
+                // A receiver that is another process by now is not the one that waited.
+                let gone = world.destination.crashed == Some(about);
+                if withdrawn != Withdrawn::StillWaits || gone {
+                    world.source.withdraws = None;
+                }
             } else if flaw == Flaw::HeedsOldAnswers || about == world.source.attempt {
                 world.source.claim.answer(&outcome);
             }
@@ -402,6 +427,14 @@ impl World {
                 world.destination.took |= decision == Decision::Run;
             });
         }
+        let ready = destination.alive && matches!(destination.ledger.stage(), Stage::Ready(_));
+        if ready && source.alive && self.may_err {
+            self.add(next, "the operator errs", |world| {
+                assert!(world.destination.ledger.decide(Decision::Run));
+                world.destination.took = true;
+                (world.may_err, world.erred) = (false, true);
+            });
+        }
         if !source.alive || !source.claim.in_doubt() || source.open {
             return;
         }
@@ -491,6 +524,12 @@ impl World {
     fn wrong(&self) -> Option<&'static str> {
         let stage = self.destination.ledger.stage();
         let runs_there = self.destination.alive && matches!(stage, Stage::Committing(_) | Stage::Runs(_));
+        if self.erred {
+            // It may run twice while somebody is still to find out.
+            let finds_out = self.source.open || self.source.withdraws.is_some();
+            return (self.runs_at_source() && runs_there && !finds_out)
+                .then_some("the guest runs twice, and nobody notices");
+        }
         if self.runs_at_source() && runs_there {
             return Some("the guest runs twice");
         }
@@ -576,9 +615,9 @@ impl Explored {
     }
 }
 
-fn explore(flaw: Flaw) -> Found {
+fn explore(flaw: Flaw, operator_errs: bool) -> Found {
     let mut explored = Explored::default();
-    explored.insert(World::start(), None);
+    explored.insert(World::start(operator_errs), None);
     let mut at = 0;
     while at < explored.worlds.len() {
         let world = explored.worlds[at].clone();
@@ -605,7 +644,7 @@ fn explore(flaw: Flaw) -> Found {
 
 #[test]
 fn no_loss_and_no_crash_makes_two_guests_or_hides_the_last() {
-    let found = explore(Flaw::None);
+    let found = explore(Flaw::None, false);
     println!("the commit has {} states", found.states);
     assert_eq!(found.wrong, None);
     assert!(
@@ -616,8 +655,16 @@ fn no_loss_and_no_crash_makes_two_guests_or_hides_the_last() {
 }
 
 #[test]
+fn an_operator_who_errs_is_noticed() {
+    let found = explore(Flaw::None, true);
+    println!("with an operator who errs the commit has {} states", found.states);
+    assert_eq!(found.wrong, None);
+}
+
+#[test]
 fn broken_rules_are_noticed() {
     let twice = "the guest runs twice";
+    let unnoticed = "the guest runs twice, and nobody notices";
     for (flaw, expected) in [
         (Flaw::ForgetsWhenLost, "nothing leads out of here"),
         (Flaw::ResumesAfterGo, twice),
@@ -630,8 +677,10 @@ fn broken_rules_are_noticed() {
         (Flaw::FreesAtGo, "the source let go of a guest that nobody took"),
         (Flaw::GoAlwaysCounts, twice),
         (Flaw::HeedsOldAnswers, twice),
+        (Flaw::WithdrawsUnheard, unnoticed),
+        (Flaw::WithdrawsOnce, unnoticed),
     ] {
-        let (wrong, way) = explore(flaw)
+        let (wrong, way) = explore(flaw, expected == unnoticed)
             .wrong
             .unwrap_or_else(|| panic!("{flaw:?} is not noticed"));
         println!("{flaw:?}: {wrong} after {way:?}");

@@ -93,6 +93,8 @@ impl Costs {
             resume,
             round_trip,
         } = *self;
+        // The log is looked at a second time while the destination restores.
+        let restore = restore.max(final_log);
         [pause, drain, final_log, state, restore, resume, round_trip]
             .into_iter()
             .fold(Duration::ZERO, Duration::saturating_add)

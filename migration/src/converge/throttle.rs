@@ -6,8 +6,10 @@
 //! measured rate over the share of time that it ran. The target is then dealt out like water: everybody gets
 //! the same level, and who stays below it by himself is not slowed down at all.
 
-/// The largest share of time that a vCPU is held out of the guest: what keeps the guest alive.
-pub(crate) const FLOOR: f64 = 0.99;
+use crate::options::MAX_THROTTLE;
+
+/// The largest share of time that a vCPU is held out of the guest.
+pub(crate) const FLOOR: f64 = MAX_THROTTLE;
 
 /// The share of time that each vCPU is held out of the guest, from 0 to [`FLOOR`].
 #[derive(Clone, Debug, PartialEq)]

@@ -56,7 +56,7 @@ impl Job<'_> {
                 return Err(ReceiveError::GivenUp);
             }
             // A source that is silent for too long may be gone, and its operator the only one who knows. It may
-            // still have its say: whatever comes first counts.
+            // still have its say: whatever comes first counts. One that speaks again is not gone.
             let silent = heard.elapsed() > self.options.io_timeout
                 || ready_at.elapsed() > self.options.step_timeout
                 || !connected;

@@ -215,9 +215,10 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
 
     fn rehearse(&mut self, state: &[u8]) -> Result<(), ReceiveError> {
         let began = Instant::now();
-        call("rehearse", self.job.destination.rehearse(state))?;
+        let resume = call("rehearse", self.job.destination.rehearse(state))?;
         self.answer(&Message::Rehearsed {
-            restore_ns: nanoseconds(began.elapsed()),
+            restore_ns: nanoseconds(began.elapsed().saturating_sub(resume)),
+            resume_ns: nanoseconds(resume),
         })
     }
 

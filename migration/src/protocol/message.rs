@@ -82,6 +82,8 @@ pub(crate) enum Message {
     Rehearsed {
         /// How long that took, in nanoseconds.
         restore_ns: u64,
+        /// How long it will take to let the guest run, as far as that could be tried, in nanoseconds.
+        resume_ns: u64,
     },
     /// Source: nothing writes my memory now; what is yours?
     DigestRequest,

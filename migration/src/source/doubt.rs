@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use super::handshake::{greet, unexpected};
+use super::remains::undo_step;
 use super::{Job, MigrateError};
-use crate::commit::Verdict;
+use crate::commit::{Verdict, Withdrawn};
 use crate::control::Control;
 use crate::link::Link;
 use crate::protocol::{Message, Outcome, Token};
@@ -97,6 +98,10 @@ impl Doubt {
     }
 }
 
+/// What has happened when a destination says that its operator was quicker.
+pub(super) const RUNS_TWICE: &str = "an operator has the guest run at the destination, where it ran on while it was taken \
+                          back here: this copy is paused";
+
 /// Between two attempts.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
@@ -121,6 +126,10 @@ impl Job<'_> {
                     error = chain(&error),
                     "the guest runs at the destination all the same"
                 );
+                self.report.add_error(&format!(
+                    "moved, but how long the guest stood still is not known: {}",
+                    chain(&error)
+                ));
                 Ok(())
             }
             (Verdict::Resume, _) => {
@@ -135,13 +144,30 @@ impl Job<'_> {
     }
 
     /// The guest runs here again, but the destination may be ready and could not be told: asking makes it give
-    /// up. If that does not reach it either, its operator has to decide.
+    /// up. An operator there may have been quicker, and then the guest must not run on here.
     pub(super) fn withdraw(&mut self) {
-        if self.ask() != Some(Outcome::GaveUp) {
-            let error =
-                "the destination may wait for \"go\" for ever, and could not be told that none will come";
-            tracing::warn!(to = %self.to, "{error}");
-            self.report.add_error(error);
+        let withdrawn = self.ask().map_or(Withdrawn::StillWaits, |outcome| {
+            self.standing.claim.withdrawn(&outcome)
+        });
+        let error = match withdrawn {
+            Withdrawn::Done => return,
+            Withdrawn::RunsTwice => {
+                self.pause_again();
+                RUNS_TWICE
+            }
+            Withdrawn::StillWaits => {
+                self.untold = true;
+                "the destination may wait for \"go\", and could not be told that none will come"
+            }
+        };
+        tracing::warn!(to = %self.to, "{error}");
+        self.report.add_error(error);
+    }
+
+    fn pause_again(&mut self) {
+        if let Some(error) = undo_step(self.source, "pause", |source| source.pause().map(|_| ())) {
+            tracing::error!(%error, "the guest runs on here although it runs at the destination");
+            self.report.add_error(&error);
         }
     }
 

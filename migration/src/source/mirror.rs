@@ -22,7 +22,7 @@ impl Job<'_> {
         if devices.is_empty() {
             return Ok(Vec::new());
         }
-        self.standing.mirroring = true;
+        self.standing.remains.mirroring = true;
         let disks = self.call("mirror", |source| source.mirror(devices))?;
         // What the two sides take for the end of a disk decides where the next one begins.
         let described = self.source.describe().devices;

@@ -11,6 +11,7 @@ mod pacer;
 mod pass;
 mod precopy;
 mod rehearse;
+mod remains;
 mod space;
 mod squeeze;
 mod stream;
@@ -19,6 +20,8 @@ mod unused;
 
 pub use doubt::{Answer, AskError, Doubt};
 use error::MigrateError;
+pub use remains::Remains;
+use remains::undo_step;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
@@ -50,6 +53,12 @@ pub struct Migrated {
     pub report: Report,
     /// Where it is in doubt: whom to ask.
     pub doubt: Option<Doubt>,
+    /// Where the guest runs here, and the destination may be ready and does not know: whom to ask, until there is an
+    /// answer. If that is that the guest runs there (or is kept), an operator there was quicker, and it must not run on
+    /// here.
+    pub untold: Option<Doubt>,
+    /// What is left to be undone once the guest is known to be here.
+    pub remains: Remains,
 }
 
 impl Migrated {
@@ -58,7 +67,12 @@ impl Migrated {
         let mut report = Report::new(ms(options.max_downtime));
         report.outcome = Outcome::InDoubt;
         report.add_error("the migration engine panicked");
-        Self { report, doubt: None }
+        Self {
+            report,
+            doubt: None,
+            untold: None,
+            remains: Remains::all(),
+        }
     }
 }
 
@@ -86,6 +100,7 @@ pub fn migrate(
         token: None,
         passes: 0,
         wound_up: false,
+        untold: false,
     };
     match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
@@ -115,15 +130,15 @@ struct Job<'a> {
     passes: u32,
     /// Whether a failure has been seen to.
     wound_up: bool,
+    /// Whether the destination may be ready, and does not know that the guest runs here.
+    untold: bool,
 }
 
 /// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call
 /// fails half-way or panics.
 #[derive(Clone, Copy, Debug, Default)]
 struct Standing {
-    mirroring: bool,
-    logging: bool,
-    throttled: bool,
+    remains: Remains,
     /// Whose the guest is.
     claim: Claim,
 }
@@ -255,7 +270,7 @@ impl<'a> Job<'a> {
         round_trip: Duration,
     ) -> Result<Left, MigrateError> {
         self.mirror(link, crew)?;
-        self.standing.logging = true;
+        self.standing.remains.logging = true;
         let log = self.call("start_dirty_log", |source| source.start_dirty_log())?;
         crew.space.log_with(log);
         let mut watch = Watch::new(self, round_trip);
@@ -274,40 +289,19 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Gives the guest back to its user, and lets it run if the migration has paused it. Errors and panics of
+    /// Lets the guest run if the migration has paused it, and gives it back to its user. Errors and panics of
     /// the machine go to the log and the report: there is nobody left to handle them.
     fn undo(&mut self, resume: bool) {
-        if std::mem::take(&mut self.standing.throttled) {
-            self.undo_step("throttle", |source| {
-                let cpus = usize::from(source.describe().cpus);
-                source.throttle(&vec![0.0; cpus])
-            });
-        }
+        let mut errors = Vec::new();
         if resume {
-            self.undo_step("resume", |source| source.resume());
+            errors.extend(undo_step(self.source, "resume", |source| source.resume()));
             self.control.lift_pause_limit();
         }
-        if std::mem::take(&mut self.standing.logging) {
-            self.undo_step("stop_dirty_log", |source| source.stop_dirty_log());
+        errors.extend(self.standing.remains.undo(self.source));
+        for error in errors {
+            tracing::error!(%error, "the machine could not be put back as it was");
+            self.report.add_error(&error);
         }
-        if std::mem::take(&mut self.standing.mirroring) {
-            self.undo_step("stop_mirror", |source| source.stop_mirror());
-        }
-    }
-
-    fn undo_step(
-        &mut self,
-        call: &'static str,
-        step: impl FnOnce(&mut dyn Source) -> Result<(), MachineError>,
-    ) {
-        let source = &mut *self.source;
-        let error = match catch_unwind(AssertUnwindSafe(|| step(source))) {
-            Ok(Ok(())) => return,
-            Ok(Err(source)) => chain(&MigrateError::Machine { call, source }),
-            Err(panic) => format!("{call} panicked: {}", panic_message(&*panic)),
-        };
-        tracing::error!(%error, "the machine could not be put back as it was");
-        self.report.add_error(&error);
     }
 
     fn conclude(mut self, result: Result<(), MigrateError>, prefix: &str) -> Migrated {
@@ -321,16 +315,16 @@ impl<'a> Job<'a> {
             Err(error) if self.was_cancelled(error) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
-        if let Err(error) = result {
-            self.report.put_error_first(&format!("{prefix}{}", chain(&error)));
+        if let Err(error) = &result {
+            self.report.put_error_first(&format!("{prefix}{}", chain(error)));
         }
-        let doubt = self
-            .token
-            .filter(|_| self.report.outcome == Outcome::InDoubt)
-            .map(|token| Doubt::new(self.to.clone(), token));
+        let question = self.token.map(|token| Doubt::new(self.to.clone(), token));
+        let in_doubt = self.report.outcome == Outcome::InDoubt;
         Migrated {
             report: self.report,
-            doubt,
+            doubt: question.clone().filter(|_| in_doubt),
+            untold: question.filter(|_| self.untold),
+            remains: self.standing.remains,
         }
     }
 

@@ -170,7 +170,7 @@ impl Job<'_> {
         if watch.shares.iter().zip(shares).all(same) {
             return Ok(());
         }
-        self.standing.throttled = true;
+        self.standing.remains.throttled = true;
         self.call("throttle", |source| source.throttle(shares))?;
         watch.shares = shares.to_vec();
         Ok(())

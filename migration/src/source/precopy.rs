@@ -74,9 +74,7 @@ impl Job<'_> {
         untouched.invert();
         // A log may start with all pages marked. The marks of untouched pages go before the second look: what
         // is written between the two is seen by it, what is written after it is marked again.
-        for (region, words) in untouched.words() {
-            crew.space.clear_ram(region, 0, words)?;
-        }
+        crew.space.clear_all(&untouched)?;
         self.call("populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = populated.pages_in_all() - populated.len();
         let unused = self.leave_unused(crew, &mut populated)?;

@@ -6,6 +6,7 @@ use super::{Job, MigrateError};
 use crate::converge::Costs;
 use crate::link::Link;
 use crate::protocol::Message;
+use crate::report::ms;
 
 impl Job<'_> {
     /// Measures, on both sides and while the guest runs, what the downtime will cost besides the copy. What
@@ -17,13 +18,23 @@ impl Job<'_> {
         self.call("flush", |source| source.flush())?;
         let drain = began.elapsed();
         let rehearsal = self.call("rehearse", |source| source.rehearse())?;
+        self.report
+            .rehearsal_pause_ms
+            .add(ms(rehearsal.pause + rehearsal.save));
         let sent = Instant::now();
         link.send_rehearsal(&rehearsal.state)?;
-        let restore = match link.receive_message("rehearsed")? {
-            Message::Rehearsed { restore_ns } => Duration::from_nanos(restore_ns),
+        let (restore, resume) = match link.receive_message("rehearsed")? {
+            Message::Rehearsed {
+                restore_ns,
+                resume_ns,
+            } => (Duration::from_nanos(restore_ns), Duration::from_nanos(resume_ns)),
             other => return Err(unexpected("rehearsed", &other)),
         };
-        let round_trip = sent.elapsed().saturating_sub(restore);
+        // A peer's word is worth no more than the time that it took to give it.
+        let exchange = sent.elapsed();
+        let restore = restore.min(exchange);
+        let resume = resume.min(exchange - restore);
+        let round_trip = exchange - restore - resume;
         // An exchange that carries the state tells more about the one of the switch than a ping does.
         let round_trips = round_trip.mul_f64(SWITCH_ROUND_TRIPS);
         Ok(Costs {
@@ -31,6 +42,8 @@ impl Job<'_> {
             drain,
             state: rehearsal.save,
             restore,
+            // Less than what is always assumed was measured with the machine warmed up by the try itself.
+            resume: resume.max(Costs::default().resume),
             round_trip: round_trips,
             ..before
         })

@@ -11,6 +11,9 @@ use crate::page_set::PageSet;
 use crate::ports::{DirtyLog, MachineError, MemoryRegion, SourceDisk};
 use crate::space::disk_regions;
 
+/// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.
+const CLEARED: usize = 256;
+
 /// Guest RAM and the disks that come along: the regions of a pass over pages, RAM's first.
 pub(super) struct Space<'a> {
     pub(super) memory: &'a GuestMemory,
@@ -118,8 +121,20 @@ impl<'a> Space<'a> {
         }
     }
 
+    /// Clears the marks of all these pages of RAM, in pieces.
+    pub(super) fn clear_all(&self, pages: &PageSet) -> Result<(), MigrateError> {
+        for (region, words) in pages.words() {
+            for (first, words) in (0..).step_by(CLEARED * 64).zip(words.chunks(CLEARED)) {
+                if words.iter().any(|word| *word != 0) {
+                    self.clear_ram(region, first, words)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Clears marks of RAM, see [`DirtyLog::clear`].
-    pub(super) fn clear_ram(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MigrateError> {
+    fn clear_ram(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MigrateError> {
         let cleared = self
             .log
             .get()

@@ -107,9 +107,7 @@ impl Job<'_> {
         let (paused_at, mut lap, state) = self.stop()?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, paused_at, |go_on| {
-                digest_without(memory, |_| false, go_on)
-            })?;
+            verifying = self.verify(link, paused_at, |go_on| digest_without(memory, |_| false, go_on))?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;

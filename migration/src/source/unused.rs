@@ -10,8 +10,6 @@ use crate::page_set::PageSet;
 const LISTENING: Duration = Duration::from_secs(2);
 /// and for no more than this part of the time that is left.
 const PART_OF_DEADLINE: u32 = 20;
-/// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.
-const WORDS: usize = 256;
 
 impl Job<'_> {
     /// Takes out of `populated`, which the first round is to send, what the guest says that it does not use, and
@@ -34,11 +32,7 @@ impl Job<'_> {
         if !self.call("has_unused", |source| source.has_unused(pages, at_most))? {
             return Ok(unused);
         }
-        for (region, words) in populated.words() {
-            for (at, words) in (0..).step_by(WORDS * 64).zip(words.chunks(WORDS)) {
-                crew.space.clear_ram(region, at, words)?;
-            }
-        }
+        crew.space.clear_all(populated)?;
         self.call("unused", |source| source.unused(at_most, &mut unused))?;
         let mut marked = PageSet::of(crew.space.memory)?;
         crew.space.peek_ram(&mut marked)?;

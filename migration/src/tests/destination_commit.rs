@@ -216,3 +216,27 @@ fn a_lost_connection_before_ready_discards_the_machine() {
     assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
     assert_receives(&mut receiver);
 }
+
+#[test]
+fn an_operator_decides_for_a_source_that_is_silent_and_not_once_it_speaks_again() {
+    let patient = Duration::from_secs(20);
+    let options = ReceiveOptions {
+        io_timeout: Duration::from_millis(300),
+        step_timeout: patient,
+    };
+    let mut receiver = Receiver::listen(&TCP.parse().unwrap(), options).unwrap();
+    let (received, _, destination) = meet(&mut receiver, |to, there| {
+        let mut hand = Hand::open(to, 1);
+        hand.make_ready();
+        while !there.is_undecided() {
+            thread::yield_now();
+        }
+        while there.is_undecided() {
+            hand.control.link.send(&Message::KeepAlive).unwrap();
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!there.decide(Decision::Run) && !there.decide(Decision::Discard));
+        hand.finish()
+    });
+    assert!(received.unwrap().confirmed && destination.running);
+}

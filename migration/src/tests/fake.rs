@@ -47,6 +47,8 @@ pub(super) struct FakeSource {
     pub(super) written_by_save: Option<u64>,
     /// Called by `pause`, to make something happen right then.
     pub(super) on_pause: Option<Box<dyn FnMut() + Send>>,
+    /// The same for `resume`, once the guest runs.
+    pub(super) on_resume: Option<Box<dyn FnMut() + Send>>,
     /// The same for `release`.
     pub(super) on_release: Option<Box<dyn FnMut() + Send>>,
     pub(super) calls: Vec<&'static str>,
@@ -72,6 +74,7 @@ impl FakeSource {
             files: None,
             written_by_save: None,
             on_pause: None,
+            on_resume: None,
             on_release: None,
             calls: Vec::new(),
             held_since: None,
@@ -166,6 +169,9 @@ impl DirtyLog for FakeLog {
 
     fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError> {
         fault(&self.faults, "clear")?;
+        // The guest's writes wait for it.
+        let pages: u32 = words.iter().map(|word| word.count_ones()).sum();
+        assert!(pages <= 16384, "{pages} marks cleared at once");
         let region = self.memory.iter().nth(region).ok_or("no such region")?;
         for (at, word) in (first..).step_by(64).zip(words) {
             for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
@@ -322,6 +328,9 @@ impl Source for FakeSource {
         self.locked = true;
         self.guest.release();
         self.stood_still = self.held_since.take().map(|since| since.elapsed());
+        if let Some(on_resume) = &mut self.on_resume {
+            on_resume();
+        }
         self.enter("resume")
     }
 }
@@ -406,9 +415,12 @@ impl Destination for FakeDestination {
         false
     }
 
-    fn rehearse(&mut self, state: &[u8]) -> Result<(), MachineError> {
+    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, MachineError> {
         fault(&self.faults, "rehearse")?;
-        Ok(Envelope::decode(state)?.finish()?)
+        Envelope::decode(state)?.finish()?;
+        let began = Instant::now();
+        fault(&self.faults, "rehearse_resume")?;
+        Ok(began.elapsed())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {

@@ -83,6 +83,18 @@ fn a_guest_that_writes_arrives_whole_over_either_transport() {
 }
 
 #[test]
+fn marks_of_a_large_guest_are_cleared_in_pieces() {
+    // 156 MiB, of which little was ever touched.
+    let mut guest = Guest::new(40_000, 16);
+    guest.write(39_999 * PAGE_SIZE, false);
+    guest.start(Load { pages: 8 });
+    let (mut source, mut destination) = (FakeSource::new(guest), FakeDestination::default());
+    let (report, received) = direct(&mut source, &mut destination, &options());
+    received.unwrap();
+    assert_moved(&source, &destination, &report);
+}
+
+#[test]
 fn a_guest_moves_back_and_forth() {
     let mut guest = Guest::new(600, 64);
     guest.start(Load { pages: 300 });

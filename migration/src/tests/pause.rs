@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use fault_proxy::{Pace, Proxy};
+use fault_proxy::{Connection, Direction, Fault as Harm, Pace, Plan, Point, Proxy};
 
 use super::disk::FakeDisk;
 use super::fake::{FakeDestination, FakeSource, Fault};
@@ -220,4 +220,93 @@ fn a_cancel_in_the_pause_lets_the_guest_run_at_once_over_a_dead_network() {
     let stood_still = source.stood_still.unwrap();
     assert!(stood_still < Duration::from_millis(150) + LATE, "{stood_still:?}");
     assert_stayed(&mut source, &report, Outcome::Cancelled);
+}
+
+/// A proxy that cuts all connections at "ready".
+fn cut_at_ready(to: &Endpoint) -> Arc<Proxy> {
+    let point = Point {
+        connection: Connection::Control,
+        direction: Direction::ToSource,
+        message: "ready".into(),
+        occurrence: 0,
+    };
+    let plan = Plan {
+        point,
+        fault: Harm::CutAll,
+    };
+    let to = to.to_string().parse().unwrap();
+    Arc::new(Proxy::start(&"tcp:127.0.0.1:0".parse().unwrap(), &to, vec![plan]).unwrap())
+}
+
+#[test]
+fn an_operator_who_was_quicker_than_the_source_is_noticed() {
+    for (fault, runs) in [(None, true), (Some(Fault::Error), false)] {
+        let mut receiver = receiver(&options());
+        let proxy = cut_at_ready(receiver.endpoint());
+        let through = proxy.address().to_string().parse().unwrap();
+        let (here, there) = (control(), Arc::new(control()));
+        let mut source = surprising(Box::new(|| {}));
+        let operator = there.clone();
+        source.on_resume = Some(Box::new(move || {
+            while !operator.decide(Decision::Run) {
+                thread::yield_now();
+            }
+            while operator.progress().phase != Phase::Commit && operator.progress().phase != Phase::Done {
+                thread::yield_now();
+            }
+            proxy.heal();
+        }));
+        let mut destination = FakeDestination::default();
+        destination.faults.extend(fault.map(|fault| ("resume", fault)));
+        let migrated = thread::scope(|scope| {
+            scope.spawn(|| receiver.receive(&mut destination, &there));
+            migrate(&mut source, &through, &strict(Duration::from_secs(2)), &here)
+        });
+        assert_eq!(migrated.report.outcome, Outcome::InDoubt, "{:?}", migrated.report);
+        let error = migrated.report.error.unwrap();
+        assert!(error.contains("this copy is paused"), "{error}");
+        assert!(source.guest.is_held() && destination.running == runs);
+        let answer = migrated.doubt.unwrap().ask(Duration::from_secs(5)).unwrap();
+        assert_eq!(answer == Answer::Runs, runs, "{answer:?}");
+    }
+}
+
+#[test]
+fn a_destination_that_could_not_be_told_is_told_later() {
+    let mut receiver = receiver(&options());
+    let proxy = cut_at_ready(receiver.endpoint());
+    let through = proxy.address().to_string().parse().unwrap();
+    let (here, there) = (control(), control());
+    let mut source = surprising(Box::new(|| {}));
+    let mut destination = FakeDestination::default();
+    let (migrated, received) = thread::scope(|scope| {
+        let receiving = scope.spawn(|| receiver.receive(&mut destination, &there));
+        let migrated = migrate(&mut source, &through, &strict(Duration::from_secs(2)), &here);
+        proxy.heal();
+        let untold = migrated.untold.clone().unwrap();
+        assert_eq!(untold.ask(Duration::from_secs(5)).unwrap(), Answer::GaveUp);
+        (migrated, receiving.join().unwrap())
+    });
+    assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
+    assert!(migrated.doubt.is_none());
+    assert_stayed(&mut source, &migrated.report, Outcome::Failed);
+}
+
+#[test]
+fn what_it_takes_to_let_the_guest_run_is_in_the_prediction() {
+    let mut source = surprising(Box::new(|| {}));
+    let mut destination = FakeDestination::default();
+    let slow = Fault::Slow(Duration::from_millis(40));
+    destination.faults.insert("resume", slow);
+    destination.faults.insert("rehearse_resume", slow);
+    let (report, received) = direct(&mut source, &mut destination, &strict(Duration::from_secs(2)));
+    received.unwrap();
+    assert!(report.predicted_downtime_ms.unwrap() >= 40.0, "{report:?}");
+    let rehearsals = source.calls.iter().filter(|call| **call == "rehearse").count();
+    let pauses = report.rehearsal_pause_ms;
+    assert_eq!(pauses.count as usize, rehearsals);
+    assert!(
+        pauses.max >= 0.1 && pauses.sum >= pauses.max,
+        "each is 0.05 ms to pause and as much to save: {pauses:?}"
+    );
 }

@@ -11,7 +11,7 @@ const GB_PER_S: &str = "GB/s";
 const SHARE: &str = "share";
 
 /// Every row, in the order in which they are printed.
-pub const ROWS: [Definition; 29] = [
+pub const ROWS: [Definition; 30] = [
     Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
         .meaning("2 GiB that are not zero, destination ready, first to last page byte")
         .beside("iperf3, one stream")
@@ -76,6 +76,9 @@ pub const ROWS: [Definition; 29] = [
         .beside("QEMU, memory preallocated"),
     Definition::new(Cancel, "cancel-ms-max", "ms")
         .meaning("longest cancel at a random moment, until the guest ticks unhindered")
+        .bar(AtMost(100.0)),
+    Definition::new(Cancel, "cancel-busy-ms-max", "ms")
+        .meaning("the same with a busy loop on each CPU")
         .bar(AtMost(100.0)),
     Definition::new(LogStart, "dirty-log-start-ms", "ms")
         .meaning("time in KVM to turn dirty logging on for 2 GiB"),

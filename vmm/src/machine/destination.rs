@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::GuestMemory;
 use devices::virtio::balloon::BalloonState;
@@ -294,13 +294,16 @@ impl Destination for MigrationDestination {
         self.resident
     }
 
-    fn rehearse(&mut self, state: &[u8]) -> Result<(), PortError> {
+    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, PortError> {
         let machine = self
             .machine
             .as_ref()
             .ok_or("rehearse: expected a machine, got none")?;
         self.blanks.iter().try_for_each(|blank| blank.rehearse())?;
-        Ok(machine.rehearse_restore(state)?)
+        machine.rehearse_restore(state)?;
+        let began = Instant::now();
+        machine.rehearse_resume()?;
+        Ok(began.elapsed())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {

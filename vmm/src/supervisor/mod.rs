@@ -11,6 +11,7 @@ mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod withdraw;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -37,6 +38,7 @@ use reset::Reboot;
 use resolve::{Resolving, Side};
 use restore::RestoreJob;
 use snapshot::SnapshotJob;
+use withdraw::Withdrawals;
 
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 pub use reset::Boot;
@@ -144,6 +146,7 @@ pub struct Supervisor {
     /// What was asked for while that is under way, and would meet it.
     deferred: VecDeque<Request>,
     resolving: Option<Resolving>,
+    withdrawals: Withdrawals,
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
     stop_at: Option<Instant>,
@@ -177,6 +180,7 @@ impl Supervisor {
             operation: None,
             deferred: VecDeque::new(),
             resolving: None,
+            withdrawals: Withdrawals::default(),
             receiver: None,
             stop_at: None,
             stop_timeout: POWER_OFF_GRACE,
@@ -278,6 +282,7 @@ impl Supervisor {
             }
             Event::Answered(said) => return self.answered(said).map(Ok),
             Event::TakenBack(source, resumed) => self.taken_back(source, resumed),
+            Event::Withdrawn(doubt, answer) => self.withdrawn(doubt, answer),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
             Event::Restored(restored) => return self.restored(restored, server).map(Err),

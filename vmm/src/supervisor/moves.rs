@@ -53,7 +53,12 @@ impl Supervisor {
 
     pub(super) fn migration_ended(&mut self, ended: Ended) -> Option<Result<Ending, SupervisorError>> {
         let Ended { migrated, source } = ended;
-        let Migrated { report, doubt } = migrated;
+        let Migrated {
+            report,
+            doubt,
+            untold,
+            remains,
+        } = migrated;
         let outcome = report.outcome;
         if let Some(migration) = self.migration.take() {
             // Nobody needs to be waiting for it.
@@ -67,18 +72,23 @@ impl Supervisor {
                 self.stop_at = None;
                 if let Some(Life::Here(machine)) = self.life.take() {
                     let source = source.unwrap_or_else(|| Box::new(MigrationSource::new(machine.clone())));
-                    self.life = Some(Life::InDoubt(
-                        machine,
-                        Side::Source {
-                            source: Some(source),
-                            doubt,
-                        },
-                    ));
+                    let side = Side::Source {
+                        source: Some(source),
+                        doubt,
+                        remains,
+                    };
+                    self.life = Some(Life::InDoubt(machine, side));
                 }
                 None
             }
             Outcome::Failed | Outcome::Cancelled if self.leaving => Some(Ok(Ending::Stopped)),
-            Outcome::Failed | Outcome::Cancelled => self.reset_now(),
+            Outcome::Failed | Outcome::Cancelled => {
+                if let Some(doubt) = untold {
+                    self.withdraw(doubt);
+                }
+                self.stop_second_copy();
+                self.reset_now()
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use devices::virtio::balloon;
-use migration::{Answer, AskError, Decision, MigrateOptions, Migrated, Progress, Receiver, Report};
+use migration::{Answer, AskError, Decision, Doubt, MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
 use tokio::sync::{broadcast, oneshot};
 
@@ -133,6 +133,8 @@ pub(crate) enum Event {
     Answered(Result<Answer, AskError>),
     /// A machine in doubt goes on here, or why it does not.
     TakenBack(Box<MigrationSource>, Result<(), String>),
+    /// A destination that may have been ready when its guest was taken back was told; nothing if it could not be.
+    Withdrawn(Doubt, Option<Answer>),
     /// The receiving job has no machine after all, and waits for the next.
     AttemptFailed(String),
     /// The receiving job has a machine.

@@ -15,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::{Answer, AskError, Control, Decision, Doubt, Source};
+use migration::{Answer, AskError, Control, Decision, Doubt, Remains, Source};
 
 use super::request::Reply;
 use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
@@ -35,6 +35,8 @@ pub(super) enum Side {
         source: Option<Box<MigrationSource>>,
         /// Whom to ask.
         doubt: Option<Doubt>,
+        /// What is to be undone before it is an ordinary machine again.
+        remains: Remains,
     },
     /// "go" came here, but the guest could not be let run.
     Destination {
@@ -182,11 +184,11 @@ impl Supervisor {
     /// The machine is to be this process's own again. That may take its time (locks, a vCPU that does not enter the guest),
     /// so it is done on a thread of its own.
     fn take_back(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
-        let source = match &mut self.life {
-            Some(Life::InDoubt(_, Side::Source { source, .. })) => source.take(),
+        let taken = match &mut self.life {
+            Some(Life::InDoubt(_, Side::Source { source, remains, .. })) => source.take().zip(Some(*remains)),
             _ => None,
         };
-        let Some(mut source) = source else {
+        let Some((mut source, mut remains)) = taken else {
             return answer(reply, Err(Refusal::NoDoubt));
         };
         let supervisor = self.handle.clone();
@@ -195,7 +197,9 @@ impl Supervisor {
             let resumed = catch_unwind(resume).unwrap_or_else(|_| Err("it panicked, see the log".into()));
             let resumed = resumed.map_err(|error| migration::chain(&*error));
             if resumed.is_ok() {
-                clear_up(&mut source);
+                for error in remains.undo(&mut *source) {
+                    tracing::warn!(error, "the machine is not quite as it was before the migration");
+                }
             }
             supervisor.send(Event::TakenBack(source, resumed));
         };
@@ -235,10 +239,14 @@ impl Supervisor {
                     format!("{known}; it goes on here"),
                 );
             }
-            (Some(Life::InDoubt(machine, Side::Source { doubt, .. })), Err(error)) => {
+            (Some(Life::InDoubt(machine, Side::Source { doubt, remains, .. })), Err(error)) => {
                 // Somebody may have its disks: it stays a question.
-                let source = Some(source);
-                self.life = Some(Life::InDoubt(machine, Side::Source { source, doubt }));
+                let side = Side::Source {
+                    source: Some(source),
+                    doubt,
+                    remains,
+                };
+                self.life = Some(Life::InDoubt(machine, side));
                 let message =
                     format!("{known}; it cannot go on here yet: {error}; `godwit resolve` tries again");
                 tracing::error!("{message}");
@@ -303,17 +311,6 @@ impl Supervisor {
         if let Some(Resolving::Deciding { reply, .. }) = self.resolving.take() {
             answer(reply, Err(Refusal::NothingToDecide));
         }
-    }
-}
-
-/// What the engine would have undone had the migration failed before "go".
-fn clear_up(source: &mut MigrationSource) {
-    let cpus = usize::from(source.describe().cpus);
-    if let Err(error) = source.throttle(&vec![0.0; cpus]) {
-        tracing::warn!(error = migration::chain(&*error), "vCPUs stay throttled");
-    }
-    if let Err(error) = source.stop_dirty_log() {
-        tracing::warn!(error = migration::chain(&*error), "dirty logging stays on");
     }
 }
 

@@ -1,4 +1,4 @@
-use migration::{Decision, Migrated};
+use migration::{Decision, Migrated, Remains};
 use tokio::sync::oneshot;
 
 use super::*;
@@ -63,6 +63,8 @@ fn ended(outcome: &str) -> Box<Ended> {
     let migrated = Migrated {
         report: serde_json::from_str(&text).unwrap(),
         doubt: None,
+        untold: None,
+        remains: Remains::default(),
     };
     Box::new(Ended {
         migrated,

@@ -41,6 +41,9 @@ struct State {
     ending: bool,
     /// Threads that are parked because of a holder.
     held: usize,
+    /// How often those were woken to see how long that takes, and how many have not been awake since.
+    rousings: u64,
+    asleep: usize,
     /// Threads that will not come back.
     retired: usize,
     vcpus: Vec<Slices>,
@@ -64,6 +67,8 @@ impl Gate {
             holders: Holder::Startup as u8,
             ending: false,
             held: 0,
+            rousings: 0,
+            asleep: 0,
             retired: 0,
             vcpus: vec![Slices::default(); threads],
         };
@@ -164,11 +169,17 @@ impl Gate {
             if state.holders != 0 {
                 state.held += 1;
                 self.changed.notify_all();
+                let rousings = state.rousings;
+                let sleeps =
+                    |state: &mut State| state.holders != 0 && !state.ending && state.rousings == rousings;
                 state = self
                     .changed
-                    .wait_while(state, |state| state.holders != 0 && !state.ending)
+                    .wait_while(state, sleeps)
                     .unwrap_or_else(PoisonError::into_inner);
                 state.held -= 1;
+                if state.rousings != rousings {
+                    state.asleep = state.asleep.saturating_sub(1);
+                }
                 self.changed.notify_all();
             } else if let Some(left) = state.slice_left(id) {
                 state = self.sit_out(state, id, left);
@@ -209,6 +220,17 @@ impl Gate {
     /// again; false after `timeout`.
     pub fn wait_entered(&self, timeout: Duration) -> bool {
         self.wait(timeout, |state| state.held == 0 || state.holders != 0)
+    }
+
+    /// Wakes every thread that is parked because of a holder, and waits until each was awake; they park again. False
+    /// after `timeout`.
+    pub fn rouse(&self, timeout: Duration) -> bool {
+        let mut state = self.lock();
+        state.rousings += 1;
+        state.asleep = state.held;
+        drop(state);
+        self.changed.notify_all();
+        self.wait(timeout, |state| state.asleep == 0)
     }
 
     fn wait(&self, timeout: Duration, done: impl Fn(&State) -> bool) -> bool {
@@ -334,6 +356,28 @@ mod tests {
         assert!(gate.wait_entered(Duration::from_secs(5)) && !thread.is_finished());
         gate.end_slices();
         assert_eq!(thread.join().unwrap(), Next::Enter);
+    }
+
+    #[test]
+    fn who_is_roused_parks_again() {
+        let gate = Arc::new(Gate::new(2));
+        let threads: Vec<_> = (0..2)
+            .map(|id| {
+                let gate = gate.clone();
+                thread::spawn(move || gate.pass(id))
+            })
+            .collect();
+        assert!(gate.wait_parked(Duration::from_secs(5)));
+        for _ in 0..100 {
+            assert!(gate.rouse(Duration::from_secs(5)));
+            assert!(gate.wait_parked(Duration::from_secs(5)));
+        }
+        assert!(threads.iter().all(|thread| !thread.is_finished()));
+        gate.open(Holder::Startup);
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), Next::Enter);
+        }
+        assert!(gate.rouse(Duration::ZERO), "nobody is parked");
     }
 
     #[test]

@@ -111,6 +111,14 @@ impl VcpuSet {
         }
     }
 
+    /// Wakes the threads that are held, as [`VcpuSet::resume`] would, but lets none of them into the guest. Returns when
+    /// each was awake.
+    pub fn rouse(&self) {
+        if !self.gate.rouse(PARK_TIMEOUT) {
+            tracing::debug!("not all vCPUs were awake within {PARK_TIMEOUT:?}");
+        }
+    }
+
     /// The gate, to ask who holds it.
     pub fn gate(&self) -> &Gate {
         &self.gate

@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use migration::MAX_THROTTLE;
+
 use super::VcpuError;
 use super::gate::Gate;
 
@@ -52,7 +54,7 @@ impl Throttle {
     }
 
     /// From now on keeps each vCPU out for a share of the time, 0 to 1, in slices of at most 10 ms; at a
-    /// share of 0 it is in at once. The shares that can be reached end at 0.98: a vCPU must get something
+    /// share of 0 it is in at once. The shares that can be reached end at [`MAX_THROTTLE`]: a vCPU must get something
     /// done.
     pub(super) fn set(&self, shares: &[f64]) -> Result<(), VcpuError> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,7 +66,7 @@ impl Throttle {
             if share.is_nan() {
                 0.0
             } else {
-                share.clamp(0.0, 1.0)
+                share.clamp(0.0, MAX_THROTTLE)
             }
         };
         *self.shared.lock() = shares.iter().map(usable).collect();

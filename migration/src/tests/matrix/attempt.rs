@@ -42,7 +42,7 @@ struct Rig<'a> {
 pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> Ended {
     let mut rig = Rig::new(setup, harm);
     let to = rig.proxy.address().to_string().parse().unwrap();
-    let Migrated { report, doubt } = migrate(&mut rig.source, &to, &rig.options, &rig.here);
+    let Migrated { report, doubt, .. } = migrate(&mut rig.source, &to, &rig.options, &rig.here);
     let mut answer = None;
     assert_eq!(doubt.is_some(), report.outcome == Outcome::InDoubt, "{report:?}");
     match report.outcome {

@@ -1,7 +1,11 @@
-//! Cancels at random moments: how long they take, and that nothing of the migration stays behind.
+//! Cancels at random moments, on a host that is idle and on one that is not: how long they take, and that nothing of the
+//! migration stays behind.
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,6 +21,8 @@ use crate::stats::largest;
 use crate::strace::{Strace, logged_slots};
 
 const CANCELS: u32 = 100;
+/// And with a busy loop on each CPU.
+const BUSY_CANCELS: u32 = 50;
 const GUEST: Guest = Guest {
     fill: true,
     memory_mib: 512,
@@ -54,6 +60,24 @@ struct Cancelled {
 /// Cancels the guest's migration again and again; where it moved before, it goes on from there.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let mut godwit = Godwit::start(&bench.fixtures, GUEST, &[])?;
+    let (alone, whole) = cancel_often(bench, &mut godwit, "cancel", CANCELS)?;
+    log_is_off(&mut godwit, whole)?;
+    let loops = BusyLoops::start()?;
+    let (busy, _) = cancel_often(bench, &mut godwit, "cancel on a busy host", BUSY_CANCELS)?;
+    drop(loops);
+    Ok(vec![
+        Figure::alone("cancel-ms-max", Some(alone)),
+        Figure::alone("cancel-busy-ms-max", Some(busy)),
+    ])
+}
+
+/// The longest of so many cancels in milliseconds, and how long a whole migration takes.
+fn cancel_often(
+    bench: &mut Bench,
+    godwit: &mut Godwit,
+    name: &str,
+    promised: u32,
+) -> Result<(f64, Duration)> {
     GUEST.settle(godwit.process())?;
     // The best of three: whatever else runs can only slow it down.
     let speeds = (0..3)
@@ -61,8 +85,8 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         .collect::<Result<Vec<_>>>()?;
     let usual = largest(speeds).context("no speed")?;
     let ended = bench.hop(
-        "cancel: a whole migration",
-        &mut godwit,
+        &format!("{name}: a whole migration"),
+        godwit,
         &Asked {
             migrate: &ASKED,
             ..Default::default()
@@ -70,13 +94,13 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     )?;
     let whole = Duration::from_secs_f64(ended.report.total_ms / 1e3);
     say(format_args!(
-        "cancel: the guest dirties {usual:.0} pages/s; moments within {} ms",
+        "{name}: the guest dirties {usual:.0} pages/s; moments within {} ms",
         whole.as_millis()
     ));
     let (mut took, mut moved) = (Vec::new(), 0);
-    let cancels = bench.count(CANCELS);
+    let cancels = bench.count(promised);
     while took.len() < cancels as usize {
-        let what = format!("cancel {}/{cancels}", took.len() + 1);
+        let what = format!("{name} {}/{cancels}", took.len() + 1);
         ensure!(
             moved < 2 * cancels,
             "most migrations end before they are cancelled"
@@ -84,9 +108,9 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         let cancelled = bench.clean(&what, |_| {
             GUEST.settle(godwit.process())?;
             loop {
-                match cancel(&mut godwit, random(whole))? {
+                match cancel(godwit, random(whole))? {
                     Some(cancelled) => {
-                        recovered(&godwit, usual)?;
+                        recovered(godwit, usual)?;
                         let window = cancelled.window;
                         return Ok((cancelled, window));
                     }
@@ -102,11 +126,44 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         }
         took.push(ms);
     }
-    log_is_off(&mut godwit, whole)?;
     say(format_args!(
-        "cancel: {moved} migrations ended before the cancel came"
+        "{name}: {moved} migrations ended before the cancel came"
     ));
-    Ok(vec![Figure::alone("cancel-ms-max", largest(took))])
+    Ok((largest(took).context("no cancel")?, whole))
+}
+
+/// A thread for each CPU that does nothing else but turn, until it is dropped.
+struct BusyLoops {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl BusyLoops {
+    fn start() -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let turn = |_| {
+            let stop = stop.clone();
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            })
+        };
+        let threads = (0..std::thread::available_parallelism()?.get())
+            .map(turn)
+            .collect();
+        Ok(Self { stop, threads })
+    }
+}
+
+impl Drop for BusyLoops {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // It cannot panic.
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Starts a migration and cancels it after `delay`. Nothing if the guest had moved by then.

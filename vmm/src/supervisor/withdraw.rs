@@ -1,0 +1,109 @@
+//! A guest that was taken back from a destination that may be ready: it is told so as soon as it can be reached.
+//!
+//! Its operator may have been quicker, and have decided that the guest runs there. Then it ran in both places, and this
+//! copy is paused until an operator says which of the two is to stay.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::{Answer, Doubt, Remains, Source};
+
+use super::{Event, Life, Side, Supervisor, SupervisorHandle};
+use crate::machine::MigrationSource;
+
+/// Between two attempts, at first and at the most.
+const AGAIN: Duration = Duration::from_secs(1);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
+/// For how long it is tried: whoever waits there for longer needs its operator.
+const TRIED_FOR: Duration = Duration::from_secs(3600);
+/// How long each attempt may take for the connection, and as long again for the answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Most destinations that are asked at a time.
+const MOST: usize = 4;
+
+/// What is under way.
+#[derive(Debug, Default)]
+pub(super) struct Withdrawals {
+    asked: usize,
+    /// A destination that runs the guest as well.
+    second: Option<Doubt>,
+}
+
+impl Supervisor {
+    /// Asks until there is an answer, which makes a destination that waits for "go" give up.
+    pub(super) fn withdraw(&mut self, doubt: Doubt) {
+        if self.withdrawals.asked == MOST {
+            tracing::warn!(to = %doubt.endpoint(), "too many destinations could not be told that no \"go\" will come");
+            return;
+        }
+        let supervisor = self.handle.clone();
+        let ask = move || ask_until_answered(doubt, &supervisor);
+        match thread::Builder::new().name("withdraw".into()).spawn(ask) {
+            Ok(_) => self.withdrawals.asked += 1,
+            Err(error) => tracing::warn!(%error, "the destination is not told that no \"go\" will come"),
+        }
+    }
+
+    /// A destination was told, or it was tried for long enough.
+    pub(super) fn withdrawn(&mut self, doubt: Doubt, answer: Option<Answer>) {
+        self.withdrawals.asked = self.withdrawals.asked.saturating_sub(1);
+        let to = doubt.endpoint();
+        match answer {
+            Some(Answer::GaveUp) => {
+                tracing::info!(%to, "the destination knows that the guest runs on here");
+            }
+            Some(Answer::Unknown) | None => {
+                tracing::warn!(%to, "the destination was never told that the guest runs on here")
+            }
+            Some(Answer::Runs | Answer::Kept { .. }) => {
+                tracing::error!(
+                    %to,
+                    "an operator has the guest run at the destination, while it runs here: this copy is paused"
+                );
+                self.withdrawals.second = Some(doubt);
+                if let Some(migration) = &self.migration {
+                    migration.job.control.cancel();
+                }
+                self.stop_second_copy();
+            }
+        }
+    }
+
+    /// Pauses a guest that runs elsewhere as well, once no migration has it.
+    pub(super) fn stop_second_copy(&mut self) {
+        if self.migration.is_some() || !matches!(self.life, Some(Life::Here(_))) {
+            return;
+        }
+        let Some(doubt) = self.withdrawals.second.take() else {
+            return;
+        };
+        if let Some(Life::Here(machine)) = self.life.take() {
+            let mut source = Box::new(MigrationSource::new(machine.clone()));
+            if let Err(error) = source.pause() {
+                let error = migration::chain(&*error);
+                tracing::error!(error, "the guest runs on here although it runs elsewhere");
+            }
+            let side = Side::Source {
+                source: Some(source),
+                doubt: Some(doubt),
+                remains: Remains::default(),
+            };
+            self.life = Some(Life::InDoubt(machine, side));
+        }
+    }
+}
+
+fn ask_until_answered(doubt: Doubt, supervisor: &SupervisorHandle) {
+    let began = Instant::now();
+    let mut again = AGAIN;
+    let answer = loop {
+        match doubt.ask(TIMEOUT) {
+            // One that knows nothing of it may be another than the one that waits.
+            Ok(answer) if answer != Answer::Unknown => break Some(answer),
+            Ok(_) | Err(_) if began.elapsed() >= TRIED_FOR => break None,
+            Ok(_) | Err(_) => thread::sleep(again),
+        }
+        again = (again * 2).min(AGAIN_AT_MOST);
+    };
+    supervisor.send(Event::Withdrawn(doubt, answer));
+}
