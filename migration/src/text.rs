@@ -52,7 +52,5 @@ pub fn list(differences: &[Difference]) -> String {
 
 /// What a panic said.
 pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    clean(text.unwrap_or("no message"))
+    clean(&threads::panic_message(payload))
 }

@@ -5,24 +5,31 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use devices::legacy::Serial;
 use devices::virtio::console::{Size, Terminal};
 use rustix::termios::tcgetwinsize;
-use tokio::sync::broadcast;
+use threads::Role;
+use tokio::sync::Notify;
 
-use crate::output::Descriptor;
+use crate::output::{Allowance, Descriptor};
 
 /// Bytes that wait for standard output before the oldest are lost.
 const BACKLOG: usize = 1 << 20;
 /// The last bytes of output, which a client sees when it attaches.
 const HISTORY: usize = 16 << 10;
-/// Chunks that an attached client may be behind before it loses some.
-const CLIENT_CHUNKS: usize = 4096;
+/// Bytes that an attached client may be behind before it loses the oldest.
+const CLIENT_BACKLOG: usize = 256 << 10;
 /// How long the end of the process waits for standard output to take the rest.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
+/// Bytes a second that standard output gets if it is no terminal: a file system is full some day.
+const RATE: u64 = 1 << 20;
+/// Bytes that it gets at once.
+const BURST: u64 = 16 << 20;
+/// How often it is said at most how much it did not get.
+const NEWS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Handle to the console; clones share it.
 #[derive(Clone)]
@@ -33,7 +40,6 @@ pub struct Console {
 struct Shared {
     output: Mutex<Output>,
     changed: Condvar,
-    clients: broadcast::Sender<Vec<u8>>,
 }
 
 #[derive(Default)]
@@ -41,38 +47,70 @@ struct Output {
     backlog: VecDeque<u8>,
     history: VecDeque<u8>,
     writing: bool,
+    clients: Vec<Weak<Client>>,
+}
+
+/// What somebody who attached has not taken yet.
+#[derive(Default)]
+struct Client {
+    bytes: Mutex<VecDeque<u8>>,
+    more: Notify,
+}
+
+/// The output as somebody who attached sees it.
+pub struct Attached(Arc<Client>);
+
+impl Attached {
+    /// The next of it: at first the last output of before, then everything that comes, as far as it is taken in time.
+    pub async fn next(&mut self) -> Vec<u8> {
+        loop {
+            let bytes: Vec<u8> = self.0.lock().drain(..).collect();
+            if !bytes.is_empty() {
+                return bytes;
+            }
+            self.0.more.notified().await;
+        }
+    }
+}
+
+impl Client {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Console {
     /// A console whose output also goes to standard output, by a thread that lives as long as the process.
     pub fn to_stdout() -> io::Result<Self> {
+        Self::to(Descriptor::Stdout)
+    }
+
+    fn to(descriptor: Descriptor) -> io::Result<Self> {
         let console = Self::detached();
         let shared = console.shared.clone();
-        std::thread::Builder::new()
-            .name("console".into())
-            .spawn(move || shared.carry_to(Descriptor::Stdout))?;
+        threads::spawn(Role::Console, "console", move || shared.carry_to(descriptor))?;
         Ok(console)
     }
 
     /// A console whose output goes to those who attach, and nowhere else.
     pub(crate) fn detached() -> Self {
-        let (clients, _) = broadcast::channel(CLIENT_CHUNKS);
         Self {
             shared: Arc::new(Shared {
                 output: Mutex::default(),
                 changed: Condvar::new(),
-                clients,
             }),
         }
     }
 
     /// The last output, and everything that comes after it.
-    pub fn attach(&self) -> (Vec<u8>, broadcast::Receiver<Vec<u8>>) {
-        let output = self.shared.lock();
-        (
-            output.history.iter().copied().collect(),
-            self.shared.clients.subscribe(),
-        )
+    pub fn attach(&self) -> Attached {
+        let mut output = self.shared.lock();
+        let client = Arc::new(Client {
+            bytes: Mutex::new(output.history.clone()),
+            more: Notify::new(),
+        });
+        output.clients.push(Arc::downgrade(&client));
+        Attached(client)
     }
 
     /// Waits, for a bounded time, until standard output has taken everything.
@@ -97,19 +135,57 @@ impl Shared {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry_to(&self, mut writer: impl Write) {
+    fn carry_to(&self, mut descriptor: Descriptor) {
+        let mut allowance = (!descriptor.is_terminal()).then(|| Allowance::new(BURST, RATE, Instant::now()));
+        let mut left_out = LeftOut::default();
         loop {
-            let mut output = self
-                .changed
-                .wait_while(self.lock(), |output| output.backlog.is_empty())
-                .unwrap_or_else(PoisonError::into_inner);
-            let chunk: Vec<u8> = output.backlog.drain(..).collect();
-            output.writing = true;
-            drop(output);
+            let chunk = self.take(left_out.bytes > 0);
+            let passed = match &mut allowance {
+                Some(allowance) => allowance.take(chunk.len() as u64, Instant::now()) as usize,
+                None => chunk.len(),
+            };
             // Nobody may be reading any more; the guest runs on all the same.
-            let _ = writer.write_all(&chunk).and_then(|()| writer.flush());
+            let _ = descriptor.write_all(&chunk[..passed]);
+            left_out.add((chunk.len() - passed) as u64);
             self.lock().writing = false;
             self.changed.notify_all();
+        }
+    }
+
+    /// Waits for output; with `news`, also no longer than until there is something to say.
+    fn take(&self, news: bool) -> Vec<u8> {
+        let empty = |output: &mut Output| output.backlog.is_empty();
+        let mut output = if news {
+            let waited = self.changed.wait_timeout_while(self.lock(), NEWS_INTERVAL, empty);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        } else {
+            let waited = self.changed.wait_while(self.lock(), empty);
+            waited.unwrap_or_else(PoisonError::into_inner)
+        };
+        output.writing = !output.backlog.is_empty();
+        output.backlog.drain(..).collect()
+    }
+}
+
+/// Output that was too much at a time, and of which nobody was told.
+#[derive(Default)]
+struct LeftOut {
+    bytes: u64,
+    told: Option<Instant>,
+}
+
+impl LeftOut {
+    fn add(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        if self.bytes > 0 && self.told.is_none_or(|told| told.elapsed() >= NEWS_INTERVAL) {
+            tracing::warn!(
+                "{} bytes of the guest's console were left out: more than {RATE} a second for standard output",
+                self.bytes
+            );
+            *self = Self {
+                bytes: 0,
+                told: Some(Instant::now()),
+            };
         }
     }
 }
@@ -201,11 +277,21 @@ struct Sink(Console);
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut output = self.0.shared.lock();
+        let was_empty = output.backlog.is_empty();
         push_bounded(&mut output.backlog, bytes, BACKLOG);
         push_bounded(&mut output.history, bytes, HISTORY);
-        // Under the lock, so that an attaching client gets each byte once. Nobody attached is no error.
-        let _ = self.0.shared.clients.send(bytes.to_vec());
-        self.0.shared.changed.notify_all();
+        // Under the lock, so that an attaching client gets each byte once.
+        output.clients.retain(|client| {
+            let Some(client) = client.upgrade() else {
+                return false;
+            };
+            push_bounded(&mut client.lock(), bytes, CLIENT_BACKLOG);
+            client.more.notify_one();
+            true
+        });
+        if was_empty {
+            self.0.shared.changed.notify_all();
+        }
         Ok(bytes.len())
     }
 
@@ -222,27 +308,79 @@ fn push_bounded(queue: &mut VecDeque<u8>, bytes: &[u8], limit: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
     use super::*;
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(future)
+    }
 
     #[test]
     fn a_client_sees_what_was_and_what_comes() {
         let console = Console::detached();
         let mut sink = console.sink();
         sink.write_all(b"before").unwrap();
-        let (history, mut live) = console.attach();
+        let mut client = console.attach();
+        assert_eq!(block_on(client.next()), b"before");
         sink.write_all(b"after").unwrap();
-        assert_eq!(history, b"before");
-        assert_eq!(live.try_recv().unwrap(), b"after");
+        sink.write_all(b"wards").unwrap();
+        assert_eq!(block_on(client.next()), b"afterwards");
     }
 
     #[test]
     fn output_without_a_reader_is_bounded() {
         let console = Console::detached();
+        let mut client = console.attach();
         let mut sink = console.sink();
         for _ in 0..3 {
             sink.write_all(&vec![b'x'; BACKLOG]).unwrap();
         }
+        sink.write_all(b"the end").unwrap();
         assert_eq!(console.shared.lock().backlog.len(), BACKLOG);
-        assert_eq!(console.attach().0.len(), HISTORY);
+        assert_eq!(block_on(console.attach().next()).len(), HISTORY);
+        let kept = block_on(client.next());
+        assert_eq!(kept.len(), CLIENT_BACKLOG);
+        assert!(kept.ends_with(b"the end"));
+        drop(client);
+        sink.write_all(b"x").unwrap();
+        assert!(console.shared.lock().clients.is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_prints_without_end_does_not_fill_a_disk() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let console = Console::to(Descriptor::File(File::from(OwnedFd::from(writer)))).unwrap();
+        let began = Instant::now();
+        let reading = std::thread::spawn(move || {
+            let (mut chunk, mut count) = (vec![0; 1 << 20], 0);
+            loop {
+                let read = reader.read(&mut chunk).unwrap();
+                count += read as u64;
+                if chunk[..read].contains(&b'!') {
+                    return count;
+                }
+            }
+        });
+        let (mut sink, mut printed) = (console.sink(), 0);
+        while printed < 4 * BURST {
+            sink.write_all(&[b'x'; 4096]).unwrap();
+            printed += 4096;
+            if printed % (BACKLOG as u64) == 0 {
+                // So that what is lost is lost for its rate.
+                console.flush();
+            }
+        }
+        // It is heard again as soon as it prints less.
+        while !reading.is_finished() {
+            sink.write_all(b"!").unwrap();
+            console.flush();
+        }
+        let most = BURST + RATE * (began.elapsed().as_secs() + 1);
+        let read = reading.join().unwrap();
+        assert!((BURST..=most).contains(&read), "{read} of {printed} bytes came");
     }
 }

@@ -4,6 +4,8 @@
 //! devices. `DESIGN.md` beside this crate's manifest has the picture.
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+// Tests start threads that may take their test along.
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod api;
 pub mod boot;
@@ -23,6 +25,8 @@ pub mod report;
 pub mod rundir;
 pub mod snapshot;
 pub mod supervisor;
+#[cfg(test)]
+mod testing;
 pub mod vcpu;
 
 pub use config::Config;

@@ -2,8 +2,9 @@
 
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use threads::{Role, Thread};
 
 use super::desk::{Arrival, Desk, Refusal};
 use crate::control::Control;
@@ -29,7 +30,7 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) struct Door {
     hall: Arc<Hall>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
 }
 
 /// What the door's threads share.
@@ -65,7 +66,7 @@ struct Guest {
     /// Empty once it has said what it wants.
     connection: Arc<Mutex<Option<Arc<Connection>>>>,
     deadline: Instant,
-    thread: JoinHandle<()>,
+    thread: Thread,
 }
 
 impl Door {
@@ -81,9 +82,7 @@ impl Door {
             closing,
         });
         let inside = hall.clone();
-        let thread = thread::Builder::new()
-            .name("door".into())
-            .spawn(move || inside.run(&listener))?;
+        let thread = threads::spawn(Role::Door, "door", move || inside.run(&listener))?;
         Ok(Self {
             hall,
             thread: Some(thread),
@@ -148,9 +147,7 @@ impl Hall {
         }
         let connection = Arc::new(Mutex::new(Some(Arc::new(connection))));
         let (hall, theirs) = (self.clone(), connection.clone());
-        let spawned = thread::Builder::new()
-            .name("greeting".into())
-            .spawn(move || hall.greet(&theirs));
+        let spawned = threads::spawn(Role::Greeting, "greeting", move || hall.greet(&theirs));
         match spawned {
             Ok(thread) => guests.push(Guest {
                 connection,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use threads::Role;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::decide::Word;
@@ -193,12 +194,8 @@ impl<'a> Job<'a> {
             // However this ends, the threads do.
             let _end = EndOf(&streams, &populate);
             if ahead {
-                let thread = thread::Builder::new()
-                    .name("populate".into())
-                    .spawn_scoped(scope, || {
-                        // It is for speed alone.
-                        let _ = catch_unwind(AssertUnwindSafe(|| populate.run()));
-                    })
+                // It is for speed alone: whether it fails is nobody's concern here.
+                let thread = threads::spawn_scoped(scope, Role::Helper, "populate", || populate.run())
                     .map_err(ReceiveError::Thread)?;
                 populate.set_thread(thread.thread().clone());
             }

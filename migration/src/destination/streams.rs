@@ -3,8 +3,9 @@
 use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
+
+use threads::Role;
 
 use super::ReceiveError;
 use super::desk::Desk;
@@ -80,9 +81,8 @@ impl Streams {
             state.running += 1;
             drop(state);
             let all = self.clone();
-            let spawned = thread::Builder::new()
-                .name(format!("stream {index}"))
-                .spawn(move || all.run(index as usize, &connection));
+            let run = move || all.run(index as usize, &connection);
+            let spawned = threads::spawn(Role::Stream, format!("stream {index}"), run);
             if let Err(error) = spawned {
                 self.lock().running -= 1;
                 return Err(ReceiveError::Thread(error));

@@ -5,6 +5,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use threads::Role;
+
 use super::writer::Pulse;
 
 /// Tells the peer that this side is alive whenever nothing else was sent for a while. One thread for a whole
@@ -35,10 +37,7 @@ impl KeepAlive {
         scope: &'scope thread::Scope<'scope, '_>,
         pulse: Pulse<'scope>,
     ) -> io::Result<()> {
-        thread::Builder::new()
-            .name("keep-alive".into())
-            .spawn_scoped(scope, move || self.run(&pulse))
-            .map(|_| ())
+        threads::spawn_scoped(scope, Role::Control, "keep-alive", move || self.run(&pulse)).map(|_| ())
     }
 
     fn run(&self, pulse: &Pulse<'_>) {

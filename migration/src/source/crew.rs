@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_io::PAGE_SIZE;
+use threads::{Role, spawn_scoped};
 
 use super::MigrateError;
 use super::pacer::Pacer;
@@ -93,16 +94,14 @@ impl<'a> Crew<'a> {
         for (index, connection) in self.connections.iter().enumerate() {
             let mut link = new_link(connection);
             link.only_send();
-            thread::Builder::new()
-                .name(format!("stream {index}"))
-                .spawn_scoped(scope, move || {
-                    let run = AssertUnwindSafe(|| self.run(Stream::new(self, link)?));
-                    let result = catch_unwind(run)
-                        .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
-                    if let Err(error) = result {
-                        self.fail(error);
-                    }
-                })?;
+            spawn_scoped(scope, Role::Stream, format!("stream {index}"), move || {
+                let run = AssertUnwindSafe(|| self.run(Stream::new(self, link)?));
+                let result = catch_unwind(run)
+                    .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
+                if let Err(error) = result {
+                    self.fail(error);
+                }
+            })?;
         }
         Ok(())
     }

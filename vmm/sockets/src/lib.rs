@@ -1,5 +1,9 @@
 //! Listening Unix sockets with a name in the file system. `DESIGN.md` beside this crate's manifest has the rules.
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+// Tests start threads that may take their test along.
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 mod draft;
 mod error;
 mod reclaim;

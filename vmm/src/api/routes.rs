@@ -1,6 +1,7 @@
 //! The routes: each turns HTTP into one request to the supervisor.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -15,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use migration::Progress;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::balloon::{BalloonStatistics, BalloonUpdate};
@@ -34,6 +35,8 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const SAMPLES_IN_A_LINE: usize = 1024;
 /// Most bytes read at once from a console client.
 const INPUT_CHUNK: usize = 4096;
+/// Clients of the console at a time.
+const MOST_CONSOLES: usize = 16;
 /// The protocol that `GET /console` upgrades to.
 pub(super) const CONSOLE_PROTOCOL: &str = "console";
 
@@ -43,6 +46,24 @@ pub(super) struct Context {
     pub(super) supervisor: SupervisorHandle,
     pub(super) console: Console,
     pub(super) input: ConsoleInput,
+    /// Places for clients of the console.
+    consoles: Arc<Semaphore>,
+    /// Whether a test has the thread panic at the next connection.
+    #[cfg(test)]
+    pub(super) planted: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Context {
+    pub(super) fn new(supervisor: SupervisorHandle, console: Console) -> Self {
+        Self {
+            supervisor,
+            console,
+            input: ConsoleInput::default(),
+            consoles: Arc::new(Semaphore::new(MOST_CONSOLES)),
+            #[cfg(test)]
+            planted: Arc::default(),
+        }
+    }
 }
 
 pub(super) fn router(context: Context) -> Router {
@@ -309,11 +330,16 @@ async fn console(State(context): State<Context>, request: HttpRequest) -> Answer
         let message = format!("expected the header `Upgrade: {CONSOLE_PROTOCOL}`");
         return Err(Failure(StatusCode::UPGRADE_REQUIRED, message));
     }
+    let Ok(place) = context.consoles.clone().try_acquire_owned() else {
+        let message = format!("expected at most {MOST_CONSOLES} clients of the console at a time");
+        return Err(Failure(StatusCode::SERVICE_UNAVAILABLE, message));
+    };
     tokio::spawn(async move {
         match hyper::upgrade::on(request).await {
             Ok(upgraded) => serve_console(TokioIo::new(upgraded), context).await,
             Err(error) => tracing::debug!(%error, "console client did not upgrade"),
         }
+        drop(place);
     });
     let headers = [
         (header::UPGRADE, CONSOLE_PROTOCOL),
@@ -336,16 +362,11 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite,
 {
     let (mut reader, mut writer) = tokio::io::split(stream);
-    let (history, mut live) = context.console.attach();
+    let mut console = context.console.attach();
     let output = async {
-        writer.write_all(&history).await?;
         loop {
-            match live.recv().await {
-                Ok(bytes) => writer.write_all(&bytes).await?,
-                // Too slow: what was lost is lost, as on a real serial line.
-                Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return Ok(()),
-            }
+            // What is not taken in time is lost, as on a real serial line.
+            writer.write_all(&console.next().await).await?;
         }
     };
     let input = async {

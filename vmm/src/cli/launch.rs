@@ -11,6 +11,7 @@ use migration::{MemoryKind, ReceiveOptions, Receiver};
 use super::Exit;
 use super::args::{ClockArg, CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
 use super::detach::{Launch, Part, detach};
+use super::resources::raise_file_limit;
 use super::signals::{Held, outlive_file_size_limit, stay_with_the_terminal};
 use super::snapshot::with_bar;
 use super::stdin::forward_stdin;
@@ -218,6 +219,7 @@ fn begin(common: &CommonArgs) -> anyhow::Result<Part> {
     if let Part::Vm(launch) = &part {
         stay_with_the_terminal();
         start_log(launch.log())?;
+        raise_file_limit();
         keep_memory_private()?;
     }
     Ok(part)
@@ -230,8 +232,11 @@ fn open_console(launch: &Launch) -> anyhow::Result<Console> {
     Console::to_stdout().context("console")
 }
 
+/// A supervisor that hears of every thread that fails.
 fn new_supervisor(common: &CommonArgs, name: &str, console: &Console) -> Supervisor {
     let mut supervisor = Supervisor::new(name, console.clone());
+    let handle = supervisor.handle();
+    threads::report_failures_to(move |failure| handle.send(Event::ThreadFailed(failure)));
     supervisor.set_stop_timeout(common.stop_timeout);
     supervisor
 }

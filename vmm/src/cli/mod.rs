@@ -15,6 +15,7 @@ mod owner;
 mod place;
 mod progress;
 mod report;
+mod resources;
 mod signals;
 mod snapshot;
 mod stdin;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use threads::Role;
 use tokio::sync::oneshot;
 
 use super::Exit;
@@ -128,7 +129,10 @@ pub(super) fn with_bar<T>(work: impl FnOnce(&Watch) -> Result<T, SnapshotError>)
     let (done, waiting) = oneshot::channel::<()>();
     let ended = std::thread::scope(|scope| {
         let (watch, bar) = (&watch, &bar);
-        scope.spawn(move || block_on(accompany(watch, bar, waiting)));
+        // Without it nothing is shown, and the work goes on.
+        let _ = threads::spawn_scoped(scope, Role::Helper, "progress", move || {
+            block_on(accompany(watch, bar, waiting))
+        });
         let ended = work(watch);
         drop(done);
         ended

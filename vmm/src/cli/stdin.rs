@@ -11,6 +11,7 @@ use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::getpgrp;
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use threads::Role;
 
 use super::terminal::ESCAPE;
 use crate::api::ApiServer;
@@ -108,13 +109,11 @@ pub(super) fn forward_stdin(
     let continued = server.continued().clone();
     let keyboard = terminal.clone();
     // Ends with the process: a read cannot be interrupted otherwise.
-    std::thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || match keyboard {
-            Some(terminal) => forward_keys(&terminal, &continued, &input, &supervisor),
-            None => forward_bytes(&input),
-        })
-        .context("stdin thread")?;
+    threads::spawn(Role::Input, "stdin", move || match keyboard {
+        Some(terminal) => forward_keys(&terminal, &continued, &input, &supervisor),
+        None => forward_bytes(&input),
+    })
+    .context("stdin thread")?;
     Ok(terminal)
 }
 

@@ -3,17 +3,19 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 use devices::virtio::mmio::Worker;
 use devices::{ExitEvent, GuestExit};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use threads::{Failure, Role, Thread};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const NAME: &str = "devices";
 
 /// A running device thread. Dropping it ends it.
 pub(super) struct DeviceThread {
     end: EventFd,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
 }
 
 impl DeviceThread {
@@ -35,16 +37,18 @@ impl DeviceThread {
             end: end.try_clone()?,
             ended: ended.clone(),
         }));
-        let thread = std::thread::Builder::new()
-            .name("devices".into())
-            .spawn(move || {
-                while !ended.load(Ordering::Acquire) {
-                    if let Err(error) = manager.run() {
-                        tracing::error!(?error, "device thread");
-                        return;
-                    }
+        let thread = threads::spawn(Role::Devices, NAME, move || {
+            while !ended.load(Ordering::Acquire) {
+                if let Err(error) = manager.run() {
+                    threads::report(Failure {
+                        role: Role::Devices,
+                        name: NAME.into(),
+                        reason: format!("cannot wait for events: {error:?}"),
+                    });
+                    return;
                 }
-            })?;
+            }
+        })?;
         Ok(Self {
             end,
             thread: Some(thread),
@@ -102,5 +106,25 @@ impl MutEventSubscriber for EndWatch {
 fn watch_error(result: Result<(), event_manager::Error>) {
     if let Err(error) = result {
         tracing::error!(?error, "device thread cannot watch an event");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{keep_failures, wait_for_failure};
+
+    fn planted(_: GuestExit) {
+        panic!("planted");
+    }
+
+    #[test]
+    fn a_panic_on_the_device_thread_is_heard_of() {
+        keep_failures();
+        let exit = ExitEvent::new().unwrap();
+        let thread = DeviceThread::start(Vec::new(), exit.clone(), Box::new(planted)).unwrap();
+        exit.raise(GuestExit::Reset);
+        assert_eq!(wait_for_failure(Role::Devices).reason, "panicked: planted");
+        drop(thread);
     }
 }

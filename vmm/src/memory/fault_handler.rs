@@ -20,12 +20,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 use devices::GuestMemory;
 use migration::MemoryKind;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
+use threads::{Role, Thread};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::huge_pages::HUGE_PAGE;
@@ -37,7 +37,7 @@ use crate::boot::layout::PAGE_SIZE;
 pub struct FaultHandler {
     stream: UnixStream,
     ended: Arc<AtomicBool>,
-    watcher: Option<JoinHandle<()>>,
+    watcher: Option<Thread>,
     _descriptor: OwnedFd,
 }
 
@@ -73,15 +73,13 @@ impl FaultHandler {
         send(&stream, &mappings(memory), &descriptor).map_err(failed)?;
         let ended = Arc::new(AtomicBool::new(false));
         let watched = (stream.try_clone().map_err(failed)?, ended.clone());
-        let watcher = std::thread::Builder::new()
-            .name("fault handler".into())
-            .spawn(move || {
-                wait_end(watched.0);
-                if !watched.1.load(Ordering::Acquire) {
-                    on_gone();
-                }
-            })
-            .map_err(MemoryError::Thread)?;
+        let watcher = threads::spawn(Role::FaultHandler, "fault handler", move || {
+            wait_end(watched.0);
+            if !watched.1.load(Ordering::Acquire) {
+                on_gone();
+            }
+        })
+        .map_err(MemoryError::Thread)?;
         Ok(Self {
             stream,
             ended,

@@ -1,11 +1,13 @@
 //! Memory that is there before anybody needs it.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use devices::GuestMemory;
 use rustix::mm::Advice;
+use threads::{Role, joined};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::MemoryError;
@@ -30,15 +32,11 @@ pub fn make_resident(memory: &GuestMemory) -> Result<(), MemoryError> {
         Ok(())
     };
     thread::scope(|scope| {
-        let helper = thread::Builder::new()
-            .name("reserve".into())
-            .spawn_scoped(scope, work)
-            .map_err(MemoryError::Thread)?;
+        let helper = threads::spawn_scoped(scope, Role::Helper, "reserve", work);
+        let helper = helper.map_err(MemoryError::Thread)?;
         let here = work();
-        let there = helper
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        here.and(there)
+        let failed = |failure| Err(MemoryError::Thread(io::Error::other(failure)));
+        here.and(joined(helper.join()).unwrap_or_else(failed))
     })
 }
 

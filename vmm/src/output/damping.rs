@@ -50,3 +50,45 @@ impl<S: Subscriber> Layer<S> for Damping {
         admitted
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{self, BufRead, BufReader};
+    use std::os::fd::OwnedFd;
+
+    use tracing_subscriber::layer::SubscriberExt;
+
+    use super::*;
+    use crate::output::Descriptor;
+    use crate::output::log::EventWriter;
+
+    #[test]
+    fn one_place_cannot_flood_the_log_and_others_are_heard() {
+        let (reader, writer) = io::pipe().unwrap();
+        let to = Descriptor::File(File::from(OwnedFd::from(writer)));
+        let lines = Lines::start("log", to).unwrap();
+        let layer = tracing_subscriber::fmt::layer().with_writer(EventWriter(lines.clone()));
+        let subscriber = tracing_subscriber::registry()
+            .with(layer)
+            .with(Damping::new(lines));
+        let began = Instant::now();
+        tracing::subscriber::with_default(subscriber, || {
+            for number in 0..10_000 {
+                tracing::debug!(number, "a guest writes where it may not");
+            }
+            tracing::debug!("another place");
+        });
+        let most = BURST + PER_SECOND * (began.elapsed().as_secs() + 1);
+        let mut flood = 0;
+        let mut read = BufReader::new(reader).lines().map(Result::unwrap);
+        let mut seen = [false, false];
+        while seen != [true, true] {
+            let line = read.next().unwrap();
+            flood += u64::from(line.contains("a guest writes"));
+            seen[0] |= line.contains("another place");
+            seen[1] |= line.contains("log lines were left out");
+        }
+        assert!((BURST..=most).contains(&flood), "{flood} lines");
+    }
+}

@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use threads::Role;
+
 use super::{Descriptor, RAW};
 
 /// Bytes that wait for the thread; what comes on top is lost.
@@ -45,9 +47,7 @@ impl Lines {
         };
         let shared = lines.shared.clone();
         let mut writer = Writer::new(to);
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(move || shared.carry_to(&mut writer))?;
+        threads::spawn(Role::Log, name, move || shared.carry_to(&mut writer))?;
         Ok(lines)
     }
 

@@ -83,10 +83,10 @@ fn open_log(path: &Path) -> Result<File, LogError> {
 }
 
 /// Makes lines of events.
-struct EventWriter(Lines);
+pub(super) struct EventWriter(pub(super) Lines);
 
 /// One event, which comes whole.
-struct EventLine<'a>(&'a Lines);
+pub(super) struct EventLine<'a>(&'a Lines);
 
 impl<'a> MakeWriter<'a> for EventWriter {
     type Writer = EventLine<'a>;

@@ -19,8 +19,7 @@ use std::time::Duration;
 
 use lines::Lines;
 
-use allowance::Allowance;
-
+pub(crate) use allowance::Allowance;
 pub(crate) use descriptor::Descriptor;
 pub(crate) use log::start_log;
 

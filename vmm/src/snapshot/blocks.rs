@@ -11,6 +11,7 @@ use std::thread;
 
 use devices::GuestMemory;
 use migration::{MemoryRegion, PageSet};
+use threads::{Role, joined};
 use vm_memory::bitmap::{AtomicBitmap, RefSlice};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
@@ -185,19 +186,15 @@ fn each_block<T>(
     let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS)) - 1;
     thread::scope(|scope| {
         let helper = |_| {
-            thread::Builder::new()
-                .name("snapshot".into())
-                .spawn_scoped(scope, take_turns)
+            threads::spawn_scoped(scope, Role::Helper, "snapshot", take_turns)
                 .map_err(SnapshotError::Thread)
                 .inspect_err(|_| give_up())
         };
         let helpers: Vec<_> = (0..helpers).map(helper).collect::<Result<_, _>>()?;
         let mut done = take_turns();
         for helper in helpers {
-            let other = helper
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            done = done.and(other);
+            let failed = |failure| Err(SnapshotError::Thread(io::Error::other(failure)));
+            done = done.and(joined(helper.join()).unwrap_or_else(failed));
         }
         done
     })?;

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, Receiver};
+use threads::Role;
 
 use super::request::{Arrived, Ended, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
@@ -18,7 +19,7 @@ pub(super) fn start_migration(
     control: Arc<Control>,
     supervisor: SupervisorHandle,
 ) -> io::Result<Job> {
-    Job::start("migration", control.clone(), move || {
+    Job::start(Role::Migration, "migration", control.clone(), move || {
         let mut source = MigrationSource::new(machine);
         let migrate = AssertUnwindSafe(|| migration::migrate(&mut source, &destination, &options, &control));
         // The engine catches panics of its own and of the machine; after one that got through, nobody knows
@@ -39,7 +40,7 @@ impl Supervisor {
     pub fn receive(&mut self, receiver: Receiver, destination: MigrationDestination) -> io::Result<()> {
         let control = Arc::new(Control::new()?);
         let (job_control, supervisor) = (control.clone(), self.handle.clone());
-        let job = Job::start("receive", control, move || {
+        let job = Job::start(Role::Receive, "receive", control, move || {
             let wait =
                 AssertUnwindSafe(|| wait_for_machine(receiver, destination, &job_control, &supervisor));
             let panicked = |_| Event::ReceiveFailed("the receiving job panicked".into());

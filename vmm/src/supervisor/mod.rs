@@ -11,6 +11,7 @@ mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod thread_failure;
 mod withdraw;
 
 use std::collections::VecDeque;
@@ -18,12 +19,12 @@ use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::GuestExit;
 use migration::{Control, Receiver, Report};
 use thiserror::Error;
+use threads::{Failure, Role, Thread};
 use tokio::sync::broadcast;
 
 use crate::api::ApiServer;
@@ -71,6 +72,8 @@ pub enum SupervisorError {
     Receive(String),
     #[error("{0}")]
     Restore(String),
+    #[error(transparent)]
+    Thread(#[from] Failure),
     #[error("the page-fault handler has hung up: the guest cannot go on without the rest of its memory")]
     FaultHandlerGone,
 }
@@ -86,7 +89,7 @@ enum Life {
 /// A job on a thread of its own.
 struct Job {
     control: Arc<Control>,
-    thread: JoinHandle<()>,
+    thread: Thread,
     /// Disconnected once the thread is about to end.
     ended: mpsc::Receiver<Infallible>,
 }
@@ -95,9 +98,14 @@ struct Job {
 const ENDING: Duration = Duration::from_secs(60);
 
 impl Job {
-    fn start(name: &str, control: Arc<Control>, work: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+    fn start(
+        role: Role,
+        name: &str,
+        control: Arc<Control>,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Self> {
         let (at_work, ended) = mpsc::channel();
-        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+        let thread = threads::spawn(role, name, move || {
             let _at_work = at_work;
             work();
         })?;
@@ -161,6 +169,8 @@ pub struct Supervisor {
     machines: u64,
     /// Somebody asked for the end while a machine was being received or moved, or a snapshot written.
     leaving: bool,
+    /// Why the VM ends, if it is asked to end because a thread failed.
+    failure: Option<Failure>,
 }
 
 impl Supervisor {
@@ -190,6 +200,7 @@ impl Supervisor {
             resetting: false,
             machines: 0,
             leaving: false,
+            failure: None,
         }
     }
 
@@ -259,6 +270,7 @@ impl Supervisor {
         if !may_hang {
             self.settle_resolving();
         }
+        let ending = self.settle_failure(ending);
         self.end(server);
         ending
     }
@@ -286,6 +298,7 @@ impl Supervisor {
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
             Event::Restored(restored) => return self.restored(restored, server).map(Err),
+            Event::ThreadFailed(failure) => return self.thread_failed(failure, server),
             Event::FaultHandlerGone => return Some(Err(SupervisorError::FaultHandlerGone)),
             Event::ReceiveFailed(_) if self.leaving => return Some(Ok(Ending::Stopped)),
             Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use migration::Control;
+use threads::Role;
 
 use super::request::Reply;
 use super::{Event, Job, Refusal, Request, Supervisor, answer, failed};
@@ -69,7 +70,8 @@ impl Supervisor {
             drop(machine);
             supervisor.send(Event::OperationEnded(ended));
         };
-        let job = Control::new().and_then(|control| Job::start("operate", Arc::new(control), run));
+        let job =
+            Control::new().and_then(|control| Job::start(Role::Operation, "operate", Arc::new(control), run));
         match job {
             Ok(job) => {
                 self.operation = Some(Operation { job, reply, pauses });

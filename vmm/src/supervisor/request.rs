@@ -6,6 +6,7 @@ use std::time::Duration;
 use devices::virtio::balloon;
 use migration::{Answer, AskError, Decision, Doubt, MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
+use threads::Failure;
 use tokio::sync::{broadcast, oneshot};
 
 use crate::api::{DriveUpdate, InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
@@ -143,6 +144,8 @@ pub(crate) enum Event {
     ReceiveFailed(String),
     /// The machine of a snapshot is there, or cannot be had.
     Restored(Result<Box<Machine>, String>),
+    /// A thread has failed.
+    ThreadFailed(Failure),
     /// Whoever brings the pages of guest memory has gone.
     FaultHandlerGone,
 }

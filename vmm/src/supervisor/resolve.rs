@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::{Answer, AskError, Control, Decision, Doubt, Remains, Source};
+use threads::Role;
 
 use super::request::Reply;
 use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
@@ -203,7 +204,8 @@ impl Supervisor {
             }
             supervisor.send(Event::TakenBack(source, resumed));
         };
-        let job = Control::new().and_then(|control| Job::start("resolve", Arc::new(control), go_on));
+        let job =
+            Control::new().and_then(|control| Job::start(Role::Resolve, "resolve", Arc::new(control), go_on));
         match job {
             Ok(job) => {
                 self.resolving = Some(Resolving::TakingBack {
@@ -333,7 +335,7 @@ fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Verdic
 /// Asks on a thread of its own, which ends with its answer.
 fn ask(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
     let ask = move || supervisor.send(Event::Answered(doubt.ask(ASK_TIMEOUT)));
-    std::thread::Builder::new().name("resolve".into()).spawn(ask)?;
+    threads::spawn(Role::Resolve, "resolve", ask)?;
     Ok(())
 }
 

@@ -4,7 +4,8 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
-use std::thread::JoinHandle;
+
+use threads::{Role, Thread};
 
 use super::{ApiServer, Event, Supervisor, SupervisorError};
 use crate::footprint::give_back_text;
@@ -12,7 +13,7 @@ use crate::machine::{Machine, MachineError};
 
 /// The job, and what is to be done when it has made its machine.
 pub(super) struct RestoreJob {
-    thread: JoinHandle<()>,
+    thread: Thread,
     /// Whether it may have to wait for pages, for ever.
     may_hang: bool,
     /// What calls it off when it is dropped, as long as the job waits for something.
@@ -51,15 +52,13 @@ impl Supervisor {
         announce: impl FnOnce() + 'static,
     ) -> io::Result<()> {
         let supervisor = self.handle.clone();
-        let thread = std::thread::Builder::new()
-            .name("restore".into())
-            .spawn(move || {
-                let made = catch_unwind(AssertUnwindSafe(make)).map_or_else(
-                    |_| Err("the restoring job panicked".into()),
-                    |made| made.map_err(|error| migration::chain(&error)),
-                );
-                supervisor.send(Event::Restored(made.map(Box::new)));
-            })?;
+        let thread = threads::spawn(Role::Restore, "restore", move || {
+            let made = catch_unwind(AssertUnwindSafe(make)).map_or_else(
+                |_| Err("the restoring job panicked".into()),
+                |made| made.map_err(|error| migration::chain(&error)),
+            );
+            supervisor.send(Event::Restored(made.map(Box::new)));
+        })?;
         self.restore = Some(RestoreJob {
             thread,
             may_hang,

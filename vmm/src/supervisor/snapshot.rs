@@ -3,8 +3,9 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
+
+use threads::{Role, Thread};
 
 use super::request::Reply;
 use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, answer, failed};
@@ -15,7 +16,7 @@ use crate::vcpu::Holder;
 
 /// The job, and who waits for it.
 pub(super) struct SnapshotJob {
-    thread: JoinHandle<()>,
+    thread: Thread,
     watch: Arc<Watch>,
     keep_running: bool,
     reply: Reply<SnapshotReport>,
@@ -104,22 +105,20 @@ fn start(
     request: SnapshotRequest,
     watch: Arc<Watch>,
     supervisor: SupervisorHandle,
-) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name("snapshot".into())
-        .spawn(move || {
-            let write = AssertUnwindSafe(|| write(&machine, &request, &watch));
-            let ended = catch_unwind(write).map_or_else(
-                |_| Err("the snapshot job panicked".into()),
-                |ended| ended.map_err(|error| migration::chain(&error)),
-            );
-            if let Err(error) = &ended {
-                tracing::warn!("no snapshot in {}: {error}", request.path.display());
-            }
-            // The supervisor must be the last owner of the machine when it hears of the end.
-            drop(machine);
-            supervisor.send(Event::SnapshotEnded(ended));
-        })
+) -> io::Result<Thread> {
+    threads::spawn(Role::Snapshot, "snapshot", move || {
+        let write = AssertUnwindSafe(|| write(&machine, &request, &watch));
+        let ended = catch_unwind(write).map_or_else(
+            |_| Err("the snapshot job panicked".into()),
+            |ended| ended.map_err(|error| migration::chain(&error)),
+        );
+        if let Err(error) = &ended {
+            tracing::warn!("no snapshot in {}: {error}", request.path.display());
+        }
+        // The supervisor must be the last owner of the machine when it hears of the end.
+        drop(machine);
+        supervisor.send(Event::SnapshotEnded(ended));
+    })
 }
 
 /// The guest goes on as soon as its memory was read, or stays as it is for good once all is on the disk. Whatever

@@ -25,7 +25,7 @@ fn rig() -> Rig {
 }
 
 fn job() -> Job {
-    Job::start("job", Arc::new(Control::new().unwrap()), || {}).unwrap()
+    Job::start(Role::Receive, "job", Arc::new(Control::new().unwrap()), || {}).unwrap()
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn a_job_that_hangs_is_left_alone_in_the_end() {
         let _ = entered.send(());
         let _ = hangs.recv();
     };
-    let job = Job::start("job", control.clone(), hang).unwrap();
+    let job = Job::start(Role::Receive, "job", control.clone(), hang).unwrap();
     inside.recv().unwrap();
     job.end_within(Duration::from_millis(20));
     assert!(control.is_cancelled());
@@ -46,7 +46,7 @@ fn a_job_that_hangs_is_left_alone_in_the_end() {
     let ended = Arc::new(());
     let seen = ended.clone();
     let work = move || drop(seen);
-    Job::start("job", control, work)
+    Job::start(Role::Receive, "job", control, work)
         .unwrap()
         .end_within(Duration::from_secs(60));
     assert_eq!(Arc::strong_count(&ended), 1, "waited for");
@@ -195,4 +195,93 @@ fn a_decision_is_answered_by_what_the_receiving_job_does() {
         answer.try_recv().unwrap(),
         Err(Refusal::NothingToDecide)
     ));
+}
+
+fn failure(role: Role) -> Event {
+    Event::ThreadFailed(Failure {
+        role,
+        name: "thread".into(),
+        reason: "panicked: planted".into(),
+    })
+}
+
+#[test]
+fn a_thread_that_the_guest_needs_takes_the_vm_along_with_an_error() {
+    for role in [Role::Devices, Role::Vcpu, Role::FaultHandler] {
+        let mut rig = rig();
+        let ending = rig.supervisor.handle_event(failure(role), &rig.server);
+        assert!(
+            matches!(ending, Some(Err(SupervisorError::Thread(_)))),
+            "{role:?}"
+        );
+    }
+    for role in [
+        Role::Console,
+        Role::Input,
+        Role::Log,
+        Role::Stream,
+        Role::Greeting,
+        Role::Door,
+    ] {
+        let mut rig = rig();
+        assert!(
+            rig.supervisor.handle_event(failure(role), &rig.server).is_none(),
+            "{role:?}"
+        );
+        assert_eq!(
+            rig.supervisor.settle_failure(Ok(Ending::Stopped)).unwrap(),
+            Ending::Stopped
+        );
+    }
+}
+
+#[test]
+fn a_receiver_without_a_door_ends_with_an_error_unless_a_guest_comes() {
+    let mut rig = rig();
+    let job = job();
+    let control = job.control.clone();
+    rig.supervisor.life = Some(Life::Receiving(job));
+    assert!(
+        rig.supervisor
+            .handle_event(failure(Role::Door), &rig.server)
+            .is_none()
+    );
+    assert!(control.is_cancelled());
+    let last = Event::ReceiveFailed("called off".into());
+    let ending = rig.supervisor.handle_event(last, &rig.server).unwrap();
+    let ending = rig.supervisor.settle_failure(ending);
+    assert!(matches!(ending, Err(SupervisorError::Thread(_))));
+    assert_eq!(
+        rig.supervisor.settle_failure(Ok(Ending::Moved)).unwrap(),
+        Ending::Moved
+    );
+}
+
+#[test]
+fn the_api_is_served_again_and_the_vm_ends_if_it_cannot_be() {
+    let mut rig = rig();
+    let ending = loop {
+        if let Some(ending) = rig.supervisor.handle_event(failure(Role::Api), &rig.server) {
+            break ending;
+        }
+    };
+    let ending = rig.supervisor.settle_failure(ending);
+    assert!(matches!(ending, Err(SupervisorError::Thread(_))));
+}
+
+#[test]
+fn whoever_waits_for_an_answer_hears_that_nobody_asks() {
+    let mut rig = rig();
+    let (reply, mut answer) = oneshot::channel();
+    rig.supervisor.resolving = Some(Resolving::Asking {
+        decision: None,
+        reply,
+    });
+    assert!(
+        rig.supervisor
+            .handle_event(failure(Role::Resolve), &rig.server)
+            .is_none()
+    );
+    assert!(answer.try_recv().unwrap().is_err());
+    assert!(rig.supervisor.resolving.is_none());
 }

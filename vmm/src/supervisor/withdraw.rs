@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migration::{Answer, Doubt, Remains, Source};
+use threads::Role;
 
 use super::{Event, Life, Side, Supervisor, SupervisorHandle};
 use crate::machine::MigrationSource;
@@ -38,7 +39,7 @@ impl Supervisor {
         }
         let supervisor = self.handle.clone();
         let ask = move || ask_until_answered(doubt, &supervisor);
-        match thread::Builder::new().name("withdraw".into()).spawn(ask) {
+        match threads::spawn(Role::Withdraw, "withdraw", ask) {
             Ok(_) => self.withdrawals.asked += 1,
             Err(error) => tracing::warn!(%error, "the destination is not told that no \"go\" will come"),
         }

@@ -8,11 +8,11 @@ mod throttle;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
+use threads::{Role, Thread};
 use vmm_sys_util::signal::Killable;
 
 use throttle::Throttle;
@@ -47,7 +47,7 @@ pub enum VcpuError {
 pub struct VcpuSet {
     gate: Arc<Gate>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
+    threads: Arc<Mutex<Vec<Thread>>>,
     throttle: Throttle,
 }
 
@@ -62,7 +62,7 @@ impl VcpuSet {
         kick::install_handler().map_err(VcpuError::Handler)?;
         let gate = Arc::new(Gate::new(vcpus.len()));
         let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
-        let threads: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
+        let threads: Arc<Mutex<Vec<Thread>>> = Arc::default();
         let kick_one = {
             let threads = threads.clone();
             Arc::new(move |id| lock(&threads).get(id).into_iter().for_each(kick_thread))
@@ -76,16 +76,14 @@ impl VcpuSet {
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
             let (gate, vcpu, buses, on_failure) =
                 (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{id}"))
-                .spawn(move || {
-                    let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &buses)));
-                    if let Err(failure) = ran.unwrap_or(Err(VcpuFailure::Panicked(id))) {
-                        gate.retire();
-                        on_failure(failure);
-                    }
-                })
-                .map_err(|source| VcpuError::Spawn { id, source })?;
+            let thread = threads::spawn(Role::Vcpu, format!("vcpu{id}"), move || {
+                let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &buses)));
+                if let Err(failure) = ran.unwrap_or(Err(VcpuFailure::Panicked(id))) {
+                    gate.retire();
+                    on_failure(failure);
+                }
+            })
+            .map_err(|source| VcpuError::Spawn { id, source })?;
             lock(&set.threads).push(thread);
         }
         Ok(set)
@@ -163,12 +161,12 @@ impl VcpuSet {
     }
 }
 
-fn kick_thread(thread: &JoinHandle<()>) {
+fn kick_thread(thread: &Thread) {
     // Fails only for a thread that has ended, which needs no kick.
     let _ = thread.kill(kick::signal());
 }
 
-fn lock(threads: &Mutex<Vec<JoinHandle<()>>>) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+fn lock(threads: &Mutex<Vec<Thread>>) -> MutexGuard<'_, Vec<Thread>> {
     threads.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -5,10 +5,10 @@
 //! the next slice makes up for the difference, so that late timers do not change the share.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use migration::MAX_THROTTLE;
+use threads::{Role, Thread};
 
 use super::VcpuError;
 use super::gate::Gate;
@@ -33,7 +33,7 @@ pub(super) struct Throttle {
     gate: Arc<Gate>,
     kick: Kick,
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<Thread>>,
 }
 
 #[derive(Default)]
@@ -75,16 +75,14 @@ impl Throttle {
         self.gate.end_slices();
         if thread.is_none() {
             let (gate, kick, shared) = (self.gate.clone(), self.kick.clone(), self.shared.clone());
-            let spawned = std::thread::Builder::new()
-                .name("throttle".into())
-                .spawn(move || run(&gate, &kick, &shared))
-                .map_err(VcpuError::Throttle)?;
-            *thread = Some(spawned);
+            let run = move || run(&gate, &kick, &shared);
+            let spawned = threads::spawn(Role::Throttle, "throttle", run);
+            *thread = Some(spawned.map_err(VcpuError::Throttle)?);
         }
         Ok(())
     }
 
-    fn end(&self, thread: &mut Option<JoinHandle<()>>) {
+    fn end(&self, thread: &mut Option<Thread>) {
         self.shared.lock().clear();
         self.shared.changed.notify_all();
         if let Some(thread) = thread.take() {

@@ -4,7 +4,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::Queue;
@@ -44,6 +44,11 @@ pub(super) struct Core {
     pub(super) paused: bool,
 }
 
+/// Why a device cannot go on that did not end its work.
+#[derive(Debug, thiserror::Error)]
+#[error("it panicked")]
+struct Panicked;
+
 impl Shared {
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
@@ -73,7 +78,13 @@ impl Shared {
     }
 
     pub(super) fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock().unwrap_or_else(|poisoned| {
+            // Whoever panicked has left the device half-way.
+            self.core.clear_poison();
+            let mut core = poisoned.into_inner();
+            self.needs_reset(&mut core, &Panicked);
+            core
+        })
     }
 
     pub(super) fn status(&self) -> u8 {

@@ -122,6 +122,21 @@ fn a_broken_ring_needs_a_reset() {
 }
 
 #[test]
+fn a_device_that_panicked_needs_a_reset() {
+    let mut driver = Driver::ready(rng());
+    let shared = driver.transport.shared.clone();
+    let panicked = std::thread::spawn(move || {
+        let _core = shared.core();
+        panic!("planted");
+    });
+    assert!(panicked.join().is_err());
+    driver.kick();
+    assert_eq!(driver.get(0x070), NEEDS_RESET_SEEN);
+    driver.bring_up();
+    assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
+}
+
+#[test]
 fn interrupts_are_acknowledged() {
     let mut driver = Driver::ready(rng());
     driver.submit(&[writes(DATA, 8)]);
