@@ -1,14 +1,11 @@
 //! Where sources connect: every address of a TCP endpoint, or a Unix socket.
 
-use std::fs::{self, Metadata};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use named_socket::NamedListener;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
@@ -26,18 +23,7 @@ pub(crate) struct Listener {
 #[derive(Debug)]
 enum Socket {
     Tcp(Vec<TcpListener>),
-    Unix {
-        listener: UnixListener,
-        _file: SocketFile,
-    },
-}
-
-/// The file of a Unix socket, removed on drop unless somebody else has put another in its place.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
+    Unix(NamedListener),
 }
 
 impl Listener {
@@ -55,17 +41,9 @@ impl Listener {
                 (Socket::Tcp(listeners), Endpoint::Tcp(bound))
             }
             Endpoint::Unix(path) => {
-                clear_stale(path, endpoint)?;
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                listener.set_nonblocking(true).map_err(failed)?;
-                let file = SocketFile::new(path).map_err(failed)?;
-                (
-                    Socket::Unix {
-                        listener,
-                        _file: file,
-                    },
-                    endpoint.clone(),
-                )
+                let listener = NamedListener::bind(path)?;
+                listener.listener().set_nonblocking(true).map_err(failed)?;
+                (Socket::Unix(listener), endpoint.clone())
             }
         };
         Ok(Self { socket, endpoint })
@@ -129,8 +107,8 @@ impl Listener {
                 }
                 Err(nobody)
             }
-            Socket::Unix { listener, .. } => {
-                let (stream, _) = listener.accept()?;
+            Socket::Unix(listener) => {
+                let (stream, _) = listener.listener().accept()?;
                 Connection::from_unix(stream, self.endpoint.clone())
             }
         }
@@ -139,7 +117,7 @@ impl Listener {
     fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let (tcp, unix) = match &self.socket {
             Socket::Tcp(listeners) => (&listeners[..], None),
-            Socket::Unix { listener, .. } => (&[][..], Some(listener.as_fd())),
+            Socket::Unix(listener) => (&[][..], Some(listener.listener().as_fd())),
         };
         tcp.iter().map(AsFd::as_fd).chain(unix)
     }
@@ -206,58 +184,16 @@ fn bind_tcp(address: SocketAddr, among_others: bool) -> Result<TcpListener, Errn
     Ok(socket.into())
 }
 
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok(Self {
-            path: path.to_owned(),
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let ours = |metadata: Metadata| metadata.dev() == self.device && metadata.ino() == self.inode;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
-            // Whoever removed it first has done our work.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Makes room for a socket: removes one that nobody listens on, refuses whatever else is there.
-fn clear_stale(path: &Path, endpoint: &Endpoint) -> Result<(), TransportError> {
-    let failed = |source| TransportError::Listen {
-        endpoint: endpoint.clone(),
-        source,
-    };
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => {}
-        Ok(_) => {
-            return Err(TransportError::NotASocket {
-                endpoint: endpoint.clone(),
-            });
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Ok(_) => Err(TransportError::InUse {
-            endpoint: endpoint.clone(),
-        }),
-        Err(error) => Err(failed(error)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
     use std::thread;
     use std::time::Duration;
+
+    use named_socket::NamedListenerError;
 
     use super::*;
 
@@ -266,29 +202,19 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_in_use_is_refused_and_a_stale_one_taken_over() {
+    fn a_unix_socket_is_its_owners_alone_and_takes_nothing_away() {
         let dir = tempfile::tempdir().unwrap();
-        let endpoint = unix(&dir.path().join("a"));
-        let listener = Listener::bind(&endpoint).unwrap();
+        let path = dir.path().join("a");
+        let listener = Listener::bind(&unix(&path)).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        let in_use = Listener::bind(&unix(&path)).unwrap_err();
         assert!(matches!(
-            Listener::bind(&endpoint),
-            Err(TransportError::InUse { .. })
+            in_use,
+            TransportError::Named(NamedListenerError::InUse { .. })
         ));
         drop(listener);
-        assert!(!dir.path().join("a").exists());
-
-        drop(UnixListener::bind(dir.path().join("a")).unwrap());
-        assert!(dir.path().join("a").exists(), "left behind");
-        let listener = Listener::bind(&endpoint).unwrap();
-
-        fs::remove_file(dir.path().join("a")).unwrap();
-        fs::write(dir.path().join("a"), "precious").unwrap();
-        drop(listener);
-        assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"precious");
-        assert!(matches!(
-            Listener::bind(&endpoint),
-            Err(TransportError::NotASocket { .. })
-        ));
+        assert!(!path.exists());
     }
 
     #[test]

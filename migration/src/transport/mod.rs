@@ -11,6 +11,8 @@ pub(crate) use listener::Listener;
 use std::io;
 use std::time::Duration;
 
+use named_socket::NamedListenerError;
+
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
@@ -40,18 +42,9 @@ pub enum TransportError {
         #[source]
         source: io::Error,
     },
-    /// Another process listens on that socket.
-    #[error("cannot listen on {endpoint}: the socket is in use")]
-    InUse {
-        /// Where.
-        endpoint: Endpoint,
-    },
-    /// Something that is no socket is in the way.
-    #[error("cannot listen on {endpoint}: expected a free path or a socket, found another kind of file")]
-    NotASocket {
-        /// Where.
-        endpoint: Endpoint,
-    },
+    /// The Unix socket cannot be listened on.
+    #[error("cannot listen")]
+    Named(#[from] NamedListenerError),
     /// The listener or the new connection failed.
     #[error("cannot accept a connection on {endpoint}")]
     Accept {

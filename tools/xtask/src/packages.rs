@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::workspace::{output, say};
@@ -58,19 +58,38 @@ impl Candidate {
     }
 }
 
+/// Rounds of installing after which packages that drive each other out are given up.
+const ROUNDS: usize = 3;
+
 /// Installs those of `names` that are missing, system-wide, as root or through sudo.
 pub(crate) fn ensure(names: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
-    if missing.is_empty() {
-        return Ok(());
+    for _ in 0..ROUNDS {
+        let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        // Another version of one of them, from other sources, may not go with what is missing, and apt removes it then:
+        // the next round installs the one that does.
+        install(&missing)?;
     }
-    need_debian(&missing)?;
+    let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
+    ensure!(
+        missing.is_empty(),
+        "expected {} to be installed together, still missing: {}",
+        names.join(", "),
+        missing.join(", ")
+    );
+    Ok(())
+}
+
+fn install(missing: &[&str]) -> Result<()> {
+    need_debian(missing)?;
     say(format_args!("installing {}", missing.join(" ")));
     let install = || {
         let mut command = as_root("apt-get");
         command
             .args(["install", "--yes", "--quiet", "--no-install-recommends"])
-            .args(&missing);
+            .args(missing);
         command.env("DEBIAN_FRONTEND", "noninteractive");
         output(&mut command).context(NEEDS_ROOT)
     };
