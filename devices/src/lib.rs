@@ -13,6 +13,7 @@ pub mod virtio;
 #[cfg(test)]
 mod cases;
 mod exit;
+mod helper;
 mod host_socket;
 mod limited;
 mod metrics;

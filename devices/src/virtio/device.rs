@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::{Envelope, Record, StateError};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -27,8 +28,8 @@ pub(super) fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
 ///
 /// The transport owns the queues, the feature negotiation and the interrupt; it lends the queues for the time of
 /// one [`VirtioDevice::process_queue`], [`VirtioDevice::process_host`] or [`VirtioDevice::drain`]. What a device has in
-/// flight between two calls is finished by `drain`, which comes before it is saved, and waited for by a reset and when it
-/// is dropped.
+/// flight between two calls is finished by `drain`, which comes before it is saved, and ended by a reset and when it is
+/// dropped.
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2, 5).
     fn device_type(&self) -> u32;
@@ -61,11 +62,13 @@ pub trait VirtioDevice: Send {
     /// could take, or says [`Progress::More`].
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
 
-    /// Back to the state before [`VirtioDevice::activate`]. Nothing writes to memory afterwards.
-    fn reset(&mut self);
+    /// Back to the state before [`VirtioDevice::activate`]. Whether nothing writes to memory any more that began before: if
+    /// not, this is called again in time. It waits for nothing itself.
+    fn reset(&mut self) -> bool;
 
-    /// Finishes work in flight and makes what the guest was told is done durable.
-    fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError>;
+    /// Finishes work in flight and makes what the guest was told is done durable. If that is not over by `until` it fails,
+    /// and the device can go on with it.
+    fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError>;
 
     /// Adds the device's saved state to `envelope`.
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError>;
@@ -147,6 +150,15 @@ pub enum DeviceError {
     /// The backend failed.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// Work in flight takes too long.
+    #[error("{what}: expected what it has begun to be over in time, but it is not")]
+    InFlight {
+        /// Whatever is at work.
+        what: String,
+    },
+    /// What the guest was told is done may be lost with the host.
+    #[error("expected what was written to be durable, but it cannot be written back")]
+    NotDurable,
     /// The saved state does not fit the device that is here.
     #[error("saved state of the device: {what}: expected {expected}, got {got}")]
     Mismatch {

@@ -367,7 +367,9 @@ impl Driver {
 
     pub(crate) fn save(&self) -> Envelope {
         self.transport.pause();
-        self.transport.drain().unwrap();
+        self.transport
+            .drain(Instant::now() + Duration::from_secs(10))
+            .unwrap();
         let mut envelope = Envelope::new();
         self.transport.save(&mut envelope, "dev0").unwrap();
         Envelope::decode(&envelope.encode()).unwrap()

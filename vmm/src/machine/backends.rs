@@ -262,14 +262,11 @@ fn socket_device(
 }
 
 fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {
-    let control = Control::new(bytes).map_err(|source| MachineError::Io {
-        what: "balloon",
-        source,
-    })?;
-    let control = Arc::new(control);
+    let control = Arc::new(Control::new(bytes).map_err(io_error("balloon"))?);
+    let device = Balloon::new(control.clone(), deflate_on_oom).map_err(io_error("balloon"))?;
     Ok(NamedDevice {
-        balloon: Some(control.clone()),
-        ..named(BALLOON_ID, Balloon::new(control, deflate_on_oom))
+        balloon: Some(control),
+        ..named(BALLOON_ID, device)
     })
 }
 

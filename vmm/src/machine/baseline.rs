@@ -10,7 +10,7 @@
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use migration::{DirtyLog, PageSet};
+use migration::{DirtyLog, MemoryRange, PageSet};
 
 use super::{Machine, MachineError};
 use crate::memory::{self, MemoryError};
@@ -26,7 +26,8 @@ pub(super) struct Baseline {
 
 /// How pages that were written are known.
 enum Written {
-    /// Memory is mapped from the snapshot's file; what was written is this process's own.
+    /// Memory is mapped from the snapshot's file; what was written is this process's own, and what was given up is known to
+    /// the balloon.
     PrivateCopies,
     /// KVM and the devices log it.
     Log(Arc<dyn DirtyLog>),
@@ -62,17 +63,14 @@ impl Machine {
     /// The last snapshot, and the pages that may have been written since. Of a machine that stands still.
     pub(super) fn written(&self) -> Result<(SnapshotId, PageSet), MachineError> {
         let baseline = self.baseline();
-        baseline
-            .as_ref()
-            .ok_or(MachineError::NoBase)?
-            .written(&self.memory)
+        baseline.as_ref().ok_or(MachineError::NoBase)?.written(self)
     }
 
     /// Logs from now on what is written after the snapshot `id`. Of a machine that stands still, whose memory is in
     /// that snapshot.
     pub(super) fn track(&self, id: &SnapshotId) -> Result<Tracking<'_>, MachineError> {
         let mut baseline = self.baseline();
-        let previous = baseline.as_ref().map(|before| before.written(&self.memory));
+        let previous = baseline.as_ref().map(|before| before.written(self));
         let previous = previous.transpose()?;
         let log = match &*baseline {
             Some(Baseline {
@@ -160,10 +158,18 @@ impl Baseline {
         matches!(self.written, Written::Log(_))
     }
 
-    fn written(&self, memory: &devices::GuestMemory) -> Result<(SnapshotId, PageSet), MachineError> {
-        let mut pages = PageSet::of(memory).map_err(MemoryError::from)?;
+    fn written(&self, machine: &Machine) -> Result<(SnapshotId, PageSet), MachineError> {
+        let mut pages = PageSet::of(&machine.memory).map_err(MemoryError::from)?;
         match &self.written {
-            Written::PrivateCopies => memory::private_copies(memory, &mut pages)?,
+            Written::PrivateCopies => {
+                memory::private_copies(&machine.memory, &mut pages)?;
+                // No copies, but zeroes now.
+                for (gpa, len) in machine.replaced() {
+                    pages
+                        .insert_range(MemoryRange { gpa, len })
+                        .map_err(MemoryError::from)?;
+                }
+            }
             Written::Log(log) => log.peek(&mut pages).map_err(MachineError::DirtyLog)?,
         }
         if let Some(earlier) = &self.earlier {

@@ -5,6 +5,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, PvPanic, Serial};
@@ -26,6 +27,9 @@ use crate::console::Console;
 const SERIAL_PORTS: u64 = 8;
 /// Ports of the keyboard controller: data at the first, command and status at the fifth.
 const I8042_PORTS: u64 = 5;
+/// How long devices have to finish what they have begun, and to make it durable: whatever wants a guest that stands still
+/// fails after that, and the guest goes on.
+pub(super) const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Begins the name of a virtio device's saved state; the device's own name follows.
 pub(crate) const INSTANCE_PREFIX: &str = "virtio/";
 
@@ -192,13 +196,14 @@ impl DeviceSet {
         self.for_each_backend(HostBackend::flush)
     }
 
-    /// No device writes guest memory when it returns, and what the guest was told is on the disk.
-    pub(super) fn drain(&self) -> Result<(), MachineError> {
+    /// No device writes guest memory when it returns, and what the guest was told is on the disk. If that is not so by
+    /// `until` it fails, and [`DeviceSet::resume`] has them go on.
+    pub(super) fn drain(&self, until: Instant) -> Result<(), MachineError> {
         for slot in &self.virtio {
             slot.transport().pause();
         }
         for slot in &self.virtio {
-            slot.transport().drain()?;
+            slot.transport().drain(until)?;
         }
         Ok(())
     }

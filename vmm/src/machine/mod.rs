@@ -127,7 +127,7 @@ impl Machine {
     fn settle_devices(&self) -> Result<(), MachineError> {
         // A device that waits for a page may wait for ever.
         if self.fault_handler.is_none() {
-            self.devices.drain()?;
+            self.devices.drain(Instant::now() + devices::DRAIN_TIME)?;
         }
         self.devices.write_out()
     }
@@ -243,13 +243,20 @@ impl Machine {
     /// Adds every page that may hold something to `into`.
     fn populated(&self, into: &mut PageSet) -> Result<(), MemoryError> {
         if self.fault_handler.is_none() {
-            return memory::populated(&self.memory, into);
+            return memory::populated(&self.memory, &self.replaced(), into);
         }
         // Only the handler knows what those hold that never came.
         for (gpa, len) in memory::ranges(&self.memory) {
             into.insert_range(MemoryRange { gpa, len })?;
         }
         Ok(())
+    }
+
+    /// What its balloon has given up of the snapshot's file that it is mapped from; see [`::devices::virtio::balloon`].
+    fn replaced(&self) -> Vec<(u64, u64)> {
+        self.balloon()
+            .map(|balloon| balloon.replaced())
+            .unwrap_or_default()
     }
 
     /// CPU template in force.

@@ -12,6 +12,7 @@ use migration::{
 };
 
 use super::Machine;
+use super::devices::DRAIN_TIME;
 use crate::memory;
 use crate::vcpu::Holder;
 
@@ -194,7 +195,7 @@ impl Source for MigrationSource {
     }
 
     fn drain(&mut self) -> Result<(), PortError> {
-        Ok(self.machine.devices.drain()?)
+        Ok(self.machine.devices.drain(Instant::now() + DRAIN_TIME)?)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, PortError> {

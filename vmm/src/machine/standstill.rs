@@ -6,6 +6,7 @@ use ::devices::GuestMemory;
 use migration::PageSet;
 
 use super::baseline::Tracking;
+use super::devices::DRAIN_TIME;
 use super::vmclock::Disruption;
 use super::{Machine, MachineError, MigrationDestination};
 use crate::clock::ClockStart;
@@ -25,6 +26,8 @@ impl Machine {
     /// file of a snapshot has what is on it.
     pub fn stand_still(&self) -> Result<Standstill<'_>, MachineError> {
         self.devices.check_disks_kept(&[])?;
+        // While the guest runs, so that little is left to be written back when it does not.
+        self.devices.flush()?;
         // Made first: a pause that fails lets go as well.
         let mut standstill = Standstill {
             machine: self,
@@ -32,7 +35,7 @@ impl Machine {
             for_good: false,
         };
         standstill.since = self.pause(Holder::Snapshot)?;
-        self.devices.drain()?;
+        self.devices.drain(Instant::now() + DRAIN_TIME)?;
         Ok(standstill)
     }
 }

@@ -40,13 +40,18 @@ fn page_map() -> io::Result<&'static File> {
     Ok(PAGE_MAP.get_or_init(|| file))
 }
 
-/// Adds every page that may hold something to `into`.
-pub fn populated(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryError> {
+/// Adds every page that may hold something to `into`. What the file has of private mappings does not count in `replaced`:
+/// addresses and lengths, ascending, of what was given up.
+pub fn populated(
+    memory: &GuestMemory,
+    replaced: &[(u64, u64)],
+    into: &mut PageSet,
+) -> Result<(), MemoryError> {
     let mut pagemap = None;
     for (index, region) in memory.iter().enumerate() {
         if let Some(file) = region.file_offset() {
             // The file's own map: this process need not have touched what another one wrote.
-            in_file(file, region, into)?;
+            in_file(file, region, replaced, into)?;
         }
         if shared_file(region).is_some() {
             continue;
@@ -116,7 +121,12 @@ fn word(entries: &[u8], wanted: fn(u64) -> bool) -> u64 {
     })
 }
 
-fn in_file(file: &FileOffset, region: &Region, into: &mut PageSet) -> Result<(), MemoryError> {
+fn in_file(
+    file: &FileOffset,
+    region: &Region,
+    replaced: &[(u64, u64)],
+    into: &mut PageSet,
+) -> Result<(), MemoryError> {
     let start = file.start();
     let seek = |to| match rustix::fs::seek(file.file(), to) {
         Ok(at) => Ok(Some(at.saturating_sub(start).min(region.len()))),
@@ -132,14 +142,30 @@ fn in_file(file: &FileOffset, region: &Region, into: &mut PageSet) -> Result<(),
         // Pages can be taken out of the file in between: then the hole begins right there.
         let hole = seek(SeekFrom::Hole(start + data))?.unwrap_or(data);
         if hole > data {
-            into.insert_range(MemoryRange {
-                gpa: region.start_addr().0 + data,
-                len: hole - data,
-            })?;
+            let gpa = region.start_addr().0;
+            for (gpa, len) in without(gpa + data, gpa + hole, replaced) {
+                into.insert_range(MemoryRange { gpa, len })?;
+            }
         }
         at = hole.max(data + PAGE_SIZE);
     }
     Ok(())
+}
+
+/// What is left from `start` to `end` without those ranges, which ascend; all of them as address and length.
+fn without(start: u64, end: u64, ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let (mut at, mut left) = (start, Vec::new());
+    let first = ranges.partition_point(|(gpa, len)| gpa + len <= start);
+    for (gpa, len) in ranges[first..].iter().take_while(|(gpa, _)| *gpa < end) {
+        if *gpa > at {
+            left.push((at, gpa - at));
+        }
+        at = at.max(gpa + len);
+    }
+    if at < end {
+        left.push((at, end - at));
+    }
+    left
 }
 
 #[cfg(test)]
@@ -160,9 +186,29 @@ mod tests {
         let memory = map_private(&[(0, 4 << 12), (HIGH, 4 << 12)], &file).unwrap();
         memory.write_obj(1u8, GuestAddress(2 << 12)).unwrap();
         let mut found = PageSet::of(&memory).unwrap();
-        populated(&memory, &mut found).unwrap();
+        populated(&memory, &[], &mut found).unwrap();
         assert!(found.contains(2 << 12) && found.contains(HIGH + 4096));
         assert!(!found.contains(HIGH) && !found.contains(HIGH + (3 << 12)));
+        // What was given up of it lies there no more.
+        let mut found = PageSet::of(&memory).unwrap();
+        populated(&memory, &[(0, 4 << 12), (HIGH, 2 << 12)], &mut found).unwrap();
+        assert!(found.contains(2 << 12), "this process's own");
+        assert!(!found.contains(HIGH + 4096));
+    }
+
+    #[test]
+    fn ranges_without_others() {
+        let ranges = [(10, 5), (20, 5), (30, 5)];
+        for (start, end, expected) in [
+            (0, 40, &[(0, 10), (15, 5), (25, 5), (35, 5)][..]),
+            (12, 22, &[(15, 5)]),
+            (10, 15, &[]),
+            (15, 20, &[(15, 5)]),
+            (25, 28, &[(25, 3)]),
+            (40, 50, &[(40, 10)]),
+        ] {
+            assert_eq!(without(start, end, &ranges), expected, "{start} to {end}");
+        }
     }
 
     #[test]
@@ -197,7 +243,7 @@ mod tests {
                 memory.write_obj(1u8, GuestAddress(gpa)).unwrap();
             }
             let mut found = PageSet::of(&memory).unwrap();
-            populated(&memory, &mut found).unwrap();
+            populated(&memory, &[], &mut found).unwrap();
             assert!(written.iter().all(|gpa| found.contains(*gpa)), "{kind:?}");
             // Huge pages, where the host gives them, are populated as a whole.
             assert!(found.len() <= 5 * 512, "{kind:?}: {} pages", found.len());

@@ -64,7 +64,7 @@ mod tests {
             let memory = create(&[(0, PIECE + 4096), (1 << 32, 8192)], kind).unwrap();
             let count = || {
                 let mut pages = PageSet::of(&memory).unwrap();
-                populated(&memory, &mut pages).unwrap();
+                populated(&memory, &[], &mut pages).unwrap();
                 pages.len()
             };
             assert_eq!(count(), 0, "{kind:?}");

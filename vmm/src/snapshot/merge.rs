@@ -26,7 +26,7 @@ pub fn merge(
         difference.apply(&memory, watch)?;
     }
     let mut populated = PageSet::of(&memory).map_err(memory::MemoryError::from)?;
-    memory::populated(&memory, &mut populated)?;
+    memory::populated(&memory, &[], &mut populated)?;
     let content = Content {
         id: last.files().manifest.id.clone(),
         machine: last.files().manifest.machine.clone(),

@@ -52,7 +52,7 @@ fn publish(content: Content<'_>, target: &Path) -> Result<Manifest, SnapshotErro
 
 fn write(memory: &GuestMemory, target: &Path) -> Result<Manifest, SnapshotError> {
     let mut populated = PageSet::of(memory).unwrap();
-    memory::populated(memory, &mut populated).unwrap();
+    memory::populated(memory, &[], &mut populated).unwrap();
     publish(content(memory, &populated), target)
 }
 

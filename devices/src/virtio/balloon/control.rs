@@ -12,6 +12,7 @@ use super::PAGE_SIZE;
 use super::discard::whole_pages;
 use super::hints::Hints;
 use super::metrics::BalloonMetrics;
+use super::replaced::Replaced;
 use super::statistics::Statistics;
 
 /// What the host wants of a balloon, and what is known of it. Its calls may come from any thread.
@@ -21,6 +22,7 @@ pub struct Control {
     event: File,
     known: Mutex<Known>,
     pub(super) metrics: Arc<BalloonMetrics>,
+    pub(super) replaced: Mutex<Replaced>,
     /// Statistics came, or hints.
     told: Condvar,
 }
@@ -56,6 +58,7 @@ impl Control {
             event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
             known: Mutex::new(known),
             metrics: Arc::default(),
+            replaced: Mutex::default(),
             told: Condvar::new(),
         })
     }
@@ -84,6 +87,15 @@ impl Control {
     /// that it took again.
     pub fn given_up(&self) -> u64 {
         self.metrics.discarded_bytes.get()
+    }
+
+    /// What was given up of memory that was mapped privately from a file, as addresses and lengths in bytes, ascending: it is
+    /// the file's no more, but zero unless it was written to since. Of other memory nothing.
+    pub fn replaced(&self) -> Vec<(u64, u64)> {
+        self.replaced
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ranges()
     }
 
     /// Asks the guest for new statistics; they come in its own time, or never.

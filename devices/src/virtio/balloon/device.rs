@@ -1,7 +1,9 @@
 //! The device: what the guest gives up goes back to the host.
 
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
@@ -13,12 +15,13 @@ use super::hints::Hints;
 use super::state::BalloonState;
 use super::statistics::{MOST, Statistics};
 use crate::GuestMemory;
+use crate::helper::{Cancelled, Helper, wait_readable};
 use crate::limited::Limited;
 use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, Head, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues,
-    Served, VirtioDevice,
+    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
+    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
 };
 
 /// Pages count as taken back only once the device has seen them (virtio 1.2, 5.5.3).
@@ -39,7 +42,6 @@ const POISON: u64 = 12;
 pub(super) const MOST_PAGES: usize = 1024;
 
 /// A memory balloon.
-#[derive(Debug)]
 pub struct Balloon {
     control: Arc<Control>,
     deflate_on_oom: bool,
@@ -47,7 +49,9 @@ pub struct Balloon {
     roles: Vec<Role>,
     /// The chain that waits for the next wish for statistics.
     statistics: Option<Head>,
-    complaints: Limited,
+    giver: Arc<Giver>,
+    /// What gives pages up, for chains of that queue.
+    helper: Helper<(usize, Head), ()>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,36 +63,28 @@ enum Role {
     Reporting,
 }
 
-impl Balloon {
-    /// A balloon that `control` is the host's end of. With `deflate_on_oom` a guest that runs out of memory may take
-    /// from it what it needs.
-    pub fn new(control: Arc<Control>, deflate_on_oom: bool) -> Self {
-        Self {
-            control,
-            deflate_on_oom,
-            roles: Vec::new(),
-            statistics: None,
-            complaints: Limited::default(),
+/// What the thread needs of a balloon.
+#[derive(Debug)]
+struct Giver {
+    control: Arc<Control>,
+    complaints: Limited,
+}
+
+impl Giver {
+    fn give_up(&self, role: Role, memory: &GuestMemory, chain: Chain, cancelled: &Cancelled) {
+        match role {
+            Role::Reporting => self.report(memory, &chain, cancelled),
+            _ => self.inflate(memory, chain, cancelled),
         }
     }
 
-    /// Whether `parameters`, as a balloon describes itself, have `deflate_on_oom`; nothing if they are no balloon's.
-    pub fn deflates_on_oom(parameters: &[u8]) -> Option<bool> {
-        match parameters {
-            [0] => Some(false),
-            [1] => Some(true),
-            _ => None,
-        }
-    }
-
-    /// The chain lists pages by number that the guest has no use for. Returns their bytes.
-    fn inflate(&self, memory: &GuestMemory, mut chain: Chain) -> u64 {
+    /// The chain lists pages by number that the guest has no use for.
+    fn inflate(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &Cancelled) {
         let mut bytes = [0; 4 * MOST_PAGES];
         let got = match chain.readable.read(memory, &mut bytes) {
             Ok(got) => got,
             Err(error) => {
-                self.complain(&error);
-                return 0;
+                return self.complain(&error);
             }
         };
         let (numbers, _) = bytes[..got].as_chunks();
@@ -100,23 +96,116 @@ impl Balloon {
         pages.dedup();
         // Runs of pages in one call each.
         for run in pages.chunk_by(|page, next| page + 1 == *next) {
+            if cancelled.is_set() {
+                return;
+            }
             self.take(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
         }
         let bytes = pages.len() as u64 * PAGE_SIZE;
         self.control.metrics.inflated_bytes.add(bytes);
-        bytes
     }
 
     /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
     /// counts on what they hold (virtio 1.2, 5.5.6.8).
-    fn report(&self, memory: &GuestMemory, chain: &Chain) {
+    fn report(&self, memory: &GuestMemory, chain: &Chain, cancelled: &Cancelled) {
         if !self.control.known().reads_zero() {
             return;
         }
         self.control.metrics.reported_bytes.add(chain.writable.len());
         for (address, len) in chain.writable.iter() {
+            if cancelled.is_set() {
+                return;
+            }
             self.take(memory, address.0, len.into());
         }
+    }
+
+    fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
+        match discard(memory, gpa, len, &self.control.replaced) {
+            Ok(bytes) => self.control.metrics.discarded_bytes.add(bytes),
+            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.complain(&error),
+        }
+    }
+
+    fn complain(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.complaints.count() {
+            let cause = error.source().map(ToString::to_string).unwrap_or_default();
+            tracing::warn!(
+                count,
+                cause,
+                "virtio-balloon: request not served in full: {error}"
+            );
+        }
+    }
+}
+
+impl Balloon {
+    /// A balloon that `control` is the host's end of. With `deflate_on_oom` a guest that runs out of memory may take
+    /// from it what it needs.
+    pub fn new(control: Arc<Control>, deflate_on_oom: bool) -> io::Result<Self> {
+        Ok(Self {
+            giver: Arc::new(Giver {
+                control: control.clone(),
+                complaints: Limited::default(),
+            }),
+            control,
+            deflate_on_oom,
+            roles: Vec::new(),
+            statistics: None,
+            helper: Helper::new("balloon")?,
+        })
+    }
+
+    /// Whether `parameters`, as a balloon describes itself, have `deflate_on_oom`; nothing if they are no balloon's.
+    pub fn deflates_on_oom(parameters: &[u8]) -> Option<bool> {
+        match parameters {
+            [0] => Some(false),
+            [1] => Some(true),
+            _ => None,
+        }
+    }
+
+    /// Hands chains to the thread, which gives their pages up: that may wait for whoever brings pages of this guest. They
+    /// come back to the driver when it is done.
+    fn hand_over(
+        &mut self,
+        role: Role,
+        index: usize,
+        queue: &mut QueueAccess<'_>,
+    ) -> Result<Progress, QueueError> {
+        let mut turn = Turn::default();
+        while !turn.is_over() {
+            if self.helper.len() >= QUEUE_SIZE.into() {
+                // There is a look at the queue when one is done.
+                return Ok(Progress::Idle);
+            }
+            let Some((head, chain)) = queue.take()? else {
+                return Ok(Progress::Idle);
+            };
+            turn.count(0);
+            let (memory, giver) = (queue.memory().clone(), self.giver.clone());
+            let pushed = chain.map_err(io::Error::other).and_then(|chain| {
+                let job = move |cancelled: &Cancelled| giver.give_up(role, &memory, chain, cancelled);
+                self.helper.push((index, head), Box::new(job))
+            });
+            if let Err(error) = pushed {
+                self.complain(&error);
+                queue.give_back(head, 0)?;
+                queue.notify()?;
+            }
+        }
+        Ok(Progress::More)
+    }
+
+    /// Gives back chains whose pages were given up.
+    fn answer(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+        while let Some(((index, head), _)) = self.helper.next() {
+            if let Some(mut queue) = queues.get(index) {
+                queue.give_back(head, 0)?;
+                queue.notify()?;
+            }
+        }
+        Ok(())
     }
 
     /// The chain says which command the guest answers, or has pages that it does not use.
@@ -137,13 +226,6 @@ impl Balloon {
         }
         drop(known);
         self.control.tell();
-    }
-
-    fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
-        match discard(memory, gpa, len) {
-            Ok(bytes) => self.control.metrics.discarded_bytes.add(bytes),
-            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.complain(&error),
-        }
     }
 
     /// Statistics came: the chain is kept until somebody wants newer ones.
@@ -186,26 +268,16 @@ impl Balloon {
     }
 
     fn complain(&self, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
-            let cause = error.source().map(ToString::to_string).unwrap_or_default();
-            tracing::warn!(
-                count,
-                cause,
-                "virtio-balloon: request not served in full: {error}"
-            );
-        }
+        self.giver.complain(error);
     }
 
-    /// Nothing is ever written to a chain; `serve` returns what its pages come to.
-    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain) -> u64) -> Served {
-        let work = match chain {
+    /// Nothing is ever written to a chain.
+    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> Served {
+        match chain {
             Ok(chain) => serve(chain),
-            Err(error) => {
-                self.complain(&error);
-                0
-            }
-        };
-        Served { written: 0, work }
+            Err(error) => self.complain(&error),
+        }
+        Served::default()
     }
 }
 
@@ -267,34 +339,28 @@ impl VirtioDevice for Balloon {
         let Some(mut queue) = queues.get(index) else {
             return Ok(Progress::Idle);
         };
+        if let Some(role @ (Role::Inflate | Role::Reporting)) = role {
+            return self.hand_over(role, index, &mut queue);
+        }
         queue.serve(|memory, chain| {
             self.served(chain, |chain| match role {
-                Some(Role::Inflate) => self.inflate(memory, chain),
-                // Its bytes are the chain's, and are counted with it.
-                Some(Role::Reporting) => {
-                    self.report(memory, &chain);
-                    0
-                }
-                Some(Role::Hinting) => {
-                    self.hint(memory, chain);
-                    0
-                }
+                Some(Role::Hinting) => self.hint(memory, chain),
                 // Pages come back when they are touched.
                 Some(Role::Deflate) => {
                     let pages = chain.readable.len() / PAGE_NUMBER;
                     self.control.metrics.deflated_bytes.add(pages * PAGE_SIZE);
-                    0
                 }
-                Some(Role::Statistics) | None => 0,
+                _ => {}
             })
         })
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.control.event()]
+        vec![self.control.event(), self.helper.as_fd()]
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.answer(queues)?;
         self.control.hear();
         if std::mem::take(&mut self.control.known().changed) {
             queues.config_changed();
@@ -308,11 +374,18 @@ impl VirtioDevice for Balloon {
             queue.give_back(head, 0)?;
             queue.notify()?;
         }
-        Ok(Progress::Idle)
+        // There may be room for more.
+        let mut progress = Progress::Idle;
+        for index in 0..self.roles.len() {
+            if matches!(self.roles[index], Role::Inflate | Role::Reporting) {
+                progress = progress.and(self.process_queue(index, queues)?);
+            }
+        }
+        Ok(progress)
     }
 
     /// The guest begins with an empty balloon; what the host wants stays.
-    fn reset(&mut self) {
+    fn reset(&mut self) -> bool {
         self.roles.clear();
         self.statistics = None;
         let mut known = self.control.known();
@@ -322,11 +395,23 @@ impl VirtioDevice for Balloon {
         known.hints.reset();
         drop(known);
         self.control.tell();
+        self.helper.cancel();
+        while self.helper.next().is_some() {}
+        self.helper.is_empty()
     }
 
-    /// Requests are finished when they are taken.
-    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
-        Ok(())
+    fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
+        loop {
+            self.answer(queues)?;
+            if self.helper.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                let what = "pages that the guest gives up".into();
+                return Err(DeviceError::InFlight { what });
+            }
+            wait_readable([self.helper.as_fd()], until).map_err(HostError::from)?;
+        }
     }
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {

@@ -2,16 +2,19 @@
 
 #![allow(
     unsafe_code,
-    reason = "advice that changes the content of a mapping takes a raw address"
+    reason = "what changes the content of a mapping takes a raw address"
 )]
 
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use vm_memory::bitmap::{Bitmap, BitmapSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, VolatileSlice};
 
 use super::PAGE_SIZE;
+use super::replaced::Replaced;
 use crate::GuestMemory;
 
 /// Why pages stay where they are.
@@ -25,9 +28,14 @@ pub(super) enum DiscardError {
     Host(#[source] io::Error),
 }
 
-/// Gives the whole pages among `len` bytes at `gpa` back to the host and returns how many bytes they have. Nobody knows
-/// what they hold afterwards, so they count as written.
-pub(super) fn discard(memory: &GuestMemory, gpa: u64, len: u64) -> Result<u64, DiscardError> {
+/// Gives the whole pages among `len` bytes at `gpa` back to the host and returns how many bytes they have: all of them, or
+/// less where `replaced` has no room for more. They read as zeroes afterwards, and count as written.
+pub(super) fn discard(
+    memory: &GuestMemory,
+    gpa: u64,
+    len: u64,
+    replaced: &Mutex<Replaced>,
+) -> Result<u64, DiscardError> {
     let Some((gpa, len)) = whole_pages(gpa, len) else {
         return Ok(0);
     };
@@ -35,33 +43,79 @@ pub(super) fn discard(memory: &GuestMemory, gpa: u64, len: u64) -> Result<u64, D
     let slice = memory
         .get_slice(at, len as usize)
         .map_err(DiscardError::Outside)?;
-    let shared = memory.find_region(at).and_then(|region| {
-        let file = region.file_offset()?;
-        let shared = region.flags() & libc::MAP_SHARED != 0;
-        shared.then(|| (file.file(), file.start() + (gpa - region.start_addr().0)))
-    });
-    let done = match shared {
+    let region = memory.find_region(at);
+    let file = region.and_then(|region| Some((region, region.file_offset()?)));
+    let done = match file {
         // The mapping's pages alone would come back as they were.
-        Some((file, offset)) => {
+        Some((region, file)) if region.flags() & libc::MAP_SHARED != 0 => {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(file, flags, offset, len)
+            let offset = file.start() + (gpa - region.start_addr().0);
+            rustix::fs::fallocate(file.file(), flags, offset, len).map(|()| len)
         }
-        None => {
-            let guard = slice.ptr_guard_mut();
-            // SAFETY: the slice is mapped guest memory, whole pages of it, and the guard keeps it so during the call.
-            // No Rust reference to guest memory exists, and this process's own safety counts on nothing in it.
-            unsafe {
-                rustix::mm::madvise(
-                    guard.as_ptr().cast(),
-                    slice.len(),
-                    rustix::mm::Advice::LinuxDontNeed,
-                )
-            }
-        }
+        Some((region, _)) => replace(&slice, region, gpa - region.start_addr().0, replaced),
+        None => drop_pages(&slice, 0, slice.len()).map(|()| len),
     };
     slice.bitmap().mark_dirty(0, slice.len());
-    done.map_err(|error| DiscardError::Host(error.into()))?;
-    Ok(len)
+    done.map_err(|error| DiscardError::Host(error.into()))
+}
+
+/// Pages of a file that was mapped privately come back as the file has them. So zeroes are mapped over those that never were
+/// given up, and the others are dropped. Returns their bytes.
+fn replace<B: BitmapSlice>(
+    slice: &VolatileSlice<'_, B>,
+    region: &impl GuestMemoryRegion,
+    offset: u64,
+    replaced: &Mutex<Replaced>,
+) -> rustix::io::Result<u64> {
+    let (start, len) = (region.start_addr().0, region.len());
+    let (first, end) = (offset / PAGE_SIZE, (offset + slice.len() as u64) / PAGE_SIZE);
+    let mut replaced = replaced.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut done = 0;
+    for run in replaced.runs(start, len, first, end) {
+        let at = ((run.first - first) * PAGE_SIZE) as usize;
+        let bytes = ((run.end - run.first) * PAGE_SIZE) as usize;
+        if run.is_replaced {
+            drop_pages(slice, at, bytes)?;
+        } else if replaced.has_room_for(start, len, run) {
+            map_zeroes(slice, at, bytes)?;
+            replaced.insert(start, len, run);
+        } else {
+            continue;
+        }
+        done += bytes as u64;
+    }
+    Ok(done)
+}
+
+fn drop_pages<B: BitmapSlice>(
+    slice: &VolatileSlice<'_, B>,
+    at: usize,
+    bytes: usize,
+) -> rustix::io::Result<()> {
+    let guard = slice.ptr_guard_mut();
+    let address = guard.as_ptr().wrapping_add(at).cast();
+    // SAFETY: the range is inside the slice, which is mapped guest memory, whole pages of it, and the guard keeps it so
+    // during the call. No Rust reference to guest memory exists, and this process's own safety counts on nothing in it.
+    unsafe { madvise(address, bytes, Advice::LinuxDontNeed) }
+}
+
+fn map_zeroes<B: BitmapSlice>(
+    slice: &VolatileSlice<'_, B>,
+    at: usize,
+    bytes: usize,
+) -> rustix::io::Result<()> {
+    let guard = slice.ptr_guard_mut();
+    let address = guard.as_ptr().wrapping_add(at).cast();
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: the range is inside the slice, which is mapped guest memory, whole pages of it. What takes their place is as
+    // accessible as they were, and is unmapped with them: whoever owns the region unmaps all of its range. KVM's slots go by
+    // addresses and follow. No Rust reference to guest memory exists.
+    unsafe {
+        mmap_anonymous(address, bytes, access, flags)?;
+        // As the rest of guest memory is: a dump of this process has nothing of it.
+        madvise(address, bytes, Advice::LinuxDontDump)
+    }
 }
 
 /// The pages that lie in a range as a whole: their address and length in bytes.

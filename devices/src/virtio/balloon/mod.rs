@@ -12,6 +12,7 @@ mod device;
 mod discard;
 mod hints;
 mod metrics;
+mod replaced;
 mod state;
 mod statistics;
 

@@ -1,13 +1,16 @@
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 use super::device::MOST_PAGES;
 use super::discard::discard;
 use super::hints::{Hints, MOST_RANGES};
+use super::replaced::Replaced;
 use super::*;
 use crate::virtio::testing::{
     AVAILABLE, DATA, DESCRIPTORS, Driver, END, USED, VERSION_1, memory, reads, writes,
@@ -33,7 +36,7 @@ const PAGES: u64 = DATA + 0x4_0000;
 
 fn balloon() -> (Driver, Arc<Control>) {
     let control = Arc::new(Control::new(0).unwrap());
-    let driver = Driver::ready(Balloon::new(control.clone(), true));
+    let driver = Driver::ready(Balloon::new(control.clone(), true).unwrap());
     (driver, control)
 }
 
@@ -97,7 +100,7 @@ fn reported_pages_go_back_to_the_host() {
 #[test]
 fn queues_that_are_not_negotiated_leave_no_gap() {
     let control = Arc::new(Control::new(0).unwrap());
-    let mut driver = Driver::new(Balloon::new(control.clone(), false));
+    let mut driver = Driver::new(Balloon::new(control.clone(), false).unwrap());
     let offered = driver.offered();
     assert_eq!(offered & 0b10_0110, 0b10_0010, "no deflation on OOM");
     driver.bring_up_with(VERSION_1 | 1 << 5);
@@ -179,7 +182,9 @@ fn a_move_takes_target_and_kept_chain_along() {
     driver.kick();
     let there = Arc::new(Control::new(0).unwrap());
     let saved = driver.save();
-    let mut moved = driver.move_to(Balloon::new(there.clone(), true), saved).unwrap();
+    let mut moved = driver
+        .move_to(Balloon::new(there.clone(), true).unwrap(), saved)
+        .unwrap();
     moved.transport.resume();
     moved.run();
     assert_eq!((there.target(), there.actual()), (3 * PAGE_SIZE, 2 * PAGE_SIZE));
@@ -198,7 +203,7 @@ fn a_move_takes_target_and_kept_chain_along() {
 }
 
 /// How long a guest has to answer: enough for one that does, and no loss of time where one does not.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Has the guest asked for hints, and `act` on that; what came of it. It is told that it can have its pages back.
 fn hints(driver: &mut Driver, control: &Arc<Control>, act: impl FnOnce(&mut Driver, u32)) -> Vec<(u64, u64)> {
@@ -348,7 +353,9 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
     // It moves in the middle.
     let (command, saved) = open.unwrap();
     let there = Arc::new(Control::new(0).unwrap());
-    let mut moved = driver.move_to(Balloon::new(there.clone(), true), saved).unwrap();
+    let mut moved = driver
+        .move_to(Balloon::new(there.clone(), true).unwrap(), saved)
+        .unwrap();
     moved.transport.resume();
     moved.run();
     assert_eq!((moved.get(COMMAND), moved.get(0x060) & 2), (DONE, 2));
@@ -365,7 +372,8 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
         name(moved, command);
         moved.submit(&[writes(PAGES, 0x1000)]);
         moved.bring_up();
-        assert_eq!(moved.get(COMMAND), 0);
+        // Whoever asked may have seen by now that there is no answer.
+        assert!([0, DONE].contains(&moved.get(COMMAND)));
     });
     assert_eq!(told, []);
     assert_eq!(moved.get(COMMAND), DONE);
@@ -374,7 +382,7 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
 #[test]
 fn statistics_that_were_there_before_the_driver_was_ready_count() {
     let control = Arc::new(Control::new(0).unwrap());
-    let mut driver = Driver::new(Balloon::new(control.clone(), true));
+    let mut driver = Driver::new(Balloon::new(control.clone(), true).unwrap());
     let features = driver.offered();
     assert!(driver.negotiate(features));
     let above = 0x4000 * STATISTICS as u64;
@@ -456,7 +464,10 @@ fn a_saved_chain_that_cannot_be_is_refused() {
     state.statistics = Some(256);
     saved.put("dev0", &state).unwrap();
     let control = Arc::new(Control::new(0).unwrap());
-    let refused = driver.move_to(Balloon::new(control, true), saved).err().unwrap();
+    let refused = driver
+        .move_to(Balloon::new(control, true).unwrap(), saved)
+        .err()
+        .unwrap();
     assert!(
         refused.to_string().contains("expected a descriptor below 256"),
         "{refused}"
@@ -469,7 +480,7 @@ fn shared_memory_is_given_up_in_its_file() {
     for page in [0u64, 1, 2] {
         memory.write_slice(&[7; 4096], GuestAddress(page * 4096)).unwrap();
     }
-    assert_eq!(discard(&memory, 4096, 4096).unwrap(), 4096);
+    assert_eq!(discard(&memory, 4096, 4096, &Mutex::default()).unwrap(), 4096);
     let file = memory.iter().next().unwrap().file_offset().unwrap();
     let blocks = std::os::unix::fs::MetadataExt::blocks(&file.file().metadata().unwrap());
     assert_eq!(blocks * 512, 2 * 4096);
@@ -477,10 +488,43 @@ fn shared_memory_is_given_up_in_its_file() {
     assert_eq!([byte(0), byte(1), byte(2)], [7, 0, 7]);
 }
 
+#[test]
+fn what_is_given_up_of_a_private_file_is_zero() {
+    let file = tempfile::tempfile().unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 8 * 4096], 0).unwrap();
+    let page_size = std::num::NonZeroUsize::new(4096).unwrap();
+    let region = MmapRegionBuilder::new_with_bitmap(8 * 4096, AtomicBitmap::new(8 * 4096, page_size))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::new(file, 0))
+        .build()
+        .unwrap();
+    let region = GuestRegionMmap::new(region, GuestAddress(1 << 20)).unwrap();
+    let memory = crate::GuestMemory::from_regions(vec![region]).unwrap();
+    let at = |page: u64| (1 << 20) + page * 4096;
+    let bytes = || (0..8).map(|page| memory.read_obj::<u8>(GuestAddress(at(page))).unwrap());
+    memory.write_obj(8u8, GuestAddress(at(4))).unwrap();
+    let replaced = Mutex::new(Replaced::default());
+    for (page, pages) in [(1, 2), (4, 1), (2, 4)] {
+        assert_eq!(
+            discard(&memory, at(page), pages * 4096, &replaced).unwrap(),
+            pages * 4096
+        );
+    }
+    assert_eq!(bytes().collect::<Vec<_>>(), [7, 0, 0, 0, 0, 0, 7, 7]);
+    let ranges = replaced.lock().unwrap().ranges();
+    assert_eq!(ranges, [(at(1), 5 * 4096)]);
+    // It is used again, and given up again.
+    memory.write_obj(9u8, GuestAddress(at(3))).unwrap();
+    assert_eq!(discard(&memory, at(3), 4096, &replaced).unwrap(), 4096);
+    assert_eq!(bytes().collect::<Vec<_>>(), [7, 0, 0, 0, 0, 0, 7, 7]);
+    assert_eq!(replaced.lock().unwrap().ranges(), ranges);
+}
+
 fn memory_in_a_file() -> crate::GuestMemory {
     let file = rustix::fs::memfd_create("balloon", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, 1 << 20).unwrap();
-    let file = vm_memory::FileOffset::new(file.into(), 0);
+    let file = FileOffset::new(file.into(), 0);
     crate::GuestMemory::from_ranges_with_files([(GuestAddress(0), 1 << 20, Some(file))]).unwrap()
 }
 
@@ -501,7 +545,7 @@ proptest! {
     fn nothing_outside_the_range_is_given_up(gpa in 0u64..END + 0x2000, len in 0u64..0x9000) {
         let memory = memory();
         memory.write_slice(&vec![7; END as usize], GuestAddress(0)).unwrap();
-        let given = discard(&memory, gpa, len);
+        let given = discard(&memory, gpa, len, &Mutex::default());
         let mut all = vec![0; END as usize];
         memory.read_slice(&mut all, GuestAddress(0)).unwrap();
         let gone = all.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|byte| *byte != 7));

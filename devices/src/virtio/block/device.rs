@@ -3,11 +3,12 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
@@ -34,6 +35,7 @@ use crate::virtio::{
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
+const F_SIZE_MAX: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
 const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
 const F_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
 const F_CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
@@ -42,9 +44,12 @@ const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
 /// Data buffers in one request: a queue's worth without header and status byte.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Bytes of each of them, so that all together are no more than a request may have.
+const SIZE_MAX: u32 = 64 << 10;
 /// The configuration space (virtio 1.2, 5.2.4). What is not set here is not offered.
 const CONFIG_LEN: usize = 60;
 const CAPACITY: usize = 0;
+const MAX_SIZE: usize = 8;
 const MAX_SEGMENTS: usize = 12;
 const BLOCK_SIZE: usize = 20;
 const WRITEBACK: usize = 32;
@@ -68,6 +73,8 @@ pub struct Block {
     accepted: u64,
     /// The cache as the guest wants it (virtio 1.2, 5.2.5.2), and at first as the host does.
     writeback: bool,
+    /// The guest has turned the cache off, and what was cached is being written back: no request begins before.
+    settling: bool,
     /// The capacity that the guest was told of last.
     sectors: u64,
     limiter: Limiter,
@@ -85,12 +92,13 @@ impl Block {
             *to = from;
         }
         Ok(Self {
-            engine: Engine::new(parameters.engine, &backend),
+            engine: Engine::new(parameters.engine, &backend)?,
             control: Arc::new(Control::new(backend.clone(), parameters.limits)?),
             id: padded,
             parameters,
             accepted: 0,
             writeback: parameters.cache != Cache::Writethrough,
+            settling: false,
             sectors: backend.sectors(),
             limiter: Limiter::new(parameters.limits)?,
             write_out: WriteOut::of(&backend)?,
@@ -147,7 +155,7 @@ impl Block {
         turn: &mut Turn,
         answered: &mut u64,
     ) -> Result<(), QueueError> {
-        while !turn.is_over() && self.engine.has_room() {
+        while !turn.is_over() && self.engine.has_room() && !self.settling {
             let Some((head, chain)) = queue.take()? else { break };
             let len = chain.as_ref().map_or(0, Chain::len);
             if !self.limiter.take(len) {
@@ -156,7 +164,7 @@ impl Block {
                 break;
             }
             let served = self.begin(queue.memory(), head, chain);
-            turn.count(len + served.map_or(0, |served| served.work));
+            turn.count(len);
             if let Some(served) = served {
                 queue.give_back(head, served.written)?;
                 *answered += 1;
@@ -173,14 +181,27 @@ impl Block {
             }
             let before = *answered;
             while let Some((ticket, result)) = self.engine.next(&self.backend) {
-                let written = self.conclude(queue.memory(), ticket, result);
-                queue.give_back(ticket.head, written)?;
+                match ticket {
+                    Some(ticket) => {
+                        let written = self.conclude(queue.memory(), ticket, result);
+                        queue.give_back(ticket.head, written)?;
+                    }
+                    None => self.settle(result),
+                }
                 *answered += 1;
             }
             // Done in part, it was queued again.
             if !self.engine.is_queued() || *answered == before {
                 return Ok(());
             }
+        }
+    }
+
+    /// A flush of our own is done.
+    fn settle(&mut self, result: Result<u32, RequestError>) {
+        self.settling = false;
+        if let Err(error) = result {
+            self.complain(&error);
         }
     }
 
@@ -198,6 +219,29 @@ impl Block {
         if std::mem::replace(&mut self.sectors, sectors) != sectors {
             queues.config_changed();
         }
+    }
+
+    /// Waits until nothing is in flight, and answers it.
+    fn finish_all(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
+        let mut broken = None;
+        while !self.engine.is_empty() {
+            match queues.get(0) {
+                Some(mut queue) if broken.is_none() => {
+                    let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
+                    broken = done.err();
+                }
+                // Nobody is to hear of it any more.
+                _ => drop(self.engine.cancel(&self.backend)),
+            }
+            if !self.engine.is_empty() {
+                if Instant::now() >= until {
+                    let disk = self.backend.path().display().to_string();
+                    return Err(DeviceError::InFlight { what: disk });
+                }
+                self.engine.wait(until).map_err(HostError::from)?;
+            }
+        }
+        broken.map_or(Ok(()), |broken| Err(broken.into()))
     }
 
     fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, RequestError>) -> u32 {
@@ -232,7 +276,7 @@ impl Block {
                 return Some(Served::default());
             }
         };
-        let ticket = Ticket {
+        let mut ticket = Ticket {
             head,
             status: request.status,
             kind: request.kind,
@@ -246,17 +290,23 @@ impl Block {
         };
         let served = match request.execute(memory, &disk) {
             Ok(Step::Done(served)) => Ok(served),
-            Ok(Step::Transfer(io)) => match self.engine.start(memory, &self.backend, ticket, io) {
-                Ok(Some(written)) => Ok(written.into()),
-                Ok(None) => return None,
-                Err(error) => Err(error),
-            },
+            Ok(Step::Transfer(io)) => {
+                if let Some(range) = io.range() {
+                    // The request itself names it only.
+                    ticket.data = range;
+                    self.limiter.charge(range);
+                }
+                match self.engine.start(memory, &self.backend, ticket, io) {
+                    Ok(Some(written)) => Ok(written.into()),
+                    Ok(None) => return None,
+                    Err(error) => Err(error),
+                }
+            }
             Err(error) => Err(error),
         };
         Some(match served {
             Ok(served) => {
-                self.limiter.charge(served.work);
-                self.metrics.done(ticket.kind, ticket.data.max(served.work));
+                self.metrics.done(ticket.kind, ticket.data);
                 self.finish(memory, ticket.status, OK, served)
             }
             Err(error) => self.fail(memory, ticket.status, &error),
@@ -290,6 +340,10 @@ impl Block {
     }
 }
 
+fn host_error(error: RequestError) -> DeviceError {
+    DeviceError::Host(HostError::from(error))
+}
+
 impl VirtioDevice for Block {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
@@ -311,7 +365,7 @@ impl VirtioDevice for Block {
         } else {
             0
         };
-        RING_FEATURES | F_FLUSH | F_SEG_MAX | by_mode | by_cache | by_size
+        RING_FEATURES | F_FLUSH | F_SIZE_MAX | F_SEG_MAX | by_mode | by_cache | by_size
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -322,6 +376,7 @@ impl VirtioDevice for Block {
         let mut config = [0; CONFIG_LEN];
         config[CAPACITY..][..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
         for (at, value) in [
+            (MAX_SIZE, SIZE_MAX),
             (MAX_SEGMENTS, SEG_MAX),
             (BLOCK_SIZE, self.backend.block_size()),
             (MAX_DISCARD_SECTORS, MOST_DISCARDED),
@@ -343,9 +398,14 @@ impl VirtioDevice for Block {
             return;
         }
         self.writeback = data != [0];
-        if !self.writeback {
-            // From here on the guest need not flush, nor what it wrote before.
-            if let Err(error) = self.backend.flush() {
+        if !self.writeback && !self.settling {
+            // From here on the guest need not flush, nor what it wrote before. No vCPU waits for that, but what it asks of
+            // the disk next does.
+            match self.engine.flush(&self.backend) {
+                Ok(begun) => self.settling = begun,
+                Err(error) => self.complain(&error),
+            }
+            if let Err(error) = self.engine.submit() {
                 self.complain(&error);
             }
         }
@@ -363,10 +423,9 @@ impl VirtioDevice for Block {
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
-        let engine = self.engine.event();
         let write_out = self.write_out.as_ref().map(WriteOut::event);
         let others = [self.limiter.event(), self.control.event()];
-        engine.into_iter().chain(write_out).chain(others).collect()
+        self.engine.events().chain(write_out).chain(others).collect()
     }
 
     /// Something is done, or has changed, or there are tokens again for what could not be served.
@@ -379,40 +438,34 @@ impl VirtioDevice for Block {
         self.process_queue(0, queues)
     }
 
-    fn reset(&mut self) {
-        self.engine.abandon(&self.backend);
+    fn reset(&mut self) -> bool {
+        self.accepted = 0;
+        self.writeback = self.parameters.cache != Cache::Writethrough;
+        self.settling = false;
+        if !self.engine.cancel(&self.backend) {
+            return false;
+        }
         // Nobody looks at the time until there is a driver again.
         if let Err(error) = self.backend.write_out() {
             self.complain(&error);
         }
-        self.accepted = 0;
-        self.writeback = self.parameters.cache != Cache::Writethrough;
+        true
     }
 
-    fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
         // Or nobody would hear of it where the device is restored.
         self.hear(queues);
-        let mut broken = None;
-        while !self.engine.is_empty() {
-            self.engine.wait().map_err(HostError::from)?;
-            match queues.get(0) {
-                Some(mut queue) if broken.is_none() => {
-                    let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
-                    broken = done.err();
-                }
-                // Nobody is to hear of it any more.
-                _ => self.engine.abandon(&self.backend),
-            }
-        }
-        if let Some(broken) = broken {
-            return Err(broken.into());
-        }
+        self.finish_all(queues, until)?;
         if self.backend.read_only() {
             return Ok(());
         }
-        self.backend
-            .flush()
-            .map_err(|error| DeviceError::Host(HostError::from(error)))
+        self.engine.flush(&self.backend).map_err(host_error)?;
+        self.finish_all(queues, until)?;
+        match self.backend.unflushed() {
+            None => Ok(()),
+            // Complained about as it failed.
+            Some(_) => Err(DeviceError::NotDurable),
+        }
     }
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {

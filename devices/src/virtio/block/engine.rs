@@ -1,14 +1,27 @@
-//! How transfers are carried out: by io_uring while others go on, or one after the other where there is none.
+//! How requests are carried out: by io_uring, and by a thread of the disk's own where that cannot, or may block. The device
+//! thread waits for neither.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::GuestAddress;
 
 use super::backend::Backend;
 use super::request::RequestError;
 use crate::GuestMemory;
+use crate::helper::{Cancelled, Helper, wait_readable};
 use crate::virtio::sys::{Durability, Ring};
 use crate::virtio::{Buffers, Head, QUEUE_SIZE};
+
+/// Bytes of requests in flight above which no other begins: what a drain may have to wait for, and the last request.
+const MOST_IN_FLIGHT: u64 = 16 << 20;
+/// Bytes that are discarded or zeroed in one call.
+const SLICE: u64 = 16 << 20;
+/// A discard is so much less work than a write of as many bytes.
+const DISCARD_SHARE: u64 = 64;
 
 /// Which of them a disk is to have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,14 +29,17 @@ pub enum IoEngine {
     /// io_uring, if the host lets us have it.
     #[default]
     Async,
-    /// System calls on the device thread.
+    /// System calls, one after the other, on a thread of the disk's own.
     Sync,
 }
 
-/// One of them at work.
-pub(super) enum Engine {
-    Sync,
-    Ring(Box<Ring<Flight>>),
+/// Both of them at work.
+pub(super) struct Engine {
+    ring: Option<Box<Ring<Flight>>>,
+    helper: Helper<Flight, Result<(), RequestError>>,
+    /// Bytes of work, and requests, in flight.
+    bytes: u64,
+    count: usize,
 }
 
 /// What a request asks of the disk.
@@ -39,14 +55,37 @@ pub(super) enum Io {
         offset: u64,
         durability: Durability,
     },
+    Discard {
+        offset: u64,
+        len: u64,
+        durability: Durability,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+        /// The range may give up its space.
+        unmap: bool,
+        durability: Durability,
+    },
     Flush,
 }
 
 impl Io {
-    fn buffers(&self) -> Option<&Buffers> {
+    /// What it may be to do it, in bytes of a write.
+    fn work(&self) -> u64 {
         match self {
-            Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => Some(buffers),
-            Self::Flush => None,
+            Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => buffers.len(),
+            Self::Discard { len, .. } => len / DISCARD_SHARE,
+            Self::Zero { len, .. } => *len,
+            Self::Flush => 0,
+        }
+    }
+
+    /// The bytes that it is about where the request does not carry them.
+    pub(super) fn range(&self) -> Option<u64> {
+        match self {
+            Self::Discard { len, .. } | Self::Zero { len, .. } => Some(*len),
+            Self::Read { .. } | Self::Write { .. } | Self::Flush => None,
         }
     }
 }
@@ -64,182 +103,298 @@ pub(super) struct Ticket {
 /// Something in flight.
 #[derive(Debug)]
 pub(super) struct Flight {
-    ticket: Ticket,
+    /// None for a flush of our own.
+    ticket: Option<Ticket>,
+    work: u64,
     then: Then,
 }
 
 /// What is to be seen to when it is done.
 #[derive(Debug)]
 enum Then {
-    Read { len: u32 },
-    Written { offset: u64, len: u64 },
-    Flushed { generation: u64 },
+    Read {
+        len: u32,
+    },
+    Written {
+        offset: u64,
+        len: u64,
+    },
+    Flushed {
+        generation: u64,
+    },
+    /// The thread has seen to it.
+    Nothing,
 }
+
+/// Of what was begun; a flush of our own has no ticket. With it come the bytes that were written to the guest.
+pub(super) type Outcome = (Option<Ticket>, Result<u32, RequestError>);
 
 impl Engine {
     /// The engine that was asked for, if this host has it.
-    pub(super) fn new(wanted: IoEngine, backend: &Backend) -> Self {
-        let file = match backend.raw() {
-            Some(file) if wanted == IoEngine::Async => file,
-            _ => return Self::Sync,
-        };
-        match Ring::new(file, QUEUE_SIZE) {
-            Ok(ring) => Self::Ring(Box::new(ring)),
-            Err(error) => {
+    pub(super) fn new(wanted: IoEngine, backend: &Backend) -> io::Result<Self> {
+        let file = backend
+            .raw()
+            .filter(|file| wanted == IoEngine::Async && !waits_in_submission(file));
+        let ring = file.map(|file| Ring::new(file, QUEUE_SIZE));
+        let ring = ring.and_then(|ring| {
+            let told = ring.inspect_err(|error| {
                 let disk = backend.path().display();
                 tracing::info!(%disk, "no io_uring for this disk, its requests are served one by one: {error}");
-                Self::Sync
-            }
-        }
+            });
+            told.ok().map(Box::new)
+        });
+        Ok(Self {
+            ring,
+            helper: Helper::new("disk")?,
+            bytes: 0,
+            count: 0,
+        })
     }
 
-    /// Becomes readable when something is done.
-    pub(super) fn event(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Self::Sync => None,
-            Self::Ring(ring) => Some(ring.as_fd()),
-        }
+    /// Become readable when something is done.
+    pub(super) fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let ring = self.ring.iter().map(|ring| ring.as_fd());
+        ring.chain([self.helper.as_fd()])
     }
 
     /// Whether another request may begin.
     pub(super) fn has_room(&self) -> bool {
-        match self {
-            Self::Sync => true,
-            Self::Ring(ring) => ring.has_room(),
-        }
+        self.bytes < MOST_IN_FLIGHT && self.count < QUEUE_SIZE.into()
     }
 
     /// Whether something is to be submitted yet.
     pub(super) fn is_queued(&self) -> bool {
-        match self {
-            Self::Sync => false,
-            Self::Ring(ring) => ring.is_queued(),
-        }
+        self.ring.as_ref().is_some_and(|ring| ring.is_queued())
     }
 
     /// Whether nothing is in flight.
     pub(super) fn is_empty(&self) -> bool {
-        match self {
-            Self::Sync => true,
-            Self::Ring(ring) => ring.is_empty(),
-        }
+        self.count == 0
     }
 
-    /// Begins, or does at once: then it returns how many bytes were written to the guest. There must be room.
+    /// Begins a request; its outcome comes from [`Engine::next`], unless there is nothing to do. There must be room.
     pub(super) fn start(
         &mut self,
         memory: &GuestMemory,
-        backend: &Backend,
+        backend: &Arc<Backend>,
         ticket: Ticket,
         io: Io,
     ) -> Result<Option<u32>, RequestError> {
-        match self {
-            Self::Ring(ring) if io.buffers().is_none_or(|buffers| backend.takes(buffers)) => {
-                start(ring, memory, backend, ticket, io)
-            }
-            _ => carry_out(memory, backend, &io).map(Some),
+        if matches!(io, Io::Flush) && backend.unflushed().is_none() {
+            return Ok(Some(0));
         }
+        self.begin(Some(memory), backend, Some(ticket), io)?;
+        Ok(None)
+    }
+
+    /// Begins a flush of our own; whether there is anything to flush.
+    pub(super) fn flush(&mut self, backend: &Arc<Backend>) -> Result<bool, RequestError> {
+        if backend.unflushed().is_none() {
+            return Ok(false);
+        }
+        self.begin(None, backend, None, Io::Flush)?;
+        Ok(true)
+    }
+
+    fn begin(
+        &mut self,
+        memory: Option<&GuestMemory>,
+        backend: &Arc<Backend>,
+        ticket: Option<Ticket>,
+        io: Io,
+    ) -> Result<(), RequestError> {
+        let work = io.work();
+        let flight = |then| Flight { ticket, work, then };
+        match (&mut self.ring, memory, io) {
+            (Some(ring), Some(memory), Io::Read { into, offset }) if backend.takes(&into) => {
+                let then = Then::Read { len: len(&into) };
+                ring.read(flight(then), memory, into, offset)?;
+            }
+            (
+                Some(ring),
+                Some(memory),
+                Io::Write {
+                    from,
+                    offset,
+                    durability,
+                },
+            ) if backend.takes(&from) => {
+                let len = from.len();
+                let then = Then::Written { offset, len };
+                ring.write(flight(then), memory, from, offset, durability)?;
+            }
+            (Some(ring), _, Io::Flush) if ring.has_room() => {
+                let generation = backend.unflushed().unwrap_or_default();
+                ring.flush(flight(Then::Flushed { generation }));
+            }
+            (_, memory, io) => {
+                let then = match &io {
+                    Io::Read { into, .. } => Then::Read { len: len(into) },
+                    _ => Then::Nothing,
+                };
+                let (memory, backend) = (memory.cloned(), backend.clone());
+                let failed = backend.clone();
+                self.helper
+                    .push(
+                        flight(then),
+                        Box::new(move |cancelled| carry_out(memory.as_ref(), &backend, &io, cancelled)),
+                    )
+                    .map_err(failed.failed("start a thread for it"))?;
+            }
+        }
+        self.bytes += work;
+        self.count += 1;
+        Ok(())
     }
 
     /// Hands over what was begun.
-    pub(super) fn submit(&mut self) -> std::io::Result<()> {
-        match self {
-            Self::Sync => Ok(()),
-            Self::Ring(ring) => ring.submit(),
-        }
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        self.ring.as_mut().map_or(Ok(()), |ring| ring.submit())
     }
 
-    /// Waits until something is done, if there is anything in flight.
-    pub(super) fn wait(&mut self) -> std::io::Result<()> {
-        match self {
-            Self::Sync => Ok(()),
-            Self::Ring(ring) => ring.wait(),
-        }
+    /// Waits until something is done, if there is anything in flight, or the time is over.
+    pub(super) fn wait(&self, until: Instant) -> io::Result<()> {
+        wait_readable(self.events(), until)
     }
 
-    /// The next that is done, and how many bytes were written to the guest.
-    pub(super) fn next(&mut self, backend: &Backend) -> Option<(Ticket, Result<u32, RequestError>)> {
-        let Self::Ring(ring) = self else { return None };
-        let (Flight { ticket, then }, result) = ring.next()?;
-        let (what, written) = match then {
-            Then::Read { len } => ("read it", len),
-            Then::Written { offset, len } => {
-                backend.modified(offset, len);
-                ("write to it", 0)
-            }
-            Then::Flushed { generation } => {
-                if result.is_ok() {
-                    backend.flushed(generation);
-                }
-                ("write it back", 0)
+    /// The next that is done.
+    pub(super) fn next(&mut self, backend: &Backend) -> Option<Outcome> {
+        let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
+            Some((flight, result)) => (flight, Ok(result)),
+            None => {
+                let (flight, result) = self.helper.next()?;
+                (flight, Err(result.unwrap_or(Err(RequestError::Panicked))))
             }
         };
-        let done = result.map(|()| written);
-        Some((ticket, done.map_err(|error| backend.failed(what)(error).into())))
+        self.bytes -= flight.work;
+        self.count -= 1;
+        let result = match result {
+            Ok(result) => settle(backend, &flight.then, result),
+            Err(result) => result,
+        };
+        let written = match flight.then {
+            Then::Read { len } => len,
+            _ => 0,
+        };
+        Some((flight.ticket, result.map(|()| written)))
     }
 
-    /// Waits for what is in flight and forgets what came of it.
-    pub(super) fn abandon(&mut self, backend: &Backend) {
-        while !self.is_empty() {
-            if let Err(error) = self.wait() {
-                tracing::error!(%error, "io_uring fails: requests are served one by one");
-                // Sees to it that the memory stays.
-                *self = Self::Sync;
+    /// Has everything that is in flight end soon, whatever comes of it. Whether it has: if not, this is to be called again.
+    pub(super) fn cancel(&mut self, backend: &Backend) -> bool {
+        if self.is_empty() {
+            return true;
+        }
+        self.helper.cancel();
+        if let Some(ring) = &mut self.ring {
+            ring.cancel();
+        }
+        while self.next(backend).is_some() {}
+        let is_over = self.helper.is_empty() && self.ring.as_ref().is_none_or(|ring| ring.is_empty());
+        if is_over {
+            // What was never begun has no outcome.
+            (self.bytes, self.count) = (0, 0);
+        }
+        is_over
+    }
+}
+
+/// Whether io_uring would wait for the file while requests are handed to it, as seen of FUSE's on Linux 6.18: the device
+/// thread must not.
+fn waits_in_submission(file: &File) -> bool {
+    const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
+    !rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type != FUSE_SUPER_MAGIC)
+}
+
+/// What io_uring has done counts from here on.
+fn settle(backend: &Backend, then: &Then, result: io::Result<()>) -> Result<(), RequestError> {
+    let what = match *then {
+        Then::Read { .. } => "read it",
+        Then::Written { offset, len } => {
+            backend.modified(offset, len);
+            "write to it"
+        }
+        Then::Flushed { generation } => {
+            if result.is_ok() {
+                backend.flushed(generation);
             }
-            while self.next(backend).is_some() {}
+            "write it back"
         }
-    }
+        Then::Nothing => "use it",
+    };
+    result.map_err(|error| backend.failed(what)(error).into())
 }
 
-fn carry_out(memory: &GuestMemory, backend: &Backend, io: &Io) -> Result<u32, RequestError> {
-    match io {
-        Io::Read { into, offset } => {
-            backend.read(memory, into, *offset)?;
-            Ok(len(into))
-        }
-        Io::Write {
-            from,
-            offset,
-            durability,
-        } => {
-            backend.write(memory, from, *offset, *durability)?;
-            Ok(0)
-        }
-        Io::Flush => {
-            backend.flush()?;
-            Ok(0)
-        }
-    }
-}
-
-fn start(
-    ring: &mut Ring<Flight>,
-    memory: &GuestMemory,
+/// On the thread.
+fn carry_out(
+    memory: Option<&GuestMemory>,
     backend: &Backend,
-    ticket: Ticket,
-    io: Io,
-) -> Result<Option<u32>, RequestError> {
-    let flight = |then| Flight { ticket, then };
-    match io {
-        Io::Read { into, offset } => {
-            let then = Then::Read { len: len(&into) };
-            ring.read(flight(then), memory, into, offset)?;
+    io: &Io,
+    cancelled: &Cancelled,
+) -> Result<(), RequestError> {
+    match (io, memory) {
+        (Io::Read { into, offset }, Some(memory)) => backend.read(memory, into, *offset),
+        (
+            Io::Write {
+                from,
+                offset,
+                durability,
+            },
+            Some(memory),
+        ) => backend.write(memory, from, *offset, *durability),
+        // Transfers are of somebody's memory.
+        (Io::Read { .. } | Io::Write { .. }, None) => Ok(()),
+        (
+            Io::Discard {
+                offset,
+                len,
+                durability,
+            },
+            _,
+        ) => {
+            in_slices(*offset, *len, cancelled, |offset, len| {
+                backend.discard(offset, len)
+            })?;
+            make_durable(backend, *durability)
         }
-        Io::Write {
-            from,
-            offset,
-            durability,
-        } => {
-            let len = from.len();
-            let then = Then::Written { offset, len };
-            ring.write(flight(then), memory, from, offset, durability)?;
+        (
+            Io::Zero {
+                offset,
+                len,
+                unmap,
+                durability,
+            },
+            _,
+        ) => {
+            in_slices(*offset, *len, cancelled, |offset, len| {
+                backend.write_zeroes(offset, len, *unmap)
+            })?;
+            make_durable(backend, *durability)
         }
-        Io::Flush => match backend.unflushed() {
-            Some(generation) => ring.flush(flight(Then::Flushed { generation })),
-            None => return Ok(Some(0)),
-        },
+        (Io::Flush, _) => Ok(backend.flush()?),
     }
-    Ok(None)
+}
+
+fn make_durable(backend: &Backend, durability: Durability) -> Result<(), RequestError> {
+    if durability == Durability::Durable {
+        backend.flush()?;
+    }
+    Ok(())
+}
+
+/// Slices end where the next begins at a multiple of their length, so that pages and clusters stay whole.
+fn in_slices<E>(
+    offset: u64,
+    len: u64,
+    cancelled: &Cancelled,
+    mut act: impl FnMut(u64, u64) -> Result<(), E>,
+) -> Result<(), E> {
+    let (mut at, end) = (offset, offset.saturating_add(len));
+    while at < end && !cancelled.is_set() {
+        let part = (end - at).min(SLICE - at % SLICE);
+        act(at, part)?;
+        at += part;
+    }
+    Ok(())
 }
 
 /// A chain is at most 4 GiB long, and the status byte is part of it.

@@ -21,6 +21,8 @@ const HEADER_LEN: usize = 16;
 const SEGMENT_LEN: usize = 16;
 /// The flag of a segment whose sectors may give up their space.
 const UNMAP: u32 = 1 << 0;
+/// Most bytes that one request transfers. A driver that keeps to SIZE_MAX and SEG_MAX stays below.
+pub(super) const MOST_TRANSFERRED: u64 = 16 << 20;
 /// Most sectors that one request discards.
 pub(super) const MOST_DISCARDED: u32 = 1 << 22;
 /// Most sectors that one request zeroes: where the host cannot, they are written.
@@ -53,12 +55,16 @@ pub(super) enum RequestError {
     PartialSector { len: u64 },
     #[error("expected whole blocks of {block} bytes, got {len} bytes at sector {sector}")]
     PartialBlock { block: u32, sector: u64, len: u64 },
+    #[error("expected at most {most} bytes of data, got {len}")]
+    TooLong { most: u64, len: u64 },
     #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
     OutOfRange { capacity: u64, sector: u64, len: u64 },
     #[error("expected one range of at most {most} sectors, got {len} bytes of ranges, {sectors} sectors")]
     Segment { most: u32, len: u64, sectors: u32 },
     #[error("expected no flag {got:#x} in a range")]
     Flags { got: u32 },
+    #[error("whoever was to do it panicked")]
+    Panicked,
     #[error("write to a read-only disk")]
     ReadOnly,
     #[error("guest memory: {0}")]
@@ -145,8 +151,8 @@ impl Request {
                 Ok(Step::Done(0.into()))
             }
             VIRTIO_BLK_T_FLUSH => Ok(Step::Transfer(Io::Flush)),
-            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Done),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Done),
+            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Transfer),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Transfer),
             VIRTIO_BLK_T_GET_ID => Ok(Step::Done(self.identify(memory, disk.id)?.into())),
             other => Err(RequestError::Unsupported(other)),
         }
@@ -157,7 +163,7 @@ impl Request {
             return Err(RequestError::Direction);
         }
         Ok(Io::Read {
-            offset: check_range(self.sector, self.writable.len(), backend)?,
+            offset: check_transfer(self.sector, self.writable.len(), backend)?,
             into: self.writable,
         })
     }
@@ -170,31 +176,35 @@ impl Request {
             return Err(RequestError::ReadOnly);
         }
         Ok(Io::Write {
-            offset: check_range(self.sector, self.readable.len(), disk.backend)?,
+            offset: check_transfer(self.sector, self.readable.len(), disk.backend)?,
             from: self.readable,
             durability: disk.durability,
         })
     }
 
-    fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
+    fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Io, RequestError> {
         let segment = self.segment(memory, disk.backend, MOST_DISCARDED)?;
         if segment.flags != 0 {
             return Err(RequestError::Flags { got: segment.flags });
         }
-        disk.backend.discard(segment.offset, segment.len)?;
-        disk.settle()?;
-        Ok(segment.served())
+        Ok(Io::Discard {
+            offset: segment.offset,
+            len: segment.len,
+            durability: disk.durability,
+        })
     }
 
-    fn write_zeroes(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Served, RequestError> {
+    fn write_zeroes(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Io, RequestError> {
         let segment = self.segment(memory, disk.backend, MOST_ZEROED)?;
         if segment.flags & !UNMAP != 0 {
             return Err(RequestError::Flags { got: segment.flags });
         }
-        let unmap = segment.flags & UNMAP != 0;
-        disk.backend.write_zeroes(segment.offset, segment.len, unmap)?;
-        disk.settle()?;
-        Ok(segment.served())
+        Ok(Io::Zero {
+            offset: segment.offset,
+            len: segment.len,
+            unmap: segment.flags & UNMAP != 0,
+            durability: disk.durability,
+        })
     }
 
     /// The one range that the request is about.
@@ -234,16 +244,6 @@ impl Request {
     }
 }
 
-impl Disk<'_> {
-    /// A write is done, as far as the host knows.
-    fn settle(&self) -> Result<(), RequestError> {
-        if self.durability == Durability::Durable {
-            self.backend.flush()?;
-        }
-        Ok(())
-    }
-}
-
 /// A range of the disk in bytes.
 struct Segment {
     offset: u64,
@@ -251,14 +251,15 @@ struct Segment {
     flags: u32,
 }
 
-impl Segment {
-    /// It may be as much work as to write all of it.
-    fn served(&self) -> Served {
-        Served {
-            written: 0,
-            work: self.len,
-        }
+/// As [`check_range`], for data that is moved.
+fn check_transfer(sector: u64, len: u64, backend: &Backend) -> Result<u64, RequestError> {
+    if len > MOST_TRANSFERRED {
+        return Err(RequestError::TooLong {
+            most: MOST_TRANSFERRED,
+            len,
+        });
     }
+    check_range(sector, len, backend)
 }
 
 /// The byte offset of `len` bytes from `sector` on, all of which are on the disk.

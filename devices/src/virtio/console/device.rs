@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
@@ -334,14 +335,15 @@ impl VirtioDevice for Console {
         self.work(queues, 0..self.ports.len())
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> bool {
         self.ports.iter_mut().for_each(Port::reset);
         self.multiport = false;
         self.size = None;
+        true
     }
 
     /// What the guest has sent is with the host, or in the guest's queue.
-    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }
 

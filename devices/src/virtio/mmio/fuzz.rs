@@ -124,7 +124,7 @@ fn vsock(dir: &Path) -> Vsock {
 }
 
 fn balloon() -> Balloon {
-    Balloon::new(Arc::new(Control::new(1 << 20).unwrap()), true)
+    Balloon::new(Arc::new(Control::new(1 << 20).unwrap()), true).unwrap()
 }
 
 /// With two named ports: eight queues.

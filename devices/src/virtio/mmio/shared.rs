@@ -3,8 +3,10 @@
 //! Lock order: the transport's own lock (the bus holds it) before [`Shared::core`].
 
 use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::Queue;
@@ -31,6 +33,8 @@ pub(super) struct Shared {
     pub(super) resets: Counter,
     needs: Counter,
     core: Mutex<Core>,
+    /// A reset is over.
+    is_reset: Condvar,
 }
 
 /// The device and the queues that it serves.
@@ -42,6 +46,8 @@ pub(super) struct Core {
     pub(super) active: bool,
     /// No queue is served until somebody resumes.
     pub(super) paused: bool,
+    /// A reset has begun, and something that is in flight may yet write to memory.
+    resetting: bool,
 }
 
 /// Why a device cannot go on that did not end its work.
@@ -62,6 +68,7 @@ impl Shared {
             queues: Vec::new(),
             active: false,
             paused: false,
+            resetting: false,
         };
         Self {
             memory,
@@ -74,6 +81,7 @@ impl Shared {
             resets: Counter::default(),
             needs: Counter::default(),
             core: Mutex::new(core),
+            is_reset: Condvar::new(),
         }
     }
 
@@ -118,16 +126,53 @@ impl Shared {
         }
     }
 
-    /// Finishes what the device has in flight. A queue that is broken needs a reset, as always.
-    pub(super) fn drain(&self) -> Result<(), DeviceError> {
+    /// Resets the device, and waits so long for what is in flight; nobody else waits meanwhile. Whether it is over: if not,
+    /// the device thread sees to it.
+    pub(super) fn reset(&self, until: Instant) -> bool {
         let mut core = self.core();
+        core.queues.clear();
+        core.active = false;
+        core.resetting = true;
+        self.wait_reset(core, until).is_some()
+    }
+
+    /// `None` if a reset has begun and is not over by then.
+    fn wait_reset<'a>(&self, mut core: MutexGuard<'a, Core>, until: Instant) -> Option<MutexGuard<'a, Core>> {
+        loop {
+            self.finish_reset(&mut core);
+            if !core.resetting {
+                return Some(core);
+            }
+            if Instant::now() >= until {
+                return None;
+            }
+            let waited = self.is_reset.wait_timeout(core, RESET_TICK);
+            core = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn finish_reset(&self, core: &mut Core) {
+        if core.resetting && core.device.reset() {
+            core.resetting = false;
+            self.status.store(0, Ordering::SeqCst);
+            self.interrupt.set_status(0);
+            self.is_reset.notify_all();
+        }
+    }
+
+    /// Finishes what the device has in flight. A queue that is broken needs a reset, as always.
+    pub(super) fn drain(&self, until: Instant) -> Result<(), DeviceError> {
+        let Some(mut core) = self.wait_reset(self.core(), until) else {
+            let what = "a reset of the device".into();
+            return Err(DeviceError::InFlight { what });
+        };
         let Core { device, queues, .. } = &mut *core;
         let queues = &mut Queues {
             memory: &self.memory,
             queues,
             interrupt: &self.interrupt,
         };
-        match device.drain(queues) {
+        match device.drain(queues, until) {
             Err(DeviceError::Queue(error)) => {
                 self.needs_reset(&mut core, &error);
                 Ok(())
@@ -147,10 +192,18 @@ impl Shared {
         };
         // Nothing to read is fine: somebody else took the kick. A paused device is kicked again by resume.
         let _ = event.map(EventFd::read);
-        match core.serve(source, &self.memory, &self.interrupt) {
-            Ok(Progress::Idle) => {}
-            Ok(Progress::More) => event.into_iter().for_each(raise),
-            Err(error) => self.needs_reset(&mut core, &error),
+        if core.resetting {
+            return self.finish_reset(&mut core);
+        }
+        // A device that panics is broken until the driver resets it; the others, and their thread, go on.
+        let served = catch_unwind(AssertUnwindSafe(|| {
+            core.serve(source, &self.memory, &self.interrupt)
+        }));
+        match served {
+            Ok(Ok(Progress::Idle)) => {}
+            Ok(Ok(Progress::More)) => event.into_iter().for_each(raise),
+            Ok(Err(error)) => self.needs_reset(&mut core, &error),
+            Err(_) => self.needs_reset(&mut core, &Panicked),
         }
     }
 }
@@ -165,6 +218,9 @@ impl Counters for Shared {
         ]
     }
 }
+
+/// How often a reset looks whether it is over, where nobody says so.
+const RESET_TICK: Duration = Duration::from_millis(1);
 
 /// What there is to look at.
 #[derive(Clone, Copy, Debug)]

@@ -1,5 +1,7 @@
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
 
 use event_manager::{EventManager, SubscriberOps};
 use migration_state::Envelope;
@@ -8,7 +10,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 use super::*;
 use crate::bus::BusDevice;
+use crate::metrics::Counters;
+use crate::virtio::rng::Rng;
 use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, USED, VERSION_1, rng, writes};
+use crate::virtio::{Description, DeviceError, HostBackend, Progress, QueueError, Queues, VirtioDevice};
 
 const NEEDS_RESET_SEEN: u32 = 15 | NEEDS_RESET as u32;
 
@@ -395,4 +400,91 @@ fn golden_record() {
     };
     let golden = "02 0f 8880808010 01 00 05 01 09 01 8002 8001 01 03 02 8020 8040 8060";
     migration_state::assert_golden(1, golden, &state);
+}
+
+/// An entropy device that panics as often as it is told.
+struct Panics(Rng, Arc<AtomicU32>);
+
+impl VirtioDevice for Panics {
+    fn device_type(&self) -> u32 {
+        self.0.device_type()
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        self.0.queue_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.0.read_config(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.0.write_config(offset, data);
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.0.activate(features);
+    }
+
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let left = self.1.load(Ordering::SeqCst);
+        self.1.store(left.saturating_sub(1), Ordering::SeqCst);
+        assert_eq!(left, 0, "as it was told");
+        self.0.process_queue(index, queues)
+    }
+
+    fn host_events(&self) -> Vec<BorrowedFd<'_>> {
+        self.0.host_events()
+    }
+
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.0.process_host(queues)
+    }
+
+    fn reset(&mut self) -> bool {
+        self.0.reset()
+    }
+
+    fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
+        self.0.drain(queues, until)
+    }
+
+    fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        self.0.save(envelope, instance)
+    }
+
+    fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
+        self.0.restore(envelope, instance)
+    }
+
+    fn describe(&self) -> Description {
+        self.0.describe()
+    }
+
+    fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
+        self.0.host_backend()
+    }
+
+    fn metrics(&self) -> Arc<dyn Counters> {
+        self.0.metrics()
+    }
+}
+
+#[test]
+fn a_device_that_panics_needs_a_reset() {
+    let panics: Arc<AtomicU32> = Arc::default();
+    let mut driver = Driver::ready(Panics(rng(), panics.clone()));
+    driver.run();
+    driver.interrupts();
+    panics.store(1, Ordering::SeqCst);
+    driver.add(&[writes(DATA, 8)]);
+    driver.kick();
+    assert_eq!(driver.get(0x070), NEEDS_RESET_SEEN);
+    assert_eq!((driver.interrupts(), driver.get(0x060) & 2), (1, 2));
+    driver.bring_up();
+    assert_eq!(driver.submit(&[writes(DATA, 8)]), 8);
 }

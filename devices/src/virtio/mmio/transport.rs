@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use migration_state::{Envelope, StateError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -28,6 +29,9 @@ pub struct Transport {
     /// As the driver wrote them; where a live queue got to is in [`Shared`].
     pub(super) queues: Vec<QueueRecord>,
 }
+
+/// How long a vCPU waits for the end of what is in flight at a reset. What takes longer is waited for by the device thread.
+const RESET_TIME: Duration = Duration::from_millis(500);
 
 /// Why a transport cannot be built, saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -165,9 +169,11 @@ impl Transport {
     }
 
     /// Finishes what is in flight and makes what the guest was told is done durable. After [`Transport::pause`]: when
-    /// it returns guest memory is left alone.
-    pub fn drain(&self) -> Result<(), TransportError> {
-        self.shared.drain().map_err(|source| self.device_error(source))
+    /// it returns guest memory is left alone. If that is not over by `until` it fails, and [`Transport::resume`] goes on.
+    pub fn drain(&self, until: Instant) -> Result<(), TransportError> {
+        self.shared
+            .drain(until)
+            .map_err(|source| self.device_error(source))
     }
 
     /// What somebody must know of the device to build its like.
@@ -268,14 +274,14 @@ impl Transport {
         Ok(())
     }
 
+    /// Until it is over the status reads as it was (virtio 1.2, 2.4.1), and is changed by nothing but another reset.
     pub(super) fn reset(&mut self) {
-        let mut core = self.shared.core();
-        core.device.reset();
-        core.queues.clear();
-        core.active = false;
-        self.shared.status.store(0, Ordering::SeqCst);
-        self.shared.interrupt.set_status(0);
-        drop(core);
+        if !self.shared.reset(Instant::now() + RESET_TIME) {
+            tracing::warn!(
+                device = self.device_type,
+                "virtio: a reset waits for what is in flight"
+            );
+        }
         self.driver_features = 0;
         self.device_features_select = 0;
         self.driver_features_select = 0;

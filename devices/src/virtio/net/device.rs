@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -361,7 +362,7 @@ impl VirtioDevice for Net {
         })
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> bool {
         self.features = 0;
         self.active_pairs = 1;
         self.announce = false;
@@ -371,10 +372,11 @@ impl VirtioDevice for Net {
         if let Err(error) = self.tap.set_features(0) {
             self.complain("offloads", &error);
         }
+        true
     }
 
     /// Packets are on their way when they are taken; nothing is ever in flight.
-    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::Envelope;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -149,12 +150,13 @@ impl VirtioDevice for Rng {
         self.serve(queues)
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> bool {
         tracing::debug!("virtio-rng: reset");
+        true
     }
 
     /// Requests are finished when they are taken; nothing is ever in flight or unwritten.
-    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }
 

@@ -8,20 +8,21 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
-use io_uring::types::{Fd, FsyncFlags};
+use io_uring::register::Restriction;
+use io_uring::types::{CancelBuilder, Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
 use crate::GuestMemory;
+use crate::helper::wait_readable;
 use crate::virtio::Buffers;
 
 /// What may be in flight on one file, each with a tag of whoever asked for it.
 pub(crate) struct Ring<T> {
     ring: IoUring,
-    /// The file, by a descriptor of our own: it is open as long as anything names it.
-    file: File,
     /// Where the transfers are from or to. Kept as long as the kernel may write there.
     memory: Option<GuestMemory>,
     slots: Vec<Option<Flight<T>>>,
@@ -29,6 +30,10 @@ pub(crate) struct Ring<T> {
     free: Vec<u16>,
     /// Entries that the kernel has not taken yet.
     queued: usize,
+    /// Whether nobody wants to have done what is in flight.
+    cancelled: bool,
+    /// What there was no room for in the ring itself.
+    refused: Vec<(T, io::Error)>,
 }
 
 struct Flight<T> {
@@ -69,31 +74,39 @@ struct Vector(libc::iovec);
 unsafe impl Send for Vector {}
 
 impl<T> Ring<T> {
-    /// Room for so many transfers of `file`, or why this host has no io_uring for us.
+    /// Room for so many transfers of `file`, or why this host has no io_uring for us. Nothing else can be asked of the
+    /// kernel through it than what is asked here, and of no other file.
     pub(crate) fn new(file: &File, most: u16) -> io::Result<Self> {
-        let ring = IoUring::new(most.into())?;
+        let (ring, restricted) = match IoUring::builder().setup_r_disabled().build(most.into()) {
+            Ok(ring) => {
+                restrict(&ring)?;
+                (ring, true)
+            }
+            // Older than 5.10.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (IoUring::new(most.into())?, false),
+            Err(error) => return Err(error),
+        };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let needed = [
-            opcode::Read::CODE,
-            opcode::Readv::CODE,
-            opcode::Write::CODE,
-            opcode::Writev::CODE,
-            opcode::Fsync::CODE,
-        ];
         // A kernel that is younger than the operations keeps completions that there is no room for, and needs lists
         // of buffers only until they are submitted.
-        let able = needed.iter().all(|&code| probe.is_supported(code));
+        let able = TRANSFERS.iter().all(|&code| probe.is_supported(code));
         if !able || !ring.params().is_feature_nodrop() || !ring.params().is_feature_submit_stable() {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        // The kernel keeps the file open as long as the ring.
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        if restricted {
+            ring.submitter().register_enable_rings()?;
+        }
         Ok(Self {
             ring,
-            file: file.try_clone()?,
             memory: None,
             slots: (0..most).map(|_| None).collect(),
             free: (0..most).rev().collect(),
             queued: 0,
+            cancelled: false,
+            refused: Vec::new(),
         })
     }
 
@@ -104,7 +117,7 @@ impl<T> Ring<T> {
 
     /// Whether nothing is in flight.
     pub(crate) fn is_empty(&self) -> bool {
-        self.free.len() == self.slots.len()
+        self.free.len() == self.slots.len() && self.refused.is_empty()
     }
 
     /// Whether something waits for [`Ring::submit`].
@@ -149,38 +162,69 @@ impl<T> Ring<T> {
         if self.queued == 0 {
             return Ok(());
         }
-        self.enter(0)
+        self.enter()
     }
 
-    /// Waits until something that is in flight is done.
-    pub(crate) fn wait(&mut self) -> io::Result<()> {
-        if self.is_empty() || !self.ring.completion().is_empty() {
-            return Ok(());
+    /// Has what is in flight end soon, whatever comes of it: what the kernel has not begun does not begin, and what is done
+    /// in part ends there. Until [`Ring::is_empty`] nothing else may begin.
+    pub(crate) fn cancel(&mut self) {
+        if self.cancelled || self.is_empty() {
+            return;
         }
-        self.enter(1)
+        self.cancelled = true;
+        if let Err(error) = self.submit() {
+            tracing::debug!(%error, "nothing more is submitted");
+        }
+        let entry = opcode::AsyncCancel2::new(CancelBuilder::any().all()).build();
+        let entry = entry.flags(squeue::Flags::FIXED_FILE).user_data(CANCEL);
+        // SAFETY: the entry has no address.
+        if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            self.queued += 1;
+            // A kernel that is older than 5.19 does not know it: then what is in flight takes as long as it takes.
+            if let Err(error) = self.submit() {
+                tracing::debug!(%error, "transfers in flight are not cancelled");
+            }
+        }
     }
 
     /// The next that is done. What is done in part goes on by itself, with the next [`Ring::submit`].
     pub(crate) fn next(&mut self) -> Option<(T, io::Result<()>)> {
         loop {
-            let entry = self.ring.completion().next()?;
-            let index = entry.user_data() as u16;
+            if let Some((tag, error)) = self.refused.pop() {
+                return Some((tag, Err(error)));
+            }
+            let Some(entry) = self.ring.completion().next() else {
+                self.cancelled &= !self.is_empty();
+                return None;
+            };
+            let Ok(index) = u16::try_from(entry.user_data()) else {
+                continue;
+            };
             let flight = self.slots.get_mut(usize::from(index))?.as_mut()?;
-            match flight.operation.advance(entry.result()) {
-                Step::Done(result) => {
-                    let flight = self.slots[usize::from(index)].take()?;
-                    self.free.push(index);
-                    if let (Operation::Read(transfer), Some(memory)) = (&flight.operation, &self.memory) {
-                        // All of it: after an error any part may have been written.
-                        mark(memory, &transfer.buffers);
-                    }
-                    return Some((flight.tag, result));
+            let step = match flight.operation.advance(entry.result()) {
+                Step::More | Step::Blocked if self.cancelled => {
+                    Step::Done(Err(io::Error::from_raw_os_error(libc::ECANCELED)))
                 }
+                step => step,
+            };
+            match step {
+                Step::Done(result) => return self.end(index).map(|tag| (tag, result)),
                 Step::More => self.push(index, squeue::Flags::empty()),
                 // A worker of the kernel's waits for whatever this is about.
                 Step::Blocked => self.push(index, squeue::Flags::ASYNC),
             }
         }
+    }
+
+    /// The kernel is done with it.
+    fn end(&mut self, index: u16) -> Option<T> {
+        let flight = self.slots.get_mut(usize::from(index))?.take()?;
+        self.free.push(index);
+        if let (Operation::Read(transfer), Some(memory)) = (&flight.operation, &self.memory) {
+            // All of it: after an error any part may have been written.
+            mark(memory, &transfer.buffers);
+        }
+        Some(flight.tag)
     }
 
     fn transfer(
@@ -195,6 +239,8 @@ impl<T> Ring<T> {
             for slice in memory.get_slices(address, len as usize) {
                 let slice = slice?;
                 vectors.push(Vector(libc::iovec {
+                    // The guard that ends here does nothing: this memory is mapped for good, and not page by page as
+                    // Xen's is.
                     iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                     iov_len: slice.len(),
                 }));
@@ -220,20 +266,27 @@ impl<T> Ring<T> {
         let Some(flight) = &self.slots[usize::from(index)] else {
             return;
         };
-        let file = Fd(self.file.as_raw_fd());
-        let entry = flight.operation.entry(file).flags(flags).user_data(index.into());
-        // SAFETY: the descriptor is open as long as `self` lives. The addresses are of guest memory, which
-        // `self.memory` keeps mapped until the kernel is done with them (see `drop`), and no Rust reference to it
-        // exists. The list of vectors is the slot's until the transfer is done, and the kernel reads it at submission.
-        let pushed = unsafe { self.ring.submission().push(&entry) };
-        // The ring has an entry for each slot.
-        debug_assert!(pushed.is_ok());
-        self.queued += 1;
+        let entry = flight.operation.entry().flags(flags).user_data(index.into());
+        // SAFETY: the addresses are of guest memory, which `self.memory` keeps mapped until the kernel is done with them
+        // (see `drop`), and no Rust reference to it exists. The list of vectors is the slot's until the transfer is done,
+        // and the kernel reads it at submission.
+        if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            self.queued += 1;
+        } else if let Some(tag) = self.end(index) {
+            // The ring has an entry for each slot, and one that is full of others has to be handed over first.
+            self.refused.push((tag, io::ErrorKind::ResourceBusy.into()));
+        }
     }
 
-    fn enter(&mut self, want: usize) -> io::Result<()> {
+    /// Waits until something that is in flight is done, or the time is over.
+    fn wait(&mut self, until: Instant) -> io::Result<()> {
+        self.submit()?;
+        wait_readable([self.as_fd()], until)
+    }
+
+    fn enter(&mut self) -> io::Result<()> {
         loop {
-            let entered = self.ring.submit_and_wait(want);
+            let entered = self.ring.submit();
             self.queued = self.ring.submission().len();
             match entered {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -258,17 +311,51 @@ impl<T> AsFd for Ring<T> {
 }
 
 impl<T> Drop for Ring<T> {
-    /// Waits for the kernel, which may be writing to memory that ends soon.
+    /// Waits for the kernel, which may be writing to memory that ends soon. Where that takes too long the memory is kept.
     fn drop(&mut self) {
-        while !self.is_empty() {
-            if let Err(error) = self.wait() {
-                tracing::error!(%error, "transfers in flight cannot be waited for: their memory is kept");
+        let until = Instant::now() + END_TIME;
+        self.cancel();
+        loop {
+            while self.next().is_some() {}
+            if self.is_empty() {
+                return;
+            }
+            let waited = self.wait(until);
+            if waited.is_err() || Instant::now() >= until {
+                tracing::error!(?waited, "transfers in flight do not end: their memory is kept");
                 std::mem::forget(self.memory.take());
                 return;
             }
-            while self.next().is_some() {}
         }
     }
+}
+
+/// How long the end of a ring waits for transfers in flight.
+const END_TIME: Duration = Duration::from_secs(2);
+
+/// What is asked of the kernel.
+const TRANSFERS: [u8; 5] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+];
+
+/// Tells a completion that is nobody's transfer.
+const CANCEL: u64 = u64::MAX;
+
+/// From when it is enabled on the ring takes nothing but what is asked here, all of it about registered files.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
+    let mut all: Vec<_> = TRANSFERS
+        .into_iter()
+        .chain([opcode::AsyncCancel2::CODE])
+        .map(Restriction::sqe_op)
+        .collect();
+    all.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
+    all.push(Restriction::sqe_flags_allowed(flags.bits()));
+    ring.submitter().register_restrictions(&mut all)
 }
 
 /// How far an operation is.
@@ -281,15 +368,13 @@ enum Step {
 }
 
 impl Operation {
-    fn entry(&self, file: Fd) -> squeue::Entry {
+    fn entry(&self) -> squeue::Entry {
         match self {
-            Self::Read(transfer) => match transfer.rest() {
-                [Vector(one)] if one.iov_len <= MOST => {
-                    opcode::Read::new(file, one.iov_base.cast(), one.iov_len as u32)
-                        .offset(transfer.offset)
-                        .build()
-                }
-                many => opcode::Readv::new(file, many.as_ptr().cast(), many.len() as u32)
+            Self::Read(transfer) => match transfer.next() {
+                Part::One(address, len) => opcode::Read::new(FILE, address.cast(), len as u32)
+                    .offset(transfer.offset)
+                    .build(),
+                Part::Many(many) => opcode::Readv::new(FILE, many.as_ptr().cast(), many.len() as u32)
                     .offset(transfer.offset)
                     .build(),
             },
@@ -298,20 +383,20 @@ impl Operation {
                     Durability::Cached => 0,
                     Durability::Durable => libc::RWF_DSYNC,
                 };
-                match transfer.rest() {
-                    [Vector(one)] if one.iov_len <= MOST => {
-                        opcode::Write::new(file, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                match transfer.next() {
+                    Part::One(address, len) => {
+                        opcode::Write::new(FILE, address.cast_const().cast(), len as u32)
                             .offset(transfer.offset)
                             .rw_flags(flags)
                             .build()
                     }
-                    many => opcode::Writev::new(file, many.as_ptr().cast(), many.len() as u32)
+                    Part::Many(many) => opcode::Writev::new(FILE, many.as_ptr().cast(), many.len() as u32)
                         .offset(transfer.offset)
                         .rw_flags(flags)
                         .build(),
                 }
             }
-            Self::Flush => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+            Self::Flush => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
         }
     }
 
@@ -338,12 +423,48 @@ impl Operation {
     }
 }
 
-/// Most bytes that Linux moves in one call, less than a page's worth below 2 GiB.
-const MOST: usize = 0x7fff_f000;
+/// The only file there is.
+const FILE: Fixed = Fixed(0);
+
+/// Most bytes that are moved in one go, where the vectors allow it: what is in the page cache is copied while the entry is
+/// submitted, and a transfer that is cancelled ends after such a part.
+const SLICE: usize = 1 << 20;
+/// Parts of a transfer end where direct I/O can go on.
+const UNIT: usize = 64 << 10;
+
+/// What is moved in one go.
+enum Part<'a> {
+    One(*mut libc::c_void, usize),
+    Many(&'a [Vector]),
+}
 
 impl Transfer {
     fn rest(&self) -> &[Vector] {
         &self.vectors[self.done..]
+    }
+
+    /// What is to be moved next.
+    fn next(&self) -> Part<'_> {
+        let rest = self.rest();
+        if let [Vector(first), ..] = rest
+            && first.iov_len >= SLICE
+        {
+            return Part::One(first.iov_base, first.iov_len.min(SLICE));
+        }
+        let (mut count, mut len) = (rest.len(), 0);
+        for (index, Vector(vector)) in rest.iter().enumerate() {
+            len += vector.iov_len;
+            if len > SLICE {
+                break;
+            }
+            if len.is_multiple_of(UNIT) || index + 1 == rest.len() {
+                count = index + 1;
+            }
+        }
+        match &rest[..count] {
+            [Vector(one)] => Part::One(one.iov_base, one.iov_len),
+            many => Part::Many(many),
+        }
     }
 
     fn advance(&mut self, mut count: usize) {
@@ -365,5 +486,70 @@ fn mark(memory: &GuestMemory, buffers: &Buffers) {
         for slice in memory.get_slices(address, len as usize).flatten() {
             slice.bitmap().mark_dirty(0, slice.len());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use io_uring::types::Fd;
+
+    use super::*;
+
+    #[test]
+    fn nothing_else_can_be_asked_of_the_kernel() {
+        let file = tempfile::tempfile().unwrap();
+        let mut ring = Ring::<()>::new(&file, 4).unwrap();
+        let mut byte = 0u8;
+        let fd = Fd(file.as_raw_fd());
+        let refused = [
+            opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE),
+            opcode::Close::new(fd).build(),
+            opcode::Read::new(fd, &raw mut byte, 1).build(),
+            opcode::Fsync::new(FILE).build().flags(squeue::Flags::IO_LINK),
+        ];
+        for entry in refused {
+            // SAFETY: none of them is carried out, and the byte outlives them all.
+            unsafe { ring.ring.submission().push(&entry) }.unwrap();
+            ring.ring.submit_and_wait(1).unwrap();
+            let result = ring.ring.completion().next().unwrap().result();
+            assert_eq!(result, -libc::EACCES, "{entry:?}");
+        }
+        // SAFETY: it has no address.
+        unsafe { ring.ring.submission().push(&opcode::Fsync::new(FILE).build()) }.unwrap();
+        ring.ring.submit_and_wait(1).unwrap();
+        assert_eq!(ring.ring.completion().next().unwrap().result(), 0);
+    }
+
+    #[test]
+    fn long_transfers_go_in_parts_that_end_where_the_next_can_begin() {
+        let vector = |len| {
+            Vector(libc::iovec {
+                iov_base: std::ptr::null_mut(),
+                iov_len: len,
+            })
+        };
+        let parts = |lens: &[usize]| {
+            let mut transfer = Transfer {
+                buffers: Buffers::default(),
+                vectors: lens.iter().copied().map(vector).collect(),
+                done: 0,
+                offset: 0,
+            };
+            let mut parts = Vec::new();
+            while !transfer.rest().is_empty() {
+                let len = match transfer.next() {
+                    Part::One(_, len) => len,
+                    Part::Many(many) => many.iter().map(|vector| vector.0.iov_len).sum(),
+                };
+                parts.push(len);
+                transfer.advance(len);
+            }
+            parts
+        };
+        assert_eq!(parts(&[512, 512, 4096]), [5120]);
+        assert_eq!(parts(&[5 << 19]), [SLICE, SLICE, SLICE / 2]);
+        assert_eq!(parts(&[4096; 600]), [SLICE, SLICE, 88 * 4096]);
+        assert_eq!(parts(&[100, 5 << 19, 412]), [(5 << 19) + 512]);
+        assert_eq!(parts(&[UNIT, SLICE, 512]), [UNIT, SLICE, 512]);
     }
 }

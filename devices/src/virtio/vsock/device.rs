@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -324,13 +325,14 @@ impl VirtioDevice for Vsock {
         self.work(queues)
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> bool {
         self.connections.clear();
         self.news = News::None;
+        true
     }
 
     /// What the guest has sent is with the host's programs or in a connection's buffer, which the guest knows.
-    fn drain(&mut self, _: &mut Queues<'_>) -> Result<(), DeviceError> {
+    fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }
 

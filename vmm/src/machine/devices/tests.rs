@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Barrier;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use devices::Limits;
 use devices::virtio::rng::Rng;
@@ -67,11 +68,11 @@ impl VirtioDevice for OnSlow {
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.0.process_host(queues)
     }
-    fn reset(&mut self) {
-        self.0.reset();
+    fn reset(&mut self) -> bool {
+        self.0.reset()
     }
-    fn drain(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        self.0.drain(queues)
+    fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
+        self.0.drain(queues, until)
     }
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
         self.0.save(envelope, instance)
@@ -124,7 +125,7 @@ fn no_vcpu_waits_for_a_backend() {
                 mmio.read(layout::VIRTIO_MMIO + 0x60, &mut status);
                 let _ = done.send(status);
             });
-            let read = is_done.recv_timeout(std::time::Duration::from_secs(5));
+            let read = is_done.recv_timeout(Duration::from_secs(5));
             slow.0.wait();
             assert_eq!(read, Ok([0; 4]), "{what}");
         });

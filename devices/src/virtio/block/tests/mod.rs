@@ -1,3 +1,4 @@
+mod bounds;
 mod engines;
 mod host;
 mod images;
@@ -5,6 +6,7 @@ mod locks;
 mod modes;
 mod moves;
 mod requests;
+mod slow;
 
 use std::fs;
 use std::path::PathBuf;

@@ -101,6 +101,8 @@ fn what_was_cached_is_durable_when_the_guest_turns_the_cache_off() {
     assert_eq!(request(&mut driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
     assert!(backend.unflushed().is_some());
     set_writeback(&mut driver, 0);
+    // What the guest asks for next comes after it.
+    assert_eq!(request(&mut driver, IN, 5, &[writes(BUFFER, 512)]), (OK, 513));
     assert!(backend.unflushed().is_none());
 }
 

@@ -1,0 +1,243 @@
+//! A thread that does for a device what may block, one thing after the other, while the device thread goes on.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use rustix::time::Timespec;
+
+/// How long the end of a helper waits for what it is at. What that needs is kept as long as it takes.
+const END_TIME: Duration = Duration::from_secs(2);
+
+/// Whether nobody wants to have it done any more. A job looks from time to time.
+pub(crate) struct Cancelled(Arc<AtomicBool>);
+
+impl Cancelled {
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What is to be done.
+pub(crate) type Job<R> = Box<dyn FnOnce(&Cancelled) -> R + Send>;
+
+/// A thread and what it has to do. Each job has a tag, by which its outcome is known. The thread is there once it is
+/// needed.
+pub(crate) struct Helper<T, R> {
+    name: &'static str,
+    has_thread: bool,
+    /// Shared with the jobs that were pushed since the last [`Helper::cancel`].
+    cancelled: Arc<AtomicBool>,
+    /// Jobs whose outcome was not taken.
+    unfinished: usize,
+    shared: Arc<Shared<T, R>>,
+}
+
+struct Shared<T, R> {
+    state: Mutex<State<T, R>>,
+    changed: Condvar,
+    /// Readable when something is done.
+    event: OwnedFd,
+}
+
+struct State<T, R> {
+    jobs: VecDeque<(T, Cancelled, Job<R>)>,
+    done: VecDeque<(T, Option<R>)>,
+    is_busy: bool,
+    is_over: bool,
+}
+
+impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
+    /// One whose thread will have that name.
+    pub(crate) fn new(name: &'static str) -> io::Result<Self> {
+        let state = State {
+            jobs: VecDeque::new(),
+            done: VecDeque::new(),
+            is_busy: false,
+            is_over: false,
+        };
+        Ok(Self {
+            name,
+            has_thread: false,
+            cancelled: Arc::default(),
+            unfinished: 0,
+            shared: Arc::new(Shared {
+                state: Mutex::new(state),
+                changed: Condvar::new(),
+                event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            }),
+        })
+    }
+
+    /// Has it done after what was pushed before. Fails where there can be no thread.
+    pub(crate) fn push(&mut self, tag: T, job: Job<R>) -> io::Result<()> {
+        if !self.has_thread {
+            let shared = self.shared.clone();
+            std::thread::Builder::new()
+                .name(self.name.into())
+                .spawn(move || shared.work())?;
+            self.has_thread = true;
+        }
+        let cancelled = Cancelled(self.cancelled.clone());
+        self.shared.state().jobs.push_back((tag, cancelled, job));
+        self.unfinished += 1;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// The next outcome: none if its job panicked.
+    pub(crate) fn next(&mut self) -> Option<(T, Option<R>)> {
+        // Nothing to read is fine.
+        let _ = rustix::io::read(&self.shared.event, &mut [0; 8]);
+        let next = self.shared.state().done.pop_front()?;
+        self.unfinished -= 1;
+        Some(next)
+    }
+
+    /// Jobs whose outcome was not taken.
+    pub(crate) fn len(&self) -> usize {
+        self.unfinished
+    }
+
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.unfinished == 0
+    }
+
+    /// Forgets what has not begun, and tells what has begun that nobody wants it.
+    pub(crate) fn cancel(&mut self) {
+        std::mem::take(&mut self.cancelled).store(true, Ordering::Relaxed);
+        let forgotten = std::mem::take(&mut self.shared.state().jobs);
+        self.unfinished -= forgotten.len();
+    }
+}
+
+/// Waits until one of them is readable, or the time is over, or a signal comes.
+pub(crate) fn wait_readable<'a>(
+    events: impl IntoIterator<Item = BorrowedFd<'a>>,
+    until: Instant,
+) -> io::Result<()> {
+    let left = until.saturating_duration_since(Instant::now());
+    let left = Timespec::try_from(left).map_err(io::Error::other)?;
+    let mut events: Vec<_> = events
+        .into_iter()
+        .map(|event| PollFd::from_borrowed_fd(event, PollFlags::IN))
+        .collect();
+    match poll(&mut events, Some(&left)) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+impl<T, R> AsFd for Helper<T, R> {
+    /// Readable when something is done, until [`Helper::next`] is called.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.event.as_fd()
+    }
+}
+
+impl<T, R> Drop for Helper<T, R> {
+    fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+        let mut state = self.shared.state();
+        state.jobs.clear();
+        state.is_over = true;
+        self.shared.changed.notify_all();
+        let busy = |state: &mut State<T, R>| state.is_busy;
+        let waited = self.shared.changed.wait_timeout_while(state, END_TIME, busy);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if state.is_busy {
+            tracing::warn!(
+                thread = self.name,
+                "its last call has not come back after {END_TIME:?}"
+            );
+        }
+    }
+}
+
+impl<T, R> Shared<T, R> {
+    fn state(&self) -> MutexGuard<'_, State<T, R>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        let mut state = self.state();
+        loop {
+            if state.is_over {
+                return;
+            }
+            let Some((tag, cancelled, job)) = state.jobs.pop_front() else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            state.is_busy = true;
+            drop(state);
+            // The panic hook has said what it was; whoever waits is told that there was one.
+            let outcome = catch_unwind(AssertUnwindSafe(|| job(&cancelled))).ok();
+            state = self.state();
+            state.is_busy = false;
+            state.done.push_back((tag, outcome));
+            self.changed.notify_all();
+            // If the counter is full somebody will look anyway.
+            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn wait(helper: &Helper<u32, u32>) {
+        wait_readable([helper.as_fd()], Instant::now() + Duration::from_secs(10)).unwrap();
+    }
+
+    #[test]
+    fn jobs_are_done_in_order_and_a_panic_is_an_outcome() {
+        let mut helper = Helper::new("helper").unwrap();
+        helper.push(1, Box::new(|_| 10)).unwrap();
+        helper.push(2, Box::new(|_| panic!("as a job may"))).unwrap();
+        helper.push(3, Box::new(|_| 30)).unwrap();
+        let mut done = Vec::new();
+        while !helper.is_empty() {
+            wait(&helper);
+            done.extend(std::iter::from_fn(|| helper.next()));
+        }
+        assert_eq!(done, [(1, Some(10)), (2, None), (3, Some(30))]);
+    }
+
+    #[test]
+    fn what_was_cancelled_ends_soon_and_the_rest_never_begins() {
+        let mut helper = Helper::new("helper").unwrap();
+        let (begun, has_begun) = mpsc::channel();
+        let long = move |cancelled: &Cancelled| {
+            begun.send(()).unwrap();
+            while !cancelled.is_set() {
+                std::thread::yield_now();
+            }
+            1
+        };
+        helper.push(1, Box::new(long)).unwrap();
+        helper.push(2, Box::new(|_| panic!("nobody wants it"))).unwrap();
+        has_begun.recv().unwrap();
+        helper.cancel();
+        // What comes later is not concerned.
+        helper
+            .push(3, Box::new(|cancelled| cancelled.is_set().into()))
+            .unwrap();
+        let mut done = Vec::new();
+        while !helper.is_empty() {
+            wait(&helper);
+            done.extend(std::iter::from_fn(|| helper.next()));
+        }
+        assert_eq!(done, [(1, Some(1)), (3, Some(0))]);
+    }
+}

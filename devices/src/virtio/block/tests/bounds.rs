@@ -1,0 +1,194 @@
+//! How long others wait for a disk, whatever the guest asks of it and however slow it is.
+
+use std::time::{Duration, Instant};
+
+use super::slow::SlowFile;
+use super::*;
+use crate::virtio::mmio::TransportError;
+
+/// What is stated, and what a slow machine may add.
+const RESET_TIME: Duration = Duration::from_millis(500);
+const SOON: Duration = Duration::from_secs(5);
+
+/// A disk that does nothing when it is held, with a driver that has read from it.
+fn slow(engine: IoEngine) -> (Disk, SlowFile, Driver) {
+    let disk = Disk::with(engine);
+    let path = disk.dir.path().join("slow");
+    let file = SlowFile::new(&path, 4 << 20);
+    let backend = Backend::open(&path, Access::default()).unwrap();
+    let parameters = Parameters {
+        engine,
+        ..Default::default()
+    };
+    let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
+    assert_eq!(request(&mut driver, IN, 0, &[writes(BUFFER, 512)]), (OK, 513));
+    (disk, file, driver)
+}
+
+fn on_both(test: impl Fn(Driver, SlowFile)) {
+    for engine in [IoEngine::Sync, IoEngine::Async] {
+        eprintln!("{engine:?}");
+        let (_disk, file, driver) = slow(engine);
+        test(driver, file);
+    }
+}
+
+/// Makes a request available and has it begun.
+fn begin(driver: &mut Driver, kind: u32, data: &[Part]) {
+    header(driver, kind, 0);
+    driver.add(&[&[reads(HEADER, 16)], data, &[writes(STATUS, 1)]].concat());
+    driver.kick();
+}
+
+/// A drain that fails after the time that it was given.
+fn drain_fails(driver: &Driver, word: &str) {
+    let begin = Instant::now();
+    let error = driver
+        .transport
+        .drain(begin + Duration::from_millis(50))
+        .unwrap_err();
+    assert!(matches!(error, TransportError::Device { .. }), "{error}");
+    let error = error.to_string();
+    assert!(
+        error.contains(word) && begin.elapsed() < SOON,
+        "{error}, {:?}",
+        begin.elapsed()
+    );
+}
+
+#[test]
+fn whoever_waits_for_a_disk_that_hangs_is_told_in_time() {
+    on_both(|mut driver, file| {
+        driver.fill(BUFFER, &[0xab; 512]);
+        for (kind, data) in [
+            (OUT, reads(BUFFER, 512)),
+            (IN, writes(BUFFER + 0x1000, 512)),
+            (FLUSH, reads(BUFFER, 0)),
+        ] {
+            file.hold();
+            let data = if kind == FLUSH { &[][..] } else { &[data] };
+            let start = Instant::now();
+            begin(&mut driver, kind, data);
+            driver.transport.pause();
+            assert!(
+                start.elapsed() < SOON,
+                "the device thread waited {:?}",
+                start.elapsed()
+            );
+            assert!(driver.used().is_empty());
+            drain_fails(&driver, "slow");
+            // It goes on where it was.
+            driver.transport.resume();
+            driver.run();
+            assert!(driver.used().is_empty());
+            file.release();
+            driver.wait_for(1);
+            assert_eq!(driver.bytes(STATUS, 1), [OK], "{kind}");
+        }
+        assert_eq!(driver.bytes(BUFFER + 0x1000, 512), [0xab; 512]);
+        driver.save();
+    });
+}
+
+#[test]
+fn a_reset_of_a_disk_that_hangs_ends_when_nothing_can_be_written_any_more() {
+    on_both(|mut driver, file| {
+        file.hold();
+        begin(&mut driver, IN, &[writes(BUFFER, 512)]);
+        file.wait_held();
+        driver.fill(BUFFER, &[7; 512]);
+        let start = Instant::now();
+        driver.set(0x070, 0);
+        let waited = start.elapsed();
+        assert!((RESET_TIME..SOON).contains(&waited), "the vCPU waited {waited:?}");
+        // Until it is over no step is taken.
+        assert_eq!(driver.get(0x070), 15);
+        for value in [1, 3, 11, 15] {
+            driver.set(0x070, value);
+            assert_eq!(driver.get(0x070), 15, "after {value}");
+        }
+        driver.transport.pause();
+        drain_fails(&driver, "reset");
+        driver.transport.resume();
+        file.release();
+        while driver.get(0x070) != 0 {
+            driver.wait();
+        }
+        assert!(driver.used().is_empty());
+        driver.bring_up();
+        assert_eq!(request(&mut driver, IN, 0, &[writes(BUFFER, 512)]), (OK, 513));
+    });
+}
+
+#[test]
+fn no_vcpu_waits_while_the_cache_is_turned_off() {
+    on_both(|mut driver, file| {
+        driver.fill(BUFFER, &[0xee; 512]);
+        assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
+        file.hold();
+        let start = Instant::now();
+        crate::bus::BusDevice::write(&mut driver.transport, 0x100 + 32, &[0]);
+        assert!(start.elapsed() < SOON, "the vCPU waited {:?}", start.elapsed());
+        // What it asks for next comes afterwards.
+        begin(&mut driver, FLUSH, &[]);
+        assert!(driver.used().is_empty());
+        file.release();
+        driver.wait_for(1);
+        assert_eq!(driver.bytes(STATUS, 1), [OK]);
+    });
+}
+
+#[test]
+fn zeroes_are_written_while_others_go_on() {
+    on_both(|mut driver, file| {
+        file.hold();
+        let mut bytes = [0; 16];
+        bytes[8..12].copy_from_slice(&4096u32.to_le_bytes());
+        driver.fill(BUFFER, &bytes);
+        let start = Instant::now();
+        begin(&mut driver, WRITE_ZEROES, &[reads(BUFFER, 16)]);
+        assert!(start.elapsed() < SOON && driver.used().is_empty());
+        file.release();
+        driver.wait_for(1);
+        assert_eq!(driver.bytes(STATUS, 1), [OK]);
+        assert_eq!(driver.count("zeroed_bytes"), 4096 * 512);
+    });
+}
+
+#[test]
+fn requests_have_a_most() {
+    with_both(|disk| {
+        let file = fs::File::options().write(true).open(disk.path()).unwrap();
+        file.set_len(64 << 20).unwrap();
+        let mut driver = disk.driver();
+        // SIZE_MAX and SEG_MAX.
+        let (size, count) = (driver.get(0x108), driver.get(0x10c));
+        assert_eq!((size, count), (64 << 10, 254));
+        // The same buffer again and again, so that little memory suffices.
+        let many = |count: usize| vec![writes(BUFFER, 1 << 20); count];
+        assert_eq!(request(&mut driver, IN, 0, &many(16)), (OK, (16 << 20) + 1));
+        assert_eq!(request(&mut driver, IN, 0, &many(17)), (IOERR, 1));
+        let allowed = vec![writes(BUFFER, size); count as usize];
+        assert_eq!(request(&mut driver, IN, 0, &allowed), (OK, size * count + 1));
+    });
+}
+
+#[test]
+fn little_is_in_flight_at_once() {
+    on_both(|mut driver, file| {
+        file.hold();
+        for number in 0..32 {
+            let at = HEADER + 0x20 * number;
+            driver.fill(at, &[0; 16]);
+            driver.add(&[reads(at, 16), writes(BUFFER + 0x1000, 1 << 20), writes(STATUS, 1)]);
+        }
+        driver.kick();
+        driver.transport.pause();
+        file.release();
+        // What was not begun is still the guest's, and comes with it wherever it goes on.
+        driver.transport.drain(Instant::now() + 4 * SOON).unwrap();
+        assert_eq!(driver.used().len(), 16);
+        driver.transport.resume();
+        driver.wait_for(16);
+    });
+}
