@@ -162,6 +162,49 @@ fn pages_that_were_given_up_do_not_come_back() -> Result<()> {
 }
 
 #[test]
+fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
+    const MIB: u64 = 32;
+    const PAGES: u64 = MIB << 8;
+    let guest = BareGuest { cpus: 1, ..GUEST };
+    let mut journey = Journey::start(Host::new()?, &guest, &["--balloon"])?;
+    let [base, difference, whole] = ["base", "difference", "whole"].map(|name| journey.host.path(name));
+    journey.vm.snapshot(&base, &[])?;
+    let restored = journey.host.restore(&base, &["--resume"])?;
+    journey.arrive(restored)?;
+    // The snapshot's file, which its memory is mapped from, has something else in them.
+    fill_balloon(&journey.vm, MIB)?;
+    let taken = fill_balloon(&journey.vm, 0)?;
+    ensure!(
+        taken == (PAGES, PAGES),
+        "expected {PAGES} pages of zeroes, got {taken:?}"
+    );
+    journey.verify()?;
+    // What is zero now is part of the difference to it, though nobody has written there.
+    fill_balloon(&journey.vm, MIB)?;
+    journey.vm.snapshot(&difference, &["--diff"])?;
+    let words = [&base, &difference, &whole].map(|path| path.display().to_string());
+    let merge = ["snapshot", "merge", &words[0], &words[1], "--output", &words[2]];
+    Process::run(journey.host.command(merge), PATIENCE)?.expect_code(0)?;
+    let restored = journey.host.restore(&whole, &["--resume"])?;
+    journey.arrive(restored)?;
+    let taken = fill_balloon(&journey.vm, 0)?;
+    ensure!(
+        taken == (2 * PAGES, 2 * PAGES),
+        "expected {PAGES} more pages of zeroes, got {taken:?}"
+    );
+    // And it moves.
+    fill_balloon(&journey.vm, MIB)?;
+    journey.hop(&["--verify"])?;
+    let taken = fill_balloon(&journey.vm, 0)?;
+    ensure!(
+        taken == (3 * PAGES, 3 * PAGES),
+        "expected {PAGES} more pages of zeroes, got {taken:?}"
+    );
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
 fn huge_pages_come_whole() -> Result<()> {
     let guest = BareGuest {
         memory_mib: 64,
