@@ -502,3 +502,38 @@ fn an_end_that_is_asked_for_meanwhile() -> Result<()> {
     );
     host.check_clean()
 }
+
+/// Memory that is mapped from a file which somebody shortens is lost: the guest's own access is one way to find out, and
+/// that of the VM's process another.
+#[test]
+fn a_file_that_becomes_shorter_ends_the_vm_with_a_message() -> Result<()> {
+    let journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let directory = journey.host.path("saved");
+    journey.vm.snapshot(&directory, &["--keep-running"])?;
+    let memory = std::fs::read(directory.join("memory"))?;
+    for options in [&["--resume"][..], &[]] {
+        std::fs::write(directory.join("memory"), &memory)?;
+        let mut restored = journey.host.restore(&directory, options)?;
+        // The guest's page tables are in the first half.
+        std::fs::File::options()
+            .write(true)
+            .open(directory.join("memory"))?
+            .set_len(memory.len() as u64 / 2)?;
+        if options.is_empty() {
+            // The process looks at all of them, and ends before it can answer.
+            let (_receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
+            restored.godwit("migrate", &[&endpoint, "--verify", "--on-miss", "switch"])?;
+        } else {
+            // The guest looks at all of its pages.
+            restored.process.send(b"v")?;
+        }
+        let finished = restored.process.finish(tests::PATIENCE)?;
+        finished.expect_code(1)?;
+        ensure!(
+            finished.stderr.contains("a page of the guest's memory is lost"),
+            "{options:?}: {}",
+            finished.stderr
+        );
+    }
+    journey.vm.check_running().map(drop)
+}

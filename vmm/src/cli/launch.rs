@@ -11,6 +11,7 @@ use migration::{MemoryKind, ReceiveOptions, Receiver};
 use super::Exit;
 use super::args::{ClockArg, CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
 use super::detach::{Launch, Part, detach};
+use super::lost_memory::end_in_order;
 use super::resources::raise_file_limit;
 use super::signals::{Held, outlive_file_size_limit, stay_with_the_terminal};
 use super::snapshot::with_bar;
@@ -114,6 +115,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     destination.check_all(snapshot.machine())?;
     // May take long, and leaves nothing behind: a signal may end it where it stands.
     let memory = snapshot_memory(&snapshot, args.preload, args.uffd.as_deref(), supervisor.handle())?;
+    end_in_order();
     let held = Held::hold();
     let socket = bind(&args.common, &name)?;
     supervisor.set_log(launch.named()?);
@@ -185,6 +187,7 @@ fn snapshot_memory(
 
 fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> {
     outlive_file_size_limit();
+    end_in_order();
     let terminal = forward_stdin(&server, supervisor.handle())?;
     let ending = supervisor.run(server);
     if let Some(terminal) = terminal {

@@ -9,6 +9,7 @@ mod help;
 mod launch;
 mod limits;
 mod logs;
+mod lost_memory;
 mod metrics;
 mod migrate;
 mod owner;

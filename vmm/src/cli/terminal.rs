@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
@@ -12,10 +14,12 @@ use crate::output;
 pub(super) const ESCAPE: u8 = 0x1d;
 
 /// As long as it lives, the terminal passes every key on. Dropping it restores what was.
-pub(super) struct RawTerminal {
-    terminal: File,
-    before: Termios,
-}
+pub(super) struct RawTerminal;
+
+/// The terminal, and what it was at first.
+static BEFORE: OnceLock<(File, Termios)> = OnceLock::new();
+/// Whether it is raw now.
+static IS_RAW: AtomicBool = AtomicBool::new(false);
 
 impl RawTerminal {
     /// `None` if standard input is no terminal.
@@ -28,17 +32,34 @@ impl RawTerminal {
         let before = tcgetattr(&terminal)?;
         let mut raw = before.clone();
         raw.make_raw();
-        tcsetattr(&terminal, OptionalActions::Now, &raw)?;
+        let (terminal, _) = BEFORE.get_or_init(|| (terminal, before));
+        IS_RAW.store(true, Ordering::Relaxed);
+        tcsetattr(terminal, OptionalActions::Now, &raw)?;
         output::set_raw_terminal(true);
-        Ok(Some(Self { terminal, before }))
+        Ok(Some(Self))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         output::set_raw_terminal(false);
-        if let Err(error) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
+        if let Err(error) = restore() {
             output::tell(&format!("cannot restore the terminal: {error}; `reset` does"));
         }
+    }
+}
+
+/// Restores the terminal if it is raw. Can be called in a signal handler.
+pub(super) fn restore_at_once() {
+    // Nobody is left to be told.
+    let _ = restore();
+}
+
+fn restore() -> rustix::io::Result<()> {
+    match BEFORE.get() {
+        Some((terminal, before)) if IS_RAW.swap(false, Ordering::Relaxed) => {
+            tcsetattr(terminal, OptionalActions::Now, before)
+        }
+        _ => Ok(()),
     }
 }

@@ -13,7 +13,7 @@ use crate::boot::{self, BootError, BootSource, layout};
 use crate::clock::TscFrequency;
 use crate::console::Console;
 use crate::cpu::{self, Template};
-use crate::memory::RingLog;
+use crate::memory::{RingLog, WatchedMemory};
 use crate::vcpu::{Buses, VcpuSet, set_msr};
 use crate::{kvm, memory};
 
@@ -70,6 +70,7 @@ impl Machine {
         // First of all: KVM waits for the readers of what it changes, and for those of what it changed before. Once
         // there are interrupt controllers that takes 7 ms, now 0.1 ms.
         memory::register(&vm, &spec.memory)?;
+        let watched = WatchedMemory::new(&spec.memory);
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(kvm_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(layout::KVM_TSS as usize)
@@ -108,6 +109,7 @@ impl Machine {
             rings,
             vm,
             kvm,
+            _watched: watched,
             memory: spec.memory,
             fault_handler: None,
             baseline: Mutex::default(),

@@ -28,7 +28,7 @@ use migration::{DirtyLog, MemoryRange, PageSet};
 use crate::clock::TscFrequency;
 use crate::console::Keyboard;
 use crate::cpu::Template;
-use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog};
+use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog, WatchedMemory};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
 
 pub use arrival::{Arrival, DiskBackend};
@@ -70,6 +70,8 @@ pub struct Machine {
     rings: Option<Arc<RingLog>>,
     vm: Arc<VmFd>,
     kvm: Kvm,
+    /// Before the memory itself, whose addresses may be somebody else's afterwards.
+    _watched: WatchedMemory,
     memory: GuestMemory,
     /// Who brings its pages, if they are not all here.
     fault_handler: Option<FaultHandler>,

@@ -13,6 +13,7 @@ mod ring;
 mod ring_log;
 mod slots;
 mod userfault;
+mod watched;
 
 pub use bitmap_log::BitmapLog;
 pub use error::MemoryError;
@@ -22,3 +23,4 @@ pub use populated::{open_page_map, populated, private_copies};
 pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};
 pub use slots::{register, set_dirty_log};
+pub use watched::{WatchedMemory, is_guest_memory};

@@ -44,6 +44,11 @@ pub enum VcpuFailure {
     DirtyRing { id: u8, source: Arc<MemoryError> },
     #[error("vCPU {0}: its thread panicked, see above")]
     Panicked(u8),
+    #[error(
+        "vCPU {0}: a page of the guest's memory is lost: the snapshot's file that it was mapped from has become shorter, \
+         or its disk fails"
+    )]
+    LostPage(u8),
     #[error("vCPU {id}: KVM_RUN")]
     Run { id: u8, source: kvm_ioctls::Error },
 }
@@ -94,6 +99,7 @@ fn run_until_kicked(id: u8, vcpu: &mut VcpuFd, buses: &Buses) -> Result<(), Vcpu
                 return Ok(());
             }
             Err(error) if error.errno() == libc::EAGAIN => {}
+            Err(error) if error.errno() == libc::EFAULT => return Err(VcpuFailure::LostPage(id)),
             Err(source) => return Err(VcpuFailure::Run { id, source }),
         }
     }
