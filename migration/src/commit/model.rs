@@ -291,7 +291,7 @@ impl World {
                     world.source.claim.withdrawn(&outcome)
                 };
                 // A receiver that is another process by now is not the one that waited.
-                let gone = world.destination.crashed == Some(about);
+                let gone = world.destination.crashed >= Some(about);
                 if withdrawn != Withdrawn::StillWaits || gone {
                     world.source.withdraws = None;
                 }
@@ -440,13 +440,15 @@ impl World {
         }
         let kept = matches!(destination.ledger.stage(), Stage::Kept { .. });
         let gone = destination.crashed == Some(source.attempt);
-        if (gone || kept) && !destination.ran {
+        // One who has erred knows that an older copy ran there once.
+        if (gone || kept) && (!destination.ran || self.erred) {
             self.add(next, "the operator runs it at the source", |world| {
                 world.source.claim = Claim::Running;
-                // Where it was kept, it is ended first.
+                // Where it was kept, it is ended first, and nobody waits there any more.
                 if kept {
                     world.destination.ledger = Ledger::default();
                     world.destination.open = false;
+                    world.source.withdraws = None;
                 }
             });
         } else if gone {

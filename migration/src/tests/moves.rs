@@ -225,6 +225,8 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
             } else {
                 Duration::from_secs(9)
             },
+            // So that it is still there when the cancel comes.
+            bandwidth: (phase == Phase::Precopy).then_some(1_000_000),
             max_rounds: u32::MAX,
             ..options()
         };
