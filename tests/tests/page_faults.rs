@@ -205,6 +205,30 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
 }
 
 #[test]
+fn a_handler_that_does_not_hear_of_pages_given_up_holds_up_the_balloon_alone() -> Result<()> {
+    let guest = BareGuest { cpus: 1, ..GUEST };
+    let (journey, directory, memory) = in_files(&guest, &["--balloon"])?;
+    let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
+    // Most of its pages are there.
+    journey.verify()?;
+    handler.process.signal(Signal::STOP)?;
+    journey.vm.godwit("balloon", &["32M"])?;
+    // Whoever wants the guest to stand still is told in time. This guest waits for its balloon.
+    let directory = journey.host.path("never").display().to_string();
+    let refused = journey.vm.godwit("snapshot", &[&directory, "--keep-running"])?;
+    refused.expect_code(1)?;
+    ensure!(
+        refused.stderr.contains("pages that the guest gives up"),
+        "got {refused:?}"
+    );
+    handler.process.signal(Signal::CONT)?;
+    journey.vm.check_running()?;
+    fill_balloon(&journey.vm, 0)?;
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
 fn huge_pages_come_whole() -> Result<()> {
     let guest = BareGuest {
         memory_mib: 64,
