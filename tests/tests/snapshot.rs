@@ -262,6 +262,34 @@ fn no_base(journey: &Journey, name: &str) -> Result<()> {
     journey.vm.check_running().map(drop)
 }
 
+#[test]
+fn memory_that_a_file_has_lost_is_neither_saved_nor_moved_as_zeroes() -> Result<()> {
+    let journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let directory = journey.host.path("saved");
+    journey.vm.snapshot(&directory, &["--keep-running"])?;
+    let restored = journey.host.restore(&directory, &[])?;
+    let memory = std::fs::File::options()
+        .write(true)
+        .open(directory.join("memory"))?;
+    memory.set_len(memory.metadata()?.len() / 2)?;
+    let again = journey.host.path("again");
+    let again = again.to_str().context("a path that is no UTF-8")?;
+    let (_receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
+    for (command, to) in [("snapshot", again), ("migrate", &endpoint)] {
+        let refused = restored.godwit(command, &[to])?;
+        refused.expect_code(1)?;
+        ensure!(
+            refused.stderr.contains("the rest of it is lost"),
+            "{command}: {}",
+            refused.stderr
+        );
+    }
+    ensure!(restored.state()? == "Paused", "got {}", restored.status()?);
+    ensure!(!journey.host.path("again").exists(), "a snapshot of what is lost");
+    restored.godwit("stop", &[])?.expect_code(0)?;
+    journey.vm.check_running().map(drop)
+}
+
 /// Whether somebody else takes the name of a snapshot that is being written, which then comes to nothing.
 fn takes_the_name(directory: &Path) -> Result<bool> {
     let around = directory.parent().context("a directory around it")?;

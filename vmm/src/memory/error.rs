@@ -75,6 +75,10 @@ pub enum MemoryError {
     Pagemap(#[source] io::Error),
     #[error("looking for data in the file behind guest memory")]
     Seek(#[source] io::Error),
+    #[error(
+        "the file behind guest memory: expected at least {expected} bytes, got {got}: the rest of it is lost"
+    )]
+    Shrunk { expected: u64, got: u64 },
     #[error("KVM_SET_USER_MEMORY_REGION slot {slot}")]
     Slot { slot: u32, source: kvm_ioctls::Error },
     #[error("KVM_GET_DIRTY_LOG slot {slot}: {cause}")]

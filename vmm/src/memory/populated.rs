@@ -128,6 +128,14 @@ fn in_file(
     into: &mut PageSet,
 ) -> Result<(), MemoryError> {
     let start = file.start();
+    // What is missing at its end is no hole: it was something that nobody has any more.
+    let (expected, got) = (
+        start + region.len(),
+        file.file().metadata().map_err(MemoryError::Seek)?.len(),
+    );
+    if got < expected {
+        return Err(MemoryError::Shrunk { expected, got });
+    }
     let seek = |to| match rustix::fs::seek(file.file(), to) {
         Ok(at) => Ok(Some(at.saturating_sub(start).min(region.len()))),
         // Nothing but a hole up to the end.
