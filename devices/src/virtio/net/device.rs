@@ -119,6 +119,16 @@ impl Net {
         })
     }
 
+    /// Takes commands as fast as they come: a property has thousands of cases.
+    #[cfg(test)]
+    pub(crate) fn takes_commands_at_once(self) -> Self {
+        let command_limiter = Limiter::new(Limits::default()).unwrap();
+        Self {
+            command_limiter,
+            ..self
+        }
+    }
+
     /// The number of the control queue, which follows the last pair that the driver knows of.
     fn control_queue(&self) -> usize {
         let pairs = if self.features & MQ != 0 {
