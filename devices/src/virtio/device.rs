@@ -63,7 +63,7 @@ pub trait VirtioDevice: Send {
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
 
     /// Back to the state before [`VirtioDevice::activate`]. Whether nothing writes to memory any more that began before: if
-    /// not, this is called again in time. It waits for nothing itself.
+    /// not, this is called again in time. A disk waits half a second for that at most.
     fn reset(&mut self) -> bool;
 
     /// Finishes work in flight and makes what the guest was told is done durable. If that is not over by `until` it fails,

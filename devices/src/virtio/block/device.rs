@@ -221,8 +221,13 @@ impl Block {
         }
     }
 
-    /// Waits until nothing is in flight, and answers it.
-    fn finish_all(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
+    /// Waits until nothing is in flight, and answers it. Returns why the queue is broken, if it is: then, and where the
+    /// driver has reset the device, what is in flight ends and nobody hears of it.
+    fn finish_all(
+        &mut self,
+        queues: &mut Queues<'_>,
+        until: Instant,
+    ) -> Result<Option<QueueError>, DeviceError> {
         let mut broken = None;
         while !self.engine.is_empty() {
             match queues.get(0) {
@@ -230,8 +235,7 @@ impl Block {
                     let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
                     broken = done.err();
                 }
-                // Nobody is to hear of it any more.
-                _ => drop(self.engine.cancel(&self.backend)),
+                _ => self.finish_unheard().map_err(HostError::from)?,
             }
             if !self.engine.is_empty() {
                 if Instant::now() >= until {
@@ -241,7 +245,18 @@ impl Block {
                 self.engine.wait(until).map_err(HostError::from)?;
             }
         }
-        broken.map_or(Ok(()), |broken| Err(broken.into()))
+        Ok(broken)
+    }
+
+    /// Takes what is done and tells nobody. A flush of our own is no less needed for that.
+    fn finish_unheard(&mut self) -> io::Result<()> {
+        self.engine.submit()?;
+        while let Some((ticket, result)) = self.engine.next(&self.backend) {
+            if ticket.is_none() {
+                self.settle(result);
+            }
+        }
+        Ok(())
     }
 
     fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, RequestError>) -> u32 {
@@ -455,17 +470,17 @@ impl VirtioDevice for Block {
     fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
         // Or nobody would hear of it where the device is restored.
         self.hear(queues);
-        self.finish_all(queues, until)?;
-        if self.backend.read_only() {
-            return Ok(());
+        let broken = self.finish_all(queues, until)?;
+        if !self.backend.read_only() {
+            self.engine.flush(&self.backend).map_err(host_error)?;
+            self.finish_all(queues, until)?;
+            if self.backend.unflushed().is_some() {
+                // Complained about as it failed.
+                return Err(DeviceError::NotDurable);
+            }
         }
-        self.engine.flush(&self.backend).map_err(host_error)?;
-        self.finish_all(queues, until)?;
-        match self.backend.unflushed() {
-            None => Ok(()),
-            // Complained about as it failed.
-            Some(_) => Err(DeviceError::NotDurable),
-        }
+        // What was written is durable, whatever became of the queue.
+        broken.map_or(Ok(()), |broken| Err(broken.into()))
     }
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {

@@ -253,7 +253,9 @@ impl Engine {
     }
 
     /// Waits until something is done, if there is anything in flight, or the time is over.
-    pub(super) fn wait(&self, until: Instant) -> io::Result<()> {
+    pub(super) fn wait(&mut self, until: Instant) -> io::Result<()> {
+        // What was done in part is queued again, and nothing would come of it.
+        self.submit()?;
         wait_readable(self.events(), until)
     }
 
@@ -286,6 +288,10 @@ impl Engine {
         }
         self.helper.cancel();
         if let Some(ring) = &mut self.ring {
+            // What could not be submitted the last time would be in flight for ever.
+            if let Err(error) = ring.submit() {
+                tracing::debug!(%error, "transfers that end are not submitted");
+            }
             ring.cancel();
         }
         while self.next(backend).is_some() {}

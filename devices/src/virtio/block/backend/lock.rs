@@ -99,6 +99,14 @@ impl Backend {
             self.let_go(&mut held)?;
             return Err(refused);
         }
+        // Before it was locked somebody may have written to it, a process that was just ending say: what is known of it
+        // counts only from here on. One that is taken over is read when it is ours, by `invalidate`.
+        if let Some(image) = self.qcow2.as_ref().filter(|_| !self.is_taken_over)
+            && let Err(source) = image.reopen()
+        {
+            self.let_go(&mut held)?;
+            return Err(self.failed("open it as qcow2")(source));
+        }
         held.locked = true;
         self.say_tail();
         Ok(())

@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use imago::FormatAccess;
 use imago::file::File as ImageFile;
@@ -13,6 +14,9 @@ use imago::storage::StorageOpenOptions;
 
 use super::open::{Access, Format, open_disk};
 use super::{BackendError, BackingFile};
+
+/// How long the end of a process waits for whoever has an image.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// An open image, with what it is on: nothing is opened but what was named, and that once.
 #[derive(Debug)]
@@ -120,9 +124,20 @@ impl Qcow2 {
         self.image().flush()
     }
 
-    /// Does that, and nobody writes after it.
+    /// Does that, and nobody writes after it. An error if somebody has the image for longer than [`CLOSING`], as one who
+    /// is waiting for a disk that hangs.
     pub(super) fn close(&self) -> io::Result<()> {
-        let image = self.image();
+        let until = Instant::now() + CLOSING;
+        let image = loop {
+            match self.image.try_lock() {
+                Ok(image) => break image,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() >= until => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(TryLockError::WouldBlock) => std::thread::sleep(CLOSING / 1000),
+            }
+        };
         let done = image.flush();
         std::mem::forget(image);
         done

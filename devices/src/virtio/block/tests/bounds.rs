@@ -1,5 +1,6 @@
 //! How long others wait for a disk, whatever the guest asks of it and however slow it is.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use super::slow::SlowFile;
@@ -190,5 +191,36 @@ fn little_is_in_flight_at_once() {
         assert_eq!(driver.used().len(), 16);
         driver.transport.resume();
         driver.wait_for(16);
+    });
+}
+
+#[test]
+fn a_drain_goes_on_with_what_is_done_in_part() {
+    let disk = Disk::with(IoEngine::Async);
+    let content: Vec<u8> = (0..16u32 << 20).map(|at| (at / 4096) as u8).collect();
+    let file = fs::File::create(disk.path()).unwrap();
+    (&file).write_all(&content).unwrap();
+    // What is in the page cache is there at once: nothing would be in flight.
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mut driver = disk.driver();
+    begin(&mut driver, IN, &[writes(BUFFER, 1 << 20); 16]);
+    driver.turn();
+    driver.transport.pause();
+    let start = Instant::now();
+    driver.transport.drain(start + SOON).unwrap();
+    assert!(start.elapsed() < SOON, "the drain waited {:?}", start.elapsed());
+    assert_eq!(driver.used().len(), 1);
+    assert_eq!(driver.bytes(STATUS, 1), [OK]);
+}
+
+#[test]
+fn what_a_driver_wrote_before_it_reset_the_disk_is_durable_after_a_drain() {
+    with_both(|disk| {
+        let mut driver = disk.driver();
+        assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]).0, OK);
+        driver.set(0x070, 0);
+        driver.transport.pause();
+        driver.transport.drain(Instant::now() + SOON).unwrap();
     });
 }
