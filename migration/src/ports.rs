@@ -246,11 +246,13 @@ pub trait Source: Send {
     fn rehearse(&mut self) -> Result<Rehearsal, MachineError>;
 
     /// Takes all vCPUs out of the guest and holds them out. Returns when the last one is out; the instant is
-    /// the one at which the first one was asked to leave, the start of the downtime.
-    fn pause(&mut self) -> Result<Instant, MachineError>;
+    /// the one at which the first one was asked to leave, the start of the downtime. An error if that is not done at
+    /// `until`; then nothing is held.
+    fn pause(&mut self, until: Instant) -> Result<Instant, MachineError>;
 
-    /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM.
-    fn drain(&mut self) -> Result<(), MachineError>;
+    /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM. An error if that
+    /// is not done at `until`.
+    fn drain(&mut self, until: Instant) -> Result<(), MachineError>;
 
     /// The state of vCPUs, interrupt controllers, clocks and devices: an encoded envelope
     /// (`migration_state::Envelope`), at most 64 MiB. The machine is paused and drained. Pages that this call

@@ -8,6 +8,7 @@ use super::{Job, MigrateError};
 use crate::commit::{Verdict, Withdrawn};
 use crate::control::Control;
 use crate::link::Link;
+use crate::options::MAX_PAUSE;
 use crate::protocol::{Message, Outcome, Token};
 use crate::text::{chain, clean};
 use crate::transport::{Connection, Endpoint, TransportError};
@@ -165,7 +166,9 @@ impl Job<'_> {
     }
 
     fn pause_again(&mut self) {
-        if let Some(error) = undo_step(self.source, "pause", |source| source.pause().map(|_| ())) {
+        if let Some(error) = undo_step(self.source, "pause", |source| {
+            source.pause(Instant::now() + MAX_PAUSE).map(|_| ())
+        }) {
             tracing::error!(%error, "the guest runs on here although it runs at the destination");
             self.report.add_error(&error);
         }

@@ -11,7 +11,7 @@ use super::{Job, MigrateError};
 use crate::control::Phase;
 use crate::converge::Costs;
 use crate::link::Link;
-use crate::options::OnMiss;
+use crate::options::{MAX_PAUSE, OnMiss};
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
@@ -124,16 +124,21 @@ impl Job<'_> {
     fn stop(&mut self) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
         self.control
             .sample(|progress| progress.phase = Phase::StopAndCopy);
-        self.control
-            .limit_pause(Instant::now(), self.options.pause_limit());
+        let (now, limit) = (Instant::now(), self.options.pause_limit());
+        self.control.limit_pause(now, limit);
+        // The machine has bounds of its own where this one is far away.
+        let until = now.checked_add(limit).unwrap_or(now + MAX_PAUSE);
         self.standing.claim.pause();
-        let paused_at = self.call("pause", |source| source.pause())?;
+        let paused = self.call("pause", |source| source.pause(until));
+        // What a step says that was given up says less than why it was.
+        self.check_interruption()?;
+        let paused_at = paused?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
+        let drained = self.call("drain", |source| source.drain(until));
         self.check_interruption()?;
-        self.call("drain", |source| source.drain())?;
+        drained?;
         self.report.downtime.drain_ms = lap.ms();
-        self.check_interruption()?;
         let state = self.call("save", |source| source.save())?;
         self.report.downtime.state_ms = lap.ms();
         self.check_interruption()?;

@@ -51,6 +51,8 @@ pub(super) struct FakeSource {
     pub(super) on_resume: Option<Box<dyn FnMut() + Send>>,
     /// The same for `release`.
     pub(super) on_release: Option<Box<dyn FnMut() + Send>>,
+    /// Whether its devices never finish what is in flight.
+    pub(super) drain_hangs: bool,
     pub(super) calls: Vec<&'static str>,
     /// Since when a migration holds the guest.
     held_since: Option<Instant>,
@@ -74,6 +76,7 @@ impl FakeSource {
             files: None,
             written_by_save: None,
             on_pause: None,
+            drain_hangs: false,
             on_resume: None,
             on_release: None,
             calls: Vec::new(),
@@ -287,7 +290,7 @@ impl Source for FakeSource {
         self.enter("flush")
     }
 
-    fn pause(&mut self) -> Result<Instant, MachineError> {
+    fn pause(&mut self, _until: Instant) -> Result<Instant, MachineError> {
         let now = Instant::now();
         self.guest.hold();
         self.held_since = Some(now);
@@ -298,8 +301,12 @@ impl Source for FakeSource {
         Ok(now)
     }
 
-    fn drain(&mut self) -> Result<(), MachineError> {
+    fn drain(&mut self, until: Instant) -> Result<(), MachineError> {
         assert!(self.guest.is_held());
+        if self.drain_hangs {
+            thread::sleep(until.saturating_duration_since(Instant::now()));
+            return Err("a disk that hangs".into());
+        }
         // A device completes a request into guest memory.
         self.guest.write(PAGE_SIZE, false);
         self.enter("drain")

@@ -251,17 +251,6 @@ impl Writer {
         }
     }
 
-    /// Returns once the guest is held.
-    pub(super) fn await_pause(&self) {
-        let state = self.shared.state.lock().unwrap();
-        drop(
-            self.shared
-                .changed
-                .wait_while(state, |state| !state.held)
-                .unwrap(),
-        );
-    }
-
     /// Returns once the guest has made progress from here on.
     pub(super) fn await_progress(&self) {
         self.shared.await_progress();

@@ -1,6 +1,6 @@
 //! Whatever happens while the guest is paused, it stands still for a limited time.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -30,7 +30,8 @@ type Change = Box<dyn FnMut() + Send>;
 /// A guest that has written much when it is paused; `change` is called right then.
 fn surprising(mut change: Change) -> FakeSource {
     let mut guest = Guest::new(SURPRISE, 16);
-    guest.start(Load { pages: 8 });
+    // Idle until then, or a narrow link would never come to the pause.
+    guest.start(Load { pages: 0 });
     guest.await_progress();
     let memory = guest.writer();
     let mut source = FakeSource::new(guest);
@@ -151,7 +152,7 @@ fn a_step_of_the_machine_that_takes_too_long_is_the_last() {
 
 #[test]
 fn a_cap_on_the_last_copy_that_takes_too_long_is_woken() {
-    let budget = Duration::from_millis(500);
+    let budget = Duration::from_secs(1);
     let options = MigrateOptions {
         final_bandwidth: Some(10_000),
         streams: 32,
@@ -169,9 +170,12 @@ fn a_disk_that_hangs_does_not_keep_the_guest() {
     let disk = Arc::new(FakeDisk::new());
     disk.write_and_mark(0, &[7; 4096]);
     let at_pause = disk.clone();
+    let (paused, is_paused) = mpsc::channel();
     let mut source = surprising(Box::new(move || {
         at_pause.hang_reads(true);
         at_pause.write_and_mark(8192, &[9; 4096]);
+        // Nobody listens any more at the next attempt.
+        let _ = paused.send(());
     }));
     source.disk = Some(disk.clone());
     let watched = source.guest.writer();
@@ -182,13 +186,23 @@ fn a_disk_that_hangs_does_not_keep_the_guest() {
     };
     let (report, _) = thread::scope(|scope| {
         scope.spawn(move || {
-            watched.await_pause();
+            // Not at a rehearsal's.
+            is_paused.recv().unwrap();
             // The disk answers only when the guest runs again.
             watched.await_progress();
             disk.hang_reads(false);
         });
         direct(&mut source, &mut FakeDestination::default(), &options)
     });
+    assert_in_time(&mut source, &report, budget * 3);
+}
+
+#[test]
+fn devices_that_do_not_finish_do_not_keep_the_guest() {
+    let mut source = surprising(Box::new(|| {}));
+    source.drain_hangs = true;
+    let budget = Duration::from_millis(100);
+    let (report, _) = direct(&mut source, &mut FakeDestination::default(), &strict(budget));
     assert_in_time(&mut source, &report, budget * 3);
 }
 

@@ -89,6 +89,7 @@ pub(super) fn assert_stayed(source: &mut FakeSource, report: &Report, outcome: O
     source.assert_runs();
     source.faults.clear();
     source.on_pause = None;
+    source.drain_hangs = false;
     source.on_resume = None;
     source.on_release = None;
     let mut destination = FakeDestination::default();

@@ -29,7 +29,7 @@ use crate::clock::TscFrequency;
 use crate::console::Keyboard;
 use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog, WatchedMemory};
-use crate::vcpu::{Holder, VcpuFailure, VcpuSet};
+use crate::vcpu::{Holder, VcpuFailure, VcpuSet, park_deadline};
 
 pub use arrival::{Arrival, DiskBackend};
 pub use baseline::Tracking;
@@ -97,11 +97,11 @@ impl Machine {
         self.vcpus.resume(Holder::Startup);
     }
 
-    /// Holds the vCPUs out of the guest for `holder`. Returns the instant at which the first was asked to
-    /// leave.
-    pub fn pause(&self, holder: Holder) -> Result<Instant, MachineError> {
+    /// Holds the vCPUs out of the guest for `holder`, if all are out at `until`. Returns the instant at which the first
+    /// was asked to leave.
+    pub fn pause(&self, holder: Holder, until: Instant) -> Result<Instant, MachineError> {
         self.vcpus
-            .pause(holder)
+            .pause(holder, until)
             .map_err(|error| match &self.fault_handler {
                 Some(_) => MachineError::NoPage(error),
                 None => error.into(),
@@ -112,7 +112,7 @@ impl Machine {
     /// the files of its disks, for whoever copies them.
     pub fn pause_for_user(&self) -> Result<(), MachineError> {
         let was_paused = self.is_held_by(Holder::User);
-        self.pause(Holder::User)?;
+        self.pause(Holder::User, park_deadline())?;
         let settled = self.settle_devices();
         if settled.is_err() && !was_paused {
             self.resume_for_user();

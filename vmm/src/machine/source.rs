@@ -188,14 +188,17 @@ impl Source for MigrationSource {
         Ok(self.machine.rehearse_save()?)
     }
 
-    fn pause(&mut self) -> Result<Instant, PortError> {
-        let paused_at = self.machine.pause(Holder::Migration)?;
+    fn pause(&mut self, until: Instant) -> Result<Instant, PortError> {
+        let paused_at = self.machine.pause(Holder::Migration, until)?;
         self.paused_at = Some(paused_at);
         Ok(paused_at)
     }
 
-    fn drain(&mut self) -> Result<(), PortError> {
-        Ok(self.machine.devices.drain(Instant::now() + DRAIN_TIME)?)
+    fn drain(&mut self, until: Instant) -> Result<(), PortError> {
+        Ok(self
+            .machine
+            .devices
+            .drain(until.min(Instant::now() + DRAIN_TIME))?)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, PortError> {

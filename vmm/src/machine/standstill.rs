@@ -12,7 +12,7 @@ use super::{Machine, MachineError, MigrationDestination};
 use crate::clock::ClockStart;
 use crate::memory::{FaultHandler, MemoryError};
 use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
-use crate::vcpu::Holder;
+use crate::vcpu::{Holder, park_deadline};
 
 /// A machine whose guest stands still, with nothing in flight. It goes on when this is dropped.
 pub struct Standstill<'a> {
@@ -34,7 +34,7 @@ impl Machine {
             since: Instant::now(),
             for_good: false,
         };
-        standstill.since = self.pause(Holder::Snapshot)?;
+        standstill.since = self.pause(Holder::Snapshot, park_deadline())?;
         self.devices.drain(Instant::now() + DRAIN_TIME)?;
         Ok(standstill)
     }

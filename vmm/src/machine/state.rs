@@ -98,7 +98,7 @@ impl Machine {
         }
         let mut envelope = Envelope::new();
         let rehearsed = catch_unwind(AssertUnwindSafe(|| {
-            let paused_at = self.pause(Holder::Migration)?;
+            let paused_at = self.pause(Holder::Migration, vcpu::park_deadline())?;
             let pause = paused_at.elapsed();
             self.save_processors(&mut envelope, paused_at)?;
             Ok::<_, MachineError>((pause, paused_at.elapsed() - pause))

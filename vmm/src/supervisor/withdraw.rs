@@ -11,6 +11,7 @@ use threads::Role;
 
 use super::{Event, Life, Side, Supervisor, SupervisorHandle};
 use crate::machine::MigrationSource;
+use crate::vcpu::park_deadline;
 
 /// Between two attempts, at first and at the most.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -72,7 +73,8 @@ impl Supervisor {
 
     /// Pauses a guest that runs elsewhere as well, once no migration has it.
     pub(super) fn stop_second_copy(&mut self) {
-        if self.migration.is_some() || !matches!(self.life, Some(Life::Here(_))) {
+        // Whoever has it now calls this again when it is done.
+        if self.migration.is_some() || self.operation.is_some() || !matches!(self.life, Some(Life::Here(_))) {
             return;
         }
         let Some(doubt) = self.withdrawals.second.take() else {
@@ -80,7 +82,7 @@ impl Supervisor {
         };
         if let Some(Life::Here(machine)) = self.life.take() {
             let mut source = Box::new(MigrationSource::new(machine.clone()));
-            if let Err(error) = source.pause() {
+            if let Err(error) = source.pause(park_deadline()) {
                 let error = migration::chain(&*error);
                 tracing::error!(error, "the guest runs on here although it runs elsewhere");
             }

@@ -27,6 +27,11 @@ pub use state::{
 /// A vCPU that does not leave the guest within this time is stuck in the kernel.
 const PARK_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Until when vCPUs must be out of the guest where nobody wants that sooner.
+pub fn park_deadline() -> Instant {
+    Instant::now() + PARK_TIMEOUT
+}
+
 /// vCPU threads could not be started or held.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
@@ -89,14 +94,16 @@ impl VcpuSet {
         Ok(set)
     }
 
-    /// Closes the gate for `holder` and waits until every vCPU is out of the guest. If one does not come out, `holder`
-    /// holds the gate no more than before. Returns the instant at which the first one was asked to leave.
-    pub fn pause(&self, holder: Holder) -> Result<Instant, VcpuError> {
+    /// Closes the gate for `holder` and waits until every vCPU is out of the guest, until `until` or for [`PARK_TIMEOUT`].
+    /// If one does not come out, `holder` holds the gate no more than before. Returns the instant at which the first one
+    /// was asked to leave.
+    pub fn pause(&self, holder: Holder, until: Instant) -> Result<Instant, VcpuError> {
         let asked = Instant::now();
-        if self.gate.hold(holder, || self.kick(), PARK_TIMEOUT) {
+        let patience = until.saturating_duration_since(asked).min(PARK_TIMEOUT);
+        if self.gate.hold(holder, || self.kick(), patience) {
             Ok(asked)
         } else {
-            Err(VcpuError::NotParked(PARK_TIMEOUT))
+            Err(VcpuError::NotParked(patience))
         }
     }
 
