@@ -172,6 +172,19 @@ async fn ask_to_stop(args: &StopArgs, path: &Path) -> anyhow::Result<Exit> {
     let patience = if args.force { SILENCE } else { ANSWER };
     let client = Client::new(path).patient(patience);
     let info: InstanceInfo = client.get("/").await?;
+    match ask_to_end(args, path, &client, info).await {
+        // It was on its way already, and ended between two questions.
+        Err(_) if is_abandoned(path).await => Ok(Exit::Done),
+        ended => ended,
+    }
+}
+
+async fn ask_to_end(
+    args: &StopArgs,
+    path: &Path,
+    client: &Client,
+    info: InstanceInfo,
+) -> anyhow::Result<Exit> {
     if info.state == InstanceState::InDoubt && !args.force {
         tell(&format!(
             "{vm} is in doubt, and this may be the only copy of its guest: `godwit resolve {vm}` asks the other end; `godwit stop --force` throws this copy away",
@@ -183,7 +196,7 @@ async fn ask_to_stop(args: &StopArgs, path: &Path) -> anyhow::Result<Exit> {
         let grace = args
             .timeout
             .unwrap_or(Duration::from_millis(info.stop_timeout_ms));
-        act(&client, ActionType::SendCtrlAltDel, false).await?;
+        act(client, ActionType::SendCtrlAltDel, false).await?;
         if ended(path, grace).await {
             return Ok(Exit::Done);
         }
@@ -191,7 +204,7 @@ async fn ask_to_stop(args: &StopArgs, path: &Path) -> anyhow::Result<Exit> {
             "the guest did not shut down within {grace:?}: stopping it"
         ));
     }
-    act(&client, ActionType::Stop, args.force).await?;
+    act(client, ActionType::Stop, args.force).await?;
     if ended(path, STOP_TIMEOUT).await {
         return Ok(Exit::Done);
     }

@@ -62,11 +62,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     machine.start();
     supervisor.adopt(machine, &server);
     if args.on_reset == OnResetArg::Reboot {
-        supervisor.boot_on_reset(Arc::new(move |events| {
-            let machine = boot(events)?;
-            machine.start();
-            Ok(machine)
-        }));
+        supervisor.boot_on_reset(boot);
     }
     give_back_text();
     launch.up(&name);

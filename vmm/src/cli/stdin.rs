@@ -13,7 +13,7 @@ use rustix::process::getpgrp;
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
 use threads::Role;
 
-use super::terminal::ESCAPE;
+use super::terminal::{ESCAPE, made_raw, not_raw};
 use crate::api::ApiServer;
 use crate::console::ConsoleInput;
 use crate::output::set_raw_terminal;
@@ -55,6 +55,7 @@ impl JobTerminal {
         let mut modes = self.modes();
         if modes.given_back || !self.is_ours() {
             set_raw_terminal(false);
+            not_raw();
             return false;
         }
         let Ok(now) = tcgetattr(&self.file) else {
@@ -70,6 +71,9 @@ impl JobTerminal {
             modes.before = Some(now);
         }
         set_raw_terminal(modes.before.is_some());
+        if let Some(before) = &modes.before {
+            made_raw(&self.file, before);
+        }
         true
     }
 
@@ -78,6 +82,7 @@ impl JobTerminal {
         let mut modes = self.modes();
         modes.given_back = true;
         set_raw_terminal(false);
+        not_raw();
         if let Some(before) = modes.before.take().filter(|_| self.is_ours())
             && let Err(error) = tcsetattr(&self.file, OptionalActions::Now, &before)
         {

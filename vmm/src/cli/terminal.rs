@@ -40,6 +40,19 @@ impl RawTerminal {
     }
 }
 
+/// From here on the terminal, which has other modes than these, is given back by [`restore_at_once`].
+pub(super) fn made_raw(terminal: &File, before: &Termios) {
+    if let Ok(terminal) = terminal.try_clone() {
+        BEFORE.get_or_init(|| (terminal, before.clone()));
+        IS_RAW.store(true, Ordering::Relaxed);
+    }
+}
+
+/// It has its own modes, or is somebody else's.
+pub(super) fn not_raw() {
+    IS_RAW.store(false, Ordering::Relaxed);
+}
+
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         output::set_raw_terminal(false);

@@ -138,6 +138,11 @@ impl Supervisor {
         tracing::info!("received: the guest runs here");
         self.adopt(machine, server);
         give_back_text();
-        if self.leaving { self.terminate() } else { None }
+        // Who was to end for a failure of its own keeps the only copy of a guest that came all the same.
+        if self.leaving && self.failure.is_none() {
+            return self.terminate();
+        }
+        self.leaving = false;
+        None
     }
 }

@@ -85,10 +85,14 @@ impl Supervisor {
         if let Some(Operation { reply, .. }) = self.operation.take() {
             answer(reply, ended);
         }
+        self.stop_second_copy();
         while self.operation.is_none()
             && let Some(request) = self.deferred.pop_front()
         {
-            self.handle_request(request);
+            // Whoever has given up was told that nothing had happened.
+            if !request.is_given_up() {
+                self.handle_request(request);
+            }
         }
     }
 

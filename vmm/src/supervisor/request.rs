@@ -101,6 +101,18 @@ pub enum Request {
     Resolve(Option<Decision>, Reply<Resolution>),
 }
 
+impl Request {
+    /// Whether whoever asked waits for the answer no more, of the requests that may have to wait for an operation.
+    pub(super) fn is_given_up(&self) -> bool {
+        match self {
+            Self::Pause(reply) | Self::Resume(reply) | Self::UpdateDisk(_, reply) => reply.is_closed(),
+            Self::Migrate { reply, .. } => reply.is_closed(),
+            Self::Snapshot(_, reply) => reply.is_closed(),
+            _ => false,
+        }
+    }
+}
+
 /// A migration job as its clients see it.
 pub struct MigrationFeed {
     /// Where it is.

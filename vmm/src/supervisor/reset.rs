@@ -15,7 +15,7 @@ const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// At most so often the wait doubles: half a minute.
 const DOUBLINGS: u32 = 5;
 
-/// Makes a machine like the one that reset, whose guest runs.
+/// Makes a machine like the one that reset, whose guest waits to be started.
 pub type Boot = Arc<dyn Fn(EventSink) -> Result<Machine, MachineError> + Send + Sync>;
 
 /// How a machine is made anew, and when that was done.
@@ -100,10 +100,11 @@ impl Supervisor {
         if self.resetting { self.reset() } else { None }
     }
 
-    /// A guest has been booted.
+    /// A machine was made anew: its guest starts. Not sooner, or it might reset before anybody knows the machine.
     pub(super) fn booted(&mut self) {
-        if let Some(reboot) = &mut self.reboot {
+        if let (Some(reboot), Some(Life::Here(machine))) = (&mut self.reboot, &self.life) {
             reboot.since = Instant::now();
+            machine.start();
         }
     }
 }

@@ -240,6 +240,7 @@ impl Supervisor {
                     Verdict::Here,
                     format!("{known}; it goes on here"),
                 );
+                self.stop_second_copy();
             }
             (Some(Life::InDoubt(machine, Side::Source { doubt, remains, .. })), Err(error)) => {
                 // Somebody may have its disks: it stays a question.

@@ -77,6 +77,7 @@ impl Supervisor {
         match restored {
             Ok(machine) => {
                 self.adopt(*machine, server);
+                self.stop_second_copy();
                 self.booted();
                 (job.announce)();
                 give_back_text();
