@@ -16,7 +16,6 @@ use threads::Role;
 use super::terminal::{ESCAPE, made_raw, not_raw};
 use crate::api::ApiServer;
 use crate::console::ConsoleInput;
-use crate::output::set_raw_terminal;
 use crate::supervisor::{Event, SupervisorHandle};
 
 /// How often a job in the background looks whether it is in the foreground: nothing tells one that never was stopped.
@@ -54,7 +53,6 @@ impl JobTerminal {
     fn take(&self) -> bool {
         let mut modes = self.modes();
         if modes.given_back || !self.is_ours() {
-            set_raw_terminal(false);
             not_raw();
             return false;
         }
@@ -70,9 +68,9 @@ impl JobTerminal {
             }
             modes.before = Some(now);
         }
-        set_raw_terminal(modes.before.is_some());
-        if let Some(before) = &modes.before {
-            made_raw(&self.file, before);
+        match &modes.before {
+            Some(before) => made_raw(&self.file, before),
+            None => not_raw(),
         }
         true
     }
@@ -81,7 +79,6 @@ impl JobTerminal {
     pub(super) fn give_back(&self) {
         let mut modes = self.modes();
         modes.given_back = true;
-        set_raw_terminal(false);
         not_raw();
         if let Some(before) = modes.before.take().filter(|_| self.is_ours())
             && let Err(error) = tcsetattr(&self.file, OptionalActions::Now, &before)

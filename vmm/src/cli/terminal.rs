@@ -32,24 +32,26 @@ impl RawTerminal {
         let before = tcgetattr(&terminal)?;
         let mut raw = before.clone();
         raw.make_raw();
-        let (terminal, _) = BEFORE.get_or_init(|| (terminal, before));
-        IS_RAW.store(true, Ordering::Relaxed);
-        tcsetattr(terminal, OptionalActions::Now, &raw)?;
-        output::set_raw_terminal(true);
+        made_raw(&terminal, &before);
+        tcsetattr(&terminal, OptionalActions::Now, &raw)?;
         Ok(Some(Self))
     }
 }
 
-/// From here on the terminal, which has other modes than these, is given back by [`restore_at_once`].
+/// The terminal is raw, or about to be: lines return in it, and [`restore_at_once`] gives it back as it was at first.
 pub(super) fn made_raw(terminal: &File, before: &Termios) {
-    if let Ok(terminal) = terminal.try_clone() {
+    if BEFORE.get().is_none()
+        && let Ok(terminal) = terminal.try_clone()
+    {
         BEFORE.get_or_init(|| (terminal, before.clone()));
-        IS_RAW.store(true, Ordering::Relaxed);
     }
+    IS_RAW.store(true, Ordering::Relaxed);
+    output::set_raw_terminal(true);
 }
 
 /// It has its own modes, or is somebody else's.
 pub(super) fn not_raw() {
+    output::set_raw_terminal(false);
     IS_RAW.store(false, Ordering::Relaxed);
 }
 

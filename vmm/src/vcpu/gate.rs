@@ -265,16 +265,22 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn opens_only_when_the_last_holder_lets_go() {
+    /// A gate before which two vCPUs wait.
+    fn two_parked() -> (Arc<Gate>, Vec<thread::JoinHandle<Next>>) {
         let gate = Arc::new(Gate::new(2));
-        let threads: Vec<_> = (0..2)
+        let threads = (0..2)
             .map(|id| {
                 let gate = gate.clone();
                 thread::spawn(move || gate.pass(id))
             })
             .collect();
         assert!(gate.wait_parked(Duration::from_secs(5)));
+        (gate, threads)
+    }
+
+    #[test]
+    fn opens_only_when_the_last_holder_lets_go() {
+        let (gate, threads) = two_parked();
         gate.close(Holder::User);
         gate.open(Holder::Startup);
         assert!(gate.held_by(Holder::User) && !gate.held_by(Holder::Startup));
@@ -360,14 +366,7 @@ mod tests {
 
     #[test]
     fn who_is_roused_parks_again() {
-        let gate = Arc::new(Gate::new(2));
-        let threads: Vec<_> = (0..2)
-            .map(|id| {
-                let gate = gate.clone();
-                thread::spawn(move || gate.pass(id))
-            })
-            .collect();
-        assert!(gate.wait_parked(Duration::from_secs(5)));
+        let (gate, threads) = two_parked();
         for _ in 0..100 {
             assert!(gate.rouse(Duration::from_secs(5)));
             assert!(gate.wait_parked(Duration::from_secs(5)));

@@ -134,7 +134,7 @@ impl Backend {
             self.files()
                 .try_for_each(|(file, _)| set_lock(file, Range::byte(offset), lock).map(drop))
         };
-        let mark = || {
+        let mut mark = || {
             if let Some(before) = held.mark.take() {
                 set(before, Lock::Unlocked)?;
             }
@@ -145,7 +145,6 @@ impl Backend {
             held.mark = Some(offset);
             Ok(offset)
         };
-        let mut mark = mark;
         mark().map_err(self.failed("lock a byte of it"))
     }
 
