@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::backend::Backend;
 use super::control::Control;
-use super::engine::{Engine, Ticket};
+use super::engine::{Engine, Origin, Ticket};
 use super::metrics::BlockMetrics;
 use super::parameters::{Cache, Parameters};
 use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError, Step};
@@ -180,13 +180,12 @@ impl Block {
                 self.complain(&error);
             }
             let before = *answered;
-            while let Some((ticket, result)) = self.engine.next(&self.backend) {
-                match ticket {
-                    Some(ticket) => {
-                        let written = self.conclude(queue.memory(), ticket, result);
-                        queue.give_back(ticket.head, written)?;
-                    }
-                    None => self.settle(result),
+            while let Some((origin, result)) = self.engine.next(&self.backend) {
+                if let Origin::Guest(ticket) = origin {
+                    let written = self.conclude(queue.memory(), ticket, result);
+                    queue.give_back(ticket.head, written)?;
+                } else {
+                    self.conclude_own(origin, result);
                 }
                 *answered += 1;
             }
@@ -197,10 +196,34 @@ impl Block {
         }
     }
 
-    /// A flush of our own is done.
-    fn settle(&mut self, result: Result<u32, RequestError>) {
-        self.settling = false;
+    /// What the device itself wanted is done.
+    fn conclude_own(&mut self, origin: Origin, result: Result<u32, RequestError>) {
+        match origin {
+            Origin::Guest(_) => return,
+            Origin::Flush => self.settling = false,
+            Origin::WriteOut => self.plan_write_out(false),
+        }
         if let Err(error) = result {
+            self.complain(&error);
+        }
+    }
+
+    /// Begins to write out where an image has its data, if any of that is in this process alone.
+    fn write_out(&mut self) {
+        let begun = self.engine.write_out(&self.backend);
+        self.plan_write_out(matches!(begun, Ok(true)));
+        if let Err(error) = begun {
+            self.complain(&error);
+        }
+    }
+
+    /// Unless it is under way, sees to it that there is a time for it.
+    fn plan_write_out(&mut self, is_under_way: bool) {
+        let Some(write_out) = &mut self.write_out else {
+            return;
+        };
+        write_out.is_under_way(is_under_way);
+        if let Err(error) = write_out.plan(&self.backend) {
             self.complain(&error);
         }
     }
@@ -248,13 +271,11 @@ impl Block {
         Ok(broken)
     }
 
-    /// Takes what is done and tells nobody. A flush of our own is no less needed for that.
+    /// Takes what is done and tells no guest. What the device itself wanted is no less needed for that.
     fn finish_unheard(&mut self) -> io::Result<()> {
         self.engine.submit()?;
-        while let Some((ticket, result)) = self.engine.next(&self.backend) {
-            if ticket.is_none() {
-                self.settle(result);
-            }
+        while let Some((origin, result)) = self.engine.next_unheard(&self.backend) {
+            self.conclude_own(origin, result);
         }
         Ok(())
     }
@@ -434,7 +455,12 @@ impl VirtioDevice for Block {
         let Some(mut queue) = queues.get(index) else {
             return Ok(Progress::Idle);
         };
-        self.turn(&mut queue)
+        let done = self.turn(&mut queue);
+        if done.is_err() {
+            // Nobody looks at the time until the driver has reset the device.
+            self.write_out();
+        }
+        done
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
@@ -446,8 +472,8 @@ impl VirtioDevice for Block {
     /// Something is done, or has changed, or there are tokens again for what could not be served.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         self.limiter.hear();
-        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.hear(&self.backend)) {
-            self.complain(&error);
+        if self.write_out.as_ref().is_some_and(WriteOut::is_due) {
+            self.write_out();
         }
         self.hear(queues);
         self.process_queue(0, queues)
@@ -461,9 +487,7 @@ impl VirtioDevice for Block {
             return false;
         }
         // Nobody looks at the time until there is a driver again.
-        if let Err(error) = self.backend.write_out() {
-            self.complain(&error);
-        }
+        self.write_out();
         true
     }
 
@@ -474,7 +498,7 @@ impl VirtioDevice for Block {
         if !self.backend.read_only() {
             self.engine.flush(&self.backend).map_err(host_error)?;
             self.finish_all(queues, until)?;
-            if self.backend.unflushed().is_some() {
+            if !self.backend.is_durable() {
                 // Complained about as it failed.
                 return Err(DeviceError::NotDurable);
             }

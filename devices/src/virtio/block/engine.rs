@@ -68,6 +68,8 @@ pub(super) enum Io {
         durability: Durability,
     },
     Flush,
+    /// Where an image has its data is put into its file.
+    WriteOut,
 }
 
 impl Io {
@@ -77,7 +79,18 @@ impl Io {
             Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => buffers.len(),
             Self::Discard { len, .. } => len / DISCARD_SHARE,
             Self::Zero { len, .. } => *len,
-            Self::Flush => 0,
+            Self::Flush | Self::WriteOut => 0,
+        }
+    }
+
+    /// Whether the guest takes what it wrote until then for durable, once this is done.
+    fn is_promise(&self) -> bool {
+        match self {
+            Self::Flush => true,
+            Self::Write { durability, .. }
+            | Self::Discard { durability, .. }
+            | Self::Zero { durability, .. } => *durability == Durability::Durable,
+            Self::Read { .. } | Self::WriteOut => false,
         }
     }
 
@@ -85,7 +98,7 @@ impl Io {
     pub(super) fn range(&self) -> Option<u64> {
         match self {
             Self::Discard { len, .. } | Self::Zero { len, .. } => Some(*len),
-            Self::Read { .. } | Self::Write { .. } | Self::Flush => None,
+            Self::Read { .. } | Self::Write { .. } | Self::Flush | Self::WriteOut => None,
         }
     }
 }
@@ -100,12 +113,23 @@ pub(super) struct Ticket {
     pub(super) data: u64,
 }
 
+/// Who wants to have something done.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Origin {
+    /// The guest, with this request.
+    Guest(Ticket),
+    /// The device, which wants everything that was written to be durable.
+    Flush,
+    /// The device, which wants it to be in the file.
+    WriteOut,
+}
+
 /// Something in flight.
 #[derive(Debug)]
 pub(super) struct Flight {
-    /// None for a flush of our own.
-    ticket: Option<Ticket>,
+    origin: Origin,
     work: u64,
+    is_flush: bool,
     then: Then,
 }
 
@@ -126,8 +150,8 @@ enum Then {
     Nothing,
 }
 
-/// Of what was begun; a flush of our own has no ticket. With it come the bytes that were written to the guest.
-pub(super) type Outcome = (Option<Ticket>, Result<u32, RequestError>);
+/// Of what was begun, with the bytes that were written to the guest.
+pub(super) type Outcome = (Origin, Result<u32, RequestError>);
 
 impl Engine {
     /// The engine that was asked for, if this host has it.
@@ -180,10 +204,19 @@ impl Engine {
         ticket: Ticket,
         io: Io,
     ) -> Result<Option<u32>, RequestError> {
-        if matches!(io, Io::Flush) && backend.unflushed().is_none() {
+        // A host says only once that it could not write back what was in its memory.
+        if io.is_promise() && backend.take_lost() {
+            return Err(RequestError::Lost);
+        }
+        let is_needless = match io {
+            Io::Flush => backend.unflushed().is_none(),
+            Io::WriteOut => !backend.is_behind(),
+            _ => false,
+        };
+        if is_needless {
             return Ok(Some(0));
         }
-        self.begin(Some(memory), backend, Some(ticket), io)?;
+        self.begin(Some(memory), backend, Origin::Guest(ticket), io)?;
         Ok(None)
     }
 
@@ -192,7 +225,16 @@ impl Engine {
         if backend.unflushed().is_none() {
             return Ok(false);
         }
-        self.begin(None, backend, None, Io::Flush)?;
+        self.begin(None, backend, Origin::Flush, Io::Flush)?;
+        Ok(true)
+    }
+
+    /// Begins to write out where an image has its data; whether any of that is in this process alone.
+    pub(super) fn write_out(&mut self, backend: &Arc<Backend>) -> Result<bool, RequestError> {
+        if !backend.is_behind() {
+            return Ok(false);
+        }
+        self.begin(None, backend, Origin::WriteOut, Io::WriteOut)?;
         Ok(true)
     }
 
@@ -200,11 +242,16 @@ impl Engine {
         &mut self,
         memory: Option<&GuestMemory>,
         backend: &Arc<Backend>,
-        ticket: Option<Ticket>,
+        origin: Origin,
         io: Io,
     ) -> Result<(), RequestError> {
-        let work = io.work();
-        let flight = |then| Flight { ticket, work, then };
+        let (work, is_flush) = (io.work(), matches!(io, Io::Flush));
+        let flight = |then| Flight {
+            origin,
+            work,
+            is_flush,
+            then,
+        };
         match (&mut self.ring, memory, io) {
             (Some(ring), Some(memory), Io::Read { into, offset }) if backend.takes(&into) => {
                 let then = Then::Read { len: len(&into) };
@@ -261,24 +308,40 @@ impl Engine {
 
     /// The next that is done.
     pub(super) fn next(&mut self, backend: &Backend) -> Option<Outcome> {
-        let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
-            Some((flight, result)) => (flight, Ok(result)),
+        self.take(backend, |origin| matches!(origin, Origin::Guest(_)))
+    }
+
+    /// The same, where the guest hears of nothing.
+    pub(super) fn next_unheard(&mut self, backend: &Backend) -> Option<Outcome> {
+        self.take(backend, |_| false)
+    }
+
+    /// A flush whose failure the guest does not hear of, as `is_heard` says, is kept for it.
+    fn take(&mut self, backend: &Backend, is_heard: impl FnOnce(&Origin) -> bool) -> Option<Outcome> {
+        let (flight, result, has_failed) = match self.ring.as_mut().and_then(|ring| ring.next()) {
+            Some((flight, result)) => {
+                let canceled = |error: &io::Error| error.raw_os_error() == Some(libc::ECANCELED);
+                let has_failed = result.as_ref().is_err_and(|error| !canceled(error));
+                let result = settle(backend, &flight.then, result);
+                (flight, result, has_failed)
+            }
             None => {
                 let (flight, result) = self.helper.next()?;
-                (flight, Err(result.unwrap_or(Err(RequestError::Panicked))))
+                let result = result.unwrap_or(Err(RequestError::Panicked));
+                let has_failed = result.is_err();
+                (flight, result, has_failed)
             }
         };
         self.bytes -= flight.work;
         self.count -= 1;
-        let result = match result {
-            Ok(result) => settle(backend, &flight.then, result),
-            Err(result) => result,
-        };
+        if flight.is_flush && has_failed && !is_heard(&flight.origin) {
+            backend.keep_lost();
+        }
         let written = match flight.then {
             Then::Read { len } => len,
             _ => 0,
         };
-        Some((flight.ticket, result.map(|()| written)))
+        Some((flight.origin, result.map(|()| written)))
     }
 
     /// Has everything that is in flight end soon, whatever comes of it. Whether it has: if not, this is to be called again.
@@ -294,7 +357,7 @@ impl Engine {
             }
             ring.cancel();
         }
-        while self.next(backend).is_some() {}
+        while self.next_unheard(backend).is_some() {}
         let is_over = self.helper.is_empty() && self.ring.as_ref().is_none_or(|ring| ring.is_empty());
         if is_over {
             // What was never begun has no outcome.
@@ -377,6 +440,7 @@ fn carry_out(
             make_durable(backend, *durability)
         }
         (Io::Flush, _) => Ok(backend.flush()?),
+        (Io::WriteOut, _) => Ok(backend.write_out()?),
     }
 }
 

@@ -65,6 +65,8 @@ pub(super) enum RequestError {
     Flags { got: u32 },
     #[error("whoever was to do it panicked")]
     Panicked,
+    #[error("an earlier flush, of which the guest did not hear, has failed")]
+    Lost,
     #[error("write to a read-only disk")]
     ReadOnly,
     #[error("guest memory: {0}")]
@@ -145,11 +147,8 @@ impl Request {
         match self.kind {
             VIRTIO_BLK_T_IN => self.read(disk.backend).map(Step::Transfer),
             VIRTIO_BLK_T_OUT => self.write(disk).map(Step::Transfer),
-            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => {
-                // The host's end may take it away, but not this process's.
-                disk.backend.write_out()?;
-                Ok(Step::Done(0.into()))
-            }
+            // The host's end may take it away, but not this process's.
+            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => Ok(Step::Transfer(Io::WriteOut)),
             VIRTIO_BLK_T_FLUSH => Ok(Step::Transfer(Io::Flush)),
             VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Transfer),
             VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Transfer),

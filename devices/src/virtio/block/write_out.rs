@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use super::backend::{Backend, BackendError};
+use super::backend::Backend;
 use crate::timer::Timer;
 
 /// For so long it may be in this process alone.
@@ -14,7 +14,8 @@ const WITHIN: Duration = Duration::from_secs(1);
 /// Of one image.
 pub(super) struct WriteOut {
     timer: Timer,
-    is_set: bool,
+    /// There is a time for it, or it is under way.
+    is_planned: bool,
 }
 
 impl WriteOut {
@@ -24,7 +25,10 @@ impl WriteOut {
             return Ok(None);
         }
         let timer = Timer::new()?;
-        Ok(Some(Self { timer, is_set: false }))
+        Ok(Some(Self {
+            timer,
+            is_planned: false,
+        }))
     }
 
     /// Becomes readable when it is time.
@@ -34,19 +38,20 @@ impl WriteOut {
 
     /// Sees to it that there will be a time, if something is to be written out.
     pub(super) fn plan(&mut self, backend: &Backend) -> io::Result<()> {
-        if !self.is_set && backend.is_behind() {
+        if !self.is_planned && backend.is_behind() {
             self.timer.set(WITHIN)?;
-            self.is_set = true;
+            self.is_planned = true;
         }
         Ok(())
     }
 
-    /// Writes out if it is time.
-    pub(super) fn hear(&mut self, backend: &Backend) -> Result<(), BackendError> {
-        if !matches!(self.timer.has_gone_off(), Ok(false)) {
-            self.is_set = false;
-            backend.write_out()?;
-        }
-        Ok(())
+    /// Whether it is time.
+    pub(super) fn is_due(&self) -> bool {
+        !matches!(self.timer.has_gone_off(), Ok(false))
+    }
+
+    /// It is under way now, or is not any more.
+    pub(super) fn is_under_way(&mut self, is_under_way: bool) {
+        self.is_planned = is_under_way;
     }
 }

@@ -38,6 +38,21 @@ impl Backend {
         Ok(())
     }
 
+    /// A flush has failed, and the guest does not hear of that flush: it is to hear of it with the next.
+    pub(in super::super) fn keep_lost(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether there was such a flush, which the guest is told now.
+    pub(in super::super) fn take_lost(&self) -> bool {
+        self.lost.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether everything that was written is durable.
+    pub(in super::super) fn is_durable(&self) -> bool {
+        self.unflushed().is_none() && !self.lost.load(Ordering::SeqCst)
+    }
+
     /// Whether some of what was written is in this process alone: where an image has its data, say.
     pub(in super::super) fn is_behind(&self) -> bool {
         self.qcow2.is_some() && self.written_out.load(Ordering::SeqCst) < self.modified.load(Ordering::SeqCst)

@@ -14,7 +14,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use vm_memory::Bytes;
@@ -58,6 +58,9 @@ pub struct Backend {
     modified: AtomicU64,
     written_out: AtomicU64,
     flushed: AtomicU64,
+    /// A flush of the host's side failed, and the guest has not heard of it. The kernel says that once for each open
+    /// file, so that the guest's own next flush would succeed.
+    lost: AtomicBool,
 }
 
 impl Backend {
@@ -94,6 +97,7 @@ impl Backend {
             modified: AtomicU64::new(0),
             written_out: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
         };
         backend.measure()?;
         Ok(backend)
@@ -356,7 +360,7 @@ impl HostBackend for Backend {
     }
 
     fn flush(&self) -> Result<(), HostError> {
-        Ok(Self::flush(self)?)
+        Ok(Self::flush(self).inspect_err(|_| self.keep_lost())?)
     }
 
     fn invalidate(&self) -> Result<(), HostError> {

@@ -1,13 +1,14 @@
 //! How long others wait for a disk, whatever the guest asks of it and however slow it is.
 
 use std::io::Write;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::slow::SlowFile;
 use super::*;
 use crate::virtio::mmio::TransportError;
 
-/// What is stated, and what a slow machine may add.
+/// What is stated, and what a slow machine may add. Less than [`Driver::wait`] waits.
 const RESET_TIME: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(5);
 
@@ -32,6 +33,42 @@ fn on_both(test: impl Fn(Driver, SlowFile)) {
         let (_disk, file, driver) = slow(engine);
         test(driver, file);
     }
+}
+
+/// The same with an image that has a sector of data, and in whose file nobody finds it yet.
+fn slow_image(cache: Cache) -> (TempDir, SlowFile, Driver) {
+    let (dir, image) = images::image();
+    let path = dir.path().join("slow");
+    let file = SlowFile::new(&path, 4 << 20);
+    let content = fs::read(image).unwrap();
+    let mut there = fs::File::options().write(true).open(&path).unwrap();
+    there.write_all(&content).unwrap();
+    let backend = Backend::open(&path, images::access(false)).unwrap();
+    let parameters = Parameters {
+        cache,
+        ..Default::default()
+    };
+    let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
+    images::write(&mut driver, 9, 512, 0xab);
+    assert!(!images::is_in_the_file(&path, 0xab));
+    (dir, file, driver)
+}
+
+/// Nobody waits for the file, which is held from then on. Were anybody to, it would be released in the end.
+fn waits_for_nothing(file: &SlowFile, act: impl FnOnce()) {
+    file.hold();
+    let (over, is_over) = mpsc::channel::<()>();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if matches!(is_over.recv_timeout(SOON), Err(RecvTimeoutError::Timeout)) {
+                file.release();
+            }
+        });
+        act();
+        drop(over);
+    });
+    assert!(start.elapsed() < SOON, "somebody waited {:?}", start.elapsed());
 }
 
 /// Makes a request available and has it begun.
@@ -222,5 +259,77 @@ fn what_a_driver_wrote_before_it_reset_the_disk_is_durable_after_a_drain() {
         driver.set(0x070, 0);
         driver.transport.pause();
         driver.transport.drain(Instant::now() + SOON).unwrap();
+    });
+}
+
+#[test]
+fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
+    // When its time has come.
+    let (_dir, file, mut driver) = slow_image(Cache::Writeback);
+    waits_for_nothing(&file, || {
+        driver.wait();
+        file.wait_held();
+        begin(&mut driver, IN, &[writes(BUFFER, 512)]);
+        driver.transport.pause();
+        drain_fails(&mut driver, "slow");
+        driver.transport.resume();
+    });
+    file.release();
+    driver.wait_for(1);
+    // When the driver resets the disk.
+    let (dir, file, mut driver) = slow_image(Cache::Writeback);
+    waits_for_nothing(&file, || {
+        driver.set(0x070, 0);
+        assert_eq!(driver.get(0x070), 0);
+    });
+    file.release();
+    driver.transport.pause();
+    driver.transport.drain(Instant::now() + SOON).unwrap();
+    assert!(images::is_in_the_file(&dir.path().join("slow"), 0xab));
+    // When it flushes a disk that need not outlive the host.
+    let (dir, file, mut driver) = slow_image(Cache::Unsafe);
+    waits_for_nothing(&file, || begin(&mut driver, FLUSH, &[]));
+    assert!(driver.used().is_empty());
+    file.release();
+    driver.wait_for(1);
+    assert_eq!(driver.bytes(STATUS, 1), [OK]);
+    assert!(images::is_in_the_file(&dir.path().join("slow"), 0xab));
+}
+
+#[test]
+fn an_image_whose_queue_breaks_is_written_out() {
+    let (dir, _file, mut driver) = slow_image(Cache::Writeback);
+    // A head beyond the queue's end.
+    driver.publish(u16::MAX);
+    driver.kick();
+    let until = Instant::now() + SOON;
+    while !images::is_in_the_file(&dir.path().join("slow"), 0xab) {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_flush_that_failed_unheard_is_told_by_the_next() {
+    on_both(|mut driver, file| {
+        assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
+        // The kernel tells each open file once, and that was the host's side.
+        for by_a_drain in [true, false] {
+            file.fail_flush();
+            driver.transport.pause();
+            if by_a_drain {
+                drain_fails(&mut driver, "durable");
+            } else {
+                driver.backend().flush().unwrap_err();
+            }
+            drain_fails(&mut driver, "durable");
+            driver.transport.resume();
+            assert_eq!(request(&mut driver, FLUSH, 0, &[]), (IOERR, 1));
+            assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
+            driver.transport.pause();
+            driver.transport.drain(Instant::now() + SOON).unwrap();
+            driver.transport.resume();
+            assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
+        }
     });
 }

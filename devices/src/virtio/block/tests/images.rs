@@ -23,7 +23,7 @@ fn make(path: &Path, backing: Option<(&Path, &str)>) {
     image.create().unwrap();
 }
 
-fn access(read_only: bool) -> Access {
+pub(super) fn access(read_only: bool) -> Access {
     Access {
         read_only,
         format: Format::Qcow2,
@@ -36,7 +36,7 @@ fn device(path: &Path) -> Block {
     Block::new(Arc::new(backend), "root", Parameters::default()).unwrap()
 }
 
-fn image() -> (TempDir, PathBuf) {
+pub(super) fn image() -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");
     make(&path, None);
@@ -44,7 +44,7 @@ fn image() -> (TempDir, PathBuf) {
 }
 
 /// Writes sectors full of `byte`.
-fn write(driver: &mut Driver, sector: u64, len: u32, byte: u8) {
+pub(super) fn write(driver: &mut Driver, sector: u64, len: u32, byte: u8) {
     driver.fill(BUFFER, &vec![byte; len as usize]);
     assert_eq!(request(driver, OUT, sector, &[reads(BUFFER, len)]), (OK, 1));
 }
@@ -310,7 +310,7 @@ fn nobody_writes_to_what_images_are_on() {
 }
 
 /// Whether somebody else finds sector 9 of the image full of `byte`.
-fn is_in_the_file(path: &Path, byte: u8) -> bool {
+pub(super) fn is_in_the_file(path: &Path, byte: u8) -> bool {
     let (copies, name) = (tempfile::tempdir().unwrap(), "copy");
     let copy = copies.path().join(name);
     fs::copy(path, &copy).unwrap();
@@ -328,14 +328,16 @@ fn what_the_guest_was_told_is_written_gets_into_the_file_in_time() {
             byte == 1,
             "where it is was known before"
         );
-        // The device's timer.
+        // The device's timer, and what its thread has done then.
         if byte == 1 {
+            driver.wait();
             driver.wait();
         }
         assert!(is_in_the_file(&path, byte));
     }
     // Nothing is behind any more, and the device comes to rest.
     write(&mut driver, 4096, 512, 3);
+    driver.wait();
     driver.wait();
     assert!(!driver.turn());
 }

@@ -1,10 +1,12 @@
-//! A file system of one file, whose reads, writes and flushes take as long as a test wants (FUSE).
+//! A file system of one file, whose reads, writes and flushes take as long as a test wants, and whose flushes may fail
+//! (FUSE).
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -62,7 +64,14 @@ impl SlowFile {
     /// Waits until something has come that is held.
     pub(super) fn wait_held(&self) {
         let held = self.held.0.lock().unwrap();
-        drop(self.held.1.wait_while(held, |held| !held.has_come).unwrap());
+        let time = Duration::from_secs(10);
+        let waited = self.held.1.wait_timeout_while(held, time, |held| !held.has_come);
+        assert!(!waited.unwrap().1.timed_out(), "nothing has come");
+    }
+
+    /// The next flush fails.
+    pub(super) fn fail_flush(&self) {
+        self.held.0.lock().unwrap().fails_flush = true;
     }
 
     /// It is again, and what was held is done.
@@ -77,6 +86,7 @@ struct Held {
     is_held: bool,
     /// Something waits for the end of it.
     has_come: bool,
+    fails_flush: bool,
 }
 
 impl Drop for SlowFile {
@@ -108,11 +118,13 @@ impl Server {
                 held = self.held.1.wait_while(held, |held| held.is_held).unwrap();
                 held.has_come = false;
             }
+            let fails = kind == FSYNC && std::mem::take(&mut self.held.0.lock().unwrap().fails_flush);
             if kind == FORGET {
                 continue;
             }
             let answer = Self::answer(self.size, &mut self.content, kind, &request[REQUEST_HEADER..len]);
             let (error, body) = match answer {
+                _ if fails => (-libc::EIO, Vec::new()),
                 Some(body) => (0, body),
                 None => (-libc::ENOSYS, Vec::new()),
             };
