@@ -271,7 +271,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
         file.wait_held();
         begin(&mut driver, IN, &[writes(BUFFER, 512)]);
         driver.transport.pause();
-        drain_fails(&mut driver, "slow");
+        drain_fails(&driver, "slow");
         driver.transport.resume();
     });
     file.release();
@@ -318,11 +318,11 @@ fn a_flush_that_failed_unheard_is_told_by_the_next() {
             file.fail_flush();
             driver.transport.pause();
             if by_a_drain {
-                drain_fails(&mut driver, "durable");
+                drain_fails(&driver, "durable");
             } else {
                 driver.backend().flush().unwrap_err();
             }
-            drain_fails(&mut driver, "durable");
+            drain_fails(&driver, "durable");
             driver.transport.resume();
             assert_eq!(request(&mut driver, FLUSH, 0, &[]), (IOERR, 1));
             assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
