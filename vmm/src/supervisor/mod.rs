@@ -13,18 +13,17 @@ mod snapshot;
 mod tests;
 mod thread_failure;
 mod withdraw;
+mod worker;
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use devices::GuestExit;
-use migration::{Control, Receiver, Report};
+use migration::{Receiver, Report};
 use thiserror::Error;
-use threads::{Failure, Role, Thread};
+use threads::Failure;
 use tokio::sync::broadcast;
 
 use crate::api::ApiServer;
@@ -40,6 +39,7 @@ use resolve::{Resolving, Side};
 use restore::RestoreJob;
 use snapshot::SnapshotJob;
 use withdraw::Withdrawals;
+use worker::{Job, Worker};
 
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 pub use reset::Boot;
@@ -84,55 +84,6 @@ enum Life {
     Here(Arc<Machine>),
     /// "go" was sent or received, and what came of it is not known or not good: kept, and never run by itself.
     InDoubt(Arc<Machine>, Side),
-}
-
-/// A job on a thread of its own.
-struct Job {
-    control: Arc<Control>,
-    thread: Thread,
-    /// Disconnected once the thread is about to end.
-    ended: mpsc::Receiver<Infallible>,
-}
-
-/// How long a job may take to end: longer than all of its own waits, so that it hangs in a call if it has not by then.
-const ENDING: Duration = Duration::from_secs(60);
-
-impl Job {
-    fn start(
-        role: Role,
-        name: &str,
-        control: Arc<Control>,
-        work: impl FnOnce() + Send + 'static,
-    ) -> io::Result<Self> {
-        let (at_work, ended) = mpsc::channel();
-        let thread = threads::spawn(role, name, move || {
-            let _at_work = at_work;
-            work();
-        })?;
-        Ok(Self {
-            control,
-            thread,
-            ended,
-        })
-    }
-
-    /// Cancels it and waits for its end: what it holds (a listening socket, the machine) is then gone.
-    fn end(self) {
-        self.end_within(ENDING);
-    }
-
-    /// The same, but leaves a job alone that hangs, in a write to a disk that is gone say: it must not hold up the end of
-    /// the process, with which it ends.
-    fn end_within(self, at_most: Duration) {
-        self.control.cancel();
-        if self.ended.recv_timeout(at_most) == Err(mpsc::RecvTimeoutError::Timeout) {
-            let name = self.thread.thread().name().unwrap_or_default().to_owned();
-            tracing::error!("the job {name:?} hangs; it is left alone");
-            return;
-        }
-        // A panic in it has been reported by the panic hook.
-        let _ = self.thread.join();
-    }
 }
 
 struct MigrationJob {

@@ -5,15 +5,15 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 
-use threads::{Role, Thread};
+use threads::Role;
 
-use super::{ApiServer, Event, Supervisor, SupervisorError};
+use super::{ApiServer, Event, Supervisor, SupervisorError, Worker};
 use crate::footprint::give_back_text;
 use crate::machine::{Machine, MachineError};
 
 /// The job, and what is to be done when it has made its machine.
 pub(super) struct RestoreJob {
-    thread: Thread,
+    worker: Worker,
     /// Whether it may have to wait for pages, for ever.
     may_hang: bool,
     /// What calls it off when it is dropped, as long as the job waits for something.
@@ -26,8 +26,7 @@ impl RestoreJob {
     pub(super) fn end(self) {
         drop(self.called_off);
         if !self.may_hang {
-            // A panic in it has been reported by the panic hook.
-            let _ = self.thread.join();
+            self.worker.join();
         }
     }
 }
@@ -52,7 +51,7 @@ impl Supervisor {
         announce: impl FnOnce() + 'static,
     ) -> io::Result<()> {
         let supervisor = self.handle.clone();
-        let thread = threads::spawn(Role::Restore, "restore", move || {
+        let worker = Worker::start(Role::Restore, "restore", move || {
             let made = catch_unwind(AssertUnwindSafe(make)).map_or_else(
                 |_| Err("the restoring job panicked".into()),
                 |made| made.map_err(|error| migration::chain(&error)),
@@ -60,7 +59,7 @@ impl Supervisor {
             supervisor.send(Event::Restored(made.map(Box::new)));
         })?;
         self.restore = Some(RestoreJob {
-            thread,
+            worker,
             may_hang,
             called_off,
             announce: Box::new(announce),

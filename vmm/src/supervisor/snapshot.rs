@@ -5,10 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use threads::{Role, Thread};
+use threads::Role;
 
 use super::request::Reply;
-use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, answer, failed};
+use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, Worker, answer, failed};
 use crate::api::{SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MachineError};
 use crate::snapshot::{Draft, SnapshotError, SnapshotId, SnapshotProgress, Watch};
@@ -16,7 +16,7 @@ use crate::vcpu::Holder;
 
 /// The job, and who waits for it.
 pub(super) struct SnapshotJob {
-    thread: Thread,
+    worker: Worker,
     watch: Arc<Watch>,
     keep_running: bool,
     reply: Reply<SnapshotReport>,
@@ -48,9 +48,9 @@ impl Supervisor {
         let watch = Arc::new(Watch::default());
         let keep_running = request.keep_running;
         match start(machine, request, watch.clone(), self.handle.clone()) {
-            Ok(thread) => {
+            Ok(worker) => {
                 self.snapshot = Some(SnapshotJob {
-                    thread,
+                    worker,
                     watch,
                     keep_running,
                     reply,
@@ -85,8 +85,7 @@ impl Supervisor {
             return ending;
         };
         job.cancel();
-        // A panic in it has been reported by the panic hook.
-        let _ = job.thread.join();
+        job.worker.join();
         let ended = self.events.try_iter().find_map(|event| match event {
             Event::SnapshotEnded(ended) => Some(ended),
             _ => None,
@@ -105,8 +104,8 @@ fn start(
     request: SnapshotRequest,
     watch: Arc<Watch>,
     supervisor: SupervisorHandle,
-) -> io::Result<Thread> {
-    threads::spawn(Role::Snapshot, "snapshot", move || {
+) -> io::Result<Worker> {
+    Worker::start(Role::Snapshot, "snapshot", move || {
         let write = AssertUnwindSafe(|| write(&machine, &request, &watch));
         let ended = catch_unwind(write).map_or_else(
             |_| Err("the snapshot job panicked".into()),

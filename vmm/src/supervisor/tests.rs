@@ -1,4 +1,5 @@
-use migration::{Decision, Migrated, Remains};
+use migration::{Control, Decision, Migrated, Remains};
+use threads::Role;
 use tokio::sync::oneshot;
 
 use super::*;
@@ -31,24 +32,23 @@ fn job() -> Job {
 #[test]
 fn a_job_that_hangs_is_left_alone_in_the_end() {
     let (back, hangs) = mpsc::channel::<()>();
-    let control = Arc::new(Control::new().unwrap());
     let (entered, inside) = mpsc::channel();
     let hang = move || {
         let _ = entered.send(());
         let _ = hangs.recv();
     };
-    let job = Job::start(Role::Receive, "job", control.clone(), hang).unwrap();
+    let worker = Worker::start(Role::Receive, "job", hang).unwrap();
     inside.recv().unwrap();
-    job.end_within(Duration::from_millis(20));
-    assert!(control.is_cancelled());
+    worker.join_within(Duration::from_millis(20));
     drop(back);
 
     let ended = Arc::new(());
     let seen = ended.clone();
-    let work = move || drop(seen);
-    Job::start(Role::Receive, "job", control, work)
+    let control = Arc::new(Control::new().unwrap());
+    Job::start(Role::Receive, "job", control.clone(), move || drop(seen))
         .unwrap()
-        .end_within(Duration::from_secs(60));
+        .end();
+    assert!(control.is_cancelled());
     assert_eq!(Arc::strong_count(&ended), 1, "waited for");
 }
 
