@@ -77,15 +77,17 @@ impl Job<'_> {
             round_trip_ns: nanoseconds(round_trip),
         };
         link.check("nothing before go")?;
-        link.ignore_cancel();
         self.standing.claim.go();
-        self.control.lift_pause_limit();
         match link.send(&go) {
-            Ok(()) => Ok(now),
-            Err(error) if link.has_begun() => Err(MigrateError::NoAnswer(error)),
-            Err(error) => {
+            // Until its first byte a cancel, or a guest that stands still for too long, ends the attempt.
+            Err(error) if !link.has_begun() => {
                 self.standing.claim.go_not_sent();
                 Err(error.into())
+            }
+            sent => {
+                link.ignore_cancel();
+                self.control.lift_pause_limit();
+                sent.map(|()| now).map_err(MigrateError::NoAnswer)
             }
         }
     }
