@@ -16,7 +16,7 @@ use migration::Outcome;
 use serde_json::Value;
 use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Process, Vm, count, wait_until};
 
-use self::dependent::{Dependent, Disk, Thing};
+use self::dependent::{Dependent, Disk};
 use self::harm::{HARMS, Harm};
 use self::receiver::{LOGS, Log, Receiver};
 use super::{ANY_PORT, Moments};
@@ -164,28 +164,31 @@ impl Strike {
                 Ok((Fate::DiedWithDestination, None))
             }
             Some(0) => self.arrived(Fate::Moved),
-            _ if struck && self.has_lost_memory() => self.ended_without_memory(),
+            _ if let (true, Some(reason)) = (struck, self.memory_is_gone()) => {
+                self.ended_without_memory(reason)
+            }
             Some(1) => self.stayed(migration, destination_died),
             Some(3) => self.in_doubt(destination_died),
             _ => bail!("got {migration:?}"),
         }
     }
 
-    fn has_lost_memory(&self) -> bool {
-        self.harm == Harm::Lose(Thing::Handler)
+    /// What the VM says where the harm is one to its memory.
+    fn memory_is_gone(&self) -> Option<&'static str> {
+        match self.harm {
+            Harm::Lose(thing) => thing.gone(),
+            _ => None,
+        }
     }
 
     /// A guest whose memory has gone does not run on with something else: its VM ends, and says why.
-    fn ended_without_memory(mut self) -> Result<(Fate, Option<Journey>)> {
+    fn ended_without_memory(mut self, reason: &str) -> Result<(Fate, Option<Journey>)> {
         let process = &mut self.journey.vm.process;
         // It may not have needed the part that is gone. It does now; if it has ended, nobody takes this.
         let _ = process.send(b"v");
         process.stderr().wait_end(PATIENCE)?;
         let said = process.stderr().text();
-        ensure!(
-            said.contains("the page-fault handler has hung up"),
-            "expected the reason, got {said:?}"
-        );
+        ensure!(said.contains(reason), "expected {reason:?}, got {said:?}");
         self.without_source(Fate::EndedWithoutIt)
     }
 

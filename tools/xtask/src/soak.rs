@@ -27,7 +27,7 @@ enum Scenario {
     /// A bare guest of 2 GiB that dirties 100 MiB/s moves 50 times, with one vCPU and with four
     Moves,
     /// 400 faults at random messages: either side killed, messages lost, changed or doubled, the network gone, slow or
-    /// silent, logs that nobody reads, what a guest needs taken away
+    /// silent, logs that nobody reads, what a guest needs, its memory included, taken away
     Faults,
     /// The destination is killed 50 times at random moments
     Kills,

@@ -17,8 +17,21 @@ const DISK_BYTES: u64 = 4 << 20;
 pub(super) enum Thing {
     /// The program that brings its pages, which is killed.
     Handler,
+    /// The file that its memory is mapped from, which shrinks.
+    Memory,
     /// The image of its disk, which shrinks.
     Disk,
+}
+
+impl Thing {
+    /// What a VM says that ends because it has gone; none for what it goes on without.
+    pub(super) fn gone(self) -> Option<&'static str> {
+        match self {
+            Self::Handler => Some("the page-fault handler has hung up"),
+            Self::Memory => Some("a page of the guest's memory is lost"),
+            Self::Disk => None,
+        }
+    }
 }
 
 /// A guest, and what it needs.
@@ -50,6 +63,7 @@ impl Dependent {
     pub(super) fn on(thing: Thing) -> Result<Self> {
         match thing {
             Thing::Handler => Self::on_handler(),
+            Thing::Memory => Self::on_memory(),
             Thing::Disk => Self::on_disk(),
         }
     }
@@ -72,6 +86,17 @@ impl Dependent {
         Ok(Self {
             lose: Box::new(move || kill(id)),
             handler: Some(handler),
+            ..Self::on_nothing(journey)
+        })
+    }
+
+    fn on_memory() -> Result<Self> {
+        let (mut journey, directory) = in_files()?;
+        let restored = journey.host.restore(&directory, &["--resume"])?;
+        journey.arrive(restored)?;
+        let memory = directory.join("memory");
+        Ok(Self {
+            lose: Box::new(move || halve(&memory)),
             ..Self::on_nothing(journey)
         })
     }

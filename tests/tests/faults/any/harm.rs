@@ -26,7 +26,7 @@ pub(super) enum Harm {
     Lose(Thing),
 }
 
-pub(super) const HARMS: [Harm; 15] = [
+pub(super) const HARMS: [Harm; 16] = [
     Harm::KillSource(When::Before),
     Harm::KillSource(When::After),
     Harm::KillDestination(When::Before),
@@ -41,6 +41,7 @@ pub(super) const HARMS: [Harm; 15] = [
     Harm::Trickle,
     Harm::Silence,
     Harm::Lose(Thing::Handler),
+    Harm::Lose(Thing::Memory),
     Harm::Lose(Thing::Disk),
 ];
 
