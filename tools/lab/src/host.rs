@@ -16,6 +16,7 @@ use crate::connection::{Connection, Missed};
 use crate::patience::{Deadline, Patience};
 use crate::process::{Output, Process};
 use crate::qemu::Qemu;
+use crate::tsc;
 use crate::wire::Kind;
 
 /// What an error shows of a console log.
@@ -216,7 +217,8 @@ impl Host {
         // A one-shot timer interrupt that comes while a guest runs is sometimes lost under TCG with SVM, and then
         // that guest keeps the host's only CPU until another interrupt comes. A periodic tick survives a loss.
         command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 reboot=t mitigations=off quiet nohz=off highres=off lab.name=host{index} lab.address={}/24",
+            "console=ttyS0 panic=-1 reboot=t mitigations=off quiet nohz=off highres=off tsc_early_khz={} lab.name=host{index} lab.address={}/24",
+            tsc::khz(),
             self.address()
         ));
         let console = self.identity.path("console");

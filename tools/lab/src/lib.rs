@@ -22,6 +22,7 @@ mod process;
 mod qemu;
 mod start;
 mod switch;
+mod tsc;
 
 pub use error::LabError;
 pub use host::Host;
