@@ -14,11 +14,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::backend::Backend;
+use super::configuration::{WRITEBACK, configuration};
 use super::control::Control;
 use super::engine::{Engine, Origin, Ticket};
 use super::metrics::BlockMetrics;
 use super::parameters::{Cache, Parameters};
-use super::request::{Disk, MOST_DISCARDED, MOST_ZEROED, OK, Request, RequestError, Step};
+use super::request::{Disk, OK, Request, RequestError, Step};
 use super::state::BlockState;
 use super::write_out::WriteOut;
 use super::{ID_LEN, SECTOR_SIZE};
@@ -41,26 +42,6 @@ const F_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
 const F_CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-
-/// Data buffers in one request: a queue's worth without header and status byte.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Bytes of each of them, so that all together are no more than a request may have.
-const SIZE_MAX: u32 = 64 << 10;
-/// The configuration space (virtio 1.2, 5.2.4). What is not set here is not offered.
-const CONFIG_LEN: usize = 60;
-const CAPACITY: usize = 0;
-const MAX_SIZE: usize = 8;
-const MAX_SEGMENTS: usize = 12;
-const BLOCK_SIZE: usize = 20;
-const WRITEBACK: usize = 32;
-const MAX_DISCARD_SECTORS: usize = 36;
-const MAX_DISCARD_SEGMENTS: usize = 40;
-const DISCARD_ALIGNMENT: usize = 44;
-const MAX_ZEROES_SECTORS: usize = 48;
-const MAX_ZEROES_SEGMENTS: usize = 52;
-const ZEROES_MAY_UNMAP: usize = 56;
-/// Discarded ranges begin and end with pages of the host, or their space is not given up.
-const HOST_PAGE_SECTORS: u32 = 8;
 
 /// A disk.
 pub struct Block {
@@ -409,22 +390,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; CONFIG_LEN];
-        config[CAPACITY..][..8].copy_from_slice(&self.backend.sectors().to_le_bytes());
-        for (at, value) in [
-            (MAX_SIZE, SIZE_MAX),
-            (MAX_SEGMENTS, SEG_MAX),
-            (BLOCK_SIZE, self.backend.block_size()),
-            (MAX_DISCARD_SECTORS, MOST_DISCARDED),
-            (MAX_DISCARD_SEGMENTS, 1),
-            (DISCARD_ALIGNMENT, HOST_PAGE_SECTORS),
-            (MAX_ZEROES_SECTORS, MOST_ZEROED),
-            (MAX_ZEROES_SEGMENTS, 1),
-            (ZEROES_MAY_UNMAP, 1),
-        ] {
-            config[at..][..4].copy_from_slice(&value.to_le_bytes());
-        }
-        config[WRITEBACK] = self.writeback.into();
+        let config = configuration(&self.backend, self.writeback);
         read_bytes(&config, offset, data);
     }
 

@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, 5.2) on an image or a block device of the host.
 
 mod backend;
+mod configuration;
 mod control;
 mod device;
 mod engine;

@@ -50,7 +50,7 @@ fn slow_image(cache: Cache) -> (TempDir, SlowFile, Driver) {
     };
     let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
     images::write(&mut driver, 9, 512, 0xab);
-    assert!(!images::is_in_the_file(&path, 0xab));
+    assert!(!images::is_in_the_file(&path, 9, 0xab));
     (dir, file, driver)
 }
 
@@ -267,8 +267,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     // When its time has come.
     let (_dir, file, mut driver) = slow_image(Cache::Writeback);
     waits_for_nothing(&file, || {
-        driver.wait();
-        file.wait_held();
+        images::serve_until(&mut driver, || file.holds());
         begin(&mut driver, IN, &[writes(BUFFER, 512)]);
         driver.transport.pause();
         drain_fails(&driver, "slow");
@@ -285,7 +284,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     file.release();
     driver.transport.pause();
     driver.transport.drain(Instant::now() + SOON).unwrap();
-    assert!(images::is_in_the_file(&dir.path().join("slow"), 0xab));
+    assert!(images::is_in_the_file(&dir.path().join("slow"), 9, 0xab));
     // When it flushes a disk that need not outlive the host.
     let (dir, file, mut driver) = slow_image(Cache::Unsafe);
     waits_for_nothing(&file, || begin(&mut driver, FLUSH, &[]));
@@ -293,7 +292,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     file.release();
     driver.wait_for(1);
     assert_eq!(driver.bytes(STATUS, 1), [OK]);
-    assert!(images::is_in_the_file(&dir.path().join("slow"), 0xab));
+    assert!(images::is_in_the_file(&dir.path().join("slow"), 9, 0xab));
 }
 
 #[test]
@@ -303,7 +302,7 @@ fn an_image_whose_queue_breaks_is_written_out() {
     driver.publish(u16::MAX);
     driver.kick();
     let until = Instant::now() + SOON;
-    while !images::is_in_the_file(&dir.path().join("slow"), 0xab) {
+    while !images::is_in_the_file(&dir.path().join("slow"), 9, 0xab) {
         assert!(Instant::now() < until);
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -69,6 +69,11 @@ impl SlowFile {
         assert!(!waited.unwrap().1.timed_out(), "nothing has come");
     }
 
+    /// Whether something has come that is held.
+    pub(super) fn holds(&self) -> bool {
+        self.held.0.lock().unwrap().has_come
+    }
+
     /// The next flush fails.
     pub(super) fn fail_flush(&self) {
         self.held.0.lock().unwrap().fails_flush = true;
