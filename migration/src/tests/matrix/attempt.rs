@@ -123,6 +123,12 @@ impl<'a> Rig<'a> {
             let terms = report.downtime.total_ms();
             assert!((terms - downtime_ms).abs() < 1e-6, "{report:?}");
             assert!(downtime_ms + report.verify_ms <= report.total_ms, "{report:?}");
+        } else if report.outcome == Outcome::Moved {
+            let said = report.error.as_deref().unwrap_or_default();
+            assert!(
+                said.contains("how long the guest stood still is not known"),
+                "{report:?}"
+            );
         }
     }
 
