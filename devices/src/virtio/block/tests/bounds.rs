@@ -1,6 +1,8 @@
 //! How long others wait for a disk, whatever the guest asks of it and however slow it is.
 
 use std::io::Write;
+use std::path::Path;
+use std::process::Command;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -12,26 +14,76 @@ use crate::virtio::mmio::TransportError;
 const RESET_TIME: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(5);
 
-/// A disk that does nothing when it is held, with a driver that has read from it.
-fn slow(engine: IoEngine) -> (Disk, SlowFile, Driver) {
-    let disk = Disk::with(engine);
-    let path = disk.dir.path().join("slow");
-    let file = SlowFile::new(&path, 4 << 20);
-    let backend = Backend::open(&path, Access::default()).unwrap();
-    let parameters = Parameters {
-        engine,
-        ..Default::default()
-    };
-    let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
-    assert_eq!(request(&mut driver, IN, 0, &[writes(BUFFER, 512)]), (OK, 513));
-    (disk, file, driver)
+/// What a slow disk is to the host.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// A file whose requests are served by the disk's own thread.
+    File(IoEngine),
+    /// A block device on such a file: its requests are in flight with io_uring.
+    Device,
 }
 
-fn on_both(test: impl Fn(Driver, SlowFile)) {
-    for engine in [IoEngine::Sync, IoEngine::Async] {
-        eprintln!("{engine:?}");
-        let (_disk, file, driver) = slow(engine);
-        test(driver, file);
+/// A block device on a file, as long as it lives.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(file: &Path) -> Self {
+        let output = losetup(&["--find".as_ref(), "--show".as_ref(), file]);
+        Self(String::from_utf8(output).unwrap().trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        losetup(&["--detach".as_ref(), &self.0]);
+    }
+}
+
+fn losetup(arguments: &[&Path]) -> Vec<u8> {
+    // Not everybody has it in the path.
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let mut command = Command::new("losetup");
+    let output = command.args(arguments).env("PATH", path).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    output.stdout
+}
+
+/// Does it with a disk of each kind, which does nothing when it is held, and with a driver that has read from it.
+fn on_each(test: impl Fn(Driver, &SlowFile)) {
+    for kind in [
+        Kind::File(IoEngine::Sync),
+        Kind::File(IoEngine::Async),
+        Kind::Device,
+    ] {
+        eprintln!("{kind:?}");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slow");
+        let file = SlowFile::new(&path, 4 << 20);
+        let (device, parameters) = match kind {
+            Kind::File(engine) => (
+                None,
+                Parameters {
+                    engine,
+                    ..Default::default()
+                },
+            ),
+            // Nothing waits for what the host has cached.
+            Kind::Device => (
+                Some(Loop::new(&path)),
+                Parameters {
+                    direct: true,
+                    ..Default::default()
+                },
+            ),
+        };
+        let access = Access {
+            direct: parameters.direct,
+            ..Default::default()
+        };
+        let backend = Backend::open(device.as_ref().map_or(&path, |device| &device.0), access).unwrap();
+        let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
+        assert_eq!(request(&mut driver, IN, 0, &[writes(BUFFER, 512)]), (OK, 513));
+        test(driver, &file);
     }
 }
 
@@ -96,7 +148,7 @@ fn drain_fails(driver: &Driver, word: &str) {
 
 #[test]
 fn whoever_waits_for_a_disk_that_hangs_is_told_in_time() {
-    on_both(|mut driver, file| {
+    on_each(|mut driver, file| {
         driver.fill(BUFFER, &[0xab; 512]);
         for (kind, data) in [
             (OUT, reads(BUFFER, 512)),
@@ -114,7 +166,7 @@ fn whoever_waits_for_a_disk_that_hangs_is_told_in_time() {
                 start.elapsed()
             );
             assert!(driver.used().is_empty());
-            drain_fails(&driver, "slow");
+            drain_fails(&driver, "has begun");
             // It goes on where it was.
             driver.transport.resume();
             driver.run();
@@ -130,7 +182,7 @@ fn whoever_waits_for_a_disk_that_hangs_is_told_in_time() {
 
 #[test]
 fn a_reset_of_a_disk_that_hangs_ends_when_nothing_can_be_written_any_more() {
-    on_both(|mut driver, file| {
+    on_each(|mut driver, file| {
         file.hold();
         begin(&mut driver, IN, &[writes(BUFFER, 512)]);
         file.wait_held();
@@ -160,7 +212,7 @@ fn a_reset_of_a_disk_that_hangs_ends_when_nothing_can_be_written_any_more() {
 
 #[test]
 fn no_vcpu_waits_while_the_cache_is_turned_off() {
-    on_both(|mut driver, file| {
+    on_each(|mut driver, file| {
         driver.fill(BUFFER, &[0xee; 512]);
         assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
         file.hold();
@@ -178,7 +230,7 @@ fn no_vcpu_waits_while_the_cache_is_turned_off() {
 
 #[test]
 fn zeroes_are_written_while_others_go_on() {
-    on_both(|mut driver, file| {
+    on_each(|mut driver, file| {
         file.hold();
         let mut bytes = [0; 16];
         bytes[8..12].copy_from_slice(&4096u32.to_le_bytes());
@@ -213,7 +265,7 @@ fn requests_have_a_most() {
 
 #[test]
 fn little_is_in_flight_at_once() {
-    on_both(|mut driver, file| {
+    on_each(|mut driver, file| {
         file.hold();
         for number in 0..32 {
             let at = HEADER + 0x20 * number;
@@ -310,7 +362,7 @@ fn an_image_whose_queue_breaks_is_written_out() {
 
 #[test]
 fn a_flush_that_failed_unheard_is_told_by_the_next() {
-    on_both(|mut driver, file| {
+    on_each(|mut driver, file| {
         assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
         // The kernel tells each open file once, and that was the host's side.
         for by_a_drain in [true, false] {
