@@ -110,11 +110,12 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
         self.unfinished == 0
     }
 
-    /// Forgets what has not begun, and tells what has begun that nobody wants it.
-    pub(crate) fn cancel(&mut self) {
+    /// Forgets what has not begun, and tells what has begun that nobody wants it. The tags of what is forgotten.
+    pub(crate) fn cancel(&mut self) -> Vec<T> {
         std::mem::take(&mut self.cancelled).store(true, Ordering::Relaxed);
         let forgotten = std::mem::take(&mut self.shared.state().jobs);
         self.unfinished -= forgotten.len();
+        forgotten.into_iter().map(|(tag, ..)| tag).collect()
     }
 }
 
@@ -228,7 +229,7 @@ mod tests {
         helper.push(1, Box::new(long)).unwrap();
         helper.push(2, Box::new(|_| panic!("nobody wants it"))).unwrap();
         has_begun.recv().unwrap();
-        helper.cancel();
+        assert_eq!(helper.cancel(), [2]);
         // What comes later is not concerned.
         helper
             .push(3, Box::new(|cancelled| cancelled.is_set().into()))

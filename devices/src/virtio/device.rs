@@ -157,7 +157,9 @@ pub enum DeviceError {
         what: String,
     },
     /// What the guest was told is done may be lost with the host.
-    #[error("expected what was written to be durable, but it cannot be written back")]
+    #[error(
+        "expected what was written to be durable, but it could not be written back; the guest is told with its next flush"
+    )]
     NotDurable,
     /// The saved state does not fit the device that is here.
     #[error("saved state of the device: {what}: expected {expected}, got {got}")]

@@ -15,6 +15,7 @@ pub(crate) use keep_alive::KeepAlive;
 pub(crate) use reader::{Admitted, Heard};
 pub(crate) use writer::Pulse;
 
+use std::cell::Cell;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -51,8 +52,8 @@ pub(crate) struct Link<'a> {
     /// An answer that came while something was being sent. There is never more than one under way.
     early: Option<Frame>,
     writer: Arc<Writer>,
-    /// Whether the system took a part of the last frame, or all of it.
-    begun: bool,
+    /// What the system took of the last frame.
+    sent: Sent,
     /// Where bytes are counted as they come, if anywhere.
     arrivals: Option<&'a AtomicU64>,
     /// On a data stream: sends without a copy where that works.
@@ -61,6 +62,14 @@ pub(crate) struct Link<'a> {
     receiver: Option<migration_io::Receiver>,
     bytes_sent: u64,
     bytes_received: u64,
+}
+
+/// How much of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sent {
+    Nothing,
+    Part,
+    Whole,
 }
 
 impl<'a> Link<'a> {
@@ -80,7 +89,7 @@ impl<'a> Link<'a> {
             reader: Reader::default(),
             early: None,
             writer: Arc::new(Writer::new()),
-            begun: false,
+            sent: Sent::Nothing,
             arrivals: None,
             sender: None,
             receiver: None,
@@ -101,7 +110,12 @@ impl<'a> Link<'a> {
 
     /// Whether the system took a part of the last frame that was to be sent, or all of it.
     pub(crate) fn has_begun(&self) -> bool {
-        self.begun
+        self.sent != Sent::Nothing
+    }
+
+    /// Whether it took all of it, though the sender may have been interrupted meanwhile.
+    pub(crate) fn has_sent(&self) -> bool {
+        self.sent == Sent::Whole
     }
 
     /// Signs of life on this connection, for another thread.
@@ -223,7 +237,7 @@ impl<'a> Link<'a> {
         what: &'static str,
         mut step: impl FnMut(BorrowedFd<'_>) -> Result<Step, MemoryIoError>,
     ) -> Result<(), LinkError> {
-        self.begun = false;
+        self.sent = Sent::Nothing;
         self.check_cancel()?;
         let writer = self.writer.clone();
         let mut state = writer.lock();
@@ -233,10 +247,10 @@ impl<'a> Link<'a> {
             state.send_rest(socket)
         })?;
         state.torn = true;
-        let mut begun = false;
+        let begun = Cell::new(false);
         let mut step = |socket: BorrowedFd<'_>| {
             let step = step(socket)?;
-            begun |= step != Step::WouldBlock;
+            begun.set(begun.get() || step != Step::WouldBlock);
             Ok(step)
         };
         let mut result = self.drive(Wanted::Room, patience, what, &mut step);
@@ -247,13 +261,17 @@ impl<'a> Link<'a> {
             }
             _ => None,
         };
-        if interruption.is_some() && self.listen {
+        if interruption.is_some() && begun.get() && self.listen {
             // Half a frame would make nonsense of the abort that follows: a moment to complete it.
             self.ignore_cancel();
             result = self.drive(Wanted::Room, Patience::new(COMPLETION), what, &mut step);
         }
-        self.begun = begun;
-        state.torn = result.is_err() && begun;
+        self.sent = match &result {
+            Ok(()) => Sent::Whole,
+            Err(_) if begun.get() => Sent::Part,
+            Err(_) => Sent::Nothing,
+        };
+        state.torn = self.sent == Sent::Part;
         state.last = Instant::now();
         drop(state);
         if let Some(interruption) = interruption {

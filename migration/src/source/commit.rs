@@ -87,7 +87,11 @@ impl Job<'_> {
             sent => {
                 link.ignore_cancel();
                 self.control.lift_pause_limit();
-                sent.map(|()| now).map_err(MigrateError::NoAnswer)
+                match sent {
+                    Err(error) if !link.has_sent() => Err(MigrateError::NoAnswer(error)),
+                    // One that came while it was on its way came too late.
+                    _ => Ok(now),
+                }
             }
         }
     }

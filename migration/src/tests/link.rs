@@ -185,6 +185,29 @@ fn a_frame_cut_short_is_known_to_everybody_who_sends() {
 }
 
 #[test]
+fn a_word_that_finds_no_room_is_not_sent_once_the_guest_stood_still_for_too_long() {
+    let control = control();
+    let (connection, peer) = pair(&control);
+    let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
+    let mut filled = 0;
+    while let Ok(taken) = rustix::net::send(&connection, &[0; 4096], rustix::net::SendFlags::DONTWAIT) {
+        filled += taken;
+    }
+    control.limit_pause(Instant::now(), Duration::from_millis(20));
+    let go = Message::Go {
+        stopped_for_ns: 1,
+        round_trip_ns: 1,
+    };
+    let error = link.send(&go).unwrap_err();
+    assert!(
+        matches!(error, LinkError::PausedTooLong { .. }) && !link.has_begun(),
+        "{error}"
+    );
+    drop(connection);
+    assert_eq!(rest(peer), filled);
+}
+
+#[test]
 fn signs_of_life_neither_wait_nor_mix_with_frames() {
     let control = control();
     let (connection, mut peer) = pair(&control);

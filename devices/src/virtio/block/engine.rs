@@ -40,6 +40,8 @@ pub(super) struct Engine {
     /// Bytes of work, and requests, in flight.
     bytes: u64,
     count: usize,
+    /// How many of them write out where an image has its data, which touches no guest memory.
+    write_outs: usize,
 }
 
 /// What a request asks of the disk.
@@ -83,14 +85,14 @@ impl Io {
         }
     }
 
-    /// Whether the guest takes what it wrote until then for durable, once this is done.
+    /// Whether the guest takes what it wrote until then for durable, or as durable as its disk is, once this is done.
     fn is_promise(&self) -> bool {
         match self {
-            Self::Flush => true,
+            Self::Flush | Self::WriteOut => true,
             Self::Write { durability, .. }
             | Self::Discard { durability, .. }
             | Self::Zero { durability, .. } => *durability == Durability::Durable,
-            Self::Read { .. } | Self::WriteOut => false,
+            Self::Read { .. } => false,
         }
     }
 
@@ -129,7 +131,7 @@ pub(super) enum Origin {
 pub(super) struct Flight {
     origin: Origin,
     work: u64,
-    is_flush: bool,
+    is_promise: bool,
     then: Then,
 }
 
@@ -172,6 +174,7 @@ impl Engine {
             helper: Helper::new("disk")?,
             bytes: 0,
             count: 0,
+            write_outs: 0,
         })
     }
 
@@ -245,11 +248,11 @@ impl Engine {
         origin: Origin,
         io: Io,
     ) -> Result<(), RequestError> {
-        let (work, is_flush) = (io.work(), matches!(io, Io::Flush));
+        let (work, is_promise) = (io.work(), io.is_promise());
         let flight = |then| Flight {
             origin,
             work,
-            is_flush,
+            is_promise,
             then,
         };
         match (&mut self.ring, memory, io) {
@@ -291,7 +294,15 @@ impl Engine {
         }
         self.bytes += work;
         self.count += 1;
+        self.write_outs += usize::from(matches!(origin, Origin::WriteOut));
         Ok(())
+    }
+
+    /// It is not in flight any more.
+    fn leave(&mut self, flight: &Flight) {
+        self.bytes -= flight.work;
+        self.count -= 1;
+        self.write_outs -= usize::from(matches!(flight.origin, Origin::WriteOut));
     }
 
     /// Hands over what was begun.
@@ -308,48 +319,51 @@ impl Engine {
 
     /// The next that is done.
     pub(super) fn next(&mut self, backend: &Backend) -> Option<Outcome> {
-        self.take(backend, |origin| matches!(origin, Origin::Guest(_)))
+        let (flight, result) = self.take(backend)?;
+        let is_told = matches!(flight.origin, Origin::Guest(_)) && flight.is_promise;
+        // A flush that failed meanwhile has taken the error away from this one.
+        let has_lost = is_told && backend.take_lost();
+        let result = match result {
+            Ok(_) if has_lost => Err(RequestError::Lost),
+            result => result,
+        };
+        Some((flight.origin, result))
     }
 
     /// The same, where the guest hears of nothing.
     pub(super) fn next_unheard(&mut self, backend: &Backend) -> Option<Outcome> {
-        self.take(backend, |_| false)
+        let (flight, result) = self.take(backend)?;
+        Some((flight.origin, result))
     }
 
-    /// A flush whose failure the guest does not hear of, as `is_heard` says, is kept for it.
-    fn take(&mut self, backend: &Backend, is_heard: impl FnOnce(&Origin) -> bool) -> Option<Outcome> {
-        let (flight, result, has_failed) = match self.ring.as_mut().and_then(|ring| ring.next()) {
+    fn take(&mut self, backend: &Backend) -> Option<(Flight, Result<u32, RequestError>)> {
+        let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
             Some((flight, result)) => {
-                let canceled = |error: &io::Error| error.raw_os_error() == Some(libc::ECANCELED);
-                let has_failed = result.as_ref().is_err_and(|error| !canceled(error));
                 let result = settle(backend, &flight.then, result);
-                (flight, result, has_failed)
+                (flight, result)
             }
             None => {
                 let (flight, result) = self.helper.next()?;
-                let result = result.unwrap_or(Err(RequestError::Panicked));
-                let has_failed = result.is_err();
-                (flight, result, has_failed)
+                (flight, result.unwrap_or(Err(RequestError::Panicked)))
             }
         };
-        self.bytes -= flight.work;
-        self.count -= 1;
-        if flight.is_flush && has_failed && !is_heard(&flight.origin) {
-            backend.keep_lost();
-        }
+        self.leave(&flight);
         let written = match flight.then {
             Then::Read { len } => len,
             _ => 0,
         };
-        Some((flight.origin, result.map(|()| written)))
+        Some((flight, result.map(|()| written)))
     }
 
     /// Has everything that is in flight end soon, whatever comes of it. Whether it has: if not, this is to be called again.
+    /// Where an image has its data may still be on its way to its file.
     pub(super) fn cancel(&mut self, backend: &Backend) -> bool {
         if self.is_empty() {
             return true;
         }
-        self.helper.cancel();
+        for flight in self.helper.cancel() {
+            self.leave(&flight);
+        }
         if let Some(ring) = &mut self.ring {
             // What could not be submitted the last time would be in flight for ever.
             if let Err(error) = ring.submit() {
@@ -358,12 +372,7 @@ impl Engine {
             ring.cancel();
         }
         while self.next_unheard(backend).is_some() {}
-        let is_over = self.helper.is_empty() && self.ring.as_ref().is_none_or(|ring| ring.is_empty());
-        if is_over {
-            // What was never begun has no outcome.
-            (self.bytes, self.count) = (0, 0);
-        }
-        is_over
+        self.count == self.write_outs
     }
 }
 
@@ -383,8 +392,10 @@ fn settle(backend: &Backend, then: &Then, result: io::Result<()>) -> Result<(), 
             "write to it"
         }
         Then::Flushed { generation } => {
-            if result.is_ok() {
-                backend.flushed(generation);
+            match &result {
+                Ok(()) => backend.flushed(generation),
+                Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {}
+                Err(_) => backend.keep_lost(),
             }
             "write it back"
         }

@@ -125,6 +125,9 @@ impl Transport {
             self.shared.resets.add(1);
             return self.reset();
         }
+        if self.shared.is_resetting() {
+            return self.complain("a status before the reset is over", reg::STATUS, value);
+        }
         let status = self.shared.status();
         let Ok(wanted) = u8::try_from(value) else {
             return self.complain("unknown status bits", reg::STATUS, value);

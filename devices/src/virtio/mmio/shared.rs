@@ -95,6 +95,11 @@ impl Shared {
         })
     }
 
+    /// Whether a reset has begun and is not over.
+    pub(super) fn is_resetting(&self) -> bool {
+        self.core().resetting
+    }
+
     pub(super) fn status(&self) -> u8 {
         self.status.load(Ordering::SeqCst)
     }

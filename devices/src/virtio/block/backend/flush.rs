@@ -27,18 +27,19 @@ impl Backend {
     /// Makes what was written durable.
     pub fn flush(&self) -> Result<(), BackendError> {
         if let Some(generation) = self.unflushed() {
+            self.write_out()?;
             let done = match &self.qcow2 {
-                Some(image) => image.flush(),
+                Some(image) => image.sync(),
                 None => self.file.sync_data(),
             };
-            done.map_err(self.failed("write it back"))?;
-            self.written_out.fetch_max(generation, Ordering::SeqCst);
+            done.map_err(self.failed("write it back"))
+                .inspect_err(|_| self.keep_lost())?;
             self.flushed(generation);
         }
         Ok(())
     }
 
-    /// A flush has failed, and the guest does not hear of that flush: it is to hear of it with the next.
+    /// A flush has failed: some of what was written may be lost. The kernel says that once for each open file.
     pub(in super::super) fn keep_lost(&self) {
         self.lost.store(true, Ordering::SeqCst);
     }

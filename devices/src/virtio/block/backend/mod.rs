@@ -58,8 +58,7 @@ pub struct Backend {
     modified: AtomicU64,
     written_out: AtomicU64,
     flushed: AtomicU64,
-    /// A flush of the host's side failed, and the guest has not heard of it. The kernel says that once for each open
-    /// file, so that the guest's own next flush would succeed.
+    /// A flush has failed, and the guest has not heard of one that did: its own next one might succeed.
     lost: AtomicBool,
 }
 
@@ -360,7 +359,7 @@ impl HostBackend for Backend {
     }
 
     fn flush(&self) -> Result<(), HostError> {
-        Ok(Self::flush(self).inspect_err(|_| self.keep_lost())?)
+        Ok(Self::flush(self)?)
     }
 
     fn invalidate(&self) -> Result<(), HostError> {

@@ -112,11 +112,9 @@ impl Qcow2 {
         }
     }
 
-    /// Makes data durable, and where they are.
-    pub(super) fn flush(&self) -> io::Result<()> {
-        let image = self.image();
-        image.flush()?;
-        image.sync()
+    /// Makes durable what is in the file.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.image().sync()
     }
 
     /// Puts into the file where data are.

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::slow::SlowFile;
+use super::slow::{FSYNC, SlowFile, WRITE};
 use super::*;
 use crate::virtio::mmio::TransportError;
 
@@ -331,9 +331,17 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     let (dir, file, mut driver) = slow_image(Cache::Writeback);
     waits_for_nothing(&file, || {
         driver.set(0x070, 0);
-        assert_eq!(driver.get(0x070), 0);
+        file.wait_held();
+        // Nothing of that touches the guest's memory: the next driver comes and goes.
+        for _ in 0..2 {
+            assert_eq!(driver.get(0x070), 0);
+            driver.bring_up();
+            driver.set(0x070, 0);
+        }
+        driver.bring_up();
     });
     file.release();
+    assert_eq!(request(&mut driver, IN, 9, &[writes(BUFFER, 512)]), (OK, 513));
     driver.transport.pause();
     driver.transport.drain(Instant::now() + SOON).unwrap();
     assert!(images::is_in_the_file(&dir.path().join("slow"), 9, 0xab));
@@ -366,7 +374,7 @@ fn a_flush_that_failed_unheard_is_told_by_the_next() {
         assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
         // The kernel tells each open file once, and that was the host's side.
         for by_a_drain in [true, false] {
-            file.fail_flush();
+            file.fail(FSYNC);
             driver.transport.pause();
             if by_a_drain {
                 drain_fails(&driver, "durable");
@@ -383,4 +391,48 @@ fn a_flush_that_failed_unheard_is_told_by_the_next() {
             assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
         }
     });
+}
+
+#[test]
+fn a_flush_in_flight_is_told_what_another_has_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("slow");
+    let file = SlowFile::new(&path, 4 << 20);
+    let backend = Arc::new(Backend::open(&path, Access::default()).unwrap());
+    let device = Block::new(backend.clone(), "slow", Parameters::default()).unwrap();
+    let mut driver = Driver::ready(device);
+    assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
+    file.hold();
+    begin(&mut driver, FLUSH, &[]);
+    file.wait_held();
+    // The host's side flushes meanwhile.
+    backend.keep_lost();
+    file.release();
+    driver.wait_for(1);
+    assert_eq!(driver.bytes(STATUS, 1), [IOERR]);
+    assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
+}
+
+#[test]
+fn a_disk_that_need_not_be_durable_can_move_once_its_guest_has_heard() {
+    let (_dir, file, mut driver) = slow_image(Cache::Unsafe);
+    file.fail(FSYNC);
+    driver.transport.pause();
+    drain_fails(&driver, "durable");
+    driver.transport.resume();
+    assert_eq!(request(&mut driver, FLUSH, 0, &[]), (IOERR, 1));
+    driver.transport.pause();
+    driver.transport.drain(Instant::now() + SOON).unwrap();
+}
+
+#[test]
+fn what_could_not_be_written_out_for_want_of_room_is_not_lost() {
+    let (dir, file, mut driver) = slow_image(Cache::Writeback);
+    file.fail(WRITE);
+    driver.transport.pause();
+    drain_fails(&driver, "durable");
+    driver.transport.drain(Instant::now() + SOON).unwrap();
+    assert!(images::is_in_the_file(&dir.path().join("slow"), 9, 0xab));
+    driver.transport.resume();
+    assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
 }

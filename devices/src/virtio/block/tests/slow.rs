@@ -1,5 +1,4 @@
-//! A file system of one file, whose reads, writes and flushes take as long as a test wants, and whose flushes may fail
-//! (FUSE).
+//! A file system of one file, whose reads, writes and flushes take as long as a test wants, and of which one may fail (FUSE).
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,8 +14,8 @@ const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
-const WRITE: u32 = 16;
-const FSYNC: u32 = 20;
+pub(super) const WRITE: u32 = 16;
+pub(super) const FSYNC: u32 = 20;
 const FLUSH: u32 = 25;
 const RELEASE: u32 = 18;
 const INIT: u32 = 26;
@@ -74,9 +73,9 @@ impl SlowFile {
         self.held.0.lock().unwrap().has_come
     }
 
-    /// The next flush fails.
-    pub(super) fn fail_flush(&self) {
-        self.held.0.lock().unwrap().fails_flush = true;
+    /// The next request of this kind fails.
+    pub(super) fn fail(&self, kind: u32) {
+        self.held.0.lock().unwrap().fails = Some(kind);
     }
 
     /// It is again, and what was held is done.
@@ -91,7 +90,8 @@ struct Held {
     is_held: bool,
     /// Something waits for the end of it.
     has_come: bool,
-    fails_flush: bool,
+    /// What fails the next time.
+    fails: Option<u32>,
 }
 
 impl Drop for SlowFile {
@@ -123,7 +123,14 @@ impl Server {
                 held = self.held.1.wait_while(held, |held| held.is_held).unwrap();
                 held.has_come = false;
             }
-            let fails = kind == FSYNC && std::mem::take(&mut self.held.0.lock().unwrap().fails_flush);
+            let fails = self
+                .held
+                .0
+                .lock()
+                .unwrap()
+                .fails
+                .take_if(|fails| *fails == kind)
+                .is_some();
             if kind == FORGET {
                 continue;
             }
