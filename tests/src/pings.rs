@@ -34,6 +34,8 @@ pub struct Pings {
 pub struct Pinged {
     /// Requests.
     pub sent: u16,
+    /// How many of them had no answer yet when the last was sent.
+    pub late: usize,
     /// The numbers of those without an answer.
     pub lost: BTreeSet<u16>,
 }
@@ -70,6 +72,7 @@ fn run(socket: &OwnedFd, to: Ipv4Addr, interval: Duration, stop: &AtomicBool) ->
         due += interval;
         while take_answers(socket, to, due, &mut pinged)? {}
     }
+    pinged.late = pinged.lost.len();
     let end = Instant::now() + LAST;
     while !pinged.lost.is_empty() && take_answers(socket, to, end, &mut pinged)? {}
     Ok(pinged)
