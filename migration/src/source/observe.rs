@@ -6,6 +6,7 @@ use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
 use super::{Job, MigrateError};
+use crate::OnMiss;
 use crate::converge::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
 use crate::page_set::PageSet;
 use crate::report::{Round, ms};
@@ -141,7 +142,8 @@ impl Job<'_> {
         if decision.verdict != Verdict::Switch {
             self.apply_throttle(watch, &shares)?;
         }
-        if let Some(miss) = watch.policy.missed().filter(|_| !watch.warned) {
+        let goes_on = self.options.on_miss == OnMiss::Switch && !watch.warned;
+        if let Some(miss) = watch.policy.missed().filter(|_| goes_on) {
             tracing::warn!("going on as was asked, although {miss}");
             watch.warned = true;
         }

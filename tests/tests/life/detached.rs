@@ -182,3 +182,48 @@ fn the_log_of_a_vm_that_is_not_detached() -> Result<()> {
     output.wait("bare: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
     Ok(())
 }
+
+/// Processes whose parent is this one.
+fn children(parent: u32) -> Result<Vec<u32>> {
+    let ours = format!("PPid:\t{parent}\n");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let Ok(id) = entry?.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+        if status.contains(&ours) {
+            found.push(id);
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn an_interrupted_starter_takes_the_vm_along_that_is_not_up() -> Result<()> {
+    let host = Host::new()?;
+    let fifo = host.path("fifo");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )?;
+    let fifo = fifo.display().to_string();
+    let command = host.command(["run", "--detach", "--name", "never", "--config-file", &fifo]);
+    let starter = Process::spawn(command)?;
+    wait_until("the VM's process", || Ok(children(starter.id())?.len() == 1))?;
+    let vm = children(starter.id())?;
+    let status = format!("/proc/{}/status", vm[0]);
+    // It waits for somebody who writes to the FIFO.
+    wait_until("the VM's own session", || {
+        Ok(std::fs::read_to_string(&status)?.contains(&format!("NSsid:\t{}\n", vm[0])))
+    })?;
+    starter.signal(rustix::process::Signal::INT)?;
+    drop(starter);
+    wait_until("the end of the VM's process", || {
+        let left = std::fs::read_to_string(&status).unwrap_or_default();
+        Ok(left.is_empty() || left.contains("State:\tZ"))
+    })
+}

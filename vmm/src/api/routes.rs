@@ -129,6 +129,9 @@ impl From<RequestError> for Failure {
 
 type Answer<T> = Result<T, Failure>;
 
+/// How long a request's body may take, however slowly it comes: until it is there it holds one of the connections.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A body of JSON, whatever its header says: Firecracker's clients often have none, and curl calls it a form.
 struct JsonBody<T>(T);
 
@@ -136,8 +139,12 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
     type Rejection = Failure;
 
     async fn from_request(request: HttpRequest, state: &S) -> Answer<Self> {
-        let bytes = Bytes::from_request(request, state)
+        let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state))
             .await
+            .map_err(|_| {
+                let message = format!("expected the request's body within {BODY_TIMEOUT:?}");
+                Failure(StatusCode::REQUEST_TIMEOUT, message)
+            })?
             .map_err(|rejection| Failure(rejection.status(), rejection.body_text()))?;
         let Json(body) = Json::from_bytes(&bytes)
             .map_err(|rejection| Failure(StatusCode::BAD_REQUEST, rejection.body_text()))?;

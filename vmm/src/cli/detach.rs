@@ -6,7 +6,9 @@ use std::io::{self, PipeReader, PipeWriter, Read, Write, pipe};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use rustix::process::{Pid, WaitOptions, setsid, waitpid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal, setsid, waitpid,
+};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::Exit;
@@ -48,11 +50,15 @@ pub(super) fn detach(common: &CommonArgs) -> anyhow::Result<Part> {
         return Ok(Part::Vm(Launch { log, waiting: None }));
     }
     let (reader, writer) = pipe().context("pipe")?;
+    let starter = getpid();
     if let Some(vm) = fork().context("cannot start the VM's process")? {
         drop(writer);
         return Ok(Part::Starter(wait_for(vm, reader)?));
     }
     drop(reader);
+    // Nobody would know of a VM that comes up, or hangs, after whoever waits for it was interrupted.
+    set_parent_process_death_signal(Some(Signal::KILL)).context("the starter's end")?;
+    ensure!(getppid() == Some(starter), "the starter has ended");
     setsid().context("session")?;
     let nothing = OpenOptions::new().read(true).write(true).open("/dev/null");
     let nothing = nothing.context("/dev/null")?;
@@ -100,6 +106,9 @@ impl Launch {
             return;
         };
         output::flush();
+        if let Err(error) = set_parent_process_death_signal(None) {
+            tracing::warn!(%error, "the VM ends with whoever started it");
+        }
         // What is not part of the log, the message of a panic for example, goes to the same file.
         match OpenOptions::new().append(true).open(&log) {
             Ok(log) => {

@@ -15,7 +15,7 @@ pub(super) enum Place {
 }
 
 impl Place {
-    /// All addresses of a name, in the system's order. What looks it up may hang, or come from whoever runs this host
+    /// All addresses of a name, in the system's order, or the absolute path of a socket. What looks it up may hang, or come from whoever runs this host
     /// and crash (a static program loads the host's NSS modules): no guest is in this process yet, or ever.
     pub(super) fn resolve(&self) -> anyhow::Result<Endpoint> {
         match self {
@@ -23,6 +23,11 @@ impl Place {
                 let found = (host.as_str(), *port).to_socket_addrs();
                 let found = found.with_context(|| format!("cannot find the host of {self}"))?;
                 Ok(Endpoint::Tcp(found.collect()))
+            }
+            // This command's directory is not that of the process that connects.
+            Place::Endpoint(Endpoint::Unix(path)) => {
+                let path = std::path::absolute(path).with_context(|| format!("{self}"))?;
+                Ok(Endpoint::Unix(path))
             }
             Place::Endpoint(endpoint) => Ok(endpoint.clone()),
         }
@@ -77,6 +82,9 @@ mod tests {
             let place: Place = text.parse().unwrap();
             assert_eq!(place.resolve().unwrap().to_string(), text);
         }
+        let here = std::env::current_dir().unwrap().join("x");
+        let place: Place = "unix:x".parse().unwrap();
+        assert_eq!(place.resolve().unwrap(), Endpoint::Unix(here));
         let nobody: Place = "tcp:no-such-host.invalid:7000".parse().unwrap();
         let error = nobody.resolve().unwrap_err().to_string();
         assert_eq!(error, "cannot find the host of tcp:no-such-host.invalid:7000");

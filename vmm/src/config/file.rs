@@ -1,6 +1,7 @@
 //! Firecracker's configuration file.
 
 use std::cmp::Reverse;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use devices::virtio::block::{self, Cache, IoEngine};
@@ -12,10 +13,26 @@ use serde::{Deserialize, Deserializer};
 use super::harmless::{self, or_default};
 use super::{BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, NetConfig, VsockConfig, Wishes};
 
+/// Most bytes of a configuration file.
+const MOST: u64 = 1 << 20;
+
+/// What is in the file, which may be a pipe, if that has an end.
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    std::fs::File::open(path)?
+        .take(MOST + 1)
+        .read_to_string(&mut text)?;
+    if text.len() as u64 > MOST {
+        let message = format!("expected at most {MOST} bytes, got more");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    Ok(text)
+}
+
 impl Wishes {
     /// What a configuration file asks for.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let text = read(path).map_err(|source| ConfigError::Read {
             path: path.into(),
             source,
         })?;

@@ -213,6 +213,11 @@ impl Machine {
         self.cpus
     }
 
+    /// Fails if some of its memory is lost, as a file that it is mapped from has become shorter.
+    pub fn check_memory(&self) -> Result<(), MachineError> {
+        Ok(memory::check_whole(&self.memory)?)
+    }
+
     /// Guest RAM in bytes.
     pub fn memory_size(&self) -> u64 {
         use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};

@@ -19,7 +19,7 @@ pub use bitmap_log::BitmapLog;
 pub use error::MemoryError;
 pub use fault_handler::FaultHandler;
 pub use mapping::{adopt, check_room, check_size, create, files, kind, map_private, ranges};
-pub use populated::{open_page_map, populated, private_copies};
+pub use populated::{check_whole, open_page_map, populated, private_copies};
 pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};
 pub use slots::{register, set_dirty_log};

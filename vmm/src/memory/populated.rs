@@ -121,6 +121,28 @@ fn word(entries: &[u8], wanted: fn(u64) -> bool) -> u64 {
     })
 }
 
+/// Fails if a file that memory is mapped from has become shorter than that.
+pub fn check_whole(memory: &GuestMemory) -> Result<(), MemoryError> {
+    let mapped = memory
+        .iter()
+        .filter_map(|region| Some((region.file_offset()?, region.len())));
+    mapped
+        .into_iter()
+        .try_for_each(|(file, len)| check_len(file, len))
+}
+
+/// What is missing at a file's end is no hole: it was something that nobody has any more.
+fn check_len(file: &FileOffset, len: u64) -> Result<(), MemoryError> {
+    let (expected, got) = (
+        file.start() + len,
+        file.file().metadata().map_err(MemoryError::Seek)?.len(),
+    );
+    if got < expected {
+        return Err(MemoryError::Shrunk { expected, got });
+    }
+    Ok(())
+}
+
 fn in_file(
     file: &FileOffset,
     region: &Region,
@@ -128,14 +150,7 @@ fn in_file(
     into: &mut PageSet,
 ) -> Result<(), MemoryError> {
     let start = file.start();
-    // What is missing at its end is no hole: it was something that nobody has any more.
-    let (expected, got) = (
-        start + region.len(),
-        file.file().metadata().map_err(MemoryError::Seek)?.len(),
-    );
-    if got < expected {
-        return Err(MemoryError::Shrunk { expected, got });
-    }
+    check_len(file, region.len())?;
     let seek = |to| match rustix::fs::seek(file.file(), to) {
         Ok(at) => Ok(Some(at.saturating_sub(start).min(region.len()))),
         // Nothing but a hole up to the end.

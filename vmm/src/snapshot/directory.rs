@@ -56,10 +56,10 @@ impl Directory {
         Err(SnapshotError::NoFile(path))
     }
 
-    /// Makes a file in it, which must not be there, for writing.
+    /// Makes a file in it, which must not be there, for writing: its user's alone, as guest memory is.
     pub(super) fn create(&self, name: &str) -> Result<File, SnapshotError> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = openat(&self.descriptor, name, flags, Mode::from_raw_mode(0o666));
+        let made = openat(&self.descriptor, name, flags, Mode::RUSR | Mode::WUSR);
         made.map(File::from)
             .map_err(|error| SnapshotError::io(&self.path_of(name))(error.into()))
     }

@@ -1,8 +1,9 @@
 //! A snapshot that is being written, under a name that nobody takes for one.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -67,9 +68,10 @@ impl Draft {
             _ => Path::new("."),
         };
         let parent = File::open(around).map_err(SnapshotError::io(around))?;
-        // Its mode is 0700: what a guest has in memory is nobody else's business.
+        // What a guest has in memory is nobody else's business.
         let directory = tempfile::Builder::new()
             .prefix(&prefix)
+            .permissions(Permissions::from_mode(0o700))
             .tempdir_in(around)
             .map_err(SnapshotError::io(around))?;
         Ok(Self {

@@ -117,6 +117,21 @@ fn a_draft_that_is_dropped_leaves_nothing() {
 }
 
 #[test]
+fn a_snapshot_is_its_users_alone() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("s");
+    let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
+    write(&memory, &target).unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&target), 0o700);
+    for name in names(&target) {
+        assert_eq!(mode(&target.join(&name)), 0o600, "{name}");
+    }
+}
+
+#[test]
 fn who_comes_second_does_not_replace_the_first() {
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("saved");

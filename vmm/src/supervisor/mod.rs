@@ -263,11 +263,15 @@ impl Supervisor {
             MachineEvent::Exit(reason) => Some(Ok(Ending::Guest(reason))),
             MachineEvent::VcpuFailed(VcpuFailure::TripleFault(vcpu)) => {
                 // A guest that has reset may have gone on to the next means of resetting before it was stopped.
-                let reason = self.machine().ok().and_then(|machine| machine.exit_reason());
-                match reason {
-                    Some(reason) => self.machine_says(MachineEvent::Exit(reason)),
-                    None => Some(Ok(Ending::TripleFault(vcpu))),
+                let machine = self.machine().ok();
+                if let Some(reason) = machine.and_then(|machine| machine.exit_reason()) {
+                    return self.machine_says(MachineEvent::Exit(reason));
                 }
+                // Its page tables may be what is lost.
+                if machine.is_some_and(|machine| machine.check_memory().is_err()) {
+                    return Some(Err(VcpuFailure::LostPage(vcpu).into()));
+                }
+                Some(Ok(Ending::TripleFault(vcpu)))
             }
             MachineEvent::VcpuFailed(failure) => Some(Err(failure.into())),
         }

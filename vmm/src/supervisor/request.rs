@@ -16,7 +16,9 @@ use crate::machine::{Machine, MachineEvent, MigrationSource};
 #[derive(Clone, Debug, Error)]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum Refusal {
-    #[error("a migration is under way: expected none; `godwit status` shows it")]
+    #[error(
+        "a migration is under way: expected none; `godwit status` shows it, `godwit cancel` calls it off"
+    )]
     Migrating,
     #[error("a snapshot is being written: expected none; `godwit status` shows how far it is")]
     Snapshotting,

@@ -352,3 +352,10 @@ fn the_root_disk_is_the_first_and_the_kernel_is_told() {
         "{error}"
     );
 }
+
+#[test]
+fn a_file_without_an_end_is_refused() {
+    let error = Wishes::from_file("/dev/zero".as_ref()).unwrap_err();
+    let error = migration::chain(&error);
+    assert!(error.contains("expected at most 1048576 bytes"), "{error}");
+}
