@@ -78,7 +78,7 @@ pub const ROWS: [Definition; 30] = [
         .meaning("longest cancel at a random moment, until the guest ticks unhindered")
         .bar(AtMost(100.0)),
     Definition::new(Cancel, "cancel-busy-ms-max", "ms")
-        .meaning("the same with a busy loop on each CPU")
+        .meaning("the same with a busy loop on each CPU, from a request to the API on")
         .bar(AtMost(100.0)),
     Definition::new(LogStart, "dirty-log-start-ms", "ms")
         .meaning("time in KVM to turn dirty logging on for 2 GiB"),

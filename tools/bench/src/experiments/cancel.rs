@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use migration::Outcome;
-use tests::{Process, Tick};
+use tests::{Process, Tick, http};
 
 use crate::bench::{Bench, say};
 use crate::godwit::{Asked, Godwit, finished, told};
@@ -49,6 +49,15 @@ const WATCHED: u32 = 10;
 /// Ticks over which its speed is taken.
 const TICKS: usize = 10;
 
+/// How it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asking {
+    /// By `godwit cancel`.
+    Command,
+    /// Of the API: where the CPUs are busy a process that is new waits for them longer than all the rest takes.
+    Request,
+}
+
 /// One migration that was cancelled.
 struct Cancelled {
     ms: f64,
@@ -60,10 +69,16 @@ struct Cancelled {
 /// Cancels the guest's migration again and again; where it moved before, it goes on from there.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let mut godwit = Godwit::start(&bench.fixtures, GUEST, &[])?;
-    let (alone, whole) = cancel_often(bench, &mut godwit, "cancel", CANCELS)?;
+    let (alone, whole) = cancel_often(bench, &mut godwit, "cancel", Asking::Command, CANCELS)?;
     log_is_off(&mut godwit, whole)?;
     let loops = BusyLoops::start()?;
-    let (busy, _) = cancel_often(bench, &mut godwit, "cancel on a busy host", BUSY_CANCELS)?;
+    let (busy, _) = cancel_often(
+        bench,
+        &mut godwit,
+        "cancel on a busy host",
+        Asking::Request,
+        BUSY_CANCELS,
+    )?;
     drop(loops);
     Ok(vec![
         Figure::alone("cancel-ms-max", Some(alone)),
@@ -76,6 +91,7 @@ fn cancel_often(
     bench: &mut Bench,
     godwit: &mut Godwit,
     name: &str,
+    asking: Asking,
     promised: u32,
 ) -> Result<(f64, Duration)> {
     GUEST.settle(godwit.process())?;
@@ -108,7 +124,7 @@ fn cancel_often(
         let cancelled = bench.clean(&what, |_| {
             GUEST.settle(godwit.process())?;
             loop {
-                match cancel(godwit, random(whole))? {
+                match cancel(godwit, asking, random(whole))? {
                     Some(cancelled) => {
                         recovered(godwit, usual)?;
                         let window = cancelled.window;
@@ -167,16 +183,26 @@ impl Drop for BusyLoops {
 }
 
 /// Starts a migration and cancels it after `delay`. Nothing if the guest had moved by then.
-fn cancel(godwit: &mut Godwit, delay: Duration) -> Result<Option<Cancelled>> {
+fn cancel(godwit: &mut Godwit, asking: Asking, delay: Duration) -> Result<Option<Cancelled>> {
     let (receiver, endpoint) = godwit.receiver(&Asked::default())?;
     let vm = &godwit.journey.vm;
     let migration = vm.start_migration(&endpoint, &ASKED)?;
     // A random moment is the point: nothing to wait for.
     std::thread::sleep(delay);
-    let command = godwit.journey.host.command(["cancel", &vm.name]);
+    let (command, socket) = (
+        godwit.journey.host.command(["cancel", &vm.name]),
+        godwit.journey.host.run_dir().join(format!("{}.sock", vm.name)),
+    );
     let (ended, window) = Window::of(|| {
         let began = Instant::now();
-        let command = Process::spawn(command)?;
+        let command = match asking {
+            Asking::Command => Some(Process::spawn(command)?),
+            Asking::Request => {
+                // The guest may have moved just now, and its VM here have ended.
+                let _ = http(&socket, "DELETE", "/migration", "");
+                None
+            }
+        };
         let (report, moved) = told(finished(migration)?)?;
         let ended = began.elapsed();
         if !moved {
@@ -190,7 +216,9 @@ fn cancel(godwit: &mut Godwit, delay: Duration) -> Result<Option<Cancelled>> {
         gap_after_arrival(godwit.process())?;
         return Ok(None);
     }
-    finished_cancel(command)?;
+    if let Some(command) = command {
+        finished_cancel(command)?;
+    }
     let (outcome, error) = (report.outcome, report.error);
     ensure!(
         outcome == Outcome::Cancelled,
@@ -236,7 +264,7 @@ fn recovered(godwit: &Godwit, usual: f64) -> Result<()> {
 fn log_is_off(godwit: &mut Godwit, whole: Duration) -> Result<()> {
     for _ in 0..WATCHED {
         let strace = Strace::attach(godwit.process().id())?;
-        let cancelled = cancel(godwit, whole / 2)?;
+        let cancelled = cancel(godwit, Asking::Command, whole / 2)?;
         let calls = strace.finish()?;
         if cancelled.is_none() {
             continue;
