@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 use rustix::process::Pid;
-use rustix::termios::{LocalModes, tcgetattr, tcgetpgrp};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcgetpgrp, tcsetattr};
 
 use crate::terminal::open_terminal;
 use crate::{Host, Output};
@@ -66,6 +66,13 @@ impl Shell {
     /// The group of processes that is in the terminal's foreground.
     pub fn foreground(&self) -> Result<Pid> {
         tcgetpgrp(&self.end).context("terminal")
+    }
+
+    /// Sets the terminal as a shell does that has handed it over to a job.
+    pub fn cook(&self) -> Result<()> {
+        let mut modes = tcgetattr(&self.end).context("terminal")?;
+        modes.local_modes |= LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+        tcsetattr(&self.end, OptionalActions::Now, &modes).context("terminal")
     }
 
     /// How the terminal is set at the moment.

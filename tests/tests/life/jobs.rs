@@ -79,6 +79,9 @@ fn a_vm_in_the_background_runs_on_and_comes_to_the_foreground() -> Result<()> {
     wait_until("the stop", || is_stopped(vm))?;
     shell.type_text("fg\n")?;
     check_keys(&mut shell, vm)?;
+    // A shell may be late with the modes of a terminal that it has handed over.
+    shell.cook()?;
+    check_keys(&mut shell, vm)?;
 
     // The shell has its terminal again when the guest has ended.
     let group = getpgid(Some(vm))?;

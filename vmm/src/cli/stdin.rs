@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::process::getpgrp;
-use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr, ttyname};
 use threads::Role;
 
 use super::terminal::{ESCAPE, made_raw, not_raw};
@@ -18,8 +19,9 @@ use crate::api::ApiServer;
 use crate::console::ConsoleInput;
 use crate::supervisor::{Event, SupervisorHandle};
 
-/// How often a job in the background looks whether it is in the foreground: nothing tells one that never was stopped.
-const BACKGROUND: Duration = Duration::from_millis(250);
+/// How often a job looks whether it is in the foreground, which nothing tells one that never was stopped, and there
+/// whether the terminal is still raw: a shell may set its modes after it has handed it over.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// The terminal that standard input is.
 pub(super) struct JobTerminal {
@@ -43,7 +45,7 @@ impl JobTerminal {
             return Ok(None);
         }
         Ok(Some(Arc::new(Self {
-            file: File::from(stdin.as_fd().try_clone_to_owned()?),
+            file: open_again(&stdin)?,
             modes: Mutex::default(),
         })))
     }
@@ -95,6 +97,17 @@ impl JobTerminal {
     fn modes(&self) -> MutexGuard<'_, Modes> {
         self.modes.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The terminal behind `stdin`, opened for this process alone where its name is known: then a read does not wait for a line
+/// if the terminal has other modes by then, and nobody else's reads are changed.
+fn open_again(stdin: &io::Stdin) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = ttyname(stdin, Vec::new()).and_then(|name| open(name, flags, Mode::empty()));
+    Ok(File::from(match opened {
+        Ok(terminal) => terminal,
+        Err(_) => stdin.as_fd().try_clone_to_owned()?,
+    }))
 }
 
 /// Passes standard input on to the guest. In a terminal, which is returned, the escape key goes to the supervisor instead.
@@ -154,14 +167,13 @@ fn forward_keys(
 
 /// Waits for a key, or for what may bring this job to the foreground; whether there is a key for it.
 fn wait(terminal: &JobTerminal, continued: &OwnedFd, ours: bool) -> bool {
-    let interval = Timespec::try_from(BACKGROUND).ok();
+    let interval = Timespec::try_from(LOOK).ok();
     let mut ready = [
         PollFd::new(continued, PollFlags::IN),
         PollFd::new(&terminal.file, PollFlags::IN),
     ];
     let watched = if ours { 2 } else { 1 };
-    let timeout = interval.as_ref().filter(|_| !ours);
-    if poll(&mut ready[..watched], timeout).is_err() {
+    if !poll(&mut ready[..watched], interval.as_ref()).is_ok_and(|count| count > 0) {
         return false;
     }
     if !ready[0].revents().is_empty() {
