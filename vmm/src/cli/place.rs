@@ -15,8 +15,9 @@ pub(super) enum Place {
 }
 
 impl Place {
-    /// All addresses of a name, in the system's order, or the absolute path of a socket. What looks it up may hang, or come from whoever runs this host
-    /// and crash (a static program loads the host's NSS modules): no guest is in this process yet, or ever.
+    /// All addresses of a name, in the system's order, or the absolute path of a socket. What looks up a name may hang, or
+    /// come from whoever runs this host and crash (a static program loads the host's NSS modules): no guest is in this
+    /// process yet, or ever.
     pub(super) fn resolve(&self) -> anyhow::Result<Endpoint> {
         match self {
             Place::Named { host, port } => {

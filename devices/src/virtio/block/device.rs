@@ -124,9 +124,7 @@ impl Block {
         if answered > 0 {
             queue.notify()?;
         }
-        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.plan(&self.backend)) {
-            self.complain(&error);
-        }
+        self.plan_write_out();
         Ok(progress)
     }
 
@@ -182,7 +180,7 @@ impl Block {
         match origin {
             Origin::Guest(_) => return,
             Origin::Flush => self.settling = false,
-            Origin::WriteOut => self.plan_write_out(false),
+            Origin::WriteOut => self.write_out_is_under_way(false),
         }
         if let Err(error) = result {
             self.complain(&error);
@@ -192,19 +190,22 @@ impl Block {
     /// Begins to write out where an image has its data, if any of that is in this process alone.
     fn write_out(&mut self) {
         let begun = self.engine.write_out(&self.backend);
-        self.plan_write_out(matches!(begun, Ok(true)));
+        self.write_out_is_under_way(matches!(begun, Ok(true)));
         if let Err(error) = begun {
             self.complain(&error);
         }
     }
 
+    fn write_out_is_under_way(&mut self, is_under_way: bool) {
+        if let Some(write_out) = &mut self.write_out {
+            write_out.set_under_way(is_under_way);
+        }
+        self.plan_write_out();
+    }
+
     /// Unless it is under way, sees to it that there is a time for it.
-    fn plan_write_out(&mut self, is_under_way: bool) {
-        let Some(write_out) = &mut self.write_out else {
-            return;
-        };
-        write_out.is_under_way(is_under_way);
-        if let Err(error) = write_out.plan(&self.backend) {
+    fn plan_write_out(&mut self) {
+        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.plan(&self.backend)) {
             self.complain(&error);
         }
     }

@@ -51,7 +51,7 @@ impl WriteOut {
     }
 
     /// It is under way now, or is not any more.
-    pub(super) fn is_under_way(&mut self, is_under_way: bool) {
+    pub(super) fn set_under_way(&mut self, is_under_way: bool) {
         self.is_planned = is_under_way;
     }
 }
