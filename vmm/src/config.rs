@@ -4,11 +4,12 @@
 
 mod file;
 mod harmless;
+mod limits;
 mod repeat;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use file::LimitsSection;
+pub(crate) use limits::updated_limits;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

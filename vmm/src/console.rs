@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 
 use devices::legacy::Serial;
 use devices::virtio::console::{Size, Terminal};
+use output::{Allowance, Descriptor};
 use rustix::termios::tcgetwinsize;
 use threads::Role;
 use tokio::sync::Notify;
-
-use crate::output::{Allowance, Descriptor};
 
 /// Bytes that wait for standard output before the oldest are lost.
 const BACKLOG: usize = 1 << 20;
@@ -93,7 +92,7 @@ impl Console {
     }
 
     /// A console whose output goes to those who attach, and nowhere else.
-    pub(crate) fn detached() -> Self {
+    pub fn detached() -> Self {
         Self {
             shared: Arc::new(Shared {
                 output: Mutex::default(),
@@ -191,7 +190,7 @@ impl LeftOut {
 }
 
 /// The size of the terminal that standard input is; `None` if it is none, or does not say.
-pub(crate) fn terminal_size() -> Option<Size> {
+pub fn terminal_size() -> Option<Size> {
     let size = tcgetwinsize(io::stdin()).ok()?;
     (size.ws_col > 0 && size.ws_row > 0).then_some(Size {
         columns: size.ws_col,

@@ -7,7 +7,7 @@ use rustix::mm::{Advice, madvise};
 
 /// Gives the mapped pages of the program's text back: most of it was needed for the start alone. What is needed again
 /// comes from the page cache.
-pub(crate) fn give_back_text() {
+pub fn give_back_text() {
     let maps = std::fs::read_to_string("/proc/self/maps");
     let program = std::fs::read_link("/proc/self/exe");
     let (Ok(maps), Ok(program)) = (maps, program) else {

@@ -7,7 +7,7 @@ use crate::memory;
 
 /// Keeps other processes of the same user out of this one's memory, and this one's memory out of core dumps, from here
 /// on (prctl(2), PR_SET_DUMPABLE). To be called before there is a guest.
-pub(crate) fn keep_memory_private() -> anyhow::Result<()> {
+pub fn keep_memory_private() -> anyhow::Result<()> {
     // A process that is not dumpable has no access to its own page map either, unless it is root.
     memory::open_page_map()?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).context("PR_SET_DUMPABLE")

@@ -6,9 +6,7 @@ use std::path::Path;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde::Serialize;
 
-use crate::cli::Exit;
 use crate::cpu::Template;
-use crate::output::print;
 
 /// What the probe found.
 #[derive(Clone, Debug, Serialize)]
@@ -158,40 +156,6 @@ pub fn findings() -> Findings {
         memory_bytes: (info.totalram as u64).saturating_mul(info.mem_unit.into()),
         checks,
     }
-}
-
-/// The command `probe`.
-pub(crate) fn run(json: bool) -> anyhow::Result<Exit> {
-    let findings = findings();
-    print(&if json {
-        serde_json::to_string(&findings)? + "\n"
-    } else {
-        table(&findings)
-    });
-    Ok(if findings.boot { Exit::Done } else { Exit::Failed })
-}
-
-fn table(findings: &Findings) -> String {
-    let (template, reason) = Template::probe();
-    let verdict = |yes: bool| if yes { "yes" } else { "no, see what it LACKS below" };
-    let mut table = format!(
-        "boots guests:   {}\nmoves guests:   {}\npost-copy:      {}\nCPU template:   {template} ({reason})\n",
-        verdict(findings.boot),
-        verdict(findings.migration),
-        verdict(findings.postcopy)
-    );
-    for check in &findings.checks {
-        let mark = match (check.present, check.required) {
-            (true, _) => "has  ",
-            (false, true) => "LACKS",
-            (false, false) => "lacks",
-        };
-        table += &format!(
-            "  {mark} {:<18} {:<10} {}\n",
-            check.name, check.purpose, check.detail
-        );
-    }
-    table
 }
 
 fn check_kvm(checks: &mut Vec<Check>) -> Option<Kvm> {

@@ -29,15 +29,9 @@ pub(crate) fn shell(options: &Options) -> Result<()> {
     packages::ensure(&["qemu-system-x86"])?;
     let root = root()?;
     say("building godwit");
-    run(cargo().current_dir(&root).args([
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        "vmm",
-        "--bin",
-        "godwit",
-    ]))?;
+    run(cargo()
+        .current_dir(&root)
+        .args(["build", "--quiet", "--release", "--package", "godwit"]))?;
     let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
     say(format_args!("starting {} hosts", options.hosts));
     let payload = Payload::new(artifacts).with("bin/godwit", godwit);

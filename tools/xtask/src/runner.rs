@@ -45,7 +45,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
     let guests = guests::build(&guests::Options::default())?;
     run(cargo()
         .current_dir(&root)
-        .args(["build", "--quiet", "--release", "--package", "vmm"]))?;
+        .args(["build", "--quiet", "--release", "--package", "godwit"]))?;
     let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
     Ok(Prepared { root, godwit, guests })
 }

@@ -4,13 +4,15 @@ use std::cmp::Reverse;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use api::RateLimiter;
+use devices::Limits;
 use devices::virtio::block::{self, Cache, IoEngine};
 use devices::virtio::net::{MacAddress, TapSource};
-use devices::{Bucket, Limits};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use super::harmless::{self, or_default};
+use super::limits::updated_limits;
 use super::{BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, NetConfig, VsockConfig, Wishes};
 
 /// Most bytes of a configuration file.
@@ -62,7 +64,7 @@ impl Wishes {
             vsock: file.vsock.map(VsockConfig::from),
             rng_limits: file
                 .entropy
-                .map(|entropy| entropy.rate_limiter.over(Limits::default())),
+                .map(|entropy| updated_limits(entropy.rate_limiter, Limits::default())),
             console: ConsoleConfig::default(),
         })
     }
@@ -213,7 +215,7 @@ struct DriveSection {
     /// The root's partition, where it is not the whole disk.
     partuuid: Option<String>,
     #[serde(default, deserialize_with = "or_default")]
-    rate_limiter: LimitsSection,
+    rate_limiter: RateLimiter,
     #[serde(default, deserialize_with = "or_default")]
     cache_type: CacheSection,
     #[serde(default, deserialize_with = "or_default")]
@@ -290,43 +292,6 @@ impl From<EngineSection> for IoEngine {
     }
 }
 
-/// Firecracker's `rate_limiter`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct LimitsSection {
-    bandwidth: Option<BucketSection>,
-    ops: Option<BucketSection>,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct BucketSection {
-    size: u64,
-    #[serde(default, deserialize_with = "or_default")]
-    one_time_burst: u64,
-    /// In milliseconds.
-    refill_time: u64,
-}
-
-impl LimitsSection {
-    /// These limits where they say something, else `before`. A bucket of size 0 is no limit, as in Firecracker.
-    pub(crate) fn over(self, before: Limits) -> Limits {
-        let bucket = |section: Option<BucketSection>, before| match section {
-            None => before,
-            Some(BucketSection { size: 0, .. }) => None,
-            Some(section) => Some(Bucket {
-                size: section.size,
-                one_time_burst: section.one_time_burst,
-                refill_time_ms: section.refill_time,
-            }),
-        };
-        Limits {
-            bandwidth: bucket(self.bandwidth, before.bandwidth),
-            operations: bucket(self.ops, before.operations),
-        }
-    }
-}
-
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BalloonSection {
@@ -376,7 +341,7 @@ impl From<VsockSection> for VsockConfig<u64> {
 #[serde(deny_unknown_fields)]
 struct EntropySection {
     #[serde(default, deserialize_with = "or_default")]
-    rate_limiter: LimitsSection,
+    rate_limiter: RateLimiter,
 }
 
 #[derive(Debug, Deserialize)]
@@ -387,9 +352,9 @@ struct NetworkSection {
     #[serde(default, deserialize_with = "mac")]
     guest_mac: Option<MacAddress>,
     #[serde(default, deserialize_with = "or_default")]
-    rx_rate_limiter: LimitsSection,
+    rx_rate_limiter: RateLimiter,
     #[serde(default, deserialize_with = "or_default")]
-    tx_rate_limiter: LimitsSection,
+    tx_rate_limiter: RateLimiter,
     #[serde(default, rename = "mtu", deserialize_with = "harmless::mtu")]
     _mtu: (),
     /// Of older versions.
@@ -415,8 +380,8 @@ impl From<NetworkSection> for NetConfig {
             tap: TapSource::Name(network.host_dev_name),
             mac: network.guest_mac,
             queues: 1,
-            rx_limits: network.rx_rate_limiter.over(Limits::default()),
-            tx_limits: network.tx_rate_limiter.over(Limits::default()),
+            rx_limits: updated_limits(network.rx_rate_limiter, Limits::default()),
+            tx_limits: updated_limits(network.tx_rate_limiter, Limits::default()),
         }
     }
 }
@@ -430,7 +395,7 @@ impl From<DriveSection> for DiskConfig {
             backing: drive.backing.into_iter().map(Into::into).collect(),
             read_only: drive.is_read_only,
             parameters: block::Parameters {
-                limits: drive.rate_limiter.over(Limits::default()),
+                limits: updated_limits(drive.rate_limiter, Limits::default()),
                 cache: drive.cache_type.into(),
                 direct: false,
                 engine: drive.io_engine.into(),

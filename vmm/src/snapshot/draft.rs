@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use api::VERSION;
 use devices::GuestMemory;
 use migration::{MachineDescription, PageSet};
 use rustix::fs::{CWD, RenameFlags};
@@ -17,7 +18,6 @@ use super::blocks;
 use super::directory::Directory;
 use super::manifest::{DifferenceRecord, FileRecord};
 use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
-use crate::VERSION;
 
 /// The directory beside the snapshot's own. Dropped, it is removed with everything in it.
 #[derive(Debug)]

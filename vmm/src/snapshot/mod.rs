@@ -31,7 +31,7 @@ pub use error::SnapshotError;
 pub use load::{Difference, Snapshot};
 pub use manifest::{Manifest, SnapshotId};
 pub use merge::merge;
-pub use watch::{SnapshotProgress, Watch};
+pub use watch::Watch;
 
 /// File names in the directory.
 const MANIFEST: &str = "manifest.json";

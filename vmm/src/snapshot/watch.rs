@@ -2,18 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use serde::{Deserialize, Serialize};
+use api::SnapshotProgress;
 
 use super::SnapshotError;
-
-/// How far the memory of a snapshot is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotProgress {
-    /// Bytes of guest memory that were looked at.
-    pub done_bytes: u64,
-    /// All bytes of guest memory.
-    pub total_bytes: u64,
-}
 
 /// Shared by whoever writes or reads a snapshot and whoever waits for it.
 #[derive(Debug, Default)]

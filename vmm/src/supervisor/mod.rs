@@ -26,9 +26,9 @@ use thiserror::Error;
 use threads::Failure;
 use tokio::sync::broadcast;
 
-use crate::api::ApiServer;
 use crate::console::Console;
 use crate::machine::{EventSink, Machine, MachineEvent};
+use crate::server::ApiServer;
 use crate::vcpu::VcpuFailure;
 
 use operate::DoubtAlarm;

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use api::VERSION;
+use api::{InstanceInfo, InstanceState, Metrics};
 use devices::virtio::balloon;
 use migration::Control;
 
 use super::request::{NEVER, Reply};
 use super::{Ending, Life, Refusal, SnapshotJob, Supervisor, answer, failed};
-use crate::VERSION;
-use crate::api::{InstanceInfo, InstanceState, Metrics};
 use crate::config::ConfigError;
 use crate::machine::Machine;
 use crate::vcpu::Holder;

@@ -2,15 +2,16 @@
 //! an image to be measured. The supervisor answers everybody else meanwhile.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 
+use api::DriveUpdate;
 use migration::Control;
 use threads::Role;
 
 use super::request::Reply;
 use super::{Event, Job, Refusal, Request, Supervisor, answer, failed};
-use crate::api::DriveUpdate;
-use crate::config::ConfigError;
+use crate::config::{ConfigError, updated_limits};
 use crate::machine::Machine;
 use crate::vcpu::Holder;
 
@@ -126,14 +127,29 @@ impl Supervisor {
 fn change(machine: &Machine, update: &DriveUpdate) -> Result<(), Refusal> {
     let id = &update.drive_id;
     let disk = machine.disk(id).ok_or_else(|| Refusal::NoDisk(id.clone()))?;
-    let limits = update.limits(disk.limits()).map_err(|source| {
+    let before = disk.limits();
+    let limits = update
+        .rate_limiter
+        .map_or(before, |limiter| updated_limits(limiter, before));
+    limits.check().map_err(|source| {
         let id = id.clone();
         failed(ConfigError::Limits { id, source })
     })?;
-    update.check_path(disk.path())?;
+    check_path(update, disk.path())?;
     disk.resize().map_err(failed)?;
-    if limits != disk.limits() {
+    if limits != before {
         disk.set_limits(limits);
     }
     Ok(())
+}
+
+/// Refuses another file than the disk's own.
+fn check_path(update: &DriveUpdate, path: &Path) -> Result<(), Refusal> {
+    match &update.path_on_host {
+        Some(other) if other != path => Err(Refusal::Failed(format!(
+            "disk {:?}: expected its own path_on_host, {path:?}, got {other:?}",
+            update.drive_id
+        ))),
+        _ => Ok(()),
+    }
 }

@@ -3,13 +3,13 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use api::{DriveUpdate, InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
 use devices::virtio::balloon;
 use migration::{Answer, AskError, Decision, Doubt, MigrateOptions, Migrated, Progress, Receiver, Report};
 use thiserror::Error;
 use threads::Failure;
 use tokio::sync::{broadcast, oneshot};
 
-use crate::api::{DriveUpdate, InstanceInfo, Metrics, Resolution, SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MachineEvent, MigrationSource};
 
 /// Why a request was refused.
@@ -196,6 +196,21 @@ impl SupervisorHandle {
         if self.events.send(event).is_err() {
             tracing::debug!("an event came after the end");
         }
+    }
+
+    /// The user typed the key that ends a VM in the foreground.
+    pub fn escape(&self) {
+        self.send(Event::Escape);
+    }
+
+    /// A thread of this process panicked, or ended where it must not.
+    pub fn thread_failed(&self, failure: Failure) {
+        self.send(Event::ThreadFailed(failure));
+    }
+
+    /// The process that brings the guest's pages is gone.
+    pub fn fault_handler_gone(&self) {
+        self.send(Event::FaultHandlerGone);
     }
 
     /// Asks and waits for the answer.

@@ -15,12 +15,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use api::{Resolution, Verdict};
 use migration::{Answer, AskError, Control, Decision, Doubt, Remains, Source};
 use threads::Role;
 
 use super::request::Reply;
 use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
-use crate::api::{Resolution, Verdict};
 use crate::machine::MigrationSource;
 
 /// How long the destination may take for the connection, and as long again for its answer.

@@ -5,13 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
+use api::{SnapshotProgress, SnapshotReport, SnapshotRequest};
 use threads::Role;
 
 use super::request::Reply;
 use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, Worker, answer, failed};
-use crate::api::{SnapshotReport, SnapshotRequest};
 use crate::machine::{Machine, MachineError};
-use crate::snapshot::{Draft, SnapshotError, SnapshotId, SnapshotProgress, Watch};
+use crate::snapshot::{Draft, SnapshotError, SnapshotId, Watch};
 use crate::vcpu::Holder;
 
 /// The job, and who waits for it.

@@ -1,10 +1,10 @@
+use api::rundir::ApiSocket;
+use api::{Resolution, Verdict};
 use migration::{Control, Decision, Migrated, Remains};
 use threads::Role;
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::api::{Resolution, Verdict};
-use crate::rundir::ApiSocket;
 
 struct Rig {
     supervisor: Supervisor,

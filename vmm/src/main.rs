@@ -1,5 +1,0 @@
-//! The program `godwit`.
-
-fn main() -> std::process::ExitCode {
-    vmm::cli::main()
-}
