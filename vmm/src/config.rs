@@ -14,28 +14,25 @@ pub(crate) use limits::updated_limits;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use devices::virtio::block;
 use devices::virtio::console::{Parameters, ParametersError};
-use devices::virtio::net::{MAX_QUEUE_PAIRS, MacAddress, TapSource};
+use devices::virtio::net::{MAX_QUEUE_PAIRS, TapSource};
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
 use devices::{BucketError, Limits};
 use migration::MemoryKind;
 use thiserror::Error;
 
-use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, cmdline, layout};
+use crate::boot::{BootSource, DEFAULT_CMDLINE, VIRTIO_CONSOLE_CMDLINE, cmdline};
 use crate::cpu::{CpuError, Template};
-use crate::machine::{BALLOON_ID, CONSOLE_ID, INSTANCE_PREFIX, RNG_ID, VSOCK_ID};
+use crate::machine::{
+    BALLOON_ID, BalloonConfig, CONSOLE_ID, ConsoleConfig, DiskConfig, INSTANCE_PREFIX, MAX_CPUS, MAX_DEVICES,
+    MachineConfig, NetConfig, RNG_ID, VSOCK_ID, VsockConfig,
+};
 use crate::memory::{self, MemoryError};
 
-/// Most vCPUs of a machine.
-pub const MAX_CPUS: u8 = 32;
 /// vCPUs of a machine whose configuration does not say.
 pub const DEFAULT_CPUS: u8 = 1;
 /// Memory of a machine whose configuration does not say, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Most disks and network cards of a machine together: one slot is the entropy device's, and one each the balloon's, the
-/// socket device's and the console's.
-pub const MAX_DEVICES: usize = layout::VIRTIO_GSIS.len() - 1;
 /// Names of other devices, which no disk and no network card can have.
 const RESERVED_IDS: [&str; 4] = [RNG_ID, BALLOON_ID, VSOCK_ID, CONSOLE_ID];
 /// Most bytes of a device's name: it is part of the name of the device's saved state.
@@ -88,102 +85,6 @@ pub enum ConfigError {
     RandomMac { id: String, source: std::io::Error },
     #[error("kernel: none given; use --kernel or a configuration file with a boot-source")]
     NoKernel,
-}
-
-/// A disk of the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskConfig {
-    /// Its name, unique in the machine.
-    pub id: String,
-    /// An image or a block device.
-    pub path: PathBuf,
-    /// What the file is.
-    pub format: block::Format,
-    /// What it is on, if it is an image, from the upper to the lower.
-    pub backing: Vec<block::BackingFile>,
-    /// Whether the guest may only read.
-    pub read_only: bool,
-    /// How it serves the guest.
-    pub parameters: block::Parameters,
-}
-
-/// A network card of the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NetConfig {
-    /// Its name, unique in the machine, among disks as well.
-    pub id: String,
-    /// A tap of this host.
-    pub tap: TapSource,
-    /// Its address; a random one if none is given.
-    pub mac: Option<MacAddress>,
-    /// Pairs of queues, each of which is one of the tap's.
-    pub queues: u16,
-    /// What the guest may receive in a time.
-    pub rx_limits: Limits,
-    /// What it may send.
-    pub tx_limits: Limits,
-}
-
-/// A balloon of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BalloonConfig {
-    /// What the guest is to give up from the start, in bytes.
-    pub bytes: u64,
-    /// Whether it may take some of it back when it runs out of memory.
-    pub deflate_on_oom: bool,
-}
-
-/// The socket device of the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VsockConfig<C = u32> {
-    /// The guest's address.
-    pub guest_cid: C,
-    /// Where programs on the host connect.
-    pub uds: PathBuf,
-    /// What goes in each direction in a time.
-    pub limits: Limits,
-}
-
-/// The console device of the machine.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ConsoleConfig {
-    /// Whether it gets the input of the machine's terminal, and the serial port does not.
-    pub has_terminal: bool,
-    /// Names of its ports, and where programs on the host connect to them.
-    pub ports: Vec<(String, PathBuf)>,
-}
-
-/// A checked configuration.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// What to boot.
-    pub boot: BootSource,
-    /// Number of vCPUs.
-    pub cpus: u8,
-    /// Guest memory in bytes.
-    pub memory: u64,
-    /// What guest memory is made of.
-    pub memory_kind: MemoryKind,
-    /// Whether all of it is to be there before the guest starts.
-    pub prealloc: bool,
-    /// Whether vCPUs log their writes in rings, which tell who writes.
-    pub dirty_ring: bool,
-    /// CPU template.
-    pub template: Template,
-    /// Why this template, if it was chosen and not asked for.
-    pub template_reason: Option<&'static str>,
-    /// Disks in bus order.
-    pub disks: Vec<DiskConfig>,
-    /// Network cards in bus order, after the disks.
-    pub nets: Vec<NetConfig>,
-    /// The balloon, if there is to be one.
-    pub balloon: Option<BalloonConfig>,
-    /// The socket device, if there is to be one.
-    pub vsock: Option<VsockConfig>,
-    /// What the entropy device gives in a time.
-    pub rng_limits: Limits,
-    /// The console device, if there is to be one.
-    pub console: Option<ConsoleConfig>,
 }
 
 /// What was asked for, before any check; `None` where nothing was said.
@@ -269,7 +170,7 @@ impl Wishes {
     }
 
     /// Checks everything that can be checked without building the machine.
-    pub fn check(self) -> Result<Config, ConfigError> {
+    pub fn check(self) -> Result<MachineConfig, ConfigError> {
         let cpus = self.cpus.unwrap_or(DEFAULT_CPUS.into());
         let cpus = u8::try_from(cpus)
             .ok()
@@ -324,7 +225,7 @@ impl Wishes {
             initrd: self.initrd,
             cmdline: cmdline::with_words(cmdline, self.root.as_deref().unwrap_or_default()),
         };
-        Ok(Config {
+        Ok(MachineConfig {
             boot,
             cpus,
             memory,

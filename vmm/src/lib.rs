@@ -24,5 +24,3 @@ pub mod supervisor;
 #[cfg(test)]
 mod testing;
 pub mod vcpu;
-
-pub use config::Config;

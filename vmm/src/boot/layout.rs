@@ -8,8 +8,8 @@
 //! 0x0002_0000  kernel command line                    0x1_0000_0000 the rest of RAM
 //! ```
 
-/// Page size of everything here.
-pub const PAGE_SIZE: u64 = 4096;
+pub use crate::memory::PAGE_SIZE;
+
 /// Global descriptor table that the first vCPU starts with.
 pub const GDT: u64 = 0x500;
 /// Empty interrupt descriptor table that the first vCPU starts with.

@@ -13,7 +13,8 @@ use serde::{Deserialize, Deserializer};
 
 use super::harmless::{self, or_default};
 use super::limits::updated_limits;
-use super::{BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, NetConfig, VsockConfig, Wishes};
+use super::{ConfigError, Wishes};
+use crate::machine::{BalloonConfig, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
 
 /// Most bytes of a configuration file.
 const MOST: u64 = 1 << 20;

@@ -2,9 +2,10 @@
 
 use devices::virtio::net::{MacAddress, TapSource};
 
-use super::{Config, ConfigError};
+use super::ConfigError;
+use crate::machine::MachineConfig;
 
-impl Config {
+impl MachineConfig {
     /// Settles what would otherwise differ from one machine to the next. Refuses what is there only once: a machine's end
     /// closes the descriptors that it was given.
     pub fn make_repeatable(&mut self) -> Result<(), ConfigError> {
@@ -25,9 +26,10 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{NetConfig, Wishes};
+    use crate::config::Wishes;
+    use crate::machine::NetConfig;
 
-    fn with(tap: TapSource) -> Config {
+    fn with(tap: TapSource) -> MachineConfig {
         let wishes = Wishes {
             kernel: Some("vmlinux".into()),
             nets: vec![NetConfig {

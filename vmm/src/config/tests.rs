@@ -2,6 +2,8 @@
 
 mod firecracker;
 
+use devices::virtio::block;
+
 use super::*;
 
 fn wishes() -> Wishes {

@@ -15,8 +15,8 @@ use migration_state::Record;
 
 use super::backends::{CONSOLE_ID, RNG_ID, Unavailable, VSOCK_ID};
 use super::blank::{Blank, BlankError};
+use super::config::MAX_DEVICES;
 use super::description;
-use crate::config::MAX_DEVICES;
 
 /// What there is for a disk here.
 #[derive(Clone, Debug, PartialEq, Eq)]

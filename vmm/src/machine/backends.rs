@@ -17,6 +17,7 @@ use migration_state::Record;
 use super::MachineError;
 use super::arrival::Arrival;
 use super::blank::Blank;
+use super::config::MachineConfig;
 use super::devices::{MachineTerminal, NamedDevice, io_error};
 
 /// The name of the entropy device, which every machine has, as the first on the bus.
@@ -39,7 +40,7 @@ const KINDS: [&str; 6] = [
 ];
 
 /// The devices of a machine that boots, in bus order.
-pub(super) fn open(config: &crate::Config) -> Result<Vec<NamedDevice>, MachineError> {
+pub(super) fn open(config: &MachineConfig) -> Result<Vec<NamedDevice>, MachineError> {
     let mut devices = vec![rng(config.rng_limits)?];
     for disk in &config.disks {
         let access = Access {

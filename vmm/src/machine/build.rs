@@ -7,6 +7,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::backends;
+use super::config::MachineConfig;
 use super::devices::{DeviceSet, NamedDevice};
 use super::{EventSink, Machine, MachineError, MachineEvent, generation, kvm_error, open_kvm, vmclock};
 use crate::boot::{self, BootError, BootSource, layout};
@@ -37,7 +38,7 @@ pub(crate) struct Spec {
 
 impl Machine {
     /// Builds a machine that boots `source`, with its disks locked. It waits for [`Machine::start`].
-    pub fn boot(config: &crate::Config, console: &Console, events: EventSink) -> Result<Self, MachineError> {
+    pub fn boot(config: &MachineConfig, console: &Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let cpuid = cpu::machine_cpuid(&cpu::host_cpuid(&kvm)?, config.template, config.cpus);
         let spec = Spec {
@@ -146,7 +147,7 @@ pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))
 }
 
-fn guest_memory(config: &crate::Config) -> Result<GuestMemory, MachineError> {
+fn guest_memory(config: &MachineConfig) -> Result<GuestMemory, MachineError> {
     let memory = memory::create(&layout::ram_ranges(config.memory), config.memory_kind)?;
     if config.prealloc {
         memory::make_resident(&memory)?;

@@ -5,6 +5,7 @@ mod backends;
 mod baseline;
 mod blank;
 mod build;
+mod config;
 mod description;
 mod destination;
 mod device_thread;
@@ -33,6 +34,9 @@ use crate::vcpu::{Holder, VcpuFailure, VcpuSet, park_deadline};
 
 pub use arrival::{Arrival, DiskBackend};
 pub use baseline::Tracking;
+pub use config::{
+    BalloonConfig, ConsoleConfig, DiskConfig, MAX_CPUS, MAX_DEVICES, MachineConfig, NetConfig, VsockConfig,
+};
 pub use destination::MigrationDestination;
 pub use error::MachineError;
 pub use source::MigrationSource;

@@ -8,7 +8,7 @@ use vm_memory::mmap::MmapRegionError;
 
 use super::huge_pages::HUGE_PAGE;
 use super::mapping::MIN_MEMORY;
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// Guest memory could not be made, mapped, or tracked.
 #[derive(Debug, Error)]

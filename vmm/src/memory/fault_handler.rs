@@ -30,7 +30,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::huge_pages::HUGE_PAGE;
 use super::{MemoryError, kind, userfault};
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// The other process, as long as it is needed.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ use super::MemoryError;
 use super::available::check_available;
 use super::huge_pages::check_huge_pages;
 use super::marks::Region;
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// Less than this cannot hold the firmware tables and a kernel.
 pub(super) const MIN_MEMORY: u64 = 2 << 20;

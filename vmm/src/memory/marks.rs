@@ -10,7 +10,7 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::MemoryError;
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// One region of guest RAM.
 pub(super) type Region = GuestRegionMmap<AtomicBitmap>;

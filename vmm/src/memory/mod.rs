@@ -24,3 +24,5 @@ pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};
 pub use slots::{register, set_dirty_log};
 pub use watched::{WatchedMemory, is_guest_memory};
+
+pub use migration_io::PAGE_SIZE;

@@ -13,7 +13,7 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 use super::MemoryError;
 use super::mapping::shared_file;
 use super::marks::{Region, pages};
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// Entries of `/proc/self/pagemap` that are read at once: for 256 MiB of memory.
 const ENTRIES: usize = 1 << 16;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET;
 use rustix::mm::{MapFlags, ProtFlags};
 
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// KVM has written the entry.
 const DIRTY: u32 = 1;

@@ -19,7 +19,7 @@ use vm_memory::{
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{SnapshotError, Watch};
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// Bytes of guest memory with a checksum of their own; the last of a region may be shorter.
 pub(super) const BLOCK: u64 = 2 << 20;

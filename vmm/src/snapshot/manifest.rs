@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::SnapshotError;
-use crate::boot::layout::PAGE_SIZE;
+use crate::memory::PAGE_SIZE;
 
 /// The format that this version writes and reads.
 pub(super) const FORMAT: u32 = 3;

@@ -7,8 +7,8 @@ use clap::Args;
 use devices::Limits;
 use devices::virtio::block::{BackingFile, CacheError, Format, FormatError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
-use vmm::config::{ConsoleConfig, DiskConfig, MAX_DEVICES, NetConfig, check_device_ids, check_taps};
-use vmm::machine::{Arrival, DiskBackend};
+use vmm::config::{check_device_ids, check_taps};
+use vmm::machine::{Arrival, ConsoleConfig, DiskBackend, DiskConfig, MAX_DEVICES, NetConfig};
 
 use super::{limits, vsock};
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use devices::Limits;
 use migration::{MAX_STREAMS, MigrateOptions};
-use vmm::config::VsockConfig;
+use vmm::machine::VsockConfig;
 
 use device_options::{BackendArgs, DeviceArgs, backend};
 use help::{

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use devices::Limits;
-use vmm::config::VsockConfig;
+use vmm::machine::VsockConfig;
 
 use super::limits;
 

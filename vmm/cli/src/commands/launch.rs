@@ -9,11 +9,13 @@ use api::rundir::{ApiSocket, check_name};
 use devices::GuestExit;
 use migration::{MemoryKind, ReceiveOptions, Receiver};
 use output::{self, start_log};
-use vmm::config::{BalloonConfig, ConfigError, ConsoleConfig, Wishes};
+use vmm::config::{ConfigError, Wishes};
 use vmm::console::Console;
 use vmm::cpu::Template;
 use vmm::footprint::give_back_text;
-use vmm::machine::{Machine, MigrationDestination, SnapshotClocks, SnapshotMemory};
+use vmm::machine::{
+    BalloonConfig, ConsoleConfig, Machine, MigrationDestination, SnapshotClocks, SnapshotMemory,
+};
 use vmm::memory::{self, FaultHandler};
 use vmm::privacy::keep_memory_private;
 use vmm::server::ApiServer;
