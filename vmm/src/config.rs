@@ -171,41 +171,16 @@ impl Wishes {
 
     /// Checks everything that can be checked without building the machine.
     pub fn check(self) -> Result<MachineConfig, ConfigError> {
-        let cpus = self.cpus.unwrap_or(DEFAULT_CPUS.into());
-        let cpus = u8::try_from(cpus)
-            .ok()
-            .filter(|cpus| (1..=MAX_CPUS).contains(cpus))
-            .ok_or(ConfigError::Cpus(cpus))?;
+        let cpus = self.checked_cpus()?;
         let memory = self.memory.unwrap_or(DEFAULT_MEMORY);
         memory::check_size(memory)?;
         let memory_kind = self.memory_kind()?;
-        let (template, template_reason) = match self.cpu_template {
-            Some(name) => (name.parse()?, None),
-            None => {
-                let (template, reason) = Template::probe();
-                (template, Some(reason))
-            }
-        };
-        let vsock = self.vsock.map(VsockConfig::check).transpose()?;
-        let console = self.console.check()?;
+        let (template, template_reason) = self.template()?;
+        let vsock = self.vsock.clone().map(VsockConfig::check).transpose()?;
+        let console = self.console.clone().check()?;
         let others = [vsock.is_some(), self.balloon.is_some(), console.is_some()];
-        let others = others.into_iter().filter(|there| *there).count();
-        let disks = self.disks.iter().map(|disk| disk.id.as_str());
-        let nets = self.nets.iter().map(|net| net.id.as_str());
-        check_device_ids(disks.chain(nets), MAX_DEVICES - others)?;
-        let disks = self
-            .disks
-            .iter()
-            .map(|disk| (disk.id.as_str(), disk.parameters.limits));
-        let nets = self.nets.iter();
-        let nets = nets.flat_map(|net| [(net.id.as_str(), net.rx_limits), (net.id.as_str(), net.tx_limits)]);
-        let rng_limits = self.rng_limits.unwrap_or_default();
-        for (id, limits) in disks.chain(nets).chain([(RNG_ID, rng_limits)]) {
-            limits.check().map_err(|source| ConfigError::Limits {
-                id: id.into(),
-                source,
-            })?;
-        }
+        self.check_names(MAX_DEVICES - others.into_iter().filter(|there| *there).count())?;
+        self.check_limits()?;
         self.nets.iter().try_for_each(NetConfig::check)?;
         check_taps(self.nets.iter().map(|net| &net.tap))?;
         if let Some(BalloonConfig { bytes: got, .. }) = self.balloon
@@ -213,20 +188,9 @@ impl Wishes {
         {
             return Err(ConfigError::Balloon { got, memory });
         }
-        let default_cmdline = match &console {
-            Some(ConsoleConfig {
-                has_terminal: true, ..
-            }) => VIRTIO_CONSOLE_CMDLINE,
-            _ => DEFAULT_CMDLINE,
-        };
-        let cmdline = self.cmdline.as_deref().unwrap_or(default_cmdline);
-        let boot = BootSource {
-            kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
-            initrd: self.initrd,
-            cmdline: cmdline::with_words(cmdline, self.root.as_deref().unwrap_or_default()),
-        };
+        let has_terminal = console.as_ref().is_some_and(|console| console.has_terminal);
         Ok(MachineConfig {
-            boot,
+            boot: self.boot_source(has_terminal)?,
             cpus,
             memory,
             memory_kind,
@@ -234,12 +198,69 @@ impl Wishes {
             dirty_ring: self.dirty_ring,
             template,
             template_reason,
+            rng_limits: self.rng_limits.unwrap_or_default(),
             disks: self.disks,
             nets: self.nets,
             balloon: self.balloon,
             vsock,
-            rng_limits,
             console,
+        })
+    }
+
+    fn checked_cpus(&self) -> Result<u8, ConfigError> {
+        let cpus = self.cpus.unwrap_or(DEFAULT_CPUS.into());
+        u8::try_from(cpus)
+            .ok()
+            .filter(|cpus| (1..=MAX_CPUS).contains(cpus))
+            .ok_or(ConfigError::Cpus(cpus))
+    }
+
+    /// The template, and why this one if none was asked for.
+    fn template(&self) -> Result<(Template, Option<&'static str>), ConfigError> {
+        if let Some(name) = &self.cpu_template {
+            return Ok((name.parse()?, None));
+        }
+        let (template, reason) = Template::probe();
+        Ok((template, Some(reason)))
+    }
+
+    /// Checks the names of disks and network cards, of which there may be so many.
+    fn check_names(&self, most: usize) -> Result<(), ConfigError> {
+        let disks = self.disks.iter().map(|disk| disk.id.as_str());
+        let nets = self.nets.iter().map(|net| net.id.as_str());
+        check_device_ids(disks.chain(nets), most)
+    }
+
+    fn check_limits(&self) -> Result<(), ConfigError> {
+        let disks = self
+            .disks
+            .iter()
+            .map(|disk| (disk.id.as_str(), disk.parameters.limits));
+        let nets = self
+            .nets
+            .iter()
+            .flat_map(|net| [net.rx_limits, net.tx_limits].map(|limits| (net.id.as_str(), limits)));
+        let rng = self.rng_limits.map(|limits| (RNG_ID, limits));
+        for (id, limits) in disks.chain(nets).chain(rng) {
+            limits.check().map_err(|source| ConfigError::Limits {
+                id: id.into(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn boot_source(&self, has_terminal: bool) -> Result<BootSource, ConfigError> {
+        let default = if has_terminal {
+            VIRTIO_CONSOLE_CMDLINE
+        } else {
+            DEFAULT_CMDLINE
+        };
+        let asked = self.cmdline.as_deref().unwrap_or(default);
+        Ok(BootSource {
+            kernel: self.kernel.clone().ok_or(ConfigError::NoKernel)?,
+            initrd: self.initrd.clone(),
+            cmdline: cmdline::with_words(asked, self.root.as_deref().unwrap_or_default()),
         })
     }
 }
