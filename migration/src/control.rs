@@ -93,11 +93,11 @@ pub struct Control {
 /// Samples in the order in which they were taken. The longer the migration lasts, the fewer are kept, so that those of
 /// days need some MiB.
 #[derive(Debug, Default)]
-struct Trace {
+struct Samples {
     samples: Vec<Progress>,
 }
 
-impl Trace {
+impl Samples {
     /// A sample is kept if the one before is older than this part of the time since the start: all of them for the
     /// first minutes, one every second after hours.
     const FINENESS: f64 = 16384.0;
@@ -117,7 +117,7 @@ impl Trace {
 #[derive(Debug, Default)]
 struct Live {
     progress: Progress,
-    trace: Trace,
+    trace: Samples,
     /// Whether somebody may decide.
     undecided: bool,
     decision: Option<Decision>,
@@ -307,7 +307,7 @@ impl Control {
         };
         *self.lock() = Live {
             progress,
-            trace: Trace::default(),
+            trace: Samples::default(),
             undecided: false,
             decision: None,
             started: Some(Instant::now()),
@@ -361,7 +361,7 @@ mod tests {
 
     #[test]
     fn a_trace_of_days_stays_small_and_has_every_phase() {
-        let mut trace = Trace::default();
+        let mut trace = Samples::default();
         let day_ms = 86_400_000.0;
         let mut at = 0.0;
         while at < 2.0 * day_ms {

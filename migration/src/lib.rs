@@ -37,7 +37,7 @@ pub use options::{
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, DiskMark, MachineDescription,
-    MachineError, MemoryKind, MemoryRegion, OfferedDisks, Rehearsal, Source, SourceDisk,
+    MemoryKind, MemoryRegion, OfferedDisks, PortError, Rehearsal, Source, SourceDisk,
 };
 pub use report::{DataPath, Downtime, MemoryDigest, Outcome, RehearsalPauses, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, Remains, migrate};

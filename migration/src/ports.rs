@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::page_set::PageSet;
 
 /// A machine's own error, as the engine passes it on: one line that names what was expected and what came.
-pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
+pub type PortError = Box<dyn std::error::Error + Send + Sync>;
 
 /// One range of guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,11 +120,11 @@ pub struct Difference {
 /// that is written while it is sent is marked again. Any thread may call, any number at a time.
 pub trait DirtyLog: Send + Sync {
     /// Adds every marked page to `into`; the marks stay. Cheap enough to call a hundred times a second.
-    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError>;
+    fn peek(&self, into: &mut PageSet) -> Result<(), PortError>;
 
     /// Clears the marks of the pages whose bits are set in `words`: bit n of word m is page `first + 64 m + n`
     /// of region number `region`, and `first` is a multiple of 64. A write after this call marks again.
-    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError>;
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), PortError>;
 
     /// Pages marked by each vCPU since the log was started, where the machine can tell (a dirty ring); else
     /// empty.
@@ -140,7 +140,7 @@ pub trait SourceDisk: Send + Sync {
 
     /// Ranges that may hold something, as offset and length in bytes; all else is zero. Asked after the log was
     /// started.
-    fn allocated(&self) -> Result<Vec<(u64, u64)>, MachineError>;
+    fn allocated(&self) -> Result<Vec<(u64, u64)>, PortError>;
 
     /// The blocks that are marked, one bit for each: bit n of word m is block `64 m + n`. The marks stay.
     fn marked(&self) -> Vec<u64>;
@@ -150,7 +150,7 @@ pub trait SourceDisk: Send + Sync {
     fn clear(&self, first: u64, words: &[u64]);
 
     /// Reads what is there now; a range within the disk.
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError>;
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError>;
 }
 
 /// A disk that the destination has made anew, zeroed, to be filled with what comes. Any thread may call, any number
@@ -163,13 +163,13 @@ pub trait BlankDisk: Send + Sync {
     fn size(&self) -> u64;
 
     /// Writes; a range within the disk.
-    fn write(&self, offset: u64, content: &[u8]) -> Result<(), MachineError>;
+    fn write(&self, offset: u64, content: &[u8]) -> Result<(), PortError>;
 
     /// Reads what is there now; a range within the disk.
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError>;
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError>;
 
     /// Makes a range within the disk zero.
-    fn zero(&self, offset: u64, len: u64) -> Result<(), MachineError>;
+    fn zero(&self, offset: u64, len: u64) -> Result<(), PortError>;
 }
 
 /// What [`Source::rehearse`] found out.
@@ -197,24 +197,24 @@ pub trait Source: Send {
 
     /// Marks the disks for this migration. The marks stay until the next ones, or until the disks' locks are given up.
     /// Fails where nobody could open a disk that does not `come` along, as it has no name any more.
-    fn mark_disks(&mut self, come: bool) -> Result<Vec<DiskMark>, MachineError>;
+    fn mark_disks(&mut self, come: bool) -> Result<Vec<DiskMark>, PortError>;
 
     /// Guest RAM; the regions are those of [`MachineDescription::memory`], in that order.
     fn memory(&self) -> GuestMemory;
 
     /// Adds every page that may hold something to `into`; all others were never touched and are zero. Asked
     /// after `start_dirty_log`.
-    fn populated(&self, into: &mut PageSet) -> Result<(), MachineError>;
+    fn populated(&self, into: &mut PageSet) -> Result<(), PortError>;
 
     /// Whether it pays to ask the guest which of its pages it does not use, where so many pages are populated. Answers
     /// within so long.
-    fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, MachineError>;
+    fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, PortError>;
 
     /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
     /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.
     /// Asked after `start_dirty_log`, with all marks cleared, and only if `has_unused` said that it pays. Afterwards the
     /// guest keeps nothing back for it, whatever came of it.
-    fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), MachineError>;
+    fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError>;
 
     /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
     /// them as well; nothing where RAM is not shared memory.
@@ -222,51 +222,51 @@ pub trait Source: Send {
 
     /// Begins to mark what is written to the disks behind these devices, which the destination does not have; one
     /// for each, in that order. Only if there are any. The devices are the peer's word: untrusted.
-    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MachineError>;
+    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, PortError>;
 
     /// Ends that; also after a `mirror` that failed.
-    fn stop_mirror(&mut self) -> Result<(), MachineError>;
+    fn stop_mirror(&mut self) -> Result<(), PortError>;
 
     /// Turns dirty logging on. Every page counts as marked at first, or is marked by the first write; either
     /// way the engine sends all of memory once.
-    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, MachineError>;
+    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError>;
 
     /// Turns dirty logging off; also after a `start_dirty_log` that failed.
-    fn stop_dirty_log(&mut self) -> Result<(), MachineError>;
+    fn stop_dirty_log(&mut self) -> Result<(), PortError>;
 
     /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most
     /// 10 ms. One share for each vCPU. Returns at once.
-    fn throttle(&mut self, shares: &[f64]) -> Result<(), MachineError>;
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), PortError>;
 
     /// Writes back what disk backends have cached, while the guest runs, so that little is left for `drain`.
-    fn flush(&mut self) -> Result<(), MachineError>;
+    fn flush(&mut self) -> Result<(), PortError>;
 
     /// Takes the vCPUs out of the guest, saves as much of the state as can be saved without stopping devices,
     /// and lets them in again: what a pause will cost. Takes a few milliseconds at most.
-    fn rehearse(&mut self) -> Result<Rehearsal, MachineError>;
+    fn rehearse(&mut self) -> Result<Rehearsal, PortError>;
 
     /// Takes all vCPUs out of the guest and holds them out. Returns when the last one is out; the instant is
     /// the one at which the first one was asked to leave, the start of the downtime. An error if that is not done at
     /// `until`; then nothing is held.
-    fn pause(&mut self, until: Instant) -> Result<Instant, MachineError>;
+    fn pause(&mut self, until: Instant) -> Result<Instant, PortError>;
 
     /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM. An error if that
     /// is not done at `until`.
-    fn drain(&mut self, until: Instant) -> Result<(), MachineError>;
+    fn drain(&mut self, until: Instant) -> Result<(), PortError>;
 
     /// The state of vCPUs, interrupt controllers, clocks and devices: an encoded envelope
     /// (`migration_state::Envelope`), at most 64 MiB. The machine is paused and drained. Pages that this call
     /// writes are marked in the log; after that, nothing may write guest RAM any more.
-    fn save(&mut self) -> Result<Vec<u8>, MachineError>;
+    fn save(&mut self) -> Result<Vec<u8>, PortError>;
 
     /// Gives up the disk locks, right before "go" is sent: the point of no return. Should the connection not
     /// take a single byte of "go", `resume` follows, which takes the locks again.
-    fn release(&mut self) -> Result<(), MachineError>;
+    fn release(&mut self) -> Result<(), PortError>;
 
     /// Lets the guest run on after a pause that led to nothing. Devices and vCPUs go on where they were.
     /// The guest stays paused if the user had paused it before the migration. Also comes after a `pause` that
     /// failed, and takes back the disk locks where `release` gave them up.
-    fn resume(&mut self) -> Result<(), MachineError>;
+    fn resume(&mut self) -> Result<(), PortError>;
 }
 
 /// The machine at the destination.
@@ -287,7 +287,7 @@ pub trait Destination: Send {
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
         disks: &OfferedDisks,
-    ) -> Result<GuestMemory, MachineError>;
+    ) -> Result<GuestMemory, PortError>;
 
     /// The disks that `create` made anew, in the order of their devices. Whatever was written to them is durable
     /// once `restore` has returned, and they have their names; `discard` leaves nothing of them.
@@ -299,16 +299,16 @@ pub trait Destination: Send {
     /// Does with what [`Source::rehearse`] saved as much of a restore as can be done again afterwards, so that
     /// the restore itself is short and its time known. Then does the same for `resume`, and returns how long that part
     /// took. Untrusted input.
-    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, MachineError>;
+    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, PortError>;
 
     /// Makes the saved state the machine's own. Untrusted input. Afterwards the machine is paused and ready
     /// to run in every respect but the clocks and the disk locks.
-    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError>;
+    fn restore(&mut self, state: &[u8]) -> Result<(), PortError>;
 
     /// After "go": takes the disk locks, drops what was cached from the disks, moves the clocks on by the
     /// time since `stopped_at` (the source's pause, on this host's clock), and lets the vCPUs in. Returns when
     /// the last one was let in. On an error the machine stays paused, with its memory.
-    fn resume(&mut self, stopped_at: Instant) -> Result<(), MachineError>;
+    fn resume(&mut self, stopped_at: Instant) -> Result<(), PortError>;
 
     /// Throws away whatever was built.
     fn discard(&mut self);

@@ -33,31 +33,31 @@ const NEWS_INTERVAL: Duration = Duration::from_secs(1);
 /// Handle to the console; clones share it.
 #[derive(Clone)]
 pub struct Console {
-    shared: Arc<Shared>,
+    shared: Arc<ConsoleShared>,
 }
 
-struct Shared {
-    output: Mutex<Output>,
+struct ConsoleShared {
+    output: Mutex<ConsoleOutput>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Output {
+struct ConsoleOutput {
     backlog: VecDeque<u8>,
     history: VecDeque<u8>,
     writing: bool,
-    clients: Vec<Weak<Client>>,
+    clients: Vec<Weak<ConsoleClient>>,
 }
 
 /// What somebody who attached has not taken yet.
 #[derive(Default)]
-struct Client {
+struct ConsoleClient {
     bytes: Mutex<VecDeque<u8>>,
     more: Notify,
 }
 
 /// The output as somebody who attached sees it.
-pub struct Attached(Arc<Client>);
+pub struct Attached(Arc<ConsoleClient>);
 
 impl Attached {
     /// The next of it: at first the last output of before, then everything that comes, as far as it is taken in time.
@@ -72,7 +72,7 @@ impl Attached {
     }
 }
 
-impl Client {
+impl ConsoleClient {
     fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -94,7 +94,7 @@ impl Console {
     /// A console whose output goes to those who attach, and nowhere else.
     pub fn detached() -> Self {
         Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(ConsoleShared {
                 output: Mutex::default(),
                 changed: Condvar::new(),
             }),
@@ -104,7 +104,7 @@ impl Console {
     /// The last output, and everything that comes after it.
     pub fn attach(&self) -> Attached {
         let mut output = self.shared.lock();
-        let client = Arc::new(Client {
+        let client = Arc::new(ConsoleClient {
             bytes: Mutex::new(output.history.clone()),
             more: Notify::new(),
         });
@@ -115,7 +115,7 @@ impl Console {
     /// Waits, for a bounded time, until standard output has taken everything.
     pub fn flush(&self) {
         let output = self.shared.lock();
-        let unfinished = |output: &mut Output| !output.backlog.is_empty() || output.writing;
+        let unfinished = |output: &mut ConsoleOutput| !output.backlog.is_empty() || output.writing;
         // Giving up after the time-out is all that can be done about a reader that does not read.
         let _ = self
             .shared
@@ -125,12 +125,12 @@ impl Console {
 
     /// The end of it that a device writes to.
     pub fn sink(&self) -> Box<dyn Write + Send> {
-        Box::new(Sink(self.clone()))
+        Box::new(SerialSink(self.clone()))
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Output> {
+impl ConsoleShared {
+    fn lock(&self) -> MutexGuard<'_, ConsoleOutput> {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -153,7 +153,7 @@ impl Shared {
 
     /// Waits for output; with `news`, also no longer than until there is something to say.
     fn take(&self, news: bool) -> Vec<u8> {
-        let empty = |output: &mut Output| output.backlog.is_empty();
+        let empty = |output: &mut ConsoleOutput| output.backlog.is_empty();
         let mut output = if news {
             let waited = self.changed.wait_timeout_while(self.lock(), NEWS_INTERVAL, empty);
             waited.unwrap_or_else(PoisonError::into_inner).0
@@ -271,9 +271,9 @@ impl ConsoleInput {
     }
 }
 
-struct Sink(Console);
+struct SerialSink(Console);
 
-impl Write for Sink {
+impl Write for SerialSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut output = self.0.shared.lock();
         let was_empty = output.backlog.is_empty();

@@ -2,7 +2,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::memory::slice_of;
 use crate::vectors::{Limit, Vectors};
-use crate::{GuestMemory, MemoryIoError, MemoryRange, Step};
+use crate::{CallProgress, GuestMemory, MemoryIoError, MemoryRange};
 
 /// One piece of what [`Gather`] sends.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +38,7 @@ impl<'a> Gather<'a> {
     }
 
     /// Sends as much as the socket takes now, and never raises SIGPIPE.
-    pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         self.vectors.send(socket, Limit::NONE, 0)
     }
 }

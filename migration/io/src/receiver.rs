@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use crate::socket::{is_tcp, set_option};
-use crate::{MemoryIoError, Scatter, Step};
+use crate::{CallProgress, MemoryIoError, Scatter};
 
 /// Bytes that are worth waking up for while more are to come.
 const WORTH_WAKING: libc::c_int = 256 << 10;
@@ -12,15 +12,15 @@ const WORTH_WAKING: libc::c_int = 256 << 10;
 /// the content, or what is left of it, have come: over loopback that is a quarter to a half of the wake-ups.
 ///
 /// A peer that ends or loses the connection is reported at once all the same. Between one scatter that is
-/// [`Step::Done`] and the next the socket wakes for every byte, as usual; so it does after [`Receiver::pause`],
+/// [`CallProgress::Done`] and the next the socket wakes for every byte, as usual; so it does after [`PageReceiver::pause`],
 /// for a caller that gives a scatter up half-way.
 #[derive(Debug)]
-pub struct Receiver {
+pub struct PageReceiver {
     /// Bytes that the socket wakes for; `None` where it has no such threshold.
     threshold: Option<libc::c_int>,
 }
 
-impl Receiver {
+impl PageReceiver {
     /// For a socket, which every later call must name again.
     pub fn new(socket: BorrowedFd<'_>) -> Self {
         Self {
@@ -33,16 +33,16 @@ impl Receiver {
         &mut self,
         scatter: &mut Scatter<'_>,
         socket: BorrowedFd<'_>,
-    ) -> Result<Step, MemoryIoError> {
+    ) -> Result<CallProgress, MemoryIoError> {
         let step = scatter.step(socket)?;
         match step {
             // Never more than will come, or nothing would ever wake us.
-            Step::WouldBlock => {
+            CallProgress::WouldBlock => {
                 let left = libc::c_int::try_from(scatter.left()).unwrap_or(WORTH_WAKING);
                 self.wake_for(left.min(WORTH_WAKING), socket)?;
             }
-            Step::Done => self.wake_for(1, socket)?,
-            Step::Moved(_) => {}
+            CallProgress::Done => self.wake_for(1, socket)?,
+            CallProgress::Moved(_) => {}
         }
         Ok(step)
     }
@@ -109,18 +109,21 @@ mod tests {
     fn a_little_content_wakes_nobody_and_its_rest_does_and_then_every_byte() {
         let memory = memory();
         let (mut near, far) = tcp_pair();
-        let mut receiver = Receiver::new(far.as_fd());
+        let mut receiver = PageReceiver::new(far.as_fd());
         let mut scatter = scatter(&memory, 3000);
         assert_eq!(
             receiver.receive(&mut scatter, far.as_fd()).unwrap(),
-            Step::WouldBlock
+            CallProgress::WouldBlock
         );
         near.write_all(&[1; 2999]).unwrap();
         // Loopback delivers within the call.
         assert!(!readable(&far, Some(&NOW)));
         near.write_all(&[2; 1]).unwrap();
         assert!(readable(&far, None));
-        assert_eq!(receiver.receive(&mut scatter, far.as_fd()).unwrap(), Step::Done);
+        assert_eq!(
+            receiver.receive(&mut scatter, far.as_fd()).unwrap(),
+            CallProgress::Done
+        );
         let mut last = [0; 2];
         memory.read_slice(&mut last, GuestAddress(2998)).unwrap();
         assert_eq!(last, [1, 2]);
@@ -139,10 +142,10 @@ mod tests {
                 }
                 near
             });
-            let mut receiver = Receiver::new(far.as_fd());
+            let mut receiver = PageReceiver::new(far.as_fd());
             for _ in 0..4 {
                 let mut scatter = scatter(&memory, LEN);
-                while receiver.receive(&mut scatter, far.as_fd()).unwrap() != Step::Done {
+                while receiver.receive(&mut scatter, far.as_fd()).unwrap() != CallProgress::Done {
                     assert!(readable(&far, None));
                 }
             }
@@ -157,11 +160,11 @@ mod tests {
     fn the_end_of_the_connection_wakes_and_a_pause_makes_every_byte_count() {
         let memory = memory();
         let (mut near, far) = tcp_pair();
-        let mut receiver = Receiver::new(far.as_fd());
+        let mut receiver = PageReceiver::new(far.as_fd());
         let mut content = scatter(&memory, LEN);
         assert_eq!(
             receiver.receive(&mut content, far.as_fd()).unwrap(),
-            Step::WouldBlock
+            CallProgress::WouldBlock
         );
         near.write_all(&[1; 5]).unwrap();
         assert!(!readable(&far, Some(&NOW)));
@@ -169,11 +172,11 @@ mod tests {
         assert!(readable(&far, Some(&NOW)));
         assert_eq!(
             receiver.receive(&mut content, far.as_fd()).unwrap(),
-            Step::Moved(5)
+            CallProgress::Moved(5)
         );
         assert_eq!(
             receiver.receive(&mut content, far.as_fd()).unwrap(),
-            Step::WouldBlock
+            CallProgress::WouldBlock
         );
         drop(near);
         assert!(readable(&far, None));
@@ -187,17 +190,17 @@ mod tests {
     fn a_unix_socket_is_left_as_it_is() {
         let memory = memory();
         let (mut near, far) = UnixStream::pair().unwrap();
-        let mut receiver = Receiver::new(far.as_fd());
+        let mut receiver = PageReceiver::new(far.as_fd());
         let mut content = scatter(&memory, 2);
         assert_eq!(
             receiver.receive(&mut content, far.as_fd()).unwrap(),
-            Step::WouldBlock
+            CallProgress::WouldBlock
         );
         near.write_all(&[1]).unwrap();
         assert!(readable(&far, Some(&NOW)));
         assert_eq!(
             receiver.receive(&mut content, far.as_fd()).unwrap(),
-            Step::Moved(1)
+            CallProgress::Moved(1)
         );
         assert_eq!(receiver.threshold, None);
     }

@@ -2,7 +2,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::memory::slice_of;
 use crate::vectors::Vectors;
-use crate::{GuestMemory, MemoryIoError, MemoryRange, Step};
+use crate::{CallProgress, GuestMemory, MemoryIoError, MemoryRange};
 
 /// Ranges of guest memory that are filled from a socket, in order and in place.
 ///
@@ -26,7 +26,7 @@ impl<'a> Scatter<'a> {
     }
 
     /// Receives as much as the socket has now.
-    pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         self.vectors.receive(socket)
     }
 

@@ -4,9 +4,9 @@ use std::os::fd::BorrowedFd;
 
 use rustix::net::sockopt::socket_error;
 
-use crate::vectors::{Limit, Run};
+use crate::vectors::{Limit, VectorRun};
 use crate::zerocopy::{Completion, enable, next_completion};
-use crate::{Gather, MemoryIoError, Step};
+use crate::{CallProgress, Gather, MemoryIoError};
 
 /// Fewer bytes are copied sooner than their pages are pinned and their completion is read.
 const MIN_ZEROCOPY: usize = 32 << 10;
@@ -34,7 +34,7 @@ pub enum SendPath {
     Zerocopy,
 }
 
-/// What a [`Sender`] did so far.
+/// What a [`PageSender`] did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SendCounters {
     /// Bytes sent the ordinary way, headers included.
@@ -63,7 +63,7 @@ pub struct SendCounters {
 /// While sends are [`pending`](Self::pending), poll(2) reports POLLERR for the socket whenever completions
 /// can be read, asked for or not; [`send`](Self::send) and [`drain`](Self::drain) read them.
 #[derive(Debug)]
-pub struct Sender {
+pub struct PageSender {
     mode: Mode,
     counters: SendCounters,
     /// Completions since the last judgement, and how many of them were copied.
@@ -79,13 +79,13 @@ enum Mode {
 }
 
 /// One call of sendmsg.
-struct Plan {
+struct SendCall {
     most: Limit,
     flags: libc::c_int,
     zerocopy: bool,
 }
 
-impl Sender {
+impl PageSender {
     /// For a socket, which every later call must name again.
     pub fn new(socket: BorrowedFd<'_>) -> Self {
         let mode = if enable(socket) {
@@ -102,7 +102,11 @@ impl Sender {
 
     /// Sends as much as the socket takes now, like [`Gather::step`], in one system call besides those that
     /// read completions: it may say `Moved` although the socket would take more.
-    pub fn send(&mut self, gather: &mut Gather<'_>, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    pub fn send(
+        &mut self,
+        gather: &mut Gather<'_>,
+        socket: BorrowedFd<'_>,
+    ) -> Result<CallProgress, MemoryIoError> {
         self.reap(socket)?;
         let plan = self.plan(gather);
         let before = gather.vectors.moved();
@@ -110,7 +114,7 @@ impl Sender {
         if plan.zerocopy && step.as_ref().is_err_and(is_out_of_buffers) {
             self.refused();
             step = gather.vectors.send(socket, plan.most, 0);
-        } else if plan.zerocopy && step.as_ref().is_ok_and(|step| *step != Step::WouldBlock) {
+        } else if plan.zerocopy && step.as_ref().is_ok_and(|step| *step != CallProgress::WouldBlock) {
             self.counters.zerocopy_sends += 1;
             self.counters.zerocopy_bytes += gather.vectors.moved() - before;
             return step;
@@ -121,14 +125,14 @@ impl Sender {
 
     /// Reads completions, without waiting: `Done` when the kernel needs none of the memory any more,
     /// `WouldBlock` when it still does: wait for POLLERR on the socket, which needs no flag, and call again.
-    pub fn drain(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    pub fn drain(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         self.reap(socket)?;
         if self.pending() == 0 {
-            return Ok(Step::Done);
+            return Ok(CallProgress::Done);
         }
         // A socket that failed reports POLLERR for that as well, and nobody would read it.
         match socket_error(socket) {
-            Ok(Ok(())) => Ok(Step::WouldBlock),
+            Ok(Ok(())) => Ok(CallProgress::WouldBlock),
             Ok(Err(error)) | Err(error) => Err(MemoryIoError::Socket(error.into())),
         }
     }
@@ -152,8 +156,8 @@ impl Sender {
     }
 
     /// What to send next, and how.
-    fn plan(&self, gather: &Gather<'_>) -> Plan {
-        let everything = Plan {
+    fn plan(&self, gather: &Gather<'_>) -> SendCall {
+        let everything = SendCall {
             most: Limit::NONE,
             flags: 0,
             zerocopy: false,
@@ -162,7 +166,7 @@ impl Sender {
             return everything;
         }
         match gather.vectors.runs() {
-            [Some(front), _] if self.may_skip_the_copy(front) => Plan {
+            [Some(front), _] if self.may_skip_the_copy(front) => SendCall {
                 most: Limit {
                     vectors: front.vectors,
                     bytes: match self.mode {
@@ -173,7 +177,7 @@ impl Sender {
                 flags: libc::MSG_ZEROCOPY,
                 zerocopy: true,
             },
-            [Some(front), Some(next)] if self.may_skip_the_copy(next) => Plan {
+            [Some(front), Some(next)] if self.may_skip_the_copy(next) => SendCall {
                 most: Limit {
                     vectors: front.vectors,
                     ..Limit::NONE
@@ -186,7 +190,7 @@ impl Sender {
         }
     }
 
-    fn may_skip_the_copy(&self, run: Run) -> bool {
+    fn may_skip_the_copy(&self, run: VectorRun) -> bool {
         let most = match self.mode {
             Mode::Gather => 0,
             Mode::Probing => 1,

@@ -57,7 +57,7 @@ fn ranges_arrive_in_place_and_unmarked_through_a_socket_that_is_too_small() {
     let mut head = [0; 4];
     assert_eq!(
         Scatter::new(&to, &ranges).unwrap().step(b.as_fd()).unwrap(),
-        Step::WouldBlock
+        CallProgress::WouldBlock
     );
     let mut scatter = Scatter::new(&to, &ranges).unwrap();
     let mut started = false;
@@ -68,8 +68,8 @@ fn ranges_arrive_in_place_and_unmarked_through_a_socket_that_is_too_small() {
             started = true;
         }
         let got = scatter.step(b.as_fd()).unwrap();
-        if got == Step::Done {
-            assert_eq!(sent, Step::Done);
+        if got == CallProgress::Done {
+            assert_eq!(sent, CallProgress::Done);
             break;
         }
     }
@@ -100,7 +100,7 @@ fn more_ranges_than_one_call_takes_are_sent_in_several() {
         bytes
     });
     let mut calls = 0;
-    while gather.step(a.as_fd()).unwrap() != Step::Done {
+    while gather.step(a.as_fd()).unwrap() != CallProgress::Done {
         calls += 1;
     }
     assert!(calls >= 2);
@@ -210,10 +210,10 @@ fn what_is_sent_by_hand_is_received_by_bits() {
     let (mut a, b) = UnixStream::pair().unwrap();
     let mut scatter = Scatter::new(&memory, &[range(0xfff, 2), range(0x5000, 1)]).unwrap();
     a.write_all(&[1]).unwrap();
-    assert_eq!(scatter.step(b.as_fd()).unwrap(), Step::Moved(1));
-    assert_eq!(scatter.step(b.as_fd()).unwrap(), Step::WouldBlock);
+    assert_eq!(scatter.step(b.as_fd()).unwrap(), CallProgress::Moved(1));
+    assert_eq!(scatter.step(b.as_fd()).unwrap(), CallProgress::WouldBlock);
     a.write_all(&[2, 3, 4]).unwrap();
-    assert_eq!(scatter.step(b.as_fd()).unwrap(), Step::Done);
+    assert_eq!(scatter.step(b.as_fd()).unwrap(), CallProgress::Done);
     let byte = |gpa| memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
     assert_eq!(
         [byte(0xfff), byte(0x1000), byte(0x5000), byte(0x5001)],

@@ -10,7 +10,7 @@ use crate::memory::GuestSlice;
 
 /// How far one call got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum CallProgress {
     /// Everything is done.
     Done,
     /// This many bytes were moved, and more are left.
@@ -48,7 +48,7 @@ pub(crate) struct Vectors<'a> {
 
 /// Neighbouring vectors of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct VectorRun {
     /// Whether they are guest memory, rather than bytes of the monitor's own.
     pub(crate) guest: bool,
     pub(crate) vectors: usize,
@@ -84,7 +84,7 @@ impl<'a> Vectors<'a> {
     }
 
     /// The run that comes next, and the one after it.
-    pub(crate) fn runs(&self) -> [Option<Run>; 2] {
+    pub(crate) fn runs(&self) -> [Option<VectorRun>; 2] {
         let mut turns = self
             .turns
             .iter()
@@ -99,7 +99,7 @@ impl<'a> Vectors<'a> {
                 .get(begin..end)
                 .filter(|vectors| !vectors.is_empty())?;
             begin = end;
-            Some(Run {
+            Some(VectorRun {
                 // Turns with an even number begin guest memory, so that what ends there is the other kind.
                 guest: !number.is_multiple_of(2),
                 vectors: vectors.len(),
@@ -114,7 +114,7 @@ impl<'a> Vectors<'a> {
         socket: BorrowedFd<'_>,
         most: Limit,
         flags: libc::c_int,
-    ) -> Result<Step, MemoryIoError> {
+    ) -> Result<CallProgress, MemoryIoError> {
         self.transfer(most, |header| {
             // SAFETY: the header's vectors point to bytes that stay mapped for 'a, which `self` cannot outlive;
             // the kernel only reads them. That the guest may write meanwhile does not matter: no Rust
@@ -131,13 +131,13 @@ impl<'a> Vectors<'a> {
     }
 
     /// Receives into what is left, without waiting. All vectors must be guest memory.
-    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         let step = self.transfer(Limit::NONE, |header| {
             // SAFETY: as in `send`, and the only caller, `Scatter`, pushes guest memory alone, which may be
             // written through a pointer at any time.
             unsafe { libc::recvmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) }
         })?;
-        if step == Step::Moved(0) {
+        if step == CallProgress::Moved(0) {
             Err(MemoryIoError::Closed)
         } else {
             Ok(step)
@@ -161,10 +161,10 @@ impl<'a> Vectors<'a> {
         &mut self,
         most: Limit,
         mut call: impl FnMut(&mut libc::msghdr) -> libc::ssize_t,
-    ) -> Result<Step, MemoryIoError> {
+    ) -> Result<CallProgress, MemoryIoError> {
         let left = &mut self.vectors[self.at..];
         if left.is_empty() {
-            return Ok(Step::Done);
+            return Ok(CallProgress::Done);
         }
         // SAFETY: a message header is plain data for which zeroes mean "no address, no control data".
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -186,14 +186,14 @@ impl<'a> Vectors<'a> {
         }
         let moved = match moved {
             Ok(moved) => moved,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::WouldBlock),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(CallProgress::WouldBlock),
             Err(error) => return Err(MemoryIoError::Socket(error)),
         };
         self.advance(moved);
         Ok(if self.at == self.vectors.len() {
-            Step::Done
+            CallProgress::Done
         } else {
-            Step::Moved(moved)
+            CallProgress::Moved(moved)
         })
     }
 

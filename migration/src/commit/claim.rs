@@ -1,4 +1,4 @@
-use crate::protocol::Outcome;
+use crate::protocol::AttemptOutcome;
 
 /// What a source may still do with its guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -27,7 +27,7 @@ pub(crate) struct Failed {
 
 /// What an answer of the destination means for a guest that is in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Verdict {
+pub(crate) enum Ruling {
     /// It is the destination's: free everything.
     Moved,
     /// It is ours again: let it run.
@@ -100,31 +100,31 @@ impl Claim {
     }
 
     /// The destination answered while the guest was in doubt.
-    pub(crate) fn answer(&mut self, outcome: &Outcome) -> Verdict {
+    pub(crate) fn answer(&mut self, outcome: &AttemptOutcome) -> Ruling {
         match (*self, outcome) {
-            (Claim::InDoubt, Outcome::Runs) => {
+            (Claim::InDoubt, AttemptOutcome::Runs) => {
                 *self = Claim::Moved;
-                Verdict::Moved
+                Ruling::Moved
             }
-            (Claim::InDoubt, Outcome::GaveUp) => {
+            (Claim::InDoubt, AttemptOutcome::GaveUp) => {
                 *self = Claim::Running;
-                Verdict::Resume
+                Ruling::Resume
             }
             // "kept": the machine is there, and an operator has to look at it. "unknown": whoever knew may be
             // gone, after it ran the guest.
-            _ => Verdict::StillInDoubt,
+            _ => Ruling::StillInDoubt,
         }
     }
 
     /// The destination answered after a failure before "go", when the guest ran here again.
-    pub(crate) fn withdrawn(&mut self, outcome: &Outcome) -> Withdrawn {
+    pub(crate) fn withdrawn(&mut self, outcome: &AttemptOutcome) -> Withdrawn {
         match (*self, outcome) {
             // Without "go" only an operator can have said so.
-            (Claim::Running, Outcome::Runs | Outcome::Kept { .. }) => {
+            (Claim::Running, AttemptOutcome::Runs | AttemptOutcome::Kept { .. }) => {
                 *self = Claim::InDoubt;
                 Withdrawn::RunsTwice
             }
-            (_, Outcome::GaveUp) => Withdrawn::Done,
+            (_, AttemptOutcome::GaveUp) => Withdrawn::Done,
             // "unknown": whoever answers may be another than the one that waits.
             _ => Withdrawn::StillWaits,
         }
@@ -155,26 +155,26 @@ mod tests {
         let mut claim = offered();
         claim.go();
         assert!(claim.in_doubt() && claim.fail().is_none());
-        assert_eq!(claim.answer(&Outcome::Unknown), Verdict::StillInDoubt);
-        let kept = Outcome::Kept { reason: "x".into() };
-        assert_eq!(claim.answer(&kept), Verdict::StillInDoubt);
-        assert_eq!(claim.answer(&Outcome::GaveUp), Verdict::Resume);
+        assert_eq!(claim.answer(&AttemptOutcome::Unknown), Ruling::StillInDoubt);
+        let kept = AttemptOutcome::Kept { reason: "x".into() };
+        assert_eq!(claim.answer(&kept), Ruling::StillInDoubt);
+        assert_eq!(claim.answer(&AttemptOutcome::GaveUp), Ruling::Resume);
         assert_eq!((claim, claim.in_doubt()), (Claim::Running, false));
 
         let mut claim = offered();
         claim.go();
         claim.moved();
-        assert_eq!(claim.answer(&Outcome::GaveUp), Verdict::StillInDoubt);
+        assert_eq!(claim.answer(&AttemptOutcome::GaveUp), Ruling::StillInDoubt);
         assert_eq!((claim, claim.fail()), (Claim::Moved, None));
     }
 
     #[test]
     fn a_guest_that_its_operator_runs_there_does_not_run_on_here() {
-        let kept = Outcome::Kept { reason: "x".into() };
+        let kept = AttemptOutcome::Kept { reason: "x".into() };
         for (outcome, expected) in [
-            (Outcome::GaveUp, Withdrawn::Done),
-            (Outcome::Unknown, Withdrawn::StillWaits),
-            (Outcome::Runs, Withdrawn::RunsTwice),
+            (AttemptOutcome::GaveUp, Withdrawn::Done),
+            (AttemptOutcome::Unknown, Withdrawn::StillWaits),
+            (AttemptOutcome::Runs, Withdrawn::RunsTwice),
             (kept, Withdrawn::RunsTwice),
         ] {
             let mut claim = offered();

@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 
 use crate::control::Decision;
-use crate::protocol::{Outcome, Token};
+use crate::protocol::{AttemptOutcome, Token};
 
 /// What a destination knows about the machines that came its way: the one that is there, and those that it gave
 /// up. Whatever comes first counts; what comes after it finds it done.
@@ -108,19 +108,19 @@ impl Ledger {
 
     /// A source wants to know what became of its machine. If it is not ours by now, it never will be. Nothing
     /// while that is about to be known: ask again after [`Ledger::resumed`] or [`Ledger::kept`].
-    pub(crate) fn ask(&mut self, token: Token) -> Option<Outcome> {
+    pub(crate) fn ask(&mut self, token: Token) -> Option<AttemptOutcome> {
         match &self.stage {
             Stage::Filling(ours) | Stage::Ready(ours) if *ours == token => {
                 self.discard();
-                Some(Outcome::GaveUp)
+                Some(AttemptOutcome::GaveUp)
             }
             Stage::Committing(ours) if *ours == token => None,
-            Stage::Runs(ours) if *ours == token => Some(Outcome::Runs),
-            Stage::Kept { token: ours, reason } if *ours == token => Some(Outcome::Kept {
+            Stage::Runs(ours) if *ours == token => Some(AttemptOutcome::Runs),
+            Stage::Kept { token: ours, reason } if *ours == token => Some(AttemptOutcome::Kept {
                 reason: reason.clone(),
             }),
-            _ if self.given_up.contains(&token) => Some(Outcome::GaveUp),
-            _ => Some(Outcome::Unknown),
+            _ if self.given_up.contains(&token) => Some(AttemptOutcome::GaveUp),
+            _ => Some(AttemptOutcome::Unknown),
         }
     }
 }
@@ -144,15 +144,15 @@ mod tests {
         assert!(gone.go() && !gone.go() && !gone.discard() && !gone.decide(Decision::Discard));
         assert_eq!(gone.ask(A), None);
         gone.resumed();
-        assert_eq!(gone.ask(A), Some(Outcome::Runs));
-        assert_eq!(gone.ask(B), Some(Outcome::Unknown));
+        assert_eq!(gone.ask(A), Some(AttemptOutcome::Runs));
+        assert_eq!(gone.ask(B), Some(AttemptOutcome::Unknown));
         assert!(!gone.begin(B), "there is a machine");
 
         let mut asked = ready();
-        assert_eq!(asked.ask(B), Some(Outcome::Unknown));
-        assert_eq!(asked.ask(A), Some(Outcome::GaveUp));
+        assert_eq!(asked.ask(B), Some(AttemptOutcome::Unknown));
+        assert_eq!(asked.ask(A), Some(AttemptOutcome::GaveUp));
         assert!(!asked.go() && !asked.decide(Decision::Run));
-        assert_eq!(asked.ask(A), Some(Outcome::GaveUp));
+        assert_eq!(asked.ask(A), Some(AttemptOutcome::GaveUp));
         assert!(asked.begin(B));
 
         let mut decided = ready();
@@ -160,7 +160,7 @@ mod tests {
         decided.kept("no disk".into());
         assert_eq!(
             decided.ask(A),
-            Some(Outcome::Kept {
+            Some(AttemptOutcome::Kept {
                 reason: "no disk".into()
             })
         );
@@ -171,7 +171,7 @@ mod tests {
         let mut filling = Ledger::default();
         assert!(!filling.ready() && !filling.discard() && filling.begin(A));
         assert!(!filling.go() && !filling.decide(Decision::Run) && !filling.decide(Decision::Discard));
-        assert_eq!(filling.ask(A), Some(Outcome::GaveUp));
+        assert_eq!(filling.ask(A), Some(AttemptOutcome::GaveUp));
         assert!(!filling.ready(), "given up meanwhile");
     }
 
@@ -181,8 +181,8 @@ mod tests {
         for n in 0..=64u8 {
             assert!(ledger.begin([n; 16]) && ledger.discard());
         }
-        assert_eq!(ledger.ask([0; 16]), Some(Outcome::Unknown));
-        assert_eq!(ledger.ask([1; 16]), Some(Outcome::GaveUp));
-        assert_eq!(ledger.ask([64; 16]), Some(Outcome::GaveUp));
+        assert_eq!(ledger.ask([0; 16]), Some(AttemptOutcome::Unknown));
+        assert_eq!(ledger.ask([1; 16]), Some(AttemptOutcome::GaveUp));
+        assert_eq!(ledger.ask([64; 16]), Some(AttemptOutcome::GaveUp));
     }
 }

@@ -8,5 +8,5 @@ mod ledger;
 #[cfg(test)]
 mod model;
 
-pub(crate) use claim::{Claim, Verdict, Withdrawn};
+pub(crate) use claim::{Claim, Ruling, Withdrawn};
 pub(crate) use ledger::{Ledger, Stage};

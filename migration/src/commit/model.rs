@@ -22,11 +22,11 @@ use std::collections::{HashMap, VecDeque};
 
 use super::{Claim, Ledger, Stage, Withdrawn};
 use crate::control::Decision;
-use crate::protocol::{Outcome, Token};
+use crate::protocol::{AttemptOutcome, Token};
 
 /// What is said on the control connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Word {
+enum ControlWord {
     State,
     Ready,
     Go,
@@ -38,23 +38,23 @@ enum Word {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct World {
-    source: Source,
-    destination: Destination,
-    up: VecDeque<Word>,
-    down: VecDeque<Word>,
+    source: ModelSource,
+    destination: ModelDestination,
+    up: VecDeque<ControlWord>,
+    down: VecDeque<ControlWord>,
     /// The control connection is broken: what is under way may still arrive, nothing new does.
     cut: bool,
     /// Questions under way, also of askers that have gone.
     asks: Vec<u8>,
     /// The answer under way to the asker that waits.
-    answer: Option<(u8, Outcome)>,
+    answer: Option<(u8, AttemptOutcome)>,
     /// Whether the operator may still err, and has.
     may_err: bool,
     erred: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Source {
+struct ModelSource {
     alive: bool,
     claim: Claim,
     /// Number of the last attempt, 0 before the first; also its token.
@@ -68,7 +68,7 @@ struct Source {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Destination {
+struct ModelDestination {
     alive: bool,
     /// The number of the last attempt when it crashed; another process may listen since.
     crashed: Option<u8>,
@@ -115,14 +115,14 @@ fn token(attempt: u8) -> Token {
 }
 
 /// What can happen next, and whether it needs no crash and no loss.
-type Next = Vec<(&'static str, World, bool)>;
+type Successors = Vec<(&'static str, World, bool)>;
 
 impl World {
     fn start(may_err: bool) -> Self {
         Self {
             may_err,
             erred: false,
-            source: Source {
+            source: ModelSource {
                 alive: true,
                 claim: Claim::default(),
                 attempt: 0,
@@ -131,7 +131,7 @@ impl World {
                 withdraws: None,
                 asks_for: None,
             },
-            destination: Destination {
+            destination: ModelDestination {
                 alive: true,
                 crashed: None,
                 ledger: Ledger::default(),
@@ -147,8 +147,8 @@ impl World {
         }
     }
 
-    fn next(&self, flaw: Flaw) -> Next {
-        let mut next = Next::new();
+    fn next(&self, flaw: Flaw) -> Successors {
+        let mut next = Successors::new();
         if self.source.alive {
             self.source_acts(flaw, &mut next);
             self.source_hears(&mut next);
@@ -165,13 +165,13 @@ impl World {
     }
 
     /// A changed copy joins what can happen.
-    fn add(&self, next: &mut Next, what: &'static str, change: impl FnOnce(&mut World)) {
+    fn add(&self, next: &mut Successors, what: &'static str, change: impl FnOnce(&mut World)) {
         let mut world = self.clone();
         change(&mut world);
         next.push((what, world, true));
     }
 
-    fn source_acts(&self, flaw: Flaw, next: &mut Next) {
+    fn source_acts(&self, flaw: Flaw, next: &mut Successors) {
         let source = &self.source;
         let idle = self.destination.alive && *self.destination.ledger.stage() == Stage::Idle;
         if !source.open && source.claim == Claim::Running && source.attempt < ATTEMPTS && idle {
@@ -183,13 +183,13 @@ impl World {
         if source.open && source.claim == Claim::Paused {
             self.add(next, "send the state", |world| {
                 world.source.claim.offer();
-                world.say_up(Word::State);
+                world.say_up(ControlWord::State);
             });
         }
         if source.open && source.claim == Claim::Offered && source.heard_ready {
             self.add(next, "send go", |world| {
                 world.source.claim.go();
-                world.say_up(Word::Go);
+                world.say_up(ControlWord::Go);
                 if flaw == Flaw::FreesAtGo {
                     world.source.claim.moved();
                 }
@@ -229,26 +229,28 @@ impl World {
         if failed.withdraw {
             self.source.withdraws = Some(self.source.attempt);
         }
-        self.say_up(Word::Abort);
+        self.say_up(ControlWord::Abort);
         self.source.open = false;
     }
 
-    fn source_hears(&self, next: &mut Next) {
+    fn source_hears(&self, next: &mut Successors) {
         let Some(&word) = self.down.front().filter(|_| self.source.open) else {
             return;
         };
         self.add(next, "the source hears", |world| {
             world.down.pop_front();
             match word {
-                Word::Ready => world.source.heard_ready = true,
-                Word::Resumed | Word::ResumeFailed if !world.source.claim.in_doubt() => world.source_fails(),
-                Word::Resumed => {
+                ControlWord::Ready => world.source.heard_ready = true,
+                ControlWord::Resumed | ControlWord::ResumeFailed if !world.source.claim.in_doubt() => {
+                    world.source_fails()
+                }
+                ControlWord::Resumed => {
                     world.source.claim.moved();
-                    world.say_up(Word::Farewell);
+                    world.say_up(ControlWord::Farewell);
                     world.source.open = false;
                 }
-                Word::ResumeFailed => {
-                    world.say_up(Word::Farewell);
+                ControlWord::ResumeFailed => {
+                    world.say_up(ControlWord::Farewell);
                     world.source.open = false;
                 }
                 _ => world.source_fails(),
@@ -256,7 +258,7 @@ impl World {
         });
     }
 
-    fn source_asks(&self, flaw: Flaw, next: &mut Next) {
+    fn source_asks(&self, flaw: Flaw, next: &mut Successors) {
         let source = &self.source;
         let doubt = (source.claim.in_doubt() && !source.open).then_some(source.attempt);
         if let Some(about) = doubt.or(source.withdraws)
@@ -301,7 +303,7 @@ impl World {
         });
     }
 
-    fn destination_acts(&self, flaw: Flaw, next: &mut Next) {
+    fn destination_acts(&self, flaw: Flaw, next: &mut Successors) {
         let destination = &self.destination;
         match destination.ledger.stage() {
             Stage::Filling(_) if destination.open => {
@@ -323,11 +325,11 @@ impl World {
                 self.add(next, "the guest runs", |world| {
                     world.destination.ran = true;
                     world.destination.ledger.resumed();
-                    world.say_down(Word::Resumed);
+                    world.say_down(ControlWord::Resumed);
                 });
                 self.add(next, "the guest does not run", |world| {
                     world.destination.ledger.kept(String::new());
-                    world.say_down(Word::ResumeFailed);
+                    world.say_down(ControlWord::ResumeFailed);
                 });
             }
             Stage::Runs(_) | Stage::Kept { .. } if destination.open && self.up_has_ended() => {
@@ -341,7 +343,7 @@ impl World {
 
     fn destination_fails(&mut self) {
         assert!(self.destination.ledger.discard());
-        self.say_down(Word::Abort);
+        self.say_down(ControlWord::Abort);
         self.destination.open = false;
     }
 
@@ -349,42 +351,42 @@ impl World {
         self.up.is_empty() && (self.cut || !self.source.open)
     }
 
-    fn destination_hears(&self, flaw: Flaw, next: &mut Next) {
+    fn destination_hears(&self, flaw: Flaw, next: &mut Successors) {
         let Some(&word) = self.up.front().filter(|_| self.destination.open) else {
             return;
         };
-        let heard = |what, next: &mut Next, change: fn(&mut World)| {
+        let heard = |what, next: &mut Successors, change: fn(&mut World)| {
             self.add(next, what, |world| {
                 world.up.pop_front();
                 change(world);
             });
         };
         match word {
-            Word::State => {
+            ControlWord::State => {
                 heard("ready", next, |world| {
                     if world.destination.ledger.ready() {
-                        world.say_down(Word::Ready);
+                        world.say_down(ControlWord::Ready);
                     } else {
                         world.destination.open = false;
                     }
                 });
                 heard("the restore fails", next, |world| {
                     if world.destination.ledger.discard() {
-                        world.say_down(Word::Abort);
+                        world.say_down(ControlWord::Abort);
                     }
                     world.destination.open = false;
                 });
             }
-            Word::Go if flaw == Flaw::GoAlwaysCounts => heard("go counts", next, |world| {
+            ControlWord::Go if flaw == Flaw::GoAlwaysCounts => heard("go counts", next, |world| {
                 let about = token(world.source.attempt);
                 world.destination.ledger = Ledger::default();
                 assert!(world.destination.ledger.begin(about) && world.destination.ledger.ready());
                 world.destination.took = world.destination.ledger.go();
             }),
-            Word::Go => heard("go", next, |world| {
+            ControlWord::Go => heard("go", next, |world| {
                 world.destination.took |= world.destination.ledger.go();
             }),
-            Word::Abort => heard("abort", next, |world| {
+            ControlWord::Abort => heard("abort", next, |world| {
                 world.destination.ledger.discard();
                 world.destination.open = false;
             }),
@@ -392,13 +394,15 @@ impl World {
         }
     }
 
-    fn destination_answers(&self, flaw: Flaw, next: &mut Next) {
+    fn destination_answers(&self, flaw: Flaw, next: &mut Successors) {
         for (at, &about) in self.asks.iter().enumerate() {
             let mut ledger = self.destination.ledger.clone();
             let mut outcome = ledger.ask(token(about));
             match flaw {
-                Flaw::UnknownIsGaveUp if outcome == Some(Outcome::Unknown) => outcome = Some(Outcome::GaveUp),
-                Flaw::AnswersTooEarly if outcome.is_none() => outcome = Some(Outcome::GaveUp),
+                Flaw::UnknownIsGaveUp if outcome == Some(AttemptOutcome::Unknown) => {
+                    outcome = Some(AttemptOutcome::GaveUp)
+                }
+                Flaw::AnswersTooEarly if outcome.is_none() => outcome = Some(AttemptOutcome::GaveUp),
                 Flaw::AnswersAndWaits => ledger = self.destination.ledger.clone(),
                 _ => {}
             }
@@ -414,7 +418,7 @@ impl World {
         }
     }
 
-    fn operator_decides(&self, next: &mut Next) {
+    fn operator_decides(&self, next: &mut Successors) {
         let (source, destination) = (&self.source, &self.destination);
         if destination.alive && matches!(destination.ledger.stage(), Stage::Ready(_)) {
             let decision = if source.alive {
@@ -459,7 +463,7 @@ impl World {
     }
 
     /// Losses and crashes.
-    fn trouble(&self, next: &mut Next) {
+    fn trouble(&self, next: &mut Successors) {
         let from = next.len();
         if !self.cut && (self.source.open || self.destination.open) {
             self.add(next, "the connection breaks", |world| world.cut = true);
@@ -506,13 +510,13 @@ impl World {
     }
 
     /// A word that the connection takes; it does not when it is broken, or the other side has closed it.
-    fn say_up(&mut self, word: Word) {
+    fn say_up(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.up.push_back(word);
         }
     }
 
-    fn say_down(&mut self, word: Word) {
+    fn say_down(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.down.push_back(word);
         }

@@ -6,7 +6,7 @@ use super::Observation;
 
 /// What happened between two observations. Bytes and seconds.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Step {
+pub(super) struct Interval {
     /// Seconds since the observation before.
     pub elapsed: f64,
     /// Bytes that arrived at the peer.
@@ -34,11 +34,11 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn step(&mut self, seen: &Observation<'_>) -> Step {
+    pub(super) fn step(&mut self, seen: &Observation<'_>) -> Interval {
         let marked_now = seen.dirty as f64 + seen.copied as f64;
         let marked = self.marked.get_or_insert(marked_now);
         let now = seen.at.as_secs_f64();
-        Step {
+        Interval {
             elapsed: advance(self.at.get_or_insert(now), now),
             delivered: advance(
                 &mut self.delivered,
@@ -92,7 +92,7 @@ impl Bandwidth {
     pub(super) const ASSUMED: f64 = 125e6;
 
     /// Takes a step during which the link was busy. `pages` is the ratio of page bytes to wire bytes.
-    pub(super) fn add(&mut self, step: &Step, pages: f64, round_trip: f64) {
+    pub(super) fn add(&mut self, step: &Interval, pages: f64, round_trip: f64) {
         // Scanning zero pages leaves the link idle, and so does the wait at the end of a short round.
         let scanning = step.zero > step.data / 4.0;
         let waiting = step.end_of_round && step.elapsed < 8.0 * round_trip.max(MIN_TIME / 4.0);
@@ -172,7 +172,7 @@ impl DirtyRate {
     const WINDOW: f64 = 0.06;
     const MOST_STEPS: usize = 256;
 
-    pub(super) fn add(&mut self, step: &Step) {
+    pub(super) fn add(&mut self, step: &Interval) {
         self.steps.push_back((step.elapsed, step.dirtied));
         self.elapsed += step.elapsed;
         self.dirtied += step.dirtied;

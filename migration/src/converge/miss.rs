@@ -43,8 +43,11 @@ pub(crate) enum Reason {
 
 impl fmt::Display for Miss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (max_downtime, kept) = (Span(self.max_downtime), Span(self.attainable_downtime));
-        let (bandwidth, dirty) = (Rate(self.bandwidth), Rate(self.dirty_rate));
+        let (max_downtime, kept) = (
+            DurationText(self.max_downtime),
+            DurationText(self.attainable_downtime),
+        );
+        let (bandwidth, dirty) = (RateText(self.bandwidth), RateText(self.dirty_rate));
         let slowed = if self.throttle {
             " although it was slowed down as far as allowed"
         } else {
@@ -65,7 +68,7 @@ impl fmt::Display for Miss {
                 f,
                 "the deadline of {} cannot be kept with a downtime of {max_downtime}: the link carries \
                  {bandwidth} and the guest dirties {dirty}",
-                Span(self.deadline.unwrap_or_default())
+                DurationText(self.deadline.unwrap_or_default())
             ),
             Reason::Rounds => write!(
                 f,
@@ -77,10 +80,10 @@ impl fmt::Display for Miss {
             return Ok(());
         }
         if let Some(needed) = self.needed_bandwidth {
-            write!(f, "; it takes {}", Rate(needed))?;
+            write!(f, "; it takes {}", RateText(needed))?;
         }
         if let Some(total) = self.attainable_total {
-            write!(f, ", or {} of total time", Span(total))?;
+            write!(f, ", or {} of total time", DurationText(total))?;
         }
         write!(f, ", or a downtime of {kept}")?;
         let slow_down = !self.throttle && self.reason == Reason::DirtyRate;
@@ -93,9 +96,9 @@ impl fmt::Display for Miss {
 }
 
 /// Bytes per second, for people.
-struct Rate(f64);
+struct RateText(f64);
 
-impl fmt::Display for Rate {
+impl fmt::Display for RateText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             rate if rate >= 1e9 => write!(f, "{:.1} GB/s", rate / 1e9),
@@ -106,9 +109,9 @@ impl fmt::Display for Rate {
 }
 
 /// A duration, for people.
-struct Span(Duration);
+struct DurationText(Duration);
 
-impl fmt::Display for Span {
+impl fmt::Display for DurationText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.as_secs_f64() {
             s if s >= 1.0 => write!(f, "{s:.1} s"),

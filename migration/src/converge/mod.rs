@@ -1,12 +1,12 @@
 //! When to go on copying, when to slow the guest down, when to switch, when to say that it cannot be done.
 //!
 //! A pure policy: it has no clock, does no I/O and starts no thread. The engine tells it what it sees
-//! ([`Observation`]), about every 10 ms inside a round and at the end of each, and follows the [`Decision`].
+//! ([`Observation`]), about every 10 ms inside a round and at the end of each, and follows the [`Advice`].
 //! So a trace, recorded or made up, replays in microseconds.
 //!
 //! ```text
 //!               ┌─ estimate ───────────────┐   ┌─ predict ──────────────┐
-//! Observation ─▶│ bandwidth   dirty rate   │──▶│ downtime  total  room  │──▶ policy ──▶ Decision
+//! Observation ─▶│ bandwidth   dirty rate   │──▶│ downtime  total  room  │──▶ policy ──▶ Advice
 //!               │ working set (round 1)    │   └────────────────────────┘     │ ▲
 //!               └──────────────────────────┘       throttle: on-share per vCPU┘ │
 //!               Costs, bursts ──────────────────────────────────────────────────┘
@@ -37,7 +37,7 @@ pub(crate) use miss::{Miss, Reason};
 pub(crate) use policy::Policy;
 #[cfg(test)]
 pub(crate) use throttle::FLOOR;
-pub(crate) use throttle::Throttle;
+pub(crate) use throttle::ThrottleShares;
 
 use crate::options::OnMiss;
 
@@ -158,7 +158,7 @@ pub(crate) struct Prediction {
 
 /// What to do now.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Verdict {
+pub(crate) enum Course {
     /// Go on copying; after the end of a round, begin another.
     Continue,
     /// Pause the guest and send what is left.
@@ -169,11 +169,11 @@ pub(crate) enum Verdict {
 
 /// The answer to an observation.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Decision {
+pub(crate) struct Advice {
     /// What to do.
-    pub verdict: Verdict,
-    /// How far to slow the vCPUs down until the next decision.
-    pub throttle: Throttle,
+    pub course: Course,
+    /// How far to slow the vCPUs down until the next advice.
+    pub throttle: ThrottleShares,
     /// On what this rests.
     pub prediction: Prediction,
 }

@@ -1,4 +1,4 @@
-//! The decisions.
+//! The advice.
 
 mod hopeless;
 
@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use migration_io::PAGE_SIZE;
 
-use super::estimate::{Bandwidth, DirtyRate, Meter, Step};
-use super::predict::{Outlook, Plan};
+use super::estimate::{Bandwidth, DirtyRate, Interval, Meter};
+use super::predict::{Outlook, ThrottlePlan};
 use super::throttle::{Demand, Throttler};
 use super::working_set::WorkingSet;
-use super::{Costs, Decision, Goal, Miss, Observation, Prediction, Verdict, duration};
+use super::{Advice, Costs, Course, Goal, Miss, Observation, Prediction, duration};
 use crate::options::OnMiss;
-use hopeless::Progress;
+use hopeless::Shrinkage;
 
 /// Decides, observation by observation, for one migration.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ pub(crate) struct Policy {
     scan: f64,
     /// Whether the observation before ended a round.
     between_rounds: bool,
-    progress: Progress,
+    progress: Shrinkage,
     /// The least downtime at which the observations since then found that it is time to switch.
     settled: Option<f64>,
     /// Seconds at which the deadline began to look lost.
@@ -84,7 +84,7 @@ impl Policy {
             overhead: None,
             scan: Self::SCAN,
             between_rounds: false,
-            progress: Progress::default(),
+            progress: Shrinkage::default(),
             settled: None,
             late_since: None,
             missed: None,
@@ -115,7 +115,7 @@ impl Policy {
     }
 
     /// Takes an observation, says what to do.
-    pub(crate) fn observe(&mut self, seen: &Observation<'_>) -> Decision {
+    pub(crate) fn observe(&mut self, seen: &Observation<'_>) -> Advice {
         let step = self.meter.step(seen);
         self.learn(seen, &step);
         let before = self.outlook(seen);
@@ -126,19 +126,19 @@ impl Policy {
             .step(step.elapsed, step.dirtied, seen.by_vcpu, demand);
         let outlook = self.outlook(seen);
         self.overload |= self.is_overload(seen, &outlook);
-        let verdict = self.judge(seen, &outlook);
-        self.settled = (verdict == Verdict::Switch).then(|| {
+        let course = self.judge(seen, &outlook);
+        self.settled = (course == Course::Switch).then(|| {
             let downtime = outlook.downtime(outlook.dirty);
             self.settled.map_or(downtime, |settled| settled.min(downtime))
         });
         // A guest that is about to be paused stays slowed down until then: the engine may look once more, and
-        // has to find the guest that this verdict was about.
-        if matches!(verdict, Verdict::Miss(_)) {
+        // has to find the guest that this course was about.
+        if matches!(course, Course::Miss(_)) {
             self.throttler.release();
         }
         let model = if first { self.hot.model() } else { None };
-        Decision {
-            verdict,
+        Advice {
+            course,
             throttle: self.throttler.throttle(),
             prediction: Prediction {
                 downtime: duration(outlook.downtime(outlook.dirty)),
@@ -149,7 +149,7 @@ impl Policy {
         }
     }
 
-    fn learn(&mut self, seen: &Observation<'_>, step: &Step) {
+    fn learn(&mut self, seen: &Observation<'_>, step: &Interval) {
         let round_trip = self.costs.round_trip.as_secs_f64();
         self.link.add(step, self.meter.page_ratio(), round_trip);
         self.rate.add(step);
@@ -223,7 +223,7 @@ impl Policy {
 
     /// When to slow the guest down, and how far: so that rounds shrink, so that they can shrink as far as the
     /// budget needs although each takes some time besides its bytes, and so that the deadline is met.
-    fn plan(&mut self, now: &Outlook) -> Plan {
+    fn plan(&mut self, now: &Outlook) -> ThrottlePlan {
         let room = now.room().max(0.0);
         let reachable = room / (room + now.overhead * now.link).max(1.0);
         if let Some(left) = self.left(now).filter(|_| self.link.is_known()) {
@@ -240,7 +240,7 @@ impl Policy {
         } else {
             Self::LIMIT.min(0.9 * reachable)
         };
-        Plan {
+        ThrottlePlan {
             limit: limit.max(target),
             target,
             throttle: self.goal.throttle && self.goal.cpus > 0,
@@ -277,7 +277,7 @@ impl Policy {
     }
 
     /// Round 1 is left alone: everything is sent at least once anyway. Unless the deadline is tight.
-    fn demand(&self, now: &Outlook, plan: Plan, first: bool) -> Option<Demand> {
+    fn demand(&self, now: &Outlook, plan: ThrottlePlan, first: bool) -> Option<Demand> {
         let early = self.target < Self::TARGET / 2.0;
         let wanted = plan.throttle && self.link.is_known() && (!first || early);
         wanted.then_some(Demand {
@@ -286,7 +286,7 @@ impl Policy {
         })
     }
 
-    fn judge(&mut self, seen: &Observation<'_>, now: &Outlook) -> Verdict {
+    fn judge(&mut self, seen: &Observation<'_>, now: &Outlook) -> Course {
         if self.missed.is_none() {
             let fits = now.fits() && self.is_in_time(now);
             if fits {
@@ -295,23 +295,23 @@ impl Policy {
             self.missed = self.hopeless(seen, now).map(|reason| self.miss(reason, now));
         }
         match &self.missed {
-            None => Verdict::Continue,
-            Some(miss) if self.goal.on_miss == OnMiss::Fail => Verdict::Miss(miss.clone()),
+            None => Course::Continue,
+            Some(miss) if self.goal.on_miss == OnMiss::Fail => Course::Miss(miss.clone()),
             Some(_) => self.judge_fitting(seen, now),
         }
     }
 
     /// What would be allowed now may be better after the next round.
-    fn judge_fitting(&self, seen: &Observation<'_>, now: &Outlook) -> Verdict {
+    fn judge_fitting(&self, seen: &Observation<'_>, now: &Outlook) -> Course {
         let next = now.next();
         let after = now.costs_worst + next.dirty / now.final_worst;
         let last_chance = self.left(now).is_some_and(|left| next.after + after > left)
             || (seen.end_of_round && seen.round >= self.goal.max_rounds)
             || (self.missed.is_none() && !self.throttler.is_off());
         if last_chance || self.is_still_settled(now) || !now.pays_to_go_on() {
-            Verdict::Switch
+            Course::Switch
         } else {
-            Verdict::Continue
+            Course::Continue
         }
     }
 

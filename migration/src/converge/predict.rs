@@ -44,7 +44,7 @@ pub(super) struct Outlook {
 
 /// How the policy deals with a guest that is too fast: shares of the bandwidth.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Plan {
+pub(super) struct ThrottlePlan {
     /// Above this share the guest is slowed down.
     pub limit: f64,
     /// To this share.
@@ -57,7 +57,7 @@ pub(super) struct Plan {
 
 /// What one more round, or the rest of this one, leads to.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Next {
+pub(super) struct NextRound {
     /// Bytes dirty then.
     pub dirty: f64,
     /// Seconds until then.
@@ -102,7 +102,7 @@ impl Outlook {
     }
 
     /// The end of this round, or of the next one if this has ended.
-    pub(super) fn next(&self) -> Next {
+    pub(super) fn next(&self) -> NextRound {
         if self.unsent > 0.0 || self.zero > 0.0 {
             let after = self.unsent / self.link + self.zero / self.scan;
             return self.grown(self.dirty - self.unsent, after);
@@ -111,16 +111,16 @@ impl Outlook {
     }
 
     /// The round after that.
-    pub(super) fn then(&self, next: Next) -> Next {
+    pub(super) fn then(&self, next: NextRound) -> NextRound {
         let then = self.grown(0.0, next.dirty / self.link + self.overhead);
-        Next {
+        NextRound {
             after: next.after + then.after,
             ..then
         }
     }
 
-    fn grown(&self, dirty: f64, after: f64) -> Next {
-        Next {
+    fn grown(&self, dirty: f64, after: f64) -> NextRound {
+        NextRound {
             dirty: (dirty + self.rate * after).min(self.working_set.max(dirty)),
             after,
         }
@@ -133,7 +133,7 @@ impl Outlook {
     }
 
     /// Whether it is worth going on until `next` with so many bytes dirty.
-    fn pays(&self, dirty: f64, next: Next) -> bool {
+    fn pays(&self, dirty: f64, next: NextRound) -> bool {
         let gain = (dirty - next.dirty) / self.final_usual + self.zero / self.scan;
         let threshold = (Self::MIN_SHARE * self.downtime(dirty)).max(Self::MIN_RETURN * next.after);
         gain > threshold.max(Self::MIN_GAIN)
@@ -146,7 +146,7 @@ impl Outlook {
 
     /// The total time, counted from the start. `model` is what round 1 has shown so far, and given in round 1
     /// only. `None` where it does not converge.
-    pub(super) fn total(&self, plan: Plan, model: Option<Model>) -> Option<f64> {
+    pub(super) fn total(&self, plan: ThrottlePlan, model: Option<Model>) -> Option<f64> {
         let (mut at, mut dirty, natural) = match model {
             Some(model) => {
                 let after = self.unsent / self.link + self.zero / self.scan;
@@ -169,7 +169,7 @@ impl Outlook {
             return Some(at + after_zero.downtime(room));
         }
         let mut next = if model.is_some() {
-            Next { dirty, after: 0.0 }
+            NextRound { dirty, after: 0.0 }
         } else {
             self.next()
         };

@@ -13,11 +13,11 @@ pub(crate) const FLOOR: f64 = MAX_THROTTLE;
 
 /// The share of time that each vCPU is held out of the guest, from 0 to [`FLOOR`].
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Throttle {
+pub(crate) struct ThrottleShares {
     off: Vec<f64>,
 }
 
-impl Throttle {
+impl ThrottleShares {
     /// For one vCPU.
     pub(crate) fn of(&self, cpu: usize) -> f64 {
         self.off.get(cpu).copied().unwrap_or(0.0)
@@ -41,14 +41,14 @@ impl Throttle {
 pub(super) struct Throttler {
     cpus: usize,
     /// One per vCPU where it is known who dirties, else one for all.
-    lanes: Vec<Lane>,
+    lanes: Vec<VcpuShare>,
     epoch: Epoch,
     /// Bytes dirtied beyond the target, to be made up for.
     excess: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Lane {
+struct VcpuShare {
     /// Share of time in the guest.
     on: f64,
     /// Bytes per second if it were 1.
@@ -81,7 +81,7 @@ impl Throttler {
     pub(super) fn new(cpus: usize) -> Self {
         Self {
             cpus,
-            lanes: vec![Lane::new(0)],
+            lanes: vec![VcpuShare::new(0)],
             epoch: Epoch::default(),
             excess: 0.0,
         }
@@ -93,9 +93,9 @@ impl Throttler {
             let on = self.on();
             self.lanes = by_vcpu
                 .iter()
-                .map(|&pages| Lane {
+                .map(|&pages| VcpuShare {
                     on,
-                    ..Lane::new(pages)
+                    ..VcpuShare::new(pages)
                 })
                 .collect();
             self.epoch = Epoch::default();
@@ -142,16 +142,16 @@ impl Throttler {
     /// Whether everybody who dirties is at the floor.
     pub(super) fn is_exhausted(&self) -> bool {
         let share = self.potential() * 0.02;
-        let exhausted = |lane: &Lane| lane.on <= (1.0 - FLOOR) * 1.01 || lane.potential <= share;
+        let exhausted = |lane: &VcpuShare| lane.on <= (1.0 - FLOOR) * 1.01 || lane.potential <= share;
         !self.is_off() && self.lanes.iter().all(exhausted)
     }
 
-    pub(super) fn throttle(&self) -> Throttle {
+    pub(super) fn throttle(&self) -> ThrottleShares {
         let off = |cpu: usize| {
             let lane = self.lanes.get(cpu).or(self.lanes.first());
             lane.map_or(0.0, |lane| (1.0 - lane.on).clamp(0.0, FLOOR))
         };
-        Throttle {
+        ThrottleShares {
             off: (0..self.cpus).map(off).collect(),
         }
     }
@@ -165,8 +165,9 @@ impl Throttler {
             return;
         }
         let pages = |cpu: usize| by_vcpu.get(cpu).copied();
-        let fresh =
-            |(cpu, lane): (usize, &Lane)| pages(cpu).unwrap_or(lane.pages).saturating_sub(lane.pages) as f64;
+        let fresh = |(cpu, lane): (usize, &VcpuShare)| {
+            pages(cpu).unwrap_or(lane.pages).saturating_sub(lane.pages) as f64
+        };
         let shares: Vec<f64> = self.lanes.iter().enumerate().map(fresh).collect();
         let sum = shares.iter().sum::<f64>();
         let even = 1.0 / self.lanes.len().max(1) as f64;
@@ -207,7 +208,7 @@ impl Throttler {
     }
 }
 
-impl Lane {
+impl VcpuShare {
     fn new(pages: u64) -> Self {
         Self {
             on: 1.0,

@@ -1,4 +1,5 @@
-//! A machine that is ready waits for one word, from whoever has it.
+//! A machine that is ready waits for the word that decides who runs it: the source's "go" or abort, an operator's
+//! decision, or a source that asks on another connection.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -7,115 +8,173 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::ReceiveError;
-use super::job::Job;
+use super::rendezvous::Rendezvous;
 use crate::commit::Stage;
-use crate::control::Decision;
-use crate::link::{Heard, Link, LinkError};
+use crate::control::{Control, Decision};
+use crate::link::{Link, LinkError, Sorted};
+use crate::options::ReceiveOptions;
 use crate::protocol::{Frame, Message};
 use crate::text::chain;
 
-/// The machine is ours.
-pub(super) struct Word {
+/// The guest may run here.
+pub(super) struct MayRun {
     /// When the guest stopped, on this side's clock, as far as is known.
     pub(super) stopped_at: Option<Instant>,
-    /// Whether the source is still there to be told.
+    /// Whether the source is still connected and can be told.
     pub(super) connected: bool,
 }
 
-impl Job<'_> {
-    /// Waits for "go", for an operator to say "run" (then the machine is ours) or for whatever else the ledger
-    /// counts (then it is given up): for as long as it takes, whether the source is there or not.
-    pub(super) fn await_word(
-        &mut self,
-        link: &mut Link<'_>,
+/// The wait of a machine that is ready: for as long as it takes, with the source or without it.
+pub(super) struct Waiting<'a, 'l> {
+    rendezvous: &'a Rendezvous,
+    control: &'a Control,
+    options: &'a ReceiveOptions,
+    link: &'a mut Link<'l>,
+    /// When the state had come: the guest stopped before that.
+    state_at: Instant,
+    ready_at: Instant,
+    connected: bool,
+    /// When the last byte came from the source, and how many had come by then.
+    last_byte: (Instant, u64),
+    /// Whether an operator may decide, because the source has been silent for too long.
+    undecided: bool,
+}
+
+impl<'a, 'l> Waiting<'a, 'l> {
+    pub(super) fn new(
+        rendezvous: &'a Rendezvous,
+        control: &'a Control,
+        options: &'a ReceiveOptions,
+        link: &'a mut Link<'l>,
         state_at: Instant,
-    ) -> Result<Word, ReceiveError> {
-        let mut connected = true;
+    ) -> Self {
         let ready_at = Instant::now();
-        let (mut heard, mut bytes) = (ready_at, link.bytes_received());
-        let mut undecided = false;
-        loop {
-            self.desk.hush();
-            if let Some(decision) = self.control.take_decision()
-                && self.desk.with_ledger(|ledger| ledger.decide(decision))
-            {
-                tracing::warn!(?decision, "an operator decided for the machine that was ready");
-                return match decision {
-                    // The guest was paused before its state was sent; nothing here knows when.
-                    Decision::Run => Ok(Word {
-                        stopped_at: Some(state_at),
-                        connected,
-                    }),
-                    Decision::Discard => Err(ReceiveError::Discarded),
-                };
+        let last_byte = (ready_at, link.bytes_received());
+        Self {
+            rendezvous,
+            control,
+            options,
+            link,
+            state_at,
+            ready_at,
+            connected: true,
+            last_byte,
+            undecided: false,
+        }
+    }
+
+    /// Waits for "go" or for an operator's "run": then the guest may run here. Whatever else the ledger counts gives the
+    /// machine up, and is an error.
+    pub(super) fn run(mut self) -> Result<MayRun, ReceiveError> {
+        let decided = loop {
+            self.rendezvous.clear_event();
+            if let Some(decided) = self.operators_decision() {
+                break decided;
             }
-            if self
-                .desk
-                .with_ledger(|ledger| !matches!(ledger.stage(), Stage::Ready(_)))
-            {
-                return Err(ReceiveError::GivenUp);
+            if !self.is_still_ready() {
+                break Err(ReceiveError::GivenUp);
             }
-            // A source that is silent for too long may be gone, and its operator the only one who knows. It may
-            // still have its say: whatever comes first counts. One that speaks again is not gone.
-            let silent = heard.elapsed() > self.options.io_timeout
-                || ready_at.elapsed() > self.options.step_timeout
-                || !connected;
-            if silent && !undecided {
-                undecided = true;
-                self.control.set_undecided(true);
-            } else if undecided && !silent {
-                undecided = !self.control.end_doubt();
+            let silent = self.note_silence();
+            if let Some(decided) = self.sources_word(silent) {
+                break decided;
             }
-            let others = [self.desk.bell(), self.control.decided()];
-            if !connected {
-                wait_for(&others)?;
-                continue;
+        };
+        self.control.set_undecided(false);
+        decided
+    }
+
+    /// What an operator has decided, if the ledger takes it: the source's word may have come first.
+    fn operators_decision(&mut self) -> Option<Result<MayRun, ReceiveError>> {
+        let decision = self.control.take_decision()?;
+        if !self.rendezvous.with_ledger(|ledger| ledger.decide(decision)) {
+            return None;
+        }
+        tracing::warn!(?decision, "an operator decided for the machine that was ready");
+        Some(match decision {
+            // The guest was paused before its state was sent; this side does not know when.
+            Decision::Run => Ok(MayRun {
+                stopped_at: Some(self.state_at),
+                connected: self.connected,
+            }),
+            Decision::Discard => Err(ReceiveError::Discarded),
+        })
+    }
+
+    /// Whether the machine was not given up meanwhile, on another connection.
+    fn is_still_ready(&self) -> bool {
+        self.rendezvous
+            .with_ledger(|ledger| matches!(ledger.stage(), Stage::Ready(_)))
+    }
+
+    /// Lets the operator decide while the source is silent for too long: it may be gone, and only the operator knows. The
+    /// source's word still counts if it comes first, and a source that speaks again decides itself. Returns whether the
+    /// source is silent.
+    fn note_silence(&mut self) -> bool {
+        let (last_byte_at, _) = self.last_byte;
+        let silent = last_byte_at.elapsed() > self.options.io_timeout
+            || self.ready_at.elapsed() > self.options.step_timeout
+            || !self.connected;
+        if silent && !self.undecided {
+            self.undecided = true;
+            self.control.set_undecided(true);
+        } else if self.undecided && !silent {
+            self.undecided = !self.control.end_doubt();
+        }
+        silent
+    }
+
+    /// Waits for the source, an operator or another connection, and returns what the source's word decides, if one came.
+    fn sources_word(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
+        let wakers = [self.rendezvous.event(), self.control.decided()];
+        if !self.connected {
+            return wait_for(&wakers).err().map(|error| Err(error.into()));
+        }
+        let (last_byte_at, bytes) = self.last_byte;
+        let overdue = (last_byte_at + self.options.io_timeout).min(self.ready_at + self.options.step_timeout);
+        let word = receive_go(self.link, &wakers, (!silent).then_some(overdue));
+        if self.link.bytes_received() != bytes {
+            self.last_byte = (Instant::now(), self.link.bytes_received());
+        }
+        match word {
+            Ok(Some(Go { stopped_at })) if self.rendezvous.with_ledger(|ledger| ledger.go()) => {
+                Some(Ok(MayRun {
+                    stopped_at,
+                    connected: self.connected,
+                }))
             }
-            let overdue = (heard + self.options.io_timeout).min(ready_at + self.options.step_timeout);
-            let said = hear(link, &others, (!silent).then_some(overdue));
-            if link.bytes_received() != bytes {
-                (heard, bytes) = (Instant::now(), link.bytes_received());
+            Ok(_) => None,
+            Err(error) if error.is_abort() && self.rendezvous.with_ledger(|ledger| ledger.discard()) => {
+                Some(Err(error.into()))
             }
-            match said {
-                Ok(Some(Go { stopped_at })) if self.desk.with_ledger(|ledger| ledger.go()) => {
-                    return Ok(Word {
-                        stopped_at,
-                        connected,
-                    });
-                }
-                Ok(_) => {}
-                Err(error) if error.is_abort() && self.desk.with_ledger(|ledger| ledger.discard()) => {
-                    return Err(error.into());
-                }
-                // The loss of the connection is no word.
-                Err(error) => {
-                    let error = chain(&error);
-                    tracing::warn!(
-                        error,
-                        "the source was lost; the machine is ready and waits for a word"
-                    );
-                    connected = false;
-                }
+            // The loss of the connection decides nothing.
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(
+                    error,
+                    "the source was lost; the machine is ready and waits for a word"
+                );
+                self.connected = false;
+                None
             }
         }
     }
 }
 
-/// The source's word.
+/// The source's word that the guest runs here.
 struct Go {
     /// The moment at which the guest stopped, unless that lies before this clock's beginning.
     stopped_at: Option<Instant>,
 }
 
-/// Waits for the source to say something, for one of `others`, or until a moment.
-fn hear(
+/// Waits for a frame of the source, for one of `wakers`, or until a moment. Returns "go" if it came.
+fn receive_go(
     link: &mut Link<'_>,
-    others: &[BorrowedFd<'_>],
+    wakers: &[BorrowedFd<'_>],
     until: Option<Instant>,
 ) -> Result<Option<Go>, LinkError> {
-    link.await_peer(others, until)?;
+    link.await_peer(wakers, until)?;
     let what = "go";
-    let Some(Heard::Said(frame)) = link.poll(what)? else {
+    let Some(Sorted::Frame(frame)) = link.poll(what)? else {
         return Ok(None);
     };
     match frame {
@@ -138,8 +197,9 @@ fn hear(
     }
 }
 
-fn wait_for(others: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
-    let mut events: Vec<PollFd<'_>> = others.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+/// Waits for one of `wakers`, for as long as it takes.
+fn wait_for(wakers: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+    let mut events: Vec<PollFd<'_>> = wakers.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
     match poll(&mut events, None) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(LinkError::Wait(error.into())),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use migration_io::PAGE_SIZE;
 
 use super::ReceiveError;
-use super::job::call;
+use super::error::call;
 use crate::link::Link;
 use crate::page_set::{PageSet, PageSetError};
 use crate::ports::{BlankDisk, MemoryRegion};

@@ -2,7 +2,7 @@ use migration_io::{CompressionError, MemoryIoError};
 
 use crate::link::LinkError;
 use crate::page_set::PageSetError;
-use crate::ports::{Difference, MachineError};
+use crate::ports::{Difference, PortError};
 
 /// Why no machine was received, or does not run.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,7 @@ pub enum ReceiveError {
         call: &'static str,
         /// What it says.
         #[source]
-        source: MachineError,
+        source: PortError,
     },
     /// The description's memory is not made of ordered whole pages.
     #[error("the source's memory map is not allowed")]
@@ -107,7 +107,7 @@ pub enum ReceiveError {
     Thread(#[source] std::io::Error),
     /// After "go" the machine could not be let run; it is kept, paused.
     #[error("\"go\" came, but the guest does not run; it is kept here, paused")]
-    NotResumed(#[source] MachineError),
+    NotResumed(#[source] PortError),
 }
 
 impl ReceiveError {
@@ -120,4 +120,9 @@ impl ReceiveError {
     pub fn is_committed(&self) -> bool {
         matches!(self, ReceiveError::NotResumed(_))
     }
+}
+
+/// Names the machine's call in which its error came.
+pub(super) fn call<T>(call: &'static str, result: Result<T, PortError>) -> Result<T, ReceiveError> {
+    result.map_err(|source| ReceiveError::Machine { call, source })
 }

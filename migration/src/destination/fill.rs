@@ -4,12 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ReceiveError;
-use super::job::{Job, call, nanoseconds};
+use super::error::call;
 use super::memory::Incoming;
 use super::populate::Populate;
+use super::rendezvous::Rendezvous;
 use super::streams::Streams;
-use crate::link::{Heard, Link, LinkError};
-use crate::protocol::{Frame, Message};
+use crate::control::Control;
+use crate::link::{Link, LinkError, Sorted};
+use crate::options::ReceiveOptions;
+use crate::ports::Destination;
+use crate::protocol::{Frame, Message, nanoseconds};
 
 /// More are no practice. A source rehearses a few times in a round at most.
 const MAX_REHEARSALS: u32 = 4096;
@@ -23,8 +27,11 @@ const LOOK: Duration = Duration::from_millis(250);
 const WHAT: &str = "populated, round end, a rehearsal or the state";
 
 /// Everything between "accept" and the state.
-pub(super) struct Filling<'a, 'b, 'l> {
-    job: &'a mut Job<'b>,
+pub(super) struct Filling<'a, 'l> {
+    destination: &'a mut dyn Destination,
+    rendezvous: &'a Rendezvous,
+    control: &'a Control,
+    options: &'a ReceiveOptions,
     link: &'a mut Link<'l>,
     incoming: &'a Incoming,
     streams: &'a Arc<Streams>,
@@ -51,9 +58,12 @@ struct Clock {
     joined_by: Instant,
 }
 
-impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
+impl<'a, 'l> Filling<'a, 'l> {
     pub(super) fn new(
-        job: &'a mut Job<'b>,
+        destination: &'a mut dyn Destination,
+        rendezvous: &'a Rendezvous,
+        control: &'a Control,
+        options: &'a ReceiveOptions,
         link: &'a mut Link<'l>,
         incoming: &'a Incoming,
         streams: &'a Arc<Streams>,
@@ -64,10 +74,13 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             heard: now,
             moved: now,
             bytes: (0, 0),
-            joined_by: now + job.options.io_timeout,
+            joined_by: now + options.io_timeout,
         };
         Self {
-            job,
+            destination,
+            rendezvous,
+            control,
+            options,
             link,
             incoming,
             streams,
@@ -84,7 +97,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     /// Takes in what comes until all memory and the state are there, on streams that join meanwhile. Returns the state.
     pub(super) fn run(&mut self) -> Result<Vec<u8>, ReceiveError> {
         loop {
-            self.job.desk.hush();
+            self.rendezvous.clear_event();
             self.streams.seat()?;
             self.show();
             let (failure, again) = self.streams.failure();
@@ -101,8 +114,8 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
                 return Ok(state);
             }
             let until = self.next_moment()?.min(again.unwrap_or_else(far_off));
-            self.link.await_peer(&[self.job.desk.bell()], Some(until))?;
-            if let Some(Heard::Said(frame)) = self.link.poll(WHAT)? {
+            self.link.await_peer(&[self.rendezvous.event()], Some(until))?;
+            if let Some(Sorted::Frame(frame)) = self.link.poll(WHAT)? {
                 self.clock.moved = Instant::now();
                 self.take(frame)?;
             }
@@ -112,15 +125,13 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     /// Lets others see how far it is.
     fn show(&self) {
         let bytes = self.incoming.received();
-        self.job
-            .control
+        self.control
             .update(|progress| progress.bytes_sent = progress.bytes_sent.max(bytes));
     }
 
     /// Whether the source has not asked for its machine meanwhile.
     fn is_wanted(&self) -> bool {
-        self.job
-            .desk
+        self.rendezvous
             .with_ledger(|ledger| *ledger.stage() != crate::commit::Stage::Idle)
     }
 
@@ -145,7 +156,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
 
     /// When something has to be done at the latest. An error if the source has had all the time it may have.
     fn next_moment(&mut self) -> Result<Instant, ReceiveError> {
-        let (now, options) = (Instant::now(), self.job.options);
+        let (now, options) = (Instant::now(), self.options);
         let bytes = (self.link.bytes_received(), self.incoming.arrived());
         if bytes != self.clock.bytes {
             self.clock.heard = now;
@@ -209,13 +220,13 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         }
         self.round = (round, Instant::now());
         self.acknowledged = false;
-        self.job.control.update(|progress| progress.round = round);
+        self.control.update(|progress| progress.round = round);
         Ok(())
     }
 
     fn rehearse(&mut self, state: &[u8]) -> Result<(), ReceiveError> {
         let began = Instant::now();
-        let resume = call("rehearse", self.job.destination.rehearse(state))?;
+        let resume = call("rehearse", self.destination.rehearse(state))?;
         self.answer(&Message::Rehearsed {
             restore_ns: nanoseconds(began.elapsed().saturating_sub(resume)),
             resume_ns: nanoseconds(resume),

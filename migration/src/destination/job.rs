@@ -1,3 +1,6 @@
+//! One migration that arrives: what the source announces, the machine that is built for it, memory and state, "ready", the
+//! word that decides, and the resume.
+
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -7,28 +10,29 @@ use std::time::{Duration, Instant};
 use threads::Role;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::decide::Word;
-use super::desk::{Arrival, Desk};
+use super::decide::{MayRun, Waiting};
 use super::disks::Disks;
+use super::error::call;
 use super::fill::Filling;
 use super::memory::Incoming;
 use super::populate::Populate;
+use super::rendezvous::{Caller, Rendezvous};
 use super::streams::Streams;
 use super::{ReceiveError, Received};
 use crate::commit::Stage;
 use crate::control::{Control, Phase};
-use crate::link::{Admitted, Heard, Link, LinkError};
+use crate::link::{Admitted, Link, LinkError, Sorted};
 use crate::options::{MAX_STREAMS, ReceiveOptions};
 use crate::page_set::PageSet;
-use crate::ports::{Destination, MachineDescription, MachineError, OfferedDisks};
-use crate::protocol::{Features, Message, Plan};
+use crate::ports::{Destination, MachineDescription, OfferedDisks};
+use crate::protocol::{Features, Message, Transfer, nanoseconds};
 use crate::report::ms;
 use crate::text::panic_message;
 
 /// One migration under way.
-pub(super) struct Job<'a> {
+pub(super) struct DestinationJob<'a> {
     pub(super) destination: &'a mut dyn Destination,
-    pub(super) desk: &'a Arc<Desk>,
+    pub(super) rendezvous: &'a Arc<Rendezvous>,
     pub(super) control: &'a Control,
     pub(super) options: &'a ReceiveOptions,
     built: bool,
@@ -37,7 +41,7 @@ pub(super) struct Job<'a> {
 /// What the source has announced.
 struct Announced {
     description: MachineDescription,
-    plan: Plan,
+    transfer: Transfer,
     disks: OfferedDisks,
 }
 
@@ -47,19 +51,19 @@ const MAX_PINGS: usize = 64;
 /// How long streams that have lost their connections may take to end, when nobody needs what they do.
 const LEAVING: Duration = Duration::from_secs(2);
 
-/// How long a source may take to say that it has heard "resumed": it has nothing else to do.
+/// How long a source may take to answer "resumed": it has nothing else to do.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-impl<'a> Job<'a> {
+impl<'a> DestinationJob<'a> {
     pub(super) fn new(
         destination: &'a mut dyn Destination,
-        desk: &'a Arc<Desk>,
+        rendezvous: &'a Arc<Rendezvous>,
         control: &'a Control,
         options: &'a ReceiveOptions,
     ) -> Self {
         Self {
             destination,
-            desk,
+            rendezvous,
             control,
             options,
             built: false,
@@ -67,21 +71,21 @@ impl<'a> Job<'a> {
     }
 
     /// The migration as it goes when nothing goes wrong.
-    pub(super) fn run(&mut self, link: &mut Link<'_>, arrival: &Arrival) -> Result<Received, ReceiveError> {
-        let features = self.features(arrival);
+    pub(super) fn run(&mut self, link: &mut Link<'_>, caller: &Caller) -> Result<Received, ReceiveError> {
+        let features = self.features(caller);
         link.admit(Admitted::Messages);
         link.send(&Message::Session {
-            token: arrival.token,
+            token: caller.token,
             features,
         })?;
         let announced = described(link)?;
         let incoming = Arc::new(self.build(link, &announced, features)?);
         let accepted_at = Instant::now();
-        let word = self.fill_and_wait(link, &incoming, announced.plan)?;
+        let word = self.fill_and_wait(link, &incoming, announced.transfer)?;
         // A machine that was described was not paused yet.
         let stopped_at = word.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
         let resume_ms = self.resume(link, stopped_at)?;
-        let confirmed = word.connected && hears_farewell(link);
+        let confirmed = word.connected && farewell_came(link);
         Ok(Received {
             description: announced.description,
             resume_ms,
@@ -92,7 +96,7 @@ impl<'a> Job<'a> {
 
     /// The error for a panic, which after the commit is one about a machine that is kept: it is the only copy.
     pub(super) fn panicked(&self, message: String) -> ReceiveError {
-        self.desk.with_ledger(|ledger| match ledger.stage() {
+        self.rendezvous.with_ledger(|ledger| match ledger.stage() {
             Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => {
                 ledger.kept(format!("panicked: {message}"));
                 ReceiveError::NotResumed(format!("panicked: {message}").into())
@@ -103,7 +107,7 @@ impl<'a> Job<'a> {
 
     /// From here on no word counts any more, unless one has come already.
     pub(super) fn give_up(&self) {
-        self.desk.with_ledger(|ledger| ledger.discard());
+        self.rendezvous.with_ledger(|ledger| ledger.discard());
     }
 
     /// Throws away what was built, if anything was.
@@ -113,13 +117,13 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn features(&self, arrival: &Arrival) -> Features {
-        let ours = if arrival.connection.passes_files() {
+    fn features(&self, caller: &Caller) -> Features {
+        let ours = if caller.connection.passes_files() {
             Features::OURS
         } else {
             Features(Features::OURS.0 & !Features::HANDOVER.0)
         };
-        ours.and(arrival.features)
+        ours.and(caller.features)
     }
 
     fn build(
@@ -130,19 +134,19 @@ impl<'a> Job<'a> {
     ) -> Result<Incoming, ReceiveError> {
         let Announced {
             description,
-            plan,
+            transfer,
             disks: offered,
         } = announced;
         PageSet::check_regions(&description.memory).map_err(ReceiveError::MemoryMap)?;
-        let files = match *plan {
-            Plan::Streams(1..=MAX_STREAMS) => None,
-            Plan::Streams(got) => {
+        let files = match *transfer {
+            Transfer::Streams(1..=MAX_STREAMS) => None,
+            Transfer::Streams(got) => {
                 return Err(ReceiveError::StreamCount {
                     most: MAX_STREAMS,
                     got,
                 });
             }
-            Plan::Handover => Some(files(link, description, features)?),
+            Transfer::Handover => Some(files(link, description, features)?),
         };
         let differences = self.destination.check(description, offered);
         if !differences.is_empty() {
@@ -174,17 +178,17 @@ impl<'a> Job<'a> {
         &mut self,
         link: &mut Link<'_>,
         incoming: &Arc<Incoming>,
-        plan: Plan,
-    ) -> Result<Word, ReceiveError> {
-        let count = match plan {
-            Plan::Streams(count) => count,
-            Plan::Handover => 0,
+        transfer: Transfer,
+    ) -> Result<MayRun, ReceiveError> {
+        let count = match transfer {
+            Transfer::Streams(count) => count,
+            Transfer::Handover => 0,
         };
         // Before anybody is told that they may come.
-        self.desk.expect_streams(count);
+        self.rendezvous.expect_streams(count);
         let populate = Arc::new(Populate::new(incoming.clone())?);
-        let (desk, options) = (self.desk.clone(), self.options.clone());
-        let streams = Streams::new(incoming.clone(), populate.clone(), desk, options, count)?;
+        let (rendezvous, options) = (self.rendezvous.clone(), self.options.clone());
+        let streams = Streams::new(incoming.clone(), populate.clone(), rendezvous, options, count)?;
         let ahead = count > 0 && !self.destination.is_resident();
         link.admit(Admitted::Machine);
         link.send(&Message::Accept {
@@ -192,14 +196,23 @@ impl<'a> Job<'a> {
         })?;
         thread::scope(|scope| {
             // However this ends, the threads do.
-            let _end = EndOf(&streams, &populate);
+            let _end = EndStreams(&streams, &populate);
             if ahead {
                 // It is for speed alone: whether it fails is nobody's concern here.
                 let thread = threads::spawn_scoped(scope, Role::Helper, "populate", || populate.run())
                     .map_err(ReceiveError::Thread)?;
                 populate.set_thread(thread.thread().clone());
             }
-            let mut filling = Filling::new(self, link, incoming, &streams, &populate);
+            let mut filling = Filling::new(
+                self.destination,
+                self.rendezvous,
+                self.control,
+                self.options,
+                link,
+                incoming,
+                &streams,
+                &populate,
+            );
             let state = filling.run()?;
             let arrived_at = Instant::now();
             // Nothing comes after the state: whatever did would be written into a machine that is complete.
@@ -207,9 +220,7 @@ impl<'a> Job<'a> {
             streams.join(self.options.step_timeout)?;
             self.restore(link, &state)?;
             drop(state);
-            let word = self.await_word(link, arrived_at);
-            self.control.set_undecided(false);
-            word
+            Waiting::new(self.rendezvous, self.control, self.options, link, arrived_at).run()
         })
     }
 
@@ -220,7 +231,7 @@ impl<'a> Job<'a> {
         call("restore", self.destination.restore(state))?;
         let restore_ns = nanoseconds(began.elapsed());
         link.check("nothing before ready")?;
-        if !self.desk.with_ledger(|ledger| ledger.ready()) {
+        if !self.rendezvous.with_ledger(|ledger| ledger.ready()) {
             return Err(ReceiveError::GivenUp);
         }
         // From here on "go" may be under way: only a word may end it.
@@ -243,14 +254,14 @@ impl<'a> Job<'a> {
         if let Err(error) = resumed {
             let error = ReceiveError::NotResumed(error);
             let reason = crate::text::clean(&crate::text::chain(&error));
-            self.desk.with_ledger(|ledger| ledger.kept(reason.clone()));
+            self.rendezvous.with_ledger(|ledger| ledger.kept(reason.clone()));
             // If this does not arrive, the source asks.
             if link.send(&Message::ResumeFailed { reason }).is_ok() {
                 link.hang_up();
             }
             return Err(error);
         }
-        self.desk.with_ledger(|ledger| ledger.resumed());
+        self.rendezvous.with_ledger(|ledger| ledger.resumed());
         if let Err(error) = link.send(&Message::Resumed {
             resume_ns: nanoseconds(took),
         }) {
@@ -262,9 +273,9 @@ impl<'a> Job<'a> {
 }
 
 /// Ends the threads when it goes.
-struct EndOf<'a>(&'a Streams, &'a Populate);
+struct EndStreams<'a>(&'a Streams, &'a Populate);
 
-impl Drop for EndOf<'_> {
+impl Drop for EndStreams<'_> {
     fn drop(&mut self) {
         self.0.end();
         self.1.stop();
@@ -281,10 +292,14 @@ fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
     for _ in 0..MAX_PINGS {
         match link.receive_message(what)? {
             Message::Ping => link.send(&Message::Pong)?,
-            Message::Describe { machine, plan, disks } => {
+            Message::Describe {
+                machine,
+                transfer,
+                disks,
+            } => {
                 return Ok(Announced {
                     description: machine,
-                    plan,
+                    transfer,
                     disks,
                 });
             }
@@ -313,7 +328,7 @@ fn files(
     if !features.has(Features::HANDOVER) {
         return Err(ReceiveError::Handover {
             expected: "a Unix socket, and a source and a destination that both can".into(),
-            got: "a plan to do it all the same".into(),
+            got: "a handover all the same".into(),
         });
     }
     let what = "memory files";
@@ -332,13 +347,13 @@ fn files(
     }
 }
 
-/// Whether the source says that it has heard.
-fn hears_farewell(link: &mut Link<'_>) -> bool {
+/// Whether the source answers "resumed" in time.
+fn farewell_came(link: &mut Link<'_>) -> bool {
     let until = Instant::now() + FAREWELL;
     while Instant::now() < until {
         match link.await_peer(&[], Some(until)) {
             Ok(_) => match link.poll("farewell") {
-                Ok(Some(Heard::Said(frame))) => return frame.is(&Message::Farewell),
+                Ok(Some(Sorted::Frame(frame))) => return frame.is(&Message::Farewell),
                 Ok(_) => {}
                 Err(_) => return false,
             },
@@ -346,12 +361,4 @@ fn hears_farewell(link: &mut Link<'_>) -> bool {
         }
     }
     false
-}
-
-pub(super) fn call<T>(call: &'static str, result: Result<T, MachineError>) -> Result<T, ReceiveError> {
-    result.map_err(|source| ReceiveError::Machine { call, source })
-}
-
-pub(super) fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -19,7 +19,7 @@ use crate::space::is_disk;
 pub(super) struct Incoming {
     memory: GuestMemory,
     disks: Disks,
-    written: Written,
+    written: WrittenPages,
     /// Bytes that came over the streams, in whole batches.
     received: AtomicU64,
     /// The same, counted as they come.
@@ -35,12 +35,12 @@ pub(super) struct Unpacker {
 
 /// Pages that were written: all others are zero, and touching them would cost their allocation.
 #[derive(Debug)]
-struct Written {
-    regions: Vec<Region>,
+struct WrittenPages {
+    regions: Vec<WrittenRegion>,
 }
 
 #[derive(Debug)]
-struct Region {
+struct WrittenRegion {
     gpa: u64,
     pages: u64,
     words: Vec<AtomicU64>,
@@ -48,7 +48,7 @@ struct Region {
 
 impl Incoming {
     pub(super) fn new(memory: GuestMemory, disks: Disks) -> Self {
-        let written = Written::of(&memory);
+        let written = WrittenPages::of(&memory);
         Self {
             memory,
             disks,
@@ -169,11 +169,11 @@ impl Incoming {
     }
 }
 
-impl Written {
+impl WrittenPages {
     fn of(memory: &GuestMemory) -> Self {
         let region = |region: &vm_memory::GuestRegionMmap<_>| {
             let pages = region.len() / PAGE_SIZE;
-            Region {
+            WrittenRegion {
                 gpa: region.start_addr().0,
                 pages,
                 words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
@@ -219,7 +219,7 @@ impl Written {
     }
 
     /// The region of a range of whole pages, and the pages in it: first, and the one after the last.
-    fn locate(&self, range: MemoryRange) -> Result<(&Region, u64, u64), PageSetError> {
+    fn locate(&self, range: MemoryRange) -> Result<(&WrittenRegion, u64, u64), PageSetError> {
         let MemoryRange { gpa, len } = range;
         let below = self.regions.partition_point(|region| region.gpa <= gpa);
         let region = below.checked_sub(1).and_then(|at| self.regions.get(at));
@@ -249,7 +249,7 @@ mod tests {
             look in (0u64..200, 1u64..200),
         ) {
             let memory = GuestMemory::from_ranges(&[(GuestAddress(1 << 20), 200 << 12)]).unwrap();
-            let written = Written::of(&memory);
+            let written = WrittenPages::of(&memory);
             let range = |(first, count): (u64, u64)| MemoryRange {
                 gpa: (1 << 20) + first * PAGE_SIZE,
                 len: count * PAGE_SIZE,
@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn what_is_not_in_memory_is_refused() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(1 << 20), 1 << 20)]).unwrap();
-        let written = Written::of(&memory);
+        let written = WrittenPages::of(&memory);
         for (gpa, len) in [
             (0, 4096),
             ((1 << 20) + 1, 4096),

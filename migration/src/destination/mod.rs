@@ -1,14 +1,14 @@
 //! The destination's side of a migration.
 
+mod acceptor;
 mod decide;
-mod desk;
 mod disks;
-mod door;
 mod error;
 mod fill;
 mod job;
 mod memory;
 mod populate;
+mod rendezvous;
 mod streams;
 
 pub use error::ReceiveError;
@@ -23,9 +23,9 @@ use crate::options::ReceiveOptions;
 use crate::ports::{Destination, MachineDescription};
 use crate::text::{chain, panic_message};
 use crate::transport::{Endpoint, Listener, TransportError};
-use desk::{Arrival, Desk};
-use door::Door;
-use job::Job;
+use acceptor::Acceptor;
+use job::DestinationJob;
+use rendezvous::{Caller, Rendezvous};
 
 /// What was received: the guest runs here.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,8 +44,8 @@ pub struct Received {
 /// two calls of [`Receiver::receive`], and after the one that received a machine.
 #[derive(Debug)]
 pub struct Receiver {
-    _door: Door,
-    desk: Arc<Desk>,
+    _acceptor: Acceptor,
+    rendezvous: Arc<Rendezvous>,
     endpoint: Endpoint,
     options: ReceiveOptions,
 }
@@ -59,11 +59,11 @@ impl Receiver {
             endpoint: endpoint.clone(),
             source,
         };
-        let desk = Arc::new(Desk::new().map_err(failed)?);
-        let door = Door::open(listener, desk.clone(), options.clone()).map_err(failed)?;
+        let rendezvous = Arc::new(Rendezvous::new().map_err(failed)?);
+        let acceptor = Acceptor::open(listener, rendezvous.clone(), options.clone()).map_err(failed)?;
         Ok(Self {
-            _door: door,
-            desk,
+            _acceptor: acceptor,
+            rendezvous,
             endpoint,
             options,
         })
@@ -86,12 +86,12 @@ impl Receiver {
         destination: &mut dyn Destination,
         control: &Control,
     ) -> Result<Received, ReceiveError> {
-        let arrival = self.desk.wait_for_source(control)?;
-        let _leave = Leave(&self.desk);
+        let caller = self.rendezvous.wait_for_source(control)?;
+        let _release = ReleaseOnDrop(&self.rendezvous);
         control.begin();
-        let result = self.take_in(destination, control, &arrival);
+        let result = self.take_in(destination, control, &caller);
         control.end();
-        match (result, self.desk.abandoned()) {
+        match (result, self.rendezvous.abandoned()) {
             (Err(error), streams @ 1..) if !error.is_committed() => {
                 tracing::error!(
                     error = chain(&error),
@@ -107,21 +107,21 @@ impl Receiver {
         &self,
         destination: &mut dyn Destination,
         control: &Control,
-        arrival: &Arrival,
+        caller: &Caller,
     ) -> Result<Received, ReceiveError> {
         let options = &self.options;
         let alive = KeepAlive::new(options.io_timeout);
         let mut link = Link::new(
-            &arrival.connection,
+            &caller.connection,
             control,
             options.io_timeout,
             options.step_timeout,
         );
-        let mut job = Job::new(destination, &self.desk, control, options);
+        let mut job = DestinationJob::new(destination, &self.rendezvous, control, options);
         thread::scope(|scope| {
             let run = AssertUnwindSafe(|| {
                 alive.start(scope, link.pulse()).map_err(ReceiveError::Thread)?;
-                job.run(&mut link, arrival)
+                job.run(&mut link, caller)
             });
             let result = catch_unwind(run).unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
             alive.stop();
@@ -135,17 +135,17 @@ impl Receiver {
     }
 }
 
-/// Nobody's seat is kept when the job ends, however it does.
-struct Leave<'a>(&'a Desk);
+/// Lets the next source in when the job ends, also by a panic.
+struct ReleaseOnDrop<'a>(&'a Rendezvous);
 
-impl Drop for Leave<'_> {
+impl Drop for ReleaseOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.leave();
+        self.0.release();
     }
 }
 
 /// Gives the machine up, tells the source, and throws away what was built.
-fn conclude(job: &mut Job<'_>, link: &mut Link<'_>, error: &ReceiveError) {
+fn conclude(job: &mut DestinationJob<'_>, link: &mut Link<'_>, error: &ReceiveError) {
     // First of all, so that no "go" counts any more, and the answer to a question is the right one.
     job.give_up();
     match error {

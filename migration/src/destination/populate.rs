@@ -25,14 +25,14 @@ const LEAD: u64 = 64 << 20;
 /// What may hold something, and the thread that prepares for it. Nothing depends on its work.
 pub(super) struct Populate {
     incoming: Arc<Incoming>,
-    work: Mutex<Work>,
+    work: Mutex<PopulateWork>,
     /// Bytes of guest memory that have arrived, zero pages included.
     arrived: AtomicU64,
     thread: OnceLock<Thread>,
     stop: AtomicBool,
 }
 
-struct Work {
+struct PopulateWork {
     todo: VecDeque<MemoryRange>,
     /// Everything that was ever named: once each, so that there are not more ranges than pages.
     named: PageSet,
@@ -45,7 +45,7 @@ impl Populate {
         let named = PageSet::of(incoming.memory()).map_err(ReceiveError::MemoryMap)?;
         Ok(Self {
             incoming,
-            work: Mutex::new(Work {
+            work: Mutex::new(PopulateWork {
                 todo: VecDeque::new(),
                 named,
                 taken: 0,
@@ -162,12 +162,12 @@ impl Populate {
         self.stop.load(Ordering::Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Work> {
+    fn lock(&self) -> MutexGuard<'_, PopulateWork> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Work {
+impl PopulateWork {
     /// Whether anything was ever to be done.
     fn is_begun(&self) -> bool {
         self.taken > 0 || !self.todo.is_empty()

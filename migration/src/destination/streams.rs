@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use threads::Role;
 
 use super::ReceiveError;
-use super::desk::Desk;
 use super::memory::{Incoming, Unpacker};
 use super::populate::Populate;
+use super::rendezvous::Rendezvous;
 use crate::control::Control;
 use crate::link::{Admitted, Link, LinkError};
 use crate::options::ReceiveOptions;
@@ -26,15 +26,15 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub(super) struct Streams {
     incoming: Arc<Incoming>,
     populate: Arc<Populate>,
-    desk: Arc<Desk>,
+    rendezvous: Arc<Rendezvous>,
     options: ReceiveOptions,
     /// Nobody cancels it: whoever ends the migration hangs up.
     control: Control,
-    state: Mutex<State>,
+    state: Mutex<StreamsState>,
     changed: Condvar,
 }
 
-struct State {
+struct StreamsState {
     connections: Vec<Arc<Connection>>,
     /// The last round that each stream has ended.
     rounds: Vec<u32>,
@@ -50,11 +50,11 @@ impl Streams {
     pub(super) fn new(
         incoming: Arc<Incoming>,
         populate: Arc<Populate>,
-        desk: Arc<Desk>,
+        rendezvous: Arc<Rendezvous>,
         options: ReceiveOptions,
         count: u32,
     ) -> Result<Arc<Self>, ReceiveError> {
-        let state = State {
+        let state = StreamsState {
             connections: Vec::new(),
             rounds: vec![0; count as usize],
             complete_at: Instant::now(),
@@ -65,7 +65,7 @@ impl Streams {
         Ok(Arc::new(Self {
             incoming,
             populate,
-            desk,
+            rendezvous,
             options,
             control: Control::new().map_err(ReceiveError::Thread)?,
             state: Mutex::new(state),
@@ -75,7 +75,7 @@ impl Streams {
 
     /// Starts the threads of streams that have joined.
     pub(super) fn seat(self: &Arc<Self>) -> Result<(), ReceiveError> {
-        for (index, connection) in self.desk.take_streams() {
+        for (index, connection) in self.rendezvous.drain_streams() {
             let mut state = self.lock();
             state.connections.push(connection.clone());
             state.running += 1;
@@ -143,7 +143,7 @@ impl Streams {
         match waited.unwrap_or_else(PoisonError::into_inner).0.running {
             0 => Ok(()),
             streams => {
-                self.desk.abandon(streams);
+                self.rendezvous.abandon(streams);
                 Err(ReceiveError::Hang { streams })
             }
         }
@@ -164,7 +164,7 @@ impl Streams {
         }
         drop(state);
         self.changed.notify_all();
-        self.desk.ring();
+        self.rendezvous.wake_job();
     }
 
     fn receive(&self, index: usize, connection: &Connection) -> Result<(), ReceiveError> {
@@ -226,7 +226,7 @@ impl Streams {
         if state.is_complete(round) {
             state.complete_at = Instant::now();
             self.changed.notify_all();
-            self.desk.ring();
+            self.rendezvous.wake_job();
         }
         while !state.is_complete(round) && !state.ending {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -234,13 +234,13 @@ impl Streams {
         Ok(!state.ending)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, StreamsState> {
         // Nothing that holds it panics; if it did, the values would still be whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl StreamsState {
     fn is_complete(&self, round: u32) -> bool {
         self.rounds.iter().all(|ended| *ended >= round)
     }

@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use migration_io::{MemoryIoError, Step};
+use migration_io::{CallProgress, MemoryIoError};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -28,7 +28,7 @@ impl Link<'_> {
         let mut at = 0;
         self.send_whole(bytes.len() as u64, message.name(), |socket| {
             if at == bytes.len() {
-                return Ok(Step::Done);
+                return Ok(CallProgress::Done);
             }
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -42,10 +42,10 @@ impl Link<'_> {
             match sendmsg(socket, &[IoSlice::new(&bytes[at..])], &mut ancillary, flags) {
                 Ok(moved) => {
                     at += moved;
-                    Ok(Step::Moved(moved))
+                    Ok(CallProgress::Moved(moved))
                 }
-                Err(rustix::io::Errno::AGAIN) => Ok(Step::WouldBlock),
-                Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
+                Err(rustix::io::Errno::AGAIN) => Ok(CallProgress::WouldBlock),
+                Err(rustix::io::Errno::INTR) => Ok(CallProgress::Moved(0)),
                 Err(error) => Err(MemoryIoError::Socket(error.into())),
             }
         })
@@ -64,7 +64,7 @@ impl Link<'_> {
         let (mut header, mut at) = ([0; HEADER_LEN], 0);
         self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
             if at == HEADER_LEN {
-                return Ok(Step::Done);
+                return Ok(CallProgress::Done);
             }
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -83,10 +83,10 @@ impl Link<'_> {
                     if message.flags.contains(ReturnFlags::CTRUNC) || files.len() > MAX_FILES {
                         files.clear();
                     }
-                    Ok(Step::Moved(message.bytes))
+                    Ok(CallProgress::Moved(message.bytes))
                 }
-                Err(rustix::io::Errno::AGAIN) => Ok(Step::WouldBlock),
-                Err(rustix::io::Errno::INTR) => Ok(Step::Moved(0)),
+                Err(rustix::io::Errno::AGAIN) => Ok(CallProgress::WouldBlock),
+                Err(rustix::io::Errno::INTR) => Ok(CallProgress::Moved(0)),
                 Err(error) => Err(MemoryIoError::Socket(error.into())),
             }
         })?;

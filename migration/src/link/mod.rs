@@ -12,7 +12,7 @@ mod writer;
 
 pub use error::LinkError;
 pub(crate) use keep_alive::KeepAlive;
-pub(crate) use reader::{Admitted, Heard};
+pub(crate) use reader::{Admitted, Sorted};
 pub(crate) use writer::Pulse;
 
 use std::cell::Cell;
@@ -22,15 +22,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use migration_io::{Gather, GuestMemory, MemoryIoError, Piece, Sender, Step};
+use migration_io::{CallProgress, Gather, GuestMemory, MemoryIoError, PageSender, Piece};
 
 use crate::control::Control;
-use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message};
+use crate::protocol::{Frame, FrameHeader, FrameKind, HEADER_LEN, Message};
 use crate::text::clean;
 use crate::transport::Connection;
-use reader::{Reader, read};
+use reader::{FrameReader, read};
 use wait::{Patience, Wanted};
-use writer::Writer;
+use writer::FrameWriter;
 
 /// The longest that an end waits for the other one to read its last words.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -48,18 +48,18 @@ pub(crate) struct Link<'a> {
     heed_cancel: bool,
     /// Whether to hear what the peer says while we send.
     listen: bool,
-    reader: Reader,
+    reader: FrameReader,
     /// An answer that came while something was being sent. There is never more than one under way.
     early: Option<Frame>,
-    writer: Arc<Writer>,
+    writer: Arc<FrameWriter>,
     /// What the system took of the last frame.
     sent: Sent,
     /// Where bytes are counted as they come, if anywhere.
     arrivals: Option<&'a AtomicU64>,
     /// On a data stream: sends without a copy where that works.
-    sender: Option<Sender>,
+    sender: Option<PageSender>,
     /// On a data stream: is woken for pieces that are worth it.
-    receiver: Option<migration_io::Receiver>,
+    receiver: Option<migration_io::PageReceiver>,
     bytes_sent: u64,
     bytes_received: u64,
 }
@@ -86,9 +86,9 @@ impl<'a> Link<'a> {
             step_timeout,
             heed_cancel: true,
             listen: true,
-            reader: Reader::default(),
+            reader: FrameReader::default(),
             early: None,
-            writer: Arc::new(Writer::new()),
+            writer: Arc::new(FrameWriter::new()),
             sent: Sent::Nothing,
             arrivals: None,
             sender: None,
@@ -153,12 +153,12 @@ impl<'a> Link<'a> {
 
     /// Sends the machine's state.
     pub(crate) fn send_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
-        self.send_frame(Kind::State, state, "the state")
+        self.send_frame(FrameKind::State, state, "the state")
     }
 
     /// Sends a part of the machine's state, for practice.
     pub(crate) fn send_rehearsal(&mut self, state: &[u8]) -> Result<(), LinkError> {
-        self.send_frame(Kind::Rehearsal, state, "a rehearsal")
+        self.send_frame(FrameKind::Rehearsal, state, "a rehearsal")
     }
 
     /// Tells the peer that it is over, and waits a moment for it to hang up: a connection that is closed with
@@ -197,7 +197,7 @@ impl<'a> Link<'a> {
             let ended = self.drive(Wanted::Data, Patience::new(left), "the end", |socket| match read(
                 socket, &mut rest,
             )? {
-                Step::Moved(_) => Ok(Step::Done),
+                CallProgress::Moved(_) => Ok(CallProgress::Done),
                 step => Ok(step),
             });
             match ended {
@@ -207,7 +207,7 @@ impl<'a> Link<'a> {
         }
     }
 
-    fn send_frame(&mut self, kind: Kind, content: &[u8], what: &'static str) -> Result<(), LinkError> {
+    fn send_frame(&mut self, kind: FrameKind, content: &[u8], what: &'static str) -> Result<(), LinkError> {
         let header = encode_header(kind, content.len(), what)?;
         self.send_bytes(&[&header, content], what)
     }
@@ -235,7 +235,7 @@ impl<'a> Link<'a> {
         &mut self,
         len: u64,
         what: &'static str,
-        mut step: impl FnMut(BorrowedFd<'_>) -> Result<Step, MemoryIoError>,
+        mut step: impl FnMut(BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError>,
     ) -> Result<(), LinkError> {
         self.sent = Sent::Nothing;
         self.check_cancel()?;
@@ -250,7 +250,7 @@ impl<'a> Link<'a> {
         let begun = Cell::new(false);
         let mut step = |socket: BorrowedFd<'_>| {
             let step = step(socket)?;
-            begun.set(begun.get() || step != Step::WouldBlock);
+            begun.set(begun.get() || step != CallProgress::WouldBlock);
             Ok(step)
         };
         let mut result = self.drive(Wanted::Room, patience, what, &mut step);
@@ -294,18 +294,18 @@ impl<'a> Link<'a> {
         wanted: Wanted,
         mut patience: Patience,
         what: &'static str,
-        mut step: impl FnMut(BorrowedFd<'_>) -> Result<Step, MemoryIoError>,
+        mut step: impl FnMut(BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError>,
     ) -> Result<(), LinkError> {
         loop {
             match step(self.connection.as_fd()).map_err(|error| LinkError::moving(what, error))? {
-                Step::Done => return Ok(()),
-                Step::Moved(bytes) => {
+                CallProgress::Done => return Ok(()),
+                CallProgress::Moved(bytes) => {
                     patience.reward(bytes);
                     if let (Wanted::Data, Some(arrivals)) = (wanted, self.arrivals) {
                         arrivals.fetch_add(bytes as u64, Ordering::Relaxed);
                     }
                 }
-                Step::WouldBlock => {
+                CallProgress::WouldBlock => {
                     let wake = self.heed_cancel.then(|| self.control.wake());
                     let wanted = if self.listen { wanted } else { wanted.alone() };
                     let ready = wait::wait(self.connection, wanted, wake, &patience, what);
@@ -333,8 +333,8 @@ impl<'a> Link<'a> {
     }
 }
 
-fn encode_header(kind: Kind, len: usize, what: &'static str) -> Result<[u8; HEADER_LEN], LinkError> {
-    let header = Header::new(kind, len).map_err(|source| LinkError::TooLong { what, source })?;
+fn encode_header(kind: FrameKind, len: usize, what: &'static str) -> Result<[u8; HEADER_LEN], LinkError> {
+    let header = FrameHeader::new(kind, len).map_err(|source| LinkError::TooLong { what, source })?;
     Ok(header.encode())
 }
 
@@ -342,6 +342,6 @@ fn encode_header(kind: Kind, len: usize, what: &'static str) -> Result<[u8; HEAD
 fn encode_frame(message: &Message) -> Result<Vec<u8>, LinkError> {
     let what = message.name();
     let content = postcard::to_stdvec(message).map_err(|source| LinkError::Encode { what, source })?;
-    let header = encode_header(Kind::Control, content.len(), what)?;
+    let header = encode_header(FrameKind::Control, content.len(), what)?;
     Ok([&header[..], &content].concat())
 }

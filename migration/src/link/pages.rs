@@ -2,21 +2,21 @@
 
 use std::os::fd::AsFd;
 
-use migration_io::{Gather, GuestMemory, MemoryRange, Piece, Scatter, SendPath, Sender};
+use migration_io::{Gather, GuestMemory, MemoryRange, PageSender, Piece, Scatter, SendPath};
 
 use super::wait::{Patience, Wanted};
 use super::{Link, LinkError, encode_header};
-use crate::protocol::{CompressedTable, Kind, PageTable};
+use crate::protocol::{CompressedTable, FrameKind, PageTable};
 
 impl Link<'_> {
     /// From here on large pieces of guest memory go without a copy, where the network can do that.
     pub(crate) fn avoid_copies(&mut self) {
-        self.sender = Some(Sender::new(self.connection.as_fd()));
+        self.sender = Some(PageSender::new(self.connection.as_fd()));
     }
 
     /// How large pieces of guest memory go.
     pub(crate) fn send_path(&self) -> SendPath {
-        self.sender.as_ref().map_or(SendPath::Gather, Sender::path)
+        self.sender.as_ref().map_or(SendPath::Gather, PageSender::path)
     }
 
     /// Puts into the log what became of the content so far: why copies are avoided or not is seen nowhere else.
@@ -45,7 +45,7 @@ impl Link<'_> {
     pub(crate) fn send_compressed(&mut self, table: &CompressedTable, block: &[u8]) -> Result<(), LinkError> {
         let what = "compressed pages";
         let content = postcard::to_stdvec(table).map_err(|source| LinkError::Encode { what, source })?;
-        let header = encode_header(Kind::Compressed, content.len(), what)?;
+        let header = encode_header(FrameKind::Compressed, content.len(), what)?;
         self.send_bytes(&[&header, &content, block], what)
     }
 
@@ -53,7 +53,7 @@ impl Link<'_> {
     pub(crate) fn send_pages(&mut self, memory: &GuestMemory, table: &PageTable) -> Result<(), LinkError> {
         let what = "pages";
         let content = postcard::to_stdvec(table).map_err(|source| LinkError::Encode { what, source })?;
-        let header = encode_header(Kind::Pages, content.len(), what)?;
+        let header = encode_header(FrameKind::Pages, content.len(), what)?;
         let head = [Piece::Bytes(&header), Piece::Bytes(&content)];
         let pages = table.data.iter().map(|span| Piece::Guest((*span).into()));
         let failed = |source| LinkError::Io { what, source };
@@ -66,7 +66,7 @@ impl Link<'_> {
     pub(crate) fn send_blocks(&mut self, table: &PageTable, content: &[u8]) -> Result<(), LinkError> {
         let what = "pages of a disk";
         let head = postcard::to_stdvec(table).map_err(|source| LinkError::Encode { what, source })?;
-        let header = encode_header(Kind::Pages, head.len(), what)?;
+        let header = encode_header(FrameKind::Pages, head.len(), what)?;
         self.send_bytes(&[&header, &head, content], what)
     }
 
@@ -81,7 +81,7 @@ impl Link<'_> {
         let mut receiver = self
             .receiver
             .take()
-            .unwrap_or_else(|| migration_io::Receiver::new(self.connection.as_fd()));
+            .unwrap_or_else(|| migration_io::PageReceiver::new(self.connection.as_fd()));
         let received = self.drive(Wanted::Data, Patience::new(self.io_timeout), what, |socket| {
             receiver.receive(&mut scatter, socket)
         });

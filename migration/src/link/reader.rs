@@ -3,12 +3,12 @@
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use migration_io::{MemoryIoError, Step};
+use migration_io::{CallProgress, MemoryIoError};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
 use super::LinkError;
-use crate::protocol::{Frame, HEADER_LEN, Header, Kind, Message, ProtocolError};
+use crate::protocol::{Frame, FrameHeader, FrameKind, HEADER_LEN, Message, ProtocolError};
 use crate::text::clean;
 
 /// Content is received in pieces of this size, so that a header alone cannot make us allocate.
@@ -31,25 +31,26 @@ pub(crate) enum Admitted {
     Pages,
 }
 
-/// What came: a frame that was sorted. An abort is an error instead. A message that nobody asked for, should there
-/// ever be one, gets a variant of its own here, so that it neither counts as an answer nor as out of turn.
+/// A frame that came, sorted by what it means for the wait that is under way. An abort is an error instead. A kind of
+/// message that no side waits for, should there ever be one, gets a variant of its own here, so that it neither counts as
+/// an answer nor as out of turn.
 #[derive(Debug)]
-pub(crate) enum Heard {
-    /// The peer is alive, and says no more than that.
-    Life,
-    /// Something that it is the peer's turn to say, or not: whoever waits for an answer decides.
-    Said(Frame),
+pub(crate) enum Sorted {
+    /// The peer is alive; there is nothing more to it.
+    SignOfLife,
+    /// Any other frame. The code that waits for an answer decides whether it is the peer's turn to send it.
+    Frame(Frame),
 }
 
 /// The receiving side of a connection, with the frame that is under way.
 #[derive(Debug, Default)]
-pub(super) struct Reader {
+pub(super) struct FrameReader {
     admitted: Admitted,
     head: [u8; HEADER_LEN],
     /// Bytes of the header that are there.
     head_len: usize,
     /// The header, once it is whole and admitted.
-    header: Option<Header>,
+    header: Option<FrameHeader>,
     content: Vec<u8>,
     /// Bytes of the content that are there.
     content_len: usize,
@@ -58,7 +59,7 @@ pub(super) struct Reader {
     received: u64,
 }
 
-impl Reader {
+impl FrameReader {
     /// From here on these frames are taken.
     pub(super) fn admit(&mut self, admitted: Admitted) {
         self.admitted = admitted;
@@ -74,11 +75,11 @@ impl Reader {
         self.since
     }
 
-    /// Reads on. [`Step::Done`] means that the header or the content is whole: [`Reader::turn`] is next.
-    pub(super) fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    /// Reads on. [`CallProgress::Done`] means that the header or the content is whole: [`FrameReader::turn`] is next.
+    pub(super) fn step(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         let Some(header) = self.header else {
             let step = read(socket, &mut self.head[self.head_len..])?;
-            if let Step::Moved(bytes) = step {
+            if let CallProgress::Moved(bytes) = step {
                 self.head_len += bytes;
                 self.count(bytes);
             }
@@ -89,7 +90,7 @@ impl Reader {
             self.content.resize(self.content_len + left.min(CONTENT_PIECE), 0);
         }
         let step = read(socket, &mut self.content[self.content_len..])?;
-        if let Step::Moved(bytes) = step {
+        if let CallProgress::Moved(bytes) = step {
             self.content_len += bytes;
             self.count(bytes);
         }
@@ -103,14 +104,14 @@ impl Reader {
         self.count(HEADER_LEN);
     }
 
-    /// Judges what [`Reader::step`] has completed. Nothing after a header: its content is next.
-    pub(super) fn turn(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+    /// Judges what [`FrameReader::step`] has completed. Nothing after a header: its content is next.
+    pub(super) fn turn(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let malformed = |source| LinkError::Protocol {
             expected: what,
             source,
         };
         let Some(header) = self.header else {
-            let header = Header::decode(self.head).map_err(malformed)?;
+            let header = FrameHeader::decode(self.head).map_err(malformed)?;
             self.admitted.check(header, what)?;
             self.header = Some(header);
             return Ok(None);
@@ -125,8 +126,8 @@ impl Reader {
                 cancelled,
                 reason: clean(&reason),
             }),
-            Frame::Message(Message::KeepAlive) => Ok(Some(Heard::Life)),
-            frame => Ok(Some(Heard::Said(frame))),
+            Frame::Message(Message::KeepAlive) => Ok(Some(Sorted::SignOfLife)),
+            frame => Ok(Some(Sorted::Frame(frame))),
         }
     }
 
@@ -140,18 +141,18 @@ impl Reader {
 
 impl Admitted {
     /// Most bytes of a frame's content; nothing if no such frame is due.
-    fn limit(self, kind: Kind) -> Option<u32> {
+    fn limit(self, kind: FrameKind) -> Option<u32> {
         match (self, kind) {
-            (Admitted::Greeting | Admitted::Pages, Kind::Control) => Some(SHORT),
-            (Admitted::Messages | Admitted::Machine, Kind::Control)
-            | (Admitted::Machine, Kind::State | Kind::Rehearsal)
-            | (Admitted::Pages, Kind::Pages | Kind::Compressed) => Some(kind.limit()),
+            (Admitted::Greeting | Admitted::Pages, FrameKind::Control) => Some(SHORT),
+            (Admitted::Messages | Admitted::Machine, FrameKind::Control)
+            | (Admitted::Machine, FrameKind::State | FrameKind::Rehearsal)
+            | (Admitted::Pages, FrameKind::Pages | FrameKind::Compressed) => Some(kind.limit()),
             _ => None,
         }
     }
 
     /// Refuses a frame before a byte of its content is taken.
-    fn check(self, header: Header, what: &'static str) -> Result<(), LinkError> {
+    fn check(self, header: FrameHeader, what: &'static str) -> Result<(), LinkError> {
         match self.limit(header.kind) {
             None => Err(LinkError::Unexpected {
                 expected: what,
@@ -171,15 +172,15 @@ impl Admitted {
 }
 
 /// Reads into a buffer; one that is full (or empty) needs nothing.
-pub(super) fn read(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Step, MemoryIoError> {
+pub(super) fn read(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<CallProgress, MemoryIoError> {
     if buffer.is_empty() {
-        return Ok(Step::Done);
+        return Ok(CallProgress::Done);
     }
     match recv(socket, buffer, RecvFlags::DONTWAIT) {
         Ok((_, 0)) => Err(MemoryIoError::Closed),
-        Ok((_, bytes)) => Ok(Step::Moved(bytes)),
-        Err(Errno::AGAIN) => Ok(Step::WouldBlock),
-        Err(Errno::INTR) => Ok(Step::Moved(0)),
+        Ok((_, bytes)) => Ok(CallProgress::Moved(bytes)),
+        Err(Errno::AGAIN) => Ok(CallProgress::WouldBlock),
+        Err(Errno::INTR) => Ok(CallProgress::Moved(0)),
         Err(error) => Err(MemoryIoError::Socket(error.into())),
     }
 }

@@ -3,9 +3,9 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use migration_io::Step;
+use migration_io::CallProgress;
 
-use super::reader::{Heard, read};
+use super::reader::{Sorted, read};
 use super::wait::{self, Patience, Wanted};
 use super::{FAREWELL, Link, LinkError};
 use crate::protocol::{Frame, Message};
@@ -24,8 +24,8 @@ impl Link<'_> {
         for _ in 0..MAX_KEEP_ALIVES {
             match self.poll(what)? {
                 None => return Ok(()),
-                Some(Heard::Life) => {}
-                Some(Heard::Said(frame)) => {
+                Some(Sorted::SignOfLife) => {}
+                Some(Sorted::Frame(frame)) => {
                     return Err(LinkError::Unexpected {
                         expected: what,
                         got: frame.name(),
@@ -68,8 +68,8 @@ impl Link<'_> {
             match self.next_frame(self.io_timeout.min(left), what) {
                 Err(LinkError::TimedOut { .. }) if Instant::now() >= deadline => {}
                 heard => match heard? {
-                    Heard::Life => {}
-                    Heard::Said(frame) => return Ok(frame),
+                    Sorted::SignOfLife => {}
+                    Sorted::Frame(frame) => return Ok(frame),
                 },
             }
         }
@@ -94,31 +94,31 @@ impl Link<'_> {
     }
 
     /// What has come, if it is whole. Does not wait. An abort is an error, as is a frame that takes longer than a step.
-    pub(crate) fn poll(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+    pub(crate) fn poll(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         match self.early.take() {
-            Some(early) => Ok(Some(Heard::Said(early))),
+            Some(early) => Ok(Some(Sorted::Frame(early))),
             None => self.read_on(what),
         }
     }
 
     /// Reads what there is, up to the end of a frame.
-    fn read_on(&mut self, what: &'static str) -> Result<Option<Heard>, LinkError> {
+    fn read_on(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let socket = self.connection.as_fd();
         loop {
             match self.reader.step(socket) {
-                Ok(Step::Moved(_)) => {}
-                Ok(Step::Done) => {
+                Ok(CallProgress::Moved(_)) => {}
+                Ok(CallProgress::Done) => {
                     if let Some(heard) = self.reader.turn(what)? {
                         return Ok(Some(heard));
                     }
                 }
-                Ok(Step::WouldBlock) if self.frame_due().is_some_and(|due| Instant::now() >= due) => {
+                Ok(CallProgress::WouldBlock) if self.frame_due().is_some_and(|due| Instant::now() >= due) => {
                     return Err(LinkError::TimedOut {
                         what,
                         after: self.step_timeout,
                     });
                 }
-                Ok(Step::WouldBlock) => return Ok(None),
+                Ok(CallProgress::WouldBlock) => return Ok(None),
                 Err(error) => return Err(LinkError::moving(what, error)),
             }
         }
@@ -133,8 +133,8 @@ impl Link<'_> {
     /// whoever ends the migration shuts this connection down.
     pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
         match self.next_frame(IDLE, what)? {
-            Heard::Said(frame) => Ok(frame),
-            Heard::Life => Err(LinkError::Unexpected {
+            Sorted::Frame(frame) => Ok(frame),
+            Sorted::SignOfLife => Err(LinkError::Unexpected {
                 expected: what,
                 got: Message::KeepAlive.name(),
             }),
@@ -186,7 +186,7 @@ impl Link<'_> {
         let mut at = 0;
         self.drive(Wanted::Data, patience, what, |socket| {
             let step = read(socket, &mut buffer[at..])?;
-            if let Step::Moved(bytes) = step {
+            if let CallProgress::Moved(bytes) = step {
                 at += bytes;
             }
             Ok(step)
@@ -196,7 +196,7 @@ impl Link<'_> {
     }
 
     /// The next frame of any kind. An abort is an error.
-    fn next_frame(&mut self, silence: Duration, what: &'static str) -> Result<Heard, LinkError> {
+    fn next_frame(&mut self, silence: Duration, what: &'static str) -> Result<Sorted, LinkError> {
         let mut patience = Patience::new(silence);
         loop {
             let mut reader = std::mem::take(&mut self.reader);
@@ -216,12 +216,12 @@ impl Link<'_> {
     /// before.
     pub(super) fn listen(&mut self, what: &'static str) -> Result<(), LinkError> {
         match self.read_on(what)? {
-            None | Some(Heard::Life) => Ok(()),
-            Some(Heard::Said(frame)) if self.early.is_none() => {
+            None | Some(Sorted::SignOfLife) => Ok(()),
+            Some(Sorted::Frame(frame)) if self.early.is_none() => {
                 self.early = Some(frame);
                 Ok(())
             }
-            Some(Heard::Said(frame)) => Err(LinkError::Unexpected {
+            Some(Sorted::Frame(frame)) => Err(LinkError::Unexpected {
                 expected: what,
                 got: frame.name(),
             }),

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use migration_io::{MemoryIoError, Step};
+use migration_io::{CallProgress, MemoryIoError};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
@@ -14,12 +14,12 @@ use crate::transport::Connection;
 
 /// What everybody who sends on a connection has to know of what was sent before. Locked for the time of a frame.
 #[derive(Debug)]
-pub(super) struct Writer {
-    state: Mutex<State>,
+pub(super) struct FrameWriter {
+    state: Mutex<SendState>,
 }
 
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) struct SendState {
     /// Whether a frame was sent in part only, so that nothing can follow it. Also set while one is being sent, so
     /// that a panic leaves the truth behind.
     pub(super) torn: bool,
@@ -29,10 +29,10 @@ pub(super) struct State {
     pub(super) last: Instant,
 }
 
-impl Writer {
+impl FrameWriter {
     pub(super) fn new() -> Self {
         Self {
-            state: Mutex::new(State {
+            state: Mutex::new(SendState {
                 torn: false,
                 rest: Vec::new(),
                 last: Instant::now(),
@@ -40,7 +40,7 @@ impl Writer {
         }
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, SendState> {
         // What a panic left is in `torn`.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -49,7 +49,7 @@ impl Writer {
 /// Says nothing but that this side is alive, on a connection that belongs to a [`super::Link`].
 pub(crate) struct Pulse<'a> {
     pub(super) connection: &'a Connection,
-    pub(super) writer: Arc<Writer>,
+    pub(super) writer: Arc<FrameWriter>,
 }
 
 impl Pulse<'_> {
@@ -77,7 +77,7 @@ impl Pulse<'_> {
             state.rest = frame;
         }
         // A connection that is lost is noticed by whoever waits for the peer.
-        if matches!(state.send_rest(self.connection.as_fd()), Ok(Step::Done)) {
+        if matches!(state.send_rest(self.connection.as_fd()), Ok(CallProgress::Done)) {
             state.last = Instant::now();
             return interval;
         }
@@ -95,18 +95,18 @@ impl Pulse<'_> {
     }
 }
 
-impl State {
+impl SendState {
     /// Sends what is left of a keep-alive.
-    pub(super) fn send_rest(&mut self, socket: BorrowedFd<'_>) -> Result<Step, MemoryIoError> {
+    pub(super) fn send_rest(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         while !self.rest.is_empty() {
             match send(socket, &self.rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(taken) => drop(self.rest.drain(..taken)),
-                Err(Errno::AGAIN) => return Ok(Step::WouldBlock),
+                Err(Errno::AGAIN) => return Ok(CallProgress::WouldBlock),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(MemoryIoError::Socket(error.into())),
             }
         }
-        Ok(Step::Done)
+        Ok(CallProgress::Done)
     }
 
     /// Refuses whatever would follow half a frame.

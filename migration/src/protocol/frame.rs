@@ -17,7 +17,7 @@ const MAX_BATCH_ZERO_BYTES: u64 = MAX_BATCH_BYTES * MAX_BATCH_RANGES as u64;
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum FrameKind {
     /// A [`Message`].
     Control = 1,
     /// A [`PageTable`]; the pages' content follows the frame.
@@ -32,8 +32,8 @@ pub(crate) enum Kind {
 
 /// A frame's header, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    pub(crate) kind: Kind,
+pub(crate) struct FrameHeader {
+    pub(crate) kind: FrameKind,
     /// Bytes of the content, within the kind's limit.
     pub(crate) len: u32,
 }
@@ -74,31 +74,31 @@ pub(crate) struct Span {
     pub(crate) len: u64,
 }
 
-impl Kind {
+impl FrameKind {
     /// Most bytes of a frame's content.
     pub(crate) fn limit(self) -> u32 {
         match self {
-            Kind::Control => 1 << 20,
-            Kind::Pages | Kind::Compressed => 16 << 10,
-            Kind::State | Kind::Rehearsal => migration_state::MAX_ENCODED_LEN as u32,
+            FrameKind::Control => 1 << 20,
+            FrameKind::Pages | FrameKind::Compressed => 16 << 10,
+            FrameKind::State | FrameKind::Rehearsal => migration_state::MAX_ENCODED_LEN as u32,
         }
     }
 
     /// What it is, for messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Kind::Control => "control",
-            Kind::Pages => "pages",
-            Kind::State => "state",
-            Kind::Compressed => "compressed pages",
-            Kind::Rehearsal => "rehearsal",
+            FrameKind::Control => "control",
+            FrameKind::Pages => "pages",
+            FrameKind::State => "state",
+            FrameKind::Compressed => "compressed pages",
+            FrameKind::Rehearsal => "rehearsal",
         }
     }
 }
 
-impl Header {
+impl FrameHeader {
     /// A header for content of a length that the kind allows.
-    pub(crate) fn new(kind: Kind, len: usize) -> Result<Self, ProtocolError> {
+    pub(crate) fn new(kind: FrameKind, len: usize) -> Result<Self, ProtocolError> {
         let len = u32::try_from(len).unwrap_or(u32::MAX);
         if len > kind.limit() {
             return Err(ProtocolError::TooLong {
@@ -119,15 +119,15 @@ impl Header {
 
     pub(crate) fn decode(bytes: [u8; HEADER_LEN]) -> Result<Self, ProtocolError> {
         let [kind, 0, 0, 0, a, b, c, d] = bytes else {
-            return Err(ProtocolError::Header { got: bytes });
+            return Err(ProtocolError::FrameHeader { got: bytes });
         };
         let kind = match kind {
-            1 => Kind::Control,
-            2 => Kind::Pages,
-            3 => Kind::State,
-            4 => Kind::Compressed,
-            5 => Kind::Rehearsal,
-            _ => return Err(ProtocolError::Header { got: bytes }),
+            1 => FrameKind::Control,
+            2 => FrameKind::Pages,
+            3 => FrameKind::State,
+            4 => FrameKind::Compressed,
+            5 => FrameKind::Rehearsal,
+            _ => return Err(ProtocolError::FrameHeader { got: bytes }),
         };
         Self::new(kind, u32::from_le_bytes([a, b, c, d]) as usize)
     }
@@ -151,15 +151,15 @@ impl Frame {
     }
 
     /// Reads a frame's content.
-    pub(crate) fn decode(kind: Kind, content: Vec<u8>) -> Result<Self, ProtocolError> {
+    pub(crate) fn decode(kind: FrameKind, content: Vec<u8>) -> Result<Self, ProtocolError> {
         match kind {
-            Kind::Control => Ok(Frame::Message(read(kind, &content)?)),
-            Kind::Pages => Ok(Frame::Pages(read::<PageTable>(kind, &content)?.check()?)),
-            Kind::State => Ok(Frame::State(content)),
-            Kind::Compressed => Ok(Frame::Compressed(
+            FrameKind::Control => Ok(Frame::Message(read(kind, &content)?)),
+            FrameKind::Pages => Ok(Frame::Pages(read::<PageTable>(kind, &content)?.check()?)),
+            FrameKind::State => Ok(Frame::State(content)),
+            FrameKind::Compressed => Ok(Frame::Compressed(
                 read::<CompressedTable>(kind, &content)?.check()?,
             )),
-            Kind::Rehearsal => Ok(Frame::Rehearsal(content)),
+            FrameKind::Rehearsal => Ok(Frame::Rehearsal(content)),
         }
     }
 }
@@ -239,7 +239,7 @@ impl From<Span> for MemoryRange {
     }
 }
 
-fn read<'a, T: Deserialize<'a>>(kind: Kind, content: &'a [u8]) -> Result<T, ProtocolError> {
+fn read<'a, T: Deserialize<'a>>(kind: FrameKind, content: &'a [u8]) -> Result<T, ProtocolError> {
     let (value, rest) = postcard::take_from_bytes(content).map_err(|source| ProtocolError::Content {
         kind: kind.name(),
         source,
@@ -282,30 +282,30 @@ mod tests {
         );
         assert_eq!(content(&abort), [24, 1, 1, b'x']);
         assert_eq!(number(&Message::KeepAlive), 25);
-        let header = Header::new(Kind::Pages, 0x1234).unwrap();
+        let header = FrameHeader::new(FrameKind::Pages, 0x1234).unwrap();
         assert_eq!(header.encode(), [2, 0, 0, 0, 0x34, 0x12, 0, 0]);
-        assert_eq!(Header::decode(header.encode()).unwrap(), header);
+        assert_eq!(FrameHeader::decode(header.encode()).unwrap(), header);
     }
 
     #[test]
     fn frames_over_their_limit_are_refused() {
         assert!(matches!(
-            Header::decode([1, 0, 0, 0, 1, 0, 16, 0]),
+            FrameHeader::decode([1, 0, 0, 0, 1, 0, 16, 0]),
             Err(ProtocolError::TooLong { .. })
         ));
         assert!(matches!(
-            Header::decode([3, 0, 0, 0, 1, 0, 0, 4]),
+            FrameHeader::decode([3, 0, 0, 0, 1, 0, 0, 4]),
             Err(ProtocolError::TooLong { .. })
         ));
         assert!(matches!(
-            Header::decode(*b"HTTP/1.1"),
-            Err(ProtocolError::Header { .. })
+            FrameHeader::decode(*b"HTTP/1.1"),
+            Err(ProtocolError::FrameHeader { .. })
         ));
         assert!(matches!(
-            Header::decode([1, 1, 0, 0, 0, 0, 0, 0]),
-            Err(ProtocolError::Header { .. })
+            FrameHeader::decode([1, 1, 0, 0, 0, 0, 0, 0]),
+            Err(ProtocolError::FrameHeader { .. })
         ));
-        let trailing = Frame::decode(Kind::Control, vec![25, 0]);
+        let trailing = Frame::decode(FrameKind::Control, vec![25, 0]);
         assert!(matches!(trailing, Err(ProtocolError::Trailing { count: 1, .. })));
     }
 
@@ -336,18 +336,18 @@ mod tests {
             data: spans.clone(),
             zero: spans,
         };
-        assert!(Header::new(Kind::Pages, content(&table).len()).is_ok());
+        assert!(FrameHeader::new(FrameKind::Pages, content(&table).len()).is_ok());
     }
 
     proptest! {
         #[test]
         fn any_content_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
             for kind in [
-                Kind::Control,
-                Kind::Pages,
-                Kind::State,
-                Kind::Compressed,
-                Kind::Rehearsal,
+                FrameKind::Control,
+                FrameKind::Pages,
+                FrameKind::State,
+                FrameKind::Compressed,
+                FrameKind::Rehearsal,
             ] {
                 let _ = Frame::decode(kind, bytes.clone());
             }
@@ -359,13 +359,13 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..512),
         ) {
             let bytes = [&[variant][..], &bytes].concat();
-            let _ = Frame::decode(Kind::Control, bytes);
+            let _ = Frame::decode(FrameKind::Control, bytes);
         }
 
         #[test]
         fn any_header_is_within_its_limit_or_refused(bytes in any::<[u8; 8]>(), kind in 0u8..8) {
             let bytes = [kind, 0, 0, 0, bytes[4], bytes[5], bytes[6], bytes[7]];
-            if let Ok(header) = Header::decode(bytes) {
+            if let Ok(header) = FrameHeader::decode(bytes) {
                 prop_assert!(header.len <= header.kind.limit());
                 prop_assert_eq!(header.encode(), bytes);
             }

@@ -42,7 +42,7 @@ pub(crate) enum Message {
     /// "go" by then gives it up.
     Ask(Token),
     /// Destination: the answer.
-    Outcome(Outcome),
+    AttemptOutcome(AttemptOutcome),
     /// Source: measure the round trip.
     Ping,
     /// Destination: the answer.
@@ -52,7 +52,7 @@ pub(crate) enum Message {
         /// The machine.
         machine: MachineDescription,
         /// How its memory comes.
-        plan: Plan,
+        transfer: Transfer,
         /// What becomes of its disks.
         disks: OfferedDisks,
     },
@@ -149,7 +149,7 @@ impl Features {
 
 /// How a machine's memory comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Plan {
+pub(crate) enum Transfer {
     /// As pages over so many data streams, 1 to [`crate::MAX_STREAMS`].
     Streams(u32),
     /// As files, right after the description.
@@ -158,7 +158,7 @@ pub(crate) enum Plan {
 
 /// What the destination knows about a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub(crate) enum Outcome {
+pub(crate) enum AttemptOutcome {
     /// The guest runs there.
     Runs,
     /// "go" came, but the guest does not run; the machine is kept there.
@@ -219,7 +219,7 @@ impl Message {
             Message::Join { .. } => "join",
             Message::Joined => "joined",
             Message::Ask(_) => "ask",
-            Message::Outcome(_) => "outcome",
+            Message::AttemptOutcome(_) => "outcome",
             Message::Ping => "ping",
             Message::Pong => "pong",
             Message::Describe { .. } => "describe",

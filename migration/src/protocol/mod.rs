@@ -4,16 +4,17 @@ mod frame;
 mod message;
 
 pub(crate) use frame::{
-    CompressedTable, Frame, HEADER_LEN, Header, Kind, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable, Span,
+    CompressedTable, Frame, FrameHeader, FrameKind, HEADER_LEN, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable,
+    Span,
 };
-pub(crate) use message::{Features, Hello, MAX_SPANS, Message, Outcome, Plan, Token};
+pub(crate) use message::{AttemptOutcome, Features, Hello, MAX_SPANS, Message, Token, Transfer};
 
 /// Why bytes from the peer are not what the protocol allows.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
     /// A frame of no known kind: not a peer of ours, or one that lost its place.
     #[error("expected a frame of kind 1 to 5, got header {got:02x?}")]
-    Header {
+    FrameHeader {
         /// The header.
         got: [u8; 8],
     },
@@ -50,4 +51,9 @@ pub enum ProtocolError {
         /// What is wrong.
         why: &'static str,
     },
+}
+
+/// A duration in the unit that messages have, which reaches 584 years.
+pub(crate) fn nanoseconds(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -2,13 +2,13 @@ use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;
 use super::switch::Stopped;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::control::Phase;
 use crate::link::Link;
-use crate::protocol::Message;
+use crate::protocol::{Message, nanoseconds};
 use crate::report::ms;
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Hands the guest over: "ready", the locks, "go", "resumed".
     pub(super) fn commit(
         &mut self,
@@ -95,8 +95,4 @@ impl Job<'_> {
             }
         }
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

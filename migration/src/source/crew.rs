@@ -15,7 +15,7 @@ use super::MigrateError;
 use super::pacer::Pacer;
 use super::pass::{Order, Pass};
 use super::space::Space;
-use super::stream::Stream;
+use super::stream::PageStream;
 use crate::link::Link;
 use crate::options::Compression;
 use crate::page_set::PageSet;
@@ -30,7 +30,7 @@ pub(super) struct Crew<'a> {
     pub(super) compression: Option<Compression>,
     pub(super) counts: Counts,
     connections: &'a [Connection],
-    state: Mutex<State>,
+    state: Mutex<CrewState>,
     changed: Condvar,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Counts {
     pub(super) zerocopy: AtomicBool,
 }
 
-struct State {
+struct CrewState {
     pass: Option<Arc<Pass>>,
     /// The pass that is under way, or was the last one.
     round: u32,
@@ -67,7 +67,7 @@ impl<'a> Crew<'a> {
         pacer: Pacer,
         compression: Option<Compression>,
     ) -> Self {
-        let state = State {
+        let state = CrewState {
             pass: None,
             round: 0,
             busy: 0,
@@ -95,7 +95,7 @@ impl<'a> Crew<'a> {
             let mut link = new_link(connection);
             link.only_send();
             spawn_scoped(scope, Role::Stream, format!("stream {index}"), move || {
-                let run = AssertUnwindSafe(|| self.run(Stream::new(self, link)?));
+                let run = AssertUnwindSafe(|| self.run(PageStream::new(self, link)?));
                 let result = catch_unwind(run)
                     .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
                 if let Err(error) = result {
@@ -191,7 +191,7 @@ impl<'a> Crew<'a> {
         }
     }
 
-    fn run(&self, mut stream: Stream<'_>) -> Result<(), MigrateError> {
+    fn run(&self, mut stream: PageStream<'_>) -> Result<(), MigrateError> {
         let mut done = 0;
         while let Some((round, pass)) = self.next_round(done) {
             while let Some(chunk) = pass.next() {
@@ -232,7 +232,7 @@ impl<'a> Crew<'a> {
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, CrewState> {
         // Nothing that holds it panics; if it did, the values would still be whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use super::handshake::{greet, unexpected};
 use super::remains::undo_step;
-use super::{Job, MigrateError};
-use crate::commit::{Verdict, Withdrawn};
+use super::{MigrateError, SourceJob};
+use crate::commit::{Ruling, Withdrawn};
 use crate::control::Control;
 use crate::link::Link;
 use crate::options::MAX_PAUSE;
-use crate::protocol::{Message, Outcome, Token};
+use crate::protocol::{AttemptOutcome, Message, Token};
 use crate::text::{chain, clean};
 use crate::transport::{Connection, Endpoint, TransportError};
 
@@ -65,12 +65,12 @@ impl Doubt {
     /// Ask again after an error: it may have got through or not.
     pub fn ask(&self, timeout: Duration) -> Result<Answer, AskError> {
         Ok(match self.outcome(timeout)? {
-            Outcome::Runs => Answer::Runs,
-            Outcome::Kept { reason } => Answer::Kept {
+            AttemptOutcome::Runs => Answer::Runs,
+            AttemptOutcome::Kept { reason } => Answer::Kept {
                 reason: clean(&reason),
             },
-            Outcome::GaveUp => Answer::GaveUp,
-            Outcome::Unknown => Answer::Unknown,
+            AttemptOutcome::GaveUp => Answer::GaveUp,
+            AttemptOutcome::Unknown => Answer::Unknown,
         })
     }
 
@@ -79,7 +79,7 @@ impl Doubt {
         &self.endpoint
     }
 
-    fn outcome(&self, timeout: Duration) -> Result<Outcome, AskError> {
+    fn outcome(&self, timeout: Duration) -> Result<AttemptOutcome, AskError> {
         let control = Control::new().map_err(AskError::Control)?;
         let connection = Connection::connect(&self.endpoint, timeout, &control)?;
         let mut link = Link::new(&connection, &control, timeout, timeout);
@@ -89,11 +89,11 @@ impl Doubt {
         })
     }
 
-    fn converse(&self, link: &mut Link<'_>) -> Result<Outcome, MigrateError> {
+    fn converse(&self, link: &mut Link<'_>) -> Result<AttemptOutcome, MigrateError> {
         greet(link)?;
         link.send(&Message::Ask(self.token))?;
         match link.receive_message("outcome")? {
-            Message::Outcome(outcome) => Ok(outcome),
+            Message::AttemptOutcome(outcome) => Ok(outcome),
             other => Err(unexpected("outcome", &other)),
         }
     }
@@ -106,7 +106,7 @@ pub(super) const RUNS_TWICE: &str = "an operator has the guest run at the destin
 /// Between two attempts.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// "go" was sent and its answer did not come: asks for as long as a peer may be silent. Whether the guest is ours again is the
     /// destination's to say.
     pub(super) fn settle_doubt(&mut self, error: MigrateError) -> Result<(), MigrateError> {
@@ -122,7 +122,7 @@ impl Job<'_> {
             }
         };
         match (self.standing.claim.answer(&outcome), outcome) {
-            (Verdict::Moved, _) => {
+            (Ruling::Moved, _) => {
                 tracing::warn!(
                     error = chain(&error),
                     "the guest runs at the destination all the same"
@@ -133,14 +133,14 @@ impl Job<'_> {
                 ));
                 Ok(())
             }
-            (Verdict::Resume, _) => {
+            (Ruling::Resume, _) => {
                 self.undo(true);
                 Err(MigrateError::GivenUp(Box::new(error)))
             }
-            (Verdict::StillInDoubt, Outcome::Kept { reason }) => Err(MigrateError::NotResumed {
+            (Ruling::StillInDoubt, AttemptOutcome::Kept { reason }) => Err(MigrateError::NotResumed {
                 reason: clean(&reason),
             }),
-            (Verdict::StillInDoubt, _) => Err(error),
+            (Ruling::StillInDoubt, _) => Err(error),
         }
     }
 
@@ -174,7 +174,7 @@ impl Job<'_> {
         }
     }
 
-    fn ask(&self) -> Option<Outcome> {
+    fn ask(&self) -> Option<AttemptOutcome> {
         let doubt = Doubt::new(self.to.clone(), self.token?);
         let asked = doubt.outcome(self.options.connect_timeout.min(self.options.io_timeout));
         asked

@@ -5,7 +5,7 @@ use migration_io::MemoryIoError;
 use crate::converge::Miss;
 use crate::link::LinkError;
 use crate::page_set::PageSetError;
-use crate::ports::{Difference, MachineError};
+use crate::ports::{Difference, PortError};
 use crate::transport::TransportError;
 
 /// Why a machine was not moved. Ends up as text in [`crate::Report::error`].
@@ -19,7 +19,7 @@ pub(crate) enum MigrateError {
     Machine {
         call: &'static str,
         #[source]
-        source: MachineError,
+        source: PortError,
     },
     #[error("the machine's dirty log does not match its memory")]
     PageSet(#[from] PageSetError),

@@ -1,11 +1,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::link::{Admitted, Link, LinkError};
 use crate::options::{Compression, MAX_STREAMS};
 use crate::ports::OfferedDisks;
-use crate::protocol::{Features, Hello, Message, Plan, Token};
+use crate::protocol::{Features, Hello, Message, Token, Transfer};
 use crate::text::clean;
 use crate::transport::{Connection, Endpoint};
 
@@ -15,14 +15,14 @@ const PINGS: usize = 4;
 /// What the two sides have agreed on.
 pub(super) struct Agreed {
     pub(super) token: Token,
-    pub(super) plan: Plan,
+    pub(super) transfer: Transfer,
     /// The devices whose disks come along.
     pub(super) disks: Vec<u32>,
     pub(super) compression: Option<Compression>,
     pub(super) round_trip: Duration,
 }
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Agrees with the destination on version, features and machine.
     pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Agreed, MigrateError> {
         greet(link)?;
@@ -39,9 +39,9 @@ impl Job<'_> {
             // Disks come over streams, of which there are none then.
             .filter(|_| matches!(self.to, Endpoint::Unix(_)) && !self.options.with_disks)
             .filter(|_| features.has(Features::HANDOVER));
-        let plan = match &files {
-            Some(_) => Plan::Handover,
-            None => Plan::Streams(self.options.streams.clamp(1, MAX_STREAMS)),
+        let transfer = match &files {
+            Some(_) => Transfer::Handover,
+            None => Transfer::Streams(self.options.streams.clamp(1, MAX_STREAMS)),
         };
         let machine = self.source.describe();
         let devices = machine.devices.len();
@@ -54,7 +54,7 @@ impl Job<'_> {
             })?;
         link.send(&Message::Describe {
             machine,
-            plan,
+            transfer,
             disks: OfferedDisks {
                 come: self.options.with_disks,
                 marks,
@@ -77,7 +77,7 @@ impl Job<'_> {
         };
         Ok(Agreed {
             token,
-            plan,
+            transfer,
             disks,
             compression: self.options.compression.filter(wanted),
             round_trip,

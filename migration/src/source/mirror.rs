@@ -6,7 +6,7 @@ use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
 use super::precopy::finish_round;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::control::Phase;
 use crate::link::Link;
 use crate::options::OnMiss;
@@ -16,7 +16,7 @@ use crate::report::ms;
 /// So few bytes of the disks may be left to the rounds of memory.
 const LITTLE: u64 = 16 << 20;
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Has what is written to the disks of these devices marked.
     pub(super) fn start_mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MigrateError> {
         if devices.is_empty() {

@@ -34,14 +34,14 @@ use crate::commit::Claim;
 use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
-use crate::ports::{MachineError, Source};
-use crate::protocol::{Plan, Token};
+use crate::ports::{PortError, Source};
+use crate::protocol::{Token, Transfer};
 use crate::report::{DataPath, Outcome, Report, ms};
 use crate::text::{chain, panic_message};
 use crate::transport::{Connection, Endpoint};
 use crew::Crew;
 use handshake::Agreed;
-use observe::Watch;
+use observe::Observer;
 use pacer::Pacer;
 use precopy::Left;
 use space::Space;
@@ -89,7 +89,7 @@ pub fn migrate(
     control: &Control,
 ) -> Migrated {
     control.begin();
-    let mut job = Job {
+    let mut job = SourceJob {
         source,
         to: to.clone(),
         options,
@@ -116,7 +116,7 @@ pub fn migrate(
 }
 
 /// One migration under way.
-struct Job<'a> {
+struct SourceJob<'a> {
     source: &'a mut dyn Source,
     to: Endpoint,
     options: &'a MigrateOptions,
@@ -143,7 +143,7 @@ struct Standing {
     claim: Claim,
 }
 
-impl<'a> Job<'a> {
+impl<'a> SourceJob<'a> {
     /// Runs the migration, and after a failure before "go" undoes what it did.
     fn run(&mut self, connection: &Connection) -> Result<(), MigrateError> {
         let alive = KeepAlive::new(self.options.io_timeout);
@@ -200,12 +200,12 @@ impl<'a> Job<'a> {
         let agreed = self.handshake(link)?;
         self.token = Some(agreed.token);
         let memory = self.source.memory();
-        match agreed.plan {
-            Plan::Handover => {
+        match agreed.transfer {
+            Transfer::Handover => {
                 self.report.data_path = DataPath::Handover;
                 self.hand_over(link, &memory, &agreed)
             }
-            Plan::Streams(count) => self.copy_over(link, &memory, &agreed, count),
+            Transfer::Streams(count) => self.copy_over(link, &memory, &agreed, count),
         }
     }
 
@@ -226,7 +226,7 @@ impl<'a> Job<'a> {
         let crew = Crew::new(space, &connections, pacer, agreed.compression);
         thread::scope(|scope| {
             // However this ends, the threads do.
-            let _end = EndOf(&crew);
+            let _end = EndCrew(&crew);
             let (options, control) = (self.options, self.control);
             crew.start(scope, |connection| {
                 Link::new(connection, control, options.io_timeout, options.step_timeout)
@@ -273,7 +273,7 @@ impl<'a> Job<'a> {
         self.standing.remains.logging = true;
         let log = self.call("start_dirty_log", |source| source.start_dirty_log())?;
         crew.space.log_with(log);
-        let mut watch = Watch::new(self, round_trip);
+        let mut watch = Observer::new(self, round_trip);
         self.precopy(link, crew, &mut watch)
     }
 
@@ -357,16 +357,16 @@ impl<'a> Job<'a> {
     fn call<T>(
         &mut self,
         call: &'static str,
-        port: impl FnOnce(&mut dyn Source) -> Result<T, MachineError>,
+        port: impl FnOnce(&mut dyn Source) -> Result<T, PortError>,
     ) -> Result<T, MigrateError> {
         port(self.source).map_err(|source| MigrateError::Machine { call, source })
     }
 }
 
 /// Sends the streams' threads home when it goes.
-struct EndOf<'a, 'b>(&'a Crew<'b>);
+struct EndCrew<'a, 'b>(&'a Crew<'b>);
 
-impl Drop for EndOf<'_, '_> {
+impl Drop for EndCrew<'_, '_> {
     fn drop(&mut self) {
         self.0.end();
     }

@@ -1,18 +1,18 @@
-//! What the convergence policy is told, and what its decisions do.
+//! What the convergence policy gets to see, and what follows from its advice.
 
 use std::time::{Duration, Instant};
 
 use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::OnMiss;
-use crate::converge::{Costs, Decision, Goal, Observation, Policy, Prediction, Verdict};
+use crate::converge::{Advice, Costs, Course, Goal, Observation, Policy, Prediction};
 use crate::page_set::PageSet;
 use crate::report::{Round, ms};
 
 /// The policy and what was measured for it.
-pub(super) struct Watch {
+pub(super) struct Observer {
     policy: Policy,
     pub(super) costs: Costs,
     /// Scratch space for the log.
@@ -41,8 +41,8 @@ pub(super) const SWITCH_ROUND_TRIPS: f64 = 2.0;
 /// A change of the throttle that is smaller is not worth telling.
 const SHARE_STEP: f64 = 0.005;
 
-impl Watch {
-    pub(super) fn new(job: &Job<'_>, round_trip: Duration) -> Self {
+impl Observer {
+    pub(super) fn new(job: &SourceJob<'_>, round_trip: Duration) -> Self {
         let options = job.options;
         let cpus = usize::from(job.source.describe().cpus);
         let costs = Costs {
@@ -89,15 +89,15 @@ impl Watch {
     }
 }
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Counts the log and asks the policy.
     pub(super) fn observe(
         &mut self,
         crew: &Crew<'_>,
-        watch: &mut Watch,
+        watch: &mut Observer,
         round: u32,
         end_of_round: bool,
-    ) -> Result<Decision, MigrateError> {
+    ) -> Result<Advice, MigrateError> {
         let mut dirty = match watch.dirty.take() {
             Some(set) => set,
             None => crew.space.none()?,
@@ -124,8 +124,8 @@ impl Job<'_> {
             by_vcpu: &by_vcpu,
         };
         watch.policy.assume(watch.costs);
-        let decision = watch.policy.observe(&observation);
-        let prediction = &decision.prediction;
+        let advice = watch.policy.observe(&observation);
+        let prediction = &advice.prediction;
         watch.throttled += at.saturating_sub(watch.last).as_secs_f64() * watch.share();
         watch.last = at;
         self.report.predicted_downtime_ms = Some(ms(prediction.downtime));
@@ -135,11 +135,11 @@ impl Job<'_> {
             self.report.predicted_total_ms = Some(ms(total));
         }
         let shares: Vec<f64> = (0..watch.shares.len())
-            .map(|cpu| decision.throttle.of(cpu))
+            .map(|cpu| advice.throttle.of(cpu))
             .collect();
         // A guest that is about to be paused is not let off the reins first: what it would write in the meantime
         // is in no prediction.
-        if decision.verdict != Verdict::Switch {
+        if advice.course != Course::Switch {
             self.apply_throttle(watch, &shares)?;
         }
         let goes_on = self.options.on_miss == OnMiss::Switch && !watch.warned;
@@ -147,9 +147,9 @@ impl Job<'_> {
             tracing::warn!("going on as was asked, although {miss}");
             watch.warned = true;
         }
-        self.show(&observation, &decision.prediction, watch.share());
+        self.show(&observation, &advice.prediction, watch.share());
         watch.dirty = Some(dirty);
-        Ok(decision)
+        Ok(advice)
     }
 
     /// Lets others see how far it is.
@@ -167,7 +167,7 @@ impl Job<'_> {
     }
 
     /// Tells the machine how far to slow down its vCPUs, if that has changed.
-    fn apply_throttle(&mut self, watch: &mut Watch, shares: &[f64]) -> Result<(), MigrateError> {
+    fn apply_throttle(&mut self, watch: &mut Observer, shares: &[f64]) -> Result<(), MigrateError> {
         let same = |(a, b): (&f64, &f64)| (a - b).abs() < SHARE_STEP && (*a == 0.0) == (*b == 0.0);
         if watch.shares.iter().zip(shares).all(same) {
             return Ok(());
@@ -179,7 +179,7 @@ impl Job<'_> {
     }
 
     /// A round begins.
-    pub(super) fn begin_round(&mut self, crew: &Crew<'_>, watch: &mut Watch, n: u32) {
+    pub(super) fn begin_round(&mut self, crew: &Crew<'_>, watch: &mut Observer, n: u32) {
         let (data, zero) = crew.counts.pages();
         let at = self.started.elapsed();
         watch.began = RoundBegin {
@@ -193,7 +193,7 @@ impl Job<'_> {
     }
 
     /// It has ended, and so many bytes are dirty now.
-    pub(super) fn end_round(&mut self, crew: &Crew<'_>, watch: &Watch, n: u32, decision: &Decision) {
+    pub(super) fn end_round(&mut self, crew: &Crew<'_>, watch: &Observer, n: u32, advice: &Advice) {
         let began = watch.began;
         let (data, zero) = crew.counts.pages();
         let took = self.started.elapsed().saturating_sub(began.at);
@@ -204,7 +204,7 @@ impl Job<'_> {
             pages: data + zero - began.pages,
             bytes,
             ms: ms(took),
-            dirty_bytes_per_s: decision.prediction.dirty_rate,
+            dirty_bytes_per_s: advice.prediction.dirty_rate,
             bandwidth_bytes_per_s: bytes as f64 / seconds,
             throttle_percent: 100.0 * watch.throttled / seconds,
         };

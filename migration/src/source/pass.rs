@@ -25,7 +25,7 @@ pub(super) struct Chunk {
 pub(super) struct Pass {
     pages: PageSet,
     /// In the order in which they are handed out.
-    stretches: Vec<Stretch>,
+    stretches: Vec<ChunkWords>,
     cursor: Mutex<Cursor>,
 }
 
@@ -74,7 +74,7 @@ pub(super) fn spans_in_order(pages: &PageSet, streams: usize, order: Order) -> V
 
 /// Words of a region's bitmap that make one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stretch {
+struct ChunkWords {
     region: usize,
     word: usize,
     count: usize,
@@ -155,7 +155,7 @@ impl Pass {
 }
 
 /// What the chunks of a pass will be.
-fn in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<Stretch> {
+fn in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<ChunkWords> {
     let chunk_pages = pages.len() / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
     let stretches = stretches(pages, chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES));
     match order {
@@ -165,10 +165,10 @@ fn in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<Stretch> {
 }
 
 /// Cuts a set into stretches of about so many pages.
-fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<Stretch> {
-    let mut found: Vec<Stretch> = Vec::new();
+fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<ChunkWords> {
+    let mut found: Vec<ChunkWords> = Vec::new();
     for (region, words) in pages.words() {
-        let mut open: Option<Stretch> = None;
+        let mut open: Option<ChunkWords> = None;
         for (at, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
             let count = u64::from(word.count_ones());
             match &mut open {
@@ -176,7 +176,7 @@ fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<Stretch> {
                     stretch.count = at + 1 - stretch.word;
                     stretch.pages += count;
                 }
-                _ => found.extend(open.replace(Stretch {
+                _ => found.extend(open.replace(ChunkWords {
                     region,
                     word: at,
                     count: 1,
@@ -190,7 +190,7 @@ fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<Stretch> {
 }
 
 /// Every one of them once, neighbours far apart: steps of the golden section spread most evenly.
-fn scattered(stretches: &[Stretch]) -> Vec<Stretch> {
+fn scattered(stretches: &[ChunkWords]) -> Vec<ChunkWords> {
     const GOLDEN_SECTION: f64 = 0.618_033_988_749_895;
     let len = stretches.len();
     let mut step = ((len as f64 * GOLDEN_SECTION) as usize).max(1);

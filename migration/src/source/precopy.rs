@@ -4,12 +4,12 @@ use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
 use super::handshake::unexpected;
-use super::observe::{SWITCH_ROUND_TRIPS, Watch};
+use super::observe::{Observer, SWITCH_ROUND_TRIPS};
 use super::pass::{Order, spans_in_order};
 use super::space::add;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::control::Phase;
-use crate::converge::{Decision, Verdict};
+use crate::converge::{Advice, Course};
 use crate::link::Link;
 use crate::page_set::PageSet;
 use crate::protocol::{MAX_SPANS, Message};
@@ -42,22 +42,22 @@ pub(super) struct Left {
     pub(super) unused: PageSet,
 }
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Copies memory, round after round, until a pause is worth it.
     pub(super) fn precopy(
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
-        watch: &mut Watch,
+        watch: &mut Observer,
     ) -> Result<Left, MigrateError> {
         let (mut pages, mut unused) = self.first_pages(crew)?;
         let mut n = 0;
         loop {
             n += 1;
-            let decision = self.round(link, crew, watch, n, pages)?;
+            let advice = self.round(link, crew, watch, n, pages)?;
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
-            if self.settles(link, crew, watch, n, decision)? {
+            if self.settles(link, crew, watch, n, advice)? {
                 return Ok(Left { pages, unused });
             }
             crew.space.peek(&mut pages)?;
@@ -93,10 +93,10 @@ impl Job<'_> {
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
-        watch: &mut Watch,
+        watch: &mut Observer,
         n: u32,
         pages: PageSet,
-    ) -> Result<Decision, MigrateError> {
+    ) -> Result<Advice, MigrateError> {
         self.begin_round(crew, watch, n);
         let pages = self.burst(link, crew, watch, pages)?;
         let order = if n == 1 {
@@ -116,17 +116,17 @@ impl Job<'_> {
         while !crew.wait(TICK)? {
             // A destination that gave up is heard at once.
             link.check("nothing while pages are sent")?;
-            let decision = self.observe(crew, watch, n, false)?;
-            judge(&decision)?;
-            if matches!(decision.verdict, Verdict::Switch) {
+            let advice = self.observe(crew, watch, n, false)?;
+            judge(&advice)?;
+            if matches!(advice.course, Course::Switch) {
                 crew.stop();
             }
         }
         finish_round(link, crew, pass)?;
-        let decision = self.observe(crew, watch, n, true)?;
-        self.end_round(crew, watch, n, &decision);
-        judge(&decision)?;
-        Ok(decision)
+        let advice = self.observe(crew, watch, n, true)?;
+        self.end_round(crew, watch, n, &advice);
+        judge(&advice)?;
+        Ok(advice)
     }
 
     /// Sends the first few MiB of a round without the cap of pre-copy, if there is one and the final copy will
@@ -135,7 +135,7 @@ impl Job<'_> {
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
-        watch: &mut Watch,
+        watch: &mut Observer,
         mut pages: PageSet,
     ) -> Result<PageSet, MigrateError> {
         let (Some(cap), None) = (self.options.bandwidth, self.options.final_bandwidth) else {
@@ -210,11 +210,11 @@ impl Job<'_> {
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
-        watch: &mut Watch,
+        watch: &mut Observer,
         n: u32,
-        decision: Decision,
+        advice: Advice,
     ) -> Result<bool, MigrateError> {
-        let switch = matches!(decision.verdict, Verdict::Switch);
+        let switch = matches!(advice.course, Course::Switch);
         if switch || n == 1 {
             let mut costs = self.rehearse(link, watch.costs)?;
             // One slow rehearsal may be the host's fault, or that of a destination that is still busy with what it
@@ -233,17 +233,17 @@ impl Job<'_> {
         if !switch {
             return Ok(false);
         }
-        let decision = self.observe(crew, watch, n, true)?;
-        judge(&decision)?;
-        Ok(matches!(decision.verdict, Verdict::Switch))
+        let advice = self.observe(crew, watch, n, true)?;
+        judge(&advice)?;
+        Ok(matches!(advice.course, Course::Switch))
     }
 }
 
 /// An error where the promise cannot be kept and the caller does not want the move then.
-fn judge(decision: &Decision) -> Result<(), MigrateError> {
-    match &decision.verdict {
-        Verdict::Miss(miss) => Err(MigrateError::Missed(miss.clone())),
-        Verdict::Continue | Verdict::Switch => Ok(()),
+fn judge(advice: &Advice) -> Result<(), MigrateError> {
+    match &advice.course {
+        Course::Miss(miss) => Err(MigrateError::Missed(miss.clone())),
+        Course::Continue | Course::Switch => Ok(()),
     }
 }
 

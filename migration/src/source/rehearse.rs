@@ -2,13 +2,13 @@ use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;
 use super::observe::SWITCH_ROUND_TRIPS;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::converge::Costs;
 use crate::link::Link;
 use crate::protocol::Message;
 use crate::report::ms;
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Measures, on both sides and while the guest runs, what the downtime will cost besides the copy. What
     /// cannot be measured stays as it is in `before`.
     pub(super) fn rehearse(&mut self, link: &mut Link<'_>, before: Costs) -> Result<Costs, MigrateError> {

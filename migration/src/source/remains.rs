@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::MigrateError;
-use crate::ports::{MachineError, Source};
+use crate::ports::{PortError, Source};
 use crate::text::{chain, panic_message};
 
 /// What a migration has done to a machine besides pausing it. Each is set before the call is made, so that it also holds
@@ -51,7 +51,7 @@ impl Remains {
 pub(super) fn undo_step(
     source: &mut dyn Source,
     call: &'static str,
-    step: impl FnOnce(&mut dyn Source) -> Result<(), MachineError>,
+    step: impl FnOnce(&mut dyn Source) -> Result<(), PortError>,
 ) -> Option<String> {
     match catch_unwind(AssertUnwindSafe(|| step(source))) {
         Ok(Ok(())) => None,

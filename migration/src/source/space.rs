@@ -8,7 +8,7 @@ use super::MigrateError;
 use super::pass::Chunk;
 use crate::digest::digest;
 use crate::page_set::PageSet;
-use crate::ports::{DirtyLog, MachineError, MemoryRegion, SourceDisk};
+use crate::ports::{DirtyLog, MemoryRegion, PortError, SourceDisk};
 use crate::space::disk_regions;
 
 /// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.
@@ -19,12 +19,12 @@ pub(super) struct Space<'a> {
     pub(super) memory: &'a GuestMemory,
     /// Once there is one: disks are copied before.
     log: OnceLock<Arc<dyn DirtyLog>>,
-    disks: Vec<Disk>,
+    disks: Vec<MirroredDisk>,
     ram: Vec<MemoryRegion>,
 }
 
 /// A disk that comes along, and where its pages are.
-pub(super) struct Disk {
+pub(super) struct MirroredDisk {
     pub(super) port: Arc<dyn SourceDisk>,
     pub(super) region: MemoryRegion,
 }
@@ -36,7 +36,7 @@ impl<'a> Space<'a> {
         disks: Vec<Arc<dyn SourceDisk>>,
     ) -> Result<Self, MigrateError> {
         let regions = disk_regions(disks.iter().map(|disk| disk.size()))?;
-        let disk = |(port, region)| Disk { port, region };
+        let disk = |(port, region)| MirroredDisk { port, region };
         Ok(Self {
             memory,
             log: OnceLock::new(),
@@ -63,7 +63,7 @@ impl<'a> Space<'a> {
     }
 
     /// The disk whose region has this number.
-    pub(super) fn disk(&self, region: usize) -> Option<&Disk> {
+    pub(super) fn disk(&self, region: usize) -> Option<&MirroredDisk> {
         self.disks.get(region.checked_sub(self.ram.len())?)
     }
 
@@ -152,7 +152,7 @@ impl<'a> Space<'a> {
         unused: &PageSet,
         go_on: impl FnMut() -> Result<(), MigrateError>,
     ) -> Result<u128, MigrateError> {
-        let read = |disk: &'_ Disk| {
+        let read = |disk: &'_ MirroredDisk| {
             let port = disk.port.clone();
             move |offset, into: &mut [u8]| port.read(offset, into).map_err(read_failed)
         };
@@ -172,7 +172,7 @@ impl<'a> Space<'a> {
 }
 
 /// A disk of the machine's cannot be read.
-pub(super) fn read_failed(source: MachineError) -> MigrateError {
+pub(super) fn read_failed(source: PortError) -> MigrateError {
     MigrateError::Machine {
         call: "read of a disk",
         source,

@@ -8,7 +8,7 @@ use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 use super::MigrateError;
 use super::crew::Crew;
 use super::pass::{Chunk, runs};
-use super::space::{Disk, read_failed};
+use super::space::{MirroredDisk, read_failed};
 use super::squeeze::Squeeze;
 use crate::link::Link;
 use crate::options::Compression;
@@ -16,7 +16,7 @@ use crate::protocol::{CompressedTable, MAX_BATCH_BYTES, MAX_BATCH_RANGES, Messag
 use crate::space::is_disk;
 
 /// A stream and the batch that it fills.
-pub(super) struct Stream<'a> {
+pub(super) struct PageStream<'a> {
     crew: &'a Crew<'a>,
     link: Link<'a>,
     squeeze: Option<Squeeze>,
@@ -29,7 +29,7 @@ pub(super) struct Stream<'a> {
     zero_bytes: u64,
 }
 
-impl<'a> Stream<'a> {
+impl<'a> PageStream<'a> {
     pub(super) fn new(crew: &'a Crew<'a>, mut link: Link<'a>) -> Result<Self, MigrateError> {
         link.avoid_copies();
         Ok(Self {
@@ -79,7 +79,7 @@ impl<'a> Stream<'a> {
     }
 
     /// The same for a chunk of a disk.
-    fn send_blocks(&mut self, chunk: &Chunk, disk: &Disk, most: u64) -> Result<(), MigrateError> {
+    fn send_blocks(&mut self, chunk: &Chunk, disk: &MirroredDisk, most: u64) -> Result<(), MigrateError> {
         for (gpa, bits) in chunk.groups() {
             for range in runs(gpa, bits) {
                 let offset = range.gpa - disk.region.gpa;

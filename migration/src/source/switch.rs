@@ -7,7 +7,7 @@ use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
 use super::precopy::{Left, await_ack, finish_round};
 use super::space::Space;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::control::Phase;
 use crate::converge::Costs;
 use crate::link::Link;
@@ -31,7 +31,7 @@ pub(super) struct Stopped {
     pub(super) verifying: Duration,
 }
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Pauses the guest and sends what is left: pages, then state.
     pub(super) fn stop_and_copy(
         &mut self,
@@ -186,7 +186,7 @@ impl Job<'_> {
     }
 }
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// How long `--verify` may take: a step, and time to read everything on both sides.
     fn verify_limit(&self) -> Duration {
         let machine = self.source.describe();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::crew::Crew;
-use super::{Job, MigrateError};
+use super::{MigrateError, SourceJob};
 use crate::page_set::PageSet;
 
 /// The guest is listened to for so long at most: some fill with zeroes what they tell. Most have told all much sooner.
@@ -11,7 +11,7 @@ const LISTENING: Duration = Duration::from_secs(2);
 /// and for no more than this part of the time that is left.
 const PART_OF_DEADLINE: u32 = 20;
 
-impl Job<'_> {
+impl SourceJob<'_> {
     /// Takes out of `populated`, which the first round is to send, what the guest says that it does not use, and
     /// returns those pages. They count as zero until they are written.
     ///

@@ -8,12 +8,12 @@ use std::thread;
 use std::time::Duration;
 
 use super::fake::{FakeDestination, FakeSource, Fault};
-use super::guest::{Guest, Load};
+use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, control, options, receiver};
 use crate::*;
 
 fn busy() -> FakeSource {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 80 });
     FakeSource::new(guest)
 }
@@ -28,10 +28,10 @@ enum Way {
 /// Forwards connections, and cuts all of them after so many bytes one way.
 struct Cutter {
     endpoint: Endpoint,
-    shared: Arc<Shared>,
+    shared: Arc<CutState>,
 }
 
-struct Shared {
+struct CutState {
     way: Way,
     left: AtomicI64,
     cut: AtomicBool,
@@ -45,7 +45,7 @@ impl Cutter {
         };
         let front = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = Endpoint::from(front.local_addr().unwrap());
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(CutState {
             way,
             left: AtomicI64::new(limit),
             cut: AtomicBool::new(false),
@@ -76,7 +76,7 @@ impl Cutter {
     }
 }
 
-impl Shared {
+impl CutState {
     fn pump(&self, mut from: TcpStream, mut to: TcpStream, this: Way) {
         let mut buffer = [0; 4096];
         while let Ok(got @ 1..) = from.read(&mut buffer) {

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use super::destination_hand::*;
 use super::fake::{FakeDestination, describe};
-use super::guest::{Guest, HIGH};
+use super::guest::{HIGH, TestGuest};
 use super::rig::control;
-use crate::protocol::{Features, Header, Hello, Kind, Message, Outcome as Told, PageTable, Plan, Span};
+use crate::protocol::{
+    AttemptOutcome, Features, FrameHeader, FrameKind, Hello, Message, PageTable, Span, Transfer,
+};
 use crate::*;
 
 const TCP: &str = "tcp:127.0.0.1:0";
@@ -60,8 +62,8 @@ fn memory_is_handed_over_as_files() {
     let dir = tempfile::tempdir().unwrap();
     let mut receiver = receiver(&format!("unix:{}", dir.path().join("s").display()));
     let (received, (), _) = meet(&mut receiver, |to, _| {
-        let (guest, files) = Guest::shared(PAGES, PAGES);
-        let mut hand = Hand::describe(to, guest, Plan::Handover);
+        let (guest, files) = TestGuest::shared(PAGES, PAGES);
+        let mut hand = Hand::describe(to, guest, Transfer::Handover);
         hand.control
             .link
             .send_with_files(&Message::MemoryFiles, &[files[0].as_fd()])
@@ -75,8 +77,8 @@ fn memory_is_handed_over_as_files() {
     );
 
     let (received, (source, found), destination) = meet(&mut receiver, |to, _| {
-        let (guest, files) = Guest::shared(PAGES, PAGES);
-        let mut hand = Hand::describe(to, guest, Plan::Handover);
+        let (guest, files) = TestGuest::shared(PAGES, PAGES);
+        let mut hand = Hand::describe(to, guest, Transfer::Handover);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         hand.control
             .link
@@ -103,7 +105,7 @@ fn memory_is_handed_over_as_files() {
 #[test]
 fn files_are_not_expected_over_tcp() {
     let (received, (), _) = meet(&mut receiver(TCP), |to, _| {
-        let hand = Hand::describe(to, Guest::new(PAGES, PAGES), Plan::Handover);
+        let hand = Hand::describe(to, TestGuest::new(PAGES, PAGES), Transfer::Handover);
         assert!(hand.control.refused().contains("expected a Unix socket"));
     });
     assert!(matches!(received, Err(ReceiveError::Handover { .. })));
@@ -143,8 +145,12 @@ fn shout(to: &Endpoint, bytes: &[u8]) -> Vec<u8> {
     said
 }
 
-fn frame(kind: Kind, content: &[u8]) -> Vec<u8> {
-    [&Header::new(kind, content.len()).unwrap().encode()[..], content].concat()
+fn frame(kind: FrameKind, content: &[u8]) -> Vec<u8> {
+    [
+        &FrameHeader::new(kind, content.len()).unwrap().encode()[..],
+        content,
+    ]
+    .concat()
 }
 
 fn contains(bytes: &[u8], text: &str) -> bool {
@@ -171,7 +177,7 @@ fn whoever_is_not_welcome_costs_a_good_source_nothing() {
         let odd = Peer::wish(to, &Message::Ping).refused();
         assert!(odd.contains("\"ping\", expected begin, join or ask"), "{odd}");
         // Not the source's language: it would understand no more than a hello.
-        let old = shout(to, &frame(Kind::Control, b"\0GODWITMG\x01\x01\x031.0"));
+        let old = shout(to, &frame(FrameKind::Control, b"\0GODWITMG\x01\x01\x031.0"));
         assert!(contains(&old, "GODWITMG") && contains(&old, "expected one of 5 to 5"));
         assert!(contains(
             &shout(to, b"GET / HTTP/1.1\r\n\r\n"),
@@ -250,7 +256,7 @@ fn spoil(act: impl FnOnce(&mut Hand) + Send) -> (ReceiveError, String) {
 #[test]
 fn nonsense_on_a_stream_ends_the_attempt_with_its_own_reason() {
     let (error, reason) = spoil(|hand| {
-        let wide = Guest::new(PAGES, PAGES + 1);
+        let wide = TestGuest::new(PAGES, PAGES + 1);
         let table = PageTable {
             data: vec![span(HIGH + PAGES * PAGE_SIZE, 1)],
             zero: vec![],
@@ -299,7 +305,7 @@ fn nonsense_on_a_stream_ends_the_attempt_with_its_own_reason() {
     // Truncated: the content stops in the middle, and so does the stream.
     let (error, reason) = spoil(|hand| {
         let table = postcard::to_stdvec(&(vec![(0u64, 4 * PAGE_SIZE)], Vec::<(u64, u64)>::new())).unwrap();
-        hand.streams[0].say(&[&frame(Kind::Pages, &table)[..], &[1; 5000]].concat());
+        hand.streams[0].say(&[&frame(FrameKind::Pages, &table)[..], &[1; 5000]].concat());
         hand.streams[0].hang_up();
     });
     assert!(
@@ -366,15 +372,15 @@ fn nonsense_on_the_control_connection_ends_the_attempt() {
 #[test]
 fn a_description_that_promises_too_much_builds_nothing() {
     let mut receiver = receiver(TCP);
-    let mut describe_as = |change: fn(&mut MachineDescription, &mut Plan)| {
+    let mut describe_as = |change: fn(&mut MachineDescription, &mut Transfer)| {
         let (received, reason, destination) = meet(&mut receiver, |to, _| {
             let mut peer = Peer::wish(to, &Message::Begin(Features::OURS));
             assert!(matches!(peer.hear(), Message::Session { .. }));
-            let (mut machine, mut plan) = (describe(&Guest::new(1, 1).memory), Plan::Streams(1));
-            change(&mut machine, &mut plan);
+            let (mut machine, mut transfer) = (describe(&TestGuest::new(1, 1).memory), Transfer::Streams(1));
+            change(&mut machine, &mut transfer);
             let describe = Message::Describe {
                 machine,
-                plan,
+                transfer,
                 disks: OfferedDisks::default(),
             };
             peer.link.send(&describe).unwrap();
@@ -387,9 +393,9 @@ fn a_description_that_promises_too_much_builds_nothing() {
     assert!(matches!(error, ReceiveError::MemoryMap(_)), "{error:?}");
     for got in [0, MAX_STREAMS + 1, u32::MAX] {
         let (error, reason) = match got {
-            0 => describe_as(|_, plan| *plan = Plan::Streams(0)),
-            u32::MAX => describe_as(|_, plan| *plan = Plan::Streams(u32::MAX)),
-            _ => describe_as(|_, plan| *plan = Plan::Streams(MAX_STREAMS + 1)),
+            0 => describe_as(|_, transfer| *transfer = Transfer::Streams(0)),
+            u32::MAX => describe_as(|_, transfer| *transfer = Transfer::Streams(u32::MAX)),
+            _ => describe_as(|_, transfer| *transfer = Transfer::Streams(MAX_STREAMS + 1)),
         };
         assert!(matches!(error, ReceiveError::StreamCount { .. }), "{error:?}");
         assert!(
@@ -408,7 +414,7 @@ fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
     let mut waiting = Peer::dial(receiver.endpoint());
     waiting.link.send(&Message::Hello(Hello::ours())).unwrap();
     assert!(matches!(waiting.hear(), Message::Hello(_)));
-    assert_eq!(ask(receiver.endpoint(), [1; 16]), Told::Unknown);
+    assert_eq!(ask(receiver.endpoint(), [1; 16]), AttemptOutcome::Unknown);
     drop(receiver);
     assert!(waiting.link.receive_message("the end").is_err());
     assert!(fs::metadata(&path).is_err());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::destination_hand::*;
 use super::fake::{FakeDestination, Fault};
 use super::rig::control;
-use crate::protocol::{Message, Outcome as Told};
+use crate::protocol::{AttemptOutcome, Message};
 use crate::*;
 
 const TCP: &str = "tcp:127.0.0.1:0";
@@ -19,16 +19,16 @@ fn a_source_that_is_silent_after_ready_and_asks_gets_its_guest_back() {
         hand.make_ready();
         // Neither of these is a word.
         there.cancel();
-        assert_eq!(ask(to, [3; 16]), Told::Unknown);
-        assert_eq!(ask(to, hand.token), Told::GaveUp);
+        assert_eq!(ask(to, [3; 16]), AttemptOutcome::Unknown);
+        assert_eq!(ask(to, hand.token), AttemptOutcome::GaveUp);
         hand
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
     // Too late, and nobody's any more.
     let _ = hand.control.link.send(&Message::KeepAlive);
-    assert_eq!(ask(receiver.endpoint(), hand.token), Told::GaveUp);
+    assert_eq!(ask(receiver.endpoint(), hand.token), AttemptOutcome::GaveUp);
     assert_receives(&mut receiver);
-    assert_eq!(ask(receiver.endpoint(), hand.token), Told::GaveUp);
+    assert_eq!(ask(receiver.endpoint(), hand.token), AttemptOutcome::GaveUp);
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn a_source_that_withdraws_while_memory_comes_is_answered_as_well() {
     let mut receiver = receiver(TCP);
     let (received, (), _) = meet(&mut receiver, |to, _| {
         let hand = Hand::open(to, 1);
-        assert_eq!(ask(to, hand.token), Told::GaveUp);
+        assert_eq!(ask(to, hand.token), AttemptOutcome::GaveUp);
         assert!(hand.control.refused().contains("given up"));
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
@@ -50,7 +50,7 @@ fn a_source_that_sends_go_and_is_lost_hears_that_the_guest_runs() {
         let mut hand = Hand::open(to, 2);
         hand.make_ready();
         hand.go();
-        assert_eq!(ask(to, hand.token), Told::Runs);
+        assert_eq!(ask(to, hand.token), AttemptOutcome::Runs);
         hand.control.hang_up();
         hand.token
     });
@@ -59,7 +59,7 @@ fn a_source_that_sends_go_and_is_lost_hears_that_the_guest_runs() {
         "the source has not said that it knows"
     );
     destination.guest.unwrap().check_stamps();
-    assert_eq!(ask(receiver.endpoint(), token), Told::Runs);
+    assert_eq!(ask(receiver.endpoint(), token), AttemptOutcome::Runs);
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_question_waits_for_a_guest_that_is_about_to_run() {
             ask(&to, hand.token)
         });
         receiver.receive(&mut destination, &there).unwrap();
-        assert_eq!(acting.join().unwrap(), Told::Runs);
+        assert_eq!(acting.join().unwrap(), AttemptOutcome::Runs);
     });
 }
 
@@ -107,7 +107,7 @@ fn a_machine_that_does_not_run_is_kept_and_says_why() {
         });
         assert!(destination.guest.is_some() && destination.discarded == 0);
         match ask(&to, token) {
-            Told::Kept { reason } => assert!(reason.contains("injected into resume"), "{reason}"),
+            AttemptOutcome::Kept { reason } => assert!(reason.contains("injected into resume"), "{reason}"),
             other => panic!("{other:?}"),
         }
     }
@@ -123,7 +123,7 @@ fn a_lost_connection_leaves_a_ready_machine_to_its_operator() {
             hand.control.hang_up();
             there.cancel();
             // Another question and another source change nothing.
-            assert_eq!(ask(to, [9; 16]), Told::Unknown);
+            assert_eq!(ask(to, [9; 16]), AttemptOutcome::Unknown);
             there.decide(decision);
             hand.token
         });
@@ -131,11 +131,11 @@ fn a_lost_connection_leaves_a_ready_machine_to_its_operator() {
             Decision::Run => {
                 assert!(!received.unwrap().confirmed);
                 destination.guest.unwrap().check_stamps();
-                assert_eq!(ask(receiver.endpoint(), token), Told::Runs);
+                assert_eq!(ask(receiver.endpoint(), token), AttemptOutcome::Runs);
             }
             Decision::Discard => {
                 assert!(matches!(received, Err(ReceiveError::Discarded)), "{received:?}");
-                assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+                assert_eq!(ask(receiver.endpoint(), token), AttemptOutcome::GaveUp);
                 assert_receives(&mut receiver);
             }
         }
@@ -176,11 +176,11 @@ fn a_lost_connection_leaves_a_ready_machine_to_a_question() {
         let mut hand = Hand::open(to, 1);
         hand.make_ready();
         hand.control.hang_up();
-        assert_eq!(ask(to, hand.token), Told::GaveUp);
+        assert_eq!(ask(to, hand.token), AttemptOutcome::GaveUp);
         hand.token
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
-    assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+    assert_eq!(ask(receiver.endpoint(), token), AttemptOutcome::GaveUp);
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn an_abort_after_ready_discards_the_machine() {
         matches!(&received, Err(ReceiveError::Link(LinkError::Aborted { cancelled: true, reason })) if reason == "changed my mind"),
         "{received:?}"
     );
-    assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+    assert_eq!(ask(receiver.endpoint(), token), AttemptOutcome::GaveUp);
     assert_receives(&mut receiver);
 }
 
@@ -213,7 +213,7 @@ fn a_lost_connection_before_ready_discards_the_machine() {
         matches!(received, Err(ReceiveError::Link(LinkError::Closed { .. }))),
         "{received:?}"
     );
-    assert_eq!(ask(receiver.endpoint(), token), Told::GaveUp);
+    assert_eq!(ask(receiver.endpoint(), token), AttemptOutcome::GaveUp);
     assert_receives(&mut receiver);
 }
 

@@ -8,11 +8,11 @@ use migration_io::{Compressor, Method};
 use migration_state::Envelope;
 
 use super::fake::{FakeDestination, describe};
-use super::guest::{Guest, HIGH};
+use super::guest::{HIGH, TestGuest};
 use super::rig::control;
 use crate::link::{Link, LinkError};
 use crate::protocol::{
-    CompressedTable, Features, Hello, Message, Outcome as Told, PageTable, Plan, Span, Token,
+    AttemptOutcome, CompressedTable, Features, Hello, Message, PageTable, Span, Token, Transfer,
 };
 use crate::transport::Connection;
 use crate::*;
@@ -28,7 +28,7 @@ pub(super) struct Peer {
 
 /// A migration by hand, and the guest that moves.
 pub(super) struct Hand {
-    pub(super) guest: Guest,
+    pub(super) guest: TestGuest,
     pub(super) control: Peer,
     pub(super) streams: Vec<Peer>,
     pub(super) token: Token,
@@ -116,9 +116,9 @@ impl Peer {
 }
 
 /// Asks what became of a machine.
-pub(super) fn ask(to: &Endpoint, token: Token) -> Told {
+pub(super) fn ask(to: &Endpoint, token: Token) -> AttemptOutcome {
     match Peer::wish(to, &Message::Ask(token)).hear() {
-        Message::Outcome(outcome) => outcome,
+        Message::AttemptOutcome(outcome) => outcome,
         other => panic!("{other:?}"),
     }
 }
@@ -135,7 +135,7 @@ pub(super) const ACCEPT: Message = Message::Accept { disks: Vec::new() };
 
 impl Hand {
     /// A migration whose machine is described, with a guest that has written every other page.
-    pub(super) fn describe(to: &Endpoint, guest: Guest, plan: Plan) -> Self {
+    pub(super) fn describe(to: &Endpoint, guest: TestGuest, transfer: Transfer) -> Self {
         for page in (0..PAGES).step_by(2) {
             guest.write(page * PAGE_SIZE, false);
             guest.write(HIGH + page * PAGE_SIZE, false);
@@ -150,7 +150,7 @@ impl Hand {
         let machine = describe(&guest.memory);
         let describe = Message::Describe {
             machine,
-            plan,
+            transfer,
             disks: OfferedDisks::default(),
         };
         control.link.send(&describe).unwrap();
@@ -165,7 +165,7 @@ impl Hand {
 
     /// The same, accepted, and the streams joined.
     pub(super) fn open(to: &Endpoint, streams: u32) -> Self {
-        let mut hand = Self::describe(to, Guest::new(PAGES, PAGES), Plan::Streams(streams));
+        let mut hand = Self::describe(to, TestGuest::new(PAGES, PAGES), Transfer::Streams(streams));
         assert_eq!(hand.control.hear(), ACCEPT);
         let token = hand.token;
         let join = |index| {

@@ -78,7 +78,7 @@ impl SourceDisk for FakeDisk {
         SIZE
     }
 
-    fn allocated(&self) -> Result<Vec<(u64, u64)>, MachineError> {
+    fn allocated(&self) -> Result<Vec<(u64, u64)>, PortError> {
         let content = self.content();
         let blocks = content.chunks(PAGE_SIZE as usize).enumerate();
         let used = blocks.filter(|(_, block)| block.iter().any(|byte| *byte != 0));
@@ -99,7 +99,7 @@ impl SourceDisk for FakeDisk {
         }
     }
 
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError> {
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError> {
         self.reads.fetch_add(1, Ordering::SeqCst);
         let hung = self.hung.lock().unwrap();
         drop(self.answers.wait_while(hung, |hung| *hung).unwrap());
@@ -120,7 +120,7 @@ impl BlankDisk for FakeDisk {
         SIZE
     }
 
-    fn write(&self, offset: u64, content: &[u8]) -> Result<(), MachineError> {
+    fn write(&self, offset: u64, content: &[u8]) -> Result<(), PortError> {
         if self.broken.load(Ordering::SeqCst) {
             return Err("injected into write".into());
         }
@@ -131,11 +131,11 @@ impl BlankDisk for FakeDisk {
         Ok(())
     }
 
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MachineError> {
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError> {
         SourceDisk::read(self, offset, into)
     }
 
-    fn zero(&self, offset: u64, len: u64) -> Result<(), MachineError> {
+    fn zero(&self, offset: u64, len: u64) -> Result<(), PortError> {
         self.put(offset, &vec![0; len as usize]);
         Ok(())
     }

@@ -11,7 +11,7 @@ use migration_state::Envelope;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::disk::{FakeDisk, MARK, device};
-use super::guest::Guest;
+use super::guest::TestGuest;
 use crate::*;
 
 /// What a call of a port does instead of its work.
@@ -30,7 +30,7 @@ pub(super) type Faults = HashMap<&'static str, Fault>;
 
 /// The source's ports.
 pub(super) struct FakeSource {
-    pub(super) guest: Guest,
+    pub(super) guest: TestGuest,
     pub(super) faults: Faults,
     pub(super) logging: bool,
     /// How far each vCPU is slowed down.
@@ -63,7 +63,7 @@ pub(super) struct FakeSource {
 }
 
 impl FakeSource {
-    pub(super) fn new(guest: Guest) -> Self {
+    pub(super) fn new(guest: TestGuest) -> Self {
         Self {
             guest,
             faults: Faults::new(),
@@ -108,7 +108,7 @@ impl FakeSource {
         );
     }
 
-    fn enter(&mut self, call: &'static str) -> Result<(), MachineError> {
+    fn enter(&mut self, call: &'static str) -> Result<(), PortError> {
         self.calls.push(call);
         if let Some(&Fault::SlowOnce(time)) = self.faults.get(call) {
             self.faults.insert(call, Fault::Slow(time));
@@ -120,7 +120,7 @@ impl FakeSource {
     }
 }
 
-fn fault(faults: &Faults, call: &'static str) -> Result<(), MachineError> {
+fn fault(faults: &Faults, call: &'static str) -> Result<(), PortError> {
     match faults.get(call) {
         None => Ok(()),
         Some(Fault::Error) => Err(format!("injected into {call}").into()),
@@ -162,7 +162,7 @@ struct FakeLog {
 }
 
 impl DirtyLog for FakeLog {
-    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError> {
+    fn peek(&self, into: &mut PageSet) -> Result<(), PortError> {
         fault(&self.faults, "peek")?;
         for (index, region) in self.memory.iter().enumerate() {
             into.insert_bitmap(index, &region.get_mmap().bitmap().clone().get_and_reset())?;
@@ -170,7 +170,7 @@ impl DirtyLog for FakeLog {
         Ok(())
     }
 
-    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError> {
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), PortError> {
         fault(&self.faults, "clear")?;
         // The guest's writes wait for it.
         let pages: u32 = words.iter().map(|word| word.count_ones()).sum();
@@ -197,7 +197,7 @@ impl Source for FakeSource {
         }
     }
 
-    fn mark_disks(&mut self, _: bool) -> Result<Vec<DiskMark>, MachineError> {
+    fn mark_disks(&mut self, _: bool) -> Result<Vec<DiskMark>, PortError> {
         fault(&self.faults, "mark_disks")?;
         Ok(self.disk.iter().map(|_| MARK).collect())
     }
@@ -206,7 +206,7 @@ impl Source for FakeSource {
         self.guest.memory.clone()
     }
 
-    fn populated(&self, into: &mut PageSet) -> Result<(), MachineError> {
+    fn populated(&self, into: &mut PageSet) -> Result<(), PortError> {
         fault(&self.faults, "populated")?;
         for gpa in self.guest.touched() {
             into.insert_gpa(gpa)?;
@@ -214,13 +214,13 @@ impl Source for FakeSource {
         Ok(())
     }
 
-    fn has_unused(&mut self, populated: u64, _: Duration) -> Result<bool, MachineError> {
+    fn has_unused(&mut self, populated: u64, _: Duration) -> Result<bool, PortError> {
         fault(&self.faults, "has_unused")?;
         assert!(populated <= self.guest.touched().len() as u64);
         Ok(self.unused.is_some())
     }
 
-    fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), MachineError> {
+    fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError> {
         self.listened = Some(at_most);
         for gpa in self.unused.iter().flatten() {
             self.guest.forget(*gpa);
@@ -237,7 +237,7 @@ impl Source for FakeSource {
         files.iter().map(|file| file.try_clone().ok()).collect()
     }
 
-    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MachineError> {
+    fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, PortError> {
         assert_eq!(devices, [0]);
         let disk = self.disk.clone().ok_or("no disk")?;
         disk.log(true);
@@ -245,12 +245,12 @@ impl Source for FakeSource {
         Ok(vec![disk])
     }
 
-    fn stop_mirror(&mut self) -> Result<(), MachineError> {
+    fn stop_mirror(&mut self) -> Result<(), PortError> {
         self.disk.as_ref().ok_or("no disk")?.log(false);
         self.enter("stop_mirror")
     }
 
-    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, MachineError> {
+    fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError> {
         self.logging = true;
         if let Some(disk) = &self.disk {
             self.reads_before_log = disk.reads.load(Ordering::SeqCst);
@@ -263,19 +263,19 @@ impl Source for FakeSource {
         }))
     }
 
-    fn stop_dirty_log(&mut self) -> Result<(), MachineError> {
+    fn stop_dirty_log(&mut self) -> Result<(), PortError> {
         self.logging = false;
         self.enter("stop_dirty_log")
     }
 
-    fn throttle(&mut self, shares: &[f64]) -> Result<(), MachineError> {
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), PortError> {
         assert!(shares.iter().all(|share| (0.0..1.0).contains(share)));
         self.shares = shares.to_vec();
         self.guest.throttle(shares[0]);
         fault(&self.faults, "throttle")
     }
 
-    fn rehearse(&mut self) -> Result<Rehearsal, MachineError> {
+    fn rehearse(&mut self) -> Result<Rehearsal, PortError> {
         assert!(!self.guest.is_held());
         self.enter("rehearse")?;
         Ok(Rehearsal {
@@ -285,12 +285,12 @@ impl Source for FakeSource {
         })
     }
 
-    fn flush(&mut self) -> Result<(), MachineError> {
+    fn flush(&mut self) -> Result<(), PortError> {
         assert!(!self.guest.is_held());
         self.enter("flush")
     }
 
-    fn pause(&mut self, _until: Instant) -> Result<Instant, MachineError> {
+    fn pause(&mut self, _until: Instant) -> Result<Instant, PortError> {
         let now = Instant::now();
         self.guest.hold();
         self.held_since = Some(now);
@@ -301,7 +301,7 @@ impl Source for FakeSource {
         Ok(now)
     }
 
-    fn drain(&mut self, until: Instant) -> Result<(), MachineError> {
+    fn drain(&mut self, until: Instant) -> Result<(), PortError> {
         assert!(self.guest.is_held());
         if self.drain_hangs {
             thread::sleep(until.saturating_duration_since(Instant::now()));
@@ -312,7 +312,7 @@ impl Source for FakeSource {
         self.enter("drain")
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, MachineError> {
+    fn save(&mut self) -> Result<Vec<u8>, PortError> {
         self.enter("save")?;
         if let Some(gpa) = self.written_by_save {
             self.guest.write(gpa, false);
@@ -322,7 +322,7 @@ impl Source for FakeSource {
         Ok(envelope.encode())
     }
 
-    fn release(&mut self) -> Result<(), MachineError> {
+    fn release(&mut self) -> Result<(), PortError> {
         self.enter("release")?;
         self.locked = false;
         if let Some(on_release) = &mut self.on_release {
@@ -331,7 +331,7 @@ impl Source for FakeSource {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), PortError> {
         self.locked = true;
         self.guest.release();
         self.stood_still = self.held_since.take().map(|since| since.elapsed());
@@ -345,7 +345,7 @@ impl Source for FakeSource {
 /// The destination's ports.
 #[derive(Default)]
 pub(super) struct FakeDestination {
-    pub(super) guest: Option<Guest>,
+    pub(super) guest: Option<TestGuest>,
     pub(super) faults: Faults,
     pub(super) differences: Vec<Difference>,
     /// Pages that `create` forgets to build.
@@ -390,7 +390,7 @@ impl Destination for FakeDestination {
         description: &MachineDescription,
         files: Option<Vec<OwnedFd>>,
         disks: &OfferedDisks,
-    ) -> Result<GuestMemory, MachineError> {
+    ) -> Result<GuestMemory, PortError> {
         if !description.devices.is_empty() && !self.has_disk && (disks.come || self.greedy) {
             let disk = FakeDisk::new();
             disk.broken.store(self.disk_breaks, Ordering::SeqCst);
@@ -404,8 +404,8 @@ impl Destination for FakeDestination {
             .map(|region| region.len / PAGE_SIZE)
             .collect();
         let guest = match files {
-            Some(files) => Guest::over(pages[0], pages[1], files)?,
-            None => Guest::new(pages[0] - self.missing_pages, pages[1]),
+            Some(files) => TestGuest::over(pages[0], pages[1], files)?,
+            None => TestGuest::new(pages[0] - self.missing_pages, pages[1]),
         };
         let memory = guest.memory.clone();
         self.guest = Some(guest);
@@ -422,7 +422,7 @@ impl Destination for FakeDestination {
         false
     }
 
-    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, MachineError> {
+    fn rehearse(&mut self, state: &[u8]) -> Result<Duration, PortError> {
         fault(&self.faults, "rehearse")?;
         Envelope::decode(state)?.finish()?;
         let began = Instant::now();
@@ -430,7 +430,7 @@ impl Destination for FakeDestination {
         Ok(began.elapsed())
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
         fault(&self.faults, "restore")?;
         let mut envelope = Envelope::decode(state)?;
         self.guest
@@ -440,7 +440,7 @@ impl Destination for FakeDestination {
         Ok(envelope.finish()?)
     }
 
-    fn resume(&mut self, stopped_at: Instant) -> Result<(), MachineError> {
+    fn resume(&mut self, stopped_at: Instant) -> Result<(), PortError> {
         fault(&self.faults, "resume")?;
         self.stopped_at = Some(stopped_at);
         self.running = true;

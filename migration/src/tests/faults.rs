@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::fake::{FakeDestination, FakeSource, Fault};
-use super::guest::{Guest, Load};
+use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, direct, hasty, options};
 use crate::*;
 
 fn busy() -> FakeSource {
-    let mut guest = Guest::new(256, 64);
+    let mut guest = TestGuest::new(256, 64);
     guest.start(Load { pages: 300 });
     let mut source = FakeSource::new(guest);
     source.unused = Some((0..16).map(|page| page * PAGE_SIZE).collect());
@@ -139,7 +139,7 @@ fn a_step_longer_than_the_time_out_is_bridged_by_keep_alives() {
 
 #[test]
 fn a_log_that_takes_long_to_count_looks_like_no_silence() {
-    let mut guest = Guest::new(1024, 256);
+    let mut guest = TestGuest::new(1024, 256);
     for page in 0..1024 {
         guest.write(page * PAGE_SIZE, false);
     }

@@ -11,10 +11,11 @@ use proptest::sample::select;
 
 use super::disk;
 use super::fake::{FakeDestination, describe};
-use super::guest::{Guest, HIGH};
+use super::guest::{HIGH, TestGuest};
 use super::rig::control;
 use crate::protocol::{
-    CompressedTable, Features, HEADER_LEN, Header, Hello, Kind, Message, PageTable, Plan, Span, Token,
+    CompressedTable, Features, FrameHeader, FrameKind, HEADER_LEN, Hello, Message, PageTable, Span, Token,
+    Transfer,
 };
 use crate::space::disk_regions;
 use crate::*;
@@ -23,18 +24,18 @@ const PAGES: u64 = 16;
 
 /// Where a piece of the conversation goes, and what it is.
 #[derive(Clone, Debug)]
-struct Piece {
+struct FuzzPiece {
     on_stream: bool,
     bytes: Vec<u8>,
 }
 
-fn frame(kind: Kind, content: &[u8]) -> Vec<u8> {
-    let header = Header::new(kind, content.len()).unwrap().encode();
+fn frame(kind: FrameKind, content: &[u8]) -> Vec<u8> {
+    let header = FrameHeader::new(kind, content.len()).unwrap().encode();
     [&header[..], content].concat()
 }
 
 fn message(message: &Message) -> Vec<u8> {
-    frame(Kind::Control, &postcard::to_stdvec(message).unwrap())
+    frame(FrameKind::Control, &postcard::to_stdvec(message).unwrap())
 }
 
 fn span() -> impl Strategy<Value = Span> {
@@ -63,7 +64,7 @@ fn pages() -> impl Strategy<Value = Vec<u8>> {
     (spans(), spans(), any::<bool>()).prop_map(|(data, zero, cut)| {
         let promised = data.iter().fold(0u64, |sum, span| sum.saturating_add(span.len));
         let table = postcard::to_stdvec(&PageTable { data, zero }).unwrap();
-        [frame(Kind::Pages, &table), content(promised, cut)].concat()
+        [frame(FrameKind::Pages, &table), content(promised, cut)].concat()
     })
 }
 
@@ -71,7 +72,7 @@ fn compressed() -> impl Strategy<Value = Vec<u8>> {
     let method = select(vec![Compression::Lz4, Compression::Zstd]);
     (method, spans(), 0u32..4096, any::<bool>()).prop_map(|(method, pages, len, cut)| {
         let table = postcard::to_stdvec(&CompressedTable { method, pages, len }).unwrap();
-        [frame(Kind::Compressed, &table), content(len.into(), cut)].concat()
+        [frame(FrameKind::Compressed, &table), content(len.into(), cut)].concat()
     })
 }
 
@@ -103,20 +104,20 @@ fn state() -> impl Strategy<Value = Vec<u8>> {
     let whole = || {
         let mut envelope = Envelope::new();
         envelope
-            .put("guest", &Guest::new(PAGES, PAGES).registers())
+            .put("guest", &TestGuest::new(PAGES, PAGES).registers())
             .unwrap();
         envelope.encode()
     };
-    let kind = select(vec![Kind::State, Kind::Rehearsal]);
+    let kind = select(vec![FrameKind::State, FrameKind::Rehearsal]);
     let bytes = proptest::collection::vec(any::<u8>(), 0..64);
     (kind, any::<bool>(), bytes).prop_map(move |(kind, good, bytes)| match (kind, good) {
-        (Kind::State, true) => frame(kind, &whole()),
+        (FrameKind::State, true) => frame(kind, &whole()),
         (_, true) => frame(kind, &Envelope::new().encode()),
         (_, false) => frame(kind, &bytes),
     })
 }
 
-fn piece() -> impl Strategy<Value = Piece> {
+fn piece() -> impl Strategy<Value = FuzzPiece> {
     let raw = proptest::collection::vec(any::<u8>(), 0..HEADER_LEN * 4);
     let bytes = prop_oneof![3 => control_message(), 3 => pages(), 1 => compressed(), 1 => state(), 1 => raw];
     let flip = proptest::option::weighted(0.2, (any::<prop::sample::Index>(), 0u8..8));
@@ -126,7 +127,7 @@ fn piece() -> impl Strategy<Value = Piece> {
             let at = at.index(bytes.len().min(32));
             bytes[at] ^= 1 << bit;
         }
-        Piece { on_stream, bytes }
+        FuzzPiece { on_stream, bytes }
     })
 }
 
@@ -135,7 +136,7 @@ fn hear<T>(from: &mut TcpStream, find: impl Fn(&Message) -> Option<T>) -> Option
     loop {
         let mut header = [0; HEADER_LEN];
         from.read_exact(&mut header).ok()?;
-        let mut content = vec![0; Header::decode(header).ok()?.len as usize];
+        let mut content = vec![0; FrameHeader::decode(header).ok()?.len as usize];
         from.read_exact(&mut content).ok()?;
         if let Some(found) = find(&postcard::from_bytes(&content).ok()?) {
             return Some(found);
@@ -145,7 +146,7 @@ fn hear<T>(from: &mut TcpStream, find: impl Fn(&Message) -> Option<T>) -> Option
 
 /// Opens a migration as a good source would, says the pieces, and goes. Returns its token,
 /// and the stream, which stays open.
-fn converse(port: u16, pieces: &[Piece]) -> Option<(Token, TcpStream)> {
+fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
     let connect = || TcpStream::connect(("127.0.0.1", port)).unwrap();
     let mut control = connect();
     let opening = [Message::Hello(Hello::ours()), Message::Begin(Features::OURS)];
@@ -157,13 +158,13 @@ fn converse(port: u16, pieces: &[Piece]) -> Option<(Token, TcpStream)> {
     })?;
     let machine = MachineDescription {
         devices: vec![disk::device()],
-        ..describe(&Guest::new(PAGES, PAGES).memory)
+        ..describe(&TestGuest::new(PAGES, PAGES).memory)
     };
-    let plan = Plan::Streams(1);
+    let transfer = Transfer::Streams(1);
     control
         .write_all(&message(&Message::Describe {
             machine,
-            plan,
+            transfer,
             disks: OfferedDisks {
                 come: true,
                 marks: vec![disk::MARK],
@@ -201,7 +202,7 @@ fn ask(port: u16, token: Token) {
     let question: Vec<u8> = question.iter().flat_map(message).collect();
     connection.write_all(&question).unwrap();
     hear(&mut connection, |said| {
-        matches!(said, Message::Outcome(_)).then_some(())
+        matches!(said, Message::AttemptOutcome(_)).then_some(())
     });
 }
 

@@ -1,4 +1,4 @@
-//! Guest memory with a thread in the place of vCPUs.
+//! TestGuest memory with a thread in the place of vCPUs.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::disk::{FakeDisk, SIZE};
-use crate::{GuestMemory, MachineError, PAGE_SIZE};
+use crate::{GuestMemory, PAGE_SIZE, PortError};
 
 /// First address of the second region.
 pub(super) const HIGH: u64 = 4 << 30;
@@ -21,13 +21,13 @@ pub(super) const HIGH: u64 = 4 << 30;
 const ANY: u64 = u64::MAX;
 
 /// Memory, and a thread that writes it while nobody holds it.
-pub(super) struct Guest {
+pub(super) struct TestGuest {
     pub(super) memory: GuestMemory,
-    shared: Arc<Shared>,
+    shared: Arc<GuestShared>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
+struct GuestShared {
     /// What the thread writes as well.
     disk: OnceLock<Arc<FakeDisk>>,
     state: Mutex<GuestState>,
@@ -65,7 +65,7 @@ pub(super) struct Load {
     pub(super) pages: u64,
 }
 
-impl Guest {
+impl TestGuest {
     /// A machine of `low` pages at 0 and `high` at 4 GiB, held.
     pub(super) fn new(low: u64, high: u64) -> Self {
         let ranges = [
@@ -90,7 +90,7 @@ impl Guest {
     }
 
     /// The same over files that came from somewhere.
-    pub(super) fn over(low: u64, high: u64, files: Vec<OwnedFd>) -> Result<Self, MachineError> {
+    pub(super) fn over(low: u64, high: u64, files: Vec<OwnedFd>) -> Result<Self, PortError> {
         let [low_file, high_file]: [OwnedFd; 2] = files.try_into().map_err(|_| "expected two files")?;
         let range = |gpa, pages: u64, file: OwnedFd| {
             let file = FileOffset::new(file.into(), 0);
@@ -105,7 +105,7 @@ impl Guest {
             held: true,
             ..GuestState::default()
         };
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(GuestShared {
             disk: OnceLock::new(),
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -227,22 +227,22 @@ impl Guest {
 }
 
 /// Another hold on a guest.
-pub(super) struct Writer {
+pub(super) struct GuestHold {
     memory: GuestMemory,
-    shared: Arc<Shared>,
+    shared: Arc<GuestShared>,
 }
 
-impl Guest {
+impl TestGuest {
     /// A hold on it for another thread.
-    pub(super) fn writer(&self) -> Writer {
-        Writer {
+    pub(super) fn writer(&self) -> GuestHold {
+        GuestHold {
             memory: self.memory.clone(),
             shared: self.shared.clone(),
         }
     }
 }
 
-impl Writer {
+impl GuestHold {
     /// Writes the first so many pages, as the guest would.
     pub(super) fn write_all(&self, pages: u64) {
         let mut state = self.shared.state.lock().unwrap();
@@ -257,7 +257,7 @@ impl Writer {
     }
 }
 
-impl Shared {
+impl GuestShared {
     fn await_progress(&self) {
         let mut state = self.state.lock().unwrap();
         let from = state.generation;
@@ -269,7 +269,7 @@ impl Shared {
     }
 }
 
-impl Drop for Guest {
+impl Drop for TestGuest {
     fn drop(&mut self) {
         self.shared.state.lock().unwrap().stop = true;
         self.shared.changed.notify_all();
@@ -279,7 +279,7 @@ impl Drop for Guest {
     }
 }
 
-fn run(memory: &GuestMemory, shared: &Shared, load: Load) {
+fn run(memory: &GuestMemory, shared: &GuestShared, load: Load) {
     let gpas: Vec<u64> = memory
         .iter()
         .flat_map(|region| {

@@ -5,8 +5,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use super::rig::control;
-use crate::link::{Admitted, Heard, Link};
-use crate::protocol::{Features, Frame, Header, Kind, Message};
+use crate::link::{Admitted, Link, Sorted};
+use crate::protocol::{Features, Frame, FrameHeader, FrameKind, Message};
 use crate::transport::Connection;
 use crate::*;
 
@@ -23,7 +23,9 @@ fn pair(control: &Control) -> (Connection, UnixStream) {
 
 fn frame(message: &Message) -> Vec<u8> {
     let content = postcard::to_stdvec(message).unwrap();
-    let header = Header::new(Kind::Control, content.len()).unwrap().encode();
+    let header = FrameHeader::new(FrameKind::Control, content.len())
+        .unwrap()
+        .encode();
     [&header[..], &content].concat()
 }
 
@@ -257,9 +259,9 @@ fn a_sign_of_life_is_told_from_what_is_said() {
     let begin = Message::Begin(Features::OURS);
     peer.write_all(&[frame(&Message::KeepAlive), frame(&begin)].concat())
         .unwrap();
-    assert!(matches!(link.poll("anything").unwrap(), Some(Heard::Life)));
+    assert!(matches!(link.poll("anything").unwrap(), Some(Sorted::SignOfLife)));
     match link.poll("anything").unwrap() {
-        Some(Heard::Said(Frame::Message(said))) => assert_eq!(said, begin),
+        Some(Sorted::Frame(Frame::Message(said))) => assert_eq!(said, begin),
         other => panic!("{other:?}"),
     }
 }

@@ -18,7 +18,7 @@ use std::thread;
 use fault_proxy::{Part, Point};
 
 use crate::text::panic_message;
-use attempt::{Ended, attempt};
+use attempt::{AttemptEnded, attempt};
 use harm::{HARMS, Harm};
 use setup::{SETUPS, Setup};
 
@@ -124,7 +124,7 @@ fn cases() -> (Vec<Case>, BTreeSet<String>) {
     (cases, messages)
 }
 
-fn run_all(cases: &[Case]) -> Vec<(&Case, Result<Ended, String>)> {
+fn run_all(cases: &[Case]) -> Vec<(&Case, Result<AttemptEnded, String>)> {
     let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..WORKERS {
@@ -140,7 +140,7 @@ fn run_all(cases: &[Case]) -> Vec<(&Case, Result<Ended, String>)> {
     done.into_inner().unwrap()
 }
 
-fn run(case: &Case) -> Ended {
+fn run(case: &Case) -> AttemptEnded {
     let try_it = || attempt(case.setup, Some((&case.point, case.harm)));
     let ended = try_it();
     // On a machine that is busy with other things, a time-out may have come before the message.
@@ -149,7 +149,7 @@ fn run(case: &Case) -> Ended {
 
 impl Case {
     /// Nothing in the protocol protects the content of pages but the digest.
-    fn is_found_by_digest(&self, ended: &Ended) -> bool {
+    fn is_found_by_digest(&self, ended: &AttemptEnded) -> bool {
         let error = ended.report.error.as_deref().unwrap_or_default();
         self.harm == Harm::Corrupt(Part::Data) && error.contains("memory or disks differ")
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::disk::{FakeDisk, SIZE};
 use super::fake::{FakeDestination, FakeSource, Fault};
-use super::guest::{Guest, Load};
+use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, direct, hasty, options};
 use crate::*;
 
@@ -27,7 +27,7 @@ fn busy() -> FakeSource {
         disk.write_and_mark(block * PAGE_SIZE, &[block as u8 | 1; 600]);
     }
     disk.write_and_mark(SIZE - 512, &[0xaa; 512]);
-    let mut guest = Guest::new(512, 64);
+    let mut guest = TestGuest::new(512, 64);
     guest.writes_to(disk.clone());
     guest.start(Load { pages: 500 });
     guest.await_progress();

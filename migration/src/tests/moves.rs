@@ -4,13 +4,13 @@ use std::thread;
 use std::time::Duration;
 
 use super::fake::{FakeDestination, FakeSource, Fault};
-use super::guest::{Guest, HIGH, Load};
+use super::guest::{HIGH, Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, attempt, control, direct, options, receiver, receiver_at};
 use crate::*;
 
 #[test]
 fn an_idle_guest_moves_in_one_round() {
-    let mut guest = Guest::new(512, 256);
+    let mut guest = TestGuest::new(512, 256);
     guest.write(5 * PAGE_SIZE, false);
     guest.write(HIGH + 255 * PAGE_SIZE, false);
     guest.start(Load::default());
@@ -56,7 +56,7 @@ fn a_guest_that_writes_arrives_whole_over_either_transport() {
         "tcp:127.0.0.1:0".into(),
         format!("unix:{}", dir.path().join("s").display()),
     ] {
-        let mut guest = Guest::new(2048, 1024);
+        let mut guest = TestGuest::new(2048, 1024);
         guest.start(Load { pages: 3072 });
         guest.await_progress();
         let mut source = FakeSource::new(guest);
@@ -85,7 +85,7 @@ fn a_guest_that_writes_arrives_whole_over_either_transport() {
 #[test]
 fn marks_of_a_large_guest_are_cleared_in_pieces() {
     // 156 MiB, of which little was ever touched.
-    let mut guest = Guest::new(40_000, 16);
+    let mut guest = TestGuest::new(40_000, 16);
     guest.write(39_999 * PAGE_SIZE, false);
     guest.start(Load { pages: 8 });
     let (mut source, mut destination) = (FakeSource::new(guest), FakeDestination::default());
@@ -96,7 +96,7 @@ fn marks_of_a_large_guest_are_cleared_in_pieces() {
 
 #[test]
 fn a_guest_moves_back_and_forth() {
-    let mut guest = Guest::new(600, 64);
+    let mut guest = TestGuest::new(600, 64);
     guest.start(Load { pages: 300 });
     for _ in 0..5 {
         guest.await_progress();
@@ -111,7 +111,7 @@ fn a_guest_moves_back_and_forth() {
 
 #[test]
 fn a_budget_that_cannot_be_kept_ends_as_the_caller_wants() {
-    let mut guest = Guest::new(2048, 16);
+    let mut guest = TestGuest::new(2048, 16);
     guest.start(Load { pages: 2048 });
     let mut source = FakeSource::new(guest);
     let tight = MigrateOptions {
@@ -143,7 +143,7 @@ fn a_budget_that_cannot_be_kept_ends_as_the_caller_wants() {
 
 #[test]
 fn a_slow_flush_is_seen_before_the_pause() {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 8 });
     let mut source = FakeSource::new(guest);
     source
@@ -161,7 +161,7 @@ fn a_slow_flush_is_seen_before_the_pause() {
     assert_stayed(&mut source, &report, Outcome::Failed);
 
     // What only the first flush costs is no part of the downtime.
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 8 });
     let (mut source, mut destination) = (FakeSource::new(guest), FakeDestination::default());
     source
@@ -175,7 +175,7 @@ fn a_slow_flush_is_seen_before_the_pause() {
 
 #[test]
 fn a_refusal_names_each_difference() {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 64 });
     let mut source = FakeSource::new(guest);
     let difference = |what: &str| Difference {
@@ -202,7 +202,7 @@ fn a_refusal_names_each_difference() {
 #[test]
 fn cancel_ends_a_migration_at_any_phase_before_go() {
     for phase in [Phase::Waiting, Phase::Precopy, Phase::StopAndCopy] {
-        let mut guest = Guest::new(2048, 16);
+        let mut guest = TestGuest::new(2048, 16);
         guest.start(Load { pages: 2048 });
         let mut source = FakeSource::new(guest);
         let (here, there) = (std::sync::Arc::new(control()), control());
@@ -272,7 +272,7 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
 
 #[test]
 fn a_destination_that_is_cancelled_says_so() {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 64 });
     let mut source = FakeSource::new(guest);
     let (here, there) = (control(), control());
@@ -307,7 +307,7 @@ fn a_destination_that_is_cancelled_says_so() {
 
 #[test]
 fn a_report_is_the_object_that_the_command_prints() {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 8 });
     let (mut source, mut destination) = (FakeSource::new(guest), FakeDestination::default());
     let (report, _) = direct(&mut source, &mut destination, &options());

@@ -8,7 +8,7 @@ use fault_proxy::{Connection, Direction, Fault as Harm, Pace, Plan, Point, Proxy
 
 use super::disk::FakeDisk;
 use super::fake::{FakeDestination, FakeSource, Fault};
-use super::guest::{Guest, Load};
+use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, control, direct, options, receiver};
 use crate::*;
 
@@ -29,7 +29,7 @@ type Change = Box<dyn FnMut() + Send>;
 
 /// A guest that has written much when it is paused; `change` is called right then.
 fn surprising(mut change: Change) -> FakeSource {
-    let mut guest = Guest::new(SURPRISE, 16);
+    let mut guest = TestGuest::new(SURPRISE, 16);
     // Idle until then, or a narrow link would never come to the pause.
     guest.start(Load { pages: 0 });
     guest.await_progress();

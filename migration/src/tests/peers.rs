@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use super::destination_hand::ACCEPT;
 use super::fake::FakeSource;
-use super::guest::{Guest, Load};
+use super::guest::{Load, TestGuest};
 use super::rig::{assert_stayed, control, hasty, options, receiver};
 use crate::link::Link;
-use crate::protocol::{Features, Header, Hello, Kind, Message};
+use crate::protocol::{Features, FrameHeader, FrameKind, Hello, Message};
 use crate::transport::{Connection, Listener};
 use crate::*;
 
 fn busy() -> FakeSource {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 80 });
     FakeSource::new(guest)
 }
@@ -23,7 +23,9 @@ fn busy() -> FakeSource {
 fn frame(message: &Message) -> Vec<u8> {
     let content = postcard::to_stdvec(message).unwrap();
     [
-        &Header::new(Kind::Control, content.len()).unwrap().encode()[..],
+        &FrameHeader::new(FrameKind::Control, content.len())
+            .unwrap()
+            .encode()[..],
         &content,
     ]
     .concat()
@@ -96,7 +98,7 @@ fn a_silent_destination_is_left() {
 
 #[test]
 fn a_destination_that_does_not_read_is_left() {
-    let mut guest = Guest::new(8192, 4096);
+    let mut guest = TestGuest::new(8192, 4096);
     for page in 0..8192 {
         guest.write(page * PAGE_SIZE, false);
     }
@@ -151,7 +153,9 @@ fn a_destination_that_talks_nonsense_is_left() {
     let error = meet(&options(), |stream| say(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
     let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 6u16, 7u16, "9.9")).unwrap();
-    let header = Header::new(Kind::Control, newer.len()).unwrap().encode();
+    let header = FrameHeader::new(FrameKind::Control, newer.len())
+        .unwrap()
+        .encode();
     let error = meet(&options(), |stream| {
         say_bytes(stream, &[&header[..], &newer].concat())
     });

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::disk::FakeDisk;
 use super::fake::{FakeDestination, FakeSource, Fault};
-use super::guest::{Guest, HIGH, Load};
+use super::guest::{HIGH, Load, TestGuest};
 use super::rig::{assert_moved, direct, options};
 use crate::*;
 
@@ -22,13 +22,13 @@ fn pages(gpa: u64, count: u64) -> Vec<u64> {
     (0..count).map(|page| gpa + page * PAGE_SIZE).collect()
 }
 
-fn first_word(guest: &Guest, gpa: u64) -> u64 {
+fn first_word(guest: &TestGuest, gpa: u64) -> u64 {
     guest.memory.read_obj(GuestAddress(gpa)).unwrap()
 }
 
 #[test]
 fn what_the_guest_does_not_use_is_not_sent() {
-    let mut guest = Guest::new(1024, 64);
+    let mut guest = TestGuest::new(1024, 64);
     let used = [pages(0, 100), pages(HIGH, 1)].concat();
     let unused = [pages(100 * PAGE_SIZE, 700), pages(HIGH + PAGE_SIZE, 63)].concat();
     for gpa in used.iter().chain(&unused) {
@@ -56,7 +56,7 @@ fn what_the_guest_does_not_use_is_not_sent() {
 fn what_is_used_again_arrives_whole() {
     let mut used_again = 0;
     for (with_disks, attempt) in (0..8).map(|attempt| (attempt % 4 == 3, attempt)) {
-        let mut guest = Guest::new(2048, 1024);
+        let mut guest = TestGuest::new(2048, 1024);
         let disk = Arc::new(FakeDisk::new());
         if with_disks {
             guest.writes_to(disk.clone());
@@ -89,7 +89,7 @@ fn what_is_used_again_arrives_whole() {
 
 #[test]
 fn nobody_listens_for_longer_than_the_deadline_allows() {
-    let mut guest = Guest::new(64, 16);
+    let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 8 });
     let mut source = FakeSource::new(guest);
     source.unused = Some(Vec::new());

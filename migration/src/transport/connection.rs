@@ -29,12 +29,12 @@ const NEAR: Duration = Duration::from_micros(80);
 /// One byte stream to a peer.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    stream: Stream,
+    stream: StreamSocket,
     peer: Endpoint,
 }
 
 #[derive(Debug)]
-enum Stream {
+enum StreamSocket {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
@@ -49,10 +49,9 @@ impl Connection {
         let deadline = Instant::now() + timeout;
         let connected = match endpoint {
             Endpoint::Tcp(addresses) => connect_tcp(addresses, deadline, control)
-                .map(|(socket, address)| (Stream::Tcp(socket.into()), address.into())),
-            Endpoint::Unix(path) => {
-                connect_unix(path, deadline, control).map(|stream| (Stream::Unix(stream), endpoint.clone()))
-            }
+                .map(|(socket, address)| (StreamSocket::Tcp(socket.into()), address.into())),
+            Endpoint::Unix(path) => connect_unix(path, deadline, control)
+                .map(|stream| (StreamSocket::Unix(stream), endpoint.clone())),
         };
         match connected.and_then(|(stream, peer)| Self::prepare(stream, peer)) {
             Ok(connection) => Ok(connection),
@@ -77,35 +76,35 @@ impl Connection {
 
     /// Whether file descriptors can be sent over it.
     pub(crate) fn passes_files(&self) -> bool {
-        matches!(self.stream, Stream::Unix(_))
+        matches!(self.stream, StreamSocket::Unix(_))
     }
 
     /// Ends one direction or both; whoever waits for data then, on either side, wakes up.
     pub(crate) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.stream {
-            Stream::Tcp(stream) => stream.shutdown(how),
-            Stream::Unix(stream) => stream.shutdown(how),
+            StreamSocket::Tcp(stream) => stream.shutdown(how),
+            StreamSocket::Unix(stream) => stream.shutdown(how),
         }
     }
 
     /// Suits the connection to page content that goes to a peer so far away. That is a matter of speed alone, and
     /// only a privileged process may: else TCP tunes its buffer itself.
     pub(crate) fn carry_pages(&self, round_trip: Duration) {
-        if round_trip <= NEAR && matches!(self.stream, Stream::Tcp(_)) {
+        if round_trip <= NEAR && matches!(self.stream, StreamSocket::Tcp(_)) {
             let _ = sockopt::set_socket_send_buffer_size_force(self, NEAR_BUFFER);
         }
     }
 
     pub(super) fn from_tcp(stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
-        Self::prepare(Stream::Tcp(stream), peer.into())
+        Self::prepare(StreamSocket::Tcp(stream), peer.into())
     }
 
     pub(super) fn from_unix(stream: UnixStream, peer: Endpoint) -> io::Result<Self> {
-        Self::prepare(Stream::Unix(stream), peer)
+        Self::prepare(StreamSocket::Unix(stream), peer)
     }
 
-    fn prepare(stream: Stream, peer: Endpoint) -> io::Result<Self> {
-        if let Stream::Tcp(stream) = &stream {
+    fn prepare(stream: StreamSocket, peer: Endpoint) -> io::Result<Self> {
+        if let StreamSocket::Tcp(stream) = &stream {
             stream.set_nodelay(true)?;
         }
         let connection = Self { stream, peer };
@@ -116,7 +115,7 @@ impl Connection {
     /// Larger buffers are a matter of speed alone. Only a privileged process gets more than the system's
     /// default limit. TCP tunes its buffers itself.
     fn enlarge_buffers(&self) {
-        if matches!(self.stream, Stream::Unix(_))
+        if matches!(self.stream, StreamSocket::Unix(_))
             && sockopt::set_socket_send_buffer_size_force(self, SOCKET_BUFFER).is_err()
         {
             let _ = sockopt::set_socket_send_buffer_size(self, SOCKET_BUFFER);
@@ -127,8 +126,8 @@ impl Connection {
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.stream {
-            Stream::Tcp(stream) => stream.as_fd(),
-            Stream::Unix(stream) => stream.as_fd(),
+            StreamSocket::Tcp(stream) => stream.as_fd(),
+            StreamSocket::Unix(stream) => stream.as_fd(),
         }
     }
 }

@@ -16,12 +16,12 @@ use crate::control::Control;
 /// Waits for connections. A Unix socket's file goes with the listener.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    socket: Socket,
+    socket: ListeningSocket,
     endpoint: Endpoint,
 }
 
 #[derive(Debug)]
-enum Socket {
+enum ListeningSocket {
     Tcp(Vec<TcpListener>),
     Unix(NamedListener),
 }
@@ -38,12 +38,12 @@ impl Listener {
                 let listeners = bind_all(addresses).map_err(failed)?;
                 let bound = listeners.iter().map(TcpListener::local_addr);
                 let bound = bound.collect::<io::Result<_>>().map_err(failed)?;
-                (Socket::Tcp(listeners), Endpoint::Tcp(bound))
+                (ListeningSocket::Tcp(listeners), Endpoint::Tcp(bound))
             }
             Endpoint::Unix(path) => {
                 let listener = NamedListener::bind(path)?;
                 listener.listener().set_nonblocking(true).map_err(failed)?;
-                (Socket::Unix(listener), endpoint.clone())
+                (ListeningSocket::Unix(listener), endpoint.clone())
             }
         };
         Ok(Self { socket, endpoint })
@@ -96,7 +96,7 @@ impl Listener {
 
     fn try_accept(&self) -> io::Result<Connection> {
         match &self.socket {
-            Socket::Tcp(listeners) => {
+            ListeningSocket::Tcp(listeners) => {
                 let mut nobody = io::ErrorKind::WouldBlock.into();
                 for listener in listeners {
                     match listener.accept() {
@@ -107,7 +107,7 @@ impl Listener {
                 }
                 Err(nobody)
             }
-            Socket::Unix(listener) => {
+            ListeningSocket::Unix(listener) => {
                 let (stream, _) = listener.listener().accept()?;
                 Connection::from_unix(stream, self.endpoint.clone())
             }
@@ -116,8 +116,8 @@ impl Listener {
 
     fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let (tcp, unix) = match &self.socket {
-            Socket::Tcp(listeners) => (&listeners[..], None),
-            Socket::Unix(listener) => (&[][..], Some(listener.listener().as_fd())),
+            ListeningSocket::Tcp(listeners) => (&listeners[..], None),
+            ListeningSocket::Unix(listener) => (&[][..], Some(listener.listener().as_fd())),
         };
         tcp.iter().map(AsFd::as_fd).chain(unix)
     }

@@ -8,7 +8,7 @@
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::StateError;
-use crate::envelope::Entry;
+use crate::envelope::EnvelopeEntry;
 
 /// Version of the envelope's own layout.
 pub const FORMAT_VERSION: u16 = 1;
@@ -29,12 +29,12 @@ const HEADER_LEN: usize = 8 + 2 + 8 + 4;
 const CHECKSUM_LEN: usize = 8;
 
 /// Bytes that one record takes in an encoded envelope.
-pub(crate) fn entry_len(entry: &Entry) -> usize {
+pub(crate) fn entry_len(entry: &EnvelopeEntry) -> usize {
     1 + entry.instance.len() + 1 + entry.kind.len() + 2 + 4 + entry.payload.len()
 }
 
 /// Writes records whose sizes are known to be within the limits.
-pub(crate) fn encode(entries: &[Entry]) -> Vec<u8> {
+pub(crate) fn encode(entries: &[EnvelopeEntry]) -> Vec<u8> {
     let len = EMPTY_LEN + entries.iter().map(entry_len).sum::<usize>();
     let mut out = Vec::with_capacity(len);
     out.extend_from_slice(&MAGIC);
@@ -56,7 +56,7 @@ pub(crate) fn encode(entries: &[Entry]) -> Vec<u8> {
 }
 
 /// Reads records from untrusted bytes.
-pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<Entry>, StateError> {
+pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<EnvelopeEntry>, StateError> {
     if bytes.len() > MAX_ENCODED_LEN {
         return Err(StateError::TooLarge {
             what: "bytes",
@@ -64,7 +64,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<Entry>, StateError> {
             got: bytes.len(),
         });
     }
-    let mut reader = Reader {
+    let mut reader = RecordReader {
         rest: checked_content(bytes)?,
     };
     let count = u32::from_le_bytes(reader.array("the record count")?) as usize;
@@ -86,7 +86,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<Entry>, StateError> {
 
 /// What lies between the length and the checksum, both of which it has verified.
 fn checked_content(bytes: &[u8]) -> Result<&[u8], StateError> {
-    let mut reader = Reader { rest: bytes };
+    let mut reader = RecordReader { rest: bytes };
     if !bytes.starts_with(&MAGIC) {
         let got = bytes[..bytes.len().min(MAGIC.len())].to_vec();
         return Err(StateError::Magic { expected: MAGIC, got });
@@ -118,11 +118,11 @@ fn checked_content(bytes: &[u8]) -> Result<&[u8], StateError> {
     Ok(content)
 }
 
-struct Reader<'a> {
+struct RecordReader<'a> {
     rest: &'a [u8],
 }
 
-impl<'a> Reader<'a> {
+impl<'a> RecordReader<'a> {
     fn take(&mut self, len: usize, what: &'static str) -> Result<&'a [u8], StateError> {
         let (head, rest) = self
             .rest
@@ -149,14 +149,14 @@ impl<'a> Reader<'a> {
         Ok(name.to_owned())
     }
 
-    fn entry(&mut self) -> Result<Entry, StateError> {
+    fn entry(&mut self) -> Result<EnvelopeEntry, StateError> {
         let instance = self.name("an instance name")?;
         let kind = self.name("a kind")?;
         let version = u16::from_le_bytes(self.array("a record's version")?);
         let len = u32::from_le_bytes(self.array("a payload's length")?) as usize;
         check_limit("bytes of a payload", MAX_PAYLOAD_LEN, len)?;
         let payload = self.take(len, "a payload")?.to_vec();
-        Ok(Entry {
+        Ok(EnvelopeEntry {
             instance,
             kind,
             version,

@@ -8,11 +8,11 @@ use crate::{Record, StateError, record};
 /// Reading goes by [`Envelope::take`]; [`Envelope::finish`] then proves that nothing was left unread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Envelope {
-    entries: Vec<Entry>,
+    entries: Vec<EnvelopeEntry>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct EnvelopeEntry {
     pub(crate) instance: String,
     pub(crate) kind: String,
     pub(crate) version: u16,
@@ -39,7 +39,7 @@ impl Envelope {
         }
         let payload = record::encode(record)?;
         check_limit("bytes of a payload", MAX_PAYLOAD_LEN, payload.len())?;
-        let entry = Entry {
+        let entry = EnvelopeEntry {
             instance: instance.to_owned(),
             kind: R::KIND.to_owned(),
             version: R::VERSION,
@@ -74,7 +74,7 @@ impl Envelope {
         if self.entries.is_empty() {
             return Ok(());
         }
-        let name = |entry: &Entry| format!("{} ({} v{})", entry.instance, entry.kind, entry.version);
+        let name = |entry: &EnvelopeEntry| format!("{} ({} v{})", entry.instance, entry.kind, entry.version);
         Err(StateError::LeftOver {
             names: self.entries.iter().map(name).collect(),
         })

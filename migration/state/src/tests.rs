@@ -4,13 +4,13 @@ use serde::{Deserialize, Serialize};
 use crate::{Envelope, MAX_NAME_LEN, MAX_PAYLOAD_LEN, MAX_RECORDS, Record, StateError, assert_golden};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Timer {
+struct TimerState {
     ticks: u64,
     label: String,
     bytes: Vec<u8>,
 }
 
-impl Record for Timer {
+impl Record for TimerState {
     const KIND: &'static str = "timer";
     const VERSION: u16 = 3;
 
@@ -27,7 +27,7 @@ impl Record for Timer {
             version,
             source,
         })?;
-        Ok(Timer {
+        Ok(TimerState {
             ticks,
             label: "upgraded".into(),
             bytes: Vec::new(),
@@ -46,15 +46,15 @@ impl Record for OldTimer {
 
 /// A timer of a later release: one more field.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct WiderTimer(Timer, u8);
+struct WiderTimer(TimerState, u8);
 
 impl Record for WiderTimer {
     const KIND: &'static str = "timer";
     const VERSION: u16 = 3;
 }
 
-fn timer(ticks: u64) -> Timer {
-    Timer {
+fn timer(ticks: u64) -> TimerState {
+    TimerState {
         ticks,
         label: "pit".into(),
         bytes: vec![1, 2, 3],
@@ -67,10 +67,10 @@ fn records_come_back_and_left_overs_are_named() {
     envelope.put("pit0", &timer(7)).unwrap();
     envelope.put("pit1", &timer(9)).unwrap();
     let mut back = Envelope::decode(&envelope.encode()).unwrap();
-    assert!(back.has::<Timer>("pit0"));
-    assert_eq!(back.take::<Timer>("pit0").unwrap(), timer(7));
+    assert!(back.has::<TimerState>("pit0"));
+    assert_eq!(back.take::<TimerState>("pit0").unwrap(), timer(7));
     assert!(matches!(
-        back.take::<Timer>("pit0"),
+        back.take::<TimerState>("pit0"),
         Err(StateError::Missing { .. })
     ));
     let error = back.finish().unwrap_err();
@@ -82,7 +82,7 @@ fn an_older_version_is_upgraded_and_a_newer_one_refused() {
     let mut envelope = Envelope::new();
     envelope.put("old", &OldTimer(5)).unwrap();
     let mut back = Envelope::decode(&envelope.encode()).unwrap();
-    assert_eq!(back.take::<Timer>("old").unwrap().label, "upgraded");
+    assert_eq!(back.take::<TimerState>("old").unwrap().label, "upgraded");
     assert!(back.finish().is_ok());
 
     let mut envelope = Envelope::new();
@@ -105,7 +105,7 @@ fn an_older_version_is_upgraded_and_a_newer_one_refused() {
 fn a_payload_that_is_too_long_is_refused() {
     let mut envelope = Envelope::new();
     envelope.put("pit0", &WiderTimer(timer(1), 9)).unwrap();
-    let error = envelope.take::<Timer>("pit0").unwrap_err();
+    let error = envelope.take::<TimerState>("pit0").unwrap_err();
     assert!(
         matches!(error, StateError::PayloadTrailing { count: 1, .. }),
         "{error}"
@@ -120,7 +120,7 @@ fn limits_hold_on_the_way_in() {
         envelope.put(&long, &timer(1)),
         Err(StateError::TooLarge { .. })
     ));
-    let huge = Timer {
+    let huge = TimerState {
         bytes: vec![0; MAX_PAYLOAD_LEN],
         ..timer(1)
     };
@@ -133,7 +133,7 @@ fn limits_hold_on_the_way_in() {
         envelope.put("pit0", &timer(2)),
         Err(StateError::Duplicate { .. })
     ));
-    let large = Timer {
+    let large = TimerState {
         bytes: vec![0; MAX_PAYLOAD_LEN - 16],
         ..timer(1)
     };
@@ -172,7 +172,7 @@ fn golden_records_are_checked_both_ways() {
     assert_golden(
         2,
         "ac02",
-        &Timer {
+        &TimerState {
             ticks: 300,
             label: "upgraded".into(),
             bytes: vec![],
@@ -211,24 +211,24 @@ proptest! {
         let checksum = xxhash_rust::xxh3::xxh3_64(&bytes);
         bytes.extend_from_slice(&checksum.to_le_bytes());
         if let Ok(mut envelope) = Envelope::decode(&bytes) {
-            let _ = envelope.take::<Timer>("");
+            let _ = envelope.take::<TimerState>("");
         }
     }
 
     #[test]
     fn payloads_are_read_or_refused(payload in proptest::collection::vec(any::<u8>(), 0..64), version in 0u16..5) {
-        let _ = crate::record::decode::<Timer>(version, &payload);
+        let _ = crate::record::decode::<TimerState>(version, &payload);
     }
 
     #[test]
     fn round_trip(records in proptest::collection::btree_map("[a-z0-9-]{0,64}", any::<(u64, String, Vec<u8>)>(), 0..20)) {
         let mut envelope = Envelope::new();
         for (name, (ticks, label, bytes)) in &records {
-            envelope.put(name, &Timer { ticks: *ticks, label: label.clone(), bytes: bytes.clone() }).unwrap();
+            envelope.put(name, &TimerState { ticks: *ticks, label: label.clone(), bytes: bytes.clone() }).unwrap();
         }
         let mut back = Envelope::decode(&envelope.encode()).unwrap();
         for (name, (ticks, label, bytes)) in records {
-            prop_assert_eq!(back.take::<Timer>(&name).unwrap(), Timer { ticks, label, bytes });
+            prop_assert_eq!(back.take::<TimerState>(&name).unwrap(), TimerState { ticks, label, bytes });
         }
         prop_assert!(back.finish().is_ok());
     }

@@ -37,7 +37,7 @@ pub mod rundir;
 pub use balloon::{BalloonStatistics, BalloonUpdate, GuestMemoryStatistics};
 pub use drive::{DriveUpdate, RateLimiter, TokenBucket};
 pub use metrics::Metrics;
-pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Verdict};
+pub use migrate::{MigrationEvent, MigrationRequest, RequestError, Resolution, ResolveRequest, Resolved};
 pub use snapshot::{SnapshotProgress, SnapshotReport, SnapshotRequest};
 pub use types::{
     Action, ActionType, ConsoleSize, Fault, InstanceInfo, InstanceState, Version, VmState, VmUpdate,

@@ -156,7 +156,7 @@ pub struct ResolveRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resolution {
     /// What holds from now on.
-    pub verdict: Verdict,
+    pub verdict: Resolved,
     /// Whether that is what was asked for; true where nothing particular was.
     pub as_asked: bool,
     /// One line: what is known, and what to do if that is not enough.
@@ -166,7 +166,7 @@ pub struct Resolution {
 /// Where the guest is after an attempt to resolve a migration in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
+pub enum Resolved {
     /// It runs at the other end; this process ends.
     Moved,
     /// It is this process that has it now.

@@ -17,16 +17,16 @@ const NEWS_INTERVAL: Duration = Duration::from_secs(1);
 /// Takes lines and never waits for anybody; clones share it.
 #[derive(Clone)]
 pub(super) struct Lines {
-    shared: Arc<Shared>,
+    shared: Arc<LinesShared>,
 }
 
-struct Shared {
-    queue: Mutex<Queue>,
+struct LinesShared {
+    queue: Mutex<LineQueue>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Queue {
+struct LineQueue {
     text: Vec<u8>,
     /// Lines for which there was no room behind `text`.
     lost: u64,
@@ -40,13 +40,13 @@ impl Lines {
     /// Starts the thread, which lives as long as the process.
     pub(super) fn start(name: &str, to: Descriptor) -> io::Result<Self> {
         let lines = Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(LinesShared {
                 queue: Mutex::default(),
                 changed: Condvar::new(),
             }),
         };
         let shared = lines.shared.clone();
-        let mut writer = Writer::new(to);
+        let mut writer = LineWriter::new(to);
         threads::spawn(Role::Log, name, move || shared.carry_to(&mut writer))?;
         Ok(lines)
     }
@@ -77,7 +77,7 @@ impl Lines {
     /// Waits until all is written or lost, or for so long.
     pub(super) fn flush(&self, patience: Duration) {
         let queue = self.shared.lock();
-        let unfinished = |queue: &mut Queue| queue.writing || !queue.text.is_empty();
+        let unfinished = |queue: &mut LineQueue| queue.writing || !queue.text.is_empty();
         // Whoever does not read does not get it.
         let _ = self
             .shared
@@ -86,12 +86,12 @@ impl Lines {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+impl LinesShared {
+    fn lock(&self) -> MutexGuard<'_, LineQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry_to(&self, writer: &mut Writer) {
+    fn carry_to(&self, writer: &mut LineWriter) {
         loop {
             let (text, lost) = self.take(writer);
             writer.write(&text);
@@ -103,7 +103,7 @@ impl Shared {
     }
 
     /// Waits for lines, or until there is something to say about those that are not there.
-    fn take(&self, writer: &mut Writer) -> (Vec<u8>, u64) {
+    fn take(&self, writer: &mut LineWriter) -> (Vec<u8>, u64) {
         let mut queue = self.lock();
         loop {
             writer.left_out += std::mem::take(&mut queue.left_out);
@@ -126,7 +126,7 @@ impl Shared {
 }
 
 /// The thread's end: writes, and keeps account of what could not be written.
-struct Writer {
+struct LineWriter {
     to: Descriptor,
     /// Lines that could not be written, and of which nobody was told.
     lost: u64,
@@ -138,7 +138,7 @@ struct Writer {
     told: Option<Instant>,
 }
 
-impl Writer {
+impl LineWriter {
     fn new(to: Descriptor) -> Self {
         Self {
             to,
@@ -291,7 +291,7 @@ mod tests {
 
     #[test]
     fn what_was_lost_is_said_when_there_is_room_again() {
-        let mut writer = Writer::new(Descriptor::File(
+        let mut writer = LineWriter::new(Descriptor::File(
             File::options().write(true).open("/dev/full").unwrap(),
         ));
         writer.write(b"one\ntwo\n");

@@ -17,7 +17,7 @@ use crate::{PATH_MAX, folder, identity};
 const BACKLOG: i32 = 4096;
 
 /// A socket that nobody can find yet.
-pub(crate) struct Draft {
+pub(crate) struct SocketDraft {
     listener: UnixListener,
     /// Its file, until it has a name.
     hidden: Option<HiddenFile>,
@@ -26,7 +26,7 @@ pub(crate) struct Draft {
 /// A file that goes when this is dropped.
 struct HiddenFile(PathBuf);
 
-impl Draft {
+impl SocketDraft {
     /// A socket that only its owner may connect to, hidden in the folder of `path`.
     pub(crate) fn listen(path: &Path) -> Result<Self, NamedListenerError> {
         Self::make(folder(path)).map_err(failed(path))

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use draft::Draft;
+use draft::SocketDraft;
 use error::failed;
 
 /// The longest path of a socket in bytes: what `sockaddr_un` has, less its end.
@@ -50,7 +50,7 @@ impl NamedListener {
         }
         // What is obviously in the way is said before anything is made.
         Self::check_kind(path)?;
-        let mut draft = Draft::listen(path)?;
+        let mut draft = SocketDraft::listen(path)?;
         for _ in 0..ATTEMPTS {
             match draft.publish(path) {
                 Ok(file) => {

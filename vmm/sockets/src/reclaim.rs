@@ -21,7 +21,7 @@ const RETRY: Duration = Duration::from_millis(1);
 /// Removes the socket at `path` if it refuses connections; an error if it does not. Nothing there is as good.
 pub(crate) fn remove_stale(path: &Path) -> Result<(), NamedListenerError> {
     // Two processes that reclaim the same stale socket must not remove each other's.
-    let _lock = Lock::take(path)?;
+    let _lock = SocketLock::take(path)?;
     if !NamedListener::check_kind(path)? {
         return Ok(());
     }
@@ -35,12 +35,12 @@ pub(crate) fn remove_stale(path: &Path) -> Result<(), NamedListenerError> {
 }
 
 /// A locked file beside a socket, which nobody but the socket's user can open. Dropping it removes the file.
-struct Lock {
+struct SocketLock {
     path: PathBuf,
     _file: File,
 }
 
-impl Lock {
+impl SocketLock {
     fn take(socket: &Path) -> Result<Self, NamedListenerError> {
         let name = socket.file_name().unwrap_or_default().to_string_lossy();
         let path = folder(socket).join(format!(".{name}.lock"));
@@ -76,7 +76,7 @@ impl Lock {
     }
 }
 
-impl Drop for Lock {
+impl Drop for SocketLock {
     fn drop(&mut self) {
         // While it is still locked: who opens it now finds out that it is gone once it has the lock.
         let _ = fs::remove_file(&self.path);

@@ -131,7 +131,7 @@ fn of_many_that_reclaim_one_stale_socket_one_gets_it() {
 fn a_socket_is_its_owners_alone_from_the_first_moment() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.sock");
-    let draft = Draft::listen(&path).unwrap();
+    let draft = SocketDraft::listen(&path).unwrap();
     let entry = directory.path().read_dir().unwrap().next().unwrap().unwrap();
     assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o7777, 0o600);
     drop(draft);

@@ -8,7 +8,7 @@ use super::layout;
 
 /// How the first vCPU enters the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
+pub enum EntryPoint {
     /// 32-bit protected mode, paging off, EBX at the start info.
     Pvh {
         /// Entry point.
@@ -29,17 +29,17 @@ const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_RESERVED: u64 = 2;
 
-impl Entry {
+impl EntryPoint {
     /// General registers at the first instruction.
     pub fn regs(&self) -> kvm_regs {
         match *self {
-            Entry::Pvh { rip } => kvm_regs {
+            EntryPoint::Pvh { rip } => kvm_regs {
                 rip,
                 rflags: RFLAGS_RESERVED,
                 rbx: layout::PVH_START_INFO,
                 ..Default::default()
             },
-            Entry::Linux64 { rip } => kvm_regs {
+            EntryPoint::Linux64 { rip } => kvm_regs {
                 rip,
                 rflags: RFLAGS_RESERVED,
                 rsi: layout::ZERO_PAGE,
@@ -52,7 +52,7 @@ impl Entry {
 
     /// Turns the reset state into that of the first instruction.
     pub fn adjust_sregs(&self, sregs: &mut kvm_sregs) {
-        let long_mode = matches!(self, Entry::Linux64 { .. });
+        let long_mode = matches!(self, EntryPoint::Linux64 { .. });
         let code = if long_mode {
             segment(1, 0xa09b, 0, 0xffff_ffff)
         } else {
@@ -87,8 +87,8 @@ impl Entry {
     /// Writes the descriptor tables that the segment registers refer to.
     pub fn write_descriptors(&self, memory: &GuestMemory) -> Result<(), GuestMemoryError> {
         let code: u64 = match self {
-            Entry::Pvh { .. } => 0x00cf_9b00_0000_ffff,
-            Entry::Linux64 { .. } => 0x00af_9b00_0000_ffff,
+            EntryPoint::Pvh { .. } => 0x00cf_9b00_0000_ffff,
+            EntryPoint::Linux64 { .. } => 0x00af_9b00_0000_ffff,
         };
         let gdt: [u64; GDT_ENTRIES] = [0, code, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
         for (index, entry) in gdt.into_iter().enumerate() {

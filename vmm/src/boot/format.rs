@@ -6,18 +6,18 @@ pub(super) const HEAD_LEN: u64 = 4096;
 
 /// A kernel's file format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub(super) enum KernelFormat {
     Elf,
     BzImage,
 }
 
 /// The format and the least size of a whole file that begins with `head`; `None` if it is neither.
-pub(super) fn recognise(head: &[u8]) -> Option<(Format, u64)> {
+pub(super) fn recognise(head: &[u8]) -> Option<(KernelFormat, u64)> {
     if head.starts_with(b"\x7fELF") {
-        return Some((Format::Elf, elf_size(head)));
+        return Some((KernelFormat::Elf, elf_size(head)));
     }
     // Boot protocol (Documentation/arch/x86/boot.rst): magic at 0x202.
-    (head.get(0x202..0x206) == Some(b"HdrS".as_slice())).then(|| (Format::BzImage, bzimage_size(head)))
+    (head.get(0x202..0x206) == Some(b"HdrS".as_slice())).then(|| (KernelFormat::BzImage, bzimage_size(head)))
 }
 
 /// The end of the last segment that the program headers place in the file. A file too short to have them is
@@ -73,12 +73,12 @@ mod tests {
         head[32..40].copy_from_slice(&64u64.to_le_bytes());
         head[54..56].copy_from_slice(&56u16.to_le_bytes());
         head[56..58].copy_from_slice(&1u16.to_le_bytes());
-        assert_eq!(recognise(&head), Some((Format::Elf, 120)));
+        assert_eq!(recognise(&head), Some((KernelFormat::Elf, 120)));
         head[64 + 8..64 + 16].copy_from_slice(&4096u64.to_le_bytes());
         head[64 + 32..64 + 40].copy_from_slice(&100u64.to_le_bytes());
-        assert_eq!(recognise(&head), Some((Format::Elf, 4196)));
+        assert_eq!(recognise(&head), Some((KernelFormat::Elf, 4196)));
         head[64 + 8..64 + 16].fill(0xff);
-        assert_eq!(recognise(&head), Some((Format::Elf, u64::MAX)));
+        assert_eq!(recognise(&head), Some((KernelFormat::Elf, u64::MAX)));
     }
 
     #[test]
@@ -87,7 +87,7 @@ mod tests {
         head[0x202..].copy_from_slice(b"HdrS");
         head[0x1f1] = 2;
         head[0x1f4] = 3;
-        assert_eq!(recognise(&head), Some((Format::BzImage, 3 * 512 + 48)));
+        assert_eq!(recognise(&head), Some((KernelFormat::BzImage, 3 * 512 + 48)));
     }
 
     #[test]

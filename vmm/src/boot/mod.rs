@@ -24,9 +24,9 @@ mod pvh;
 mod tests;
 
 pub use acpi::VirtioMmioSlot;
-pub use entry::Entry;
+pub use entry::EntryPoint;
 
-use format::Format;
+use format::KernelFormat;
 
 /// The command line for a Linux guest that is given none.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
@@ -100,7 +100,7 @@ pub fn load(
     source: &BootSource,
     cpus: u8,
     slots: &[VirtioMmioSlot],
-) -> Result<Entry, BootError> {
+) -> Result<EntryPoint, BootError> {
     let size: u64 = memory.iter().map(vm_memory::GuestMemoryRegion::len).sum();
     let (image, format) = open_kernel(&source.kernel)?;
     let loaded = load_kernel(memory, &source.kernel, image, format)?;
@@ -128,14 +128,14 @@ pub fn load(
     match (loaded.pvh_boot_cap, loaded.setup_header) {
         (PvhBootCapability::PvhEntryPresent(entry), _) => {
             pvh::write_start_info(memory, size, initrd)?;
-            Ok(Entry::Pvh { rip: entry.0 })
+            Ok(EntryPoint::Pvh { rip: entry.0 })
         }
         (_, header) => {
             let is_bzimage = header.is_some();
             linux::write_zero_page(memory, size, header, initrd)?;
             linux::write_page_tables(memory)?;
             let offset = if is_bzimage { linux::BZIMAGE_64BIT_ENTRY } else { 0 };
-            Ok(Entry::Linux64 {
+            Ok(EntryPoint::Linux64 {
                 rip: loaded.kernel_load.0 + offset,
             })
         }
@@ -177,7 +177,7 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
     Ok((file, metadata.len()))
 }
 
-fn open_kernel(path: &Path) -> Result<(File, Format), BootError> {
+fn open_kernel(path: &Path) -> Result<(File, KernelFormat), BootError> {
     let (mut file, size) = open("kernel", path)?;
     let wrap = |source| BootError::Open {
         what: "kernel",
@@ -205,12 +205,12 @@ fn load_kernel(
     memory: &GuestMemory,
     path: &Path,
     mut image: File,
-    format: Format,
+    format: KernelFormat,
 ) -> Result<KernelLoaderResult, BootError> {
     let start = Some(GuestAddress(layout::HIGH_MEMORY));
     let loaded = match format {
-        Format::Elf => Elf::load(memory, None, &mut image, start),
-        Format::BzImage => BzImage::load(memory, None, &mut image, start),
+        KernelFormat::Elf => Elf::load(memory, None, &mut image, start),
+        KernelFormat::BzImage => BzImage::load(memory, None, &mut image, start),
     }
     .map_err(|cause| BootError::Load {
         path: path.into(),

@@ -114,13 +114,13 @@ mod tests {
     }
 
     /// A vCPU as KVM makes its TSC, on a host whose TSC stands where the test puts it.
-    struct Vcpu {
+    struct ScaledVcpu {
         host: Rc<Cell<u64>>,
         scaling: Scaling,
         offset: Cell<u64>,
     }
 
-    impl VcpuTsc for Vcpu {
+    impl VcpuTsc for ScaledVcpu {
         fn offset(&self) -> Result<u64, vmm_sys_util::errno::Error> {
             Ok(self.offset.get())
         }
@@ -139,11 +139,11 @@ mod tests {
     }
 
     /// Two vCPUs, whose TSCs differ by 1000, on a host that has been up for so many ticks.
-    fn machine(scaling: Scaling, host: u64, offset: u64) -> (Rc<Cell<u64>>, Vec<Rc<Vcpu>>) {
+    fn machine(scaling: Scaling, host: u64, offset: u64) -> (Rc<Cell<u64>>, Vec<Rc<ScaledVcpu>>) {
         let host = Rc::new(Cell::new(host));
         let vcpu = |offset| {
             let (host, offset) = (host.clone(), Cell::new(offset));
-            Rc::new(Vcpu {
+            Rc::new(ScaledVcpu {
                 host,
                 scaling,
                 offset,
@@ -153,7 +153,7 @@ mod tests {
         (host, vcpus)
     }
 
-    fn saved(vcpus: &[Rc<Vcpu>]) -> Vec<u64> {
+    fn saved(vcpus: &[Rc<ScaledVcpu>]) -> Vec<u64> {
         let now = without_offset(vcpus, true).unwrap();
         let offsets = offsets(vcpus).unwrap();
         offsets

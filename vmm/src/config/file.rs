@@ -53,7 +53,7 @@ impl Wishes {
             cpus: machine.map(|machine| machine.vcpu_count),
             memory: machine.map(|machine| machine.mem_size_mib.saturating_mul(1 << 20)),
             shared_memory: false,
-            huge_pages: machine.is_some_and(|machine| machine.huge_pages == HugePages::Two),
+            huge_pages: machine.is_some_and(|machine| machine.huge_pages == HugePagesSection::Two),
             prealloc: false,
             dirty_ring: false,
             cpu_template: machine
@@ -171,7 +171,7 @@ struct MachineSection {
     mem_size_mib: u64,
     cpu_template: Option<String>,
     #[serde(default, deserialize_with = "or_default")]
-    huge_pages: HugePages,
+    huge_pages: HugePagesSection,
     #[serde(default, rename = "smt", deserialize_with = "harmless::smt")]
     _smt: (),
     /// `smt` in older versions.
@@ -189,7 +189,7 @@ struct MachineSection {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-enum HugePages {
+enum HugePagesSection {
     #[default]
     None,
     /// Which memory is in anyway, where the host gives them.

@@ -41,7 +41,7 @@ impl DiskBackend {
 
 /// What this host offers to a machine that arrives.
 #[derive(Debug)]
-pub struct Arrival {
+pub struct HostOffer {
     /// Disks by name: host paths never come from the peer.
     pub disks: BTreeMap<String, DiskBackend>,
     /// Taps by the name of the network card. They are open long before a machine comes: it takes a bridge up to a second
@@ -57,7 +57,7 @@ pub struct Arrival {
     pub reserve: Option<u64>,
 }
 
-impl Arrival {
+impl HostOffer {
     /// A disk made anew for the device of this number, if that is what it needs: its content comes along, and there is
     /// nothing at the path that is to be its own.
     pub(super) fn blank(
@@ -299,7 +299,7 @@ mod tests {
 
     use super::*;
 
-    const NOTHING: Arrival = Arrival {
+    const NOTHING: HostOffer = HostOffer {
         disks: BTreeMap::new(),
         nets: BTreeMap::new(),
         vsock: None,
@@ -324,7 +324,7 @@ mod tests {
         description::device(RNG_ID, Rng::new(Limits::default()).unwrap().describe())
     }
 
-    fn check(arrival: &Arrival, disks: &[DeviceDescription]) -> Vec<String> {
+    fn check(arrival: &HostOffer, disks: &[DeviceDescription]) -> Vec<String> {
         let devices = [&[rng()], disks].concat();
         let found = arrival.check_devices(&devices, None);
         found.into_iter().map(|difference| difference.got).collect()
@@ -343,7 +343,7 @@ mod tests {
         std::fs::write(path("a"), [0; 512]).unwrap();
         std::fs::hard_link(path("a"), path("also-a")).unwrap();
         std::fs::write(path("b"), [0; 512]).unwrap();
-        let arrival = |other: &str| Arrival {
+        let arrival = |other: &str| HostOffer {
             disks: [("x".into(), backend("a")), ("y".into(), backend(other))].into(),
             ..NOTHING
         };
@@ -398,11 +398,11 @@ mod tests {
         };
         let device = Vsock::new(Arc::new(backend), parameters).unwrap();
         let source = description::device(VSOCK_ID, device.describe());
-        let arrival = Arrival {
+        let arrival = HostOffer {
             vsock: Some(directory.path().join("here")),
             ..NOTHING
         };
-        let check_one = |arrival: &Arrival, device| check(arrival, &[device]);
+        let check_one = |arrival: &HostOffer, device| check(arrival, &[device]);
         assert!(check_one(&arrival, source.clone()).is_empty());
         assert_eq!(
             check_one(&NOTHING, source.clone()),
@@ -431,7 +431,7 @@ mod tests {
         let backend = Arc::new(console::Backend::open(&ports).unwrap());
         let device = console::Console::new(terminal, backend, true);
         let source = description::device(CONSOLE_ID, device.describe());
-        let with = |ports: &[(&str, &str)]| Arrival {
+        let with = |ports: &[(&str, &str)]| HostOffer {
             ports: ports
                 .iter()
                 .map(|(name, file)| ((*name).to_owned(), path(file)))

@@ -15,7 +15,7 @@ use migration::{DeviceDescription, OfferedDisks};
 use migration_state::Record;
 
 use super::MachineError;
-use super::arrival::Arrival;
+use super::arrival::HostOffer;
 use super::blank::Blank;
 use super::config::MachineConfig;
 use super::devices::{MachineTerminal, NamedDevice, io_error};
@@ -82,7 +82,7 @@ pub(super) fn open(config: &MachineConfig) -> Result<Vec<NamedDevice>, MachineEr
     Ok(devices)
 }
 
-impl Arrival {
+impl HostOffer {
     /// A device like the one of this number that a peer describes, with what this host has for it. The description is
     /// untrusted; what the device turns out to be may still differ from it. A disk is the one in `blank`, if there is
     /// one, or else what the source offers.

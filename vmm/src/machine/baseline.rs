@@ -19,13 +19,13 @@ use crate::snapshot::SnapshotId;
 /// The last snapshot, and what is known about the time since.
 pub(super) struct Baseline {
     id: SnapshotId,
-    written: Written,
+    written: WrittenSince,
     /// Pages that were written before the log began, where a snapshot in between came to nothing.
     earlier: Option<PageSet>,
 }
 
 /// How pages that were written are known.
-enum Written {
+enum WrittenSince {
     /// Memory is mapped from the snapshot's file; what was written is this process's own, and what was given up is known to
     /// the balloon.
     PrivateCopies,
@@ -48,7 +48,7 @@ impl Machine {
     pub(super) fn based_on(&self, id: &SnapshotId) {
         *self.baseline() = Some(Baseline {
             id: id.clone(),
-            written: Written::PrivateCopies,
+            written: WrittenSince::PrivateCopies,
             earlier: None,
         });
     }
@@ -74,7 +74,7 @@ impl Machine {
         let previous = previous.transpose()?;
         let log = match &*baseline {
             Some(Baseline {
-                written: Written::Log(log),
+                written: WrittenSince::Log(log),
                 ..
             }) => log.clone(),
             // Where that fails half-way, it may be on for a part of memory.
@@ -89,7 +89,7 @@ impl Machine {
         }
         *baseline = Some(Baseline {
             id: id.clone(),
-            written: Written::Log(log),
+            written: WrittenSince::Log(log),
             earlier: None,
         });
         Ok(Tracking {
@@ -155,13 +155,13 @@ impl Drop for Tracking<'_> {
 
 impl Baseline {
     fn is_logged(&self) -> bool {
-        matches!(self.written, Written::Log(_))
+        matches!(self.written, WrittenSince::Log(_))
     }
 
     fn written(&self, machine: &Machine) -> Result<(SnapshotId, PageSet), MachineError> {
         let mut pages = PageSet::of(&machine.memory).map_err(MemoryError::from)?;
         match &self.written {
-            Written::PrivateCopies => {
+            WrittenSince::PrivateCopies => {
                 memory::private_copies(&machine.memory, &mut pages)?;
                 // No copies, but zeroes now.
                 for (gpa, len) in machine.replaced() {
@@ -170,7 +170,7 @@ impl Baseline {
                         .map_err(MemoryError::from)?;
                 }
             }
-            Written::Log(log) => log.peek(&mut pages).map_err(MachineError::DirtyLog)?,
+            WrittenSince::Log(log) => log.peek(&mut pages).map_err(MachineError::DirtyLog)?,
         }
         if let Some(earlier) = &self.earlier {
             pages.union(earlier).map_err(MemoryError::from)?;

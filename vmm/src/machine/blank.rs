@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::block::{Access, Backend, BackendError};
-use migration::{BlankDisk, MachineError as PortError};
+use migration::{BlankDisk, PortError};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use tempfile::{Builder, TempPath};
@@ -26,7 +26,7 @@ pub(super) struct Blank {
     path: PathBuf,
     size: u64,
     file: File,
-    /// Written since the last flush.
+    /// WrittenSince since the last flush.
     unsafe_bytes: AtomicU64,
     name: Mutex<Name>,
 }

@@ -9,12 +9,12 @@ use devices::virtio::balloon::BalloonState;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use migration::{
-    BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription,
-    MachineError as PortError, MemoryKind, OfferedDisks,
+    BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, MachineDescription, MemoryKind,
+    OfferedDisks, PortError,
 };
 use migration_state::Record;
 
-use super::arrival::{Arrival, difference};
+use super::arrival::{HostOffer, difference};
 use super::blank::Blank;
 use super::build::{Spec, create_vm};
 use super::config::MAX_CPUS;
@@ -40,7 +40,7 @@ pub struct MigrationDestination {
     vm: Option<VmFd>,
     host: Vec<kvm_cpuid_entry2>,
     host_tsc_khz: u32,
-    arrival: Arrival,
+    arrival: HostOffer,
     console: Console,
     events: EventSink,
     /// Memory that waits for a machine of just that size.
@@ -55,7 +55,7 @@ pub struct MigrationDestination {
 
 impl MigrationDestination {
     /// For this host, with its reserve. Fails where KVM is not usable, before anybody connects.
-    pub fn new(arrival: Arrival, console: Console, events: EventSink) -> Result<Self, MachineError> {
+    pub fn new(arrival: HostOffer, console: Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let host = cpu::host_cpuid(&kvm)?;
         let vm = create_vm(&kvm)?;

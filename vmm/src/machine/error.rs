@@ -78,7 +78,7 @@ pub enum MachineError {
     )]
     NoBase,
     #[error("log of the pages written since the last snapshot")]
-    DirtyLog(#[source] migration::MachineError),
+    DirtyLog(#[source] migration::PortError),
     #[error("this host cannot run the machine: {}", migration::list(.0))]
     Unfit(Vec<migration::Difference>),
     #[error("saved state: {what}: expected {expected}, got {got}")]

@@ -32,7 +32,7 @@ use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog, WatchedMemory};
 use crate::vcpu::{Holder, VcpuFailure, VcpuSet, park_deadline};
 
-pub use arrival::{Arrival, DiskBackend};
+pub use arrival::{DiskBackend, HostOffer};
 pub use baseline::Tracking;
 pub use config::{
     BalloonConfig, ConsoleConfig, DiskConfig, MAX_CPUS, MAX_DEVICES, MachineConfig, NetConfig, VsockConfig,

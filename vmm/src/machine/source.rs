@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use devices::GuestMemory;
 use devices::virtio::block::{Backend, BlockLog};
 use migration::{
-    DirtyLog, DiskMark, MachineDescription, MachineError as PortError, MemoryRange, PAGE_SIZE, PageSet,
-    Rehearsal, Source, SourceDisk,
+    DirtyLog, DiskMark, MachineDescription, MemoryRange, PAGE_SIZE, PageSet, PortError, Rehearsal, Source,
+    SourceDisk,
 };
 
 use super::Machine;

@@ -11,7 +11,7 @@ use super::vmclock::Disruption;
 use super::{Machine, MachineError, MigrationDestination};
 use crate::clock::ClockStart;
 use crate::memory::{FaultHandler, MemoryError};
-use crate::snapshot::{Content, Draft, Manifest, Snapshot, SnapshotId, Watch};
+use crate::snapshot::{Content, Manifest, Snapshot, SnapshotDraft, SnapshotId, SnapshotWatch};
 use crate::vcpu::{Holder, park_deadline};
 
 /// A machine whose guest stands still, with nothing in flight. It goes on when this is dropped.
@@ -107,10 +107,10 @@ impl<'a> Standstill<'a> {
     /// What it is, for a snapshot named `id`: all of it, or the difference to the last one.
     pub fn write(
         &self,
-        draft: &mut Draft,
+        draft: &mut SnapshotDraft,
         id: SnapshotId,
         difference: bool,
-        watch: &Watch,
+        watch: &SnapshotWatch,
     ) -> Result<Manifest, MachineError> {
         let machine = self.machine;
         let (pages, base) = if difference {

@@ -56,8 +56,8 @@ fn available(root: &Path) -> io::Result<Available> {
         for directory in mount.groups(group) {
             let shown = Path::new("/").join(&directory);
             let left = match version {
-                Version::One => left_in_v1(&root.join(&directory)),
-                Version::Two => left_in_v2(&root.join(&directory), swap),
+                CgroupVersion::One => left_in_v1(&root.join(&directory)),
+                CgroupVersion::Two => left_in_v2(&root.join(&directory), swap),
             };
             if let Some(bytes) = left.filter(|bytes| *bytes < least.bytes) {
                 let by = format!("the cgroup {}", shown.display());
@@ -69,25 +69,25 @@ fn available(root: &Path) -> io::Result<Available> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Version {
+enum CgroupVersion {
     One,
     Two,
 }
 
 /// Which group a line of `/proc/self/cgroup` names, if it is about memory (cgroups(7)).
-fn membership(line: &str) -> Option<(Version, &str)> {
+fn membership(line: &str) -> Option<(CgroupVersion, &str)> {
     let mut fields = line.splitn(3, ':').skip(1);
     let (controllers, group) = (fields.next()?, fields.next()?);
     match controllers {
-        "" => Some((Version::Two, group)),
-        list if list.split(',').any(|controller| controller == "memory") => Some((Version::One, group)),
+        "" => Some((CgroupVersion::Two, group)),
+        list if list.split(',').any(|controller| controller == "memory") => Some((CgroupVersion::One, group)),
         _ => None,
     }
 }
 
 /// Where a hierarchy of cgroups is.
 struct Mount<'a> {
-    version: Version,
+    version: CgroupVersion,
     /// The group that is at the mount point.
     root: &'a str,
     point: &'a str,
@@ -99,8 +99,10 @@ impl<'a> Mount<'a> {
         let (mount, system) = line.split_once(" - ")?;
         let mut system = system.split(' ');
         let version = match (system.next()?, system.nth(1)) {
-            ("cgroup2", _) => Version::Two,
-            ("cgroup", Some(options)) if options.split(',').any(|option| option == "memory") => Version::One,
+            ("cgroup2", _) => CgroupVersion::Two,
+            ("cgroup", Some(options)) if options.split(',').any(|option| option == "memory") => {
+                CgroupVersion::One
+            }
             _ => return None,
         };
         let mut fields = mount.split(' ').skip(3);

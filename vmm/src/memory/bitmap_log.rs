@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::GuestMemory;
 use kvm_ioctls::VmFd;
-use migration::{DirtyLog, MachineError, PageSet};
+use migration::{DirtyLog, PageSet, PortError};
 use vm_memory::GuestMemoryBackend;
 
 use super::MemoryError;
-use super::marks::{Stretch, device_writes, pages};
+use super::marks::{MarkedWords, device_writes, pages};
 use crate::kvm;
 
 /// KVM's bitmaps and those of devices. While the log is on; afterwards its calls fail.
@@ -44,11 +44,11 @@ impl BitmapLog {
         Ok(())
     }
 
-    fn clear_marks(&self, stretch: Stretch<'_>) -> Result<(), MemoryError> {
+    fn clear_marks(&self, stretch: MarkedWords<'_>) -> Result<(), MemoryError> {
         if stretch.is_empty() {
             return Ok(());
         }
-        let Stretch {
+        let MarkedWords {
             slot,
             first,
             pages,
@@ -69,12 +69,12 @@ impl BitmapLog {
 }
 
 impl DirtyLog for BitmapLog {
-    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError> {
+    fn peek(&self, into: &mut PageSet) -> Result<(), PortError> {
         Ok(self.add_marks(into)?)
     }
 
-    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError> {
-        Ok(self.clear_marks(Stretch::new(&self.memory, region, first, words)?)?)
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), PortError> {
+        Ok(self.clear_marks(MarkedWords::new(&self.memory, region, first, words)?)?)
     }
 
     fn by_vcpu(&self) -> Vec<u64> {

@@ -96,7 +96,7 @@ pub enum MemoryError {
     #[error(
         "region {region}: expected a stretch of whole words within {expected} pages, got {got} words from page {first}"
     )]
-    Stretch {
+    MarkedWords {
         region: usize,
         expected: u64,
         first: u64,

@@ -21,7 +21,7 @@ use vm_memory::{
 use super::MemoryError;
 use super::available::check_available;
 use super::huge_pages::check_huge_pages;
-use super::marks::Region;
+use super::marks::RamRegion;
 use crate::memory::PAGE_SIZE;
 
 /// Less than this cannot hold the firmware tables and a kernel.
@@ -119,7 +119,7 @@ pub fn ranges(memory: &GuestMemory) -> Vec<(u64, u64)> {
 
 /// What the memory is made of.
 pub fn kind(memory: &GuestMemory) -> MemoryKind {
-    let all = |has: fn(&Region) -> bool| memory.iter().all(has);
+    let all = |has: fn(&RamRegion) -> bool| memory.iter().all(has);
     if all(|region| shared_file(region).is_some()) {
         MemoryKind::Shared
     } else if all(has_huge_pages) {
@@ -139,13 +139,13 @@ pub fn files(memory: &GuestMemory) -> io::Result<Option<Vec<OwnedFd>>> {
 }
 
 /// The file that a region writes to.
-pub(super) fn shared_file(region: &Region) -> Option<&File> {
+pub(super) fn shared_file(region: &RamRegion) -> Option<&File> {
     let mapping: &MmapRegion<AtomicBitmap> = region;
     let shared = mapping.flags() & libc::MAP_SHARED != 0;
     region.file_offset().filter(|_| shared).map(FileOffset::file)
 }
 
-fn has_huge_pages(region: &Region) -> bool {
+fn has_huge_pages(region: &RamRegion) -> bool {
     let mapping: &MmapRegion<AtomicBitmap> = region;
     mapping.flags() & libc::MAP_HUGETLB != 0
 }

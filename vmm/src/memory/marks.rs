@@ -13,20 +13,20 @@ use super::MemoryError;
 use crate::memory::PAGE_SIZE;
 
 /// One region of guest RAM.
-pub(super) type Region = GuestRegionMmap<AtomicBitmap>;
+pub(super) type RamRegion = GuestRegionMmap<AtomicBitmap>;
 
 /// Part of a region's bitmap, checked: whole words from page `first` on, none of them past the region's end.
 #[derive(Clone, Copy)]
-pub(super) struct Stretch<'a> {
+pub(super) struct MarkedWords<'a> {
     pub(super) slot: u32,
-    pub(super) region: &'a Region,
+    pub(super) region: &'a RamRegion,
     pub(super) first: u64,
     /// Pages that the words have bits for: 64 each, fewer at the end of the region.
     pub(super) pages: u32,
     pub(super) words: &'a [u64],
 }
 
-impl<'a> Stretch<'a> {
+impl<'a> MarkedWords<'a> {
     pub(super) fn new(
         memory: &'a GuestMemory,
         region: usize,
@@ -36,7 +36,7 @@ impl<'a> Stretch<'a> {
         let index = region;
         let found = u32::try_from(index).ok().zip(memory.iter().nth(index));
         let total = found.map_or(0, |(_, region)| pages(region));
-        let refused = || MemoryError::Stretch {
+        let refused = || MemoryError::MarkedWords {
             region: index,
             expected: total,
             first,
@@ -83,12 +83,12 @@ impl<'a> Stretch<'a> {
 }
 
 /// Pages of a region.
-pub(super) fn pages(region: &Region) -> u64 {
+pub(super) fn pages(region: &RamRegion) -> u64 {
     region.len() / PAGE_SIZE
 }
 
 /// The marks of devices in a region, which stay.
-pub(super) fn device_writes(region: &Region) -> Vec<u64> {
+pub(super) fn device_writes(region: &RamRegion) -> Vec<u64> {
     let mapping: &MmapRegion<AtomicBitmap> = region;
     mapping.bitmap().clone().get_and_reset()
 }
@@ -112,7 +112,7 @@ mod tests {
                 assert_eq!(device_writes(region), [0b11, 1 << 35]);
             }
             let clear = |first, words: &[u64]| {
-                Stretch::new(&memory, 0, first, words)
+                MarkedWords::new(&memory, 0, first, words)
                     .unwrap()
                     .clear_device_writes();
             };
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn stretches_outside_the_region_are_refused() {
         let memory = create(&[(0, 100 << 12)], MemoryKind::Anonymous).unwrap();
-        let check = |region, first, words: &[u64]| Stretch::new(&memory, region, first, words).is_ok();
+        let check = |region, first, words: &[u64]| MarkedWords::new(&memory, region, first, words).is_ok();
         assert!(check(0, 0, &[u64::MAX, (1 << 36) - 1]) && check(0, 64, &[1]) && check(0, 0, &[]));
         assert!(!check(1, 0, &[0]), "no such region");
         assert!(!check(0, 1, &[0]), "not a multiple of 64");

@@ -12,7 +12,7 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::MemoryError;
 use super::mapping::shared_file;
-use super::marks::{Region, pages};
+use super::marks::{RamRegion, pages};
 use crate::memory::PAGE_SIZE;
 
 /// Entries of `/proc/self/pagemap` that are read at once: for 256 MiB of memory.
@@ -99,7 +99,7 @@ impl Pagemap {
     }
 
     /// A bit for each page of a region whose entry is `wanted`. All pages of a huge page are alike.
-    fn find(&mut self, region: &Region, wanted: fn(u64) -> bool) -> io::Result<Vec<u64>> {
+    fn find(&mut self, region: &RamRegion, wanted: fn(u64) -> bool) -> io::Result<Vec<u64>> {
         let total = pages(region) as usize;
         let first = region.as_ptr() as u64 / PAGE_SIZE;
         let mut words = Vec::with_capacity(total.div_ceil(64));
@@ -145,7 +145,7 @@ fn check_len(file: &FileOffset, len: u64) -> Result<(), MemoryError> {
 
 fn in_file(
     file: &FileOffset,
-    region: &Region,
+    region: &RamRegion,
     replaced: &[(u64, u64)],
     into: &mut PageSet,
 ) -> Result<(), MemoryError> {

@@ -19,14 +19,14 @@ const RESET: u32 = 2;
 
 /// `struct kvm_dirty_gfn`.
 #[repr(C)]
-struct Entry {
+struct RingEntry {
     flags: AtomicU32,
     slot: u32,
     offset: u64,
 }
 
 /// Bytes of an entry.
-pub(super) const ENTRY: usize = size_of::<Entry>();
+pub(super) const ENTRY: usize = size_of::<RingEntry>();
 
 /// A page that a vCPU wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,17 +36,17 @@ pub(super) struct DirtyPage {
 }
 
 /// A vCPU's ring.
-pub(super) struct Ring {
-    entries: NonNull<Entry>,
+pub(super) struct DirtyRing {
+    entries: NonNull<RingEntry>,
     count: usize,
     /// The entry that KVM fills next, or has filled.
     next: usize,
 }
 
 // SAFETY: the mapping belongs to the process and not to a thread; it is only used through `&mut self`.
-unsafe impl Send for Ring {}
+unsafe impl Send for DirtyRing {}
 
-impl Ring {
+impl DirtyRing {
     /// The ring of `count` entries of a vCPU whose VM has been told to have such rings.
     pub(super) fn map(vcpu: &impl AsRawFd, count: usize) -> io::Result<Self> {
         // SAFETY: `vcpu` is borrowed, so its descriptor stays open during this call.
@@ -89,7 +89,7 @@ impl Ring {
     }
 }
 
-impl Drop for Ring {
+impl Drop for DirtyRing {
     fn drop(&mut self) {
         // SAFETY: it is the mapping made in `map`, and nothing refers to it any more.
         let unmapped =
@@ -107,21 +107,21 @@ mod tests {
     use super::*;
 
     /// A ring in a file at the offset that a vCPU has it at, and the test as the kernel.
-    fn ring(count: usize) -> Ring {
+    fn ring(count: usize) -> DirtyRing {
         let file = rustix::fs::memfd_create("ring", MemfdFlags::CLOEXEC).unwrap();
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
         rustix::fs::ftruncate(&file, offset + (count * ENTRY) as u64).unwrap();
-        Ring::map(&file, count).unwrap()
+        DirtyRing::map(&file, count).unwrap()
     }
 
-    fn push(ring: &Ring, index: usize, page: u64) {
+    fn push(ring: &DirtyRing, index: usize, page: u64) {
         // SAFETY: the index is in the ring, and nobody else uses it now.
         let entry = unsafe { &mut *ring.entries.add(index).as_ptr() };
         (entry.slot, entry.offset) = (1, page);
         entry.flags.store(DIRTY, Ordering::Release);
     }
 
-    fn flags(ring: &Ring, index: usize) -> u32 {
+    fn flags(ring: &DirtyRing, index: usize) -> u32 {
         // SAFETY: as above.
         unsafe { (*ring.entries.add(index).as_ptr()).flags.load(Ordering::Acquire) }
     }

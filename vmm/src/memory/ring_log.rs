@@ -17,12 +17,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::GuestMemory;
 use kvm_ioctls::{VcpuFd, VmFd};
-use migration::{DirtyLog, MachineError, PageSet};
+use migration::{DirtyLog, PageSet, PortError};
 use vm_memory::GuestMemoryBackend;
 
 use super::MemoryError;
-use super::marks::{Stretch, device_writes, pages};
-use super::ring::{DirtyPage, ENTRY, Ring};
+use super::marks::{MarkedWords, device_writes, pages};
+use super::ring::{DirtyPage, DirtyRing, ENTRY};
 use crate::kvm;
 
 /// Entries of a ring: as many as KVM allows. A vCPU that fills it has written 256 MiB without being looked at.
@@ -48,7 +48,7 @@ pub struct RingLog {
 }
 
 struct Rings {
-    of_vcpu: Vec<Ring>,
+    of_vcpu: Vec<DirtyRing>,
     collected: Vec<DirtyPage>,
 }
 
@@ -60,7 +60,7 @@ impl RingLog {
         vcpus: &[VcpuFd],
         entries: usize,
     ) -> Result<Self, MemoryError> {
-        let map = |vcpu| Ring::map(vcpu, entries).map_err(MemoryError::MapRing);
+        let map = |vcpu| DirtyRing::map(vcpu, entries).map_err(MemoryError::MapRing);
         let of_vcpu = vcpus.iter().map(map).collect::<Result<_, _>>()?;
         let words = |region| {
             (0..pages(region).div_ceil(64))
@@ -139,7 +139,7 @@ impl RingLog {
         Ok(())
     }
 
-    fn clear_marks(&self, stretch: Stretch<'_>) {
+    fn clear_marks(&self, stretch: MarkedWords<'_>) {
         if let Some(marks) = self.marks.get(stretch.slot as usize) {
             let marks = marks.iter().skip((stretch.first / 64) as usize);
             for (mark, word) in marks.zip(stretch.words).filter(|(_, word)| **word != 0) {
@@ -155,12 +155,12 @@ impl RingLog {
 }
 
 impl DirtyLog for RingLog {
-    fn peek(&self, into: &mut PageSet) -> Result<(), MachineError> {
+    fn peek(&self, into: &mut PageSet) -> Result<(), PortError> {
         Ok(self.add_marks(into)?)
     }
 
-    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), MachineError> {
-        self.clear_marks(Stretch::new(&self.memory, region, first, words)?);
+    fn clear(&self, region: usize, first: u64, words: &[u64]) -> Result<(), PortError> {
+        self.clear_marks(MarkedWords::new(&self.memory, region, first, words)?);
         Ok(())
     }
 

@@ -84,9 +84,9 @@ pub(super) fn router(context: Context) -> Router {
 }
 
 /// A refusal as a response.
-struct Failure(StatusCode, String);
+struct HttpFailure(StatusCode, String);
 
-impl IntoResponse for Failure {
+impl IntoResponse for HttpFailure {
     fn into_response(self) -> Response {
         (
             self.0,
@@ -98,7 +98,7 @@ impl IntoResponse for Failure {
     }
 }
 
-impl From<Refusal> for Failure {
+impl From<Refusal> for HttpFailure {
     fn from(refusal: Refusal) -> Self {
         let status = match refusal {
             Refusal::NoMigration | Refusal::NoBalloon | Refusal::NoDisk(_) => StatusCode::NOT_FOUND,
@@ -114,17 +114,17 @@ impl From<Refusal> for Failure {
             | Refusal::NothingToDecide => StatusCode::CONFLICT,
             Refusal::Failed(_) | Refusal::Gone => StatusCode::BAD_REQUEST,
         };
-        Failure(status, refusal.to_string())
+        HttpFailure(status, refusal.to_string())
     }
 }
 
-impl From<RequestError> for Failure {
+impl From<RequestError> for HttpFailure {
     fn from(error: RequestError) -> Self {
-        Failure(StatusCode::BAD_REQUEST, error.to_string())
+        HttpFailure(StatusCode::BAD_REQUEST, error.to_string())
     }
 }
 
-type Answer<T> = Result<T, Failure>;
+type ApiResult<T> = Result<T, HttpFailure>;
 
 /// How long a request's body may take, however slowly it comes: until it is there it holds one of the connections.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -133,35 +133,35 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 struct JsonBody<T>(T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
-    type Rejection = Failure;
+    type Rejection = HttpFailure;
 
-    async fn from_request(request: HttpRequest, state: &S) -> Answer<Self> {
+    async fn from_request(request: HttpRequest, state: &S) -> ApiResult<Self> {
         let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state))
             .await
             .map_err(|_| {
                 let message = format!("expected the request's body within {BODY_TIMEOUT:?}");
-                Failure(StatusCode::REQUEST_TIMEOUT, message)
+                HttpFailure(StatusCode::REQUEST_TIMEOUT, message)
             })?
-            .map_err(|rejection| Failure(rejection.status(), rejection.body_text()))?;
+            .map_err(|rejection| HttpFailure(rejection.status(), rejection.body_text()))?;
         let Json(body) = Json::from_bytes(&bytes)
-            .map_err(|rejection| Failure(StatusCode::BAD_REQUEST, rejection.body_text()))?;
+            .map_err(|rejection| HttpFailure(StatusCode::BAD_REQUEST, rejection.body_text()))?;
         Ok(Self(body))
     }
 }
 
-async fn unknown_route(method: Method, uri: Uri) -> Failure {
-    Failure(
+async fn unknown_route(method: Method, uri: Uri) -> HttpFailure {
+    HttpFailure(
         StatusCode::NOT_FOUND,
         format!("no such route: {method} {}", uri.path()),
     )
 }
 
-async fn unknown_method(method: Method, uri: Uri) -> Failure {
+async fn unknown_method(method: Method, uri: Uri) -> HttpFailure {
     let message = format!("{} has no {method}", uri.path());
-    Failure(StatusCode::METHOD_NOT_ALLOWED, message)
+    HttpFailure(StatusCode::METHOD_NOT_ALLOWED, message)
 }
 
-async fn info(State(context): State<Context>) -> Answer<Json<InstanceInfo>> {
+async fn info(State(context): State<Context>) -> ApiResult<Json<InstanceInfo>> {
     Ok(Json(context.supervisor.ask(Request::Info).await?))
 }
 
@@ -172,7 +172,7 @@ async fn version() -> Json<Version> {
     })
 }
 
-async fn update(State(context): State<Context>, JsonBody(body): JsonBody<VmUpdate>) -> Answer<StatusCode> {
+async fn update(State(context): State<Context>, JsonBody(body): JsonBody<VmUpdate>) -> ApiResult<StatusCode> {
     match body.state {
         VmState::Paused => context.supervisor.ask(Request::Pause).await?,
         VmState::Resumed => context.supervisor.ask(Request::Resume).await?,
@@ -180,7 +180,7 @@ async fn update(State(context): State<Context>, JsonBody(body): JsonBody<VmUpdat
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn action(State(context): State<Context>, JsonBody(body): JsonBody<Action>) -> Answer<StatusCode> {
+async fn action(State(context): State<Context>, JsonBody(body): JsonBody<Action>) -> ApiResult<StatusCode> {
     let Action { action_type, force } = body;
     match action_type {
         ActionType::SendCtrlAltDel => context.supervisor.ask(Request::PowerButton).await?,
@@ -197,7 +197,7 @@ async fn action(State(context): State<Context>, JsonBody(body): JsonBody<Action>
 async fn migrate(
     State(context): State<Context>,
     JsonBody(request): JsonBody<MigrationRequest>,
-) -> Answer<Response> {
+) -> ApiResult<Response> {
     let (destination, options) = request.check()?;
     let options = Box::new(options);
     let feed = context
@@ -253,11 +253,11 @@ async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infalli
     }
 }
 
-async fn progress(State(context): State<Context>) -> Answer<Json<Progress>> {
+async fn progress(State(context): State<Context>) -> ApiResult<Json<Progress>> {
     Ok(Json(context.supervisor.ask(Request::Progress).await?))
 }
 
-async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
+async fn cancel(State(context): State<Context>) -> ApiResult<StatusCode> {
     context.supervisor.ask(Request::Cancel).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -265,7 +265,7 @@ async fn cancel(State(context): State<Context>) -> Answer<StatusCode> {
 async fn resolve(
     State(context): State<Context>,
     JsonBody(body): JsonBody<ResolveRequest>,
-) -> Answer<Json<Resolution>> {
+) -> ApiResult<Json<Resolution>> {
     let ResolveRequest { decision } = body;
     let resolution = context
         .supervisor
@@ -277,7 +277,7 @@ async fn resolve(
 async fn snapshot(
     State(context): State<Context>,
     JsonBody(request): JsonBody<SnapshotRequest>,
-) -> Answer<Json<SnapshotReport>> {
+) -> ApiResult<Json<SnapshotReport>> {
     request.check()?;
     let report = context
         .supervisor
@@ -289,7 +289,7 @@ async fn snapshot(
 async fn set_balloon(
     State(context): State<Context>,
     JsonBody(body): JsonBody<BalloonUpdate>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     let BalloonUpdate { amount_mib } = body;
     let bytes = amount_mib.saturating_mul(1 << 20);
     context
@@ -299,12 +299,12 @@ async fn set_balloon(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn balloon_statistics(State(context): State<Context>) -> Answer<Json<BalloonStatistics>> {
+async fn balloon_statistics(State(context): State<Context>) -> ApiResult<Json<BalloonStatistics>> {
     let balloon = context.supervisor.ask(Request::Balloon).await?;
     Ok(Json(balloon::statistics(&balloon).await))
 }
 
-async fn metrics(State(context): State<Context>) -> Answer<Json<Metrics>> {
+async fn metrics(State(context): State<Context>) -> ApiResult<Json<Metrics>> {
     Ok(Json(context.supervisor.ask(Request::Metrics).await?))
 }
 
@@ -312,13 +312,13 @@ async fn update_drive(
     State(context): State<Context>,
     Path(id): Path<String>,
     JsonBody(update): JsonBody<DriveUpdate>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     if update.drive_id != id {
         let message = format!(
             "expected drive_id {id:?} as in the path, got {:?}",
             update.drive_id
         );
-        return Err(Failure(StatusCode::BAD_REQUEST, message));
+        return Err(HttpFailure(StatusCode::BAD_REQUEST, message));
     }
     let update = Box::new(update);
     context
@@ -328,15 +328,15 @@ async fn update_drive(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn console(State(context): State<Context>, request: HttpRequest) -> Answer<Response> {
+async fn console(State(context): State<Context>, request: HttpRequest) -> ApiResult<Response> {
     let asked = request.headers().get(header::UPGRADE).map(HeaderValue::as_bytes);
     if asked != Some(CONSOLE_PROTOCOL.as_bytes()) {
         let message = format!("expected the header `Upgrade: {CONSOLE_PROTOCOL}`");
-        return Err(Failure(StatusCode::UPGRADE_REQUIRED, message));
+        return Err(HttpFailure(StatusCode::UPGRADE_REQUIRED, message));
     }
     let Ok(place) = context.consoles.clone().try_acquire_owned() else {
         let message = format!("expected at most {MOST_CONSOLES} clients of the console at a time");
-        return Err(Failure(StatusCode::SERVICE_UNAVAILABLE, message));
+        return Err(HttpFailure(StatusCode::SERVICE_UNAVAILABLE, message));
     };
     tokio::spawn(async move {
         match hyper::upgrade::on(request).await {
@@ -355,7 +355,7 @@ async fn console(State(context): State<Context>, request: HttpRequest) -> Answer
 async fn resize_console(
     State(context): State<Context>,
     JsonBody(size): JsonBody<ConsoleSize>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     let ConsoleSize { columns, rows } = size;
     context.input.resize(Size { columns, rows });
     Ok(StatusCode::NO_CONTENT)

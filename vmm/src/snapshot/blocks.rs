@@ -18,7 +18,7 @@ use vm_memory::{
 };
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{SnapshotError, Watch};
+use super::{SnapshotError, SnapshotWatch};
 use crate::memory::PAGE_SIZE;
 
 /// Bytes of guest memory with a checksum of their own; the last of a region may be shorter.
@@ -30,7 +30,7 @@ const WORD: u64 = 64 * PAGE_SIZE;
 
 /// A block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Block {
+struct MemoryBlock {
     /// Where it is in the guest.
     gpa: u64,
     len: u64,
@@ -41,7 +41,7 @@ struct Block {
     page: u64,
 }
 
-impl Block {
+impl MemoryBlock {
     /// The set's bits for the block's pages.
     fn words_of<'a>(&self, pages: &'a PageSet) -> &'a [u64] {
         let words = pages.region_words(self.region).unwrap_or_default();
@@ -77,7 +77,7 @@ pub(super) fn write(
     pages: &PageSet,
     file: &File,
     path: &Path,
-    watch: &Watch,
+    watch: &SnapshotWatch,
 ) -> Result<Contents, SnapshotError> {
     let open = || open_again(file, OpenOptions::new().write(true), path);
     each_block(memory, watch, open, |file, block| {
@@ -106,7 +106,7 @@ pub(super) fn read(
     path: &Path,
     changed: Option<&PageSet>,
     expected: &[u64],
-    watch: &Watch,
+    watch: &SnapshotWatch,
 ) -> Result<(), SnapshotError> {
     let open = || open_again(file, OpenOptions::new().read(true), path);
     let found = each_block(memory, watch, open, |file, block| {
@@ -141,7 +141,7 @@ pub(super) fn read(
         return Ok(());
     };
     let block = blocks(memory)[index];
-    Err(SnapshotError::Block {
+    Err(SnapshotError::MemoryBlock {
         path: path.into(),
         offset: block.offset,
         len: block.len,
@@ -159,9 +159,9 @@ fn open_again(file: &File, how: &OpenOptions, path: &Path) -> Result<File, Snaps
 /// Does `work` for every block, with what `open` gives each thread; it returns a block's checksum and its pages.
 fn each_block<T>(
     memory: &GuestMemory,
-    watch: &Watch,
+    watch: &SnapshotWatch,
     open: impl Fn() -> Result<T, SnapshotError> + Sync,
-    work: impl Fn(&mut T, &Block) -> Result<(u64, u64), SnapshotError> + Sync,
+    work: impl Fn(&mut T, &MemoryBlock) -> Result<(u64, u64), SnapshotError> + Sync,
 ) -> Result<Contents, SnapshotError> {
     let blocks = blocks(memory);
     watch.begin(blocks.iter().map(|block| block.len).sum());
@@ -204,12 +204,12 @@ fn each_block<T>(
     })
 }
 
-fn blocks(memory: &GuestMemory) -> Vec<Block> {
+fn blocks(memory: &GuestMemory) -> Vec<MemoryBlock> {
     let (mut blocks, mut offset) = (Vec::new(), 0);
     for (index, (gpa, len)) in crate::memory::ranges(memory).into_iter().enumerate() {
         for start in (0..len).step_by(BLOCK as usize) {
             let len = BLOCK.min(len - start);
-            blocks.push(Block {
+            blocks.push(MemoryBlock {
                 gpa: gpa + start,
                 len,
                 offset,
@@ -225,7 +225,7 @@ fn blocks(memory: &GuestMemory) -> Vec<Block> {
 /// A bit for each page of the block that is a candidate and not zero.
 fn stored_pages(
     memory: &GuestMemory,
-    block: &Block,
+    block: &MemoryBlock,
     candidates: impl Fn(usize) -> u64,
 ) -> Result<Vec<u64>, SnapshotError> {
     let mut stored = Vec::with_capacity(block.len.div_ceil(WORD) as usize);
@@ -263,7 +263,7 @@ fn set_bits(words: &[u64]) -> impl Iterator<Item = u64> {
 /// same whether a page of zeroes is a hole or not. Also counts them.
 fn hash(
     memory: &GuestMemory,
-    block: &Block,
+    block: &MemoryBlock,
     stored: &[u64],
     path: &Path,
 ) -> Result<(u64, u64), SnapshotError> {
@@ -288,7 +288,7 @@ fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result
 }
 
 /// The stretches of the block's part of the file that are no holes, as bytes of the block.
-fn data(file: &File, block: &Block, path: &Path) -> Result<Vec<Range<u64>>, SnapshotError> {
+fn data(file: &File, block: &MemoryBlock, path: &Path) -> Result<Vec<Range<u64>>, SnapshotError> {
     use rustix::fs::{SeekFrom, seek};
     let failed = |error: rustix::io::Errno| SnapshotError::io(path)(error.into());
     let end = block.offset + block.len;

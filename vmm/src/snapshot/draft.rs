@@ -17,11 +17,13 @@ use tempfile::TempDir;
 use super::blocks;
 use super::directory::Directory;
 use super::manifest::{DifferenceRecord, FileRecord};
-use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
+use super::{
+    CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
+};
 
 /// The directory beside the snapshot's own. Dropped, it is removed with everything in it.
 #[derive(Debug)]
-pub struct Draft {
+pub struct SnapshotDraft {
     directory: TempDir,
     /// The same, opened.
     beneath: Directory,
@@ -51,7 +53,7 @@ pub struct Content<'a> {
     pub stopped: SystemTime,
 }
 
-impl Draft {
+impl SnapshotDraft {
     /// Begins what will be the directory `target`, which must not exist; the one around it must.
     pub fn begin(target: &Path) -> Result<Self, SnapshotError> {
         let name = target
@@ -84,7 +86,7 @@ impl Draft {
     }
 
     /// Writes all files.
-    pub fn write(&mut self, content: Content<'_>, watch: &Watch) -> Result<Manifest, SnapshotError> {
+    pub fn write(&mut self, content: Content<'_>, watch: &SnapshotWatch) -> Result<Manifest, SnapshotError> {
         let path = self.beneath.path_of(MEMORY);
         let file = self.beneath.create(MEMORY)?;
         let len = crate::memory::ranges(content.memory)
@@ -128,7 +130,7 @@ impl Draft {
     }
 
     /// Puts it on the disk and gives it its name. After an error there is nothing of that name.
-    pub fn publish(self, watch: &Watch) -> Result<(), SnapshotError> {
+    pub fn publish(self, watch: &SnapshotWatch) -> Result<(), SnapshotError> {
         for (path, file) in &self.files {
             watch.check()?;
             file.sync_all().map_err(SnapshotError::io(path))?;

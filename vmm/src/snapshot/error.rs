@@ -47,7 +47,7 @@ pub enum SnapshotError {
     #[error(
         "{path}: expected checksum {expected:016x} of the {len} bytes at {offset}, got {got:016x}: the file is damaged"
     )]
-    Block {
+    MemoryBlock {
         path: PathBuf,
         offset: u64,
         len: u64,

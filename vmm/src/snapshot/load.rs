@@ -11,7 +11,9 @@ use migration::{MachineDescription, MemoryKind, MemoryRange, PageSet};
 use super::blocks;
 use super::directory::Directory;
 use super::manifest::{FileRecord, check_len};
-use super::{CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, Watch};
+use super::{
+    CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
+};
 use crate::memory;
 
 /// Bytes of a run of changed pages: its first byte and its length.
@@ -22,12 +24,12 @@ const MOST_BYTES: u64 = 64 << 20;
 
 /// A whole snapshot, whose small files were read and found to be undamaged.
 #[derive(Debug)]
-pub struct Snapshot(Files);
+pub struct Snapshot(SnapshotFiles);
 
 /// A snapshot that is a difference to another one.
 #[derive(Debug)]
-pub struct Difference {
-    files: Files,
+pub struct SnapshotDifference {
+    files: SnapshotFiles,
     base: SnapshotId,
     changed: PageSet,
 }
@@ -35,7 +37,7 @@ pub struct Difference {
 impl Snapshot {
     /// Opens the snapshot in `directory`. The file with its memory need not be there, and is not looked at.
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
-        let files = Files::open(directory)?;
+        let files = SnapshotFiles::open(directory)?;
         match &files.manifest.difference {
             None => Ok(Self(files)),
             Some(difference) => Err(SnapshotError::IsDifference {
@@ -81,17 +83,17 @@ impl Snapshot {
     }
 
     /// Memory of that kind which is read as a whole, and compared with its checksums.
-    pub fn read(&self, kind: MemoryKind, watch: &Watch) -> Result<GuestMemory, SnapshotError> {
+    pub fn read(&self, kind: MemoryKind, watch: &SnapshotWatch) -> Result<GuestMemory, SnapshotError> {
         let memory = memory::create(&self.0.ranges(), kind)?;
         self.0.read(&memory, None, watch)?;
         Ok(memory)
     }
 }
 
-impl Difference {
+impl SnapshotDifference {
     /// Opens the difference in `directory`, as [`Snapshot::open`] does.
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
-        let files = Files::open(directory)?;
+        let files = SnapshotFiles::open(directory)?;
         let Some(difference) = files.manifest.difference.clone() else {
             return Err(SnapshotError::IsWhole(directory.into()));
         };
@@ -135,19 +137,19 @@ impl Difference {
         &self.base
     }
 
-    pub(super) fn files(&self) -> &Files {
+    pub(super) fn files(&self) -> &SnapshotFiles {
         &self.files
     }
 
     /// Makes `memory`, which is as in the base, what it is here. Compares what is read with its checksums.
-    pub(super) fn apply(&self, memory: &GuestMemory, watch: &Watch) -> Result<(), SnapshotError> {
+    pub(super) fn apply(&self, memory: &GuestMemory, watch: &SnapshotWatch) -> Result<(), SnapshotError> {
         self.files.read(memory, Some(&self.changed), watch)
     }
 }
 
 /// What both kinds have.
 #[derive(Debug)]
-pub(super) struct Files {
+pub(super) struct SnapshotFiles {
     directory: Directory,
     pub(super) manifest: Manifest,
     pub(super) state: Vec<u8>,
@@ -157,7 +159,7 @@ pub(super) struct Files {
     changed: Option<File>,
 }
 
-impl Files {
+impl SnapshotFiles {
     fn open(directory: &Path) -> Result<Self, SnapshotError> {
         let directory = Directory::open(directory)?;
         // All at once: what a directory has may change while they are read.
@@ -226,7 +228,7 @@ impl Files {
         &self,
         memory: &GuestMemory,
         changed: Option<&PageSet>,
-        watch: &Watch,
+        watch: &SnapshotWatch,
     ) -> Result<(), SnapshotError> {
         let path = self.directory.path_of(MEMORY);
         blocks::read(memory, &self.memory()?, &path, changed, &self.checksums, watch)

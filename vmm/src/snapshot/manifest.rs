@@ -108,7 +108,7 @@ struct Sealed {
 
 /// What every format begins with.
 #[derive(Deserialize)]
-struct Head {
+struct ManifestHead {
     format: u32,
 }
 
@@ -155,7 +155,7 @@ impl Manifest {
             path: path.into(),
             source,
         };
-        let Head { format } = serde_json::from_slice(bytes).map_err(bad)?;
+        let ManifestHead { format } = serde_json::from_slice(bytes).map_err(bad)?;
         if format != FORMAT {
             return Err(SnapshotError::Format {
                 path: path.into(),

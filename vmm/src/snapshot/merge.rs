@@ -4,23 +4,23 @@ use std::path::Path;
 
 use migration::{MemoryKind, PageSet};
 
-use super::{Content, Difference, Draft, Manifest, Snapshot, SnapshotError, Watch};
+use super::{Content, Manifest, Snapshot, SnapshotDifference, SnapshotDraft, SnapshotError, SnapshotWatch};
 use crate::memory;
 
 /// Writes what `base` is with the `differences`, in that order, as the snapshot `target`: it has the name of the last
 /// one, so that later differences to that one fit it as well. Takes as much memory as the guest had.
 pub fn merge(
     base: &Snapshot,
-    differences: &[Difference],
+    differences: &[SnapshotDifference],
     target: &Path,
-    watch: &Watch,
+    watch: &SnapshotWatch,
 ) -> Result<Manifest, SnapshotError> {
     check_order(base, differences)?;
     let Some(last) = differences.last() else {
         return Err(SnapshotError::NothingToMerge);
     };
     memory::check_size(base.machine().memory.iter().map(|region| region.len).sum())?;
-    let mut draft = Draft::begin(target)?;
+    let mut draft = SnapshotDraft::begin(target)?;
     let memory = base.read(MemoryKind::Anonymous, watch)?;
     for difference in differences {
         difference.apply(&memory, watch)?;
@@ -42,7 +42,7 @@ pub fn merge(
 }
 
 /// Each must be a difference to the one before it, of a machine with the same memory.
-fn check_order(base: &Snapshot, differences: &[Difference]) -> Result<(), SnapshotError> {
+fn check_order(base: &Snapshot, differences: &[SnapshotDifference]) -> Result<(), SnapshotError> {
     let mut before = base.id();
     for difference in differences {
         let files = difference.files();

@@ -12,7 +12,7 @@
 //! made whole by [`merge()`] before a machine can start from it.
 //!
 //! The directory appears under its name when all of it is on the disk, and never before: it is written under
-//! another name beside it ([`Draft`]), synchronised and renamed. Everything in it is untrusted when it is read
+//! another name beside it ([`SnapshotDraft`]), synchronised and renamed. Everything in it is untrusted when it is read
 //! ([`Snapshot`]): all its files are opened before any of them is looked at, and none through a link.
 
 mod blocks;
@@ -26,12 +26,12 @@ mod merge;
 mod tests;
 mod watch;
 
-pub use draft::{Content, Draft};
+pub use draft::{Content, SnapshotDraft};
 pub use error::SnapshotError;
-pub use load::{Difference, Snapshot};
+pub use load::{Snapshot, SnapshotDifference};
 pub use manifest::{Manifest, SnapshotId};
 pub use merge::merge;
-pub use watch::Watch;
+pub use watch::SnapshotWatch;
 
 /// File names in the directory.
 const MANIFEST: &str = "manifest.json";

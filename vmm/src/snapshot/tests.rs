@@ -10,8 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::manifest::{DifferenceRecord, FileRecord};
 use super::{
-    CHANGED, Content, Difference, Draft, MANIFEST, MEMORY, Manifest, Snapshot, SnapshotError, SnapshotId,
-    Watch, merge,
+    CHANGED, Content, MANIFEST, MEMORY, Manifest, Snapshot, SnapshotDifference, SnapshotDraft, SnapshotError,
+    SnapshotId, SnapshotWatch, merge,
 };
 use crate::memory;
 
@@ -44,7 +44,7 @@ fn content<'a>(memory: &'a GuestMemory, pages: &'a PageSet) -> Content<'a> {
 }
 
 fn publish(content: Content<'_>, target: &Path) -> Result<Manifest, SnapshotError> {
-    let (mut draft, watch) = (Draft::begin(target)?, Watch::default());
+    let (mut draft, watch) = (SnapshotDraft::begin(target)?, SnapshotWatch::default());
     let manifest = draft.write(content, &watch)?;
     draft.publish(&watch)?;
     Ok(manifest)
@@ -105,9 +105,9 @@ fn no_bit_of_a_manifest_can_change_what_it_says() {
 fn a_draft_that_is_dropped_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
-    let watch = Watch::default();
+    let watch = SnapshotWatch::default();
     watch.cancel();
-    let mut draft = Draft::begin(&directory.path().join("saved")).unwrap();
+    let mut draft = SnapshotDraft::begin(&directory.path().join("saved")).unwrap();
     let populated = PageSet::of(&memory).unwrap();
     let ended = draft.write(content(&memory, &populated), &watch);
     assert!(matches!(ended, Err(SnapshotError::Cancelled)), "{ended:?}");
@@ -137,7 +137,7 @@ fn who_comes_second_does_not_replace_the_first() {
     let target = directory.path().join("saved");
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let populated = PageSet::of(&memory).unwrap();
-    let (mut late, watch) = (Draft::begin(&target).unwrap(), Watch::default());
+    let (mut late, watch) = (SnapshotDraft::begin(&target).unwrap(), SnapshotWatch::default());
     let content = Content {
         state: b"late",
         ..content(&memory, &populated)
@@ -154,8 +154,8 @@ fn a_cancelled_snapshot_is_not_published() {
     let directory = tempfile::tempdir().unwrap();
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let (mut draft, watch) = (
-        Draft::begin(&directory.path().join("saved")).unwrap(),
-        Watch::default(),
+        SnapshotDraft::begin(&directory.path().join("saved")).unwrap(),
+        SnapshotWatch::default(),
     );
     let populated = PageSet::of(&memory).unwrap();
     draft.write(content(&memory, &populated), &watch).unwrap();
@@ -165,12 +165,12 @@ fn a_cancelled_snapshot_is_not_published() {
 }
 
 /// A whole snapshot, and two differences: each to the one before it.
-struct Chain {
+struct SnapshotChain {
     directory: tempfile::TempDir,
     memory: GuestMemory,
 }
 
-impl Chain {
+impl SnapshotChain {
     fn begin(memory: GuestMemory) -> Self {
         let chain = Self {
             directory: tempfile::tempdir().unwrap(),
@@ -209,18 +209,23 @@ impl Chain {
         let base = Snapshot::open(&self.path(base))?;
         let differences: Vec<_> = differences
             .iter()
-            .map(|name| Difference::open(&self.path(name)))
+            .map(|name| SnapshotDifference::open(&self.path(name)))
             .collect::<Result<_, _>>()?;
-        merge(&base, &differences, &self.path("merged"), &Watch::default())
+        merge(
+            &base,
+            &differences,
+            &self.path("merged"),
+            &SnapshotWatch::default(),
+        )
     }
 }
 
-fn a_chain() -> Chain {
+fn a_chain() -> SnapshotChain {
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     for gpa in [0, 4096, HIGH] {
         memory.write_obj(1u8, GuestAddress(gpa)).unwrap();
     }
-    let chain = Chain::begin(memory);
+    let chain = SnapshotChain::begin(memory);
     // A page that becomes zero, one that is new, one that has changed.
     chain.go_on("base", "first", &[(0, 0), (8192, 7), (HIGH, 2)]);
     chain.go_on("first", "second", &[(HIGH, 3)]);
@@ -249,7 +254,9 @@ fn differences_go_on_top_of_what_they_are_to_and_nothing_else() {
     std::fs::rename(chain.path("merged"), chain.path("whole")).unwrap();
     chain.merge("whole", &["third"]).unwrap();
     let read = Snapshot::open(&chain.path("merged")).unwrap();
-    let read = read.read(MemoryKind::Anonymous, &Watch::default()).unwrap();
+    let read = read
+        .read(MemoryKind::Anonymous, &SnapshotWatch::default())
+        .unwrap();
     assert_eq!(
         migration_io::digest(&read).unwrap(),
         migration_io::digest(&chain.memory).unwrap()
@@ -296,7 +303,7 @@ fn changed_pages_that_cannot_be_are_refused() {
         manifest.difference.as_mut().unwrap().changed = FileRecord::of(&changed);
         std::fs::write(path.join(MANIFEST), manifest.seal().unwrap()).unwrap();
         std::fs::write(path.join(CHANGED), changed).unwrap();
-        let error = Difference::open(&path).unwrap_err();
+        let error = SnapshotDifference::open(&path).unwrap_err();
         let refused = match run.len() {
             2 => matches!(error, SnapshotError::Regions { .. }),
             _ => matches!(error, SnapshotError::TwiceChanged(_)),
@@ -396,7 +403,7 @@ proptest! {
         let digest = migration_io::digest(&memory).unwrap();
         let mapped = snapshot.map().unwrap();
         prop_assert_eq!(migration_io::digest(&mapped).unwrap(), digest);
-        let read = snapshot.read(MemoryKind::Anonymous, &Watch::default()).unwrap();
+        let read = snapshot.read(MemoryKind::Anonymous, &SnapshotWatch::default()).unwrap();
         prop_assert_eq!(migration_io::digest(&read).unwrap(), digest);
         // And again from what was mapped.
         let second = write(&mapped, &directory.path().join("again")).unwrap();
@@ -419,7 +426,7 @@ proptest! {
         for (gpa, value) in &writes[0] {
             memory.write_obj(*value, GuestAddress(*gpa)).unwrap();
         }
-        let chain = Chain::begin(memory);
+        let chain = SnapshotChain::begin(memory);
         let mut names = vec!["base".to_owned()];
         for (number, writes) in writes[1..].iter().enumerate() {
             let name = number.to_string();
@@ -446,8 +453,8 @@ proptest! {
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
-        let error = Snapshot::open(&target).unwrap().read(MemoryKind::Anonymous, &Watch::default()).unwrap_err();
-        prop_assert!(matches!(error, SnapshotError::Block { .. }), "{error}");
+        let error = Snapshot::open(&target).unwrap().read(MemoryKind::Anonymous, &SnapshotWatch::default()).unwrap_err();
+        prop_assert!(matches!(error, SnapshotError::MemoryBlock { .. }), "{error}");
     }
 
     #[test]
@@ -462,7 +469,7 @@ proptest! {
 #[test]
 fn links_are_not_followed() {
     let open = |path: &Path, is_difference: bool| match is_difference {
-        true => Difference::open(path).map(drop),
+        true => SnapshotDifference::open(path).map(drop),
         false => Snapshot::open(path).and_then(|snapshot| snapshot.map()).map(drop),
     };
     for (name, files) in [

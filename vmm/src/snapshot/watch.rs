@@ -8,13 +8,13 @@ use super::SnapshotError;
 
 /// Shared by whoever writes or reads a snapshot and whoever waits for it.
 #[derive(Debug, Default)]
-pub struct Watch {
+pub struct SnapshotWatch {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
 }
 
-impl Watch {
+impl SnapshotWatch {
     /// How far it is.
     pub fn progress(&self) -> SnapshotProgress {
         SnapshotProgress {

@@ -15,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::{Resolution, Verdict};
+use api::{Resolution, Resolved};
 use migration::{Answer, AskError, Control, Decision, Doubt, Remains, Source};
 use threads::Role;
 
@@ -86,7 +86,7 @@ pub(super) enum Resolving {
 
 /// What is done about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+enum ResolveStep {
     /// The guest runs there.
     LetGo,
     /// The guest runs here.
@@ -98,12 +98,12 @@ enum Step {
 }
 
 /// See the table at the top.
-fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> Step {
+fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> ResolveStep {
     match (said, decision) {
-        (Ok(Answer::Runs), _) => Step::LetGo,
-        (Ok(Answer::GaveUp), _) | (_, Some(Decision::Run)) => Step::TakeBack,
-        (Ok(Answer::Kept { .. }), _) | (_, None) => Step::Stay,
-        (Ok(Answer::Unknown) | Err(_), Some(Decision::Discard)) => Step::Discard,
+        (Ok(Answer::Runs), _) => ResolveStep::LetGo,
+        (Ok(Answer::GaveUp), _) | (_, Some(Decision::Run)) => ResolveStep::TakeBack,
+        (Ok(Answer::Kept { .. }), _) | (_, None) => ResolveStep::Stay,
+        (Ok(Answer::Unknown) | Err(_), Some(Decision::Discard)) => ResolveStep::Discard,
     }
 }
 
@@ -160,20 +160,20 @@ impl Supervisor {
         let step = judge(&said, decision);
         tracing::info!("in doubt, and asked: {known}");
         let (verdict, message, ending) = match step {
-            Step::LetGo => (
-                Verdict::Moved,
+            ResolveStep::LetGo => (
+                Resolved::Moved,
                 format!("{known}; this copy is gone"),
                 Some(Ending::Moved),
             ),
-            Step::Discard => {
+            ResolveStep::Discard => {
                 let message = format!("{known}; this copy is thrown away, as you decided");
-                (Verdict::Discarded, message, Some(Ending::Stopped))
+                (Resolved::Discarded, message, Some(Ending::Stopped))
             }
-            Step::Stay => {
+            ResolveStep::Stay => {
                 let message = format!("still in doubt, and paused here: {known}. {}", advice(&said));
-                (Verdict::InDoubt, message, None)
+                (Resolved::InDoubt, message, None)
             }
-            Step::TakeBack => {
+            ResolveStep::TakeBack => {
                 self.take_back(decision, reply, known);
                 return None;
             }
@@ -237,7 +237,7 @@ impl Supervisor {
                 settled(
                     decision,
                     reply,
-                    Verdict::Here,
+                    Resolved::Here,
                     format!("{known}; it goes on here"),
                 );
                 self.stop_second_copy();
@@ -270,7 +270,7 @@ impl Supervisor {
     pub(super) fn attempt_ended(&mut self, reason: &str) {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let resolution = Resolution {
-                verdict: Verdict::Discarded,
+                verdict: Resolved::Discarded,
                 as_asked: decision == Decision::Discard,
                 message: format!("the machine that had arrived is thrown away: {reason}"),
             };
@@ -283,15 +283,15 @@ impl Supervisor {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let (verdict, message) = match problem {
                 None => (
-                    Verdict::Here,
+                    Resolved::Here,
                     "the guest runs here; make sure that it never runs at its source".into(),
                 ),
                 Some(problem) => (
-                    Verdict::InDoubt,
+                    Resolved::InDoubt,
                     format!("the guest does not run here: {problem}"),
                 ),
             };
-            let as_asked = decision == Decision::Run && verdict == Verdict::Here;
+            let as_asked = decision == Decision::Run && verdict == Resolved::Here;
             let resolution = Resolution {
                 verdict,
                 as_asked,
@@ -318,11 +318,11 @@ impl Supervisor {
 }
 
 /// Answers and logs how it ended.
-fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Verdict, message: String) {
+fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolved, message: String) {
     let as_asked = match decision {
         None => true,
-        Some(Decision::Run) => verdict == Verdict::Here,
-        Some(Decision::Discard) => matches!(verdict, Verdict::Moved | Verdict::Discarded),
+        Some(Decision::Run) => verdict == Resolved::Here,
+        Some(Decision::Discard) => matches!(verdict, Resolved::Moved | Resolved::Discarded),
     };
     tracing::info!("{message}");
     let resolution = Resolution {
@@ -345,13 +345,13 @@ fn at_destination(reason: &str, decision: Option<Decision>) -> (Resolution, Opti
         Some(Decision::Discard) => {
             let message =
                 "this copy is thrown away; `godwit resolve --run` at the source runs the guest there";
-            (Verdict::Discarded, true, message.into(), Some(Ending::Stopped))
+            (Resolved::Discarded, true, message.into(), Some(Ending::Stopped))
         }
         _ => {
             let message = format!(
                 "paused here: {reason}. `--discard` throws this copy away; then `godwit resolve --run` at the source runs the guest there"
             );
-            (Verdict::InDoubt, decision.is_none(), message, None)
+            (Resolved::InDoubt, decision.is_none(), message, None)
         }
     };
     let resolution = Resolution {
@@ -396,10 +396,26 @@ mod tests {
             reason: "no locks".into(),
         };
         let cases = [
-            (Answer::Runs, [Step::LetGo, Step::LetGo, Step::LetGo]),
-            (Answer::GaveUp, [Step::TakeBack, Step::TakeBack, Step::TakeBack]),
-            (kept(), [Step::Stay, Step::TakeBack, Step::Stay]),
-            (Answer::Unknown, [Step::Stay, Step::TakeBack, Step::Discard]),
+            (
+                Answer::Runs,
+                [ResolveStep::LetGo, ResolveStep::LetGo, ResolveStep::LetGo],
+            ),
+            (
+                Answer::GaveUp,
+                [
+                    ResolveStep::TakeBack,
+                    ResolveStep::TakeBack,
+                    ResolveStep::TakeBack,
+                ],
+            ),
+            (
+                kept(),
+                [ResolveStep::Stay, ResolveStep::TakeBack, ResolveStep::Stay],
+            ),
+            (
+                Answer::Unknown,
+                [ResolveStep::Stay, ResolveStep::TakeBack, ResolveStep::Discard],
+            ),
         ];
         for (said, expected) in cases {
             let said = Ok(said);
@@ -411,13 +427,13 @@ mod tests {
     #[test]
     fn a_destination_that_cannot_run_it_can_only_throw_it_away() {
         for (decision, verdict, as_asked) in [
-            (None, Verdict::InDoubt, true),
-            (Some(Decision::Run), Verdict::InDoubt, false),
-            (Some(Decision::Discard), Verdict::Discarded, true),
+            (None, Resolved::InDoubt, true),
+            (Some(Decision::Run), Resolved::InDoubt, false),
+            (Some(Decision::Discard), Resolved::Discarded, true),
         ] {
             let (resolution, ending) = at_destination("no locks", decision);
             assert_eq!((resolution.verdict, resolution.as_asked), (verdict, as_asked));
-            assert_eq!(ending.is_some(), verdict == Verdict::Discarded);
+            assert_eq!(ending.is_some(), verdict == Resolved::Discarded);
         }
     }
 }

@@ -11,13 +11,13 @@ use threads::Role;
 use super::request::Reply;
 use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, Worker, answer, failed};
 use crate::machine::{Machine, MachineError};
-use crate::snapshot::{Draft, SnapshotError, SnapshotId, Watch};
+use crate::snapshot::{SnapshotDraft, SnapshotError, SnapshotId, SnapshotWatch};
 use crate::vcpu::Holder;
 
 /// The job, and who waits for it.
 pub(super) struct SnapshotJob {
     worker: Worker,
-    watch: Arc<Watch>,
+    watch: Arc<SnapshotWatch>,
     keep_running: bool,
     reply: Reply<SnapshotReport>,
 }
@@ -45,7 +45,7 @@ impl Supervisor {
             Ok(machine) => machine,
             Err(refusal) => return answer(reply, Err(refusal)),
         };
-        let watch = Arc::new(Watch::default());
+        let watch = Arc::new(SnapshotWatch::default());
         let keep_running = request.keep_running;
         match start(machine, request, watch.clone(), self.handle.clone()) {
             Ok(worker) => {
@@ -102,7 +102,7 @@ impl Supervisor {
 fn start(
     machine: Arc<Machine>,
     request: SnapshotRequest,
-    watch: Arc<Watch>,
+    watch: Arc<SnapshotWatch>,
     supervisor: SupervisorHandle,
 ) -> io::Result<Worker> {
     Worker::start(Role::Snapshot, "snapshot", move || {
@@ -125,14 +125,14 @@ fn start(
 fn write(
     machine: &Machine,
     request: &SnapshotRequest,
-    watch: &Watch,
+    watch: &SnapshotWatch,
 ) -> Result<SnapshotReport, MachineError> {
     let began = Instant::now();
     if request.diff {
         // Before anything is made, and before the guest stands still.
         machine.base()?;
     }
-    let mut draft = Draft::begin(&request.path)?;
+    let mut draft = SnapshotDraft::begin(&request.path)?;
     let id = SnapshotId::random().map_err(SnapshotError::Id)?;
     let standstill = machine.stand_still()?;
     let manifest = standstill.write(&mut draft, id, request.diff, watch)?;

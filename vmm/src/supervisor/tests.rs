@@ -1,24 +1,24 @@
 use api::rundir::ApiSocket;
-use api::{Resolution, Verdict};
+use api::{Resolution, Resolved};
 use migration::{Control, Decision, Migrated, Remains};
 use threads::Role;
 use tokio::sync::oneshot;
 
 use super::*;
 
-struct Rig {
+struct SupervisorRig {
     supervisor: Supervisor,
     server: ApiServer,
     _directory: tempfile::TempDir,
 }
 
-fn rig() -> Rig {
+fn rig() -> SupervisorRig {
     let directory = tempfile::tempdir().unwrap();
     let socket = ApiSocket::bind(&directory.path().join("vm.sock")).unwrap();
     let console = Console::detached();
     let supervisor = Supervisor::new("vm", console.clone());
     let server = ApiServer::start(socket, supervisor.handle(), console).unwrap();
-    Rig {
+    SupervisorRig {
         supervisor,
         server,
         _directory: directory,
@@ -133,7 +133,10 @@ fn the_end_of_the_vm_leaves_no_migration_without_a_report() {
     }
 }
 
-fn asked(rig: &mut Rig, decision: Option<Decision>) -> oneshot::Receiver<Result<Resolution, Refusal>> {
+fn asked(
+    rig: &mut SupervisorRig,
+    decision: Option<Decision>,
+) -> oneshot::Receiver<Result<Resolution, Refusal>> {
     let (reply, answer) = oneshot::channel();
     let request = Event::Request(Request::Resolve(decision, reply));
     assert!(rig.supervisor.handle_event(request, &rig.server).is_none());
@@ -161,7 +164,7 @@ fn without_doubt_there_is_nothing_to_resolve() {
 fn a_decision_is_answered_by_what_the_receiving_job_does() {
     let mut rig = rig();
     rig.supervisor.life = Some(Life::Receiving(job()));
-    let decide = |rig: &mut Rig, decision| {
+    let decide = |rig: &mut SupervisorRig, decision| {
         let (reply, answer) = oneshot::channel();
         let until = Instant::now() + Duration::from_secs(3600);
         rig.supervisor.resolving = Some(Resolving::Deciding {
@@ -182,13 +185,13 @@ fn a_decision_is_answered_by_what_the_receiving_job_does() {
         let resolution = answer.try_recv().unwrap().unwrap();
         assert_eq!(
             (resolution.verdict, resolution.as_asked),
-            (Verdict::Discarded, as_asked)
+            (Resolved::Discarded, as_asked)
         );
         assert!(rig.supervisor.deciding_until().is_none());
     }
     let mut answer = decide(&mut rig, Decision::Run);
     rig.supervisor.machine_came(None);
-    assert_eq!(answer.try_recv().unwrap().unwrap().verdict, Verdict::Here);
+    assert_eq!(answer.try_recv().unwrap().unwrap().verdict, Resolved::Here);
     let mut answer = decide(&mut rig, Decision::Run);
     rig.supervisor.give_up_deciding();
     assert!(matches!(
@@ -221,7 +224,7 @@ fn a_thread_that_the_guest_needs_takes_the_vm_along_with_an_error() {
         Role::Log,
         Role::Stream,
         Role::Greeting,
-        Role::Door,
+        Role::Acceptor,
     ] {
         let mut rig = rig();
         assert!(
@@ -243,7 +246,7 @@ fn a_receiver_without_a_door_ends_with_an_error_unless_a_guest_comes() {
     rig.supervisor.life = Some(Life::Receiving(job));
     assert!(
         rig.supervisor
-            .handle_event(failure(Role::Door), &rig.server)
+            .handle_event(failure(Role::Acceptor), &rig.server)
             .is_none()
     );
     assert!(control.is_cancelled());

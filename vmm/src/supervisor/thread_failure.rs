@@ -19,7 +19,7 @@ impl Supervisor {
             Role::FaultHandler => Some(Err(failure.into())),
             Role::Api => self.serve_api_again(failure, server),
             // Nobody can bring a machine any more. One that is under way is waited for.
-            Role::Door if self.call_off() => {
+            Role::Acceptor if self.call_off() => {
                 self.failure.get_or_insert(failure);
                 None
             }
@@ -41,7 +41,7 @@ impl Supervisor {
             | Role::Withdraw
             | Role::Stream
             | Role::Control
-            | Role::Door
+            | Role::Acceptor
             | Role::Greeting
             | Role::Helper => None,
         }

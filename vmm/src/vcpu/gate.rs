@@ -18,7 +18,7 @@ pub enum Holder {
 
 /// What a vCPU thread does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum NextStep {
     /// Enter the guest.
     Enter,
     /// End the thread.
@@ -31,12 +31,12 @@ pub enum Next {
 /// pause, for which a thread in a slice is parked like any other, nor whoever waits for the end of a pause.
 #[derive(Debug)]
 pub struct Gate {
-    state: Mutex<State>,
+    state: Mutex<GateState>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
+struct GateState {
     holders: u8,
     ending: bool,
     /// Threads that are parked because of a holder.
@@ -63,7 +63,7 @@ struct Slices {
 impl Gate {
     /// A gate for `threads` vCPU threads, held by [`Holder::Startup`].
     pub fn new(threads: usize) -> Self {
-        let state = State {
+        let state = GateState {
             holders: Holder::Startup as u8,
             ending: false,
             held: 0,
@@ -160,18 +160,18 @@ impl Gate {
     }
 
     /// Called by the thread of vCPU `id` outside the guest: waits while the gate is closed or its slice lasts.
-    pub fn pass(&self, id: usize) -> Next {
+    pub fn pass(&self, id: usize) -> NextStep {
         let mut state = self.lock();
         loop {
             if state.ending {
-                return Next::End;
+                return NextStep::End;
             }
             if state.holders != 0 {
                 state.held += 1;
                 self.changed.notify_all();
                 let rousings = state.rousings;
                 let sleeps =
-                    |state: &mut State| state.holders != 0 && !state.ending && state.rousings == rousings;
+                    |state: &mut GateState| state.holders != 0 && !state.ending && state.rousings == rousings;
                 state = self
                     .changed
                     .wait_while(state, sleeps)
@@ -184,7 +184,7 @@ impl Gate {
             } else if let Some(left) = state.slice_left(id) {
                 state = self.sit_out(state, id, left);
             } else {
-                return Next::Enter;
+                return NextStep::Enter;
             }
         }
     }
@@ -192,10 +192,10 @@ impl Gate {
     /// Parks for what is left of a slice. Also returns when something changes.
     fn sit_out<'a>(
         &self,
-        mut state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, GateState>,
         id: usize,
         left: Duration,
-    ) -> MutexGuard<'a, State> {
+    ) -> MutexGuard<'a, GateState> {
         let began = Instant::now();
         state.vcpus[id].since = Some(began);
         let (mut state, _) = self
@@ -233,7 +233,7 @@ impl Gate {
         self.wait(timeout, |state| state.asleep == 0)
     }
 
-    fn wait(&self, timeout: Duration, done: impl Fn(&State) -> bool) -> bool {
+    fn wait(&self, timeout: Duration, done: impl Fn(&GateState) -> bool) -> bool {
         let deadline = Instant::now() + timeout;
         let left = deadline.saturating_duration_since(Instant::now());
         let (state, _) = self
@@ -243,13 +243,13 @@ impl Gate {
         done(&state)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
         // No code panics while it holds the lock; if it did, the counters would still be whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl GateState {
     /// What is left of a vCPU's slice, if it has one.
     fn slice_left(&self, id: usize) -> Option<Duration> {
         let until = self.vcpus.get(id)?.until?;
@@ -266,7 +266,7 @@ mod tests {
     use super::*;
 
     /// A gate before which two vCPUs wait.
-    fn two_parked() -> (Arc<Gate>, Vec<thread::JoinHandle<Next>>) {
+    fn two_parked() -> (Arc<Gate>, Vec<thread::JoinHandle<NextStep>>) {
         let gate = Arc::new(Gate::new(2));
         let threads = (0..2)
             .map(|id| {
@@ -287,7 +287,7 @@ mod tests {
         assert!(gate.wait_parked(Duration::from_secs(5)));
         gate.open(Holder::User);
         for thread in threads {
-            assert_eq!(thread.join().unwrap(), Next::Enter);
+            assert_eq!(thread.join().unwrap(), NextStep::Enter);
         }
         assert!(gate.wait_entered(Duration::from_secs(5)));
     }
@@ -322,7 +322,7 @@ mod tests {
         });
         assert!(gate.wait_parked(Duration::from_secs(5)));
         gate.end();
-        assert_eq!(thread.join().unwrap(), Next::End);
+        assert_eq!(thread.join().unwrap(), NextStep::End);
     }
     #[test]
     fn a_vcpu_in_a_slice_is_parked_for_a_pause_and_no_slice_opens_the_gate() {
@@ -343,7 +343,7 @@ mod tests {
         gate.end_slices();
         assert!(gate.wait_parked(Duration::from_secs(5)) && !thread.is_finished());
         gate.open(Holder::Migration);
-        assert_eq!(thread.join().unwrap(), Next::Enter);
+        assert_eq!(thread.join().unwrap(), NextStep::Enter);
         assert!(gate.sliced(Instant::now())[0] > Duration::ZERO);
     }
 
@@ -361,7 +361,7 @@ mod tests {
         gate.open(Holder::User);
         assert!(gate.wait_entered(Duration::from_secs(5)) && !thread.is_finished());
         gate.end_slices();
-        assert_eq!(thread.join().unwrap(), Next::Enter);
+        assert_eq!(thread.join().unwrap(), NextStep::Enter);
     }
 
     #[test]
@@ -374,7 +374,7 @@ mod tests {
         assert!(threads.iter().all(|thread| !thread.is_finished()));
         gate.open(Holder::Startup);
         for thread in threads {
-            assert_eq!(thread.join().unwrap(), Next::Enter);
+            assert_eq!(thread.join().unwrap(), NextStep::Enter);
         }
         assert!(gate.rouse(Duration::ZERO), "nobody is parked");
     }
@@ -385,7 +385,7 @@ mod tests {
         gate.open(Holder::Startup);
         let until = Instant::now() + Duration::from_millis(2);
         gate.begin_slice(0, until);
-        assert_eq!(gate.pass(0), Next::Enter);
+        assert_eq!(gate.pass(0), NextStep::Enter);
         assert!(Instant::now() >= until);
     }
 }

@@ -7,7 +7,7 @@ use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
-use super::gate::{Gate, Next};
+use super::gate::{Gate, NextStep};
 use super::kick::{Kickable, port_access_size};
 use crate::memory::{MemoryError, RingLog};
 
@@ -58,7 +58,7 @@ const INTERNAL_ERROR_EMULATION: u32 = 1;
 /// Until the gate sends the thread home, or the vCPU fails.
 pub(super) fn run(id: u8, vcpu: &Arc<Mutex<VcpuFd>>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
     let _kickable = Kickable::new(vcpu.clone());
-    while gate.pass(id.into()) == Next::Enter {
+    while gate.pass(id.into()) == NextStep::Enter {
         // Held while the vCPU is in the guest, free while the thread is parked, so that whoever holds the
         // gate can save and restore it.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);

@@ -32,12 +32,12 @@ pub(super) type Kick = Arc<dyn Fn(usize) + Send + Sync>;
 pub(super) struct Throttle {
     gate: Arc<Gate>,
     kick: Kick,
-    shared: Arc<Shared>,
+    shared: Arc<ThrottleShared>,
     thread: Mutex<Option<Thread>>,
 }
 
 #[derive(Default)]
-struct Shared {
+struct ThrottleShared {
     /// A share for each vCPU; none at all means that the thread shall end.
     shares: Mutex<Vec<f64>>,
     changed: Condvar,
@@ -100,19 +100,19 @@ impl Drop for Throttle {
     }
 }
 
-impl Shared {
+impl ThrottleShared {
     fn lock(&self) -> MutexGuard<'_, Vec<f64>> {
         self.shares.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn run(gate: &Gate, kick: &Kick, shared: &Shared) {
-    let mut plans: Vec<Plan> = Vec::new();
+fn run(gate: &Gate, kick: &Kick, shared: &ThrottleShared) {
+    let mut plans: Vec<SlicePlan> = Vec::new();
     let mut shares = shared.lock();
     while !shares.is_empty() {
         let now = Instant::now();
         let sliced = gate.sliced(now);
-        plans.resize(shares.len().min(sliced.len()), Plan::new(now));
+        plans.resize(shares.len().min(sliced.len()), SlicePlan::new(now));
         for (id, (plan, (share, sliced))) in plans.iter_mut().zip(shares.iter().zip(sliced)).enumerate() {
             let Some(off) = plan.due(now, *share, sliced) else {
                 continue;
@@ -134,7 +134,7 @@ fn run(gate: &Gate, kick: &Kick, shared: &Shared) {
 
 /// When one vCPU's next slice begins, and how long it is.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct SlicePlan {
     share: f64,
     /// When the next slice begins; never where the share is 0.
     next: Option<Instant>,
@@ -145,7 +145,7 @@ struct Plan {
     debt: f64,
 }
 
-impl Plan {
+impl SlicePlan {
     fn new(now: Instant) -> Self {
         Self {
             share: 0.0,
@@ -204,7 +204,7 @@ mod tests {
     fn reached(shares: &[f64], late: Duration) -> f64 {
         let began = Instant::now();
         let (mut now, mut sliced) = (began, Duration::ZERO);
-        let mut plan = Plan::new(began);
+        let mut plan = SlicePlan::new(began);
         let mut longest = Duration::ZERO;
         for turn in 0.. {
             if now - began > Duration::from_secs(20) {
@@ -262,6 +262,6 @@ mod tests {
         throttle.set(&[0.0, f64::NAN]).unwrap();
         assert!(throttle.thread.lock().unwrap().is_none());
         // Nobody is kept out any more.
-        assert_eq!(gate.pass(1), super::super::gate::Next::Enter);
+        assert_eq!(gate.pass(1), super::super::gate::NextStep::Enter);
     }
 }

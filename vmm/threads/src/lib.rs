@@ -51,7 +51,7 @@ pub enum Role {
     /// Serves a migration's control connection beside its job.
     Control,
     /// Accepts the connections of a receiver.
-    Door,
+    Acceptor,
     /// Reads from a connection what it is for.
     Greeting,
     /// Does a part of the work of whoever waits for its end.
@@ -74,9 +74,9 @@ pub type Thread<T = ()> = JoinHandle<Result<T, Failure>>;
 /// The same of a thread within a scope.
 pub type ScopedThread<'scope, T = ()> = ScopedJoinHandle<'scope, Result<T, Failure>>;
 
-type Listener = Arc<dyn Fn(Failure) + Send + Sync>;
+type FailureListener = Arc<dyn Fn(Failure) + Send + Sync>;
 
-static LISTENER: Mutex<Option<Listener>> = Mutex::new(None);
+static LISTENER: Mutex<Option<FailureListener>> = Mutex::new(None);
 
 /// From here on `listener` hears of every thread that fails, on that thread and before its end. There is one listener: the
 /// last.

@@ -40,7 +40,7 @@ fn wait(socket: impl AsFd, flags: PollFlags) -> PollFlags {
 }
 
 /// Sends every other page with a header before each batch, so that no two ranges are neighbours.
-fn send_batches(sender: &mut Sender, memory: &GuestMemory, socket: impl AsFd, batches: u8) -> Vec<u8> {
+fn send_batches(sender: &mut PageSender, memory: &GuestMemory, socket: impl AsFd, batches: u8) -> Vec<u8> {
     let mut expected = Vec::new();
     for batch in 0..batches {
         let header = [batch; 20];
@@ -48,7 +48,7 @@ fn send_batches(sender: &mut Sender, memory: &GuestMemory, socket: impl AsFd, ba
             .step_by(2)
             .map(|number| page(number + u64::from(batch)));
         let mut gather = Gather::new(memory, [Piece::Bytes(&header)].into_iter().chain(pages)).unwrap();
-        while sender.send(&mut gather, socket.as_fd()).unwrap() != Step::Done {
+        while sender.send(&mut gather, socket.as_fd()).unwrap() != CallProgress::Done {
             wait(&socket, PollFlags::OUT);
         }
         expected.extend_from_slice(&header);
@@ -71,13 +71,13 @@ fn on_loopback_the_probes_tell_that_the_kernel_copies_and_nothing_is_lost() {
         far.read_to_end(&mut bytes).unwrap();
         bytes
     });
-    let mut sender = Sender::new(near.as_fd());
+    let mut sender = PageSender::new(near.as_fd());
     assert_eq!(sender.mode, Mode::Probing);
     let mut expected = Vec::new();
     // Each turn has room for one probe at least.
     for _ in 0..=PROBES {
         expected.extend(send_batches(&mut sender, &memory, &near, 2));
-        while sender.drain(near.as_fd()).unwrap() != Step::Done {
+        while sender.drain(near.as_fd()).unwrap() != CallProgress::Done {
             assert!(wait(&near, PollFlags::empty()).contains(PollFlags::ERR));
         }
     }
@@ -103,9 +103,9 @@ fn a_unix_socket_is_gathered() {
         far.read_to_end(&mut bytes).unwrap();
         bytes
     });
-    let mut sender = Sender::new(near.as_fd());
+    let mut sender = PageSender::new(near.as_fd());
     let expected = send_batches(&mut sender, &memory, &near, 3);
-    assert_eq!(sender.drain(near.as_fd()).unwrap(), Step::Done);
+    assert_eq!(sender.drain(near.as_fd()).unwrap(), CallProgress::Done);
     assert_eq!(
         sender.counters(),
         SendCounters {
@@ -121,10 +121,13 @@ fn a_unix_socket_is_gathered() {
 fn small_pieces_are_never_sent_without_a_copy() {
     let memory = memory();
     let (near, mut far) = tcp_pair();
-    let mut sender = Sender::new(near.as_fd());
+    let mut sender = PageSender::new(near.as_fd());
     let pieces = (0..7).map(page).chain([Piece::Bytes(b"end")]);
     let mut gather = Gather::new(&memory, pieces).unwrap();
-    assert_eq!(sender.send(&mut gather, near.as_fd()).unwrap(), Step::Done);
+    assert_eq!(
+        sender.send(&mut gather, near.as_fd()).unwrap(),
+        CallProgress::Done
+    );
     assert_eq!(sender.counters().zerocopy_sends, 0);
     assert_eq!(sender.mode, Mode::Probing);
     let mut bytes = vec![0; 7 * 4096 + 3];
@@ -136,9 +139,9 @@ fn small_pieces_are_never_sent_without_a_copy() {
 fn waiting_for_completions_ends_when_the_connection_is_reset() {
     let memory = memory();
     let (near, far) = tcp_pair();
-    let mut sender = Sender::new(near.as_fd());
+    let mut sender = PageSender::new(near.as_fd());
     let mut gather = Gather::new(&memory, (0..PAGES).map(page)).unwrap();
-    while sender.send(&mut gather, near.as_fd()).unwrap() != Step::WouldBlock {
+    while sender.send(&mut gather, near.as_fd()).unwrap() != CallProgress::WouldBlock {
         gather = Gather::new(&memory, (0..PAGES).map(page)).unwrap();
     }
     // Closed with data unread: a reset.
@@ -146,23 +149,23 @@ fn waiting_for_completions_ends_when_the_connection_is_reset() {
     wait(&near, PollFlags::empty());
     let ended = loop {
         match sender.drain(near.as_fd()) {
-            Ok(Step::WouldBlock) => _ = wait(&near, PollFlags::empty()),
+            Ok(CallProgress::WouldBlock) => _ = wait(&near, PollFlags::empty()),
             ended => break ended,
         }
     };
     assert!(
-        matches!(ended, Ok(Step::Done) | Err(MemoryIoError::Socket(_))),
+        matches!(ended, Ok(CallProgress::Done) | Err(MemoryIoError::Socket(_))),
         "{ended:?}"
     );
     assert!(sender.send(&mut gather, near.as_fd()).is_err());
 }
 
-fn probing(zerocopy_sends: u64) -> Sender {
+fn probing(zerocopy_sends: u64) -> PageSender {
     let counters = SendCounters {
         zerocopy_sends,
         ..SendCounters::default()
     };
-    Sender {
+    PageSender {
         mode: Mode::Probing,
         counters,
         unjudged: (0, 0),
@@ -172,12 +175,12 @@ fn probing(zerocopy_sends: u64) -> Sender {
 #[test]
 fn completions_without_a_copy_keep_the_path_until_most_say_otherwise() {
     let mut sender = probing(2 * WINDOW + 4);
-    let run = Run {
+    let run = VectorRun {
         guest: true,
         vectors: 1,
         bytes: MIN_ZEROCOPY,
     };
-    let complete = |sender: &mut Sender, sends, copied| sender.complete(Completion { sends, copied });
+    let complete = |sender: &mut PageSender, sends, copied| sender.complete(Completion { sends, copied });
     complete(&mut sender, 0, true);
     assert_eq!(
         sender.mode,
@@ -187,8 +190,8 @@ fn completions_without_a_copy_keep_the_path_until_most_say_otherwise() {
     complete(&mut sender, 3, false);
     assert_eq!(sender.path(), SendPath::Zerocopy);
     assert!(sender.may_skip_the_copy(run));
-    assert!(!sender.may_skip_the_copy(Run { guest: false, ..run }));
-    assert!(!sender.may_skip_the_copy(Run {
+    assert!(!sender.may_skip_the_copy(VectorRun { guest: false, ..run }));
+    assert!(!sender.may_skip_the_copy(VectorRun {
         bytes: MIN_ZEROCOPY - 1,
         ..run
     }));
@@ -219,7 +222,7 @@ fn probes_that_were_copied_say_little_until_there_are_many() {
     let mut sender = probing(PROBES + WINDOW);
     (1..PROBES).for_each(|_| sender.complete(copied));
     assert_eq!(sender.mode, Mode::Probing);
-    let mut hopeless = Sender { ..sender };
+    let mut hopeless = PageSender { ..sender };
     hopeless.complete(copied);
     assert_eq!(hopeless.mode, Mode::Gather);
     sender.complete(Completion {
@@ -234,7 +237,7 @@ fn probes_that_were_copied_say_little_until_there_are_many() {
 
 #[test]
 fn sends_under_way_are_bounded_and_a_probe_is_alone() {
-    let run = Run {
+    let run = VectorRun {
         guest: true,
         vectors: 1,
         bytes: LEN,

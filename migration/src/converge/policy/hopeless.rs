@@ -1,12 +1,12 @@
 //! Whether a promise cannot be kept, and what could be kept instead.
 
 use super::Policy;
-use crate::converge::predict::{Outlook, Plan};
+use crate::converge::predict::{Outlook, ThrottlePlan};
 use crate::converge::{Miss, Observation, Reason, duration};
 
 /// The last moment at which the dirty set had become noticeably smaller.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Progress {
+pub(super) struct Shrinkage {
     mark: Option<(f64, f64)>,
 }
 
@@ -75,7 +75,7 @@ impl Policy {
             Reason::DirtyRate | Reason::Rounds => now.worst_downtime(now.dirty),
             Reason::Deadline => now.worst_downtime(at_deadline),
         };
-        let plan = Plan {
+        let plan = ThrottlePlan {
             limit: Self::LIMIT,
             target: Self::TARGET,
             throttle: self.goal.throttle,
@@ -99,7 +99,7 @@ impl Policy {
     }
 }
 
-impl Progress {
+impl Shrinkage {
     /// Whether the dirty set has stopped to shrink: for long enough that a guest which leaves a few percent of
     /// the bandwidth would have shown it.
     fn is_stuck(&mut self, now: &Outlook) -> bool {

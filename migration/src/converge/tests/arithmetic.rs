@@ -2,17 +2,17 @@
 
 use std::time::Duration;
 
-use crate::converge::estimate::{Bandwidth, DirtyRate, Meter, Step};
+use crate::converge::estimate::{Bandwidth, DirtyRate, Interval, Meter};
 use crate::converge::throttle::{Demand, Throttler};
 use crate::converge::working_set::WorkingSet;
 use crate::converge::{Costs, FLOOR, Miss, Observation, Reason};
 
-fn sent(bytes: f64, elapsed: f64) -> Step {
-    Step {
+fn sent(bytes: f64, elapsed: f64) -> Interval {
+    Interval {
         elapsed,
         delivered: bytes,
         data: bytes,
-        ..Step::default()
+        ..Interval::default()
     }
 }
 
@@ -84,7 +84,7 @@ fn bandwidth_is_a_low_percentile_of_busy_steps() {
         link.add(&sent(1e9, 0.001), 1.0, 1e-4);
         link.add(&sent(1000.0, 0.01), 1.0, 1e-4);
         link.add(
-            &Step {
+            &Interval {
                 zero: 1e9,
                 ..sent(1e6, 0.01)
             },
@@ -92,7 +92,7 @@ fn bandwidth_is_a_low_percentile_of_busy_steps() {
             1e-4,
         );
         link.add(
-            &Step {
+            &Interval {
                 end_of_round: true,
                 ..sent(1e6, 0.01)
             },
@@ -116,10 +116,10 @@ fn the_dirty_rate_is_that_of_the_last_moments() {
     assert_eq!(rate.rate(), 0.0);
     for n in 0..100 {
         let dirtied = if n < 50 { 1e7 } else { 2e6 };
-        rate.add(&Step {
+        rate.add(&Interval {
             elapsed: 0.01,
             dirtied,
-            ..Step::default()
+            ..Interval::default()
         });
         if n == 49 {
             assert!((rate.rate() / 1e9 - 1.0).abs() < 1e-6);
@@ -137,7 +137,7 @@ fn a_working_set_is_found_in_a_fifth_of_round_1() {
             let before = clean + share * bytes;
             clean = clean * (-frequency * dt).exp() + share * bytes * (1.0 - frequency * dt / 2.0);
             set.add(
-                &Step {
+                &Interval {
                     dirtied: before - clean,
                     ..sent(bytes, dt)
                 },

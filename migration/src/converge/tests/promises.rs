@@ -2,17 +2,17 @@
 
 use std::time::Duration;
 
-use super::simulator::{MIB, Outcome, Pattern, Vcpu, World, goal};
-use crate::converge::{Costs, Goal, Verdict};
+use super::simulator::{MIB, Pattern, SimulatedEnd, SimulatedVcpu, Simulation, goal};
+use crate::converge::{Costs, Course, Goal};
 
 const PATTERNS: [Pattern; 2] = [Pattern::Sweep, Pattern::Random];
 /// As fast as the guest can.
 const GREEDY: f64 = 1e12;
 
 /// The same world with other noise and another place where the guest begins.
-fn seeds(world: &World, count: u64) -> impl Iterator<Item = World> {
+fn seeds(world: &Simulation, count: u64) -> impl Iterator<Item = Simulation> {
     (1..=count).map(|seed| {
-        let mut world = World {
+        let mut world = Simulation {
             seed,
             ..world.clone()
         };
@@ -24,15 +24,15 @@ fn seeds(world: &World, count: u64) -> impl Iterator<Item = World> {
 }
 
 /// 300 MB/s in 512 MiB over 3.5 GB/s, 20 ms.
-fn moderate(pattern: Pattern, rate: f64) -> World {
-    World {
+fn moderate(pattern: Pattern, rate: f64) -> Simulation {
+    Simulation {
         scattered: true,
-        ..World::new(goal(20), vec![Vcpu::new(0, 512 * MIB, rate, pattern)])
+        ..Simulation::new(goal(20), vec![SimulatedVcpu::new(0, 512 * MIB, rate, pattern)])
     }
 }
 
 /// As fast as faults allow in 512 MiB over 500 MB/s, 50 ms, 60 s.
-fn overload(pattern: Pattern, rate: f64, cpus: usize) -> World {
+fn overload(pattern: Pattern, rate: f64, cpus: usize) -> Simulation {
     let goal = Goal {
         bandwidth: Some(500e6),
         final_bandwidth: Some(500e6),
@@ -41,29 +41,29 @@ fn overload(pattern: Pattern, rate: f64, cpus: usize) -> World {
         ..goal(50)
     };
     let size = 512 * MIB / cpus as u64;
-    let vcpu = |cpu| Vcpu::new(cpu as u64 * size, size, rate / cpus as f64, pattern);
-    World {
+    let vcpu = |cpu| SimulatedVcpu::new(cpu as u64 * size, size, rate / cpus as f64, pattern);
+    Simulation {
         scattered: true,
-        ..World::new(goal, (0..cpus).map(vcpu).collect())
+        ..Simulation::new(goal, (0..cpus).map(vcpu).collect())
     }
 }
 
 /// 1000 MB/s over 200 MiB/s, the final copy uncapped, 30 ms.
-fn capped(pattern: Pattern) -> World {
+fn capped(pattern: Pattern) -> Simulation {
     let goal = Goal {
         bandwidth: Some(200.0 * MIB as f64),
         ..goal(30)
     };
-    World {
+    Simulation {
         memory: 1024 * MIB,
         bursts: true,
         scattered: true,
-        ..World::new(goal, vec![Vcpu::new(0, 512 * MIB, 1000e6, pattern)])
+        ..Simulation::new(goal, vec![SimulatedVcpu::new(0, 512 * MIB, 1000e6, pattern)])
     }
 }
 
-fn assert_kept(world: &World, outcome: &Outcome) {
-    assert_eq!(outcome.verdict, Verdict::Switch, "{world:?}");
+fn assert_kept(world: &Simulation, outcome: &SimulatedEnd) {
+    assert_eq!(outcome.course, Course::Switch, "{world:?}");
     assert!(!outcome.missed);
     // A second look at the same guest says the same, but for what the rehearsal before it has cost.
     assert!(
@@ -87,7 +87,7 @@ fn assert_kept(world: &World, outcome: &Outcome) {
 #[test]
 fn a_budget_of_20_ms_is_kept_by_all_of_50_runs() {
     for pattern in PATTERNS {
-        let world = World {
+        let world = Simulation {
             noise: 0.2,
             costs_factor: 1.1,
             ..moderate(pattern, 300e6)
@@ -109,7 +109,7 @@ fn an_overloaded_link_keeps_50_ms_in_all_of_20_runs() {
         (Pattern::Sweep, GREEDY),
     ] {
         for cpus in [1, 4] {
-            let world = World {
+            let world = Simulation {
                 costs_factor: 1.1,
                 ..overload(pattern, rate, cpus)
             };
@@ -129,10 +129,13 @@ fn a_link_that_varies_by_a_fifth_keeps_the_budget_of_an_overloading_guest() {
         ..goal(50)
     };
     for pattern in PATTERNS {
-        let world = World {
+        let world = Simulation {
             link: 500e6,
             noise: 0.2,
-            ..World::new(tight.clone(), vec![Vcpu::new(0, 512 * MIB, 1.2e9, pattern)])
+            ..Simulation::new(
+                tight.clone(),
+                vec![SimulatedVcpu::new(0, 512 * MIB, 1.2e9, pattern)],
+            )
         };
         for world in seeds(&world, 20) {
             assert_kept(&world, &world.run());
@@ -143,7 +146,7 @@ fn a_link_that_varies_by_a_fifth_keeps_the_budget_of_an_overloading_guest() {
 /// The guest's work over the ideal: its rate × the largest constant duty that leaves as little dirty in the
 /// same time × that time. For a guest that is paced below the speed of faults every write is work, whether its
 /// page was dirty already or not.
-fn work_fraction(world: &World, outcome: &Outcome) -> f64 {
+fn work_fraction(world: &Simulation, outcome: &SimulatedEnd) -> f64 {
     let time = outcome.total - outcome.downtime;
     let (mut low, mut high) = (0.0, 1.0);
     for _ in 0..10 {
@@ -206,7 +209,7 @@ fn a_capped_migration_takes_less_than_half_of_38_seconds() {
 #[test]
 fn predictions_hold_in_95_percent_of_runs() {
     let worlds = [
-        World::new(goal(300), vec![]),
+        Simulation::new(goal(300), vec![]),
         moderate(Pattern::Sweep, 300e6),
         moderate(Pattern::Random, 300e6),
         moderate(Pattern::Random, 1000e6),
@@ -236,9 +239,9 @@ fn predictions_hold_in_95_percent_of_runs() {
 
 #[test]
 fn an_idle_guest_loses_no_more_than_the_fixed_costs() {
-    for world in seeds(&World::new(goal(300), vec![]), 5) {
+    for world in seeds(&Simulation::new(goal(300), vec![]), 5) {
         let outcome = world.run();
-        assert_eq!((outcome.verdict, outcome.rounds), (Verdict::Switch, 1));
+        assert_eq!((outcome.course, outcome.rounds), (Course::Switch, 1));
         let costs = Costs::default().total().as_secs_f64();
         assert!(outcome.downtime < costs + 0.5e-3, "{}", outcome.downtime);
     }

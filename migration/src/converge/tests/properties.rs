@@ -6,8 +6,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::run::BLOCK;
-use super::simulator::{MIB, Pattern, Vcpu, World, goal};
-use crate::converge::{Costs, Decision, FLOOR, Goal, Observation, Policy, Verdict};
+use super::simulator::{MIB, Pattern, SimulatedVcpu, Simulation, goal};
+use crate::converge::{Advice, Costs, Course, FLOOR, Goal, Observation, Policy};
 use crate::options::OnMiss;
 
 fn any_goal() -> impl Strategy<Value = Goal> {
@@ -46,17 +46,17 @@ fn any_bytes() -> impl Strategy<Value = u64> {
     prop_oneof![Just(0), Just(u64::MAX), 0..(1_u64 << 34), any::<u64>()]
 }
 
-fn check(decision: &Decision, cpus: usize) -> Result<(), TestCaseError> {
+fn check(advice: &Advice, cpus: usize) -> Result<(), TestCaseError> {
     for cpu in 0..cpus + 1 {
-        prop_assert!((0.0..=FLOOR).contains(&decision.throttle.of(cpu)), "{decision:?}");
+        prop_assert!((0.0..=FLOOR).contains(&advice.throttle.of(cpu)), "{advice:?}");
     }
-    prop_assert!((0.0..=FLOOR).contains(&decision.throttle.mean()));
-    prop_assert!(decision.prediction.dirty_rate >= 0.0 && decision.prediction.dirty_rate.is_finite());
-    prop_assert!(decision.prediction.bandwidth > 0.0 && decision.prediction.bandwidth.is_finite());
-    if matches!(decision.verdict, Verdict::Miss(_)) {
-        prop_assert!(decision.throttle.is_off(), "released at the end");
+    prop_assert!((0.0..=FLOOR).contains(&advice.throttle.mean()));
+    prop_assert!(advice.prediction.dirty_rate >= 0.0 && advice.prediction.dirty_rate.is_finite());
+    prop_assert!(advice.prediction.bandwidth > 0.0 && advice.prediction.bandwidth.is_finite());
+    if matches!(advice.course, Course::Miss(_)) {
+        prop_assert!(advice.throttle.is_off(), "released at the end");
     }
-    if let Verdict::Miss(miss) = &decision.verdict {
+    if let Course::Miss(miss) = &advice.course {
         prop_assert!(!miss.to_string().contains("NaN"), "{miss}");
         prop_assert!(miss.bandwidth.is_finite() && miss.dirty_rate.is_finite());
         prop_assert!(miss.needed_bandwidth.is_none_or(f64::is_finite));
@@ -81,7 +81,7 @@ proptest! {
             policy.set_costs(Costs { restore: Duration::from_nanos(cost), ..Costs::default() });
         }
         for (numbers, round, end_of_round, by_vcpu) in &seen {
-            let decision = policy.observe(&Observation {
+            let advice = policy.observe(&Observation {
                 at: Duration::from_nanos(numbers[0]),
                 round: *round,
                 end_of_round: *end_of_round,
@@ -94,7 +94,7 @@ proptest! {
                 in_flight: numbers[7],
                 by_vcpu,
             });
-            check(&decision, cpus)?;
+            check(&advice, cpus)?;
         }
     }
 }
@@ -122,24 +122,24 @@ proptest! {
             max_rounds: goal.max_rounds.clamp(1, 20),
             ..goal
         };
-        let world = World {
+        let world = Simulation {
             link,
             noise,
             change,
             seed,
             memory: 1024 * MIB,
-            ..World::new(goal, vec![Vcpu::new(0, size * MIB, rate, pattern)])
+            ..Simulation::new(goal, vec![SimulatedVcpu::new(0, size * MIB, rate, pattern)])
         };
         let outcome = world.run();
         prop_assert!(outcome.rounds <= world.goal.max_rounds);
         let most = outcome.history.iter().map(|point| point.off).fold(0.0, f64::max);
         let allowed = if world.goal.throttle { FLOOR } else { 0.0 };
         prop_assert!(most <= allowed);
-        match outcome.verdict {
-            Verdict::Continue => prop_assert!(false, "the simulator stops at a verdict only"),
-            Verdict::Miss(_) => prop_assert!(outcome.missed && world.goal.on_miss == OnMiss::Fail),
-            Verdict::Switch if outcome.missed => prop_assert_eq!(world.goal.on_miss, OnMiss::Switch),
-            Verdict::Switch => {
+        match outcome.course {
+            Course::Continue => prop_assert!(false, "the simulator stops at a course only"),
+            Course::Miss(_) => prop_assert!(outcome.missed && world.goal.on_miss == OnMiss::Fail),
+            Course::Switch if outcome.missed => prop_assert_eq!(world.goal.on_miss, OnMiss::Switch),
+            Course::Switch => {
                 let budget = world.goal.max_downtime.as_secs_f64();
                 // The guest writes whole blocks, where a real one writes pages: two of them more or less are chance.
                 let grain = 2.0 * BLOCK as f64 / world.goal.final_bandwidth.unwrap_or(link).min(link);

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::simulator::{Outcome, Pattern, Vcpu, World};
-use crate::converge::{Decision, Observation, Policy};
+use super::simulator::{Pattern, SimulatedEnd, SimulatedVcpu, Simulation};
+use crate::converge::{Advice, Observation, Policy};
 
 /// What is tracked as one; a real page would only make the simulation slower.
 pub(super) const BLOCK: u64 = 64 << 10;
@@ -21,8 +21,8 @@ const FAULT: f64 = BLOCK as f64 / 1.2e9;
 /// Writes to dirty pages do not.
 const WRITE: f64 = BLOCK as f64 / 20e9;
 
-pub(super) struct Run<'a> {
-    world: &'a World,
+pub(super) struct SimulationRun<'a> {
+    world: &'a Simulation,
     pub(super) at: f64,
     round: u32,
     dirty: Vec<bool>,
@@ -34,15 +34,15 @@ pub(super) struct Run<'a> {
     credit: f64,
     copied: u64,
     copied_data: u64,
-    vcpus: Vec<Vcpu>,
+    vcpus: Vec<SimulatedVcpu>,
     pub(super) off: Vec<f64>,
     work: f64,
     random: u64,
     quality: f64,
 }
 
-impl<'a> Run<'a> {
-    pub(super) fn new(world: &'a World) -> Self {
+impl<'a> SimulationRun<'a> {
+    pub(super) fn new(world: &'a Simulation) -> Self {
         let blocks = (world.memory / BLOCK) as usize;
         Self {
             world,
@@ -176,7 +176,7 @@ impl<'a> Run<'a> {
         self.vcpus[cpu].owed = (-time).max(0.0);
     }
 
-    pub(super) fn observe(&self, policy: &mut Policy, end_of_round: bool) -> Decision {
+    pub(super) fn observe(&self, policy: &mut Policy, end_of_round: bool) -> Advice {
         let by_vcpu: Vec<u64> = self.vcpus.iter().map(|vcpu| vcpu.pages).collect();
         let populated = (self.world.populated / BLOCK) as usize;
         let zero = if self.round == 1 {
@@ -219,7 +219,7 @@ impl<'a> Run<'a> {
     }
 
     /// The switch: the guest writes on while its vCPUs are taken out; then all is sent.
-    pub(super) fn end(&mut self, decision: Decision, missed: bool) -> Outcome {
+    pub(super) fn end(&mut self, advice: Advice, missed: bool) -> SimulatedEnd {
         let costs = self.world.told.unwrap_or_default();
         let factor = self.world.costs_factor;
         let (work, paused) = (self.work, self.at);
@@ -237,9 +237,9 @@ impl<'a> Run<'a> {
         // The last step is used in part only.
         let copy = (self.at - copying - STEP / 2.0).max(0.0);
         let downtime = costs.total().as_secs_f64() * factor + copy;
-        Outcome {
-            verdict: decision.verdict,
-            predicted: decision.prediction,
+        SimulatedEnd {
+            course: advice.course,
+            predicted: advice.prediction,
             downtime,
             total: paused + downtime,
             rounds: self.round,

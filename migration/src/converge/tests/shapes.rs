@@ -2,24 +2,27 @@
 
 use std::time::Duration;
 
-use super::simulator::{MIB, Pattern, Vcpu, World, goal};
-use crate::converge::{Costs, Goal, Miss, Reason, Verdict};
+use super::simulator::{MIB, Pattern, SimulatedVcpu, Simulation, goal};
+use crate::converge::{Costs, Course, Goal, Miss, Reason};
 use crate::options::OnMiss;
 
 /// Over 500 MB/s, capped.
-fn slow(goal: Goal, rate: f64) -> World {
+fn slow(goal: Goal, rate: f64) -> Simulation {
     let goal = Goal {
         bandwidth: Some(500e6),
         final_bandwidth: Some(500e6),
         ..goal
     };
-    World::new(goal, vec![Vcpu::new(0, 512 * MIB, rate, Pattern::Random)])
+    Simulation::new(
+        goal,
+        vec![SimulatedVcpu::new(0, 512 * MIB, rate, Pattern::Random)],
+    )
 }
 
-fn miss(world: &World) -> (f64, Miss) {
+fn miss(world: &Simulation) -> (f64, Miss) {
     let outcome = world.run();
-    match outcome.verdict {
-        Verdict::Miss(miss) => (miss.at.as_secs_f64(), miss),
+    match outcome.course {
+        Course::Miss(miss) => (miss.at.as_secs_f64(), miss),
         other => panic!("{other:?}: {world:?}"),
     }
 }
@@ -27,13 +30,16 @@ fn miss(world: &World) -> (f64, Miss) {
 #[test]
 fn a_guest_that_turns_wild_is_slowed_down_from_then_on() {
     // 200 MB/s over a link of 300 MB/s: converges by itself, but not when it becomes 1.2 GB/s.
-    let world = World {
+    let world = Simulation {
         change: Some((3.0, 6.0)),
         link: 300e6,
-        ..World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 200e6, Pattern::Random)])
+        ..Simulation::new(
+            goal(30),
+            vec![SimulatedVcpu::new(0, 512 * MIB, 200e6, Pattern::Random)],
+        )
     };
     let outcome = world.run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.downtime <= 0.03, "{}", outcome.downtime);
     let (before, after): (Vec<_>, Vec<_>) = outcome.history.iter().partition(|point| point.at < 3.0);
     assert!(before.iter().all(|point| point.off == 0.0));
@@ -42,12 +48,12 @@ fn a_guest_that_turns_wild_is_slowed_down_from_then_on() {
 
 #[test]
 fn a_guest_that_calms_down_is_released_at_once() {
-    let world = World {
+    let world = Simulation {
         change: Some((1.8, 0.02)),
         ..slow(goal(50), 1.2e9)
     };
     let outcome = world.run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     let off = |from: f64, to: f64| {
         let points = outcome
             .history
@@ -64,13 +70,16 @@ fn a_guest_that_calms_down_is_released_at_once() {
 #[test]
 fn a_guest_that_makes_up_for_lost_time_is_slowed_down_all_the_same() {
     // 300 MB/s by the clock: to get below 200 MB/s it must be out of the guest for most of the time.
-    let mut world = World {
+    let mut world = Simulation {
         link: 200e6,
-        ..World::new(goal(30), vec![Vcpu::new(0, 512 * MIB, 300e6, Pattern::Random)])
+        ..Simulation::new(
+            goal(30),
+            vec![SimulatedVcpu::new(0, 512 * MIB, 300e6, Pattern::Random)],
+        )
     };
     world.vcpus[0].catches_up = true;
     let outcome = world.run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(
         outcome.downtime <= 0.03 && outcome.most_off[0] > 0.8,
         "{outcome:?}"
@@ -80,13 +89,16 @@ fn a_guest_that_makes_up_for_lost_time_is_slowed_down_all_the_same() {
 #[test]
 fn a_link_that_becomes_slower_is_noticed() {
     for at in [1.0, 2.0, 3.0] {
-        let world = World {
+        let world = Simulation {
             link: 500e6,
             link_change: Some((at, 0.5)),
-            ..World::new(goal(50), vec![Vcpu::new(0, 512 * MIB, 1.2e9, Pattern::Random)])
+            ..Simulation::new(
+                goal(50),
+                vec![SimulatedVcpu::new(0, 512 * MIB, 1.2e9, Pattern::Random)],
+            )
         };
         let outcome = world.run();
-        assert_eq!(outcome.verdict, Verdict::Switch);
+        assert_eq!(outcome.course, Course::Switch);
         assert!(outcome.downtime <= 0.05, "{}", outcome.downtime);
     }
 }
@@ -94,15 +106,15 @@ fn a_link_that_becomes_slower_is_noticed() {
 #[test]
 fn only_the_vcpu_that_dirties_is_slowed_down() {
     let size = 128 * MIB;
-    let quiet = |cpu| Vcpu::new(cpu * size, size, 5e6, Pattern::Random);
-    let wild = Vcpu::new(3 * size, size, 1.2e9, Pattern::Sweep);
-    let world = World {
+    let quiet = |cpu| SimulatedVcpu::new(cpu * size, size, 5e6, Pattern::Random);
+    let wild = SimulatedVcpu::new(3 * size, size, 1.2e9, Pattern::Sweep);
+    let world = Simulation {
         vcpus: vec![quiet(0), quiet(1), wild, quiet(2)],
         ring: true,
         ..slow(Goal { cpus: 4, ..goal(50) }, 0.0)
     };
     let outcome = world.run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.downtime <= 0.05);
     assert!(outcome.most_off[2] > 0.5);
     assert_eq!(
@@ -110,7 +122,7 @@ fn only_the_vcpu_that_dirties_is_slowed_down() {
         [0.0; 3]
     );
     // Without the ring nobody knows.
-    let uniform = World { ring: false, ..world }.run();
+    let uniform = Simulation { ring: false, ..world }.run();
     assert!(
         uniform
             .most_off
@@ -132,7 +144,7 @@ fn without_throttle_it_says_early_that_the_guest_is_too_fast() {
         );
         if on_miss == OnMiss::Switch {
             let outcome = world.run();
-            assert_eq!(outcome.verdict, Verdict::Switch);
+            assert_eq!(outcome.course, Course::Switch);
             assert!(
                 outcome.missed && outcome.downtime > 0.05 && outcome.total < 5.0,
                 "{outcome:?}"
@@ -171,7 +183,7 @@ fn a_guest_below_the_link_converges_without_throttle() {
         350e6,
     )
     .run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.downtime <= 0.05);
 }
 
@@ -181,7 +193,7 @@ fn a_deadline_that_leaves_little_time_slows_the_guest_down_more() {
     assert!(relaxed.total > 3.0, "{}", relaxed.total);
     let deadline = Some(Duration::from_millis(2400));
     let hurried = slow(Goal { deadline, ..goal(50) }, 1.2e9).run();
-    assert_eq!(hurried.verdict, Verdict::Switch);
+    assert_eq!(hurried.course, Course::Switch);
     assert!(
         !hurried.missed && hurried.total <= 2.4 && hurried.downtime <= 0.05,
         "{}",
@@ -208,7 +220,7 @@ fn a_deadline_that_the_link_cannot_meet_is_refused_early() {
         ..goal(50)
     };
     let outcome = slow(goal, 100e6).run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.missed && outcome.downtime > 0.05);
 }
 
@@ -218,20 +230,20 @@ fn costs_above_the_budget_are_a_miss_after_round_1() {
         restore: Duration::from_millis(40),
         ..Costs::default()
     });
-    let world = World {
+    let world = Simulation {
         told,
         ..slow(goal(20), 10e6)
     };
     let outcome = world.run();
     assert_eq!(outcome.rounds, 1);
-    let Verdict::Miss(miss) = outcome.verdict else {
-        panic!("{:?}", outcome.verdict)
+    let Course::Miss(miss) = outcome.course else {
+        panic!("{:?}", outcome.course)
     };
     assert_eq!((miss.reason, miss.needed_bandwidth), (Reason::Costs, None));
     assert!(miss.attainable_downtime >= Duration::from_millis(43));
     assert!(miss.to_string().contains("48 ms"), "{miss}");
 
-    let on_miss = World {
+    let on_miss = Simulation {
         goal: Goal {
             on_miss: OnMiss::Switch,
             ..world.goal.clone()
@@ -239,7 +251,7 @@ fn costs_above_the_budget_are_a_miss_after_round_1() {
         ..world
     };
     let outcome = on_miss.run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.missed && outcome.downtime < 0.05, "{}", outcome.downtime);
 }
 
@@ -256,8 +268,8 @@ fn rounds_are_counted() {
     let outcome = world.run();
     assert_eq!(outcome.rounds, 2);
     assert!(matches!(
-        outcome.verdict,
-        Verdict::Miss(Miss {
+        outcome.course,
+        Course::Miss(Miss {
             reason: Reason::Rounds,
             ..
         })
@@ -267,8 +279,11 @@ fn rounds_are_counted() {
 #[test]
 fn a_round_that_brings_next_to_nothing_is_not_begun() {
     // Dirties 4 MiB over and over: the dirty set is what it is, 1 ms of the downtime.
-    let world = World::new(goal(300), vec![Vcpu::new(0, 4 * MIB, 1.2e9, Pattern::Sweep)]);
+    let world = Simulation::new(
+        goal(300),
+        vec![SimulatedVcpu::new(0, 4 * MIB, 1.2e9, Pattern::Sweep)],
+    );
     let outcome = world.run();
-    assert_eq!(outcome.verdict, Verdict::Switch);
+    assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.rounds <= 4, "{}", outcome.rounds);
 }

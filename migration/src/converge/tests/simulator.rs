@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::run::{BLOCK, Run};
-use crate::converge::{Costs, Goal, Policy, Prediction, Verdict};
+use super::run::{BLOCK, SimulationRun};
+use crate::converge::{Costs, Course, Goal, Policy, Prediction};
 use crate::options::OnMiss;
 
 pub(super) const MIB: u64 = 1 << 20;
@@ -19,7 +19,7 @@ pub(super) enum Pattern {
 
 /// A vCPU that writes.
 #[derive(Clone, Debug)]
-pub(super) struct Vcpu {
+pub(super) struct SimulatedVcpu {
     pub base: u64,
     pub size: u64,
     /// Bytes of pages per second that it writes; large for as fast as it can.
@@ -34,7 +34,7 @@ pub(super) struct Vcpu {
     pub(super) pages: u64,
 }
 
-impl Vcpu {
+impl SimulatedVcpu {
     pub(super) fn new(base: u64, size: u64, rate: f64, pattern: Pattern) -> Self {
         Self {
             base: base / BLOCK,
@@ -56,7 +56,7 @@ impl Vcpu {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct World {
+pub(super) struct Simulation {
     pub goal: Goal,
     pub memory: u64,
     /// The first so many bytes are not zero.
@@ -66,7 +66,7 @@ pub(super) struct World {
     pub noise: f64,
     /// What a round takes besides its bytes.
     pub overhead: f64,
-    pub vcpus: Vec<Vcpu>,
+    pub vcpus: Vec<SimulatedVcpu>,
     /// From when on all of them write so many times as fast.
     pub change: Option<(f64, f64)>,
     /// From when on the link is so many times as fast.
@@ -86,14 +86,14 @@ pub(super) struct World {
 
 /// What came out. Seconds and bytes.
 #[derive(Clone, Debug)]
-pub(super) struct Outcome {
-    pub verdict: Verdict,
+pub(super) struct SimulatedEnd {
+    pub course: Course,
     pub predicted: Prediction,
     pub downtime: f64,
     pub total: f64,
     pub rounds: u32,
     /// What was seen at each observation.
-    pub history: Vec<Point>,
+    pub history: Vec<SimulatedPoint>,
     /// Bytes of pages written by the guest before the switch.
     pub work: f64,
     /// Largest share of time off, per vCPU.
@@ -105,13 +105,13 @@ pub(super) struct Outcome {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Point {
+pub(super) struct SimulatedPoint {
     pub at: f64,
     pub off: f64,
     pub prediction: Prediction,
 }
 
-impl Outcome {
+impl SimulatedEnd {
     /// The prediction of the total time when a fifth of it had passed.
     pub(super) fn predicted_total(&self) -> Option<f64> {
         let early = self
@@ -149,8 +149,8 @@ pub(super) fn goal(max_downtime_ms: u64) -> Goal {
     }
 }
 
-impl World {
-    pub(super) fn new(goal: Goal, vcpus: Vec<Vcpu>) -> Self {
+impl Simulation {
+    pub(super) fn new(goal: Goal, vcpus: Vec<SimulatedVcpu>) -> Self {
         Self {
             goal,
             memory: 2048 * MIB,
@@ -171,13 +171,13 @@ impl World {
     }
 
     /// Lets the policy decide.
-    pub(super) fn run(&self) -> Outcome {
+    pub(super) fn run(&self) -> SimulatedEnd {
         let mut policy = Policy::new(self.goal.clone());
         if let Some(told) = self.told {
             policy.set_costs(told);
         }
-        let mut run = Run::new(self);
-        let mut outcome: Option<Outcome> = None;
+        let mut run = SimulationRun::new(self);
+        let mut outcome: Option<SimulatedEnd> = None;
         let (mut most_off, mut history) = (vec![0.0_f64; self.goal.cpus], Vec::new());
         let mut second_looks = 0;
         while outcome.is_none() {
@@ -187,35 +187,33 @@ impl World {
                 let seconds = (4 * MIB) as f64 / run.speed(None);
                 policy.burst(4 * MIB, Duration::from_secs_f64(seconds));
             }
-            let mut decision = run.observe(&mut policy, end_of_round);
-            if decision.verdict == Verdict::Switch {
+            let mut advice = run.observe(&mut policy, end_of_round);
+            if advice.course == Course::Switch {
                 // The engine rehearses what the pause will cost, and looks once more.
                 run.rehearse();
-                decision = run.observe(&mut policy, true);
+                advice = run.observe(&mut policy, true);
                 second_looks += 1;
             }
             for (cpu, most) in most_off.iter_mut().enumerate() {
-                *most = most.max(decision.throttle.of(cpu));
+                *most = most.max(advice.throttle.of(cpu));
             }
-            let (off, prediction) = (decision.throttle.mean(), decision.prediction);
-            history.push(Point {
+            let (off, prediction) = (advice.throttle.mean(), advice.prediction);
+            history.push(SimulatedPoint {
                 at: run.at,
                 off,
                 prediction,
             });
-            run.off = (0..self.vcpus.len())
-                .map(|cpu| decision.throttle.of(cpu))
-                .collect();
-            if decision.verdict != Verdict::Continue {
+            run.off = (0..self.vcpus.len()).map(|cpu| advice.throttle.of(cpu)).collect();
+            if advice.course != Course::Continue {
                 let missed = policy.missed().is_some();
-                outcome = Some(run.end(decision, missed));
+                outcome = Some(run.end(advice, missed));
             } else if end_of_round || second_looks > looked_before {
                 run.begin_round();
             }
             assert!(run.at < 600.0, "never ends");
         }
         let outcome = outcome.expect("the loop has ended");
-        Outcome {
+        SimulatedEnd {
             most_off,
             history,
             second_looks,
@@ -225,7 +223,7 @@ impl World {
 
     /// Holds a constant duty until so many bytes are left. Returns the time that it takes, if not too long.
     pub(super) fn time_at_duty(&self, duty: f64, dirty: f64, longest: f64) -> Option<f64> {
-        let mut run = Run::new(self);
+        let mut run = SimulationRun::new(self);
         run.off = vec![1.0 - duty; self.vcpus.len()];
         while run.at < longest {
             let end_of_round = run.advance();

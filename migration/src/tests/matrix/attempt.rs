@@ -9,14 +9,14 @@ use fault_proxy::{Part, Plan, Point, Proxy};
 use super::super::fake::FakeSource;
 use super::harm::Harm;
 use super::setup::Setup;
-use super::there::{Arrived, There};
+use super::there::{ArrivedThere, There};
 use crate::*;
 
 /// Costs time only where something is broken.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What an attempt showed.
-pub(super) struct Ended {
+pub(super) struct AttemptEnded {
     pub(super) report: Report,
     /// What the destination answered to a source in doubt.
     pub(super) answer: Option<Answer>,
@@ -27,7 +27,7 @@ pub(super) struct Ended {
 }
 
 /// Both sides of an attempt and what is between them.
-struct Rig<'a> {
+struct AttemptRig<'a> {
     setup: &'a Setup,
     harm: Option<Harm>,
     options: MigrateOptions,
@@ -39,8 +39,8 @@ struct Rig<'a> {
 }
 
 /// Runs an attempt with a fault at `point`, and checks everything that must hold afterwards.
-pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> Ended {
-    let mut rig = Rig::new(setup, harm);
+pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> AttemptEnded {
+    let mut rig = AttemptRig::new(setup, harm);
     let to = rig.proxy.address().to_string().parse().unwrap();
     let Migrated { report, doubt, .. } = migrate(&mut rig.source, &to, &rig.options, &rig.here);
     let mut answer = None;
@@ -57,7 +57,7 @@ pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> Ended {
         }
         Outcome::InDoubt => answer = Some(rig.resolve(&report, &doubt.unwrap())),
     }
-    Ended {
+    AttemptEnded {
         report,
         answer,
         seen: rig.proxy.seen(),
@@ -65,7 +65,7 @@ pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> Ended {
     }
 }
 
-impl<'a> Rig<'a> {
+impl<'a> AttemptRig<'a> {
     fn new(setup: &'a Setup, harm: Option<(&Point, Harm)>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listen = |name: &str| match setup.handover {
@@ -108,7 +108,7 @@ impl<'a> Rig<'a> {
 
     /// The guest runs there, whole, and nowhere else.
     fn check_moved(&self, report: &Report) {
-        let Arrived {
+        let ArrivedThere {
             destination, result, ..
         } = self.there.wait();
         result.unwrap();
@@ -144,7 +144,7 @@ impl<'a> Rig<'a> {
             if waits {
                 self.there.control.decide(Decision::Discard);
             }
-            let Arrived {
+            let ArrivedThere {
                 destination, result, ..
             } = self.there.wait();
             assert!(result.is_err() && destination.guest.is_none(), "{result:?}");
@@ -198,7 +198,7 @@ impl<'a> Rig<'a> {
                 self.check_stayed(report);
             }
             Answer::Kept { .. } => {
-                let Arrived {
+                let ArrivedThere {
                     destination, result, ..
                 } = self.there.wait();
                 assert!(result.unwrap_err().is_committed());

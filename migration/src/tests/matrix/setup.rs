@@ -7,7 +7,7 @@ use fault_proxy::{Connection, Direction, Part, Point};
 
 use super::super::disk::FakeDisk;
 use super::super::fake::{FakeDestination, FakeSource, Fault};
-use super::super::guest::{Guest, HIGH, Load};
+use super::super::guest::{HIGH, Load, TestGuest};
 use super::harm::Harm;
 use crate::*;
 
@@ -141,10 +141,10 @@ impl Setup {
     pub(super) fn source(&self) -> FakeSource {
         let (low, high) = (192, 64);
         let (mut guest, files) = if self.handover {
-            let (guest, files) = Guest::shared(low, high);
+            let (guest, files) = TestGuest::shared(low, high);
             (guest, Some(files))
         } else {
-            (Guest::new(low, high), None)
+            (TestGuest::new(low, high), None)
         };
         for page in 0..low {
             guest.write(page * PAGE_SIZE, page % 5 == 0);

@@ -17,11 +17,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) struct There {
     pub(super) endpoint: Endpoint,
     pub(super) control: Arc<Control>,
-    arrived: mpsc::Receiver<Arrived>,
+    arrived: mpsc::Receiver<ArrivedThere>,
 }
 
 /// How it ended.
-pub(super) struct Arrived {
+pub(super) struct ArrivedThere {
     /// Answers whoever asks, until it goes.
     pub(super) _receiver: Receiver,
     pub(super) destination: FakeDestination,
@@ -52,7 +52,7 @@ impl There {
                 }
             };
             // Whoever gave up waiting has said why.
-            let _ = arrival.send(Arrived {
+            let _ = arrival.send(ArrivedThere {
                 _receiver: receiver,
                 destination,
                 result,
@@ -66,7 +66,7 @@ impl There {
     }
 
     /// Waits until a machine has come for good, or for the end after a cancel.
-    pub(super) fn wait(&self) -> Arrived {
+    pub(super) fn wait(&self) -> ArrivedThere {
         match self.arrived.recv_timeout(PATIENCE) {
             Ok(arrived) => arrived,
             Err(RecvTimeoutError::Timeout) => {

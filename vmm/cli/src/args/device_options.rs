@@ -8,7 +8,7 @@ use devices::Limits;
 use devices::virtio::block::{BackingFile, CacheError, Format, FormatError, Parameters};
 use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
 use vmm::config::{check_device_ids, check_taps};
-use vmm::machine::{Arrival, ConsoleConfig, DiskBackend, DiskConfig, MAX_DEVICES, NetConfig};
+use vmm::machine::{ConsoleConfig, DiskBackend, DiskConfig, HostOffer, MAX_DEVICES, NetConfig};
 
 use super::{limits, vsock};
 
@@ -75,7 +75,7 @@ pub(crate) struct BackendArgs {
 
 impl BackendArgs {
     /// What is offered to that machine, with its taps opened.
-    pub(crate) fn arrival(self, max_memory: Option<u64>, reserve: Option<u64>) -> anyhow::Result<Arrival> {
+    pub(crate) fn arrival(self, max_memory: Option<u64>, reserve: Option<u64>) -> anyhow::Result<HostOffer> {
         let disks = self.disks.iter().map(|(id, _)| id.as_str());
         let nets = self.nets.iter().map(|(id, _)| id.as_str());
         check_device_ids(disks.chain(nets), MAX_DEVICES)?;
@@ -85,7 +85,7 @@ impl BackendArgs {
         };
         let console = console.check()?;
         check_taps(self.nets.iter().map(|(_, tap)| tap))?;
-        Ok(Arrival {
+        Ok(HostOffer {
             disks: self.disks.into_iter().collect(),
             nets: self
                 .nets

@@ -11,7 +11,7 @@ use api::client::{ANSWER, Client, ClientError};
 use api::rundir;
 use api::{
     Action, ActionType, ConsoleSize, DriveUpdate, InstanceInfo, InstanceState, Resolution, ResolveRequest,
-    Verdict, VmState, VmUpdate,
+    Resolved, VmState, VmUpdate,
 };
 use devices::virtio::console::Size;
 use hyper::Method;
@@ -149,7 +149,7 @@ pub(super) fn resolve(args: &ResolveArgs) -> anyhow::Result<Exit> {
         format!("{}: {}\n", args.vm, resolution.message)
     });
     Ok(match resolution.verdict {
-        Verdict::InDoubt => Exit::InDoubt,
+        Resolved::InDoubt => Exit::InDoubt,
         _ if resolution.as_asked => Exit::Done,
         _ => Exit::Failed,
     })

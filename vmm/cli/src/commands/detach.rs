@@ -16,7 +16,7 @@ use crate::Exit;
 use crate::args::CommonArgs;
 
 /// Who a process is after [`detach`].
-pub(super) enum Part {
+pub(super) enum DetachedPart {
     /// The VM's.
     Vm(Launch),
     /// That which started the VM, and what it ends with.
@@ -25,13 +25,13 @@ pub(super) enum Part {
 
 /// What a VM still owes to whoever started it.
 pub(super) struct Launch {
-    log: Log,
+    log: LogTarget,
     /// Where somebody waits, until the VM is up.
     waiting: Option<PipeWriter>,
 }
 
 /// Where the log goes.
-enum Log {
+enum LogTarget {
     Stderr,
     File(PathBuf),
     /// Beside the name that it is to have.
@@ -40,19 +40,19 @@ enum Log {
 
 /// Leaves the VM to a process of its own, if `common` says so, which nothing ties to the terminal: it has its own session,
 /// and no input.
-pub(super) fn detach(common: &CommonArgs) -> anyhow::Result<Part> {
+pub(super) fn detach(common: &CommonArgs) -> anyhow::Result<DetachedPart> {
     // Another process may have another working directory, and whoever asks for it has.
     let file = common.log.as_deref().map(std::path::absolute).transpose();
     let file = file.context("log file")?;
     if !common.detach {
-        let log = file.map_or(Log::Stderr, Log::File);
-        return Ok(Part::Vm(Launch { log, waiting: None }));
+        let log = file.map_or(LogTarget::Stderr, LogTarget::File);
+        return Ok(DetachedPart::Vm(Launch { log, waiting: None }));
     }
     let (reader, writer) = pipe().context("pipe")?;
     let starter = getpid();
     if let Some(vm) = fork().context("cannot start the VM's process")? {
         drop(writer);
-        return Ok(Part::Starter(wait_for(vm, reader)?));
+        return Ok(DetachedPart::Starter(wait_for(vm, reader)?));
     }
     drop(reader);
     // Nobody would know of a VM that comes up, or hangs, after whoever waits for it was interrupted.
@@ -64,10 +64,10 @@ pub(super) fn detach(common: &CommonArgs) -> anyhow::Result<Part> {
     dup2_stdin(&nothing).context("standard input")?;
     dup2_stdout(&nothing).context("standard output")?;
     let log = match file {
-        Some(file) => Log::File(file),
-        None => Log::Draft(LogDraft::create(&super::launch::checked_name(common)?)?),
+        Some(file) => LogTarget::File(file),
+        None => LogTarget::Draft(LogDraft::create(&super::launch::checked_name(common)?)?),
     };
-    Ok(Part::Vm(Launch {
+    Ok(DetachedPart::Vm(Launch {
         log,
         waiting: Some(writer),
     }))
@@ -77,9 +77,9 @@ impl Launch {
     /// The file that the log is written to, if it is one.
     pub(super) fn log(&self) -> Option<&Path> {
         match &self.log {
-            Log::Stderr => None,
-            Log::File(path) => Some(path),
-            Log::Draft(draft) => Some(draft.path()),
+            LogTarget::Stderr => None,
+            LogTarget::File(path) => Some(path),
+            LogTarget::Draft(draft) => Some(draft.path()),
         }
     }
 
@@ -90,18 +90,18 @@ impl Launch {
 
     /// The VM has its name, and so has its log from now on. Returns where that is.
     pub(super) fn named(&mut self) -> anyhow::Result<Option<PathBuf>> {
-        let path = match std::mem::replace(&mut self.log, Log::Stderr) {
-            Log::Stderr => None,
-            Log::File(path) => Some(path),
-            Log::Draft(draft) => Some(draft.publish()?),
+        let path = match std::mem::replace(&mut self.log, LogTarget::Stderr) {
+            LogTarget::Stderr => None,
+            LogTarget::File(path) => Some(path),
+            LogTarget::Draft(draft) => Some(draft.publish()?),
         };
-        self.log = path.clone().map_or(Log::Stderr, Log::File);
+        self.log = path.clone().map_or(LogTarget::Stderr, LogTarget::File);
         Ok(path)
     }
 
     /// The VM is up. From here on it says nothing to where it was started.
     pub(super) fn up(self, name: &str) {
-        let (Some(mut waiting), Log::File(log)) = (self.waiting, self.log) else {
+        let (Some(mut waiting), LogTarget::File(log)) = (self.waiting, self.log) else {
             return;
         };
         output::flush();

@@ -22,20 +22,20 @@ use vmm::server::ApiServer;
 use vmm::snapshot::Snapshot;
 use vmm::supervisor::{Boot, Ending, Supervisor, SupervisorHandle};
 
-use super::detach::{Launch, Part, detach};
+use super::detach::{DetachedPart, Launch, detach};
 use super::snapshot::with_bar;
 use crate::Exit;
 use crate::args::{ClockArg, CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
 use crate::process::lost_memory::end_in_order;
 use crate::process::resources::raise_file_limit;
-use crate::process::signals::{Held, outlive_file_size_limit, stay_with_the_terminal};
+use crate::process::signals::{HeldSignals, outlive_file_size_limit, stay_with_the_terminal};
 use crate::process::stdin::forward_stdin;
 use crate::report::figures::duration;
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let mut launch = match begin(&args.common)? {
-        Part::Vm(launch) => launch,
-        Part::Starter(exit) => return Ok(exit),
+        DetachedPart::Vm(launch) => launch,
+        DetachedPart::Starter(exit) => return Ok(exit),
     };
     let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
     let mut config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
@@ -48,7 +48,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
         tracing::info!("CPU template {}", config.template);
     }
     let name = checked_name(&args.common)?;
-    let held = Held::hold();
+    let held = HeldSignals::hold();
     let socket = bind(&args.common, &name)?;
     let log = launch.named()?;
     let console = open_console(&launch)?;
@@ -73,8 +73,8 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let mut launch = match begin(&args.common)? {
-        Part::Vm(launch) => launch,
-        Part::Starter(exit) => return Ok(exit),
+        DetachedPart::Vm(launch) => launch,
+        DetachedPart::Starter(exit) => return Ok(exit),
     };
     let listen = args.listen.resolve()?;
     let arrival = args.backends.arrival(args.max_memory, args.reserve)?;
@@ -82,7 +82,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         memory::check_size(reserve).map_err(ConfigError::from)?;
     }
     let name = checked_name(&args.common)?;
-    let held = Held::hold();
+    let held = HeldSignals::hold();
     let socket = bind(&args.common, &name)?;
     let log = launch.named()?;
     let console = open_console(&launch)?;
@@ -101,8 +101,8 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     let mut launch = match begin(&args.common)? {
-        Part::Vm(launch) => launch,
-        Part::Starter(exit) => return Ok(exit),
+        DetachedPart::Vm(launch) => launch,
+        DetachedPart::Starter(exit) => return Ok(exit),
     };
     let arrival = args.backends.arrival(None, None)?;
     let name = checked_name(&args.common)?;
@@ -114,7 +114,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     // May take long, and leaves nothing behind: a signal may end it where it stands.
     let memory = snapshot_memory(&snapshot, args.preload, args.uffd.as_deref(), supervisor.handle())?;
     end_in_order();
-    let held = Held::hold();
+    let held = HeldSignals::hold();
     let socket = bind(&args.common, &name)?;
     supervisor.set_log(launch.named()?);
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -215,9 +215,9 @@ fn told(ending: &Ending) -> Exit {
 }
 
 /// Leaves the terminal, if that is wanted, and opens the log.
-fn begin(common: &CommonArgs) -> anyhow::Result<Part> {
+fn begin(common: &CommonArgs) -> anyhow::Result<DetachedPart> {
     let part = detach(common)?;
-    if let Part::Vm(launch) = &part {
+    if let DetachedPart::Vm(launch) = &part {
         stay_with_the_terminal();
         start_log(launch.log())?;
         raise_file_limit();

@@ -19,7 +19,7 @@ use crate::Exit;
 use crate::args::LogsArgs;
 
 pub(super) fn run(args: &LogsArgs) -> anyhow::Result<Exit> {
-    let Found { path, socket } = find(&args.vm)?;
+    let FoundLog { path, socket } = find(&args.vm)?;
     let mut file = File::open(&path).with_context(|| format!("log {}", path.display()))?;
     // Whoever reads a FIFO takes from it.
     let kind = file.metadata().context("log")?;
@@ -33,18 +33,18 @@ pub(super) fn run(args: &LogsArgs) -> anyhow::Result<Exit> {
 }
 
 /// A log, and the VM that writes it, if there is one.
-struct Found {
+struct FoundLog {
     path: PathBuf,
     socket: Option<PathBuf>,
 }
 
-fn find(vm: &str) -> anyhow::Result<Found> {
+fn find(vm: &str) -> anyhow::Result<FoundLog> {
     let kept = || rundir::log_path(vm).ok().filter(|path| path.exists());
     let socket = match rundir::resolve(vm) {
         Ok(socket) => socket,
         Err(error @ RundirError::NoSuchVm { .. }) => {
             let path = kept().ok_or(error)?;
-            return Ok(Found { path, socket: None });
+            return Ok(FoundLog { path, socket: None });
         }
         Err(error) => return Err(error.into()),
     };
@@ -58,7 +58,7 @@ fn find(vm: &str) -> anyhow::Result<Found> {
         Err(error) => return Err(error.into()),
     };
     match path {
-        Some(path) => Ok(Found { path, socket }),
+        Some(path) => Ok(FoundLog { path, socket }),
         None => bail!("{vm} logs to its standard error: only with --log FILE or --detach is the log kept"),
     }
 }

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use output::print;
 use threads::Role;
 use tokio::sync::oneshot;
-use vmm::snapshot::{self, Difference, Snapshot, SnapshotError, Watch};
+use vmm::snapshot::{self, Snapshot, SnapshotDifference, SnapshotError, SnapshotWatch};
 
 use super::client::{STOP_TIMEOUT, block_on, ended, json_line};
 use crate::Exit;
@@ -71,7 +71,7 @@ fn merge(args: &MergeArgs) -> anyhow::Result<Exit> {
     let differences: Vec<_> = args
         .differences
         .iter()
-        .map(|directory| Difference::open(directory))
+        .map(|directory| SnapshotDifference::open(directory))
         .collect::<Result<_, _>>()?;
     let manifest = with_bar(|watch| snapshot::merge(&base, &differences, &args.output, watch))?;
     let (path, stored) = (shown(&args.output), bytes(manifest.stored_bytes() as f64));
@@ -124,8 +124,10 @@ async fn watch(client: &Client, bar: &MemoryBar) -> ClientError {
 }
 
 /// Does `work` on a snapshot's files, shows how far it is, and cancels it at Ctrl-C: nothing is left half-done.
-pub(super) fn with_bar<T>(work: impl FnOnce(&Watch) -> Result<T, SnapshotError>) -> Result<T, SnapshotError> {
-    let (watch, bar) = (Watch::default(), MemoryBar::new());
+pub(super) fn with_bar<T>(
+    work: impl FnOnce(&SnapshotWatch) -> Result<T, SnapshotError>,
+) -> Result<T, SnapshotError> {
+    let (watch, bar) = (SnapshotWatch::default(), MemoryBar::new());
     let (done, waiting) = oneshot::channel::<()>();
     let ended = std::thread::scope(|scope| {
         let (watch, bar) = (&watch, &bar);
@@ -142,7 +144,7 @@ pub(super) fn with_bar<T>(work: impl FnOnce(&Watch) -> Result<T, SnapshotError>)
 }
 
 /// Until the other end of `done` is dropped.
-async fn accompany(watch: &Watch, bar: &MemoryBar, mut done: oneshot::Receiver<()>) {
+async fn accompany(watch: &SnapshotWatch, bar: &MemoryBar, mut done: oneshot::Receiver<()>) {
     loop {
         tokio::select! {
             _ = &mut done => return,

@@ -24,9 +24,9 @@ pub(crate) fn stay_with_the_terminal() {
 
 /// As long as it lives, signals that ask for the end wait. Without it, one that comes before there is a handler
 /// ends the process where it stands, with its sockets left behind.
-pub(crate) struct Held(Vec<libc::c_int>);
+pub(crate) struct HeldSignals(Vec<libc::c_int>);
 
-impl Held {
+impl HeldSignals {
     /// Holds them for this thread and those that it starts. Create it before what has to be cleaned up, so that
     /// it is dropped after it.
     pub(crate) fn hold() -> Self {
@@ -40,7 +40,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for HeldSignals {
     fn drop(&mut self) {
         for signal in &self.0 {
             if let Err(error) = unblock_signal(*signal) {
@@ -64,8 +64,8 @@ mod tests {
 
     #[test]
     fn only_what_was_not_held_before_is_let_go() {
-        let outer = Held::hold();
-        drop(Held::hold());
+        let outer = HeldSignals::hold();
+        drop(HeldSignals::hold());
         assert_eq!(blocked().len(), ENDING.len());
         drop(outer);
         assert!(blocked().is_empty());

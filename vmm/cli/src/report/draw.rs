@@ -8,7 +8,9 @@ use thiserror::Error;
 
 use super::axis::Unit;
 use super::figures::{bytes, duration, known, rate};
-use super::panel::{self, AreaError, FAINT, INK, Level, Panel, Place, Series, Timeline, bold, text_style};
+use super::panel::{
+    self, AreaError, FAINT, INK, Level, Panel, PanelPlace, Series, Timeline, bold, text_style,
+};
 use super::trace::Trace;
 
 const WIDTH: u32 = 1040;
@@ -46,7 +48,7 @@ pub(crate) fn svg(trace: &Trace) -> Result<String, DrawError> {
         let count = panels.len();
         for (n, (panel, height)) in panels.iter().enumerate() {
             let (area, below) = rest.split_vertically(*height);
-            let place = Place {
+            let place = PanelPlace {
                 first: n == 0,
                 last: n + 1 == count,
             };

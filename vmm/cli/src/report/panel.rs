@@ -98,7 +98,7 @@ fn text_width(text: &str, size: u32) -> i32 {
 
 /// Where a panel is among the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct PanelPlace {
     /// At the top, where marks are named.
     pub(super) first: bool,
     /// At the bottom, where the time axis has its labels.
@@ -106,8 +106,13 @@ pub(super) struct Place {
 }
 
 /// Draws a panel.
-pub(super) fn draw(area: &Area<'_>, panel: &Panel, time: &Timeline, place: Place) -> Result<(), AreaError> {
-    let Place { first, last } = place;
+pub(super) fn draw(
+    area: &Area<'_>,
+    panel: &Panel,
+    time: &Timeline,
+    place: PanelPlace,
+) -> Result<(), AreaError> {
+    let PanelPlace { first, last } = place;
     let scale = scale(panel);
     let times = ticks(time.end, Unit::Tens, 8);
     let mut chart = ChartBuilder::on(area)

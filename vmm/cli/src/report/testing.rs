@@ -2,7 +2,7 @@
 
 use migration::{Phase, Progress, Report};
 
-use super::trace::{FORMAT, Goal, Header, Trace};
+use super::trace::{FORMAT, Trace, TraceGoal, TraceHeader};
 
 /// A sample at `elapsed_ms`.
 pub(super) fn progress(elapsed_ms: f64) -> Progress {
@@ -82,13 +82,13 @@ pub(super) fn trace() -> Trace {
         });
     }
     Trace {
-        header: Header {
+        header: TraceHeader {
             format: FORMAT,
             godwit_version: "0.1.0".into(),
             vm: "web & <more>".into(),
             destination: "tcp:10.0.0.2:7000".into(),
             started_unix_ms: 0,
-            options: Goal {
+            options: TraceGoal {
                 max_downtime_ms: 50.0,
                 deadline_ms: Some(12_000.0),
             },

@@ -1,6 +1,6 @@
 //! The trace of a migration: one JSON object in each line, as `godwit migrate --trace` writes them.
 //!
-//! The first is the [`Header`], then come the samples in the order in which they were taken, and last the
+//! The first is the [`TraceHeader`], then come the samples in the order in which they were taken, and last the
 //! report, unless whoever wrote lost the VM. Fields that are not known are passed over, so that a newer trace of
 //! the same format can be read.
 
@@ -36,7 +36,7 @@ pub(crate) enum TraceError {
         version: String,
     },
     #[error("{path}: line {line}")]
-    Line {
+    TraceLine {
         path: PathBuf,
         line: usize,
         source: serde_json::Error,
@@ -56,7 +56,7 @@ pub(crate) enum TraceError {
 
 /// What was asked for, as far as a drawing needs it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Goal {
+pub(crate) struct TraceGoal {
     /// Budget of the downtime in milliseconds.
     pub max_downtime_ms: f64,
     /// When it must have ended, in milliseconds from its start.
@@ -64,9 +64,9 @@ pub(crate) struct Goal {
     pub deadline_ms: Option<f64>,
 }
 
-/// The first line. `O` is everything that was asked for when it is written, and a [`Goal`] when it is read.
+/// The first line. `O` is everything that was asked for when it is written, and a [`TraceGoal`] when it is read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Header<O> {
+pub(crate) struct TraceHeader<O> {
     /// [`FORMAT`].
     pub format: u32,
     /// Version of the program that wrote it.
@@ -83,8 +83,8 @@ pub(crate) struct Header<O> {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Line<O> {
-    Trace(Header<O>),
+enum TraceLine<O> {
+    Trace(TraceHeader<O>),
     Sample(Progress),
     Report(Box<Report>),
 }
@@ -112,7 +112,7 @@ impl TraceWriter {
             out: BufWriter::new(file),
         };
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let header = Header {
+        let header = TraceHeader {
             format: FORMAT,
             godwit_version: VERSION.into(),
             vm: vm.into(),
@@ -120,21 +120,24 @@ impl TraceWriter {
             started_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
             options,
         };
-        writer.write([Line::Trace(header)])?;
+        writer.write([TraceLine::Trace(header)])?;
         Ok(writer)
     }
 
     /// Adds samples.
     pub(crate) fn samples(&mut self, samples: &[Progress]) -> Result<(), TraceError> {
-        self.write(samples.iter().map(|sample| Line::<()>::Sample(*sample)))
+        self.write(samples.iter().map(|sample| TraceLine::<()>::Sample(*sample)))
     }
 
     /// Adds the report, the last line.
     pub(crate) fn report(&mut self, report: &Report) -> Result<(), TraceError> {
-        self.write([Line::<()>::Report(Box::new(report.clone()))])
+        self.write([TraceLine::<()>::Report(Box::new(report.clone()))])
     }
 
-    fn write<O: Serialize>(&mut self, lines: impl IntoIterator<Item = Line<O>>) -> Result<(), TraceError> {
+    fn write<O: Serialize>(
+        &mut self,
+        lines: impl IntoIterator<Item = TraceLine<O>>,
+    ) -> Result<(), TraceError> {
         let write = || {
             for line in lines {
                 serde_json::to_writer(&mut self.out, &line)?;
@@ -153,7 +156,7 @@ impl TraceWriter {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Trace {
     /// Its header.
-    pub header: Header<Goal>,
+    pub header: TraceHeader<TraceGoal>,
     /// Never empty.
     pub samples: Vec<Progress>,
     /// How the migration ended, if that is known.
@@ -192,18 +195,18 @@ impl Trace {
                 expected,
                 got,
             };
-            match serde_json::from_slice::<Line<Goal>>(&text) {
+            match serde_json::from_slice::<TraceLine<TraceGoal>>(&text) {
                 Ok(_) if trace.report.is_some() => return Err(order("nothing after the report", "more")),
-                Ok(Line::Sample(_)) if trace.samples.len() == SAMPLES_MAX => {
+                Ok(TraceLine::Sample(_)) if trace.samples.len() == SAMPLES_MAX => {
                     return Err(TraceError::TooLong { path: path.into() });
                 }
-                Ok(Line::Sample(sample)) => trace.samples.push(sample),
-                Ok(Line::Report(report)) => trace.report = Some(*report),
-                Ok(Line::Trace(_)) => return Err(order("a sample or the report", "a second header")),
+                Ok(TraceLine::Sample(sample)) => trace.samples.push(sample),
+                Ok(TraceLine::Report(report)) => trace.report = Some(*report),
+                Ok(TraceLine::Trace(_)) => return Err(order("a sample or the report", "a second header")),
                 // Nobody finished writing it.
                 Err(_) if text.last() != Some(&b'\n') => trace.truncated = true,
                 Err(source) => {
-                    return Err(TraceError::Line {
+                    return Err(TraceError::TraceLine {
                         path: path.into(),
                         line,
                         source,
@@ -232,14 +235,14 @@ fn next_line(input: &mut impl BufRead, path: &Path) -> Result<Vec<u8>, TraceErro
     Ok(line)
 }
 
-fn parse_header(line: &[u8], path: &Path) -> Result<Header<Goal>, TraceError> {
+fn parse_header(line: &[u8], path: &Path) -> Result<TraceHeader<TraceGoal>, TraceError> {
     /// What every format has.
     #[derive(Deserialize)]
     struct AnyFormat {
-        trace: Format,
+        trace: TraceFormat,
     }
     #[derive(Deserialize)]
-    struct Format {
+    struct TraceFormat {
         format: u32,
         godwit_version: String,
     }
@@ -265,12 +268,12 @@ fn parse_header(line: &[u8], path: &Path) -> Result<Header<Goal>, TraceError> {
         }
     }
     match serde_json::from_slice(line) {
-        Ok(Line::Trace(header)) => Ok(header),
+        Ok(TraceLine::Trace(header)) => Ok(header),
         Ok(_) => Err(TraceError::NotATrace {
             path,
             got: "no header".into(),
         }),
-        Err(source) => Err(TraceError::Line {
+        Err(source) => Err(TraceError::TraceLine {
             path,
             line: 1,
             source,
@@ -286,7 +289,7 @@ mod tests {
     fn written() -> String {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("trace");
-        let goal = Goal {
+        let goal = TraceGoal {
             max_downtime_ms: 20.0,
             deadline_ms: None,
         };

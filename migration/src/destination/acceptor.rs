@@ -1,4 +1,4 @@
-//! Hears what each connection wants, for as long as there is a receiver.
+//! Accepts connections and reads from each what it is for, for as long as there is a receiver.
 
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use threads::{Role, Thread};
 
-use super::desk::{Arrival, Desk, Refusal};
+use super::rendezvous::{Caller, ConnectionRefusal, Rendezvous};
 use crate::control::Control;
 use crate::link::{Link, LinkError};
 use crate::options::ReceiveOptions;
@@ -14,37 +14,39 @@ use crate::protocol::{Hello, Message, Token};
 use crate::text::{chain, clean};
 use crate::transport::{Connection, Listener, TransportError};
 
-/// How long a connection has to say what it wants.
+/// How long a peer has to say what its connection is for.
 const GREETING: Duration = Duration::from_secs(3);
 
-/// Connections that are heard at a time; one more, and the one that has been silent for longest goes.
-const MOST_GUESTS: usize = 64;
+/// Connections that have not said yet what they are for, at a time: one more closes the oldest of them.
+const MOST_PENDING: usize = 64;
 
-/// Threads that hear connections or have done so, at a time: whoever connects a thousand times a second gets no more.
-const MOST_THREADS: usize = 2 * MOST_GUESTS;
+/// Threads that read greetings or are about to end, at a time: a peer that connects a thousand times a second gets no
+/// more.
+const MOST_THREADS: usize = 2 * MOST_PENDING;
 
-/// After an accept that failed, e.g. for want of file descriptors: nothing tells when there are some again.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// The pause after an accept that failed, e.g. for want of file descriptors: the kernel does not report when there are
+/// some again.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Accepts connections until it is dropped; then the listener, and a Unix socket's file, are gone.
 #[derive(Debug)]
-pub(super) struct Door {
-    hall: Arc<Hall>,
+pub(super) struct Acceptor {
+    shared: Arc<AcceptorShared>,
     thread: Option<Thread>,
 }
 
-/// What the door's threads share.
+/// What the acceptor's threads share.
 #[derive(Debug)]
-struct Hall {
-    desk: Arc<Desk>,
+struct AcceptorShared {
+    rendezvous: Arc<Rendezvous>,
     options: ReceiveOptions,
-    /// Cancelled when the door closes.
+    /// Cancelled when the acceptor is dropped.
     closing: Control,
 }
 
 /// Why a connection is refused.
 #[derive(Debug, thiserror::Error)]
-enum Unwelcome {
+enum GreetingError {
     #[error("it speaks protocol versions {theirs} (godwit {release}), expected one of {ours}")]
     Version {
         ours: String,
@@ -52,48 +54,48 @@ enum Unwelcome {
         release: String,
     },
     #[error(transparent)]
-    Refused(#[from] Refusal),
+    Refused(#[from] ConnectionRefusal),
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error("no random numbers for a token")]
     Random(#[source] std::io::Error),
-    #[error("no answer yet: the guest is about to run")]
+    #[error("no answer yet: the greeting is about to run")]
     Undecided,
 }
 
-/// A connection that is being heard.
-struct Guest {
-    /// Empty once it has said what it wants.
+/// A connection, and the thread that reads its greeting.
+struct Greeting {
+    /// Empty once the peer has said what the connection is for.
     connection: Arc<Mutex<Option<Arc<Connection>>>>,
     deadline: Instant,
     thread: Thread,
 }
 
-impl Door {
+impl Acceptor {
     pub(super) fn open(
         listener: Listener,
-        desk: Arc<Desk>,
+        rendezvous: Arc<Rendezvous>,
         options: ReceiveOptions,
     ) -> std::io::Result<Self> {
         let closing = Control::new()?;
-        let hall = Arc::new(Hall {
-            desk,
+        let shared = Arc::new(AcceptorShared {
+            rendezvous,
             options,
             closing,
         });
-        let inside = hall.clone();
-        let thread = threads::spawn(Role::Door, "door", move || inside.run(&listener))?;
+        let accepting = shared.clone();
+        let thread = threads::spawn(Role::Acceptor, "acceptor", move || accepting.accept(&listener))?;
         Ok(Self {
-            hall,
+            shared,
             thread: Some(thread),
         })
     }
 }
 
-impl Drop for Door {
+impl Drop for Acceptor {
     fn drop(&mut self) {
-        self.hall.closing.cancel();
-        self.hall.desk.close();
+        self.shared.closing.cancel();
+        self.shared.rendezvous.close();
         if let Some(thread) = self.thread.take() {
             // A panic of its own has been printed.
             let _ = thread.join();
@@ -101,108 +103,111 @@ impl Drop for Door {
     }
 }
 
-impl Hall {
-    fn run(self: &Arc<Self>, listener: &Listener) {
-        let mut guests: Vec<Guest> = Vec::new();
+impl AcceptorShared {
+    fn accept(self: &Arc<Self>, listener: &Listener) {
+        let mut greetings: Vec<Greeting> = Vec::new();
         loop {
-            guests.retain(|guest| !guest.thread.is_finished());
+            greetings.retain(|greeting| !greeting.thread.is_finished());
             let now = Instant::now();
-            guests
+            greetings
                 .iter()
-                .filter(|guest| guest.deadline <= now)
-                .for_each(Guest::show_out);
-            let next = guests
+                .filter(|greeting| greeting.deadline <= now)
+                .for_each(Greeting::close_if_pending);
+            let next = greetings
                 .iter()
-                .filter(|guest| guest.is_heard())
-                .map(|guest| guest.deadline)
+                .filter(|greeting| greeting.is_pending())
+                .map(|greeting| greeting.deadline)
                 .min();
             match listener.accept(&self.closing, next) {
-                Ok(Some(connection)) => self.let_in(connection, &mut guests),
+                Ok(Some(connection)) => self.start_greeting(connection, &mut greetings),
                 Ok(None) => {}
                 Err(TransportError::Cancelled) => break,
                 Err(error) => {
                     tracing::warn!(error = chain(&error), "no connection accepted");
-                    self.closing.wait_for_cancel(ACCEPT_AGAIN);
+                    self.closing.wait_for_cancel(ACCEPT_RETRY);
                 }
             }
         }
-        for guest in guests {
-            guest.show_out();
-            let _ = guest.thread.join();
+        for greeting in greetings {
+            greeting.close_if_pending();
+            let _ = greeting.thread.join();
         }
     }
 
-    fn let_in(self: &Arc<Self>, connection: Connection, guests: &mut Vec<Guest>) {
-        if guests.len() >= MOST_GUESTS {
-            let silent = guests.iter().find(|guest| guest.is_heard());
+    fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<Greeting>) {
+        if greetings.len() >= MOST_PENDING {
+            let silent = greetings.iter().find(|greeting| greeting.is_pending());
             // A thread that was told to end does so at once, but not before it runs.
-            let Some(silent) = silent.filter(|_| guests.len() < MOST_THREADS) else {
+            let Some(silent) = silent.filter(|_| greetings.len() < MOST_THREADS) else {
                 tracing::warn!(
                     from = %connection.peer(),
                     "too many connections at a time; one is refused"
                 );
                 return;
             };
-            silent.show_out();
+            silent.close_if_pending();
         }
         let connection = Arc::new(Mutex::new(Some(Arc::new(connection))));
-        let (hall, theirs) = (self.clone(), connection.clone());
-        let spawned = threads::spawn(Role::Greeting, "greeting", move || hall.greet(&theirs));
+        let (shared, theirs) = (self.clone(), connection.clone());
+        let spawned = threads::spawn(Role::Greeting, "greeting", move || shared.serve(&theirs));
         match spawned {
-            Ok(thread) => guests.push(Guest {
+            Ok(thread) => greetings.push(Greeting {
                 connection,
                 deadline: Instant::now() + GREETING,
                 thread,
             }),
-            Err(error) => tracing::warn!(%error, "no thread to hear a connection"),
+            Err(error) => tracing::warn!(%error, "no thread to read a greeting"),
         }
     }
 
-    /// Hears one connection.
-    fn greet(&self, slot: &Mutex<Option<Arc<Connection>>>) {
+    /// Reads one greeting and acts on it, or tells the peer why not.
+    fn serve(&self, slot: &Mutex<Option<Arc<Connection>>>) {
         let Some(connection) = lock(slot).clone() else {
             return;
         };
         let mut link = Link::new(&connection, &self.closing, GREETING, GREETING);
-        if let Err(error) = self.hear(&mut link, slot, &connection) {
+        if let Err(error) = self.dispatch(&mut link, slot, &connection) {
             let reason = chain(&error);
             tracing::info!(from = %connection.peer(), "connection refused: {reason}");
             link.abort(false, &reason);
         }
     }
 
-    fn hear(
+    fn dispatch(
         &self,
         link: &mut Link<'_>,
         slot: &Mutex<Option<Arc<Connection>>>,
         connection: &Arc<Connection>,
-    ) -> Result<(), Unwelcome> {
+    ) -> Result<(), GreetingError> {
         hello(link)?;
         let what = "begin, join or ask";
-        let wish = link.receive_message(what)?;
-        // It has said what it wants: from here on it is not the door's to end.
+        let greeting = link.receive_message(what)?;
+        // The peer has said what the connection is for: from here on the acceptor no longer closes it.
         if lock(slot).take().is_none() {
             return Ok(());
         }
-        match wish {
+        match greeting {
             Message::Begin(features) => {
-                let arrival = Arrival {
+                let caller = Caller {
                     connection: connection.clone(),
                     token: new_token()?,
                     features,
                 };
-                Ok(self.desk.begin(arrival, Instant::now() + GREETING)?)
+                Ok(self.rendezvous.begin(caller, Instant::now() + GREETING)?)
             }
-            Message::Join { token, index } => Ok(self.desk.join(token, index, connection.clone())?),
+            Message::Join { token, index } => Ok(self.rendezvous.join(token, index, connection.clone())?),
             Message::Ask(token) => {
                 let until = Instant::now() + self.options.io_timeout;
-                let outcome = self.desk.ask(token, until).ok_or(Unwelcome::Undecided)?;
+                let outcome = self
+                    .rendezvous
+                    .attempt_outcome(token, until)
+                    .ok_or(GreetingError::Undecided)?;
                 tracing::info!(
                     from = %connection.peer(),
                     ?outcome,
                     "a source asked for its machine"
                 );
-                link.send(&Message::Outcome(outcome))?;
+                link.send(&Message::AttemptOutcome(outcome))?;
                 link.hang_up();
                 Ok(())
             }
@@ -215,14 +220,14 @@ impl Hall {
     }
 }
 
-impl Guest {
-    /// Whether it has not said yet what it wants.
-    fn is_heard(&self) -> bool {
+impl Greeting {
+    /// Whether the peer has not said yet what the connection is for.
+    fn is_pending(&self) -> bool {
         lock(&self.connection).is_some()
     }
 
-    /// Ends it, unless it has said what it wants.
-    fn show_out(&self) {
+    /// Closes the connection, unless the peer has said what it is for.
+    fn close_if_pending(&self) {
         if let Some(connection) = lock(&self.connection).take() {
             tracing::info!(from = %connection.peer(), "a connection did not say what it wants");
             let _ = connection.shutdown(Shutdown::Both);
@@ -235,7 +240,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn hello(link: &mut Link<'_>) -> Result<(), Unwelcome> {
+fn hello(link: &mut Link<'_>) -> Result<(), GreetingError> {
     let theirs = match link.receive_message("hello")? {
         Message::Hello(hello) => hello,
         other => {
@@ -250,7 +255,7 @@ fn hello(link: &mut Link<'_>) -> Result<(), Unwelcome> {
     link.send(&Message::Hello(Hello::ours()))?;
     match theirs.common_version() {
         Some(_) => Ok(()),
-        None => Err(Unwelcome::Version {
+        None => Err(GreetingError::Version {
             ours: Hello::ours().versions(),
             theirs: theirs.versions(),
             release: clean(&theirs.release),
@@ -258,13 +263,13 @@ fn hello(link: &mut Link<'_>) -> Result<(), Unwelcome> {
     }
 }
 
-fn new_token() -> Result<Token, Unwelcome> {
+fn new_token() -> Result<Token, GreetingError> {
     use rustix::rand::{GetRandomFlags, getrandom};
     let mut token = Token::default();
     // Up to 256 bytes come whole, once the system has any (getrandom(2)).
     match getrandom(&mut token[..], GetRandomFlags::empty()) {
         Ok(got) if got == token.len() => Ok(token),
-        Ok(_) => Err(Unwelcome::Random(std::io::ErrorKind::UnexpectedEof.into())),
-        Err(error) => Err(Unwelcome::Random(error.into())),
+        Ok(_) => Err(GreetingError::Random(std::io::ErrorKind::UnexpectedEof.into())),
+        Err(error) => Err(GreetingError::Random(error.into())),
     }
 }

@@ -1,0 +1,278 @@
+//! Where connections meet the job that they belong to: the acceptor's threads bring them, the job waits for them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+use crate::commit::{Ledger, Stage};
+use crate::control::Control;
+use crate::protocol::{AttemptOutcome, Features, Token};
+use crate::transport::{Connection, TransportError};
+
+/// Shared by the acceptor's threads, which bring connections, and the job, which waits for them. The commit's ledger lies
+/// here, so that a source's question is answered whatever the job is doing.
+#[derive(Debug)]
+pub(super) struct Rendezvous {
+    state: Mutex<RendezvousState>,
+    /// Wakes the acceptor's threads when the state has changed.
+    changed: Condvar,
+    /// Wakes the job, which waits for sockets as well: an eventfd, readable when the state has changed.
+    event: OwnedFd,
+}
+
+/// How long a source's question waits for a "go" that came before it and that the job has not read yet.
+const GO_GRACE: Duration = Duration::from_millis(500);
+
+/// A source that begins a migration.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub(super) connection: Arc<Connection>,
+    pub(super) token: Token,
+    /// What its build supports.
+    pub(super) features: Features,
+}
+
+/// Why a connection is of no use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ConnectionRefusal {
+    #[error("the receiver is busy: expected no migration under way and no machine, found {found}")]
+    Busy { found: &'static str },
+    #[error("expected the token of the migration under way, got another")]
+    Token,
+    #[error("expected a stream number below {count}, got {got}")]
+    Index { count: usize, got: u32 },
+    #[error("expected each stream once, got number {index} again")]
+    Twice { index: u32 },
+}
+
+#[derive(Debug, Default)]
+struct RendezvousState {
+    ledger: Ledger,
+    job: JobState,
+    /// For each stream that the job waits for, whether it has joined.
+    joined: Vec<bool>,
+    /// Streams that have joined and that the job has not taken yet.
+    streams: Vec<(u32, Arc<Connection>)>,
+    /// Threads of streams that hang and were left alone.
+    abandoned: usize,
+    closed: bool,
+}
+
+/// Whether the job would take a new source.
+#[derive(Debug, Default)]
+enum JobState {
+    /// There is no job.
+    #[default]
+    None,
+    /// It waits for a source.
+    Waiting,
+    /// A source is here; the job has not taken it yet.
+    Arrived(Caller),
+    /// It has a source.
+    Busy,
+}
+
+impl Rendezvous {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// Readable when something has changed since [`Rendezvous::clear_event`].
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Makes the event unreadable again. The caller checks afterwards what has changed.
+    pub(super) fn clear_event(&self) {
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+    }
+
+    /// Wakes the job.
+    pub(super) fn wake_job(&self) {
+        // Can only fail when the counter is at its limit, and then it is readable anyway.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    /// Brings a new source to the job that waits for one. Between two migrations no job waits for a moment: the call then
+    /// waits for it until `until`.
+    pub(super) fn begin(&self, caller: Caller, until: Instant) -> Result<(), ConnectionRefusal> {
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = state.occupant() {
+                return Err(ConnectionRefusal::Busy { found });
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if matches!(state.job, JobState::Waiting) {
+                break;
+            }
+            if left.is_zero() || state.closed {
+                return Err(ConnectionRefusal::Busy {
+                    found: "one that is being cleared away",
+                });
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state.ledger.begin(caller.token);
+        state.job = JobState::Arrived(caller);
+        self.wake_job();
+        Ok(())
+    }
+
+    /// Brings a data stream to its job.
+    pub(super) fn join(
+        &self,
+        token: Token,
+        index: u32,
+        connection: Arc<Connection>,
+    ) -> Result<(), ConnectionRefusal> {
+        let mut state = self.lock();
+        if *state.ledger.stage() != Stage::Filling(token) {
+            return Err(ConnectionRefusal::Token);
+        }
+        let count = state.joined.len();
+        match state.joined.get_mut(index as usize) {
+            None => return Err(ConnectionRefusal::Index { count, got: index }),
+            Some(true) => return Err(ConnectionRefusal::Twice { index }),
+            Some(joined) => *joined = true,
+        }
+        state.streams.push((index, connection));
+        self.wake_job();
+        Ok(())
+    }
+
+    /// Answers a source that asks what became of its machine; waits until `until` for a commit that is about to
+    /// be known, and then has no answer.
+    ///
+    /// "go" may lie unread in this side's own buffers: the job gets a moment to find it before the machine is
+    /// given up.
+    pub(super) fn attempt_outcome(&self, token: Token, until: Instant) -> Option<AttemptOutcome> {
+        let mut state = self.lock();
+        let moment = until.min(Instant::now() + GO_GRACE);
+        while *state.ledger.stage() == Stage::Ready(token) && !state.closed {
+            let left = moment.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        loop {
+            let answer = state.ledger.ask(token);
+            if answer.is_some() {
+                self.wake_job();
+                return answer;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || state.closed {
+                return None;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Waits for a source, or until `control` is cancelled.
+    pub(super) fn wait_for_source(&self, control: &Control) -> Result<Caller, TransportError> {
+        self.lock().job = JobState::Waiting;
+        self.changed.notify_all();
+        loop {
+            self.clear_event();
+            let mut state = self.lock();
+            match std::mem::take(&mut state.job) {
+                JobState::Arrived(caller) => {
+                    state.job = JobState::Busy;
+                    return Ok(caller);
+                }
+                _ if control.is_cancelled() => return Err(TransportError::Cancelled),
+                job => state.job = job,
+            }
+            drop(state);
+            let mut events =
+                [self.event(), control.wake()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            match poll(&mut events, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    self.release();
+                    return Err(TransportError::Wait(error.into()));
+                }
+            }
+        }
+    }
+
+    /// From here on this many streams may join.
+    pub(super) fn expect_streams(&self, count: u32) {
+        self.lock().joined = vec![false; count as usize];
+    }
+
+    /// The streams that have joined since the last call.
+    pub(super) fn drain_streams(&self) -> Vec<(u32, Arc<Connection>)> {
+        std::mem::take(&mut self.lock().streams)
+    }
+
+    /// Counts threads of streams that hang and are left alone.
+    pub(super) fn abandon(&self, streams: usize) {
+        self.lock().abandoned += streams;
+    }
+
+    /// How many threads were left alone so far.
+    pub(super) fn abandoned(&self) -> usize {
+        self.lock().abandoned
+    }
+
+    /// Reads or changes the ledger, and wakes those that wait for a change.
+    pub(super) fn with_ledger<T>(&self, work: impl FnOnce(&mut Ledger) -> T) -> T {
+        let result = work(&mut self.lock().ledger);
+        self.changed.notify_all();
+        result
+    }
+
+    /// The job has ended.
+    pub(super) fn release(&self) {
+        let mut state = self.lock();
+        state.job = JobState::None;
+        state.joined.clear();
+        state.streams.clear();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The receiver ends: no call waits any more.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RendezvousState> {
+        // Nothing that holds it panics; if it did, the values would still be whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl RendezvousState {
+    /// What keeps a new migration out, and will for a while.
+    fn occupant(&self) -> Option<&'static str> {
+        match self.ledger.stage() {
+            Stage::Idle => None,
+            Stage::Filling(_) => Some("a migration under way"),
+            Stage::Ready(_) => Some("a machine that waits for its source's word"),
+            Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => Some("a machine that has arrived"),
+        }
+    }
+}
