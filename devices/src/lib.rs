@@ -26,7 +26,6 @@ pub use host_socket::HostSocketError;
 pub use metrics::{Counter, Counters};
 pub use rate::{Bucket, BucketError, Limits};
 
-/// Guest RAM with a bitmap of the pages that devices wrote.
-///
-/// Every write to it goes through `vm-memory`, which marks the pages; a raw pointer or iovec would not.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
+/// Guest RAM. Every write of a device to it goes through `vm-memory`, which marks the pages; a raw pointer or iovec would
+/// not.
+pub use guest_memory::GuestMemory;

@@ -11,7 +11,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice, RefSlice};
+use guest_memory::PageMarks;
+use vm_memory::bitmap::{Bitmap, BitmapSlice, RefSlice};
 use vm_memory::{
     GuestMemoryBackend, GuestMemoryError, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
@@ -80,7 +81,7 @@ impl WriteVolatile for At<'_> {
 /// Buffers in guest memory for one `readv` or `writev`: a packet, which no two calls could share.
 pub(super) struct Vectors<'a> {
     memory: &'a GuestMemory,
-    slices: Vec<VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>>,
+    slices: Vec<VolatileSlice<'a, RefSlice<'a, PageMarks>>>,
     vectors: Vec<libc::iovec>,
 }
 

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
+use guest_memory::PageMarks;
 use migration_state::Envelope;
 use tempfile::TempDir;
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -353,15 +354,15 @@ impl Driver {
 
     /// Whether the page is marked as written by a device.
     pub(crate) fn is_dirty(&self, address: u64) -> bool {
-        let region: &MmapRegion<AtomicBitmap> = self.memory.find_region(GuestAddress(address)).unwrap();
+        let region: &MmapRegion<PageMarks> = self.memory.find_region(GuestAddress(address)).unwrap();
         region.bitmap().dirty_at(address as usize)
     }
 
     /// As [`Driver::is_dirty`], and unmarks all.
     pub(crate) fn take_dirty(&self, address: u64) -> bool {
-        let region: &MmapRegion<AtomicBitmap> = self.memory.find_region(GuestAddress(address)).unwrap();
+        let region: &MmapRegion<PageMarks> = self.memory.find_region(GuestAddress(address)).unwrap();
         let dirty = self.is_dirty(address);
-        region.bitmap().reset();
+        region.bitmap().clear_all();
         dirty
     }
 

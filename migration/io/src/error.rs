@@ -1,3 +1,5 @@
+//! Why guest memory could not be sent, received or read.
+
 use std::io;
 
 /// Why guest memory could not be sent, received or looked at.
@@ -34,6 +36,9 @@ pub enum MemoryIoError {
     /// The peer closed the connection.
     #[error("the peer closed the connection")]
     Closed,
+    /// A thread that was to compute a digest panicked.
+    #[error("a part of the digest is missing: the thread that was to compute it panicked")]
+    DigestFailed,
     /// The socket failed.
     #[error("the connection failed")]
     Socket(#[source] io::Error),

@@ -27,7 +27,7 @@ mod zerocopy;
 mod tests;
 
 pub use compression::{Chooser, CompressionError, Compressor, Decompressor, MAX_BLOCK, Method};
-pub use digest::{digest, digest_without};
+pub use digest::{digest, digest_block, digest_blocks, digest_of_blocks};
 pub use error::MemoryIoError;
 pub use gather::{Gather, Piece};
 pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE};

@@ -1,16 +1,14 @@
-use vm_memory::bitmap::AtomicBitmap;
+//! Ranges of guest memory, and slices for them.
+
+pub use guest_memory::{GuestMemory, PAGE_SIZE};
+
+use guest_memory::PageMarks;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::MemoryIoError;
 
-/// Guest RAM. The bitmap holds what the monitor's own devices wrote; what vCPUs write is KVM's to log.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<AtomicBitmap>;
-
 /// A slice of one region of guest RAM.
-pub(crate) type GuestSlice<'a> = VolatileSlice<'a, vm_memory::bitmap::RefSlice<'a, AtomicBitmap>>;
-
-/// Bytes of a page: the unit of dirty logging and of migration.
-pub const PAGE_SIZE: u64 = 4096;
+pub(crate) type GuestSlice<'a> = VolatileSlice<'a, vm_memory::bitmap::RefSlice<'a, PageMarks>>;
 
 /// A range of guest-physical memory within one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

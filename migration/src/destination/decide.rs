@@ -8,11 +8,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::ReceiveError;
-use super::rendezvous::Rendezvous;
+use super::local::LocalSide;
 use crate::commit::Stage;
-use crate::control::{Control, Decision};
+use crate::control::Decision;
 use crate::link::{Link, LinkError, Sorted};
-use crate::options::ReceiveOptions;
 use crate::protocol::{Frame, Message};
 use crate::text::chain;
 
@@ -25,10 +24,8 @@ pub(super) struct MayRun {
 }
 
 /// The wait of a machine that is ready: for as long as it takes, with the source or without it.
-pub(super) struct Waiting<'a, 'l> {
-    rendezvous: &'a Rendezvous,
-    control: &'a Control,
-    options: &'a ReceiveOptions,
+pub(super) struct Waiting<'a, 'b, 'l> {
+    local: &'a LocalSide<'b>,
     link: &'a mut Link<'l>,
     /// When the state had come: the guest stopped before that.
     state_at: Instant,
@@ -40,20 +37,12 @@ pub(super) struct Waiting<'a, 'l> {
     undecided: bool,
 }
 
-impl<'a, 'l> Waiting<'a, 'l> {
-    pub(super) fn new(
-        rendezvous: &'a Rendezvous,
-        control: &'a Control,
-        options: &'a ReceiveOptions,
-        link: &'a mut Link<'l>,
-        state_at: Instant,
-    ) -> Self {
+impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
+    pub(super) fn new(local: &'a LocalSide<'b>, link: &'a mut Link<'l>, state_at: Instant) -> Self {
         let ready_at = Instant::now();
         let last_byte = (ready_at, link.bytes_received());
         Self {
-            rendezvous,
-            control,
-            options,
+            local,
             link,
             state_at,
             ready_at,
@@ -67,7 +56,7 @@ impl<'a, 'l> Waiting<'a, 'l> {
     /// machine up, and is an error.
     pub(super) fn run(mut self) -> Result<MayRun, ReceiveError> {
         let decided = loop {
-            self.rendezvous.clear_event();
+            self.local.rendezvous.clear_event();
             if let Some(decided) = self.operators_decision() {
                 break decided;
             }
@@ -79,14 +68,18 @@ impl<'a, 'l> Waiting<'a, 'l> {
                 break decided;
             }
         };
-        self.control.set_undecided(false);
+        self.local.control.set_undecided(false);
         decided
     }
 
     /// What an operator has decided, if the ledger takes it: the source's word may have come first.
     fn operators_decision(&mut self) -> Option<Result<MayRun, ReceiveError>> {
-        let decision = self.control.take_decision()?;
-        if !self.rendezvous.with_ledger(|ledger| ledger.decide(decision)) {
+        let decision = self.local.control.take_decision()?;
+        if !self
+            .local
+            .rendezvous
+            .with_ledger(|ledger| ledger.decide(decision))
+        {
             return None;
         }
         tracing::warn!(?decision, "an operator decided for the machine that was ready");
@@ -102,7 +95,8 @@ impl<'a, 'l> Waiting<'a, 'l> {
 
     /// Whether the machine was not given up meanwhile, on another connection.
     fn is_still_ready(&self) -> bool {
-        self.rendezvous
+        self.local
+            .rendezvous
             .with_ledger(|ledger| matches!(ledger.stage(), Stage::Ready(_)))
     }
 
@@ -111,39 +105,42 @@ impl<'a, 'l> Waiting<'a, 'l> {
     /// source is silent.
     fn note_silence(&mut self) -> bool {
         let (last_byte_at, _) = self.last_byte;
-        let silent = last_byte_at.elapsed() > self.options.io_timeout
-            || self.ready_at.elapsed() > self.options.step_timeout
+        let silent = last_byte_at.elapsed() > self.local.options.io_timeout
+            || self.ready_at.elapsed() > self.local.options.step_timeout
             || !self.connected;
         if silent && !self.undecided {
             self.undecided = true;
-            self.control.set_undecided(true);
+            self.local.control.set_undecided(true);
         } else if self.undecided && !silent {
-            self.undecided = !self.control.end_doubt();
+            self.undecided = !self.local.control.end_doubt();
         }
         silent
     }
 
     /// Waits for the source, an operator or another connection, and returns what the source's word decides, if one came.
     fn sources_word(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
-        let wakers = [self.rendezvous.event(), self.control.decided()];
+        let wakers = [self.local.rendezvous.event(), self.local.control.decided()];
         if !self.connected {
             return wait_for(&wakers).err().map(|error| Err(error.into()));
         }
         let (last_byte_at, bytes) = self.last_byte;
-        let overdue = (last_byte_at + self.options.io_timeout).min(self.ready_at + self.options.step_timeout);
+        let overdue = (last_byte_at + self.local.options.io_timeout)
+            .min(self.ready_at + self.local.options.step_timeout);
         let word = receive_go(self.link, &wakers, (!silent).then_some(overdue));
         if self.link.bytes_received() != bytes {
             self.last_byte = (Instant::now(), self.link.bytes_received());
         }
         match word {
-            Ok(Some(Go { stopped_at })) if self.rendezvous.with_ledger(|ledger| ledger.go()) => {
+            Ok(Some(Go { stopped_at })) if self.local.rendezvous.with_ledger(|ledger| ledger.go()) => {
                 Some(Ok(MayRun {
                     stopped_at,
                     connected: self.connected,
                 }))
             }
             Ok(_) => None,
-            Err(error) if error.is_abort() && self.rendezvous.with_ledger(|ledger| ledger.discard()) => {
+            Err(error)
+                if error.is_abort() && self.local.rendezvous.with_ledger(|ledger| ledger.discard()) =>
+            {
                 Some(Err(error.into()))
             }
             // The loss of the connection decides nothing.

@@ -5,14 +5,11 @@ use std::time::{Duration, Instant};
 
 use super::ReceiveError;
 use super::error::call;
+use super::local::LocalSide;
 use super::memory::Incoming;
 use super::populate::Populate;
-use super::rendezvous::Rendezvous;
 use super::streams::Streams;
-use crate::control::Control;
 use crate::link::{Link, LinkError, Sorted};
-use crate::options::ReceiveOptions;
-use crate::ports::Destination;
 use crate::protocol::{Frame, Message, nanoseconds};
 
 /// More are no practice. A source rehearses a few times in a round at most.
@@ -27,18 +24,15 @@ const LOOK: Duration = Duration::from_millis(250);
 const WHAT: &str = "populated, round end, a rehearsal or the state";
 
 /// Everything between "accept" and the state.
-pub(super) struct Filling<'a, 'l> {
-    destination: &'a mut dyn Destination,
-    rendezvous: &'a Rendezvous,
-    control: &'a Control,
-    options: &'a ReceiveOptions,
+pub(super) struct Filling<'a, 'b, 'l> {
+    local: &'a mut LocalSide<'b>,
     link: &'a mut Link<'l>,
     incoming: &'a Incoming,
     streams: &'a Arc<Streams>,
     populate: &'a Populate,
     clock: Clock,
-    /// The round that has ended on the control connection, and when.
-    round: (u32, Instant),
+    /// The round that has ended on the control connection.
+    round: u32,
     /// Whether it has been acknowledged.
     acknowledged: bool,
     state: Option<Vec<u8>>,
@@ -58,12 +52,9 @@ struct Clock {
     joined_by: Instant,
 }
 
-impl<'a, 'l> Filling<'a, 'l> {
+impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     pub(super) fn new(
-        destination: &'a mut dyn Destination,
-        rendezvous: &'a Rendezvous,
-        control: &'a Control,
-        options: &'a ReceiveOptions,
+        local: &'a mut LocalSide<'b>,
         link: &'a mut Link<'l>,
         incoming: &'a Incoming,
         streams: &'a Arc<Streams>,
@@ -74,19 +65,16 @@ impl<'a, 'l> Filling<'a, 'l> {
             heard: now,
             moved: now,
             bytes: (0, 0),
-            joined_by: now + options.io_timeout,
+            joined_by: now + local.options.io_timeout,
         };
         Self {
-            destination,
-            rendezvous,
-            control,
-            options,
+            local,
             link,
             incoming,
             streams,
             populate,
             clock,
-            round: (0, now),
+            round: 0,
             acknowledged: true,
             state: None,
             rehearsals: 0,
@@ -97,7 +85,7 @@ impl<'a, 'l> Filling<'a, 'l> {
     /// Takes in what comes until all memory and the state are there, on streams that join meanwhile. Returns the state.
     pub(super) fn run(&mut self) -> Result<Vec<u8>, ReceiveError> {
         loop {
-            self.rendezvous.clear_event();
+            self.local.rendezvous.clear_event();
             self.streams.seat()?;
             self.show();
             let (failure, again) = self.streams.failure();
@@ -114,7 +102,8 @@ impl<'a, 'l> Filling<'a, 'l> {
                 return Ok(state);
             }
             let until = self.next_moment()?.min(again.unwrap_or_else(far_off));
-            self.link.await_peer(&[self.rendezvous.event()], Some(until))?;
+            self.link
+                .await_peer(&[self.local.rendezvous.event()], Some(until))?;
             if let Some(Sorted::Frame(frame)) = self.link.poll(WHAT)? {
                 self.clock.moved = Instant::now();
                 self.take(frame)?;
@@ -125,30 +114,28 @@ impl<'a, 'l> Filling<'a, 'l> {
     /// Lets others see how far it is.
     fn show(&self) {
         let bytes = self.incoming.received();
-        self.control
+        self.local
+            .control
             .update(|progress| progress.bytes_sent = progress.bytes_sent.max(bytes));
     }
 
     /// Whether the source has not asked for its machine meanwhile.
     fn is_wanted(&self) -> bool {
-        self.rendezvous
+        self.local
+            .rendezvous
             .with_ledger(|ledger| *ledger.stage() != crate::commit::Stage::Idle)
     }
 
     /// Tells the source that a round is in memory, once it is.
     fn acknowledge(&mut self) -> Result<(), ReceiveError> {
-        let (round, ended_at) = self.round;
+        let round = self.round;
         if self.acknowledged {
             return Ok(());
         }
-        let Some(complete_at) = self.streams.completed(round) else {
+        if !self.streams.is_complete(round) {
             return Ok(());
-        };
-        let late = complete_at.saturating_duration_since(ended_at);
-        self.link.send(&Message::RoundAck {
-            round,
-            late_ns: nanoseconds(late),
-        })?;
+        }
+        self.link.send(&Message::RoundAck(round))?;
         self.acknowledged = true;
         self.populate.round_ended();
         Ok(())
@@ -156,7 +143,7 @@ impl<'a, 'l> Filling<'a, 'l> {
 
     /// When something has to be done at the latest. An error if the source has had all the time it may have.
     fn next_moment(&mut self) -> Result<Instant, ReceiveError> {
-        let (now, options) = (Instant::now(), self.options);
+        let (now, options) = (Instant::now(), self.local.options);
         let bytes = (self.link.bytes_received(), self.incoming.arrived());
         if bytes != self.clock.bytes {
             self.clock.heard = now;
@@ -197,7 +184,7 @@ impl<'a, 'l> Filling<'a, 'l> {
             Frame::Message(Message::RoundEnd(round)) if in_turn && with_streams => self.end_round(round),
             Frame::Message(Message::DigestRequest) if in_turn && self.digests < MAX_DIGESTS => {
                 self.digests += 1;
-                let digest = self.incoming.digest()?;
+                let digest = self.incoming.digest(self.streams.count(), self.local.control)?;
                 self.answer(&Message::Digest(digest))
             }
             Frame::Rehearsal(state) if in_turn && self.rehearsals < MAX_REHEARSALS => {
@@ -214,19 +201,19 @@ impl<'a, 'l> Filling<'a, 'l> {
     }
 
     fn end_round(&mut self, round: u32) -> Result<(), ReceiveError> {
-        let expected = self.round.0.saturating_add(1);
+        let expected = self.round.saturating_add(1);
         if round != expected {
             return Err(ReceiveError::Round { expected, got: round });
         }
-        self.round = (round, Instant::now());
+        self.round = round;
         self.acknowledged = false;
-        self.control.update(|progress| progress.round = round);
+        self.local.control.update(|progress| progress.round = round);
         Ok(())
     }
 
     fn rehearse(&mut self, state: &[u8]) -> Result<(), ReceiveError> {
         let began = Instant::now();
-        let resume = call("rehearse", self.destination.rehearse(state))?;
+        let resume = call("rehearse", self.local.destination.rehearse(state))?;
         self.answer(&Message::Rehearsed {
             restore_ns: nanoseconds(began.elapsed().saturating_sub(resume)),
             resume_ns: nanoseconds(resume),

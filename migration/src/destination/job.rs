@@ -14,27 +14,26 @@ use super::decide::{MayRun, Waiting};
 use super::disks::Disks;
 use super::error::call;
 use super::fill::Filling;
+use super::local::LocalSide;
 use super::memory::Incoming;
 use super::populate::Populate;
-use super::rendezvous::{Caller, Rendezvous};
+use super::rendezvous::Caller;
 use super::streams::Streams;
 use super::{ReceiveError, Received};
 use crate::commit::Stage;
-use crate::control::{Control, Phase};
+use crate::control::Phase;
 use crate::link::{Admitted, Link, LinkError, Sorted};
-use crate::options::{MAX_STREAMS, ReceiveOptions};
+use crate::options::MAX_STREAMS;
 use crate::page_set::PageSet;
-use crate::ports::{Destination, MachineDescription, OfferedDisks};
+use crate::ports::{MachineDescription, OfferedDisks};
 use crate::protocol::{Features, Message, Transfer, nanoseconds};
 use crate::report::ms;
 use crate::text::panic_message;
 
 /// One migration under way.
 pub(super) struct DestinationJob<'a> {
-    pub(super) destination: &'a mut dyn Destination,
-    pub(super) rendezvous: &'a Arc<Rendezvous>,
-    pub(super) control: &'a Control,
-    pub(super) options: &'a ReceiveOptions,
+    local: LocalSide<'a>,
+    /// Whether there may be something to be thrown away.
     built: bool,
 }
 
@@ -55,19 +54,8 @@ const LEAVING: Duration = Duration::from_secs(2);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl<'a> DestinationJob<'a> {
-    pub(super) fn new(
-        destination: &'a mut dyn Destination,
-        rendezvous: &'a Arc<Rendezvous>,
-        control: &'a Control,
-        options: &'a ReceiveOptions,
-    ) -> Self {
-        Self {
-            destination,
-            rendezvous,
-            control,
-            options,
-            built: false,
-        }
+    pub(super) fn new(local: LocalSide<'a>) -> Self {
+        Self { local, built: false }
     }
 
     /// The migration as it goes when nothing goes wrong.
@@ -96,7 +84,7 @@ impl<'a> DestinationJob<'a> {
 
     /// The error for a panic, which after the commit is one about a machine that is kept: it is the only copy.
     pub(super) fn panicked(&self, message: String) -> ReceiveError {
-        self.rendezvous.with_ledger(|ledger| match ledger.stage() {
+        self.local.rendezvous.with_ledger(|ledger| match ledger.stage() {
             Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => {
                 ledger.kept(format!("panicked: {message}"));
                 ReceiveError::NotResumed(format!("panicked: {message}").into())
@@ -107,13 +95,13 @@ impl<'a> DestinationJob<'a> {
 
     /// From here on no word counts any more, unless one has come already.
     pub(super) fn give_up(&self) {
-        self.rendezvous.with_ledger(|ledger| ledger.discard());
+        self.local.rendezvous.with_ledger(|ledger| ledger.discard());
     }
 
     /// Throws away what was built, if anything was.
     pub(super) fn discard(&mut self) {
         if std::mem::take(&mut self.built) {
-            self.destination.discard();
+            self.local.destination.discard();
         }
     }
 
@@ -148,13 +136,16 @@ impl<'a> DestinationJob<'a> {
             }
             Transfer::Handover => Some(files(link, description, features)?),
         };
-        let differences = self.destination.check(description, offered);
+        let differences = self.local.destination.check(description, offered);
         if !differences.is_empty() {
             link.send(&Message::Refuse(differences.clone()))?;
             return Err(ReceiveError::Refused { differences });
         }
         self.built = true;
-        let memory = call("create", self.destination.create(description, files, offered))?;
+        let memory = call(
+            "create",
+            self.local.destination.create(description, files, offered),
+        )?;
         let asked = description.memory.iter().map(|region| (region.gpa, region.len));
         if !memory
             .iter()
@@ -163,10 +154,10 @@ impl<'a> DestinationJob<'a> {
         {
             return Err(ReceiveError::OtherMemory);
         }
-        let disks = Disks::new(self.destination.blank_disks(), &description.memory)?;
+        let disks = Disks::new(self.local.destination.blank_disks(), &description.memory)?;
         let total = description.memory.iter().map(|region| region.len).sum::<u64>() + disks.bytes();
         let incoming = Incoming::new(memory, disks);
-        self.control.update(|progress| {
+        self.local.control.update(|progress| {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total;
         });
@@ -185,11 +176,11 @@ impl<'a> DestinationJob<'a> {
             Transfer::Handover => 0,
         };
         // Before anybody is told that they may come.
-        self.rendezvous.expect_streams(count);
+        self.local.rendezvous.expect_streams(count);
         let populate = Arc::new(Populate::new(incoming.clone())?);
-        let (rendezvous, options) = (self.rendezvous.clone(), self.options.clone());
+        let (rendezvous, options) = (self.local.rendezvous.clone(), self.local.options.clone());
         let streams = Streams::new(incoming.clone(), populate.clone(), rendezvous, options, count)?;
-        let ahead = count > 0 && !self.destination.is_resident();
+        let ahead = count > 0 && !self.local.destination.is_resident();
         link.admit(Admitted::Machine);
         link.send(&Message::Accept {
             disks: incoming.disks().devices(),
@@ -203,35 +194,27 @@ impl<'a> DestinationJob<'a> {
                     .map_err(ReceiveError::Thread)?;
                 populate.set_thread(thread.thread().clone());
             }
-            let mut filling = Filling::new(
-                self.destination,
-                self.rendezvous,
-                self.control,
-                self.options,
-                link,
-                incoming,
-                &streams,
-                &populate,
-            );
+            let mut filling = Filling::new(&mut self.local, link, incoming, &streams, &populate);
             let state = filling.run()?;
             let arrived_at = Instant::now();
             // Nothing comes after the state: whatever did would be written into a machine that is complete.
             streams.end();
-            streams.join(self.options.step_timeout)?;
+            streams.join(self.local.options.step_timeout)?;
             self.restore(link, &state)?;
             drop(state);
-            Waiting::new(self.rendezvous, self.control, self.options, link, arrived_at).run()
+            Waiting::new(&self.local, link, arrived_at).run()
         })
     }
 
     fn restore(&mut self, link: &mut Link<'_>, state: &[u8]) -> Result<(), ReceiveError> {
-        self.control
+        self.local
+            .control
             .update(|progress| progress.phase = Phase::StopAndCopy);
         let began = Instant::now();
-        call("restore", self.destination.restore(state))?;
+        call("restore", self.local.destination.restore(state))?;
         let restore_ns = nanoseconds(began.elapsed());
         link.check("nothing before ready")?;
-        if !self.rendezvous.with_ledger(|ledger| ledger.ready()) {
+        if !self.local.rendezvous.with_ledger(|ledger| ledger.ready()) {
             return Err(ReceiveError::GivenUp);
         }
         // From here on "go" may be under way: only a word may end it.
@@ -246,22 +229,26 @@ impl<'a> DestinationJob<'a> {
     /// Lets the guest run. Returns how long that took, in milliseconds.
     fn resume(&mut self, link: &mut Link<'_>, stopped_at: Instant) -> Result<f64, ReceiveError> {
         let began = Instant::now();
-        self.control.update(|progress| progress.phase = Phase::Commit);
-        let run = AssertUnwindSafe(|| self.destination.resume(stopped_at));
+        self.local
+            .control
+            .update(|progress| progress.phase = Phase::Commit);
+        let run = AssertUnwindSafe(|| self.local.destination.resume(stopped_at));
         let resumed = catch_unwind(run)
             .unwrap_or_else(|panic| Err(format!("panicked: {}", panic_message(&*panic)).into()));
         let took = began.elapsed();
         if let Err(error) = resumed {
             let error = ReceiveError::NotResumed(error);
             let reason = crate::text::clean(&crate::text::chain(&error));
-            self.rendezvous.with_ledger(|ledger| ledger.kept(reason.clone()));
+            self.local
+                .rendezvous
+                .with_ledger(|ledger| ledger.kept(reason.clone()));
             // If this does not arrive, the source asks.
             if link.send(&Message::ResumeFailed { reason }).is_ok() {
                 link.hang_up();
             }
             return Err(error);
         }
-        self.rendezvous.with_ledger(|ledger| ledger.resumed());
+        self.local.rendezvous.with_ledger(|ledger| ledger.resumed());
         if let Err(error) = link.send(&Message::Resumed {
             resume_ns: nanoseconds(took),
         }) {

@@ -7,8 +7,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ReceiveError;
 use super::disks::Disks;
+use crate::control::Control;
 use crate::digest::digest;
-use crate::link::Link;
+use crate::link::{Link, LinkError};
 use crate::options::Compression;
 use crate::page_set::{PageSetError, masks};
 use crate::protocol::{CompressedTable, PageTable};
@@ -110,9 +111,13 @@ impl Incoming {
         Ok(bytes)
     }
 
-    /// A digest of all that is here.
-    pub(super) fn digest(&self) -> Result<u128, ReceiveError> {
-        digest(&self.memory, |_| false, self.disks.readers(), || Ok(()))
+    /// A digest of all that is here, by so many threads; a cancel ends it.
+    pub(super) fn digest(&self, threads: usize, control: &Control) -> Result<u128, ReceiveError> {
+        let go_on = || match control.interruption() {
+            Some(interruption) => Err(LinkError::from(interruption).into()),
+            None => Ok(()),
+        };
+        digest(&self.memory, threads, |_| false, self.disks.readers(), go_on)
     }
 
     /// Takes in one batch of compressed pages, whose block is next on the stream.

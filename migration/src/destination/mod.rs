@@ -6,6 +6,7 @@ mod disks;
 mod error;
 mod fill;
 mod job;
+mod local;
 mod memory;
 mod populate;
 mod rendezvous;
@@ -25,6 +26,7 @@ use crate::text::{chain, panic_message};
 use crate::transport::{Endpoint, Listener, TransportError};
 use acceptor::Acceptor;
 use job::DestinationJob;
+use local::LocalSide;
 use rendezvous::{Caller, Rendezvous};
 
 /// What was received: the guest runs here.
@@ -117,7 +119,12 @@ impl Receiver {
             options.io_timeout,
             options.step_timeout,
         );
-        let mut job = DestinationJob::new(destination, &self.rendezvous, control, options);
+        let mut job = DestinationJob::new(LocalSide {
+            destination,
+            rendezvous: &self.rendezvous,
+            control,
+            options,
+        });
         thread::scope(|scope| {
             let run = AssertUnwindSafe(|| {
                 alive.start(scope, link.pulse()).map_err(ReceiveError::Thread)?;

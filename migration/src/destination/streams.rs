@@ -38,8 +38,6 @@ struct StreamsState {
     connections: Vec<Arc<Connection>>,
     /// The last round that each stream has ended.
     rounds: Vec<u32>,
-    /// When the last of them ended the last round that all have ended.
-    complete_at: Instant,
     running: usize,
     ending: bool,
     /// The first one has caused the others.
@@ -57,7 +55,6 @@ impl Streams {
         let state = StreamsState {
             connections: Vec::new(),
             rounds: vec![0; count as usize],
-            complete_at: Instant::now(),
             running: 0,
             ending: false,
             failure: None,
@@ -102,10 +99,14 @@ impl Streams {
         state.rounds.len() - state.connections.len()
     }
 
-    /// When all streams had ended a round, if they have.
-    pub(super) fn completed(&self, round: u32) -> Option<Instant> {
-        let state = self.lock();
-        (state.is_complete(round)).then_some(state.complete_at)
+    /// How many there are, or are to be.
+    pub(super) fn count(&self) -> usize {
+        self.lock().rounds.len()
+    }
+
+    /// Whether all streams have ended a round.
+    pub(super) fn is_complete(&self, round: u32) -> bool {
+        self.lock().is_complete(round)
     }
 
     /// The first error of a stream. One that means no more than the end of a connection is kept back for a moment,
@@ -224,7 +225,6 @@ impl Streams {
         }
         state.rounds[index] = round;
         if state.is_complete(round) {
-            state.complete_at = Instant::now();
             self.changed.notify_all();
             self.rendezvous.wake_job();
         }

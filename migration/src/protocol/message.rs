@@ -6,7 +6,7 @@ use super::Span;
 use crate::ports::{Difference, MachineDescription, OfferedDisks};
 
 /// Versions of the protocol that this program speaks.
-const VERSIONS: RangeInclusive<u16> = 5..=5;
+const VERSIONS: RangeInclusive<u16> = 6..=6;
 const MAGIC: [u8; 8] = *b"GODWITMG";
 
 /// Most ranges in one piece of [`Message::Populated`]; fits its frame.
@@ -70,14 +70,8 @@ pub(crate) enum Message {
     Populated(Vec<Span>),
     /// Source, on every stream and on the control connection: all pages of a round were sent.
     RoundEnd(u32),
-    /// Destination: they are all in memory.
-    RoundAck {
-        /// Which round.
-        round: u32,
-        /// From the moment at which the control connection's "round end" arrived until the last page was in
-        /// memory, in nanoseconds.
-        late_ns: u64,
-    },
+    /// Destination: all pages of this round are in memory.
+    RoundAck(u32),
     /// Destination: what was sent as a rehearsal was restored.
     Rehearsed {
         /// How long that took, in nanoseconds.
@@ -228,7 +222,7 @@ impl Message {
             Message::Refuse(_) => "refuse",
             Message::Populated(_) => "populated",
             Message::RoundEnd(_) => "round end",
-            Message::RoundAck { .. } => "round ack",
+            Message::RoundAck(_) => "round ack",
             Message::Rehearsed { .. } => "rehearsed",
             Message::DigestRequest => "digest request",
             Message::Digest(_) => "digest",

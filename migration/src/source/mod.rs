@@ -345,14 +345,6 @@ impl<'a> SourceJob<'a> {
         matches!(error, MigrateError::Link(LinkError::Cancelled)) || self.control.is_cancelled()
     }
 
-    /// An error if the migration has to end.
-    fn check_interruption(&self) -> Result<(), MigrateError> {
-        match self.control.interruption() {
-            Some(interruption) => Err(LinkError::from(interruption).into()),
-            None => Ok(()),
-        }
-    }
-
     /// Calls the machine.
     fn call<T>(
         &mut self,
@@ -363,7 +355,15 @@ impl<'a> SourceJob<'a> {
     }
 }
 
-/// Sends the streams' threads home when it goes.
+/// An error if the migration has to end.
+fn check_interruption(control: &Control) -> Result<(), MigrateError> {
+    match control.interruption() {
+        Some(interruption) => Err(LinkError::from(interruption).into()),
+        None => Ok(()),
+    }
+}
+
+/// Ends the streams' threads when it is dropped.
 struct EndCrew<'a, 'b>(&'a Crew<'b>);
 
 impl Drop for EndCrew<'_, '_> {

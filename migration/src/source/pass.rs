@@ -53,15 +53,13 @@ pub(super) enum Order {
 pub(super) fn spans_in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
     for stretch in in_order(pages, streams, order) {
-        let (Some(words), Some(gpa)) = (
-            pages.region_words(stretch.region),
-            pages.region_gpa(stretch.region),
-        ) else {
+        let Some(gpa) = pages.region_gpa(stretch.region) else {
             continue;
         };
         let from = spans.len();
-        for (word, bits) in (stretch.word..).zip(&words[stretch.word..stretch.word + stretch.count]) {
-            for range in runs(gpa + word as u64 * 64 * PAGE_SIZE, *bits) {
+        let words = pages.words(stretch.region, stretch.word, stretch.count);
+        for (word, bits) in (stretch.word..).zip(words) {
+            for range in runs(gpa + word as u64 * 64 * PAGE_SIZE, bits) {
                 match spans[from..].last_mut() {
                     Some(last) if last.gpa + last.len == range.gpa => last.len += range.len,
                     _ => spans.push(range.into()),
@@ -117,13 +115,12 @@ impl Pass {
             cursor.unsent -= stretch.pages;
             stretch
         };
-        let words = self.pages.region_words(stretch.region)?;
         let first = stretch.word as u64 * 64;
         Some(Chunk {
             region: stretch.region,
             first,
             gpa: self.pages.region_gpa(stretch.region)? + first * PAGE_SIZE,
-            words: words[stretch.word..stretch.word + stretch.count].to_vec(),
+            words: self.pages.words(stretch.region, stretch.word, stretch.count),
         })
     }
 
@@ -141,10 +138,7 @@ impl Pass {
     pub(super) fn add_unsent(&self, to: &mut PageSet) {
         let next = self.lock().next;
         for stretch in &self.stretches[next..] {
-            if let Some(words) = self.pages.region_words(stretch.region) {
-                let words = &words[stretch.word..stretch.word + stretch.count];
-                to.insert_words(stretch.region, stretch.word, words);
-            }
+            to.insert_part(&self.pages, stretch.region, stretch.word, stretch.count);
         }
     }
 
@@ -167,12 +161,16 @@ fn in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<ChunkWords> {
 /// Cuts a set into stretches of about so many pages.
 fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<ChunkWords> {
     let mut found: Vec<ChunkWords> = Vec::new();
-    for (region, words) in pages.words() {
-        let mut open: Option<ChunkWords> = None;
-        for (at, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+    let mut open: Option<ChunkWords> = None;
+    for (region, from, words) in pages.filled() {
+        for (at, word) in (from..).zip(words).filter(|(_, word)| **word != 0) {
             let count = u64::from(word.count_ones());
             match &mut open {
-                Some(stretch) if stretch.pages < chunk_pages && at - stretch.word < MAX_CHUNK_WORDS => {
+                Some(stretch)
+                    if stretch.region == region
+                        && stretch.pages < chunk_pages
+                        && at - stretch.word < MAX_CHUNK_WORDS =>
+                {
                     stretch.count = at + 1 - stretch.word;
                     stretch.pages += count;
                 }
@@ -184,8 +182,8 @@ fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<ChunkWords> {
                 })),
             }
         }
-        found.extend(open);
     }
+    found.extend(open);
     found
 }
 

@@ -6,7 +6,6 @@ use super::crew::Crew;
 use super::handshake::unexpected;
 use super::observe::{Observer, SWITCH_ROUND_TRIPS};
 use super::pass::{Order, spans_in_order};
-use super::space::add;
 use super::{MigrateError, SourceJob};
 use crate::control::Phase;
 use crate::converge::{Advice, Course};
@@ -80,7 +79,7 @@ impl SourceJob<'_> {
         let unused = self.leave_unused(crew, &mut populated)?;
         let mut pages = crew.space.none()?;
         let total_bytes = pages.pages_in_all() * PAGE_SIZE;
-        add(&populated, &mut pages);
+        pages.union(&populated)?;
         self.control.update(|progress| {
             progress.phase = Phase::Precopy;
             progress.total_bytes = total_bytes;
@@ -256,7 +255,7 @@ pub(super) fn finish_round(link: &mut Link<'_>, crew: &Crew<'_>, n: u32) -> Resu
 /// Waits for the acknowledgement of a round whose end was sent.
 pub(super) fn await_ack(link: &mut Link<'_>, crew: &Crew<'_>, n: u32) -> Result<(), MigrateError> {
     match link.receive_message_after("round ack", || crew.in_flight())? {
-        Message::RoundAck { round, .. } if round == n => Ok(()),
+        Message::RoundAck(round) if round == n => Ok(()),
         other => Err(unexpected("the ack of this round", &other)),
     }
 }

@@ -79,7 +79,7 @@ impl<'a> Space<'a> {
         }
         let mut ram = PageSet::new(&self.ram)?;
         self.peek_ram(&mut ram)?;
-        add(&ram, into);
+        into.union(&ram)?;
         self.peek_disks(into)
     }
 
@@ -123,8 +123,11 @@ impl<'a> Space<'a> {
 
     /// Clears the marks of all these pages of RAM, in pieces.
     pub(super) fn clear_all(&self, pages: &PageSet) -> Result<(), MigrateError> {
-        for (region, words) in pages.words() {
-            for (first, words) in (0..).step_by(CLEARED * 64).zip(words.chunks(CLEARED)) {
+        for (region, from, words) in pages.filled() {
+            for (first, words) in (from as u64 * 64..)
+                .step_by(CLEARED * 64)
+                .zip(words.chunks(CLEARED))
+            {
                 if words.iter().any(|word| *word != 0) {
                     self.clear_ram(region, first, words)?;
                 }
@@ -145,12 +148,13 @@ impl<'a> Space<'a> {
         })
     }
 
-    /// A digest of all of it; pages that are `unused` were never sent, and count as zero. `go_on` is asked every now and
-    /// then; its error ends it.
+    /// A digest of all of it, by so many threads; pages that are `unused` were never sent, and count as zero. An error of
+    /// `go_on` ends it.
     pub(super) fn digest(
         &self,
         unused: &PageSet,
-        go_on: impl FnMut() -> Result<(), MigrateError>,
+        threads: usize,
+        go_on: impl Fn() -> Result<(), MigrateError> + Sync,
     ) -> Result<u128, MigrateError> {
         let read = |disk: &'_ MirroredDisk| {
             let port = disk.port.clone();
@@ -158,6 +162,7 @@ impl<'a> Space<'a> {
         };
         digest(
             self.memory,
+            threads,
             |gpa| unused.contains(gpa),
             self.disks.iter().map(|disk| (disk.port.size(), read(disk))),
             go_on,
@@ -176,12 +181,5 @@ pub(super) fn read_failed(source: PortError) -> MigrateError {
     MigrateError::Machine {
         call: "read of a disk",
         source,
-    }
-}
-
-/// Adds pages of RAM to a set over RAM and more.
-pub(super) fn add(ram: &PageSet, to: &mut PageSet) {
-    for (region, words) in ram.words() {
-        to.insert_words(region, 0, words);
     }
 }

@@ -1,22 +1,23 @@
 use std::time::{Duration, Instant};
 
-use migration_io::{GuestMemory, digest_without};
+use migration_io::GuestMemory;
 
 use super::crew::Crew;
 use super::handshake::{Agreed, unexpected};
 use super::observe::SWITCH_ROUND_TRIPS;
 use super::precopy::{Left, await_ack, finish_round};
 use super::space::Space;
-use super::{MigrateError, SourceJob};
+use super::{MigrateError, SourceJob, check_interruption};
 use crate::control::Phase;
 use crate::converge::Costs;
+use crate::digest::digest;
 use crate::link::Link;
 use crate::options::{MAX_PAUSE, OnMiss};
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
-/// Whether a step that takes long may go on.
-type GoOn<'a> = dyn FnMut() -> Result<(), MigrateError> + 'a;
+/// Whether a step that takes long may go on; called by the threads that share it.
+type GoOn<'a> = dyn Fn() -> Result<(), MigrateError> + Sync + 'a;
 
 /// A host that digests fewer bytes in a second does not verify.
 const SLOWEST_DIGEST: f64 = 100e6;
@@ -60,7 +61,10 @@ impl SourceJob<'_> {
                 finish_round(link, crew, last)?;
             }
             self.report.downtime.final_copy_ms = lap.ms();
-            verifying = self.verify(link, paused_at, |go_on| crew.space.digest(&unused, go_on))?;
+            let threads = self.report.streams as usize;
+            verifying = self.verify(link, paused_at, |go_on| {
+                crew.space.digest(&unused, threads, go_on)
+            })?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
         } else if let Some(last) = last {
@@ -107,7 +111,7 @@ impl SourceJob<'_> {
         let (paused_at, mut lap, state) = self.stop()?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, paused_at, |go_on| digest_without(memory, |_| false, go_on))?;
+            verifying = self.verify(link, paused_at, |go_on| digest_of_ram(memory, go_on))?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;
@@ -131,17 +135,17 @@ impl SourceJob<'_> {
         self.standing.claim.pause();
         let paused = self.call("pause", |source| source.pause(until));
         // What a step says that was given up says less than why it was.
-        self.check_interruption()?;
+        check_interruption(self.control)?;
         let paused_at = paused?;
         let mut lap = Lap(paused_at);
         self.report.downtime.pause_ms = lap.ms();
         let drained = self.call("drain", |source| source.drain(until));
-        self.check_interruption()?;
+        check_interruption(self.control)?;
         drained?;
         self.report.downtime.drain_ms = lap.ms();
         let state = self.call("save", |source| source.save())?;
         self.report.downtime.state_ms = lap.ms();
-        self.check_interruption()?;
+        check_interruption(self.control)?;
         Ok((paused_at, lap, state))
     }
 
@@ -157,12 +161,13 @@ impl SourceJob<'_> {
         &mut self,
         link: &mut Link<'_>,
         paused_at: Instant,
-        digest: impl FnOnce(&mut GoOn<'_>) -> Result<u128, MigrateError>,
+        digest: impl FnOnce(&GoOn<'_>) -> Result<u128, MigrateError>,
     ) -> Result<Duration, MigrateError> {
         let began = Instant::now();
         self.control.limit_pause(began, self.verify_limit());
         link.send(&Message::DigestRequest)?;
-        let ours = digest(&mut || self.check_interruption())?;
+        let control = self.control;
+        let ours = digest(&|| check_interruption(control))?;
         let theirs = match link.receive_message("digest")? {
             Message::Digest(digest) => digest,
             other => return Err(unexpected("digest", &other)),
@@ -195,6 +200,15 @@ impl SourceJob<'_> {
         let read = Duration::from_secs_f64(memory.saturating_add(disks) as f64 / SLOWEST_DIGEST);
         self.options.step_timeout.saturating_add(read)
     }
+}
+
+/// How a disk would be read.
+type NoDisk = fn(u64, &mut [u8]) -> Result<(), MigrateError>;
+
+/// A digest of memory that both sides have mapped: by this thread alone, as there are no streams.
+fn digest_of_ram(memory: &GuestMemory, go_on: &GoOn<'_>) -> Result<u128, MigrateError> {
+    let no_disks: [(u64, NoDisk); 0] = [];
+    digest(memory, 1, |_| false, no_disks, go_on)
 }
 
 /// Contract: what was written was sent.

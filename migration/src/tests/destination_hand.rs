@@ -217,7 +217,7 @@ impl Hand {
     pub(super) fn hear_ack(&mut self) {
         let ack = self.control.hear();
         assert!(
-            matches!(ack, Message::RoundAck { round, .. } if round == self.round),
+            matches!(ack, Message::RoundAck(round) if round == self.round),
             "{ack:?}"
         );
     }

@@ -165,7 +165,9 @@ impl DirtyLog for FakeLog {
     fn peek(&self, into: &mut PageSet) -> Result<(), PortError> {
         fault(&self.faults, "peek")?;
         for (index, region) in self.memory.iter().enumerate() {
-            into.insert_bitmap(index, &region.get_mmap().bitmap().clone().get_and_reset())?;
+            for (word, marks) in region.get_mmap().bitmap().marked() {
+                into.insert_words(index, word, &[marks])?;
+            }
         }
         Ok(())
     }
@@ -177,9 +179,7 @@ impl DirtyLog for FakeLog {
         assert!(pages <= 16384, "{pages} marks cleared at once");
         let region = self.memory.iter().nth(region).ok_or("no such region")?;
         for (at, word) in (first..).step_by(64).zip(words) {
-            for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
-                region.get_mmap().bitmap().reset_bit((at + bit) as usize);
-            }
+            region.get_mmap().bitmap().clear((at / 64) as usize, *word);
         }
         Ok(())
     }

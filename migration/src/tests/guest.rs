@@ -9,6 +9,7 @@ use std::time::Duration;
 use migration_state::Record;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use serde::{Deserialize, Serialize};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::disk::{FakeDisk, SIZE};
@@ -218,10 +219,7 @@ impl TestGuest {
     /// As KVM's log starts: with everything marked.
     pub(super) fn mark_all_dirty(&self) {
         for region in self.memory.iter() {
-            region
-                .get_mmap()
-                .bitmap()
-                .set_addr_range(0, region.len() as usize);
+            region.get_mmap().bitmap().mark_dirty(0, region.len() as usize);
         }
     }
 }

@@ -146,7 +146,7 @@ fn a_destination_that_talks_nonsense_is_left() {
     assert!(error.contains("does not speak the protocol"), "{error}");
     let error = meet(&options(), |stream| say(stream, &[ACCEPT]));
     assert!(error.contains("said \"accept\", expected hello"), "{error}");
-    let early = [greeting(), vec![Message::RoundAck { round: 7, late_ns: 0 }]].concat();
+    let early = [greeting(), vec![Message::RoundAck(7)]].concat();
     let error = meet(&options(), |stream| say(stream, &early));
     assert!(error.contains("said \"round ack\""), "{error}");
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();

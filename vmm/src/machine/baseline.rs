@@ -183,11 +183,9 @@ impl Baseline {
 fn clear(log: &Arc<dyn DirtyLog>, memory: &devices::GuestMemory) -> Result<(), MachineError> {
     let mut marked = PageSet::of(memory).map_err(MemoryError::from)?;
     log.peek(&mut marked).map_err(MachineError::DirtyLog)?;
-    for region in 0.. {
-        let Some(words) = marked.region_words(region) else {
-            return Ok(());
-        };
-        log.clear(region, 0, words).map_err(MachineError::DirtyLog)?;
+    for (region, word, words) in marked.filled() {
+        log.clear(region, word as u64 * 64, words)
+            .map_err(MachineError::DirtyLog)?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use migration::{DirtyLog, PageSet, PortError};
 use vm_memory::GuestMemoryBackend;
 
 use super::MemoryError;
-use super::marks::{MarkedWords, device_writes, pages};
+use super::marks::{MarkedWords, add_device_writes, pages};
 use crate::kvm;
 
 /// KVM's bitmaps and those of devices. While the log is on; afterwards its calls fail.
@@ -39,7 +39,7 @@ impl BitmapLog {
             unsafe { kvm::dirty_log(&self.vm, slot, &mut scratch) }
                 .map_err(|cause| MemoryError::DirtyLog { slot, cause })?;
             into.insert_bitmap(slot as usize, &scratch)?;
-            into.insert_bitmap(slot as usize, &device_writes(region))?;
+            add_device_writes(slot as usize, region, into)?;
         }
         Ok(())
     }

@@ -4,14 +4,14 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 
 use devices::GuestMemory;
+use guest_memory::PageMarks;
 use migration::MemoryKind;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::Advice;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -140,13 +140,13 @@ pub fn files(memory: &GuestMemory) -> io::Result<Option<Vec<OwnedFd>>> {
 
 /// The file that a region writes to.
 pub(super) fn shared_file(region: &RamRegion) -> Option<&File> {
-    let mapping: &MmapRegion<AtomicBitmap> = region;
+    let mapping: &MmapRegion<PageMarks> = region;
     let shared = mapping.flags() & libc::MAP_SHARED != 0;
     region.file_offset().filter(|_| shared).map(FileOffset::file)
 }
 
 fn has_huge_pages(region: &RamRegion) -> bool {
-    let mapping: &MmapRegion<AtomicBitmap> = region;
+    let mapping: &MmapRegion<PageMarks> = region;
     mapping.flags() & libc::MAP_HUGETLB != 0
 }
 
@@ -194,7 +194,7 @@ fn check_file(index: usize, file: &OwnedFd, expected: u64) -> Result<(), MemoryE
     Ok(())
 }
 
-fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<AtomicBitmap>>) -> Result<GuestMemory, MemoryError> {
+fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<PageMarks>>) -> Result<GuestMemory, MemoryError> {
     let regions = ranges
         .iter()
         .zip(mappings)
@@ -216,10 +216,8 @@ enum Backing {
     Private(FileOffset),
 }
 
-fn map(len: u64, backing: Backing) -> Result<MmapRegion<AtomicBitmap>, MemoryError> {
-    let page_size = NonZeroUsize::MIN.saturating_add(PAGE_SIZE as usize - 1);
-    let bitmap = AtomicBitmap::new(len as usize, page_size);
-    let builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
+fn map(len: u64, backing: Backing) -> Result<MmapRegion<PageMarks>, MemoryError> {
+    let builder = MmapRegionBuilder::new_with_bitmap(len as usize, PageMarks::with_len(len as usize))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
     let builder = match backing {
         Backing::Anonymous => {
@@ -247,7 +245,7 @@ fn map(len: u64, backing: Backing) -> Result<MmapRegion<AtomicBitmap>, MemoryErr
 }
 
 /// Advice only: what the kernel does not take is done without.
-fn advise(region: &MmapRegion<AtomicBitmap>, advice: Advice) {
+fn advise(region: &MmapRegion<PageMarks>, advice: Advice) {
     // SAFETY: the range is one mapping that `region` owns, and neither MADV_HUGEPAGE nor MADV_DONTDUMP changes its
     // content.
     let advised = unsafe { rustix::mm::madvise(region.as_ptr().cast(), region.size(), advice) };

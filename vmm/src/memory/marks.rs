@@ -6,14 +6,15 @@
 //! cleared.
 
 use devices::GuestMemory;
-use vm_memory::bitmap::AtomicBitmap;
+use guest_memory::PageMarks;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::MemoryError;
 use crate::memory::PAGE_SIZE;
+use migration::{PageSet, PageSetError};
 
 /// One region of guest RAM.
-pub(super) type RamRegion = GuestRegionMmap<AtomicBitmap>;
+pub(super) type RamRegion = GuestRegionMmap<PageMarks>;
 
 /// Part of a region's bitmap, checked: whole words from page `first` on, none of them past the region's end.
 #[derive(Clone, Copy)]
@@ -66,18 +67,10 @@ impl<'a> MarkedWords<'a> {
 
     /// Clears the marks of devices.
     pub(super) fn clear_device_writes(&self) {
-        let mapping: &MmapRegion<AtomicBitmap> = self.region;
-        let bitmap = mapping.bitmap();
-        for (number, word) in self.words.iter().enumerate() {
-            let mut left = *word;
-            while left != 0 {
-                let page = self.first as usize + number * 64 + left.trailing_zeros() as usize;
-                // A look is much cheaper than a locked instruction, and a mark that comes after it stays.
-                if bitmap.is_bit_set(page) {
-                    bitmap.reset_bit(page);
-                }
-                left &= left - 1;
-            }
+        let mapping: &MmapRegion<PageMarks> = self.region;
+        let first = (self.first / 64) as usize;
+        for (number, word) in (first..).zip(self.words) {
+            mapping.bitmap().clear(number, *word);
         }
     }
 }
@@ -87,10 +80,15 @@ pub(super) fn pages(region: &RamRegion) -> u64 {
     region.len() / PAGE_SIZE
 }
 
-/// The marks of devices in a region, which stay.
-pub(super) fn device_writes(region: &RamRegion) -> Vec<u64> {
-    let mapping: &MmapRegion<AtomicBitmap> = region;
-    mapping.bitmap().clone().get_and_reset()
+/// Adds the marks of devices in region number `index`, which stay.
+pub(super) fn add_device_writes(
+    index: usize,
+    region: &RamRegion,
+    into: &mut PageSet,
+) -> Result<(), PageSetError> {
+    let mapping: &MmapRegion<PageMarks> = region;
+    let mut marked = mapping.bitmap().marked();
+    marked.try_for_each(|(word, marks)| into.insert_words(index, word, &[marks]))
 }
 
 #[cfg(test)]
@@ -101,6 +99,11 @@ mod tests {
     use super::*;
     use crate::memory::create;
 
+    fn device_writes(region: &RamRegion) -> Vec<(usize, u64)> {
+        let mapping: &MmapRegion<PageMarks> = region;
+        mapping.bitmap().marked().collect()
+    }
+
     #[test]
     fn device_writes_stay_until_they_are_cleared() {
         for kind in [MemoryKind::Anonymous, MemoryKind::Shared] {
@@ -109,7 +112,7 @@ mod tests {
             memory.write_slice(&[1], GuestAddress(99 << 12)).unwrap();
             let region = memory.iter().next().unwrap();
             for _ in 0..2 {
-                assert_eq!(device_writes(region), [0b11, 1 << 35]);
+                assert_eq!(device_writes(region), [(0, 0b11), (1, 1 << 35)]);
             }
             let clear = |first, words: &[u64]| {
                 MarkedWords::new(&memory, 0, first, words)
@@ -117,9 +120,9 @@ mod tests {
                     .clear_device_writes();
             };
             clear(0, &[0b10]);
-            assert_eq!(device_writes(region), [0b01, 1 << 35]);
+            assert_eq!(device_writes(region), [(0, 0b01), (1, 1 << 35)]);
             clear(64, &[u64::MAX >> 28]);
-            assert_eq!(device_writes(region), [0b01, 0]);
+            assert_eq!(device_writes(region), [(0, 0b01)]);
         }
     }
 

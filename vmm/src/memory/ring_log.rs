@@ -16,12 +16,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::GuestMemory;
+use guest_memory::PageMarks;
 use kvm_ioctls::{VcpuFd, VmFd};
 use migration::{DirtyLog, PageSet, PortError};
-use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::NewBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::MemoryError;
-use super::marks::{MarkedWords, device_writes, pages};
+use super::marks::{MarkedWords, add_device_writes};
 use super::ring::{DirtyPage, DirtyRing, ENTRY};
 use crate::kvm;
 
@@ -39,8 +41,8 @@ pub fn enable_rings(vm: &VmFd) -> Result<usize, MemoryError> {
 /// The rings of all vCPUs, and what was collected from them.
 pub struct RingLog {
     rings: Mutex<Rings>,
-    /// For each region a bit for each page.
-    marks: Vec<Vec<AtomicU64>>,
+    /// For each region what was collected from the rings and not cleared since.
+    marks: Vec<PageMarks>,
     by_vcpu: Vec<AtomicU64>,
     // In this order: memory outlives the VM whose slots it is.
     vm: Arc<VmFd>,
@@ -62,12 +64,10 @@ impl RingLog {
     ) -> Result<Self, MemoryError> {
         let map = |vcpu| DirtyRing::map(vcpu, entries).map_err(MemoryError::MapRing);
         let of_vcpu = vcpus.iter().map(map).collect::<Result<_, _>>()?;
-        let words = |region| {
-            (0..pages(region).div_ceil(64))
-                .map(|_| AtomicU64::new(0))
-                .collect()
-        };
-        let marks = memory.iter().map(words).collect();
+        let marks = memory
+            .iter()
+            .map(|region| PageMarks::with_len(region.len() as usize))
+            .collect();
         let rings = Rings {
             of_vcpu,
             collected: Vec::new(),
@@ -84,8 +84,11 @@ impl RingLog {
     /// Forgets what an earlier log left behind. Before logging is turned on.
     pub fn reset(&self) -> Result<(), MemoryError> {
         self.harvest()?;
-        for word in self.marks.iter().flatten().chain(&self.by_vcpu) {
-            word.store(0, Ordering::SeqCst);
+        for marks in &self.marks {
+            marks.clear_all();
+        }
+        for count in &self.by_vcpu {
+            count.store(0, Ordering::SeqCst);
         }
         Ok(())
     }
@@ -105,13 +108,9 @@ impl RingLog {
         let reset = self.reset_rings(collected.len());
         // Only now, see above; and in any case, or they would be forgotten.
         for DirtyPage { slot, page } in collected {
-            let word = self
-                .marks
-                .get(*slot as usize)
-                .and_then(|words| words.get((*page / 64) as usize));
             // There are no other slots whose writes are logged.
-            if let Some(word) = word {
-                word.fetch_or(1 << (*page % 64), Ordering::SeqCst);
+            if let Some(marks) = self.marks.get(*slot as usize) {
+                marks.mark(*page as usize);
             }
         }
         reset
@@ -132,18 +131,19 @@ impl RingLog {
     fn add_marks(&self, into: &mut PageSet) -> Result<(), MemoryError> {
         self.harvest()?;
         for (index, (region, marks)) in self.memory.iter().zip(&self.marks).enumerate() {
-            let marks: Vec<u64> = marks.iter().map(|word| word.load(Ordering::SeqCst)).collect();
-            into.insert_bitmap(index, &marks)?;
-            into.insert_bitmap(index, &device_writes(region))?;
+            for (word, marks) in marks.marked() {
+                into.insert_words(index, word, &[marks])?;
+            }
+            add_device_writes(index, region, into)?;
         }
         Ok(())
     }
 
     fn clear_marks(&self, stretch: MarkedWords<'_>) {
         if let Some(marks) = self.marks.get(stretch.slot as usize) {
-            let marks = marks.iter().skip((stretch.first / 64) as usize);
-            for (mark, word) in marks.zip(stretch.words).filter(|(_, word)| **word != 0) {
-                mark.fetch_and(!word, Ordering::SeqCst);
+            let first = (stretch.first / 64) as usize;
+            for (number, word) in (first..).zip(stretch.words) {
+                marks.clear(number, *word);
             }
         }
         stretch.clear_device_writes();

@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use devices::GuestMemory;
+use guest_memory::PageMarks;
 use migration::{MemoryRegion, PageSet};
 use threads::{Role, joined};
-use vm_memory::bitmap::{AtomicBitmap, RefSlice};
+use vm_memory::bitmap::RefSlice;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
@@ -43,11 +44,12 @@ struct MemoryBlock {
 
 impl MemoryBlock {
     /// The set's bits for the block's pages.
-    fn words_of<'a>(&self, pages: &'a PageSet) -> &'a [u64] {
-        let words = pages.region_words(self.region).unwrap_or_default();
-        let first = (self.page / 64) as usize;
-        let end = first + self.len.div_ceil(WORD) as usize;
-        words.get(first..end).unwrap_or_default()
+    fn words_of(&self, pages: &PageSet) -> Vec<u64> {
+        pages.words(
+            self.region,
+            (self.page / 64) as usize,
+            self.len.div_ceil(WORD) as usize,
+        )
     }
 }
 
@@ -112,7 +114,7 @@ pub(super) fn read(
     let found = each_block(memory, watch, open, |file, block| {
         let stretches = match changed {
             None => data(file, block, path)?,
-            Some(pages) => runs(block.words_of(pages))
+            Some(pages) => runs(&block.words_of(pages))
                 .into_iter()
                 .map(|run| run.start * PAGE_SIZE..run.end * PAGE_SIZE)
                 .collect(),
@@ -279,7 +281,7 @@ fn hash(
     Ok((hash.digest(), count))
 }
 
-type Slice<'a> = VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>;
+type Slice<'a> = VolatileSlice<'a, RefSlice<'a, PageMarks>>;
 
 fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result<Slice<'a>, SnapshotError> {
     memory

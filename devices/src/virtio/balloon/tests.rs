@@ -2,8 +2,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use guest_memory::PageMarks;
 use proptest::prelude::*;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
@@ -492,8 +493,7 @@ fn shared_memory_is_given_up_in_its_file() {
 fn what_is_given_up_of_a_private_file_is_zero() {
     let file = tempfile::tempfile().unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[7; 8 * 4096], 0).unwrap();
-    let page_size = std::num::NonZeroUsize::new(4096).unwrap();
-    let region = MmapRegionBuilder::new_with_bitmap(8 * 4096, AtomicBitmap::new(8 * 4096, page_size))
+    let region = MmapRegionBuilder::new_with_bitmap(8 * 4096, PageMarks::with_len(8 * 4096))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
         .with_file_offset(FileOffset::new(file, 0))

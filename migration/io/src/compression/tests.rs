@@ -19,7 +19,7 @@ fn memory(byte: impl FnMut(usize) -> u8) -> GuestMemory {
 fn clean(memory: &GuestMemory) {
     memory
         .iter()
-        .for_each(|region| region.get_mmap().bitmap().reset());
+        .for_each(|region| region.get_mmap().bitmap().clear_all());
 }
 
 fn text() -> GuestMemory {

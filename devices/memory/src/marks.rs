@@ -1,0 +1,188 @@
+//! Marks for pages that were written: a bit for each page, and above it a bit for each word of those.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
+use zerocopy::FromZeros;
+
+use crate::PAGE_SIZE;
+
+/// Which pages of one region of guest RAM were written since their marks were cleared.
+///
+/// Any thread may mark, look and clear, any number at a time. A word's bit in `used` is set before the word and never
+/// cleared: a look passes over words that were never used, which are nearly all of a large guest's.
+#[derive(Debug, Default)]
+pub struct PageMarks {
+    /// Bit n of word m is page 64 m + n.
+    words: Vec<AtomicU64>,
+    /// Bit n of word m is set once word 64 m + n of `words` may have a mark.
+    used: Vec<AtomicU64>,
+    pages: usize,
+}
+
+impl PageMarks {
+    /// Whether a page is marked. A page past the end is not.
+    pub fn is_marked(&self, page: usize) -> bool {
+        let word = self.words.get(page / 64).filter(|_| page < self.pages);
+        word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % 64) & 1 == 1)
+    }
+
+    /// The words that have marks, each with its number, ascending: bit n of word m is page 64 m + n. The marks stay.
+    pub fn marked(&self) -> impl Iterator<Item = (usize, u64)> {
+        let used = self.used.iter().enumerate();
+        used.flat_map(|(group, bits)| set_bits(bits.load(Ordering::SeqCst)).map(move |bit| group * 64 + bit))
+            .map(|word| (word, self.words[word].load(Ordering::SeqCst)))
+            .filter(|(_, marks)| *marks != 0)
+    }
+
+    /// Clears the marks of word number `word` whose bits are set in `mask`. A word past the end has none.
+    pub fn clear(&self, word: usize, mask: u64) {
+        // A load is much cheaper than a locked instruction, and a mark that comes after it stays.
+        if let Some(word) = self.words.get(word)
+            && word.load(Ordering::SeqCst) & mask != 0
+        {
+            word.fetch_and(!mask, Ordering::SeqCst);
+        }
+    }
+
+    /// Clears all marks that this call sees.
+    pub fn clear_all(&self) {
+        self.marked().for_each(|(word, marks)| self.clear(word, marks));
+    }
+
+    /// Marks a page. One past the end is none.
+    pub fn mark(&self, page: usize) {
+        if page < self.pages {
+            self.mark_bits(page / 64, 1 << (page % 64));
+        }
+    }
+
+    fn mark_bits(&self, word: usize, mask: u64) {
+        let (Some(marks), Some(used)) = (self.words.get(word), self.used.get(word / 64)) else {
+            return;
+        };
+        let bit = 1 << (word % 64);
+        if used.load(Ordering::SeqCst) & bit == 0 {
+            used.fetch_or(bit, Ordering::SeqCst);
+        }
+        marks.fetch_or(mask, Ordering::SeqCst);
+    }
+}
+
+impl NewBitmap for PageMarks {
+    fn with_len(len: usize) -> Self {
+        let pages = len.div_ceil(PAGE_SIZE as usize);
+        let words = pages.div_ceil(64);
+        Self {
+            words: zeroed(words),
+            used: zeroed(words.div_ceil(64)),
+            pages,
+        }
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for PageMarks {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for PageMarks {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        let Some(last) = offset.saturating_add(len).checked_sub(1).filter(|_| len > 0) else {
+            return;
+        };
+        let first = offset / PAGE_SIZE as usize;
+        let end = (last / PAGE_SIZE as usize + 1).min(self.pages);
+        let mut page = first;
+        while page < end {
+            let count = (end - page).min(64 - page % 64);
+            self.mark_bits(page / 64, (u64::MAX >> (64 - count)) << (page % 64));
+            page += count;
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.is_marked(offset / PAGE_SIZE as usize)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
+
+/// The positions of the bits that are set, ascending.
+fn set_bits(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = bits.trailing_zeros() as usize;
+        bits &= bits.wrapping_sub(1);
+        (bit < 64).then_some(bit)
+    })
+}
+
+/// Zeroes that the system provides as they are touched. Without that much memory the process ends, as with any vector.
+fn zeroed(count: usize) -> Vec<AtomicU64> {
+    AtomicU64::new_vec_zeroed(count).unwrap_or_else(|_| (0..count).map(|_| AtomicU64::new(0)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::{Duration, Instant};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pages(marks: &PageMarks) -> BTreeSet<usize> {
+        let of_word = |(word, bits): (usize, u64)| set_bits(bits).map(move |bit| word * 64 + bit);
+        marks.marked().flat_map(of_word).collect()
+    }
+
+    fn resident() -> u64 {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * PAGE_SIZE
+    }
+
+    #[test]
+    fn a_terabyte_without_marks_is_looked_through_at_once() {
+        let before = resident();
+        let marks = PageMarks::with_len(1 << 40);
+        marks.mark_dirty((1 << 40) - 1, 5);
+        marks.mark_dirty(0, 1);
+        let began = Instant::now();
+        assert_eq!(pages(&marks), [0, (1 << 28) - 1].into());
+        // 32 MiB of words would take some ten milliseconds, and be resident afterwards.
+        assert!(
+            began.elapsed() < Duration::from_millis(5),
+            "{:?}",
+            began.elapsed()
+        );
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 4 << 20, "{grown} bytes");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_marked_is_found_until_it_is_cleared(
+            writes in proptest::collection::vec((0usize..600_000, 0usize..80_000), 0..12),
+            cleared in proptest::collection::vec((0usize..5, any::<u64>()), 0..6),
+        ) {
+            // 130 pages and a part of one.
+            let marks = PageMarks::with_len((130 << 12) + 1);
+            let mut model = BTreeSet::new();
+            for (offset, len) in writes {
+                marks.mark_dirty(offset, len);
+                if len > 0 {
+                    model.extend((offset >> 12..=(offset + len - 1) >> 12).filter(|page| *page <= 130));
+                }
+            }
+            prop_assert_eq!(&pages(&marks), &model);
+            for (word, mask) in cleared {
+                marks.clear(word, mask);
+                model.retain(|page| page / 64 != word || mask >> (page % 64) & 1 == 0);
+            }
+            prop_assert_eq!(&pages(&marks), &model);
+            prop_assert!((0..200).all(|page| marks.is_marked(page) == model.contains(&page)));
+            prop_assert!((0..200).all(|page| marks.slice_at(page << 12).dirty_at(7) == model.contains(&page)));
+        }
+    }
+}
