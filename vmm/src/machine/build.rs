@@ -15,7 +15,7 @@ use crate::clock::TscFrequency;
 use crate::console::Console;
 use crate::cpu::{self, Template};
 use crate::memory::{RingLog, WatchedMemory};
-use crate::vcpu::{Buses, VcpuSet, set_msr};
+use crate::vcpu::{Buses, MsrList, VcpuSet, set_msr};
 use crate::{kvm, memory};
 
 /// What a machine is built from, whether it boots or is received.
@@ -109,7 +109,7 @@ impl Machine {
             devices,
             rings,
             vm,
-            kvm,
+            msrs: MsrList::of(&kvm)?,
             _watched: watched,
             memory: spec.memory,
             fault_handler: None,

@@ -30,7 +30,7 @@ use crate::clock::TscFrequency;
 use crate::console::Keyboard;
 use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog, WatchedMemory};
-use crate::vcpu::{Holder, VcpuFailure, VcpuSet, park_deadline};
+use crate::vcpu::{Holder, MsrList, VcpuFailure, VcpuSet, park_deadline};
 
 pub use arrival::{DiskBackend, HostOffer};
 pub use baseline::Tracking;
@@ -73,7 +73,7 @@ pub struct Machine {
     /// Where vCPUs log their writes, if not in bitmaps.
     rings: Option<Arc<RingLog>>,
     vm: Arc<VmFd>,
-    kvm: Kvm,
+    msrs: MsrList,
     /// Before the memory itself, whose addresses may be somebody else's afterwards.
     _watched: WatchedMemory,
     memory: GuestMemory,

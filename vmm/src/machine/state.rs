@@ -1,6 +1,7 @@
 //! The whole machine's saved state: vCPUs, interrupt controllers, PIT, clocks, devices.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_bindings::{
@@ -54,7 +55,7 @@ impl Record for MachineRecord {
 #[derive(Debug)]
 pub(super) struct Pending {
     clock: ClockRecord,
-    vcpus: Vec<VcpuRecord>,
+    vcpus: Arc<[VcpuRecord]>,
 }
 
 impl Machine {
@@ -142,7 +143,7 @@ impl Machine {
     /// Moves the clocks on and lets the guest run, see [`clock::advance`].
     pub(super) fn run_restored(&self, pending: &Pending, start: ClockStart) -> Result<(), MachineError> {
         let vcpus = self.vcpus.lock_all();
-        for (vcpu, record) in vcpus.iter().zip(&pending.vcpus) {
+        for (vcpu, record) in vcpus.iter().zip(pending.vcpus.iter()) {
             vcpu::restore_shared_pages(vcpu, record)?;
         }
         let scaled = self.tsc.scaled;
@@ -160,11 +161,14 @@ impl Machine {
     }
 
     fn save_processors(&self, envelope: &mut Envelope, paused_at: Instant) -> Result<(), MachineError> {
-        let vcpus = self.vcpus.lock_all();
-        let (clock, tscs) = clock::save(&self.vm, &vcpus, self.tsc, paused_at)?;
+        let (clock, tscs) = clock::save(&self.vm, &self.vcpus.lock_all(), self.tsc, paused_at)?;
         envelope.put("clock", &clock)?;
-        for (id, (vcpu, tsc)) in vcpus.iter().zip(tscs).enumerate() {
-            envelope.put(&format!("vcpu{id}"), &vcpu::save(&self.kvm, vcpu, tsc)?)?;
+        let msrs = self.msrs.clone();
+        // There is a TSC for each vCPU.
+        let save =
+            move |id, vcpu: &VcpuFd| vcpu::save(&msrs, vcpu, tscs.get(id).copied().unwrap_or_default());
+        for (id, record) in self.vcpus.with_each(save)?.into_iter().enumerate() {
+            envelope.put(&format!("vcpu{id}"), &record?)?;
         }
         Ok(envelope.put("chipset", &self.save_chipset()?)?)
     }
@@ -173,12 +177,16 @@ impl Machine {
         let clock: ClockRecord = envelope.take("clock")?;
         let chipset: ChipsetRecord = envelope.take("chipset")?;
         self.restore_chipset(&chipset, purpose)?;
-        let locked = self.vcpus.lock_all();
-        let mut vcpus = Vec::with_capacity(locked.len());
-        for (id, vcpu) in locked.iter().enumerate() {
-            let record: VcpuRecord = envelope.take(&format!("vcpu{id}"))?;
-            vcpu::restore(&self.kvm, vcpu, &record, purpose)?;
-            vcpus.push(record);
+        let records = (0..self.vcpus.count()).map(|id| envelope.take(&format!("vcpu{id}")));
+        let vcpus: Arc<[VcpuRecord]> = records.collect::<Result<_, _>>()?;
+        let (msrs, records) = (self.msrs.clone(), vcpus.clone());
+        // There is a record for each vCPU.
+        let restore = move |id: usize, vcpu: &VcpuFd| {
+            let record = records.get(id);
+            record.map_or(Ok(()), |record| vcpu::restore(&msrs, vcpu, record, purpose))
+        };
+        for restored in self.vcpus.with_each(restore)? {
+            restored?;
         }
         Ok(Pending { clock, vcpus })
     }

@@ -1,14 +1,15 @@
-//! The gate between vCPU threads and the guest: closed as long as anybody holds it.
+//! The gate between vCPU threads and the guest: closed as long as any holder holds it.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Who can hold the gate closed. Each opens it for himself only.
+/// What can hold the gate closed. Each holder takes only its own hold off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
     /// The machine is not started yet.
     Startup = 1,
-    /// Somebody asked for a pause.
+    /// A user asked for a pause.
     User = 2,
     /// A migration's stop-and-copy, or its aftermath.
     Migration = 4,
@@ -27,23 +28,31 @@ pub enum NextStep {
 
 /// Counts the holders and the threads that are parked because of them, or for a slice of time.
 ///
-/// A slice keeps one vCPU out until it is over. It is nobody's hold: it opens nothing, it delays neither a
-/// pause, for which a thread in a slice is parked like any other, nor whoever waits for the end of a pause.
-#[derive(Debug)]
+/// A slice keeps one vCPU out until it is over. It is no hold: it opens nothing, it delays neither a
+/// pause, for which a thread in a slice is parked like any other, nor the wait for the end of a pause.
+///
+/// vCPU threads and those that wait for them are woken apart, and the latter only when what they wait for may have come:
+/// with 32 vCPUs a pause wakes nobody in vain.
 pub struct Gate {
     state: Mutex<GateState>,
-    changed: Condvar,
+    /// Wakes vCPU threads: a hold or a slice has ended, there is a task, or the threads are to end.
+    threads: Condvar,
+    /// Wakes threads that wait for vCPU threads: all are parked, the last has left, or the last has done its task.
+    waiters: Condvar,
 }
 
-#[derive(Debug)]
+/// What parked threads do, each with its vCPU's number.
+pub(super) type ParkedTask = Arc<dyn Fn(usize) + Send + Sync>;
+
 struct GateState {
     holders: u8,
     ending: bool,
     /// Threads that are parked because of a holder.
     held: usize,
-    /// How often those were woken to see how long that takes, and how many have not been awake since.
-    rousings: u64,
-    asleep: usize,
+    /// Tasks so far, the present one, and how many of the threads that were parked when it came are not through yet.
+    tasks: u64,
+    task: Option<ParkedTask>,
+    pending: usize,
     /// Threads that will not come back.
     retired: usize,
     vcpus: Vec<Slices>,
@@ -67,14 +76,16 @@ impl Gate {
             holders: Holder::Startup as u8,
             ending: false,
             held: 0,
-            rousings: 0,
-            asleep: 0,
+            tasks: 0,
+            task: None,
+            pending: 0,
             retired: 0,
             vcpus: vec![Slices::default(); threads],
         };
         Self {
             state: Mutex::new(state),
-            changed: Condvar::new(),
+            threads: Condvar::new(),
+            waiters: Condvar::new(),
         }
     }
 
@@ -96,10 +107,13 @@ impl Gate {
         parked
     }
 
-    /// Takes `holder` off. The threads go on if nobody else holds the gate.
+    /// Takes `holder` off. The threads go on if no other holder is left.
     pub fn open(&self, holder: Holder) {
-        self.lock().holders &= !(holder as u8);
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.holders &= !(holder as u8);
+        if state.holders == 0 {
+            self.threads.notify_all();
+        }
     }
 
     /// Whether `holder` holds the gate.
@@ -107,12 +121,12 @@ impl Gate {
         self.lock().holders & holder as u8 != 0
     }
 
-    /// Whether anybody holds the gate.
+    /// Whether any holder holds the gate.
     pub fn is_closed(&self) -> bool {
         self.lock().holders != 0
     }
 
-    /// Keeps vCPU `id` out until `until`. Kick it. Says no where the gate is closed: who is out already needs
+    /// Keeps vCPU `id` out until `until`. Kick it. Answers no where the gate is closed: a vCPU that is out already needs
     /// no slice.
     pub(super) fn begin_slice(&self, id: usize, until: Instant) -> bool {
         let mut state = self.lock();
@@ -128,7 +142,7 @@ impl Gate {
         for vcpu in &mut self.lock().vcpus {
             vcpu.until = None;
         }
-        self.changed.notify_all();
+        self.threads.notify_all();
     }
 
     /// How long each vCPU has been parked for slices, up to `now`.
@@ -142,16 +156,16 @@ impl Gate {
         self.lock().vcpus.iter().map(so_far).collect()
     }
 
-    /// Sends all threads home, closed or not. Kick those in the guest.
+    /// Ends all threads, whether the gate is closed or not. Kick those in the guest.
     pub fn end(&self) {
         self.lock().ending = true;
-        self.changed.notify_all();
+        self.threads.notify_all();
     }
 
     /// A vCPU thread that will not come back, because it failed, counts as parked for ever.
     pub fn retire(&self) {
         self.lock().retired += 1;
-        self.changed.notify_all();
+        self.waiters.notify_all();
     }
 
     /// Whether a vCPU thread will not come back.
@@ -167,25 +181,51 @@ impl Gate {
                 return NextStep::End;
             }
             if state.holders != 0 {
-                state.held += 1;
-                self.changed.notify_all();
-                let rousings = state.rousings;
-                let sleeps =
-                    |state: &mut GateState| state.holders != 0 && !state.ending && state.rousings == rousings;
-                state = self
-                    .changed
-                    .wait_while(state, sleeps)
-                    .unwrap_or_else(PoisonError::into_inner);
-                state.held -= 1;
-                if state.rousings != rousings {
-                    state.asleep = state.asleep.saturating_sub(1);
-                }
-                self.changed.notify_all();
+                state = self.wait_held(state, id);
             } else if let Some(left) = state.slice_left(id) {
                 state = self.sit_out(state, id, left);
             } else {
                 return NextStep::Enter;
             }
+        }
+    }
+
+    /// Parks while the gate is held, and does what tasks there are meanwhile.
+    fn wait_held<'a>(&'a self, mut state: MutexGuard<'a, GateState>, id: usize) -> MutexGuard<'a, GateState> {
+        state.held += 1;
+        self.notify_if_parked(&state);
+        let mut done = state.tasks;
+        while state.holders != 0 && !state.ending {
+            if state.tasks == done {
+                state = self.threads.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            done = state.tasks;
+            let task = state.task.clone();
+            drop(state);
+            let ran = catch_unwind(AssertUnwindSafe(|| task.into_iter().for_each(|task| task(id))));
+            state = self.lock();
+            state.pending = state.pending.saturating_sub(1);
+            self.waiters.notify_all();
+            if let Err(panic) = ran {
+                state.held -= 1;
+                drop(state);
+                resume_unwind(panic);
+            }
+        }
+        state.held -= 1;
+        if state.tasks != done {
+            state.pending = state.pending.saturating_sub(1);
+        }
+        if state.held == 0 || state.pending == 0 {
+            self.waiters.notify_all();
+        }
+        state
+    }
+
+    fn notify_if_parked(&self, state: &GateState) {
+        if state.all_parked() {
+            self.waiters.notify_all();
         }
     }
 
@@ -198,8 +238,9 @@ impl Gate {
     ) -> MutexGuard<'a, GateState> {
         let began = Instant::now();
         state.vcpus[id].since = Some(began);
+        self.notify_if_parked(&state);
         let (mut state, _) = self
-            .changed
+            .threads
             .wait_timeout(state, left)
             .unwrap_or_else(PoisonError::into_inner);
         let vcpu = &mut state.vcpus[id];
@@ -210,10 +251,7 @@ impl Gate {
 
     /// Waits until every thread is parked; false after `timeout`.
     pub fn wait_parked(&self, timeout: Duration) -> bool {
-        self.wait(timeout, |state| {
-            let in_slices = state.vcpus.iter().filter(|vcpu| vcpu.since.is_some()).count();
-            state.held + state.retired + in_slices == state.vcpus.len()
-        })
+        self.wait(timeout, GateState::all_parked)
     }
 
     /// Waits until nobody keeps a thread from the guest any more (but for its slices), or the gate is closed
@@ -222,22 +260,33 @@ impl Gate {
         self.wait(timeout, |state| state.held == 0 || state.holders != 0)
     }
 
-    /// Wakes every thread that is parked because of a holder, and waits until each was awake; they park again. False
-    /// after `timeout`.
-    pub fn rouse(&self, timeout: Duration) -> bool {
+    /// Wakes every thread that is parked because of a holder to do `task`, does this thread's `share`, and waits until
+    /// `is_done`, which gets the number of woken threads that are not through yet; they stay parked. False after `timeout`.
+    /// A thread that wakes up later finds nothing to do.
+    pub(super) fn do_parked(
+        &self,
+        task: ParkedTask,
+        share: impl FnOnce(),
+        is_done: impl Fn(usize) -> bool,
+        timeout: Duration,
+    ) -> bool {
         let mut state = self.lock();
-        state.rousings += 1;
-        state.asleep = state.held;
+        state.tasks += 1;
+        state.pending = state.held;
+        state.task = Some(task);
         drop(state);
-        self.changed.notify_all();
-        self.wait(timeout, |state| state.asleep == 0)
+        self.threads.notify_all();
+        share();
+        let done = self.wait(timeout, |state| is_done(state.pending));
+        self.lock().task = None;
+        done
     }
 
     fn wait(&self, timeout: Duration, done: impl Fn(&GateState) -> bool) -> bool {
         let deadline = Instant::now() + timeout;
         let left = deadline.saturating_duration_since(Instant::now());
         let (state, _) = self
-            .changed
+            .waiters
             .wait_timeout_while(self.lock(), left, |state| !done(state))
             .unwrap_or_else(PoisonError::into_inner);
         done(&state)
@@ -250,6 +299,12 @@ impl Gate {
 }
 
 impl GateState {
+    /// Whether no thread is in the guest, or on its way there.
+    fn all_parked(&self) -> bool {
+        let in_slices = self.vcpus.iter().filter(|vcpu| vcpu.since.is_some()).count();
+        self.held + self.retired + in_slices == self.vcpus.len()
+    }
+
     /// What is left of a vCPU's slice, if it has one.
     fn slice_left(&self, id: usize) -> Option<Duration> {
         let until = self.vcpus.get(id)?.until?;
@@ -260,7 +315,7 @@ impl GateState {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
     use super::*;
@@ -365,18 +420,34 @@ mod tests {
     }
 
     #[test]
-    fn who_is_roused_parks_again() {
+    fn parked_threads_do_a_task_each_and_stay_parked() {
         let (gate, threads) = two_parked();
+        let patience = Duration::from_secs(5);
         for _ in 0..100 {
-            assert!(gate.rouse(Duration::from_secs(5)));
-            assert!(gate.wait_parked(Duration::from_secs(5)));
+            let done: Arc<[AtomicUsize; 2]> = Arc::default();
+            let theirs = done.clone();
+            let task = Arc::new(move |id: usize| _ = theirs[id].fetch_add(1, Ordering::SeqCst));
+            assert!(gate.do_parked(task, || {}, |pending| pending == 0, patience));
+            assert!(done.iter().all(|count| count.load(Ordering::SeqCst) == 1));
+            assert!(gate.wait_parked(patience));
         }
         assert!(threads.iter().all(|thread| !thread.is_finished()));
         gate.open(Holder::Startup);
         for thread in threads {
             assert_eq!(thread.join().unwrap(), NextStep::Enter);
         }
-        assert!(gate.rouse(Duration::ZERO), "nobody is parked");
+        let task = Arc::new(|_| unreachable!("no thread is parked"));
+        assert!(gate.do_parked(task, || {}, |pending| pending == 0, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_task_that_panics_is_not_waited_for() {
+        let (gate, threads) = two_parked();
+        let task = Arc::new(|id| assert_ne!(id, 1, "planted"));
+        assert!(gate.do_parked(task, || {}, |pending| pending == 0, Duration::from_secs(5)));
+        gate.end();
+        let ended: Vec<bool> = threads.into_iter().map(|thread| thread.join().is_ok()).collect();
+        assert_eq!(ended, [true, false]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod state;
 mod throttle;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use throttle::Throttle;
 pub use gate::{Gate, Holder};
 pub use run::{Buses, VcpuFailure};
 pub use state::{
-    MSR_TSC_DEADLINE, Purpose, VcpuRecord, VcpuStateError, bytes, parse, read_tsc, restore,
+    MSR_TSC_DEADLINE, MsrList, Purpose, VcpuRecord, VcpuStateError, bytes, parse, read_tsc, restore,
     restore_shared_pages, save, set_msr,
 };
 
@@ -46,6 +47,26 @@ pub enum VcpuError {
     Shares { expected: usize, got: usize },
     #[error("vCPUs still in the guest after {0:?}")]
     NotParked(Duration),
+    #[error("expected the state of all vCPUs, got that of some: a vCPU's thread hangs or panicked")]
+    Unfinished,
+}
+
+/// One vCPU's part of [`VcpuSet::with_each`].
+struct Share<T> {
+    vcpu: Arc<Mutex<VcpuFd>>,
+    /// Whether a thread has begun with it.
+    is_taken: AtomicBool,
+    result: Mutex<Option<T>>,
+}
+
+impl<T> Share<T> {
+    fn of(vcpu: &Arc<Mutex<VcpuFd>>) -> Self {
+        Self {
+            vcpu: vcpu.clone(),
+            is_taken: AtomicBool::new(false),
+            result: Mutex::new(None),
+        }
+    }
 }
 
 /// All vCPUs of a machine.
@@ -119,9 +140,53 @@ impl VcpuSet {
     /// Wakes the threads that are held, as [`VcpuSet::resume`] would, but lets none of them into the guest. Returns when
     /// each was awake.
     pub fn rouse(&self) {
-        if !self.gate.rouse(PARK_TIMEOUT) {
+        if !self
+            .gate
+            .do_parked(Arc::new(|_| {}), || {}, |pending| pending == 0, PARK_TIMEOUT)
+        {
             tracing::debug!("not all vCPUs were awake within {PARK_TIMEOUT:?}");
         }
+    }
+
+    /// Does `work` with each vCPU, all of which are out of the guest, and returns what came of it in order of their ids.
+    /// Their own threads share the work with this one, where they are parked: KVM need not move a vCPU to another thread's
+    /// processor, and what takes its time for one vCPU takes not much longer for 32. A vCPU whose thread has ended or is
+    /// slow to wake up is this thread's.
+    pub fn with_each<T: Send + 'static>(
+        &self,
+        work: impl Fn(usize, &VcpuFd) -> T + Send + Sync + 'static,
+    ) -> Result<Vec<T>, VcpuError> {
+        let states: Arc<Vec<Share<T>>> = Arc::new(self.vcpus.iter().map(Share::of).collect());
+        let left = Arc::new(AtomicUsize::new(states.len()));
+        let task = {
+            let (states, left) = (states.clone(), left.clone());
+            Arc::new(move |id: usize| {
+                let Some(state) = states.get(id) else { return };
+                if !state.is_taken.swap(true, Ordering::SeqCst) {
+                    let result = work(id, &lock_vcpu(&state.vcpu));
+                    *state.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+                    left.fetch_sub(1, Ordering::SeqCst);
+                }
+            })
+        };
+        let all = (0..states.len(), task.clone());
+        let mine = move || all.0.for_each(|id| all.1(id));
+        let is_done = |_| left.load(Ordering::SeqCst) == 0;
+        // To wake another thread for one vCPU takes longer than to do it.
+        let done = if states.len() == 1 {
+            mine();
+            is_done(0)
+        } else {
+            self.gate.do_parked(task, mine, is_done, PARK_TIMEOUT)
+        };
+        let taken = |state: &Share<T>| state.result.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let results: Option<Vec<T>> = states.iter().map(taken).collect();
+        results.filter(|_| done).ok_or(VcpuError::Unfinished)
+    }
+
+    /// Number of vCPUs.
+    pub fn count(&self) -> usize {
+        self.vcpus.len()
     }
 
     /// The gate, to ask who holds it.
@@ -131,10 +196,7 @@ impl VcpuSet {
 
     /// The vCPUs in order of their ids. Blocks while they run: pause first.
     pub fn lock_all(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
-        self.vcpus
-            .iter()
-            .map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner))
-            .collect()
+        self.vcpus.iter().map(|vcpu| lock_vcpu(vcpu)).collect()
     }
 
     /// The vCPUs that are not in the guest. Does not block.
@@ -166,6 +228,10 @@ impl VcpuSet {
     fn kick(&self) {
         lock(&self.threads).iter().for_each(kick_thread);
     }
+}
+
+fn lock_vcpu(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn kick_thread(thread: &Thread) {

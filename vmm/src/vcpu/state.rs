@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // KVM_SET_XSAVE is unsafe where extended state can exceed 4096 bytes.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_MP_STATE_SIPI_RECEIVED, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -132,9 +133,25 @@ pub enum Purpose {
     Rehearsal,
 }
 
+/// The MSRs that belong to a vCPU's state on this host: all that KVM lists, and the deadline, but for the TSC.
+#[derive(Clone, Debug)]
+pub struct MsrList(Arc<[u32]>);
+
+impl MsrList {
+    /// Asks KVM, which takes two calls: once for a machine.
+    pub fn of(kvm: &Kvm) -> Result<Self, VcpuStateError> {
+        let list = kvm
+            .get_msr_index_list()
+            .map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
+        let listed = list.as_slice().iter().copied();
+        let listed = listed.filter(|index| ![MSR_TSC, MSR_TSC_DEADLINE].contains(index));
+        Ok(Self(listed.chain([MSR_TSC_DEADLINE]).collect()))
+    }
+}
+
 /// Saves a vCPU that is out of the guest. `tsc` is its guest's TSC at the time for which the machine's
 /// clock is saved.
-pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateError> {
+pub fn save(msrs: &MsrList, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateError> {
     // mp_state first: KVM_GET_MP_STATE applies pending INITs and SIPIs, which change the rest.
     let mp_state = vcpu
         .get_mp_state()
@@ -147,7 +164,7 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateE
         xcrs: bytes(&vcpu.get_xcrs().map_err(kvm_error("KVM_GET_XCRS"))?),
         debugregs: bytes(&vcpu.get_debug_regs().map_err(kvm_error("KVM_GET_DEBUGREGS"))?),
         lapic: bytes(&vcpu.get_lapic().map_err(kvm_error("KVM_GET_LAPIC"))?),
-        msrs: save_msrs(kvm, vcpu)?,
+        msrs: save_msrs(msrs, vcpu)?,
         events: bytes(&vcpu.get_vcpu_events().map_err(kvm_error("KVM_GET_VCPU_EVENTS"))?),
         mp_state,
         tsc,
@@ -157,7 +174,7 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, tsc: u64) -> Result<VcpuRecord, VcpuStateE
 /// Gives a saved state to a vCPU that has not run, everything but the TSC, the deadline timer and the wall
 /// clock. Untrusted input. Can be done again with another state.
 pub fn restore(
-    kvm: &Kvm,
+    msrs: &MsrList,
     vcpu: &VcpuFd,
     record: &VcpuRecord,
     purpose: Purpose,
@@ -186,7 +203,7 @@ pub fn restore(
     // Before the MSRs: the LAPIC's mode decides whether the deadline MSR can be armed.
     vcpu.set_lapic(&parse("kvm_lapic_state", &record.lapic)?)
         .map_err(kvm_error("KVM_SET_LAPIC"))?;
-    restore_msrs(kvm, vcpu, &record.msrs)?;
+    restore_msrs(msrs, vcpu, &record.msrs)?;
     // Last: everything above can queue or clear events.
     vcpu.set_vcpu_events(&parse("kvm_vcpu_events", &record.events)?)
         .map_err(kvm_error("KVM_SET_VCPU_EVENTS"))?;
@@ -217,21 +234,10 @@ pub fn read_tsc(vcpu: &VcpuFd) -> Result<u64, VcpuStateError> {
     read_msr(vcpu, MSR_TSC)?.ok_or(VcpuStateError::UnknownMsr(MSR_TSC))
 }
 
-fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
-    let list = kvm
-        .get_msr_index_list()
-        .map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
-    let mut wanted: Vec<u32> = list
-        .as_slice()
-        .iter()
-        .copied()
-        .filter(|index| *index != MSR_TSC)
-        .collect();
-    if !wanted.contains(&MSR_TSC_DEADLINE) {
-        wanted.push(MSR_TSC_DEADLINE);
-    }
+fn save_msrs(list: &MsrList, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let wanted = &list.0;
     let mut saved = Vec::with_capacity(wanted.len());
-    let mut rest = wanted.as_slice();
+    let mut rest = &wanted[..];
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MSR_BATCH)];
         let entries: Vec<_> = batch
@@ -255,20 +261,12 @@ fn save_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError
     Ok(saved)
 }
 
-fn restore_msrs(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuStateError> {
-    let list = kvm
-        .get_msr_index_list()
-        .map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
-    let known: HashSet<u32> = list
-        .as_slice()
-        .iter()
-        .copied()
-        .chain([MSR_TSC_DEADLINE])
-        .collect();
+fn restore_msrs(list: &MsrList, vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuStateError> {
+    let known: HashSet<u32> = list.0.iter().copied().chain([MSR_TSC]).collect();
     if msrs.len() > known.len() {
         return Err(VcpuStateError::TooManyMsrs(msrs.len()));
     }
-    let present: HashMap<u32, u64> = save_msrs(kvm, vcpu)?.into_iter().collect();
+    let present: HashMap<u32, u64> = save_msrs(list, vcpu)?.into_iter().collect();
     let later = |index: &u32| {
         *index == MSR_TSC_DEADLINE || MSR_WALL_CLOCKS.contains(index) || MSR_SHARED_PAGES.contains(index)
     };
