@@ -20,10 +20,10 @@ pub enum GuestExit {
 /// An eventfd and the reason why it was raised, shared by devices (which raise it) and the supervisor (which
 /// waits for it). The first reason wins.
 #[derive(Clone, Debug)]
-pub struct ExitEvent(Arc<Inner>);
+pub struct ExitEvent(Arc<ExitEventInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct ExitEventInner {
     event: EventFd,
     reason: AtomicU8,
 }
@@ -36,7 +36,7 @@ const PANIC: u8 = 3;
 impl ExitEvent {
     /// A new event, not raised. Fails if the process is out of file descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(ExitEventInner {
             event: EventFd::new(EFD_NONBLOCK)?,
             reason: AtomicU8::new(NONE),
         })))

@@ -16,16 +16,16 @@ use rustix::time::Timespec;
 const END_TIME: Duration = Duration::from_secs(2);
 
 /// Whether nobody wants to have it done any more. A job looks from time to time.
-pub(crate) struct Cancelled(Arc<AtomicBool>);
+pub(crate) struct CancelFlag(Arc<AtomicBool>);
 
-impl Cancelled {
+impl CancelFlag {
     pub(crate) fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
 
 /// What is to be done.
-pub(crate) type Job<R> = Box<dyn FnOnce(&Cancelled) -> R + Send>;
+pub(crate) type HelperJob<R> = Box<dyn FnOnce(&CancelFlag) -> R + Send>;
 
 /// A thread and what it has to do. Each job has a tag, by which its outcome is known. The thread is there once it is
 /// needed.
@@ -36,18 +36,18 @@ pub(crate) struct Helper<T, R> {
     cancelled: Arc<AtomicBool>,
     /// Jobs whose outcome was not taken.
     unfinished: usize,
-    shared: Arc<Shared<T, R>>,
+    shared: Arc<HelperShared<T, R>>,
 }
 
-struct Shared<T, R> {
-    state: Mutex<State<T, R>>,
+struct HelperShared<T, R> {
+    state: Mutex<HelperJobs<T, R>>,
     changed: Condvar,
     /// Readable when something is done.
     event: OwnedFd,
 }
 
-struct State<T, R> {
-    jobs: VecDeque<(T, Cancelled, Job<R>)>,
+struct HelperJobs<T, R> {
+    jobs: VecDeque<(T, CancelFlag, HelperJob<R>)>,
     done: VecDeque<(T, Option<R>)>,
     is_busy: bool,
     is_over: bool,
@@ -56,7 +56,7 @@ struct State<T, R> {
 impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
     /// One whose thread will have that name.
     pub(crate) fn new(name: &'static str) -> io::Result<Self> {
-        let state = State {
+        let state = HelperJobs {
             jobs: VecDeque::new(),
             done: VecDeque::new(),
             is_busy: false,
@@ -67,7 +67,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
             has_thread: false,
             cancelled: Arc::default(),
             unfinished: 0,
-            shared: Arc::new(Shared {
+            shared: Arc::new(HelperShared {
                 state: Mutex::new(state),
                 changed: Condvar::new(),
                 event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
@@ -76,7 +76,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
     }
 
     /// Has it done after what was pushed before. Fails where there can be no thread.
-    pub(crate) fn push(&mut self, tag: T, job: Job<R>) -> io::Result<()> {
+    pub(crate) fn push(&mut self, tag: T, job: HelperJob<R>) -> io::Result<()> {
         if !self.has_thread {
             let shared = self.shared.clone();
             std::thread::Builder::new()
@@ -84,7 +84,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
                 .spawn(move || shared.work())?;
             self.has_thread = true;
         }
-        let cancelled = Cancelled(self.cancelled.clone());
+        let cancelled = CancelFlag(self.cancelled.clone());
         self.shared.state().jobs.push_back((tag, cancelled, job));
         self.unfinished += 1;
         self.shared.changed.notify_all();
@@ -150,7 +150,7 @@ impl<T, R> Drop for Helper<T, R> {
         state.jobs.clear();
         state.is_over = true;
         self.shared.changed.notify_all();
-        let busy = |state: &mut State<T, R>| state.is_busy;
+        let busy = |state: &mut HelperJobs<T, R>| state.is_busy;
         let waited = self.shared.changed.wait_timeout_while(state, END_TIME, busy);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if state.is_busy {
@@ -162,8 +162,8 @@ impl<T, R> Drop for Helper<T, R> {
     }
 }
 
-impl<T, R> Shared<T, R> {
-    fn state(&self) -> MutexGuard<'_, State<T, R>> {
+impl<T, R> HelperShared<T, R> {
+    fn state(&self) -> MutexGuard<'_, HelperJobs<T, R>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -219,7 +219,7 @@ mod tests {
     fn what_was_cancelled_ends_soon_and_the_rest_never_begins() {
         let mut helper = Helper::new("helper").unwrap();
         let (begun, has_begun) = mpsc::channel();
-        let long = move |cancelled: &Cancelled| {
+        let long = move |cancelled: &CancelFlag| {
             begun.send(()).unwrap();
             while !cancelled.is_set() {
                 std::thread::yield_now();

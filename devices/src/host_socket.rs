@@ -9,7 +9,7 @@ use named_socket::{NamedListener, NamedListenerError};
 use rustix::event::epoll::EventFlags;
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
-use crate::watch::Watch;
+use crate::watch::HostWatch;
 
 /// A socket that is in the file system from [`HostSocket::listen`] to [`HostSocket::close`]. Its calls may come from
 /// any thread.
@@ -89,7 +89,7 @@ impl HostSocket {
     }
 
     /// Listens, if it does not yet, and has `watch` tell of programs that connect.
-    pub(crate) fn listen(&self, watch: &Watch, token: u64) -> Result<(), HostSocketError> {
+    pub(crate) fn listen(&self, watch: &HostWatch, token: u64) -> Result<(), HostSocketError> {
         let mut listener = self.listener();
         if listener.is_some() {
             return Ok(());

@@ -15,7 +15,7 @@ mod cases;
 mod exit;
 mod helper;
 mod host_socket;
-mod limited;
+mod log_damper;
 mod metrics;
 mod rate;
 mod timer;

@@ -13,9 +13,9 @@ const EVENTS: usize = 64;
 /// Descriptors, watched edge by edge, each with a number that comes with its events. It is itself readable when there
 /// are some. What is closed is watched no more.
 #[derive(Debug)]
-pub(crate) struct Watch(OwnedFd);
+pub(crate) struct HostWatch(OwnedFd);
 
-impl Watch {
+impl HostWatch {
     /// One that watches nothing.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
@@ -54,7 +54,7 @@ impl Watch {
     }
 }
 
-impl AsFd for Watch {
+impl AsFd for HostWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

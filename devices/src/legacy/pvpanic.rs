@@ -2,7 +2,7 @@
 
 use crate::bus::BusDevice;
 use crate::exit::{ExitEvent, GuestExit};
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 
 /// The guest panicked, and does not go on by itself.
 const PANICKED: u8 = 1 << 0;
@@ -16,7 +16,7 @@ const SHUTDOWN: u8 = 1 << 2;
 #[derive(Debug)]
 pub struct PvPanic {
     exit: ExitEvent,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
 impl PvPanic {
@@ -27,7 +27,7 @@ impl PvPanic {
     pub fn new(exit: ExitEvent) -> Self {
         Self {
             exit,
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         }
     }
 }

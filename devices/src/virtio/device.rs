@@ -7,7 +7,7 @@ use std::time::Instant;
 use migration_state::{Envelope, Record, StateError};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::queue::{Progress, QueueError, Queues};
+use super::queue::{QueueError, QueueProgress, Queues};
 use crate::metrics::Counters;
 
 /// Features of the queue code that every device here shares.
@@ -51,7 +51,7 @@ pub trait VirtioDevice: Send {
 
     /// Serves chains of the queue `index`. An error means that the queue itself is broken: the device then
     /// needs a reset. What is wrong with one request is told to the guest in that request.
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError>;
 
     /// Descriptors of the host that become readable when the device's other side has something to say. The device
     /// thread hears of each change, not of what stays as it is: see [`VirtioDevice::process_host`].
@@ -59,8 +59,8 @@ pub trait VirtioDevice: Send {
 
     /// Looks at the other side: after one of [`VirtioDevice::host_events`], and whenever events may have gone
     /// unheard, which is when the driver is ready and after a pause or a restore. Leaves nothing there that it
-    /// could take, or says [`Progress::More`].
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError>;
+    /// could take, or says [`QueueProgress::More`].
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError>;
 
     /// Back to the state before [`VirtioDevice::activate`]. Whether nothing writes to memory any more that began before: if
     /// not, this is called again in time. A disk waits half a second for that at most.

@@ -48,11 +48,11 @@ pub struct QueueAccess<'a> {
 }
 
 /// A chain that was taken, or what is wrong with it; it is owed to the driver in both cases.
-pub type Taken = (Head, Result<Chain, ChainError>);
+pub type PoppedChain = (ChainHead, Result<Chain, ChainError>);
 
 /// The number of a chain's first descriptor, by which it is given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head(pub u16);
+pub struct ChainHead(pub u16);
 
 /// What came of a chain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,14 +92,14 @@ impl Turn {
 
 /// Whether a queue is done for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub enum QueueProgress {
     /// Nothing is left; the driver will kick.
     Idle,
     /// The turn is over and chains are left: another turn must follow without a kick.
     More,
 }
 
-impl Progress {
+impl QueueProgress {
     /// Of two things together.
     pub fn and(self, other: Self) -> Self {
         if self == Self::More { self } else { other }
@@ -126,7 +126,7 @@ impl<'a> QueueAccess<'a> {
     pub fn serve<S: Into<Served>>(
         &mut self,
         serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         self.serve_admitted(|_| true, serve_chain)
     }
 
@@ -136,23 +136,23 @@ impl<'a> QueueAccess<'a> {
         &mut self,
         mut admit: impl FnMut(u64) -> bool,
         mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let (mut turn, mut served) = (Turn::default(), false);
         let progress = loop {
             let Some((head, chain)) = self.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let len = chain.as_ref().map_or(0, Chain::len);
             if !admit(len) {
                 self.put_back();
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
             let Served { written, work } = serve_chain(self.memory, chain).into();
             self.give_back(head, written)?;
             served = true;
             turn.count(len + work);
             if turn.is_over() {
-                break Progress::More;
+                break QueueProgress::More;
             }
         };
         if served {
@@ -164,14 +164,14 @@ impl<'a> QueueAccess<'a> {
     /// Takes the next available chain, for a device that serves chains in its own time: it owes the driver
     /// [`QueueAccess::give_back`] and, after one or several of them, [`QueueAccess::notify`]. `None` if there is
     /// none; the driver will then kick when there is.
-    pub fn take(&mut self) -> Result<Option<Taken>, QueueError> {
+    pub fn take(&mut self) -> Result<Option<PoppedChain>, QueueError> {
         let limit = usize::from(self.queue.size());
         let ring = QueueError::Ring;
         // Bounded, as a guest that plays with the index must not keep us here.
         for _ in 0..TURN_CHAINS {
             if let Some(descriptors) = self.queue.iter(self.memory).map_err(ring)?.next() {
                 self.queue.disable_notification(self.memory).map_err(ring)?;
-                let head = Head(descriptors.head_index());
+                let head = ChainHead(descriptors.head_index());
                 return Ok(Some((head, Chain::collect(descriptors, limit))));
             }
             // A chain that comes in between counts, or it would wait for a kick that was not asked for.
@@ -188,14 +188,14 @@ impl<'a> QueueAccess<'a> {
     }
 
     /// Gives a chain back to the driver, with `written` bytes in it.
-    pub fn give_back(&mut self, head: Head, written: u32) -> Result<(), QueueError> {
+    pub fn give_back(&mut self, head: ChainHead, written: u32) -> Result<(), QueueError> {
         self.queue
             .add_used(self.memory, head.0, written)
             .map_err(QueueError::Ring)
     }
 
     /// Gives chains back, with the bytes written to each, so that the driver sees all of them or none, and tells it.
-    pub fn give_back_together(&mut self, chains: &[(Head, u32)]) -> Result<(), QueueError> {
+    pub fn give_back_together(&mut self, chains: &[(ChainHead, u32)]) -> Result<(), QueueError> {
         // The queue counts for itself what the driver has not been told of; what follows it does not count.
         self.notify()?;
         let (size, first) = (self.queue.size(), self.queue.next_used());

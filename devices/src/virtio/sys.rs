@@ -19,7 +19,7 @@ use vm_memory::{
 use super::Buffers;
 use crate::GuestMemory;
 
-pub(super) use ring::{Durability, Ring};
+pub(super) use ring::{Durability, IoRing};
 
 /// A place in a file, to copy from and to guest memory. Moves on with what was copied; the file's own offset
 /// is left alone.
@@ -78,13 +78,13 @@ impl WriteVolatile for At<'_> {
 }
 
 /// Buffers in guest memory for one `readv` or `writev`: a packet, which no two calls could share.
-pub(super) struct Vectors<'a> {
+pub(super) struct PacketVectors<'a> {
     memory: &'a GuestMemory,
     slices: Vec<VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>>,
     vectors: Vec<libc::iovec>,
 }
 
-impl<'a> Vectors<'a> {
+impl<'a> PacketVectors<'a> {
     /// Most buffers that Linux takes in one call (`UIO_MAXIOV`).
     pub(super) const MAX: usize = 1024;
 

@@ -10,8 +10,8 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::mmio::{Transport, TransportError, Worker};
-use super::rng::Rng;
+use super::mmio::{MmioTransport, MmioTransportError, TransportWorker};
+use super::rng::VirtioRng;
 use super::{HostBackend, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
@@ -32,22 +32,22 @@ const WRITE: u16 = 2;
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Part {
+pub(crate) struct DriverBuffer {
     pub(crate) address: u64,
     pub(crate) len: u32,
     pub(crate) write: bool,
 }
 
-pub(crate) fn reads(address: u64, len: u32) -> Part {
-    Part {
+pub(crate) fn reads(address: u64, len: u32) -> DriverBuffer {
+    DriverBuffer {
         address,
         len,
         write: false,
     }
 }
 
-pub(crate) fn writes(address: u64, len: u32) -> Part {
-    Part {
+pub(crate) fn writes(address: u64, len: u32) -> DriverBuffer {
+    DriverBuffer {
         address,
         len,
         write: true,
@@ -55,8 +55,8 @@ pub(crate) fn writes(address: u64, len: u32) -> Part {
 }
 
 /// An entropy device without limits: the simplest there is.
-pub(crate) fn rng() -> Rng {
-    Rng::new(Limits::default()).unwrap()
+pub(crate) fn rng() -> VirtioRng {
+    VirtioRng::new(Limits::default()).unwrap()
 }
 
 /// A folder for a device's files, in memory: what a device makes durable there costs nothing.
@@ -69,10 +69,10 @@ pub(crate) fn memory() -> GuestMemory {
 }
 
 pub(crate) struct Driver {
-    pub(crate) transport: Transport,
+    pub(crate) transport: MmioTransport,
     pub(crate) memory: GuestMemory,
     line: EventFd,
-    thread: EventManager<Worker>,
+    thread: EventManager<TransportWorker>,
     queues: Vec<DriverQueue>,
     selected: usize,
 }
@@ -95,7 +95,8 @@ impl Driver {
 
     fn with_memory(device: impl VirtioDevice + 'static, memory: GuestMemory) -> Self {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let transport = Transport::new(Box::new(device), memory.clone(), line.try_clone().unwrap()).unwrap();
+        let transport =
+            MmioTransport::new(Box::new(device), memory.clone(), line.try_clone().unwrap()).unwrap();
         let mut thread = EventManager::new().unwrap();
         thread.add_subscriber(transport.worker());
         let queues = vec![DriverQueue::default(); transport.queue_events().len()];
@@ -212,7 +213,7 @@ impl Driver {
     }
 
     /// Makes a chain available, without a kick; returns its head.
-    pub(crate) fn add(&mut self, parts: &[Part]) -> u16 {
+    pub(crate) fn add(&mut self, parts: &[DriverBuffer]) -> u16 {
         let head = self.queue().next_descriptor;
         for (index, part) in parts.iter().enumerate() {
             let last = index + 1 == parts.len();
@@ -315,7 +316,7 @@ impl Driver {
     }
 
     /// Adds a chain, kicks, and returns the bytes written to it once it is back.
-    pub(crate) fn submit(&mut self, parts: &[Part]) -> u32 {
+    pub(crate) fn submit(&mut self, parts: &[DriverBuffer]) -> u32 {
         let head = self.add(parts);
         self.kick();
         let used = self.wait_for(1);
@@ -380,7 +381,7 @@ impl Driver {
         &self,
         device: impl VirtioDevice + 'static,
         mut envelope: Envelope,
-    ) -> Result<Self, TransportError> {
+    ) -> Result<Self, MmioTransportError> {
         let mut moved = Self::with_memory(device, self.memory.clone());
         moved.transport.restore(&mut envelope, "dev0")?;
         envelope.finish().unwrap();

@@ -17,10 +17,10 @@ use super::statistics::Statistics;
 
 /// What the host wants of a balloon, and what is known of it. Its calls may come from any thread.
 #[derive(Debug)]
-pub struct Control {
+pub struct BalloonControl {
     /// An eventfd, readable when there is something that the device does not know of yet.
     event: File,
-    known: Mutex<Known>,
+    known: Mutex<BalloonStatus>,
     pub(super) metrics: Arc<BalloonMetrics>,
     pub(super) replaced: Mutex<Replaced>,
     /// Statistics came, or hints.
@@ -29,7 +29,7 @@ pub struct Control {
 
 /// Sizes in pages of [`PAGE_SIZE`].
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct BalloonStatus {
     pub(super) target: u32,
     pub(super) actual: u32,
     /// The guest has not been told of the target, or of what is asked, yet.
@@ -47,10 +47,10 @@ pub(super) struct Known {
     pub(super) hints: Hints,
 }
 
-impl Control {
+impl BalloonControl {
     /// Of a balloon that is to have `bytes`, rounded down to pages.
     pub fn new(bytes: u64) -> io::Result<Self> {
-        let known = Known {
+        let known = BalloonStatus {
             target: pages(bytes),
             ..Default::default()
         };
@@ -120,7 +120,7 @@ impl Control {
         known.statistics.filter(|_| known.statistics_seen != seen)
     }
 
-    /// Whether [`Control::hints`] is of use: the driver tells, and counts on no content of pages that it frees but zero.
+    /// Whether [`BalloonControl::hints`] is of use: the driver tells, and counts on no content of pages that it frees but zero.
     pub fn tells_hints(&self) -> bool {
         let known = self.known();
         known.tells_hints && known.reads_zero()
@@ -145,10 +145,10 @@ impl Control {
 
     fn wait<'a>(
         &self,
-        known: MutexGuard<'a, Known>,
+        known: MutexGuard<'a, BalloonStatus>,
         at_most: Duration,
-        mut wanting: impl FnMut(&Known) -> bool,
-    ) -> MutexGuard<'a, Known> {
+        mut wanting: impl FnMut(&BalloonStatus) -> bool,
+    ) -> MutexGuard<'a, BalloonStatus> {
         let waited = self
             .told
             .wait_timeout_while(known, at_most, |known| wanting(known));
@@ -170,7 +170,7 @@ impl Control {
         let _ = (&self.event).read(&mut [0; 8]);
     }
 
-    pub(super) fn known(&self) -> MutexGuard<'_, Known> {
+    pub(super) fn known(&self) -> MutexGuard<'_, BalloonStatus> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -182,7 +182,7 @@ impl Control {
     }
 }
 
-impl Known {
+impl BalloonStatus {
     /// Whether the guest has no objection if pages that it freed are zero when it takes them again.
     pub(super) fn reads_zero(&self) -> bool {
         !self.poisons || self.poison == 0

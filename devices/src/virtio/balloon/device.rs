@@ -9,19 +9,19 @@ use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::PAGE_SIZE;
-use super::control::Control;
+use super::control::BalloonControl;
 use super::discard::{DiscardError, discard};
 use super::hints::Hints;
 use super::state::BalloonState;
 use super::statistics::{MOST, Statistics};
 use crate::GuestMemory;
-use crate::helper::{Cancelled, Helper, wait_readable};
-use crate::limited::Limited;
+use crate::helper::{CancelFlag, Helper, wait_readable};
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
-    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
+    Chain, ChainError, ChainHead, Description, DeviceError, HostBackend, HostError, QUEUE_SIZE, QueueAccess,
+    QueueError, QueueProgress, Queues, Served, Turn, VirtioDevice,
 };
 
 /// Pages count as taken back only once the device has seen them (virtio 1.2, 5.5.3).
@@ -42,20 +42,20 @@ const POISON: u64 = 12;
 pub(super) const MOST_PAGES: usize = 1024;
 
 /// A memory balloon.
-pub struct Balloon {
-    control: Arc<Control>,
+pub struct VirtioBalloon {
+    control: Arc<BalloonControl>,
     deflate_on_oom: bool,
     /// What each queue is for, as the driver's features have it.
-    roles: Vec<Role>,
+    roles: Vec<BalloonRole>,
     /// The chain that waits for the next wish for statistics.
-    statistics: Option<Head>,
-    giver: Arc<Giver>,
+    statistics: Option<ChainHead>,
+    giver: Arc<PageDiscarder>,
     /// What gives pages up, for chains of that queue.
-    helper: Helper<(usize, Head), ()>,
+    helper: Helper<(usize, ChainHead), ()>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+enum BalloonRole {
     Inflate,
     Deflate,
     Statistics,
@@ -65,21 +65,21 @@ enum Role {
 
 /// What the thread needs of a balloon.
 #[derive(Debug)]
-struct Giver {
-    control: Arc<Control>,
-    complaints: Limited,
+struct PageDiscarder {
+    control: Arc<BalloonControl>,
+    complaints: LogDamper,
 }
 
-impl Giver {
-    fn give_up(&self, role: Role, memory: &GuestMemory, chain: Chain, cancelled: &Cancelled) {
+impl PageDiscarder {
+    fn give_up(&self, role: BalloonRole, memory: &GuestMemory, chain: Chain, cancelled: &CancelFlag) {
         match role {
-            Role::Reporting => self.report(memory, &chain, cancelled),
+            BalloonRole::Reporting => self.report(memory, &chain, cancelled),
             _ => self.inflate(memory, chain, cancelled),
         }
     }
 
     /// The chain lists pages by number that the guest has no use for.
-    fn inflate(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &Cancelled) {
+    fn inflate(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &CancelFlag) {
         let mut bytes = [0; 4 * MOST_PAGES];
         let got = match chain.readable.read(memory, &mut bytes) {
             Ok(got) => got,
@@ -107,7 +107,7 @@ impl Giver {
 
     /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
     /// counts on what they hold (virtio 1.2, 5.5.6.8).
-    fn report(&self, memory: &GuestMemory, chain: &Chain, cancelled: &Cancelled) {
+    fn report(&self, memory: &GuestMemory, chain: &Chain, cancelled: &CancelFlag) {
         if !self.control.known().reads_zero() {
             return;
         }
@@ -139,14 +139,14 @@ impl Giver {
     }
 }
 
-impl Balloon {
+impl VirtioBalloon {
     /// A balloon that `control` is the host's end of. With `deflate_on_oom` a guest that runs out of memory may take
     /// from it what it needs.
-    pub fn new(control: Arc<Control>, deflate_on_oom: bool) -> io::Result<Self> {
+    pub fn new(control: Arc<BalloonControl>, deflate_on_oom: bool) -> io::Result<Self> {
         Ok(Self {
-            giver: Arc::new(Giver {
+            giver: Arc::new(PageDiscarder {
                 control: control.clone(),
-                complaints: Limited::default(),
+                complaints: LogDamper::default(),
             }),
             control,
             deflate_on_oom,
@@ -169,23 +169,23 @@ impl Balloon {
     /// come back to the driver when it is done.
     fn hand_over(
         &mut self,
-        role: Role,
+        role: BalloonRole,
         index: usize,
         queue: &mut QueueAccess<'_>,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let mut turn = Turn::default();
         while !turn.is_over() {
             if self.helper.len() >= QUEUE_SIZE.into() {
                 // There is a look at the queue when one is done.
-                return Ok(Progress::Idle);
+                return Ok(QueueProgress::Idle);
             }
             let Some((head, chain)) = queue.take()? else {
-                return Ok(Progress::Idle);
+                return Ok(QueueProgress::Idle);
             };
             turn.count(0);
             let (memory, giver) = (queue.memory().clone(), self.giver.clone());
             let pushed = chain.map_err(io::Error::other).and_then(|chain| {
-                let job = move |cancelled: &Cancelled| giver.give_up(role, &memory, chain, cancelled);
+                let job = move |cancelled: &CancelFlag| giver.give_up(role, &memory, chain, cancelled);
                 self.helper.push((index, head), Box::new(job))
             });
             if let Err(error) = pushed {
@@ -194,7 +194,7 @@ impl Balloon {
                 queue.notify()?;
             }
         }
-        Ok(Progress::More)
+        Ok(QueueProgress::More)
     }
 
     /// Gives back chains whose pages were given up.
@@ -229,12 +229,16 @@ impl Balloon {
     }
 
     /// Statistics came: the chain is kept until somebody wants newer ones.
-    fn keep_statistics(&mut self, queues: &mut Queues<'_>, index: usize) -> Result<Progress, QueueError> {
+    fn keep_statistics(
+        &mut self,
+        queues: &mut Queues<'_>,
+        index: usize,
+    ) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let Some((head, chain)) = queue.take()? else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut chain = match chain {
             Ok(chain) if head.0 < QUEUE_SIZE => chain,
@@ -245,7 +249,7 @@ impl Balloon {
                 // Not kept: whoever restores what is kept would not believe it.
                 queue.give_back(head, 0)?;
                 queue.notify()?;
-                return Ok(Progress::More);
+                return Ok(QueueProgress::More);
             }
         };
         // A driver that sends a second one does not want the first one kept.
@@ -264,7 +268,7 @@ impl Balloon {
             }
             Err(error) => self.complain(&error),
         }
-        Ok(Progress::More)
+        Ok(QueueProgress::More)
     }
 
     fn complain(&self, error: &dyn std::error::Error) {
@@ -281,7 +285,7 @@ impl Balloon {
     }
 }
 
-impl VirtioDevice for Balloon {
+impl VirtioDevice for VirtioBalloon {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BALLOON
     }
@@ -316,11 +320,11 @@ impl VirtioDevice for Balloon {
 
     /// Queues that the driver did not negotiate leave no gap in their numbers.
     fn activate(&mut self, features: u64) {
-        self.roles = vec![Role::Inflate, Role::Deflate];
+        self.roles = vec![BalloonRole::Inflate, BalloonRole::Deflate];
         for (feature, role) in [
-            (F_STATS_VQ, Role::Statistics),
-            (F_FREE_PAGE_HINT, Role::Hinting),
-            (F_PAGE_REPORTING, Role::Reporting),
+            (F_STATS_VQ, BalloonRole::Statistics),
+            (F_FREE_PAGE_HINT, BalloonRole::Hinting),
+            (F_PAGE_REPORTING, BalloonRole::Reporting),
         ] {
             if features & feature != 0 {
                 self.roles.push(role);
@@ -331,22 +335,22 @@ impl VirtioDevice for Balloon {
         known.poisons = features & F_PAGE_POISON != 0;
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let role = self.roles.get(index).copied();
-        if role == Some(Role::Statistics) {
+        if role == Some(BalloonRole::Statistics) {
             return self.keep_statistics(queues, index);
         }
         let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
-        if let Some(role @ (Role::Inflate | Role::Reporting)) = role {
+        if let Some(role @ (BalloonRole::Inflate | BalloonRole::Reporting)) = role {
             return self.hand_over(role, index, &mut queue);
         }
         queue.serve(|memory, chain| {
             self.served(chain, |chain| match role {
-                Some(Role::Hinting) => self.hint(memory, chain),
+                Some(BalloonRole::Hinting) => self.hint(memory, chain),
                 // Pages come back when they are touched.
-                Some(Role::Deflate) => {
+                Some(BalloonRole::Deflate) => {
                     let pages = chain.readable.len() / PAGE_NUMBER;
                     self.control.metrics.deflated_bytes.add(pages * PAGE_SIZE);
                 }
@@ -359,13 +363,16 @@ impl VirtioDevice for Balloon {
         vec![self.control.event(), self.helper.as_fd()]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.answer(queues)?;
         self.control.hear();
         if std::mem::take(&mut self.control.known().changed) {
             queues.config_changed();
         }
-        let index = self.roles.iter().position(|role| *role == Role::Statistics);
+        let index = self
+            .roles
+            .iter()
+            .position(|role| *role == BalloonRole::Statistics);
         if let Some(mut queue) = index.and_then(|index| queues.get(index))
             && let Some(head) = self.statistics
             && std::mem::take(&mut self.control.known().statistics_wanted)
@@ -375,9 +382,9 @@ impl VirtioDevice for Balloon {
             queue.notify()?;
         }
         // There may be room for more.
-        let mut progress = Progress::Idle;
+        let mut progress = QueueProgress::Idle;
         for index in 0..self.roles.len() {
-            if matches!(self.roles[index], Role::Inflate | Role::Reporting) {
+            if matches!(self.roles[index], BalloonRole::Inflate | BalloonRole::Reporting) {
                 progress = progress.and(self.process_queue(index, queues)?);
             }
         }
@@ -444,7 +451,7 @@ impl VirtioDevice for Balloon {
         known.changed = true;
         // A chain that is kept came with some, elsewhere.
         known.statistics_seen = state.statistics.is_some().into();
-        self.statistics = state.statistics.map(Head);
+        self.statistics = state.statistics.map(ChainHead);
         Ok(())
     }
 

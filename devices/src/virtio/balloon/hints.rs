@@ -21,13 +21,13 @@ pub(super) const MOST_RANGES: usize = 1 << 16;
 pub(super) struct Hints {
     /// The id of the last command, 0 before the first. The guest does not answer the same one twice.
     command: u32,
-    stage: Stage,
+    stage: HintStage,
     /// Address and length in bytes, as the guest says: untrusted.
     ranges: Vec<(u64, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Stage {
+enum HintStage {
     #[default]
     Stop,
     Asked,
@@ -39,7 +39,11 @@ enum Stage {
 impl Hints {
     /// As they are where the machine comes to: nothing is asked, and the guest is to have back whatever it keeps.
     pub(super) fn restored(command: u32) -> Self {
-        let stage = if command == 0 { Stage::Stop } else { Stage::Done };
+        let stage = if command == 0 {
+            HintStage::Stop
+        } else {
+            HintStage::Done
+        };
         Self {
             command,
             stage,
@@ -55,35 +59,35 @@ impl Hints {
     /// What the configuration space says.
     pub(super) fn id(&self) -> u32 {
         match self.stage {
-            Stage::Stop => STOP,
-            Stage::Asked | Stage::Telling | Stage::Told => self.command,
-            Stage::Done => DONE,
+            HintStage::Stop => STOP,
+            HintStage::Asked | HintStage::Telling | HintStage::Told => self.command,
+            HintStage::Done => DONE,
         }
     }
 
     /// Asks anew.
     pub(super) fn ask(&mut self) {
         self.command = self.command.wrapping_add(1).max(FIRST_COMMAND);
-        self.stage = Stage::Asked;
+        self.stage = HintStage::Asked;
         self.ranges.clear();
     }
 
     /// Whether the guest may have more to tell.
     pub(super) fn is_open(&self) -> bool {
-        matches!(self.stage, Stage::Asked | Stage::Telling)
+        matches!(self.stage, HintStage::Asked | HintStage::Telling)
     }
 
     /// Takes what was told, and wants no more: the guest can have its pages back.
     pub(super) fn take(&mut self) -> Vec<(u64, u64)> {
-        self.stage = Stage::Done;
+        self.stage = HintStage::Done;
         std::mem::take(&mut self.ranges)
     }
 
     /// The guest says which command it answers, or that it has answered.
     pub(super) fn hear(&mut self, id: u32) {
         match self.stage {
-            Stage::Asked if id == self.command => self.stage = Stage::Telling,
-            Stage::Telling if id != self.command => self.stage = Stage::Told,
+            HintStage::Asked if id == self.command => self.stage = HintStage::Telling,
+            HintStage::Telling if id != self.command => self.stage = HintStage::Told,
             // An answer to an earlier one, or to nothing.
             _ => {}
         }
@@ -91,14 +95,14 @@ impl Hints {
 
     /// The guest tells a range. Not in an answer to the command, it means nothing.
     pub(super) fn add(&mut self, address: u64, len: u64) {
-        if self.stage == Stage::Telling && self.ranges.len() < MOST_RANGES {
+        if self.stage == HintStage::Telling && self.ranges.len() < MOST_RANGES {
             self.ranges.push((address, len));
         }
     }
 
     /// The guest starts anew, and keeps nothing.
     pub(super) fn reset(&mut self) {
-        self.stage = Stage::Stop;
+        self.stage = HintStage::Stop;
         self.ranges.clear();
     }
 }

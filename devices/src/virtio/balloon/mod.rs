@@ -4,7 +4,7 @@
 //! reports, by itself, what it does not use at the moment. What was given up is neither kept nor migrated, except where
 //! memory is mapped from a file: there it is again what the file has.
 //!
-//! And the host can ask what the guest does not use at the moment ([`Control::hints`]); that is not given up, but need
+//! And the host can ask what the guest does not use at the moment ([`BalloonControl::hints`]); that is not given up, but need
 //! not be migrated.
 
 mod control;
@@ -19,8 +19,8 @@ mod statistics;
 #[cfg(test)]
 mod tests;
 
-pub use control::Control;
-pub use device::Balloon;
+pub use control::BalloonControl;
+pub use device::VirtioBalloon;
 pub use metrics::BalloonMetrics;
 pub use state::BalloonState;
 pub use statistics::Statistics;

@@ -3,7 +3,7 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-/// Saved state of a [`super::Balloon`].
+/// Saved state of a [`super::VirtioBalloon`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
     /// Pages of 4 KiB that the guest was asked to give up.

@@ -34,9 +34,9 @@ const DONE: u32 = 1;
 /// Pages that tests give up.
 const PAGES: u64 = DATA + 0x4_0000;
 
-fn balloon() -> (Driver, Arc<Control>) {
-    let control = Arc::new(Control::new(0).unwrap());
-    let driver = Driver::ready(Balloon::new(control.clone(), true).unwrap());
+fn balloon() -> (Driver, Arc<BalloonControl>) {
+    let control = Arc::new(BalloonControl::new(0).unwrap());
+    let driver = Driver::ready(VirtioBalloon::new(control.clone(), true).unwrap());
     (driver, control)
 }
 
@@ -99,8 +99,8 @@ fn reported_pages_go_back_to_the_host() {
 
 #[test]
 fn queues_that_are_not_negotiated_leave_no_gap() {
-    let control = Arc::new(Control::new(0).unwrap());
-    let mut driver = Driver::new(Balloon::new(control.clone(), false).unwrap());
+    let control = Arc::new(BalloonControl::new(0).unwrap());
+    let mut driver = Driver::new(VirtioBalloon::new(control.clone(), false).unwrap());
     let offered = driver.offered();
     assert_eq!(offered & 0b10_0110, 0b10_0010, "no deflation on OOM");
     driver.bring_up_with(VERSION_1 | 1 << 5);
@@ -180,10 +180,10 @@ fn a_move_takes_target_and_kept_chain_along() {
     driver.select(STATISTICS);
     driver.add(&[reads(DATA, 10)]);
     driver.kick();
-    let there = Arc::new(Control::new(0).unwrap());
+    let there = Arc::new(BalloonControl::new(0).unwrap());
     let saved = driver.save();
     let mut moved = driver
-        .move_to(Balloon::new(there.clone(), true).unwrap(), saved)
+        .move_to(VirtioBalloon::new(there.clone(), true).unwrap(), saved)
         .unwrap();
     moved.transport.resume();
     moved.run();
@@ -206,7 +206,11 @@ fn a_move_takes_target_and_kept_chain_along() {
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Has the guest asked for hints, and `act` on that; what came of it. It is told that it can have its pages back.
-fn hints(driver: &mut Driver, control: &Arc<Control>, act: impl FnOnce(&mut Driver, u32)) -> Vec<(u64, u64)> {
+fn hints(
+    driver: &mut Driver,
+    control: &Arc<BalloonControl>,
+    act: impl FnOnce(&mut Driver, u32),
+) -> Vec<(u64, u64)> {
     driver.run();
     driver.interrupts();
     let hints = thread::scope(|scope| {
@@ -352,9 +356,9 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
     });
     // It moves in the middle.
     let (command, saved) = open.unwrap();
-    let there = Arc::new(Control::new(0).unwrap());
+    let there = Arc::new(BalloonControl::new(0).unwrap());
     let mut moved = driver
-        .move_to(Balloon::new(there.clone(), true).unwrap(), saved)
+        .move_to(VirtioBalloon::new(there.clone(), true).unwrap(), saved)
         .unwrap();
     moved.transport.resume();
     moved.run();
@@ -381,8 +385,8 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
 
 #[test]
 fn statistics_that_were_there_before_the_driver_was_ready_count() {
-    let control = Arc::new(Control::new(0).unwrap());
-    let mut driver = Driver::new(Balloon::new(control.clone(), true).unwrap());
+    let control = Arc::new(BalloonControl::new(0).unwrap());
+    let mut driver = Driver::new(VirtioBalloon::new(control.clone(), true).unwrap());
     let features = driver.offered();
     assert!(driver.negotiate(features));
     let above = 0x4000 * STATISTICS as u64;
@@ -463,9 +467,9 @@ fn a_saved_chain_that_cannot_be_is_refused() {
     let mut state: BalloonState = saved.take("dev0").unwrap();
     state.statistics = Some(256);
     saved.put("dev0", &state).unwrap();
-    let control = Arc::new(Control::new(0).unwrap());
+    let control = Arc::new(BalloonControl::new(0).unwrap());
     let refused = driver
-        .move_to(Balloon::new(control, true).unwrap(), saved)
+        .move_to(VirtioBalloon::new(control, true).unwrap(), saved)
         .err()
         .unwrap();
     assert!(

@@ -1,6 +1,6 @@
 //! What the guest reads of a disk (virtio 1.2, 5.2.4).
 
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use super::request::{MOST_DISCARDED, MOST_ZEROED};
 use crate::virtio::QUEUE_SIZE;
 
@@ -26,7 +26,7 @@ const ZEROES_MAY_UNMAP: usize = 56;
 const HOST_PAGE_SECTORS: u32 = 8;
 
 /// The configuration space of a disk whose cache is as the guest wants it.
-pub(super) fn configuration(backend: &Backend, writeback: bool) -> [u8; CONFIG_LEN] {
+pub(super) fn configuration(backend: &BlockBackend, writeback: bool) -> [u8; CONFIG_LEN] {
     let mut config = [0; CONFIG_LEN];
     config[CAPACITY..][..8].copy_from_slice(&backend.sectors().to_le_bytes());
     for (at, value) in [

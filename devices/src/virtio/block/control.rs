@@ -7,20 +7,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::backend::{Backend, BackendError};
+use super::backend::{BlockBackend, BlockBackendError};
 use crate::rate::Limits;
 
 /// The host's end of a disk.
 #[derive(Debug)]
-pub struct Control {
-    backend: Arc<Backend>,
+pub struct BlockControl {
+    backend: Arc<BlockBackend>,
     limits: Mutex<Limits>,
     /// Readable when something has changed.
     event: OwnedFd,
 }
 
-impl Control {
-    pub(super) fn new(backend: Arc<Backend>, limits: Limits) -> io::Result<Self> {
+impl BlockControl {
+    pub(super) fn new(backend: Arc<BlockBackend>, limits: Limits) -> io::Result<Self> {
         Ok(Self {
             backend,
             limits: Mutex::new(limits),
@@ -29,7 +29,7 @@ impl Control {
     }
 
     /// What is behind it.
-    pub fn backend(&self) -> &Arc<Backend> {
+    pub fn backend(&self) -> &Arc<BlockBackend> {
         &self.backend
     }
 
@@ -39,7 +39,7 @@ impl Control {
     }
 
     /// Looks how large the disk is now, in bytes, and has the guest told if that is news.
-    pub fn resize(&self) -> Result<u64, BackendError> {
+    pub fn resize(&self) -> Result<u64, BlockBackendError> {
         let before = self.backend.sectors();
         self.backend.measure()?;
         if self.backend.sectors() != before {

@@ -13,25 +13,25 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use super::configuration::{WRITEBACK, configuration};
-use super::control::Control;
-use super::engine::{Engine, Origin, Ticket};
+use super::control::BlockControl;
+use super::engine::{BlockEngine, Origin, Ticket};
 use super::metrics::BlockMetrics;
-use super::parameters::{Cache, Parameters};
-use super::request::{Disk, OK, Request, RequestError, Step};
+use super::parameters::{BlockParameters, CacheMode};
+use super::request::{BlockRequest, BlockRequestError, OK, RequestStep, RequestTarget};
 use super::state::BlockState;
 use super::write_out::WriteOut;
 use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::sys::Durability;
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
-    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
+    Chain, ChainError, ChainHead, Description, DeviceError, HostBackend, HostError, QUEUE_SIZE, QueueAccess,
+    QueueError, QueueProgress, Queues, Served, Turn, VirtioDevice,
 };
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
@@ -44,12 +44,12 @@ const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
 /// A disk.
-pub struct Block {
-    engine: Engine,
-    pub(super) backend: Arc<Backend>,
+pub struct VirtioBlock {
+    engine: BlockEngine,
+    pub(super) backend: Arc<BlockBackend>,
     id: [u8; ID_LEN],
-    parameters: Parameters,
-    control: Arc<Control>,
+    parameters: BlockParameters,
+    control: Arc<BlockControl>,
     /// Features that the driver accepted.
     accepted: u64,
     /// The cache as the guest wants it (virtio 1.2, 5.2.5.2), and at first as the host does.
@@ -61,36 +61,36 @@ pub struct Block {
     limiter: Limiter,
     write_out: Option<WriteOut>,
     metrics: Arc<BlockMetrics>,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
-impl Block {
+impl VirtioBlock {
     /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked, and
     /// the backend was opened as the parameters say.
-    pub fn new(backend: Arc<Backend>, id: &str, parameters: Parameters) -> io::Result<Self> {
+    pub fn new(backend: Arc<BlockBackend>, id: &str, parameters: BlockParameters) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         Ok(Self {
-            engine: Engine::new(parameters.engine, &backend)?,
-            control: Arc::new(Control::new(backend.clone(), parameters.limits)?),
+            engine: BlockEngine::new(parameters.engine, &backend)?,
+            control: Arc::new(BlockControl::new(backend.clone(), parameters.limits)?),
             id: padded,
             parameters,
             accepted: 0,
-            writeback: parameters.cache != Cache::Writethrough,
+            writeback: parameters.cache != CacheMode::Writethrough,
             settling: false,
             sectors: backend.sectors(),
             limiter: Limiter::new(parameters.limits)?,
             write_out: WriteOut::of(&backend)?,
             metrics: Arc::default(),
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
             backend,
         })
     }
 
     /// What is on the host's side.
-    pub fn control(&self) -> &Arc<Control> {
+    pub fn control(&self) -> &Arc<BlockControl> {
         &self.control
     }
 
@@ -98,7 +98,7 @@ impl Block {
     /// durable (virtio 1.2, 5.2.6.2).
     pub(super) fn durability(&self) -> Durability {
         let cached = self.accepted & F_FLUSH != 0 && self.writeback;
-        if cached || self.parameters.cache == Cache::Unsafe {
+        if cached || self.parameters.cache == CacheMode::Unsafe {
             Durability::Cached
         } else {
             Durability::Durable
@@ -107,18 +107,18 @@ impl Block {
 
     /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
     /// have a turn.
-    fn turn(&mut self, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
+    fn turn(&mut self, queue: &mut QueueAccess<'_>) -> Result<QueueProgress, QueueError> {
         let (mut turn, mut answered) = (Turn::default(), 0);
         let progress = loop {
             let before = answered;
             self.take(queue, &mut turn, &mut answered)?;
             self.answer(queue, &mut answered)?;
             if turn.is_over() || self.engine.is_queued() {
-                break Progress::More;
+                break QueueProgress::More;
             }
             // The driver sees the answers, and may have more by now.
             if answered == before {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
         };
         if answered > 0 {
@@ -176,7 +176,7 @@ impl Block {
     }
 
     /// What the device itself wanted is done.
-    fn conclude_own(&mut self, origin: Origin, result: Result<u32, RequestError>) {
+    fn conclude_own(&mut self, origin: Origin, result: Result<u32, BlockRequestError>) {
         match origin {
             Origin::Guest(_) => return,
             Origin::Flush => self.settling = false,
@@ -262,7 +262,7 @@ impl Block {
         Ok(())
     }
 
-    fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, RequestError>) -> u32 {
+    fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, BlockRequestError>) -> u32 {
         match result {
             Ok(written) => {
                 self.metrics.done(ticket.kind, ticket.data);
@@ -276,7 +276,7 @@ impl Block {
     fn begin(
         &mut self,
         memory: &GuestMemory,
-        head: Head,
+        head: ChainHead,
         chain: Result<Chain, ChainError>,
     ) -> Option<Served> {
         let chain = match chain {
@@ -286,7 +286,7 @@ impl Block {
                 return Some(Served::default());
             }
         };
-        let request = match Request::parse(memory, chain) {
+        let request = match BlockRequest::parse(memory, chain) {
             Ok(request) => request,
             Err((Some(status), error)) => return Some(self.fail(memory, status, &error)),
             Err((None, error)) => {
@@ -300,15 +300,15 @@ impl Block {
             kind: request.kind,
             data: request.len(),
         };
-        let disk = Disk {
+        let disk = RequestTarget {
             backend: &self.backend,
             id: &self.id,
             cache: self.parameters.cache,
             durability: self.durability(),
         };
         let served = match request.execute(memory, &disk) {
-            Ok(Step::Done(served)) => Ok(served),
-            Ok(Step::Transfer(io)) => {
+            Ok(RequestStep::Done(served)) => Ok(served),
+            Ok(RequestStep::Transfer(io)) => {
                 if let Some(range) = io.range() {
                     // The request itself names it only.
                     ticket.data = range;
@@ -331,7 +331,7 @@ impl Block {
         })
     }
 
-    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> Served {
+    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &BlockRequestError) -> Served {
         self.complain(error);
         self.finish(memory, status, error.status(), Served::default())
     }
@@ -358,11 +358,11 @@ impl Block {
     }
 }
 
-fn host_error(error: RequestError) -> DeviceError {
+fn host_error(error: BlockRequestError) -> DeviceError {
     DeviceError::Host(HostError::from(error))
 }
 
-impl VirtioDevice for Block {
+impl VirtioDevice for VirtioBlock {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
     }
@@ -373,7 +373,7 @@ impl VirtioDevice for Block {
         } else {
             F_DISCARD | F_WRITE_ZEROES
         };
-        let by_cache = if self.backend.read_only() || self.parameters.cache == Cache::Unsafe {
+        let by_cache = if self.backend.read_only() || self.parameters.cache == CacheMode::Unsafe {
             0
         } else {
             F_CONFIG_WCE
@@ -418,9 +418,9 @@ impl VirtioDevice for Block {
         self.accepted = features;
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let done = self.turn(&mut queue);
         if done.is_err() {
@@ -437,7 +437,7 @@ impl VirtioDevice for Block {
     }
 
     /// Something is done, or has changed, or there are tokens again for what could not be served.
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.limiter.hear();
         if self.write_out.as_ref().is_some_and(WriteOut::is_due) {
             self.write_out();
@@ -448,7 +448,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) -> bool {
         self.accepted = 0;
-        self.writeback = self.parameters.cache != Cache::Writethrough;
+        self.writeback = self.parameters.cache != CacheMode::Writethrough;
         self.settling = false;
         if !self.engine.cancel(&self.backend) {
             return false;
@@ -496,7 +496,7 @@ impl VirtioDevice for Block {
         Description {
             backend_size: self.backend.size(),
             read_only: self.backend.read_only(),
-            parameters: Parameters {
+            parameters: BlockParameters {
                 limits: self.control.limits(),
                 ..self.parameters
             }

@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use vm_memory::GuestAddress;
 
-use super::backend::Backend;
-use super::request::RequestError;
+use super::backend::BlockBackend;
+use super::request::BlockRequestError;
 use crate::GuestMemory;
-use crate::helper::{Cancelled, Helper, wait_readable};
-use crate::virtio::sys::{Durability, Ring};
-use crate::virtio::{Buffers, Head, QUEUE_SIZE};
+use crate::helper::{CancelFlag, Helper, wait_readable};
+use crate::virtio::sys::{Durability, IoRing};
+use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
 /// Bytes of requests in flight above which no other begins: what a drain may have to wait for, and the last request.
 const MOST_IN_FLIGHT: u64 = 16 << 20;
@@ -34,9 +34,9 @@ pub enum IoEngine {
 }
 
 /// Both of them at work.
-pub(super) struct Engine {
-    ring: Option<Box<Ring<Flight>>>,
-    helper: Helper<Flight, Result<(), RequestError>>,
+pub(super) struct BlockEngine {
+    ring: Option<Box<IoRing<PendingIo>>>,
+    helper: Helper<PendingIo, Result<(), BlockRequestError>>,
     /// Bytes of work, and requests, in flight.
     bytes: u64,
     count: usize,
@@ -46,7 +46,7 @@ pub(super) struct Engine {
 
 /// What a request asks of the disk.
 #[derive(Debug)]
-pub(super) enum Io {
+pub(super) enum BlockIo {
     Read {
         into: Buffers,
         /// In bytes.
@@ -74,7 +74,7 @@ pub(super) enum Io {
     WriteOut,
 }
 
-impl Io {
+impl BlockIo {
     /// What it may be to do it, in bytes of a write.
     fn work(&self) -> u64 {
         match self {
@@ -108,7 +108,7 @@ impl Io {
 /// The request that is answered when something is done.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ticket {
-    pub(super) head: Head,
+    pub(super) head: ChainHead,
     pub(super) status: GuestAddress,
     /// What it is about, and how many bytes it has.
     pub(super) kind: u32,
@@ -128,16 +128,16 @@ pub(super) enum Origin {
 
 /// Something in flight.
 #[derive(Debug)]
-pub(super) struct Flight {
+pub(super) struct PendingIo {
     origin: Origin,
     work: u64,
     is_promise: bool,
-    then: Then,
+    then: Completion,
 }
 
 /// What is to be seen to when it is done.
 #[derive(Debug)]
-enum Then {
+enum Completion {
     Read {
         len: u32,
     },
@@ -153,15 +153,15 @@ enum Then {
 }
 
 /// Of what was begun, with the bytes that were written to the guest.
-pub(super) type Outcome = (Origin, Result<u32, RequestError>);
+pub(super) type IoOutcome = (Origin, Result<u32, BlockRequestError>);
 
-impl Engine {
+impl BlockEngine {
     /// The engine that was asked for, if this host has it.
-    pub(super) fn new(wanted: IoEngine, backend: &Backend) -> io::Result<Self> {
+    pub(super) fn new(wanted: IoEngine, backend: &BlockBackend) -> io::Result<Self> {
         let file = backend
             .raw()
             .filter(|file| wanted == IoEngine::Async && !waits_in_submission(file));
-        let ring = file.map(|file| Ring::new(file, QUEUE_SIZE));
+        let ring = file.map(|file| IoRing::new(file, QUEUE_SIZE));
         let ring = ring.and_then(|ring| {
             let told = ring.inspect_err(|error| {
                 let disk = backend.path().display();
@@ -199,21 +199,21 @@ impl Engine {
         self.count == 0
     }
 
-    /// Begins a request; its outcome comes from [`Engine::next`], unless there is nothing to do. There must be room.
+    /// Begins a request; its outcome comes from [`BlockEngine::next`], unless there is nothing to do. There must be room.
     pub(super) fn start(
         &mut self,
         memory: &GuestMemory,
-        backend: &Arc<Backend>,
+        backend: &Arc<BlockBackend>,
         ticket: Ticket,
-        io: Io,
-    ) -> Result<Option<u32>, RequestError> {
+        io: BlockIo,
+    ) -> Result<Option<u32>, BlockRequestError> {
         // A host says only once that it could not write back what was in its memory.
         if io.is_promise() && backend.take_lost() {
-            return Err(RequestError::Lost);
+            return Err(BlockRequestError::Lost);
         }
         let is_needless = match io {
-            Io::Flush => backend.unflushed().is_none(),
-            Io::WriteOut => !backend.is_behind(),
+            BlockIo::Flush => backend.unflushed().is_none(),
+            BlockIo::WriteOut => !backend.is_behind(),
             _ => false,
         };
         if is_needless {
@@ -224,63 +224,63 @@ impl Engine {
     }
 
     /// Begins a flush of our own; whether there is anything to flush.
-    pub(super) fn flush(&mut self, backend: &Arc<Backend>) -> Result<bool, RequestError> {
+    pub(super) fn flush(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
         if backend.unflushed().is_none() {
             return Ok(false);
         }
-        self.begin(None, backend, Origin::Flush, Io::Flush)?;
+        self.begin(None, backend, Origin::Flush, BlockIo::Flush)?;
         Ok(true)
     }
 
     /// Begins to write out where an image has its data; whether any of that is in this process alone.
-    pub(super) fn write_out(&mut self, backend: &Arc<Backend>) -> Result<bool, RequestError> {
+    pub(super) fn write_out(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
         if !backend.is_behind() {
             return Ok(false);
         }
-        self.begin(None, backend, Origin::WriteOut, Io::WriteOut)?;
+        self.begin(None, backend, Origin::WriteOut, BlockIo::WriteOut)?;
         Ok(true)
     }
 
     fn begin(
         &mut self,
         memory: Option<&GuestMemory>,
-        backend: &Arc<Backend>,
+        backend: &Arc<BlockBackend>,
         origin: Origin,
-        io: Io,
-    ) -> Result<(), RequestError> {
+        io: BlockIo,
+    ) -> Result<(), BlockRequestError> {
         let (work, is_promise) = (io.work(), io.is_promise());
-        let flight = |then| Flight {
+        let flight = |then| PendingIo {
             origin,
             work,
             is_promise,
             then,
         };
         match (&mut self.ring, memory, io) {
-            (Some(ring), Some(memory), Io::Read { into, offset }) if backend.takes(&into) => {
-                let then = Then::Read { len: len(&into) };
+            (Some(ring), Some(memory), BlockIo::Read { into, offset }) if backend.takes(&into) => {
+                let then = Completion::Read { len: len(&into) };
                 ring.read(flight(then), memory, into, offset)?;
             }
             (
                 Some(ring),
                 Some(memory),
-                Io::Write {
+                BlockIo::Write {
                     from,
                     offset,
                     durability,
                 },
             ) if backend.takes(&from) => {
                 let len = from.len();
-                let then = Then::Written { offset, len };
+                let then = Completion::Written { offset, len };
                 ring.write(flight(then), memory, from, offset, durability)?;
             }
-            (Some(ring), _, Io::Flush) if ring.has_room() => {
+            (Some(ring), _, BlockIo::Flush) if ring.has_room() => {
                 let generation = backend.unflushed().unwrap_or_default();
-                ring.flush(flight(Then::Flushed { generation }));
+                ring.flush(flight(Completion::Flushed { generation }));
             }
             (_, memory, io) => {
                 let then = match &io {
-                    Io::Read { into, .. } => Then::Read { len: len(into) },
-                    _ => Then::Nothing,
+                    BlockIo::Read { into, .. } => Completion::Read { len: len(into) },
+                    _ => Completion::Nothing,
                 };
                 let (memory, backend) = (memory.cloned(), backend.clone());
                 let failed = backend.clone();
@@ -299,7 +299,7 @@ impl Engine {
     }
 
     /// It is not in flight any more.
-    fn leave(&mut self, flight: &Flight) {
+    fn leave(&mut self, flight: &PendingIo) {
         self.bytes -= flight.work;
         self.count -= 1;
         self.write_outs -= usize::from(matches!(flight.origin, Origin::WriteOut));
@@ -318,25 +318,25 @@ impl Engine {
     }
 
     /// The next that is done.
-    pub(super) fn next(&mut self, backend: &Backend) -> Option<Outcome> {
+    pub(super) fn next(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
         let (flight, result) = self.take(backend)?;
         let is_told = matches!(flight.origin, Origin::Guest(_)) && flight.is_promise;
         // A flush that failed meanwhile has taken the error away from this one.
         let has_lost = is_told && backend.take_lost();
         let result = match result {
-            Ok(_) if has_lost => Err(RequestError::Lost),
+            Ok(_) if has_lost => Err(BlockRequestError::Lost),
             result => result,
         };
         Some((flight.origin, result))
     }
 
     /// The same, where the guest hears of nothing.
-    pub(super) fn next_unheard(&mut self, backend: &Backend) -> Option<Outcome> {
+    pub(super) fn next_unheard(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
         let (flight, result) = self.take(backend)?;
         Some((flight.origin, result))
     }
 
-    fn take(&mut self, backend: &Backend) -> Option<(Flight, Result<u32, RequestError>)> {
+    fn take(&mut self, backend: &BlockBackend) -> Option<(PendingIo, Result<u32, BlockRequestError>)> {
         let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
             Some((flight, result)) => {
                 let result = settle(backend, &flight.then, result);
@@ -344,12 +344,12 @@ impl Engine {
             }
             None => {
                 let (flight, result) = self.helper.next()?;
-                (flight, result.unwrap_or(Err(RequestError::Panicked)))
+                (flight, result.unwrap_or(Err(BlockRequestError::Panicked)))
             }
         };
         self.leave(&flight);
         let written = match flight.then {
-            Then::Read { len } => len,
+            Completion::Read { len } => len,
             _ => 0,
         };
         Some((flight, result.map(|()| written)))
@@ -357,7 +357,7 @@ impl Engine {
 
     /// Has everything that is in flight end soon, whatever comes of it. Whether it has: if not, this is to be called again.
     /// Where an image has its data may still be on its way to its file.
-    pub(super) fn cancel(&mut self, backend: &Backend) -> bool {
+    pub(super) fn cancel(&mut self, backend: &BlockBackend) -> bool {
         if self.is_empty() {
             return true;
         }
@@ -384,14 +384,18 @@ fn waits_in_submission(file: &File) -> bool {
 }
 
 /// What io_uring has done counts from here on.
-fn settle(backend: &Backend, then: &Then, result: io::Result<()>) -> Result<(), RequestError> {
+fn settle(
+    backend: &BlockBackend,
+    then: &Completion,
+    result: io::Result<()>,
+) -> Result<(), BlockRequestError> {
     let what = match *then {
-        Then::Read { .. } => "read it",
-        Then::Written { offset, len } => {
+        Completion::Read { .. } => "read it",
+        Completion::Written { offset, len } => {
             backend.modified(offset, len);
             "write to it"
         }
-        Then::Flushed { generation } => {
+        Completion::Flushed { generation } => {
             match &result {
                 Ok(()) => backend.flushed(generation),
                 Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {}
@@ -399,7 +403,7 @@ fn settle(backend: &Backend, then: &Then, result: io::Result<()>) -> Result<(), 
             }
             "write it back"
         }
-        Then::Nothing => "use it",
+        Completion::Nothing => "use it",
     };
     result.map_err(|error| backend.failed(what)(error).into())
 }
@@ -407,14 +411,14 @@ fn settle(backend: &Backend, then: &Then, result: io::Result<()>) -> Result<(), 
 /// On the thread.
 fn carry_out(
     memory: Option<&GuestMemory>,
-    backend: &Backend,
-    io: &Io,
-    cancelled: &Cancelled,
-) -> Result<(), RequestError> {
+    backend: &BlockBackend,
+    io: &BlockIo,
+    cancelled: &CancelFlag,
+) -> Result<(), BlockRequestError> {
     match (io, memory) {
-        (Io::Read { into, offset }, Some(memory)) => backend.read(memory, into, *offset),
+        (BlockIo::Read { into, offset }, Some(memory)) => backend.read(memory, into, *offset),
         (
-            Io::Write {
+            BlockIo::Write {
                 from,
                 offset,
                 durability,
@@ -422,9 +426,9 @@ fn carry_out(
             Some(memory),
         ) => backend.write(memory, from, *offset, *durability),
         // Transfers are of somebody's memory.
-        (Io::Read { .. } | Io::Write { .. }, None) => Ok(()),
+        (BlockIo::Read { .. } | BlockIo::Write { .. }, None) => Ok(()),
         (
-            Io::Discard {
+            BlockIo::Discard {
                 offset,
                 len,
                 durability,
@@ -437,7 +441,7 @@ fn carry_out(
             make_durable(backend, *durability)
         }
         (
-            Io::Zero {
+            BlockIo::Zero {
                 offset,
                 len,
                 unmap,
@@ -450,12 +454,12 @@ fn carry_out(
             })?;
             make_durable(backend, *durability)
         }
-        (Io::Flush, _) => Ok(backend.flush()?),
-        (Io::WriteOut, _) => Ok(backend.write_out()?),
+        (BlockIo::Flush, _) => Ok(backend.flush()?),
+        (BlockIo::WriteOut, _) => Ok(backend.write_out()?),
     }
 }
 
-fn make_durable(backend: &Backend, durability: Durability) -> Result<(), RequestError> {
+fn make_durable(backend: &BlockBackend, durability: Durability) -> Result<(), BlockRequestError> {
     if durability == Durability::Durable {
         backend.flush()?;
     }
@@ -466,7 +470,7 @@ fn make_durable(backend: &Backend, durability: Durability) -> Result<(), Request
 fn in_slices<E>(
     offset: u64,
     len: u64,
-    cancelled: &Cancelled,
+    cancelled: &CancelFlag,
     mut act: impl FnMut(u64, u64) -> Result<(), E>,
 ) -> Result<(), E> {
     let (mut at, end) = (offset, offset.saturating_add(len));

@@ -16,13 +16,13 @@ mod write_out;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Access, Backend, BackendError, BackingFile, Format, FormatError};
-pub use control::Control;
-pub use device::Block;
+pub use backend::{Access, BackingFile, BlockBackend, BlockBackendError, ImageFormat, ImageFormatError};
+pub use control::BlockControl;
+pub use device::VirtioBlock;
 pub use engine::IoEngine;
 pub use log::BlockLog;
 pub use metrics::BlockMetrics;
-pub use parameters::{Cache, CacheError, Parameters};
+pub use parameters::{BlockParameters, CacheMode, CacheModeError};
 pub use state::BlockState;
 
 /// The unit of addresses and capacity on the wire, in bytes, whatever the disk's own blocks are.

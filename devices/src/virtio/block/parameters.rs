@@ -7,7 +7,7 @@ use crate::rate::Limits;
 
 /// When a write counts as done, for a guest that can flush.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Cache {
+pub enum CacheMode {
     /// When the host has it in its cache; a flush makes it durable. The guest may change that.
     #[default]
     Writeback,
@@ -17,38 +17,38 @@ pub enum Cache {
     Unsafe,
 }
 
-/// Not the name of a [`Cache`].
+/// Not the name of a [`CacheMode`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cache: expected writeback, writethrough or unsafe, got {0:?}")]
-pub struct CacheError(String);
+pub struct CacheModeError(String);
 
-impl FromStr for Cache {
-    type Err = CacheError;
+impl FromStr for CacheMode {
+    type Err = CacheModeError;
 
-    fn from_str(text: &str) -> Result<Self, CacheError> {
+    fn from_str(text: &str) -> Result<Self, CacheModeError> {
         match text {
             "writeback" => Ok(Self::Writeback),
             "writethrough" => Ok(Self::Writethrough),
             "unsafe" => Ok(Self::Unsafe),
-            _ => Err(CacheError(text.into())),
+            _ => Err(CacheModeError(text.into())),
         }
     }
 }
 
 /// How a disk serves its guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Parameters {
+pub struct BlockParameters {
     /// What it may do in a time.
     pub limits: Limits,
     /// When writes are done.
-    pub cache: Cache,
+    pub cache: CacheMode,
     /// Whether the host's cache is left out (O_DIRECT).
     pub direct: bool,
     /// How requests are carried out: the host's own affair, which does not move.
     pub engine: IoEngine,
 }
 
-impl Parameters {
+impl BlockParameters {
     /// What a destination must know of them; nothing where all is as usual.
     pub fn to_bytes(&self) -> Vec<u8> {
         let usual = Self {
@@ -63,14 +63,14 @@ impl Parameters {
         bytes
     }
 
-    /// What [`Parameters::to_bytes`] made; `None` if it did not, or if they cannot be.
+    /// What [`BlockParameters::to_bytes`] made; `None` if it did not, or if they cannot be.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (cache, direct, limits) = match bytes {
             [] => return Some(Self::default()),
             [cache, direct @ 0..=1, limits @ ..] => (cache, *direct == 1, limits),
             _ => return None,
         };
-        let known = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe];
+        let known = [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe];
         Some(Self {
             limits: Limits::from_bytes(limits)?,
             cache: known.into_iter().find(|known| *known as u8 == *cache)?,
@@ -91,29 +91,32 @@ mod tests {
             bandwidth: Some(Bucket::per_second(7)),
             ..Default::default()
         };
-        assert!(Parameters::default().to_bytes().is_empty());
-        for cache in [Cache::Writeback, Cache::Writethrough, Cache::Unsafe] {
+        assert!(BlockParameters::default().to_bytes().is_empty());
+        for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe] {
             for direct in [false, true] {
                 for limits in [limits, Limits::default()] {
-                    let parameters = Parameters {
+                    let parameters = BlockParameters {
                         limits,
                         cache,
                         direct,
                         ..Default::default()
                     };
-                    assert_eq!(Parameters::from_bytes(&parameters.to_bytes()), Some(parameters));
+                    assert_eq!(
+                        BlockParameters::from_bytes(&parameters.to_bytes()),
+                        Some(parameters)
+                    );
                 }
             }
         }
         for nonsense in [&[0][..], &[3, 0], &[0, 2], &[0, 1, 0]] {
-            assert_eq!(Parameters::from_bytes(nonsense), None, "{nonsense:?}");
+            assert_eq!(BlockParameters::from_bytes(nonsense), None, "{nonsense:?}");
         }
     }
 
     #[test]
     fn names_of_modes() {
-        assert_eq!("writethrough".parse(), Ok(Cache::Writethrough));
-        let error = "none".parse::<Cache>().unwrap_err().to_string();
+        assert_eq!("writethrough".parse(), Ok(CacheMode::Writethrough));
+        let error = "none".parse::<CacheMode>().unwrap_err().to_string();
         assert!(
             error.contains("expected writeback, writethrough or unsafe, got \"none\""),
             "{error}"

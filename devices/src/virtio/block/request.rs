@@ -6,9 +6,9 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{GuestAddress, GuestMemoryError};
 
-use super::backend::{Backend, BackendError};
-use super::engine::Io;
-use super::parameters::Cache;
+use super::backend::{BlockBackend, BlockBackendError};
+use super::engine::BlockIo;
+use super::parameters::CacheMode;
 use super::{ID_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::virtio::sys::Durability;
@@ -30,7 +30,7 @@ pub(super) const MOST_ZEROED: u32 = 1 << 16;
 
 /// A request and where its outcome goes.
 #[derive(Debug)]
-pub(super) struct Request {
+pub(super) struct BlockRequest {
     /// GPA of the status byte.
     pub(super) status: GuestAddress,
     pub(super) kind: u32,
@@ -42,7 +42,7 @@ pub(super) struct Request {
 
 /// Why a request is not done. `Unsupported` has a status of its own, all others are I/O errors to the guest.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RequestError {
+pub(super) enum BlockRequestError {
     #[error("expected a writable byte for the status, got none")]
     NoStatus,
     #[error("expected a header of {HEADER_LEN} bytes, got {got}")]
@@ -72,10 +72,10 @@ pub(super) enum RequestError {
     #[error("guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
     #[error(transparent)]
-    Backend(#[from] BackendError),
+    Backend(#[from] BlockBackendError),
 }
 
-impl RequestError {
+impl BlockRequestError {
     /// The status byte that tells the guest.
     pub(super) fn status(&self) -> u8 {
         match self {
@@ -89,40 +89,40 @@ impl RequestError {
 pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 
 /// What a request is carried out on.
-pub(super) struct Disk<'a> {
-    pub(super) backend: &'a Backend,
+pub(super) struct RequestTarget<'a> {
+    pub(super) backend: &'a BlockBackend,
     pub(super) id: &'a [u8; ID_LEN],
-    pub(super) cache: Cache,
+    pub(super) cache: CacheMode,
     /// What a write must be when the guest hears that it is done.
     pub(super) durability: Durability,
 }
 
 /// What came of looking at a request.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(super) enum RequestStep {
     Done(Served),
-    Transfer(Io),
+    Transfer(BlockIo),
 }
 
-impl Request {
+impl BlockRequest {
     /// Finds the parts of a request in a chain, however the driver split them (virtio 1.2, 5.2.6 and
     /// 2.7.4.1: the framing is the driver's choice). The error comes with the status byte's address if that
     /// much was found.
     pub(super) fn parse(
         memory: &GuestMemory,
         chain: Chain,
-    ) -> Result<Self, (Option<GuestAddress>, RequestError)> {
+    ) -> Result<Self, (Option<GuestAddress>, BlockRequestError)> {
         let Chain {
             mut readable,
             mut writable,
         } = chain;
         let Some(status) = writable.take_last_byte() else {
-            return Err((None, RequestError::NoStatus));
+            return Err((None, BlockRequestError::NoStatus));
         };
         let mut header = [0; HEADER_LEN];
         match readable.read(memory, &mut header) {
             Ok(HEADER_LEN) => {}
-            Ok(got) => return Err((Some(status), RequestError::Header { got })),
+            Ok(got) => return Err((Some(status), BlockRequestError::Header { got })),
             Err(error) => return Err((Some(status), error.into())),
         }
         let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
@@ -143,62 +143,72 @@ impl Request {
 
     /// Carries the request out, or says what is to be transferred for it; what was written does not count the status
     /// byte.
-    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Step, RequestError> {
+    pub(super) fn execute(
+        self,
+        memory: &GuestMemory,
+        disk: &RequestTarget<'_>,
+    ) -> Result<RequestStep, BlockRequestError> {
         match self.kind {
-            VIRTIO_BLK_T_IN => self.read(disk.backend).map(Step::Transfer),
-            VIRTIO_BLK_T_OUT => self.write(disk).map(Step::Transfer),
+            VIRTIO_BLK_T_IN => self.read(disk.backend).map(RequestStep::Transfer),
+            VIRTIO_BLK_T_OUT => self.write(disk).map(RequestStep::Transfer),
             // The host's end may take it away, but not this process's.
-            VIRTIO_BLK_T_FLUSH if disk.cache == Cache::Unsafe => Ok(Step::Transfer(Io::WriteOut)),
-            VIRTIO_BLK_T_FLUSH => Ok(Step::Transfer(Io::Flush)),
-            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(Step::Transfer),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(Step::Transfer),
-            VIRTIO_BLK_T_GET_ID => Ok(Step::Done(self.identify(memory, disk.id)?.into())),
-            other => Err(RequestError::Unsupported(other)),
+            VIRTIO_BLK_T_FLUSH if disk.cache == CacheMode::Unsafe => {
+                Ok(RequestStep::Transfer(BlockIo::WriteOut))
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(RequestStep::Transfer(BlockIo::Flush)),
+            VIRTIO_BLK_T_DISCARD => self.discard(memory, disk).map(RequestStep::Transfer),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.write_zeroes(memory, disk).map(RequestStep::Transfer),
+            VIRTIO_BLK_T_GET_ID => Ok(RequestStep::Done(self.identify(memory, disk.id)?.into())),
+            other => Err(BlockRequestError::Unsupported(other)),
         }
     }
 
-    fn read(self, backend: &Backend) -> Result<Io, RequestError> {
+    fn read(self, backend: &BlockBackend) -> Result<BlockIo, BlockRequestError> {
         if !self.readable.is_empty() {
-            return Err(RequestError::Direction);
+            return Err(BlockRequestError::Direction);
         }
-        Ok(Io::Read {
+        Ok(BlockIo::Read {
             offset: check_transfer(self.sector, self.writable.len(), backend)?,
             into: self.writable,
         })
     }
 
-    fn write(self, disk: &Disk<'_>) -> Result<Io, RequestError> {
+    fn write(self, disk: &RequestTarget<'_>) -> Result<BlockIo, BlockRequestError> {
         if !self.writable.is_empty() {
-            return Err(RequestError::Direction);
+            return Err(BlockRequestError::Direction);
         }
         if disk.backend.read_only() {
-            return Err(RequestError::ReadOnly);
+            return Err(BlockRequestError::ReadOnly);
         }
-        Ok(Io::Write {
+        Ok(BlockIo::Write {
             offset: check_transfer(self.sector, self.readable.len(), disk.backend)?,
             from: self.readable,
             durability: disk.durability,
         })
     }
 
-    fn discard(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Io, RequestError> {
+    fn discard(self, memory: &GuestMemory, disk: &RequestTarget<'_>) -> Result<BlockIo, BlockRequestError> {
         let segment = self.segment(memory, disk.backend, MOST_DISCARDED)?;
         if segment.flags != 0 {
-            return Err(RequestError::Flags { got: segment.flags });
+            return Err(BlockRequestError::Flags { got: segment.flags });
         }
-        Ok(Io::Discard {
+        Ok(BlockIo::Discard {
             offset: segment.offset,
             len: segment.len,
             durability: disk.durability,
         })
     }
 
-    fn write_zeroes(self, memory: &GuestMemory, disk: &Disk<'_>) -> Result<Io, RequestError> {
+    fn write_zeroes(
+        self,
+        memory: &GuestMemory,
+        disk: &RequestTarget<'_>,
+    ) -> Result<BlockIo, BlockRequestError> {
         let segment = self.segment(memory, disk.backend, MOST_ZEROED)?;
         if segment.flags & !UNMAP != 0 {
-            return Err(RequestError::Flags { got: segment.flags });
+            return Err(BlockRequestError::Flags { got: segment.flags });
         }
-        Ok(Io::Zero {
+        Ok(BlockIo::Zero {
             offset: segment.offset,
             len: segment.len,
             unmap: segment.flags & UNMAP != 0,
@@ -210,21 +220,21 @@ impl Request {
     fn segment(
         mut self,
         memory: &GuestMemory,
-        backend: &Backend,
+        backend: &BlockBackend,
         most: u32,
-    ) -> Result<Segment, RequestError> {
+    ) -> Result<Segment, BlockRequestError> {
         if !self.writable.is_empty() {
-            return Err(RequestError::Direction);
+            return Err(BlockRequestError::Direction);
         }
         if backend.read_only() {
-            return Err(RequestError::ReadOnly);
+            return Err(BlockRequestError::ReadOnly);
         }
         let (len, mut bytes) = (self.readable.len(), [0; SEGMENT_LEN]);
         self.readable.read(memory, &mut bytes)?;
         let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
         let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
         if len != SEGMENT_LEN as u64 || sectors > most {
-            return Err(RequestError::Segment { most, len, sectors });
+            return Err(BlockRequestError::Segment { most, len, sectors });
         }
         let len = u64::from(sectors) * SECTOR_SIZE;
         Ok(Segment {
@@ -234,9 +244,9 @@ impl Request {
         })
     }
 
-    fn identify(mut self, memory: &GuestMemory, id: &[u8; ID_LEN]) -> Result<u32, RequestError> {
+    fn identify(mut self, memory: &GuestMemory, id: &[u8; ID_LEN]) -> Result<u32, BlockRequestError> {
         if !self.readable.is_empty() {
-            return Err(RequestError::Direction);
+            return Err(BlockRequestError::Direction);
         }
         // At most `ID_LEN`.
         Ok(self.writable.fill(memory, id)? as u32)
@@ -251,9 +261,9 @@ struct Segment {
 }
 
 /// As [`check_range`], for data that is moved.
-fn check_transfer(sector: u64, len: u64, backend: &Backend) -> Result<u64, RequestError> {
+fn check_transfer(sector: u64, len: u64, backend: &BlockBackend) -> Result<u64, BlockRequestError> {
     if len > MOST_TRANSFERRED {
-        return Err(RequestError::TooLong {
+        return Err(BlockRequestError::TooLong {
             most: MOST_TRANSFERRED,
             len,
         });
@@ -262,18 +272,18 @@ fn check_transfer(sector: u64, len: u64, backend: &Backend) -> Result<u64, Reque
 }
 
 /// The byte offset of `len` bytes from `sector` on, all of which are on the disk.
-fn check_range(sector: u64, len: u64, backend: &Backend) -> Result<u64, RequestError> {
+fn check_range(sector: u64, len: u64, backend: &BlockBackend) -> Result<u64, BlockRequestError> {
     let capacity = backend.sectors();
     if !len.is_multiple_of(SECTOR_SIZE) {
-        return Err(RequestError::PartialSector { len });
+        return Err(BlockRequestError::PartialSector { len });
     }
     let (block, sectors) = (backend.block_size(), len / SECTOR_SIZE);
     if !(sector | sectors).is_multiple_of(u64::from(block) / SECTOR_SIZE) {
-        return Err(RequestError::PartialBlock { block, sector, len });
+        return Err(BlockRequestError::PartialBlock { block, sector, len });
     }
     match sector.checked_add(sectors) {
         Some(end) if end <= capacity => Ok(sector * SECTOR_SIZE),
-        _ => Err(RequestError::OutOfRange {
+        _ => Err(BlockRequestError::OutOfRange {
             capacity,
             sector,
             len,

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use crate::timer::Timer;
 
 /// For so long it may be in this process alone.
@@ -20,7 +20,7 @@ pub(super) struct WriteOut {
 
 impl WriteOut {
     /// For what is behind a device, if that is an image.
-    pub(super) fn of(backend: &Backend) -> io::Result<Option<Self>> {
+    pub(super) fn of(backend: &BlockBackend) -> io::Result<Option<Self>> {
         if backend.raw().is_some() || backend.read_only() {
             return Ok(None);
         }
@@ -37,7 +37,7 @@ impl WriteOut {
     }
 
     /// Sees to it that there will be a time, if something is to be written out.
-    pub(super) fn plan(&mut self, backend: &Backend) -> io::Result<()> {
+    pub(super) fn plan(&mut self, backend: &BlockBackend) -> io::Result<()> {
         if !self.is_planned && backend.is_behind() {
             self.timer.set(WITHIN)?;
             self.is_planned = true;

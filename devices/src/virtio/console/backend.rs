@@ -8,29 +8,29 @@ use std::path::PathBuf;
 
 use rustix::event::epoll::EventFlags;
 
-use super::parameters::{Parameters, ParametersError};
+use super::parameters::{ConsoleParameters, ConsoleParametersError};
 use crate::HostSocketError;
 use crate::host_socket::HostSocket;
 use crate::virtio::{HostBackend, HostError};
-use crate::watch::Watch;
+use crate::watch::HostWatch;
 
 /// The host's side of the named ports. Opening it puts no socket in the file system: they belong to whoever runs the
 /// guest, and come and go with the locks ([`HostBackend`]).
 #[derive(Debug)]
-pub struct Backend {
+pub struct ConsoleBackend {
     names: Vec<String>,
     /// One for each name.
     sockets: Vec<HostSocket>,
     /// Watches them and who has connected.
-    watch: Watch,
+    watch: HostWatch,
 }
 
 /// Why ports cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub enum BackendError {
+pub enum ConsoleBackendError {
     /// Their names or their number.
     #[error(transparent)]
-    Parameters(#[from] ParametersError),
+    Parameters(#[from] ConsoleParametersError),
     /// A socket cannot be had.
     #[error("port {name:?}")]
     Socket {
@@ -53,11 +53,11 @@ pub enum BackendError {
     Watch(#[source] io::Error),
 }
 
-impl Backend {
+impl ConsoleBackend {
     /// For ports with these names, and the sockets at these paths.
-    pub fn open(ports: &[(String, PathBuf)]) -> Result<Self, BackendError> {
+    pub fn open(ports: &[(String, PathBuf)]) -> Result<Self, ConsoleBackendError> {
         let names: Vec<_> = ports.iter().map(|(name, _)| name.clone()).collect();
-        let parameters = Parameters {
+        let parameters = ConsoleParameters {
             has_terminal: false,
             ports: names,
         };
@@ -65,21 +65,22 @@ impl Backend {
         let mut paths = BTreeSet::new();
         let mut sockets = Vec::with_capacity(ports.len());
         for (name, path) in ports {
-            let socket =
-                HostSocket::at(path, named_socket::PATH_MAX).map_err(|source| BackendError::Socket {
+            let socket = HostSocket::at(path, named_socket::PATH_MAX).map_err(|source| {
+                ConsoleBackendError::Socket {
                     name: name.clone(),
                     source,
-                })?;
+                }
+            })?;
             if !paths.insert(path) {
                 let (name, path) = (name.clone(), path.clone());
-                return Err(BackendError::Shared { name, path });
+                return Err(ConsoleBackendError::Shared { name, path });
             }
             sockets.push(socket);
         }
         Ok(Self {
             names: parameters.ports,
             sockets,
-            watch: Watch::new().map_err(BackendError::Watch)?,
+            watch: HostWatch::new().map_err(ConsoleBackendError::Watch)?,
         })
     }
 
@@ -88,7 +89,7 @@ impl Backend {
         &self.names
     }
 
-    /// Readable when there is something to [`Backend::look`] at.
+    /// Readable when there is something to [`ConsoleBackend::look`] at.
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
     }
@@ -124,7 +125,7 @@ impl Backend {
     }
 }
 
-impl HostBackend for Backend {
+impl HostBackend for ConsoleBackend {
     fn take_locks(&self) -> Result<(), HostError> {
         let listened = (0..)
             .zip(&self.sockets)

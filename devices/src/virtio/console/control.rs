@@ -1,6 +1,6 @@
 //! Messages in the control queues (virtio 1.2, 5.3.6.2).
 
-use super::terminal::Size;
+use super::terminal::TerminalSize;
 
 /// Bytes of a message without what follows some.
 pub(super) const MESSAGE_LEN: usize = 8;
@@ -15,7 +15,7 @@ const PORT_NAME: u16 = 7;
 
 /// What the guest says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum FromGuest {
+pub(super) enum DriverMessage {
     /// The driver is there, or, if false, it cannot be.
     Device(bool),
     /// It has made something of the port, or could not.
@@ -24,7 +24,7 @@ pub(super) enum FromGuest {
     Open(u32, bool),
 }
 
-impl FromGuest {
+impl DriverMessage {
     /// The message in these bytes; `None` for one that a driver does not send.
     pub(super) fn decode(bytes: &[u8; MESSAGE_LEN]) -> Option<Self> {
         let [a, b, c, d, event_low, event_high, value_low, value_high] = *bytes;
@@ -45,7 +45,7 @@ impl FromGuest {
 
 /// What the guest is told of a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum ToGuest {
+pub(super) enum DeviceMessage {
     /// It is there.
     Add,
     /// It is a console.
@@ -55,10 +55,10 @@ pub(super) enum ToGuest {
     /// Somebody on the host has connected, or gone.
     Open(bool),
     /// Its terminal has this size.
-    Resize(Size),
+    Resize(TerminalSize),
 }
 
-impl ToGuest {
+impl DeviceMessage {
     /// Its bytes, about the port `port`.
     pub(super) fn encode(&self, port: u32) -> Vec<u8> {
         let mut more = Vec::new();
@@ -70,7 +70,7 @@ impl ToGuest {
                 (PORT_NAME, 1)
             }
             Self::Open(open) => (PORT_OPEN, u16::from(*open)),
-            Self::Resize(Size { columns, rows }) => {
+            Self::Resize(TerminalSize { columns, rows }) => {
                 // So the specification, and Linux since 2025; before, it took the first for the rows.
                 more.extend(columns.to_le_bytes());
                 more.extend(rows.to_le_bytes());
@@ -92,17 +92,23 @@ mod tests {
 
     #[test]
     fn every_field_has_its_place() {
-        let size = Size {
+        let size = TerminalSize {
             columns: 132,
             rows: 43,
         };
         for (message, bytes) in [
-            (ToGuest::Add, &[2, 1, 0, 0, 1, 0, 0, 0][..]),
-            (ToGuest::Console, &[2, 1, 0, 0, 4, 0, 1, 0]),
-            (ToGuest::Name("ab".into()), &[2, 1, 0, 0, 7, 0, 1, 0, b'a', b'b']),
-            (ToGuest::Open(true), &[2, 1, 0, 0, 6, 0, 1, 0]),
-            (ToGuest::Open(false), &[2, 1, 0, 0, 6, 0, 0, 0]),
-            (ToGuest::Resize(size), &[2, 1, 0, 0, 5, 0, 0, 0, 132, 0, 43, 0]),
+            (DeviceMessage::Add, &[2, 1, 0, 0, 1, 0, 0, 0][..]),
+            (DeviceMessage::Console, &[2, 1, 0, 0, 4, 0, 1, 0]),
+            (
+                DeviceMessage::Name("ab".into()),
+                &[2, 1, 0, 0, 7, 0, 1, 0, b'a', b'b'],
+            ),
+            (DeviceMessage::Open(true), &[2, 1, 0, 0, 6, 0, 1, 0]),
+            (DeviceMessage::Open(false), &[2, 1, 0, 0, 6, 0, 0, 0]),
+            (
+                DeviceMessage::Resize(size),
+                &[2, 1, 0, 0, 5, 0, 0, 0, 132, 0, 43, 0],
+            ),
         ] {
             assert_eq!(message.encode(0x102), bytes);
         }
@@ -110,10 +116,11 @@ mod tests {
 
     #[test]
     fn only_what_a_driver_says_is_understood() {
-        let decode = |port: u8, event: u8, value: u8| FromGuest::decode(&[port, 0, 0, 1, event, 0, value, 0]);
-        assert_eq!(decode(0, 0, 1), Some(FromGuest::Device(true)));
-        assert_eq!(decode(7, 3, 0), Some(FromGuest::Ready(0x0100_0007, false)));
-        assert_eq!(decode(7, 6, 1), Some(FromGuest::Open(0x0100_0007, true)));
+        let decode =
+            |port: u8, event: u8, value: u8| DriverMessage::decode(&[port, 0, 0, 1, event, 0, value, 0]);
+        assert_eq!(decode(0, 0, 1), Some(DriverMessage::Device(true)));
+        assert_eq!(decode(7, 3, 0), Some(DriverMessage::Ready(0x0100_0007, false)));
+        assert_eq!(decode(7, 6, 1), Some(DriverMessage::Open(0x0100_0007, true)));
         for (event, value) in [(0, 2), (1, 0), (2, 0), (4, 1), (5, 0), (7, 1), (8, 0), (255, 1)] {
             assert_eq!(decode(0, event, value), None, "event {event}, value {value}");
         }

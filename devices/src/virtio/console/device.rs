@@ -8,17 +8,17 @@ use std::time::Instant;
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
-use super::backend::Backend;
-use super::control::{FromGuest, MESSAGE_LEN, ToGuest};
+use super::backend::ConsoleBackend;
+use super::control::{DeviceMessage, DriverMessage, MESSAGE_LEN};
 use super::metrics::ConsoleMetrics;
-use super::parameters::{PORTS_MAX, Parameters};
-use super::port::{Host, Port};
+use super::parameters::{ConsoleParameters, PORTS_MAX};
+use super::port::{ConsolePort, PortPeer};
 use super::state::ConsoleState;
-use super::terminal::{Size, Terminal};
-use crate::limited::Limited;
+use super::terminal::{ConsoleTerminal, TerminalSize};
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
-use crate::virtio::{Description, DeviceError, HostBackend, Progress, QueueError, Queues, VirtioDevice};
+use crate::virtio::{Description, DeviceError, HostBackend, QueueError, QueueProgress, Queues, VirtioDevice};
 
 /// The configuration space has the terminal's size (virtio 1.2, 5.3.3).
 const F_SIZE: u64 = 1 << 0;
@@ -42,30 +42,30 @@ const ROOM: usize = 16 << 10;
 
 /// A console device.
 #[derive(Debug)]
-pub struct Console {
-    terminal: Arc<Terminal>,
-    backend: Arc<Backend>,
+pub struct VirtioConsole {
+    terminal: Arc<ConsoleTerminal>,
+    backend: Arc<ConsoleBackend>,
     has_terminal: bool,
     /// The first is the console.
-    ports: Vec<Port>,
+    ports: Vec<ConsolePort>,
     /// The driver knows of ports.
     multiport: bool,
     /// The terminal's size as the guest knows it.
-    size: Option<Size>,
+    size: Option<TerminalSize>,
     room: Box<[u8]>,
     metrics: Arc<ConsoleMetrics>,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
-impl Console {
+impl VirtioConsole {
     /// A device whose console is `terminal`, with the ports of `backend`. `has_terminal` says whether what is typed at
     /// the machine's terminal comes to it.
-    pub fn new(terminal: Arc<Terminal>, backend: Arc<Backend>, has_terminal: bool) -> Self {
+    pub fn new(terminal: Arc<ConsoleTerminal>, backend: Arc<ConsoleBackend>, has_terminal: bool) -> Self {
         let metrics = Arc::new(ConsoleMetrics::default());
-        let port = |name, host| Port::new(name, host, metrics.clone());
-        let console = port(String::new(), Host::Terminal(terminal.clone()));
+        let port = |name, host| ConsolePort::new(name, host, metrics.clone());
+        let console = port(String::new(), PortPeer::Terminal(terminal.clone()));
         let named = backend.names().iter();
-        let named = named.map(|name| port(name.clone(), Host::Program(None)));
+        let named = named.map(|name| port(name.clone(), PortPeer::Program(None)));
         Self {
             ports: std::iter::once(console).chain(named).collect(),
             terminal,
@@ -75,13 +75,13 @@ impl Console {
             size: None,
             room: vec![0; ROOM].into(),
             metrics,
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         }
     }
 
     /// Serves ports, and tells the guest what there is to tell.
-    fn work(&mut self, queues: &mut Queues<'_>, ports: Range<usize>) -> Result<Progress, QueueError> {
-        let mut progress = Progress::Idle;
+    fn work(&mut self, queues: &mut Queues<'_>, ports: Range<usize>) -> Result<QueueProgress, QueueError> {
+        let mut progress = QueueProgress::Idle;
         for index in ports {
             self.look_for_program(index);
             if let Some(port) = self.ports.get_mut(index) {
@@ -117,17 +117,17 @@ impl Console {
     }
 
     /// Hears what the guest has to say of ports.
-    fn hear(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn hear(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(CONTROL_FROM_GUEST).filter(|_| self.multiport) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut heard = 0;
         let progress = loop {
             if heard == TURN_MESSAGES {
-                break Progress::More;
+                break QueueProgress::More;
             }
             let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let mut message = [0; MESSAGE_LEN];
             match chain.map(|mut chain| chain.readable.read(queue.memory(), &mut message)) {
@@ -146,20 +146,20 @@ impl Console {
     }
 
     fn mind(&mut self, message: &[u8; MESSAGE_LEN]) {
-        let Some(decoded) = FromGuest::decode(message) else {
+        let Some(decoded) = DriverMessage::decode(message) else {
             return self.complain(format_args!("control message {message:02x?} makes no sense"));
         };
         let (id, is_ready) = match decoded {
-            FromGuest::Device(true) => return self.ports.iter_mut().for_each(Port::announce),
-            FromGuest::Device(false) => return self.complain("the guest cannot use its ports"),
-            FromGuest::Ready(id, ready) => (id, Some(ready)),
-            FromGuest::Open(id, _) => (id, None),
+            DriverMessage::Device(true) => return self.ports.iter_mut().for_each(ConsolePort::announce),
+            DriverMessage::Device(false) => return self.complain("the guest cannot use its ports"),
+            DriverMessage::Ready(id, ready) => (id, Some(ready)),
+            DriverMessage::Open(id, _) => (id, None),
         };
         let Some(port) = usize::try_from(id).ok().and_then(|id| self.ports.get_mut(id)) else {
             return self.complain(format_args!("control message of port {id}, which there is not"));
         };
         match decoded {
-            FromGuest::Open(_, open) => port.guest_open = open,
+            DriverMessage::Open(_, open) => port.guest_open = open,
             _ => port.set_ready(is_ready == Some(true)),
         }
         if id == 0 && is_ready.is_some() {
@@ -168,27 +168,27 @@ impl Console {
     }
 
     /// Tells the guest what it does not know yet.
-    fn tell(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn tell(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         if !self.multiport {
             if let Some(size) = self.new_size() {
                 self.size = Some(size);
                 queues.config_changed();
             }
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         }
         let Some(mut queue) = queues.get(CONTROL_TO_GUEST) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut told = 0;
         let progress = loop {
             let Some((index, news)) = self.news() else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             if told == TURN_MESSAGES {
-                break Progress::More;
+                break QueueProgress::More;
             }
             let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             // There are few ports.
             let bytes = news.encode(index as u32);
@@ -211,19 +211,19 @@ impl Console {
     }
 
     /// What the guest is to be told next, and of which port.
-    fn news(&self) -> Option<(usize, ToGuest)> {
+    fn news(&self) -> Option<(usize, DeviceMessage)> {
         let of_ports = self.ports.iter().enumerate();
         let next = of_ports
             .filter_map(|(index, port)| Some((index, port.news()?)))
             .next();
         next.or_else(|| {
             self.ports.first().filter(|console| console.ready)?;
-            Some((0, ToGuest::Resize(self.new_size()?)))
+            Some((0, DeviceMessage::Resize(self.new_size()?)))
         })
     }
 
-    fn told(&mut self, index: usize, news: &ToGuest) {
-        if let ToGuest::Resize(size) = news {
+    fn told(&mut self, index: usize, news: &DeviceMessage) {
+        if let DeviceMessage::Resize(size) = news {
             self.size = Some(*size);
         }
         if let Some(port) = self.ports.get_mut(index) {
@@ -234,7 +234,7 @@ impl Console {
     }
 
     /// The terminal's size, if the guest does not know it.
-    fn new_size(&self) -> Option<Size> {
+    fn new_size(&self) -> Option<TerminalSize> {
         self.terminal.size().filter(|size| self.size != Some(*size))
     }
 
@@ -261,7 +261,7 @@ fn port_of(queue: usize) -> Option<usize> {
     }
 }
 
-impl VirtioDevice for Console {
+impl VirtioDevice for VirtioConsole {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_CONSOLE
     }
@@ -277,7 +277,7 @@ impl VirtioDevice for Console {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let Size { columns, rows } = self.terminal.size().or(self.size).unwrap_or_default();
+        let TerminalSize { columns, rows } = self.terminal.size().or(self.size).unwrap_or_default();
         let [a, b] = columns.to_le_bytes();
         let [c, d] = rows.to_le_bytes();
         // At most 1 + PORTS_MAX.
@@ -306,7 +306,7 @@ impl VirtioDevice for Console {
         }
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         match port_of(index) {
             Some(port) => self.work(queues, port..port + 1),
             None => {
@@ -320,7 +320,7 @@ impl VirtioDevice for Console {
         vec![self.terminal.event(), self.backend.events()]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.terminal.hear();
         match self.backend.look() {
             Ok(gone) => {
@@ -336,7 +336,7 @@ impl VirtioDevice for Console {
     }
 
     fn reset(&mut self) -> bool {
-        self.ports.iter_mut().for_each(Port::reset);
+        self.ports.iter_mut().for_each(ConsolePort::reset);
         self.multiport = false;
         self.size = None;
         true
@@ -349,7 +349,7 @@ impl VirtioDevice for Console {
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
         let state = ConsoleState {
-            ports: self.ports.iter().map(Port::save).collect(),
+            ports: self.ports.iter().map(ConsolePort::save).collect(),
             size: self.size,
             input: self.terminal.input(),
         };
@@ -368,7 +368,7 @@ impl VirtioDevice for Console {
     }
 
     fn describe(&self) -> Description {
-        let parameters = Parameters {
+        let parameters = ConsoleParameters {
             has_terminal: self.has_terminal,
             ports: self.backend.names().to_vec(),
         };

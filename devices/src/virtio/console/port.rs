@@ -4,13 +4,13 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::control::ToGuest;
+use super::control::DeviceMessage;
 use super::metrics::ConsoleMetrics;
 use super::state::PortState;
-use super::terminal::Terminal;
+use super::terminal::ConsoleTerminal;
 use crate::GuestMemory;
-use crate::limited::Limited;
-use crate::virtio::{Chain, Progress, QueueAccess, QueueError};
+use crate::log_damper::LogDamper;
+use crate::virtio::{Chain, QueueAccess, QueueError, QueueProgress};
 
 /// What one turn does for a port, each way, at most: chains and bytes.
 const TURN_CHAINS: usize = 64;
@@ -20,9 +20,9 @@ const ALL: usize = usize::MAX;
 
 /// A port.
 #[derive(Debug)]
-pub(super) struct Port {
+pub(super) struct ConsolePort {
     pub(super) name: String,
-    pub(super) host: Host,
+    pub(super) host: PortPeer,
     /// The guest is to be told that the port is there.
     pub(super) add: bool,
     /// The guest is to be told what it is.
@@ -36,14 +36,14 @@ pub(super) struct Port {
     /// Bytes of the guest's next chain that the host has, or [`ALL`].
     sent: usize,
     metrics: Arc<ConsoleMetrics>,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
 /// What is behind a port.
 #[derive(Debug)]
-pub(super) enum Host {
+pub(super) enum PortPeer {
     /// The machine's terminal, which is always there.
-    Terminal(Arc<Terminal>),
+    Terminal(Arc<ConsoleTerminal>),
     /// A program that has connected, if one has.
     Program(Option<Program>),
 }
@@ -55,8 +55,8 @@ pub(super) struct Program {
     gone: bool,
 }
 
-impl Port {
-    pub(super) fn new(name: String, host: Host, metrics: Arc<ConsoleMetrics>) -> Self {
+impl ConsolePort {
+    pub(super) fn new(name: String, host: PortPeer, metrics: Arc<ConsoleMetrics>) -> Self {
         Self {
             name,
             host,
@@ -67,13 +67,13 @@ impl Port {
             host_open: false,
             sent: 0,
             metrics,
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         }
     }
 
     /// Whether somebody on the host has it open.
     pub(super) fn has_host(&self) -> bool {
-        !matches!(self.host, Host::Program(None))
+        !matches!(self.host, PortPeer::Program(None))
     }
 
     /// Whether the next program may have it: the guest has heard of the last one's end.
@@ -84,12 +84,12 @@ impl Port {
     /// A program has connected.
     pub(super) fn connect(&mut self, stream: UnixStream) {
         self.metrics.connections.add(1);
-        self.host = Host::Program(Some(Program { stream, gone: false }));
+        self.host = PortPeer::Program(Some(Program { stream, gone: false }));
     }
 
     /// The program on the host has closed its end. What it has sent is for the guest, if anybody is there to hear it.
     pub(super) fn hang_up(&mut self) {
-        if let Host::Program(Some(program)) = &mut self.host {
+        if let PortPeer::Program(Some(program)) = &mut self.host {
             program.gone = true;
         }
         self.forget_rest();
@@ -97,7 +97,7 @@ impl Port {
 
     /// Lets go of a program that has gone and that nobody in the guest listens to.
     pub(super) fn let_go(&mut self) {
-        if let Host::Program(Some(Program { gone: true, .. })) = self.host
+        if let PortPeer::Program(Some(Program { gone: true, .. })) = self.host
             && !self.guest_open
         {
             self.disconnect();
@@ -127,29 +127,29 @@ impl Port {
     }
 
     /// What the guest is to be told next.
-    pub(super) fn news(&self) -> Option<ToGuest> {
+    pub(super) fn news(&self) -> Option<DeviceMessage> {
         if self.add {
-            Some(ToGuest::Add)
+            Some(DeviceMessage::Add)
         } else if !self.ready {
             None
         } else if self.introduce {
             Some(match &self.host {
-                Host::Terminal(_) => ToGuest::Console,
-                Host::Program(_) => ToGuest::Name(self.name.clone()),
+                PortPeer::Terminal(_) => DeviceMessage::Console,
+                PortPeer::Program(_) => DeviceMessage::Name(self.name.clone()),
             })
         } else {
             let has_host = self.has_host();
-            (has_host != self.host_open).then_some(ToGuest::Open(has_host))
+            (has_host != self.host_open).then_some(DeviceMessage::Open(has_host))
         }
     }
 
     /// The guest was told.
-    pub(super) fn told(&mut self, news: &ToGuest) {
+    pub(super) fn told(&mut self, news: &DeviceMessage) {
         match news {
-            ToGuest::Add => self.add = false,
-            ToGuest::Console | ToGuest::Name(_) => self.introduce = false,
-            ToGuest::Open(open) => self.host_open = *open,
-            ToGuest::Resize(_) => {}
+            DeviceMessage::Add => self.add = false,
+            DeviceMessage::Console | DeviceMessage::Name(_) => self.introduce = false,
+            DeviceMessage::Open(open) => self.host_open = *open,
+            DeviceMessage::Resize(_) => {}
         }
     }
 
@@ -158,17 +158,17 @@ impl Port {
         &mut self,
         queue: &mut QueueAccess<'_>,
         room: &mut [u8],
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let (mut chains, mut bytes) = (0, 0);
         let progress = loop {
             if !self.guest_open || !self.has_host() {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
             if chains == TURN_CHAINS || bytes >= TURN_BYTES {
-                break Progress::More;
+                break QueueProgress::More;
             }
             let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let written = match chain {
                 Ok(chain) if !chain.writable.is_empty() => self.fill(queue.memory(), chain, room),
@@ -183,7 +183,7 @@ impl Port {
             };
             let Some(written) = written else {
                 queue.put_back();
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             // No more than `room` has, which fits.
             queue.give_back(head, written as u32)?;
@@ -216,11 +216,11 @@ impl Port {
 
     fn read(&mut self, room: &mut [u8]) -> Option<usize> {
         let program = match &mut self.host {
-            Host::Terminal(terminal) => {
+            PortPeer::Terminal(terminal) => {
                 let count = terminal.take_input(room);
                 return (count > 0).then_some(count);
             }
-            Host::Program(program) => program.as_mut()?,
+            PortPeer::Program(program) => program.as_mut()?,
         };
         loop {
             match program.stream.read(room) {
@@ -240,17 +240,17 @@ impl Port {
         &mut self,
         queue: &mut QueueAccess<'_>,
         room: &mut [u8],
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let (mut chains, mut budget) = (0, TURN_BYTES);
         let progress = loop {
             if !self.takes() {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
             if chains == TURN_CHAINS || budget == 0 {
-                break Progress::More;
+                break QueueProgress::More;
             }
             let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let is_done = match chain {
                 Ok(chain) => self.deliver(queue.memory(), chain, room, &mut budget),
@@ -268,7 +268,7 @@ impl Port {
             queue.put_back();
             if budget > 0 && self.sent != ALL {
                 // Its socket is full, or it is gone.
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
         };
         if chains > 0 {
@@ -279,8 +279,8 @@ impl Port {
 
     fn takes(&self) -> bool {
         match &self.host {
-            Host::Terminal(_) => true,
-            Host::Program(program) => {
+            PortPeer::Terminal(_) => true,
+            PortPeer::Program(program) => {
                 self.sent == ALL || program.as_ref().is_some_and(|program| !program.gone)
             }
         }
@@ -321,13 +321,13 @@ impl Port {
     /// How much of it the host has taken.
     fn write(&mut self, bytes: &[u8]) -> usize {
         let program = match &mut self.host {
-            Host::Terminal(terminal) => {
+            PortPeer::Terminal(terminal) => {
                 terminal.show(bytes);
                 self.sent += bytes.len();
                 return bytes.len();
             }
-            Host::Program(Some(program)) => program,
-            Host::Program(None) => return 0,
+            PortPeer::Program(Some(program)) => program,
+            PortPeer::Program(None) => return 0,
         };
         loop {
             match program.stream.write(bytes) {
@@ -347,7 +347,7 @@ impl Port {
     }
 
     fn disconnect(&mut self) {
-        if let Host::Program(program) = &mut self.host {
+        if let PortPeer::Program(program) = &mut self.host {
             *program = None;
             self.forget_rest();
         }

@@ -3,16 +3,16 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-use super::terminal::{INPUT_LIMIT, Size};
+use super::terminal::{INPUT_LIMIT, TerminalSize};
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::Console`]. Programs on the host that have connected are not in it: they do not move.
+/// Saved state of a [`super::VirtioConsole`]. Programs on the host that have connected are not in it: they do not move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleState {
     /// The ports by number; the first is the console.
     pub ports: Vec<PortState>,
     /// The terminal's size as the guest knows it.
-    pub size: Option<Size>,
+    pub size: Option<TerminalSize>,
     /// What was typed and waits for the guest.
     pub input: Vec<u8>,
 }

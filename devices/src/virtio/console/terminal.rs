@@ -10,12 +10,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of input that wait for the guest before [`Terminal::enqueue`] refuses more.
+/// Bytes of input that wait for the guest before [`ConsoleTerminal::enqueue`] refuses more.
 pub const INPUT_LIMIT: usize = 64 << 10;
 
 /// The size of a terminal in characters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Size {
+pub struct TerminalSize {
     /// Characters of a line.
     pub columns: u16,
     /// Lines.
@@ -23,20 +23,20 @@ pub struct Size {
 }
 
 /// Where port 0 leads. Its calls may come from any thread.
-pub struct Terminal {
+pub struct ConsoleTerminal {
     /// An eventfd, readable when there is something that the device does not know of yet.
     event: File,
-    side: Mutex<Side>,
+    side: Mutex<TerminalInner>,
 }
 
 #[derive(Default)]
-struct Side {
+struct TerminalInner {
     output: Option<Box<dyn Write + Send>>,
     input: VecDeque<u8>,
-    size: Option<Size>,
+    size: Option<TerminalSize>,
 }
 
-impl Terminal {
+impl ConsoleTerminal {
     /// A terminal that shows nothing yet, and whose size is not known.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
@@ -61,12 +61,12 @@ impl Terminal {
     }
 
     /// The terminal has this size from here on.
-    pub fn resize(&self, size: Size) {
+    pub fn resize(&self, size: TerminalSize) {
         self.side().size = Some(size);
         self.raise();
     }
 
-    pub(super) fn size(&self) -> Option<Size> {
+    pub(super) fn size(&self) -> Option<TerminalSize> {
         self.side().size
     }
 
@@ -115,15 +115,15 @@ impl Terminal {
         }
     }
 
-    fn side(&self) -> MutexGuard<'_, Side> {
+    fn side(&self) -> MutexGuard<'_, TerminalInner> {
         self.side.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl fmt::Debug for Terminal {
+impl fmt::Debug for ConsoleTerminal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = self.side();
-        f.debug_struct("Terminal")
+        f.debug_struct("ConsoleTerminal")
             .field("input", &side.input.len())
             .field("size", &side.size)
             .finish_non_exhaustive()

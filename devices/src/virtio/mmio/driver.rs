@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 
 use super::registers as reg;
 use super::state::QueueRecord;
-use super::transport::Transport;
+use super::transport::MmioTransport;
 use crate::bus::BusDevice;
 
-impl BusDevice for Transport {
+impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(reg::CONFIG) {
             return self.shared.core().device.read_config(offset, data);
@@ -32,7 +32,7 @@ impl BusDevice for Transport {
     }
 }
 
-impl Transport {
+impl MmioTransport {
     fn read_register(&self, offset: u64) -> u32 {
         let queue = usize::try_from(self.queue_select)
             .ok()

@@ -1,6 +1,6 @@
 //! What the registers and the device thread share: the device, its live queues, its interrupt.
 //!
-//! Lock order: the transport's own lock (the bus holds it) before [`Shared::core`].
+//! Lock order: the transport's own lock (the bus holds it) before [`TransportShared::core`].
 
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,11 +14,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::registers::{DRIVER_OK, NEEDS_RESET};
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::{Counter, Counters};
-use crate::virtio::{DeviceError, Interrupt, Progress, QueueError, Queues, VirtioDevice};
+use crate::virtio::{DeviceError, Interrupt, QueueError, QueueProgress, Queues, VirtioDevice};
 
-pub(super) struct Shared {
+pub(super) struct TransportShared {
     pub(super) memory: GuestMemory,
     pub(super) interrupt: Interrupt,
     /// The device status. Bits are added by either half; only a reset, under the core's lock, takes them away.
@@ -27,18 +27,18 @@ pub(super) struct Shared {
     pub(super) queue_events: Vec<EventFd>,
     /// Readable when the device must look at the host's side.
     host_event: EventFd,
-    pub(super) complaints: Limited,
+    pub(super) complaints: LogDamper,
     /// How often the device thread looked at a queue, for a kick or because a turn was over.
     looks: Counter,
     pub(super) resets: Counter,
     needs: Counter,
-    core: Mutex<Core>,
+    core: Mutex<DeviceCore>,
     /// A reset is over.
     is_reset: Condvar,
 }
 
 /// The device and the queues that it serves.
-pub(super) struct Core {
+pub(super) struct DeviceCore {
     pub(super) device: Box<dyn VirtioDevice>,
     /// By index; `None` for a queue that the driver does not use. Empty before DRIVER_OK.
     pub(super) queues: Vec<Option<Queue>>,
@@ -55,7 +55,7 @@ pub(super) struct Core {
 #[error("it panicked")]
 struct Panicked;
 
-impl Shared {
+impl TransportShared {
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
@@ -63,7 +63,7 @@ impl Shared {
         queue_events: Vec<EventFd>,
         host_event: EventFd,
     ) -> Self {
-        let core = Core {
+        let core = DeviceCore {
             device,
             queues: Vec::new(),
             active: false,
@@ -76,7 +76,7 @@ impl Shared {
             status: AtomicU8::new(0),
             queue_events,
             host_event,
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
             looks: Counter::default(),
             resets: Counter::default(),
             needs: Counter::default(),
@@ -85,7 +85,7 @@ impl Shared {
         }
     }
 
-    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
+    pub(super) fn core(&self) -> MutexGuard<'_, DeviceCore> {
         self.core.lock().unwrap_or_else(|poisoned| {
             // Whoever panicked has left the device half-way.
             self.core.clear_poison();
@@ -117,7 +117,7 @@ impl Shared {
     }
 
     /// The device cannot go on without a reset by the driver (virtio 1.2, 2.1.2).
-    pub(super) fn needs_reset(&self, core: &mut Core, why: &(dyn std::error::Error + 'static)) {
+    pub(super) fn needs_reset(&self, core: &mut DeviceCore, why: &(dyn std::error::Error + 'static)) {
         core.active = false;
         self.needs.add(1);
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
@@ -142,7 +142,11 @@ impl Shared {
     }
 
     /// `None` if a reset has begun and is not over by then.
-    fn wait_reset<'a>(&self, mut core: MutexGuard<'a, Core>, until: Instant) -> Option<MutexGuard<'a, Core>> {
+    fn wait_reset<'a>(
+        &self,
+        mut core: MutexGuard<'a, DeviceCore>,
+        until: Instant,
+    ) -> Option<MutexGuard<'a, DeviceCore>> {
         loop {
             self.finish_reset(&mut core);
             if !core.resetting {
@@ -156,7 +160,7 @@ impl Shared {
         }
     }
 
-    fn finish_reset(&self, core: &mut Core) {
+    fn finish_reset(&self, core: &mut DeviceCore) {
         if core.resetting && core.device.reset() {
             core.resetting = false;
             self.status.store(0, Ordering::SeqCst);
@@ -171,7 +175,7 @@ impl Shared {
             let what = "a reset of the device".into();
             return Err(DeviceError::InFlight { what });
         };
-        let Core { device, queues, .. } = &mut *core;
+        let DeviceCore { device, queues, .. } = &mut *core;
         let queues = &mut Queues {
             memory: &self.memory,
             queues,
@@ -186,14 +190,14 @@ impl Shared {
         }
     }
 
-    fn serve(&self, source: Source) {
+    fn serve(&self, source: EventSource) {
         let mut core = self.core();
         let event = match source {
-            Source::Queue(index) => {
+            EventSource::Queue(index) => {
                 self.looks.add(1);
                 self.queue_events.get(index)
             }
-            Source::Host => Some(&self.host_event),
+            EventSource::Host => Some(&self.host_event),
         };
         // Nothing to read is fine: somebody else took the kick. A paused device is kicked again by resume.
         let _ = event.map(EventFd::read);
@@ -205,15 +209,15 @@ impl Shared {
             core.serve(source, &self.memory, &self.interrupt)
         }));
         match served {
-            Ok(Ok(Progress::Idle)) => {}
-            Ok(Ok(Progress::More)) => event.into_iter().for_each(raise),
+            Ok(Ok(QueueProgress::Idle)) => {}
+            Ok(Ok(QueueProgress::More)) => event.into_iter().for_each(raise),
             Ok(Err(error)) => self.needs_reset(&mut core, &error),
             Err(_) => self.needs_reset(&mut core, &Panicked),
         }
     }
 }
 
-impl Counters for Shared {
+impl Counters for TransportShared {
     fn read(&self) -> Vec<(&'static str, u64)> {
         vec![
             ("queue_events", self.looks.get()),
@@ -229,20 +233,20 @@ const RESET_TICK: Duration = Duration::from_millis(1);
 
 /// What there is to look at.
 #[derive(Clone, Copy, Debug)]
-enum Source {
+enum EventSource {
     Queue(usize),
     Host,
 }
 
-impl Core {
+impl DeviceCore {
     fn serve(
         &mut self,
-        source: Source,
+        source: EventSource,
         memory: &GuestMemory,
         interrupt: &Interrupt,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         if self.paused || !self.active {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         }
         let queues = &mut Queues {
             memory,
@@ -250,8 +254,8 @@ impl Core {
             interrupt,
         };
         match source {
-            Source::Queue(index) => self.device.process_queue(index, queues),
-            Source::Host => self.device.process_host(queues),
+            EventSource::Queue(index) => self.device.process_queue(index, queues),
+            EventSource::Host => self.device.process_host(queues),
         }
     }
 }
@@ -265,9 +269,9 @@ fn raise(event: &EventFd) {
 
 /// The half of a transport that serves its queues; belongs on the device thread's event manager.
 #[derive(Clone)]
-pub struct Worker(pub(super) Arc<Shared>);
+pub struct TransportWorker(pub(super) Arc<TransportShared>);
 
-impl Worker {
+impl TransportWorker {
     /// Every event that it waits for; the data is the queue's index, or for the host's side one past the last.
     fn events(&self) -> Vec<Events> {
         let shared = &self.0;
@@ -285,13 +289,13 @@ impl Worker {
     }
 }
 
-impl MutEventSubscriber for Worker {
+impl MutEventSubscriber for TransportWorker {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let index = events.data() as usize;
         self.0.serve(if index < self.0.queue_events.len() {
-            Source::Queue(index)
+            EventSource::Queue(index)
         } else {
-            Source::Host
+            EventSource::Host
         });
     }
 

@@ -7,13 +7,13 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use super::registers::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, EVENT_IDX, FAILED, FEATURES_OK, NEEDS_RESET, VERSION_1,
 };
-use super::transport::TransportError;
+use super::transport::MmioTransportError;
 use crate::GuestMemory;
 use crate::virtio::interrupt::{CONFIG_CHANGE, USED_BUFFER};
 
-/// Saved state of a [`super::Transport`], without its device's.
+/// Saved state of a [`super::MmioTransport`], without its device's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TransportState {
+pub struct MmioTransportState {
     /// The device ID.
     pub device_type: u32,
     /// The device status register.
@@ -55,7 +55,7 @@ pub struct QueueRecord {
     pub used_ring: u64,
 }
 
-impl Record for TransportState {
+impl Record for MmioTransportState {
     const KIND: &'static str = "virtio-mmio";
     const VERSION: u16 = 1;
 }
@@ -117,7 +117,7 @@ impl QueueRecord {
     }
 }
 
-impl TransportState {
+impl MmioTransportState {
     /// Whether the device serves its queues.
     pub(super) fn is_active(&self) -> bool {
         self.status & DRIVER_OK != 0 && self.status & (NEEDS_RESET | FAILED) == 0
@@ -129,9 +129,9 @@ impl TransportState {
         device_type: u32,
         offered: u64,
         queues: &[QueueRecord],
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), MmioTransportError> {
         let mismatch = |what, expected: String, got: String| {
-            Err(TransportError::Mismatch {
+            Err(MmioTransportError::Mismatch {
                 device: device_type,
                 what,
                 expected,

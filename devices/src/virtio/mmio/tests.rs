@@ -11,9 +11,9 @@ use super::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 use super::*;
 use crate::bus::BusDevice;
 use crate::metrics::Counters;
-use crate::virtio::rng::Rng;
+use crate::virtio::rng::VirtioRng;
 use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, USED, VERSION_1, rng, writes};
-use crate::virtio::{Description, DeviceError, HostBackend, Progress, QueueError, Queues, VirtioDevice};
+use crate::virtio::{Description, DeviceError, HostBackend, QueueError, QueueProgress, Queues, VirtioDevice};
 
 const NEEDS_RESET_SEEN: u32 = 15 | NEEDS_RESET as u32;
 
@@ -338,13 +338,13 @@ fn a_running_device_is_not_saved() {
     let driver = Driver::ready(rng());
     let error = driver.transport.save(&mut Envelope::new(), "dev0").unwrap_err();
     assert!(
-        matches!(error, TransportError::NotPaused { device: 4 }),
+        matches!(error, MmioTransportError::NotPaused { device: 4 }),
         "{error}"
     );
 }
 
 /// Makes one thing in a good state bad.
-type Spoil = fn(&mut TransportState);
+type Spoil = fn(&mut MmioTransportState);
 
 #[test]
 fn hostile_state_is_refused_by_name() {
@@ -367,7 +367,7 @@ fn hostile_state_is_refused_by_name() {
     let source = Driver::ready(rng());
     for (name, spoil) in cases {
         let mut envelope = source.save();
-        let mut state: TransportState = envelope.take("dev0").unwrap();
+        let mut state: MmioTransportState = envelope.take("dev0").unwrap();
         spoil(&mut state);
         envelope.put("dev0", &state).unwrap();
         let error = source.move_to(rng(), envelope).err().expect(name).to_string();
@@ -387,7 +387,7 @@ fn golden_record() {
         available_ring: 0x2000,
         used_ring: 0x3000,
     };
-    let state = TransportState {
+    let state = MmioTransportState {
         device_type: 2,
         status: 15,
         driver_features: 1 << 32 | u64::from(FEATURES_OK),
@@ -403,7 +403,7 @@ fn golden_record() {
 }
 
 /// An entropy device that panics as often as it is told.
-struct Panics(Rng, Arc<AtomicU32>);
+struct Panics(VirtioRng, Arc<AtomicU32>);
 
 impl VirtioDevice for Panics {
     fn device_type(&self) -> u32 {
@@ -430,7 +430,7 @@ impl VirtioDevice for Panics {
         self.0.activate(features);
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let left = self.1.load(Ordering::SeqCst);
         self.1.store(left.saturating_sub(1), Ordering::SeqCst);
         assert_eq!(left, 0, "as it was told");
@@ -441,7 +441,7 @@ impl VirtioDevice for Panics {
         self.0.host_events()
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.0.process_host(queues)
     }
 

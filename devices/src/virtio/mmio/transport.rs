@@ -9,15 +9,15 @@ use migration_state::{Envelope, StateError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::registers as reg;
-use super::shared::{Shared, Worker};
-use super::state::{LayoutError, QueueRecord, TransportState};
+use super::shared::{TransportShared, TransportWorker};
+use super::state::{LayoutError, MmioTransportState, QueueRecord};
 use crate::GuestMemory;
 use crate::metrics::Counters;
 use crate::virtio::{Description, DeviceError, HostBackend, Interrupt, VirtioDevice};
 
 /// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
-pub struct Transport {
-    pub(super) shared: Arc<Shared>,
+pub struct MmioTransport {
+    pub(super) shared: Arc<TransportShared>,
     backend: Option<Arc<dyn HostBackend>>,
     metrics: Arc<dyn Counters>,
     pub(super) device_type: u32,
@@ -26,7 +26,7 @@ pub struct Transport {
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
     pub(super) queue_select: u32,
-    /// As the driver wrote them; where a live queue got to is in [`Shared`].
+    /// As the driver wrote them; where a live queue got to is in [`TransportShared`].
     pub(super) queues: Vec<QueueRecord>,
 }
 
@@ -35,7 +35,7 @@ const RESET_TIME: Duration = Duration::from_millis(500);
 
 /// Why a transport cannot be built, saved or restored.
 #[derive(Debug, thiserror::Error)]
-pub enum TransportError {
+pub enum MmioTransportError {
     /// No file descriptor for kicks.
     #[error("virtio device {device}: cannot make an event for its kicks")]
     Event {
@@ -93,13 +93,13 @@ pub enum TransportError {
     },
 }
 
-impl Transport {
+impl MmioTransport {
     /// Puts `device` behind registers. It finds its buffers in `memory` and interrupts through `line`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
         line: EventFd,
-    ) -> Result<Self, TransportError> {
+    ) -> Result<Self, MmioTransportError> {
         let device_type = device.device_type();
         let queues: Vec<_> = device
             .queue_sizes()
@@ -107,7 +107,7 @@ impl Transport {
             .map(|&size| QueueRecord::new(size))
             .collect();
         let events: Result<Vec<_>, _> = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
-        let event_error = |source| TransportError::Event {
+        let event_error = |source| MmioTransportError::Event {
             device: device_type,
             source,
         };
@@ -123,7 +123,7 @@ impl Transport {
             driver_features_select: 0,
             queue_select: 0,
             queues,
-            shared: Arc::new(Shared::new(
+            shared: Arc::new(TransportShared::new(
                 device,
                 memory,
                 Interrupt::new(line),
@@ -134,8 +134,8 @@ impl Transport {
     }
 
     /// The half that serves the queues, for the device thread.
-    pub fn worker(&self) -> Worker {
-        Worker(self.shared.clone())
+    pub fn worker(&self) -> TransportWorker {
+        TransportWorker(self.shared.clone())
     }
 
     /// The device ID (virtio 1.2, 5).
@@ -144,7 +144,7 @@ impl Transport {
     }
 
     /// An eventfd for each queue. The machine raises it when the guest writes the queue's index, as 32 bits,
-    /// to [`Transport::NOTIFY_OFFSET`].
+    /// to [`MmioTransport::NOTIFY_OFFSET`].
     pub fn queue_events(&self) -> &[EventFd] {
         &self.shared.queue_events
     }
@@ -152,7 +152,7 @@ impl Transport {
     /// Offset of the QueueNotify register.
     pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
-    /// Stops serving queues. When it returns no request is taken any more; [`Transport::drain`] finishes those that were.
+    /// Stops serving queues. When it returns no request is taken any more; [`MmioTransport::drain`] finishes those that were.
     pub fn pause(&self) {
         self.shared.core().paused = true;
     }
@@ -168,9 +168,9 @@ impl Transport {
         self.shared.look_at_host();
     }
 
-    /// Finishes what is in flight and makes what the guest was told is done durable. After [`Transport::pause`]: when
-    /// it returns guest memory is left alone. If that is not over by `until` it fails, and [`Transport::resume`] goes on.
-    pub fn drain(&self, until: Instant) -> Result<(), TransportError> {
+    /// Finishes what is in flight and makes what the guest was told is done durable. After [`MmioTransport::pause`]: when
+    /// it returns guest memory is left alone. If that is not over by `until` it fails, and [`MmioTransport::resume`] goes on.
+    pub fn drain(&self, until: Instant) -> Result<(), MmioTransportError> {
         self.shared
             .drain(until)
             .map_err(|source| self.device_error(source))
@@ -192,18 +192,18 @@ impl Transport {
         self.backend.clone()
     }
 
-    /// Adds the saved state of transport and device to `envelope`. After [`Transport::pause`].
-    pub fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+    /// Adds the saved state of transport and device to `envelope`. After [`MmioTransport::pause`].
+    pub fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), MmioTransportError> {
         let core = self.shared.core();
         if !core.paused {
-            return Err(TransportError::NotPaused {
+            return Err(MmioTransportError::NotPaused {
                 device: self.device_type,
             });
         }
         let live = |index: usize| core.queues.get(index).and_then(Option::as_ref);
         let record =
             |(index, queue): (usize, &QueueRecord)| live(index).map_or(*queue, |live| queue.at(live));
-        let state = TransportState {
+        let state = MmioTransportState {
             device_type: self.device_type,
             status: self.shared.status(),
             driver_features: self.driver_features,
@@ -224,7 +224,7 @@ impl Transport {
 
     /// Takes the saved state of transport and device out of `envelope`. Afterwards the transport is paused;
     /// after an error it is as after a reset, and paused.
-    pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+    pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), MmioTransportError> {
         self.reset();
         self.pause();
         let restored = self.try_restore(envelope, instance);
@@ -234,8 +234,8 @@ impl Transport {
         restored
     }
 
-    fn try_restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
-        let state: TransportState = envelope
+    fn try_restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), MmioTransportError> {
+        let state: MmioTransportState = envelope
             .take(instance)
             .map_err(|source| self.state_error(source))?;
         state.check(self.device_type, self.offered, &self.queues)?;
@@ -243,7 +243,7 @@ impl Transport {
         if state.is_active() {
             for (index, queue) in state.queues.iter().enumerate() {
                 let opened = queue.open(state.driver_features, &self.shared.memory);
-                queues.push(opened.map_err(|error| TransportError::Queue {
+                queues.push(opened.map_err(|error| MmioTransportError::Queue {
                     device: self.device_type,
                     index,
                     reason: describe(&error),
@@ -291,15 +291,15 @@ impl Transport {
         }
     }
 
-    fn state_error(&self, source: StateError) -> TransportError {
-        TransportError::State {
+    fn state_error(&self, source: StateError) -> MmioTransportError {
+        MmioTransportError::State {
             device: self.device_type,
             source,
         }
     }
 
-    fn device_error(&self, source: DeviceError) -> TransportError {
-        TransportError::Device {
+    fn device_error(&self, source: DeviceError) -> MmioTransportError {
+        MmioTransportError::Device {
             device: self.device_type,
             source,
         }

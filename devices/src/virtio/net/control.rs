@@ -18,7 +18,7 @@ const QUEUE_PAIRS: [u8; HEADER_LEN] = [VIRTIO_NET_CTRL_MQ as u8, VIRTIO_NET_CTRL
 
 /// What a driver can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Command {
+pub(super) enum NetCommand {
     /// It has heard that it is to announce itself.
     AnnounceAck,
     /// It will use so many pairs of queues.
@@ -27,7 +27,7 @@ pub(super) enum Command {
 
 /// Why a command is not done.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ControlError {
+pub(super) enum NetCommandError {
     #[error(transparent)]
     Chain(#[from] ChainError),
     #[error(
@@ -48,14 +48,14 @@ pub(super) enum ControlError {
 pub(super) fn answer(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
-    carry_out: impl FnOnce(Command) -> Result<(), ControlError>,
-) -> (Result<(), ControlError>, u32) {
+    carry_out: impl FnOnce(NetCommand) -> Result<(), NetCommandError>,
+) -> (Result<(), NetCommandError>, u32) {
     let mut chain = match chain {
         Ok(chain) => chain,
         Err(error) => return (Err(error.into()), 0),
     };
     let Some(status) = chain.writable.take_last_byte() else {
-        return (Err(ControlError::Short), 0);
+        return (Err(NetCommandError::Short), 0);
     };
     let done = parse(memory, chain).and_then(carry_out);
     let value = if done.is_ok() {
@@ -69,20 +69,20 @@ pub(super) fn answer(
     }
 }
 
-fn parse(memory: &GuestMemory, mut chain: Chain) -> Result<Command, ControlError> {
+fn parse(memory: &GuestMemory, mut chain: Chain) -> Result<NetCommand, NetCommandError> {
     let mut header = [0; HEADER_LEN];
     if chain.readable.read(memory, &mut header)? < HEADER_LEN {
-        return Err(ControlError::Short);
+        return Err(NetCommandError::Short);
     }
     match header {
-        ANNOUNCE_ACK => Ok(Command::AnnounceAck),
+        ANNOUNCE_ACK => Ok(NetCommand::AnnounceAck),
         QUEUE_PAIRS => {
             let mut pairs = [0; 2];
             if chain.readable.read(memory, &mut pairs)? < pairs.len() {
-                return Err(ControlError::Short);
+                return Err(NetCommandError::Short);
             }
-            Ok(Command::QueuePairs(u16::from_le_bytes(pairs)))
+            Ok(NetCommand::QueuePairs(u16::from_le_bytes(pairs)))
         }
-        [class, command] => Err(ControlError::Unsupported(class, command)),
+        [class, command] => Err(NetCommandError::Unsupported(class, command)),
     }
 }

@@ -15,19 +15,20 @@ use virtio_bindings::virtio_net::{
 
 use super::HEADER_LEN;
 use super::announce::{Announcer, rarp};
-use super::control::{Command, ControlError, answer};
+use super::control::{NetCommand, NetCommandError, answer};
 use super::metrics::NetMetrics;
-use super::parameters::{MAX_QUEUE_PAIRS, Parameters};
-use super::receive::{Layout, receive};
+use super::parameters::{MAX_QUEUE_PAIRS, NetParameters};
+use super::receive::{ReceiveLayout, receive};
 use super::state::NetState;
 use super::tap::{Tap, TapError};
 use super::transmit::send;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::{Bucket, Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
+    Description, DeviceError, HostBackend, HostError, QUEUE_SIZE, QueueError, QueueProgress, Queues,
+    VirtioDevice,
 };
 
 /// Queues come in pairs of these, and the control queue after the last pair (virtio 1.2, 5.1.2).
@@ -65,9 +66,9 @@ const CONFIG_LEN: usize = 12;
 
 /// A network card. After a restore it tells the network where it is now, and has the guest do so.
 #[derive(Debug)]
-pub struct Net {
+pub struct VirtioNet {
     tap: Tap,
-    parameters: Parameters,
+    parameters: NetParameters,
     /// What the driver accepted.
     features: u64,
     /// Pairs of queues that it uses: the first ones.
@@ -81,12 +82,12 @@ pub struct Net {
     announce: bool,
     announcer: Announcer,
     metrics: Arc<NetMetrics>,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
-impl Net {
+impl VirtioNet {
     /// A card on `tap`, whose packets must not be smaller than the card's. The parameters were checked.
-    pub fn new(tap: Tap, parameters: Parameters) -> Result<Self, TapError> {
+    pub fn new(tap: Tap, parameters: NetParameters) -> Result<Self, TapError> {
         if tap.mtu() < parameters.mtu {
             return Err(TapError::Mtu {
                 tap: tap.name().into(),
@@ -115,7 +116,7 @@ impl Net {
             announce: false,
             announcer,
             metrics: Arc::default(),
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         })
     }
 
@@ -146,24 +147,24 @@ impl Net {
     }
 
     /// Takes packets for the guest, of each pair that is in use. A busy one ends the turn.
-    fn receive_all(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn receive_all(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         for pair in self.in_turn(self.active_pairs) {
-            if self.receive(pair, queues)? == Progress::More {
-                return Ok(Progress::More);
+            if self.receive(pair, queues)? == QueueProgress::More {
+                return Ok(QueueProgress::More);
             }
         }
-        Ok(Progress::Idle)
+        Ok(QueueProgress::Idle)
     }
 
-    fn receive(&self, pair: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn receive(&self, pair: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         // What the driver does not use it must not find filled.
         if pair >= self.active_pairs.into() {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         }
         let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + RECEIVE) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
-        let layout = Layout::new(self.features, self.parameters.mtu);
+        let layout = ReceiveLayout::new(self.features, self.parameters.mtu);
         let (tap, limiter) = (self.tap.queue(pair), &self.rx_limiter);
         receive(&mut queue, tap, layout, limiter, &self.metrics, |error| {
             self.metrics.rx_failed.add(1);
@@ -172,19 +173,19 @@ impl Net {
     }
 
     /// Sends what waited for tokens.
-    fn transmit_all(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let mut progress = Progress::Idle;
+    fn transmit_all(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        let mut progress = QueueProgress::Idle;
         for pair in self.in_turn(self.parameters.queue_pairs) {
-            if self.transmit(pair, queues)? == Progress::More {
-                progress = Progress::More;
+            if self.transmit(pair, queues)? == QueueProgress::More {
+                progress = QueueProgress::More;
             }
         }
         Ok(progress)
     }
 
-    fn transmit(&self, pair: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn transmit(&self, pair: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + TRANSMIT) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         // What is left in a queue that the driver has given up goes out as well.
         let tap = self.tap.queue(pair);
@@ -215,16 +216,16 @@ impl Net {
     }
 
     /// One command a turn, and few a second.
-    fn control(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn control(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(self.control_queue()) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let Some((head, chain)) = queue.take()? else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         if !self.command_limiter.take(0) {
             queue.put_back();
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         }
         let (done, written) = answer(queue.memory(), chain, |command| self.carry_out(command));
         match done {
@@ -233,20 +234,20 @@ impl Net {
         }
         queue.give_back(head, written)?;
         queue.notify()?;
-        Ok(Progress::More)
+        Ok(QueueProgress::More)
     }
 
-    fn carry_out(&mut self, command: Command) -> Result<(), ControlError> {
+    fn carry_out(&mut self, command: NetCommand) -> Result<(), NetCommandError> {
         match command {
-            Command::AnnounceAck => self.announce = false,
-            Command::QueuePairs(got) => {
+            NetCommand::AnnounceAck => self.announce = false,
+            NetCommand::QueuePairs(got) => {
                 let most = if self.features & MQ != 0 {
                     self.parameters.queue_pairs
                 } else {
                     0
                 };
                 if !(1..=most).contains(&got) {
-                    return Err(ControlError::QueuePairs { most, got });
+                    return Err(NetCommandError::QueuePairs { most, got });
                 }
                 self.use_pairs(got)?;
             }
@@ -289,7 +290,7 @@ impl Net {
     }
 }
 
-impl VirtioDevice for Net {
+impl VirtioDevice for VirtioNet {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
     }
@@ -333,7 +334,7 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let pair = index / QUEUES_OF_A_PAIR;
         if index == self.control_queue() {
             self.control(queues)
@@ -354,7 +355,7 @@ impl VirtioDevice for Net {
         self.tap.queues().chain(timers).collect()
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.announce(queues);
         self.turn = self.turn.wrapping_add(1);
         self.rx_limiter.hear();
@@ -362,13 +363,13 @@ impl VirtioDevice for Net {
         self.command_limiter.hear();
         let commands = self.control(queues)?;
         let sent = if self.parameters.tx_limits == Limits::default() {
-            Progress::Idle
+            QueueProgress::Idle
         } else {
             self.transmit_all(queues)?
         };
         Ok(match self.receive_all(queues)? {
-            Progress::Idle => sent.and(commands),
-            Progress::More => Progress::More,
+            QueueProgress::Idle => sent.and(commands),
+            QueueProgress::More => QueueProgress::More,
         })
     }
 

@@ -12,8 +12,8 @@ use super::{ETHERNET_LEN, HEADER_LEN, offloads};
 use crate::GuestMemory;
 use crate::rate::Limiter;
 use crate::virtio::queue::TURN_CHAINS;
-use crate::virtio::sys::Vectors;
-use crate::virtio::{Buffers, Chain, ChainError, Head, Progress, QueueAccess, QueueError};
+use crate::virtio::sys::PacketVectors;
+use crate::virtio::{Buffers, Chain, ChainError, ChainHead, QueueAccess, QueueError, QueueProgress};
 
 /// Longest packet, with Ethernet's header, where segments are left to the guest (virtio 1.2, 5.1.6.3.1).
 const SEGMENT_MAX: usize = 65550;
@@ -24,14 +24,14 @@ const NUM_BUFFERS: usize = 10;
 
 /// What the driver's buffers must hold.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Layout {
+pub(super) struct ReceiveLayout {
     /// Bytes of the longest packet with its headers: a read takes the whole packet or loses its end.
     longest: u64,
     /// Whether a packet may be spread over several buffers.
     mergeable: bool,
 }
 
-impl Layout {
+impl ReceiveLayout {
     /// For a driver that accepted `features`, of a device with this MTU.
     pub(super) fn new(features: u64, mtu: u16) -> Self {
         let mtu = if features & 1 << VIRTIO_NET_F_MTU != 0 {
@@ -66,29 +66,29 @@ impl Layout {
 pub(super) fn receive(
     queue: &mut QueueAccess<'_>,
     tap: BorrowedFd<'_>,
-    layout: Layout,
+    layout: ReceiveLayout,
     limiter: &Limiter,
     metrics: &NetMetrics,
     complain: impl Fn(&PacketError),
-) -> Result<Progress, QueueError> {
-    let mut pool = Pool::new(queue.memory(), layout);
-    let mut progress = Progress::More;
+) -> Result<QueueProgress, QueueError> {
+    let mut pool = ReceivePool::new(queue.memory(), layout);
+    let mut progress = QueueProgress::More;
     for _ in 0..TURN_CHAINS {
         let vectors = match pool.fill(queue)? {
-            Filled::Enough(vectors) => vectors,
-            Filled::Refused(error) => {
+            PoolFill::Enough(vectors) => vectors,
+            PoolFill::Refused(error) => {
                 complain(&error);
                 continue;
             }
-            Filled::TooLittle => {
-                progress = Progress::Idle;
+            PoolFill::TooLittle => {
+                progress = QueueProgress::Idle;
                 break;
             }
         };
         // How long the packet is only the read will tell.
         if !limiter.admits() {
             metrics.rx_throttled.add(1);
-            progress = Progress::Idle;
+            progress = QueueProgress::Idle;
             break;
         }
         match vectors.read_from(tap) {
@@ -103,7 +103,7 @@ pub(super) fn receive(
                 if error.kind() != io::ErrorKind::WouldBlock {
                     complain(&error.into());
                 }
-                progress = Progress::Idle;
+                progress = QueueProgress::Idle;
                 break;
             }
         }
@@ -114,26 +114,26 @@ pub(super) fn receive(
 }
 
 /// Chains that were taken from the queue, in their order, to hold the next packet.
-struct Pool<'a> {
+struct ReceivePool<'a> {
     memory: &'a GuestMemory,
-    layout: Layout,
-    chains: VecDeque<(Head, Buffers)>,
+    layout: ReceiveLayout,
+    chains: VecDeque<(ChainHead, Buffers)>,
     bytes: u64,
     buffers: usize,
 }
 
 /// What came of filling the pool.
-enum Filled<'a> {
+enum PoolFill<'a> {
     /// The longest packet fits.
-    Enough(Vectors<'a>),
+    Enough(PacketVectors<'a>),
     /// The driver has not provided enough.
     TooLittle,
     /// What it provided makes no sense and has gone back.
     Refused(PacketError),
 }
 
-impl<'a> Pool<'a> {
-    fn new(memory: &'a GuestMemory, layout: Layout) -> Self {
+impl<'a> ReceivePool<'a> {
+    fn new(memory: &'a GuestMemory, layout: ReceiveLayout) -> Self {
         Self {
             memory,
             layout,
@@ -144,10 +144,10 @@ impl<'a> Pool<'a> {
     }
 
     /// Takes chains until the longest packet fits.
-    fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<Filled<'a>, QueueError> {
+    fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<PoolFill<'a>, QueueError> {
         while self.bytes < self.layout.longest {
             let Some((head, chain)) = queue.take()? else {
-                return Ok(Filled::TooLittle);
+                return Ok(PoolFill::TooLittle);
             };
             match self.check(chain) {
                 Ok(buffers) => self.push(head, buffers),
@@ -157,13 +157,13 @@ impl<'a> Pool<'a> {
                 }
             }
         }
-        let mut vectors = Vectors::new(self.memory);
+        let mut vectors = PacketVectors::new(self.memory);
         for (_, buffers) in &self.chains {
             if let Err(error) = vectors.push(buffers) {
                 return self.refuse(queue, error.into());
             }
         }
-        Ok(Filled::Enough(vectors))
+        Ok(PoolFill::Enough(vectors))
     }
 
     fn check(&self, chain: Result<Chain, ChainError>) -> Result<Buffers, PacketError> {
@@ -172,7 +172,7 @@ impl<'a> Pool<'a> {
         if got < expected {
             return Err(PacketError::Room { expected, got });
         }
-        if self.buffers + buffers.count() > Vectors::MAX {
+        if self.buffers + buffers.count() > PacketVectors::MAX {
             return Err(PacketError::TooMany);
         }
         Ok(buffers)
@@ -180,11 +180,15 @@ impl<'a> Pool<'a> {
 
     /// Gives all chains back empty, those before the bad one as well: only what was taken last can be put back, so
     /// none may be missing in between.
-    fn refuse(&mut self, queue: &mut QueueAccess<'_>, error: PacketError) -> Result<Filled<'a>, QueueError> {
+    fn refuse(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        error: PacketError,
+    ) -> Result<PoolFill<'a>, QueueError> {
         while let Some((head, _)) = self.pop() {
             queue.give_back(head, 0)?;
         }
-        Ok(Filled::Refused(error))
+        Ok(PoolFill::Refused(error))
     }
 
     /// Gives the driver the chains that hold a packet of `len` bytes.
@@ -212,13 +216,13 @@ impl<'a> Pool<'a> {
         }
     }
 
-    fn push(&mut self, head: Head, buffers: Buffers) {
+    fn push(&mut self, head: ChainHead, buffers: Buffers) {
         self.bytes += buffers.len();
         self.buffers += buffers.count();
         self.chains.push_back((head, buffers));
     }
 
-    fn pop(&mut self) -> Option<(Head, Buffers)> {
+    fn pop(&mut self) -> Option<(ChainHead, Buffers)> {
         let (head, buffers) = self.chains.pop_front()?;
         self.bytes -= buffers.len();
         self.buffers -= buffers.count();

@@ -3,10 +3,10 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-use super::{MacAddress, Parameters};
+use super::{MacAddress, NetParameters};
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::Net`]. What it negotiated is the transport's; whatever it was to announce, it announces
+/// Saved state of a [`super::VirtioNet`]. What it negotiated is the transport's; whatever it was to announce, it announces
 /// anew where it arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
@@ -27,7 +27,7 @@ impl Record for NetState {
 
 impl NetState {
     /// Checks that the guest finds the device that it knows.
-    pub(super) fn check(&self, here: Parameters) -> Result<(), DeviceError> {
+    pub(super) fn check(&self, here: NetParameters) -> Result<(), DeviceError> {
         let mismatch =
             |what, expected: String, got: String| Err(DeviceError::Mismatch { what, expected, got });
         if self.mac != here.mac {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{MacAddress, Net, Parameters, Tap, TapError, TapSource};
+use super::{MacAddress, NetParameters, Tap, TapError, TapSource, VirtioNet};
 use crate::rate::Limits;
 
 /// How long what must happen may take; it only costs time where something is broken.
@@ -60,8 +60,8 @@ fn add(tap: &str) {
 }
 
 /// What cards of the tests are made with, except for their pairs of queues.
-pub(crate) fn parameters(queue_pairs: u16) -> Parameters {
-    Parameters {
+pub(crate) fn parameters(queue_pairs: u16) -> NetParameters {
+    NetParameters {
         mac: MacAddress::try_from([2, 0, 0, 0, 0, 1]).unwrap(),
         mtu: 1500,
         queue_pairs,
@@ -71,9 +71,9 @@ pub(crate) fn parameters(queue_pairs: u16) -> Parameters {
 }
 
 /// A card on a tap, which has two pairs of queues if the tap may have many.
-pub(crate) fn card(tap: &str) -> Net {
+pub(crate) fn card(tap: &str) -> VirtioNet {
     let queue_pairs = if tap.contains("many") { 2 } else { 1 };
-    Net::new(open(tap), parameters(queue_pairs)).unwrap()
+    VirtioNet::new(open(tap), parameters(queue_pairs)).unwrap()
 }
 
 /// Opens a tap that was just closed: a program that another test starts may have it for a moment yet.
@@ -113,12 +113,12 @@ impl Wire {
     }
 
     /// A card on one of the taps.
-    pub(crate) fn card(&self, tap: &str) -> Net {
+    pub(crate) fn card(&self, tap: &str) -> VirtioNet {
         self.put(card(tap), tap)
     }
 
     /// A card that is on one of the taps, once the bridge has seen it.
-    pub(crate) fn put(&self, card: Net, tap: &str) -> Net {
+    pub(crate) fn put(&self, card: VirtioNet, tap: &str) -> VirtioNet {
         wait_until_forwarding(tap);
         card
     }

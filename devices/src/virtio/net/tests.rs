@@ -11,7 +11,7 @@ use super::testing::{SENDER, Wire, card, frame, ip, is_ours, leave_for, open, pa
 use super::*;
 use crate::virtio::DeviceError;
 use crate::virtio::VirtioDevice;
-use crate::virtio::testing::{DATA, Driver, END, Part, VERSION_1, reads, writes};
+use crate::virtio::testing::{DATA, Driver, DriverBuffer, END, VERSION_1, reads, writes};
 
 /// The control queue of a card with one pair of queues.
 const CONTROL: usize = 2;
@@ -73,7 +73,7 @@ fn returned(driver: &mut Driver, len: u32) -> Vec<(Vec<u8>, Vec<u8>)> {
 }
 
 /// Sends what `parts` say after filling the memory at [`PACKET`].
-fn transmit(driver: &mut Driver, packet: &[u8], parts: &[Part]) {
+fn transmit(driver: &mut Driver, packet: &[u8], parts: &[DriverBuffer]) {
     driver.select(TRANSMIT);
     driver.fill(PACKET, packet);
     assert_eq!(driver.submit(parts), 0);
@@ -246,7 +246,7 @@ fn segments_are_cut_for_who_does_not() {
 fn buffers_that_make_no_sense_come_back() {
     let wire = Wire::between(&["tap0"]);
     for features in [PLAIN, PLAIN | MRG_RXBUF] {
-        let bad: [&[Part]; 4] = [
+        let bad: [&[DriverBuffer]; 4] = [
             &[writes(BUFFERS, 11)],
             &[writes(END - 100, LEAST)],
             &[writes(u64::MAX - 5, LEAST)],
@@ -271,7 +271,7 @@ fn buffers_that_make_no_sense_come_back() {
 fn packets_that_make_no_sense_come_back() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
-    let bad: [&[Part]; 6] = [
+    let bad: [&[DriverBuffer]; 6] = [
         &[reads(PACKET, 12)],
         &[reads(PACKET, 13)],
         &[reads(END - 100, 500)],
@@ -463,20 +463,20 @@ fn a_tap_that_cannot_be_used_is_refused_by_name() {
     assert!(matches!(try_open("bridge"), Err(TapError::NotATap { .. })));
     let tap = try_open("tap0").unwrap();
     assert!(matches!(try_open("tap0"), Err(TapError::Busy { .. })));
-    let single = Net::new(tap, parameters(2)).unwrap_err().to_string();
+    let single = VirtioNet::new(tap, parameters(2)).unwrap_err().to_string();
     assert!(
         single.contains("ip tuntap add dev tap0 mode tap multi_queue"),
         "{single}"
     );
     let tap = open("tap0");
-    let parameters = Parameters {
+    let parameters = NetParameters {
         mtu: 9000,
         ..parameters(1)
     };
-    let small = Net::new(tap, parameters).unwrap_err().to_string();
+    let small = VirtioNet::new(tap, parameters).unwrap_err().to_string();
     assert!(small.contains("ip link set dev tap0 mtu 9000"), "{small}");
     ip("link set dev tap0 mtu 9000");
-    Net::new(open("tap0"), parameters).unwrap();
+    VirtioNet::new(open("tap0"), parameters).unwrap();
 }
 
 #[test]

@@ -7,7 +7,7 @@ use vm_memory::GuestMemoryError;
 
 use super::{ETHERNET_LEN, HEADER_LEN};
 use crate::GuestMemory;
-use crate::virtio::sys::Vectors;
+use crate::virtio::sys::PacketVectors;
 use crate::virtio::{Chain, ChainError};
 
 /// Shortest and longest packet with its headers: no IP packet is longer than 65535 bytes, and there may be VLAN tags.
@@ -23,7 +23,7 @@ pub(super) enum PacketError {
     Length { got: u64 },
     #[error("expected room for {expected} bytes of a packet, got {got}")]
     Room { expected: u64, got: u64 },
-    #[error("expected at most {} buffers of a packet, got more", Vectors::MAX)]
+    #[error("expected at most {} buffers of a packet, got more", PacketVectors::MAX)]
     TooMany,
     #[error("guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
@@ -42,7 +42,7 @@ pub(super) fn send(
     if !(MIN_LEN..=MAX_LEN).contains(&got) {
         return Err(PacketError::Length { got });
     }
-    let mut vectors = Vectors::new(memory);
+    let mut vectors = PacketVectors::new(memory);
     vectors.push(&packet)?;
     vectors.write_to(tap)?;
     Ok(got - HEADER_LEN as u64)

@@ -12,12 +12,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::metrics::RngMetrics;
 use super::state::RngState;
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::{Limiter, Limits};
 use crate::virtio::device::RING_FEATURES;
 use crate::virtio::{
-    Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
+    Chain, Description, DeviceError, HostBackend, QUEUE_SIZE, QueueError, QueueProgress, Queues, VirtioDevice,
 };
 
 /// Most bytes that one request gets; the driver asks again if it wants more.
@@ -30,27 +30,27 @@ const QUEUE: usize = 0;
 
 /// The entropy device. Its bytes come from the host kernel's generator.
 #[derive(Debug)]
-pub struct Rng {
+pub struct VirtioRng {
     limits: Limits,
     limiter: Limiter,
     metrics: Arc<RngMetrics>,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
-impl Rng {
+impl VirtioRng {
     /// A device that gives no more than `limits`, which were checked, allow.
     pub fn new(limits: Limits) -> io::Result<Self> {
         Ok(Self {
             limits,
             limiter: Limiter::new(limits)?,
             metrics: Arc::default(),
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         })
     }
 
-    fn serve(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn serve(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(QUEUE) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         queue.serve_admitted(
             |bytes| self.admit(bytes),
@@ -108,7 +108,7 @@ impl Rng {
     }
 }
 
-impl VirtioDevice for Rng {
+impl VirtioDevice for VirtioRng {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_RNG
     }
@@ -137,7 +137,7 @@ impl VirtioDevice for Rng {
         tracing::debug!(features, "virtio-rng: driver ready");
     }
 
-    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.serve(queues)
     }
 
@@ -145,7 +145,7 @@ impl VirtioDevice for Rng {
         vec![self.limiter.event()]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.limiter.hear();
         self.serve(queues)
     }

@@ -21,11 +21,11 @@ use crate::helper::wait_readable;
 use crate::virtio::Buffers;
 
 /// What may be in flight on one file, each with a tag of whoever asked for it.
-pub(crate) struct Ring<T> {
+pub(crate) struct IoRing<T> {
     ring: IoUring,
     /// Where the transfers are from or to. Kept as long as the kernel may write there.
     memory: Option<GuestMemory>,
-    slots: Vec<Option<Flight<T>>>,
+    slots: Vec<Option<RingSlot<T>>>,
     /// Slots that hold nothing.
     free: Vec<u16>,
     /// Entries that the kernel has not taken yet.
@@ -36,12 +36,12 @@ pub(crate) struct Ring<T> {
     refused: Vec<(T, io::Error)>,
 }
 
-struct Flight<T> {
+struct RingSlot<T> {
     tag: T,
-    operation: Operation,
+    operation: RingOperation,
 }
 
-enum Operation {
+enum RingOperation {
     Read(Transfer),
     Write(Transfer, Durability),
     Flush,
@@ -59,7 +59,7 @@ pub(crate) enum Durability {
 struct Transfer {
     buffers: Buffers,
     vectors: Vec<Vector>,
-    /// Vectors that are done.
+    /// PacketVectors that are done.
     done: usize,
     /// Of what is left, in bytes from the file's beginning.
     offset: u64,
@@ -73,7 +73,7 @@ struct Vector(libc::iovec);
 // thread.
 unsafe impl Send for Vector {}
 
-impl<T> Ring<T> {
+impl<T> IoRing<T> {
     /// Room for so many transfers of `file`, or why this host has no io_uring for us. Nothing else can be asked of the
     /// kernel through it than what is asked here, and of no other file.
     pub(crate) fn new(file: &File, most: u16) -> io::Result<Self> {
@@ -120,7 +120,7 @@ impl<T> Ring<T> {
         self.free.len() == self.slots.len() && self.refused.is_empty()
     }
 
-    /// Whether something waits for [`Ring::submit`].
+    /// Whether something waits for [`IoRing::submit`].
     pub(crate) fn is_queued(&self) -> bool {
         self.queued > 0
     }
@@ -134,7 +134,7 @@ impl<T> Ring<T> {
         offset: u64,
     ) -> Result<(), GuestMemoryError> {
         let transfer = self.transfer(memory, buffers, offset)?;
-        self.begin(tag, Operation::Read(transfer));
+        self.begin(tag, RingOperation::Read(transfer));
         Ok(())
     }
 
@@ -148,13 +148,13 @@ impl<T> Ring<T> {
         durability: Durability,
     ) -> Result<(), GuestMemoryError> {
         let transfer = self.transfer(memory, buffers, offset)?;
-        self.begin(tag, Operation::Write(transfer, durability));
+        self.begin(tag, RingOperation::Write(transfer, durability));
         Ok(())
     }
 
     /// Makes durable what was written when this is submitted.
     pub(crate) fn flush(&mut self, tag: T) {
-        self.begin(tag, Operation::Flush);
+        self.begin(tag, RingOperation::Flush);
     }
 
     /// Gives the kernel what is queued. What it cannot take now stays queued.
@@ -166,7 +166,7 @@ impl<T> Ring<T> {
     }
 
     /// Has what is in flight end soon, whatever comes of it: what the kernel has not begun does not begin, and what is done
-    /// in part ends there. Until [`Ring::is_empty`] nothing else may begin.
+    /// in part ends there. Until [`IoRing::is_empty`] nothing else may begin.
     pub(crate) fn cancel(&mut self) {
         if self.cancelled || self.is_empty() {
             return;
@@ -187,7 +187,7 @@ impl<T> Ring<T> {
         }
     }
 
-    /// The next that is done. What is done in part goes on by itself, with the next [`Ring::submit`].
+    /// The next that is done. What is done in part goes on by itself, with the next [`IoRing::submit`].
     pub(crate) fn next(&mut self) -> Option<(T, io::Result<()>)> {
         loop {
             if let Some((tag, error)) = self.refused.pop() {
@@ -202,16 +202,16 @@ impl<T> Ring<T> {
             };
             let flight = self.slots.get_mut(usize::from(index))?.as_mut()?;
             let step = match flight.operation.advance(entry.result()) {
-                Step::More | Step::Blocked if self.cancelled => {
-                    Step::Done(Err(io::Error::from_raw_os_error(libc::ECANCELED)))
+                RingStep::More | RingStep::Blocked if self.cancelled => {
+                    RingStep::Done(Err(io::Error::from_raw_os_error(libc::ECANCELED)))
                 }
                 step => step,
             };
             match step {
-                Step::Done(result) => return self.end(index).map(|tag| (tag, result)),
-                Step::More => self.push(index, squeue::Flags::empty()),
+                RingStep::Done(result) => return self.end(index).map(|tag| (tag, result)),
+                RingStep::More => self.push(index, squeue::Flags::empty()),
                 // A worker of the kernel's waits for whatever this is about.
-                Step::Blocked => self.push(index, squeue::Flags::ASYNC),
+                RingStep::Blocked => self.push(index, squeue::Flags::ASYNC),
             }
         }
     }
@@ -220,7 +220,7 @@ impl<T> Ring<T> {
     fn end(&mut self, index: u16) -> Option<T> {
         let flight = self.slots.get_mut(usize::from(index))?.take()?;
         self.free.push(index);
-        if let (Operation::Read(transfer), Some(memory)) = (&flight.operation, &self.memory) {
+        if let (RingOperation::Read(transfer), Some(memory)) = (&flight.operation, &self.memory) {
             // All of it: after an error any part may have been written.
             mark(memory, &transfer.buffers);
         }
@@ -255,9 +255,9 @@ impl<T> Ring<T> {
     }
 
     /// There must be room.
-    fn begin(&mut self, tag: T, operation: Operation) {
+    fn begin(&mut self, tag: T, operation: RingOperation) {
         if let Some(index) = self.free.pop() {
-            self.slots[usize::from(index)] = Some(Flight { tag, operation });
+            self.slots[usize::from(index)] = Some(RingSlot { tag, operation });
             self.push(index, squeue::Flags::empty());
         }
     }
@@ -302,7 +302,7 @@ impl<T> Ring<T> {
     }
 }
 
-impl<T> AsFd for Ring<T> {
+impl<T> AsFd for IoRing<T> {
     /// Readable when something is done.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open as long as the ring, which is borrowed for as long.
@@ -310,7 +310,7 @@ impl<T> AsFd for Ring<T> {
     }
 }
 
-impl<T> Drop for Ring<T> {
+impl<T> Drop for IoRing<T> {
     /// Waits for the kernel, which may be writing to memory that ends soon. Where that takes too long the memory is kept.
     fn drop(&mut self) {
         let until = Instant::now() + END_TIME;
@@ -359,7 +359,7 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
 }
 
 /// How far an operation is.
-enum Step {
+enum RingStep {
     Done(io::Result<()>),
     /// A part of it is done.
     More,
@@ -367,14 +367,14 @@ enum Step {
     Blocked,
 }
 
-impl Operation {
+impl RingOperation {
     fn entry(&self) -> squeue::Entry {
         match self {
             Self::Read(transfer) => match transfer.next() {
-                Part::One(address, len) => opcode::Read::new(FILE, address.cast(), len as u32)
+                TransferPart::One(address, len) => opcode::Read::new(FILE, address.cast(), len as u32)
                     .offset(transfer.offset)
                     .build(),
-                Part::Many(many) => opcode::Readv::new(FILE, many.as_ptr().cast(), many.len() as u32)
+                TransferPart::Many(many) => opcode::Readv::new(FILE, many.as_ptr().cast(), many.len() as u32)
                     .offset(transfer.offset)
                     .build(),
             },
@@ -384,16 +384,18 @@ impl Operation {
                     Durability::Durable => libc::RWF_DSYNC,
                 };
                 match transfer.next() {
-                    Part::One(address, len) => {
+                    TransferPart::One(address, len) => {
                         opcode::Write::new(FILE, address.cast_const().cast(), len as u32)
                             .offset(transfer.offset)
                             .rw_flags(flags)
                             .build()
                     }
-                    Part::Many(many) => opcode::Writev::new(FILE, many.as_ptr().cast(), many.len() as u32)
-                        .offset(transfer.offset)
-                        .rw_flags(flags)
-                        .build(),
+                    TransferPart::Many(many) => {
+                        opcode::Writev::new(FILE, many.as_ptr().cast(), many.len() as u32)
+                            .offset(transfer.offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
                 }
             }
             Self::Flush => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
@@ -401,24 +403,24 @@ impl Operation {
     }
 
     /// What a completion says.
-    fn advance(&mut self, result: i32) -> Step {
+    fn advance(&mut self, result: i32) -> RingStep {
         let Ok(count) = usize::try_from(result) else {
             return match -result {
-                libc::EINTR => Step::More,
-                libc::EAGAIN => Step::Blocked,
-                errno => Step::Done(Err(io::Error::from_raw_os_error(errno))),
+                libc::EINTR => RingStep::More,
+                libc::EAGAIN => RingStep::Blocked,
+                errno => RingStep::Done(Err(io::Error::from_raw_os_error(errno))),
             };
         };
         let (transfer, nothing) = match self {
-            Self::Flush => return Step::Done(Ok(())),
+            Self::Flush => return RingStep::Done(Ok(())),
             Self::Read(transfer) => (transfer, io::ErrorKind::UnexpectedEof),
             Self::Write(transfer, _) => (transfer, io::ErrorKind::WriteZero),
         };
         transfer.advance(count);
         match (transfer.rest().is_empty(), count) {
-            (true, _) => Step::Done(Ok(())),
-            (false, 0) => Step::Done(Err(nothing.into())),
-            (false, _) => Step::More,
+            (true, _) => RingStep::Done(Ok(())),
+            (false, 0) => RingStep::Done(Err(nothing.into())),
+            (false, _) => RingStep::More,
         }
     }
 }
@@ -433,7 +435,7 @@ const SLICE: usize = 1 << 20;
 const UNIT: usize = 64 << 10;
 
 /// What is moved in one go.
-enum Part<'a> {
+enum TransferPart<'a> {
     One(*mut libc::c_void, usize),
     Many(&'a [Vector]),
 }
@@ -444,12 +446,12 @@ impl Transfer {
     }
 
     /// What is to be moved next.
-    fn next(&self) -> Part<'_> {
+    fn next(&self) -> TransferPart<'_> {
         let rest = self.rest();
         if let [Vector(first), ..] = rest
             && first.iov_len >= SLICE
         {
-            return Part::One(first.iov_base, first.iov_len.min(SLICE));
+            return TransferPart::One(first.iov_base, first.iov_len.min(SLICE));
         }
         let (mut count, mut len) = (rest.len(), 0);
         for (index, Vector(vector)) in rest.iter().enumerate() {
@@ -462,8 +464,8 @@ impl Transfer {
             }
         }
         match &rest[..count] {
-            [Vector(one)] => Part::One(one.iov_base, one.iov_len),
-            many => Part::Many(many),
+            [Vector(one)] => TransferPart::One(one.iov_base, one.iov_len),
+            many => TransferPart::Many(many),
         }
     }
 
@@ -498,7 +500,7 @@ mod tests {
     #[test]
     fn nothing_else_can_be_asked_of_the_kernel() {
         let file = tempfile::tempfile().unwrap();
-        let mut ring = Ring::<()>::new(&file, 4).unwrap();
+        let mut ring = IoRing::<()>::new(&file, 4).unwrap();
         let mut byte = 0u8;
         let fd = Fd(file.as_raw_fd());
         let refused = [
@@ -538,8 +540,8 @@ mod tests {
             let mut parts = Vec::new();
             while !transfer.rest().is_empty() {
                 let len = match transfer.next() {
-                    Part::One(_, len) => len,
-                    Part::Many(many) => many.iter().map(|vector| vector.0.iov_len).sum(),
+                    TransferPart::One(_, len) => len,
+                    TransferPart::Many(many) => many.iter().map(|vector| vector.0.iov_len).sum(),
                 };
                 parts.push(len);
                 transfer.advance(len);

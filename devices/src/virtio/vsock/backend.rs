@@ -15,7 +15,7 @@ use super::packet::{PORT_ANY, Ports};
 use crate::host_socket::{HostSocket, HostSocketError};
 use crate::timer::Timer;
 use crate::virtio::{HostBackend, HostError};
-use crate::watch::Watch;
+use crate::watch::HostWatch;
 
 /// Most bytes of the socket's path: those of the guest's connections end in `_4294967295`.
 const PATH_MAX: usize = named_socket::PATH_MAX - 11;
@@ -23,10 +23,10 @@ const PATH_MAX: usize = named_socket::PATH_MAX - 11;
 /// The host's side of a device. Opening it puts no socket in the file system: that belongs to whoever runs the
 /// guest, and comes and goes with the locks ([`HostBackend`]).
 #[derive(Debug)]
-pub struct Backend {
+pub struct VsockBackend {
     socket: HostSocket,
     /// Watches everything below.
-    watch: Watch,
+    watch: HostWatch,
     timer: Timer,
 }
 
@@ -35,7 +35,7 @@ pub struct Backend {
 pub(super) enum HostEvent {
     /// A program has connected to the socket.
     Accept,
-    /// The time that [`Backend::wake_in`] was told has passed.
+    /// The time that [`VsockBackend::wake_in`] was told has passed.
     Time,
     /// A program that has not said where to, known by its port, has something to say.
     Greeting(u32),
@@ -43,14 +43,14 @@ pub(super) enum HostEvent {
     Stream(Ports, EventFlags),
 }
 
-impl Backend {
+impl VsockBackend {
     /// For a socket at `path`.
     pub fn open(path: &Path) -> Result<Self, HostSocketError> {
         let socket = HostSocket::at(path, PATH_MAX)?;
-        let watch = Watch::new().map_err(socket.failed("watch it"))?;
+        let watch = HostWatch::new().map_err(socket.failed("watch it"))?;
         let timer = Timer::new().map_err(socket.failed("make a timer"))?;
         watch
-            .add(&timer, Token::Time.data(), EventFlags::IN)
+            .add(&timer, VsockToken::Time.data(), EventFlags::IN)
             .map_err(socket.failed("watch its timer"))?;
         Ok(Self { socket, watch, timer })
     }
@@ -60,7 +60,7 @@ impl Backend {
         self.socket.path()
     }
 
-    /// Readable when there is something to [`Backend::poll`].
+    /// Readable when there is something to [`VsockBackend::poll`].
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
     }
@@ -68,7 +68,9 @@ impl Backend {
     /// What has happened since the last look, and whether there may be more.
     pub(super) fn poll(&self) -> io::Result<(Vec<HostEvent>, bool)> {
         let (events, more) = self.watch.look()?;
-        let decoded = events.into_iter().map(|(data, flags)| Token::event(data, flags));
+        let decoded = events
+            .into_iter()
+            .map(|(data, flags)| VsockToken::event(data, flags));
         Ok((decoded.collect(), more))
     }
 
@@ -92,13 +94,13 @@ impl Backend {
     /// Watches a program that has not said where to.
     pub(super) fn watch_greeting(&self, stream: &UnixStream, host_port: u32) -> io::Result<()> {
         self.watch
-            .add(stream, Token::Greeting(host_port).data(), EventFlags::IN)
+            .add(stream, VsockToken::Greeting(host_port).data(), EventFlags::IN)
     }
 
     /// Watches a connection's socket, which was a greeting's if `greeted`.
     pub(super) fn watch(&self, stream: &UnixStream, ports: Ports, greeted: bool) -> io::Result<()> {
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
-        let data = Token::Stream(ports).data();
+        let data = VsockToken::Stream(ports).data();
         if greeted {
             self.watch.change(stream, data, events)
         } else {
@@ -107,9 +109,9 @@ impl Backend {
     }
 }
 
-impl HostBackend for Backend {
+impl HostBackend for VsockBackend {
     fn take_locks(&self) -> Result<(), HostError> {
-        Ok(self.socket.listen(&self.watch, Token::Accept.data())?)
+        Ok(self.socket.listen(&self.watch, VsockToken::Accept.data())?)
     }
 
     fn release_locks(&self) -> Result<(), HostError> {
@@ -130,14 +132,14 @@ impl HostBackend for Backend {
 
 /// What is watched, as the number that comes with its events: the ports of a connection, or, where the guest's
 /// would be the one that no socket has, something else.
-enum Token {
+enum VsockToken {
     Accept,
     Time,
     Greeting(u32),
     Stream(Ports),
 }
 
-impl Token {
+impl VsockToken {
     fn data(self) -> u64 {
         let of = |host, guest| u64::from(host) << 32 | u64::from(guest);
         match self {

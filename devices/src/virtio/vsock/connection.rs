@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 
-use super::packet::{Header, NO_RECEIVE, NO_SEND, NOTHING_MORE, Op};
+use super::packet::{NO_RECEIVE, NO_SEND, NOTHING_MORE, PacketOp, VsockHeader};
 
 /// Most bytes from the guest that wait for a program on the host: the room that the guest is told of.
 pub(super) const BUFFER_SIZE: usize = 64 << 10;
@@ -19,19 +19,19 @@ pub(super) const ANSWER_TIME: Duration = Duration::from_secs(8);
 
 /// A connection.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct VsockConnection {
     stream: UnixStream,
-    phase: Phase,
+    phase: ConnectionPhase,
     /// When the guest must have answered, if it owes an answer.
     deadline: Option<Instant>,
     /// Whether it waits in line for a buffer of the guest's; its owner's note.
     pub(super) in_line: bool,
-    to_guest: ToGuest,
-    to_host: ToHost,
+    to_guest: FlowToGuest,
+    to_host: FlowToHost,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum ConnectionPhase {
     /// The guest is to be asked for the connection.
     Asking,
     /// It was asked.
@@ -46,7 +46,7 @@ enum Phase {
 
 /// The way from the host's program to the guest.
 #[derive(Debug, Default)]
-struct ToGuest {
+struct FlowToGuest {
     /// The stream may have something: data, its end, an error.
     readable: bool,
     /// Bytes sent, all in all; wraps.
@@ -63,7 +63,7 @@ struct ToGuest {
 
 /// The way from the guest to the host's program.
 #[derive(Debug, Default)]
-struct ToHost {
+struct FlowToHost {
     /// What the stream did not take yet, at most [`BUFFER_SIZE`].
     waiting: VecDeque<u8>,
     /// Bytes that the stream took, all in all, and how many of them the guest knows of; wraps.
@@ -80,42 +80,42 @@ struct ToHost {
 /// What a connection has for the guest: a packet without its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outgoing {
-    pub(super) op: Op,
+    pub(super) op: PacketOp,
     pub(super) flags: u32,
     /// Bytes of data.
     pub(super) len: usize,
-    /// As in [`Header::forwarded`].
+    /// As in [`VsockHeader::forwarded`].
     pub(super) forwarded: u32,
 }
 
-impl Connection {
+impl VsockConnection {
     /// A program on the host wants it.
     pub(super) fn from_host(stream: UnixStream, now: Instant) -> Self {
         let deadline = Some(now + ANSWER_TIME);
-        Self::new(stream, Phase::Asking, deadline)
+        Self::new(stream, ConnectionPhase::Asking, deadline)
     }
 
     /// The guest wants it, with this request, and a program on the host has it.
-    pub(super) fn from_guest(stream: UnixStream, request: &Header) -> Self {
-        let mut connection = Self::new(stream, Phase::Answering, None);
+    pub(super) fn from_guest(stream: UnixStream, request: &VsockHeader) -> Self {
+        let mut connection = Self::new(stream, ConnectionPhase::Answering, None);
         connection.to_guest.learn(request);
         connection
     }
 
-    fn new(stream: UnixStream, phase: Phase, deadline: Option<Instant>) -> Self {
+    fn new(stream: UnixStream, phase: ConnectionPhase, deadline: Option<Instant>) -> Self {
         Self {
             stream,
             phase,
             deadline,
             in_line: false,
-            to_guest: ToGuest::default(),
-            to_host: ToHost::default(),
+            to_guest: FlowToGuest::default(),
+            to_host: FlowToHost::default(),
         }
     }
 
     /// Whether a program on the host waits for the guest to take it.
     pub(super) fn is_unanswered(&self) -> bool {
-        matches!(self.phase, Phase::Asking | Phase::Asked)
+        matches!(self.phase, ConnectionPhase::Asking | ConnectionPhase::Asked)
     }
 
     /// When the guest must have answered.
@@ -125,21 +125,21 @@ impl Connection {
 
     /// Ends it; the guest is told with the next packet.
     pub(super) fn end(&mut self) {
-        self.phase = Phase::Over;
+        self.phase = ConnectionPhase::Over;
     }
 
     /// Takes a packet of the guest's with its data. What makes no sense ends the connection.
-    pub(super) fn receive(&mut self, packet: &Header, data: &[u8], host_port: u32) {
+    pub(super) fn receive(&mut self, packet: &VsockHeader, data: &[u8], host_port: u32) {
         self.to_guest.learn(packet);
         let sensible = match (packet.op, self.phase) {
-            (Some(Op::Response), Phase::Asked) => self.answered(host_port),
-            (Some(Op::Data), Phase::Open) => self.forward(data),
-            (Some(Op::Shutdown), Phase::Open) => {
+            (Some(PacketOp::Response), ConnectionPhase::Asked) => self.answered(host_port),
+            (Some(PacketOp::Data), ConnectionPhase::Open) => self.forward(data),
+            (Some(PacketOp::Shutdown), ConnectionPhase::Open) => {
                 self.shut_down(packet.flags);
                 true
             }
-            (Some(Op::CreditUpdate), Phase::Open) => true,
-            (Some(Op::CreditRequest), Phase::Open) => {
+            (Some(PacketOp::CreditUpdate), ConnectionPhase::Open) => true,
+            (Some(PacketOp::CreditRequest), ConnectionPhase::Open) => {
                 self.to_host.owes_credit = true;
                 true
             }
@@ -162,20 +162,20 @@ impl Connection {
     }
 
     /// The next packet for the guest, with data at the front of `room`; `None` if there is none for now. A
-    /// [`Op::Reset`] is the last.
+    /// [`PacketOp::Reset`] is the last.
     pub(super) fn next(&mut self, room: &mut [u8]) -> Option<Outgoing> {
         let (op, flags, len) = match self.phase {
-            Phase::Asking => {
-                self.phase = Phase::Asked;
-                (Op::Request, 0, 0)
+            ConnectionPhase::Asking => {
+                self.phase = ConnectionPhase::Asked;
+                (PacketOp::Request, 0, 0)
             }
-            Phase::Asked => return None,
-            Phase::Answering => {
-                self.phase = Phase::Open;
-                (Op::Response, 0, 0)
+            ConnectionPhase::Asked => return None,
+            ConnectionPhase::Answering => {
+                self.phase = ConnectionPhase::Open;
+                (PacketOp::Response, 0, 0)
             }
-            Phase::Open => self.next_when_open(room)?,
-            Phase::Over => (Op::Reset, 0, 0),
+            ConnectionPhase::Open => self.next_when_open(room)?,
+            ConnectionPhase::Over => (PacketOp::Reset, 0, 0),
         };
         self.to_host.told = self.to_host.forwarded;
         Some(Outgoing {
@@ -186,35 +186,35 @@ impl Connection {
         })
     }
 
-    fn next_when_open(&mut self, room: &mut [u8]) -> Option<(Op, u32, usize)> {
+    fn next_when_open(&mut self, room: &mut [u8]) -> Option<(PacketOp, u32, usize)> {
         if self.to_host.shutdown == NOTHING_MORE && self.to_host.waiting.is_empty() {
             self.end();
-            return Some((Op::Reset, 0, 0));
+            return Some((PacketOp::Reset, 0, 0));
         }
         match self.read(room) {
             Ok(0) => {}
-            Ok(len) => return Some((Op::Data, 0, len)),
+            Ok(len) => return Some((PacketOp::Data, 0, len)),
             Err(_) => {
                 self.end();
-                return Some((Op::Reset, 0, 0));
+                return Some((PacketOp::Reset, 0, 0));
             }
         }
-        let ToGuest { shutdown, told, .. } = self.to_guest;
+        let FlowToGuest { shutdown, told, .. } = self.to_guest;
         if shutdown != told {
             self.to_guest.told = shutdown;
             if shutdown == NOTHING_MORE {
                 self.deadline = Some(Instant::now() + ANSWER_TIME);
             }
-            return Some((Op::Shutdown, shutdown, 0));
+            return Some((PacketOp::Shutdown, shutdown, 0));
         }
         let untold = self.to_host.forwarded.wrapping_sub(self.to_host.told);
         if self.to_host.owes_credit || untold >= WORTH_TELLING {
             self.to_host.owes_credit = false;
-            return Some((Op::CreditUpdate, 0, 0));
+            return Some((PacketOp::CreditUpdate, 0, 0));
         }
         if self.wants_to_read() && self.to_guest.credit() == 0 && !self.to_guest.asked {
             self.to_guest.asked = true;
-            return Some((Op::CreditRequest, 0, 0));
+            return Some((PacketOp::CreditRequest, 0, 0));
         }
         None
     }
@@ -251,7 +251,7 @@ impl Connection {
 
     /// The guest has accepted. Whether the host's program could be told.
     fn answered(&mut self, host_port: u32) -> bool {
-        self.phase = Phase::Open;
+        self.phase = ConnectionPhase::Open;
         self.deadline = None;
         let line = format!("OK {host_port}\n");
         // The first bytes on the stream: there is room for them, or nobody who would read them.
@@ -297,7 +297,7 @@ impl Connection {
 
     /// Nobody reads what the guest sends.
     fn program_is_gone(&mut self) {
-        if self.phase == Phase::Asked {
+        if self.phase == ConnectionPhase::Asked {
             self.end();
         }
         self.to_guest.shutdown |= NO_RECEIVE;
@@ -305,9 +305,9 @@ impl Connection {
     }
 }
 
-impl ToGuest {
+impl FlowToGuest {
     /// Every packet says how much room its sender has.
-    fn learn(&mut self, packet: &Header) {
+    fn learn(&mut self, packet: &VsockHeader) {
         self.room = packet.buffer_size;
         self.forwarded = packet.forwarded;
         // A guest without room answers every question, and would be asked again for ever.
@@ -320,7 +320,7 @@ impl ToGuest {
     }
 }
 
-impl ToHost {
+impl FlowToHost {
     /// The first bytes of what waits are gone.
     fn took(&mut self, count: usize) {
         self.waiting.drain(..count);

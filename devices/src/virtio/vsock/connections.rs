@@ -5,13 +5,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::backend::{Backend, HostEvent};
-use super::connection::{ANSWER_TIME, BUFFER_SIZE, Connection};
+use super::backend::{HostEvent, VsockBackend};
+use super::connection::{ANSWER_TIME, BUFFER_SIZE, VsockConnection};
 use super::greeting::{Greeted, Greeting};
 use super::metrics::VsockMetrics;
-use super::packet::{HOST_CID, Header, Op, PORT_ANY, Ports, TYPE_STREAM};
-use crate::limited::Limited;
-use crate::virtio::Progress;
+use super::packet::{HOST_CID, PORT_ANY, PacketOp, Ports, TYPE_STREAM, VsockHeader};
+use crate::log_damper::LogDamper;
+use crate::virtio::QueueProgress;
 
 /// Most connections, those included that have not said where to. Each may need [`BUFFER_SIZE`] and a descriptor.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -27,27 +27,27 @@ const GREETING_TIME: Duration = Duration::from_secs(8);
 const TICK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
-pub(super) struct Connections {
+pub(super) struct VsockConnections {
     pub(super) metrics: Arc<VsockMetrics>,
-    backend: Arc<Backend>,
+    backend: Arc<VsockBackend>,
     guest_cid: u64,
-    open: HashMap<Ports, Connection>,
+    open: HashMap<Ports, VsockConnection>,
     /// By the host's port.
     greetings: HashMap<u32, Greeting>,
     /// Those that may have a packet for the guest, each once.
     line: VecDeque<Ports>,
     /// Answers to packets of no connection.
-    refusals: VecDeque<Header>,
+    refusals: VecDeque<VsockHeader>,
     next_port: u32,
     /// Programs may wait to be accepted.
     accepting: bool,
     /// A tick will come.
     ticking: bool,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
-impl Connections {
-    pub(super) fn new(backend: Arc<Backend>, guest_cid: u32) -> Self {
+impl VsockConnections {
+    pub(super) fn new(backend: Arc<VsockBackend>, guest_cid: u32) -> Self {
         Self {
             metrics: Arc::default(),
             backend,
@@ -59,7 +59,7 @@ impl Connections {
             next_port: FIRST_PORT,
             accepting: false,
             ticking: false,
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         }
     }
 
@@ -68,7 +68,7 @@ impl Connections {
         self.next_port
     }
 
-    /// See [`Connections::next_port`]; one past the last is the first again.
+    /// See [`VsockConnections::next_port`]; one past the last is the first again.
     pub(super) fn set_next_port(&mut self, port: u32) {
         self.next_port = port;
     }
@@ -82,7 +82,7 @@ impl Connections {
     }
 
     /// Takes what has happened on the host.
-    pub(super) fn hear(&mut self) -> Progress {
+    pub(super) fn hear(&mut self) -> QueueProgress {
         let now = Instant::now();
         let (events, mut more) = self.backend.poll().unwrap_or_else(|error| {
             self.complain("cannot wait for events", &error);
@@ -102,11 +102,15 @@ impl Connections {
             }
         }
         more |= self.accepting && self.accept(now);
-        if more { Progress::More } else { Progress::Idle }
+        if more {
+            QueueProgress::More
+        } else {
+            QueueProgress::Idle
+        }
     }
 
     /// Takes a packet of the guest's with its data.
-    pub(super) fn receive(&mut self, packet: &Header, data: &[u8]) {
+    pub(super) fn receive(&mut self, packet: &VsockHeader, data: &[u8]) {
         if packet.source_cid != self.guest_cid {
             // Whoever that is, he cannot be answered.
             return self.complain(
@@ -122,12 +126,12 @@ impl Connections {
             return self.refuse(packet);
         }
         match (packet.op, self.open.get_mut(&ports)) {
-            (Some(Op::Reset), Some(_)) => self.remove(ports),
+            (Some(PacketOp::Reset), Some(_)) => self.remove(ports),
             (_, Some(connection)) => {
                 connection.receive(packet, data, ports.host);
                 self.line_up(ports);
             }
-            (Some(Op::Request), None) => self.connect(packet, ports),
+            (Some(PacketOp::Request), None) => self.connect(packet, ports),
             (_, None) => self.refuse(packet),
         }
     }
@@ -143,7 +147,7 @@ impl Connections {
     }
 
     /// The next packet for the guest, with its data at the front of `room`. Connections take turns.
-    pub(super) fn next(&mut self, room: &mut [u8]) -> Option<Header> {
+    pub(super) fn next(&mut self, room: &mut [u8]) -> Option<VsockHeader> {
         if let Some(refusal) = self.refusals.pop_front() {
             return Some(refusal);
         }
@@ -156,12 +160,12 @@ impl Connections {
             let Some(packet) = connection.next(room) else {
                 continue;
             };
-            if packet.op == Op::Reset {
+            if packet.op == PacketOp::Reset {
                 self.remove(ports);
             } else {
                 self.line_up(ports);
             }
-            return Some(Header {
+            return Some(VsockHeader {
                 source_cid: HOST_CID,
                 destination_cid: self.guest_cid,
                 source_port: ports.host,
@@ -177,8 +181,8 @@ impl Connections {
         }
     }
 
-    /// A packet of [`Connections::next`] did not get to the guest: its connection has a hole.
-    pub(super) fn lost(&mut self, packet: &Header) {
+    /// A packet of [`VsockConnections::next`] did not get to the guest: its connection has a hole.
+    pub(super) fn lost(&mut self, packet: &VsockHeader) {
         let ports = Ports {
             host: packet.source_port,
             guest: packet.destination_port,
@@ -209,7 +213,8 @@ impl Connections {
     pub(super) fn tick(&mut self, now: Instant) {
         self.ticking = false;
         self.greetings.retain(|_, greeting| greeting.deadline > now);
-        let overdue = |connection: &Connection| connection.deadline().is_some_and(|deadline| deadline <= now);
+        let overdue =
+            |connection: &VsockConnection| connection.deadline().is_some_and(|deadline| deadline <= now);
         let open = self.open.iter();
         let overdue = open.filter(|(_, connection)| overdue(connection));
         let overdue: Vec<_> = overdue.map(|(ports, _)| *ports).collect();
@@ -288,13 +293,13 @@ impl Connections {
             );
         }
         match self.backend.watch(&greeting.stream, ports, true) {
-            Ok(()) => self.insert(ports, Connection::from_host(greeting.stream, now)),
+            Ok(()) => self.insert(ports, VsockConnection::from_host(greeting.stream, now)),
             Err(error) => self.complain("cannot watch a connection", &error),
         }
     }
 
     /// The guest asks for a connection.
-    fn connect(&mut self, request: &Header, ports: Ports) {
+    fn connect(&mut self, request: &VsockHeader, ports: Ports) {
         if self.is_full() {
             self.complain(
                 "refused a connection of the guest",
@@ -307,7 +312,7 @@ impl Connections {
             Ok(stream)
         });
         match connected {
-            Ok(stream) => self.insert(ports, Connection::from_guest(stream, request)),
+            Ok(stream) => self.insert(ports, VsockConnection::from_guest(stream, request)),
             Err(error) => {
                 tracing::debug!(port = ports.host, %error, "virtio-vsock: nobody waits for the guest");
                 self.refuse(request);
@@ -315,7 +320,7 @@ impl Connections {
         }
     }
 
-    fn insert(&mut self, ports: Ports, connection: Connection) {
+    fn insert(&mut self, ports: Ports, connection: VsockConnection) {
         self.metrics.connections.add(1);
         self.open.insert(ports, connection);
         self.line_up(ports);
@@ -336,8 +341,8 @@ impl Connections {
     }
 
     /// A refusal is not refused.
-    fn refuse(&mut self, packet: &Header) {
-        if packet.op != Some(Op::Reset) {
+    fn refuse(&mut self, packet: &VsockHeader) {
+        if packet.op != Some(PacketOp::Reset) {
             self.refusals.push_back(packet.refusal());
         }
     }

@@ -8,19 +8,19 @@ use std::time::Instant;
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use super::backend::Backend;
+use super::backend::VsockBackend;
 use super::connection::BUFFER_SIZE;
-use super::connections::Connections;
-use super::packet::{HEADER_LEN, Header, Op};
-use super::parameters::Parameters;
+use super::connections::VsockConnections;
+use super::packet::{HEADER_LEN, PacketOp, VsockHeader};
+use super::parameters::VsockParameters;
 use super::state::VsockState;
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueAccess, QueueError, Queues,
+    Chain, Description, DeviceError, HostBackend, QUEUE_SIZE, QueueAccess, QueueError, QueueProgress, Queues,
     VirtioDevice,
 };
 
@@ -43,22 +43,22 @@ const TURN_PACKETS: usize = 64;
 
 /// A socket device.
 #[derive(Debug)]
-pub struct Vsock {
-    backend: Arc<Backend>,
-    parameters: Parameters,
+pub struct VirtioVsock {
+    backend: Arc<VsockBackend>,
+    parameters: VsockParameters,
     rx_limiter: Limiter,
     tx_limiter: Limiter,
-    connections: Connections,
-    news: News,
+    connections: VsockConnections,
+    news: ResetNotice,
     /// A packet's data on its way.
     room: Box<[u8]>,
-    complaints: Limited,
+    complaints: LogDamper,
 }
 
 /// The news that all connections are gone. Until the guest has taken it in there are no new ones, which it would
 /// throw away with the old.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum News {
+enum ResetNotice {
     /// There is none.
     None,
     /// The guest is to be told.
@@ -67,25 +67,25 @@ enum News {
     Told { spare: usize },
 }
 
-impl Vsock {
+impl VirtioVsock {
     /// A device on `backend`. The parameters were checked.
-    pub fn new(backend: Arc<Backend>, parameters: Parameters) -> io::Result<Self> {
+    pub fn new(backend: Arc<VsockBackend>, parameters: VsockParameters) -> io::Result<Self> {
         Ok(Self {
-            connections: Connections::new(backend.clone(), parameters.guest_cid),
+            connections: VsockConnections::new(backend.clone(), parameters.guest_cid),
             backend,
             parameters,
             rx_limiter: Limiter::new(parameters.limits)?,
             tx_limiter: Limiter::new(parameters.limits)?,
-            news: News::None,
+            news: ResetNotice::None,
             room: vec![0; BUFFER_SIZE].into(),
-            complaints: Limited::default(),
+            complaints: LogDamper::default(),
         })
     }
 
     /// Whatever happened, everything is looked at: there is little to look at where nothing did.
-    fn work(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn work(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         if !self.is_told(queues)? {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         }
         let heard = self.connections.hear();
         let taken = self.take_packets(queues)?;
@@ -93,28 +93,28 @@ impl Vsock {
         self.connections.keep_time();
         // What holds up the guest's packets ends when it takes ours, and then it kicks.
         let held_up = !self.connections.can_refuse();
-        let more = heard == Progress::More || given == Progress::More;
-        Ok(if more || taken == Progress::More && !held_up {
-            Progress::More
+        let more = heard == QueueProgress::More || given == QueueProgress::More;
+        Ok(if more || taken == QueueProgress::More && !held_up {
+            QueueProgress::More
         } else {
-            Progress::Idle
+            QueueProgress::Idle
         })
     }
 
     /// Tells the guest what is due; whether it knows everything.
     fn is_told(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
-        if self.news == News::None {
+        if self.news == ResetNotice::None {
             return Ok(true);
         }
         let Some(mut queue) = queues.get(EVENTS) else {
             return Ok(true);
         };
         match self.news {
-            News::Due => self.tell(&mut queue)?,
-            News::Told { spare } if count(&mut queue)? > spare => self.news = News::None,
-            News::Told { .. } | News::None => {}
+            ResetNotice::Due => self.tell(&mut queue)?,
+            ResetNotice::Told { spare } if count(&mut queue)? > spare => self.news = ResetNotice::None,
+            ResetNotice::Told { .. } | ResetNotice::None => {}
         }
-        Ok(self.news == News::None)
+        Ok(self.news == ResetNotice::None)
     }
 
     fn tell(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
@@ -133,25 +133,25 @@ impl Vsock {
         let spare = count(queue)?;
         queue.give_back(head, if filled { event.len() as u32 } else { 0 })?;
         queue.notify()?;
-        self.news = News::Told { spare };
+        self.news = ResetNotice::Told { spare };
         Ok(())
     }
 
-    fn take_packets(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn take_packets(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(FROM_GUEST) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut taken = 0;
         let progress = loop {
             if taken == TURN_PACKETS || !self.connections.can_refuse() {
-                break Progress::More;
+                break QueueProgress::More;
             }
             if !self.tx_limiter.admits() {
                 self.connections.metrics.tx_throttled.add(1);
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
             let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let bytes = chain.as_ref().map_or(0, |chain| chain.readable.len());
             self.tx_limiter.spend(bytes.saturating_sub(HEADER_LEN as u64));
@@ -175,9 +175,9 @@ impl Vsock {
             Ok(got) => return self.complain(format_args!("a packet of {got} bytes")),
             Err(error) => return self.complain(error),
         }
-        let mut header = Header::decode(&header);
+        let mut header = VsockHeader::decode(&header);
         let len = match header.op {
-            Some(Op::Data) => header.len as usize,
+            Some(PacketOp::Data) => header.len as usize,
             _ => 0,
         };
         let data = self.room.get_mut(..len).unwrap_or_default();
@@ -190,24 +190,24 @@ impl Vsock {
         self.connections.receive(&header, data);
     }
 
-    fn give_packets(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn give_packets(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(TO_GUEST) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut given = 0;
         let progress = loop {
             if !self.connections.has_news() {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
             if given == TURN_PACKETS {
-                break Progress::More;
+                break QueueProgress::More;
             }
             if !self.rx_limiter.admits() {
                 self.connections.metrics.rx_throttled.add(1);
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
             let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let written = match chain {
                 Ok(chain) if chain.writable.len() > HEADER_LEN as u64 => self.give(queue.memory(), chain),
@@ -225,7 +225,7 @@ impl Vsock {
             };
             let Some(written) = written else {
                 queue.put_back();
-                break Progress::Idle;
+                break QueueProgress::Idle;
             };
             let bytes = u64::from(written).saturating_sub(HEADER_LEN as u64);
             self.rx_limiter.spend(bytes);
@@ -276,7 +276,7 @@ fn count(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
     Ok(count)
 }
 
-impl VirtioDevice for Vsock {
+impl VirtioDevice for VirtioVsock {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_VSOCK
     }
@@ -307,7 +307,7 @@ impl VirtioDevice for Vsock {
         tracing::debug!(features, "virtio-vsock: driver ready");
     }
 
-    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.work(queues)
     }
 
@@ -319,7 +319,7 @@ impl VirtioDevice for Vsock {
         ]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.rx_limiter.hear();
         self.tx_limiter.hear();
         self.work(queues)
@@ -327,7 +327,7 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) -> bool {
         self.connections.clear();
-        self.news = News::None;
+        self.news = ResetNotice::None;
         true
     }
 
@@ -348,7 +348,7 @@ impl VirtioDevice for Vsock {
         let state: VsockState = envelope.take(instance)?;
         state.check(self.parameters.guest_cid)?;
         self.connections.set_next_port(state.next_port);
-        self.news = News::Due;
+        self.news = ResetNotice::Due;
         Ok(())
     }
 

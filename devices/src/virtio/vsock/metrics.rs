@@ -1,6 +1,6 @@
 //! What a socket device counts.
 
-use super::packet::Op;
+use super::packet::PacketOp;
 use crate::metrics::counters;
 
 counters! {
@@ -29,21 +29,21 @@ counters! {
 
 impl VsockMetrics {
     /// Counts a packet that the guest got, with so many bytes of data.
-    pub(super) fn received(&self, op: Option<Op>, bytes: u64) {
+    pub(super) fn received(&self, op: Option<PacketOp>, bytes: u64) {
         self.rx_packets.add(1);
         self.rx_bytes.add(bytes);
         self.count_reset(op);
     }
 
     /// Counts a packet that the guest sent, with so many bytes of data.
-    pub(super) fn sent(&self, op: Option<Op>, bytes: u64) {
+    pub(super) fn sent(&self, op: Option<PacketOp>, bytes: u64) {
         self.tx_packets.add(1);
         self.tx_bytes.add(bytes);
         self.count_reset(op);
     }
 
-    fn count_reset(&self, op: Option<Op>) {
-        if op == Some(Op::Reset) {
+    fn count_reset(&self, op: Option<PacketOp>) {
+        if op == Some(PacketOp::Reset) {
             self.resets.add(1);
         }
     }

@@ -19,8 +19,8 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use backend::Backend;
-pub use device::{CID_MAX, CID_MIN, Vsock};
+pub use backend::VsockBackend;
+pub use device::{CID_MAX, CID_MIN, VirtioVsock};
 pub use metrics::VsockMetrics;
-pub use parameters::Parameters;
+pub use parameters::VsockParameters;
 pub use state::VsockState;

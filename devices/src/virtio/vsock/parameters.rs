@@ -5,14 +5,14 @@ use crate::rate::Limits;
 
 /// What a device is made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parameters {
+pub struct VsockParameters {
     /// The guest's address, [`CID_MIN`] to [`CID_MAX`].
     pub guest_cid: u32,
     /// What goes in each direction in a time; an operation is a packet, the bytes are those of its data.
     pub limits: Limits,
 }
 
-impl Parameters {
+impl VsockParameters {
     /// As they travel: the address in little-endian order, then the limits.
     pub fn to_bytes(self) -> Vec<u8> {
         [&self.guest_cid.to_le_bytes()[..], &self.limits.to_bytes()].concat()
@@ -43,11 +43,14 @@ mod tests {
             operations: None,
         };
         for limits in [limits, Limits::default()] {
-            let parameters = Parameters { guest_cid: 3, limits };
-            assert_eq!(Parameters::from_bytes(&parameters.to_bytes()), Some(parameters));
+            let parameters = VsockParameters { guest_cid: 3, limits };
+            assert_eq!(
+                VsockParameters::from_bytes(&parameters.to_bytes()),
+                Some(parameters)
+            );
         }
         for bad in [&[][..], &[3, 0, 0], &[2, 0, 0, 0], &[0xff; 4], &[3, 0, 0, 0, 0]] {
-            assert_eq!(Parameters::from_bytes(bad), None, "{bad:?}");
+            assert_eq!(VsockParameters::from_bytes(bad), None, "{bad:?}");
         }
     }
 }

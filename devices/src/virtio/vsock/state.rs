@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::connections::FIRST_PORT;
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::Vsock`]. Connections are not in it: they end with a move.
+/// Saved state of a [`super::VirtioVsock`]. Connections are not in it: they end with a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     /// The guest's address.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 /// Why a disk cannot be used. Every message is one line that names the path.
 #[derive(Debug, thiserror::Error)]
-pub enum BackendError {
+pub enum BlockBackendError {
     /// Nothing is there.
     #[error("disk {}: expected a file or a block device, found nothing there", path.display())]
     Missing {

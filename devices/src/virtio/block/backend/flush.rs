@@ -2,9 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{Backend, BackendError};
+use super::{BlockBackend, BlockBackendError};
 
-impl Backend {
+impl BlockBackend {
     /// The one place where every change of the disk passes: each write, discard and zeroing by whichever engine, in
     /// bytes of the disk, after it was done or failed half-way, and before the guest hears of it.
     pub(in super::super) fn modified(&self, offset: u64, len: u64) {
@@ -12,7 +12,7 @@ impl Backend {
         self.modified.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// What is to be told to [`Backend::flushed`] when a flush that begins now is done; `None` if there is nothing to
+    /// What is to be told to [`BlockBackend::flushed`] when a flush that begins now is done; `None` if there is nothing to
     /// flush.
     pub(in super::super) fn unflushed(&self) -> Option<u64> {
         let modified = self.modified.load(Ordering::SeqCst);
@@ -25,7 +25,7 @@ impl Backend {
     }
 
     /// Makes what was written durable.
-    pub fn flush(&self) -> Result<(), BackendError> {
+    pub fn flush(&self) -> Result<(), BlockBackendError> {
         if let Some(generation) = self.unflushed() {
             self.write_out()?;
             let done = match &self.qcow2 {
@@ -60,7 +60,7 @@ impl Backend {
     }
 
     /// Puts everything that was written into the disk's file, where it outlives this process, though not yet the host.
-    pub fn write_out(&self) -> Result<(), BackendError> {
+    pub fn write_out(&self) -> Result<(), BlockBackendError> {
         let modified = self.modified.load(Ordering::SeqCst);
         if let Some(image) = self.qcow2.as_ref().filter(|_| self.is_behind()) {
             image.write_out().map_err(self.failed("write to it"))?;
@@ -71,7 +71,7 @@ impl Backend {
 
     /// Does that for the last time: whoever writes after it waits for the process to end. For a disk whose threads
     /// nobody may wait for.
-    pub fn close(&self) -> Result<(), BackendError> {
+    pub fn close(&self) -> Result<(), BlockBackendError> {
         match &self.qcow2 {
             Some(image) if !self.read_only => image.close().map_err(self.failed("write to it")),
             _ => Ok(()),

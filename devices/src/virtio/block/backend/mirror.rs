@@ -9,9 +9,9 @@ use rustix::io::Errno;
 
 use super::super::log::BlockLog;
 use super::scratch::Scratch;
-use super::{Backend, BackendError};
+use super::{BlockBackend, BlockBackendError};
 
-impl Backend {
+impl BlockBackend {
     /// Logs from now on what is written to it. Any log before that ends.
     pub fn start_log(&self) -> Arc<BlockLog> {
         self.logging.start(self.size())
@@ -23,7 +23,7 @@ impl Backend {
     }
 
     /// Ranges of bytes that may hold something, as offset and length; all else is zero.
-    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
+    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BlockBackendError> {
         let size = self.size();
         let Some(file) = self.raw() else {
             return Ok(vec![(0, size)]);
@@ -31,7 +31,7 @@ impl Backend {
         // What is missing at its end would look like a hole, and is none.
         let got = self.file_size()?;
         if got < size {
-            return Err(BackendError::Shrunk {
+            return Err(BlockBackendError::Shrunk {
                 path: self.path.clone(),
                 expected: size,
                 got,
@@ -41,7 +41,7 @@ impl Backend {
     }
 
     /// Reads what is at byte `offset` of the disk.
-    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BackendError> {
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BlockBackendError> {
         let mut scratch = Scratch::new(into.len() as u64);
         let (mut at, mut rest) = (offset, into);
         while !rest.is_empty() {

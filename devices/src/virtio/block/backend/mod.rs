@@ -21,22 +21,22 @@ use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
 use super::log::Logging;
-use super::request::RequestError;
+use super::request::BlockRequestError;
 use super::sys;
 use crate::GuestMemory;
 use crate::virtio::sys::{At, Durability};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
-pub use error::BackendError;
-use lock::Held;
-pub use open::{Access, BackingFile, Format, FormatError};
+pub use error::BlockBackendError;
+use lock::HeldLocks;
+pub use open::{Access, BackingFile, ImageFormat, ImageFormatError};
 use open::{Alignment, open_disk};
 use qcow2::Qcow2;
 use scratch::Scratch;
 
 /// An open disk. Nothing is locked by opening it.
 #[derive(Debug)]
-pub struct Backend {
+pub struct BlockBackend {
     file: File,
     path: PathBuf,
     is_block_device: bool,
@@ -52,7 +52,7 @@ pub struct Backend {
     made_here: bool,
     /// It was somebody else's, who had it locked until then.
     is_taken_over: bool,
-    held: Mutex<Held>,
+    held: Mutex<HeldLocks>,
     logging: Logging,
     /// How often the disk was modified, how much of that is in its file, and how much durable.
     modified: AtomicU64,
@@ -62,23 +62,23 @@ pub struct Backend {
     lost: AtomicBool,
 }
 
-impl Backend {
+impl BlockBackend {
     /// Opens the disk at `path`.
-    pub fn open(path: &Path, access: Access) -> Result<Self, BackendError> {
+    pub fn open(path: &Path, access: Access) -> Result<Self, BlockBackendError> {
         Self::open_on(path, access, &[])
     }
 
     /// Opens the image at `path`, on these files, from the upper to the lower.
-    pub fn open_on(path: &Path, access: Access, backing: &[BackingFile]) -> Result<Self, BackendError> {
+    pub fn open_on(path: &Path, access: Access, backing: &[BackingFile]) -> Result<Self, BlockBackendError> {
         let (file, is_block_device) = open_disk(path, access)?;
         let alignment = access.direct.then(|| Alignment::of(&file));
         let qcow2 = match (access.format, backing) {
-            (Format::Raw, []) => None,
-            (Format::Raw, [BackingFile { path: got, .. }, ..]) => {
+            (ImageFormat::Raw, []) => None,
+            (ImageFormat::Raw, [BackingFile { path: got, .. }, ..]) => {
                 let (path, got) = (path.to_owned(), got.clone());
-                return Err(BackendError::NoImage { path, got });
+                return Err(BlockBackendError::NoImage { path, got });
             }
-            (Format::Qcow2, backing) => Some(Qcow2::open(&file, path, access.read_only, backing)?),
+            (ImageFormat::Qcow2, backing) => Some(Qcow2::open(&file, path, access.read_only, backing)?),
         };
         let backend = Self {
             file,
@@ -112,7 +112,7 @@ impl Backend {
     }
 
     /// Looks how large it is now. What is beyond its last whole block no guest can reach.
-    pub(super) fn measure(&self) -> Result<(), BackendError> {
+    pub(super) fn measure(&self) -> Result<(), BlockBackendError> {
         let size = match &self.qcow2 {
             Some(image) => image.size(),
             None => self.file_size()?,
@@ -133,7 +133,7 @@ impl Backend {
     }
 
     /// A block device's metadata says 0; its end says the truth.
-    fn file_size(&self) -> Result<u64, BackendError> {
+    fn file_size(&self) -> Result<u64, BlockBackendError> {
         (&self.file)
             .seek(SeekFrom::End(0))
             .map_err(self.failed("find its size"))
@@ -167,7 +167,7 @@ impl Backend {
 
     /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
     /// there afterwards, so nothing fails where it cannot.
-    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
+    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BlockBackendError> {
         let done = match &self.qcow2 {
             Some(image) => image.discard(offset, len),
             None => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
@@ -181,7 +181,7 @@ impl Backend {
     }
 
     /// Makes `len` bytes at byte `offset` zero; they may give up their space if `unmap`.
-    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BackendError> {
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BlockBackendError> {
         let done = match &self.qcow2 {
             Some(image) => image.write_zeroes(offset, len, unmap),
             None if unmap => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
@@ -214,7 +214,7 @@ impl Backend {
     }
 
     /// Drops what this host has cached of the disk, so that what another host wrote is read from the disk.
-    pub fn invalidate(&self) -> Result<(), BackendError> {
+    pub fn invalidate(&self) -> Result<(), BlockBackendError> {
         if self.made_here {
             return Ok(());
         }
@@ -247,7 +247,7 @@ impl Backend {
         memory: &GuestMemory,
         into: &Buffers,
         mut offset: u64,
-    ) -> Result<(), RequestError> {
+    ) -> Result<(), BlockRequestError> {
         if self.takes(into) {
             let mut at = self.at(offset);
             for (address, len) in into.iter() {
@@ -272,7 +272,7 @@ impl Backend {
         from: &Buffers,
         offset: u64,
         durability: Durability,
-    ) -> Result<(), RequestError> {
+    ) -> Result<(), BlockRequestError> {
         let done = self.write_buffers(memory, from, offset);
         self.modified(offset, from.len());
         done?;
@@ -287,7 +287,7 @@ impl Backend {
         memory: &GuestMemory,
         from: &Buffers,
         mut offset: u64,
-    ) -> Result<(), RequestError> {
+    ) -> Result<(), BlockRequestError> {
         if self.takes(from) {
             let mut at = self.at(offset);
             for (address, len) in from.iter() {
@@ -332,8 +332,8 @@ impl Backend {
         self.qcow2.is_none().then_some(&self.file)
     }
 
-    pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {
-        move |source| BackendError::Io {
+    pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BlockBackendError + '_ {
+        move |source| BlockBackendError::Io {
             path: self.path.clone(),
             what,
             source,
@@ -349,7 +349,7 @@ fn cannot(error: &io::Error) -> bool {
     )
 }
 
-impl HostBackend for Backend {
+impl HostBackend for BlockBackend {
     fn take_locks(&self) -> Result<(), HostError> {
         Ok(self.lock()?)
     }

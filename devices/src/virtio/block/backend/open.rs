@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 
-use super::BackendError;
+use super::BlockBackendError;
 
 /// How a disk is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,13 +19,13 @@ pub struct Access {
     /// Without the host's cache (O_DIRECT).
     pub direct: bool,
     /// What the file is.
-    pub format: Format,
+    pub format: ImageFormat,
 }
 
 /// What a disk's file is. It is said by whoever knows, and never guessed: a guest may write whatever it likes to a raw
 /// image, and make it look like another one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
+pub enum ImageFormat {
     /// The disk's bytes.
     #[default]
     Raw,
@@ -39,10 +39,10 @@ pub struct BackingFile {
     /// Where it is.
     pub path: PathBuf,
     /// What it is; `None` if the image on it says that.
-    pub format: Option<Format>,
+    pub format: Option<ImageFormat>,
 }
 
-impl fmt::Display for Format {
+impl fmt::Display for ImageFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Raw => "raw",
@@ -51,19 +51,19 @@ impl fmt::Display for Format {
     }
 }
 
-/// Not the name of a [`Format`].
+/// Not the name of a [`ImageFormat`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("format: expected raw or qcow2, got {0:?}")]
-pub struct FormatError(String);
+pub struct ImageFormatError(String);
 
-impl FromStr for Format {
-    type Err = FormatError;
+impl FromStr for ImageFormat {
+    type Err = ImageFormatError;
 
-    fn from_str(text: &str) -> Result<Self, FormatError> {
+    fn from_str(text: &str) -> Result<Self, ImageFormatError> {
         match text {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
-            _ => Err(FormatError(text.into())),
+            _ => Err(ImageFormatError(text.into())),
         }
     }
 }
@@ -72,9 +72,9 @@ impl FromStr for Format {
 const A_DIRECTORY: &str = "a directory";
 
 /// Opens a disk, or a file of one, and says whether it is a block device.
-pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), BackendError> {
+pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), BlockBackendError> {
     let failed = |what| {
-        move |source| BackendError::Io {
+        move |source| BlockBackendError::Io {
             path: path.to_owned(),
             what,
             source,
@@ -89,7 +89,7 @@ pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), Bac
             "something else"
         };
         let path = path.to_owned();
-        return Err(BackendError::NotADisk { path, got });
+        return Err(BlockBackendError::NotADisk { path, got });
     }
     // Requests may take their time.
     fcntl_getfl(&file)
@@ -99,10 +99,10 @@ pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), Bac
 }
 
 /// Opens what may yet be no disk.
-fn open(path: &Path, access: Access) -> Result<File, BackendError> {
-    if access.direct && access.format != Format::Raw {
+fn open(path: &Path, access: Access) -> Result<File, BlockBackendError> {
+    if access.direct && access.format != ImageFormat::Raw {
         let path = path.to_owned();
-        return Err(BackendError::NotDirect { path });
+        return Err(BlockBackendError::NotDirect { path });
     }
     // Without O_NONBLOCK a FIFO would block before it could be refused.
     let direct = if access.direct { libc::O_DIRECT } else { 0 };
@@ -113,17 +113,19 @@ fn open(path: &Path, access: Access) -> Result<File, BackendError> {
         .open(path);
     let path = path.to_owned();
     opened.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => BackendError::Missing { path },
-        io::ErrorKind::IsADirectory => BackendError::NotADisk {
+        io::ErrorKind::NotFound => BlockBackendError::Missing { path },
+        io::ErrorKind::IsADirectory => BlockBackendError::NotADisk {
             path,
             got: A_DIRECTORY,
         },
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => BackendError::Permission {
-            path,
-            read_only: access.read_only,
-        },
-        io::ErrorKind::InvalidInput if access.direct => BackendError::NotDirect { path },
-        _ => BackendError::Io {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            BlockBackendError::Permission {
+                path,
+                read_only: access.read_only,
+            }
+        }
+        io::ErrorKind::InvalidInput if access.direct => BlockBackendError::NotDirect { path },
+        _ => BlockBackendError::Io {
             path,
             what: "open it",
             source,

@@ -12,8 +12,8 @@ use imago::qcow2::Qcow2 as Image;
 use imago::raw::Raw;
 use imago::storage::StorageOpenOptions;
 
-use super::open::{Access, Format, open_disk};
-use super::{BackendError, BackingFile};
+use super::open::{Access, ImageFormat, open_disk};
+use super::{BackingFile, BlockBackendError};
 
 /// How long the end of a process waits for whoever has an image.
 const CLOSING: Duration = Duration::from_secs(2);
@@ -22,18 +22,18 @@ const CLOSING: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Qcow2 {
     /// From the image itself down.
-    layers: Vec<Layer>,
+    layers: Vec<ImageLayer>,
     read_only: bool,
     image: Mutex<FormatAccess<ImageFile>>,
 }
 
 /// A file of an image.
 #[derive(Debug)]
-struct Layer {
+struct ImageLayer {
     file: File,
     path: PathBuf,
     /// What it is, where that was said; else the image above says.
-    format: Option<Format>,
+    format: Option<ImageFormat>,
 }
 
 impl Qcow2 {
@@ -43,29 +43,29 @@ impl Qcow2 {
         path: &Path,
         read_only: bool,
         backing: &[BackingFile],
-    ) -> Result<Self, BackendError> {
-        let failed = |source| BackendError::Io {
+    ) -> Result<Self, BlockBackendError> {
+        let failed = |source| BlockBackendError::Io {
             path: path.to_owned(),
             what: "open it as qcow2",
             source,
         };
-        let mut layers = vec![Layer {
+        let mut layers = vec![ImageLayer {
             file: file.try_clone().map_err(failed)?,
             path: path.to_owned(),
-            format: Some(Format::Qcow2),
+            format: Some(ImageFormat::Qcow2),
         }];
         for BackingFile { path, format } in backing {
             let access = Access {
                 read_only: true,
                 ..Access::default()
             };
-            layers.push(Layer {
+            layers.push(ImageLayer {
                 file: open_disk(path, access)?.0,
                 path: path.clone(),
                 format: *format,
             });
         }
-        let image = open(&layers, Format::Qcow2, !read_only).map_err(failed)?;
+        let image = open(&layers, ImageFormat::Qcow2, !read_only).map_err(failed)?;
         Ok(Self {
             layers,
             read_only,
@@ -75,7 +75,7 @@ impl Qcow2 {
 
     /// Forgets what is known of the image and looks anew, as another host may have written to it.
     pub(super) fn reopen(&self) -> io::Result<()> {
-        *self.image() = open(&self.layers, Format::Qcow2, !self.read_only)?;
+        *self.image() = open(&self.layers, ImageFormat::Qcow2, !self.read_only)?;
         Ok(())
     }
 
@@ -147,12 +147,12 @@ impl Qcow2 {
 }
 
 /// What the first of `layers` holds, on the others. What its header names is what they are, or nothing.
-fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAccess<ImageFile>> {
+fn open(layers: &[ImageLayer], format: ImageFormat, writable: bool) -> io::Result<FormatAccess<ImageFile>> {
     let (this, below) = layers.split_first().ok_or(io::ErrorKind::NotFound)?;
     let options = StorageOpenOptions::new().filename(&this.path).write(writable);
     let file = ImageFile::from_open_file(this.file.try_clone()?, options)?;
     let path = this.path.display();
-    if format == Format::Raw {
+    if format == ImageFormat::Raw {
         return match below.first() {
             None => Ok(FormatAccess::new(Raw::open_image(file, writable)?)),
             Some(named) => Err(refused(format!(
@@ -171,7 +171,7 @@ fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAc
     let named = image.implicit_backing_file();
     let below = match (named, below.first()) {
         (None, None) => None,
-        (None, Some(Layer { path: got, .. })) => {
+        (None, Some(ImageLayer { path: got, .. })) => {
             let got = got.display();
             return Err(refused(format!(
                 "expected no backing file of {path}, which has none, got {got}"
@@ -196,12 +196,12 @@ fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAc
 
 /// What a backing file is: as was said, or as the image on it says. To look at it would be to trust a guest that wrote
 /// to it.
-fn format_of(layer: &Layer, in_image: Option<&str>) -> io::Result<Format> {
+fn format_of(layer: &ImageLayer, in_image: Option<&str>) -> io::Result<ImageFormat> {
     let path = layer.path.display();
     let in_image = match in_image.filter(|name| !name.is_empty()) {
         None => None,
         // An old name.
-        Some("file") => Some(Format::Raw),
+        Some("file") => Some(ImageFormat::Raw),
         Some(name) => Some(name.parse().map_err(io::Error::other)?),
     };
     match (layer.format, in_image) {

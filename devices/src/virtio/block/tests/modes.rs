@@ -14,8 +14,8 @@ const FLUSH_FEATURE: u64 = 1 << 9;
 const CONFIG: u64 = 0x100;
 const WRITEBACK: u64 = CONFIG + 32;
 
-fn cached(cache: Cache) -> Parameters {
-    Parameters {
+fn cached(cache: CacheMode) -> BlockParameters {
+    BlockParameters {
         cache,
         ..Default::default()
     }
@@ -32,7 +32,7 @@ fn set_writeback(driver: &mut Driver, value: u8) {
 }
 
 /// Whether nothing is left to flush after a write.
-fn writes_through(driver: &mut Driver, backend: &Backend) -> bool {
+fn writes_through(driver: &mut Driver, backend: &BlockBackend) -> bool {
     driver.fill(BUFFER, &[0xee; 512]);
     assert_eq!(request(driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
     let clean = backend.unflushed().is_none();
@@ -61,8 +61,8 @@ fn without_flush_every_write_is_written_through() {
 
 #[test]
 fn cache_modes_and_the_guests_choice() {
-    let disk = Disk::with(IoEngine::Sync);
-    for (cache, at_first) in [(Cache::Writeback, 1), (Cache::Writethrough, 0)] {
+    let disk = TestDisk::with(IoEngine::Sync);
+    for (cache, at_first) in [(CacheMode::Writeback, 1), (CacheMode::Writethrough, 0)] {
         let device = disk.with_parameters(false, cached(cache));
         let backend = device.backend.clone();
         let mut driver = Driver::ready(device);
@@ -75,7 +75,7 @@ fn cache_modes_and_the_guests_choice() {
         }
         // The choice moves, and a reset forgets it.
         set_writeback(&mut driver, 1 - at_first);
-        let parameters = Parameters::from_bytes(&driver.transport.describe().parameters).unwrap();
+        let parameters = BlockParameters::from_bytes(&driver.transport.describe().parameters).unwrap();
         assert_eq!(parameters.cache, cache);
         let device = disk.with_parameters(false, parameters);
         let mut moved = driver.move_to(device, driver.save()).unwrap();
@@ -93,7 +93,7 @@ fn cache_modes_and_the_guests_choice() {
 
 #[test]
 fn what_was_cached_is_durable_when_the_guest_turns_the_cache_off() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let device = disk.device(false);
     let backend = device.backend.clone();
     let mut driver = Driver::ready(device);
@@ -109,7 +109,7 @@ fn what_was_cached_is_durable_when_the_guest_turns_the_cache_off() {
 #[test]
 fn an_unsafe_disk_is_flushed_for_moves_alone() {
     with_both(|disk| {
-        let device = disk.with_parameters(false, cached(Cache::Unsafe));
+        let device = disk.with_parameters(false, cached(CacheMode::Unsafe));
         let backend = device.backend.clone();
         let mut driver = Driver::ready(device);
         assert_eq!(driver.offered() & (CONFIG_WCE | FLUSH_FEATURE), FLUSH_FEATURE);
@@ -127,7 +127,7 @@ fn an_unsafe_disk_is_flushed_for_moves_alone() {
 #[test]
 fn direct_io_takes_buffers_as_they_are() {
     with_both(|disk| {
-        let parameters = Parameters {
+        let parameters = BlockParameters {
             direct: true,
             ..Default::default()
         };
@@ -188,7 +188,7 @@ fn direct_io_takes_buffers_as_they_are() {
 
 #[test]
 fn what_cannot_be_opened_for_direct_io_says_so() {
-    let error = Backend::open(
+    let error = BlockBackend::open(
         std::path::Path::new("/proc/self/status"),
         Access {
             read_only: true,
@@ -252,7 +252,7 @@ fn a_disk_that_grows_and_shrinks() {
 
 #[test]
 fn a_resize_just_before_a_move_is_told_after_it() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let device = disk.device(false);
     let control = device.control().clone();
     let mut driver = Driver::ready(device);
@@ -273,7 +273,7 @@ fn a_resize_just_before_a_move_is_told_after_it() {
 
 #[test]
 fn limits_that_change_hold_from_then_on() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let device = disk.device(false);
     let control = device.control().clone();
     let mut driver = Driver::ready(device);

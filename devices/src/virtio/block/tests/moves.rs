@@ -53,7 +53,7 @@ fn a_disk_moves_in_the_middle_of_a_sequence() {
 
 #[test]
 fn another_disk_is_refused() {
-    let (disk, other) = (Disk::new(), Disk::new());
+    let (disk, other) = (TestDisk::new(), TestDisk::new());
     let source = disk.driver();
     File::options()
         .write(true)

@@ -29,7 +29,7 @@ const MOST_WRITTEN: u32 = 1 << 20;
 /// The file is mounted as long as it lives.
 pub(super) struct SlowFile {
     path: std::path::PathBuf,
-    held: Arc<(Mutex<Held>, Condvar)>,
+    held: Arc<(Mutex<HeldRequests>, Condvar)>,
 }
 
 impl SlowFile {
@@ -41,8 +41,8 @@ impl SlowFile {
         let data = format!("fd={fd},rootmode=100000,user_id=0,group_id=0");
         let data = std::ffi::CString::new(data).unwrap();
         mount("slow", path, "fuse", MountFlags::empty(), data.as_c_str()).unwrap();
-        let held: Arc<(Mutex<Held>, Condvar)> = Arc::default();
-        let server = Server {
+        let held: Arc<(Mutex<HeldRequests>, Condvar)> = Arc::default();
+        let server = FuseServer {
             fuse,
             size,
             content: vec![0; size as usize],
@@ -86,7 +86,7 @@ impl SlowFile {
 }
 
 #[derive(Default)]
-struct Held {
+struct HeldRequests {
     is_held: bool,
     /// Something waits for the end of it.
     has_come: bool,
@@ -102,14 +102,14 @@ impl Drop for SlowFile {
     }
 }
 
-struct Server {
+struct FuseServer {
     fuse: File,
     size: u64,
     content: Vec<u8>,
-    held: Arc<(Mutex<Held>, Condvar)>,
+    held: Arc<(Mutex<HeldRequests>, Condvar)>,
 }
 
-impl Server {
+impl FuseServer {
     fn serve(mut self) {
         let mut request = vec![0; BUFFER];
         // Until it is unmounted.

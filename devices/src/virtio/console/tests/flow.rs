@@ -8,7 +8,7 @@ use crate::virtio::testing::reads;
 
 #[test]
 fn the_console_takes_everything_at_once() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     rig.send(0, b"hello ");
     rig.send(0, b"world");
     assert_eq!((rig.taken(0), rig.screen.take()), (2, b"hello world".to_vec()));
@@ -21,7 +21,7 @@ fn the_console_takes_everything_at_once() {
 
 #[test]
 fn what_is_typed_waits_for_the_guest() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let typed: Vec<u8> = (0..2 * INPUT_LIMIT as u32).map(|at| (at / 3) as u8).collect();
     assert_eq!(rig.terminal.enqueue(&typed), INPUT_LIMIT);
     assert_eq!(rig.terminal.enqueue(b"x"), 0);
@@ -39,7 +39,7 @@ fn what_is_typed_waits_for_the_guest() {
 
 #[test]
 fn ports_carry_data_both_ways_and_each_its_own() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let (mut a, mut b) = (rig.client("a"), rig.client("b"));
     for port in [1, 2] {
         rig.post(port, 4);
@@ -61,7 +61,7 @@ fn ports_carry_data_both_ways_and_each_its_own() {
 
 #[test]
 fn what_the_guest_has_no_room_for_stays_in_the_socket() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     let sent = flood(&mut client);
     rig.driver.run();
@@ -78,7 +78,7 @@ fn what_the_guest_has_no_room_for_stays_in_the_socket() {
 
 #[test]
 fn nothing_comes_before_the_guest_opens_the_port() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     rig.say(1, PORT_OPEN, 0);
     let mut client = rig.client("a");
     client.write_all(b"early").unwrap();
@@ -100,7 +100,7 @@ fn nothing_comes_before_the_guest_opens_the_port() {
 
 #[test]
 fn what_nobody_reads_stays_in_the_guests_queue() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     rig.send(1, b"before");
     assert_eq!(rig.taken(1), 0);
     let mut client = rig.client("a");
@@ -126,7 +126,7 @@ fn what_nobody_reads_stays_in_the_guests_queue() {
 
 #[test]
 fn the_rest_of_what_was_begun_is_for_nobody_else() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let first = rig.client("a");
     let long = vec![b'x'; 700_000];
     rig.send(1, &long);
@@ -142,7 +142,7 @@ fn the_rest_of_what_was_begun_is_for_nobody_else() {
 
 #[test]
 fn a_program_that_ends_is_heard_out() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     client.write_all(b"last words").unwrap();
     rig.messages();
@@ -159,7 +159,7 @@ fn a_program_that_ends_is_heard_out() {
 
 #[test]
 fn a_driver_that_starts_anew_finds_who_was_there() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     rig.driver.bring_up();
     rig.post_messages(8);

@@ -5,7 +5,7 @@ use crate::virtio::testing::{END, reads, writes};
 
 #[test]
 fn messages_that_make_no_sense_change_nothing() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     for (port, event, value) in [
         (3, PORT_READY, 1),
         (u32::MAX, PORT_OPEN, 1),
@@ -35,7 +35,7 @@ fn messages_that_make_no_sense_change_nothing() {
 
 #[test]
 fn buffers_that_hold_no_message_come_back_empty() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.say(0, DEVICE_READY, 1);
     rig.driver.select(CONTROL_TO_GUEST);
     for part in [
@@ -60,7 +60,7 @@ fn buffers_that_hold_no_message_come_back_empty() {
 
 #[test]
 fn data_chains_that_make_no_sense_come_back() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     for port in [0, 1] {
         for parts in [
@@ -94,7 +94,7 @@ fn data_chains_that_make_no_sense_come_back() {
 
 #[test]
 fn a_guest_without_end_does_not_hold_others_up() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     // All of memory, sixty-four times in one chain.
     let whole = vec![reads(0, END as u32); 60];
     rig.driver.select(1).add(&whole);

@@ -1,11 +1,11 @@
 //! What guest and host tell each other of ports and terminals.
 
-use super::super::Size;
+use super::super::TerminalSize;
 use super::rig::*;
 use crate::bus::BusDevice;
 use crate::virtio::testing::{Driver, VERSION_1};
 
-const SIZE: Size = Size {
+const SIZE: TerminalSize = TerminalSize {
     columns: 132,
     rows: 43,
 };
@@ -16,7 +16,7 @@ fn config(driver: &mut Driver) -> [u32; 3] {
 
 #[test]
 fn ports_are_introduced_when_the_driver_asks() {
-    let mut rig = Rig::new(&["a", "b.c"]);
+    let mut rig = ConsoleRig::new(&["a", "b.c"]);
     assert_eq!(config(&mut rig.driver), [0, 3, 0]);
     rig.post_messages(32);
     assert_eq!(rig.messages(), []);
@@ -38,7 +38,7 @@ fn ports_are_introduced_when_the_driver_asks() {
 
 #[test]
 fn the_guest_hears_who_comes_and_goes() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let first = rig.client("b");
     assert_eq!(rig.messages(), [(2, PORT_OPEN, 1, vec![])]);
     let second = rig.client("b");
@@ -55,7 +55,7 @@ fn the_guest_hears_who_comes_and_goes() {
 
 #[test]
 fn news_wait_for_buffers_and_get_no_more_meanwhile() {
-    let mut rig = Rig::new(&["a", "b"]);
+    let mut rig = ConsoleRig::new(&["a", "b"]);
     for _ in 0..100 {
         rig.say(0, DEVICE_READY, 1);
     }
@@ -68,7 +68,7 @@ fn news_wait_for_buffers_and_get_no_more_meanwhile() {
 
 #[test]
 fn the_terminals_size_comes_by_message_where_there_are_ports() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.terminal.resize(SIZE);
     rig.post_messages(32);
     rig.say(0, DEVICE_READY, 1);
@@ -77,8 +77,8 @@ fn the_terminals_size_comes_by_message_where_there_are_ports() {
     assert_eq!(rig.messages()[2], (0, RESIZE, 0, vec![132, 0, 43, 0]));
     rig.terminal.resize(SIZE);
     assert_eq!(rig.messages(), [], "it knows");
-    rig.terminal.resize(Size { rows: 1, ..SIZE });
-    rig.terminal.resize(Size { rows: 44, ..SIZE });
+    rig.terminal.resize(TerminalSize { rows: 1, ..SIZE });
+    rig.terminal.resize(TerminalSize { rows: 44, ..SIZE });
     assert_eq!(rig.messages(), [(0, RESIZE, 0, vec![132, 0, 44, 0])]);
     assert_eq!(config(&mut rig.driver)[0], 44 << 16 | 132);
     // A driver that has lost the port and finds it again is told again.
@@ -88,7 +88,7 @@ fn the_terminals_size_comes_by_message_where_there_are_ports() {
 
 #[test]
 fn the_terminals_size_is_configuration_where_there_are_none() {
-    let mut rig = Rig::new(&[]);
+    let mut rig = ConsoleRig::new(&[]);
     assert_eq!(rig.driver.queue_count(), 2);
     assert_eq!(rig.driver.offered() & 0b111, 0b101, "no ports");
     assert_eq!(config(&mut rig.driver), [0, 1, 0]);
@@ -108,7 +108,7 @@ fn the_terminals_size_is_configuration_where_there_are_none() {
 
 #[test]
 fn a_byte_can_be_printed_without_a_driver() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.driver.set(0x070, 0);
     rig.driver.set(0x108, u32::from(b'!'));
     rig.driver.transport.write(0x108, b"?");
@@ -121,7 +121,7 @@ fn a_byte_can_be_printed_without_a_driver() {
 
 #[test]
 fn a_driver_that_knows_of_no_ports_has_a_console() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.driver.bring_up_with(VERSION_1 | 1);
     rig.terminal.enqueue(b"in");
     rig.post(0, 1);
