@@ -1,4 +1,4 @@
-//! Counts complaints that a guest can provoke, so that it cannot flood the log.
+//! Counts warnings that a guest can provoke, so that it cannot flood the log.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -151,22 +151,22 @@ impl Limiter {
     }
 
     /// What the event was about is seen to.
-    pub(crate) fn hear(&self) {
+    pub(crate) fn clear_event(&self) {
         // Whether it has: there is a look at the tokens in any case.
         let _ = self.timer.has_gone_off();
     }
 
     /// Takes tokens for an operation of so many bytes; if there are none, has the event come when there are.
-    pub(crate) fn take(&self, bytes: u64) -> bool {
-        let admitted = self.admits();
+    pub(crate) fn try_consume(&self, bytes: u64) -> bool {
+        let admitted = self.has_tokens();
         if admitted {
-            self.spend(bytes);
+            self.consume(bytes);
         }
         admitted
     }
 
     /// Whether there are tokens for an operation; if not, has the event come when there are.
-    pub(crate) fn admits(&self) -> bool {
+    pub(crate) fn has_tokens(&self) -> bool {
         let (mut bandwidth, mut operations) = (self.bandwidth.get(), self.operations.get());
         if bandwidth.is_none() && operations.is_none() {
             return true;
@@ -175,7 +175,7 @@ impl Limiter {
         let wait = [&mut bandwidth, &mut operations]
             .into_iter()
             .flatten()
-            .map(|tokens| tokens.wait(now))
+            .map(|tokens| tokens.time_to_next(now))
             .max()
             .unwrap_or_default();
         self.bandwidth.set(bandwidth);
@@ -190,20 +190,20 @@ impl Limiter {
     }
 
     /// Takes tokens for an operation that was admitted and is done, and turned out to be of so many bytes.
-    pub(crate) fn spend(&self, bytes: u64) {
-        take(&self.operations, 1);
-        self.charge(bytes);
+    pub(crate) fn consume(&self, bytes: u64) {
+        consume(&self.operations, 1);
+        self.consume_bytes(bytes);
     }
 
     /// Takes tokens for so many bytes that were not known before, and that the next operation waits for.
-    pub(crate) fn charge(&self, bytes: u64) {
-        take(&self.bandwidth, bytes);
+    pub(crate) fn consume_bytes(&self, bytes: u64) {
+        consume(&self.bandwidth, bytes);
     }
 }
 
-fn take(tokens: &Cell<Option<Tokens>>, cost: u64) {
+fn consume(tokens: &Cell<Option<Tokens>>, cost: u64) {
     if let Some(mut some) = tokens.get() {
-        some.take(cost);
+        some.consume(cost);
         tokens.set(Some(some));
     }
 }
@@ -219,7 +219,7 @@ impl Tokens {
     }
 
     /// How long until there is a token; no time if there is one.
-    fn wait(&mut self, now: Instant) -> Duration {
+    fn time_to_next(&mut self, now: Instant) -> Duration {
         let passed = now.saturating_duration_since(self.seen);
         self.seen = now;
         let per_second = self.bucket.size as f64 * 1e3 / self.bucket.refill_time_ms as f64;
@@ -233,7 +233,7 @@ impl Tokens {
         Duration::from_secs_f64(seconds)
     }
 
-    fn take(&mut self, cost: u64) {
+    fn consume(&mut self, cost: u64) {
         let from_burst = cost.min(self.burst);
         self.burst -= from_burst;
         self.count -= (cost - from_burst) as f64;
@@ -252,18 +252,18 @@ mod tests {
     fn what_was_taken_comes_back_evenly() {
         let start = Instant::now();
         let mut tokens = Tokens::new(Bucket::per_second(100), start);
-        assert_eq!(tokens.wait(start), Duration::ZERO);
-        tokens.take(100);
-        let wait = tokens.wait(start);
+        assert_eq!(tokens.time_to_next(start), Duration::ZERO);
+        tokens.consume(100);
+        let wait = tokens.time_to_next(start);
         assert_eq!(wait.as_millis(), 10);
-        assert_eq!(tokens.wait(start + SECOND / 100), Duration::ZERO);
+        assert_eq!(tokens.time_to_next(start + SECOND / 100), Duration::ZERO);
         // More than there is: afterwards the debt is waited for.
-        tokens.take(101);
-        assert_eq!(tokens.wait(start + SECOND / 100).as_millis(), 1010);
+        tokens.consume(101);
+        assert_eq!(tokens.time_to_next(start + SECOND / 100).as_millis(), 1010);
         // However long nothing is taken, there is no more than the bucket holds.
-        tokens.wait(start + 100 * SECOND);
-        tokens.take(100);
-        assert!(tokens.wait(start + 100 * SECOND) > Duration::ZERO);
+        tokens.time_to_next(start + 100 * SECOND);
+        tokens.consume(100);
+        assert!(tokens.time_to_next(start + 100 * SECOND) > Duration::ZERO);
     }
 
     #[test]
@@ -276,13 +276,13 @@ mod tests {
         };
         let mut tokens = Tokens::new(bucket, start);
         for _ in 0..7 {
-            assert_eq!(tokens.wait(start), Duration::ZERO);
-            tokens.take(5);
+            assert_eq!(tokens.time_to_next(start), Duration::ZERO);
+            tokens.consume(5);
         }
-        assert!(tokens.wait(start) > Duration::ZERO);
-        tokens.wait(start + SECOND);
-        tokens.take(10);
-        assert!(tokens.wait(start + SECOND) > Duration::ZERO);
+        assert!(tokens.time_to_next(start) > Duration::ZERO);
+        tokens.time_to_next(start + SECOND);
+        tokens.consume(10);
+        assert!(tokens.time_to_next(start + SECOND) > Duration::ZERO);
     }
 
     #[test]
@@ -334,14 +334,14 @@ mod tests {
             let (mut now, mut taken) = (start, 0);
             for (cost, pause) in costs.iter().zip(pauses) {
                 now += Duration::from_millis(pause);
-                let wait = tokens.wait(now);
+                let wait = tokens.time_to_next(now);
                 if wait > Duration::ZERO {
                     now += wait;
-                    prop_assert!(tokens.wait(now) <= Duration::from_micros(2), "it does not suffice to wait");
+                    prop_assert!(tokens.time_to_next(now) <= Duration::from_micros(2), "it does not suffice to wait");
                 }
                 let allowed = (size + burst) as f64 + (now - start).as_secs_f64() * 1e3 * size as f64 / refill as f64;
                 prop_assert!(taken as f64 <= allowed + 1e-3 * size as f64);
-                tokens.take(*cost);
+                tokens.consume(*cost);
                 taken += cost;
             }
         }

@@ -34,7 +34,7 @@ impl HostWatch {
     }
 
     /// What has happened since the last look, and whether there may be more.
-    pub(crate) fn look(&self) -> io::Result<(Vec<(u64, EventFlags)>, bool)> {
+    pub(crate) fn poll(&self) -> io::Result<(Vec<(u64, EventFlags)>, bool)> {
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
         let at_once = Timespec::default();
         loop {

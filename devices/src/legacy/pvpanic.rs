@@ -16,7 +16,7 @@ const SHUTDOWN: u8 = 1 << 2;
 #[derive(Debug)]
 pub struct PvPanic {
     exit: ExitEvent,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl PvPanic {
@@ -27,7 +27,7 @@ impl PvPanic {
     pub fn new(exit: ExitEvent) -> Self {
         Self {
             exit,
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         }
     }
 }
@@ -46,7 +46,7 @@ impl BusDevice for PvPanic {
             self.exit.raise(GuestExit::Panic);
         } else if events & SHUTDOWN != 0 {
             self.exit.raise(GuestExit::PowerOff);
-        } else if let Some(count) = self.complaints.count() {
+        } else if let Some(count) = self.warnings.count() {
             if events & CRASH_LOADED != 0 {
                 tracing::warn!(count, "the guest panicked, and goes on into its crash kernel");
             } else {

@@ -24,7 +24,7 @@ pub struct Serial {
     irq: EventFd,
     console: SerialOutput,
     input: VecDeque<u8>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 /// Why a serial port cannot be built or restored.
@@ -57,7 +57,7 @@ impl Serial {
             irq,
             console,
             input: VecDeque::new(),
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         })
     }
 
@@ -104,14 +104,14 @@ impl Serial {
                 Err(error) => {
                     // The bytes are in the FIFO; only the interrupt failed.
                     self.input.drain(..chunk.len());
-                    self.complain(&error);
+                    self.warn(&error);
                 }
             }
         }
     }
 
-    fn complain(&self, error: &vm_superio::serial::Error<io::Error>) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, error: &vm_superio::serial::Error<io::Error>) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(%error, count, "serial port");
         }
     }
@@ -133,7 +133,7 @@ impl BusDevice for Serial {
             if let Some(register) = register(offset, index)
                 && let Err(error) = self.uart.write(register, byte)
             {
-                self.complain(&error);
+                self.warn(&error);
             }
         }
         self.feed();

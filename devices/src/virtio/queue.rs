@@ -139,16 +139,16 @@ impl<'a> QueueAccess<'a> {
     ) -> Result<QueueProgress, QueueError> {
         let (mut turn, mut served) = (Turn::default(), false);
         let progress = loop {
-            let Some((head, chain)) = self.take()? else {
+            let Some((head, chain)) = self.pop()? else {
                 break QueueProgress::Idle;
             };
             let len = chain.as_ref().map_or(0, Chain::len);
             if !admit(len) {
-                self.put_back();
+                self.undo_pop();
                 break QueueProgress::Idle;
             }
             let Served { written, work } = serve_chain(self.memory, chain).into();
-            self.give_back(head, written)?;
+            self.add_used(head, written)?;
             served = true;
             turn.count(len + work);
             if turn.is_over() {
@@ -162,9 +162,9 @@ impl<'a> QueueAccess<'a> {
     }
 
     /// Takes the next available chain, for a device that serves chains in its own time: it owes the driver
-    /// [`QueueAccess::give_back`] and, after one or several of them, [`QueueAccess::notify`]. `None` if there is
+    /// [`QueueAccess::add_used`] and, after one or several of them, [`QueueAccess::notify`]. `None` if there is
     /// none; the driver will then kick when there is.
-    pub fn take(&mut self) -> Result<Option<PoppedChain>, QueueError> {
+    pub fn pop(&mut self) -> Result<Option<PoppedChain>, QueueError> {
         let limit = usize::from(self.queue.size());
         let ring = QueueError::Ring;
         // Bounded, as a guest that plays with the index must not keep us here.
@@ -183,19 +183,19 @@ impl<'a> QueueAccess<'a> {
     }
 
     /// Makes the chain that was taken last available again, as if it had not been taken.
-    pub fn put_back(&mut self) {
+    pub fn undo_pop(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
     /// Gives a chain back to the driver, with `written` bytes in it.
-    pub fn give_back(&mut self, head: ChainHead, written: u32) -> Result<(), QueueError> {
+    pub fn add_used(&mut self, head: ChainHead, written: u32) -> Result<(), QueueError> {
         self.queue
             .add_used(self.memory, head.0, written)
             .map_err(QueueError::Ring)
     }
 
     /// Gives chains back, with the bytes written to each, so that the driver sees all of them or none, and tells it.
-    pub fn give_back_together(&mut self, chains: &[(ChainHead, u32)]) -> Result<(), QueueError> {
+    pub fn add_used_together(&mut self, chains: &[(ChainHead, u32)]) -> Result<(), QueueError> {
         // The queue counts for itself what the driver has not been told of; what follows it does not count.
         self.notify()?;
         let (size, first) = (self.queue.size(), self.queue.next_used());

@@ -98,7 +98,7 @@ impl Source for MigrationSource {
     }
 
     fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, PortError> {
-        let Some(balloon) = self.machine.balloon().filter(|balloon| balloon.tells_hints()) else {
+        let Some(balloon) = self.machine.balloon().filter(|balloon| balloon.can_hint()) else {
             return Ok(false);
         };
         if self.machine.is_held_by(Holder::User) {

@@ -13,7 +13,7 @@ const INTERVAL: Duration = Duration::from_millis(5);
 /// Asks the guest for news, if it ever sent some, and waits for them a moment.
 pub(super) async fn statistics(control: &BalloonControl) -> BalloonStatistics {
     let (_, seen) = control.statistics();
-    control.ask_for_statistics();
+    control.request_statistics();
     let begin = Instant::now();
     while seen > 0 && control.statistics().1 == seen && begin.elapsed() < PATIENCE {
         tokio::time::sleep(INTERVAL).await;

@@ -20,11 +20,11 @@ use super::statistics::Statistics;
 pub struct BalloonControl {
     /// An eventfd, readable when there is something that the device does not know of yet.
     event: File,
-    known: Mutex<BalloonStatus>,
+    status: Mutex<BalloonStatus>,
     pub(super) metrics: Arc<BalloonMetrics>,
     pub(super) replaced: Mutex<Replaced>,
     /// Statistics came, or hints.
-    told: Condvar,
+    answered: Condvar,
 }
 
 /// Sizes in pages of [`PAGE_SIZE`].
@@ -40,7 +40,7 @@ pub(super) struct BalloonStatus {
     /// How often statistics came, here or before the machine came here.
     pub(super) statistics_seen: u64,
     /// What the driver made of FREE_PAGE_HINT and PAGE_POISON.
-    pub(super) tells_hints: bool,
+    pub(super) can_hint: bool,
     pub(super) poisons: bool,
     /// What the guest puts into pages that it frees, if it does.
     pub(super) poison: u32,
@@ -50,37 +50,37 @@ pub(super) struct BalloonStatus {
 impl BalloonControl {
     /// Of a balloon that is to have `bytes`, rounded down to pages.
     pub fn new(bytes: u64) -> io::Result<Self> {
-        let known = BalloonStatus {
+        let status = BalloonStatus {
             target: pages(bytes),
             ..Default::default()
         };
         Ok(Self {
             event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
-            known: Mutex::new(known),
+            status: Mutex::new(status),
             metrics: Arc::default(),
             replaced: Mutex::default(),
-            told: Condvar::new(),
+            answered: Condvar::new(),
         })
     }
 
     /// Asks the guest to give up `bytes` of its memory, rounded down to pages, or to take back what it gave up beyond
     /// that. It does so in its own time, and as far as it can.
     pub fn set_target(&self, bytes: u64) {
-        let mut known = self.known();
-        known.target = pages(bytes);
-        known.changed = true;
-        drop(known);
+        let mut status = self.status();
+        status.target = pages(bytes);
+        status.changed = true;
+        drop(status);
         self.raise();
     }
 
     /// What the guest was asked to give up, in bytes.
     pub fn target(&self) -> u64 {
-        u64::from(self.known().target) * PAGE_SIZE
+        u64::from(self.status().target) * PAGE_SIZE
     }
 
     /// What the guest says that it has given up for the target, in bytes.
     pub fn actual(&self) -> u64 {
-        u64::from(self.known().actual) * PAGE_SIZE
+        u64::from(self.status().actual) * PAGE_SIZE
     }
 
     /// Bytes that went back to the host so far, for the target or because the guest did not use them; those included
@@ -99,45 +99,45 @@ impl BalloonControl {
     }
 
     /// Asks the guest for new statistics; they come in its own time, or never.
-    pub fn ask_for_statistics(&self) {
-        self.known().statistics_wanted = true;
+    pub fn request_statistics(&self) {
+        self.status().statistics_wanted = true;
         self.raise();
     }
 
     /// The last statistics that came here, and how often some came at all: never from a guest that sends none.
     pub fn statistics(&self) -> (Option<Statistics>, u64) {
-        let known = self.known();
-        (known.statistics, known.statistics_seen)
+        let status = self.status();
+        (status.statistics, status.statistics_seen)
     }
 
     /// The same, new ones, which are waited for so long; none of a guest that does not send them by then.
     pub fn new_statistics(&self, at_most: Duration) -> Option<Statistics> {
-        let mut known = self.known();
-        let seen = known.statistics_seen;
-        known.statistics_wanted = true;
+        let mut status = self.status();
+        let seen = status.statistics_seen;
+        status.statistics_wanted = true;
         self.raise();
-        let known = self.wait(known, at_most, |known| known.statistics_seen == seen);
-        known.statistics.filter(|_| known.statistics_seen != seen)
+        let status = self.wait(status, at_most, |status| status.statistics_seen == seen);
+        status.statistics.filter(|_| status.statistics_seen != seen)
     }
 
     /// Whether [`BalloonControl::hints`] is of use: the driver tells, and counts on no content of pages that it frees but zero.
-    pub fn tells_hints(&self) -> bool {
-        let known = self.known();
-        known.tells_hints && known.reads_zero()
+    pub fn can_hint(&self) -> bool {
+        let status = self.status();
+        status.can_hint && status.reads_zero()
     }
 
     /// Asks the guest for pages that it does not use, as addresses and lengths in bytes: whole pages, which may lie
     /// outside memory. What they hold at some time between call and answer is of no use to the guest; it may write to
     /// them again at any time, without a word. Waits until it has told all, or for so long.
     pub fn hints(&self, at_most: Duration) -> Vec<(u64, u64)> {
-        let mut known = self.known();
-        known.hints.ask();
-        known.changed = true;
+        let mut status = self.status();
+        status.hints.request();
+        status.changed = true;
         self.raise();
-        let mut known = self.wait(known, at_most, |known| known.hints.is_open());
-        let hints = known.hints.take();
-        known.changed = true;
-        drop(known);
+        let mut status = self.wait(status, at_most, |status| status.hints.is_open());
+        let hints = status.hints.finish();
+        status.changed = true;
+        drop(status);
         self.raise();
         let whole = |(address, len)| whole_pages(address, len);
         hints.into_iter().filter_map(whole).collect()
@@ -145,19 +145,19 @@ impl BalloonControl {
 
     fn wait<'a>(
         &self,
-        known: MutexGuard<'a, BalloonStatus>,
+        status: MutexGuard<'a, BalloonStatus>,
         at_most: Duration,
         mut wanting: impl FnMut(&BalloonStatus) -> bool,
     ) -> MutexGuard<'a, BalloonStatus> {
         let waited = self
-            .told
-            .wait_timeout_while(known, at_most, |known| wanting(known));
+            .answered
+            .wait_timeout_while(status, at_most, |status| wanting(status));
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Whoever waits for the guest looks.
-    pub(super) fn tell(&self) {
-        self.told.notify_all();
+    pub(super) fn notify_waiters(&self) {
+        self.answered.notify_all();
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {
@@ -165,13 +165,13 @@ impl BalloonControl {
     }
 
     /// The device looks: what was there to hear of is heard.
-    pub(super) fn hear(&self) {
+    pub(super) fn clear_event(&self) {
         // Nothing to read is fine.
         let _ = (&self.event).read(&mut [0; 8]);
     }
 
-    pub(super) fn known(&self) -> MutexGuard<'_, BalloonStatus> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn status(&self) -> MutexGuard<'_, BalloonStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn raise(&self) {

@@ -49,7 +49,7 @@ pub struct VirtioBalloon {
     roles: Vec<BalloonRole>,
     /// The chain that waits for the next wish for statistics.
     statistics: Option<ChainHead>,
-    giver: Arc<PageDiscarder>,
+    discarder: Arc<PageDiscarder>,
     /// What gives pages up, for chains of that queue.
     helper: Helper<(usize, ChainHead), ()>,
 }
@@ -67,24 +67,24 @@ enum BalloonRole {
 #[derive(Debug)]
 struct PageDiscarder {
     control: Arc<BalloonControl>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl PageDiscarder {
-    fn give_up(&self, role: BalloonRole, memory: &GuestMemory, chain: Chain, cancelled: &CancelFlag) {
+    fn discard_chain(&self, role: BalloonRole, memory: &GuestMemory, chain: Chain, cancelled: &CancelFlag) {
         match role {
-            BalloonRole::Reporting => self.report(memory, &chain, cancelled),
-            _ => self.inflate(memory, chain, cancelled),
+            BalloonRole::Reporting => self.discard_reported(memory, &chain, cancelled),
+            _ => self.discard_listed(memory, chain, cancelled),
         }
     }
 
     /// The chain lists pages by number that the guest has no use for.
-    fn inflate(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &CancelFlag) {
+    fn discard_listed(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &CancelFlag) {
         let mut bytes = [0; 4 * MOST_PAGES];
         let got = match chain.readable.read(memory, &mut bytes) {
             Ok(got) => got,
             Err(error) => {
-                return self.complain(&error);
+                return self.warn(&error);
             }
         };
         let (numbers, _) = bytes[..got].as_chunks();
@@ -99,7 +99,7 @@ impl PageDiscarder {
             if cancelled.is_set() {
                 return;
             }
-            self.take(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
+            self.discard_range(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
         }
         let bytes = pages.len() as u64 * PAGE_SIZE;
         self.control.metrics.inflated_bytes.add(bytes);
@@ -107,8 +107,8 @@ impl PageDiscarder {
 
     /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
     /// counts on what they hold (virtio 1.2, 5.5.6.8).
-    fn report(&self, memory: &GuestMemory, chain: &Chain, cancelled: &CancelFlag) {
-        if !self.control.known().reads_zero() {
+    fn discard_reported(&self, memory: &GuestMemory, chain: &Chain, cancelled: &CancelFlag) {
+        if !self.control.status().reads_zero() {
             return;
         }
         self.control.metrics.reported_bytes.add(chain.writable.len());
@@ -116,19 +116,19 @@ impl PageDiscarder {
             if cancelled.is_set() {
                 return;
             }
-            self.take(memory, address.0, len.into());
+            self.discard_range(memory, address.0, len.into());
         }
     }
 
-    fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
+    fn discard_range(&self, memory: &GuestMemory, gpa: u64, len: u64) {
         match discard(memory, gpa, len, &self.control.replaced) {
             Ok(bytes) => self.control.metrics.discarded_bytes.add(bytes),
-            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.complain(&error),
+            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.warn(&error),
         }
     }
 
-    fn complain(&self, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.warnings.count() {
             let cause = error.source().map(ToString::to_string).unwrap_or_default();
             tracing::warn!(
                 count,
@@ -144,9 +144,9 @@ impl VirtioBalloon {
     /// from it what it needs.
     pub fn new(control: Arc<BalloonControl>, deflate_on_oom: bool) -> io::Result<Self> {
         Ok(Self {
-            giver: Arc::new(PageDiscarder {
+            discarder: Arc::new(PageDiscarder {
                 control: control.clone(),
-                complaints: LogDamper::default(),
+                warnings: LogDamper::default(),
             }),
             control,
             deflate_on_oom,
@@ -167,7 +167,7 @@ impl VirtioBalloon {
 
     /// Hands chains to the thread, which gives their pages up: that may wait for whoever brings pages of this guest. They
     /// come back to the driver when it is done.
-    fn hand_over(
+    fn queue_discards(
         &mut self,
         role: BalloonRole,
         index: usize,
@@ -179,18 +179,19 @@ impl VirtioBalloon {
                 // There is a look at the queue when one is done.
                 return Ok(QueueProgress::Idle);
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 return Ok(QueueProgress::Idle);
             };
             turn.count(0);
-            let (memory, giver) = (queue.memory().clone(), self.giver.clone());
+            let (memory, discarder) = (queue.memory().clone(), self.discarder.clone());
             let pushed = chain.map_err(io::Error::other).and_then(|chain| {
-                let job = move |cancelled: &CancelFlag| giver.give_up(role, &memory, chain, cancelled);
+                let job =
+                    move |cancelled: &CancelFlag| discarder.discard_chain(role, &memory, chain, cancelled);
                 self.helper.push((index, head), Box::new(job))
             });
             if let Err(error) = pushed {
-                self.complain(&error);
-                queue.give_back(head, 0)?;
+                self.warn(&error);
+                queue.add_used(head, 0)?;
                 queue.notify()?;
             }
         }
@@ -198,10 +199,10 @@ impl VirtioBalloon {
     }
 
     /// Gives back chains whose pages were given up.
-    fn answer(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+    fn complete_discards(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         while let Some(((index, head), _)) = self.helper.next() {
             if let Some(mut queue) = queues.get(index) {
-                queue.give_back(head, 0)?;
+                queue.add_used(head, 0)?;
                 queue.notify()?;
             }
         }
@@ -209,27 +210,27 @@ impl VirtioBalloon {
     }
 
     /// The chain says which command the guest answers, or has pages that it does not use.
-    fn hint(&self, memory: &GuestMemory, mut chain: Chain) {
+    fn process_hints(&self, memory: &GuestMemory, mut chain: Chain) {
         let mut id = [0; 4];
         let read = match chain.readable.is_empty() {
             true => Ok(0),
             false => chain.readable.read(memory, &mut id),
         };
-        let mut known = self.control.known();
+        let mut status = self.control.status();
         match read {
-            Ok(got) if got == id.len() => known.hints.hear(u32::from_le_bytes(id)),
+            Ok(got) if got == id.len() => status.hints.handle_command_id(u32::from_le_bytes(id)),
             Ok(_) => {}
-            Err(error) => self.complain(&error),
+            Err(error) => self.warn(&error),
         }
         for (address, len) in chain.writable.iter() {
-            known.hints.add(address.0, len.into());
+            status.hints.add(address.0, len.into());
         }
-        drop(known);
-        self.control.tell();
+        drop(status);
+        self.control.notify_waiters();
     }
 
     /// Statistics came: the chain is kept until somebody wants newer ones.
-    fn keep_statistics(
+    fn process_statistics_queue(
         &mut self,
         queues: &mut Queues<'_>,
         index: usize,
@@ -237,49 +238,49 @@ impl VirtioBalloon {
         let Some(mut queue) = queues.get(index) else {
             return Ok(QueueProgress::Idle);
         };
-        let Some((head, chain)) = queue.take()? else {
+        let Some((head, chain)) = queue.pop()? else {
             return Ok(QueueProgress::Idle);
         };
         let mut chain = match chain {
             Ok(chain) if head.0 < QUEUE_SIZE => chain,
             malformed => {
                 if let Err(error) = malformed {
-                    self.complain(&error);
+                    self.warn(&error);
                 }
                 // Not kept: whoever restores what is kept would not believe it.
-                queue.give_back(head, 0)?;
+                queue.add_used(head, 0)?;
                 queue.notify()?;
                 return Ok(QueueProgress::More);
             }
         };
         // A driver that sends a second one does not want the first one kept.
         if let Some(earlier) = self.statistics.replace(head) {
-            queue.give_back(earlier, 0)?;
+            queue.add_used(earlier, 0)?;
             queue.notify()?;
         }
         let mut bytes = [0; MOST];
         match chain.readable.read(queue.memory(), &mut bytes) {
             Ok(got) => {
-                let mut known = self.control.known();
-                known.statistics = Some(Statistics::parse(&bytes[..got]));
-                known.statistics_seen += 1;
-                drop(known);
-                self.control.tell();
+                let mut status = self.control.status();
+                status.statistics = Some(Statistics::parse(&bytes[..got]));
+                status.statistics_seen += 1;
+                drop(status);
+                self.control.notify_waiters();
             }
-            Err(error) => self.complain(&error),
+            Err(error) => self.warn(&error),
         }
         Ok(QueueProgress::More)
     }
 
-    fn complain(&self, error: &dyn std::error::Error) {
-        self.giver.complain(error);
+    fn warn(&self, error: &dyn std::error::Error) {
+        self.discarder.warn(error);
     }
 
     /// Nothing is ever written to a chain.
-    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> Served {
+    fn serve_chain(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> Served {
         match chain {
             Ok(chain) => serve(chain),
-            Err(error) => self.complain(&error),
+            Err(error) => self.warn(&error),
         }
         Served::default()
     }
@@ -301,15 +302,15 @@ impl VirtioDevice for VirtioBalloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let known = self.control.known();
-        let config = [known.target, known.actual, known.hints.id(), known.poison].map(u32::to_le_bytes);
+        let status = self.control.status();
+        let config = [status.target, status.actual, status.hints.id(), status.poison].map(u32::to_le_bytes);
         read_bytes(config.as_flattened(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         match data.try_into() {
-            Ok(actual) if offset == ACTUAL => self.control.known().actual = u32::from_le_bytes(actual),
-            Ok(poison) if offset == POISON => self.control.known().poison = u32::from_le_bytes(poison),
+            Ok(actual) if offset == ACTUAL => self.control.status().actual = u32::from_le_bytes(actual),
+            Ok(poison) if offset == POISON => self.control.status().poison = u32::from_le_bytes(poison),
             _ => tracing::debug!(
                 offset,
                 len = data.len(),
@@ -330,25 +331,25 @@ impl VirtioDevice for VirtioBalloon {
                 self.roles.push(role);
             }
         }
-        let mut known = self.control.known();
-        known.tells_hints = features & F_FREE_PAGE_HINT != 0;
-        known.poisons = features & F_PAGE_POISON != 0;
+        let mut status = self.control.status();
+        status.can_hint = features & F_FREE_PAGE_HINT != 0;
+        status.poisons = features & F_PAGE_POISON != 0;
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let role = self.roles.get(index).copied();
         if role == Some(BalloonRole::Statistics) {
-            return self.keep_statistics(queues, index);
+            return self.process_statistics_queue(queues, index);
         }
         let Some(mut queue) = queues.get(index) else {
             return Ok(QueueProgress::Idle);
         };
         if let Some(role @ (BalloonRole::Inflate | BalloonRole::Reporting)) = role {
-            return self.hand_over(role, index, &mut queue);
+            return self.queue_discards(role, index, &mut queue);
         }
         queue.serve(|memory, chain| {
-            self.served(chain, |chain| match role {
-                Some(BalloonRole::Hinting) => self.hint(memory, chain),
+            self.serve_chain(chain, |chain| match role {
+                Some(BalloonRole::Hinting) => self.process_hints(memory, chain),
                 // Pages come back when they are touched.
                 Some(BalloonRole::Deflate) => {
                     let pages = chain.readable.len() / PAGE_NUMBER;
@@ -364,9 +365,9 @@ impl VirtioDevice for VirtioBalloon {
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.answer(queues)?;
-        self.control.hear();
-        if std::mem::take(&mut self.control.known().changed) {
+        self.complete_discards(queues)?;
+        self.control.clear_event();
+        if std::mem::take(&mut self.control.status().changed) {
             queues.config_changed();
         }
         let index = self
@@ -375,10 +376,10 @@ impl VirtioDevice for VirtioBalloon {
             .position(|role| *role == BalloonRole::Statistics);
         if let Some(mut queue) = index.and_then(|index| queues.get(index))
             && let Some(head) = self.statistics
-            && std::mem::take(&mut self.control.known().statistics_wanted)
+            && std::mem::take(&mut self.control.status().statistics_wanted)
         {
             self.statistics = None;
-            queue.give_back(head, 0)?;
+            queue.add_used(head, 0)?;
             queue.notify()?;
         }
         // There may be room for more.
@@ -395,13 +396,13 @@ impl VirtioDevice for VirtioBalloon {
     fn reset(&mut self) -> bool {
         self.roles.clear();
         self.statistics = None;
-        let mut known = self.control.known();
-        known.actual = 0;
-        known.poison = 0;
-        known.tells_hints = false;
-        known.hints.reset();
-        drop(known);
-        self.control.tell();
+        let mut status = self.control.status();
+        status.actual = 0;
+        status.poison = 0;
+        status.can_hint = false;
+        status.hints.reset();
+        drop(status);
+        self.control.notify_waiters();
         self.helper.cancel();
         while self.helper.next().is_some() {}
         self.helper.is_empty()
@@ -409,7 +410,7 @@ impl VirtioDevice for VirtioBalloon {
 
     fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
         loop {
-            self.answer(queues)?;
+            self.complete_discards(queues)?;
             if self.helper.is_empty() {
                 return Ok(());
             }
@@ -422,13 +423,13 @@ impl VirtioDevice for VirtioBalloon {
     }
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
-        let known = self.control.known();
+        let status = self.control.status();
         let state = BalloonState {
-            target: known.target,
-            actual: known.actual,
+            target: status.target,
+            actual: status.actual,
             statistics: self.statistics.map(|head| head.0),
-            command: known.hints.command(),
-            poison: known.poison,
+            command: status.hints.command(),
+            poison: status.poison,
         };
         Ok(envelope.put(instance, &state)?)
     }
@@ -442,15 +443,15 @@ impl VirtioDevice for VirtioBalloon {
                 got: head.to_string(),
             });
         }
-        let mut known = self.control.known();
-        known.target = state.target;
-        known.actual = state.actual;
-        known.poison = state.poison;
-        known.hints = Hints::restored(state.command);
+        let mut status = self.control.status();
+        status.target = state.target;
+        status.actual = state.actual;
+        status.poison = state.poison;
+        status.hints = Hints::restored(state.command);
         // It may not have heard of the target where it comes from, nor that its pages are its own again.
-        known.changed = true;
+        status.changed = true;
         // A chain that is kept came with some, elsewhere.
-        known.statistics_seen = state.statistics.is_some().into();
+        status.statistics_seen = state.statistics.is_some().into();
         self.statistics = state.statistics.map(ChainHead);
         Ok(())
     }

@@ -29,10 +29,10 @@ pub(super) struct Hints {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum HintStage {
     #[default]
-    Stop,
-    Asked,
-    Telling,
-    Told,
+    Stopped,
+    Requested,
+    Answering,
+    Answered,
     Done,
 }
 
@@ -40,7 +40,7 @@ impl Hints {
     /// As they are where the machine comes to: nothing is asked, and the guest is to have back whatever it keeps.
     pub(super) fn restored(command: u32) -> Self {
         let stage = if command == 0 {
-            HintStage::Stop
+            HintStage::Stopped
         } else {
             HintStage::Done
         };
@@ -59,35 +59,35 @@ impl Hints {
     /// What the configuration space says.
     pub(super) fn id(&self) -> u32 {
         match self.stage {
-            HintStage::Stop => STOP,
-            HintStage::Asked | HintStage::Telling | HintStage::Told => self.command,
+            HintStage::Stopped => STOP,
+            HintStage::Requested | HintStage::Answering | HintStage::Answered => self.command,
             HintStage::Done => DONE,
         }
     }
 
     /// Asks anew.
-    pub(super) fn ask(&mut self) {
+    pub(super) fn request(&mut self) {
         self.command = self.command.wrapping_add(1).max(FIRST_COMMAND);
-        self.stage = HintStage::Asked;
+        self.stage = HintStage::Requested;
         self.ranges.clear();
     }
 
     /// Whether the guest may have more to tell.
     pub(super) fn is_open(&self) -> bool {
-        matches!(self.stage, HintStage::Asked | HintStage::Telling)
+        matches!(self.stage, HintStage::Requested | HintStage::Answering)
     }
 
     /// Takes what was told, and wants no more: the guest can have its pages back.
-    pub(super) fn take(&mut self) -> Vec<(u64, u64)> {
+    pub(super) fn finish(&mut self) -> Vec<(u64, u64)> {
         self.stage = HintStage::Done;
         std::mem::take(&mut self.ranges)
     }
 
     /// The guest says which command it answers, or that it has answered.
-    pub(super) fn hear(&mut self, id: u32) {
+    pub(super) fn handle_command_id(&mut self, id: u32) {
         match self.stage {
-            HintStage::Asked if id == self.command => self.stage = HintStage::Telling,
-            HintStage::Telling if id != self.command => self.stage = HintStage::Told,
+            HintStage::Requested if id == self.command => self.stage = HintStage::Answering,
+            HintStage::Answering if id != self.command => self.stage = HintStage::Answered,
             // An answer to an earlier one, or to nothing.
             _ => {}
         }
@@ -95,14 +95,14 @@ impl Hints {
 
     /// The guest tells a range. Not in an answer to the command, it means nothing.
     pub(super) fn add(&mut self, address: u64, len: u64) {
-        if self.stage == HintStage::Telling && self.ranges.len() < MOST_RANGES {
+        if self.stage == HintStage::Answering && self.ranges.len() < MOST_RANGES {
             self.ranges.push((address, len));
         }
     }
 
     /// The guest starts anew, and keeps nothing.
     pub(super) fn reset(&mut self) {
-        self.stage = HintStage::Stop;
+        self.stage = HintStage::Stopped;
         self.ranges.clear();
     }
 }

@@ -140,7 +140,7 @@ fn entries(entries: &[(u16, u64)]) -> Vec<u8> {
 #[test]
 fn statistics_come_when_they_are_asked_for() {
     let (mut driver, control) = balloon();
-    control.ask_for_statistics();
+    control.request_statistics();
     driver.run();
     let bytes = entries(&[(4, 1 << 20), (5, 1 << 30), (99, 1), (0, 3)]);
     driver.fill(DATA, &bytes);
@@ -157,7 +157,7 @@ fn statistics_come_when_they_are_asked_for() {
     };
     assert_eq!((first, seen), (Some(expected), 1));
     assert!(driver.used().is_empty(), "the chain is kept");
-    control.ask_for_statistics();
+    control.request_statistics();
     driver.run();
     assert_eq!(driver.used().len(), 1);
     driver.fill(DATA, &entries(&[(4, 7)]));
@@ -189,14 +189,14 @@ fn a_move_takes_target_and_kept_chain_along() {
     moved.run();
     assert_eq!((there.target(), there.actual()), (3 * PAGE_SIZE, 2 * PAGE_SIZE));
     assert_eq!((moved.get(0x100), moved.get(0x104)), (3, 2));
-    there.ask_for_statistics();
+    there.request_statistics();
     moved.run();
     moved.select(STATISTICS);
     assert_eq!(moved.used().len(), 1, "the chain that was kept");
     // A reset empties it, and forgets the chain.
     moved.bring_up();
     assert_eq!((there.actual(), there.target()), (0, 3 * PAGE_SIZE));
-    there.ask_for_statistics();
+    there.request_statistics();
     moved.run();
     moved.select(STATISTICS);
     assert!(moved.used().is_empty());
@@ -236,7 +236,7 @@ fn name(driver: &mut Driver, command: u32) {
 #[test]
 fn what_is_free_is_told_on_request_and_stays_as_it_is() {
     let (mut driver, control) = balloon();
-    assert!(control.tells_hints());
+    assert!(control.can_hint());
     dirty(&driver, PAGES..PAGES + 0x8000);
     driver.select(HINTING);
     // Nobody has asked.
@@ -308,18 +308,18 @@ fn a_guest_that_does_not_answer_is_left_alone() {
 #[test]
 fn no_more_is_kept_than_a_guest_can_have_to_tell() {
     let mut hints = Hints::restored(u32::MAX);
-    hints.ask();
+    hints.request();
     assert_eq!(
         (hints.id(), hints.command()),
         (2, 2),
         "after the last number comes the first"
     );
-    hints.hear(2);
+    hints.handle_command_id(2);
     for _ in 0..=MOST_RANGES {
         hints.add(PAGES, 0x1000);
     }
     assert!(hints.is_open());
-    assert_eq!(hints.take().len(), MOST_RANGES);
+    assert_eq!(hints.finish().len(), MOST_RANGES);
 }
 
 #[test]
@@ -328,7 +328,7 @@ fn a_guest_that_poisons_what_it_frees_keeps_it() {
     dirty(&driver, PAGES..PAGES + 0x1000);
     for (poison, gone) in [(0xaaaa_aaaa, false), (0, true)] {
         driver.set(POISON, poison);
-        assert_eq!((driver.get(POISON), control.tells_hints()), (poison, gone));
+        assert_eq!((driver.get(POISON), control.can_hint()), (poison, gone));
         driver.select(REPORTING);
         driver.submit(&[writes(PAGES, 0x1000)]);
         assert_eq!(is_kept(&driver, PAGES), !gone);
@@ -339,9 +339,9 @@ fn a_guest_that_poisons_what_it_frees_keeps_it() {
     assert_eq!(driver.get(POISON), 0);
     driver.bring_up_with(VERSION_1 | F_HINTS);
     driver.set(POISON, 1);
-    assert!(control.tells_hints());
+    assert!(control.can_hint());
     driver.bring_up_with(VERSION_1 | F_POISON);
-    assert!(!control.tells_hints());
+    assert!(!control.can_hint());
 }
 
 #[test]
@@ -363,7 +363,7 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
     moved.transport.resume();
     moved.run();
     assert_eq!((moved.get(COMMAND), moved.get(0x060) & 2), (DONE, 2));
-    assert!(moved.interrupts() > 0 && there.tells_hints());
+    assert!(moved.interrupts() > 0 && there.can_hint());
     let told = hints(&mut moved, &there, |moved, next| {
         assert_ne!(next, command, "it has answered that one");
         name(moved, next);

@@ -44,7 +44,7 @@ impl BlockControl {
         self.backend.measure()?;
         if self.backend.sectors() != before {
             tracing::info!(disk = %self.backend.path().display(), before, now = self.backend.sectors(), "disk resized");
-            self.backend.say_tail();
+            self.backend.warn_hidden_tail();
             self.raise();
         }
         Ok(self.backend.size())
@@ -66,7 +66,7 @@ impl BlockControl {
     }
 
     /// Whether something has changed since this was asked last.
-    pub(super) fn hear(&self) -> bool {
+    pub(super) fn take_event(&self) -> bool {
         rustix::io::read(&self.event, &mut [0; 8]).is_ok()
     }
 

@@ -61,7 +61,7 @@ pub struct VirtioBlock {
     limiter: Limiter,
     write_out: Option<WriteOut>,
     metrics: Arc<BlockMetrics>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl VirtioBlock {
@@ -84,7 +84,7 @@ impl VirtioBlock {
             limiter: Limiter::new(parameters.limits)?,
             write_out: WriteOut::of(&backend)?,
             metrics: Arc::default(),
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
             backend,
         })
     }
@@ -107,12 +107,12 @@ impl VirtioBlock {
 
     /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
     /// have a turn.
-    fn turn(&mut self, queue: &mut QueueAccess<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_requests(&mut self, queue: &mut QueueAccess<'_>) -> Result<QueueProgress, QueueError> {
         let (mut turn, mut answered) = (Turn::default(), 0);
         let progress = loop {
             let before = answered;
-            self.take(queue, &mut turn, &mut answered)?;
-            self.answer(queue, &mut answered)?;
+            self.start_requests(queue, &mut turn, &mut answered)?;
+            self.complete_requests(queue, &mut answered)?;
             if turn.is_over() || self.engine.is_queued() {
                 break QueueProgress::More;
             }
@@ -124,28 +124,28 @@ impl VirtioBlock {
         if answered > 0 {
             queue.notify()?;
         }
-        self.plan_write_out();
+        self.schedule_write_out();
         Ok(progress)
     }
 
-    fn take(
+    fn start_requests(
         &mut self,
         queue: &mut QueueAccess<'_>,
         turn: &mut Turn,
         answered: &mut u64,
     ) -> Result<(), QueueError> {
         while !turn.is_over() && self.engine.has_room() && !self.settling {
-            let Some((head, chain)) = queue.take()? else { break };
+            let Some((head, chain)) = queue.pop()? else { break };
             let len = chain.as_ref().map_or(0, Chain::len);
-            if !self.limiter.take(len) {
+            if !self.limiter.try_consume(len) {
                 self.metrics.throttled.add(1);
-                queue.put_back();
+                queue.undo_pop();
                 break;
             }
-            let served = self.begin(queue.memory(), head, chain);
+            let served = self.start_request(queue.memory(), head, chain);
             turn.count(len);
             if let Some(served) = served {
-                queue.give_back(head, served.written)?;
+                queue.add_used(head, served.written)?;
                 *answered += 1;
             }
         }
@@ -153,18 +153,22 @@ impl VirtioBlock {
     }
 
     /// Answers what is done, and sees to it that what is not goes on.
-    fn answer(&mut self, queue: &mut QueueAccess<'_>, answered: &mut u64) -> Result<(), QueueError> {
+    fn complete_requests(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        answered: &mut u64,
+    ) -> Result<(), QueueError> {
         loop {
             if let Err(error) = self.engine.submit() {
-                self.complain(&error);
+                self.warn(&error);
             }
             let before = *answered;
             while let Some((origin, result)) = self.engine.next(&self.backend) {
                 if let Origin::Guest(ticket) = origin {
-                    let written = self.conclude(queue.memory(), ticket, result);
-                    queue.give_back(ticket.head, written)?;
+                    let written = self.complete_guest(queue.memory(), ticket, result);
+                    queue.add_used(ticket.head, written)?;
                 } else {
-                    self.conclude_own(origin, result);
+                    self.complete_own(origin, result);
                 }
                 *answered += 1;
             }
@@ -176,43 +180,43 @@ impl VirtioBlock {
     }
 
     /// What the device itself wanted is done.
-    fn conclude_own(&mut self, origin: Origin, result: Result<u32, BlockRequestError>) {
+    fn complete_own(&mut self, origin: Origin, result: Result<u32, BlockRequestError>) {
         match origin {
             Origin::Guest(_) => return,
             Origin::Flush => self.settling = false,
-            Origin::WriteOut => self.write_out_is_under_way(false),
+            Origin::WriteOut => self.set_write_out_running(false),
         }
         if let Err(error) = result {
-            self.complain(&error);
+            self.warn(&error);
         }
     }
 
     /// Begins to write out where an image has its data, if any of that is in this process alone.
-    fn write_out(&mut self) {
-        let begun = self.engine.write_out(&self.backend);
-        self.write_out_is_under_way(matches!(begun, Ok(true)));
+    fn start_write_out(&mut self) {
+        let begun = self.engine.start_write_out(&self.backend);
+        self.set_write_out_running(matches!(begun, Ok(true)));
         if let Err(error) = begun {
-            self.complain(&error);
+            self.warn(&error);
         }
     }
 
-    fn write_out_is_under_way(&mut self, is_under_way: bool) {
+    fn set_write_out_running(&mut self, is_running: bool) {
         if let Some(write_out) = &mut self.write_out {
-            write_out.set_under_way(is_under_way);
+            write_out.set_running(is_running);
         }
-        self.plan_write_out();
+        self.schedule_write_out();
     }
 
     /// Unless it is under way, sees to it that there is a time for it.
-    fn plan_write_out(&mut self) {
-        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.plan(&self.backend)) {
-            self.complain(&error);
+    fn schedule_write_out(&mut self) {
+        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.schedule(&self.backend)) {
+            self.warn(&error);
         }
     }
 
     /// Takes over what was changed on the host's side.
-    fn hear(&mut self, queues: &Queues<'_>) {
-        if !self.control.hear() {
+    fn apply_control(&mut self, queues: &Queues<'_>) {
+        if !self.control.take_event() {
             return;
         }
         let limits = self.control.limits();
@@ -228,7 +232,7 @@ impl VirtioBlock {
 
     /// Waits until nothing is in flight, and answers it. Returns why the queue is broken, if it is: then, and where the
     /// driver has reset the device, what is in flight ends and nobody hears of it.
-    fn finish_all(
+    fn drain_in_flight(
         &mut self,
         queues: &mut Queues<'_>,
         until: Instant,
@@ -237,10 +241,12 @@ impl VirtioBlock {
         while !self.engine.is_empty() {
             match queues.get(0) {
                 Some(mut queue) if broken.is_none() => {
-                    let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
+                    let done = self
+                        .complete_requests(&mut queue, &mut 0)
+                        .and_then(|()| queue.notify());
                     broken = done.err();
                 }
-                _ => self.finish_unheard().map_err(HostError::from)?,
+                _ => self.complete_unanswered().map_err(HostError::from)?,
             }
             if !self.engine.is_empty() {
                 if Instant::now() >= until {
@@ -254,26 +260,32 @@ impl VirtioBlock {
     }
 
     /// Takes what is done and tells no guest. What the device itself wanted is no less needed for that.
-    fn finish_unheard(&mut self) -> io::Result<()> {
+    fn complete_unanswered(&mut self) -> io::Result<()> {
         self.engine.submit()?;
-        while let Some((origin, result)) = self.engine.next_unheard(&self.backend) {
-            self.conclude_own(origin, result);
+        while let Some((origin, result)) = self.engine.next_unanswered(&self.backend) {
+            self.complete_own(origin, result);
         }
         Ok(())
     }
 
-    fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, BlockRequestError>) -> u32 {
+    fn complete_guest(
+        &self,
+        memory: &GuestMemory,
+        ticket: Ticket,
+        result: Result<u32, BlockRequestError>,
+    ) -> u32 {
         match result {
             Ok(written) => {
                 self.metrics.done(ticket.kind, ticket.data);
-                self.finish(memory, ticket.status, OK, written.into()).written
+                self.write_status(memory, ticket.status, OK, written.into())
+                    .written
             }
-            Err(error) => self.fail(memory, ticket.status, &error).written,
+            Err(error) => self.fail_request(memory, ticket.status, &error).written,
         }
     }
 
     /// Begins a request; what came of it, if it is done.
-    fn begin(
+    fn start_request(
         &mut self,
         memory: &GuestMemory,
         head: ChainHead,
@@ -282,15 +294,15 @@ impl VirtioBlock {
         let chain = match chain {
             Ok(chain) => chain,
             Err(error) => {
-                self.complain(&error);
+                self.warn(&error);
                 return Some(Served::default());
             }
         };
         let request = match BlockRequest::parse(memory, chain) {
             Ok(request) => request,
-            Err((Some(status), error)) => return Some(self.fail(memory, status, &error)),
+            Err((Some(status), error)) => return Some(self.fail_request(memory, status, &error)),
             Err((None, error)) => {
-                self.complain(&error);
+                self.warn(&error);
                 return Some(Served::default());
             }
         };
@@ -312,7 +324,7 @@ impl VirtioBlock {
                 if let Some(range) = io.range() {
                     // The request itself names it only.
                     ticket.data = range;
-                    self.limiter.charge(range);
+                    self.limiter.consume_bytes(range);
                 }
                 match self.engine.start(memory, &self.backend, ticket, io) {
                     Ok(Some(written)) => Ok(written.into()),
@@ -325,33 +337,33 @@ impl VirtioBlock {
         Some(match served {
             Ok(served) => {
                 self.metrics.done(ticket.kind, ticket.data);
-                self.finish(memory, ticket.status, OK, served)
+                self.write_status(memory, ticket.status, OK, served)
             }
-            Err(error) => self.fail(memory, ticket.status, &error),
+            Err(error) => self.fail_request(memory, ticket.status, &error),
         })
     }
 
-    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &BlockRequestError) -> Served {
-        self.complain(error);
-        self.finish(memory, status, error.status(), Served::default())
+    fn fail_request(&self, memory: &GuestMemory, status: GuestAddress, error: &BlockRequestError) -> Served {
+        self.warn(error);
+        self.write_status(memory, status, error.status(), Served::default())
     }
 
-    fn finish(&self, memory: &GuestMemory, status: GuestAddress, value: u8, served: Served) -> Served {
+    fn write_status(&self, memory: &GuestMemory, status: GuestAddress, value: u8, served: Served) -> Served {
         match memory.write_obj(value, status) {
             Ok(()) => Served {
                 written: served.written.saturating_add(1),
                 ..served
             },
             Err(error) => {
-                self.complain(&error);
+                self.warn(&error);
                 served
             }
         }
     }
 
-    fn complain(&self, error: &dyn std::error::Error) {
+    fn warn(&self, error: &dyn std::error::Error) {
         self.metrics.failed.add(1);
-        if let Some(count) = self.complaints.count() {
+        if let Some(count) = self.warnings.count() {
             let disk = self.backend.path().display();
             tracing::warn!(%disk, count, "virtio-block: request failed: {error}");
         }
@@ -404,12 +416,12 @@ impl VirtioDevice for VirtioBlock {
         if !self.writeback && !self.settling {
             // From here on the guest need not flush, nor what it wrote before. No vCPU waits for that, but what it asks of
             // the disk next does.
-            match self.engine.flush(&self.backend) {
+            match self.engine.start_flush(&self.backend) {
                 Ok(begun) => self.settling = begun,
-                Err(error) => self.complain(&error),
+                Err(error) => self.warn(&error),
             }
             if let Err(error) = self.engine.submit() {
-                self.complain(&error);
+                self.warn(&error);
             }
         }
     }
@@ -422,10 +434,10 @@ impl VirtioDevice for VirtioBlock {
         let Some(mut queue) = queues.get(index) else {
             return Ok(QueueProgress::Idle);
         };
-        let done = self.turn(&mut queue);
+        let done = self.process_requests(&mut queue);
         if done.is_err() {
             // Nobody looks at the time until the driver has reset the device.
-            self.write_out();
+            self.start_write_out();
         }
         done
     }
@@ -438,11 +450,11 @@ impl VirtioDevice for VirtioBlock {
 
     /// Something is done, or has changed, or there are tokens again for what could not be served.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.limiter.hear();
+        self.limiter.clear_event();
         if self.write_out.as_ref().is_some_and(WriteOut::is_due) {
-            self.write_out();
+            self.start_write_out();
         }
-        self.hear(queues);
+        self.apply_control(queues);
         self.process_queue(0, queues)
     }
 
@@ -454,17 +466,17 @@ impl VirtioDevice for VirtioBlock {
             return false;
         }
         // Nobody looks at the time until there is a driver again.
-        self.write_out();
+        self.start_write_out();
         true
     }
 
     fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
         // Or nobody would hear of it where the device is restored.
-        self.hear(queues);
-        let broken = self.finish_all(queues, until)?;
+        self.apply_control(queues);
+        let broken = self.drain_in_flight(queues, until)?;
         if !self.backend.read_only() {
-            self.engine.flush(&self.backend).map_err(host_error)?;
-            self.finish_all(queues, until)?;
+            self.engine.start_flush(&self.backend).map_err(host_error)?;
+            self.drain_in_flight(queues, until)?;
             if !self.backend.is_durable() {
                 // Complained about as it failed.
                 return Err(DeviceError::NotDurable);

@@ -86,7 +86,7 @@ impl BlockIo {
     }
 
     /// Whether the guest takes what it wrote until then for durable, or as durable as its disk is, once this is done.
-    fn is_promise(&self) -> bool {
+    fn promises_durability(&self) -> bool {
         match self {
             Self::Flush | Self::WriteOut => true,
             Self::Write { durability, .. }
@@ -131,8 +131,8 @@ pub(super) enum Origin {
 pub(super) struct PendingIo {
     origin: Origin,
     work: u64,
-    is_promise: bool,
-    then: Completion,
+    promises_durability: bool,
+    completion: Completion,
 }
 
 /// What is to be seen to when it is done.
@@ -159,15 +159,15 @@ impl BlockEngine {
     /// The engine that was asked for, if this host has it.
     pub(super) fn new(wanted: IoEngine, backend: &BlockBackend) -> io::Result<Self> {
         let file = backend
-            .raw()
-            .filter(|file| wanted == IoEngine::Async && !waits_in_submission(file));
+            .raw_file()
+            .filter(|file| wanted == IoEngine::Async && !blocks_in_submission(file));
         let ring = file.map(|file| IoRing::new(file, QUEUE_SIZE));
         let ring = ring.and_then(|ring| {
-            let told = ring.inspect_err(|error| {
+            let logged = ring.inspect_err(|error| {
                 let disk = backend.path().display();
                 tracing::info!(%disk, "no io_uring for this disk, its requests are served one by one: {error}");
             });
-            told.ok().map(Box::new)
+            logged.ok().map(Box::new)
         });
         Ok(Self {
             ring,
@@ -208,57 +208,59 @@ impl BlockEngine {
         io: BlockIo,
     ) -> Result<Option<u32>, BlockRequestError> {
         // A host says only once that it could not write back what was in its memory.
-        if io.is_promise() && backend.take_lost() {
-            return Err(BlockRequestError::Lost);
+        if io.promises_durability() && backend.take_flush_failure() {
+            return Err(BlockRequestError::FlushFailed);
         }
         let is_needless = match io {
-            BlockIo::Flush => backend.unflushed().is_none(),
-            BlockIo::WriteOut => !backend.is_behind(),
+            BlockIo::Flush => backend.unflushed_generation().is_none(),
+            BlockIo::WriteOut => !backend.needs_write_out(),
             _ => false,
         };
         if is_needless {
             return Ok(Some(0));
         }
-        self.begin(Some(memory), backend, Origin::Guest(ticket), io)?;
+        self.start_io(Some(memory), backend, Origin::Guest(ticket), io)?;
         Ok(None)
     }
 
     /// Begins a flush of our own; whether there is anything to flush.
-    pub(super) fn flush(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
-        if backend.unflushed().is_none() {
+    pub(super) fn start_flush(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
+        if backend.unflushed_generation().is_none() {
             return Ok(false);
         }
-        self.begin(None, backend, Origin::Flush, BlockIo::Flush)?;
+        self.start_io(None, backend, Origin::Flush, BlockIo::Flush)?;
         Ok(true)
     }
 
     /// Begins to write out where an image has its data; whether any of that is in this process alone.
-    pub(super) fn write_out(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
-        if !backend.is_behind() {
+    pub(super) fn start_write_out(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
+        if !backend.needs_write_out() {
             return Ok(false);
         }
-        self.begin(None, backend, Origin::WriteOut, BlockIo::WriteOut)?;
+        self.start_io(None, backend, Origin::WriteOut, BlockIo::WriteOut)?;
         Ok(true)
     }
 
-    fn begin(
+    fn start_io(
         &mut self,
         memory: Option<&GuestMemory>,
         backend: &Arc<BlockBackend>,
         origin: Origin,
         io: BlockIo,
     ) -> Result<(), BlockRequestError> {
-        let (work, is_promise) = (io.work(), io.is_promise());
-        let flight = |then| PendingIo {
+        let (work, promises_durability) = (io.work(), io.promises_durability());
+        let flight = |completion| PendingIo {
             origin,
             work,
-            is_promise,
-            then,
+            promises_durability,
+            completion,
         };
         match (&mut self.ring, memory, io) {
-            (Some(ring), Some(memory), BlockIo::Read { into, offset }) if backend.takes(&into) => {
-                let then = Completion::Read { len: len(&into) };
-                ring.read(flight(then), memory, into, offset)?;
+            (Some(ring), Some(memory), BlockIo::Read { into, offset })
+                if backend.can_transfer_directly(&into) =>
+            {
+                let completion = Completion::Read { len: len(&into) };
+                ring.read(flight(completion), memory, into, offset)?;
             }
             (
                 Some(ring),
@@ -268,17 +270,17 @@ impl BlockEngine {
                     offset,
                     durability,
                 },
-            ) if backend.takes(&from) => {
+            ) if backend.can_transfer_directly(&from) => {
                 let len = from.len();
-                let then = Completion::Written { offset, len };
-                ring.write(flight(then), memory, from, offset, durability)?;
+                let completion = Completion::Written { offset, len };
+                ring.write(flight(completion), memory, from, offset, durability)?;
             }
             (Some(ring), _, BlockIo::Flush) if ring.has_room() => {
-                let generation = backend.unflushed().unwrap_or_default();
+                let generation = backend.unflushed_generation().unwrap_or_default();
                 ring.flush(flight(Completion::Flushed { generation }));
             }
             (_, memory, io) => {
-                let then = match &io {
+                let completion = match &io {
                     BlockIo::Read { into, .. } => Completion::Read { len: len(into) },
                     _ => Completion::Nothing,
                 };
@@ -286,8 +288,8 @@ impl BlockEngine {
                 let failed = backend.clone();
                 self.helper
                     .push(
-                        flight(then),
-                        Box::new(move |cancelled| carry_out(memory.as_ref(), &backend, &io, cancelled)),
+                        flight(completion),
+                        Box::new(move |cancelled| execute(memory.as_ref(), &backend, &io, cancelled)),
                     )
                     .map_err(failed.failed("start a thread for it"))?;
             }
@@ -299,7 +301,7 @@ impl BlockEngine {
     }
 
     /// It is not in flight any more.
-    fn leave(&mut self, flight: &PendingIo) {
+    fn remove(&mut self, flight: &PendingIo) {
         self.bytes -= flight.work;
         self.count -= 1;
         self.write_outs -= usize::from(matches!(flight.origin, Origin::WriteOut));
@@ -319,27 +321,30 @@ impl BlockEngine {
 
     /// The next that is done.
     pub(super) fn next(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
-        let (flight, result) = self.take(backend)?;
-        let is_told = matches!(flight.origin, Origin::Guest(_)) && flight.is_promise;
+        let (flight, result) = self.next_finished(backend)?;
+        let answers_promise = matches!(flight.origin, Origin::Guest(_)) && flight.promises_durability;
         // A flush that failed meanwhile has taken the error away from this one.
-        let has_lost = is_told && backend.take_lost();
+        let flush_failed = answers_promise && backend.take_flush_failure();
         let result = match result {
-            Ok(_) if has_lost => Err(BlockRequestError::Lost),
+            Ok(_) if flush_failed => Err(BlockRequestError::FlushFailed),
             result => result,
         };
         Some((flight.origin, result))
     }
 
     /// The same, where the guest hears of nothing.
-    pub(super) fn next_unheard(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
-        let (flight, result) = self.take(backend)?;
+    pub(super) fn next_unanswered(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
+        let (flight, result) = self.next_finished(backend)?;
         Some((flight.origin, result))
     }
 
-    fn take(&mut self, backend: &BlockBackend) -> Option<(PendingIo, Result<u32, BlockRequestError>)> {
+    fn next_finished(
+        &mut self,
+        backend: &BlockBackend,
+    ) -> Option<(PendingIo, Result<u32, BlockRequestError>)> {
         let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
             Some((flight, result)) => {
-                let result = settle(backend, &flight.then, result);
+                let result = finish_transfer(backend, &flight.completion, result);
                 (flight, result)
             }
             None => {
@@ -347,8 +352,8 @@ impl BlockEngine {
                 (flight, result.unwrap_or(Err(BlockRequestError::Panicked)))
             }
         };
-        self.leave(&flight);
-        let written = match flight.then {
+        self.remove(&flight);
+        let written = match flight.completion {
             Completion::Read { len } => len,
             _ => 0,
         };
@@ -362,7 +367,7 @@ impl BlockEngine {
             return true;
         }
         for flight in self.helper.cancel() {
-            self.leave(&flight);
+            self.remove(&flight);
         }
         if let Some(ring) = &mut self.ring {
             // What could not be submitted the last time would be in flight for ever.
@@ -371,25 +376,25 @@ impl BlockEngine {
             }
             ring.cancel();
         }
-        while self.next_unheard(backend).is_some() {}
+        while self.next_unanswered(backend).is_some() {}
         self.count == self.write_outs
     }
 }
 
 /// Whether io_uring would wait for the file while requests are handed to it, as seen of FUSE's on Linux 6.18: the device
 /// thread must not.
-fn waits_in_submission(file: &File) -> bool {
+fn blocks_in_submission(file: &File) -> bool {
     const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
     !rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type != FUSE_SUPER_MAGIC)
 }
 
 /// What io_uring has done counts from here on.
-fn settle(
+fn finish_transfer(
     backend: &BlockBackend,
-    then: &Completion,
+    completion: &Completion,
     result: io::Result<()>,
 ) -> Result<(), BlockRequestError> {
-    let what = match *then {
+    let what = match *completion {
         Completion::Read { .. } => "read it",
         Completion::Written { offset, len } => {
             backend.modified(offset, len);
@@ -399,7 +404,7 @@ fn settle(
             match &result {
                 Ok(()) => backend.flushed(generation),
                 Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {}
-                Err(_) => backend.keep_lost(),
+                Err(_) => backend.record_flush_failure(),
             }
             "write it back"
         }
@@ -409,7 +414,7 @@ fn settle(
 }
 
 /// On the thread.
-fn carry_out(
+fn execute(
     memory: Option<&GuestMemory>,
     backend: &BlockBackend,
     io: &BlockIo,

@@ -66,7 +66,7 @@ pub(super) enum BlockRequestError {
     #[error("whoever was to do it panicked")]
     Panicked,
     #[error("an earlier flush, of which the guest did not hear, has failed")]
-    Lost,
+    FlushFailed,
     #[error("write to a read-only disk")]
     ReadOnly,
     #[error("guest memory: {0}")]

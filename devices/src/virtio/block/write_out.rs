@@ -15,19 +15,19 @@ const WITHIN: Duration = Duration::from_secs(1);
 pub(super) struct WriteOut {
     timer: Timer,
     /// There is a time for it, or it is under way.
-    is_planned: bool,
+    is_scheduled: bool,
 }
 
 impl WriteOut {
     /// For what is behind a device, if that is an image.
     pub(super) fn of(backend: &BlockBackend) -> io::Result<Option<Self>> {
-        if backend.raw().is_some() || backend.read_only() {
+        if backend.raw_file().is_some() || backend.read_only() {
             return Ok(None);
         }
         let timer = Timer::new()?;
         Ok(Some(Self {
             timer,
-            is_planned: false,
+            is_scheduled: false,
         }))
     }
 
@@ -37,10 +37,10 @@ impl WriteOut {
     }
 
     /// Sees to it that there will be a time, if something is to be written out.
-    pub(super) fn plan(&mut self, backend: &BlockBackend) -> io::Result<()> {
-        if !self.is_planned && backend.is_behind() {
+    pub(super) fn schedule(&mut self, backend: &BlockBackend) -> io::Result<()> {
+        if !self.is_scheduled && backend.needs_write_out() {
             self.timer.set(WITHIN)?;
-            self.is_planned = true;
+            self.is_scheduled = true;
         }
         Ok(())
     }
@@ -51,7 +51,7 @@ impl WriteOut {
     }
 
     /// It is under way now, or is not any more.
-    pub(super) fn set_under_way(&mut self, is_under_way: bool) {
-        self.is_planned = is_under_way;
+    pub(super) fn set_running(&mut self, is_running: bool) {
+        self.is_scheduled = is_running;
     }
 }

@@ -89,15 +89,15 @@ impl ConsoleBackend {
         &self.names
     }
 
-    /// Readable when there is something to [`ConsoleBackend::look`] at.
+    /// Readable when there is something to [`ConsoleBackend::poll`] at.
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
     }
 
     /// Takes what has happened, and returns the ports, counted from 0, whose program has gone.
-    pub(super) fn look(&self) -> io::Result<Vec<usize>> {
+    pub(super) fn poll(&self) -> io::Result<Vec<usize>> {
         // There are fewer sockets than one look takes events.
-        let (events, _) = self.watch.look()?;
+        let (events, _) = self.watch.poll()?;
         let gone = events.into_iter().filter_map(|(token, flags)| {
             let port = usize::try_from(token).ok()?.checked_sub(self.sockets.len())?;
             flags

@@ -54,7 +54,7 @@ pub struct VirtioConsole {
     size: Option<TerminalSize>,
     room: Box<[u8]>,
     metrics: Arc<ConsoleMetrics>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl VirtioConsole {
@@ -75,88 +75,90 @@ impl VirtioConsole {
             size: None,
             room: vec![0; ROOM].into(),
             metrics,
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         }
     }
 
     /// Serves ports, and tells the guest what there is to tell.
-    fn work(&mut self, queues: &mut Queues<'_>, ports: Range<usize>) -> Result<QueueProgress, QueueError> {
+    fn process_ports(
+        &mut self,
+        queues: &mut Queues<'_>,
+        ports: Range<usize>,
+    ) -> Result<QueueProgress, QueueError> {
         let mut progress = QueueProgress::Idle;
         for index in ports {
-            self.look_for_program(index);
+            self.accept_program(index);
             if let Some(port) = self.ports.get_mut(index) {
-                let (to_guest, from_guest) = queues_of(index);
+                let (to_guest, from_guest) = queues_of_port(index);
                 if let Some(mut queue) = queues.get(to_guest) {
-                    progress = progress.and(port.give(&mut queue, &mut self.room)?);
+                    progress = progress.and(port.process_receive_queue(&mut queue, &mut self.room)?);
                 }
                 if let Some(mut queue) = queues.get(from_guest) {
-                    progress = progress.and(port.take(&mut queue, &mut self.room)?);
+                    progress = progress.and(port.process_transmit_queue(&mut queue, &mut self.room)?);
                 }
             }
         }
-        Ok(progress.and(self.tell(queues)?))
+        Ok(progress.and(self.send_control_messages(queues)?))
     }
 
     /// Has the next program in, if there may be one.
-    fn look_for_program(&mut self, index: usize) {
+    fn accept_program(&mut self, index: usize) {
         let (true, Some(port), Some(socket)) =
             (self.multiport, self.ports.get_mut(index), index.checked_sub(1))
         else {
             return;
         };
-        port.let_go();
-        if port.is_free() {
+        port.release_closed_program();
+        if port.can_accept_program() {
             match self.backend.accept(socket) {
                 Ok(Some(stream)) => port.connect(stream),
                 Ok(None) => {}
-                Err(error) => {
-                    self.complain(format_args!("cannot take a program that has connected: {error}"))
-                }
+                Err(error) => self.warn(format_args!("cannot take a program that has connected: {error}")),
             }
         }
     }
 
     /// Hears what the guest has to say of ports.
-    fn hear(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_control_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(CONTROL_FROM_GUEST).filter(|_| self.multiport) else {
             return Ok(QueueProgress::Idle);
         };
-        let mut heard = 0;
+        let mut received = 0;
         let progress = loop {
-            if heard == TURN_MESSAGES {
+            if received == TURN_MESSAGES {
                 break QueueProgress::More;
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 break QueueProgress::Idle;
             };
             let mut message = [0; MESSAGE_LEN];
             match chain.map(|mut chain| chain.readable.read(queue.memory(), &mut message)) {
-                Ok(Ok(MESSAGE_LEN)) => self.mind(&message),
-                Ok(Ok(got)) => self.complain(format_args!("a control message of {got} bytes")),
-                Ok(Err(error)) => self.complain(error),
-                Err(error) => self.complain(error),
+                Ok(Ok(MESSAGE_LEN)) => self.handle_control_message(&message),
+                Ok(Ok(got)) => self.warn(format_args!("a control message of {got} bytes")),
+                Ok(Err(error)) => self.warn(error),
+                Err(error) => self.warn(error),
             }
-            queue.give_back(head, 0)?;
-            heard += 1;
+            queue.add_used(head, 0)?;
+            received += 1;
         };
-        if heard > 0 {
+        if received > 0 {
             queue.notify()?;
         }
         Ok(progress)
     }
 
-    fn mind(&mut self, message: &[u8; MESSAGE_LEN]) {
+    fn handle_control_message(&mut self, message: &[u8; MESSAGE_LEN]) {
         let Some(decoded) = DriverMessage::decode(message) else {
-            return self.complain(format_args!("control message {message:02x?} makes no sense"));
+            return self.warn(format_args!("control message {message:02x?} makes no sense"));
         };
         let (id, is_ready) = match decoded {
             DriverMessage::Device(true) => return self.ports.iter_mut().for_each(ConsolePort::announce),
-            DriverMessage::Device(false) => return self.complain("the guest cannot use its ports"),
+            DriverMessage::Device(false) => return self.warn("the guest cannot use its ports"),
             DriverMessage::Ready(id, ready) => (id, Some(ready)),
             DriverMessage::Open(id, _) => (id, None),
         };
         let Some(port) = usize::try_from(id).ok().and_then(|id| self.ports.get_mut(id)) else {
-            return self.complain(format_args!("control message of port {id}, which there is not"));
+            return self.warn(format_args!("control message of port {id}, which there is not"));
         };
         match decoded {
             DriverMessage::Open(_, open) => port.guest_open = open,
@@ -168,9 +170,9 @@ impl VirtioConsole {
     }
 
     /// Tells the guest what it does not know yet.
-    fn tell(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn send_control_messages(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         if !self.multiport {
-            if let Some(size) = self.new_size() {
+            if let Some(size) = self.unsent_size() {
                 self.size = Some(size);
                 queues.config_changed();
             }
@@ -179,67 +181,67 @@ impl VirtioConsole {
         let Some(mut queue) = queues.get(CONTROL_TO_GUEST) else {
             return Ok(QueueProgress::Idle);
         };
-        let mut told = 0;
+        let mut sent = 0;
         let progress = loop {
-            let Some((index, news)) = self.news() else {
+            let Some((index, message)) = self.next_control_message() else {
                 break QueueProgress::Idle;
             };
-            if told == TURN_MESSAGES {
+            if sent == TURN_MESSAGES {
                 break QueueProgress::More;
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 break QueueProgress::Idle;
             };
             // There are few ports.
-            let bytes = news.encode(index as u32);
+            let bytes = message.encode(index as u32);
             let filled = chain.is_ok_and(|mut chain| {
                 let filled = chain.writable.fill(queue.memory(), &bytes);
                 filled.is_ok_and(|count| count == bytes.len())
             });
             if filled {
-                self.told(index, &news);
+                self.control_message_sent(index, &message);
             } else {
-                self.complain("no room for a control message in a buffer for one");
+                self.warn("no room for a control message in a buffer for one");
             }
-            queue.give_back(head, if filled { bytes.len() as u32 } else { 0 })?;
-            told += 1;
+            queue.add_used(head, if filled { bytes.len() as u32 } else { 0 })?;
+            sent += 1;
         };
-        if told > 0 {
+        if sent > 0 {
             queue.notify()?;
         }
         Ok(progress)
     }
 
     /// What the guest is to be told next, and of which port.
-    fn news(&self) -> Option<(usize, DeviceMessage)> {
+    fn next_control_message(&self) -> Option<(usize, DeviceMessage)> {
         let of_ports = self.ports.iter().enumerate();
         let next = of_ports
-            .filter_map(|(index, port)| Some((index, port.news()?)))
+            .filter_map(|(index, port)| Some((index, port.next_control_message()?)))
             .next();
         next.or_else(|| {
             self.ports.first().filter(|console| console.ready)?;
-            Some((0, DeviceMessage::Resize(self.new_size()?)))
+            Some((0, DeviceMessage::Resize(self.unsent_size()?)))
         })
     }
 
-    fn told(&mut self, index: usize, news: &DeviceMessage) {
-        if let DeviceMessage::Resize(size) = news {
+    fn control_message_sent(&mut self, index: usize, message: &DeviceMessage) {
+        if let DeviceMessage::Resize(size) = message {
             self.size = Some(*size);
         }
         if let Some(port) = self.ports.get_mut(index) {
-            port.told(news);
+            port.control_message_sent(message);
         }
         // Somebody may have been waiting for the port.
-        self.look_for_program(index);
+        self.accept_program(index);
     }
 
     /// The terminal's size, if the guest does not know it.
-    fn new_size(&self) -> Option<TerminalSize> {
+    fn unsent_size(&self) -> Option<TerminalSize> {
         self.terminal.size().filter(|size| self.size != Some(*size))
     }
 
-    fn complain(&self, why: impl std::fmt::Display) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(count, "virtio-console: {why}");
         }
     }
@@ -247,13 +249,13 @@ impl VirtioConsole {
 
 /// The queues of a port (virtio 1.2, 5.3.2): for the guest, and from it. The control queues come after the first
 /// port's.
-fn queues_of(port: usize) -> (usize, usize) {
+fn queues_of_port(port: usize) -> (usize, usize) {
     let first = if port == 0 { 0 } else { 2 + 2 * port };
     (first, first + 1)
 }
 
 /// The port that a queue belongs to; `None` for the control queues.
-fn port_of(queue: usize) -> Option<usize> {
+fn port_of_queue(queue: usize) -> Option<usize> {
     match queue {
         0 | 1 => Some(0),
         CONTROL_TO_GUEST | CONTROL_FROM_GUEST => None,
@@ -307,11 +309,11 @@ impl VirtioDevice for VirtioConsole {
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        match port_of(index) {
-            Some(port) => self.work(queues, port..port + 1),
+        match port_of_queue(index) {
+            Some(port) => self.process_ports(queues, port..port + 1),
             None => {
-                let heard = self.hear(queues)?;
-                Ok(heard.and(self.work(queues, 0..self.ports.len())?))
+                let received = self.process_control_queue(queues)?;
+                Ok(received.and(self.process_ports(queues, 0..self.ports.len())?))
             }
         }
     }
@@ -321,8 +323,8 @@ impl VirtioDevice for VirtioConsole {
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.terminal.hear();
-        match self.backend.look() {
+        self.terminal.clear_event();
+        match self.backend.poll() {
             Ok(gone) => {
                 for index in gone {
                     if let Some(port) = self.ports.get_mut(index + 1) {
@@ -330,9 +332,9 @@ impl VirtioDevice for VirtioConsole {
                     }
                 }
             }
-            Err(error) => self.complain(format_args!("cannot see what happens on the host: {error}")),
+            Err(error) => self.warn(format_args!("cannot see what happens on the host: {error}")),
         }
-        self.work(queues, 0..self.ports.len())
+        self.process_ports(queues, 0..self.ports.len())
     }
 
     fn reset(&mut self) -> bool {

@@ -13,10 +13,10 @@ use crate::log_damper::LogDamper;
 use crate::virtio::{Chain, QueueAccess, QueueError, QueueProgress};
 
 /// What one turn does for a port, each way, at most: chains and bytes.
-const TURN_CHAINS: usize = 64;
-const TURN_BYTES: usize = 256 << 10;
+const PORT_TURN_CHAINS: usize = 64;
+const PORT_TURN_BYTES: usize = 256 << 10;
 /// Of a chain that nobody wants any more.
-const ALL: usize = usize::MAX;
+const SENT_ALL: usize = usize::MAX;
 
 /// A port.
 #[derive(Debug)]
@@ -33,10 +33,10 @@ pub(super) struct ConsolePort {
     pub(super) guest_open: bool,
     /// Whether the guest knows that somebody on the host has it open.
     pub(super) host_open: bool,
-    /// Bytes of the guest's next chain that the host has, or [`ALL`].
+    /// Bytes of the guest's next chain that the host has, or [`SENT_ALL`].
     sent: usize,
     metrics: Arc<ConsoleMetrics>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 /// What is behind a port.
@@ -67,7 +67,7 @@ impl ConsolePort {
             host_open: false,
             sent: 0,
             metrics,
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         }
     }
 
@@ -77,7 +77,7 @@ impl ConsolePort {
     }
 
     /// Whether the next program may have it: the guest has heard of the last one's end.
-    pub(super) fn is_free(&self) -> bool {
+    pub(super) fn can_accept_program(&self) -> bool {
         !self.has_host() && !self.host_open
     }
 
@@ -92,11 +92,11 @@ impl ConsolePort {
         if let PortPeer::Program(Some(program)) = &mut self.host {
             program.gone = true;
         }
-        self.forget_rest();
+        self.discard_rest();
     }
 
     /// Lets go of a program that has gone and that nobody in the guest listens to.
-    pub(super) fn let_go(&mut self) {
+    pub(super) fn release_closed_program(&mut self) {
         if let PortPeer::Program(Some(Program { gone: true, .. })) = self.host
             && !self.guest_open
         {
@@ -127,7 +127,7 @@ impl ConsolePort {
     }
 
     /// What the guest is to be told next.
-    pub(super) fn news(&self) -> Option<DeviceMessage> {
+    pub(super) fn next_control_message(&self) -> Option<DeviceMessage> {
         if self.add {
             Some(DeviceMessage::Add)
         } else if !self.ready {
@@ -144,8 +144,8 @@ impl ConsolePort {
     }
 
     /// The guest was told.
-    pub(super) fn told(&mut self, news: &DeviceMessage) {
-        match news {
+    pub(super) fn control_message_sent(&mut self, message: &DeviceMessage) {
+        match message {
             DeviceMessage::Add => self.add = false,
             DeviceMessage::Console | DeviceMessage::Name(_) => self.introduce = false,
             DeviceMessage::Open(open) => self.host_open = *open,
@@ -154,7 +154,7 @@ impl ConsolePort {
     }
 
     /// Fills chains of the guest's with what the host has; `room` is for bytes on their way.
-    pub(super) fn give(
+    pub(super) fn process_receive_queue(
         &mut self,
         queue: &mut QueueAccess<'_>,
         room: &mut [u8],
@@ -164,29 +164,29 @@ impl ConsolePort {
             if !self.guest_open || !self.has_host() {
                 break QueueProgress::Idle;
             }
-            if chains == TURN_CHAINS || bytes >= TURN_BYTES {
+            if chains == PORT_TURN_CHAINS || bytes >= PORT_TURN_BYTES {
                 break QueueProgress::More;
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 break QueueProgress::Idle;
             };
             let written = match chain {
-                Ok(chain) if !chain.writable.is_empty() => self.fill(queue.memory(), chain, room),
+                Ok(chain) if !chain.writable.is_empty() => self.fill_chain(queue.memory(), chain, room),
                 Ok(_) => {
-                    self.complain("no room in a buffer for the guest");
+                    self.warn("no room in a buffer for the guest");
                     Some(0)
                 }
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     Some(0)
                 }
             };
             let Some(written) = written else {
-                queue.put_back();
+                queue.undo_pop();
                 break QueueProgress::Idle;
             };
             // No more than `room` has, which fits.
-            queue.give_back(head, written as u32)?;
+            queue.add_used(head, written as u32)?;
             chains += 1;
             bytes += written;
         };
@@ -197,10 +197,10 @@ impl ConsolePort {
     }
 
     /// Bytes that were put into the chain; `None` if the host has nothing.
-    fn fill(&mut self, memory: &GuestMemory, mut chain: Chain, room: &mut [u8]) -> Option<usize> {
+    fn fill_chain(&mut self, memory: &GuestMemory, mut chain: Chain, room: &mut [u8]) -> Option<usize> {
         let most = usize::try_from(chain.writable.len()).unwrap_or(usize::MAX);
         let most = room.len().min(most);
-        let count = self.read(&mut room[..most])?;
+        let count = self.read_host(&mut room[..most])?;
         match chain.writable.fill(memory, &room[..count]) {
             Ok(filled) => {
                 self.metrics.rx_bytes.add(filled as u64);
@@ -208,16 +208,16 @@ impl ConsolePort {
             }
             Err(error) => {
                 // They are lost: a driver that gives such a buffer has no use for them.
-                self.complain(error);
+                self.warn(error);
                 Some(0)
             }
         }
     }
 
-    fn read(&mut self, room: &mut [u8]) -> Option<usize> {
+    fn read_host(&mut self, room: &mut [u8]) -> Option<usize> {
         let program = match &mut self.host {
             PortPeer::Terminal(terminal) => {
-                let count = terminal.take_input(room);
+                let count = terminal.read_input(room);
                 return (count > 0).then_some(count);
             }
             PortPeer::Program(program) => program.as_mut()?,
@@ -236,37 +236,37 @@ impl ConsolePort {
     }
 
     /// Takes what the guest has for the host, as far as somebody there takes it.
-    pub(super) fn take(
+    pub(super) fn process_transmit_queue(
         &mut self,
         queue: &mut QueueAccess<'_>,
         room: &mut [u8],
     ) -> Result<QueueProgress, QueueError> {
-        let (mut chains, mut budget) = (0, TURN_BYTES);
+        let (mut chains, mut budget) = (0, PORT_TURN_BYTES);
         let progress = loop {
-            if !self.takes() {
+            if !self.can_send() {
                 break QueueProgress::Idle;
             }
-            if chains == TURN_CHAINS || budget == 0 {
+            if chains == PORT_TURN_CHAINS || budget == 0 {
                 break QueueProgress::More;
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 break QueueProgress::Idle;
             };
             let is_done = match chain {
-                Ok(chain) => self.deliver(queue.memory(), chain, room, &mut budget),
+                Ok(chain) => self.send_chain(queue.memory(), chain, room, &mut budget),
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     true
                 }
             };
             if is_done {
                 self.sent = 0;
-                queue.give_back(head, 0)?;
+                queue.add_used(head, 0)?;
                 chains += 1;
                 continue;
             }
-            queue.put_back();
-            if budget > 0 && self.sent != ALL {
+            queue.undo_pop();
+            if budget > 0 && self.sent != SENT_ALL {
                 // Its socket is full, or it is gone.
                 break QueueProgress::Idle;
             }
@@ -277,17 +277,17 @@ impl ConsolePort {
         Ok(progress)
     }
 
-    fn takes(&self) -> bool {
+    fn can_send(&self) -> bool {
         match &self.host {
             PortPeer::Terminal(_) => true,
             PortPeer::Program(program) => {
-                self.sent == ALL || program.as_ref().is_some_and(|program| !program.gone)
+                self.sent == SENT_ALL || program.as_ref().is_some_and(|program| !program.gone)
             }
         }
     }
 
     /// Whether that was all of the chain.
-    fn deliver(
+    fn send_chain(
         &mut self,
         memory: &GuestMemory,
         mut chain: Chain,
@@ -305,11 +305,11 @@ impl ConsolePort {
                 Ok(0) => return true,
                 Ok(count) => *count,
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     return true;
                 }
             };
-            let written = self.write(&room[..count]);
+            let written = self.write_host(&room[..count]);
             *budget -= written;
             self.metrics.tx_bytes.add(written as u64);
             if written < count {
@@ -319,7 +319,7 @@ impl ConsolePort {
     }
 
     /// How much of it the host has taken.
-    fn write(&mut self, bytes: &[u8]) -> usize {
+    fn write_host(&mut self, bytes: &[u8]) -> usize {
         let program = match &mut self.host {
             PortPeer::Terminal(terminal) => {
                 terminal.show(bytes);
@@ -349,14 +349,14 @@ impl ConsolePort {
     fn disconnect(&mut self) {
         if let PortPeer::Program(program) = &mut self.host {
             *program = None;
-            self.forget_rest();
+            self.discard_rest();
         }
     }
 
     /// The rest of what a program has the beginning of is for nobody else.
-    fn forget_rest(&mut self) {
+    fn discard_rest(&mut self) {
         if self.sent > 0 {
-            self.sent = ALL;
+            self.sent = SENT_ALL;
         }
     }
 
@@ -376,11 +376,11 @@ impl ConsolePort {
     pub(super) fn restore(&mut self, state: &PortState) {
         (self.add, self.introduce, self.ready) = (state.add, state.introduce, state.ready);
         (self.guest_open, self.host_open) = (state.guest_open, state.host_open);
-        self.sent = if state.cut { ALL } else { 0 };
+        self.sent = if state.cut { SENT_ALL } else { 0 };
     }
 
-    fn complain(&self, why: impl std::fmt::Display) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(port = self.name, count, "virtio-console: {why}");
         }
     }

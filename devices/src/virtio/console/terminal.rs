@@ -79,7 +79,7 @@ impl ConsoleTerminal {
     }
 
     /// Takes the first bytes of the input off, at most as many as fit into `room`.
-    pub(super) fn take_input(&self, room: &mut [u8]) -> usize {
+    pub(super) fn read_input(&self, room: &mut [u8]) -> usize {
         let mut side = self.side();
         let count = room.len().min(side.input.len());
         for (to, from) in room.iter_mut().zip(side.input.drain(..count)) {
@@ -103,7 +103,7 @@ impl ConsoleTerminal {
     }
 
     /// The device looks: what was there to hear of is heard.
-    pub(super) fn hear(&self) {
+    pub(super) fn clear_event(&self) {
         // Nothing to read is fine.
         let _ = (&self.event).read(&mut [0; 8]);
     }

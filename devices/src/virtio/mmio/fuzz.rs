@@ -277,10 +277,10 @@ fn any_registers_and_memory_of_a_card() {
     leave_for("many0");
     ip("tuntap add dev many1 mode tap multi_queue");
     proptest!(cases(3000), |(acts in prop::collection::vec(act(), 0..60))| {
-        let mut driver = Driver::new(card("many0").takes_commands_at_once());
+        let mut driver = Driver::new(card("many0").without_command_limit());
         acts.into_iter().for_each(|act| perform(&mut driver, act));
         let saved = driver.save();
-        let moved = driver.move_to(card("many1").takes_commands_at_once(), saved);
+        let moved = driver.move_to(card("many1").without_command_limit(), saved);
         let mut driver = moved.unwrap_or_else(|error| panic!("{error:?}"));
         driver.transport.resume();
         driver.run();
@@ -292,7 +292,7 @@ fn any_registers_and_memory_of_a_card() {
 fn any_descriptor_chains_of_a_card() {
     let wire = Wire::between(&["many0"]);
     // One for all cases: a bridge takes its time to see that a tap is open again.
-    let driver = RefCell::new(Driver::new(wire.card("many0").takes_commands_at_once()));
+    let driver = RefCell::new(Driver::new(wire.card("many0").without_command_limit()));
     proptest!(cases(3000), |(
         descriptors in prop::collection::vec(descriptor(), 1..12),
         heads in heads(),

@@ -27,7 +27,7 @@ pub(super) struct TransportShared {
     pub(super) queue_events: Vec<EventFd>,
     /// Readable when the device must look at the host's side.
     host_event: EventFd,
-    pub(super) complaints: LogDamper,
+    pub(super) warnings: LogDamper,
     /// How often the device thread looked at a queue, for a kick or because a turn was over.
     looks: Counter,
     pub(super) resets: Counter,
@@ -76,7 +76,7 @@ impl TransportShared {
             status: AtomicU8::new(0),
             queue_events,
             host_event,
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
             looks: Counter::default(),
             resets: Counter::default(),
             needs: Counter::default(),
@@ -112,7 +112,7 @@ impl TransportShared {
     }
 
     /// Makes the device thread look at the host's side.
-    pub(super) fn look_at_host(&self) {
+    pub(super) fn raise_host_event(&self) {
         raise(&self.host_event);
     }
 
@@ -124,7 +124,7 @@ impl TransportShared {
         if before & DRIVER_OK != 0 {
             self.interrupt.config_change();
         }
-        if let Some(count) = self.complaints.count() {
+        if let Some(count) = self.warnings.count() {
             let device = core.device.device_type();
             let cause = why.source().map(ToString::to_string).unwrap_or_default();
             tracing::warn!(device, count, cause, "virtio device needs a reset: {why}");

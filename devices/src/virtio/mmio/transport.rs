@@ -165,7 +165,7 @@ impl MmioTransport {
         for index in 0..self.queues.len() {
             self.shared.kick(index);
         }
-        self.shared.look_at_host();
+        self.shared.raise_host_event();
     }
 
     /// Finishes what is in flight and makes what the guest was told is done durable. After [`MmioTransport::pause`]: when

@@ -45,10 +45,10 @@ pub(super) enum NetCommandError {
 }
 
 /// Finds out what a chain asks for, has it done, and answers; returns what came of it, and the bytes written.
-pub(super) fn answer(
+pub(super) fn process_command(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
-    carry_out: impl FnOnce(NetCommand) -> Result<(), NetCommandError>,
+    apply: impl FnOnce(NetCommand) -> Result<(), NetCommandError>,
 ) -> (Result<(), NetCommandError>, u32) {
     let mut chain = match chain {
         Ok(chain) => chain,
@@ -57,7 +57,7 @@ pub(super) fn answer(
     let Some(status) = chain.writable.take_last_byte() else {
         return (Err(NetCommandError::Short), 0);
     };
-    let done = parse(memory, chain).and_then(carry_out);
+    let done = parse(memory, chain).and_then(apply);
     let value = if done.is_ok() {
         VIRTIO_NET_OK
     } else {

@@ -15,13 +15,13 @@ use virtio_bindings::virtio_net::{
 
 use super::HEADER_LEN;
 use super::announce::{Announcer, rarp};
-use super::control::{NetCommand, NetCommandError, answer};
+use super::control::{NetCommand, NetCommandError, process_command};
 use super::metrics::NetMetrics;
 use super::parameters::{MAX_QUEUE_PAIRS, NetParameters};
-use super::receive::{ReceiveLayout, receive};
+use super::receive::{ReceiveLayout, receive_packets};
 use super::state::NetState;
 use super::tap::{Tap, TapError};
-use super::transmit::send;
+use super::transmit::send_packet;
 use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::{Bucket, Limiter, Limits};
@@ -79,10 +79,10 @@ pub struct VirtioNet {
     tx_limiter: Limiter,
     command_limiter: Limiter,
     /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
-    announce: bool,
+    announce_pending: bool,
     announcer: Announcer,
     metrics: Arc<NetMetrics>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl VirtioNet {
@@ -113,16 +113,16 @@ impl VirtioNet {
             rx_limiter,
             tx_limiter,
             command_limiter,
-            announce: false,
+            announce_pending: false,
             announcer,
             metrics: Arc::default(),
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         })
     }
 
     /// Takes commands as fast as they come: a property has thousands of cases.
     #[cfg(test)]
-    pub(crate) fn takes_commands_at_once(self) -> Self {
+    pub(crate) fn without_command_limit(self) -> Self {
         let command_limiter = Limiter::new(Limits::default()).unwrap();
         Self {
             command_limiter,
@@ -147,16 +147,20 @@ impl VirtioNet {
     }
 
     /// Takes packets for the guest, of each pair that is in use. A busy one ends the turn.
-    fn receive_all(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_receive_queues(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         for pair in self.in_turn(self.active_pairs) {
-            if self.receive(pair, queues)? == QueueProgress::More {
+            if self.process_receive_queue(pair, queues)? == QueueProgress::More {
                 return Ok(QueueProgress::More);
             }
         }
         Ok(QueueProgress::Idle)
     }
 
-    fn receive(&self, pair: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_receive_queue(
+        &self,
+        pair: usize,
+        queues: &mut Queues<'_>,
+    ) -> Result<QueueProgress, QueueError> {
         // What the driver does not use it must not find filled.
         if pair >= self.active_pairs.into() {
             return Ok(QueueProgress::Idle);
@@ -166,40 +170,44 @@ impl VirtioNet {
         };
         let layout = ReceiveLayout::new(self.features, self.parameters.mtu);
         let (tap, limiter) = (self.tap.queue(pair), &self.rx_limiter);
-        receive(&mut queue, tap, layout, limiter, &self.metrics, |error| {
+        receive_packets(&mut queue, tap, layout, limiter, &self.metrics, |error| {
             self.metrics.rx_failed.add(1);
-            self.complain("packet to the guest", error);
+            self.warn("packet to the guest", error);
         })
     }
 
     /// Sends what waited for tokens.
-    fn transmit_all(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_transmit_queues(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let mut progress = QueueProgress::Idle;
         for pair in self.in_turn(self.parameters.queue_pairs) {
-            if self.transmit(pair, queues)? == QueueProgress::More {
+            if self.process_transmit_queue(pair, queues)? == QueueProgress::More {
                 progress = QueueProgress::More;
             }
         }
         Ok(progress)
     }
 
-    fn transmit(&self, pair: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_transmit_queue(
+        &self,
+        pair: usize,
+        queues: &mut Queues<'_>,
+    ) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + TRANSMIT) else {
             return Ok(QueueProgress::Idle);
         };
         // What is left in a queue that the driver has given up goes out as well.
         let tap = self.tap.queue(pair);
         queue.serve_admitted(
-            |bytes| self.admit(bytes),
+            |bytes| self.admit_transmit(bytes),
             |memory, chain| {
-                match send(memory, chain, tap) {
+                match send_packet(memory, chain, tap) {
                     Ok(bytes) => {
                         self.metrics.tx_packets.add(1);
                         self.metrics.tx_bytes.add(bytes);
                     }
                     Err(error) => {
                         self.metrics.tx_dropped.add(1);
-                        self.complain("packet of the guest", &error);
+                        self.warn("packet of the guest", &error);
                     }
                 }
                 0
@@ -207,8 +215,10 @@ impl VirtioNet {
         )
     }
 
-    fn admit(&self, bytes: u64) -> bool {
-        let admitted = self.tx_limiter.take(bytes.saturating_sub(HEADER_LEN as u64));
+    fn admit_transmit(&self, bytes: u64) -> bool {
+        let admitted = self
+            .tx_limiter
+            .try_consume(bytes.saturating_sub(HEADER_LEN as u64));
         if !admitted {
             self.metrics.tx_throttled.add(1);
         }
@@ -216,30 +226,30 @@ impl VirtioNet {
     }
 
     /// One command a turn, and few a second.
-    fn control(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_control_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(self.control_queue()) else {
             return Ok(QueueProgress::Idle);
         };
-        let Some((head, chain)) = queue.take()? else {
+        let Some((head, chain)) = queue.pop()? else {
             return Ok(QueueProgress::Idle);
         };
-        if !self.command_limiter.take(0) {
-            queue.put_back();
+        if !self.command_limiter.try_consume(0) {
+            queue.undo_pop();
             return Ok(QueueProgress::Idle);
         }
-        let (done, written) = answer(queue.memory(), chain, |command| self.carry_out(command));
+        let (done, written) = process_command(queue.memory(), chain, |command| self.apply_command(command));
         match done {
             Ok(()) => self.metrics.commands.add(1),
-            Err(error) => self.complain("control queue", &error),
+            Err(error) => self.warn("control queue", &error),
         }
-        queue.give_back(head, written)?;
+        queue.add_used(head, written)?;
         queue.notify()?;
         Ok(QueueProgress::More)
     }
 
-    fn carry_out(&mut self, command: NetCommand) -> Result<(), NetCommandError> {
+    fn apply_command(&mut self, command: NetCommand) -> Result<(), NetCommandError> {
         match command {
-            NetCommand::AnnounceAck => self.announce = false,
+            NetCommand::AnnounceAck => self.announce_pending = false,
             NetCommand::QueuePairs(got) => {
                 let most = if self.features & MQ != 0 {
                     self.parameters.queue_pairs
@@ -249,41 +259,41 @@ impl VirtioNet {
                 if !(1..=most).contains(&got) {
                     return Err(NetCommandError::QueuePairs { most, got });
                 }
-                self.use_pairs(got)?;
+                self.set_active_pairs(got)?;
             }
         }
         Ok(())
     }
 
     /// The driver uses so many pairs from now on; if the tap cannot, it is as before.
-    fn use_pairs(&mut self, pairs: u16) -> io::Result<()> {
+    fn set_active_pairs(&mut self, pairs: u16) -> io::Result<()> {
         let set = self.tap.set_active(pairs);
         if set.is_ok() {
             self.active_pairs = pairs;
         } else if let Err(error) = self.tap.set_active(self.active_pairs) {
-            self.complain("queues", &error);
+            self.warn("queues", &error);
         }
         set
     }
 
     /// Announces the guest if it is time to. It is asked to do so itself once: it sees to it that it is heard.
-    fn announce(&mut self, queues: &Queues<'_>) {
+    fn send_announcement(&mut self, queues: &Queues<'_>) {
         let round = match self.announcer.due() {
             Ok(Some(round)) => round,
             Ok(None) => return,
-            Err(error) => return self.complain("announcement", &error),
+            Err(error) => return self.warn("announcement", &error),
         };
         if let Err(error) = self.tap.write(&rarp(self.parameters.mac)) {
-            self.complain("announcement", &error);
+            self.warn("announcement", &error);
         }
         if round == 0 && self.features & GUEST_ANNOUNCE != 0 {
-            self.announce = true;
+            self.announce_pending = true;
             queues.config_changed();
         }
     }
 
-    fn complain(&self, what: &str, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, what: &str, error: &dyn std::error::Error) {
+        if let Some(count) = self.warnings.count() {
             let tap = self.tap.name();
             tracing::warn!(tap, count, "virtio-net: {what}: {error}");
         }
@@ -305,7 +315,7 @@ impl VirtioDevice for VirtioNet {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let status = LINK_UP | if self.announce { ANNOUNCE } else { 0 };
+        let status = LINK_UP | if self.announce_pending { ANNOUNCE } else { 0 };
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&self.parameters.mac.bytes());
         config[6..8].copy_from_slice(&status.to_le_bytes());
@@ -326,22 +336,22 @@ impl VirtioDevice for VirtioNet {
         self.features = features;
         // A driver that knows of one pair never says so. After a move it may use more.
         let pairs = if features & MQ != 0 { self.active_pairs } else { 1 };
-        if let Err(error) = self.use_pairs(pairs) {
-            self.complain("queues", &error);
+        if let Err(error) = self.set_active_pairs(pairs) {
+            self.warn("queues", &error);
         }
         if let Err(error) = self.tap.set_features(features) {
-            self.complain("offloads", &error);
+            self.warn("offloads", &error);
         }
     }
 
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let pair = index / QUEUES_OF_A_PAIR;
         if index == self.control_queue() {
-            self.control(queues)
+            self.process_control_queue(queues)
         } else if index % QUEUES_OF_A_PAIR == RECEIVE {
-            self.receive(pair, queues)
+            self.process_receive_queue(pair, queues)
         } else {
-            self.transmit(pair, queues)
+            self.process_transmit_queue(pair, queues)
         }
     }
 
@@ -356,18 +366,18 @@ impl VirtioDevice for VirtioNet {
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.announce(queues);
+        self.send_announcement(queues);
         self.turn = self.turn.wrapping_add(1);
-        self.rx_limiter.hear();
-        self.tx_limiter.hear();
-        self.command_limiter.hear();
-        let commands = self.control(queues)?;
+        self.rx_limiter.clear_event();
+        self.tx_limiter.clear_event();
+        self.command_limiter.clear_event();
+        let commands = self.process_control_queue(queues)?;
         let sent = if self.parameters.tx_limits == Limits::default() {
             QueueProgress::Idle
         } else {
-            self.transmit_all(queues)?
+            self.process_transmit_queues(queues)?
         };
-        Ok(match self.receive_all(queues)? {
+        Ok(match self.process_receive_queues(queues)? {
             QueueProgress::Idle => sent.and(commands),
             QueueProgress::More => QueueProgress::More,
         })
@@ -376,12 +386,12 @@ impl VirtioDevice for VirtioNet {
     fn reset(&mut self) -> bool {
         self.features = 0;
         self.active_pairs = 1;
-        self.announce = false;
+        self.announce_pending = false;
         if let Err(error) = self.announcer.stop() {
-            self.complain("announcement", &error);
+            self.warn("announcement", &error);
         }
         if let Err(error) = self.tap.set_features(0) {
-            self.complain("offloads", &error);
+            self.warn("offloads", &error);
         }
         true
     }

@@ -51,7 +51,7 @@ impl ReceiveLayout {
     }
 
     /// Bytes that one buffer must have.
-    fn least(&self) -> u64 {
+    fn buffer_min(&self) -> u64 {
         if self.mergeable {
             HEADER_LEN as u64
         } else {
@@ -63,13 +63,13 @@ impl ReceiveLayout {
 /// Takes packets out of the tap until it is empty, the driver has no more buffers, the limit is reached, or others shall
 /// have a turn.
 /// What does not fit now stays in the tap.
-pub(super) fn receive(
+pub(super) fn receive_packets(
     queue: &mut QueueAccess<'_>,
     tap: BorrowedFd<'_>,
     layout: ReceiveLayout,
     limiter: &Limiter,
     metrics: &NetMetrics,
-    complain: impl Fn(&PacketError),
+    warn: impl Fn(&PacketError),
 ) -> Result<QueueProgress, QueueError> {
     let mut pool = ReceivePool::new(queue.memory(), layout);
     let mut progress = QueueProgress::More;
@@ -77,7 +77,7 @@ pub(super) fn receive(
         let vectors = match pool.fill(queue)? {
             PoolFill::Enough(vectors) => vectors,
             PoolFill::Refused(error) => {
-                complain(&error);
+                warn(&error);
                 continue;
             }
             PoolFill::TooLittle => {
@@ -86,29 +86,29 @@ pub(super) fn receive(
             }
         };
         // How long the packet is only the read will tell.
-        if !limiter.admits() {
+        if !limiter.has_tokens() {
             metrics.rx_throttled.add(1);
             progress = QueueProgress::Idle;
             break;
         }
         match vectors.read_from(tap) {
             Ok(len) => {
-                pool.hand_over(queue, len)?;
+                pool.return_packet(queue, len)?;
                 let bytes = len.saturating_sub(HEADER_LEN) as u64;
-                limiter.spend(bytes);
+                limiter.consume(bytes);
                 metrics.rx_packets.add(1);
                 metrics.rx_bytes.add(bytes);
             }
             Err(error) => {
                 if error.kind() != io::ErrorKind::WouldBlock {
-                    complain(&error.into());
+                    warn(&error.into());
                 }
                 progress = QueueProgress::Idle;
                 break;
             }
         }
     }
-    pool.put_back(queue);
+    pool.undo_pops(queue);
     queue.notify()?;
     Ok(progress)
 }
@@ -146,21 +146,21 @@ impl<'a> ReceivePool<'a> {
     /// Takes chains until the longest packet fits.
     fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<PoolFill<'a>, QueueError> {
         while self.bytes < self.layout.longest {
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 return Ok(PoolFill::TooLittle);
             };
             match self.check(chain) {
                 Ok(buffers) => self.push(head, buffers),
                 Err(error) => {
                     self.push(head, Buffers::default());
-                    return self.refuse(queue, error);
+                    return self.return_all_empty(queue, error);
                 }
             }
         }
         let mut vectors = PacketVectors::new(self.memory);
         for (_, buffers) in &self.chains {
             if let Err(error) = vectors.push(buffers) {
-                return self.refuse(queue, error.into());
+                return self.return_all_empty(queue, error.into());
             }
         }
         Ok(PoolFill::Enough(vectors))
@@ -168,7 +168,7 @@ impl<'a> ReceivePool<'a> {
 
     fn check(&self, chain: Result<Chain, ChainError>) -> Result<Buffers, PacketError> {
         let buffers = chain?.writable;
-        let (expected, got) = (self.layout.least(), buffers.len());
+        let (expected, got) = (self.layout.buffer_min(), buffers.len());
         if got < expected {
             return Err(PacketError::Room { expected, got });
         }
@@ -180,19 +180,19 @@ impl<'a> ReceivePool<'a> {
 
     /// Gives all chains back empty, those before the bad one as well: only what was taken last can be put back, so
     /// none may be missing in between.
-    fn refuse(
+    fn return_all_empty(
         &mut self,
         queue: &mut QueueAccess<'_>,
         error: PacketError,
     ) -> Result<PoolFill<'a>, QueueError> {
         while let Some((head, _)) = self.pop() {
-            queue.give_back(head, 0)?;
+            queue.add_used(head, 0)?;
         }
         Ok(PoolFill::Refused(error))
     }
 
     /// Gives the driver the chains that hold a packet of `len` bytes.
-    fn hand_over(&mut self, queue: &mut QueueAccess<'_>, len: usize) -> Result<(), QueueError> {
+    fn return_packet(&mut self, queue: &mut QueueAccess<'_>, len: usize) -> Result<(), QueueError> {
         let first = self.chains.front().map(|(_, buffers)| buffers.clone());
         let mut rest = len as u64;
         let mut used = Vec::new();
@@ -211,8 +211,8 @@ impl<'a> ReceivePool<'a> {
                 .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
         }
         match used[..] {
-            [(head, written)] => queue.give_back(head, written),
-            _ => queue.give_back_together(&used),
+            [(head, written)] => queue.add_used(head, written),
+            _ => queue.add_used_together(&used),
         }
     }
 
@@ -230,9 +230,9 @@ impl<'a> ReceivePool<'a> {
     }
 
     /// Makes what is left available again.
-    fn put_back(self, queue: &mut QueueAccess<'_>) {
+    fn undo_pops(self, queue: &mut QueueAccess<'_>) {
         for _ in &self.chains {
-            queue.put_back();
+            queue.undo_pop();
         }
     }
 }

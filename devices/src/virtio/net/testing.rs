@@ -129,7 +129,7 @@ impl Wire {
     }
 
     /// The next packet of which `wanted` takes the frame, as its header and the frame, if one is there.
-    pub(crate) fn try_hear(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
+    pub(crate) fn try_receive(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut packet = vec![0; 70_000];
         while let Ok(len) = rustix::io::read(self.far.queue(0), &mut packet[..]) {
             let (header, frame) = packet[..len].split_at(12);
@@ -141,10 +141,10 @@ impl Wire {
     }
 
     /// Waits for such a packet.
-    pub(crate) fn hear(&self, wanted: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Vec<u8>) {
+    pub(crate) fn receive(&self, wanted: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Vec<u8>) {
         let patience = Timespec::try_from(PATIENCE).unwrap();
         loop {
-            if let Some(packet) = self.try_hear(&wanted) {
+            if let Some(packet) = self.try_receive(&wanted) {
                 return packet;
             }
             let ready = poll(

@@ -147,7 +147,7 @@ fn packets_go_both_ways() {
     let rest = packet.len() as u32 - 12 - 5;
     let parts = [reads(PACKET, 12), reads(PACKET + 12, 5), reads(PACKET + 17, rest)];
     transmit(&mut driver, &packet, &parts);
-    assert_eq!(wire.hear(is_ours).1, sent);
+    assert_eq!(wire.receive(is_ours).1, sent);
     assert_eq!((driver.count("tx_packets"), driver.count("tx_bytes")), (1, 514));
     // The kernel may have had a word of its own.
     assert!(driver.count("rx_packets") >= 2 && driver.count("rx_bytes") >= 114 + 1414);
@@ -219,7 +219,7 @@ fn segments_are_left_to_who_takes_them() {
     wire.take_segments();
     let packet = [&header, &sent[..]].concat();
     transmit(&mut driver, &packet, &[reads(PACKET, packet.len() as u32)]);
-    let (got, body) = wire.hear(is_ours);
+    let (got, body) = wire.receive(is_ours);
     assert!((got[1], &body) == (1, &sent), "{:x?}", &body[..60]);
 }
 
@@ -289,7 +289,7 @@ fn packets_that_make_no_sense_come_back() {
         &[reads(PACKET, 500)],
     );
     transmit_frame(&mut driver, &frame(&[4; 100]));
-    assert_eq!(wire.hear(is_ours).1, frame(&[4; 100]));
+    assert_eq!(wire.receive(is_ours).1, frame(&[4; 100]));
     assert_eq!((driver.count("tx_packets"), driver.count("tx_dropped")), (1, 7));
 }
 
@@ -303,7 +303,7 @@ fn a_tap_that_goes_down_or_away_hurts_nobody() {
     assert_eq!(driver.count("tx_dropped"), 1);
     ip("link set dev tap0 up");
     // The bridge looks at its port in its own time.
-    while wire.try_hear(is_ours).is_none() {
+    while wire.try_receive(is_ours).is_none() {
         transmit_frame(&mut driver, &frame(&[2; 100]));
     }
     ip("link delete dev tap0");
@@ -355,14 +355,14 @@ fn who_arrives_is_announced() {
     let mut driver = source.move_to(wire.card("tap1"), envelope).unwrap();
     driver.run();
     assert!(
-        wire.try_hear(is_rarp).is_none(),
+        wire.try_receive(is_rarp).is_none(),
         "nobody announces a guest that stands still"
     );
     driver.transport.resume();
     driver.run();
     for round in 0..5 {
         let (_, frame) = loop {
-            match wire.try_hear(is_rarp) {
+            match wire.try_receive(is_rarp) {
                 Some(heard) => break heard,
                 None => driver.wait(),
             }
@@ -376,7 +376,7 @@ fn who_arrives_is_announced() {
     driver.fill(PACKET, &[3, 0]);
     assert_eq!(driver.submit(&[reads(PACKET, 2), writes(PACKET + 2, 1)]), 1);
     assert_eq!(driver.get(0x104) >> 16, 1);
-    assert!(wire.try_hear(is_rarp).is_none());
+    assert!(wire.try_receive(is_rarp).is_none());
 }
 
 #[test]
@@ -387,7 +387,7 @@ fn who_only_paused_is_not_announced() {
     driver.transport.resume();
     driver.run();
     transmit_frame(&mut driver, &frame(&[5; 100]));
-    let (_, first) = wire.hear(|frame| is_rarp(frame) || is_ours(frame));
+    let (_, first) = wire.receive(|frame| is_rarp(frame) || is_ours(frame));
     assert!(is_ours(&first), "{first:x?}");
     assert_eq!(driver.get(0x104) >> 16, 1);
 }
@@ -404,7 +404,7 @@ fn requests_under_way_move() {
     let mut driver = source.move_to(wire.card("tap1"), envelope).unwrap();
     driver.transport.resume();
     driver.run();
-    assert_eq!(wire.hear(is_ours).1, frame(&[6; 100]));
+    assert_eq!(wire.receive(is_ours).1, frame(&[6; 100]));
     // What was negotiated holds for the new tap: segments are the guest's.
     let (header, sent) = segments(30_000);
     wire.send(header, &sent);

@@ -32,7 +32,7 @@ pub(super) enum PacketError {
 }
 
 /// Sends the packet in a chain, which has its header first; returns its bytes without that.
-pub(super) fn send(
+pub(super) fn send_packet(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
     tap: BorrowedFd<'_>,

@@ -34,7 +34,7 @@ pub struct VirtioRng {
     limits: Limits,
     limiter: Limiter,
     metrics: Arc<RngMetrics>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl VirtioRng {
@@ -44,7 +44,7 @@ impl VirtioRng {
             limits,
             limiter: Limiter::new(limits)?,
             metrics: Arc::default(),
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         })
     }
 
@@ -57,7 +57,7 @@ impl VirtioRng {
             |memory, chain| match chain {
                 Ok(chain) => self.fill(memory, chain),
                 Err(error) => {
-                    self.complain(&error);
+                    self.warn(&error);
                     0
                 }
             },
@@ -65,7 +65,7 @@ impl VirtioRng {
     }
 
     fn admit(&self, bytes: u64) -> bool {
-        let admitted = self.limiter.take(bytes.min(MAX_BYTES));
+        let admitted = self.limiter.try_consume(bytes.min(MAX_BYTES));
         if !admitted {
             self.metrics.throttled.add(1);
         }
@@ -82,7 +82,7 @@ impl VirtioRng {
             let got = match getrandom(&mut block[..part], GetRandomFlags::empty()) {
                 Ok(got) => got,
                 Err(error) => {
-                    self.complain(&error);
+                    self.warn(&error);
                     break;
                 }
             };
@@ -90,7 +90,7 @@ impl VirtioRng {
                 Ok(0) => break,
                 Ok(written) => done += written as u64,
                 Err(error) => {
-                    self.complain(&error);
+                    self.warn(&error);
                     break;
                 }
             }
@@ -101,8 +101,8 @@ impl VirtioRng {
         done as u32
     }
 
-    fn complain(&self, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(count, "virtio-rng: request not served in full: {error}");
         }
     }
@@ -146,7 +146,7 @@ impl VirtioDevice for VirtioRng {
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.limiter.hear();
+        self.limiter.clear_event();
         self.serve(queues)
     }
 

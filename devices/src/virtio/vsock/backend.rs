@@ -67,7 +67,7 @@ impl VsockBackend {
 
     /// What has happened since the last look, and whether there may be more.
     pub(super) fn poll(&self) -> io::Result<(Vec<HostEvent>, bool)> {
-        let (events, more) = self.watch.look()?;
+        let (events, more) = self.watch.poll()?;
         let decoded = events
             .into_iter()
             .map(|(data, flags)| VsockToken::event(data, flags));

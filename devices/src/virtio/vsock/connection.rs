@@ -10,10 +10,10 @@ use rustix::event::epoll::EventFlags;
 
 use super::packet::{NO_RECEIVE, NO_SEND, NOTHING_MORE, PacketOp, VsockHeader};
 
-/// Most bytes from the guest that wait for a program on the host: the room that the guest is told of.
+/// Most bytes from the guest that wait for a program on the host: the room that the guest is reported of.
 pub(super) const BUFFER_SIZE: usize = 64 << 10;
-/// So much room must have come back before the guest is told without asking.
-const WORTH_TELLING: u32 = BUFFER_SIZE as u32 / 2;
+/// So much room must have come back before the guest is reported without asking.
+const CREDIT_UPDATE_MIN: u32 = BUFFER_SIZE as u32 / 2;
 /// For an answer that the guest owes: to a request, or to the news that the host's program has closed.
 pub(super) const ANSWER_TIME: Duration = Duration::from_secs(8);
 
@@ -33,15 +33,15 @@ pub(super) struct VsockConnection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ConnectionPhase {
     /// The guest is to be asked for the connection.
-    Asking,
+    RequestDue,
     /// It was asked.
-    Asked,
+    Requested,
     /// The guest has asked, and is to be answered.
-    Answering,
+    ResponseDue,
     /// Data may flow.
     Open,
-    /// It is over; the guest is to be told.
-    Over,
+    /// It is over; the guest is to be reported.
+    Ended,
 }
 
 /// The way from the host's program to the guest.
@@ -54,11 +54,11 @@ struct FlowToGuest {
     /// The guest's room, and what has left it, all in all.
     room: u32,
     forwarded: u32,
-    /// The guest was asked for its room since it told it.
+    /// The guest was asked for its room since it reported it.
     asked: bool,
     /// What the host's program will not do any more, and what of that the guest knows.
     shutdown: u32,
-    told: u32,
+    reported: u32,
 }
 
 /// The way from the guest to the host's program.
@@ -68,12 +68,12 @@ struct FlowToHost {
     waiting: VecDeque<u8>,
     /// Bytes that the stream took, all in all, and how many of them the guest knows of; wraps.
     forwarded: u32,
-    told: u32,
+    reported: u32,
     /// The guest asked.
     owes_credit: bool,
     /// What the guest will not do any more.
     shutdown: u32,
-    /// The stream was told that no more comes.
+    /// The stream was reported that no more comes.
     ended: bool,
 }
 
@@ -92,13 +92,13 @@ impl VsockConnection {
     /// A program on the host wants it.
     pub(super) fn from_host(stream: UnixStream, now: Instant) -> Self {
         let deadline = Some(now + ANSWER_TIME);
-        Self::new(stream, ConnectionPhase::Asking, deadline)
+        Self::new(stream, ConnectionPhase::RequestDue, deadline)
     }
 
     /// The guest wants it, with this request, and a program on the host has it.
     pub(super) fn from_guest(stream: UnixStream, request: &VsockHeader) -> Self {
-        let mut connection = Self::new(stream, ConnectionPhase::Answering, None);
-        connection.to_guest.learn(request);
+        let mut connection = Self::new(stream, ConnectionPhase::ResponseDue, None);
+        connection.to_guest.update_credit(request);
         connection
     }
 
@@ -115,7 +115,10 @@ impl VsockConnection {
 
     /// Whether a program on the host waits for the guest to take it.
     pub(super) fn is_unanswered(&self) -> bool {
-        matches!(self.phase, ConnectionPhase::Asking | ConnectionPhase::Asked)
+        matches!(
+            self.phase,
+            ConnectionPhase::RequestDue | ConnectionPhase::Requested
+        )
     }
 
     /// When the guest must have answered.
@@ -123,17 +126,17 @@ impl VsockConnection {
         self.deadline
     }
 
-    /// Ends it; the guest is told with the next packet.
+    /// Ends it; the guest is reported with the next packet.
     pub(super) fn end(&mut self) {
-        self.phase = ConnectionPhase::Over;
+        self.phase = ConnectionPhase::Ended;
     }
 
     /// Takes a packet of the guest's with its data. What makes no sense ends the connection.
-    pub(super) fn receive(&mut self, packet: &VsockHeader, data: &[u8], host_port: u32) {
-        self.to_guest.learn(packet);
+    pub(super) fn process_packet(&mut self, packet: &VsockHeader, data: &[u8], host_port: u32) {
+        self.to_guest.update_credit(packet);
         let sensible = match (packet.op, self.phase) {
-            (Some(PacketOp::Response), ConnectionPhase::Asked) => self.answered(host_port),
-            (Some(PacketOp::Data), ConnectionPhase::Open) => self.forward(data),
+            (Some(PacketOp::Response), ConnectionPhase::Requested) => self.accepted(host_port),
+            (Some(PacketOp::Data), ConnectionPhase::Open) => self.buffer_data(data),
             (Some(PacketOp::Shutdown), ConnectionPhase::Open) => {
                 self.shut_down(packet.flags);
                 true
@@ -151,38 +154,38 @@ impl VsockConnection {
     }
 
     /// The stream on the host has changed.
-    pub(super) fn stream_changed(&mut self, events: EventFlags) {
+    pub(super) fn handle_stream_event(&mut self, events: EventFlags) {
         if events.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             self.to_guest.readable = true;
         }
         if events.contains(EventFlags::HUP) {
-            self.program_is_gone();
+            self.program_closed();
         }
-        self.flush();
+        self.write_buffered();
     }
 
     /// The next packet for the guest, with data at the front of `room`; `None` if there is none for now. A
     /// [`PacketOp::Reset`] is the last.
     pub(super) fn next(&mut self, room: &mut [u8]) -> Option<Outgoing> {
         let (op, flags, len) = match self.phase {
-            ConnectionPhase::Asking => {
-                self.phase = ConnectionPhase::Asked;
+            ConnectionPhase::RequestDue => {
+                self.phase = ConnectionPhase::Requested;
                 (PacketOp::Request, 0, 0)
             }
-            ConnectionPhase::Asked => return None,
-            ConnectionPhase::Answering => {
+            ConnectionPhase::Requested => return None,
+            ConnectionPhase::ResponseDue => {
                 self.phase = ConnectionPhase::Open;
                 (PacketOp::Response, 0, 0)
             }
             ConnectionPhase::Open => self.next_when_open(room)?,
-            ConnectionPhase::Over => (PacketOp::Reset, 0, 0),
+            ConnectionPhase::Ended => (PacketOp::Reset, 0, 0),
         };
-        self.to_host.told = self.to_host.forwarded;
+        self.to_host.reported = self.to_host.forwarded;
         Some(Outgoing {
             op,
             flags,
             len,
-            forwarded: self.to_host.told,
+            forwarded: self.to_host.reported,
         })
     }
 
@@ -199,16 +202,18 @@ impl VsockConnection {
                 return Some((PacketOp::Reset, 0, 0));
             }
         }
-        let FlowToGuest { shutdown, told, .. } = self.to_guest;
-        if shutdown != told {
-            self.to_guest.told = shutdown;
+        let FlowToGuest {
+            shutdown, reported, ..
+        } = self.to_guest;
+        if shutdown != reported {
+            self.to_guest.reported = shutdown;
             if shutdown == NOTHING_MORE {
                 self.deadline = Some(Instant::now() + ANSWER_TIME);
             }
             return Some((PacketOp::Shutdown, shutdown, 0));
         }
-        let untold = self.to_host.forwarded.wrapping_sub(self.to_host.told);
-        if self.to_host.owes_credit || untold >= WORTH_TELLING {
+        let unreported = self.to_host.forwarded.wrapping_sub(self.to_host.reported);
+        if self.to_host.owes_credit || unreported >= CREDIT_UPDATE_MIN {
             self.to_host.owes_credit = false;
             return Some((PacketOp::CreditUpdate, 0, 0));
         }
@@ -231,7 +236,7 @@ impl VsockConnection {
         if !self.wants_to_read() || most == 0 {
             return Ok(0);
         }
-        match retried(|| self.stream.read(&mut room[..most])) {
+        match retry_interrupted(|| self.stream.read(&mut room[..most])) {
             Ok(0) => {
                 self.to_guest.shutdown |= NO_SEND;
                 Ok(0)
@@ -249,23 +254,23 @@ impl VsockConnection {
         }
     }
 
-    /// The guest has accepted. Whether the host's program could be told.
-    fn answered(&mut self, host_port: u32) -> bool {
+    /// The guest has accepted. Whether the host's program could be reported.
+    fn accepted(&mut self, host_port: u32) -> bool {
         self.phase = ConnectionPhase::Open;
         self.deadline = None;
         let line = format!("OK {host_port}\n");
         // The first bytes on the stream: there is room for them, or nobody who would read them.
-        retried(|| self.stream.write(line.as_bytes())).is_ok_and(|written| written == line.len())
+        retry_interrupted(|| self.stream.write(line.as_bytes())).is_ok_and(|written| written == line.len())
     }
 
     /// Takes data of the guest's. Whether the guest was entitled to send it.
-    fn forward(&mut self, data: &[u8]) -> bool {
+    fn buffer_data(&mut self, data: &[u8]) -> bool {
         let to_host = &mut self.to_host;
         if to_host.shutdown & NO_SEND != 0 || data.len() > BUFFER_SIZE - to_host.waiting.len() {
             return false;
         }
         to_host.waiting.extend(data);
-        self.flush();
+        self.write_buffered();
         true
     }
 
@@ -274,17 +279,17 @@ impl VsockConnection {
         if flags & NO_RECEIVE != 0 {
             let _ = self.stream.shutdown(Shutdown::Read);
         }
-        self.flush();
+        self.write_buffered();
     }
 
     /// Writes what waits as far as the stream takes it, and its end where that has come.
-    fn flush(&mut self) {
+    fn write_buffered(&mut self) {
         while !self.to_host.waiting.is_empty() {
             let (front, _) = self.to_host.waiting.as_slices();
-            match retried(|| self.stream.write(front)) {
-                Ok(written) => self.to_host.took(written),
+            match retry_interrupted(|| self.stream.write(front)) {
+                Ok(written) => self.to_host.consume(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.program_is_gone(),
+                Err(_) => self.program_closed(),
             }
         }
         if self.to_host.shutdown & NO_SEND != 0 && !self.to_host.ended {
@@ -296,18 +301,18 @@ impl VsockConnection {
     }
 
     /// Nobody reads what the guest sends.
-    fn program_is_gone(&mut self) {
-        if self.phase == ConnectionPhase::Asked {
+    fn program_closed(&mut self) {
+        if self.phase == ConnectionPhase::Requested {
             self.end();
         }
         self.to_guest.shutdown |= NO_RECEIVE;
-        self.to_host.took(self.to_host.waiting.len());
+        self.to_host.consume(self.to_host.waiting.len());
     }
 }
 
 impl FlowToGuest {
     /// Every packet says how much room its sender has.
-    fn learn(&mut self, packet: &VsockHeader) {
+    fn update_credit(&mut self, packet: &VsockHeader) {
         self.room = packet.buffer_size;
         self.forwarded = packet.forwarded;
         // A guest without room answers every question, and would be asked again for ever.
@@ -322,14 +327,14 @@ impl FlowToGuest {
 
 impl FlowToHost {
     /// The first bytes of what waits are gone.
-    fn took(&mut self, count: usize) {
+    fn consume(&mut self, count: usize) {
         self.waiting.drain(..count);
         // At most `BUFFER_SIZE`.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
     }
 }
 
-fn retried(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

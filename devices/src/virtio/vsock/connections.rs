@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::backend::{HostEvent, VsockBackend};
 use super::connection::{ANSWER_TIME, BUFFER_SIZE, VsockConnection};
-use super::greeting::{Greeted, Greeting};
+use super::greeting::{Greeting, GreetingStatus};
 use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, PORT_ANY, PacketOp, Ports, TYPE_STREAM, VsockHeader};
 use crate::log_damper::LogDamper;
@@ -43,7 +43,7 @@ pub(super) struct VsockConnections {
     accepting: bool,
     /// A tick will come.
     ticking: bool,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 impl VsockConnections {
@@ -59,7 +59,7 @@ impl VsockConnections {
             next_port: FIRST_PORT,
             accepting: false,
             ticking: false,
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         }
     }
 
@@ -82,20 +82,20 @@ impl VsockConnections {
     }
 
     /// Takes what has happened on the host.
-    pub(super) fn hear(&mut self) -> QueueProgress {
+    pub(super) fn process_host_events(&mut self) -> QueueProgress {
         let now = Instant::now();
         let (events, mut more) = self.backend.poll().unwrap_or_else(|error| {
-            self.complain("cannot wait for events", &error);
+            self.warn("cannot wait for events", &error);
             (Vec::new(), false)
         });
         for event in events {
             match event {
                 HostEvent::Accept => self.accepting = true,
-                HostEvent::Time => self.tick(now),
-                HostEvent::Greeting(host_port) => self.hear_greeting(host_port, now),
+                HostEvent::Time => self.end_all_overdue(now),
+                HostEvent::Greeting(host_port) => self.process_greeting(host_port, now),
                 HostEvent::Stream(ports, changes) => {
                     if let Some(connection) = self.open.get_mut(&ports) {
-                        connection.stream_changed(changes);
+                        connection.handle_stream_event(changes);
                         self.line_up(ports);
                     }
                 }
@@ -110,10 +110,10 @@ impl VsockConnections {
     }
 
     /// Takes a packet of the guest's with its data.
-    pub(super) fn receive(&mut self, packet: &VsockHeader, data: &[u8]) {
+    pub(super) fn process_packet(&mut self, packet: &VsockHeader, data: &[u8]) {
         if packet.source_cid != self.guest_cid {
             // Whoever that is, he cannot be answered.
-            return self.complain(
+            return self.warn(
                 "dropped a packet",
                 &format!("it comes from CID {}", packet.source_cid),
             );
@@ -128,7 +128,7 @@ impl VsockConnections {
         match (packet.op, self.open.get_mut(&ports)) {
             (Some(PacketOp::Reset), Some(_)) => self.remove(ports),
             (_, Some(connection)) => {
-                connection.receive(packet, data, ports.host);
+                connection.process_packet(packet, data, ports.host);
                 self.line_up(ports);
             }
             (Some(PacketOp::Request), None) => self.connect(packet, ports),
@@ -142,7 +142,7 @@ impl VsockConnections {
     }
 
     /// Whether there may be a packet for the guest.
-    pub(super) fn has_news(&self) -> bool {
+    pub(super) fn has_packets(&self) -> bool {
         !self.refusals.is_empty() || !self.line.is_empty()
     }
 
@@ -182,7 +182,7 @@ impl VsockConnections {
     }
 
     /// A packet of [`VsockConnections::next`] did not get to the guest: its connection has a hole.
-    pub(super) fn lost(&mut self, packet: &VsockHeader) {
+    pub(super) fn packet_lost(&mut self, packet: &VsockHeader) {
         let ports = Ports {
             host: packet.source_port,
             guest: packet.destination_port,
@@ -194,7 +194,7 @@ impl VsockConnections {
     }
 
     /// Has somebody look again in time, if there are deadlines, or programs that could not be accepted.
-    pub(super) fn keep_time(&mut self) {
+    pub(super) fn arm_timer(&mut self) {
         let has_deadlines = || {
             self.open
                 .values()
@@ -205,12 +205,12 @@ impl VsockConnections {
         }
         match self.backend.wake_in(TICK) {
             Ok(()) => self.ticking = true,
-            Err(error) => self.complain("cannot set a timer", &error),
+            Err(error) => self.warn("cannot set a timer", &error),
         }
     }
 
     /// Ends what is overdue.
-    pub(super) fn tick(&mut self, now: Instant) {
+    pub(super) fn end_all_overdue(&mut self, now: Instant) {
         self.ticking = false;
         self.greetings.retain(|_, greeting| greeting.deadline > now);
         let overdue =
@@ -218,11 +218,11 @@ impl VsockConnections {
         let open = self.open.iter();
         let overdue = open.filter(|(_, connection)| overdue(connection));
         let overdue: Vec<_> = overdue.map(|(ports, _)| *ports).collect();
-        overdue.into_iter().for_each(|ports| self.give_up(ports));
+        overdue.into_iter().for_each(|ports| self.end_overdue(ports));
     }
 
     /// Ends a connection to which the guest owes an answer.
-    fn give_up(&mut self, ports: Ports) {
+    fn end_overdue(&mut self, ports: Ports) {
         let Some(connection) = self.open.get_mut(&ports) else {
             return;
         };
@@ -230,7 +230,7 @@ impl VsockConnections {
         connection.end();
         if is_unanswered {
             self.metrics.unanswered.add(1);
-            self.complain(
+            self.warn(
                 "gave up a connection to the guest",
                 &format!("port {} did not answer within {ANSWER_TIME:?}", ports.guest),
             );
@@ -242,14 +242,14 @@ impl VsockConnections {
     fn accept(&mut self, now: Instant) -> bool {
         for _ in 0..TURN_ACCEPTS {
             match self.backend.accept() {
-                Ok(Some(stream)) => self.greet(stream, now),
+                Ok(Some(stream)) => self.add_greeting(stream, now),
                 Ok(None) => {
                     self.accepting = false;
                     return false;
                 }
                 Err(error) => {
                     // Out of descriptors, say. It is tried again in time.
-                    self.complain("cannot accept a connection", &error);
+                    self.warn("cannot accept a connection", &error);
                     return false;
                 }
             }
@@ -257,27 +257,27 @@ impl VsockConnections {
         true
     }
 
-    fn greet(&mut self, stream: UnixStream, now: Instant) {
+    fn add_greeting(&mut self, stream: UnixStream, now: Instant) {
         if self.is_full() {
             let limit = format!("there are {MAX_CONNECTIONS}");
-            return self.complain("refused a connection to the guest", &limit);
+            return self.warn("refused a connection to the guest", &limit);
         }
-        let host_port = self.take_port();
+        let host_port = self.allocate_port();
         if let Err(error) = self.backend.watch_greeting(&stream, host_port) {
-            return self.complain("cannot watch a connection", &error);
+            return self.warn("cannot watch a connection", &error);
         }
         let deadline = now + GREETING_TIME;
         self.greetings.insert(host_port, Greeting { stream, deadline });
     }
 
-    fn hear_greeting(&mut self, host_port: u32, now: Instant) {
+    fn process_greeting(&mut self, host_port: u32, now: Instant) {
         let Some(greeting) = self.greetings.get(&host_port) else {
             return;
         };
-        let guest_port = match greeting.hear() {
-            Greeted::NotYet => return,
-            Greeted::Port(port) => Some(port),
-            Greeted::Nonsense => None,
+        let guest_port = match greeting.read_port() {
+            GreetingStatus::NotYet => return,
+            GreetingStatus::Port(port) => Some(port),
+            GreetingStatus::Nonsense => None,
         };
         let (Some(greeting), Some(guest)) = (self.greetings.remove(&host_port), guest_port) else {
             return;
@@ -287,21 +287,21 @@ impl VsockConnections {
             guest,
         };
         if self.open.contains_key(&ports) {
-            return self.complain(
+            return self.warn(
                 "refused a connection to the guest",
                 &"the guest has taken its ports",
             );
         }
         match self.backend.watch(&greeting.stream, ports, true) {
             Ok(()) => self.insert(ports, VsockConnection::from_host(greeting.stream, now)),
-            Err(error) => self.complain("cannot watch a connection", &error),
+            Err(error) => self.warn("cannot watch a connection", &error),
         }
     }
 
     /// The guest asks for a connection.
     fn connect(&mut self, request: &VsockHeader, ports: Ports) {
         if self.is_full() {
-            self.complain(
+            self.warn(
                 "refused a connection of the guest",
                 &format!("there are {MAX_CONNECTIONS}"),
             );
@@ -352,7 +352,7 @@ impl VsockConnections {
     }
 
     /// A port of the host's that nobody has.
-    fn take_port(&mut self) -> u32 {
+    fn allocate_port(&mut self) -> u32 {
         let taken =
             |port| self.greetings.contains_key(&port) || self.open.keys().any(|ports| ports.host == port);
         let mut port = self.next_port;
@@ -370,8 +370,8 @@ impl VsockConnections {
         port
     }
 
-    fn complain(&self, what: &str, why: &dyn std::fmt::Display) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, what: &str, why: &dyn std::fmt::Display) {
+        if let Some(count) = self.warnings.count() {
             let socket = self.backend.path().display();
             tracing::warn!(%socket, count, "virtio-vsock: {what}: {why}");
         }

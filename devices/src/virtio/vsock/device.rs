@@ -49,10 +49,10 @@ pub struct VirtioVsock {
     rx_limiter: Limiter,
     tx_limiter: Limiter,
     connections: VsockConnections,
-    news: ResetNotice,
+    reset_notice: ResetNotice,
     /// A packet's data on its way.
     room: Box<[u8]>,
-    complaints: LogDamper,
+    warnings: LogDamper,
 }
 
 /// The news that all connections are gone. Until the guest has taken it in there are no new ones, which it would
@@ -64,7 +64,7 @@ enum ResetNotice {
     /// The guest is to be told.
     Due,
     /// It was told. It has taken it in when it makes more buffers for events available than these.
-    Told { spare: usize },
+    Sent { spare: usize },
 }
 
 impl VirtioVsock {
@@ -76,25 +76,25 @@ impl VirtioVsock {
             parameters,
             rx_limiter: Limiter::new(parameters.limits)?,
             tx_limiter: Limiter::new(parameters.limits)?,
-            news: ResetNotice::None,
+            reset_notice: ResetNotice::None,
             room: vec![0; BUFFER_SIZE].into(),
-            complaints: LogDamper::default(),
+            warnings: LogDamper::default(),
         })
     }
 
     /// Whatever happened, everything is looked at: there is little to look at where nothing did.
-    fn work(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        if !self.is_told(queues)? {
+    fn process_queues(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        if !self.deliver_reset_notice(queues)? {
             return Ok(QueueProgress::Idle);
         }
-        let heard = self.connections.hear();
-        let taken = self.take_packets(queues)?;
-        let given = self.give_packets(queues)?;
-        self.connections.keep_time();
+        let host = self.connections.process_host_events();
+        let transmitted = self.process_tx_queue(queues)?;
+        let received = self.process_rx_queue(queues)?;
+        self.connections.arm_timer();
         // What holds up the guest's packets ends when it takes ours, and then it kicks.
         let held_up = !self.connections.can_refuse();
-        let more = heard == QueueProgress::More || given == QueueProgress::More;
-        Ok(if more || taken == QueueProgress::More && !held_up {
+        let more = host == QueueProgress::More || received == QueueProgress::More;
+        Ok(if more || transmitted == QueueProgress::More && !held_up {
             QueueProgress::More
         } else {
             QueueProgress::Idle
@@ -102,24 +102,26 @@ impl VirtioVsock {
     }
 
     /// Tells the guest what is due; whether it knows everything.
-    fn is_told(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
-        if self.news == ResetNotice::None {
+    fn deliver_reset_notice(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
+        if self.reset_notice == ResetNotice::None {
             return Ok(true);
         }
         let Some(mut queue) = queues.get(EVENTS) else {
             return Ok(true);
         };
-        match self.news {
-            ResetNotice::Due => self.tell(&mut queue)?,
-            ResetNotice::Told { spare } if count(&mut queue)? > spare => self.news = ResetNotice::None,
-            ResetNotice::Told { .. } | ResetNotice::None => {}
+        match self.reset_notice {
+            ResetNotice::Due => self.send_reset_notice(&mut queue)?,
+            ResetNotice::Sent { spare } if count_available(&mut queue)? > spare => {
+                self.reset_notice = ResetNotice::None
+            }
+            ResetNotice::Sent { .. } | ResetNotice::None => {}
         }
-        Ok(self.news == ResetNotice::None)
+        Ok(self.reset_notice == ResetNotice::None)
     }
 
-    fn tell(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
+    fn send_reset_notice(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
         // Without a buffer it waits for one, with which the driver kicks.
-        let Some((head, chain)) = queue.take()? else {
+        let Some((head, chain)) = queue.pop()? else {
             return Ok(());
         };
         let event = TRANSPORT_RESET.to_le_bytes();
@@ -128,16 +130,16 @@ impl VirtioVsock {
             filled.is_ok_and(|count| count == event.len())
         });
         if !filled {
-            self.complain("no room for the news of a move in a buffer for events");
+            self.warn("no room for the news of a move in a buffer for events");
         }
-        let spare = count(queue)?;
-        queue.give_back(head, if filled { event.len() as u32 } else { 0 })?;
+        let spare = count_available(queue)?;
+        queue.add_used(head, if filled { event.len() as u32 } else { 0 })?;
         queue.notify()?;
-        self.news = ResetNotice::Told { spare };
+        self.reset_notice = ResetNotice::Sent { spare };
         Ok(())
     }
 
-    fn take_packets(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_tx_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(FROM_GUEST) else {
             return Ok(QueueProgress::Idle);
         };
@@ -146,20 +148,20 @@ impl VirtioVsock {
             if taken == TURN_PACKETS || !self.connections.can_refuse() {
                 break QueueProgress::More;
             }
-            if !self.tx_limiter.admits() {
+            if !self.tx_limiter.has_tokens() {
                 self.connections.metrics.tx_throttled.add(1);
                 break QueueProgress::Idle;
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 break QueueProgress::Idle;
             };
             let bytes = chain.as_ref().map_or(0, |chain| chain.readable.len());
-            self.tx_limiter.spend(bytes.saturating_sub(HEADER_LEN as u64));
+            self.tx_limiter.consume(bytes.saturating_sub(HEADER_LEN as u64));
             match chain {
-                Ok(chain) => self.receive(queue.memory(), chain),
-                Err(error) => self.complain(error),
+                Ok(chain) => self.process_packet(queue.memory(), chain),
+                Err(error) => self.warn(error),
             }
-            queue.give_back(head, 0)?;
+            queue.add_used(head, 0)?;
             taken += 1;
         };
         if taken > 0 {
@@ -168,12 +170,12 @@ impl VirtioVsock {
         Ok(progress)
     }
 
-    fn receive(&mut self, memory: &GuestMemory, mut chain: Chain) {
+    fn process_packet(&mut self, memory: &GuestMemory, mut chain: Chain) {
         let mut header = [0; HEADER_LEN];
         match chain.readable.read(memory, &mut header) {
             Ok(HEADER_LEN) => {}
-            Ok(got) => return self.complain(format_args!("a packet of {got} bytes")),
-            Err(error) => return self.complain(error),
+            Ok(got) => return self.warn(format_args!("a packet of {got} bytes")),
+            Err(error) => return self.warn(error),
         }
         let mut header = VsockHeader::decode(&header);
         let len = match header.op {
@@ -182,54 +184,56 @@ impl VirtioVsock {
         };
         let data = self.room.get_mut(..len).unwrap_or_default();
         if !chain.readable.read(memory, data).is_ok_and(|read| read == len) {
-            self.complain(format_args!("a packet without the {len} bytes that it announces"));
+            self.warn(format_args!("a packet without the {len} bytes that it announces"));
             header.op = None;
         }
         let data = self.room.get(..len).unwrap_or_default();
         self.connections.metrics.sent(header.op, data.len() as u64);
-        self.connections.receive(&header, data);
+        self.connections.process_packet(&header, data);
     }
 
-    fn give_packets(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+    fn process_rx_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(TO_GUEST) else {
             return Ok(QueueProgress::Idle);
         };
         let mut given = 0;
         let progress = loop {
-            if !self.connections.has_news() {
+            if !self.connections.has_packets() {
                 break QueueProgress::Idle;
             }
             if given == TURN_PACKETS {
                 break QueueProgress::More;
             }
-            if !self.rx_limiter.admits() {
+            if !self.rx_limiter.has_tokens() {
                 self.connections.metrics.rx_throttled.add(1);
                 break QueueProgress::Idle;
             }
-            let Some((head, chain)) = queue.take()? else {
+            let Some((head, chain)) = queue.pop()? else {
                 break QueueProgress::Idle;
             };
             let written = match chain {
-                Ok(chain) if chain.writable.len() > HEADER_LEN as u64 => self.give(queue.memory(), chain),
+                Ok(chain) if chain.writable.len() > HEADER_LEN as u64 => {
+                    self.fill_packet(queue.memory(), chain)
+                }
                 Ok(chain) => {
-                    self.complain(format_args!(
+                    self.warn(format_args!(
                         "no room for a packet in {} bytes",
                         chain.writable.len()
                     ));
                     Some(0)
                 }
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     Some(0)
                 }
             };
             let Some(written) = written else {
-                queue.put_back();
+                queue.undo_pop();
                 break QueueProgress::Idle;
             };
             let bytes = u64::from(written).saturating_sub(HEADER_LEN as u64);
-            self.rx_limiter.spend(bytes);
-            queue.give_back(head, written)?;
+            self.rx_limiter.consume(bytes);
+            queue.add_used(head, written)?;
             given += 1;
         };
         if given > 0 {
@@ -239,7 +243,7 @@ impl VirtioVsock {
     }
 
     /// Puts the next packet into a chain with room for a header and more; returns its bytes. `None` if there is none.
-    fn give(&mut self, memory: &GuestMemory, mut chain: Chain) -> Option<u32> {
+    fn fill_packet(&mut self, memory: &GuestMemory, mut chain: Chain) -> Option<u32> {
         let most = chain.writable.len() - HEADER_LEN as u64;
         let most = self.room.len().min(usize::try_from(most).unwrap_or(usize::MAX));
         let header = self.connections.next(&mut self.room[..most])?;
@@ -251,15 +255,15 @@ impl VirtioVsock {
                 Some(HEADER_LEN as u32 + header.len)
             }
             Err(error) => {
-                self.complain(error);
-                self.connections.lost(&header);
+                self.warn(error);
+                self.connections.packet_lost(&header);
                 Some(0)
             }
         }
     }
 
-    fn complain(&self, why: impl std::fmt::Display) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.warnings.count() {
             let socket = self.backend.path().display();
             tracing::warn!(%socket, count, "virtio-vsock: {why}");
         }
@@ -267,12 +271,12 @@ impl VirtioVsock {
 }
 
 /// How many chains are available. The driver kicks when it adds another.
-fn count(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
+fn count_available(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
     let mut count = 0;
-    while count < usize::from(QUEUE_SIZE) && queue.take()?.is_some() {
+    while count < usize::from(QUEUE_SIZE) && queue.pop()?.is_some() {
         count += 1;
     }
-    (0..count).for_each(|_| queue.put_back());
+    (0..count).for_each(|_| queue.undo_pop());
     Ok(count)
 }
 
@@ -308,7 +312,7 @@ impl VirtioDevice for VirtioVsock {
     }
 
     fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.work(queues)
+        self.process_queues(queues)
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
@@ -320,14 +324,14 @@ impl VirtioDevice for VirtioVsock {
     }
 
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        self.rx_limiter.hear();
-        self.tx_limiter.hear();
-        self.work(queues)
+        self.rx_limiter.clear_event();
+        self.tx_limiter.clear_event();
+        self.process_queues(queues)
     }
 
     fn reset(&mut self) -> bool {
         self.connections.clear();
-        self.news = ResetNotice::None;
+        self.reset_notice = ResetNotice::None;
         true
     }
 
@@ -348,7 +352,7 @@ impl VirtioDevice for VirtioVsock {
         let state: VsockState = envelope.take(instance)?;
         state.check(self.parameters.guest_cid)?;
         self.connections.set_next_port(state.next_port);
-        self.news = ResetNotice::Due;
+        self.reset_notice = ResetNotice::Due;
         Ok(())
     }
 

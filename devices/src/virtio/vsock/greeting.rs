@@ -21,7 +21,7 @@ pub(super) struct Greeting {
 
 /// What a program has said so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Greeted {
+pub(super) enum GreetingStatus {
     /// Nothing whole: more will come.
     NotYet,
     /// The guest's port that it wants.
@@ -32,26 +32,26 @@ pub(super) enum Greeted {
 
 impl Greeting {
     /// Takes the line off the stream if it is there, and not a byte of what follows it.
-    pub(super) fn hear(&self) -> Greeted {
+    pub(super) fn read_port(&self) -> GreetingStatus {
         let mut line = [0; LINE_MAX];
-        let seen = match receive(&self.stream, &mut line, RecvFlags::PEEK) {
-            Ok(0) => return Greeted::Nonsense,
+        let seen = match recv_retrying(&self.stream, &mut line, RecvFlags::PEEK) {
+            Ok(0) => return GreetingStatus::Nonsense,
             Ok(seen) => seen,
-            Err(Errno::AGAIN) => return Greeted::NotYet,
-            Err(_) => return Greeted::Nonsense,
+            Err(Errno::AGAIN) => return GreetingStatus::NotYet,
+            Err(_) => return GreetingStatus::Nonsense,
         };
         match line[..seen].iter().position(|byte| *byte == b'\n') {
-            Some(end) => match receive(&self.stream, &mut line[..=end], RecvFlags::empty()) {
+            Some(end) => match recv_retrying(&self.stream, &mut line[..=end], RecvFlags::empty()) {
                 Ok(taken) if taken == end + 1 => parse(&line[..end]),
-                _ => Greeted::Nonsense,
+                _ => GreetingStatus::Nonsense,
             },
-            None if seen < LINE_MAX => Greeted::NotYet,
-            None => Greeted::Nonsense,
+            None if seen < LINE_MAX => GreetingStatus::NotYet,
+            None => GreetingStatus::Nonsense,
         }
     }
 }
 
-fn receive(stream: &UnixStream, into: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
+fn recv_retrying(stream: &UnixStream, into: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
     loop {
         match recv(stream, &mut *into, flags | RecvFlags::DONTWAIT) {
             Err(Errno::INTR) => {}
@@ -61,13 +61,13 @@ fn receive(stream: &UnixStream, into: &mut [u8], flags: RecvFlags) -> Result<usi
 }
 
 /// The line without its end.
-fn parse(line: &[u8]) -> Greeted {
+fn parse(line: &[u8]) -> GreetingStatus {
     let port = std::str::from_utf8(line).ok().and_then(|line| {
         let (word, port) = line.trim_end().split_once(' ')?;
         let port: u32 = port.trim_start().parse().ok()?;
         (word.eq_ignore_ascii_case("connect") && port != PORT_ANY).then_some(port)
     });
-    port.map_or(Greeted::Nonsense, Greeted::Port)
+    port.map_or(GreetingStatus::Nonsense, GreetingStatus::Port)
 }
 
 #[cfg(test)]
@@ -85,11 +85,11 @@ mod tests {
     #[test]
     fn the_line_is_taken_and_nothing_else() {
         let (mut client, mut greeting) = pair();
-        assert_eq!(greeting.hear(), Greeted::NotYet);
+        assert_eq!(greeting.read_port(), GreetingStatus::NotYet);
         client.write_all(b"CONN").unwrap();
-        assert_eq!(greeting.hear(), Greeted::NotYet);
+        assert_eq!(greeting.read_port(), GreetingStatus::NotYet);
         client.write_all(b"ECT 1024\nCONNECT 7\n").unwrap();
-        assert_eq!(greeting.hear(), Greeted::Port(1024));
+        assert_eq!(greeting.read_port(), GreetingStatus::Port(1024));
         drop(client);
         let mut rest = String::new();
         greeting.stream.read_to_string(&mut rest).unwrap();
@@ -108,14 +108,14 @@ mod tests {
         ] {
             let (mut client, greeting) = pair();
             client.write_all(line.as_bytes()).unwrap();
-            assert_eq!(greeting.hear(), Greeted::Nonsense, "{line:?}");
+            assert_eq!(greeting.read_port(), GreetingStatus::Nonsense, "{line:?}");
         }
         let (mut client, greeting) = pair();
         client.write_all(&[b'C'; LINE_MAX]).unwrap();
-        assert_eq!(greeting.hear(), Greeted::Nonsense);
+        assert_eq!(greeting.read_port(), GreetingStatus::Nonsense);
         let (client, greeting) = pair();
         drop(client);
-        assert_eq!(greeting.hear(), Greeted::Nonsense);
-        assert_eq!(parse(b"connect 5\r"), Greeted::Port(5));
+        assert_eq!(greeting.read_port(), GreetingStatus::Nonsense);
+        assert_eq!(parse(b"connect 5\r"), GreetingStatus::Port(5));
     }
 }

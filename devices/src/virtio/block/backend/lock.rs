@@ -83,7 +83,7 @@ impl BlockBackend {
                 says_so: self.qcow2.is_none(),
                 before_readers: self.is_taken_over,
             };
-            let taken = take(file, how).map_err(|source| BlockBackendError::Io {
+            let taken = take_locks(file, how).map_err(|source| BlockBackendError::Io {
                 path: path.to_owned(),
                 what: "lock it",
                 source,
@@ -96,7 +96,7 @@ impl BlockBackend {
                 },
                 Err(error) => error,
             };
-            self.let_go(&mut held)?;
+            self.release(&mut held)?;
             return Err(refused);
         }
         // Before it was locked somebody may have written to it, a process that was just ending say: what is known of it
@@ -104,20 +104,20 @@ impl BlockBackend {
         if let Some(image) = self.qcow2.as_ref().filter(|_| !self.is_taken_over)
             && let Err(source) = image.reopen()
         {
-            self.let_go(&mut held)?;
+            self.release(&mut held)?;
             return Err(self.failed("open it as qcow2")(source));
         }
         held.locked = true;
-        self.say_tail();
+        self.warn_hidden_tail();
         Ok(())
     }
 
     /// Gives the lock up, and the mark.
     pub fn unlock(&self) -> Result<(), BlockBackendError> {
-        self.let_go(&mut self.held())
+        self.release(&mut self.held())
     }
 
-    fn let_go(&self, held: &mut HeldLocks) -> Result<(), BlockBackendError> {
+    fn release(&self, held: &mut HeldLocks) -> Result<(), BlockBackendError> {
         *held = HeldLocks::default();
         for (file, _) in self.files() {
             set_lock(file, ByteRange::ALL, FileLock::Unlocked).map_err(self.failed("unlock it"))?;
@@ -175,7 +175,7 @@ impl BlockBackend {
 }
 
 /// Takes all that this use needs; `Ok(false)` if somebody is in the way, and then some of it may be taken.
-fn take(file: &File, how: LockUse) -> io::Result<bool> {
+fn take_locks(file: &File, how: LockUse) -> io::Result<bool> {
     let ours = if how.writes {
         FileLock::Exclusive
     } else {

@@ -25,7 +25,7 @@ impl BlockBackend {
     /// Ranges of bytes that may hold something, as offset and length; all else is zero.
     pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BlockBackendError> {
         let size = self.size();
-        let Some(file) = self.raw() else {
+        let Some(file) = self.raw_file() else {
             return Ok(vec![(0, size)]);
         };
         // What is missing at its end would look like a hole, and is none.

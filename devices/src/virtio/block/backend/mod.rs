@@ -124,7 +124,7 @@ impl BlockBackend {
     }
 
     /// Says, once, that the guest does not see the disk's end.
-    pub(super) fn say_tail(&self) {
+    pub(super) fn warn_hidden_tail(&self) {
         let tail = self.tail.swap(0, Ordering::SeqCst);
         if tail > 0 {
             let (disk, unit) = (self.path.display(), self.block_size());
@@ -175,7 +175,7 @@ impl BlockBackend {
         self.modified(offset, len);
         match done {
             // Not at all, or not such small parts of it.
-            Err(error) if cannot(&error) => Ok(()),
+            Err(error) if is_unsupported(&error) => Ok(()),
             done => done.map_err(self.failed("discard a part of it")),
         }
     }
@@ -188,7 +188,7 @@ impl BlockBackend {
             None => self.fallocate(FallocateFlags::ZERO_RANGE, offset, len),
         };
         let done = match done {
-            Err(error) if cannot(&error) => self.zero(offset, len),
+            Err(error) if is_unsupported(&error) => self.zero(offset, len),
             done => done,
         };
         self.modified(offset, len);
@@ -236,9 +236,9 @@ impl BlockBackend {
     }
 
     /// Whether the kernel can move data between the disk and these buffers where they are.
-    pub(super) fn takes(&self, buffers: &Buffers) -> bool {
+    pub(super) fn can_transfer_directly(&self, buffers: &Buffers) -> bool {
         let fits = |alignment: Alignment| buffers.are_aligned(alignment.memory);
-        self.raw().is_some() && self.alignment.is_none_or(fits)
+        self.raw_file().is_some() && self.alignment.is_none_or(fits)
     }
 
     /// Fills `into` from byte `offset` of the disk on, marking the pages.
@@ -248,7 +248,7 @@ impl BlockBackend {
         into: &Buffers,
         mut offset: u64,
     ) -> Result<(), BlockRequestError> {
-        if self.takes(into) {
+        if self.can_transfer_directly(into) {
             let mut at = self.at(offset);
             for (address, len) in into.iter() {
                 memory.read_exact_volatile_from(address, &mut at, len as usize)?;
@@ -288,7 +288,7 @@ impl BlockBackend {
         from: &Buffers,
         mut offset: u64,
     ) -> Result<(), BlockRequestError> {
-        if self.takes(from) {
+        if self.can_transfer_directly(from) {
             let mut at = self.at(offset);
             for (address, len) in from.iter() {
                 memory.write_all_volatile_to(address, &mut at, len as usize)?;
@@ -328,7 +328,7 @@ impl BlockBackend {
     }
 
     /// The disk's bytes as they are, if they are in a file like that.
-    pub(super) fn raw(&self) -> Option<&File> {
+    pub(super) fn raw_file(&self) -> Option<&File> {
         self.qcow2.is_none().then_some(&self.file)
     }
 
@@ -342,7 +342,7 @@ impl BlockBackend {
 }
 
 /// Whether the host, or the image, has no such thing, or not for such small parts.
-fn cannot(error: &io::Error) -> bool {
+fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput

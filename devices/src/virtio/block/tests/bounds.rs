@@ -406,7 +406,7 @@ fn a_flush_in_flight_is_told_what_another_has_lost() {
     begin(&mut driver, FLUSH, &[]);
     file.wait_held();
     // The host's side flushes meanwhile.
-    backend.keep_lost();
+    backend.record_flush_failure();
     file.release();
     driver.wait_for(1);
     assert_eq!(driver.bytes(STATUS, 1), [IOERR]);

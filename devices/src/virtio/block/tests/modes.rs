@@ -35,7 +35,7 @@ fn set_writeback(driver: &mut Driver, value: u8) {
 fn writes_through(driver: &mut Driver, backend: &BlockBackend) -> bool {
     driver.fill(BUFFER, &[0xee; 512]);
     assert_eq!(request(driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
-    let clean = backend.unflushed().is_none();
+    let clean = backend.unflushed_generation().is_none();
     backend.flush().unwrap();
     clean
 }
@@ -99,11 +99,11 @@ fn what_was_cached_is_durable_when_the_guest_turns_the_cache_off() {
     let mut driver = Driver::ready(device);
     driver.fill(BUFFER, &[0xee; 512]);
     assert_eq!(request(&mut driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
-    assert!(backend.unflushed().is_some());
+    assert!(backend.unflushed_generation().is_some());
     set_writeback(&mut driver, 0);
     // What the guest asks for next comes after it.
     assert_eq!(request(&mut driver, IN, 5, &[writes(BUFFER, 512)]), (OK, 513));
-    assert!(backend.unflushed().is_none());
+    assert!(backend.unflushed_generation().is_none());
 }
 
 #[test]
@@ -118,9 +118,9 @@ fn an_unsafe_disk_is_flushed_for_moves_alone() {
         driver.fill(BUFFER, &[0xee; 512]);
         assert_eq!(request(&mut driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
         assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
-        assert!(backend.unflushed().is_some());
+        assert!(backend.unflushed_generation().is_some());
         driver.save();
-        assert!(backend.unflushed().is_none());
+        assert!(backend.unflushed_generation().is_none());
     });
 }
 

@@ -30,10 +30,10 @@ fn what_is_typed_waits_for_the_guest() {
     assert_eq!(first, typed[..3 * BUFFER as usize]);
     assert_eq!(rig.terminal.enqueue(&typed), first.len(), "room again");
     // Not to a guest that has closed it.
-    rig.say(0, PORT_OPEN, 0);
+    rig.send_message(0, PORT_OPEN, 0);
     rig.post(0, 1);
     assert_eq!(rig.received(0), b"");
-    rig.say(0, PORT_OPEN, 1);
+    rig.send_message(0, PORT_OPEN, 1);
     assert_eq!(rig.received(0), typed[first.len()..][..BUFFER as usize]);
 }
 
@@ -79,20 +79,20 @@ fn what_the_guest_has_no_room_for_stays_in_the_socket() {
 #[test]
 fn nothing_comes_before_the_guest_opens_the_port() {
     let mut rig = ConsoleRig::open();
-    rig.say(1, PORT_OPEN, 0);
+    rig.send_message(1, PORT_OPEN, 0);
     let mut client = rig.client("a");
     client.write_all(b"early").unwrap();
     rig.post(1, 1);
     assert_eq!(rig.received(1), b"");
-    rig.say(1, PORT_OPEN, 1);
+    rig.send_message(1, PORT_OPEN, 1);
     assert_eq!(rig.received(1), b"early");
     // Who has gone when nobody listens leaves nothing behind, and lets the next one in.
-    rig.say(1, PORT_OPEN, 0);
+    rig.send_message(1, PORT_OPEN, 0);
     client.write_all(b"late").unwrap();
     drop(client);
     rig.messages();
     let mut next = rig.client("a");
-    rig.say(1, PORT_OPEN, 1);
+    rig.send_message(1, PORT_OPEN, 1);
     next.write_all(b"next").unwrap();
     rig.post(1, 1);
     assert_eq!(rig.received(1), b"next");
@@ -163,9 +163,9 @@ fn a_driver_that_starts_anew_finds_who_was_there() {
     let mut client = rig.client("a");
     rig.driver.bring_up();
     rig.post_messages(8);
-    rig.say(0, DEVICE_READY, 1);
-    rig.say(1, PORT_READY, 1);
-    rig.say(1, PORT_OPEN, 1);
+    rig.send_message(0, DEVICE_READY, 1);
+    rig.send_message(1, PORT_READY, 1);
+    rig.send_message(1, PORT_OPEN, 1);
     assert_eq!(rig.messages().last(), Some(&(1, PORT_OPEN, 1, vec![])));
     client.write_all(b"again").unwrap();
     rig.post(1, 1);

@@ -20,18 +20,18 @@ fn ports_are_introduced_when_the_driver_asks() {
     assert_eq!(config(&mut rig.driver), [0, 3, 0]);
     rig.post_messages(32);
     assert_eq!(rig.messages(), []);
-    rig.say(0, DEVICE_READY, 1);
+    rig.send_message(0, DEVICE_READY, 1);
     let add = |port| (port, PORT_ADD, 0, vec![]);
     assert_eq!(rig.messages(), [add(0), add(1), add(2)]);
-    rig.say(0, PORT_READY, 1);
+    rig.send_message(0, PORT_READY, 1);
     assert_eq!(
         rig.messages(),
         [(0, CONSOLE_PORT, 1, vec![]), (0, PORT_OPEN, 1, vec![])]
     );
-    rig.say(2, PORT_READY, 1);
+    rig.send_message(2, PORT_READY, 1);
     assert_eq!(rig.messages(), [(2, PORT_NAME, 1, b"b.c".to_vec())]);
     // One that the guest could not make anything of is left alone.
-    rig.say(1, PORT_READY, 0);
+    rig.send_message(1, PORT_READY, 0);
     let _client = rig.client("a");
     assert_eq!(rig.messages(), []);
 }
@@ -57,12 +57,12 @@ fn the_guest_hears_who_comes_and_goes() {
 fn news_wait_for_buffers_and_get_no_more_meanwhile() {
     let mut rig = ConsoleRig::new(&["a", "b"]);
     for _ in 0..100 {
-        rig.say(0, DEVICE_READY, 1);
+        rig.send_message(0, DEVICE_READY, 1);
     }
     rig.post_messages(2);
     assert_eq!(rig.messages().len(), 2);
     assert_eq!(rig.messages().len(), 1);
-    rig.say(1, PORT_READY, 1);
+    rig.send_message(1, PORT_READY, 1);
     assert_eq!(rig.messages(), [(1, PORT_NAME, 1, b"a".to_vec())]);
 }
 
@@ -71,9 +71,9 @@ fn the_terminals_size_comes_by_message_where_there_are_ports() {
     let mut rig = ConsoleRig::new(&["a"]);
     rig.terminal.resize(SIZE);
     rig.post_messages(32);
-    rig.say(0, DEVICE_READY, 1);
+    rig.send_message(0, DEVICE_READY, 1);
     rig.messages();
-    rig.say(0, PORT_READY, 1);
+    rig.send_message(0, PORT_READY, 1);
     assert_eq!(rig.messages()[2], (0, RESIZE, 0, vec![132, 0, 43, 0]));
     rig.terminal.resize(SIZE);
     assert_eq!(rig.messages(), [], "it knows");
@@ -82,7 +82,7 @@ fn the_terminals_size_comes_by_message_where_there_are_ports() {
     assert_eq!(rig.messages(), [(0, RESIZE, 0, vec![132, 0, 44, 0])]);
     assert_eq!(config(&mut rig.driver)[0], 44 << 16 | 132);
     // A driver that has lost the port and finds it again is told again.
-    rig.say(0, PORT_READY, 1);
+    rig.send_message(0, PORT_READY, 1);
     assert_eq!(rig.messages().last().unwrap().1, RESIZE);
 }
 

@@ -102,7 +102,7 @@ fn after_a_move_the_guest_hears_that_programs_are_gone() {
 #[test]
 fn a_guest_without_buffers_for_the_news_gets_them_later() {
     let mut rig = ConsoleRig::new(&["a", "b"]);
-    rig.say(0, DEVICE_READY, 1);
+    rig.send_message(0, DEVICE_READY, 1);
     let saved = rig.driver.save();
     let mut there = moved(&rig, saved);
     there.post_messages(8);

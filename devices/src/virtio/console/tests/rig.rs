@@ -107,10 +107,10 @@ impl ConsoleRig {
     /// The driver, which is up, takes its ports in, and programs in the guest open them.
     pub(super) fn start(&mut self) {
         self.post_messages(32);
-        self.say(0, DEVICE_READY, 1);
+        self.send_message(0, DEVICE_READY, 1);
         for port in 0..3 {
-            self.say(port, PORT_READY, 1);
-            self.say(port, PORT_OPEN, 1);
+            self.send_message(port, PORT_READY, 1);
+            self.send_message(port, PORT_OPEN, 1);
         }
         self.messages();
     }
@@ -120,17 +120,17 @@ impl ConsoleRig {
     }
 
     /// The guest sends a control message.
-    pub(super) fn say(&mut self, port: u32, event: u16, value: u16) {
+    pub(super) fn send_message(&mut self, port: u32, event: u16, value: u16) {
         let message = [
             &port.to_le_bytes()[..],
             &event.to_le_bytes(),
             &value.to_le_bytes(),
         ]
         .concat();
-        self.say_bytes(&message);
+        self.send_message_bytes(&message);
     }
 
-    pub(super) fn say_bytes(&mut self, message: &[u8]) {
+    pub(super) fn send_message_bytes(&mut self, message: &[u8]) {
         self.driver.fill(MESSAGE, message);
         let part = reads(MESSAGE, message.len() as u32);
         assert_eq!(self.driver.select(CONTROL_FROM_GUEST).submit(&[part]), 0);

@@ -86,7 +86,7 @@ fn packets_of_the_guest_wait_for_tokens_in_its_queue() {
     assert!(took >= Duration::from_millis(29), "{took:?}");
     assert!(driver.count("tx_throttled") > 0);
     (0..6).for_each(|_| {
-        wire.hear(is_ours);
+        wire.receive(is_ours);
     });
     // The limits are part of what the device is made with.
     let parameters = NetParameters::from_bytes(&driver.transport.describe().parameters).unwrap();

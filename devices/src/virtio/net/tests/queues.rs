@@ -57,7 +57,7 @@ fn send_from(driver: &mut Driver, wire: &Wire, pair: usize, port: u16) {
     driver.select(2 * pair + 1);
     driver.fill(PACKET, &packet);
     assert_eq!(driver.submit(&[reads(PACKET, packet.len() as u32)]), 0);
-    assert_eq!(wire.hear(is_ours).1, packet[12..]);
+    assert_eq!(wire.receive(is_ours).1, packet[12..]);
 }
 
 /// The pair to which an answer of the flow comes.

@@ -165,15 +165,15 @@ fn who_owes_an_answer_has_a_time_limit() {
     let mut silent = rig.client();
     let mut dialled = rig.client();
     dialled.write_all(b"CONNECT 1024\n").unwrap();
-    connections.hear();
-    connections.hear();
+    connections.process_host_events();
+    connections.process_host_events();
     assert_eq!(
         connections.next(&mut [0; 100]).unwrap().op,
         Some(PacketOp::Request)
     );
-    connections.tick(Instant::now());
+    connections.end_all_overdue(Instant::now());
     assert!(!has_ended_now(&mut silent) && !has_ended_now(&mut dialled));
-    connections.tick(Instant::now() + Duration::from_secs(60));
+    connections.end_all_overdue(Instant::now() + Duration::from_secs(60));
     assert!(has_ended_now(&mut silent));
     assert_eq!(connections.metrics.unanswered.get(), 1);
     assert_eq!(connections.next(&mut [0; 100]).unwrap().op, Some(PacketOp::Reset));
