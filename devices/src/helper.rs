@@ -2,15 +2,17 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::Timespec;
+
+use crate::wake_event::WakeEvent;
 
 /// How long the end of a helper waits for what it is at. What that needs is kept as long as it takes.
 const END_TIME: Duration = Duration::from_secs(2);
@@ -42,8 +44,8 @@ pub(crate) struct Helper<T, R> {
 struct HelperShared<T, R> {
     state: Mutex<HelperJobs<T, R>>,
     changed: Condvar,
-    /// Readable when something is done.
-    event: OwnedFd,
+    /// Raised when a job is done.
+    event: WakeEvent,
 }
 
 struct HelperJobs<T, R> {
@@ -70,7 +72,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
             shared: Arc::new(HelperShared {
                 state: Mutex::new(state),
                 changed: Condvar::new(),
-                event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+                event: WakeEvent::new()?,
             }),
         })
     }
@@ -93,8 +95,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
 
     /// The next outcome: none if its job panicked.
     pub(crate) fn next(&mut self) -> Option<(T, Option<R>)> {
-        // Nothing to read is fine.
-        let _ = rustix::io::read(&self.shared.event, &mut [0; 8]);
+        self.shared.event.clear();
         let next = self.shared.state().done.pop_front()?;
         self.unfinished -= 1;
         Some(next)
@@ -185,8 +186,7 @@ impl<T, R> HelperShared<T, R> {
             state.is_busy = false;
             state.done.push_back((tag, outcome));
             self.changed.notify_all();
-            // If the counter is full somebody will look anyway.
-            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+            self.event.raise();
         }
     }
 }

@@ -19,6 +19,7 @@ mod log_damper;
 mod metrics;
 mod rate;
 mod timer;
+mod wake_event;
 mod watch;
 
 pub use exit::{ExitEvent, GuestExit};

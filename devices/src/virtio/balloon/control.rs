@@ -1,12 +1,9 @@
 //! The host's end of a balloon.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::PAGE_SIZE;
 use super::discard::whole_pages;
@@ -14,12 +11,13 @@ use super::hints::Hints;
 use super::metrics::BalloonMetrics;
 use super::replaced::Replaced;
 use super::statistics::Statistics;
+use crate::wake_event::WakeEvent;
 
 /// What the host wants of a balloon, and what is known of it. Its calls may come from any thread.
 #[derive(Debug)]
 pub struct BalloonControl {
-    /// An eventfd, readable when there is something that the device does not know of yet.
-    event: File,
+    /// Raised when there is something that the device does not know of yet.
+    event: WakeEvent,
     status: Mutex<BalloonStatus>,
     pub(super) metrics: Arc<BalloonMetrics>,
     pub(super) replaced: Mutex<Replaced>,
@@ -55,7 +53,7 @@ impl BalloonControl {
             ..Default::default()
         };
         Ok(Self {
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
+            event: WakeEvent::new()?,
             status: Mutex::new(status),
             metrics: Arc::default(),
             replaced: Mutex::default(),
@@ -70,7 +68,7 @@ impl BalloonControl {
         status.target = pages(bytes);
         status.changed = true;
         drop(status);
-        self.raise();
+        self.event.raise();
     }
 
     /// What the guest was asked to give up, in bytes.
@@ -101,7 +99,7 @@ impl BalloonControl {
     /// Asks the guest for new statistics; they come in its own time, or never.
     pub fn request_statistics(&self) {
         self.status().statistics_wanted = true;
-        self.raise();
+        self.event.raise();
     }
 
     /// The last statistics that came here, and how often some came at all: never from a guest that sends none.
@@ -115,7 +113,7 @@ impl BalloonControl {
         let mut status = self.status();
         let seen = status.statistics_seen;
         status.statistics_wanted = true;
-        self.raise();
+        self.event.raise();
         let status = self.wait(status, at_most, |status| status.statistics_seen == seen);
         status.statistics.filter(|_| status.statistics_seen != seen)
     }
@@ -133,12 +131,12 @@ impl BalloonControl {
         let mut status = self.status();
         status.hints.request();
         status.changed = true;
-        self.raise();
+        self.event.raise();
         let mut status = self.wait(status, at_most, |status| status.hints.is_open());
         let hints = status.hints.finish();
         status.changed = true;
         drop(status);
-        self.raise();
+        self.event.raise();
         let whole = |(address, len)| whole_pages(address, len);
         hints.into_iter().filter_map(whole).collect()
     }
@@ -164,21 +162,13 @@ impl BalloonControl {
         self.event.as_fd()
     }
 
-    /// The device looks: what was there to hear of is heard.
+    /// Clears the event, before the device reads what has changed.
     pub(super) fn clear_event(&self) {
-        // Nothing to read is fine.
-        let _ = (&self.event).read(&mut [0; 8]);
+        self.event.clear();
     }
 
     pub(super) fn status(&self) -> MutexGuard<'_, BalloonStatus> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn raise(&self) {
-        if let Err(error) = (&self.event).write(&1u64.to_ne_bytes()) {
-            // The counter is full: the device will look anyway.
-            tracing::debug!(%error, "balloon: wish not counted");
-        }
     }
 }
 

@@ -1,22 +1,21 @@
 //! The host's end of a disk: what can be changed while the guest uses it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
-
 use super::backend::{BlockBackend, BlockBackendError};
 use crate::rate::Limits;
+use crate::wake_event::WakeEvent;
 
 /// The host's end of a disk.
 #[derive(Debug)]
 pub struct BlockControl {
     backend: Arc<BlockBackend>,
     limits: Mutex<Limits>,
-    /// Readable when something has changed.
-    event: OwnedFd,
+    /// Raised when the size or the limits have changed.
+    event: WakeEvent,
 }
 
 impl BlockControl {
@@ -24,7 +23,7 @@ impl BlockControl {
         Ok(Self {
             backend,
             limits: Mutex::new(limits),
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            event: WakeEvent::new()?,
         })
     }
 
@@ -45,7 +44,7 @@ impl BlockControl {
         if self.backend.sectors() != before {
             tracing::info!(disk = %self.backend.path().display(), before, now = self.backend.sectors(), "disk resized");
             self.backend.warn_hidden_tail();
-            self.raise();
+            self.event.raise();
         }
         Ok(self.backend.size())
     }
@@ -58,20 +57,15 @@ impl BlockControl {
     /// Replaces that by limits that were checked. Buckets are full again.
     pub fn set_limits(&self, limits: Limits) {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
-        self.raise();
+        self.event.raise();
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 
-    /// Whether something has changed since this was asked last.
-    pub(super) fn take_event(&self) -> bool {
-        rustix::io::read(&self.event, &mut [0; 8]).is_ok()
-    }
-
-    fn raise(&self) {
-        // If the counter is full the device thread will look anyway.
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    /// Clears the event; whether something has changed since the last call.
+    pub(super) fn clear_event(&self) -> bool {
+        self.event.clear()
     }
 }

@@ -216,7 +216,7 @@ impl VirtioBlock {
 
     /// Takes over what was changed on the host's side.
     fn apply_control(&mut self, queues: &Queues<'_>) {
-        if !self.control.take_event() {
+        if !self.control.clear_event() {
             return;
         }
         let limits = self.control.limits();

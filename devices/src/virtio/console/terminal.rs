@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
+
+use crate::wake_event::WakeEvent;
 
 /// Bytes of input that wait for the guest before [`ConsoleTerminal::enqueue`] refuses more.
 pub const INPUT_LIMIT: usize = 64 << 10;
@@ -24,8 +24,8 @@ pub struct TerminalSize {
 
 /// Where port 0 leads. Its calls may come from any thread.
 pub struct ConsoleTerminal {
-    /// An eventfd, readable when there is something that the device does not know of yet.
-    event: File,
+    /// Raised when there is something that the device does not know of yet.
+    event: WakeEvent,
     side: Mutex<TerminalInner>,
 }
 
@@ -40,7 +40,7 @@ impl ConsoleTerminal {
     /// A terminal that shows nothing yet, and whose size is not known.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
+            event: WakeEvent::new()?,
             side: Mutex::default(),
         })
     }
@@ -56,14 +56,14 @@ impl ConsoleTerminal {
         let taken = bytes.len().min(INPUT_LIMIT.saturating_sub(side.input.len()));
         side.input.extend(&bytes[..taken]);
         drop(side);
-        self.raise();
+        self.event.raise();
         taken
     }
 
     /// The terminal has this size from here on.
     pub fn resize(&self, size: TerminalSize) {
         self.side().size = Some(size);
-        self.raise();
+        self.event.raise();
     }
 
     pub(super) fn size(&self) -> Option<TerminalSize> {
@@ -102,17 +102,9 @@ impl ConsoleTerminal {
         self.event.as_fd()
     }
 
-    /// The device looks: what was there to hear of is heard.
+    /// Clears the event, before the device reads what has changed.
     pub(super) fn clear_event(&self) {
-        // Nothing to read is fine.
-        let _ = (&self.event).read(&mut [0; 8]);
-    }
-
-    fn raise(&self) {
-        if let Err(error) = (&self.event).write(&1u64.to_ne_bytes()) {
-            // The counter is full: the device will look anyway.
-            tracing::debug!(%error, "console: news not counted");
-        }
+        self.event.clear();
     }
 
     fn side(&self) -> MutexGuard<'_, TerminalInner> {

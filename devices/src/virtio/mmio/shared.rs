@@ -17,6 +17,7 @@ use crate::GuestMemory;
 use crate::log_damper::LogDamper;
 use crate::metrics::{Counter, Counters};
 use crate::virtio::{DeviceError, Interrupt, QueueError, QueueProgress, Queues, VirtioDevice};
+use crate::wake_event::WakeEvent;
 
 pub(super) struct TransportShared {
     pub(super) memory: GuestMemory,
@@ -26,7 +27,7 @@ pub(super) struct TransportShared {
     /// One eventfd for each queue, readable after a kick.
     pub(super) queue_events: Vec<EventFd>,
     /// Readable when the device must look at the host's side.
-    host_event: EventFd,
+    host_event: WakeEvent,
     pub(super) warnings: LogDamper,
     /// How often the device thread looked at a queue, for a kick or because a turn was over.
     looks: Counter,
@@ -61,7 +62,7 @@ impl TransportShared {
         memory: GuestMemory,
         interrupt: Interrupt,
         queue_events: Vec<EventFd>,
-        host_event: EventFd,
+        host_event: WakeEvent,
     ) -> Self {
         let core = DeviceCore {
             device,
@@ -106,14 +107,17 @@ impl TransportShared {
 
     /// Makes the device thread look at a queue.
     pub(super) fn kick(&self, index: usize) {
-        if let Some(event) = self.queue_events.get(index) {
-            raise(event);
+        if let Some(event) = self.queue_events.get(index)
+            && let Err(error) = event.write(1)
+        {
+            // The counter is full: the device thread is on its way.
+            tracing::debug!(%error, "kick not counted");
         }
     }
 
     /// Makes the device thread look at the host's side.
     pub(super) fn raise_host_event(&self) {
-        raise(&self.host_event);
+        self.host_event.raise();
     }
 
     /// The device cannot go on without a reset by the driver (virtio 1.2, 2.1.2).
@@ -192,15 +196,16 @@ impl TransportShared {
 
     fn serve(&self, source: EventSource) {
         let mut core = self.core();
-        let event = match source {
+        // An event that is not raised was cleared by an earlier call. A paused device is kicked again by `resume`.
+        match source {
             EventSource::Queue(index) => {
                 self.looks.add(1);
-                self.queue_events.get(index)
+                let _ = self.queue_events.get(index).map(EventFd::read);
             }
-            EventSource::Host => Some(&self.host_event),
-        };
-        // Nothing to read is fine: somebody else took the kick. A paused device is kicked again by resume.
-        let _ = event.map(EventFd::read);
+            EventSource::Host => {
+                self.host_event.clear();
+            }
+        }
         if core.resetting {
             return self.finish_reset(&mut core);
         }
@@ -210,7 +215,10 @@ impl TransportShared {
         }));
         match served {
             Ok(Ok(QueueProgress::Idle)) => {}
-            Ok(Ok(QueueProgress::More)) => event.into_iter().for_each(raise),
+            Ok(Ok(QueueProgress::More)) => match source {
+                EventSource::Queue(index) => self.kick(index),
+                EventSource::Host => self.raise_host_event(),
+            },
             Ok(Err(error)) => self.needs_reset(&mut core, &error),
             Err(_) => self.needs_reset(&mut core, &Panicked),
         }
@@ -257,13 +265,6 @@ impl DeviceCore {
             EventSource::Queue(index) => self.device.process_queue(index, queues),
             EventSource::Host => self.device.process_host(queues),
         }
-    }
-}
-
-fn raise(event: &EventFd) {
-    if let Err(error) = event.write(1) {
-        // The counter is full: the thread will look anyway.
-        tracing::debug!(%error, "kick not counted");
     }
 }
 

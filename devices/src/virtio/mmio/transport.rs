@@ -14,6 +14,7 @@ use super::state::{LayoutError, MmioTransportState, QueueRecord};
 use crate::GuestMemory;
 use crate::metrics::Counters;
 use crate::virtio::{Description, DeviceError, HostBackend, Interrupt, VirtioDevice};
+use crate::wake_event::WakeEvent;
 
 /// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
 pub struct MmioTransport {
@@ -112,7 +113,7 @@ impl MmioTransport {
             source,
         };
         let events = events.map_err(event_error)?;
-        let host_event = EventFd::new(EFD_NONBLOCK).map_err(event_error)?;
+        let host_event = WakeEvent::new().map_err(event_error)?;
         Ok(Self {
             backend: device.host_backend(),
             metrics: device.metrics(),
