@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::backend::{BlockBackend, BlockBackendError};
+use super::backend::BlockBackend;
+use super::error::BlockBackendError;
 use crate::rate::Limits;
 use crate::wake_event::WakeEvent;
 

@@ -10,28 +10,17 @@ use std::time::Instant;
 use vm_memory::GuestAddress;
 
 use super::backend::BlockBackend;
-use super::request::BlockRequestError;
+use super::error::BlockRequestError;
+use super::execute::execute;
+use super::io::BlockIo;
+use super::parameters::IoEngine;
 use crate::GuestMemory;
-use crate::helper::{CancelFlag, Helper, wait_readable};
-use crate::virtio::sys::{Durability, IoRing};
+use crate::helper::{Helper, wait_readable};
+use crate::virtio::sys::IoRing;
 use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
 /// Bytes of requests in flight above which no other begins: what a drain may have to wait for, and the last request.
 const MOST_IN_FLIGHT: u64 = 16 << 20;
-/// Bytes that are discarded or zeroed in one call.
-const SLICE: u64 = 16 << 20;
-/// A discard is so much less work than a write of as many bytes.
-const DISCARD_SHARE: u64 = 64;
-
-/// Which of them a disk is to have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoEngine {
-    /// io_uring, if the host lets us have it.
-    #[default]
-    Async,
-    /// System calls, one after the other, on a thread of the disk's own.
-    Sync,
-}
 
 /// Both of them at work.
 pub(super) struct BlockEngine {
@@ -42,67 +31,6 @@ pub(super) struct BlockEngine {
     count: usize,
     /// How many of them write out where an image has its data, which touches no guest memory.
     write_outs: usize,
-}
-
-/// What a request asks of the disk.
-#[derive(Debug)]
-pub(super) enum BlockIo {
-    Read {
-        into: Buffers,
-        /// In bytes.
-        offset: u64,
-    },
-    Write {
-        from: Buffers,
-        offset: u64,
-        durability: Durability,
-    },
-    Discard {
-        offset: u64,
-        len: u64,
-        durability: Durability,
-    },
-    Zero {
-        offset: u64,
-        len: u64,
-        /// The range may give up its space.
-        unmap: bool,
-        durability: Durability,
-    },
-    Flush,
-    /// Where an image has its data is put into its file.
-    WriteOut,
-}
-
-impl BlockIo {
-    /// What it may be to do it, in bytes of a write.
-    fn work(&self) -> u64 {
-        match self {
-            Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => buffers.len(),
-            Self::Discard { len, .. } => len / DISCARD_SHARE,
-            Self::Zero { len, .. } => *len,
-            Self::Flush | Self::WriteOut => 0,
-        }
-    }
-
-    /// Whether the guest takes what it wrote until then for durable, or as durable as its disk is, once this is done.
-    fn promises_durability(&self) -> bool {
-        match self {
-            Self::Flush | Self::WriteOut => true,
-            Self::Write { durability, .. }
-            | Self::Discard { durability, .. }
-            | Self::Zero { durability, .. } => *durability == Durability::Durable,
-            Self::Read { .. } => false,
-        }
-    }
-
-    /// The bytes that it is about where the request does not carry them.
-    pub(super) fn range(&self) -> Option<u64> {
-        match self {
-            Self::Discard { len, .. } | Self::Zero { len, .. } => Some(*len),
-            Self::Read { .. } | Self::Write { .. } | Self::Flush | Self::WriteOut => None,
-        }
-    }
 }
 
 /// The request that is answered when something is done.
@@ -411,80 +339,6 @@ fn finish_transfer(
         Completion::Nothing => "use it",
     };
     result.map_err(|error| backend.failed(what)(error).into())
-}
-
-/// On the thread.
-fn execute(
-    memory: Option<&GuestMemory>,
-    backend: &BlockBackend,
-    io: &BlockIo,
-    cancelled: &CancelFlag,
-) -> Result<(), BlockRequestError> {
-    match (io, memory) {
-        (BlockIo::Read { into, offset }, Some(memory)) => backend.read(memory, into, *offset),
-        (
-            BlockIo::Write {
-                from,
-                offset,
-                durability,
-            },
-            Some(memory),
-        ) => backend.write(memory, from, *offset, *durability),
-        // Transfers are of somebody's memory.
-        (BlockIo::Read { .. } | BlockIo::Write { .. }, None) => Ok(()),
-        (
-            BlockIo::Discard {
-                offset,
-                len,
-                durability,
-            },
-            _,
-        ) => {
-            in_slices(*offset, *len, cancelled, |offset, len| {
-                backend.discard(offset, len)
-            })?;
-            make_durable(backend, *durability)
-        }
-        (
-            BlockIo::Zero {
-                offset,
-                len,
-                unmap,
-                durability,
-            },
-            _,
-        ) => {
-            in_slices(*offset, *len, cancelled, |offset, len| {
-                backend.write_zeroes(offset, len, *unmap)
-            })?;
-            make_durable(backend, *durability)
-        }
-        (BlockIo::Flush, _) => Ok(backend.flush()?),
-        (BlockIo::WriteOut, _) => Ok(backend.write_out()?),
-    }
-}
-
-fn make_durable(backend: &BlockBackend, durability: Durability) -> Result<(), BlockRequestError> {
-    if durability == Durability::Durable {
-        backend.flush()?;
-    }
-    Ok(())
-}
-
-/// Slices end where the next begins at a multiple of their length, so that pages and clusters stay whole.
-fn in_slices<E>(
-    offset: u64,
-    len: u64,
-    cancelled: &CancelFlag,
-    mut act: impl FnMut(u64, u64) -> Result<(), E>,
-) -> Result<(), E> {
-    let (mut at, end) = (offset, offset.saturating_add(len));
-    while at < end && !cancelled.is_set() {
-        let part = (end - at).min(SLICE - at % SLICE);
-        act(at, part)?;
-        at += part;
-    }
-    Ok(())
 }
 
 /// A chain is at most 4 GiB long, and the status byte is part of it.

@@ -2,7 +2,6 @@
 
 use std::str::FromStr;
 
-use super::engine::IoEngine;
 use crate::rate::Limits;
 
 /// When a write counts as done, for a guest that can flush.
@@ -33,6 +32,16 @@ impl FromStr for CacheMode {
             _ => Err(CacheModeError(text.into())),
         }
     }
+}
+
+/// How the requests of a disk are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoEngine {
+    /// io_uring, if the host lets us have it.
+    #[default]
+    Async,
+    /// System calls, one after the other, on a thread of the disk's own.
+    Sync,
 }
 
 /// How a disk serves its guest.

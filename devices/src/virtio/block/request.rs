@@ -1,21 +1,19 @@
 //! One request: parsed from a descriptor chain, carried out on a backend.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{GuestAddress, GuestMemoryError};
+use vm_memory::GuestAddress;
 
-use super::backend::{BlockBackend, BlockBackendError};
-use super::engine::BlockIo;
+use super::backend::BlockBackend;
+use super::error::BlockRequestError;
+use super::io::BlockIo;
 use super::parameters::CacheMode;
-use super::{ID_LEN, SECTOR_SIZE};
+use super::{ID_LEN, REQUEST_HEADER_LEN, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::virtio::sys::Durability;
 use crate::virtio::{Buffers, Chain, Served};
-
-/// Type, a reserved word, sector; each little-endian.
-const HEADER_LEN: usize = 16;
 
 /// Sector, number of sectors, flags: what a driver wants discarded or zeroed (virtio 1.2, 5.2.6).
 const SEGMENT_LEN: usize = 16;
@@ -38,51 +36,6 @@ pub(super) struct BlockRequest {
     /// What the driver provides and what it wants filled, without header and status byte.
     readable: Buffers,
     writable: Buffers,
-}
-
-/// Why a request is not done. `Unsupported` has a status of its own, all others are I/O errors to the guest.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum BlockRequestError {
-    #[error("expected a writable byte for the status, got none")]
-    NoStatus,
-    #[error("expected a header of {HEADER_LEN} bytes, got {got}")]
-    Header { got: usize },
-    #[error("request type {0} is not supported")]
-    Unsupported(u32),
-    #[error("expected buffers of one direction, got both")]
-    Direction,
-    #[error("expected whole sectors, got {len} bytes")]
-    PartialSector { len: u64 },
-    #[error("expected whole blocks of {block} bytes, got {len} bytes at sector {sector}")]
-    PartialBlock { block: u32, sector: u64, len: u64 },
-    #[error("expected at most {most} bytes of data, got {len}")]
-    TooLong { most: u64, len: u64 },
-    #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
-    OutOfRange { capacity: u64, sector: u64, len: u64 },
-    #[error("expected one range of at most {most} sectors, got {len} bytes of ranges, {sectors} sectors")]
-    Segment { most: u32, len: u64, sectors: u32 },
-    #[error("expected no flag {got:#x} in a range")]
-    Flags { got: u32 },
-    #[error("whoever was to do it panicked")]
-    Panicked,
-    #[error("an earlier flush, of which the guest did not hear, has failed")]
-    FlushFailed,
-    #[error("write to a read-only disk")]
-    ReadOnly,
-    #[error("guest memory: {0}")]
-    Memory(#[from] GuestMemoryError),
-    #[error(transparent)]
-    Backend(#[from] BlockBackendError),
-}
-
-impl BlockRequestError {
-    /// The status byte that tells the guest.
-    pub(super) fn status(&self) -> u8 {
-        match self {
-            Self::Unsupported(_) | Self::Flags { .. } => VIRTIO_BLK_S_UNSUPP as u8,
-            _ => VIRTIO_BLK_S_IOERR as u8,
-        }
-    }
 }
 
 /// The status byte of a request that was done.
@@ -119,9 +72,9 @@ impl BlockRequest {
         let Some(status) = writable.take_last_byte() else {
             return Err((None, BlockRequestError::NoStatus));
         };
-        let mut header = [0; HEADER_LEN];
+        let mut header = [0; REQUEST_HEADER_LEN];
         match readable.read(memory, &mut header) {
-            Ok(HEADER_LEN) => {}
+            Ok(REQUEST_HEADER_LEN) => {}
             Ok(got) => return Err((Some(status), BlockRequestError::Header { got })),
             Err(error) => return Err((Some(status), error.into())),
         }

@@ -5,6 +5,7 @@
 //! that reads the interrupt status never waits for a disk.
 
 mod driver;
+mod error;
 mod registers;
 mod shared;
 mod state;
@@ -15,7 +16,8 @@ mod fuzz;
 #[cfg(test)]
 mod tests;
 
+pub use error::MmioTransportError;
 pub use registers::LEN;
 pub use shared::TransportWorker;
 pub use state::{MmioTransportState, QueueRecord};
-pub use transport::{MmioTransport, MmioTransportError};
+pub use transport::MmioTransport;

@@ -4,10 +4,10 @@ use migration_state::Record;
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueState, QueueT};
 
+use super::error::MmioTransportError;
 use super::registers::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, EVENT_IDX, FAILED, FEATURES_OK, NEEDS_RESET, VERSION_1,
 };
-use super::transport::MmioTransportError;
 use crate::GuestMemory;
 use crate::virtio::interrupt::{CONFIG_CHANGE, USED_BUFFER};
 

@@ -24,11 +24,6 @@ use crate::virtio::{
     VirtioDevice,
 };
 
-/// The smallest address that a guest can have: those below mean something else.
-pub const CID_MIN: u32 = 3;
-/// The largest; the one above means "any".
-pub const CID_MAX: u32 = u32::MAX - 1;
-
 /// VIRTIO_VSOCK_F_STREAM (virtio 1.2, 5.10.3).
 const F_STREAM: u64 = 1 << 0;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2, 5.10.6.7).

@@ -20,7 +20,7 @@ mod state;
 mod tests;
 
 pub use backend::VsockBackend;
-pub use device::{CID_MAX, CID_MIN, VirtioVsock};
+pub use device::VirtioVsock;
 pub use metrics::VsockMetrics;
-pub use parameters::VsockParameters;
+pub use parameters::{CID_MAX, CID_MIN, VsockParameters};
 pub use state::VsockState;

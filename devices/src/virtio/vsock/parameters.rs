@@ -1,7 +1,11 @@
 //! What a device is made with, and how a destination is told.
 
-use super::device::{CID_MAX, CID_MIN};
 use crate::rate::Limits;
+
+/// The smallest address that a guest can have: those below mean something else.
+pub const CID_MIN: u32 = 3;
+/// The largest; the one above means "any".
+pub const CID_MAX: u32 = u32::MAX - 1;
 
 /// What a device is made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

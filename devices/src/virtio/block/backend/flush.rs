@@ -2,7 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{BlockBackend, BlockBackendError};
+use super::super::error::BlockBackendError;
+use super::BlockBackend;
 
 impl BlockBackend {
     /// The one place where every change of the disk passes: each write, discard and zeroing by whichever engine, in

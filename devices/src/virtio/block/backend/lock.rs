@@ -20,8 +20,9 @@ use std::sync::{MutexGuard, PoisonError};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::super::error::BlockBackendError;
 use super::super::sys::{ByteRange, FileLock, find_lock, set_lock};
-use super::{BlockBackend, BlockBackendError};
+use super::BlockBackend;
 
 const OURS: ByteRange = ByteRange { start: 0, len: 100 };
 const READ: u64 = 0;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use super::super::error::BlockBackendError;
 use super::super::log::BlockLog;
+use super::BlockBackend;
 use super::scratch::Scratch;
-use super::{BlockBackend, BlockBackendError};
 
 impl BlockBackend {
     /// Logs from now on what is written to it. Any log before that ends.

@@ -1,6 +1,5 @@
 //! What backs a disk: an image file or a block device of the host.
 
-mod error;
 mod flush;
 mod lock;
 mod mirror;
@@ -20,14 +19,13 @@ use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
+use super::error::{BlockBackendError, BlockRequestError};
 use super::log::Logging;
-use super::request::BlockRequestError;
 use super::sys;
 use crate::GuestMemory;
 use crate::virtio::sys::{At, Durability};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
-pub use error::BlockBackendError;
 use lock::HeldLocks;
 pub use open::{Access, BackingFile, ImageFormat, ImageFormatError};
 use open::{Alignment, open_disk};

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 
-use super::BlockBackendError;
+use super::super::error::BlockBackendError;
 
 /// How a disk is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

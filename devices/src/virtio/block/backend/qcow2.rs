@@ -12,8 +12,8 @@ use imago::qcow2::Qcow2 as Image;
 use imago::raw::Raw;
 use imago::storage::StorageOpenOptions;
 
-use super::open::{Access, ImageFormat, open_disk};
-use super::{BackingFile, BlockBackendError};
+use super::super::error::BlockBackendError;
+use super::open::{Access, BackingFile, ImageFormat, open_disk};
 
 /// How long the end of a process waits for whoever has an image.
 const CLOSING: Duration = Duration::from_secs(2);

@@ -3,7 +3,8 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use super::{BlockBackend, BlockBackendError};
+use super::super::error::BlockBackendError;
+use super::BlockBackend;
 
 impl BlockBackend {
     /// Fails if a file of it has no name any more, so that it ends with this process: whoever is to open it later would

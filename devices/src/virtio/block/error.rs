@@ -1,7 +1,12 @@
-//! Why a disk cannot be used.
+//! Why a disk cannot be used, and why a request to it is not done.
 
 use std::io;
 use std::path::PathBuf;
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
+use vm_memory::GuestMemoryError;
+
+use super::REQUEST_HEADER_LEN;
 
 /// Why a disk cannot be used. Every message is one line that names the path.
 #[derive(Debug, thiserror::Error)]
@@ -95,4 +100,49 @@ fn mode(read_only: bool) -> &'static str {
 
 fn lock(read_only: bool) -> &'static str {
     if read_only { "a shared" } else { "an exclusive" }
+}
+
+/// Why a request is not done. `Unsupported` has a status of its own, all others are I/O errors to the guest.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BlockRequestError {
+    #[error("expected a writable byte for the status, got none")]
+    NoStatus,
+    #[error("expected a header of {REQUEST_HEADER_LEN} bytes, got {got}")]
+    Header { got: usize },
+    #[error("request type {0} is not supported")]
+    Unsupported(u32),
+    #[error("expected buffers of one direction, got both")]
+    Direction,
+    #[error("expected whole sectors, got {len} bytes")]
+    PartialSector { len: u64 },
+    #[error("expected whole blocks of {block} bytes, got {len} bytes at sector {sector}")]
+    PartialBlock { block: u32, sector: u64, len: u64 },
+    #[error("expected at most {most} bytes of data, got {len}")]
+    TooLong { most: u64, len: u64 },
+    #[error("expected sectors below {capacity}, got {len} bytes at sector {sector}")]
+    OutOfRange { capacity: u64, sector: u64, len: u64 },
+    #[error("expected one range of at most {most} sectors, got {len} bytes of ranges, {sectors} sectors")]
+    Segment { most: u32, len: u64, sectors: u32 },
+    #[error("expected no flag {got:#x} in a range")]
+    Flags { got: u32 },
+    #[error("whoever was to do it panicked")]
+    Panicked,
+    #[error("an earlier flush, of which the guest did not hear, has failed")]
+    FlushFailed,
+    #[error("write to a read-only disk")]
+    ReadOnly,
+    #[error("guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+    #[error(transparent)]
+    Backend(#[from] BlockBackendError),
+}
+
+impl BlockRequestError {
+    /// The status byte that tells the guest.
+    pub(super) fn status(&self) -> u8 {
+        match self {
+            Self::Unsupported(_) | Self::Flags { .. } => VIRTIO_BLK_S_UNSUPP as u8,
+            _ => VIRTIO_BLK_S_IOERR as u8,
+        }
+    }
 }
