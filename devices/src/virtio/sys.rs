@@ -6,6 +6,7 @@
 )]
 
 mod ring;
+mod transfer;
 
 use std::fs::File;
 use std::io;
@@ -19,7 +20,8 @@ use vm_memory::{
 use super::Buffers;
 use crate::GuestMemory;
 
-pub(super) use ring::{Durability, IoRing};
+pub(super) use ring::IoRing;
+pub(super) use transfer::Durability;
 
 /// A place in a file, to copy from and to guest memory. Moves on with what was copied; the file's own offset
 /// is left alone.

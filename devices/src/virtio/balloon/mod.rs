@@ -10,6 +10,7 @@
 mod control;
 mod device;
 mod discard;
+mod discarder;
 mod hints;
 mod metrics;
 mod replaced;

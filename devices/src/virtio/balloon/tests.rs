@@ -7,8 +7,8 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
-use super::device::MOST_PAGES;
 use super::discard::discard;
+use super::discarder::MOST_PAGES;
 use super::hints::{Hints, MOST_RANGES};
 use super::replaced::Replaced;
 use super::*;

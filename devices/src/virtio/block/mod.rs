@@ -12,6 +12,7 @@ mod log;
 mod metrics;
 mod parameters;
 mod request;
+mod serve;
 mod state;
 mod sys;
 mod write_out;

@@ -1,6 +1,5 @@
 //! The device: packets between pairs of queues and a tap, on the device thread.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,15 +12,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_S_LINK_UP,
 };
 
-use super::HEADER_LEN;
-use super::announce::{Announcer, rarp};
-use super::control::{NetCommand, NetCommandError, process_command};
+use super::announce::Announcer;
 use super::metrics::NetMetrics;
 use super::parameters::{MAX_QUEUE_PAIRS, NetParameters};
-use super::receive::{ReceiveLayout, receive_packets};
 use super::state::NetState;
 use super::tap::{Tap, TapError};
-use super::transmit::send_packet;
 use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::{Bucket, Limiter, Limits};
@@ -34,7 +29,7 @@ use crate::virtio::{
 /// Queues come in pairs of these, and the control queue after the last pair (virtio 1.2, 5.1.2).
 pub(super) const RECEIVE: usize = 0;
 pub(super) const TRANSMIT: usize = 1;
-const QUEUES_OF_A_PAIR: usize = 2;
+pub(super) const QUEUES_OF_A_PAIR: usize = 2;
 static QUEUE_SIZES: [u16; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1] =
     [QUEUE_SIZE; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1];
 
@@ -45,8 +40,8 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_STATUS
     | 1 << VIRTIO_NET_F_CTRL_VQ
     | GUEST_ANNOUNCE;
-const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
-const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+pub(super) const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
+pub(super) const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 
 /// What may come of the control queue: each command may take the lock that all of the host's network needs, a dozen times.
 pub(super) const COMMAND_LIMITS: Limits = Limits {
@@ -67,22 +62,22 @@ const CONFIG_LEN: usize = 12;
 /// A network card. After a restore it tells the network where it is now, and has the guest do so.
 #[derive(Debug)]
 pub struct VirtioNet {
-    tap: Tap,
-    parameters: NetParameters,
+    pub(super) tap: Tap,
+    pub(super) parameters: NetParameters,
     /// What the driver accepted.
-    features: u64,
+    pub(super) features: u64,
     /// Pairs of queues that it uses: the first ones.
-    active_pairs: u16,
+    pub(super) active_pairs: u16,
     /// Counts looks at the host's side: each begins with another pair, or one could take all tokens.
-    turn: usize,
-    rx_limiter: Limiter,
-    tx_limiter: Limiter,
-    command_limiter: Limiter,
+    pub(super) turn: usize,
+    pub(super) rx_limiter: Limiter,
+    pub(super) tx_limiter: Limiter,
+    pub(super) command_limiter: Limiter,
     /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
-    announce_pending: bool,
-    announcer: Announcer,
-    metrics: Arc<NetMetrics>,
-    warnings: LogDamper,
+    pub(super) announce_pending: bool,
+    pub(super) announcer: Announcer,
+    pub(super) metrics: Arc<NetMetrics>,
+    pub(super) warnings: LogDamper,
 }
 
 impl VirtioNet {
@@ -127,175 +122,6 @@ impl VirtioNet {
         Self {
             command_limiter,
             ..self
-        }
-    }
-
-    /// The number of the control queue, which follows the last pair that the driver knows of.
-    fn control_queue(&self) -> usize {
-        let pairs = if self.features & MQ != 0 {
-            self.parameters.queue_pairs
-        } else {
-            1
-        };
-        QUEUES_OF_A_PAIR * usize::from(pairs)
-    }
-
-    /// The first `pairs`, in the order of this turn.
-    fn in_turn(&self, pairs: u16) -> impl Iterator<Item = usize> + use<> {
-        let (turn, pairs) = (self.turn, usize::from(pairs));
-        (0..pairs).map(move |offset| turn.wrapping_add(offset) % pairs)
-    }
-
-    /// Takes packets for the guest, of each pair that is in use. A busy one ends the turn.
-    fn process_receive_queues(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        for pair in self.in_turn(self.active_pairs) {
-            if self.process_receive_queue(pair, queues)? == QueueProgress::More {
-                return Ok(QueueProgress::More);
-            }
-        }
-        Ok(QueueProgress::Idle)
-    }
-
-    fn process_receive_queue(
-        &self,
-        pair: usize,
-        queues: &mut Queues<'_>,
-    ) -> Result<QueueProgress, QueueError> {
-        // What the driver does not use it must not find filled.
-        if pair >= self.active_pairs.into() {
-            return Ok(QueueProgress::Idle);
-        }
-        let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + RECEIVE) else {
-            return Ok(QueueProgress::Idle);
-        };
-        let layout = ReceiveLayout::new(self.features, self.parameters.mtu);
-        let (tap, limiter) = (self.tap.queue(pair), &self.rx_limiter);
-        receive_packets(&mut queue, tap, layout, limiter, &self.metrics, |error| {
-            self.metrics.rx_failed.add(1);
-            self.warn("packet to the guest", error);
-        })
-    }
-
-    /// Sends what waited for tokens.
-    fn process_transmit_queues(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        let mut progress = QueueProgress::Idle;
-        for pair in self.in_turn(self.parameters.queue_pairs) {
-            if self.process_transmit_queue(pair, queues)? == QueueProgress::More {
-                progress = QueueProgress::More;
-            }
-        }
-        Ok(progress)
-    }
-
-    fn process_transmit_queue(
-        &self,
-        pair: usize,
-        queues: &mut Queues<'_>,
-    ) -> Result<QueueProgress, QueueError> {
-        let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + TRANSMIT) else {
-            return Ok(QueueProgress::Idle);
-        };
-        // What is left in a queue that the driver has given up goes out as well.
-        let tap = self.tap.queue(pair);
-        queue.serve_admitted(
-            |bytes| self.admit_transmit(bytes),
-            |memory, chain| {
-                match send_packet(memory, chain, tap) {
-                    Ok(bytes) => {
-                        self.metrics.tx_packets.add(1);
-                        self.metrics.tx_bytes.add(bytes);
-                    }
-                    Err(error) => {
-                        self.metrics.tx_dropped.add(1);
-                        self.warn("packet of the guest", &error);
-                    }
-                }
-                0
-            },
-        )
-    }
-
-    fn admit_transmit(&self, bytes: u64) -> bool {
-        let admitted = self
-            .tx_limiter
-            .try_consume(bytes.saturating_sub(HEADER_LEN as u64));
-        if !admitted {
-            self.metrics.tx_throttled.add(1);
-        }
-        admitted
-    }
-
-    /// One command a turn, and few a second.
-    fn process_control_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
-        let Some(mut queue) = queues.get(self.control_queue()) else {
-            return Ok(QueueProgress::Idle);
-        };
-        let Some((head, chain)) = queue.pop()? else {
-            return Ok(QueueProgress::Idle);
-        };
-        if !self.command_limiter.try_consume(0) {
-            queue.undo_pop();
-            return Ok(QueueProgress::Idle);
-        }
-        let (done, written) = process_command(queue.memory(), chain, |command| self.apply_command(command));
-        match done {
-            Ok(()) => self.metrics.commands.add(1),
-            Err(error) => self.warn("control queue", &error),
-        }
-        queue.add_used(head, written)?;
-        queue.notify()?;
-        Ok(QueueProgress::More)
-    }
-
-    fn apply_command(&mut self, command: NetCommand) -> Result<(), NetCommandError> {
-        match command {
-            NetCommand::AnnounceAck => self.announce_pending = false,
-            NetCommand::QueuePairs(got) => {
-                let most = if self.features & MQ != 0 {
-                    self.parameters.queue_pairs
-                } else {
-                    0
-                };
-                if !(1..=most).contains(&got) {
-                    return Err(NetCommandError::QueuePairs { most, got });
-                }
-                self.set_active_pairs(got)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The driver uses so many pairs from now on; if the tap cannot, it is as before.
-    fn set_active_pairs(&mut self, pairs: u16) -> io::Result<()> {
-        let set = self.tap.set_active(pairs);
-        if set.is_ok() {
-            self.active_pairs = pairs;
-        } else if let Err(error) = self.tap.set_active(self.active_pairs) {
-            self.warn("queues", &error);
-        }
-        set
-    }
-
-    /// Announces the guest if it is time to. It is asked to do so itself once: it sees to it that it is heard.
-    fn send_announcement(&mut self, queues: &Queues<'_>) {
-        let round = match self.announcer.due() {
-            Ok(Some(round)) => round,
-            Ok(None) => return,
-            Err(error) => return self.warn("announcement", &error),
-        };
-        if let Err(error) = self.tap.write(&rarp(self.parameters.mac)) {
-            self.warn("announcement", &error);
-        }
-        if round == 0 && self.features & GUEST_ANNOUNCE != 0 {
-            self.announce_pending = true;
-            queues.config_changed();
-        }
-    }
-
-    fn warn(&self, what: &str, error: &dyn std::error::Error) {
-        if let Some(count) = self.warnings.count() {
-            let tap = self.tap.name();
-            tracing::warn!(tap, count, "virtio-net: {what}: {error}");
         }
     }
 }

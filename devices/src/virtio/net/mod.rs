@@ -8,6 +8,7 @@ mod metrics;
 mod offloads;
 mod parameters;
 mod receive;
+mod serve;
 mod state;
 mod sys;
 mod tap;

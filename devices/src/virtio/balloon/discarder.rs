@@ -1,0 +1,106 @@
+//! What the helper thread does for a balloon: it gives pages of the guest's back to the host.
+
+use std::sync::Arc;
+
+use super::PAGE_SIZE;
+use super::control::BalloonControl;
+use super::discard::{DiscardError, discard};
+use crate::GuestMemory;
+use crate::helper::CancelFlag;
+use crate::log_damper::LogDamper;
+use crate::virtio::Chain;
+
+/// Most pages that one request gives up, four times what Linux puts in one. The rest of a longer one stays the guest's.
+pub(super) const MOST_PAGES: usize = 1024;
+
+/// What a queue of the balloon is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BalloonRole {
+    Inflate,
+    Deflate,
+    Statistics,
+    Hinting,
+    Reporting,
+}
+
+/// What the thread needs of a balloon.
+#[derive(Debug)]
+pub(super) struct PageDiscarder {
+    pub(super) control: Arc<BalloonControl>,
+    pub(super) warnings: LogDamper,
+}
+
+impl PageDiscarder {
+    pub(super) fn discard_chain(
+        &self,
+        role: BalloonRole,
+        memory: &GuestMemory,
+        chain: Chain,
+        cancelled: &CancelFlag,
+    ) {
+        match role {
+            BalloonRole::Reporting => self.discard_reported(memory, &chain, cancelled),
+            _ => self.discard_listed(memory, chain, cancelled),
+        }
+    }
+
+    /// The chain lists pages by number that the guest has no use for.
+    fn discard_listed(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &CancelFlag) {
+        let mut bytes = [0; 4 * MOST_PAGES];
+        let got = match chain.readable.read(memory, &mut bytes) {
+            Ok(got) => got,
+            Err(error) => {
+                return self.warn(&error);
+            }
+        };
+        let (numbers, _) = bytes[..got].as_chunks();
+        let mut pages: Vec<u64> = numbers
+            .iter()
+            .map(|number| u64::from(u32::from_le_bytes(*number)))
+            .collect();
+        pages.sort_unstable();
+        pages.dedup();
+        // Runs of pages in one call each.
+        for run in pages.chunk_by(|page, next| page + 1 == *next) {
+            if cancelled.is_set() {
+                return;
+            }
+            self.discard_range(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
+        }
+        let bytes = pages.len() as u64 * PAGE_SIZE;
+        self.control.metrics.inflated_bytes.add(bytes);
+    }
+
+    /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
+    /// counts on what they hold (virtio 1.2, 5.5.6.8).
+    fn discard_reported(&self, memory: &GuestMemory, chain: &Chain, cancelled: &CancelFlag) {
+        if !self.control.status().reads_zero() {
+            return;
+        }
+        self.control.metrics.reported_bytes.add(chain.writable.len());
+        for (address, len) in chain.writable.iter() {
+            if cancelled.is_set() {
+                return;
+            }
+            self.discard_range(memory, address.0, len.into());
+        }
+    }
+
+    fn discard_range(&self, memory: &GuestMemory, gpa: u64, len: u64) {
+        match discard(memory, gpa, len, &self.control.replaced) {
+            Ok(bytes) => self.control.metrics.discarded_bytes.add(bytes),
+            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.warn(&error),
+        }
+    }
+
+    pub(super) fn warn(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.warnings.count() {
+            let cause = error.source().map(ToString::to_string).unwrap_or_default();
+            tracing::warn!(
+                count,
+                cause,
+                "virtio-balloon: request not served in full: {error}"
+            );
+        }
+    }
+}
