@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_reads_as_ones() {
+    fn addresses_without_a_device_read_as_ones() {
         let mut bus = Bus::new();
         bus.insert(0x1000, 0x10, echo()).unwrap();
         for address in [0, 0xfff, 0x1010, u64::MAX] {

@@ -13,12 +13,12 @@ pub enum GuestExit {
     Reset,
     /// A power-off: ACPI sleep state S5.
     PowerOff,
-    /// Nothing: its kernel panicked, and said so.
+    /// Nothing: its kernel has panicked, and reported that.
     Panic,
 }
 
-/// An eventfd and the reason why it was raised, shared by devices (which raise it) and the supervisor (which
-/// waits for it). The first reason wins.
+/// An eventfd and the reason why it was raised, shared by the devices that raise it and the supervisor that waits for
+/// it. The first reason wins.
 #[derive(Clone, Debug)]
 pub struct ExitEvent(Arc<ExitEventInner>);
 

@@ -1,4 +1,4 @@
-//! A thread that does for a device what may block, one thing after the other, while the device thread goes on.
+//! A thread that runs a device's blocking calls one by one, while the device thread goes on.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,10 +14,10 @@ use rustix::time::Timespec;
 
 use crate::wake_event::WakeEvent;
 
-/// How long the end of a helper waits for what it is at. What that needs is kept as long as it takes.
+/// How long dropping a helper waits for the current job. A job that takes longer keeps what it owns until it ends.
 const END_TIME: Duration = Duration::from_secs(2);
 
-/// Whether nobody wants to have it done any more. A job looks from time to time.
+/// Whether a job was cancelled. Long jobs check it from time to time.
 pub(crate) struct CancelFlag(Arc<AtomicBool>);
 
 impl CancelFlag {
@@ -26,17 +26,17 @@ impl CancelFlag {
     }
 }
 
-/// What is to be done.
+/// A job, which returns its outcome.
 pub(crate) type HelperJob<R> = Box<dyn FnOnce(&CancelFlag) -> R + Send>;
 
-/// A thread and what it has to do. Each job has a tag, by which its outcome is known. The thread is there once it is
-/// needed.
+/// A thread and its jobs. Each job has a tag, which comes back with its outcome. The thread is started with the first
+/// job.
 pub(crate) struct Helper<T, R> {
     name: &'static str,
     has_thread: bool,
-    /// Shared with the jobs that were pushed since the last [`Helper::cancel`].
+    /// Set to cancel the jobs that were pushed since the last [`Helper::cancel`].
     cancelled: Arc<AtomicBool>,
-    /// Jobs whose outcome was not taken.
+    /// Jobs whose outcome [`Helper::next`] has not returned yet.
     unfinished: usize,
     shared: Arc<HelperShared<T, R>>,
 }
@@ -56,7 +56,7 @@ struct HelperJobs<T, R> {
 }
 
 impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
-    /// One whose thread will have that name.
+    /// A helper whose thread will have that name.
     pub(crate) fn new(name: &'static str) -> io::Result<Self> {
         let state = HelperJobs {
             jobs: VecDeque::new(),
@@ -77,7 +77,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
         })
     }
 
-    /// Has it done after what was pushed before. Fails where there can be no thread.
+    /// Queues a job behind those pushed before. Fails if the thread cannot be started.
     pub(crate) fn push(&mut self, tag: T, job: HelperJob<R>) -> io::Result<()> {
         if !self.has_thread {
             let shared = self.shared.clone();
@@ -93,7 +93,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
         Ok(())
     }
 
-    /// The next outcome: none if its job panicked.
+    /// The next outcome with its tag; the outcome is `None` if the job panicked.
     pub(crate) fn next(&mut self) -> Option<(T, Option<R>)> {
         self.shared.event.clear();
         let next = self.shared.state().done.pop_front()?;
@@ -101,17 +101,17 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
         Some(next)
     }
 
-    /// Jobs whose outcome was not taken.
+    /// Jobs whose outcome [`Helper::next`] has not returned yet.
     pub(crate) fn len(&self) -> usize {
         self.unfinished
     }
 
-    /// Whether there are none.
+    /// Whether there are no such jobs.
     pub(crate) fn is_empty(&self) -> bool {
         self.unfinished == 0
     }
 
-    /// Forgets what has not begun, and tells what has begun that nobody wants it. The tags of what is forgotten.
+    /// Drops the jobs that have not begun, and cancels the one that has. Returns the tags of the dropped jobs.
     pub(crate) fn cancel(&mut self) -> Vec<T> {
         std::mem::take(&mut self.cancelled).store(true, Ordering::Relaxed);
         let forgotten = std::mem::take(&mut self.shared.state().jobs);
@@ -120,7 +120,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
     }
 }
 
-/// Waits until one of them is readable, or the time is over, or a signal comes.
+/// Waits until one of `events` is readable, `until` has come, or a signal is delivered.
 pub(crate) fn wait_readable<'a>(
     events: impl IntoIterator<Item = BorrowedFd<'a>>,
     until: Instant,
@@ -138,7 +138,7 @@ pub(crate) fn wait_readable<'a>(
 }
 
 impl<T, R> AsFd for Helper<T, R> {
-    /// Readable when something is done, until [`Helper::next`] is called.
+    /// Readable when a job is done, until [`Helper::next`] is called.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.event.as_fd()
     }
@@ -180,7 +180,7 @@ impl<T, R> HelperShared<T, R> {
             };
             state.is_busy = true;
             drop(state);
-            // The panic hook has said what it was; whoever waits is told that there was one.
+            // The panic hook has logged the panic; the device gets `None` as the outcome.
             let outcome = catch_unwind(AssertUnwindSafe(|| job(&cancelled))).ok();
             state = self.state();
             state.is_busy = false;
@@ -230,7 +230,7 @@ mod tests {
         helper.push(2, Box::new(|_| panic!("nobody wants it"))).unwrap();
         has_begun.recv().unwrap();
         assert_eq!(helper.cancel(), [2]);
-        // What comes later is not concerned.
+        // A job that is pushed later is not cancelled.
         helper
             .push(3, Box::new(|cancelled| cancelled.is_set().into()))
             .unwrap();

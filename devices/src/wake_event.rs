@@ -7,8 +7,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 /// Readable from [`WakeEvent::raise`] to [`WakeEvent::clear`]. Both may be called from any thread, and neither blocks.
 ///
-/// What KVM raises or waits for is a `vmm_sys_util::eventfd::EventFd`, as KVM's bindings take no other; that one cannot
-/// be borrowed as [`AsFd`], which the event manager's descriptors are.
+/// What KVM raises or waits for is a `vmm_sys_util::eventfd::EventFd`, as KVM's bindings take no other; that type does
+/// not implement [`AsFd`], by which a device lends its events.
 #[derive(Debug)]
 pub(crate) struct WakeEvent(OwnedFd);
 

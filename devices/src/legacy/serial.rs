@@ -39,16 +39,16 @@ pub enum SerialError {
     /// More bytes in the FIFO than it holds, or the interrupt that the state asks for cannot be raised.
     #[error("serial port: saved registers refused")]
     Registers(#[source] vm_superio::serial::Error<io::Error>),
-    /// More input than ever waits.
+    /// More input than [`INPUT_LIMIT`].
     #[error("serial port: expected at most {INPUT_LIMIT} bytes of waiting input, got {got}")]
     Input {
-        /// Bytes in the saved state.
+        /// Bytes of input in the saved state.
         got: usize,
     },
 }
 
 impl Serial {
-    /// A port after power-on, which interrupts through `irq` and sends to `console`.
+    /// A port after power-on, which interrupts through `irq` and writes the guest's output to `console`.
     pub fn new(irq: EventFd, console: Box<dyn Write + Send>) -> Result<Self, SerialError> {
         let console = SerialOutput(Arc::new(Mutex::new(console)));
         let trigger = Irq(irq.try_clone().map_err(SerialError::Event)?);
@@ -76,7 +76,7 @@ impl Serial {
         Ok(envelope.put(instance, &state)?)
     }
 
-    /// Takes the saved state out of `envelope`. An interrupt that it says is pending is raised again.
+    /// Restores the state saved in `envelope`. An interrupt that was pending is raised again.
     pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), SerialError> {
         let (registers, input) = envelope.take::<SerialState>(instance)?.into_parts();
         if input.len() > INPUT_LIMIT {

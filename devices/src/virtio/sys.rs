@@ -1,4 +1,4 @@
-//! The one place that gives guest addresses to the kernel: what it writes there is marked.
+//! The one place that gives guest addresses to the kernel, and marks the pages that the kernel writes.
 
 #![allow(
     unsafe_code,
@@ -23,8 +23,8 @@ use crate::GuestMemory;
 pub(super) use ring::IoRing;
 pub(super) use transfer::Durability;
 
-/// A place in a file, to copy from and to guest memory. Moves on with what was copied; the file's own offset
-/// is left alone.
+/// A place in a file, to copy from and to guest memory. The offset moves on with each copy; the file's own offset does
+/// not change.
 pub(super) struct At<'a> {
     pub(super) file: &'a File,
     /// In bytes.
@@ -90,7 +90,7 @@ impl<'a> PacketVectors<'a> {
     /// Most buffers that Linux takes in one call (`UIO_MAXIOV`).
     pub(super) const MAX: usize = 1024;
 
-    /// None yet.
+    /// An empty list.
     pub(super) fn new(memory: &'a GuestMemory) -> Self {
         Self {
             memory,
@@ -116,7 +116,7 @@ impl<'a> PacketVectors<'a> {
         Ok(())
     }
 
-    /// Fills the buffers with what one read gives, and marks their pages; returns the bytes.
+    /// Fills the buffers by one read and marks their pages; returns the bytes read.
     pub(super) fn read_from(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
         let len = self.vectors.len() as libc::c_int;
         // SAFETY: the vectors point to slices of guest memory, which `self.slices` keeps valid for writes of their
@@ -125,7 +125,7 @@ impl<'a> PacketVectors<'a> {
         let read = count(result);
         match &read {
             Ok(count) => self.mark(*count),
-            // Nothing was there to write.
+            // Nothing was read, so nothing was written to memory.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // Any part may have been written.
             Err(_) => self.mark(usize::MAX),
@@ -133,7 +133,7 @@ impl<'a> PacketVectors<'a> {
         read
     }
 
-    /// Gives what the buffers hold to one write; returns the bytes.
+    /// Writes what the buffers hold by one write; returns the bytes written.
     pub(super) fn write_to(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
         let len = self.vectors.len() as libc::c_int;
         // SAFETY: as above, for reads.

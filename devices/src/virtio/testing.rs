@@ -54,7 +54,7 @@ pub(crate) fn writes(address: u64, len: u32) -> DriverBuffer {
     }
 }
 
-/// An entropy device without limits: the simplest there is.
+/// An entropy device without limits, the simplest device.
 pub(crate) fn rng() -> VirtioRng {
     VirtioRng::new(Limits::default()).unwrap()
 }
@@ -77,7 +77,7 @@ pub(crate) struct Driver {
     selected: usize,
 }
 
-/// Where a driver is in a queue.
+/// A driver's position in a queue.
 #[derive(Clone, Copy, Debug, Default)]
 struct DriverQueue {
     /// As large as the device allows.
@@ -146,7 +146,7 @@ impl Driver {
         assert_eq!(self.get(0x070), 15);
     }
 
-    /// What follows is about this queue; at first, and after bringing the device up, it is the first.
+    /// Selects the queue for the following calls; at first, and after bringing the device up, that is the first queue.
     pub(crate) fn select(&mut self, index: usize) -> &mut Self {
         self.selected = index;
         self
@@ -161,7 +161,7 @@ impl Driver {
         &mut self.queues[self.selected]
     }
 
-    /// The place in the selected queue that corresponds to an address in the first.
+    /// The address in the selected queue that corresponds to one in the first queue.
     fn at(&self, address: u64) -> u64 {
         address + QUEUE_BYTES * self.selected as u64
     }
@@ -173,7 +173,7 @@ impl Driver {
         u64::from(high) << 32 | u64::from(self.get(0x010))
     }
 
-    /// Goes as far as FEATURES_OK; whether the device took it.
+    /// Goes as far as FEATURES_OK; returns whether the device accepted that.
     pub(crate) fn negotiate(&mut self, features: u64) -> bool {
         self.set(0x070, 0);
         self.set(0x070, 1);
@@ -255,15 +255,15 @@ impl Driver {
         self.run();
     }
 
-    /// Lets the device thread look once at what it was kicked for; whether there was anything.
+    /// Runs the device thread once; returns whether there was any event.
     pub(crate) fn turn(&mut self) -> bool {
         self.thread.run_with_timeout(0).unwrap() > 0
     }
 
-    /// Waits until there is something to look at, and looks.
+    /// Waits until there is an event, and runs the device thread once.
     pub(crate) fn wait(&mut self) {
         let begin = Instant::now();
-        // I/O that is done interrupts it, too, before the news of it are there.
+        // Finished I/O can interrupt the wait before its event is there.
         while self.thread.run_with_timeout(10_000).unwrap() == 0 {
             assert!(
                 begin.elapsed() < Duration::from_secs(10),
@@ -305,7 +305,7 @@ impl Driver {
         self.memory.read_obj(GuestAddress(self.at(USED) + 2)).unwrap()
     }
 
-    /// As [`Driver::used`], when there are so many.
+    /// As [`Driver::used`], once there are `count` chains.
     pub(crate) fn wait_for(&mut self, count: usize) -> Vec<(u32, u32)> {
         let mut used = self.used();
         while used.len() < count {
@@ -325,7 +325,7 @@ impl Driver {
         used[0].1
     }
 
-    /// What backs the device on the host.
+    /// The device's backend on the host.
     pub(crate) fn backend(&self) -> Arc<dyn HostBackend> {
         self.transport.host_backend().unwrap()
     }
@@ -335,7 +335,7 @@ impl Driver {
         self.line.read().unwrap_or(0)
     }
 
-    /// What the transport and the device have counted under that name.
+    /// The counter of that name, of the transport or of the device.
     pub(crate) fn count(&self, name: &str) -> u64 {
         let counters = self.transport.metrics();
         let mut all = counters.iter().flat_map(|counters| counters.read());

@@ -24,7 +24,7 @@ use crate::virtio::{
     QueueError, QueueProgress, Queues, Served, Turn, VirtioDevice,
 };
 
-/// Pages count as taken back only once the device has seen them (virtio 1.2, 5.5.3).
+/// The guest uses pages again only after the device has seen them in the deflate queue (virtio 1.2, 5.5.3).
 const F_MUST_TELL_HOST: u64 = 1 << 0;
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -32,11 +32,11 @@ const F_FREE_PAGE_HINT: u64 = 1 << 3;
 const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
-/// Where the guest says in the configuration space how much it has given up.
+/// Offset in the configuration space where the guest writes how many pages it has given up.
 const ACTUAL: u64 = 4;
 /// Bytes of a page's number in a request.
 const PAGE_NUMBER: u64 = 4;
-/// Where it says what it puts into pages that it frees.
+/// Offset in the configuration space where the guest writes the value that it fills freed pages with.
 const POISON: u64 = 12;
 
 /// A memory balloon.
@@ -45,16 +45,16 @@ pub struct VirtioBalloon {
     deflate_on_oom: bool,
     /// What each queue is for, as the driver's features have it.
     roles: Vec<BalloonRole>,
-    /// The chain that waits for the next wish for statistics.
+    /// The chain that waits for the next request for statistics.
     statistics: Option<ChainHead>,
     discarder: Arc<PageDiscarder>,
-    /// What gives pages up, for chains of that queue.
+    /// The thread that gives pages up; a job's tag is the queue and the chain.
     helper: Helper<(usize, ChainHead), ()>,
 }
 
 impl VirtioBalloon {
-    /// A balloon that `control` is the host's end of. With `deflate_on_oom` a guest that runs out of memory may take
-    /// from it what it needs.
+    /// A balloon that the host controls by `control`. With `deflate_on_oom` a guest that runs out of memory may take
+    /// back what it needs.
     pub fn new(control: Arc<BalloonControl>, deflate_on_oom: bool) -> io::Result<Self> {
         Ok(Self {
             discarder: Arc::new(PageDiscarder {
@@ -69,7 +69,7 @@ impl VirtioBalloon {
         })
     }
 
-    /// Whether `parameters`, as a balloon describes itself, have `deflate_on_oom`; nothing if they are no balloon's.
+    /// Whether a balloon's `parameters` have `deflate_on_oom`; `None` if they are not a balloon's.
     pub fn deflates_on_oom(parameters: &[u8]) -> Option<bool> {
         match parameters {
             [0] => Some(false),
@@ -78,8 +78,8 @@ impl VirtioBalloon {
         }
     }
 
-    /// Hands chains to the thread, which gives their pages up: that may wait for whoever brings pages of this guest. They
-    /// come back to the driver when it is done.
+    /// Hands chains to the helper thread, which gives up their pages: that may block on a userfaultfd handler. The
+    /// chains are returned to the driver when that is done.
     fn queue_discards(
         &mut self,
         role: BalloonRole,
@@ -89,7 +89,7 @@ impl VirtioBalloon {
         let mut turn = Turn::default();
         while !turn.is_over() {
             if self.helper.len() >= QUEUE_SIZE.into() {
-                // There is a look at the queue when one is done.
+                // The queue is served again when a job is done.
                 return Ok(QueueProgress::Idle);
             }
             let Some((head, chain)) = queue.pop()? else {
@@ -111,7 +111,7 @@ impl VirtioBalloon {
         Ok(QueueProgress::More)
     }
 
-    /// Gives back chains whose pages were given up.
+    /// Returns the chains whose pages were given up.
     fn complete_discards(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         while let Some(((index, head), _)) = self.helper.next() {
             if let Some(mut queue) = queues.get(index) {
@@ -122,7 +122,7 @@ impl VirtioBalloon {
         Ok(())
     }
 
-    /// The chain says which command the guest answers, or has pages that it does not use.
+    /// Handles a chain of hints: it names the command that the guest answers, or pages that the guest does not use.
     fn process_hints(&self, memory: &GuestMemory, mut chain: Chain) {
         let mut id = [0; 4];
         let read = match chain.readable.is_empty() {
@@ -142,7 +142,7 @@ impl VirtioBalloon {
         self.control.notify_waiters();
     }
 
-    /// Statistics came: the chain is kept until somebody wants newer ones.
+    /// Takes statistics; their chain is kept until the host asks for newer ones.
     fn process_statistics_queue(
         &mut self,
         queues: &mut Queues<'_>,
@@ -160,13 +160,13 @@ impl VirtioBalloon {
                 if let Err(error) = malformed {
                     self.warn(&error);
                 }
-                // Not kept: whoever restores what is kept would not believe it.
+                // Not kept: a restore would refuse a head outside the queue.
                 queue.add_used(head, 0)?;
                 queue.notify()?;
                 return Ok(QueueProgress::More);
             }
         };
-        // A driver that sends a second one does not want the first one kept.
+        // A driver that sends a second chain gets the first one back.
         if let Some(earlier) = self.statistics.replace(head) {
             queue.add_used(earlier, 0)?;
             queue.notify()?;
@@ -189,7 +189,7 @@ impl VirtioBalloon {
         self.discarder.warn(error);
     }
 
-    /// Nothing is ever written to a chain.
+    /// Serves a chain, to which nothing is written.
     fn serve_chain(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> Served {
         match chain {
             Ok(chain) => serve(chain),
@@ -232,7 +232,7 @@ impl VirtioDevice for VirtioBalloon {
         }
     }
 
-    /// Queues that the driver did not negotiate leave no gap in their numbers.
+    /// Queues are numbered without gaps for those that the driver did not negotiate.
     fn activate(&mut self, features: u64) {
         self.roles = vec![BalloonRole::Inflate, BalloonRole::Deflate];
         for (feature, role) in [
@@ -263,7 +263,7 @@ impl VirtioDevice for VirtioBalloon {
         queue.serve(|memory, chain| {
             self.serve_chain(chain, |chain| match role {
                 Some(BalloonRole::Hinting) => self.process_hints(memory, chain),
-                // Pages come back when they are touched.
+                // Nothing to do: pages come back when the guest touches them.
                 Some(BalloonRole::Deflate) => {
                     let pages = chain.readable.len() / PAGE_NUMBER;
                     self.control.metrics.deflated_bytes.add(pages * PAGE_SIZE);
@@ -295,7 +295,7 @@ impl VirtioDevice for VirtioBalloon {
             queue.add_used(head, 0)?;
             queue.notify()?;
         }
-        // There may be room for more.
+        // The helper may have room for more chains.
         let mut progress = QueueProgress::Idle;
         for index in 0..self.roles.len() {
             if matches!(self.roles[index], BalloonRole::Inflate | BalloonRole::Reporting) {
@@ -305,7 +305,7 @@ impl VirtioDevice for VirtioBalloon {
         Ok(progress)
     }
 
-    /// The guest begins with an empty balloon; what the host wants stays.
+    /// A new driver begins with an empty balloon; the host's target stays.
     fn reset(&mut self) -> bool {
         self.roles.clear();
         self.statistics = None;
@@ -361,9 +361,9 @@ impl VirtioDevice for VirtioBalloon {
         status.actual = state.actual;
         status.poison = state.poison;
         status.hints = Hints::restored(state.command);
-        // It may not have heard of the target where it comes from, nor that its pages are its own again.
+        // The guest may not have seen the target on the source, nor that its hinted pages are its own again.
         status.changed = true;
-        // A chain that is kept came with some, elsewhere.
+        // A chain that is kept came with statistics on the source.
         status.statistics_seen = state.statistics.is_some().into();
         self.statistics = state.statistics.map(ChainHead);
         Ok(())

@@ -1,4 +1,4 @@
-//! What the helper thread does for a balloon: it gives pages of the guest's back to the host.
+//! What the helper thread does for a balloon: it gives pages of the guest back to the host.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub(super) enum BalloonRole {
     Reporting,
 }
 
-/// What the thread needs of a balloon.
+/// The parts of a balloon that the helper thread uses.
 #[derive(Debug)]
 pub(super) struct PageDiscarder {
     pub(super) control: Arc<BalloonControl>,
@@ -44,7 +44,7 @@ impl PageDiscarder {
         }
     }
 
-    /// The chain lists pages by number that the guest has no use for.
+    /// Gives up the pages that a chain of the inflate queue lists by number.
     fn discard_listed(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &CancelFlag) {
         let mut bytes = [0; 4 * MOST_PAGES];
         let got = match chain.readable.read(memory, &mut bytes) {
@@ -71,8 +71,8 @@ impl PageDiscarder {
         self.control.metrics.inflated_bytes.add(bytes);
     }
 
-    /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
-    /// counts on what they hold (virtio 1.2, 5.5.6.8).
+    /// Gives up the pages that are the buffers of a reporting chain; the guest does not use them until it has the chain
+    /// back. If the guest poisons free pages it expects their content (virtio 1.2, 5.5.6.8), and none is given up.
     fn discard_reported(&self, memory: &GuestMemory, chain: &Chain, cancelled: &CancelFlag) {
         if !self.control.status().reads_zero() {
             return;

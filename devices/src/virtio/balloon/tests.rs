@@ -1,3 +1,5 @@
+//! A balloon as a guest and the host use it.
+
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -111,7 +113,7 @@ fn queues_that_are_not_negotiated_leave_no_gap() {
 }
 
 #[test]
-fn the_guest_hears_of_targets_and_says_how_far_it_is() {
+fn targets_reach_the_guest_and_its_progress_the_host() {
     let (mut driver, control) = balloon();
     let generation = driver.get(0x0fc);
     control.set_target(10 * PAGE_SIZE + 1);
@@ -234,12 +236,12 @@ fn name(driver: &mut Driver, command: u32) {
 }
 
 #[test]
-fn what_is_free_is_told_on_request_and_stays_as_it_is() {
+fn free_pages_are_reported_on_request_and_not_given_up() {
     let (mut driver, control) = balloon();
     assert!(control.can_hint());
     dirty(&driver, PAGES..PAGES + 0x8000);
     driver.select(HINTING);
-    // Nobody has asked.
+    // The host has not asked.
     driver.submit(&[writes(PAGES, 0x1000)]);
     let mut commands = Vec::new();
     for _ in 0..2 {
@@ -371,12 +373,13 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
         name(moved, 0);
     });
     assert_eq!(told, [(PAGES, 0x1000)]);
-    // It starts anew in the middle: nobody waits for an answer, and it is not left with a command that is over.
+    // The driver is reset in the middle: the host waits no longer for an answer, and the driver finds no command that
+    // is over.
     let told = hints(&mut moved, &there, |moved, command| {
         name(moved, command);
         moved.submit(&[writes(PAGES, 0x1000)]);
         moved.bring_up();
-        // Whoever asked may have seen by now that there is no answer.
+        // The host's thread may have seen by now that there is no answer.
         assert!([0, DONE].contains(&moved.get(COMMAND)));
     });
     assert_eq!(told, []);

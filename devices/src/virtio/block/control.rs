@@ -1,4 +1,4 @@
-//! The host's end of a disk: what can be changed while the guest uses it.
+//! The host's control of a disk: what can be changed while the guest uses it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,7 +10,7 @@ use super::error::BlockBackendError;
 use crate::rate::Limits;
 use crate::wake_event::WakeEvent;
 
-/// The host's end of a disk.
+/// The host's control of a disk.
 #[derive(Debug)]
 pub struct BlockControl {
     backend: Arc<BlockBackend>,
@@ -28,17 +28,17 @@ impl BlockControl {
         })
     }
 
-    /// What is behind it.
+    /// The disk's backend.
     pub fn backend(&self) -> &Arc<BlockBackend> {
         &self.backend
     }
 
-    /// Where the disk is.
+    /// The disk's path.
     pub fn path(&self) -> &Path {
         self.backend.path()
     }
 
-    /// Looks how large the disk is now, in bytes, and has the guest told if that is news.
+    /// Reads the disk's size, in bytes, and has the device report a change to the guest.
     pub fn resize(&self) -> Result<u64, BlockBackendError> {
         let before = self.backend.sectors();
         self.backend.measure()?;
@@ -50,12 +50,12 @@ impl BlockControl {
         Ok(self.backend.size())
     }
 
-    /// What the disk may do in a time.
+    /// The disk's rate limits.
     pub fn limits(&self) -> Limits {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces that by limits that were checked. Buckets are full again.
+    /// Replaces the rate limits by others that were checked. Buckets are full again.
     pub fn set_limits(&self, limits: Limits) {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
         self.event.raise();

@@ -1,4 +1,4 @@
-//! The device: requests from one queue, taken on the device thread, and answered as they are done.
+//! The disk as a virtio device: features, configuration space and life cycle.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -50,11 +50,12 @@ pub struct VirtioBlock {
     pub(super) control: Arc<BlockControl>,
     /// Features that the driver accepted.
     pub(super) accepted: u64,
-    /// The cache as the guest wants it (virtio 1.2, 5.2.5.2), and at first as the host does.
+    /// Whether the cache is on: as the host has set it at first, then as the guest sets it (virtio 1.2, 5.2.5.2).
     pub(super) writeback: bool,
-    /// The guest has turned the cache off, and what was cached is being written back: no request begins before.
+    /// The guest has turned the cache off, and cached writes are being written back: no request starts before that is
+    /// done.
     pub(super) settling: bool,
-    /// The capacity that the guest was told of last.
+    /// The capacity that was reported to the guest last.
     pub(super) sectors: u64,
     pub(super) limiter: Limiter,
     pub(super) write_out: Option<WriteOut>,
@@ -63,8 +64,8 @@ pub struct VirtioBlock {
 }
 
 impl VirtioBlock {
-    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked, and
-    /// the backend was opened as the parameters say.
+    /// A disk on `backend` with the identity `id`, cut off after [`ID_LEN`] bytes. The limits were checked, and the
+    /// backend was opened in accordance with the parameters.
     pub fn new(backend: Arc<BlockBackend>, id: &str, parameters: BlockParameters) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
@@ -87,13 +88,13 @@ impl VirtioBlock {
         })
     }
 
-    /// What is on the host's side.
+    /// The host's control of the disk.
     pub fn control(&self) -> &Arc<BlockControl> {
         &self.control
     }
 
-    /// What a write must be when the guest hears that it is done. A guest that cannot flush counts on every write being
-    /// durable (virtio 1.2, 5.2.6.2).
+    /// What a write must have reached when the guest gets the answer. A guest that cannot flush relies on every write
+    /// being durable (virtio 1.2, 5.2.6.2).
     pub(super) fn durability(&self) -> Durability {
         let cached = self.accepted & F_FLUSH != 0 && self.writeback;
         if cached || self.parameters.cache == CacheMode::Unsafe {
@@ -148,8 +149,8 @@ impl VirtioDevice for VirtioBlock {
         }
         self.writeback = data != [0];
         if !self.writeback && !self.settling {
-            // From here on the guest need not flush, nor what it wrote before. No vCPU waits for that, but what it asks of
-            // the disk next does.
+            // From now on the guest need not flush, not even its earlier writes. The vCPU does not wait for the flush,
+            // but the next requests do.
             match self.engine.start_flush(&self.backend) {
                 Ok(begun) => self.settling = begun,
                 Err(error) => self.warn(&error),
@@ -170,7 +171,7 @@ impl VirtioDevice for VirtioBlock {
         };
         let done = self.process_requests(&mut queue);
         if done.is_err() {
-            // Nobody looks at the time until the driver has reset the device.
+            // The device thread does not serve the timer until the driver has reset the device.
             self.start_write_out();
         }
         done
@@ -182,7 +183,7 @@ impl VirtioDevice for VirtioBlock {
         self.engine.events().chain(write_out).chain(others).collect()
     }
 
-    /// Something is done, or has changed, or there are tokens again for what could not be served.
+    /// I/O is done, the host's control has changed, or a request that waited for tokens can go on.
     fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.limiter.clear_event();
         if self.write_out.as_ref().is_some_and(WriteOut::is_due) {
@@ -199,24 +200,24 @@ impl VirtioDevice for VirtioBlock {
         if !self.engine.cancel(&self.backend) {
             return false;
         }
-        // Nobody looks at the time until there is a driver again.
+        // The device thread does not serve the timer until a driver is ready again.
         self.start_write_out();
         true
     }
 
     fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
-        // Or nobody would hear of it where the device is restored.
+        // A change that is not applied now would be lost with the move.
         self.apply_control(queues);
         let broken = self.drain_in_flight(queues, until)?;
         if !self.backend.read_only() {
             self.engine.start_flush(&self.backend).map_err(host_error)?;
             self.drain_in_flight(queues, until)?;
             if !self.backend.is_durable() {
-                // Complained about as it failed.
+                // The failure was logged when it happened.
                 return Err(DeviceError::NotDurable);
             }
         }
-        // What was written is durable, whatever became of the queue.
+        // The writes are durable, also if the queue is broken.
         broken.map_or(Ok(()), |broken| Err(broken.into()))
     }
 

@@ -1,5 +1,5 @@
-//! How requests are carried out: by io_uring, and by a thread of the disk's own where that cannot, or may block. The device
-//! thread waits for neither.
+//! How requests are carried out: by io_uring, or by the disk's helper thread where io_uring cannot or might block. The
+//! device thread waits for neither.
 
 use std::fs::File;
 use std::io;
@@ -19,42 +19,42 @@ use crate::helper::{Helper, wait_readable};
 use crate::virtio::sys::IoRing;
 use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
-/// Bytes of requests in flight above which no other begins: what a drain may have to wait for, and the last request.
+/// Bytes in flight from which on no other request begins. A drain has to wait for so much, and for the last request.
 const MOST_IN_FLIGHT: u64 = 16 << 20;
 
-/// Both of them at work.
+/// The engine of one disk: a ring if there is one, and a helper thread.
 pub(super) struct BlockEngine {
     ring: Option<Box<IoRing<PendingIo>>>,
     helper: Helper<PendingIo, Result<(), BlockRequestError>>,
-    /// Bytes of work, and requests, in flight.
+    /// Bytes of work in flight, and the number of requests.
     bytes: u64,
     count: usize,
-    /// How many of them write out where an image has its data, which touches no guest memory.
+    /// How many of the requests are write-outs of an image's metadata, which touch no guest memory.
     write_outs: usize,
 }
 
-/// The request that is answered when something is done.
+/// The guest's request that is answered when some I/O is done.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ticket {
     pub(super) head: ChainHead,
     pub(super) status: GuestAddress,
-    /// What it is about, and how many bytes it has.
+    /// Its type, and the bytes that it is about.
     pub(super) kind: u32,
     pub(super) data: u64,
 }
 
-/// Who wants to have something done.
+/// Who has asked for some I/O.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
     /// The guest, with this request.
     Guest(Ticket),
-    /// The device, which wants everything that was written to be durable.
+    /// The device, to make all writes durable.
     Flush,
-    /// The device, which wants it to be in the file.
+    /// The device, to write an image's metadata to its file.
     WriteOut,
 }
 
-/// Something in flight.
+/// I/O in flight.
 #[derive(Debug)]
 pub(super) struct PendingIo {
     origin: Origin,
@@ -63,7 +63,7 @@ pub(super) struct PendingIo {
     completion: Completion,
 }
 
-/// What is to be seen to when it is done.
+/// What the device thread must do when the I/O is done.
 #[derive(Debug)]
 enum Completion {
     Read {
@@ -76,15 +76,15 @@ enum Completion {
     Flushed {
         generation: u64,
     },
-    /// The thread has seen to it.
+    /// Nothing: the helper thread has done it.
     Nothing,
 }
 
-/// Of what was begun, with the bytes that were written to the guest.
+/// The outcome of some I/O, with the bytes that were written to the guest.
 pub(super) type IoOutcome = (Origin, Result<u32, BlockRequestError>);
 
 impl BlockEngine {
-    /// The engine that was asked for, if this host has it.
+    /// An engine of the kind asked for; without io_uring on this host, one with the helper thread only.
     pub(super) fn new(wanted: IoEngine, backend: &BlockBackend) -> io::Result<Self> {
         let file = backend
             .raw_file()
@@ -106,7 +106,7 @@ impl BlockEngine {
         })
     }
 
-    /// Become readable when something is done.
+    /// Descriptors that become readable when some I/O is done.
     pub(super) fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let ring = self.ring.iter().map(|ring| ring.as_fd());
         ring.chain([self.helper.as_fd()])
@@ -117,7 +117,7 @@ impl BlockEngine {
         self.bytes < MOST_IN_FLIGHT && self.count < QUEUE_SIZE.into()
     }
 
-    /// Whether something is to be submitted yet.
+    /// Whether something must still be submitted.
     pub(super) fn is_queued(&self) -> bool {
         self.ring.as_ref().is_some_and(|ring| ring.is_queued())
     }
@@ -127,7 +127,8 @@ impl BlockEngine {
         self.count == 0
     }
 
-    /// Begins a request; its outcome comes from [`BlockEngine::next`], unless there is nothing to do. There must be room.
+    /// Starts a guest's request, for which there must be room. Its outcome comes from [`BlockEngine::next`]; if there
+    /// is nothing to do, the bytes written are returned at once.
     pub(super) fn start(
         &mut self,
         memory: &GuestMemory,
@@ -135,7 +136,7 @@ impl BlockEngine {
         ticket: Ticket,
         io: BlockIo,
     ) -> Result<Option<u32>, BlockRequestError> {
-        // A host says only once that it could not write back what was in its memory.
+        // The kernel reports a failed write-back only once, and an earlier flush has got that report.
         if io.promises_durability() && backend.take_flush_failure() {
             return Err(BlockRequestError::FlushFailed);
         }
@@ -151,7 +152,7 @@ impl BlockEngine {
         Ok(None)
     }
 
-    /// Begins a flush of our own; whether there is anything to flush.
+    /// Starts a flush for the device; returns whether there was anything to flush.
     pub(super) fn start_flush(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
         if backend.unflushed_generation().is_none() {
             return Ok(false);
@@ -160,7 +161,7 @@ impl BlockEngine {
         Ok(true)
     }
 
-    /// Begins to write out where an image has its data; whether any of that is in this process alone.
+    /// Starts to write an image's metadata to its file; returns whether there were any to write.
     pub(super) fn start_write_out(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
         if !backend.needs_write_out() {
             return Ok(false);
@@ -228,30 +229,30 @@ impl BlockEngine {
         Ok(())
     }
 
-    /// It is not in flight any more.
+    /// Counts I/O as no longer in flight.
     fn remove(&mut self, flight: &PendingIo) {
         self.bytes -= flight.work;
         self.count -= 1;
         self.write_outs -= usize::from(matches!(flight.origin, Origin::WriteOut));
     }
 
-    /// Hands over what was begun.
+    /// Submits what was started.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.ring.as_mut().map_or(Ok(()), |ring| ring.submit())
     }
 
-    /// Waits until something is done, if there is anything in flight, or the time is over.
+    /// Waits until some I/O is done or `until` has come.
     pub(super) fn wait(&mut self, until: Instant) -> io::Result<()> {
-        // What was done in part is queued again, and nothing would come of it.
+        // A transfer that was done in part is queued again, and must be submitted to go on.
         self.submit()?;
         wait_readable(self.events(), until)
     }
 
-    /// The next that is done.
+    /// The next I/O that is done.
     pub(super) fn next(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
         let (flight, result) = self.next_finished(backend)?;
         let answers_promise = matches!(flight.origin, Origin::Guest(_)) && flight.promises_durability;
-        // A flush that failed meanwhile has taken the error away from this one.
+        // Another flush may have failed meanwhile, and have got the only report of the error.
         let flush_failed = answers_promise && backend.take_flush_failure();
         let result = match result {
             Ok(_) if flush_failed => Err(BlockRequestError::FlushFailed),
@@ -260,7 +261,7 @@ impl BlockEngine {
         Some((flight.origin, result))
     }
 
-    /// The same, where the guest hears of nothing.
+    /// The same without an answer to the guest: a failed flush is kept for a later request.
     pub(super) fn next_unanswered(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
         let (flight, result) = self.next_finished(backend)?;
         Some((flight.origin, result))
@@ -288,8 +289,8 @@ impl BlockEngine {
         Some((flight, result.map(|()| written)))
     }
 
-    /// Has everything that is in flight end soon, whatever comes of it. Whether it has: if not, this is to be called again.
-    /// Where an image has its data may still be on its way to its file.
+    /// Cancels everything in flight, except write-outs of an image's metadata. Returns whether it has ended: if not,
+    /// the caller calls again.
     pub(super) fn cancel(&mut self, backend: &BlockBackend) -> bool {
         if self.is_empty() {
             return true;
@@ -298,7 +299,7 @@ impl BlockEngine {
             self.remove(&flight);
         }
         if let Some(ring) = &mut self.ring {
-            // What could not be submitted the last time would be in flight for ever.
+            // Entries that could not be submitted before would stay in flight for ever.
             if let Err(error) = ring.submit() {
                 tracing::debug!(%error, "transfers that end are not submitted");
             }
@@ -309,14 +310,13 @@ impl BlockEngine {
     }
 }
 
-/// Whether io_uring would wait for the file while requests are handed to it, as seen of FUSE's on Linux 6.18: the device
-/// thread must not.
+/// Whether io_uring might block in the submission of requests to this file, as was seen with FUSE on Linux 6.18.
 fn blocks_in_submission(file: &File) -> bool {
     const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
     !rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type != FUSE_SUPER_MAGIC)
 }
 
-/// What io_uring has done counts from here on.
+/// Takes note of a transfer or flush that io_uring has done.
 fn finish_transfer(
     backend: &BlockBackend,
     completion: &Completion,

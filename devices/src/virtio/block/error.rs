@@ -11,41 +11,41 @@ use super::REQUEST_HEADER_LEN;
 /// Why a disk cannot be used. Every message is one line that names the path.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockBackendError {
-    /// Nothing is there.
+    /// There is no file at the path.
     #[error("disk {}: expected a file or a block device, found nothing there", path.display())]
     Missing {
         /// The disk.
         path: PathBuf,
     },
-    /// Its file has no name any more.
+    /// The disk's file has no name any more.
     #[error("disk {}: expected its file to be there for whoever takes the guest over, but it was removed; only a migration with its content (--with-disks) keeps it", path.display())]
     Removed {
-        /// Where it was.
+        /// The path that it had.
         path: PathBuf,
     },
-    /// Something else than a disk is there.
+    /// The file is not a disk.
     #[error("disk {}: expected a file or a block device, got {got}", path.display())]
     NotADisk {
         /// The disk.
         path: PathBuf,
-        /// What it is.
+        /// What the file is.
         got: &'static str,
     },
-    /// The process may not open it like this.
+    /// The process has no permission to open it in this mode.
     #[error("disk {}: no permission to open it {}", path.display(), mode(*read_only))]
     Permission {
         /// The disk.
         path: PathBuf,
-        /// Whether it was to be read only.
+        /// Whether it was to be opened read-only.
         read_only: bool,
     },
-    /// It is no raw image, or on a file system without direct I/O.
+    /// It is not a raw image, or on a file system without direct I/O.
     #[error("disk {}: expected a raw disk that can be opened with O_DIRECT, got another; leave direct=on out", path.display())]
     NotDirect {
         /// The disk.
         path: PathBuf,
     },
-    /// It has lost its end.
+    /// The file has become shorter.
     #[error("disk {}: expected its {expected} bytes, got {got}: it has shrunk", path.display())]
     Shrunk {
         /// The disk.
@@ -55,7 +55,7 @@ pub enum BlockBackendError {
         /// Its size in bytes.
         got: u64,
     },
-    /// Somebody else has it locked.
+    /// Another process has it locked.
     #[error("disk {}: expected {} lock, but another process has it locked", path.display(), lock(*read_only))]
     Locked {
         /// The disk.
@@ -63,18 +63,18 @@ pub enum BlockBackendError {
         /// Whether a shared lock was asked for.
         read_only: bool,
     },
-    /// It has not the mark of the disk that it was to be.
+    /// It does not have the mark of the source's disk.
     #[error("disk {}: expected the source's disk, got a file that the source has not locked", path.display())]
     NotTheSame {
         /// The disk, or a file that it is on.
         path: PathBuf,
     },
-    /// A raw disk is on nothing.
+    /// A raw disk has no backing file.
     #[error("disk {}: expected no backing file of a raw disk, got {}", path.display(), got.display())]
     NoImage {
         /// The disk.
         path: PathBuf,
-        /// What was named.
+        /// The backing file that was named.
         got: PathBuf,
     },
     /// A system call failed.
@@ -138,7 +138,7 @@ pub(super) enum BlockRequestError {
 }
 
 impl BlockRequestError {
-    /// The status byte that tells the guest.
+    /// The status byte for the guest.
     pub(super) fn status(&self) -> u8 {
         match self {
             Self::Unsupported(_) | Self::Flags { .. } => VIRTIO_BLK_S_UNSUPP as u8,

@@ -27,7 +27,7 @@ pub(super) fn execute(
             },
             Some(memory),
         ) => backend.write(memory, from, *offset, *durability),
-        // Transfers are of somebody's memory.
+        // Only the guest's requests transfer data, and they come with the guest's memory.
         (BlockIo::Read { .. } | BlockIo::Write { .. }, None) => Ok(()),
         (
             BlockIo::Discard {
@@ -68,7 +68,8 @@ fn make_durable(backend: &BlockBackend, durability: Durability) -> Result<(), Bl
     Ok(())
 }
 
-/// Slices end where the next begins at a multiple of their length, so that pages and clusters stay whole.
+/// Calls `act` for one slice of the range after the other. Slices begin at multiples of their length, so that pages and
+/// clusters stay whole.
 fn in_slices<E>(
     offset: u64,
     len: u64,

@@ -3,7 +3,7 @@
 use crate::virtio::Buffers;
 use crate::virtio::sys::Durability;
 
-/// A discard is so much less work than a write of as many bytes.
+/// A discard costs so much less than a write of as many bytes.
 const DISCARD_SHARE: u64 = 64;
 
 /// What a request asks of the disk.
@@ -27,17 +27,17 @@ pub(super) enum BlockIo {
     Zero {
         offset: u64,
         len: u64,
-        /// The range may give up its space.
+        /// The range's space may be given up.
         unmap: bool,
         durability: Durability,
     },
     Flush,
-    /// Where an image has its data is put into its file.
+    /// Writes an image's metadata to its file.
     WriteOut,
 }
 
 impl BlockIo {
-    /// What it may be to do it, in bytes of a write.
+    /// The work of this I/O, in bytes of a write of the same cost.
     pub(super) fn work(&self) -> u64 {
         match self {
             Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => buffers.len(),
@@ -47,7 +47,8 @@ impl BlockIo {
         }
     }
 
-    /// Whether the guest takes what it wrote until then for durable, or as durable as its disk is, once this is done.
+    /// Whether the guest relies on all its earlier writes being durable (or as durable as its disk makes them) once
+    /// this is done.
     pub(super) fn promises_durability(&self) -> bool {
         match self {
             Self::Flush | Self::WriteOut => true,
@@ -58,7 +59,7 @@ impl BlockIo {
         }
     }
 
-    /// The bytes that it is about where the request does not carry them.
+    /// The bytes of the disk that it is about, if the request does not carry them as data.
     pub(super) fn range(&self) -> Option<u64> {
         match self {
             Self::Discard { len, .. } | Self::Zero { len, .. } => Some(*len),

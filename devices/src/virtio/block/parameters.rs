@@ -1,4 +1,4 @@
-//! What a disk is made with, besides what is behind it.
+//! What a disk is made with, besides its backend.
 
 use std::str::FromStr;
 
@@ -12,7 +12,8 @@ pub enum CacheMode {
     Writeback,
     /// When it is durable, until the guest changes that.
     Writethrough,
-    /// When the host has it in its cache; the guest's flushes do nothing. For disks that nobody needs after a crash.
+    /// When the host has it in its cache; the guest's flushes do nothing. For disks that are not needed after a crash
+    /// of the host.
     Unsafe,
 }
 
@@ -37,28 +38,28 @@ impl FromStr for CacheMode {
 /// How the requests of a disk are carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoEngine {
-    /// io_uring, if the host lets us have it.
+    /// io_uring, if the host lets the process use it.
     #[default]
     Async,
-    /// System calls, one after the other, on a thread of the disk's own.
+    /// System calls, one by one, on the disk's helper thread.
     Sync,
 }
 
 /// How a disk serves its guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockParameters {
-    /// What it may do in a time.
+    /// Its rate limits.
     pub limits: Limits,
     /// When writes are done.
     pub cache: CacheMode,
-    /// Whether the host's cache is left out (O_DIRECT).
+    /// Whether the host's cache is bypassed (O_DIRECT).
     pub direct: bool,
-    /// How requests are carried out: the host's own affair, which does not move.
+    /// How requests are carried out. Each host chooses it, so it is not sent to a destination.
     pub engine: IoEngine,
 }
 
 impl BlockParameters {
-    /// What a destination must know of them; nothing where all is as usual.
+    /// The parameters that a destination must know; no bytes if they are the default.
     pub fn to_bytes(&self) -> Vec<u8> {
         let usual = Self {
             engine: self.engine,
@@ -72,7 +73,7 @@ impl BlockParameters {
         bytes
     }
 
-    /// What [`BlockParameters::to_bytes`] made; `None` if it did not, or if they cannot be.
+    /// Parses what [`BlockParameters::to_bytes`] made; `None` if the bytes are malformed.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (cache, direct, limits) = match bytes {
             [] => return Some(Self::default()),

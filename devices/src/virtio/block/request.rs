@@ -17,7 +17,7 @@ use crate::virtio::{Buffers, Chain, Served};
 
 /// Sector, number of sectors, flags: what a driver wants discarded or zeroed (virtio 1.2, 5.2.6).
 const SEGMENT_LEN: usize = 16;
-/// The flag of a segment whose sectors may give up their space.
+/// The flag of a segment whose space may be given up.
 const UNMAP: u32 = 1 << 0;
 /// Most bytes that one request transfers. A driver that keeps to SIZE_MAX and SEG_MAX stays below.
 pub(super) const MOST_TRANSFERRED: u64 = 16 << 20;
@@ -33,7 +33,7 @@ pub(super) struct BlockRequest {
     pub(super) status: GuestAddress,
     pub(super) kind: u32,
     sector: u64,
-    /// What the driver provides and what it wants filled, without header and status byte.
+    /// The buffers that the driver provides and that it wants filled, without header and status byte.
     readable: Buffers,
     writable: Buffers,
 }
@@ -41,16 +41,16 @@ pub(super) struct BlockRequest {
 /// The status byte of a request that was done.
 pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 
-/// What a request is carried out on.
+/// The disk that a request is carried out on.
 pub(super) struct RequestTarget<'a> {
     pub(super) backend: &'a BlockBackend,
     pub(super) id: &'a [u8; ID_LEN],
     pub(super) cache: CacheMode,
-    /// What a write must be when the guest hears that it is done.
+    /// What a write must have reached when the guest gets the answer.
     pub(super) durability: Durability,
 }
 
-/// What came of looking at a request.
+/// What a request needs after its first step.
 #[derive(Debug)]
 pub(super) enum RequestStep {
     Done(Served),
@@ -89,13 +89,12 @@ impl BlockRequest {
         })
     }
 
-    /// Bytes that the driver provides or wants.
+    /// Bytes of the request's data.
     pub(super) fn len(&self) -> u64 {
         self.readable.len() + self.writable.len()
     }
 
-    /// Carries the request out, or says what is to be transferred for it; what was written does not count the status
-    /// byte.
+    /// Carries the request out, or returns the I/O that it needs. The bytes written do not count the status byte.
     pub(super) fn execute(
         self,
         memory: &GuestMemory,
@@ -104,7 +103,7 @@ impl BlockRequest {
         match self.kind {
             VIRTIO_BLK_T_IN => self.read(disk.backend).map(RequestStep::Transfer),
             VIRTIO_BLK_T_OUT => self.write(disk).map(RequestStep::Transfer),
-            // The host's end may take it away, but not this process's.
+            // The writes need not survive the end of the host, but that of this process.
             VIRTIO_BLK_T_FLUSH if disk.cache == CacheMode::Unsafe => {
                 Ok(RequestStep::Transfer(BlockIo::WriteOut))
             }
@@ -169,7 +168,7 @@ impl BlockRequest {
         })
     }
 
-    /// The one range that the request is about.
+    /// Parses and checks the one range that the request is about.
     fn segment(
         mut self,
         memory: &GuestMemory,
@@ -213,7 +212,7 @@ struct Segment {
     flags: u32,
 }
 
-/// As [`check_range`], for data that is moved.
+/// As [`check_range`], for data that are transferred.
 fn check_transfer(sector: u64, len: u64, backend: &BlockBackend) -> Result<u64, BlockRequestError> {
     if len > MOST_TRANSFERRED {
         return Err(BlockRequestError::TooLong {

@@ -16,8 +16,7 @@ use crate::virtio::{
 };
 
 impl VirtioBlock {
-    /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
-    /// have a turn.
+    /// Starts and completes requests until nothing more can be done now, or the turn is over.
     pub(super) fn process_requests(
         &mut self,
         queue: &mut QueueAccess<'_>,
@@ -30,7 +29,7 @@ impl VirtioBlock {
             if turn.is_over() || self.engine.is_queued() {
                 break QueueProgress::More;
             }
-            // The driver sees the answers, and may have more by now.
+            // The driver may have reacted to the answers with new requests.
             if answered == before {
                 break QueueProgress::Idle;
             }
@@ -66,7 +65,7 @@ impl VirtioBlock {
         Ok(())
     }
 
-    /// Answers what is done, and sees to it that what is not goes on.
+    /// Completes the requests that are done, and submits the others again.
     pub(super) fn complete_requests(
         &mut self,
         queue: &mut QueueAccess<'_>,
@@ -86,14 +85,14 @@ impl VirtioBlock {
                 }
                 *answered += 1;
             }
-            // Done in part, it was queued again.
+            // A transfer that is done in part was queued again.
             if !self.engine.is_queued() || *answered == before {
                 return Ok(());
             }
         }
     }
 
-    /// What the device itself wanted is done.
+    /// Completes a flush or write-out of the device's own.
     pub(super) fn complete_own(&mut self, origin: Origin, result: Result<u32, BlockRequestError>) {
         match origin {
             Origin::Guest(_) => return,
@@ -105,7 +104,7 @@ impl VirtioBlock {
         }
     }
 
-    /// Begins to write out where an image has its data, if any of that is in this process alone.
+    /// Starts to write an image's metadata to its file, if any are in this process's memory only.
     pub(super) fn start_write_out(&mut self) {
         let begun = self.engine.start_write_out(&self.backend);
         self.set_write_out_running(matches!(begun, Ok(true)));
@@ -121,14 +120,14 @@ impl VirtioBlock {
         self.schedule_write_out();
     }
 
-    /// Unless it is under way, sees to it that there is a time for it.
+    /// Schedules the next write-out, unless one is running.
     pub(super) fn schedule_write_out(&mut self) {
         if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.schedule(&self.backend)) {
             self.warn(&error);
         }
     }
 
-    /// Takes over what was changed on the host's side.
+    /// Applies a new size and new rate limits from the host.
     pub(super) fn apply_control(&mut self, queues: &Queues<'_>) {
         if !self.control.clear_event() {
             return;
@@ -144,8 +143,8 @@ impl VirtioBlock {
         }
     }
 
-    /// Waits until nothing is in flight, and answers it. Returns why the queue is broken, if it is: then, and where the
-    /// driver has reset the device, what is in flight ends and nobody hears of it.
+    /// Waits until nothing is in flight, and completes the requests. Returns the error of a broken queue, if it is
+    /// broken: then, and where the driver has reset the device, the requests in flight end without an answer.
     pub(super) fn drain_in_flight(
         &mut self,
         queues: &mut Queues<'_>,
@@ -173,7 +172,7 @@ impl VirtioBlock {
         Ok(broken)
     }
 
-    /// Takes what is done and tells no guest. What the device itself wanted is no less needed for that.
+    /// Completes I/O without answering the guest. The device's own flushes and write-outs still count.
     pub(super) fn complete_unanswered(&mut self) -> io::Result<()> {
         self.engine.submit()?;
         while let Some((origin, result)) = self.engine.next_unanswered(&self.backend) {
@@ -198,7 +197,7 @@ impl VirtioBlock {
         }
     }
 
-    /// Begins a request; what came of it, if it is done.
+    /// Starts a request; returns its outcome if it is done at once.
     pub(super) fn start_request(
         &mut self,
         memory: &GuestMemory,
@@ -236,7 +235,7 @@ impl VirtioBlock {
             Ok(RequestStep::Done(served)) => Ok(served),
             Ok(RequestStep::Transfer(io)) => {
                 if let Some(range) = io.range() {
-                    // The request itself names it only.
+                    // The chain holds only the range, not its bytes.
                     ticket.data = range;
                     self.limiter.consume_bytes(range);
                 }

@@ -26,7 +26,7 @@ impl Record for BlockState {
 }
 
 impl BlockState {
-    /// Checks that the guest finds the disk that it knows.
+    /// Checks that the disk here matches the one that the guest knows.
     pub(super) fn check(&self, backend: &BlockBackend) -> Result<(), DeviceError> {
         let mismatch =
             |what, expected: String, got: String| Err(DeviceError::Mismatch { what, expected, got });

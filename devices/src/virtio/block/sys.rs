@@ -12,20 +12,20 @@ use std::os::fd::AsRawFd;
 /// A lock on some bytes of a file.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum FileLock {
-    /// Others may lock them too, but not exclusively.
+    /// Other processes may lock them too, but not exclusively.
     Shared,
-    /// Nobody else has a lock.
+    /// No other process may lock them.
     Exclusive,
     /// None.
     Unlocked,
 }
 
-/// Bytes of a file, which need not be there.
+/// A range of bytes of a file, which may be beyond its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ByteRange {
     /// The first.
     pub(super) start: u64,
-    /// How many; 0 are all from the first on, however the file grows.
+    /// How many; 0 stands for all from the first on, however the file grows.
     pub(super) len: u64,
 }
 
@@ -39,7 +39,7 @@ impl ByteRange {
     }
 }
 
-/// Sets a lock of the open file description; `Ok(false)` if somebody else's lock is in the way.
+/// Sets a lock of the open file description; `Ok(false)` if the lock of another one conflicts.
 pub(super) fn set_lock(file: &File, range: ByteRange, lock: FileLock) -> io::Result<bool> {
     let kind = match lock {
         FileLock::Shared => libc::F_RDLCK,
@@ -58,7 +58,7 @@ pub(super) fn set_lock(file: &File, range: ByteRange, lock: FileLock) -> io::Res
     }
 }
 
-/// One of the locks, shared or exclusive, that others have on some of these bytes.
+/// One of the locks, shared or exclusive, that other open file descriptions have on some of these bytes.
 pub(super) fn find_lock(file: &File, range: ByteRange) -> io::Result<Option<ByteRange>> {
     let mut request = request(libc::F_WRLCK, range)?;
     // SAFETY: the descriptor is open as long as `file` lives, and the call reads and writes `request` alone.
@@ -75,7 +75,7 @@ pub(super) fn find_lock(file: &File, range: ByteRange) -> io::Result<Option<Byte
     }))
 }
 
-/// The process ID of such a request must be 0.
+/// Builds a request, whose process ID must be 0.
 fn request(kind: libc::c_int, range: ByteRange) -> io::Result<libc::flock> {
     let number = |number: u64| i64::try_from(number).map_err(io::Error::other);
     Ok(libc::flock {

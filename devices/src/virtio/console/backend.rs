@@ -1,4 +1,4 @@
-//! What backs the named ports on the host: a Unix socket each.
+//! The host side of the named ports: a Unix socket each.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,24 +14,24 @@ use crate::host_socket::HostSocket;
 use crate::virtio::{HostBackend, HostError};
 use crate::watch::HostWatch;
 
-/// The host's side of the named ports. Opening it puts no socket in the file system: they belong to whoever runs the
-/// guest, and come and go with the locks ([`HostBackend`]).
+/// The host side of the named ports. Opening it puts no sockets into the file system: they are there while this process
+/// holds the locks ([`HostBackend`]), which is while it runs the guest.
 #[derive(Debug)]
 pub struct ConsoleBackend {
     names: Vec<String>,
     /// One for each name.
     sockets: Vec<HostSocket>,
-    /// Watches them and who has connected.
+    /// Watches the sockets and the programs that have connected.
     watch: HostWatch,
 }
 
-/// Why ports cannot be had.
+/// Why ports cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleBackendError {
-    /// Their names or their number.
+    /// The ports' names or their number are not valid.
     #[error(transparent)]
     Parameters(#[from] ConsoleParametersError),
-    /// A socket cannot be had.
+    /// A port's socket cannot be used.
     #[error("port {name:?}")]
     Socket {
         /// The port.
@@ -48,13 +48,13 @@ pub enum ConsoleBackendError {
         /// The socket.
         path: PathBuf,
     },
-    /// There are no descriptors for it.
+    /// The sockets cannot be watched.
     #[error("ports: cannot watch their sockets")]
     Watch(#[source] io::Error),
 }
 
 impl ConsoleBackend {
-    /// For ports with these names, and the sockets at these paths.
+    /// A backend for ports with these names and sockets at these paths.
     pub fn open(ports: &[(String, PathBuf)]) -> Result<Self, ConsoleBackendError> {
         let names: Vec<_> = ports.iter().map(|(name, _)| name.clone()).collect();
         let parameters = ConsoleParameters {
@@ -94,9 +94,9 @@ impl ConsoleBackend {
         self.watch.as_fd()
     }
 
-    /// Takes what has happened, and returns the ports, counted from 0, whose program has gone.
+    /// Handles events, and returns the ports, counted from 0, whose program has closed.
     pub(super) fn poll(&self) -> io::Result<Vec<usize>> {
-        // There are fewer sockets than one look takes events.
+        // One poll returns more events than there are sockets.
         let (events, _) = self.watch.poll()?;
         let gone = events.into_iter().filter_map(|(token, flags)| {
             let port = usize::try_from(token).ok()?.checked_sub(self.sockets.len())?;
@@ -107,7 +107,7 @@ impl ConsoleBackend {
         Ok(gone.collect())
     }
 
-    /// The next program that has connected to a port, which is watched from here on; `None` if none waits.
+    /// Accepts the next program that has connected to a port, and watches it; `None` if none waits.
     pub(super) fn accept(&self, port: usize) -> io::Result<Option<UnixStream>> {
         let Some(stream) = self
             .sockets
@@ -142,12 +142,12 @@ impl HostBackend for ConsoleBackend {
         Ok(())
     }
 
-    /// Streams are not stored anywhere.
+    /// Nothing to do: streams are not stored.
     fn flush(&self) -> Result<(), HostError> {
         Ok(())
     }
 
-    /// Nor read ahead.
+    /// Nothing to do: streams are not cached.
     fn invalidate(&self) -> Result<(), HostError> {
         Ok(())
     }

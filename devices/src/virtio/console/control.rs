@@ -2,7 +2,7 @@
 
 use super::terminal::TerminalSize;
 
-/// Bytes of a message without what follows some.
+/// Bytes of a message without the name or the size that follows some.
 pub(super) const MESSAGE_LEN: usize = 8;
 
 const DEVICE_READY: u16 = 0;
@@ -13,19 +13,19 @@ const RESIZE: u16 = 5;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
-/// What the guest says.
+/// A message from the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DriverMessage {
-    /// The driver is there, or, if false, it cannot be.
+    /// The driver is ready, or, if false, has failed.
     Device(bool),
-    /// It has made something of the port, or could not.
+    /// The driver has accepted the port, or could not.
     Ready(u32, bool),
     /// A program in the guest has opened the port, or closed it.
     Open(u32, bool),
 }
 
 impl DriverMessage {
-    /// The message in these bytes; `None` for one that a driver does not send.
+    /// Parses a message; `None` for one that a driver must not send.
     pub(super) fn decode(bytes: &[u8; MESSAGE_LEN]) -> Option<Self> {
         let [a, b, c, d, event_low, event_high, value_low, value_high] = *bytes;
         let port = u32::from_le_bytes([a, b, c, d]);
@@ -43,23 +43,23 @@ impl DriverMessage {
     }
 }
 
-/// What the guest is told of a port.
+/// A message to the driver about a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum DeviceMessage {
-    /// It is there.
+    /// The port exists.
     Add,
-    /// It is a console.
+    /// The port is a console.
     Console,
-    /// It has a name.
+    /// The port has this name.
     Name(String),
-    /// Somebody on the host has connected, or gone.
+    /// The host side has been opened, or closed.
     Open(bool),
-    /// Its terminal has this size.
+    /// The console's terminal has this size.
     Resize(TerminalSize),
 }
 
 impl DeviceMessage {
-    /// Its bytes, about the port `port`.
+    /// The message's bytes, for the port `port`.
     pub(super) fn encode(&self, port: u32) -> Vec<u8> {
         let mut more = Vec::new();
         let (event, value) = match self {
@@ -71,7 +71,7 @@ impl DeviceMessage {
             }
             Self::Open(open) => (PORT_OPEN, u16::from(*open)),
             Self::Resize(TerminalSize { columns, rows }) => {
-                // So the specification, and Linux since 2025; before, it took the first for the rows.
+                // The specification has columns first, and so has Linux since 2025; before, it read the rows first.
                 more.extend(columns.to_le_bytes());
                 more.extend(rows.to_le_bytes());
                 (RESIZE, 0)

@@ -1,4 +1,4 @@
-//! The device: its ports, and what guest and host tell each other of them.
+//! The device: its ports, and the control messages about them.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -27,7 +27,7 @@ const F_MULTIPORT: u64 = 1 << 1;
 /// A byte can be printed without a queue.
 const F_EMERG_WRITE: u64 = 1 << 2;
 
-/// Where that byte is written in the configuration space.
+/// Offset of that byte in the configuration space.
 const EMERG_WR: u64 = 8;
 /// The queues of control messages (virtio 1.2, 5.3.2).
 const CONTROL_TO_GUEST: usize = 2;
@@ -37,7 +37,7 @@ const QUEUE_SIZE: u16 = 64;
 const QUEUE_SIZES: [u16; 2 + 2 + 2 * PORTS_MAX] = [QUEUE_SIZE; 4 + 2 * PORTS_MAX];
 /// Control messages in one turn, each way.
 const TURN_MESSAGES: usize = 64;
-/// Bytes on their way at a time.
+/// Bytes that are moved at a time.
 const ROOM: usize = 16 << 10;
 
 /// A console device.
@@ -48,7 +48,7 @@ pub struct VirtioConsole {
     has_terminal: bool,
     /// The first is the console.
     ports: Vec<ConsolePort>,
-    /// The driver knows of ports.
+    /// The driver has negotiated VIRTIO_CONSOLE_F_MULTIPORT.
     multiport: bool,
     /// The terminal's size as the guest knows it.
     size: Option<TerminalSize>,
@@ -58,8 +58,8 @@ pub struct VirtioConsole {
 }
 
 impl VirtioConsole {
-    /// A device whose console is `terminal`, with the ports of `backend`. `has_terminal` says whether what is typed at
-    /// the machine's terminal comes to it.
+    /// A device whose console is `terminal`, with the ports of `backend`. `has_terminal` says whether input from the
+    /// machine's terminal goes to it.
     pub fn new(terminal: Arc<ConsoleTerminal>, backend: Arc<ConsoleBackend>, has_terminal: bool) -> Self {
         let metrics = Arc::new(ConsoleMetrics::default());
         let port = |name, host| ConsolePort::new(name, host, metrics.clone());
@@ -79,7 +79,7 @@ impl VirtioConsole {
         }
     }
 
-    /// Serves ports, and tells the guest what there is to tell.
+    /// Serves the queues of `ports`, and sends control messages.
     fn process_ports(
         &mut self,
         queues: &mut Queues<'_>,
@@ -101,7 +101,7 @@ impl VirtioConsole {
         Ok(progress.and(self.send_control_messages(queues)?))
     }
 
-    /// Has the next program in, if there may be one.
+    /// Accepts the next program that has connected to a port, if the port is free.
     fn accept_program(&mut self, index: usize) {
         let (true, Some(port), Some(socket)) =
             (self.multiport, self.ports.get_mut(index), index.checked_sub(1))
@@ -118,7 +118,7 @@ impl VirtioConsole {
         }
     }
 
-    /// Hears what the guest has to say of ports.
+    /// Handles the driver's control messages.
     fn process_control_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(CONTROL_FROM_GUEST).filter(|_| self.multiport) else {
             return Ok(QueueProgress::Idle);
@@ -169,7 +169,7 @@ impl VirtioConsole {
         }
     }
 
-    /// Tells the guest what it does not know yet.
+    /// Sends the control messages that are due, or reports a new size in the configuration space.
     fn send_control_messages(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         if !self.multiport {
             if let Some(size) = self.unsent_size() {
@@ -212,7 +212,7 @@ impl VirtioConsole {
         Ok(progress)
     }
 
-    /// What the guest is to be told next, and of which port.
+    /// The next control message for the guest, and its port.
     fn next_control_message(&self) -> Option<(usize, DeviceMessage)> {
         let of_ports = self.ports.iter().enumerate();
         let next = of_ports
@@ -231,7 +231,7 @@ impl VirtioConsole {
         if let Some(port) = self.ports.get_mut(index) {
             port.control_message_sent(message);
         }
-        // Somebody may have been waiting for the port.
+        // The next program may have waited for the guest to know that the last one has gone.
         self.accept_program(index);
     }
 
@@ -344,7 +344,7 @@ impl VirtioDevice for VirtioConsole {
         true
     }
 
-    /// What the guest has sent is with the host, or in the guest's queue.
+    /// Nothing to finish: what the guest has sent was written to the host side, or is in the guest's queue.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a device is made with, and how a destination is told.
+//! What a console device is made with, and its form for a destination.
 
 use std::collections::BTreeSet;
 
@@ -7,19 +7,19 @@ pub const PORTS_MAX: usize = 15;
 /// Most bytes of a port's name.
 pub const PORT_NAME_MAX: usize = 64;
 
-/// Between names; in none of them.
+/// Separates names, and is in none of them.
 const SEPARATOR: char = ',';
 
-/// What a device is made with.
+/// What a console device is made with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConsoleParameters {
-    /// Whether what is typed at the machine's terminal comes to port 0.
+    /// Whether input from the machine's terminal goes to port 0.
     pub has_terminal: bool,
     /// The names of the further ports.
     pub ports: Vec<String>,
 }
 
-/// Why a device cannot be made with something.
+/// Why parameters are not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConsoleParametersError {
     /// Too many ports.
@@ -37,7 +37,7 @@ pub enum ConsoleParametersError {
     /// Two ports of one name.
     #[error("port name {0:?} is used twice")]
     Twice(String),
-    /// Bytes that say nothing.
+    /// Malformed bytes.
     #[error("parameters: expected 0 or 1 and names, got {0:02x?}")]
     Bytes(Vec<u8>),
 }
@@ -62,13 +62,13 @@ impl ConsoleParameters {
         Ok(())
     }
 
-    /// As a device describes itself.
+    /// As sent to a destination.
     pub fn to_bytes(&self) -> Vec<u8> {
         let names = self.ports.join(&SEPARATOR.to_string());
         [&[self.has_terminal.into()], names.as_bytes()].concat()
     }
 
-    /// The parameters in a device's [`crate::virtio::Description::parameters`]. Untrusted.
+    /// Parses the parameters in a device's [`crate::virtio::Description::parameters`], which are untrusted.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ConsoleParametersError> {
         let nonsense = || ConsoleParametersError::Bytes(bytes.iter().copied().take(PORT_NAME_MAX).collect());
         let (terminal, names) = bytes.split_first().ok_or_else(nonsense)?;
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_is_understood() {
+    fn parameters_as_bytes() {
         for parameters in [
             ConsoleParameters::default(),
             with(&[]),

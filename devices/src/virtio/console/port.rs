@@ -1,4 +1,4 @@
-//! One port: what is behind it on the host, and how far its bytes have got.
+//! One port: its host side, and how much of the guest's next chain was sent.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,10 +12,11 @@ use crate::GuestMemory;
 use crate::log_damper::LogDamper;
 use crate::virtio::{Chain, QueueAccess, QueueError, QueueProgress};
 
-/// What one turn does for a port, each way, at most: chains and bytes.
+/// Most chains that one turn of a port serves, each way.
 const PORT_TURN_CHAINS: usize = 64;
+/// Most bytes that one turn of a port moves, each way.
 const PORT_TURN_BYTES: usize = 256 << 10;
-/// Of a chain that nobody wants any more.
+/// The value of `sent` for a chain whose rest is dropped.
 const SENT_ALL: usize = usize::MAX;
 
 /// A port.
@@ -23,35 +24,35 @@ const SENT_ALL: usize = usize::MAX;
 pub(super) struct ConsolePort {
     pub(super) name: String,
     pub(super) host: PortPeer,
-    /// The guest is to be told that the port is there.
+    /// PORT_ADD must be sent to the guest.
     pub(super) add: bool,
-    /// The guest is to be told what it is.
+    /// The port's name or CONSOLE_PORT must be sent to the guest.
     pub(super) introduce: bool,
-    /// The guest has made something of it.
+    /// The guest has accepted the port.
     pub(super) ready: bool,
     /// A program in the guest has it open.
     pub(super) guest_open: bool,
-    /// Whether the guest knows that somebody on the host has it open.
+    /// Whether the guest knows that the host side is open.
     pub(super) host_open: bool,
-    /// Bytes of the guest's next chain that the host has, or [`SENT_ALL`].
+    /// Bytes of the guest's next chain that were sent to the host, or [`SENT_ALL`].
     sent: usize,
     metrics: Arc<ConsoleMetrics>,
     warnings: LogDamper,
 }
 
-/// What is behind a port.
+/// The host side of a port.
 #[derive(Debug)]
 pub(super) enum PortPeer {
-    /// The machine's terminal, which is always there.
+    /// The machine's terminal, which is always open.
     Terminal(Arc<ConsoleTerminal>),
-    /// A program that has connected, if one has.
+    /// The program that has connected, if one has.
     Program(Option<Program>),
 }
 
 #[derive(Debug)]
 pub(super) struct Program {
     stream: UnixStream,
-    /// It has closed its end: there may be something left to read.
+    /// It has closed; there may be data left to read.
     gone: bool,
 }
 
@@ -71,12 +72,12 @@ impl ConsolePort {
         }
     }
 
-    /// Whether somebody on the host has it open.
+    /// Whether the host side is open.
     pub(super) fn has_host(&self) -> bool {
         !matches!(self.host, PortPeer::Program(None))
     }
 
-    /// Whether the next program may have it: the guest has heard of the last one's end.
+    /// Whether the next program may connect: the guest must have been told that the last one has gone.
     pub(super) fn can_accept_program(&self) -> bool {
         !self.has_host() && !self.host_open
     }
@@ -87,7 +88,7 @@ impl ConsolePort {
         self.host = PortPeer::Program(Some(Program { stream, gone: false }));
     }
 
-    /// The program on the host has closed its end. What it has sent is for the guest, if anybody is there to hear it.
+    /// The program on the host has closed. What it has sent stays readable for the guest.
     pub(super) fn hang_up(&mut self) {
         if let PortPeer::Program(Some(program)) = &mut self.host {
             program.gone = true;
@@ -95,7 +96,7 @@ impl ConsolePort {
         self.discard_rest();
     }
 
-    /// Lets go of a program that has gone and that nobody in the guest listens to.
+    /// Disconnects a program that has closed if no program in the guest has the port open.
     pub(super) fn release_closed_program(&mut self) {
         if let PortPeer::Program(Some(Program { gone: true, .. })) = self.host
             && !self.guest_open
@@ -104,7 +105,7 @@ impl ConsolePort {
         }
     }
 
-    /// The driver starts anew. A program stays connected, but for one that has half of something.
+    /// Resets the port. A program stays connected, except one that has got a part of a chain.
     pub(super) fn reset(&mut self) {
         if self.sent > 0 {
             self.disconnect();
@@ -114,19 +115,19 @@ impl ConsolePort {
         self.sent = 0;
     }
 
-    /// The driver asks for all ports.
+    /// The driver is ready and is sent all ports.
     pub(super) fn announce(&mut self) {
         self.add = true;
         self.set_ready(false);
     }
 
-    /// The guest has made something of the port, or could not.
+    /// The guest has accepted the port, or could not.
     pub(super) fn set_ready(&mut self, ready: bool) {
         (self.ready, self.introduce) = (ready, ready);
         (self.guest_open, self.host_open) = (false, false);
     }
 
-    /// What the guest is to be told next.
+    /// The next control message for the guest about this port.
     pub(super) fn next_control_message(&self) -> Option<DeviceMessage> {
         if self.add {
             Some(DeviceMessage::Add)
@@ -143,7 +144,7 @@ impl ConsolePort {
         }
     }
 
-    /// The guest was told.
+    /// Notes that a control message was sent.
     pub(super) fn control_message_sent(&mut self, message: &DeviceMessage) {
         match message {
             DeviceMessage::Add => self.add = false,
@@ -153,7 +154,7 @@ impl ConsolePort {
         }
     }
 
-    /// Fills chains of the guest's with what the host has; `room` is for bytes on their way.
+    /// Fills the guest's chains with data from the host side, by way of `room`.
     pub(super) fn process_receive_queue(
         &mut self,
         queue: &mut QueueAccess<'_>,
@@ -185,7 +186,7 @@ impl ConsolePort {
                 queue.undo_pop();
                 break QueueProgress::Idle;
             };
-            // No more than `room` has, which fits.
+            // At most `room`, which fits.
             queue.add_used(head, written as u32)?;
             chains += 1;
             bytes += written;
@@ -196,7 +197,7 @@ impl ConsolePort {
         Ok(progress)
     }
 
-    /// Bytes that were put into the chain; `None` if the host has nothing.
+    /// Fills a chain; returns its bytes, or `None` if the host side has no data.
     fn fill_chain(&mut self, memory: &GuestMemory, mut chain: Chain, room: &mut [u8]) -> Option<usize> {
         let most = usize::try_from(chain.writable.len()).unwrap_or(usize::MAX);
         let most = room.len().min(most);
@@ -207,7 +208,7 @@ impl ConsolePort {
                 Some(filled)
             }
             Err(error) => {
-                // They are lost: a driver that gives such a buffer has no use for them.
+                // The bytes are lost: the driver's buffer is not in memory.
                 self.warn(error);
                 Some(0)
             }
@@ -235,7 +236,7 @@ impl ConsolePort {
         }
     }
 
-    /// Takes what the guest has for the host, as far as somebody there takes it.
+    /// Sends the guest's chains to the host, as far as the host side takes them.
     pub(super) fn process_transmit_queue(
         &mut self,
         queue: &mut QueueAccess<'_>,
@@ -267,7 +268,7 @@ impl ConsolePort {
             }
             queue.undo_pop();
             if budget > 0 && self.sent != SENT_ALL {
-                // Its socket is full, or it is gone.
+                // The program's socket is full, or the program has gone.
                 break QueueProgress::Idle;
             }
         };
@@ -286,7 +287,7 @@ impl ConsolePort {
         }
     }
 
-    /// Whether that was all of the chain.
+    /// Sends a chain's data; returns whether all of it was sent.
     fn send_chain(
         &mut self,
         memory: &GuestMemory,
@@ -318,7 +319,7 @@ impl ConsolePort {
         }
     }
 
-    /// How much of it the host has taken.
+    /// Writes to the host side; returns how many bytes it took.
     fn write_host(&mut self, bytes: &[u8]) -> usize {
         let program = match &mut self.host {
             PortPeer::Terminal(terminal) => {
@@ -338,7 +339,7 @@ impl ConsolePort {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return 0,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => {
-                    // What it has sent is there to read still.
+                    // What the program has sent can still be read.
                     self.hang_up();
                     return 0;
                 }
@@ -353,7 +354,7 @@ impl ConsolePort {
         }
     }
 
-    /// The rest of what a program has the beginning of is for nobody else.
+    /// Drops the rest of a chain that a program has got the beginning of: no other program may get it.
     fn discard_rest(&mut self) {
         if self.sent > 0 {
             self.sent = SENT_ALL;
@@ -372,7 +373,7 @@ impl ConsolePort {
         }
     }
 
-    /// Takes saved state, with its name checked. What is on the host is not part of it.
+    /// Restores saved state, whose name was checked. The host side is not part of it.
     pub(super) fn restore(&mut self, state: &PortState) {
         (self.add, self.introduce, self.ready) = (state.add, state.introduce, state.ready);
         (self.guest_open, self.host_open) = (state.guest_open, state.host_open);

@@ -1,4 +1,4 @@
-//! The host's end of port 0: a terminal.
+//! The host side of port 0: a terminal.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -22,9 +22,9 @@ pub struct TerminalSize {
     pub rows: u16,
 }
 
-/// Where port 0 leads. Its calls may come from any thread.
+/// The terminal of port 0. Its functions may be called from any thread.
 pub struct ConsoleTerminal {
-    /// Raised when there is something that the device does not know of yet.
+    /// Raised when there is input or a new size.
     event: WakeEvent,
     side: Mutex<TerminalInner>,
 }
@@ -37,7 +37,7 @@ struct TerminalInner {
 }
 
 impl ConsoleTerminal {
-    /// A terminal that shows nothing yet, and whose size is not known.
+    /// A terminal without output and size.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             event: WakeEvent::new()?,
@@ -45,12 +45,12 @@ impl ConsoleTerminal {
         })
     }
 
-    /// From here on what the guest prints goes to `output`, which must not block.
+    /// Sets where the guest's output goes; `output` must not block.
     pub fn connect(&self, output: Box<dyn Write + Send>) {
         self.side().output = Some(output);
     }
 
-    /// Types `bytes`; returns how many were taken. The others did not fit: offer them again once the guest has read.
+    /// Queues `bytes` as input; returns how many fitted. Offer the others again once the guest has read.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         let mut side = self.side();
         let taken = bytes.len().min(INPUT_LIMIT.saturating_sub(side.input.len()));
@@ -60,7 +60,7 @@ impl ConsoleTerminal {
         taken
     }
 
-    /// The terminal has this size from here on.
+    /// Sets the terminal's size.
     pub fn resize(&self, size: TerminalSize) {
         self.side().size = Some(size);
         self.event.raise();
@@ -70,10 +70,10 @@ impl ConsoleTerminal {
         self.side().size
     }
 
-    /// Shows what the guest prints.
+    /// Writes the guest's output.
     pub(super) fn show(&self, bytes: &[u8]) {
         if let Some(output) = &mut self.side().output {
-            // Nobody may be looking any more; the guest prints all the same.
+            // An error of the output does not stop the guest's printing.
             let _ = output.write_all(bytes);
         }
     }
@@ -88,12 +88,12 @@ impl ConsoleTerminal {
         count
     }
 
-    /// All input that waits.
+    /// The input that waits.
     pub(super) fn input(&self) -> Vec<u8> {
         self.side().input.iter().copied().collect()
     }
 
-    /// This is what waits.
+    /// Replaces the input that waits.
     pub(super) fn set_input(&self, input: Vec<u8>) {
         self.side().input = input.into();
     }

@@ -118,8 +118,8 @@ impl MmioTransport {
         }
     }
 
-    /// Takes the driver through the initialization sequence (virtio 1.2, 3.1.1). A step out of order is not
-    /// taken, and the driver sees that when it reads the status back.
+    /// Follows the driver's initialization sequence (virtio 1.2, 3.1.1). A step out of order is refused, which the
+    /// driver sees when it reads the status back.
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             self.shared.resets.add(1);
@@ -180,7 +180,7 @@ impl MmioTransport {
                 core.active = self.shared.status() & reg::NEEDS_RESET == 0;
                 core.device.activate(self.driver_features);
                 self.shared.raise_host_event();
-                // Linux's balloon kicks before it is ready, and no more then.
+                // Linux's balloon driver kicks before DRIVER_OK, and not again after it.
                 for index in 0..self.queues.len() {
                     self.shared.kick(index);
                 }

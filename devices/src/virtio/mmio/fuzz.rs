@@ -88,7 +88,7 @@ fn perform(driver: &mut Driver, act: MmioAct) {
     }
 }
 
-/// A driver that did all that, whose device then moves and starts anew.
+/// A driver that did all that, whose device was then moved and reset.
 fn outlived<D: VirtioDevice + 'static>(device: impl Fn() -> D, acts: Vec<MmioAct>) -> Driver {
     let mut driver = Driver::new(device());
     acts.into_iter().for_each(|act| perform(&mut driver, act));

@@ -22,19 +22,19 @@ use crate::wake_event::WakeEvent;
 pub(super) struct TransportShared {
     pub(super) memory: GuestMemory,
     pub(super) interrupt: Interrupt,
-    /// The device status. Bits are added by either half; only a reset, under the core's lock, takes them away.
+    /// The device status. Both halves add bits; only a reset, under the core's lock, clears them.
     pub(super) status: AtomicU8,
     /// One eventfd for each queue, readable after a kick.
     pub(super) queue_events: Vec<EventFd>,
-    /// Readable when the device must look at the host's side.
+    /// Raised when the device must serve its host side.
     host_event: WakeEvent,
     pub(super) warnings: LogDamper,
-    /// How often the device thread looked at a queue, for a kick or because a turn was over.
+    /// How often the device thread served a queue, for a kick or for another turn.
     looks: Counter,
     pub(super) resets: Counter,
     needs: Counter,
     core: Mutex<DeviceCore>,
-    /// A reset is over.
+    /// Notified when a reset is over.
     is_reset: Condvar,
 }
 
@@ -43,15 +43,15 @@ pub(super) struct DeviceCore {
     pub(super) device: Box<dyn VirtioDevice>,
     /// By index; `None` for a queue that the driver does not use. Empty before DRIVER_OK.
     pub(super) queues: Vec<Option<Queue>>,
-    /// The driver is ready, and nothing broke since.
+    /// The driver is ready, and the device does not need a reset.
     pub(super) active: bool,
-    /// No queue is served until somebody resumes.
+    /// No queue is served until [`super::MmioTransport::resume`].
     pub(super) paused: bool,
-    /// A reset has begun, and something that is in flight may yet write to memory.
+    /// A reset has begun, and work in flight may still write to memory.
     resetting: bool,
 }
 
-/// Why a device cannot go on that did not end its work.
+/// Why a device needs a reset whose code panicked.
 #[derive(Debug, thiserror::Error)]
 #[error("it panicked")]
 struct Panicked;
@@ -88,7 +88,7 @@ impl TransportShared {
 
     pub(super) fn core(&self) -> MutexGuard<'_, DeviceCore> {
         self.core.lock().unwrap_or_else(|poisoned| {
-            // Whoever panicked has left the device half-way.
+            // The thread that panicked may have left the device in the middle of a change.
             self.core.clear_poison();
             let mut core = poisoned.into_inner();
             self.needs_reset(&mut core, &Panicked);
@@ -105,7 +105,7 @@ impl TransportShared {
         self.status.load(Ordering::SeqCst)
     }
 
-    /// Makes the device thread look at a queue.
+    /// Makes the device thread serve a queue.
     pub(super) fn kick(&self, index: usize) {
         if let Some(event) = self.queue_events.get(index)
             && let Err(error) = event.write(1)
@@ -115,12 +115,12 @@ impl TransportShared {
         }
     }
 
-    /// Makes the device thread look at the host's side.
+    /// Makes the device thread serve the device's host side.
     pub(super) fn raise_host_event(&self) {
         self.host_event.raise();
     }
 
-    /// The device cannot go on without a reset by the driver (virtio 1.2, 2.1.2).
+    /// Stops the device until the driver resets it (virtio 1.2, 2.1.2).
     pub(super) fn needs_reset(&self, core: &mut DeviceCore, why: &(dyn std::error::Error + 'static)) {
         core.active = false;
         self.needs.add(1);
@@ -135,8 +135,8 @@ impl TransportShared {
         }
     }
 
-    /// Resets the device, and waits so long for what is in flight; nobody else waits meanwhile. Whether it is over: if not,
-    /// the device thread sees to it.
+    /// Resets the device, and waits until `until` for work in flight, without holding the core's lock. Returns whether
+    /// the reset is over: if not, the device thread finishes it.
     pub(super) fn reset(&self, until: Instant) -> bool {
         let mut core = self.core();
         core.queues.clear();
@@ -145,7 +145,7 @@ impl TransportShared {
         self.wait_reset(core, until).is_some()
     }
 
-    /// `None` if a reset has begun and is not over by then.
+    /// Waits for a reset that has begun; `None` if it is not over by `until`.
     fn wait_reset<'a>(
         &self,
         mut core: MutexGuard<'a, DeviceCore>,
@@ -173,7 +173,7 @@ impl TransportShared {
         }
     }
 
-    /// Finishes what the device has in flight. A queue that is broken needs a reset, as always.
+    /// Finishes the device's work in flight. A broken queue makes the device need a reset, as in a turn.
     pub(super) fn drain(&self, until: Instant) -> Result<(), DeviceError> {
         let Some(mut core) = self.wait_reset(self.core(), until) else {
             let what = "a reset of the device".into();
@@ -209,7 +209,7 @@ impl TransportShared {
         if core.resetting {
             return self.finish_reset(&mut core);
         }
-        // A device that panics is broken until the driver resets it; the others, and their thread, go on.
+        // A device that panics needs a reset by the driver; the device thread and the other devices go on.
         let served = catch_unwind(AssertUnwindSafe(|| {
             core.serve(source, &self.memory, &self.interrupt)
         }));
@@ -236,10 +236,10 @@ impl Counters for TransportShared {
     }
 }
 
-/// How often a reset looks whether it is over, where nobody says so.
+/// How often a thread that waits for a reset tries to finish it itself.
 const RESET_TICK: Duration = Duration::from_millis(1);
 
-/// What there is to look at.
+/// Where an event came from.
 #[derive(Clone, Copy, Debug)]
 enum EventSource {
     Queue(usize),
@@ -268,12 +268,12 @@ impl DeviceCore {
     }
 }
 
-/// The half of a transport that serves its queues; belongs on the device thread's event manager.
+/// The half of a transport that serves its queues, a subscriber of the device thread's event manager.
 #[derive(Clone)]
 pub struct TransportWorker(pub(super) Arc<TransportShared>);
 
 impl TransportWorker {
-    /// Every event that it waits for; the data is the queue's index, or for the host's side one past the last.
+    /// All events to watch. Their data is the queue's index, or one past the last index for the host side.
     fn events(&self) -> Vec<Events> {
         let shared = &self.0;
         let host = shared.queue_events.len() as u32;

@@ -43,7 +43,7 @@ pub struct QueueRecord {
     pub size: u16,
     /// Whether the driver uses it.
     pub ready: bool,
-    /// Next entry of the available ring to look at.
+    /// Next entry of the available ring to pop.
     pub next_avail: u16,
     /// Next entry of the used ring to write.
     pub next_used: u16,
@@ -60,7 +60,7 @@ impl Record for MmioTransportState {
     const VERSION: u16 = 1;
 }
 
-/// Why a queue's registers make no queue.
+/// Why a queue's registers do not describe a valid queue.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LayoutError {
     #[error("expected an aligned layout and a power of two as size")]
@@ -100,14 +100,14 @@ impl QueueRecord {
             used_ring: self.used_ring,
         })
         .map_err(LayoutError::Parameters)?;
-        // The queue takes address 0 for "not set".
+        // `virtio-queue` takes address 0 for "not set".
         if self.available_ring == 0 || !queue.is_valid(memory) {
             return Err(LayoutError::OutsideMemory);
         }
         Ok(Some(queue))
     }
 
-    /// The same queue, as far as it has been served.
+    /// The same record with the positions that the live queue has reached.
     pub(super) fn at(self, queue: &Queue) -> Self {
         Self {
             next_avail: queue.next_avail(),

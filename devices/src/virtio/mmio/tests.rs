@@ -1,3 +1,5 @@
+//! The transport as a driver sees it: registers, life cycle, saved state.
+
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -47,7 +49,7 @@ fn features_must_be_offered_and_modern() {
 }
 
 #[test]
-fn steps_out_of_order_are_not_taken() {
+fn steps_out_of_order_are_refused() {
     let mut driver = Driver::new(rng());
     for (write, read) in [
         (2, 0),
@@ -209,7 +211,7 @@ fn a_full_ring_is_served_in_turns() {
 }
 
 #[test]
-fn nobody_need_kick_a_queue_that_is_being_served() {
+fn a_queue_that_is_being_served_needs_no_kick() {
     let mut driver = Driver::new(rng());
     driver.bring_up_with(VERSION_1);
     driver.run();
@@ -244,7 +246,7 @@ fn accesses_of_any_size() {
 }
 
 #[test]
-fn a_paused_device_leaves_memory_alone_and_resume_looks_once() {
+fn a_paused_device_leaves_memory_alone_and_resume_serves_once() {
     let mut driver = Driver::ready(rng());
     driver.transport.pause();
     driver.add(&[writes(DATA, 8)]);

@@ -27,15 +27,15 @@ pub struct MmioTransport {
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
     pub(super) queue_select: u32,
-    /// As the driver wrote them; where a live queue got to is in [`TransportShared`].
+    /// The queues' registers as the driver wrote them; the positions of live queues are in [`TransportShared`].
     pub(super) queues: Vec<QueueRecord>,
 }
 
-/// How long a vCPU waits for the end of what is in flight at a reset. What takes longer is waited for by the device thread.
+/// How long a vCPU waits in a reset for work in flight. After that the device thread waits for it.
 const RESET_TIME: Duration = Duration::from_millis(500);
 
 impl MmioTransport {
-    /// Puts `device` behind registers. It finds its buffers in `memory` and interrupts through `line`.
+    /// Puts `device` behind registers. The device's buffers are in `memory`; it interrupts through `line`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
@@ -74,7 +74,7 @@ impl MmioTransport {
         })
     }
 
-    /// The half that serves the queues, for the device thread.
+    /// The half that serves the queues on the device thread.
     pub fn worker(&self) -> TransportWorker {
         TransportWorker(self.shared.clone())
     }
@@ -93,13 +93,14 @@ impl MmioTransport {
     /// Offset of the QueueNotify register.
     pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
-    /// Stops serving queues. When it returns no request is taken any more; [`MmioTransport::drain`] finishes those that were.
+    /// Stops serving queues. After this call no chain is popped; [`MmioTransport::drain`] finishes the requests in
+    /// flight.
     pub fn pause(&self) {
         self.shared.core().paused = true;
     }
 
-    /// Serves queues again. Whatever happened meanwhile, or before a restore, every queue and the host's side are
-    /// looked at once, and an interrupt that the guest has not acknowledged is raised again.
+    /// Serves queues again. Every queue and the host side are served once, in case an event was lost during the pause
+    /// or the move, and an interrupt that the guest has not acknowledged is raised again.
     pub fn resume(&self) {
         self.shared.core().paused = false;
         self.shared.interrupt.raise_again();
@@ -109,26 +110,27 @@ impl MmioTransport {
         self.shared.raise_host_event();
     }
 
-    /// Finishes what is in flight and makes what the guest was told is done durable. After [`MmioTransport::pause`]: when
-    /// it returns guest memory is left alone. If that is not over by `until` it fails, and [`MmioTransport::resume`] goes on.
+    /// Finishes work in flight and makes every write that was answered durable. Comes after [`MmioTransport::pause`];
+    /// once it has returned the device does not touch guest memory. Fails if that takes longer than `until`;
+    /// [`MmioTransport::resume`] then lets the device go on.
     pub fn drain(&self, until: Instant) -> Result<(), MmioTransportError> {
         self.shared
             .drain(until)
             .map_err(|source| self.device_error(source))
     }
 
-    /// What somebody must know of the device to build its like.
+    /// What a destination must know of the device to build a matching one.
     pub fn describe(&self) -> Description {
         self.shared.core().device.describe()
     }
 
-    /// What the transport and its device count.
+    /// The counters of the transport and of its device.
     pub fn metrics(&self) -> [Arc<dyn Counters>; 2] {
         [self.shared.clone(), self.metrics.clone()]
     }
 
-    /// What backs the device on the host. Its calls may take their time: whoever makes them must not hold a lock that an
-    /// access of the guest's takes, as the transport's own is.
+    /// The device's backend on the host. Its calls may take as long as a disk does: the caller must not hold a lock
+    /// that a guest's access needs, such as the transport's own.
     pub fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         self.backend.clone()
     }
@@ -215,7 +217,8 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// Until it is over the status reads as it was (virtio 1.2, 2.4.1), and is changed by nothing but another reset.
+    /// Resets the device and the registers. The status keeps its value until the reset is over (virtio 1.2, 2.4.1), and
+    /// meanwhile only another reset is accepted.
     pub(super) fn reset(&mut self) {
         if !self.shared.reset(Instant::now() + RESET_TIME) {
             tracing::warn!(

@@ -19,13 +19,13 @@ const QUEUE_PAIRS: [u8; HEADER_LEN] = [VIRTIO_NET_CTRL_MQ as u8, VIRTIO_NET_CTRL
 /// What a driver can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NetCommand {
-    /// It has heard that it is to announce itself.
+    /// The driver has seen that it is to announce itself.
     AnnounceAck,
-    /// It will use so many pairs of queues.
+    /// The driver will use so many pairs of queues.
     QueuePairs(u16),
 }
 
-/// Why a command is not done.
+/// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NetCommandError {
     #[error(transparent)]
@@ -44,7 +44,7 @@ pub(super) enum NetCommandError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Finds out what a chain asks for, has it done, and answers; returns what came of it, and the bytes written.
+/// Parses the command in a chain, applies it and writes the status byte; returns the outcome and the bytes written.
 pub(super) fn process_command(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,

@@ -43,7 +43,7 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
 pub(super) const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 pub(super) const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 
-/// What may come of the control queue: each command may take the lock that all of the host's network needs, a dozen times.
+/// Limits of the control queue: each command may take a lock that all of the host's network needs, a dozen times.
 pub(super) const COMMAND_LIMITS: Limits = Limits {
     bandwidth: None,
     operations: Some(Bucket {
@@ -59,21 +59,22 @@ const ANNOUNCE: u16 = VIRTIO_NET_S_ANNOUNCE as u16;
 /// Address at 0, status at 6, the number of queue pairs at 8, MTU at 10.
 const CONFIG_LEN: usize = 12;
 
-/// A network card. After a restore it tells the network where it is now, and has the guest do so.
+/// A network card. After a restore it announces the guest's address on the new network, and asks the guest to do so
+/// too.
 #[derive(Debug)]
 pub struct VirtioNet {
     pub(super) tap: Tap,
     pub(super) parameters: NetParameters,
-    /// What the driver accepted.
+    /// Features that the driver accepted.
     pub(super) features: u64,
-    /// Pairs of queues that it uses: the first ones.
+    /// Pairs of queues that the driver uses: the first ones.
     pub(super) active_pairs: u16,
-    /// Counts looks at the host's side: each begins with another pair, or one could take all tokens.
+    /// Counts calls of `process_host`: each begins with another pair, or the first pair could use up all tokens.
     pub(super) turn: usize,
     pub(super) rx_limiter: Limiter,
     pub(super) tx_limiter: Limiter,
     pub(super) command_limiter: Limiter,
-    /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
+    /// The guest is to announce itself and has not acknowledged that yet (virtio 1.2, 5.1.6.5.4).
     pub(super) announce_pending: bool,
     pub(super) announcer: Announcer,
     pub(super) metrics: Arc<NetMetrics>,
@@ -115,7 +116,7 @@ impl VirtioNet {
         })
     }
 
-    /// Takes commands as fast as they come: a property has thousands of cases.
+    /// The card without a limit for commands: a property test has thousands of cases.
     #[cfg(test)]
     pub(crate) fn without_command_limit(self) -> Self {
         let command_limiter = Limiter::new(Limits::default()).unwrap();
@@ -160,7 +161,7 @@ impl VirtioDevice for VirtioNet {
 
     fn activate(&mut self, features: u64) {
         self.features = features;
-        // A driver that knows of one pair never says so. After a move it may use more.
+        // A driver without VIRTIO_NET_F_MQ uses one pair and sends no command. After a restore the driver may use more.
         let pairs = if features & MQ != 0 { self.active_pairs } else { 1 };
         if let Err(error) = self.set_active_pairs(pairs) {
             self.warn("queues", &error);
@@ -222,7 +223,7 @@ impl VirtioDevice for VirtioNet {
         true
     }
 
-    /// Packets are on their way when they are taken; nothing is ever in flight.
+    /// A packet is handed to the tap in the call that pops it; nothing is ever in flight.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }

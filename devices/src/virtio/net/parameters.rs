@@ -23,10 +23,10 @@ pub struct NetParameters {
     pub tx_limits: Limits,
 }
 
-/// Bytes that are nobody's parameters.
+/// Why bytes are not the parameters of a network device.
 #[derive(Debug, thiserror::Error)]
 pub enum NetParametersError {
-    /// Too few or too many.
+    /// Too few or too many bytes.
     #[error(
         "parameters: expected {} bytes and rate limits, got {got} bytes",
         NetParameters::FIXED_LEN
@@ -35,19 +35,19 @@ pub enum NetParametersError {
         /// How many there are.
         got: usize,
     },
-    /// No address.
+    /// No valid address.
     #[error(transparent)]
     Mac(#[from] MacError),
-    /// No MTU.
+    /// An MTU that is too small.
     #[error("MTU: expected at least {MTU_MIN}, got {got}")]
     Mtu {
-        /// What it says.
+        /// What the bytes say.
         got: u16,
     },
     /// More pairs of queues than any device has, or none.
     #[error("queues: expected 1 to {MAX_QUEUE_PAIRS} pairs, got {got}")]
     QueuePairs {
-        /// What it says.
+        /// What the bytes say.
         got: u16,
     },
 }
@@ -56,8 +56,8 @@ impl NetParameters {
     /// Bytes before the limits.
     const FIXED_LEN: usize = 11;
 
-    /// As they travel, numbers in little-endian order: address, MTU, pairs of queues, how many bytes the limits of
-    /// receiving have, those, the limits of sending.
+    /// As sent to a destination, numbers in little-endian order: address, MTU, pairs of queues, the length of the
+    /// receive limits in bytes, the receive limits, the transmit limits.
     pub fn to_bytes(self) -> Vec<u8> {
         let rx_limits = self.rx_limits.to_bytes();
         [
@@ -72,7 +72,7 @@ impl NetParameters {
         .concat()
     }
 
-    /// From a peer. Untrusted.
+    /// Parses what [`NetParameters::to_bytes`] made. The bytes come from a peer and are untrusted.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, NetParametersError> {
         let length = || NetParametersError::Length { got: bytes.len() };
         let (fixed, limits) = bytes.split_first_chunk().ok_or_else(length)?;

@@ -17,12 +17,12 @@ use crate::virtio::{Buffers, Chain, ChainError, ChainHead, QueueAccess, QueueErr
 
 /// Longest packet, with Ethernet's header, where segments are left to the guest (virtio 1.2, 5.1.6.3.1).
 const SEGMENT_MAX: usize = 65550;
-/// MTU of a driver that did not ask for it.
+/// MTU of a driver that did not negotiate VIRTIO_NET_F_MTU.
 const MTU: u16 = 1500;
-/// Where the header says over how many buffers a packet is spread.
+/// Offset of the header's field with the number of buffers that the packet fills.
 const NUM_BUFFERS: usize = 10;
 
-/// What the driver's buffers must hold.
+/// What the driver's buffers must have room for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ReceiveLayout {
     /// Bytes of the longest packet with its headers: a read takes the whole packet or loses its end.
@@ -50,7 +50,7 @@ impl ReceiveLayout {
         }
     }
 
-    /// Bytes that one buffer must have.
+    /// Bytes that one chain must have room for.
     fn buffer_min(&self) -> u64 {
         if self.mergeable {
             HEADER_LEN as u64
@@ -60,9 +60,8 @@ impl ReceiveLayout {
     }
 }
 
-/// Takes packets out of the tap until it is empty, the driver has no more buffers, the limit is reached, or others shall
-/// have a turn.
-/// What does not fit now stays in the tap.
+/// Reads packets from the tap until it is empty, the driver has no more buffers, the rate limit is reached or the turn
+/// is over. A packet that does not fit now stays in the tap.
 pub(super) fn receive_packets(
     queue: &mut QueueAccess<'_>,
     tap: BorrowedFd<'_>,
@@ -85,7 +84,7 @@ pub(super) fn receive_packets(
                 break;
             }
         };
-        // How long the packet is only the read will tell.
+        // The packet's length is known only after the read.
         if !limiter.has_tokens() {
             metrics.rx_throttled.add(1);
             progress = QueueProgress::Idle;
@@ -113,7 +112,7 @@ pub(super) fn receive_packets(
     Ok(progress)
 }
 
-/// Chains that were taken from the queue, in their order, to hold the next packet.
+/// Chains that were popped from the queue, in their order, to hold the next packet.
 struct ReceivePool<'a> {
     memory: &'a GuestMemory,
     layout: ReceiveLayout,
@@ -122,13 +121,13 @@ struct ReceivePool<'a> {
     buffers: usize,
 }
 
-/// What came of filling the pool.
+/// The outcome of filling the pool.
 enum PoolFill<'a> {
     /// The longest packet fits.
     Enough(PacketVectors<'a>),
     /// The driver has not provided enough.
     TooLittle,
-    /// What it provided makes no sense and has gone back.
+    /// Its chains were malformed and have been returned to it empty.
     Refused(PacketError),
 }
 
@@ -143,7 +142,7 @@ impl<'a> ReceivePool<'a> {
         }
     }
 
-    /// Takes chains until the longest packet fits.
+    /// Pops chains until the longest packet fits.
     fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<PoolFill<'a>, QueueError> {
         while self.bytes < self.layout.longest {
             let Some((head, chain)) = queue.pop()? else {
@@ -178,8 +177,8 @@ impl<'a> ReceivePool<'a> {
         Ok(buffers)
     }
 
-    /// Gives all chains back empty, those before the bad one as well: only what was taken last can be put back, so
-    /// none may be missing in between.
+    /// Returns all chains to the driver empty, those before the bad one as well: only the chains that were popped last
+    /// can be made available again, so none may be missing in between.
     fn return_all_empty(
         &mut self,
         queue: &mut QueueAccess<'_>,
@@ -191,7 +190,7 @@ impl<'a> ReceivePool<'a> {
         Ok(PoolFill::Refused(error))
     }
 
-    /// Gives the driver the chains that hold a packet of `len` bytes.
+    /// Returns to the driver the chains that hold a packet of `len` bytes.
     fn return_packet(&mut self, queue: &mut QueueAccess<'_>, len: usize) -> Result<(), QueueError> {
         let first = self.chains.front().map(|(_, buffers)| buffers.clone());
         let mut rest = len as u64;
@@ -203,7 +202,7 @@ impl<'a> ReceivePool<'a> {
             // A packet has less than 128 KiB.
             used.push((head, written as u32));
         }
-        // The tap leaves this part of its header alone. There are 256 buffers at most.
+        // The tap does not fill in this field of the header. There are 256 buffers at most.
         let count = (used.len() as u16).to_le_bytes();
         if let Some(first) = first {
             first
@@ -229,7 +228,7 @@ impl<'a> ReceivePool<'a> {
         Some((head, buffers))
     }
 
-    /// Makes what is left available again.
+    /// Makes the remaining chains available again.
     fn undo_pops(self, queue: &mut QueueAccess<'_>) {
         for _ in &self.chains {
             queue.undo_pop();

@@ -27,7 +27,7 @@ impl VirtioNet {
         (0..pairs).map(move |offset| turn.wrapping_add(offset) % pairs)
     }
 
-    /// Takes packets for the guest, of each pair that is in use. A busy one ends the turn.
+    /// Reads packets for the guest, for each pair in use. A pair that has more packets ends the turn.
     pub(super) fn process_receive_queues(
         &self,
         queues: &mut Queues<'_>,
@@ -45,7 +45,7 @@ impl VirtioNet {
         pair: usize,
         queues: &mut Queues<'_>,
     ) -> Result<QueueProgress, QueueError> {
-        // What the driver does not use it must not find filled.
+        // The device must not fill buffers of a pair that the driver does not use.
         if pair >= self.active_pairs.into() {
             return Ok(QueueProgress::Idle);
         }
@@ -60,7 +60,7 @@ impl VirtioNet {
         })
     }
 
-    /// Sends what waited for tokens.
+    /// Sends the packets that waited for tokens.
     pub(super) fn process_transmit_queues(
         &self,
         queues: &mut Queues<'_>,
@@ -82,7 +82,7 @@ impl VirtioNet {
         let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + TRANSMIT) else {
             return Ok(QueueProgress::Idle);
         };
-        // What is left in a queue that the driver has given up goes out as well.
+        // Packets left in a queue that the driver no longer uses go out as well.
         let tap = self.tap.queue(pair);
         queue.serve_admitted(
             |bytes| self.admit_transmit(bytes),
@@ -112,7 +112,7 @@ impl VirtioNet {
         admitted
     }
 
-    /// One command a turn, and few a second.
+    /// Serves one command a turn, and [`super::device::COMMANDS`] a second.
     pub(super) fn process_control_queue(
         &mut self,
         queues: &mut Queues<'_>,
@@ -155,7 +155,7 @@ impl VirtioNet {
         Ok(())
     }
 
-    /// The driver uses so many pairs from now on; if the tap cannot, it is as before.
+    /// Makes `pairs` the pairs in use; if the tap cannot, the old number stays.
     pub(super) fn set_active_pairs(&mut self, pairs: u16) -> io::Result<()> {
         let set = self.tap.set_active(pairs);
         if set.is_ok() {
@@ -166,7 +166,8 @@ impl VirtioNet {
         set
     }
 
-    /// Announces the guest if it is time to. It is asked to do so itself once: it sees to it that it is heard.
+    /// Announces the guest if a round is due. In the first round the guest is also asked to announce itself, once: its
+    /// driver repeats that until its network has it.
     pub(super) fn send_announcement(&mut self, queues: &Queues<'_>) {
         let round = match self.announcer.due() {
             Ok(Some(round)) => round,

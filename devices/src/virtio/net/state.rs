@@ -6,15 +6,15 @@ use serde::{Deserialize, Serialize};
 use super::{MacAddress, NetParameters};
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::VirtioNet`]. What it negotiated is the transport's; whatever it was to announce, it announces
-/// anew where it arrives.
+/// Saved state of a [`super::VirtioNet`]. The negotiated features are in the transport's record; a pending announcement
+/// is not saved, as the destination announces the guest anyway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
-    /// Its address.
+    /// The card's address.
     pub mac: MacAddress,
-    /// Its MTU in bytes.
+    /// The card's MTU in bytes.
     pub mtu: u16,
-    /// Pairs of queues that it has.
+    /// Pairs of queues that the card has.
     pub queue_pairs: u16,
     /// Pairs of queues that the driver uses.
     pub active_pairs: u16,

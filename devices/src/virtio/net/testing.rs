@@ -15,7 +15,7 @@ use crate::rate::Limits;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The far end's tap: what is written to it arrives at the devices, and the other way round.
 const FAR: &str = "far";
-/// Whom frames of the tests come from; the kernel has some of its own.
+/// The sender of the tests' frames; the kernel sends some of its own.
 pub(crate) const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// EtherType for local experiments (IEEE 802).
 const EXPERIMENT: [u8; 2] = [0x88, 0xb5];
@@ -29,7 +29,7 @@ pub(crate) struct Wire {
 pub(crate) fn leave_for(tap: &str) {
     // SAFETY: only the thread's network namespace changes; its file descriptors stay shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root can make network namespaces");
-    // Else the kernel looks for routers and neighbours, with packets of its own.
+    // Otherwise the kernel would send packets of its own, to find routers and neighbours.
     for which in ["default", "all"] {
         let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
         if std::path::Path::new(&path).exists() {
@@ -41,7 +41,7 @@ pub(crate) fn leave_for(tap: &str) {
 
 /// Runs `ip` with these words; returns what it prints.
 pub(crate) fn ip(words: &str) -> String {
-    // Not everybody has it in the path.
+    // The user's path may lack the directory of `ip`.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new("ip")
         .args(words.split(' '))
@@ -128,7 +128,7 @@ impl Wire {
         self.far.write(&[&header, frame].concat()).unwrap();
     }
 
-    /// The next packet of which `wanted` takes the frame, as its header and the frame, if one is there.
+    /// The next packet whose frame is `wanted`, as its header and its frame, if one is there.
     pub(crate) fn try_receive(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut packet = vec![0; 70_000];
         while let Ok(len) = rustix::io::read(self.far.queue(0), &mut packet[..]) {
@@ -156,7 +156,7 @@ impl Wire {
         }
     }
 
-    /// From now on packets are not cut into segments for the far end.
+    /// From now on the kernel does not cut packets into segments for the far end.
     pub(crate) fn take_segments(&mut self) {
         self.far.set_features(self.far.features()).unwrap();
     }

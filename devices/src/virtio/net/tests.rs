@@ -1,3 +1,5 @@
+//! A network card on a real tap: packets, the control queue, announcements, moves.
+
 mod limits;
 mod queues;
 
@@ -19,7 +21,7 @@ const MRG_RXBUF: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 /// What a driver accepts that knows nothing of checksums, segments and spread packets.
 const PLAIN: u64 = VERSION_1 | GUEST_ANNOUNCE | 1 << 17 | 1 << 16 | 1 << 29;
-/// No checksum and no segment is left to anybody.
+/// A header that leaves no checksum and no segmentation to the receiver.
 const NOTHING: [u8; 12] = [0; 12];
 /// Sizes of buffers: what Linux takes, and the least that a driver may.
 const LINUX: u32 = 1536;
@@ -201,7 +203,7 @@ fn many_packets_are_taken_in_turns() {
 }
 
 #[test]
-fn segments_are_left_to_who_takes_them() {
+fn segments_are_left_to_a_guest_that_takes_them() {
     let mut wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     provide(&mut driver, 0..60, LINUX);
@@ -224,7 +226,7 @@ fn segments_are_left_to_who_takes_them() {
 }
 
 #[test]
-fn segments_are_cut_for_who_does_not() {
+fn segments_are_cut_for_a_guest_that_does_not() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::new(wire.card("tap0"));
     driver.bring_up_with(PLAIN);
@@ -294,7 +296,7 @@ fn packets_that_make_no_sense_come_back() {
 }
 
 #[test]
-fn a_tap_that_goes_down_or_away_hurts_nobody() {
+fn a_tap_that_goes_down_or_away_does_no_harm() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     provide(&mut driver, 0..60, LINUX);
@@ -348,7 +350,7 @@ fn is_rarp(frame: &[u8]) -> bool {
 }
 
 #[test]
-fn who_arrives_is_announced() {
+fn a_guest_that_arrives_is_announced() {
     let wire = Wire::between(&["tap0", "tap1"]);
     let source = Driver::ready(wire.card("tap0"));
     let envelope = source.save();
@@ -380,7 +382,7 @@ fn who_arrives_is_announced() {
 }
 
 #[test]
-fn who_only_paused_is_not_announced() {
+fn a_guest_that_only_paused_is_not_announced() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     let _ = driver.save();

@@ -14,7 +14,7 @@ use crate::virtio::{Chain, ChainError};
 const MIN_LEN: u64 = (HEADER_LEN + ETHERNET_LEN) as u64;
 const MAX_LEN: u64 = MIN_LEN + 8 + 65535;
 
-/// Why a packet is dropped, or buffers for one go back unused.
+/// Why a packet is dropped, or buffers for one are returned unused.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PacketError {
     #[error(transparent)]
@@ -31,7 +31,7 @@ pub(super) enum PacketError {
     Tap(#[from] io::Error),
 }
 
-/// Sends the packet in a chain, which has its header first; returns its bytes without that.
+/// Sends the packet in a chain, which begins with its header; returns the packet's bytes without the header.
 pub(super) fn send_packet(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,

@@ -25,7 +25,7 @@ pub(super) const MAX_BYTES: u64 = 64 << 10;
 /// Bytes fetched from the host at a time.
 const BLOCK: usize = 4096;
 
-/// Where requests come.
+/// The only queue.
 const QUEUE: usize = 0;
 
 /// The entropy device. Its bytes come from the host kernel's generator.
@@ -38,7 +38,7 @@ pub struct VirtioRng {
 }
 
 impl VirtioRng {
-    /// A device that gives no more than `limits`, which were checked, allow.
+    /// A device with rate limits, which were checked.
     pub fn new(limits: Limits) -> io::Result<Self> {
         Ok(Self {
             limits,
@@ -72,7 +72,7 @@ impl VirtioRng {
         admitted
     }
 
-    /// Fills the chain's buffers as far as one request goes; returns the bytes written.
+    /// Fills the chain's buffers with at most [`MAX_BYTES`]; returns the bytes written.
     fn fill(&self, memory: &GuestMemory, mut chain: Chain) -> u32 {
         let mut block = [0; BLOCK];
         let mut done = 0;
@@ -155,7 +155,7 @@ impl VirtioDevice for VirtioRng {
         true
     }
 
-    /// Requests are finished when they are taken; nothing is ever in flight or unwritten.
+    /// Requests are finished in the call that pops them; nothing is ever in flight.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }

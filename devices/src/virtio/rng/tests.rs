@@ -1,3 +1,5 @@
+//! The entropy device as a guest uses it.
+
 use std::time::{Duration, Instant};
 
 use super::device::MAX_BYTES;

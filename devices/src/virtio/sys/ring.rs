@@ -1,4 +1,4 @@
-//! Transfers between a file and guest memory that the kernel carries out while others go on (io_uring).
+//! Transfers between a file and guest memory that the kernel carries out in the background (io_uring).
 
 #![allow(
     unsafe_code,
@@ -21,19 +21,19 @@ use crate::GuestMemory;
 use crate::helper::wait_readable;
 use crate::virtio::Buffers;
 
-/// What may be in flight on one file, each with a tag of whoever asked for it.
+/// Transfers in flight on one file, each with a tag by which the caller knows it.
 pub(crate) struct IoRing<T> {
     ring: IoUring,
-    /// Where the transfers are from or to. Kept as long as the kernel may write there.
+    /// The memory of the transfers. Kept as long as the kernel may write to it.
     memory: Option<GuestMemory>,
     slots: Vec<Option<RingSlot<T>>>,
     /// Slots that hold nothing.
     free: Vec<u16>,
     /// Entries that the kernel has not taken yet.
     queued: usize,
-    /// Whether nobody wants to have done what is in flight.
+    /// Whether everything in flight was cancelled.
     cancelled: bool,
-    /// What there was no room for in the ring itself.
+    /// Transfers for which there was no room in the ring itself.
     refused: Vec<(T, io::Error)>,
 }
 
@@ -43,8 +43,8 @@ struct RingSlot<T> {
 }
 
 impl<T> IoRing<T> {
-    /// Room for so many transfers of `file`, or why this host has no io_uring for us. Nothing else can be asked of the
-    /// kernel through it than what is asked here, and of no other file.
+    /// Makes a ring for at most `most` transfers of `file`; fails if this host does not let the process use io_uring.
+    /// The kernel refuses all operations but those used here, and all other files.
     pub(crate) fn new(file: &File, most: u16) -> io::Result<Self> {
         let (ring, restricted) = match IoUring::builder().setup_r_disabled().build(most.into()) {
             Ok(ring) => {
@@ -57,8 +57,8 @@ impl<T> IoRing<T> {
         };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        // A kernel that is younger than the operations keeps completions that there is no room for, and needs lists
-        // of buffers only until they are submitted.
+        // A kernel that has these operations also keeps completions for which there is no room, and reads the lists of
+        // buffers at submission only; the check makes sure.
         let able = TRANSFERS.iter().all(|&code| probe.is_supported(code));
         if !able || !ring.params().is_feature_nodrop() || !ring.params().is_feature_submit_stable() {
             return Err(io::ErrorKind::Unsupported.into());
@@ -126,7 +126,7 @@ impl<T> IoRing<T> {
         self.begin(tag, RingOperation::Flush);
     }
 
-    /// Gives the kernel what is queued. What it cannot take now stays queued.
+    /// Submits the queued entries. Those that the kernel cannot take now stay queued.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
         if self.queued == 0 {
             return Ok(());
@@ -134,8 +134,8 @@ impl<T> IoRing<T> {
         self.enter()
     }
 
-    /// Has what is in flight end soon, whatever comes of it: what the kernel has not begun does not begin, and what is done
-    /// in part ends there. Until [`IoRing::is_empty`] nothing else may begin.
+    /// Cancels everything in flight: a transfer that the kernel has not begun does not begin, and one that is done in
+    /// part ends there. Nothing else may begin until [`IoRing::is_empty`].
     pub(crate) fn cancel(&mut self) {
         if self.cancelled || self.is_empty() {
             return;
@@ -149,14 +149,14 @@ impl<T> IoRing<T> {
         // SAFETY: the entry has no address.
         if unsafe { self.ring.submission().push(&entry) }.is_ok() {
             self.queued += 1;
-            // A kernel that is older than 5.19 does not know it: then what is in flight takes as long as it takes.
+            // Kernels before 5.19 do not know this operation: there the transfers in flight run to their end.
             if let Err(error) = self.submit() {
                 tracing::debug!(%error, "transfers in flight are not cancelled");
             }
         }
     }
 
-    /// The next that is done. What is done in part goes on by itself, with the next [`IoRing::submit`].
+    /// The next transfer that is done. One that is done in part is queued again for the next [`IoRing::submit`].
     pub(crate) fn next(&mut self) -> Option<(T, io::Result<()>)> {
         loop {
             if let Some((tag, error)) = self.refused.pop() {
@@ -179,13 +179,13 @@ impl<T> IoRing<T> {
             match step {
                 RingStep::Done(result) => return self.end(index).map(|tag| (tag, result)),
                 RingStep::More => self.push(index, squeue::Flags::empty()),
-                // A worker of the kernel's waits for whatever this is about.
+                // A worker thread of the kernel waits for it.
                 RingStep::Blocked => self.push(index, squeue::Flags::ASYNC),
             }
         }
     }
 
-    /// The kernel is done with it.
+    /// Frees a slot with which the kernel is done.
     fn end(&mut self, index: u16) -> Option<T> {
         let flight = self.slots.get_mut(usize::from(index))?.take()?;
         self.free.push(index);
@@ -223,7 +223,7 @@ impl<T> IoRing<T> {
         })
     }
 
-    /// There must be room.
+    /// Puts an operation into a free slot, of which there must be one.
     fn begin(&mut self, tag: T, operation: RingOperation) {
         if let Some(index) = self.free.pop() {
             self.slots[usize::from(index)] = Some(RingSlot { tag, operation });
@@ -242,12 +242,12 @@ impl<T> IoRing<T> {
         if unsafe { self.ring.submission().push(&entry) }.is_ok() {
             self.queued += 1;
         } else if let Some(tag) = self.end(index) {
-            // The ring has an entry for each slot, and one that is full of others has to be handed over first.
+            // The ring has an entry for each slot, but a cancellation may have taken one.
             self.refused.push((tag, io::ErrorKind::ResourceBusy.into()));
         }
     }
 
-    /// Waits until something that is in flight is done, or the time is over.
+    /// Waits until a transfer is done or `until` has come.
     fn wait(&mut self, until: Instant) -> io::Result<()> {
         self.submit()?;
         wait_readable([self.as_fd()], until)
@@ -259,11 +259,11 @@ impl<T> IoRing<T> {
             self.queued = self.ring.submission().len();
             match entered {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // For want of memory, or of room for completions: what is done may free some.
+                // The kernel is out of memory or of room for completions, which transfers that end free again.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     return Ok(());
                 }
-                // It stops at an entry that fails at once.
+                // The kernel stops at an entry that fails at once; the rest is submitted again.
                 Ok(taken) if taken > 0 && self.queued > 0 => {}
                 done => return done.map(drop),
             }
@@ -272,7 +272,7 @@ impl<T> IoRing<T> {
 }
 
 impl<T> AsFd for IoRing<T> {
-    /// Readable when something is done.
+    /// Readable when a transfer is done.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open as long as the ring, which is borrowed for as long.
         unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
@@ -280,7 +280,7 @@ impl<T> AsFd for IoRing<T> {
 }
 
 impl<T> Drop for IoRing<T> {
-    /// Waits for the kernel, which may be writing to memory that ends soon. Where that takes too long the memory is kept.
+    /// Waits until the kernel no longer writes to guest memory. If that takes too long the memory is leaked.
     fn drop(&mut self) {
         let until = Instant::now() + END_TIME;
         self.cancel();
@@ -302,7 +302,7 @@ impl<T> Drop for IoRing<T> {
 /// How long the end of a ring waits for transfers in flight.
 const END_TIME: Duration = Duration::from_secs(2);
 
-/// What is asked of the kernel.
+/// The operations of transfers.
 const TRANSFERS: [u8; 5] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
@@ -311,10 +311,10 @@ const TRANSFERS: [u8; 5] = [
     opcode::Fsync::CODE,
 ];
 
-/// Tells a completion that is nobody's transfer.
+/// The user data of a cancellation, whose completion is no transfer's.
 const CANCEL: u64 = u64::MAX;
 
-/// From when it is enabled on the ring takes nothing but what is asked here, all of it about registered files.
+/// Restricts the ring, once it is enabled, to the operations used here, on registered files only.
 fn restrict(ring: &IoUring) -> io::Result<()> {
     let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
     let mut all: Vec<_> = TRANSFERS

@@ -38,12 +38,12 @@ pub(super) struct Transfer {
     pub(super) offset: u64,
 }
 
-/// A part of guest memory, as the kernel wants to be told of it.
+/// A part of guest memory, in the form that the kernel takes.
 #[repr(transparent)]
 pub(super) struct Vector(pub(super) libc::iovec);
 
-// SAFETY: it is an address and a length. Nothing here follows it, and what it leads to, guest memory, belongs to no
-// thread.
+// SAFETY: it is an address and a length. No code here dereferences the address, and guest memory, to which it points,
+// belongs to no thread.
 unsafe impl Send for Vector {}
 
 /// How far an operation is.
@@ -51,7 +51,7 @@ pub(super) enum RingStep {
     Done(io::Result<()>),
     /// A part of it is done.
     More,
-    /// It would have to wait.
+    /// The kernel would have to wait.
     Blocked,
 }
 
@@ -90,7 +90,7 @@ impl RingOperation {
         }
     }
 
-    /// What a completion says.
+    /// Takes the result of a completion into account.
     pub(super) fn advance(&mut self, result: i32) -> RingStep {
         let Ok(count) = usize::try_from(result) else {
             return match -result {
@@ -113,16 +113,16 @@ impl RingOperation {
     }
 }
 
-/// The only file there is.
+/// The only registered file.
 pub(super) const FILE: Fixed = Fixed(0);
 
-/// Most bytes that are moved in one go, where the vectors allow it: what is in the page cache is copied while the entry is
-/// submitted, and a transfer that is cancelled ends after such a part.
+/// Most bytes that are moved by one entry, where the vectors allow it: data in the page cache are copied while the
+/// entry is submitted, and a cancelled transfer ends after such a part.
 const SLICE: usize = 1 << 20;
 /// Parts of a transfer end where direct I/O can go on.
 const UNIT: usize = 64 << 10;
 
-/// What is moved in one go.
+/// What one entry moves.
 enum TransferPart<'a> {
     One(*mut libc::c_void, usize),
     Many(&'a [Vector]),
@@ -133,7 +133,7 @@ impl Transfer {
         &self.vectors[self.done..]
     }
 
-    /// What is to be moved next.
+    /// The part that the next entry moves.
     fn next(&self) -> TransferPart<'_> {
         let rest = self.rest();
         if let [Vector(first), ..] = rest

@@ -1,5 +1,4 @@
-//! What backs a device on the host: a Unix socket that programs connect to, and those of programs that wait for
-//! the guest.
+//! The device's host side: a Unix socket that programs connect to, and the sockets of programs that wait for the guest.
 
 use std::ffi::OsString;
 use std::io;
@@ -20,12 +19,12 @@ use crate::watch::HostWatch;
 /// Most bytes of the socket's path: those of the guest's connections end in `_4294967295`.
 const PATH_MAX: usize = named_socket::PATH_MAX - 11;
 
-/// The host's side of a device. Opening it puts no socket in the file system: that belongs to whoever runs the
-/// guest, and comes and goes with the locks ([`HostBackend`]).
+/// The host side of a device. Opening it puts no socket into the file system: the socket is there while this process
+/// holds the locks ([`HostBackend`]), which is while it runs the guest.
 #[derive(Debug)]
 pub struct VsockBackend {
     socket: HostSocket,
-    /// Watches everything below.
+    /// Watches the socket, the timer and all streams.
     watch: HostWatch,
     timer: Timer,
 }
@@ -35,16 +34,16 @@ pub struct VsockBackend {
 pub(super) enum HostEvent {
     /// A program has connected to the socket.
     Accept,
-    /// The time that [`VsockBackend::wake_in`] was told has passed.
+    /// The time of [`VsockBackend::wake_in`] has passed.
     Time,
-    /// A program that has not said where to, known by its port, has something to say.
+    /// A program that has not sent its line, known by its port, has sent something.
     Greeting(u32),
-    /// A connection's socket has changed.
+    /// There is an epoll event of a connection's stream.
     Stream(Ports, EventFlags),
 }
 
 impl VsockBackend {
-    /// For a socket at `path`.
+    /// A backend with its socket at `path`.
     pub fn open(path: &Path) -> Result<Self, HostSocketError> {
         let socket = HostSocket::at(path, PATH_MAX)?;
         let watch = HostWatch::new().map_err(socket.failed("watch it"))?;
@@ -65,7 +64,7 @@ impl VsockBackend {
         self.watch.as_fd()
     }
 
-    /// What has happened since the last look, and whether there may be more.
+    /// The events since the last call, and whether there may be more.
     pub(super) fn poll(&self) -> io::Result<(Vec<HostEvent>, bool)> {
         let (events, more) = self.watch.poll()?;
         let decoded = events
@@ -74,7 +73,7 @@ impl VsockBackend {
         Ok((decoded.collect(), more))
     }
 
-    /// Has a [`HostEvent::Time`] happen, once.
+    /// Sets the timer for one [`HostEvent::Time`].
     pub(super) fn wake_in(&self, time: Duration) -> io::Result<()> {
         self.timer.set(time)
     }
@@ -91,7 +90,7 @@ impl VsockBackend {
         connect_now(Path::new(&path))
     }
 
-    /// Watches a program that has not said where to.
+    /// Watches a program that has not sent its line.
     pub(super) fn watch_greeting(&self, stream: &UnixStream, host_port: u32) -> io::Result<()> {
         self.watch
             .add(stream, VsockToken::Greeting(host_port).data(), EventFlags::IN)
@@ -119,19 +118,19 @@ impl HostBackend for VsockBackend {
         Ok(())
     }
 
-    /// Streams are not stored anywhere.
+    /// Nothing to do: streams are not stored.
     fn flush(&self) -> Result<(), HostError> {
         Ok(())
     }
 
-    /// Nor read ahead.
+    /// Nothing to do: streams are not cached.
     fn invalidate(&self) -> Result<(), HostError> {
         Ok(())
     }
 }
 
-/// What is watched, as the number that comes with its events: the ports of a connection, or, where the guest's
-/// would be the one that no socket has, something else.
+/// What is watched, encoded as the number that comes with its events: the ports of a connection, or something else
+/// where the guest's port is [`PORT_ANY`], which no socket has.
 enum VsockToken {
     Accept,
     Time,

@@ -10,11 +10,11 @@ use rustix::event::epoll::EventFlags;
 
 use super::packet::{NO_RECEIVE, NO_SEND, NOTHING_MORE, PacketOp, VsockHeader};
 
-/// Most bytes from the guest that wait for a program on the host: the room that the guest is reported of.
+/// Most bytes from the guest that wait for a program on the host: the room that the device announces to the guest.
 pub(super) const BUFFER_SIZE: usize = 64 << 10;
-/// So much room must have come back before the guest is reported without asking.
+/// So much room must have become free before the device sends a credit update unasked.
 const CREDIT_UPDATE_MIN: u32 = BUFFER_SIZE as u32 / 2;
-/// For an answer that the guest owes: to a request, or to the news that the host's program has closed.
+/// How long the guest may take to answer a request, or to react when the host's program has closed.
 pub(super) const ANSWER_TIME: Duration = Duration::from_secs(8);
 
 /// A connection.
@@ -22,9 +22,9 @@ pub(super) const ANSWER_TIME: Duration = Duration::from_secs(8);
 pub(super) struct VsockConnection {
     stream: UnixStream,
     phase: ConnectionPhase,
-    /// When the guest must have answered, if it owes an answer.
+    /// When the guest must have answered; `None` if no answer is due.
     deadline: Option<Instant>,
-    /// Whether it waits in line for a buffer of the guest's; its owner's note.
+    /// Whether it is in the line of [`super::connections::VsockConnections`] for a buffer of the guest's.
     pub(super) in_line: bool,
     to_guest: FlowToGuest,
     to_host: FlowToHost,
@@ -32,31 +32,31 @@ pub(super) struct VsockConnection {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ConnectionPhase {
-    /// The guest is to be asked for the connection.
+    /// A request must be sent to the guest.
     RequestDue,
-    /// It was asked.
+    /// The request was sent; the guest has not answered.
     Requested,
-    /// The guest has asked, and is to be answered.
+    /// The guest has sent a request; the response must be sent.
     ResponseDue,
     /// Data may flow.
     Open,
-    /// It is over; the guest is to be reported.
+    /// The connection is over; a reset must be sent to the guest.
     Ended,
 }
 
 /// The way from the host's program to the guest.
 #[derive(Debug, Default)]
 struct FlowToGuest {
-    /// The stream may have something: data, its end, an error.
+    /// The stream may have something to read: data, its end, an error.
     readable: bool,
-    /// Bytes sent, all in all; wraps.
+    /// Bytes sent in total; wraps.
     sent: u32,
-    /// The guest's room, and what has left it, all in all.
+    /// The guest's room, and the bytes that have left it in total, as the guest reported them last.
     room: u32,
     forwarded: u32,
-    /// The guest was asked for its room since it reported it.
+    /// A credit request was sent since the guest last reported its room.
     asked: bool,
-    /// What the host's program will not do any more, and what of that the guest knows.
+    /// What the host's program will not do any more, and what of that was reported to the guest (shutdown flags).
     shutdown: u32,
     reported: u32,
 }
@@ -64,20 +64,20 @@ struct FlowToGuest {
 /// The way from the guest to the host's program.
 #[derive(Debug, Default)]
 struct FlowToHost {
-    /// What the stream did not take yet, at most [`BUFFER_SIZE`].
+    /// Data that the stream did not take yet, at most [`BUFFER_SIZE`].
     waiting: VecDeque<u8>,
-    /// Bytes that the stream took, all in all, and how many of them the guest knows of; wraps.
+    /// Bytes that the stream took in total, and how many of them were reported to the guest; wraps.
     forwarded: u32,
     reported: u32,
-    /// The guest asked.
+    /// The guest has sent a credit request.
     owes_credit: bool,
-    /// What the guest will not do any more.
+    /// What the guest will not do any more (shutdown flags).
     shutdown: u32,
-    /// The stream was reported that no more comes.
+    /// The stream's sending side was shut down.
     ended: bool,
 }
 
-/// What a connection has for the guest: a packet without its addresses.
+/// A packet for the guest without its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outgoing {
     pub(super) op: PacketOp,
@@ -89,13 +89,13 @@ pub(super) struct Outgoing {
 }
 
 impl VsockConnection {
-    /// A program on the host wants it.
+    /// A connection that a program on the host asks for.
     pub(super) fn from_host(stream: UnixStream, now: Instant) -> Self {
         let deadline = Some(now + ANSWER_TIME);
         Self::new(stream, ConnectionPhase::RequestDue, deadline)
     }
 
-    /// The guest wants it, with this request, and a program on the host has it.
+    /// A connection that the guest asks for by `request`, to a program on the host that has accepted it.
     pub(super) fn from_guest(stream: UnixStream, request: &VsockHeader) -> Self {
         let mut connection = Self::new(stream, ConnectionPhase::ResponseDue, None);
         connection.to_guest.update_credit(request);
@@ -113,7 +113,7 @@ impl VsockConnection {
         }
     }
 
-    /// Whether a program on the host waits for the guest to take it.
+    /// Whether a program on the host waits for the guest to accept the connection.
     pub(super) fn is_unanswered(&self) -> bool {
         matches!(
             self.phase,
@@ -126,12 +126,12 @@ impl VsockConnection {
         self.deadline
     }
 
-    /// Ends it; the guest is reported with the next packet.
+    /// Ends the connection; the next packet for the guest is a reset.
     pub(super) fn end(&mut self) {
         self.phase = ConnectionPhase::Ended;
     }
 
-    /// Takes a packet of the guest's with its data. What makes no sense ends the connection.
+    /// Handles a packet from the guest with its data. A packet that does not fit the phase ends the connection.
     pub(super) fn process_packet(&mut self, packet: &VsockHeader, data: &[u8], host_port: u32) {
         self.to_guest.update_credit(packet);
         let sensible = match (packet.op, self.phase) {
@@ -153,7 +153,7 @@ impl VsockConnection {
         }
     }
 
-    /// The stream on the host has changed.
+    /// Handles an epoll event of the stream.
     pub(super) fn handle_stream_event(&mut self, events: EventFlags) {
         if events.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             self.to_guest.readable = true;
@@ -230,7 +230,7 @@ impl VsockConnection {
             && self.to_host.shutdown & NO_RECEIVE == 0
     }
 
-    /// Reads what the guest has room for; 0 if there is nothing, or no room.
+    /// Reads as much from the stream as the guest has room for; 0 if there is nothing to read, or no room.
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let most = room.len().min(self.to_guest.credit() as usize);
         if !self.wants_to_read() || most == 0 {
@@ -254,16 +254,16 @@ impl VsockConnection {
         }
     }
 
-    /// The guest has accepted. Whether the host's program could be reported.
+    /// Handles the guest's response. Returns whether the line for the host's program could be written.
     fn accepted(&mut self, host_port: u32) -> bool {
         self.phase = ConnectionPhase::Open;
         self.deadline = None;
         let line = format!("OK {host_port}\n");
-        // The first bytes on the stream: there is room for them, or nobody who would read them.
+        // These are the first bytes on the stream, so there is room for them unless the program has closed.
         retry_interrupted(|| self.stream.write(line.as_bytes())).is_ok_and(|written| written == line.len())
     }
 
-    /// Takes data of the guest's. Whether the guest was entitled to send it.
+    /// Buffers data from the guest and writes what the stream takes. Returns whether the guest had credit to send it.
     fn buffer_data(&mut self, data: &[u8]) -> bool {
         let to_host = &mut self.to_host;
         if to_host.shutdown & NO_SEND != 0 || data.len() > BUFFER_SIZE - to_host.waiting.len() {
@@ -282,7 +282,8 @@ impl VsockConnection {
         self.write_buffered();
     }
 
-    /// Writes what waits as far as the stream takes it, and its end where that has come.
+    /// Writes buffered data as far as the stream takes it, and shuts the stream down once the guest's last byte is
+    /// written.
     fn write_buffered(&mut self) {
         while !self.to_host.waiting.is_empty() {
             let (front, _) = self.to_host.waiting.as_slices();
@@ -293,14 +294,14 @@ impl VsockConnection {
             }
         }
         if self.to_host.shutdown & NO_SEND != 0 && !self.to_host.ended {
-            // Once: each time is a change of the stream, after which everything is looked at again.
+            // Once only: each shutdown raises an event of the stream, after which this would run again, for ever.
             self.to_host.ended = true;
-            // Fails where the program is gone, which is known then.
+            // Fails if the program has closed, which an event reports anyway.
             let _ = self.stream.shutdown(Shutdown::Write);
         }
     }
 
-    /// Nobody reads what the guest sends.
+    /// The host's program has closed: what the guest sends is dropped from now on.
     fn program_closed(&mut self) {
         if self.phase == ConnectionPhase::Requested {
             self.end();
@@ -311,11 +312,11 @@ impl VsockConnection {
 }
 
 impl FlowToGuest {
-    /// Every packet says how much room its sender has.
+    /// Takes over the guest's credit, which every packet carries.
     fn update_credit(&mut self, packet: &VsockHeader) {
         self.room = packet.buffer_size;
         self.forwarded = packet.forwarded;
-        // A guest without room answers every question, and would be asked again for ever.
+        // Not if the guest has no room: it answers each credit request, and would be asked again for ever.
         self.asked &= self.credit() == 0;
     }
 
@@ -326,7 +327,7 @@ impl FlowToGuest {
 }
 
 impl FlowToHost {
-    /// The first bytes of what waits are gone.
+    /// Drops the first bytes of the buffer and counts them as forwarded.
     fn consume(&mut self, count: usize) {
         self.waiting.drain(..count);
         // At most `BUFFER_SIZE`.

@@ -1,4 +1,4 @@
-//! All connections of a device, by their ports, and whose turn it is.
+//! All connections of a device by their ports, and which of them sends the next packet.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use super::packet::{HOST_CID, PORT_ANY, PacketOp, Ports, TYPE_STREAM, VsockHeade
 use crate::log_damper::LogDamper;
 use crate::virtio::QueueProgress;
 
-/// Most connections, those included that have not said where to. Each may need [`BUFFER_SIZE`] and a descriptor.
+/// Most connections, greetings included. Each may need [`BUFFER_SIZE`] bytes and a descriptor.
 pub(super) const MAX_CONNECTIONS: usize = 256;
 /// Most refusals that wait for a buffer of the guest's.
 pub(super) const MAX_REFUSALS: usize = 256;
@@ -21,9 +21,9 @@ pub(super) const MAX_REFUSALS: usize = 256;
 const TURN_ACCEPTS: usize = 64;
 /// Ports of programs that connect to the guest: the first of as many. Below are those that the guest connects to.
 pub(super) const FIRST_PORT: u32 = 1 << 30;
-/// In which a program must have said where to.
+/// How long a program may take to send its line.
 const GREETING_TIME: Duration = Duration::from_secs(8);
-/// How often deadlines are looked at, while there are any.
+/// How often deadlines are checked while there are any.
 const TICK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -34,14 +34,14 @@ pub(super) struct VsockConnections {
     open: HashMap<Ports, VsockConnection>,
     /// By the host's port.
     greetings: HashMap<u32, Greeting>,
-    /// Those that may have a packet for the guest, each once.
+    /// Connections that may have a packet for the guest, each once.
     line: VecDeque<Ports>,
     /// Answers to packets of no connection.
     refusals: VecDeque<VsockHeader>,
     next_port: u32,
     /// Programs may wait to be accepted.
     accepting: bool,
-    /// A tick will come.
+    /// The timer is set.
     ticking: bool,
     warnings: LogDamper,
 }
@@ -63,17 +63,18 @@ impl VsockConnections {
         }
     }
 
-    /// The port of the next program that connects. A guest may know the ones before for long after a move.
+    /// The port of the next program that connects. It is saved, as a guest may know the ports before it long after a
+    /// move.
     pub(super) fn next_port(&self) -> u32 {
         self.next_port
     }
 
-    /// See [`VsockConnections::next_port`]; one past the last is the first again.
+    /// Sets [`VsockConnections::next_port`]; one past the last port stands for the first.
     pub(super) fn set_next_port(&mut self, port: u32) {
         self.next_port = port;
     }
 
-    /// Ends all of them; the guest is told nothing.
+    /// Drops all connections without a packet to the guest.
     pub(super) fn clear(&mut self) {
         self.open.clear();
         self.greetings.clear();
@@ -81,7 +82,7 @@ impl VsockConnections {
         self.refusals.clear();
     }
 
-    /// Takes what has happened on the host.
+    /// Handles all events on the host.
     pub(super) fn process_host_events(&mut self) -> QueueProgress {
         let now = Instant::now();
         let (events, mut more) = self.backend.poll().unwrap_or_else(|error| {
@@ -109,10 +110,10 @@ impl VsockConnections {
         }
     }
 
-    /// Takes a packet of the guest's with its data.
+    /// Handles a packet from the guest with its data.
     pub(super) fn process_packet(&mut self, packet: &VsockHeader, data: &[u8]) {
         if packet.source_cid != self.guest_cid {
-            // Whoever that is, he cannot be answered.
+            // There is no such sender to answer.
             return self.warn(
                 "dropped a packet",
                 &format!("it comes from CID {}", packet.source_cid),
@@ -136,7 +137,7 @@ impl VsockConnections {
         }
     }
 
-    /// Whether one more refusal can wait. Where it cannot, no packet may be taken from the guest.
+    /// Whether there is room for one more refusal. If not, no packet may be popped from the guest's queue.
     pub(super) fn can_refuse(&self) -> bool {
         self.refusals.len() < MAX_REFUSALS
     }
@@ -181,7 +182,8 @@ impl VsockConnections {
         }
     }
 
-    /// A packet of [`VsockConnections::next`] did not get to the guest: its connection has a hole.
+    /// Ends a connection whose packet from [`VsockConnections::next`] could not be written to the guest's buffer: its
+    /// stream has a hole.
     pub(super) fn packet_lost(&mut self, packet: &VsockHeader) {
         let ports = Ports {
             host: packet.source_port,
@@ -193,7 +195,7 @@ impl VsockConnections {
         }
     }
 
-    /// Has somebody look again in time, if there are deadlines, or programs that could not be accepted.
+    /// Sets the timer if there are deadlines, or programs that could not be accepted.
     pub(super) fn arm_timer(&mut self) {
         let has_deadlines = || {
             self.open
@@ -209,7 +211,7 @@ impl VsockConnections {
         }
     }
 
-    /// Ends what is overdue.
+    /// Ends greetings and connections whose deadline has passed.
     pub(super) fn end_all_overdue(&mut self, now: Instant) {
         self.ticking = false;
         self.greetings.retain(|_, greeting| greeting.deadline > now);
@@ -221,7 +223,7 @@ impl VsockConnections {
         overdue.into_iter().for_each(|ports| self.end_overdue(ports));
     }
 
-    /// Ends a connection to which the guest owes an answer.
+    /// Ends a connection that the guest has not answered in time.
     fn end_overdue(&mut self, ports: Ports) {
         let Some(connection) = self.open.get_mut(&ports) else {
             return;
@@ -238,7 +240,8 @@ impl VsockConnections {
         self.line_up(ports);
     }
 
-    /// Accepts programs that have connected; whether more may wait. One that is too much finds itself cut off.
+    /// Accepts programs that have connected; returns whether more may wait. A program beyond [`MAX_CONNECTIONS`] is
+    /// disconnected.
     fn accept(&mut self, now: Instant) -> bool {
         for _ in 0..TURN_ACCEPTS {
             match self.backend.accept() {
@@ -248,7 +251,7 @@ impl VsockConnections {
                     return false;
                 }
                 Err(error) => {
-                    // Out of descriptors, say. It is tried again in time.
+                    // Out of descriptors, for example. The timer tries again.
                     self.warn("cannot accept a connection", &error);
                     return false;
                 }
@@ -298,7 +301,7 @@ impl VsockConnections {
         }
     }
 
-    /// The guest asks for a connection.
+    /// Connects the guest to the program that its request names, or refuses.
     fn connect(&mut self, request: &VsockHeader, ports: Ports) {
         if self.is_full() {
             self.warn(
@@ -340,7 +343,7 @@ impl VsockConnections {
         }
     }
 
-    /// A refusal is not refused.
+    /// Answers a packet with a reset; a reset is never answered.
     fn refuse(&mut self, packet: &VsockHeader) {
         if packet.op != Some(PacketOp::Reset) {
             self.refusals.push_back(packet.refusal());
@@ -351,12 +354,12 @@ impl VsockConnections {
         self.open.len() + self.greetings.len() >= MAX_CONNECTIONS
     }
 
-    /// A port of the host's that nobody has.
+    /// Allocates a port of the host that no connection uses.
     fn allocate_port(&mut self) -> u32 {
         let taken =
             |port| self.greetings.contains_key(&port) || self.open.keys().any(|ports| ports.host == port);
         let mut port = self.next_port;
-        // Ends: there are far more ports than connections.
+        // The loop ends: there are far more ports than connections.
         loop {
             if port == 2 * FIRST_PORT {
                 port = FIRST_PORT;

@@ -1,4 +1,4 @@
-//! The device: packets between its queues and its connections, and the news of a move.
+//! The device: packets between its queues and its connections, and the event that reports a move to the guest.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -33,7 +33,7 @@ const TRANSPORT_RESET: u32 = 0;
 const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 const EVENTS: usize = 2;
-/// Packets in one turn, each way: a buffer's worth of data each at most.
+/// Packets in one turn, each way, with at most [`BUFFER_SIZE`] bytes of data each.
 const TURN_PACKETS: usize = 64;
 
 /// A socket device.
@@ -45,20 +45,20 @@ pub struct VirtioVsock {
     tx_limiter: Limiter,
     connections: VsockConnections,
     reset_notice: ResetNotice,
-    /// A packet's data on its way.
+    /// Buffer for a packet's data.
     room: Box<[u8]>,
     warnings: LogDamper,
 }
 
-/// The news that all connections are gone. Until the guest has taken it in there are no new ones, which it would
-/// throw away with the old.
+/// The event that tells the guest's driver that all connections are gone. Until the driver has handled it there are no
+/// new connections, as the driver would drop them with the old ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ResetNotice {
-    /// There is none.
+    /// No event is due.
     None,
-    /// The guest is to be told.
+    /// The event must be sent.
     Due,
-    /// It was told. It has taken it in when it makes more buffers for events available than these.
+    /// The event was sent. The driver has handled it when more than `spare` buffers for events are available.
     Sent { spare: usize },
 }
 
@@ -77,7 +77,7 @@ impl VirtioVsock {
         })
     }
 
-    /// Whatever happened, everything is looked at: there is little to look at where nothing did.
+    /// Serves everything, whichever event came: where nothing happened there is little to do.
     fn process_queues(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         if !self.deliver_reset_notice(queues)? {
             return Ok(QueueProgress::Idle);
@@ -86,7 +86,8 @@ impl VirtioVsock {
         let transmitted = self.process_tx_queue(queues)?;
         let received = self.process_rx_queue(queues)?;
         self.connections.arm_timer();
-        // What holds up the guest's packets ends when it takes ours, and then it kicks.
+        // If refusals hold up the guest's packets, the guest's next buffer for packets, with which it kicks, goes on
+        // with both.
         let held_up = !self.connections.can_refuse();
         let more = host == QueueProgress::More || received == QueueProgress::More;
         Ok(if more || transmitted == QueueProgress::More && !held_up {
@@ -96,7 +97,7 @@ impl VirtioVsock {
         })
     }
 
-    /// Tells the guest what is due; whether it knows everything.
+    /// Sends the event if one is due; returns whether connections may be served.
     fn deliver_reset_notice(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
         if self.reset_notice == ResetNotice::None {
             return Ok(true);
@@ -115,7 +116,7 @@ impl VirtioVsock {
     }
 
     fn send_reset_notice(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
-        // Without a buffer it waits for one, with which the driver kicks.
+        // Without a buffer the event waits; the driver kicks when it adds one.
         let Some((head, chain)) = queue.pop()? else {
             return Ok(());
         };
@@ -237,7 +238,8 @@ impl VirtioVsock {
         Ok(progress)
     }
 
-    /// Puts the next packet into a chain with room for a header and more; returns its bytes. `None` if there is none.
+    /// Writes the next packet to a chain, which has room for more than a header; returns the packet's bytes. `None` if
+    /// there is no packet.
     fn fill_packet(&mut self, memory: &GuestMemory, mut chain: Chain) -> Option<u32> {
         let most = chain.writable.len() - HEADER_LEN as u64;
         let most = self.room.len().min(usize::try_from(most).unwrap_or(usize::MAX));
@@ -265,7 +267,7 @@ impl VirtioVsock {
     }
 }
 
-/// How many chains are available. The driver kicks when it adds another.
+/// Counts the available chains. The driver kicks when it adds another.
 fn count_available(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
     let mut count = 0;
     while count < usize::from(QUEUE_SIZE) && queue.pop()?.is_some() {
@@ -330,7 +332,8 @@ impl VirtioDevice for VirtioVsock {
         true
     }
 
-    /// What the guest has sent is with the host's programs or in a connection's buffer, which the guest knows.
+    /// Nothing to finish: data from the guest were written to the host's programs, or are in a connection's buffer, and
+    /// connections end with a move.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! How a program on the host says where in the guest it wants to go.
+//! The line by which a program on the host names the guest's port that it wants to connect to.
 
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
@@ -8,30 +8,30 @@ use rustix::net::{RecvFlags, recv};
 
 use super::packet::PORT_ANY;
 
-/// Bytes of the longest line that makes sense, with some to spare.
+/// Bytes of the longest valid line, with some to spare.
 const LINE_MAX: usize = 32;
 
-/// A program that has connected and not yet said where to.
+/// A program that has connected and has not yet sent its line.
 #[derive(Debug)]
 pub(super) struct Greeting {
     pub(super) stream: UnixStream,
-    /// When it must have said it.
+    /// When the line must have come.
     pub(super) deadline: Instant,
 }
 
-/// What a program has said so far.
+/// What a program has sent so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GreetingStatus {
-    /// Nothing whole: more will come.
+    /// No whole line yet.
     NotYet,
-    /// The guest's port that it wants.
+    /// The guest's port that the program wants.
     Port(u32),
-    /// Something that makes no sense, or it is gone.
+    /// Something else than such a line, or the program has closed.
     Nonsense,
 }
 
 impl Greeting {
-    /// Takes the line off the stream if it is there, and not a byte of what follows it.
+    /// Reads the line from the stream if it is there, and not a byte of what follows it.
     pub(super) fn read_port(&self) -> GreetingStatus {
         let mut line = [0; LINE_MAX];
         let seen = match recv_retrying(&self.stream, &mut line, RecvFlags::PEEK) {
@@ -60,7 +60,7 @@ fn recv_retrying(stream: &UnixStream, into: &mut [u8], flags: RecvFlags) -> Resu
     }
 }
 
-/// The line without its end.
+/// Parses a line without its newline.
 fn parse(line: &[u8]) -> GreetingStatus {
     let port = std::str::from_utf8(line).ok().and_then(|line| {
         let (word, port) = line.trim_end().split_once(' ')?;

@@ -6,7 +6,7 @@ use crate::metrics::counters;
 counters! {
     /// Packets as the guest sees them: those that it receives (rx) and those that it sends (tx).
     VsockMetrics {
-        /// Connections that were made, from either side.
+        /// Connections that were made, by either side.
         connections,
         /// Packets that the guest got.
         rx_packets,
@@ -22,7 +22,7 @@ counters! {
         tx_throttled,
         /// Packets of either side that end or refuse a connection at once.
         resets,
-        /// Connections that programs on the host wanted, and that were given up since the guest did not answer in time.
+        /// Connections that programs on the host asked for and the guest did not answer in time.
         unanswered,
     }
 }

@@ -4,7 +4,7 @@
 pub(super) const HEADER_LEN: usize = 44;
 /// The host's address.
 pub(super) const HOST_CID: u64 = 2;
-/// No port: who binds to it gets any.
+/// No port: a program that binds to it gets any free port.
 pub(super) const PORT_ANY: u32 = u32::MAX;
 /// Stream sockets.
 pub(super) const TYPE_STREAM: u16 = 1;
@@ -19,19 +19,19 @@ pub(super) enum PacketOp {
     Response = 2,
     /// Refuses or ends one.
     Reset = 3,
-    /// Says what the sender will not do any more, see [`NO_RECEIVE`] and [`NO_SEND`].
+    /// The sender will no longer do what the flags name: [`NO_RECEIVE`], [`NO_SEND`].
     Shutdown = 4,
     /// Carries data.
     Data = 5,
-    /// Says how much room there is.
+    /// Carries the sender's room for data.
     CreditUpdate = 6,
-    /// Asks how much room there is.
+    /// Asks for the receiver's room for data.
     CreditRequest = 7,
 }
 
-/// In a shutdown: the sender takes no more data.
+/// Flag of a shutdown: the sender takes no more data.
 pub(super) const NO_RECEIVE: u32 = 1;
-/// In a shutdown: the sender sends no more data.
+/// Flag of a shutdown: the sender sends no more data.
 pub(super) const NO_SEND: u32 = 2;
 /// Both.
 pub(super) const NOTHING_MORE: u32 = NO_RECEIVE | NO_SEND;
@@ -51,7 +51,7 @@ impl PacketOp {
     }
 }
 
-/// The ports of a connection, which tell it from all others of a device.
+/// The ports of a connection, by which the device knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Ports {
     /// The host's.
@@ -71,17 +71,17 @@ pub(super) struct VsockHeader {
     pub(super) len: u32,
     /// The socket's type.
     pub(super) kind: u16,
-    /// `None` for one that the specification does not know.
+    /// `None` for an operation that the specification does not define.
     pub(super) op: Option<PacketOp>,
     pub(super) flags: u32,
     /// The sender's room for data, in bytes, full or free.
     pub(super) buffer_size: u32,
-    /// Bytes that have left the sender's room, all in all; wraps.
+    /// Bytes that have left the sender's room in total; wraps.
     pub(super) forwarded: u32,
 }
 
 impl VsockHeader {
-    /// The header in these bytes.
+    /// Parses a header.
     pub(super) fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
         let rest = &mut &bytes[..];
         Self {
@@ -114,7 +114,7 @@ impl VsockHeader {
         bytes
     }
 
-    /// The refusal of this packet.
+    /// The reset that answers this packet.
     pub(super) fn refusal(&self) -> Self {
         Self {
             source_cid: self.destination_cid,

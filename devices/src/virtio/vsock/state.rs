@@ -21,14 +21,14 @@ impl Record for VsockState {
 }
 
 impl VsockState {
-    /// Checks that the guest keeps its address, and that the port is a program's.
+    /// Checks that the guest keeps its address, and that the port is one for programs of the host.
     pub(super) fn check(&self, guest_cid: u32) -> Result<(), DeviceError> {
         let mismatch =
             |what, expected: String, got: String| Err(DeviceError::Mismatch { what, expected, got });
         if self.guest_cid != guest_cid {
             return mismatch("CID", guest_cid.to_string(), self.guest_cid.to_string());
         }
-        // One past the last starts again.
+        // One past the last port is valid: it stands for the first.
         if !(FIRST_PORT..=2 * FIRST_PORT).contains(&self.next_port) {
             let expected = format!("{FIRST_PORT} to {}", 2 * FIRST_PORT);
             return mismatch("next port of the host", expected, self.next_port.to_string());

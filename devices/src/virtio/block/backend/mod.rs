@@ -1,4 +1,4 @@
-//! What backs a disk: an image file or a block device of the host.
+//! A disk's backend: an image file or a block device of the host.
 
 mod flush;
 mod lock;
@@ -39,24 +39,24 @@ pub struct BlockBackend {
     path: PathBuf,
     is_block_device: bool,
     read_only: bool,
-    /// What direct I/O wants, if that is what is done.
+    /// The alignment for direct I/O, if the disk is opened for that.
     alignment: Option<Alignment>,
-    /// What the file is, if it is not the disk as it is.
+    /// The image in the file, if the file is not a raw disk.
     qcow2: Option<Qcow2>,
     sectors: AtomicU64,
-    /// Bytes beyond the last whole block, until that was said.
+    /// Bytes beyond the last whole block, until they were logged.
     tail: AtomicU64,
-    /// Nobody else has written to it, so that nothing that is cached of it is out of date.
+    /// It was made on this host, and no other host has written to it: the host's cache is up to date.
     made_here: bool,
-    /// It was somebody else's, who had it locked until then.
+    /// It is taken over from another process, which has it locked until then.
     is_taken_over: bool,
     held: Mutex<HeldLocks>,
     logging: Logging,
-    /// How often the disk was modified, how much of that is in its file, and how much durable.
+    /// How often the disk was modified, and up to which modification it is in its file, and durable.
     modified: AtomicU64,
     written_out: AtomicU64,
     flushed: AtomicU64,
-    /// A flush has failed, and the guest has not heard of one that did: its own next one might succeed.
+    /// A flush has failed and the guest does not know: its own next flush might succeed.
     lost: AtomicBool,
 }
 
@@ -66,7 +66,7 @@ impl BlockBackend {
         Self::open_on(path, access, &[])
     }
 
-    /// Opens the image at `path`, on these files, from the upper to the lower.
+    /// Opens the image at `path` on these backing files, from the upper to the lower.
     pub fn open_on(path: &Path, access: Access, backing: &[BackingFile]) -> Result<Self, BlockBackendError> {
         let (file, is_block_device) = open_disk(path, access)?;
         let alignment = access.direct.then(|| Alignment::of(&file));
@@ -100,7 +100,7 @@ impl BlockBackend {
         Ok(backend)
     }
 
-    /// The same disk, which was made on this host, and whose name is, or will be, `path`.
+    /// The same disk, which was made on this host and whose name is, or will be, `path`.
     pub fn made_here(self, path: &Path) -> Self {
         Self {
             path: path.to_owned(),
@@ -109,7 +109,7 @@ impl BlockBackend {
         }
     }
 
-    /// Looks how large it is now. What is beyond its last whole block no guest can reach.
+    /// Reads the disk's size. The guest cannot reach what is beyond the last whole block.
     pub(super) fn measure(&self) -> Result<(), BlockBackendError> {
         let size = match &self.qcow2 {
             Some(image) => image.size(),
@@ -121,7 +121,7 @@ impl BlockBackend {
         Ok(())
     }
 
-    /// Says, once, that the guest does not see the disk's end.
+    /// Logs, once, that the guest does not see the disk's end.
     pub(super) fn warn_hidden_tail(&self) {
         let tail = self.tail.swap(0, Ordering::SeqCst);
         if tail > 0 {
@@ -130,14 +130,14 @@ impl BlockBackend {
         }
     }
 
-    /// A block device's metadata says 0; its end says the truth.
+    /// Seeks to the end, as the metadata of a block device have size 0.
     fn file_size(&self) -> Result<u64, BlockBackendError> {
         (&self.file)
             .seek(SeekFrom::End(0))
             .map_err(self.failed("find its size"))
     }
 
-    /// Where it is.
+    /// The disk's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -157,14 +157,14 @@ impl BlockBackend {
         self.sectors() * SECTOR_SIZE
     }
 
-    /// What offsets and lengths of requests are multiples of, in bytes.
+    /// The unit of requests' offsets and lengths, in bytes.
     pub(super) fn block_size(&self) -> u32 {
         self.alignment
             .map_or(SECTOR_SIZE as u32, |alignment| alignment.offset)
     }
 
-    /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
-    /// there afterwards, so nothing fails where it cannot.
+    /// Discards `len` bytes at byte `offset`, and gives up their space if the host can. Their content afterwards does
+    /// not matter, so it is no error if the host cannot.
     pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BlockBackendError> {
         let done = match &self.qcow2 {
             Some(image) => image.discard(offset, len),
@@ -172,13 +172,13 @@ impl BlockBackend {
         };
         self.modified(offset, len);
         match done {
-            // Not at all, or not such small parts of it.
+            // The host cannot discard, or not such small parts.
             Err(error) if is_unsupported(&error) => Ok(()),
             done => done.map_err(self.failed("discard a part of it")),
         }
     }
 
-    /// Makes `len` bytes at byte `offset` zero; they may give up their space if `unmap`.
+    /// Makes `len` bytes at byte `offset` zero; their space may be given up if `unmap`.
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BlockBackendError> {
         let done = match &self.qcow2 {
             Some(image) => image.write_zeroes(offset, len, unmap),
@@ -211,19 +211,19 @@ impl BlockBackend {
         Ok(())
     }
 
-    /// Drops what this host has cached of the disk, so that what another host wrote is read from the disk.
+    /// Drops what this host has cached of the disk, so that another host's writes are read from the disk.
     pub fn invalidate(&self) -> Result<(), BlockBackendError> {
         if self.made_here {
             return Ok(());
         }
         if self.is_block_device {
             match sys::flush_buffers(&self.file) {
-                // Needs a privilege; advice does without, page by page.
+                // The call needs a privilege; the advice below does not.
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
                 done => return done.map_err(self.failed("drop its buffers")),
             }
         }
-        // Only pages that are written back can be dropped, whoever wrote them.
+        // Only pages that are written back can be dropped, whichever process wrote them.
         self.file.sync_data().map_err(self.failed("write it back"))?;
         fadvise(&self.file, 0, None, Advice::DontNeed)
             .map_err(|errno| self.failed("drop its cached pages")(errno.into()))?;
@@ -325,7 +325,7 @@ impl BlockBackend {
         }
     }
 
-    /// The disk's bytes as they are, if they are in a file like that.
+    /// The disk's file, if it is a raw disk.
     pub(super) fn raw_file(&self) -> Option<&File> {
         self.qcow2.is_none().then_some(&self.file)
     }
@@ -339,7 +339,7 @@ impl BlockBackend {
     }
 }
 
-/// Whether the host, or the image, has no such thing, or not for such small parts.
+/// Whether the host or the image does not support an operation, or not for such small parts.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.kind(),

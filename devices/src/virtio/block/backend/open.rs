@@ -1,4 +1,4 @@
-//! How a disk's file is opened, and what it then wants of requests.
+//! How a disk's file is opened, and which alignment it then demands of requests.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -14,16 +14,16 @@ use super::super::error::BlockBackendError;
 /// How a disk is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Access {
-    /// For reading alone.
+    /// For reading only.
     pub read_only: bool,
     /// Without the host's cache (O_DIRECT).
     pub direct: bool,
-    /// What the file is.
+    /// The file's format.
     pub format: ImageFormat,
 }
 
-/// What a disk's file is. It is said by whoever knows, and never guessed: a guest may write whatever it likes to a raw
-/// image, and make it look like another one.
+/// The format of a disk's file. The user names it, and it is never guessed: a guest can write anything to a raw image,
+/// also what looks like another format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ImageFormat {
     /// The disk's bytes.
@@ -33,12 +33,12 @@ pub enum ImageFormat {
     Qcow2,
 }
 
-/// A file that an image is on, as whoever starts the guest names it.
+/// A backing file of an image, as the user names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingFile {
-    /// Where it is.
+    /// The file's path.
     pub path: PathBuf,
-    /// What it is; `None` if the image on it says that.
+    /// Its format; `None` to take that from the header of the image on top of it.
     pub format: Option<ImageFormat>,
 }
 
@@ -68,10 +68,10 @@ impl FromStr for ImageFormat {
     }
 }
 
-/// What is there in place of a disk.
+/// What was found in place of a disk.
 const A_DIRECTORY: &str = "a directory";
 
-/// Opens a disk, or a file of one, and says whether it is a block device.
+/// Opens a disk, or a file of one; returns whether it is a block device.
 pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), BlockBackendError> {
     let failed = |what| {
         move |source| BlockBackendError::Io {
@@ -91,14 +91,14 @@ pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), Blo
         let path = path.to_owned();
         return Err(BlockBackendError::NotADisk { path, got });
     }
-    // Requests may take their time.
+    // From now on calls may block.
     fcntl_getfl(&file)
         .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
         .map_err(|errno| failed("set it up")(errno.into()))?;
     Ok((file, kind.is_block_device()))
 }
 
-/// Opens what may yet be no disk.
+/// Opens a path that may turn out not to be a disk.
 fn open(path: &Path, access: Access) -> Result<File, BlockBackendError> {
     if access.direct && access.format != ImageFormat::Raw {
         let path = path.to_owned();
@@ -136,14 +136,15 @@ fn open(path: &Path, access: Access) -> Result<File, BlockBackendError> {
 /// What direct I/O demands, in bytes: powers of two.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Alignment {
-    /// Of addresses and lengths of buffers.
+    /// Alignment of the addresses and lengths of buffers.
     pub(super) memory: u32,
-    /// Of places on the disk.
+    /// Alignment of offsets on the disk.
     pub(super) offset: u32,
 }
 
 impl Alignment {
-    /// As the kernel says. One that says nothing is older than 6.1, or does not care: sectors then, as ever.
+    /// As the kernel reports it. A kernel before 6.1, or a file system without such limits, reports nothing: then it is
+    /// a sector.
     pub(super) fn of(file: &File) -> Self {
         let sector = super::SECTOR_SIZE as u32;
         let (memory, offset) = match statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {

@@ -7,8 +7,8 @@ use super::super::error::BlockBackendError;
 use super::BlockBackend;
 
 impl BlockBackend {
-    /// Fails if a file of it has no name any more, so that it ends with this process: whoever is to open it later would
-    /// find nothing, or another file in its place.
+    /// Fails if a file of the disk has no name any more, so that its content ends with this process: a process that
+    /// opens the path later would find nothing, or another file.
     pub fn check_kept(&self) -> Result<(), BlockBackendError> {
         for (file, path) in self.files() {
             let open = file.metadata().map_err(self.failed("look at it"))?;

@@ -40,7 +40,7 @@ impl Drop for Loop {
 }
 
 fn losetup(arguments: &[&Path]) -> Vec<u8> {
-    // Not everybody has it in the path.
+    // The user's path may lack the directory of `losetup`.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let mut command = Command::new("losetup");
     let output = command.args(arguments).env("PATH", path).output().unwrap();
@@ -87,7 +87,7 @@ fn on_each(test: impl Fn(Driver, &SlowFile)) {
     }
 }
 
-/// The same with an image that has a sector of data, and in whose file nobody finds it yet.
+/// The same with an image that has a sector of data, whose metadata are not in the file yet.
 fn slow_image(cache: CacheMode) -> (TempDir, SlowFile, Driver) {
     let (dir, image) = images::image();
     let path = dir.path().join("slow");
@@ -106,8 +106,9 @@ fn slow_image(cache: CacheMode) -> (TempDir, SlowFile, Driver) {
     (dir, file, driver)
 }
 
-/// Nobody waits for the file, which is held from then on. Were anybody to, it would be released in the end.
-fn waits_for_nothing(file: &SlowFile, act: impl FnOnce()) {
+/// Holds the file and checks that `act` does not wait for it. If it does, the file is released after [`SOON`], so that
+/// the test can fail.
+fn does_not_wait_for(file: &SlowFile, act: impl FnOnce()) {
     file.hold();
     let (over, is_over) = mpsc::channel::<()>();
     let start = Instant::now();
@@ -147,7 +148,7 @@ fn drain_fails(driver: &Driver, word: &str) {
 }
 
 #[test]
-fn whoever_waits_for_a_disk_that_hangs_is_told_in_time() {
+fn a_drain_of_a_disk_that_hangs_fails_in_time() {
     on_each(|mut driver, file| {
         driver.fill(BUFFER, &[0xab; 512]);
         for (kind, data) in [
@@ -315,10 +316,10 @@ fn what_a_driver_wrote_before_it_reset_the_disk_is_durable_after_a_drain() {
 }
 
 #[test]
-fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
+fn the_device_thread_does_not_wait_for_a_write_out() {
     // When its time has come.
     let (_dir, file, mut driver) = slow_image(CacheMode::Writeback);
-    waits_for_nothing(&file, || {
+    does_not_wait_for(&file, || {
         images::serve_until(&mut driver, || file.holds());
         begin(&mut driver, IN, &[writes(BUFFER, 512)]);
         driver.transport.pause();
@@ -329,7 +330,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     driver.wait_for(1);
     // When the driver resets the disk.
     let (dir, file, mut driver) = slow_image(CacheMode::Writeback);
-    waits_for_nothing(&file, || {
+    does_not_wait_for(&file, || {
         driver.set(0x070, 0);
         file.wait_held();
         // Nothing of that touches the guest's memory: the next driver comes and goes.
@@ -347,7 +348,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     assert!(images::is_in_the_file(&dir.path().join("slow"), 9, 0xab));
     // When it flushes a disk that need not outlive the host.
     let (dir, file, mut driver) = slow_image(CacheMode::Unsafe);
-    waits_for_nothing(&file, || begin(&mut driver, FLUSH, &[]));
+    does_not_wait_for(&file, || begin(&mut driver, FLUSH, &[]));
     assert!(driver.used().is_empty());
     file.release();
     driver.wait_for(1);
@@ -369,7 +370,7 @@ fn an_image_whose_queue_breaks_is_written_out() {
 }
 
 #[test]
-fn a_flush_that_failed_unheard_is_told_by_the_next() {
+fn a_failed_flush_without_an_answer_is_reported_by_the_next() {
     on_each(|mut driver, file| {
         assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
         // The kernel tells each open file once, and that was the host's side.
@@ -394,7 +395,7 @@ fn a_flush_that_failed_unheard_is_told_by_the_next() {
 }
 
 #[test]
-fn a_flush_in_flight_is_told_what_another_has_lost() {
+fn a_flush_in_flight_reports_that_another_has_failed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("slow");
     let file = SlowFile::new(&path, 4 << 20);
@@ -414,7 +415,7 @@ fn a_flush_in_flight_is_told_what_another_has_lost() {
 }
 
 #[test]
-fn a_disk_that_need_not_be_durable_can_move_once_its_guest_has_heard() {
+fn a_disk_can_move_once_its_guest_knows_of_a_failed_flush() {
     let (_dir, file, mut driver) = slow_image(CacheMode::Unsafe);
     file.fail(FSYNC);
     driver.transport.pause();

@@ -1,3 +1,5 @@
+//! Files of the host that shrink, are removed or are not disks.
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -88,7 +90,7 @@ fn what_a_disk_has_lost_is_no_hole() {
 }
 
 #[test]
-fn a_file_that_was_removed_is_kept_by_nobody_else() {
+fn a_disk_whose_file_was_removed_is_refused() {
     let disk = TestDisk::new();
     let open = |path: &Path| BlockBackend::open(path, Access::default()).unwrap();
     let backend = open(&disk.path());

@@ -166,7 +166,7 @@ fn device_on(path: &Path, files: &[BackingFile]) -> VirtioBlock {
 }
 
 #[test]
-fn what_an_image_is_on() {
+fn backing_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let [base, middle, top] = ["base", "middle", "top"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
@@ -198,7 +198,7 @@ fn what_an_image_is_on() {
 }
 
 #[test]
-fn an_image_is_on_nothing_that_was_not_named() {
+fn only_named_backing_files_are_opened() {
     let dir = tempfile::tempdir().unwrap();
     let [base, middle, top] = ["base", "middle", "top"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
@@ -219,7 +219,7 @@ fn an_image_is_on_nothing_that_was_not_named() {
     assert!(error.contains("which is raw"), "{error}");
     let error = BlockBackend::open_on(&base, Access::default(), &[backing(&top, None)]).unwrap_err();
     assert!(matches!(error, BlockBackendError::NoImage { .. }), "{error}");
-    // What is no disk is none below one either; nobody waits for its other end.
+    // A file that cannot be a disk cannot be a backing file either; opening a FIFO does not wait for its other end.
     for (path, word) in [
         (dir.path().join("none"), "found nothing"),
         (dir.path().to_owned(), "a directory"),
@@ -229,7 +229,7 @@ fn an_image_is_on_nothing_that_was_not_named() {
         let error = refused(&middle, &[backing(&path, Some(ImageFormat::Raw))]);
         assert!(error.contains(word), "{error}");
     }
-    // Without a format somebody would have to guess.
+    // Without a format it would have to be guessed.
     fs::remove_file(&top).unwrap();
     make(&top, Some((&base, "")));
     let error = refused(&top, &[backing(&base, None)]);
@@ -263,7 +263,7 @@ fn data_in_another_file_are_refused() {
 }
 
 #[test]
-fn nobody_writes_to_what_images_are_on() {
+fn backing_files_are_never_written() {
     let dir = tempfile::tempdir().unwrap();
     let [base, one, two] = ["base", "one", "two"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
@@ -284,7 +284,7 @@ fn nobody_writes_to_what_images_are_on() {
     assert!(writer.lock().is_err());
     drop(two);
     writer.lock().unwrap();
-    // Nor is one of them used while somebody writes to that.
+    // Nor is a backing file used while another process writes to it.
     let error = one.lock().unwrap_err();
     assert!(
         matches!(&error, BlockBackendError::Locked { path, .. } if *path == base),
@@ -310,7 +310,7 @@ fn nobody_writes_to_what_images_are_on() {
     );
 }
 
-/// Whether somebody else finds a sector of the image full of `byte`.
+/// Whether another opening of the image finds a sector full of `byte`.
 pub(super) fn is_in_the_file(path: &Path, sector: u64, byte: u8) -> bool {
     let (copies, name) = (tempfile::tempdir().unwrap(), "copy");
     let copy = copies.path().join(name);
@@ -370,7 +370,7 @@ fn an_image_that_is_closed_has_all_and_takes_nothing() {
     write(&mut driver, 9, 512, 1);
     backend.close().unwrap();
     assert!(is_in_the_file(&path, 9, 1));
-    // As its process does: whoever wants it waits for ever.
+    // As in a process that ends: a thread that wants the image waits for ever.
     std::mem::forget((driver, backend));
 }
 
@@ -388,7 +388,7 @@ fn what_is_no_image() {
         )
     };
     let mut bad = vec![vec![0; 1 << 20], good[..50].to_vec()];
-    // Another version, clusters of 2^63 bytes, a first table beyond everything, features that nobody knows.
+    // Another version, clusters of 2^63 bytes, a first table beyond the file, unknown features.
     for (at, byte) in [(7, 9), (23, 63), (40, 0xff), (72, 0xff)] {
         let mut image = good.clone();
         image[at] = byte;

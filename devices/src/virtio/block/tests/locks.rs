@@ -42,17 +42,17 @@ fn open(path: &Path, read_only: bool) -> BlockBackend {
 }
 
 #[test]
-fn qemu_may_look_and_not_write() {
+fn qemu_may_read_and_not_write() {
     let disk = TestDisk::new();
     let other = File::options().read(true).write(true).open(disk.path()).unwrap();
     let is_locked = |byte| find_lock(&other, ByteRange::byte(byte)).unwrap().is_some();
-    // What it looks for who wants to write, and to resize, and who wants nobody to write.
+    // The bytes that QEMU checks before it writes, before it resizes, and before it forbids others to write.
     for (read_only, locked) in [(false, [true, true, true]), (true, [true, true, false])] {
         let backend = open(&disk.path(), read_only);
         backend.lock().unwrap();
         assert_eq!([201, 203, 101].map(is_locked), locked);
         assert!(!is_locked(200), "anybody may read");
-        // It locks them shared before it looks.
+        // QEMU takes its shared locks before it checks.
         for byte in [100, 101, 103, 201, 203] {
             assert!(set_lock(&other, ByteRange::byte(byte), FileLock::Shared).unwrap());
         }
@@ -61,10 +61,10 @@ fn qemu_may_look_and_not_write() {
 }
 
 #[test]
-fn who_uses_a_disk_is_left_alone() {
+fn a_lock_of_another_process_conflicts() {
     let disk = TestDisk::new();
     let other = File::options().read(true).write(true).open(disk.path()).unwrap();
-    // Somebody writes; resizes; reads and wants nobody to write; wants nobody to read; has all of it, and may do what it likes.
+    // Another process writes; resizes; reads and forbids writing; forbids reading; has locked all of the file.
     for (range, lock, to_write, to_read) in [
         (ByteRange::byte(101), FileLock::Shared, false, false),
         (ByteRange::byte(103), FileLock::Shared, false, false),

@@ -1,3 +1,5 @@
+//! A disk as a guest uses it, and what the other files of these tests share.
+
 mod bounds;
 mod engines;
 mod host;
@@ -33,7 +35,7 @@ pub(super) const OK: u8 = 0;
 pub(super) const IOERR: u8 = 1;
 pub(super) const UNSUPP: u8 = 2;
 
-/// Does it with either engine, each on a disk of its own.
+/// Runs a test with either engine, each on a disk of its own.
 pub(super) fn with_both(test: impl Fn(&TestDisk)) {
     for engine in [IoEngine::Sync, IoEngine::Async] {
         eprintln!("{engine:?}");

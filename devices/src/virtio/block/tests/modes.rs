@@ -215,7 +215,7 @@ fn a_disk_that_grows_and_shrinks() {
         driver.run();
         driver.interrupts();
         file.set_len(96 * 512).unwrap();
-        // Not before somebody says so.
+        // Not before the host has asked for it.
         assert_eq!(request(&mut driver, IN, 64, &sector), (IOERR, 1));
         let generation = driver.get(0x0fc);
         assert_eq!(control.resize().unwrap(), 96 * 512);
@@ -239,7 +239,7 @@ fn a_disk_that_grows_and_shrinks() {
         assert_eq!(request(&mut driver, IN, 31, &sector), (OK, 513));
         assert_eq!(fs::metadata(disk.path()).unwrap().len(), 32 * 512);
 
-        // The part of a sector at its end is nobody's, and an empty disk is one.
+        // A part of a sector at the end is hidden, and an empty disk is valid.
         for (bytes, sectors) in [(33 * 512 + 100, 33), (0, 0)] {
             file.set_len(bytes).unwrap();
             assert_eq!(control.resize().unwrap(), sectors * 512);

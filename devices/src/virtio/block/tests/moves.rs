@@ -1,3 +1,5 @@
+//! A disk that is reset, saved and restored.
+
 use std::fs::{self, File};
 
 use migration_state::Envelope;

@@ -1,3 +1,5 @@
+//! Requests to a disk, valid and hostile, and their answers.
+
 use std::fs;
 use std::time::{Duration, Instant};
 

@@ -26,7 +26,7 @@ const REQUEST_HEADER: usize = 40;
 const BUFFER: usize = (1 << 20) + (64 << 10);
 const MOST_WRITTEN: u32 = 1 << 20;
 
-/// The file is mounted as long as it lives.
+/// A file that is mounted while this value lives.
 pub(super) struct SlowFile {
     path: std::path::PathBuf,
     held: Arc<(Mutex<HeldRequests>, Condvar)>,
@@ -78,7 +78,7 @@ impl SlowFile {
         self.held.0.lock().unwrap().fails = Some(kind);
     }
 
-    /// It is again, and what was held is done.
+    /// Lets the held requests and all later ones be done.
     pub(super) fn release(&self) {
         self.held.0.lock().unwrap().is_held = false;
         self.held.1.notify_all();
@@ -97,7 +97,7 @@ struct HeldRequests {
 impl Drop for SlowFile {
     fn drop(&mut self) {
         self.release();
-        // It goes when nobody has it open any more.
+        // The mount goes once the last handle of the file is closed.
         unmount(&self.path, UnmountFlags::DETACH).unwrap();
     }
 }
@@ -142,7 +142,7 @@ impl FuseServer {
             };
             let len = 16 + body.len() as u32;
             let head = [&len.to_le_bytes()[..], &error.to_le_bytes(), unique].concat();
-            // Whoever asked may have been killed.
+            // The asking process may have been killed.
             let _ = self.fuse.write(&[head, body].concat());
         }
     }

@@ -86,7 +86,7 @@ fn nothing_comes_before_the_guest_opens_the_port() {
     assert_eq!(rig.received(1), b"");
     rig.send_message(1, PORT_OPEN, 1);
     assert_eq!(rig.received(1), b"early");
-    // Who has gone when nobody listens leaves nothing behind, and lets the next one in.
+    // A program that closes while the guest does not listen leaves nothing behind, and the next one is accepted.
     rig.send_message(1, PORT_OPEN, 0);
     client.write_all(b"late").unwrap();
     drop(client);
@@ -99,7 +99,7 @@ fn nothing_comes_before_the_guest_opens_the_port() {
 }
 
 #[test]
-fn what_nobody_reads_stays_in_the_guests_queue() {
+fn what_no_program_reads_stays_in_the_guests_queue() {
     let mut rig = ConsoleRig::open();
     rig.send(1, b"before");
     assert_eq!(rig.taken(1), 0);
@@ -125,7 +125,7 @@ fn what_nobody_reads_stays_in_the_guests_queue() {
 }
 
 #[test]
-fn the_rest_of_what_was_begun_is_for_nobody_else() {
+fn the_rest_of_a_chain_goes_to_no_other_program() {
     let mut rig = ConsoleRig::open();
     let first = rig.client("a");
     let long = vec![b'x'; 700_000];
@@ -141,7 +141,7 @@ fn the_rest_of_what_was_begun_is_for_nobody_else() {
 }
 
 #[test]
-fn a_program_that_ends_is_heard_out() {
+fn what_a_program_sent_before_it_closed_arrives() {
     let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     client.write_all(b"last words").unwrap();
@@ -158,7 +158,7 @@ fn a_program_that_ends_is_heard_out() {
 }
 
 #[test]
-fn a_driver_that_starts_anew_finds_who_was_there() {
+fn programs_stay_connected_over_a_reset() {
     let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     rig.driver.bring_up();

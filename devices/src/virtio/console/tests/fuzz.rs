@@ -70,7 +70,7 @@ fn perform(rig: &mut ConsoleRig, clients: &mut Vec<UnixStream>, act: ConsoleAct)
         }
         ConsoleAct::Leave(client) if client < clients.len() => drop(clients.remove(client)),
         ConsoleAct::Write(client, len) if client < clients.len() => {
-            // One that nobody takes data from, or that was let go, takes none.
+            // A program whose data the guest does not take, or that was disconnected, takes none.
             let _ = clients[client].write(&vec![7; len]);
         }
         ConsoleAct::Leave(_) | ConsoleAct::Write(..) => {}

@@ -37,7 +37,7 @@ fn ports_are_introduced_when_the_driver_asks() {
 }
 
 #[test]
-fn the_guest_hears_who_comes_and_goes() {
+fn the_guest_is_told_when_programs_come_and_go() {
     let mut rig = ConsoleRig::open();
     let first = rig.client("b");
     assert_eq!(rig.messages(), [(2, PORT_OPEN, 1, vec![])]);
@@ -54,7 +54,7 @@ fn the_guest_hears_who_comes_and_goes() {
 }
 
 #[test]
-fn news_wait_for_buffers_and_get_no_more_meanwhile() {
+fn messages_wait_for_buffers_and_do_not_pile_up() {
     let mut rig = ConsoleRig::new(&["a", "b"]);
     for _ in 0..100 {
         rig.send_message(0, DEVICE_READY, 1);
@@ -128,7 +128,7 @@ fn a_driver_that_knows_of_no_ports_has_a_console() {
     assert_eq!(rig.received(0), b"in");
     rig.send(0, b"out");
     assert_eq!((rig.taken(0), rig.screen.take()), (1, b"out".to_vec()));
-    // Nobody is let in who would not be heard.
+    // No program is accepted whose data the guest could not get.
     let mut client = rig.client("a");
     rig.post(1, 1);
     flood(&mut client);

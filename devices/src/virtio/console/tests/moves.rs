@@ -57,7 +57,7 @@ fn a_move_that_fails_leaves_programs_alone() {
 }
 
 #[test]
-fn after_a_move_the_guest_hears_that_programs_are_gone() {
+fn after_a_move_the_guest_is_told_that_programs_have_gone() {
     let mut rig = ConsoleRig::open();
     let mut old = rig.client("a");
     rig.messages();
@@ -100,7 +100,7 @@ fn after_a_move_the_guest_hears_that_programs_are_gone() {
 }
 
 #[test]
-fn a_guest_without_buffers_for_the_news_gets_them_later() {
+fn a_guest_without_buffers_gets_its_messages_later() {
     let mut rig = ConsoleRig::new(&["a", "b"]);
     rig.send_message(0, DEVICE_READY, 1);
     let saved = rig.driver.save();
@@ -140,7 +140,7 @@ fn a_device_tells_what_its_like_is_made_with() {
 }
 
 #[test]
-fn the_sockets_are_there_while_the_guest_is_ours() {
+fn the_sockets_exist_while_the_locks_are_held() {
     let directory = tempfile::tempdir().unwrap();
     let (backend, _, _device) = device(directory.path(), &["a", "b"]);
     let paths = ["a", "b"].map(|name| directory.path().join(name));

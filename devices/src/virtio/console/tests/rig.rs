@@ -81,7 +81,7 @@ pub(super) fn device(
 }
 
 impl ConsoleRig {
-    /// As whoever runs the guest has it, with the driver up as far as DRIVER_OK.
+    /// A device as the process that runs the guest has it, with the driver up as far as DRIVER_OK.
     pub(super) fn new(names: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (backend, terminal, device) = device(directory.path(), names);
@@ -104,7 +104,7 @@ impl ConsoleRig {
         rig
     }
 
-    /// The driver, which is up, takes its ports in, and programs in the guest open them.
+    /// The driver, which is up, accepts its ports, and programs in the guest open them.
     pub(super) fn start(&mut self) {
         self.post_messages(32);
         self.send_message(0, DEVICE_READY, 1);

@@ -1,4 +1,4 @@
-//! Cards with several pairs of queues, and taps that somebody else opened.
+//! Cards with several pairs of queues, and taps that another program has opened.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -196,7 +196,7 @@ fn queues_that_were_opened_elsewhere() {
         provide_all(&mut driver, 2);
         send_from(&mut driver, &wire, 1, 1000);
         assert_eq!(answered_to(&mut driver, &wire, 2, 1000), 1);
-        // A guest that uses one leaves both to whoever comes next.
+        // A guest that uses one queue leaves both attached for the next user of the tap.
         assert_eq!(set_pairs(&mut driver, 4, 1), 0);
     }
     let error = VirtioNet::new(Tap::open(&source).unwrap(), parameters(4)).unwrap_err();

@@ -1,4 +1,4 @@
-//! Flow control both ways, and that nobody pays for another's slowness.
+//! Flow control both ways, and that a slow connection holds up no other.
 
 use std::io::{Read, Write};
 
@@ -74,7 +74,7 @@ fn a_program_that_never_reads_holds_up_its_own_connection() {
     let mut other = rig.open_to_host(52);
     rig.send(packet(PacketOp::Data, 52), b"ping");
     assert_eq!(read(&mut other), b"ping");
-    // All of it arrives when somebody reads.
+    // All of it arrives once the program reads.
     let mut got = 0;
     let mut room = [0; 1000];
     while got < sent {

@@ -47,7 +47,7 @@ fn packets_of_no_connection_are_refused() {
         assert_eq!(reset.source_cid, header.destination_cid);
     }
     rig.send(packet(PacketOp::Reset, 7), &[]);
-    // In another's name: there is nobody to answer.
+    // With a foreign CID as the sender: there is no such sender to answer.
     rig.send(
         VsockHeader {
             source_cid: 9,
@@ -159,7 +159,7 @@ fn programs_that_talk_nonsense_are_cut_off() {
 }
 
 #[test]
-fn who_owes_an_answer_has_a_time_limit() {
+fn answers_have_a_time_limit() {
     let rig = VsockRig::without_buffers();
     let mut connections = VsockConnections::new(rig.backend.clone(), GUEST_CID);
     let mut silent = rig.client();

@@ -48,7 +48,7 @@ fn a_move_that_fails_leaves_connections_alone() {
 }
 
 #[test]
-fn after_a_move_the_guest_is_told_before_anybody_connects() {
+fn after_a_move_the_guest_gets_the_event_before_programs_connect() {
     let mut rig = VsockRig::new();
     let (_old, old_port) = rig.open();
     rig.post_event();
@@ -81,7 +81,7 @@ fn after_a_move_the_guest_is_told_before_anybody_connects() {
 }
 
 #[test]
-fn a_guest_without_a_buffer_for_the_news_gets_it_later() {
+fn a_guest_without_a_buffer_gets_the_event_later() {
     let rig = VsockRig::new();
     let saved = rig.driver.save();
     let mut rig = moved(&rig, saved);
@@ -95,7 +95,7 @@ fn a_guest_without_a_buffer_for_the_news_gets_it_later() {
 }
 
 #[test]
-fn a_driver_that_starts_anew_needs_no_news() {
+fn a_reset_cancels_the_event() {
     let rig = VsockRig::new();
     let saved = rig.driver.save();
     let mut rig = moved(&rig, saved);
@@ -120,7 +120,7 @@ fn the_saved_state_must_fit() {
 }
 
 #[test]
-fn the_socket_is_there_while_the_guest_is_ours() {
+fn the_socket_exists_while_the_locks_are_held() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("v.sock");
     let (backend, _device) = device(&path);

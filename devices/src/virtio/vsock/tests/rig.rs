@@ -37,7 +37,7 @@ pub(super) struct VsockRig {
     pub(super) driver: Driver,
 }
 
-/// A device with its socket at `path`, as whoever runs the guest has it.
+/// A device with its socket at `path`, as the process that runs the guest has it.
 pub(super) fn device(path: &Path) -> (Arc<VsockBackend>, VirtioVsock) {
     limited(path, Limits::default())
 }

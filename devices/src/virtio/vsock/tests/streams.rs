@@ -75,7 +75,7 @@ fn the_guest_connects_to_a_program() {
     assert_eq!(read(&mut stream), b"ping");
     stream.write_all(b"pong").unwrap();
     assert_eq!(rig.one().1, b"pong");
-    // Nobody waits on the next.
+    // No program listens on the next port.
     rig.send(packet(PacketOp::Request, 53), &[]);
     let (reset, _) = rig.one();
     assert_eq!((reset.op, reset.source_port), (Some(PacketOp::Reset), 53));
