@@ -25,13 +25,13 @@ pub(super) use transfer::Durability;
 
 /// A place in a file, to copy from and to guest memory. The offset moves on with each copy; the file's own offset does
 /// not change.
-pub(super) struct At<'a> {
+pub(super) struct FilePosition<'a> {
     pub(super) file: &'a File,
     /// In bytes.
     pub(super) offset: u64,
 }
 
-impl At<'_> {
+impl FilePosition<'_> {
     fn file_offset(&self) -> Result<libc::off_t, VolatileMemoryError> {
         libc::off_t::try_from(self.offset)
             .map_err(|_| VolatileMemoryError::IOError(io::ErrorKind::InvalidInput.into()))
@@ -45,7 +45,7 @@ impl At<'_> {
     }
 }
 
-impl ReadVolatile for At<'_> {
+impl ReadVolatile for FilePosition<'_> {
     fn read_volatile<B: BitmapSlice>(
         &mut self,
         buffer: &mut VolatileSlice<B>,
@@ -65,7 +65,7 @@ impl ReadVolatile for At<'_> {
     }
 }
 
-impl WriteVolatile for At<'_> {
+impl WriteVolatile for FilePosition<'_> {
     fn write_volatile<B: BitmapSlice>(
         &mut self,
         buffer: &VolatileSlice<B>,

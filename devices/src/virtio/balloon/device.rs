@@ -1,4 +1,4 @@
-//! The device: what the guest gives up goes back to the host.
+//! The device: its queues, its configuration space, and what moves with it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

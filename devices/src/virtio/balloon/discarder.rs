@@ -10,7 +10,8 @@ use crate::helper::CancelFlag;
 use crate::log_damper::LogDamper;
 use crate::virtio::Chain;
 
-/// Most pages that one request gives up, four times what Linux puts in one. The rest of a longer one stays the guest's.
+/// Most pages that one request gives up, four times as many as Linux puts in one. The other pages of a longer request
+/// are not given up.
 pub(super) const MOST_PAGES: usize = 1024;
 
 /// What a queue of the balloon is for.

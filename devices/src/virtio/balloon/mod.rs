@@ -1,7 +1,7 @@
 //! The memory balloon (virtio 1.2, 5.5): memory that the guest can do without goes back to the host.
 //!
-//! Two ways: the host sets a target and the guest gives up that much until it is asked to take it back; and the guest
-//! reports, by itself, what it does not use at the moment. Pages that were given up are neither kept nor migrated.
+//! In two ways: the host sets a target and the guest gives up that much until the target changes; and the guest reports
+//! by itself the pages that it does not use at the moment. Pages that were given up are neither kept nor migrated.
 //!
 //! The host can also ask which pages the guest does not use at the moment ([`BalloonControl::hints`]); these are not
 //! given up, but need not be migrated.

@@ -30,7 +30,7 @@ const F_POISON: u64 = 1 << 4;
 const COMMAND: u64 = 0x108;
 const POISON: u64 = 0x10c;
 
-/// The host wants no hints any more.
+/// The id that ends a command.
 const DONE: u32 = 1;
 
 /// Pages that tests give up.
@@ -207,7 +207,7 @@ fn a_move_takes_target_and_kept_chain_along() {
 /// How long a guest has to answer: enough for one that does, and no loss of time where one does not.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Has the guest asked for hints, and `act` on that; what came of it. It is told that it can have its pages back.
+/// Asks the guest for hints, and lets `act` answer; returns the hints. The guest then sees that it has its pages back.
 fn hints(
     driver: &mut Driver,
     control: &Arc<BalloonControl>,
@@ -335,7 +335,7 @@ fn a_guest_that_poisons_what_it_frees_keeps_it() {
         driver.submit(&[writes(PAGES, 0x1000)]);
         assert_eq!(is_kept(&driver, PAGES), !gone);
     }
-    // A value means something only to who said so, and ends with a reset.
+    // The value counts only if the driver has negotiated it, and ends with a reset.
     driver.set(POISON, 1);
     driver.bring_up();
     assert_eq!(driver.get(POISON), 0);

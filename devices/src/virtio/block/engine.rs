@@ -19,7 +19,7 @@ use crate::helper::{Helper, wait_readable};
 use crate::virtio::sys::IoRing;
 use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
-/// Bytes in flight from which on no other request begins. A drain has to wait for so much, and for the last request.
+/// Bytes in flight from which on no other request starts. A drain waits for these bytes, and for the last request.
 const MOST_IN_FLIGHT: u64 = 16 << 20;
 
 /// The engine of one disk: a ring if there is one, and a helper thread.
@@ -60,12 +60,12 @@ pub(super) struct PendingIo {
     origin: Origin,
     work: u64,
     promises_durability: bool,
-    completion: Completion,
+    completion: IoCompletion,
 }
 
 /// What the device thread must do when the I/O is done.
 #[derive(Debug)]
-enum Completion {
+enum IoCompletion {
     Read {
         len: u32,
     },
@@ -188,7 +188,7 @@ impl BlockEngine {
             (Some(ring), Some(memory), BlockIo::Read { into, offset })
                 if backend.can_transfer_directly(&into) =>
             {
-                let completion = Completion::Read { len: len(&into) };
+                let completion = IoCompletion::Read { len: len(&into) };
                 ring.read(flight(completion), memory, into, offset)?;
             }
             (
@@ -201,17 +201,17 @@ impl BlockEngine {
                 },
             ) if backend.can_transfer_directly(&from) => {
                 let len = from.len();
-                let completion = Completion::Written { offset, len };
+                let completion = IoCompletion::Written { offset, len };
                 ring.write(flight(completion), memory, from, offset, durability)?;
             }
             (Some(ring), _, BlockIo::Flush) if ring.has_room() => {
                 let generation = backend.unflushed_generation().unwrap_or_default();
-                ring.flush(flight(Completion::Flushed { generation }));
+                ring.flush(flight(IoCompletion::Flushed { generation }));
             }
             (_, memory, io) => {
                 let completion = match &io {
-                    BlockIo::Read { into, .. } => Completion::Read { len: len(into) },
-                    _ => Completion::Nothing,
+                    BlockIo::Read { into, .. } => IoCompletion::Read { len: len(into) },
+                    _ => IoCompletion::Nothing,
                 };
                 let (memory, backend) = (memory.cloned(), backend.clone());
                 let failed = backend.clone();
@@ -283,7 +283,7 @@ impl BlockEngine {
         };
         self.remove(&flight);
         let written = match flight.completion {
-            Completion::Read { len } => len,
+            IoCompletion::Read { len } => len,
             _ => 0,
         };
         Some((flight, result.map(|()| written)))
@@ -319,16 +319,16 @@ fn blocks_in_submission(file: &File) -> bool {
 /// Takes note of a transfer or flush that io_uring has done.
 fn finish_transfer(
     backend: &BlockBackend,
-    completion: &Completion,
+    completion: &IoCompletion,
     result: io::Result<()>,
 ) -> Result<(), BlockRequestError> {
     let what = match *completion {
-        Completion::Read { .. } => "read it",
-        Completion::Written { offset, len } => {
+        IoCompletion::Read { .. } => "read it",
+        IoCompletion::Written { offset, len } => {
             backend.modified(offset, len);
             "write to it"
         }
-        Completion::Flushed { generation } => {
+        IoCompletion::Flushed { generation } => {
             match &result {
                 Ok(()) => backend.flushed(generation),
                 Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {}
@@ -336,7 +336,7 @@ fn finish_transfer(
             }
             "write it back"
         }
-        Completion::Nothing => "use it",
+        IoCompletion::Nothing => "use it",
     };
     result.map_err(|error| backend.failed(what)(error).into())
 }

@@ -3,7 +3,7 @@
 use crate::virtio::Buffers;
 use crate::virtio::sys::Durability;
 
-/// A discard costs so much less than a write of as many bytes.
+/// How many times less a discard costs than a write of as many bytes.
 const DISCARD_SHARE: u64 = 64;
 
 /// What a request asks of the disk.

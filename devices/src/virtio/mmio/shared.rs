@@ -51,7 +51,7 @@ pub(super) struct DeviceCore {
     resetting: bool,
 }
 
-/// Why a device needs a reset whose code panicked.
+/// The cause of a reset after a panic.
 #[derive(Debug, thiserror::Error)]
 #[error("it panicked")]
 struct Panicked;

@@ -404,7 +404,7 @@ fn golden_record() {
     migration_state::assert_golden(1, golden, &state);
 }
 
-/// An entropy device that panics as often as it is told.
+/// An entropy device that panics so often.
 struct Panics(VirtioRng, Arc<AtomicU32>);
 
 impl VirtioDevice for Panics {

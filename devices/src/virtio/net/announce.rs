@@ -67,8 +67,8 @@ impl AsFd for Announcer {
     }
 }
 
-/// A request of reverse ARP (RFC 903) from `mac` to all, with the header that a tap wants before it. It asks for
-/// nothing; switches learn from it behind which port the address is.
+/// A request of reverse ARP (RFC 903) from `mac` to all, with the header that a tap expects before it. The answer does
+/// not matter; switches learn from the request which port leads to the address.
 pub(super) fn rarp(mac: MacAddress) -> [u8; HEADER_LEN + FRAME_LEN] {
     const RARP: [u8; 2] = [0x80, 0x35];
     /// Ethernet, IPv4, the lengths of their addresses, "request reverse".

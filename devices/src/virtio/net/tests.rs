@@ -178,7 +178,7 @@ fn many_packets_are_taken_in_turns() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::new(wire.card("tap0"));
     driver.bring_up_with(PLAIN);
-    // The looks at all queues that it begins with are over.
+    // Every queue was served once, as after each activation.
     driver.run();
     for number in 0..200 {
         wire.send(NOTHING, &frame(&[number; 60]));
@@ -304,7 +304,7 @@ fn a_tap_that_goes_down_or_away_does_no_harm() {
     transmit_frame(&mut driver, &frame(&[1; 100]));
     assert_eq!(driver.count("tx_dropped"), 1);
     ip("link set dev tap0 up");
-    // The bridge looks at its port in its own time.
+    // The bridge takes its time to see that its port is up.
     while wire.try_receive(is_ours).is_none() {
         transmit_frame(&mut driver, &frame(&[2; 100]));
     }

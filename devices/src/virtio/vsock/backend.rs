@@ -10,7 +10,7 @@ use std::time::Duration;
 use named_socket::connect_now;
 use rustix::event::epoll::EventFlags;
 
-use super::packet::{PORT_ANY, Ports};
+use super::packet::{PORT_ANY, PortPair};
 use crate::host_socket::{HostSocket, HostSocketError};
 use crate::timer::Timer;
 use crate::virtio::{HostBackend, HostError};
@@ -39,7 +39,7 @@ pub(super) enum HostEvent {
     /// A program that has not sent its line, known by its port, has sent something.
     Greeting(u32),
     /// There is an epoll event of a connection's stream.
-    Stream(Ports, EventFlags),
+    Stream(PortPair, EventFlags),
 }
 
 impl VsockBackend {
@@ -97,7 +97,7 @@ impl VsockBackend {
     }
 
     /// Watches a connection's socket, which was a greeting's if `greeted`.
-    pub(super) fn watch(&self, stream: &UnixStream, ports: Ports, greeted: bool) -> io::Result<()> {
+    pub(super) fn watch(&self, stream: &UnixStream, ports: PortPair, greeted: bool) -> io::Result<()> {
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
         let data = VsockToken::Stream(ports).data();
         if greeted {
@@ -135,7 +135,7 @@ enum VsockToken {
     Accept,
     Time,
     Greeting(u32),
-    Stream(Ports),
+    Stream(PortPair),
 }
 
 impl VsockToken {
@@ -155,7 +155,7 @@ impl VsockToken {
             (0, PORT_ANY) => HostEvent::Accept,
             (1, PORT_ANY) => HostEvent::Time,
             (host, PORT_ANY) => HostEvent::Greeting(host),
-            (host, guest) => HostEvent::Stream(Ports { host, guest }, flags),
+            (host, guest) => HostEvent::Stream(PortPair { host, guest }, flags),
         }
     }
 }

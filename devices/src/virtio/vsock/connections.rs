@@ -9,7 +9,7 @@ use super::backend::{HostEvent, VsockBackend};
 use super::connection::{ANSWER_TIME, BUFFER_SIZE, VsockConnection};
 use super::greeting::{Greeting, GreetingStatus};
 use super::metrics::VsockMetrics;
-use super::packet::{HOST_CID, PORT_ANY, PacketOp, Ports, TYPE_STREAM, VsockHeader};
+use super::packet::{HOST_CID, PORT_ANY, PacketOp, PortPair, TYPE_STREAM, VsockHeader};
 use crate::log_damper::LogDamper;
 use crate::virtio::QueueProgress;
 
@@ -31,11 +31,11 @@ pub(super) struct VsockConnections {
     pub(super) metrics: Arc<VsockMetrics>,
     backend: Arc<VsockBackend>,
     guest_cid: u64,
-    open: HashMap<Ports, VsockConnection>,
+    open: HashMap<PortPair, VsockConnection>,
     /// By the host's port.
     greetings: HashMap<u32, Greeting>,
     /// Connections that may have a packet for the guest, each once.
-    line: VecDeque<Ports>,
+    line: VecDeque<PortPair>,
     /// Answers to packets of no connection.
     refusals: VecDeque<VsockHeader>,
     next_port: u32,
@@ -119,7 +119,7 @@ impl VsockConnections {
                 &format!("it comes from CID {}", packet.source_cid),
             );
         }
-        let ports = Ports {
+        let ports = PortPair {
             host: packet.destination_port,
             guest: packet.source_port,
         };
@@ -185,7 +185,7 @@ impl VsockConnections {
     /// Ends a connection whose packet from [`VsockConnections::next`] could not be written to the guest's buffer: its
     /// stream has a hole.
     pub(super) fn packet_lost(&mut self, packet: &VsockHeader) {
-        let ports = Ports {
+        let ports = PortPair {
             host: packet.source_port,
             guest: packet.destination_port,
         };
@@ -224,7 +224,7 @@ impl VsockConnections {
     }
 
     /// Ends a connection that the guest has not answered in time.
-    fn end_overdue(&mut self, ports: Ports) {
+    fn end_overdue(&mut self, ports: PortPair) {
         let Some(connection) = self.open.get_mut(&ports) else {
             return;
         };
@@ -285,7 +285,7 @@ impl VsockConnections {
         let (Some(greeting), Some(guest)) = (self.greetings.remove(&host_port), guest_port) else {
             return;
         };
-        let ports = Ports {
+        let ports = PortPair {
             host: host_port,
             guest,
         };
@@ -302,7 +302,7 @@ impl VsockConnections {
     }
 
     /// Connects the guest to the program that its request names, or refuses.
-    fn connect(&mut self, request: &VsockHeader, ports: Ports) {
+    fn connect(&mut self, request: &VsockHeader, ports: PortPair) {
         if self.is_full() {
             self.warn(
                 "refused a connection of the guest",
@@ -323,18 +323,18 @@ impl VsockConnections {
         }
     }
 
-    fn insert(&mut self, ports: Ports, connection: VsockConnection) {
+    fn insert(&mut self, ports: PortPair, connection: VsockConnection) {
         self.metrics.connections.add(1);
         self.open.insert(ports, connection);
         self.line_up(ports);
     }
 
-    fn remove(&mut self, ports: Ports) {
+    fn remove(&mut self, ports: PortPair) {
         self.open.remove(&ports);
         self.line.retain(|other| *other != ports);
     }
 
-    fn line_up(&mut self, ports: Ports) {
+    fn line_up(&mut self, ports: PortPair) {
         if let Some(connection) = self.open.get_mut(&ports)
             && !connection.in_line
         {

@@ -53,7 +53,7 @@ impl PacketOp {
 
 /// The ports of a connection, by which the device knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Ports {
+pub(super) struct PortPair {
     /// The host's.
     pub(super) host: u32,
     /// The guest's.

@@ -23,7 +23,7 @@ use super::error::{BlockBackendError, BlockRequestError};
 use super::log::Logging;
 use super::sys;
 use crate::GuestMemory;
-use crate::virtio::sys::{At, Durability};
+use crate::virtio::sys::{Durability, FilePosition};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
 use lock::HeldLocks;
@@ -318,8 +318,8 @@ impl BlockBackend {
         }
     }
 
-    fn at(&self, offset: u64) -> At<'_> {
-        At {
+    fn at(&self, offset: u64) -> FilePosition<'_> {
+        FilePosition {
             file: &self.file,
             offset,
         }

@@ -124,7 +124,7 @@ fn does_not_wait_for(file: &SlowFile, act: impl FnOnce()) {
     assert!(start.elapsed() < SOON, "somebody waited {:?}", start.elapsed());
 }
 
-/// Makes a request available and has it begun.
+/// Makes a request available and kicks.
 fn begin(driver: &mut Driver, kind: u32, data: &[DriverBuffer]) {
     header(driver, kind, 0);
     driver.add(&[&[reads(HEADER, 16)], data, &[writes(STATUS, 1)]].concat());
@@ -373,7 +373,7 @@ fn an_image_whose_queue_breaks_is_written_out() {
 fn a_failed_flush_without_an_answer_is_reported_by_the_next() {
     on_each(|mut driver, file| {
         assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
-        // The kernel tells each open file once, and that was the host's side.
+        // The kernel reports a failure to each open file once, and that went to the host side.
         for by_a_drain in [true, false] {
             file.fail(FSYNC);
             driver.transport.pause();

@@ -87,7 +87,7 @@ fn a_lock_of_another_process_conflicts() {
         }
         set_lock(&other, ByteRange::ALL, FileLock::Unlocked).unwrap();
     }
-    // Whom the last owner let read cannot keep the next one from it.
+    // A reader that the last owner has admitted does not keep the next owner from its lock.
     set_lock(&other, ByteRange::byte(201), FileLock::Shared).unwrap();
     open(&disk.path(), false).taken_over().lock().unwrap();
 }
@@ -121,7 +121,7 @@ fn a_mark_shows_that_a_file_is_the_same() {
                 "{error}"
             );
         }
-        // Who has locked a copy, with all that it may have, has not locked this.
+        // A lock on the whole copy is not a mark.
         let other = File::options().read(true).write(true).open(&copy).unwrap();
         set_lock(&other, ByteRange::ALL, FileLock::Exclusive).unwrap();
         assert!(open(&copy, read_only).check_mark(mark).is_err());

@@ -83,7 +83,7 @@ fn cache_modes_and_the_guests_choice() {
         assert_eq!(writeback(&mut moved), 1 - at_first);
         moved.bring_up();
         assert_eq!(writeback(&mut moved), at_first);
-        // Who did not accept the feature has no choice.
+        // A driver that did not accept the feature cannot change the mode.
         let features = moved.offered() & !CONFIG_WCE;
         moved.bring_up_with(features);
         set_writeback(&mut moved, 1 - at_first);

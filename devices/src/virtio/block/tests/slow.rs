@@ -33,7 +33,7 @@ pub(super) struct SlowFile {
 }
 
 impl SlowFile {
-    /// Of so many bytes, at `path`, which becomes a file.
+    /// A file of so many bytes at `path`.
     pub(super) fn new(path: &Path, size: u64) -> Self {
         File::create(path).unwrap();
         let fuse = File::options().read(true).write(true).open("/dev/fuse").unwrap();

@@ -1,4 +1,4 @@
-//! Data, both ways, and who waits for whom.
+//! Data both ways, and where data wait.
 
 use std::io::Write;
 

@@ -1,4 +1,4 @@
-//! What guest and host tell each other of ports and terminals.
+//! Control messages about ports and terminals.
 
 use super::super::TerminalSize;
 use super::rig::*;
@@ -81,7 +81,7 @@ fn the_terminals_size_comes_by_message_where_there_are_ports() {
     rig.terminal.resize(TerminalSize { rows: 44, ..SIZE });
     assert_eq!(rig.messages(), [(0, RESIZE, 0, vec![132, 0, 44, 0])]);
     assert_eq!(config(&mut rig.driver)[0], 44 << 16 | 132);
-    // A driver that has lost the port and finds it again is told again.
+    // A driver that loses the port and finds it again is sent the size again.
     rig.send_message(0, PORT_READY, 1);
     assert_eq!(rig.messages().last().unwrap().1, RESIZE);
 }
@@ -100,7 +100,7 @@ fn the_terminals_size_is_configuration_where_there_are_none() {
     rig.terminal.resize(SIZE);
     rig.driver.run();
     assert_eq!(rig.driver.interrupts(), 0, "it knows");
-    // One that comes up later hears of it as well: Linux does not look by itself.
+    // A driver that comes up later is interrupted too: Linux does not read the size by itself.
     rig.driver.bring_up();
     rig.driver.run();
     assert_eq!(rig.driver.interrupts(), 1);

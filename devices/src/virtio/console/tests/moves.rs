@@ -1,4 +1,4 @@
-//! Pauses, moves, and whose the sockets are.
+//! Pauses, moves, and when the sockets exist.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -89,7 +89,7 @@ fn after_a_move_the_guest_is_told_that_programs_have_gone() {
     assert_eq!(read(&mut client), b"new");
     there.post(0, 1);
     assert_eq!(there.received(0), b"typed");
-    // The guest knows the size from before, and hears of another one only.
+    // The guest knows the size from the source, and is sent only another one.
     assert_eq!(there.driver.get(0x100), 30 << 16 | 100);
     there.messages();
     there.terminal.resize(TerminalSize {

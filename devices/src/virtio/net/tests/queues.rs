@@ -31,7 +31,7 @@ fn udp(from: u16, to: u16, port: u16) -> Vec<u8> {
     frame
 }
 
-/// Asks for so many pairs; what the card answers.
+/// Sets the number of pairs; returns the card's answer.
 fn set_pairs(driver: &mut Driver, control: usize, pairs: u16) -> u8 {
     driver.select(control);
     driver.fill(PACKET, &[&[4, 0][..], &pairs.to_le_bytes()].concat());

@@ -1,4 +1,4 @@
-//! Pauses, moves, and whose the socket is.
+//! Pauses, moves, and when the socket exists.
 
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
