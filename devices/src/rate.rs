@@ -50,9 +50,11 @@ pub(crate) struct Limiter {
 #[derive(Clone, Copy, Debug)]
 struct Tokens {
     bucket: Bucket,
-    /// In tokens.
+    /// Tokens that are left; negative for a debt.
     count: f64,
+    /// Tokens of the burst that are left.
     burst: u64,
+    /// When `count` was computed.
     seen: Instant,
 }
 

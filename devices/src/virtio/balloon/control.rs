@@ -37,8 +37,9 @@ pub(super) struct BalloonStatus {
     pub(super) statistics: Option<Statistics>,
     /// How often statistics came, on this host or before the move to it.
     pub(super) statistics_seen: u64,
-    /// Whether the driver has negotiated FREE_PAGE_HINT and PAGE_POISON.
+    /// Whether the driver has negotiated FREE_PAGE_HINT.
     pub(super) can_hint: bool,
+    /// Whether the driver has negotiated PAGE_POISON.
     pub(super) poisons: bool,
     /// The value that the guest writes to pages that it frees, if it does.
     pub(super) poison: u32,

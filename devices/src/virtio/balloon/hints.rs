@@ -9,9 +9,11 @@
 //! runs short of memory. So a hint is no promise about the future; it only means that the page's content at the time of
 //! the report no longer matters.
 
-/// Ids in the configuration space that stand for no command.
+/// The id in the configuration space before the first command.
 const STOP: u32 = 0;
+/// The id after a command: the guest has its pages back.
 const DONE: u32 = 1;
+/// The least id of a command.
 const FIRST_COMMAND: u32 = 2;
 
 /// Most ranges that are kept of one answer: 256 GiB in blocks of 4 MiB, as Linux reports them.

@@ -26,8 +26,9 @@ const MOST_IN_FLIGHT: u64 = 16 << 20;
 pub(super) struct BlockEngine {
     ring: Option<Box<IoRing<PendingIo>>>,
     helper: Helper<PendingIo, Result<(), BlockRequestError>>,
-    /// Bytes of work in flight, and the number of requests.
+    /// Bytes of work in flight.
     bytes: u64,
+    /// Requests in flight, and flushes and write-outs of the device.
     count: usize,
     /// How many of the requests are write-outs of an image's metadata, which touch no guest memory.
     write_outs: usize,
@@ -38,8 +39,9 @@ pub(super) struct BlockEngine {
 pub(super) struct Ticket {
     pub(super) head: ChainHead,
     pub(super) status: GuestAddress,
-    /// Its type, and the bytes that it is about.
+    /// The request's type.
     pub(super) kind: u32,
+    /// Bytes that the request is about.
     pub(super) data: u64,
 }
 

@@ -33,8 +33,9 @@ pub(super) struct BlockRequest {
     pub(super) status: GuestAddress,
     pub(super) kind: u32,
     sector: u64,
-    /// The buffers that the driver provides and that it wants filled, without header and status byte.
+    /// Data from the driver, without the header.
     readable: Buffers,
+    /// Buffers for data to the driver, without the status byte.
     writable: Buffers,
 }
 

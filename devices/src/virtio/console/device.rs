@@ -29,11 +29,13 @@ const F_EMERG_WRITE: u64 = 1 << 2;
 
 /// Offset of that byte in the configuration space.
 const EMERG_WR: u64 = 8;
-/// The queues of control messages (virtio 1.2, 5.3.2).
+/// The queue of control messages to the guest (virtio 1.2, 5.3.2).
 const CONTROL_TO_GUEST: usize = 2;
+/// The queue of control messages from the guest.
 const CONTROL_FROM_GUEST: usize = 3;
 /// Size of a queue: Linux fills it with a page a buffer.
 const QUEUE_SIZE: u16 = 64;
+/// The sizes of all queues that a device can have.
 const QUEUE_SIZES: [u16; 2 + 2 + 2 * PORTS_MAX] = [QUEUE_SIZE; 4 + 2 * PORTS_MAX];
 /// Control messages in one turn, each way.
 const TURN_MESSAGES: usize = 64;

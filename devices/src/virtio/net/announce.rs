@@ -10,8 +10,9 @@ use crate::timer::Timer;
 
 /// How often a guest is announced: a packet may be lost, or a switch's port may not forward yet.
 const ROUNDS: u32 = 5;
-/// Between the first two rounds; each further gap is longer by [`STEP`].
+/// The gap between the first two rounds.
 const GAP: Duration = Duration::from_millis(50);
+/// How much longer each further gap is.
 const STEP: Duration = Duration::from_millis(100);
 /// The first round is due at once; zero would turn the timer off.
 const AT_ONCE: Duration = Duration::from_nanos(1);

@@ -26,9 +26,11 @@ use crate::virtio::{
     VirtioDevice,
 };
 
-/// Queues come in pairs of these, and the control queue after the last pair (virtio 1.2, 5.1.2).
+/// The queue of a pair in which the guest receives packets (virtio 1.2, 5.1.2).
 pub(super) const RECEIVE: usize = 0;
+/// The queue of a pair in which the guest sends packets.
 pub(super) const TRANSMIT: usize = 1;
+/// The control queue comes after the last pair.
 pub(super) const QUEUES_OF_A_PAIR: usize = 2;
 static QUEUE_SIZES: [u16; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1] =
     [QUEUE_SIZE; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1];

@@ -28,11 +28,13 @@ pub enum TapSource {
 /// An open tap. Each packet that is read from it or written to it has a header of 12 bytes as virtio's.
 #[derive(Debug)]
 pub struct Tap {
-    /// At least one. The kernel delivers packets to the first `active` of them.
+    /// At least one.
     queues: Vec<File>,
+    /// The number of attached queues, to which the kernel delivers packets: the first ones.
     active: usize,
-    /// Whether there can be more than one.
+    /// Whether the tap may have more than one queue.
     many: bool,
+    /// Whether the queues are descriptors of the parent process.
     inherited: bool,
     name: String,
     mtu: u16,

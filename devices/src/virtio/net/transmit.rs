@@ -10,8 +10,9 @@ use crate::GuestMemory;
 use crate::virtio::sys::PacketVectors;
 use crate::virtio::{Chain, ChainError};
 
-/// Shortest and longest packet with its headers: no IP packet is longer than 65535 bytes, and there may be VLAN tags.
+/// Shortest packet: its header and that of Ethernet.
 const MIN_LEN: u64 = (HEADER_LEN + ETHERNET_LEN) as u64;
+/// Longest packet with its headers: no IP packet is longer than 65535 bytes, and there may be VLAN tags.
 const MAX_LEN: u64 = MIN_LEN + 8 + 65535;
 
 /// Why a packet is dropped, or buffers for one are returned unused.

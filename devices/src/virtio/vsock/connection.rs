@@ -51,13 +51,15 @@ struct FlowToGuest {
     readable: bool,
     /// Bytes sent in total; wraps.
     sent: u32,
-    /// The guest's room, and the bytes that have left it in total, as the guest reported them last.
+    /// The guest's room, as it was reported last.
     room: u32,
+    /// Bytes that have left the guest's room in total, as it was reported last; wraps.
     forwarded: u32,
     /// A credit request was sent since the guest last reported its room.
     asked: bool,
-    /// What the host's program will not do any more, and what of that was reported to the guest (shutdown flags).
+    /// What the host's program will not do any more (shutdown flags).
     shutdown: u32,
+    /// The shutdown flags that were reported to the guest.
     reported: u32,
 }
 
@@ -66,8 +68,9 @@ struct FlowToGuest {
 struct FlowToHost {
     /// Data that the stream did not take yet, at most [`BUFFER_SIZE`].
     waiting: VecDeque<u8>,
-    /// Bytes that the stream took in total, and how many of them were reported to the guest; wraps.
+    /// Bytes that the stream took in total; wraps.
     forwarded: u32,
+    /// What of `forwarded` was reported to the guest.
     reported: u32,
     /// The guest has sent a credit request.
     owes_credit: bool,

@@ -29,9 +29,11 @@ const F_STREAM: u64 = 1 << 0;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2, 5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
 
-/// The queues (virtio 1.2, 5.10.2).
+/// The queue of packets to the guest (virtio 1.2, 5.10.2).
 const TO_GUEST: usize = 0;
+/// The queue of packets from the guest.
 const FROM_GUEST: usize = 1;
+/// The queue of events to the guest.
 const EVENTS: usize = 2;
 /// Packets in one turn, each way, with at most [`BUFFER_SIZE`] bytes of data each.
 const TURN_PACKETS: usize = 64;

@@ -39,8 +39,9 @@ const fn forbids(what: u64) -> ByteRange {
     ByteRange::byte(200 + what)
 }
 
-/// Marks are at offsets beyond those that other programs lock, and below the largest offset of a file.
+/// Least offset of a mark, beyond those that other programs lock.
 const LEAST_MARK: u64 = 1 << 32;
+/// Bits of a mark's offset: it must be below the largest offset of a file.
 const MARK_BITS: u32 = 62;
 
 /// The locks held on a disk.

@@ -52,9 +52,11 @@ pub struct BlockBackend {
     is_taken_over: bool,
     held: Mutex<HeldLocks>,
     logging: Logging,
-    /// How often the disk was modified, and up to which modification it is in its file, and durable.
+    /// How often the disk was modified.
     modified: AtomicU64,
+    /// Up to which modification the disk is in its file.
     written_out: AtomicU64,
+    /// Up to which modification the disk is durable.
     flushed: AtomicU64,
     /// A flush has failed and the guest does not know: its own next flush might succeed.
     lost: AtomicBool,
