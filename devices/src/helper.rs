@@ -227,7 +227,7 @@ mod tests {
             1
         };
         helper.push(1, Box::new(long)).unwrap();
-        helper.push(2, Box::new(|_| panic!("nobody wants it"))).unwrap();
+        helper.push(2, Box::new(|_| panic!("it was cancelled"))).unwrap();
         has_begun.recv().unwrap();
         assert_eq!(helper.cancel(), [2]);
         // A job that is pushed later is not cancelled.

@@ -246,7 +246,7 @@ fn free_pages_are_reported_on_request_and_not_given_up() {
     let mut commands = Vec::new();
     for _ in 0..2 {
         driver.take_dirty(PAGES);
-        let told = hints(&mut driver, &control, |driver, command| {
+        let hinted = hints(&mut driver, &control, |driver, command| {
             commands.push(command);
             // The end of an earlier answer, and what belongs to that.
             name(driver, 0);
@@ -260,8 +260,8 @@ fn free_pages_are_reported_on_request_and_not_given_up() {
             driver.submit(&[writes(PAGES + 0x6000, 0x1000)]);
         });
         let outside = [(u64::MAX - 0x1fff, 0x1000), (END, 0x1000)];
-        assert_eq!(told[..2], [(PAGES + 0x1000, 0x2000), (PAGES + 0x4000, 0x1000)]);
-        assert_eq!(told[2..], outside, "for others to look at");
+        assert_eq!(hinted[..2], [(PAGES + 0x1000, 0x2000), (PAGES + 0x4000, 0x1000)]);
+        assert_eq!(hinted[2..], outside, "unchecked");
         assert_eq!((driver.get(COMMAND), driver.get(0x060) & 2), (DONE, 2));
         assert!((0..8).all(|page| is_kept(&driver, PAGES + page * 0x1000)));
         assert!(!driver.take_dirty(PAGES + 0x1000));
@@ -276,7 +276,7 @@ fn a_guest_that_does_not_answer_is_left_alone() {
     driver.select(HINTING);
     assert_eq!(hints(&mut driver, &control, |_, _| {}), []);
     // Or begins, with what makes no sense in between, and does not end.
-    let told = hints(&mut driver, &control, |driver, command| {
+    let hinted = hints(&mut driver, &control, |driver, command| {
         name(driver, command.wrapping_add(1));
         driver.submit(&[writes(PAGES, 0x1000)]);
         name(driver, command);
@@ -289,9 +289,9 @@ fn a_guest_that_does_not_answer_is_left_alone() {
         }
         driver.submit(&[reads(DATA, 4), writes(PAGES, 0x1000)]);
     });
-    assert_eq!(told, [(PAGES, 0x1000)]);
+    assert_eq!(hinted, [(PAGES, 0x1000)]);
     // Or never ends.
-    let told = thread::scope(|scope| {
+    let hinted = thread::scope(|scope| {
         let asking = scope.spawn(|| control.hints(Duration::from_millis(50)));
         driver.wait();
         let command = driver.get(COMMAND);
@@ -301,7 +301,7 @@ fn a_guest_that_does_not_answer_is_left_alone() {
         }
         asking.join().unwrap()
     });
-    assert!(!told.is_empty());
+    assert!(!hinted.is_empty());
     driver.run();
     assert_eq!((driver.get(COMMAND), driver.get(0x070)), (DONE, 15));
     assert!(control.new_statistics(PATIENCE).is_none());
@@ -366,23 +366,23 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
     moved.run();
     assert_eq!((moved.get(COMMAND), moved.get(0x060) & 2), (DONE, 2));
     assert!(moved.interrupts() > 0 && there.can_hint());
-    let told = hints(&mut moved, &there, |moved, next| {
+    let hinted = hints(&mut moved, &there, |moved, next| {
         assert_ne!(next, command, "it has answered that one");
         name(moved, next);
         moved.submit(&[writes(PAGES, 0x1000)]);
         name(moved, 0);
     });
-    assert_eq!(told, [(PAGES, 0x1000)]);
+    assert_eq!(hinted, [(PAGES, 0x1000)]);
     // The driver is reset in the middle: the host waits no longer for an answer, and the driver finds no command that
     // is over.
-    let told = hints(&mut moved, &there, |moved, command| {
+    let hinted = hints(&mut moved, &there, |moved, command| {
         name(moved, command);
         moved.submit(&[writes(PAGES, 0x1000)]);
         moved.bring_up();
         // The host's thread may have seen by now that there is no answer.
         assert!([0, DONE].contains(&moved.get(COMMAND)));
     });
-    assert_eq!(told, []);
+    assert_eq!(hinted, []);
     assert_eq!(moved.get(COMMAND), DONE);
 }
 

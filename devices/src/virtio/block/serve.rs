@@ -41,7 +41,7 @@ impl VirtioBlock {
         Ok(progress)
     }
 
-    pub(super) fn start_requests(
+    fn start_requests(
         &mut self,
         queue: &mut QueueAccess<'_>,
         turn: &mut Turn,
@@ -66,7 +66,7 @@ impl VirtioBlock {
     }
 
     /// Completes the requests that are done, and submits the others again.
-    pub(super) fn complete_requests(
+    fn complete_requests(
         &mut self,
         queue: &mut QueueAccess<'_>,
         answered: &mut u64,
@@ -93,7 +93,7 @@ impl VirtioBlock {
     }
 
     /// Completes a flush or write-out of the device's own.
-    pub(super) fn complete_own(&mut self, origin: Origin, result: Result<u32, BlockRequestError>) {
+    fn complete_own(&mut self, origin: Origin, result: Result<u32, BlockRequestError>) {
         match origin {
             Origin::Guest(_) => return,
             Origin::Flush => self.settling = false,
@@ -113,7 +113,7 @@ impl VirtioBlock {
         }
     }
 
-    pub(super) fn set_write_out_running(&mut self, is_running: bool) {
+    fn set_write_out_running(&mut self, is_running: bool) {
         if let Some(write_out) = &mut self.write_out {
             write_out.set_running(is_running);
         }
@@ -121,7 +121,7 @@ impl VirtioBlock {
     }
 
     /// Schedules the next write-out, unless one is running.
-    pub(super) fn schedule_write_out(&mut self) {
+    fn schedule_write_out(&mut self) {
         if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.schedule(&self.backend)) {
             self.warn(&error);
         }
@@ -173,7 +173,7 @@ impl VirtioBlock {
     }
 
     /// Completes I/O without answering the guest. The device's own flushes and write-outs still count.
-    pub(super) fn complete_unanswered(&mut self) -> io::Result<()> {
+    fn complete_unanswered(&mut self) -> io::Result<()> {
         self.engine.submit()?;
         while let Some((origin, result)) = self.engine.next_unanswered(&self.backend) {
             self.complete_own(origin, result);
@@ -181,7 +181,7 @@ impl VirtioBlock {
         Ok(())
     }
 
-    pub(super) fn complete_guest(
+    fn complete_guest(
         &self,
         memory: &GuestMemory,
         ticket: Ticket,
@@ -198,7 +198,7 @@ impl VirtioBlock {
     }
 
     /// Starts a request; returns its outcome if it is done at once.
-    pub(super) fn start_request(
+    fn start_request(
         &mut self,
         memory: &GuestMemory,
         head: ChainHead,
@@ -256,23 +256,12 @@ impl VirtioBlock {
         })
     }
 
-    pub(super) fn fail_request(
-        &self,
-        memory: &GuestMemory,
-        status: GuestAddress,
-        error: &BlockRequestError,
-    ) -> Served {
+    fn fail_request(&self, memory: &GuestMemory, status: GuestAddress, error: &BlockRequestError) -> Served {
         self.warn(error);
         self.write_status(memory, status, error.status(), Served::default())
     }
 
-    pub(super) fn write_status(
-        &self,
-        memory: &GuestMemory,
-        status: GuestAddress,
-        value: u8,
-        served: Served,
-    ) -> Served {
+    fn write_status(&self, memory: &GuestMemory, status: GuestAddress, value: u8, served: Served) -> Served {
         match memory.write_obj(value, status) {
             Ok(()) => Served {
                 written: served.written.saturating_add(1),

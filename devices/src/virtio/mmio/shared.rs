@@ -30,9 +30,9 @@ pub(super) struct TransportShared {
     host_event: WakeEvent,
     pub(super) warnings: LogDamper,
     /// How often the device thread served a queue, for a kick or for another turn.
-    looks: Counter,
+    served: Counter,
     pub(super) resets: Counter,
-    needs: Counter,
+    needs_resets: Counter,
     core: Mutex<DeviceCore>,
     /// Notified when a reset is over.
     is_reset: Condvar,
@@ -78,9 +78,9 @@ impl TransportShared {
             queue_events,
             host_event,
             warnings: LogDamper::default(),
-            looks: Counter::default(),
+            served: Counter::default(),
             resets: Counter::default(),
-            needs: Counter::default(),
+            needs_resets: Counter::default(),
             core: Mutex::new(core),
             is_reset: Condvar::new(),
         }
@@ -123,7 +123,7 @@ impl TransportShared {
     /// Stops the device until the driver resets it (virtio 1.2, 2.1.2).
     pub(super) fn needs_reset(&self, core: &mut DeviceCore, why: &(dyn std::error::Error + 'static)) {
         core.active = false;
-        self.needs.add(1);
+        self.needs_resets.add(1);
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
         if before & DRIVER_OK != 0 {
             self.interrupt.config_change();
@@ -199,7 +199,7 @@ impl TransportShared {
         // An event that is not raised was cleared by an earlier call. A paused device is kicked again by `resume`.
         match source {
             EventSource::Queue(index) => {
-                self.looks.add(1);
+                self.served.add(1);
                 let _ = self.queue_events.get(index).map(EventFd::read);
             }
             EventSource::Host => {
@@ -228,10 +228,10 @@ impl TransportShared {
 impl Counters for TransportShared {
     fn read(&self) -> Vec<(&'static str, u64)> {
         vec![
-            ("queue_events", self.looks.get()),
+            ("queue_events", self.served.get()),
             ("interrupts", self.interrupt.raised()),
             ("resets", self.resets.get()),
-            ("needs_reset", self.needs.get()),
+            ("needs_reset", self.needs_resets.get()),
         ]
     }
 }

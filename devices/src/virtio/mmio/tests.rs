@@ -435,7 +435,7 @@ impl VirtioDevice for Panics {
     fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let left = self.1.load(Ordering::SeqCst);
         self.1.store(left.saturating_sub(1), Ordering::SeqCst);
-        assert_eq!(left, 0, "as it was told");
+        assert_eq!(left, 0, "a planted panic");
         self.0.process_queue(index, queues)
     }
 

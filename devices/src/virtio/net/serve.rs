@@ -22,7 +22,7 @@ impl VirtioNet {
     }
 
     /// The first `pairs`, in the order of this turn.
-    pub(super) fn in_turn(&self, pairs: u16) -> impl Iterator<Item = usize> + use<> {
+    fn in_turn(&self, pairs: u16) -> impl Iterator<Item = usize> + use<> {
         let (turn, pairs) = (self.turn, usize::from(pairs));
         (0..pairs).map(move |offset| turn.wrapping_add(offset) % pairs)
     }
@@ -102,7 +102,7 @@ impl VirtioNet {
         )
     }
 
-    pub(super) fn admit_transmit(&self, bytes: u64) -> bool {
+    fn admit_transmit(&self, bytes: u64) -> bool {
         let admitted = self
             .tx_limiter
             .try_consume(bytes.saturating_sub(HEADER_LEN as u64));
@@ -137,7 +137,7 @@ impl VirtioNet {
         Ok(QueueProgress::More)
     }
 
-    pub(super) fn apply_command(&mut self, command: NetCommand) -> Result<(), NetCommandError> {
+    fn apply_command(&mut self, command: NetCommand) -> Result<(), NetCommandError> {
         match command {
             NetCommand::AnnounceAck => self.announce_pending = false,
             NetCommand::QueuePairs(got) => {

@@ -356,16 +356,13 @@ fn a_guest_that_arrives_is_announced() {
     let envelope = source.save();
     let mut driver = source.move_to(wire.card("tap1"), envelope).unwrap();
     driver.run();
-    assert!(
-        wire.try_receive(is_rarp).is_none(),
-        "nobody announces a guest that stands still"
-    );
+    assert!(wire.try_receive(is_rarp).is_none(), "a paused guest is announced");
     driver.transport.resume();
     driver.run();
     for round in 0..5 {
         let (_, frame) = loop {
             match wire.try_receive(is_rarp) {
-                Some(heard) => break heard,
+                Some(packet) => break packet,
                 None => driver.wait(),
             }
         };

@@ -121,7 +121,7 @@ fn does_not_wait_for(file: &SlowFile, act: impl FnOnce()) {
         act();
         drop(over);
     });
-    assert!(start.elapsed() < SOON, "somebody waited {:?}", start.elapsed());
+    assert!(start.elapsed() < SOON, "waited {:?}", start.elapsed());
 }
 
 /// Makes a request available and kicks.

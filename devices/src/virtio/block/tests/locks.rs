@@ -51,7 +51,7 @@ fn qemu_may_read_and_not_write() {
         let backend = open(&disk.path(), read_only);
         backend.lock().unwrap();
         assert_eq!([201, 203, 101].map(is_locked), locked);
-        assert!(!is_locked(200), "anybody may read");
+        assert!(!is_locked(200), "others may read");
         // QEMU takes its shared locks before it checks.
         for byte in [100, 101, 103, 201, 203] {
             assert!(set_lock(&other, ByteRange::byte(byte), FileLock::Shared).unwrap());

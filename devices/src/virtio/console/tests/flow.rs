@@ -65,7 +65,7 @@ fn what_the_guest_has_no_room_for_stays_in_the_socket() {
     let mut client = rig.client("a");
     let sent = flood(&mut client);
     rig.driver.run();
-    assert!(client.write(&[1]).is_err(), "somebody keeps it");
+    assert!(client.write(&[1]).is_err(), "something keeps it");
     let mut got = Vec::new();
     while got.len() < sent.len() {
         rig.post(1, 40);
@@ -148,7 +148,7 @@ fn what_a_program_sent_before_it_closed_arrives() {
     rig.messages();
     drop(client);
     rig.send(1, b"nobody there");
-    assert_eq!(rig.messages(), [], "not before they were heard");
+    assert_eq!(rig.messages(), [], "not before the data have arrived");
     rig.post(1, 2);
     assert_eq!(rig.received(1), b"last words");
     assert_eq!(rig.messages(), [(1, PORT_OPEN, 0, vec![])]);
