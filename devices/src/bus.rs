@@ -38,10 +38,10 @@ pub enum BusError {
 /// Devices by address.
 #[derive(Default)]
 pub struct Bus {
-    ranges: BTreeMap<u64, Range>,
+    ranges: BTreeMap<u64, BusRange>,
 }
 
-struct Range {
+struct BusRange {
     len: u64,
     device: Arc<Mutex<dyn BusDevice>>,
 }
@@ -63,7 +63,7 @@ impl Bus {
         {
             return Err(BusError::Overlap { base, len, other });
         }
-        self.ranges.insert(base, Range { len, device });
+        self.ranges.insert(base, BusRange { len, device });
         Ok(())
     }
 
@@ -109,9 +109,9 @@ impl Bus {
 mod tests {
     use super::*;
 
-    struct Echo(Vec<(u64, Vec<u8>)>);
+    struct EchoDevice(Vec<(u64, Vec<u8>)>);
 
-    impl BusDevice for Echo {
+    impl BusDevice for EchoDevice {
         fn read(&mut self, offset: u64, data: &mut [u8]) {
             data.fill(offset as u8);
         }
@@ -121,8 +121,8 @@ mod tests {
         }
     }
 
-    fn echo() -> Arc<Mutex<Echo>> {
-        Arc::new(Mutex::new(Echo(Vec::new())))
+    fn echo() -> Arc<Mutex<EchoDevice>> {
+        Arc::new(Mutex::new(EchoDevice(Vec::new())))
     }
 
     #[test]
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_reads_as_ones() {
+    fn addresses_without_a_device_read_as_ones() {
         let mut bus = Bus::new();
         bus.insert(0x1000, 0x10, echo()).unwrap();
         for address in [0, 0xfff, 0x1010, u64::MAX] {

@@ -13,17 +13,17 @@ pub enum GuestExit {
     Reset,
     /// A power-off: ACPI sleep state S5.
     PowerOff,
-    /// Nothing: its kernel panicked, and said so.
+    /// Nothing: its kernel has panicked, and reported that.
     Panic,
 }
 
-/// An eventfd and the reason why it was raised, shared by devices (which raise it) and the supervisor (which
-/// waits for it). The first reason wins.
+/// An eventfd and the reason why it was raised, shared by the devices that raise it and the supervisor that waits for
+/// it. The first reason wins.
 #[derive(Clone, Debug)]
-pub struct ExitEvent(Arc<Inner>);
+pub struct ExitEvent(Arc<ExitEventInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct ExitEventInner {
     event: EventFd,
     reason: AtomicU8,
 }
@@ -36,7 +36,7 @@ const PANIC: u8 = 3;
 impl ExitEvent {
     /// A new event, not raised. Fails if the process is out of file descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(ExitEventInner {
             event: EventFd::new(EFD_NONBLOCK)?,
             reason: AtomicU8::new(NONE),
         })))

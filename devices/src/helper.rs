@@ -1,62 +1,64 @@
-//! A thread that does for a device what may block, one thing after the other, while the device thread goes on.
+//! A thread that runs a device's blocking calls one by one, while the device thread goes on.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 
-/// How long the end of a helper waits for what it is at. What that needs is kept as long as it takes.
+use crate::wake_event::WakeEvent;
+
+/// How long dropping a helper waits for the current job. A job that takes longer keeps what it owns until it ends.
 const END_TIME: Duration = Duration::from_secs(2);
 
-/// Whether nobody wants to have it done any more. A job looks from time to time.
-pub(crate) struct Cancelled(Arc<AtomicBool>);
+/// Whether a job was cancelled. Long jobs check it from time to time.
+pub(crate) struct CancelFlag(Arc<AtomicBool>);
 
-impl Cancelled {
+impl CancelFlag {
     pub(crate) fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// What is to be done.
-pub(crate) type Job<R> = Box<dyn FnOnce(&Cancelled) -> R + Send>;
+/// A job, which returns its outcome.
+pub(crate) type HelperJob<R> = Box<dyn FnOnce(&CancelFlag) -> R + Send>;
 
-/// A thread and what it has to do. Each job has a tag, by which its outcome is known. The thread is there once it is
-/// needed.
+/// A thread and its jobs. Each job has a tag, which comes back with its outcome. The thread is started with the first
+/// job.
 pub(crate) struct Helper<T, R> {
     name: &'static str,
     has_thread: bool,
-    /// Shared with the jobs that were pushed since the last [`Helper::cancel`].
+    /// Set to cancel the jobs that were pushed since the last [`Helper::cancel`].
     cancelled: Arc<AtomicBool>,
-    /// Jobs whose outcome was not taken.
+    /// Jobs whose outcome [`Helper::next`] has not returned yet.
     unfinished: usize,
-    shared: Arc<Shared<T, R>>,
+    shared: Arc<HelperShared<T, R>>,
 }
 
-struct Shared<T, R> {
-    state: Mutex<State<T, R>>,
+struct HelperShared<T, R> {
+    state: Mutex<HelperJobs<T, R>>,
     changed: Condvar,
-    /// Readable when something is done.
-    event: OwnedFd,
+    /// Raised when a job is done.
+    event: WakeEvent,
 }
 
-struct State<T, R> {
-    jobs: VecDeque<(T, Cancelled, Job<R>)>,
+struct HelperJobs<T, R> {
+    jobs: VecDeque<(T, CancelFlag, HelperJob<R>)>,
     done: VecDeque<(T, Option<R>)>,
     is_busy: bool,
     is_over: bool,
 }
 
 impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
-    /// One whose thread will have that name.
+    /// A helper whose thread will have that name.
     pub(crate) fn new(name: &'static str) -> io::Result<Self> {
-        let state = State {
+        let state = HelperJobs {
             jobs: VecDeque::new(),
             done: VecDeque::new(),
             is_busy: false,
@@ -67,16 +69,16 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
             has_thread: false,
             cancelled: Arc::default(),
             unfinished: 0,
-            shared: Arc::new(Shared {
+            shared: Arc::new(HelperShared {
                 state: Mutex::new(state),
                 changed: Condvar::new(),
-                event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+                event: WakeEvent::new()?,
             }),
         })
     }
 
-    /// Has it done after what was pushed before. Fails where there can be no thread.
-    pub(crate) fn push(&mut self, tag: T, job: Job<R>) -> io::Result<()> {
+    /// Queues a job behind those pushed before. Fails if the thread cannot be started.
+    pub(crate) fn push(&mut self, tag: T, job: HelperJob<R>) -> io::Result<()> {
         if !self.has_thread {
             let shared = self.shared.clone();
             std::thread::Builder::new()
@@ -84,33 +86,32 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
                 .spawn(move || shared.work())?;
             self.has_thread = true;
         }
-        let cancelled = Cancelled(self.cancelled.clone());
+        let cancelled = CancelFlag(self.cancelled.clone());
         self.shared.state().jobs.push_back((tag, cancelled, job));
         self.unfinished += 1;
         self.shared.changed.notify_all();
         Ok(())
     }
 
-    /// The next outcome: none if its job panicked.
+    /// The next outcome with its tag; the outcome is `None` if the job panicked.
     pub(crate) fn next(&mut self) -> Option<(T, Option<R>)> {
-        // Nothing to read is fine.
-        let _ = rustix::io::read(&self.shared.event, &mut [0; 8]);
+        self.shared.event.clear();
         let next = self.shared.state().done.pop_front()?;
         self.unfinished -= 1;
         Some(next)
     }
 
-    /// Jobs whose outcome was not taken.
+    /// Jobs whose outcome [`Helper::next`] has not returned yet.
     pub(crate) fn len(&self) -> usize {
         self.unfinished
     }
 
-    /// Whether there are none.
+    /// Whether there are no such jobs.
     pub(crate) fn is_empty(&self) -> bool {
         self.unfinished == 0
     }
 
-    /// Forgets what has not begun, and tells what has begun that nobody wants it. The tags of what is forgotten.
+    /// Drops the jobs that have not begun, and cancels the one that has. Returns the tags of the dropped jobs.
     pub(crate) fn cancel(&mut self) -> Vec<T> {
         std::mem::take(&mut self.cancelled).store(true, Ordering::Relaxed);
         let forgotten = std::mem::take(&mut self.shared.state().jobs);
@@ -119,7 +120,7 @@ impl<T: Send + 'static, R: Send + 'static> Helper<T, R> {
     }
 }
 
-/// Waits until one of them is readable, or the time is over, or a signal comes.
+/// Waits until one of `events` is readable, `until` has come, or a signal is delivered.
 pub(crate) fn wait_readable<'a>(
     events: impl IntoIterator<Item = BorrowedFd<'a>>,
     until: Instant,
@@ -137,7 +138,7 @@ pub(crate) fn wait_readable<'a>(
 }
 
 impl<T, R> AsFd for Helper<T, R> {
-    /// Readable when something is done, until [`Helper::next`] is called.
+    /// Readable when a job is done, until [`Helper::next`] is called.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.event.as_fd()
     }
@@ -150,7 +151,7 @@ impl<T, R> Drop for Helper<T, R> {
         state.jobs.clear();
         state.is_over = true;
         self.shared.changed.notify_all();
-        let busy = |state: &mut State<T, R>| state.is_busy;
+        let busy = |state: &mut HelperJobs<T, R>| state.is_busy;
         let waited = self.shared.changed.wait_timeout_while(state, END_TIME, busy);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if state.is_busy {
@@ -162,8 +163,8 @@ impl<T, R> Drop for Helper<T, R> {
     }
 }
 
-impl<T, R> Shared<T, R> {
-    fn state(&self) -> MutexGuard<'_, State<T, R>> {
+impl<T, R> HelperShared<T, R> {
+    fn state(&self) -> MutexGuard<'_, HelperJobs<T, R>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -179,14 +180,13 @@ impl<T, R> Shared<T, R> {
             };
             state.is_busy = true;
             drop(state);
-            // The panic hook has said what it was; whoever waits is told that there was one.
+            // The panic hook has logged the panic; the device gets `None` as the outcome.
             let outcome = catch_unwind(AssertUnwindSafe(|| job(&cancelled))).ok();
             state = self.state();
             state.is_busy = false;
             state.done.push_back((tag, outcome));
             self.changed.notify_all();
-            // If the counter is full somebody will look anyway.
-            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+            self.event.raise();
         }
     }
 }
@@ -219,7 +219,7 @@ mod tests {
     fn what_was_cancelled_ends_soon_and_the_rest_never_begins() {
         let mut helper = Helper::new("helper").unwrap();
         let (begun, has_begun) = mpsc::channel();
-        let long = move |cancelled: &Cancelled| {
+        let long = move |cancelled: &CancelFlag| {
             begun.send(()).unwrap();
             while !cancelled.is_set() {
                 std::thread::yield_now();
@@ -227,10 +227,10 @@ mod tests {
             1
         };
         helper.push(1, Box::new(long)).unwrap();
-        helper.push(2, Box::new(|_| panic!("nobody wants it"))).unwrap();
+        helper.push(2, Box::new(|_| panic!("it was cancelled"))).unwrap();
         has_begun.recv().unwrap();
         assert_eq!(helper.cancel(), [2]);
-        // What comes later is not concerned.
+        // A job that is pushed later is not cancelled.
         helper
             .push(3, Box::new(|cancelled| cancelled.is_set().into()))
             .unwrap();

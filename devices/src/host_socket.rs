@@ -1,4 +1,5 @@
-//! A Unix socket of a device, at which programs on the host find the guest: there while the guest is ours.
+//! A Unix socket of a device, by which programs on the host reach the guest. It is there while this process runs the
+//! guest.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -9,10 +10,10 @@ use named_socket::{NamedListener, NamedListenerError};
 use rustix::event::epoll::EventFlags;
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
-use crate::watch::Watch;
+use crate::watch::HostWatch;
 
-/// A socket that is in the file system from [`HostSocket::listen`] to [`HostSocket::close`]. Its calls may come from
-/// any thread.
+/// A socket that is in the file system from [`HostSocket::listen`] to [`HostSocket::close`]. Its functions may be
+/// called from any thread.
 #[derive(Debug)]
 pub(crate) struct HostSocket {
     path: PathBuf,
@@ -27,18 +28,18 @@ pub enum HostSocketError {
     Length {
         /// The socket.
         path: PathBuf,
-        /// Bytes that it may have.
+        /// Most bytes of a path.
         most: usize,
-        /// Bytes of its path.
+        /// Bytes of this path.
         got: usize,
     },
-    /// There is no folder for it.
+    /// The socket's folder does not exist.
     #[error("socket {}: expected its folder to be there, found none", path.display())]
     NoFolder {
         /// The socket.
         path: PathBuf,
     },
-    /// The path cannot be had.
+    /// The path cannot be used.
     #[error(transparent)]
     Listener(#[from] NamedListenerError),
     /// A system call failed.
@@ -55,7 +56,7 @@ pub enum HostSocketError {
 }
 
 impl HostSocket {
-    /// A socket that is to be at `path`, which may have `most` bytes.
+    /// A socket that will be at `path`, which may have `most` bytes.
     pub(crate) fn at(path: &Path, most: usize) -> Result<Self, HostSocketError> {
         let got = path.as_os_str().len();
         if !(1..=most).contains(&got) {
@@ -67,7 +68,8 @@ impl HostSocket {
         if !folder.is_dir() {
             return Err(HostSocketError::NoFolder { path: path.into() });
         }
-        // It will be made when the guest is ours, and no sooner: then it is too late to find out that it cannot be.
+        // The socket is made when this process takes over the guest. An error would be too late then, so the folder's
+        // permissions are checked now.
         let writable = Access::WRITE_OK | Access::EXEC_OK;
         if let Err(errno) = accessat(CWD, folder, writable, AtFlags::EACCESS) {
             return Err(HostSocketError::Io {
@@ -83,13 +85,13 @@ impl HostSocket {
         })
     }
 
-    /// Where it is.
+    /// The socket's path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Listens, if it does not yet, and has `watch` tell of programs that connect.
-    pub(crate) fn listen(&self, watch: &Watch, token: u64) -> Result<(), HostSocketError> {
+    /// Binds the socket and adds it to `watch`, unless it listens already.
+    pub(crate) fn listen(&self, watch: &HostWatch, token: u64) -> Result<(), HostSocketError> {
         let mut listener = self.listener();
         if listener.is_some() {
             return Ok(());
@@ -106,12 +108,12 @@ impl HostSocket {
         Ok(())
     }
 
-    /// Listens no more, and leaves the file system.
+    /// Closes the socket and removes it from the file system.
     pub(crate) fn close(&self) {
         *self.listener() = None;
     }
 
-    /// The next program that has connected, which is not waited for; `None` if none has.
+    /// The next program that has connected, without waiting; `None` if none has.
     pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
         let listener = self.listener();
         let Some(listener) = listener.as_ref() else {
@@ -127,7 +129,7 @@ impl HostSocket {
         }
     }
 
-    /// The error of a call that failed.
+    /// Makes an error from what was tried.
     pub(crate) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> HostSocketError + '_ {
         move |source| HostSocketError::Io {
             path: self.path.clone(),

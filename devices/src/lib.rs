@@ -15,10 +15,11 @@ mod cases;
 mod exit;
 mod helper;
 mod host_socket;
-mod limited;
+mod log_damper;
 mod metrics;
 mod rate;
 mod timer;
+mod wake_event;
 mod watch;
 
 pub use exit::{ExitEvent, GuestExit};

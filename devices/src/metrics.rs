@@ -1,4 +1,4 @@
-//! What devices count: read by any thread at any time, without a lock.
+//! Counters of devices, which any thread may read at any time without a lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// What it has come to.
+    /// The current value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -17,9 +17,9 @@ impl Counter {
     }
 }
 
-/// Some counters, each with its name.
+/// A set of counters, each with its name.
 pub trait Counters: Send + Sync {
-    /// What they have come to.
+    /// The names and current values.
     fn read(&self) -> Vec<(&'static str, u64)>;
 }
 

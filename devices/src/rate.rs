@@ -1,5 +1,5 @@
-//! Limits on how much a device does in a time: token buckets for operations and for bytes, in Firecracker's model.
-//! Where a machine is restored they begin anew, with full buckets.
+//! Rate limits of devices: token buckets for operations and for bytes, as Firecracker has them. After a restore the
+//! buckets are full.
 
 use std::cell::Cell;
 use std::io;
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::timer::Timer;
 
-/// A bucket: so many tokens at most, which come back evenly within a time.
+/// A token bucket: at most `size` tokens, which come back evenly within the refill time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bucket {
-    /// Most tokens in it, and how many there are at first.
+    /// Most tokens in the bucket, and how many there are at first.
     pub size: u64,
     /// Tokens that are there at first besides, and do not come back.
     pub one_time_burst: u64,
@@ -21,7 +21,7 @@ pub struct Bucket {
     pub refill_time_ms: u64,
 }
 
-/// What a device may do. Without a bucket it may do anything.
+/// A device's rate limits. Without a bucket there is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// A token for each byte.
@@ -30,34 +30,36 @@ pub struct Limits {
     pub operations: Option<Bucket>,
 }
 
-/// A bucket that can never be filled, or never emptied.
+/// A bucket without a size or a refill time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rate limit: expected a size and a refill time above 0, got {} and {} ms", .0.size, .0.refill_time_ms)]
 pub struct BucketError(pub Bucket);
 
-/// Limits at work.
+/// The state of a device's rate limits.
 #[derive(Debug)]
 pub(crate) struct Limiter {
-    // A device asks while it is itself at work with its requests.
+    // Cells, as a device consumes tokens while its queues are borrowed.
     bandwidth: Cell<Option<Tokens>>,
     operations: Cell<Option<Tokens>>,
-    /// Readable when there are tokens again, for whoever went away without any.
+    /// Goes off when there are tokens again, if a request had to wait for them.
     timer: Timer,
 }
 
-/// How many tokens there are. Whoever finds one may take as many as he needs, so that no request is too large; the
-/// debt is paid before the next.
+/// The tokens of a bucket. If there is one token a request may consume as many as it needs, so that no request is too
+/// large; the next request waits until the debt is paid.
 #[derive(Clone, Copy, Debug)]
 struct Tokens {
     bucket: Bucket,
-    /// In tokens.
+    /// Tokens that are left; negative for a debt.
     count: f64,
+    /// Tokens of the burst that are left.
     burst: u64,
+    /// When `count` was computed.
     seen: Instant,
 }
 
 impl Bucket {
-    /// So many tokens a second, and a second's worth at once.
+    /// A bucket of `tokens` a second, with a second's worth at first.
     pub fn per_second(tokens: u64) -> Self {
         Self {
             size: tokens,
@@ -78,7 +80,7 @@ impl Bucket {
 const LIMITS_LEN: usize = 48;
 
 impl Limits {
-    /// As part of what a device was made with; nothing where there are none.
+    /// The limits as a part of a device's parameters; no bytes if there are no limits.
     pub fn to_bytes(&self) -> Vec<u8> {
         if *self == Self::default() {
             return Vec::new();
@@ -93,7 +95,7 @@ impl Limits {
         bytes.flatten().collect()
     }
 
-    /// What [`Limits::to_bytes`] made; `None` if it did not, or if they cannot be.
+    /// Parses what [`Limits::to_bytes`] made; `None` if the bytes are malformed or a bucket is not valid.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         if bytes.is_empty() {
             return Some(Self::default());
@@ -116,7 +118,7 @@ impl Limits {
         limits.check().is_ok().then_some(limits)
     }
 
-    /// Whether the buckets are ones.
+    /// Checks that each bucket has a size and a refill time.
     pub fn check(&self) -> Result<(), BucketError> {
         [self.bandwidth, self.operations]
             .into_iter()
@@ -126,7 +128,7 @@ impl Limits {
 }
 
 impl Limiter {
-    /// Limits that were checked.
+    /// A limiter for limits that were checked.
     pub(crate) fn new(limits: Limits) -> io::Result<Self> {
         let mut limiter = Self {
             bandwidth: Cell::new(None),
@@ -137,7 +139,7 @@ impl Limiter {
         Ok(limiter)
     }
 
-    /// Replaces the limits by others that were checked. The buckets are full.
+    /// Replaces the limits by others that were checked. The buckets are full again.
     pub(crate) fn set(&mut self, limits: Limits) {
         let now = Instant::now();
         let tokens = |bucket: Option<Bucket>| Cell::new(bucket.map(|bucket| Tokens::new(bucket, now)));
@@ -150,23 +152,24 @@ impl Limiter {
         self.timer.as_fd()
     }
 
-    /// What the event was about is seen to.
-    pub(crate) fn hear(&self) {
-        // Whether it has: there is a look at the tokens in any case.
+    /// Clears the event, before the device tries again.
+    pub(crate) fn clear_event(&self) {
+        // The result does not matter: the device checks the tokens in any case.
         let _ = self.timer.has_gone_off();
     }
 
-    /// Takes tokens for an operation of so many bytes; if there are none, has the event come when there are.
-    pub(crate) fn take(&self, bytes: u64) -> bool {
-        let admitted = self.admits();
+    /// Consumes the tokens of an operation of `bytes` and returns true; if there are none, sets the event for when
+    /// there are.
+    pub(crate) fn try_consume(&self, bytes: u64) -> bool {
+        let admitted = self.has_tokens();
         if admitted {
-            self.spend(bytes);
+            self.consume(bytes);
         }
         admitted
     }
 
-    /// Whether there are tokens for an operation; if not, has the event come when there are.
-    pub(crate) fn admits(&self) -> bool {
+    /// Whether there are tokens for an operation; if not, sets the event for when there are.
+    pub(crate) fn has_tokens(&self) -> bool {
         let (mut bandwidth, mut operations) = (self.bandwidth.get(), self.operations.get());
         if bandwidth.is_none() && operations.is_none() {
             return true;
@@ -175,7 +178,7 @@ impl Limiter {
         let wait = [&mut bandwidth, &mut operations]
             .into_iter()
             .flatten()
-            .map(|tokens| tokens.wait(now))
+            .map(|tokens| tokens.time_to_next(now))
             .max()
             .unwrap_or_default();
         self.bandwidth.set(bandwidth);
@@ -189,21 +192,21 @@ impl Limiter {
         false
     }
 
-    /// Takes tokens for an operation that was admitted and is done, and turned out to be of so many bytes.
-    pub(crate) fn spend(&self, bytes: u64) {
-        take(&self.operations, 1);
-        self.charge(bytes);
+    /// Consumes the tokens of an operation after it, when its bytes are known. [`Limiter::has_tokens`] has admitted it.
+    pub(crate) fn consume(&self, bytes: u64) {
+        consume(&self.operations, 1);
+        self.consume_bytes(bytes);
     }
 
-    /// Takes tokens for so many bytes that were not known before, and that the next operation waits for.
-    pub(crate) fn charge(&self, bytes: u64) {
-        take(&self.bandwidth, bytes);
+    /// Consumes tokens for further bytes of an operation that was admitted; the next operation waits for them.
+    pub(crate) fn consume_bytes(&self, bytes: u64) {
+        consume(&self.bandwidth, bytes);
     }
 }
 
-fn take(tokens: &Cell<Option<Tokens>>, cost: u64) {
+fn consume(tokens: &Cell<Option<Tokens>>, cost: u64) {
     if let Some(mut some) = tokens.get() {
-        some.take(cost);
+        some.consume(cost);
         tokens.set(Some(some));
     }
 }
@@ -218,8 +221,8 @@ impl Tokens {
         }
     }
 
-    /// How long until there is a token; no time if there is one.
-    fn wait(&mut self, now: Instant) -> Duration {
+    /// How long until there is a token; zero if there is one.
+    fn time_to_next(&mut self, now: Instant) -> Duration {
         let passed = now.saturating_duration_since(self.seen);
         self.seen = now;
         let per_second = self.bucket.size as f64 * 1e3 / self.bucket.refill_time_ms as f64;
@@ -228,12 +231,12 @@ impl Tokens {
         if self.burst > 0 || self.count >= 1.0 {
             return Duration::ZERO;
         }
-        // Not less than a timer can tell, nor more than anybody means.
+        // Within what a timer can measure, and at most a day.
         let seconds = ((1.0 - self.count) / per_second).clamp(1e-6, 86_400.0);
         Duration::from_secs_f64(seconds)
     }
 
-    fn take(&mut self, cost: u64) {
+    fn consume(&mut self, cost: u64) {
         let from_burst = cost.min(self.burst);
         self.burst -= from_burst;
         self.count -= (cost - from_burst) as f64;
@@ -252,18 +255,18 @@ mod tests {
     fn what_was_taken_comes_back_evenly() {
         let start = Instant::now();
         let mut tokens = Tokens::new(Bucket::per_second(100), start);
-        assert_eq!(tokens.wait(start), Duration::ZERO);
-        tokens.take(100);
-        let wait = tokens.wait(start);
+        assert_eq!(tokens.time_to_next(start), Duration::ZERO);
+        tokens.consume(100);
+        let wait = tokens.time_to_next(start);
         assert_eq!(wait.as_millis(), 10);
-        assert_eq!(tokens.wait(start + SECOND / 100), Duration::ZERO);
+        assert_eq!(tokens.time_to_next(start + SECOND / 100), Duration::ZERO);
         // More than there is: afterwards the debt is waited for.
-        tokens.take(101);
-        assert_eq!(tokens.wait(start + SECOND / 100).as_millis(), 1010);
+        tokens.consume(101);
+        assert_eq!(tokens.time_to_next(start + SECOND / 100).as_millis(), 1010);
         // However long nothing is taken, there is no more than the bucket holds.
-        tokens.wait(start + 100 * SECOND);
-        tokens.take(100);
-        assert!(tokens.wait(start + 100 * SECOND) > Duration::ZERO);
+        tokens.time_to_next(start + 100 * SECOND);
+        tokens.consume(100);
+        assert!(tokens.time_to_next(start + 100 * SECOND) > Duration::ZERO);
     }
 
     #[test]
@@ -276,13 +279,13 @@ mod tests {
         };
         let mut tokens = Tokens::new(bucket, start);
         for _ in 0..7 {
-            assert_eq!(tokens.wait(start), Duration::ZERO);
-            tokens.take(5);
+            assert_eq!(tokens.time_to_next(start), Duration::ZERO);
+            tokens.consume(5);
         }
-        assert!(tokens.wait(start) > Duration::ZERO);
-        tokens.wait(start + SECOND);
-        tokens.take(10);
-        assert!(tokens.wait(start + SECOND) > Duration::ZERO);
+        assert!(tokens.time_to_next(start) > Duration::ZERO);
+        tokens.time_to_next(start + SECOND);
+        tokens.consume(10);
+        assert!(tokens.time_to_next(start + SECOND) > Duration::ZERO);
     }
 
     #[test]
@@ -322,7 +325,7 @@ mod tests {
     }
 
     proptest! {
-        /// Over any time the rate is kept, but for what was there at first and the last request.
+        /// Over any time the rate is kept, apart from the tokens at first and the last request.
         #[test]
         fn the_rate_is_kept(
             size in 1u64..1000, refill in 1u64..5000, burst in 0u64..100,
@@ -334,14 +337,14 @@ mod tests {
             let (mut now, mut taken) = (start, 0);
             for (cost, pause) in costs.iter().zip(pauses) {
                 now += Duration::from_millis(pause);
-                let wait = tokens.wait(now);
+                let wait = tokens.time_to_next(now);
                 if wait > Duration::ZERO {
                     now += wait;
-                    prop_assert!(tokens.wait(now) <= Duration::from_micros(2), "it does not suffice to wait");
+                    prop_assert!(tokens.time_to_next(now) <= Duration::from_micros(2), "it does not suffice to wait");
                 }
                 let allowed = (size + burst) as f64 + (now - start).as_secs_f64() * 1e3 * size as f64 / refill as f64;
                 prop_assert!(taken as f64 <= allowed + 1e-3 * size as f64);
-                tokens.take(*cost);
+                tokens.consume(*cost);
                 taken += cost;
             }
         }

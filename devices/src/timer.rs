@@ -14,13 +14,13 @@ use rustix::time::{
 pub(crate) struct Timer(OwnedFd);
 
 impl Timer {
-    /// One that is not set.
+    /// A timer that is not set.
     pub(crate) fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Self(timerfd_create(TimerfdClockId::Monotonic, flags)?))
     }
 
-    /// Has it go off after that time, instead of what was set before; never, if that is no time.
+    /// Sets the timer to go off once after that time, in place of an earlier setting; a zero time turns it off.
     pub(crate) fn set(&self, after: Duration) -> io::Result<()> {
         let once = Itimerspec {
             it_interval: Timespec::default(),
@@ -30,7 +30,7 @@ impl Timer {
         Ok(())
     }
 
-    /// Whether it has gone off since it was set and was last asked.
+    /// Whether the timer has gone off since it was set and since the last call.
     pub(crate) fn has_gone_off(&self) -> io::Result<bool> {
         match rustix::io::read(&self.0, &mut [0; 8]) {
             Ok(_) => Ok(true),

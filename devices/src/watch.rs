@@ -1,4 +1,4 @@
-//! What a device waits for on the host, as one descriptor for the device thread.
+//! What a device waits for on the host, as one descriptor for the device thread (epoll).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,34 +7,34 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 
-/// The most events that one look takes.
+/// Most events that one poll returns.
 const EVENTS: usize = 64;
 
-/// Descriptors, watched edge by edge, each with a number that comes with its events. It is itself readable when there
-/// are some. What is closed is watched no more.
+/// Descriptors of the host, watched edge-triggered, each with a token that comes with its events. The epoll descriptor
+/// itself is readable when there are events. A descriptor that is closed leaves the watch.
 #[derive(Debug)]
-pub(crate) struct Watch(OwnedFd);
+pub(crate) struct HostWatch(OwnedFd);
 
-impl Watch {
-    /// One that watches nothing.
+impl HostWatch {
+    /// A watch of no descriptors.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
     }
 
-    /// Watches one more.
+    /// Adds a descriptor.
     pub(crate) fn add(&self, source: impl AsFd, token: u64, events: EventFlags) -> io::Result<()> {
         let data = EventData::new_u64(token);
         Ok(epoll::add(&self.0, source, data, events | EventFlags::ET)?)
     }
 
-    /// Watches one for something else.
+    /// Changes a descriptor's token and events.
     pub(crate) fn change(&self, source: impl AsFd, token: u64, events: EventFlags) -> io::Result<()> {
         let data = EventData::new_u64(token);
         Ok(epoll::modify(&self.0, source, data, events | EventFlags::ET)?)
     }
 
-    /// What has happened since the last look, and whether there may be more.
-    pub(crate) fn look(&self) -> io::Result<(Vec<(u64, EventFlags)>, bool)> {
+    /// The events since the last call, and whether there may be more.
+    pub(crate) fn poll(&self) -> io::Result<(Vec<(u64, EventFlags)>, bool)> {
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
         let at_once = Timespec::default();
         loop {
@@ -54,7 +54,7 @@ impl Watch {
     }
 }
 
-impl AsFd for Watch {
+impl AsFd for HostWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

@@ -14,7 +14,7 @@ pub(crate) use limits::updated_limits;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use devices::virtio::console::{Parameters, ParametersError};
+use devices::virtio::console::{ConsoleParameters, ConsoleParametersError};
 use devices::virtio::net::{MAX_QUEUE_PAIRS, TapSource};
 use devices::virtio::vsock::{CID_MAX, CID_MIN};
 use devices::{BucketError, Limits};
@@ -74,7 +74,7 @@ pub enum ConfigError {
     #[error("balloon: expected at most the guest's memory of {memory} bytes, got {got} bytes")]
     Balloon { got: u64, memory: u64 },
     #[error(transparent)]
-    Ports(#[from] ParametersError),
+    Ports(#[from] ConsoleParametersError),
     #[error("huge pages: expected no {0} beside them")]
     BesideHugePages(&'static str),
     #[error("vsock cid: expected {CID_MIN} to {CID_MAX}, got {0}")]
@@ -294,7 +294,7 @@ impl VsockConfig<u64> {
 impl ConsoleConfig {
     /// The device, if there is any use for one, with its ports checked.
     pub fn check(self) -> Result<Option<Self>, ConfigError> {
-        let parameters = Parameters {
+        let parameters = ConsoleParameters {
             has_terminal: self.has_terminal,
             ports: self.ports.iter().map(|(name, _)| name.clone()).collect(),
         };

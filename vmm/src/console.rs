@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use devices::legacy::Serial;
-use devices::virtio::console::{Size, Terminal};
+use devices::virtio::console::{ConsoleTerminal, TerminalSize};
 use output::{Allowance, Descriptor};
 use rustix::termios::tcgetwinsize;
 use threads::Role;
@@ -190,9 +190,9 @@ impl LeftOut {
 }
 
 /// The size of the terminal that standard input is; `None` if it is none, or does not say.
-pub fn terminal_size() -> Option<Size> {
+pub fn terminal_size() -> Option<TerminalSize> {
     let size = tcgetwinsize(io::stdin()).ok()?;
-    (size.ws_col > 0 && size.ws_row > 0).then_some(Size {
+    (size.ws_col > 0 && size.ws_row > 0).then_some(TerminalSize {
         columns: size.ws_col,
         rows: size.ws_row,
     })
@@ -204,7 +204,7 @@ pub enum Keyboard {
     /// The serial port.
     Serial(Arc<Mutex<Serial>>),
     /// The virtio console.
-    Virtio(Arc<Terminal>),
+    Virtio(Arc<ConsoleTerminal>),
 }
 
 impl Keyboard {
@@ -218,7 +218,7 @@ impl Keyboard {
         }
     }
 
-    fn resize(&self, size: Size) {
+    fn resize(&self, size: TerminalSize) {
         match self {
             // It has no way to tell.
             Self::Serial(_) => {}
@@ -235,7 +235,7 @@ pub struct ConsoleInput(Arc<Mutex<Input>>);
 struct Input {
     keyboard: Option<Keyboard>,
     /// The size of the terminal, if somebody has said it.
-    size: Option<Size>,
+    size: Option<TerminalSize>,
 }
 
 impl ConsoleInput {
@@ -258,7 +258,7 @@ impl ConsoleInput {
     }
 
     /// The terminal that somebody looks at has this size; the last one to say so counts.
-    pub fn resize(&self, size: Size) {
+    pub fn resize(&self, size: TerminalSize) {
         let mut input = self.lock();
         input.size = Some(size);
         if let Some(keyboard) = &input.keyboard {

@@ -43,7 +43,7 @@ impl AcpiPower {
         }
     }
 
-    /// Presses the power button. The guest decides what it does about it.
+    /// Presses the power button. The guest decides what to do.
     pub fn press(&self) -> std::io::Result<()> {
         self.button.write(1)
     }

@@ -1,33 +1,33 @@
-//! The panic notifier (QEMU, docs/specs/pvpanic.rst): by it a guest's kernel says that it has panicked.
+//! The panic notifier (QEMU, docs/specs/pvpanic.rst), by which a guest's kernel reports that it has panicked.
 
 use crate::bus::BusDevice;
 use crate::exit::{ExitEvent, GuestExit};
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 
-/// The guest panicked, and does not go on by itself.
+/// The guest's kernel panicked and has stopped.
 const PANICKED: u8 = 1 << 0;
-/// It panicked, and goes on into a kernel that it keeps for that.
+/// The guest's kernel panicked and starts its crash kernel.
 const CRASH_LOADED: u8 = 1 << 1;
-/// It wants to be powered off.
+/// The guest asks for a power-off.
 const SHUTDOWN: u8 = 1 << 2;
 
-/// One port: the guest reads which events are known here, and writes those that have come about. It keeps nothing, so
-/// there is nothing to save.
+/// One port: the guest reads which events the device knows, and writes those that have happened. The device has no
+/// state to save.
 #[derive(Debug)]
 pub struct PvPanic {
     exit: ExitEvent,
-    complaints: Limited,
+    warnings: LogDamper,
 }
 
 impl PvPanic {
-    /// Ports that it takes.
+    /// Number of ports.
     pub const LEN: u64 = 1;
 
     /// A notifier that raises `exit`.
     pub fn new(exit: ExitEvent) -> Self {
         Self {
             exit,
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
         }
     }
 }
@@ -46,7 +46,7 @@ impl BusDevice for PvPanic {
             self.exit.raise(GuestExit::Panic);
         } else if events & SHUTDOWN != 0 {
             self.exit.raise(GuestExit::PowerOff);
-        } else if let Some(count) = self.complaints.count() {
+        } else if let Some(count) = self.warnings.count() {
             if events & CRASH_LOADED != 0 {
                 tracing::warn!(count, "the guest panicked, and goes on into its crash kernel");
             } else {

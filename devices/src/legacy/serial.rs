@@ -10,7 +10,7 @@ use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 
 /// Bytes of input that wait for the guest before [`Serial::enqueue`] refuses more.
 pub const INPUT_LIMIT: usize = 64 << 10;
@@ -20,11 +20,11 @@ pub const INPUT_LIMIT: usize = 64 << 10;
 /// What the guest sends goes to the console sink at once, byte by byte, on the vCPU's thread: the sink must
 /// not block. What is sent to the guest waits until the guest has read what came before.
 pub struct Serial {
-    uart: vm_superio::Serial<Irq, NoEvents, Console>,
+    uart: vm_superio::Serial<Irq, NoEvents, SerialOutput>,
     irq: EventFd,
-    console: Console,
+    console: SerialOutput,
     input: VecDeque<u8>,
-    complaints: Limited,
+    warnings: LogDamper,
 }
 
 /// Why a serial port cannot be built or restored.
@@ -39,25 +39,25 @@ pub enum SerialError {
     /// More bytes in the FIFO than it holds, or the interrupt that the state asks for cannot be raised.
     #[error("serial port: saved registers refused")]
     Registers(#[source] vm_superio::serial::Error<io::Error>),
-    /// More input than ever waits.
+    /// More input than [`INPUT_LIMIT`].
     #[error("serial port: expected at most {INPUT_LIMIT} bytes of waiting input, got {got}")]
     Input {
-        /// Bytes in the saved state.
+        /// Bytes of input in the saved state.
         got: usize,
     },
 }
 
 impl Serial {
-    /// A port after power-on, which interrupts through `irq` and sends to `console`.
+    /// A port after power-on, which interrupts through `irq` and writes the guest's output to `console`.
     pub fn new(irq: EventFd, console: Box<dyn Write + Send>) -> Result<Self, SerialError> {
-        let console = Console(Arc::new(Mutex::new(console)));
+        let console = SerialOutput(Arc::new(Mutex::new(console)));
         let trigger = Irq(irq.try_clone().map_err(SerialError::Event)?);
         Ok(Self {
             uart: vm_superio::Serial::new(trigger, console.clone()),
             irq,
             console,
             input: VecDeque::new(),
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
         })
     }
 
@@ -76,7 +76,7 @@ impl Serial {
         Ok(envelope.put(instance, &state)?)
     }
 
-    /// Takes the saved state out of `envelope`. An interrupt that it says is pending is raised again.
+    /// Restores the state saved in `envelope`. An interrupt that was pending is raised again.
     pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), SerialError> {
         let (registers, input) = envelope.take::<SerialState>(instance)?.into_parts();
         if input.len() > INPUT_LIMIT {
@@ -104,14 +104,14 @@ impl Serial {
                 Err(error) => {
                     // The bytes are in the FIFO; only the interrupt failed.
                     self.input.drain(..chunk.len());
-                    self.complain(&error);
+                    self.warn(&error);
                 }
             }
         }
     }
 
-    fn complain(&self, error: &vm_superio::serial::Error<io::Error>) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, error: &vm_superio::serial::Error<io::Error>) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(%error, count, "serial port");
         }
     }
@@ -133,7 +133,7 @@ impl BusDevice for Serial {
             if let Some(register) = register(offset, index)
                 && let Err(error) = self.uart.write(register, byte)
             {
-                self.complain(&error);
+                self.warn(&error);
             }
         }
         self.feed();
@@ -157,9 +157,9 @@ impl vm_superio::Trigger for Irq {
 }
 
 #[derive(Clone)]
-struct Console(Arc<Mutex<Box<dyn Write + Send>>>);
+struct SerialOutput(Arc<Mutex<Box<dyn Write + Send>>>);
 
-impl Write for Console {
+impl Write for SerialOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
     }
@@ -242,9 +242,9 @@ mod tests {
     const MCR: u64 = 4;
     const LSR: u64 = 5;
 
-    struct Sink(mpsc::Sender<u8>);
+    struct ChannelOutput(mpsc::Sender<u8>);
 
-    impl Write for Sink {
+    impl Write for ChannelOutput {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             bytes.iter().for_each(|&byte| self.0.send(byte).unwrap());
             Ok(bytes.len())
@@ -259,7 +259,7 @@ mod tests {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let (sender, output) = mpsc::channel();
         (
-            Serial::new(irq.try_clone().unwrap(), Box::new(Sink(sender))).unwrap(),
+            Serial::new(irq.try_clone().unwrap(), Box::new(ChannelOutput(sender))).unwrap(),
             irq,
             output,
         )

@@ -18,7 +18,7 @@ pub struct Chain {
     pub writable: Buffers,
 }
 
-/// How a driver got a chain wrong.
+/// What is wrong with a driver's chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
     /// More descriptors than the queue has.
@@ -30,8 +30,8 @@ pub enum ChainError {
     /// A buffer for the device to read follows one for it to write.
     #[error("descriptor chain: expected readable buffers before writable ones, got one after")]
     Order,
-    /// It does not end where its last descriptor says that it does: it points outside the table, outside
-    /// memory or back into itself, or it is longer than 4 GiB.
+    /// A link of the chain leads nowhere: it points outside the table, outside memory or back into the chain, or the
+    /// chain is longer than 4 GiB.
     #[error("descriptor chain: expected an end after {got} descriptors, got a broken link")]
     Broken {
         /// Descriptors until then.
@@ -147,7 +147,7 @@ impl Buffers {
         rest.fill(memory, bytes).map(drop)
     }
 
-    /// Takes the first bytes off unseen.
+    /// Takes the first bytes off without reading them.
     pub(super) fn skip(&mut self, count: usize) -> Result<usize, GuestMemoryError> {
         self.consume(count, |_, _| Ok(()))
     }

@@ -35,18 +35,18 @@ impl Interrupt {
         }
     }
 
-    /// Tells the guest that buffers were used.
+    /// Interrupts the guest because buffers were used.
     pub fn used_buffer(&self) {
         self.raise(USED_BUFFER);
     }
 
-    /// Tells the guest that the configuration or the device status changed.
+    /// Interrupts the guest because the configuration or the device status changed.
     pub fn config_change(&self) {
         self.config_generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG_CHANGE);
     }
 
-    /// The reasons pending.
+    /// The pending reasons.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
     }
@@ -65,7 +65,7 @@ impl Interrupt {
         self.config_generation.store(generation, Ordering::SeqCst);
     }
 
-    /// The guest has seen these reasons.
+    /// Clears reasons that the guest has acknowledged.
     pub(crate) fn acknowledge(&self, reasons: u32) {
         self.status.fetch_and(!reasons, Ordering::SeqCst);
     }

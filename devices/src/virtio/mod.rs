@@ -20,7 +20,7 @@ mod testing;
 pub use chain::{Buffers, Chain, ChainError};
 pub use device::{Description, DeviceError, HostBackend, HostError, VirtioDevice};
 pub use interrupt::Interrupt;
-pub use queue::{Head, Progress, QueueAccess, QueueError, Queues, Served, Taken, Turn};
+pub use queue::{ChainHead, PoppedChain, QueueAccess, QueueError, QueueProgress, Queues, Served, Turn};
 
 /// Largest queue that our devices offer, in descriptors.
 pub const QUEUE_SIZE: u16 = 256;

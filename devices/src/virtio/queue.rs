@@ -1,4 +1,4 @@
-//! Serving a queue: the loop that every device shares.
+//! Access to a queue, the loop that serves it, and how much one turn does.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -10,8 +10,9 @@ use super::chain::{Chain, ChainError};
 use super::interrupt::Interrupt;
 use crate::GuestMemory;
 
-/// Work after which a [`Turn`] is over.
+/// Chains after which a [`Turn`] is over.
 pub(super) const TURN_CHAINS: usize = 64;
+/// Bytes of work after which a [`Turn`] is over.
 const TURN_BYTES: u64 = 4 << 20;
 
 /// A device's queues, lent to it for one turn.
@@ -33,7 +34,7 @@ impl Queues<'_> {
         })
     }
 
-    /// Tells the guest that the device's configuration space has changed.
+    /// Interrupts the guest because the device's configuration space has changed.
     pub fn config_changed(&self) {
         self.interrupt.config_change();
     }
@@ -47,19 +48,19 @@ pub struct QueueAccess<'a> {
     interrupt: &'a Interrupt,
 }
 
-/// A chain that was taken, or what is wrong with it; it is owed to the driver in both cases.
-pub type Taken = (Head, Result<Chain, ChainError>);
+/// A chain that was popped, or what is wrong with it. In both cases it must go back to the driver.
+pub type PoppedChain = (ChainHead, Result<Chain, ChainError>);
 
-/// The number of a chain's first descriptor, by which it is given back.
+/// The number of a chain's first descriptor, by which the chain is returned to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head(pub u16);
+pub struct ChainHead(pub u16);
 
-/// What came of a chain.
+/// What a device did with a chain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
     /// Bytes that were written to it.
     pub written: u32,
-    /// What was done for it besides reading and writing its buffers, in bytes: part of what a turn may take.
+    /// Work besides reading and writing its buffers, in bytes: it counts towards the turn.
     pub work: u64,
 }
 
@@ -69,8 +70,8 @@ impl From<u32> for Served {
     }
 }
 
-/// What was done at one go. When it is enough others have a turn: the device's lock is free for a moment, a pause gets
-/// in. A driver that adds chains as fast as they are served holds up nobody.
+/// What was done in one go. When a turn is over the device's lock is free for a moment, so that other devices are
+/// served and a pause can begin, also if a driver adds chains as fast as they are served.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Turn {
     chains: usize,
@@ -78,38 +79,38 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// Counts a chain, and the work that it is in bytes.
+    /// Counts a chain, and its work in bytes.
     pub fn count(&mut self, bytes: u64) {
         self.chains += 1;
         self.bytes = self.bytes.saturating_add(bytes);
     }
 
-    /// Whether it was enough.
+    /// Whether the turn has done enough.
     pub fn is_over(&self) -> bool {
         self.chains >= TURN_CHAINS || self.bytes >= TURN_BYTES
     }
 }
 
-/// Whether a queue is done for now.
+/// Whether a queue needs another turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
-    /// Nothing is left; the driver will kick.
+pub enum QueueProgress {
+    /// No chain can be served now; the driver will kick, or another event comes.
     Idle,
     /// The turn is over and chains are left: another turn must follow without a kick.
     More,
 }
 
-impl Progress {
-    /// Of two things together.
+impl QueueProgress {
+    /// The progress of two queues together.
     pub fn and(self, other: Self) -> Self {
         if self == Self::More { self } else { other }
     }
 }
 
-/// A queue that cannot be served any more.
+/// Why a queue cannot be served any more.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// The rings say something impossible or lie outside memory.
+    /// The rings are inconsistent or lie outside memory.
     #[error("virtqueue is broken")]
     Ring(#[source] virtio_queue::Error),
 }
@@ -120,39 +121,38 @@ impl<'a> QueueAccess<'a> {
         self.memory
     }
 
-    /// Hands available chains to `serve_chain`, which returns what came of each, and gives the
-    /// driver its due: used ring, interrupts. A chain that is itself malformed comes as an error; whatever is
-    /// returned for it, it goes back to the driver.
+    /// Pops available chains, hands each to `serve_chain`, puts it into the used ring and interrupts the driver. A
+    /// malformed chain comes as an error, and is returned to the driver as well.
     pub fn serve<S: Into<Served>>(
         &mut self,
         serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         self.serve_admitted(|_| true, serve_chain)
     }
 
-    /// As [`QueueAccess::serve`], but only while `admit` says so to the bytes of the next chain. A chain that is not
-    /// admitted stays available, and the driver need not kick for it: whoever says no comes back.
+    /// As [`QueueAccess::serve`], but a chain is served only if `admit` returns true for its bytes. A chain that is not
+    /// admitted stays available, and the driver need not kick for it: the device must serve the queue again by itself.
     pub fn serve_admitted<S: Into<Served>>(
         &mut self,
         mut admit: impl FnMut(u64) -> bool,
         mut serve_chain: impl FnMut(&GuestMemory, Result<Chain, ChainError>) -> S,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let (mut turn, mut served) = (Turn::default(), false);
         let progress = loop {
-            let Some((head, chain)) = self.take()? else {
-                break Progress::Idle;
+            let Some((head, chain)) = self.pop()? else {
+                break QueueProgress::Idle;
             };
             let len = chain.as_ref().map_or(0, Chain::len);
             if !admit(len) {
-                self.put_back();
-                break Progress::Idle;
+                self.undo_pop();
+                break QueueProgress::Idle;
             }
             let Served { written, work } = serve_chain(self.memory, chain).into();
-            self.give_back(head, written)?;
+            self.add_used(head, written)?;
             served = true;
             turn.count(len + work);
             if turn.is_over() {
-                break Progress::More;
+                break QueueProgress::More;
             }
         };
         if served {
@@ -161,20 +161,20 @@ impl<'a> QueueAccess<'a> {
         Ok(progress)
     }
 
-    /// Takes the next available chain, for a device that serves chains in its own time: it owes the driver
-    /// [`QueueAccess::give_back`] and, after one or several of them, [`QueueAccess::notify`]. `None` if there is
-    /// none; the driver will then kick when there is.
-    pub fn take(&mut self) -> Result<Option<Taken>, QueueError> {
+    /// Pops the next available chain, for a device that finishes chains later: it must then call
+    /// [`QueueAccess::add_used`] and, after one or several of them, [`QueueAccess::notify`]. `None` if no chain is
+    /// available; the driver kicks when it adds one.
+    pub fn pop(&mut self) -> Result<Option<PoppedChain>, QueueError> {
         let limit = usize::from(self.queue.size());
         let ring = QueueError::Ring;
-        // Bounded, as a guest that plays with the index must not keep us here.
+        // Bounded, as a guest that keeps changing the index must not hold the device thread here.
         for _ in 0..TURN_CHAINS {
             if let Some(descriptors) = self.queue.iter(self.memory).map_err(ring)?.next() {
                 self.queue.disable_notification(self.memory).map_err(ring)?;
-                let head = Head(descriptors.head_index());
+                let head = ChainHead(descriptors.head_index());
                 return Ok(Some((head, Chain::collect(descriptors, limit))));
             }
-            // A chain that comes in between counts, or it would wait for a kick that was not asked for.
+            // A chain that was added before kicks were enabled is served now: the driver sends no kick for it.
             if !self.queue.enable_notification(self.memory).map_err(ring)? {
                 break;
             }
@@ -182,21 +182,21 @@ impl<'a> QueueAccess<'a> {
         Ok(None)
     }
 
-    /// Makes the chain that was taken last available again, as if it had not been taken.
-    pub fn put_back(&mut self) {
+    /// Makes the chain that was popped last available again.
+    pub fn undo_pop(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
-    /// Gives a chain back to the driver, with `written` bytes in it.
-    pub fn give_back(&mut self, head: Head, written: u32) -> Result<(), QueueError> {
+    /// Returns a chain to the driver, with `written` bytes in it.
+    pub fn add_used(&mut self, head: ChainHead, written: u32) -> Result<(), QueueError> {
         self.queue
             .add_used(self.memory, head.0, written)
             .map_err(QueueError::Ring)
     }
 
-    /// Gives chains back, with the bytes written to each, so that the driver sees all of them or none, and tells it.
-    pub fn give_back_together(&mut self, chains: &[(Head, u32)]) -> Result<(), QueueError> {
-        // The queue counts for itself what the driver has not been told of; what follows it does not count.
+    /// Returns chains, with the bytes written to each, so that the driver sees all of them or none, and notifies it.
+    pub fn add_used_together(&mut self, chains: &[(ChainHead, u32)]) -> Result<(), QueueError> {
+        // `virtio-queue` counts the chains that the driver was not notified of, but not those that are added here.
         self.notify()?;
         let (size, first) = (self.queue.size(), self.queue.next_used());
         let ring = self.queue.used_ring();
@@ -214,7 +214,7 @@ impl<'a> QueueAccess<'a> {
         self.memory
             .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
             .map_err(failed)?;
-        // Between that and a look at what the driver wants to hear (virtio 1.2, 2.7.10).
+        // The driver must see the index before the device reads whether it wants an interrupt (virtio 1.2, 2.7.10).
         fence(Ordering::SeqCst);
         if self.queue.event_idx_enabled() {
             let at = self.queue.avail_ring() + 4 + 2 * u64::from(size);
@@ -230,7 +230,7 @@ impl<'a> QueueAccess<'a> {
         self.raise()
     }
 
-    /// Tells the driver that chains came back, if it wants to hear it.
+    /// Notifies the driver that chains were returned, if it wants an interrupt.
     pub fn notify(&mut self) -> Result<(), QueueError> {
         if self
             .queue
@@ -242,8 +242,8 @@ impl<'a> QueueAccess<'a> {
         Ok(())
     }
 
-    /// Raises the interrupt, unless the driver has a flag up that it polls (virtio 1.2, 2.7.7). What it wants to hear
-    /// where EVENT_IDX is negotiated was looked at before, and the flag means nothing there.
+    /// Raises the interrupt, unless the driver has set the flag that it polls (virtio 1.2, 2.7.7). With EVENT_IDX the
+    /// caller has checked whether an interrupt is wanted, and the flag means nothing.
     fn raise(&self) -> Result<(), QueueError> {
         if !self.queue.event_idx_enabled() {
             let flags: u16 = self

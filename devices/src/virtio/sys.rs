@@ -1,4 +1,4 @@
-//! The one place that gives guest addresses to the kernel: what it writes there is marked.
+//! The one place that gives guest addresses to the kernel, and marks the pages that the kernel writes.
 
 #![allow(
     unsafe_code,
@@ -6,6 +6,7 @@
 )]
 
 mod ring;
+mod transfer;
 
 use std::fs::File;
 use std::io;
@@ -20,17 +21,18 @@ use vm_memory::{
 use super::Buffers;
 use crate::GuestMemory;
 
-pub(super) use ring::{Durability, Ring};
+pub(super) use ring::IoRing;
+pub(super) use transfer::Durability;
 
-/// A place in a file, to copy from and to guest memory. Moves on with what was copied; the file's own offset
-/// is left alone.
-pub(super) struct At<'a> {
+/// A place in a file, to copy from and to guest memory. The offset moves on with each copy; the file's own offset does
+/// not change.
+pub(super) struct FilePosition<'a> {
     pub(super) file: &'a File,
     /// In bytes.
     pub(super) offset: u64,
 }
 
-impl At<'_> {
+impl FilePosition<'_> {
     fn file_offset(&self) -> Result<libc::off_t, VolatileMemoryError> {
         libc::off_t::try_from(self.offset)
             .map_err(|_| VolatileMemoryError::IOError(io::ErrorKind::InvalidInput.into()))
@@ -44,7 +46,7 @@ impl At<'_> {
     }
 }
 
-impl ReadVolatile for At<'_> {
+impl ReadVolatile for FilePosition<'_> {
     fn read_volatile<B: BitmapSlice>(
         &mut self,
         buffer: &mut VolatileSlice<B>,
@@ -64,7 +66,7 @@ impl ReadVolatile for At<'_> {
     }
 }
 
-impl WriteVolatile for At<'_> {
+impl WriteVolatile for FilePosition<'_> {
     fn write_volatile<B: BitmapSlice>(
         &mut self,
         buffer: &VolatileSlice<B>,
@@ -79,17 +81,17 @@ impl WriteVolatile for At<'_> {
 }
 
 /// Buffers in guest memory for one `readv` or `writev`: a packet, which no two calls could share.
-pub(super) struct Vectors<'a> {
+pub(super) struct PacketVectors<'a> {
     memory: &'a GuestMemory,
     slices: Vec<VolatileSlice<'a, RefSlice<'a, PageMarks>>>,
     vectors: Vec<libc::iovec>,
 }
 
-impl<'a> Vectors<'a> {
+impl<'a> PacketVectors<'a> {
     /// Most buffers that Linux takes in one call (`UIO_MAXIOV`).
     pub(super) const MAX: usize = 1024;
 
-    /// None yet.
+    /// An empty list.
     pub(super) fn new(memory: &'a GuestMemory) -> Self {
         Self {
             memory,
@@ -115,7 +117,7 @@ impl<'a> Vectors<'a> {
         Ok(())
     }
 
-    /// Fills the buffers with what one read gives, and marks their pages; returns the bytes.
+    /// Fills the buffers by one read and marks their pages; returns the bytes read.
     pub(super) fn read_from(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
         let len = self.vectors.len() as libc::c_int;
         // SAFETY: the vectors point to slices of guest memory, which `self.slices` keeps valid for writes of their
@@ -124,7 +126,7 @@ impl<'a> Vectors<'a> {
         let read = count(result);
         match &read {
             Ok(count) => self.mark(*count),
-            // Nothing was there to write.
+            // Nothing was read, so nothing was written to memory.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // Any part may have been written.
             Err(_) => self.mark(usize::MAX),
@@ -132,7 +134,7 @@ impl<'a> Vectors<'a> {
         read
     }
 
-    /// Gives what the buffers hold to one write; returns the bytes.
+    /// Writes what the buffers hold by one write; returns the bytes written.
     pub(super) fn write_to(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
         let len = self.vectors.len() as libc::c_int;
         // SAFETY: as above, for reads.

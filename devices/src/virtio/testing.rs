@@ -11,8 +11,8 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::mmio::{Transport, TransportError, Worker};
-use super::rng::Rng;
+use super::mmio::{MmioTransport, MmioTransportError, TransportWorker};
+use super::rng::VirtioRng;
 use super::{HostBackend, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
@@ -33,31 +33,31 @@ const WRITE: u16 = 2;
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Part {
+pub(crate) struct DriverBuffer {
     pub(crate) address: u64,
     pub(crate) len: u32,
     pub(crate) write: bool,
 }
 
-pub(crate) fn reads(address: u64, len: u32) -> Part {
-    Part {
+pub(crate) fn reads(address: u64, len: u32) -> DriverBuffer {
+    DriverBuffer {
         address,
         len,
         write: false,
     }
 }
 
-pub(crate) fn writes(address: u64, len: u32) -> Part {
-    Part {
+pub(crate) fn writes(address: u64, len: u32) -> DriverBuffer {
+    DriverBuffer {
         address,
         len,
         write: true,
     }
 }
 
-/// An entropy device without limits: the simplest there is.
-pub(crate) fn rng() -> Rng {
-    Rng::new(Limits::default()).unwrap()
+/// An entropy device without limits, the simplest device.
+pub(crate) fn rng() -> VirtioRng {
+    VirtioRng::new(Limits::default()).unwrap()
 }
 
 /// A folder for a device's files, in memory: what a device makes durable there costs nothing.
@@ -70,15 +70,15 @@ pub(crate) fn memory() -> GuestMemory {
 }
 
 pub(crate) struct Driver {
-    pub(crate) transport: Transport,
+    pub(crate) transport: MmioTransport,
     pub(crate) memory: GuestMemory,
     line: EventFd,
-    thread: EventManager<Worker>,
+    thread: EventManager<TransportWorker>,
     queues: Vec<DriverQueue>,
     selected: usize,
 }
 
-/// Where a driver is in a queue.
+/// A driver's position in a queue.
 #[derive(Clone, Copy, Debug, Default)]
 struct DriverQueue {
     /// As large as the device allows.
@@ -96,7 +96,8 @@ impl Driver {
 
     fn with_memory(device: impl VirtioDevice + 'static, memory: GuestMemory) -> Self {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let transport = Transport::new(Box::new(device), memory.clone(), line.try_clone().unwrap()).unwrap();
+        let transport =
+            MmioTransport::new(Box::new(device), memory.clone(), line.try_clone().unwrap()).unwrap();
         let mut thread = EventManager::new().unwrap();
         thread.add_subscriber(transport.worker());
         let queues = vec![DriverQueue::default(); transport.queue_events().len()];
@@ -146,7 +147,7 @@ impl Driver {
         assert_eq!(self.get(0x070), 15);
     }
 
-    /// What follows is about this queue; at first, and after bringing the device up, it is the first.
+    /// Selects the queue for the following calls; at first, and after bringing the device up, that is the first queue.
     pub(crate) fn select(&mut self, index: usize) -> &mut Self {
         self.selected = index;
         self
@@ -161,7 +162,7 @@ impl Driver {
         &mut self.queues[self.selected]
     }
 
-    /// The place in the selected queue that corresponds to an address in the first.
+    /// The address in the selected queue that corresponds to one in the first queue.
     fn at(&self, address: u64) -> u64 {
         address + QUEUE_BYTES * self.selected as u64
     }
@@ -173,7 +174,7 @@ impl Driver {
         u64::from(high) << 32 | u64::from(self.get(0x010))
     }
 
-    /// Goes as far as FEATURES_OK; whether the device took it.
+    /// Goes as far as FEATURES_OK; returns whether the device accepted that.
     pub(crate) fn negotiate(&mut self, features: u64) -> bool {
         self.set(0x070, 0);
         self.set(0x070, 1);
@@ -213,7 +214,7 @@ impl Driver {
     }
 
     /// Makes a chain available, without a kick; returns its head.
-    pub(crate) fn add(&mut self, parts: &[Part]) -> u16 {
+    pub(crate) fn add(&mut self, parts: &[DriverBuffer]) -> u16 {
         let head = self.queue().next_descriptor;
         for (index, part) in parts.iter().enumerate() {
             let last = index + 1 == parts.len();
@@ -255,15 +256,15 @@ impl Driver {
         self.run();
     }
 
-    /// Lets the device thread look once at what it was kicked for; whether there was anything.
+    /// Runs the device thread once; returns whether there was any event.
     pub(crate) fn turn(&mut self) -> bool {
         self.thread.run_with_timeout(0).unwrap() > 0
     }
 
-    /// Waits until there is something to look at, and looks.
+    /// Waits until there is an event, and runs the device thread once.
     pub(crate) fn wait(&mut self) {
         let begin = Instant::now();
-        // I/O that is done interrupts it, too, before the news of it are there.
+        // Finished I/O can interrupt the wait before its event is there.
         while self.thread.run_with_timeout(10_000).unwrap() == 0 {
             assert!(
                 begin.elapsed() < Duration::from_secs(10),
@@ -305,7 +306,7 @@ impl Driver {
         self.memory.read_obj(GuestAddress(self.at(USED) + 2)).unwrap()
     }
 
-    /// As [`Driver::used`], when there are so many.
+    /// As [`Driver::used`], once there are `count` chains.
     pub(crate) fn wait_for(&mut self, count: usize) -> Vec<(u32, u32)> {
         let mut used = self.used();
         while used.len() < count {
@@ -316,7 +317,7 @@ impl Driver {
     }
 
     /// Adds a chain, kicks, and returns the bytes written to it once it is back.
-    pub(crate) fn submit(&mut self, parts: &[Part]) -> u32 {
+    pub(crate) fn submit(&mut self, parts: &[DriverBuffer]) -> u32 {
         let head = self.add(parts);
         self.kick();
         let used = self.wait_for(1);
@@ -325,7 +326,7 @@ impl Driver {
         used[0].1
     }
 
-    /// What backs the device on the host.
+    /// The device's backend on the host.
     pub(crate) fn backend(&self) -> Arc<dyn HostBackend> {
         self.transport.host_backend().unwrap()
     }
@@ -335,7 +336,7 @@ impl Driver {
         self.line.read().unwrap_or(0)
     }
 
-    /// What the transport and the device have counted under that name.
+    /// The counter of that name, of the transport or of the device.
     pub(crate) fn count(&self, name: &str) -> u64 {
         let counters = self.transport.metrics();
         let mut all = counters.iter().flat_map(|counters| counters.read());
@@ -381,7 +382,7 @@ impl Driver {
         &self,
         device: impl VirtioDevice + 'static,
         mut envelope: Envelope,
-    ) -> Result<Self, TransportError> {
+    ) -> Result<Self, MmioTransportError> {
         let mut moved = Self::with_memory(device, self.memory.clone());
         moved.transport.restore(&mut envelope, "dev0")?;
         envelope.finish().unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use api::RateLimiter;
 use devices::Limits;
-use devices::virtio::block::{self, Cache, IoEngine};
+use devices::virtio::block::{self, CacheMode, IoEngine};
 use devices::virtio::net::{MacAddress, TapSource};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
@@ -234,7 +234,7 @@ enum FormatSection {
     Qcow2,
 }
 
-impl From<FormatSection> for block::Format {
+impl From<FormatSection> for block::ImageFormat {
     fn from(section: FormatSection) -> Self {
         match section {
             FormatSection::Raw => Self::Raw,
@@ -267,7 +267,7 @@ enum CacheSection {
     Unsafe,
 }
 
-impl From<CacheSection> for Cache {
+impl From<CacheSection> for CacheMode {
     fn from(section: CacheSection) -> Self {
         match section {
             CacheSection::Writeback => Self::Writeback,
@@ -395,7 +395,7 @@ impl From<DriveSection> for DiskConfig {
             format: drive.format.into(),
             backing: drive.backing.into_iter().map(Into::into).collect(),
             read_only: drive.is_read_only,
-            parameters: block::Parameters {
+            parameters: block::BlockParameters {
                 limits: updated_limits(drive.rate_limiter, Limits::default()),
                 cache: drive.cache_type.into(),
                 direct: false,

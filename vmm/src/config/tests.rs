@@ -51,10 +51,10 @@ fn devices_have_distinct_names() {
     let disk = |id: &str| DiskConfig {
         id: id.into(),
         path: "x".into(),
-        format: block::Format::Raw,
+        format: block::ImageFormat::Raw,
         backing: Vec::new(),
         read_only: false,
-        parameters: block::Parameters::default(),
+        parameters: block::BlockParameters::default(),
     };
     let twice = Wishes {
         disks: vec![disk("a"), disk("a")],
@@ -150,10 +150,10 @@ fn addresses_that_no_guest_can_have() {
     let disk = |id| DiskConfig {
         id: format!("d{id}"),
         path: "x".into(),
-        format: block::Format::Raw,
+        format: block::ImageFormat::Raw,
         backing: Vec::new(),
         read_only: false,
-        parameters: block::Parameters::default(),
+        parameters: block::BlockParameters::default(),
     };
     let full = Wishes {
         disks: (0..MAX_DEVICES).map(disk).collect(),
@@ -247,10 +247,10 @@ fn an_image_and_what_it_is_on() {
         path: path.into(),
         format,
     };
-    let expected = [file("middle", None), file("base", Some(block::Format::Raw))];
+    let expected = [file("middle", None), file("base", Some(block::ImageFormat::Raw))];
     assert_eq!(
         (disk.format, disk.backing.as_slice()),
-        (block::Format::Qcow2, &expected[..])
+        (block::ImageFormat::Qcow2, &expected[..])
     );
 }
 
@@ -295,9 +295,9 @@ fn the_command_line_overrides_the_file() {
             refill_time_ms: 100,
         }),
     };
-    let expected = block::Parameters {
+    let expected = block::BlockParameters {
         limits: nine,
-        cache: block::Cache::Unsafe,
+        cache: block::CacheMode::Unsafe,
         direct: false,
         engine: block::IoEngine::Sync,
     };

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::{self, Access, Backend, BackendError, BackingFile, BlockState};
+use devices::virtio::block::{self, Access, BackingFile, BlockBackend, BlockBackendError, BlockState};
 use devices::virtio::console::{self, ConsoleState};
 use devices::virtio::net::{NetState, Tap};
 use devices::virtio::rng::RngState;
@@ -24,7 +24,7 @@ pub struct DiskBackend {
     /// An image or a block device.
     pub path: PathBuf,
     /// What the file is: the peer does not say.
-    pub format: block::Format,
+    pub format: block::ImageFormat,
     /// What it is on, if it is an image, from the upper to the lower.
     pub backing: Vec<BackingFile>,
     /// Whether it is the source's own disk on its operator's word, where locks do not show that.
@@ -69,7 +69,7 @@ impl HostOffer {
         let disk = self.disks.get(&device.id);
         // What is made is a raw image.
         let wanted = |disk: &&DiskBackend| {
-            let is_raw_disk = device.kind == BlockState::KIND && disk.format == block::Format::Raw;
+            let is_raw_disk = device.kind == BlockState::KIND && disk.format == block::ImageFormat::Raw;
             offered.is_some_and(|disks| disks.come)
                 && is_raw_disk
                 && disk.path.symlink_metadata().is_err_and(is_nothing)
@@ -89,8 +89,8 @@ impl HostOffer {
         disk: &DiskBackend,
         access: Access,
         offered: Option<&OfferedDisks>,
-    ) -> Result<Backend, BackendError> {
-        let backend = Backend::open_on(&disk.path, access, &disk.backing)?;
+    ) -> Result<BlockBackend, BlockBackendError> {
+        let backend = BlockBackend::open_on(&disk.path, access, &disk.backing)?;
         let Some(offered) = offered else {
             return Ok(backend);
         };
@@ -240,7 +240,8 @@ impl HostOffer {
 /// The names of the ports that a machine's console has.
 fn console_ports(devices: &[DeviceDescription]) -> Vec<String> {
     let mut consoles = devices.iter().filter(|device| device.kind == ConsoleState::KIND);
-    let parameters = consoles.find_map(|device| console::Parameters::from_bytes(&device.parameters).ok());
+    let parameters =
+        consoles.find_map(|device| console::ConsoleParameters::from_bytes(&device.parameters).ok());
     parameters.unwrap_or_default().ports
 }
 
@@ -294,8 +295,8 @@ mod tests {
 
     use devices::Limits;
     use devices::virtio::VirtioDevice;
-    use devices::virtio::rng::Rng;
-    use devices::virtio::vsock::{self, Vsock};
+    use devices::virtio::rng::VirtioRng;
+    use devices::virtio::vsock::{self, VirtioVsock};
 
     use super::*;
 
@@ -321,7 +322,7 @@ mod tests {
     }
 
     fn rng() -> DeviceDescription {
-        description::device(RNG_ID, Rng::new(Limits::default()).unwrap().describe())
+        description::device(RNG_ID, VirtioRng::new(Limits::default()).unwrap().describe())
     }
 
     fn check(arrival: &HostOffer, disks: &[DeviceDescription]) -> Vec<String> {
@@ -336,7 +337,7 @@ mod tests {
         let path = |name: &str| directory.path().join(name);
         let backend = |name: &str| DiskBackend {
             path: path(name),
-            format: block::Format::Raw,
+            format: block::ImageFormat::Raw,
             backing: Vec::new(),
             is_shared: false,
         };
@@ -391,12 +392,12 @@ mod tests {
     #[test]
     fn a_socket_device_is_wanted_on_both_sides() {
         let directory = tempfile::tempdir().unwrap();
-        let backend = vsock::Backend::open(&directory.path().join("source")).unwrap();
-        let parameters = vsock::Parameters {
+        let backend = vsock::VsockBackend::open(&directory.path().join("source")).unwrap();
+        let parameters = vsock::VsockParameters {
             guest_cid: 3,
             limits: Limits::default(),
         };
-        let device = Vsock::new(Arc::new(backend), parameters).unwrap();
+        let device = VirtioVsock::new(Arc::new(backend), parameters).unwrap();
         let source = description::device(VSOCK_ID, device.describe());
         let arrival = HostOffer {
             vsock: Some(directory.path().join("here")),
@@ -427,9 +428,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let ports = ["a", "b"].map(|name| (name.to_owned(), path(name)));
-        let terminal = Arc::new(console::Terminal::new().unwrap());
-        let backend = Arc::new(console::Backend::open(&ports).unwrap());
-        let device = console::Console::new(terminal, backend, true);
+        let terminal = Arc::new(console::ConsoleTerminal::new().unwrap());
+        let backend = Arc::new(console::ConsoleBackend::open(&ports).unwrap());
+        let device = console::VirtioConsole::new(terminal, backend, true);
         let source = description::device(CONSOLE_ID, device.describe());
         let with = |ports: &[(&str, &str)]| HostOffer {
             ports: ports

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use devices::Limits;
 use devices::virtio::VirtioDevice;
-use devices::virtio::balloon::{Balloon, BalloonState, Control};
-use devices::virtio::block::{self, Access, Backend, BackendError, Block, BlockState};
-use devices::virtio::console::{self, Console, ConsoleState, Terminal};
-use devices::virtio::net::{MacAddress, Net, NetState, Parameters, Tap};
-use devices::virtio::rng::{Rng, RngState};
-use devices::virtio::vsock::{self, Vsock, VsockState};
+use devices::virtio::balloon::{BalloonControl, BalloonState, VirtioBalloon};
+use devices::virtio::block::{self, Access, BlockBackend, BlockBackendError, BlockState, VirtioBlock};
+use devices::virtio::console::{self, ConsoleState, ConsoleTerminal, VirtioConsole};
+use devices::virtio::net::{MacAddress, NetParameters, NetState, Tap, VirtioNet};
+use devices::virtio::rng::{RngState, VirtioRng};
+use devices::virtio::vsock::{self, VirtioVsock, VsockState};
 use migration::{DeviceDescription, OfferedDisks};
 use migration_state::Record;
 
@@ -48,29 +48,29 @@ pub(super) fn open(config: &MachineConfig) -> Result<Vec<NamedDevice>, MachineEr
             direct: disk.parameters.direct,
             format: disk.format,
         };
-        let backend = Backend::open_on(&disk.path, access, &disk.backing)?;
+        let backend = BlockBackend::open_on(&disk.path, access, &disk.backing)?;
         devices.push(block(&disk.id, backend, disk.parameters)?);
     }
     for net in &config.nets {
         let tap = Tap::open(&net.tap)?;
         let random = || MacAddress::random().map_err(io_error("random MAC address"));
-        let parameters = Parameters {
+        let parameters = NetParameters {
             mac: net.mac.map_or_else(random, Ok)?,
             mtu: tap.mtu(),
             queue_pairs: net.queues,
             rx_limits: net.rx_limits,
             tx_limits: net.tx_limits,
         };
-        devices.push(named(&net.id, Net::new(tap, parameters)?));
+        devices.push(named(&net.id, VirtioNet::new(tap, parameters)?));
     }
     if let Some(config) = config.balloon {
         devices.push(balloon(config.bytes, config.deflate_on_oom)?);
     }
     if let Some(config) = &config.vsock {
-        let backend = vsock::Backend::open(&config.uds)?;
+        let backend = vsock::VsockBackend::open(&config.uds)?;
         devices.push(socket_device(
             backend,
-            vsock::Parameters {
+            vsock::VsockParameters {
                 guest_cid: config.guest_cid,
                 limits: config.limits,
             },
@@ -112,10 +112,11 @@ impl HostOffer {
                     got: format!("none (use --disk {id}=PATH)"),
                 })?;
                 let parameters = &description.parameters;
-                let parameters = block::Parameters::from_bytes(parameters).ok_or_else(|| Unavailable {
-                    expected: "cache mode and rate limits",
-                    got: format!("{parameters:02x?}"),
-                })?;
+                let parameters =
+                    block::BlockParameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+                        expected: "cache mode and rate limits",
+                        got: format!("{parameters:02x?}"),
+                    })?;
                 let access = Access {
                     read_only: description.read_only,
                     direct: parameters.direct,
@@ -125,7 +126,7 @@ impl HostOffer {
                     Some(blank) => blank.open(access),
                     None => self.open_disk(index, disk, access, offered),
                 };
-                if let Err(BackendError::NotTheSame { path }) = &opened {
+                if let Err(BlockBackendError::NotTheSame { path }) = &opened {
                     return Err(Unavailable::another_disk(id, path));
                 }
                 opened
@@ -140,7 +141,7 @@ impl HostOffer {
             BalloonState::KIND => {
                 // How much it is to have is part of its state.
                 let parameters = &description.parameters;
-                let opened = match Balloon::deflates_on_oom(parameters) {
+                let opened = match VirtioBalloon::deflates_on_oom(parameters) {
                     Some(deflates) if id == BALLOON_ID => {
                         balloon(0, deflates).map_err(|error| migration::chain(&error))
                     }
@@ -157,11 +158,12 @@ impl HostOffer {
                     got: "none (use --vsock uds=PATH)".into(),
                 })?;
                 let parameters = &description.parameters;
-                let parameters = vsock::Parameters::from_bytes(parameters).ok_or_else(|| Unavailable {
-                    expected: "the guest's CID and rate limits",
-                    got: format!("{parameters:02x?}"),
-                })?;
-                vsock::Backend::open(path)
+                let parameters =
+                    vsock::VsockParameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+                        expected: "the guest's CID and rate limits",
+                        got: format!("{parameters:02x?}"),
+                    })?;
+                vsock::VsockBackend::open(path)
                     .map_err(MachineError::from)
                     .and_then(|backend| socket_device(backend, parameters))
                     .map_err(|error| Unavailable {
@@ -181,7 +183,7 @@ impl HostOffer {
         &self,
         DeviceDescription { id, parameters, .. }: &DeviceDescription,
     ) -> Result<NamedDevice, Unavailable> {
-        let parameters = Parameters::from_bytes(parameters).map_err(|error| Unavailable {
+        let parameters = NetParameters::from_bytes(parameters).map_err(|error| Unavailable {
             expected: "an address, an MTU, queues and rate limits",
             got: error.to_string(),
         })?;
@@ -189,7 +191,7 @@ impl HostOffer {
             expected: "a tap",
             got: format!("none (use --net {id}=TAP)"),
         })?;
-        let net = tap.try_clone().and_then(|tap| Net::new(tap, parameters));
+        let net = tap.try_clone().and_then(|tap| VirtioNet::new(tap, parameters));
         let net = net.map_err(|error| Unavailable {
             expected: "a usable tap",
             got: error.to_string(),
@@ -201,7 +203,7 @@ impl HostOffer {
         &self,
         DeviceDescription { parameters, .. }: &DeviceDescription,
     ) -> Result<NamedDevice, Unavailable> {
-        let parameters = console::Parameters::from_bytes(parameters).map_err(|error| Unavailable {
+        let parameters = console::ConsoleParameters::from_bytes(parameters).map_err(|error| Unavailable {
             expected: "a console's ports",
             got: error.to_string(),
         })?;
@@ -241,8 +243,12 @@ impl Unavailable {
     }
 }
 
-fn block(id: &str, backend: Backend, parameters: block::Parameters) -> Result<NamedDevice, MachineError> {
-    let device = Block::new(Arc::new(backend), id, parameters).map_err(io_error("disk"))?;
+fn block(
+    id: &str,
+    backend: BlockBackend,
+    parameters: block::BlockParameters,
+) -> Result<NamedDevice, MachineError> {
+    let device = VirtioBlock::new(Arc::new(backend), id, parameters).map_err(io_error("disk"))?;
     Ok(NamedDevice {
         disk: Some(device.control().clone()),
         ..named(id, device)
@@ -250,21 +256,21 @@ fn block(id: &str, backend: Backend, parameters: block::Parameters) -> Result<Na
 }
 
 fn rng(limits: Limits) -> Result<NamedDevice, MachineError> {
-    let device = Rng::new(limits).map_err(io_error("entropy device"))?;
+    let device = VirtioRng::new(limits).map_err(io_error("entropy device"))?;
     Ok(named(RNG_ID, device))
 }
 
 fn socket_device(
-    backend: vsock::Backend,
-    parameters: vsock::Parameters,
+    backend: vsock::VsockBackend,
+    parameters: vsock::VsockParameters,
 ) -> Result<NamedDevice, MachineError> {
-    let device = Vsock::new(Arc::new(backend), parameters).map_err(io_error("socket device"))?;
+    let device = VirtioVsock::new(Arc::new(backend), parameters).map_err(io_error("socket device"))?;
     Ok(named(VSOCK_ID, device))
 }
 
 fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError> {
-    let control = Arc::new(Control::new(bytes).map_err(io_error("balloon"))?);
-    let device = Balloon::new(control.clone(), deflate_on_oom).map_err(io_error("balloon"))?;
+    let control = Arc::new(BalloonControl::new(bytes).map_err(io_error("balloon"))?);
+    let device = VirtioBalloon::new(control.clone(), deflate_on_oom).map_err(io_error("balloon"))?;
     Ok(NamedDevice {
         balloon: Some(control),
         ..named(BALLOON_ID, device)
@@ -272,14 +278,14 @@ fn balloon(bytes: u64, deflate_on_oom: bool) -> Result<NamedDevice, MachineError
 }
 
 fn virtio_console(ports: &[(String, PathBuf)], has_terminal: bool) -> Result<NamedDevice, MachineError> {
-    let terminal = Arc::new(Terminal::new().map_err(io_error("console"))?);
-    let backend = Arc::new(console::Backend::open(ports)?);
+    let terminal = Arc::new(ConsoleTerminal::new().map_err(io_error("console"))?);
+    let backend = Arc::new(console::ConsoleBackend::open(ports)?);
     Ok(NamedDevice {
         terminal: Some(MachineTerminal {
             terminal: terminal.clone(),
             has_input: has_terminal,
         }),
-        ..named(CONSOLE_ID, Console::new(terminal, backend, has_terminal))
+        ..named(CONSOLE_ID, VirtioConsole::new(terminal, backend, has_terminal))
     })
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use devices::virtio::block::{Access, Backend, BackendError};
+use devices::virtio::block::{Access, BlockBackend, BlockBackendError};
 use migration::{BlankDisk, PortError};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -76,10 +76,10 @@ impl Blank {
     }
 
     /// The disk as the machine has it.
-    pub(super) fn open(&self, access: Access) -> Result<Backend, BackendError> {
+    pub(super) fn open(&self, access: Access) -> Result<BlockBackend, BlockBackendError> {
         let opened = match &*self.name() {
-            Name::Hidden(hidden) => Backend::open(hidden, access)?,
-            Name::Given | Name::Kept => Backend::open(&self.path, access)?,
+            Name::Hidden(hidden) => BlockBackend::open(hidden, access)?,
+            Name::Given | Name::Kept => BlockBackend::open(&self.path, access)?,
         };
         Ok(opened.made_here(&self.path))
     }

@@ -24,13 +24,13 @@ pub struct DiskConfig {
     /// An image or a block device.
     pub path: PathBuf,
     /// What the file is.
-    pub format: block::Format,
+    pub format: block::ImageFormat,
     /// What it is on, if it is an image, from the upper to the lower.
     pub backing: Vec<block::BackingFile>,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// How it serves the guest.
-    pub parameters: block::Parameters,
+    pub parameters: block::BlockParameters,
 }
 
 /// A network card of the machine.

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use devices::virtio::mmio::Worker;
+use devices::virtio::mmio::TransportWorker;
 use devices::{ExitEvent, GuestExit};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use threads::{Failure, Role, Thread};
@@ -21,7 +21,7 @@ pub(super) struct DeviceThread {
 impl DeviceThread {
     /// Serves `workers` and calls `on_exit`, once, when `exit` is raised.
     pub(super) fn start(
-        workers: Vec<Worker>,
+        workers: Vec<TransportWorker>,
         exit: ExitEvent,
         on_exit: Box<dyn Fn(GuestExit) + Send>,
     ) -> io::Result<Self> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use devices::bus::{Bus, BusDevice};
 use devices::legacy::{AcpiPower, I8042, PvPanic, Serial};
-use devices::virtio::mmio::Transport;
+use devices::virtio::mmio::MmioTransport;
 use devices::virtio::{HostBackend, HostError, VirtioDevice, balloon, block, console};
 use devices::{Counters, ExitEvent, GuestExit, GuestMemory};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -38,17 +38,17 @@ pub(crate) struct NamedDevice {
     pub(crate) id: String,
     pub(crate) device: Box<dyn VirtioDevice>,
     /// The host's end of it, if it is a balloon.
-    pub(crate) balloon: Option<Arc<balloon::Control>>,
+    pub(crate) balloon: Option<Arc<balloon::BalloonControl>>,
     /// The host's end of it, if it is a console.
     pub(crate) terminal: Option<MachineTerminal>,
     /// The host's end of it, if it is a disk.
-    pub(crate) disk: Option<Arc<block::Control>>,
+    pub(crate) disk: Option<Arc<block::BlockControl>>,
 }
 
 /// The host's end of a virtio console.
 #[derive(Clone)]
 pub(crate) struct MachineTerminal {
-    pub(crate) terminal: Arc<console::Terminal>,
+    pub(crate) terminal: Arc<console::ConsoleTerminal>,
     /// Whether it gets the machine's input, and the serial port does not.
     pub(crate) has_input: bool,
 }
@@ -57,17 +57,17 @@ pub(crate) struct MachineTerminal {
 pub(super) struct VirtioSlot {
     pub(super) id: String,
     pub(super) address: VirtioMmioSlot,
-    balloon: Option<Arc<balloon::Control>>,
+    balloon: Option<Arc<balloon::BalloonControl>>,
     terminal: Option<MachineTerminal>,
     metrics: [Arc<dyn Counters>; 2],
-    pub(super) disk: Option<Arc<block::Control>>,
+    pub(super) disk: Option<Arc<block::BlockControl>>,
     /// Beside the transport: its calls wait for disks, and must not be made with a lock that a vCPU can want.
     backend: Option<Arc<dyn HostBackend>>,
-    transport: Arc<Mutex<Transport>>,
+    transport: Arc<Mutex<MmioTransport>>,
 }
 
 impl VirtioSlot {
-    pub(super) fn transport(&self) -> MutexGuard<'_, Transport> {
+    pub(super) fn transport(&self) -> MutexGuard<'_, MmioTransport> {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -155,12 +155,12 @@ impl DeviceSet {
         self.virtio.iter().map(|slot| slot.address).collect()
     }
 
-    pub(super) fn balloon(&self) -> Option<Arc<balloon::Control>> {
+    pub(super) fn balloon(&self) -> Option<Arc<balloon::BalloonControl>> {
         self.virtio.iter().find_map(|slot| slot.balloon.clone())
     }
 
     /// The virtio console that gets the machine's input, if one does.
-    pub(super) fn terminal(&self) -> Option<Arc<console::Terminal>> {
+    pub(super) fn terminal(&self) -> Option<Arc<console::ConsoleTerminal>> {
         let mut terminals = self.virtio.iter().filter_map(|slot| slot.terminal.as_ref());
         let found = terminals.find(|terminal| terminal.has_input)?;
         Some(found.terminal.clone())
@@ -178,7 +178,7 @@ impl DeviceSet {
             .collect()
     }
 
-    pub(super) fn disk(&self, id: &str) -> Option<Arc<block::Control>> {
+    pub(super) fn disk(&self, id: &str) -> Option<Arc<block::BlockControl>> {
         self.virtio.iter().find(|slot| slot.id == id)?.disk.clone()
     }
 
@@ -324,9 +324,9 @@ fn virtio_slot(
             got: format!("at least {}", index + 1),
         })?;
     let base = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_LEN * index as u64;
-    let transport = Transport::new(named.device, memory.clone(), interrupt(vm, gsi)?)?;
+    let transport = MmioTransport::new(named.device, memory.clone(), interrupt(vm, gsi)?)?;
     for (queue, event) in (0u32..).zip(transport.queue_events()) {
-        let address = IoEventAddress::Mmio(base + Transport::NOTIFY_OFFSET);
+        let address = IoEventAddress::Mmio(base + MmioTransport::NOTIFY_OFFSET);
         vm.register_ioevent(event, &address, queue)
             .map_err(kvm_error("KVM_IOEVENTFD"))?;
     }

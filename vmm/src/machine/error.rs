@@ -2,9 +2,9 @@
 
 use devices::HostSocketError;
 use devices::virtio::HostError;
-use devices::virtio::block::BackendError;
+use devices::virtio::block::BlockBackendError;
 use devices::virtio::console;
-use devices::virtio::mmio::TransportError;
+use devices::virtio::mmio::MmioTransportError;
 use devices::virtio::net::TapError;
 use thiserror::Error;
 
@@ -49,13 +49,13 @@ pub enum MachineError {
     #[error(transparent)]
     Clock(#[from] ClockError),
     #[error(transparent)]
-    Disk(#[from] BackendError),
+    Disk(#[from] BlockBackendError),
     #[error(transparent)]
     Blank(#[from] super::blank::BlankError),
     #[error("{}", super::VSOCK_ID)]
     Vsock(#[from] HostSocketError),
     #[error("{}", super::CONSOLE_ID)]
-    Console(#[from] console::BackendError),
+    Console(#[from] console::ConsoleBackendError),
     #[error("the VM is to end")]
     CalledOff,
     #[error(transparent)]
@@ -63,7 +63,7 @@ pub enum MachineError {
     #[error("{id}")]
     Backend { id: String, source: HostError },
     #[error(transparent)]
-    Transport(#[from] TransportError),
+    Transport(#[from] MmioTransportError),
     #[error(transparent)]
     Serial(#[from] devices::legacy::SerialError),
     #[error(transparent)]

@@ -198,7 +198,7 @@ impl Machine {
     }
 
     /// The host's end of its balloon, if it has one.
-    pub fn balloon(&self) -> Option<Arc<::devices::virtio::balloon::Control>> {
+    pub fn balloon(&self) -> Option<Arc<::devices::virtio::balloon::BalloonControl>> {
         self.devices.balloon()
     }
 
@@ -208,7 +208,7 @@ impl Machine {
     }
 
     /// The host's end of the disk of that name.
-    pub fn disk(&self, id: &str) -> Option<Arc<::devices::virtio::block::Control>> {
+    pub fn disk(&self, id: &str) -> Option<Arc<::devices::virtio::block::BlockControl>> {
         self.devices.disk(id)
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::GuestMemory;
-use devices::virtio::block::{Backend, BlockLog};
+use devices::virtio::block::{BlockBackend, BlockLog};
 use migration::{
     DirtyLog, DiskMark, MachineDescription, MemoryRange, PAGE_SIZE, PageSet, PortError, Rehearsal, Source,
     SourceDisk,
@@ -42,7 +42,7 @@ const FEW_UNUSED_PART: u64 = 8;
 
 /// A disk whose content comes along.
 struct MirroredDisk {
-    backend: Arc<Backend>,
+    backend: Arc<BlockBackend>,
     /// As the destination knows it. A disk that is resized meanwhile is not the one that it has made.
     size: u64,
     log: Arc<BlockLog>,
@@ -98,7 +98,7 @@ impl Source for MigrationSource {
     }
 
     fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, PortError> {
-        let Some(balloon) = self.machine.balloon().filter(|balloon| balloon.tells_hints()) else {
+        let Some(balloon) = self.machine.balloon().filter(|balloon| balloon.can_hint()) else {
             return Ok(false);
         };
         if self.machine.is_held_by(Holder::User) {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use api::{BalloonStatistics, GuestMemoryStatistics};
-use devices::virtio::balloon::{Control, PAGE_SIZE, Statistics};
+use devices::virtio::balloon::{BalloonControl, PAGE_SIZE, Statistics};
 
 /// How long new statistics are waited for; a guest that is busy sends them later.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -11,9 +11,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const INTERVAL: Duration = Duration::from_millis(5);
 
 /// Asks the guest for news, if it ever sent some, and waits for them a moment.
-pub(super) async fn statistics(control: &Control) -> BalloonStatistics {
+pub(super) async fn statistics(control: &BalloonControl) -> BalloonStatistics {
     let (_, seen) = control.statistics();
-    control.ask_for_statistics();
+    control.request_statistics();
     let begin = Instant::now();
     while seen > 0 && control.statistics().1 == seen && begin.elapsed() < PATIENCE {
         tokio::time::sleep(INTERVAL).await;

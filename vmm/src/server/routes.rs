@@ -16,7 +16,7 @@ use axum::extract::{FromRequest, Path, Request as HttpRequest, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
-use devices::virtio::console::Size;
+use devices::virtio::console::TerminalSize;
 use hyper_util::rt::TokioIo;
 use migration::Progress;
 use serde::de::DeserializeOwned;
@@ -357,7 +357,7 @@ async fn resize_console(
     JsonBody(size): JsonBody<ConsoleSize>,
 ) -> ApiResult<StatusCode> {
     let ConsoleSize { columns, rows } = size;
-    context.input.resize(Size { columns, rows });
+    context.input.resize(TerminalSize { columns, rows });
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -91,7 +91,7 @@ impl Supervisor {
         Ok(Metrics::now(self.machine()?.metrics()))
     }
 
-    pub(super) fn balloon(&self) -> Result<Arc<balloon::Control>, Refusal> {
+    pub(super) fn balloon(&self) -> Result<Arc<balloon::BalloonControl>, Refusal> {
         self.machine()?.balloon().ok_or(Refusal::NoBalloon)
     }
 

@@ -90,7 +90,7 @@ pub enum Request {
     /// What the machine's devices have counted.
     Metrics(Reply<Metrics>),
     /// The host's end of the machine's balloon.
-    Balloon(Reply<Arc<balloon::Control>>),
+    Balloon(Reply<Arc<balloon::BalloonControl>>),
     /// Ask the guest to give up so many bytes.
     SetBalloon(u64, Reply<()>),
     /// Look at a disk's size anew, and change its limits.

@@ -1,12 +1,9 @@
-//! The host's end of a balloon.
+//! The host's control of a balloon.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::PAGE_SIZE;
 use super::discard::whole_pages;
@@ -14,83 +11,85 @@ use super::hints::Hints;
 use super::metrics::BalloonMetrics;
 use super::replaced::Replaced;
 use super::statistics::Statistics;
+use crate::wake_event::WakeEvent;
 
-/// What the host wants of a balloon, and what is known of it. Its calls may come from any thread.
+/// What the host wants of a balloon, and what the guest has reported. Its functions may be called from any thread.
 #[derive(Debug)]
-pub struct Control {
-    /// An eventfd, readable when there is something that the device does not know of yet.
-    event: File,
-    known: Mutex<Known>,
+pub struct BalloonControl {
+    /// Raised when the host wants something new of the device.
+    event: WakeEvent,
+    status: Mutex<BalloonStatus>,
     pub(super) metrics: Arc<BalloonMetrics>,
     pub(super) replaced: Mutex<Replaced>,
-    /// Statistics came, or hints.
-    told: Condvar,
+    /// Notified when statistics or hints came, or the driver was reset.
+    answered: Condvar,
 }
 
 /// Sizes in pages of [`PAGE_SIZE`].
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct BalloonStatus {
     pub(super) target: u32,
     pub(super) actual: u32,
-    /// The guest has not been told of the target, or of what is asked, yet.
+    /// The configuration space has changed and the guest must be interrupted.
     pub(super) changed: bool,
-    /// Somebody waits for new statistics.
+    /// The host has asked for new statistics.
     pub(super) statistics_wanted: bool,
     pub(super) statistics: Option<Statistics>,
-    /// How often statistics came, here or before the machine came here.
+    /// How often statistics came, on this host or before the move to it.
     pub(super) statistics_seen: u64,
-    /// What the driver made of FREE_PAGE_HINT and PAGE_POISON.
-    pub(super) tells_hints: bool,
+    /// Whether the driver has negotiated FREE_PAGE_HINT.
+    pub(super) can_hint: bool,
+    /// Whether the driver has negotiated PAGE_POISON.
     pub(super) poisons: bool,
-    /// What the guest puts into pages that it frees, if it does.
+    /// The value that the guest writes to pages that it frees, if it does.
     pub(super) poison: u32,
     pub(super) hints: Hints,
 }
 
-impl Control {
-    /// Of a balloon that is to have `bytes`, rounded down to pages.
+impl BalloonControl {
+    /// The control of a balloon with a target of `bytes`, rounded down to pages.
     pub fn new(bytes: u64) -> io::Result<Self> {
-        let known = Known {
+        let status = BalloonStatus {
             target: pages(bytes),
             ..Default::default()
         };
         Ok(Self {
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
-            known: Mutex::new(known),
+            event: WakeEvent::new()?,
+            status: Mutex::new(status),
             metrics: Arc::default(),
             replaced: Mutex::default(),
-            told: Condvar::new(),
+            answered: Condvar::new(),
         })
     }
 
-    /// Asks the guest to give up `bytes` of its memory, rounded down to pages, or to take back what it gave up beyond
-    /// that. It does so in its own time, and as far as it can.
+    /// Asks the guest to give up `bytes` of its memory in all, rounded down to pages, or to take back what it gave up
+    /// beyond that. The guest does so in its own time, and as far as it can.
     pub fn set_target(&self, bytes: u64) {
-        let mut known = self.known();
-        known.target = pages(bytes);
-        known.changed = true;
-        drop(known);
-        self.raise();
+        let mut status = self.status();
+        status.target = pages(bytes);
+        status.changed = true;
+        drop(status);
+        self.event.raise();
     }
 
-    /// What the guest was asked to give up, in bytes.
+    /// The target: bytes that the guest was asked to give up.
     pub fn target(&self) -> u64 {
-        u64::from(self.known().target) * PAGE_SIZE
+        u64::from(self.status().target) * PAGE_SIZE
     }
 
-    /// What the guest says that it has given up for the target, in bytes.
+    /// Bytes that the guest reports as given up for the target.
     pub fn actual(&self) -> u64 {
-        u64::from(self.known().actual) * PAGE_SIZE
+        u64::from(self.status().actual) * PAGE_SIZE
     }
 
-    /// Bytes that went back to the host so far, for the target or because the guest did not use them; those included
-    /// that it took again.
+    /// Bytes that were given back to the host so far, for the target or because the guest did not use them, including
+    /// those that the guest has used again since.
     pub fn given_up(&self) -> u64 {
         self.metrics.discarded_bytes.get()
     }
 
-    /// What was given up of memory that was mapped privately from a file, as addresses and lengths in bytes, ascending: it is
-    /// the file's no more, but zero unless it was written to since. Of other memory nothing.
+    /// Pages given up in memory that is mapped privately from a file, as ascending addresses and lengths in bytes: they
+    /// no longer show the file's content, but zeroes unless they were written since. Empty for other memory.
     pub fn replaced(&self) -> Vec<(u64, u64)> {
         self.replaced
             .lock()
@@ -98,98 +97,91 @@ impl Control {
             .ranges()
     }
 
-    /// Asks the guest for new statistics; they come in its own time, or never.
-    pub fn ask_for_statistics(&self) {
-        self.known().statistics_wanted = true;
-        self.raise();
+    /// Asks the guest for new statistics, which come in its own time, or never.
+    pub fn request_statistics(&self) {
+        self.status().statistics_wanted = true;
+        self.event.raise();
     }
 
-    /// The last statistics that came here, and how often some came at all: never from a guest that sends none.
+    /// The last statistics that came on this host, and how often any came.
     pub fn statistics(&self) -> (Option<Statistics>, u64) {
-        let known = self.known();
-        (known.statistics, known.statistics_seen)
+        let status = self.status();
+        (status.statistics, status.statistics_seen)
     }
 
-    /// The same, new ones, which are waited for so long; none of a guest that does not send them by then.
+    /// Asks for new statistics and waits for them at most so long; `None` if the guest has not sent any by then.
     pub fn new_statistics(&self, at_most: Duration) -> Option<Statistics> {
-        let mut known = self.known();
-        let seen = known.statistics_seen;
-        known.statistics_wanted = true;
-        self.raise();
-        let known = self.wait(known, at_most, |known| known.statistics_seen == seen);
-        known.statistics.filter(|_| known.statistics_seen != seen)
+        let mut status = self.status();
+        let seen = status.statistics_seen;
+        status.statistics_wanted = true;
+        self.event.raise();
+        let status = self.wait(status, at_most, |status| status.statistics_seen == seen);
+        status.statistics.filter(|_| status.statistics_seen != seen)
     }
 
-    /// Whether [`Control::hints`] is of use: the driver tells, and counts on no content of pages that it frees but zero.
-    pub fn tells_hints(&self) -> bool {
-        let known = self.known();
-        known.tells_hints && known.reads_zero()
+    /// Whether [`BalloonControl::hints`] is useful: the driver reports hints, and expects freed pages to hold nothing
+    /// but zeroes.
+    pub fn can_hint(&self) -> bool {
+        let status = self.status();
+        status.can_hint && status.reads_zero()
     }
 
     /// Asks the guest for pages that it does not use, as addresses and lengths in bytes: whole pages, which may lie
-    /// outside memory. What they hold at some time between call and answer is of no use to the guest; it may write to
-    /// them again at any time, without a word. Waits until it has told all, or for so long.
+    /// outside memory. Their content at some time between the call and its return does not matter to the guest, which
+    /// may write to them again at any time without notice. Waits until the guest has reported all, or for `at_most`.
     pub fn hints(&self, at_most: Duration) -> Vec<(u64, u64)> {
-        let mut known = self.known();
-        known.hints.ask();
-        known.changed = true;
-        self.raise();
-        let mut known = self.wait(known, at_most, |known| known.hints.is_open());
-        let hints = known.hints.take();
-        known.changed = true;
-        drop(known);
-        self.raise();
+        let mut status = self.status();
+        status.hints.request();
+        status.changed = true;
+        self.event.raise();
+        let mut status = self.wait(status, at_most, |status| status.hints.is_open());
+        let hints = status.hints.finish();
+        status.changed = true;
+        drop(status);
+        self.event.raise();
         let whole = |(address, len)| whole_pages(address, len);
         hints.into_iter().filter_map(whole).collect()
     }
 
     fn wait<'a>(
         &self,
-        known: MutexGuard<'a, Known>,
+        status: MutexGuard<'a, BalloonStatus>,
         at_most: Duration,
-        mut wanting: impl FnMut(&Known) -> bool,
-    ) -> MutexGuard<'a, Known> {
+        mut wanting: impl FnMut(&BalloonStatus) -> bool,
+    ) -> MutexGuard<'a, BalloonStatus> {
         let waited = self
-            .told
-            .wait_timeout_while(known, at_most, |known| wanting(known));
+            .answered
+            .wait_timeout_while(status, at_most, |status| wanting(status));
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Whoever waits for the guest looks.
-    pub(super) fn tell(&self) {
-        self.told.notify_all();
+    /// Wakes the threads that wait for the guest's answer.
+    pub(super) fn notify_waiters(&self) {
+        self.answered.notify_all();
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 
-    /// The device looks: what was there to hear of is heard.
-    pub(super) fn hear(&self) {
-        // Nothing to read is fine.
-        let _ = (&self.event).read(&mut [0; 8]);
+    /// Clears the event, before the device reads what has changed.
+    pub(super) fn clear_event(&self) {
+        self.event.clear();
     }
 
-    pub(super) fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn raise(&self) {
-        if let Err(error) = (&self.event).write(&1u64.to_ne_bytes()) {
-            // The counter is full: the device will look anyway.
-            tracing::debug!(%error, "balloon: wish not counted");
-        }
+    pub(super) fn status(&self) -> MutexGuard<'_, BalloonStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Known {
-    /// Whether the guest has no objection if pages that it freed are zero when it takes them again.
+impl BalloonStatus {
+    /// Whether pages that the guest has freed may be zero when it uses them again.
     pub(super) fn reads_zero(&self) -> bool {
         !self.poisons || self.poison == 0
     }
 }
 
-/// As many as there are numbers for: 16 TiB.
+/// The number of pages, at most as many as fit: 16 TiB.
 fn pages(bytes: u64) -> u32 {
     u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX)
 }

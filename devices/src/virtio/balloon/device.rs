@@ -1,4 +1,4 @@
-//! The device: what the guest gives up goes back to the host.
+//! The device: its queues, its configuration space, and what moves with it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,22 +9,22 @@ use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::PAGE_SIZE;
-use super::control::Control;
-use super::discard::{DiscardError, discard};
+use super::control::BalloonControl;
+use super::discarder::{BalloonRole, PageDiscarder};
 use super::hints::Hints;
 use super::state::BalloonState;
 use super::statistics::{MOST, Statistics};
 use crate::GuestMemory;
-use crate::helper::{Cancelled, Helper, wait_readable};
-use crate::limited::Limited;
+use crate::helper::{CancelFlag, Helper, wait_readable};
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
-    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
+    Chain, ChainError, ChainHead, Description, DeviceError, HostBackend, HostError, QUEUE_SIZE, QueueAccess,
+    QueueError, QueueProgress, Queues, Served, Turn, VirtioDevice,
 };
 
-/// Pages count as taken back only once the device has seen them (virtio 1.2, 5.5.3).
+/// The guest uses pages again only after the device has seen them in the deflate queue (virtio 1.2, 5.5.3).
 const F_MUST_TELL_HOST: u64 = 1 << 0;
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -32,121 +32,34 @@ const F_FREE_PAGE_HINT: u64 = 1 << 3;
 const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
-/// Where the guest says in the configuration space how much it has given up.
+/// Offset in the configuration space where the guest writes how many pages it has given up.
 const ACTUAL: u64 = 4;
 /// Bytes of a page's number in a request.
 const PAGE_NUMBER: u64 = 4;
-/// Where it says what it puts into pages that it frees.
+/// Offset in the configuration space where the guest writes the value that it fills freed pages with.
 const POISON: u64 = 12;
-/// Most pages that one request gives up, four times what Linux puts in one. The rest of a longer one stays the guest's.
-pub(super) const MOST_PAGES: usize = 1024;
 
 /// A memory balloon.
-pub struct Balloon {
-    control: Arc<Control>,
+pub struct VirtioBalloon {
+    control: Arc<BalloonControl>,
     deflate_on_oom: bool,
     /// What each queue is for, as the driver's features have it.
-    roles: Vec<Role>,
-    /// The chain that waits for the next wish for statistics.
-    statistics: Option<Head>,
-    giver: Arc<Giver>,
-    /// What gives pages up, for chains of that queue.
-    helper: Helper<(usize, Head), ()>,
+    roles: Vec<BalloonRole>,
+    /// The chain that waits for the next request for statistics.
+    statistics: Option<ChainHead>,
+    discarder: Arc<PageDiscarder>,
+    /// The thread that gives pages up; a job's tag is the queue and the chain.
+    helper: Helper<(usize, ChainHead), ()>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    Inflate,
-    Deflate,
-    Statistics,
-    Hinting,
-    Reporting,
-}
-
-/// What the thread needs of a balloon.
-#[derive(Debug)]
-struct Giver {
-    control: Arc<Control>,
-    complaints: Limited,
-}
-
-impl Giver {
-    fn give_up(&self, role: Role, memory: &GuestMemory, chain: Chain, cancelled: &Cancelled) {
-        match role {
-            Role::Reporting => self.report(memory, &chain, cancelled),
-            _ => self.inflate(memory, chain, cancelled),
-        }
-    }
-
-    /// The chain lists pages by number that the guest has no use for.
-    fn inflate(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &Cancelled) {
-        let mut bytes = [0; 4 * MOST_PAGES];
-        let got = match chain.readable.read(memory, &mut bytes) {
-            Ok(got) => got,
-            Err(error) => {
-                return self.complain(&error);
-            }
-        };
-        let (numbers, _) = bytes[..got].as_chunks();
-        let mut pages: Vec<u64> = numbers
-            .iter()
-            .map(|number| u64::from(u32::from_le_bytes(*number)))
-            .collect();
-        pages.sort_unstable();
-        pages.dedup();
-        // Runs of pages in one call each.
-        for run in pages.chunk_by(|page, next| page + 1 == *next) {
-            if cancelled.is_set() {
-                return;
-            }
-            self.take(memory, run[0] * PAGE_SIZE, run.len() as u64 * PAGE_SIZE);
-        }
-        let bytes = pages.len() as u64 * PAGE_SIZE;
-        self.control.metrics.inflated_bytes.add(bytes);
-    }
-
-    /// The chain's buffers are pages that the guest does not use until it has the chain back. If it poisons them, it
-    /// counts on what they hold (virtio 1.2, 5.5.6.8).
-    fn report(&self, memory: &GuestMemory, chain: &Chain, cancelled: &Cancelled) {
-        if !self.control.known().reads_zero() {
-            return;
-        }
-        self.control.metrics.reported_bytes.add(chain.writable.len());
-        for (address, len) in chain.writable.iter() {
-            if cancelled.is_set() {
-                return;
-            }
-            self.take(memory, address.0, len.into());
-        }
-    }
-
-    fn take(&self, memory: &GuestMemory, gpa: u64, len: u64) {
-        match discard(memory, gpa, len, &self.control.replaced) {
-            Ok(bytes) => self.control.metrics.discarded_bytes.add(bytes),
-            Err(error @ (DiscardError::Outside(_) | DiscardError::Host(_))) => self.complain(&error),
-        }
-    }
-
-    fn complain(&self, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
-            let cause = error.source().map(ToString::to_string).unwrap_or_default();
-            tracing::warn!(
-                count,
-                cause,
-                "virtio-balloon: request not served in full: {error}"
-            );
-        }
-    }
-}
-
-impl Balloon {
-    /// A balloon that `control` is the host's end of. With `deflate_on_oom` a guest that runs out of memory may take
-    /// from it what it needs.
-    pub fn new(control: Arc<Control>, deflate_on_oom: bool) -> io::Result<Self> {
+impl VirtioBalloon {
+    /// A balloon that the host controls by `control`. With `deflate_on_oom` a guest that runs out of memory may take
+    /// back what it needs.
+    pub fn new(control: Arc<BalloonControl>, deflate_on_oom: bool) -> io::Result<Self> {
         Ok(Self {
-            giver: Arc::new(Giver {
+            discarder: Arc::new(PageDiscarder {
                 control: control.clone(),
-                complaints: Limited::default(),
+                warnings: LogDamper::default(),
             }),
             control,
             deflate_on_oom,
@@ -156,7 +69,7 @@ impl Balloon {
         })
     }
 
-    /// Whether `parameters`, as a balloon describes itself, have `deflate_on_oom`; nothing if they are no balloon's.
+    /// Whether a balloon's `parameters` have `deflate_on_oom`; `None` if they are not a balloon's.
     pub fn deflates_on_oom(parameters: &[u8]) -> Option<bool> {
         match parameters {
             [0] => Some(false),
@@ -165,123 +78,128 @@ impl Balloon {
         }
     }
 
-    /// Hands chains to the thread, which gives their pages up: that may wait for whoever brings pages of this guest. They
-    /// come back to the driver when it is done.
-    fn hand_over(
+    /// Hands chains to the helper thread, which gives up their pages: that may block on a userfaultfd handler. The
+    /// chains are returned to the driver when that is done.
+    fn queue_discards(
         &mut self,
-        role: Role,
+        role: BalloonRole,
         index: usize,
         queue: &mut QueueAccess<'_>,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let mut turn = Turn::default();
         while !turn.is_over() {
             if self.helper.len() >= QUEUE_SIZE.into() {
-                // There is a look at the queue when one is done.
-                return Ok(Progress::Idle);
+                // The queue is served again when a job is done.
+                return Ok(QueueProgress::Idle);
             }
-            let Some((head, chain)) = queue.take()? else {
-                return Ok(Progress::Idle);
+            let Some((head, chain)) = queue.pop()? else {
+                return Ok(QueueProgress::Idle);
             };
             turn.count(0);
-            let (memory, giver) = (queue.memory().clone(), self.giver.clone());
+            let (memory, discarder) = (queue.memory().clone(), self.discarder.clone());
             let pushed = chain.map_err(io::Error::other).and_then(|chain| {
-                let job = move |cancelled: &Cancelled| giver.give_up(role, &memory, chain, cancelled);
+                let job =
+                    move |cancelled: &CancelFlag| discarder.discard_chain(role, &memory, chain, cancelled);
                 self.helper.push((index, head), Box::new(job))
             });
             if let Err(error) = pushed {
-                self.complain(&error);
-                queue.give_back(head, 0)?;
+                self.warn(&error);
+                queue.add_used(head, 0)?;
                 queue.notify()?;
             }
         }
-        Ok(Progress::More)
+        Ok(QueueProgress::More)
     }
 
-    /// Gives back chains whose pages were given up.
-    fn answer(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+    /// Returns the chains whose pages were given up.
+    fn complete_discards(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         while let Some(((index, head), _)) = self.helper.next() {
             if let Some(mut queue) = queues.get(index) {
-                queue.give_back(head, 0)?;
+                queue.add_used(head, 0)?;
                 queue.notify()?;
             }
         }
         Ok(())
     }
 
-    /// The chain says which command the guest answers, or has pages that it does not use.
-    fn hint(&self, memory: &GuestMemory, mut chain: Chain) {
+    /// Handles a chain of hints: it names the command that the guest answers, or pages that the guest does not use.
+    fn process_hints(&self, memory: &GuestMemory, mut chain: Chain) {
         let mut id = [0; 4];
         let read = match chain.readable.is_empty() {
             true => Ok(0),
             false => chain.readable.read(memory, &mut id),
         };
-        let mut known = self.control.known();
+        let mut status = self.control.status();
         match read {
-            Ok(got) if got == id.len() => known.hints.hear(u32::from_le_bytes(id)),
+            Ok(got) if got == id.len() => status.hints.handle_command_id(u32::from_le_bytes(id)),
             Ok(_) => {}
-            Err(error) => self.complain(&error),
+            Err(error) => self.warn(&error),
         }
         for (address, len) in chain.writable.iter() {
-            known.hints.add(address.0, len.into());
+            status.hints.add(address.0, len.into());
         }
-        drop(known);
-        self.control.tell();
+        drop(status);
+        self.control.notify_waiters();
     }
 
-    /// Statistics came: the chain is kept until somebody wants newer ones.
-    fn keep_statistics(&mut self, queues: &mut Queues<'_>, index: usize) -> Result<Progress, QueueError> {
+    /// Takes statistics; their chain is kept until the host asks for newer ones.
+    fn process_statistics_queue(
+        &mut self,
+        queues: &mut Queues<'_>,
+        index: usize,
+    ) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
-        let Some((head, chain)) = queue.take()? else {
-            return Ok(Progress::Idle);
+        let Some((head, chain)) = queue.pop()? else {
+            return Ok(QueueProgress::Idle);
         };
         let mut chain = match chain {
             Ok(chain) if head.0 < QUEUE_SIZE => chain,
             malformed => {
                 if let Err(error) = malformed {
-                    self.complain(&error);
+                    self.warn(&error);
                 }
-                // Not kept: whoever restores what is kept would not believe it.
-                queue.give_back(head, 0)?;
+                // Not kept: a restore would refuse a head outside the queue.
+                queue.add_used(head, 0)?;
                 queue.notify()?;
-                return Ok(Progress::More);
+                return Ok(QueueProgress::More);
             }
         };
-        // A driver that sends a second one does not want the first one kept.
+        // A driver that sends a second chain gets the first one back.
         if let Some(earlier) = self.statistics.replace(head) {
-            queue.give_back(earlier, 0)?;
+            queue.add_used(earlier, 0)?;
             queue.notify()?;
         }
         let mut bytes = [0; MOST];
         match chain.readable.read(queue.memory(), &mut bytes) {
             Ok(got) => {
-                let mut known = self.control.known();
-                known.statistics = Some(Statistics::parse(&bytes[..got]));
-                known.statistics_seen += 1;
-                drop(known);
-                self.control.tell();
+                let mut status = self.control.status();
+                status.statistics = Some(Statistics::parse(&bytes[..got]));
+                status.statistics_seen += 1;
+                drop(status);
+                self.control.notify_waiters();
             }
-            Err(error) => self.complain(&error),
+            Err(error) => self.warn(&error),
         }
-        Ok(Progress::More)
+        Ok(QueueProgress::More)
     }
 
-    fn complain(&self, error: &dyn std::error::Error) {
-        self.giver.complain(error);
+    fn warn(&self, error: &dyn std::error::Error) {
+        self.discarder.warn(error);
     }
 
-    /// Nothing is ever written to a chain.
-    fn served(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> Served {
+    /// Serves a chain, to which nothing is written.
+    fn serve_chain(&self, chain: Result<Chain, ChainError>, serve: impl FnOnce(Chain)) -> Served {
         match chain {
             Ok(chain) => serve(chain),
-            Err(error) => self.complain(&error),
+            Err(error) => self.warn(&error),
         }
         Served::default()
     }
 }
 
-impl VirtioDevice for Balloon {
+impl VirtioDevice for VirtioBalloon {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BALLOON
     }
@@ -297,15 +215,15 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let known = self.control.known();
-        let config = [known.target, known.actual, known.hints.id(), known.poison].map(u32::to_le_bytes);
+        let status = self.control.status();
+        let config = [status.target, status.actual, status.hints.id(), status.poison].map(u32::to_le_bytes);
         read_bytes(config.as_flattened(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         match data.try_into() {
-            Ok(actual) if offset == ACTUAL => self.control.known().actual = u32::from_le_bytes(actual),
-            Ok(poison) if offset == POISON => self.control.known().poison = u32::from_le_bytes(poison),
+            Ok(actual) if offset == ACTUAL => self.control.status().actual = u32::from_le_bytes(actual),
+            Ok(poison) if offset == POISON => self.control.status().poison = u32::from_le_bytes(poison),
             _ => tracing::debug!(
                 offset,
                 len = data.len(),
@@ -314,39 +232,39 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    /// Queues that the driver did not negotiate leave no gap in their numbers.
+    /// Queues are numbered without gaps for those that the driver did not negotiate.
     fn activate(&mut self, features: u64) {
-        self.roles = vec![Role::Inflate, Role::Deflate];
+        self.roles = vec![BalloonRole::Inflate, BalloonRole::Deflate];
         for (feature, role) in [
-            (F_STATS_VQ, Role::Statistics),
-            (F_FREE_PAGE_HINT, Role::Hinting),
-            (F_PAGE_REPORTING, Role::Reporting),
+            (F_STATS_VQ, BalloonRole::Statistics),
+            (F_FREE_PAGE_HINT, BalloonRole::Hinting),
+            (F_PAGE_REPORTING, BalloonRole::Reporting),
         ] {
             if features & feature != 0 {
                 self.roles.push(role);
             }
         }
-        let mut known = self.control.known();
-        known.tells_hints = features & F_FREE_PAGE_HINT != 0;
-        known.poisons = features & F_PAGE_POISON != 0;
+        let mut status = self.control.status();
+        status.can_hint = features & F_FREE_PAGE_HINT != 0;
+        status.poisons = features & F_PAGE_POISON != 0;
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let role = self.roles.get(index).copied();
-        if role == Some(Role::Statistics) {
-            return self.keep_statistics(queues, index);
+        if role == Some(BalloonRole::Statistics) {
+            return self.process_statistics_queue(queues, index);
         }
         let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
-        if let Some(role @ (Role::Inflate | Role::Reporting)) = role {
-            return self.hand_over(role, index, &mut queue);
+        if let Some(role @ (BalloonRole::Inflate | BalloonRole::Reporting)) = role {
+            return self.queue_discards(role, index, &mut queue);
         }
         queue.serve(|memory, chain| {
-            self.served(chain, |chain| match role {
-                Some(Role::Hinting) => self.hint(memory, chain),
-                // Pages come back when they are touched.
-                Some(Role::Deflate) => {
+            self.serve_chain(chain, |chain| match role {
+                Some(BalloonRole::Hinting) => self.process_hints(memory, chain),
+                // Nothing to do: pages come back when the guest touches them.
+                Some(BalloonRole::Deflate) => {
                     let pages = chain.readable.len() / PAGE_NUMBER;
                     self.control.metrics.deflated_bytes.add(pages * PAGE_SIZE);
                 }
@@ -359,42 +277,45 @@ impl VirtioDevice for Balloon {
         vec![self.control.event(), self.helper.as_fd()]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        self.answer(queues)?;
-        self.control.hear();
-        if std::mem::take(&mut self.control.known().changed) {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        self.complete_discards(queues)?;
+        self.control.clear_event();
+        if std::mem::take(&mut self.control.status().changed) {
             queues.config_changed();
         }
-        let index = self.roles.iter().position(|role| *role == Role::Statistics);
+        let index = self
+            .roles
+            .iter()
+            .position(|role| *role == BalloonRole::Statistics);
         if let Some(mut queue) = index.and_then(|index| queues.get(index))
             && let Some(head) = self.statistics
-            && std::mem::take(&mut self.control.known().statistics_wanted)
+            && std::mem::take(&mut self.control.status().statistics_wanted)
         {
             self.statistics = None;
-            queue.give_back(head, 0)?;
+            queue.add_used(head, 0)?;
             queue.notify()?;
         }
-        // There may be room for more.
-        let mut progress = Progress::Idle;
+        // The helper may have room for more chains.
+        let mut progress = QueueProgress::Idle;
         for index in 0..self.roles.len() {
-            if matches!(self.roles[index], Role::Inflate | Role::Reporting) {
+            if matches!(self.roles[index], BalloonRole::Inflate | BalloonRole::Reporting) {
                 progress = progress.and(self.process_queue(index, queues)?);
             }
         }
         Ok(progress)
     }
 
-    /// The guest begins with an empty balloon; what the host wants stays.
+    /// A new driver begins with an empty balloon; the host's target stays.
     fn reset(&mut self) -> bool {
         self.roles.clear();
         self.statistics = None;
-        let mut known = self.control.known();
-        known.actual = 0;
-        known.poison = 0;
-        known.tells_hints = false;
-        known.hints.reset();
-        drop(known);
-        self.control.tell();
+        let mut status = self.control.status();
+        status.actual = 0;
+        status.poison = 0;
+        status.can_hint = false;
+        status.hints.reset();
+        drop(status);
+        self.control.notify_waiters();
         self.helper.cancel();
         while self.helper.next().is_some() {}
         self.helper.is_empty()
@@ -402,7 +323,7 @@ impl VirtioDevice for Balloon {
 
     fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
         loop {
-            self.answer(queues)?;
+            self.complete_discards(queues)?;
             if self.helper.is_empty() {
                 return Ok(());
             }
@@ -415,13 +336,13 @@ impl VirtioDevice for Balloon {
     }
 
     fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), DeviceError> {
-        let known = self.control.known();
+        let status = self.control.status();
         let state = BalloonState {
-            target: known.target,
-            actual: known.actual,
+            target: status.target,
+            actual: status.actual,
             statistics: self.statistics.map(|head| head.0),
-            command: known.hints.command(),
-            poison: known.poison,
+            command: status.hints.command(),
+            poison: status.poison,
         };
         Ok(envelope.put(instance, &state)?)
     }
@@ -435,16 +356,16 @@ impl VirtioDevice for Balloon {
                 got: head.to_string(),
             });
         }
-        let mut known = self.control.known();
-        known.target = state.target;
-        known.actual = state.actual;
-        known.poison = state.poison;
-        known.hints = Hints::restored(state.command);
-        // It may not have heard of the target where it comes from, nor that its pages are its own again.
-        known.changed = true;
-        // A chain that is kept came with some, elsewhere.
-        known.statistics_seen = state.statistics.is_some().into();
-        self.statistics = state.statistics.map(Head);
+        let mut status = self.control.status();
+        status.target = state.target;
+        status.actual = state.actual;
+        status.poison = state.poison;
+        status.hints = Hints::restored(state.command);
+        // The guest may not have seen the target on the source, nor that its hinted pages are its own again.
+        status.changed = true;
+        // A chain that is kept came with statistics on the source.
+        status.statistics_seen = state.statistics.is_some().into();
+        self.statistics = state.statistics.map(ChainHead);
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Pages of the guest that go back to the host.
+//! How pages of the guest are given back to the host.
 
 #![allow(
     unsafe_code,
@@ -17,13 +17,13 @@ use super::PAGE_SIZE;
 use super::replaced::Replaced;
 use crate::GuestMemory;
 
-/// Why pages stay where they are.
+/// Why pages were not given back to the host.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DiscardError {
-    /// They are no pages of the guest's.
+    /// They are not pages of the guest's.
     #[error("pages to give up: expected some inside one region of guest memory")]
     Outside(#[source] GuestMemoryError),
-    /// The host does not take them.
+    /// The host's kernel has refused.
     #[error("pages to give up: the host does not take them back")]
     Host(#[source] io::Error),
 }
@@ -46,7 +46,7 @@ pub(super) fn discard(
     let region = memory.find_region(at);
     let file = region.and_then(|region| Some((region, region.file_offset()?)));
     let done = match file {
-        // The mapping's pages alone would come back as they were.
+        // Dropping the mapping's pages is not enough: the file would still hold their content.
         Some((region, file)) if region.flags() & libc::MAP_SHARED != 0 => {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let offset = file.start() + (gpa - region.start_addr().0);
@@ -59,8 +59,8 @@ pub(super) fn discard(
     done.map_err(|error| DiscardError::Host(error.into()))
 }
 
-/// Pages of a file that was mapped privately come back as the file has them. So zeroes are mapped over those that never were
-/// given up, and the others are dropped. Returns their bytes.
+/// Gives up pages of a file that is mapped privately. Dropped pages would show the file's content again, so zeroes are
+/// mapped over those that are given up for the first time, and the others are dropped. Returns the bytes given up.
 fn replace<B: BitmapSlice>(
     slice: &VolatileSlice<'_, B>,
     region: &impl GuestMemoryRegion,
@@ -108,9 +108,9 @@ fn map_zeroes<B: BitmapSlice>(
     let address = guard.as_ptr().wrapping_add(at).cast();
     let access = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-    // SAFETY: the range is inside the slice, which is mapped guest memory, whole pages of it. What takes their place is as
-    // accessible as they were, and is unmapped with them: whoever owns the region unmaps all of its range. KVM's slots go by
-    // addresses and follow. No Rust reference to guest memory exists.
+    // SAFETY: the range is inside the slice, which is mapped guest memory, whole pages of it. What takes their place is
+    // as accessible as they were, and is unmapped with them: the region's owner unmaps all of its range. KVM's slots go
+    // by addresses and follow. No Rust reference to guest memory exists.
     unsafe {
         mmap_anonymous(address, bytes, access, flags)?;
         // As the rest of guest memory is: a dump of this process has nothing of it.
@@ -118,7 +118,7 @@ fn map_zeroes<B: BitmapSlice>(
     }
 }
 
-/// The pages that lie in a range as a whole: their address and length in bytes.
+/// The whole pages in a range: their address and length in bytes.
 pub(super) fn whole_pages(address: u64, len: u64) -> Option<(u64, u64)> {
     let end = address.saturating_add(len) / PAGE_SIZE * PAGE_SIZE;
     let start = address.checked_next_multiple_of(PAGE_SIZE)?;

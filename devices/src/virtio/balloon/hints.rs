@@ -1,45 +1,52 @@
-//! What the guest does not use at the moment, told on request (virtio 1.2, 5.5.6.7, free page hinting).
+//! Free page hinting (virtio 1.2, 5.5.6.7): on request the guest reports the pages that it does not use at the moment.
 //!
 //! ```text
-//!  Stop ──▶ Asked ── the command's id ──▶ Telling ── another id ──▶ Told
-//!             └───────────────────┴─────── Done ◀─────────────────────┘
+//!  Stopped ─▶ Requested ── the command's id ──▶ Answering ── another id ──▶ Answered
+//!                └────────────────────┴─────────── Done ◀───────────────────┘
 //! ```
 //!
-//! The guest keeps what it tells out of its own hands until it sees Done, or takes it back when it runs short, without
-//! a word. So a hint says nothing of later; only that what the page held when it was told counts no more.
+//! The guest does not use the pages that it reports until it sees Done, but it takes them back without notice when it
+//! runs short of memory. So a hint is no promise about the future; it only means that the page's content at the time of
+//! the report no longer matters.
 
-/// Ids in the configuration space that are no command's.
+/// The id in the configuration space before the first command.
 const STOP: u32 = 0;
+/// The id after a command: the guest has its pages back.
 const DONE: u32 = 1;
+/// The least id of a command.
 const FIRST_COMMAND: u32 = 2;
 
-/// Ranges that are kept of one answer: 256 GiB in blocks of 4 MiB, as Linux tells them.
+/// Most ranges that are kept of one answer: 256 GiB in blocks of 4 MiB, as Linux reports them.
 pub(super) const MOST_RANGES: usize = 1 << 16;
 
-/// A question and what came of it.
+/// The last command and the guest's answer.
 #[derive(Debug, Default)]
 pub(super) struct Hints {
-    /// The id of the last command, 0 before the first. The guest does not answer the same one twice.
+    /// The id of the last command, 0 before the first. The guest does not answer the same id twice.
     command: u32,
-    stage: Stage,
-    /// Address and length in bytes, as the guest says: untrusted.
+    stage: HintStage,
+    /// Addresses and lengths in bytes from the guest, untrusted.
     ranges: Vec<(u64, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Stage {
+enum HintStage {
     #[default]
-    Stop,
-    Asked,
-    Telling,
-    Told,
+    Stopped,
+    Requested,
+    Answering,
+    Answered,
     Done,
 }
 
 impl Hints {
-    /// As they are where the machine comes to: nothing is asked, and the guest is to have back whatever it keeps.
+    /// The hints after a restore: no command is open, and the guest gets back all pages that it reported.
     pub(super) fn restored(command: u32) -> Self {
-        let stage = if command == 0 { Stage::Stop } else { Stage::Done };
+        let stage = if command == 0 {
+            HintStage::Stopped
+        } else {
+            HintStage::Done
+        };
         Self {
             command,
             stage,
@@ -52,53 +59,53 @@ impl Hints {
         self.command
     }
 
-    /// What the configuration space says.
+    /// The id that the configuration space shows.
     pub(super) fn id(&self) -> u32 {
         match self.stage {
-            Stage::Stop => STOP,
-            Stage::Asked | Stage::Telling | Stage::Told => self.command,
-            Stage::Done => DONE,
+            HintStage::Stopped => STOP,
+            HintStage::Requested | HintStage::Answering | HintStage::Answered => self.command,
+            HintStage::Done => DONE,
         }
     }
 
-    /// Asks anew.
-    pub(super) fn ask(&mut self) {
+    /// Starts a new command.
+    pub(super) fn request(&mut self) {
         self.command = self.command.wrapping_add(1).max(FIRST_COMMAND);
-        self.stage = Stage::Asked;
+        self.stage = HintStage::Requested;
         self.ranges.clear();
     }
 
-    /// Whether the guest may have more to tell.
+    /// Whether the guest may still report pages.
     pub(super) fn is_open(&self) -> bool {
-        matches!(self.stage, Stage::Asked | Stage::Telling)
+        matches!(self.stage, HintStage::Requested | HintStage::Answering)
     }
 
-    /// Takes what was told, and wants no more: the guest can have its pages back.
-    pub(super) fn take(&mut self) -> Vec<(u64, u64)> {
-        self.stage = Stage::Done;
+    /// Ends the command and returns what the guest has reported; the guest gets its pages back.
+    pub(super) fn finish(&mut self) -> Vec<(u64, u64)> {
+        self.stage = HintStage::Done;
         std::mem::take(&mut self.ranges)
     }
 
-    /// The guest says which command it answers, or that it has answered.
-    pub(super) fn hear(&mut self, id: u32) {
+    /// Handles an id from the guest: that of the command begins its answer, another one ends it.
+    pub(super) fn handle_command_id(&mut self, id: u32) {
         match self.stage {
-            Stage::Asked if id == self.command => self.stage = Stage::Telling,
-            Stage::Telling if id != self.command => self.stage = Stage::Told,
-            // An answer to an earlier one, or to nothing.
+            HintStage::Requested if id == self.command => self.stage = HintStage::Answering,
+            HintStage::Answering if id != self.command => self.stage = HintStage::Answered,
+            // An answer to an earlier command, or to none.
             _ => {}
         }
     }
 
-    /// The guest tells a range. Not in an answer to the command, it means nothing.
+    /// Adds a range that the guest reports. Outside an answer to the command it is ignored.
     pub(super) fn add(&mut self, address: u64, len: u64) {
-        if self.stage == Stage::Telling && self.ranges.len() < MOST_RANGES {
+        if self.stage == HintStage::Answering && self.ranges.len() < MOST_RANGES {
             self.ranges.push((address, len));
         }
     }
 
-    /// The guest starts anew, and keeps nothing.
+    /// The driver was reset: no command is open and the guest keeps no pages back.
     pub(super) fn reset(&mut self) {
-        self.stage = Stage::Stop;
+        self.stage = HintStage::Stopped;
         self.ranges.clear();
     }
 }

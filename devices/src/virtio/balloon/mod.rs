@@ -1,15 +1,15 @@
 //! The memory balloon (virtio 1.2, 5.5): memory that the guest can do without goes back to the host.
 //!
-//! Two ways: the host sets a target and the guest gives up that much until it is asked to take it back; and the guest
-//! reports, by itself, what it does not use at the moment. What was given up is neither kept nor migrated, except where
-//! memory is mapped from a file: there it is again what the file has.
+//! In two ways: the host sets a target and the guest gives up that much until the target changes; and the guest reports
+//! by itself the pages that it does not use at the moment. Pages that were given up are neither kept nor migrated.
 //!
-//! And the host can ask what the guest does not use at the moment ([`Control::hints`]); that is not given up, but need
-//! not be migrated.
+//! The host can also ask which pages the guest does not use at the moment ([`BalloonControl::hints`]); these are not
+//! given up, but need not be migrated.
 
 mod control;
 mod device;
 mod discard;
+mod discarder;
 mod hints;
 mod metrics;
 mod replaced;
@@ -19,8 +19,8 @@ mod statistics;
 #[cfg(test)]
 mod tests;
 
-pub use control::Control;
-pub use device::Balloon;
+pub use control::BalloonControl;
+pub use device::VirtioBalloon;
 pub use metrics::BalloonMetrics;
 pub use state::BalloonState;
 pub use statistics::Statistics;

@@ -1,5 +1,5 @@
-//! Which pages of guest memory are a file's no more, of which they were mapped privately: they were given up, and zeroes lie
-//! over them. Without that they would be again what the file has.
+//! Which pages of privately mapped files were given up, so that zeroes are mapped over them. Without the zeroes they
+//! would show the file's content again.
 
 use std::collections::BTreeMap;
 
@@ -16,24 +16,25 @@ pub(super) struct Replaced {
     runs: usize,
 }
 
-/// Pages of a region that are alike: numbers of the first, and of the one after the last.
+/// A run of pages of a region that are all replaced or all not: the numbers of the first page and of the one after the
+/// last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
+pub(super) struct PageRun {
     pub(super) first: u64,
     pub(super) end: u64,
     pub(super) is_replaced: bool,
 }
 
 impl Replaced {
-    /// What the pages from `first` to `end` of the region at `region`, which has `len` bytes, are.
-    pub(super) fn runs(&mut self, region: u64, len: u64, first: u64, end: u64) -> Vec<Run> {
+    /// The runs of the pages from `first` to `end` of the region at address `region`, which has `len` bytes.
+    pub(super) fn runs(&mut self, region: u64, len: u64, first: u64, end: u64) -> Vec<PageRun> {
         let words = self.words(region, len);
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<PageRun> = Vec::new();
         for page in first..end {
             let is_replaced = is_set(words, page);
             match runs.last_mut() {
                 Some(run) if run.is_replaced == is_replaced => run.end = page + 1,
-                _ => runs.push(Run {
+                _ => runs.push(PageRun {
                     first: page,
                     end: page + 1,
                     is_replaced,
@@ -43,13 +44,13 @@ impl Replaced {
         runs
     }
 
-    /// Whether one more run that is not replaced can be.
-    pub(super) fn has_room_for(&mut self, region: u64, len: u64, run: Run) -> bool {
+    /// Whether `run`, which is not replaced, can be.
+    pub(super) fn has_room_for(&mut self, region: u64, len: u64, run: PageRun) -> bool {
         self.runs_with(region, len, run) <= MOST_RUNS
     }
 
-    /// That run is replaced.
-    pub(super) fn insert(&mut self, region: u64, len: u64, run: Run) {
+    /// Marks `run` as replaced.
+    pub(super) fn insert(&mut self, region: u64, len: u64, run: PageRun) {
         self.runs = self.runs_with(region, len, run);
         let words = self.words(region, len);
         for page in run.first..run.end {
@@ -59,7 +60,7 @@ impl Replaced {
         }
     }
 
-    /// Addresses and lengths in bytes of all of them, ascending.
+    /// Addresses and lengths in bytes of all replaced pages, ascending.
     pub(super) fn ranges(&self) -> Vec<(u64, u64)> {
         let mut ranges: Vec<(u64, u64)> = Vec::with_capacity(self.runs);
         for (region, words) in &self.regions {
@@ -76,8 +77,8 @@ impl Replaced {
         ranges
     }
 
-    /// How many there would be: a run joins its neighbours.
-    fn runs_with(&mut self, region: u64, len: u64, run: Run) -> usize {
+    /// The number of runs with `run` replaced: a run joins its neighbours.
+    fn runs_with(&mut self, region: u64, len: u64, run: PageRun) -> usize {
         let words = self.words(region, len);
         let before = run.first.checked_sub(1).is_some_and(|page| is_set(words, page));
         let after = is_set(words, run.end);
@@ -101,8 +102,8 @@ mod tests {
 
     const LEN: u64 = (3 * MOST_RUNS as u64) << 12;
 
-    fn run(first: u64, end: u64) -> Run {
-        Run {
+    fn run(first: u64, end: u64) -> PageRun {
+        PageRun {
             first,
             end,
             is_replaced: false,
@@ -119,7 +120,7 @@ mod tests {
         let at = |page: u64| (1 << 32) + page * PAGE_SIZE;
         let expected = [(at(0), 4096), (at(10), 5 * 4096), (at(63), 3 * 4096)];
         assert_eq!(replaced.ranges(), expected);
-        let set = |first, end| Run {
+        let set = |first, end| PageRun {
             is_replaced: true,
             ..run(first, end)
         };

@@ -3,18 +3,18 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-/// Saved state of a [`super::Balloon`].
+/// Saved state of a [`super::VirtioBalloon`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
     /// Pages of 4 KiB that the guest was asked to give up.
     pub target: u32,
-    /// Pages of 4 KiB that it says it has given up.
+    /// Pages of 4 KiB that the guest reports as given up.
     pub actual: u32,
-    /// The first descriptor of the chain that waits for the next wish for statistics.
+    /// The first descriptor of the chain that waits for the next request for statistics.
     pub statistics: Option<u16>,
-    /// The last command to tell what is free, 0 before the first. None is open.
+    /// The last command of free page hinting, 0 before the first. None is open after a restore.
     pub command: u32,
-    /// What the guest says that it puts into pages that it frees.
+    /// The value that the guest writes to pages that it frees.
     pub poison: u32,
 }
 

@@ -1,14 +1,13 @@
-//! What a guest tells about its memory.
+//! The guest's memory statistics.
 
 use serde::{Deserialize, Serialize};
 
 /// Bytes of one entry: a tag and a value (virtio 1.2, 5.5.6.3).
 const ENTRY: usize = 10;
-/// Bytes of all entries that there can be.
+/// Most bytes of statistics that are read.
 pub(super) const MOST: usize = 16 * ENTRY;
 
-/// A guest's memory statistics (virtio 1.2, 5.5.6.4), as far as it tells. Nothing here is checked: the guest can say
-/// what it likes.
+/// A guest's memory statistics (virtio 1.2, 5.5.6.4), as far as the guest reports them. The values are not checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// Bytes swapped in.
@@ -19,22 +18,22 @@ pub struct Statistics {
     pub major_faults: Option<u64>,
     /// Page faults that needed none.
     pub minor_faults: Option<u64>,
-    /// Bytes that nothing uses.
+    /// Bytes that are not used.
     pub free_memory: Option<u64>,
     /// Bytes in all.
     pub total_memory: Option<u64>,
-    /// Bytes that programs can have without swapping.
+    /// Bytes that programs can allocate without swapping.
     pub available_memory: Option<u64>,
     /// Bytes of files that can be dropped.
     pub disk_caches: Option<u64>,
-    /// Huge pages that were had.
+    /// Huge pages that were allocated.
     pub hugetlb_allocations: Option<u64>,
-    /// Huge pages that were not to be had.
+    /// Huge pages that could not be allocated.
     pub hugetlb_failures: Option<u64>,
 }
 
 impl Statistics {
-    /// From a guest's buffer. Tags that mean nothing are passed over.
+    /// Parses a guest's buffer. Unknown tags are ignored.
     pub(super) fn parse(bytes: &[u8]) -> Self {
         let mut statistics = Self::default();
         let (entries, _) = bytes.as_chunks::<ENTRY>();

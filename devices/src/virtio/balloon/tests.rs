@@ -1,3 +1,5 @@
+//! A balloon as a guest and the host use it.
+
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -8,8 +10,8 @@ use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
-use super::device::MOST_PAGES;
 use super::discard::discard;
+use super::discarder::MOST_PAGES;
 use super::hints::{Hints, MOST_RANGES};
 use super::replaced::Replaced;
 use super::*;
@@ -29,15 +31,15 @@ const F_POISON: u64 = 1 << 4;
 const COMMAND: u64 = 0x108;
 const POISON: u64 = 0x10c;
 
-/// The host wants no hints any more.
+/// The id that ends a command.
 const DONE: u32 = 1;
 
 /// Pages that tests give up.
 const PAGES: u64 = DATA + 0x4_0000;
 
-fn balloon() -> (Driver, Arc<Control>) {
-    let control = Arc::new(Control::new(0).unwrap());
-    let driver = Driver::ready(Balloon::new(control.clone(), true).unwrap());
+fn balloon() -> (Driver, Arc<BalloonControl>) {
+    let control = Arc::new(BalloonControl::new(0).unwrap());
+    let driver = Driver::ready(VirtioBalloon::new(control.clone(), true).unwrap());
     (driver, control)
 }
 
@@ -100,8 +102,8 @@ fn reported_pages_go_back_to_the_host() {
 
 #[test]
 fn queues_that_are_not_negotiated_leave_no_gap() {
-    let control = Arc::new(Control::new(0).unwrap());
-    let mut driver = Driver::new(Balloon::new(control.clone(), false).unwrap());
+    let control = Arc::new(BalloonControl::new(0).unwrap());
+    let mut driver = Driver::new(VirtioBalloon::new(control.clone(), false).unwrap());
     let offered = driver.offered();
     assert_eq!(offered & 0b10_0110, 0b10_0010, "no deflation on OOM");
     driver.bring_up_with(VERSION_1 | 1 << 5);
@@ -112,7 +114,7 @@ fn queues_that_are_not_negotiated_leave_no_gap() {
 }
 
 #[test]
-fn the_guest_hears_of_targets_and_says_how_far_it_is() {
+fn targets_reach_the_guest_and_its_progress_the_host() {
     let (mut driver, control) = balloon();
     let generation = driver.get(0x0fc);
     control.set_target(10 * PAGE_SIZE + 1);
@@ -141,7 +143,7 @@ fn entries(entries: &[(u16, u64)]) -> Vec<u8> {
 #[test]
 fn statistics_come_when_they_are_asked_for() {
     let (mut driver, control) = balloon();
-    control.ask_for_statistics();
+    control.request_statistics();
     driver.run();
     let bytes = entries(&[(4, 1 << 20), (5, 1 << 30), (99, 1), (0, 3)]);
     driver.fill(DATA, &bytes);
@@ -158,7 +160,7 @@ fn statistics_come_when_they_are_asked_for() {
     };
     assert_eq!((first, seen), (Some(expected), 1));
     assert!(driver.used().is_empty(), "the chain is kept");
-    control.ask_for_statistics();
+    control.request_statistics();
     driver.run();
     assert_eq!(driver.used().len(), 1);
     driver.fill(DATA, &entries(&[(4, 7)]));
@@ -181,23 +183,23 @@ fn a_move_takes_target_and_kept_chain_along() {
     driver.select(STATISTICS);
     driver.add(&[reads(DATA, 10)]);
     driver.kick();
-    let there = Arc::new(Control::new(0).unwrap());
+    let there = Arc::new(BalloonControl::new(0).unwrap());
     let saved = driver.save();
     let mut moved = driver
-        .move_to(Balloon::new(there.clone(), true).unwrap(), saved)
+        .move_to(VirtioBalloon::new(there.clone(), true).unwrap(), saved)
         .unwrap();
     moved.transport.resume();
     moved.run();
     assert_eq!((there.target(), there.actual()), (3 * PAGE_SIZE, 2 * PAGE_SIZE));
     assert_eq!((moved.get(0x100), moved.get(0x104)), (3, 2));
-    there.ask_for_statistics();
+    there.request_statistics();
     moved.run();
     moved.select(STATISTICS);
     assert_eq!(moved.used().len(), 1, "the chain that was kept");
     // A reset empties it, and forgets the chain.
     moved.bring_up();
     assert_eq!((there.actual(), there.target()), (0, 3 * PAGE_SIZE));
-    there.ask_for_statistics();
+    there.request_statistics();
     moved.run();
     moved.select(STATISTICS);
     assert!(moved.used().is_empty());
@@ -206,8 +208,12 @@ fn a_move_takes_target_and_kept_chain_along() {
 /// How long a guest has to answer: enough for one that does, and no loss of time where one does not.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Has the guest asked for hints, and `act` on that; what came of it. It is told that it can have its pages back.
-fn hints(driver: &mut Driver, control: &Arc<Control>, act: impl FnOnce(&mut Driver, u32)) -> Vec<(u64, u64)> {
+/// Asks the guest for hints, and lets `act` answer; returns the hints. The guest then sees that it has its pages back.
+fn hints(
+    driver: &mut Driver,
+    control: &Arc<BalloonControl>,
+    act: impl FnOnce(&mut Driver, u32),
+) -> Vec<(u64, u64)> {
     driver.run();
     driver.interrupts();
     let hints = thread::scope(|scope| {
@@ -231,17 +237,17 @@ fn name(driver: &mut Driver, command: u32) {
 }
 
 #[test]
-fn what_is_free_is_told_on_request_and_stays_as_it_is() {
+fn free_pages_are_reported_on_request_and_not_given_up() {
     let (mut driver, control) = balloon();
-    assert!(control.tells_hints());
+    assert!(control.can_hint());
     dirty(&driver, PAGES..PAGES + 0x8000);
     driver.select(HINTING);
-    // Nobody has asked.
+    // The host has not asked.
     driver.submit(&[writes(PAGES, 0x1000)]);
     let mut commands = Vec::new();
     for _ in 0..2 {
         driver.take_dirty(PAGES);
-        let told = hints(&mut driver, &control, |driver, command| {
+        let hinted = hints(&mut driver, &control, |driver, command| {
             commands.push(command);
             // The end of an earlier answer, and what belongs to that.
             name(driver, 0);
@@ -255,8 +261,8 @@ fn what_is_free_is_told_on_request_and_stays_as_it_is() {
             driver.submit(&[writes(PAGES + 0x6000, 0x1000)]);
         });
         let outside = [(u64::MAX - 0x1fff, 0x1000), (END, 0x1000)];
-        assert_eq!(told[..2], [(PAGES + 0x1000, 0x2000), (PAGES + 0x4000, 0x1000)]);
-        assert_eq!(told[2..], outside, "for others to look at");
+        assert_eq!(hinted[..2], [(PAGES + 0x1000, 0x2000), (PAGES + 0x4000, 0x1000)]);
+        assert_eq!(hinted[2..], outside, "unchecked");
         assert_eq!((driver.get(COMMAND), driver.get(0x060) & 2), (DONE, 2));
         assert!((0..8).all(|page| is_kept(&driver, PAGES + page * 0x1000)));
         assert!(!driver.take_dirty(PAGES + 0x1000));
@@ -271,7 +277,7 @@ fn a_guest_that_does_not_answer_is_left_alone() {
     driver.select(HINTING);
     assert_eq!(hints(&mut driver, &control, |_, _| {}), []);
     // Or begins, with what makes no sense in between, and does not end.
-    let told = hints(&mut driver, &control, |driver, command| {
+    let hinted = hints(&mut driver, &control, |driver, command| {
         name(driver, command.wrapping_add(1));
         driver.submit(&[writes(PAGES, 0x1000)]);
         name(driver, command);
@@ -284,9 +290,9 @@ fn a_guest_that_does_not_answer_is_left_alone() {
         }
         driver.submit(&[reads(DATA, 4), writes(PAGES, 0x1000)]);
     });
-    assert_eq!(told, [(PAGES, 0x1000)]);
+    assert_eq!(hinted, [(PAGES, 0x1000)]);
     // Or never ends.
-    let told = thread::scope(|scope| {
+    let hinted = thread::scope(|scope| {
         let asking = scope.spawn(|| control.hints(Duration::from_millis(50)));
         driver.wait();
         let command = driver.get(COMMAND);
@@ -296,7 +302,7 @@ fn a_guest_that_does_not_answer_is_left_alone() {
         }
         asking.join().unwrap()
     });
-    assert!(!told.is_empty());
+    assert!(!hinted.is_empty());
     driver.run();
     assert_eq!((driver.get(COMMAND), driver.get(0x070)), (DONE, 15));
     assert!(control.new_statistics(PATIENCE).is_none());
@@ -305,18 +311,18 @@ fn a_guest_that_does_not_answer_is_left_alone() {
 #[test]
 fn no_more_is_kept_than_a_guest_can_have_to_tell() {
     let mut hints = Hints::restored(u32::MAX);
-    hints.ask();
+    hints.request();
     assert_eq!(
         (hints.id(), hints.command()),
         (2, 2),
         "after the last number comes the first"
     );
-    hints.hear(2);
+    hints.handle_command_id(2);
     for _ in 0..=MOST_RANGES {
         hints.add(PAGES, 0x1000);
     }
     assert!(hints.is_open());
-    assert_eq!(hints.take().len(), MOST_RANGES);
+    assert_eq!(hints.finish().len(), MOST_RANGES);
 }
 
 #[test]
@@ -325,20 +331,20 @@ fn a_guest_that_poisons_what_it_frees_keeps_it() {
     dirty(&driver, PAGES..PAGES + 0x1000);
     for (poison, gone) in [(0xaaaa_aaaa, false), (0, true)] {
         driver.set(POISON, poison);
-        assert_eq!((driver.get(POISON), control.tells_hints()), (poison, gone));
+        assert_eq!((driver.get(POISON), control.can_hint()), (poison, gone));
         driver.select(REPORTING);
         driver.submit(&[writes(PAGES, 0x1000)]);
         assert_eq!(is_kept(&driver, PAGES), !gone);
     }
-    // A value means something only to who said so, and ends with a reset.
+    // The value counts only if the driver has negotiated it, and ends with a reset.
     driver.set(POISON, 1);
     driver.bring_up();
     assert_eq!(driver.get(POISON), 0);
     driver.bring_up_with(VERSION_1 | F_HINTS);
     driver.set(POISON, 1);
-    assert!(control.tells_hints());
+    assert!(control.can_hint());
     driver.bring_up_with(VERSION_1 | F_POISON);
-    assert!(!control.tells_hints());
+    assert!(!control.can_hint());
 }
 
 #[test]
@@ -353,37 +359,38 @@ fn whatever_comes_in_between_the_guest_gets_its_pages_back() {
     });
     // It moves in the middle.
     let (command, saved) = open.unwrap();
-    let there = Arc::new(Control::new(0).unwrap());
+    let there = Arc::new(BalloonControl::new(0).unwrap());
     let mut moved = driver
-        .move_to(Balloon::new(there.clone(), true).unwrap(), saved)
+        .move_to(VirtioBalloon::new(there.clone(), true).unwrap(), saved)
         .unwrap();
     moved.transport.resume();
     moved.run();
     assert_eq!((moved.get(COMMAND), moved.get(0x060) & 2), (DONE, 2));
-    assert!(moved.interrupts() > 0 && there.tells_hints());
-    let told = hints(&mut moved, &there, |moved, next| {
+    assert!(moved.interrupts() > 0 && there.can_hint());
+    let hinted = hints(&mut moved, &there, |moved, next| {
         assert_ne!(next, command, "it has answered that one");
         name(moved, next);
         moved.submit(&[writes(PAGES, 0x1000)]);
         name(moved, 0);
     });
-    assert_eq!(told, [(PAGES, 0x1000)]);
-    // It starts anew in the middle: nobody waits for an answer, and it is not left with a command that is over.
-    let told = hints(&mut moved, &there, |moved, command| {
+    assert_eq!(hinted, [(PAGES, 0x1000)]);
+    // The driver is reset in the middle: the host waits no longer for an answer, and the driver finds no command that
+    // is over.
+    let hinted = hints(&mut moved, &there, |moved, command| {
         name(moved, command);
         moved.submit(&[writes(PAGES, 0x1000)]);
         moved.bring_up();
-        // Whoever asked may have seen by now that there is no answer.
+        // The host's thread may have seen by now that there is no answer.
         assert!([0, DONE].contains(&moved.get(COMMAND)));
     });
-    assert_eq!(told, []);
+    assert_eq!(hinted, []);
     assert_eq!(moved.get(COMMAND), DONE);
 }
 
 #[test]
 fn statistics_that_were_there_before_the_driver_was_ready_count() {
-    let control = Arc::new(Control::new(0).unwrap());
-    let mut driver = Driver::new(Balloon::new(control.clone(), true).unwrap());
+    let control = Arc::new(BalloonControl::new(0).unwrap());
+    let mut driver = Driver::new(VirtioBalloon::new(control.clone(), true).unwrap());
     let features = driver.offered();
     assert!(driver.negotiate(features));
     let above = 0x4000 * STATISTICS as u64;
@@ -464,9 +471,9 @@ fn a_saved_chain_that_cannot_be_is_refused() {
     let mut state: BalloonState = saved.take("dev0").unwrap();
     state.statistics = Some(256);
     saved.put("dev0", &state).unwrap();
-    let control = Arc::new(Control::new(0).unwrap());
+    let control = Arc::new(BalloonControl::new(0).unwrap());
     let refused = driver
-        .move_to(Balloon::new(control, true).unwrap(), saved)
+        .move_to(VirtioBalloon::new(control, true).unwrap(), saved)
         .err()
         .unwrap();
     assert!(

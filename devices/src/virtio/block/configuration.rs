@@ -1,6 +1,6 @@
-//! What the guest reads of a disk (virtio 1.2, 5.2.4).
+//! The configuration space of a disk (virtio 1.2, 5.2.4).
 
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use super::request::{MOST_DISCARDED, MOST_ZEROED};
 use crate::virtio::QUEUE_SIZE;
 
@@ -14,7 +14,7 @@ const CAPACITY: usize = 0;
 const MAX_SIZE: usize = 8;
 const MAX_SEGMENTS: usize = 12;
 const BLOCK_SIZE: usize = 20;
-/// A byte that the guest may write: whether the cache is on.
+/// The one byte that the guest may write: whether the cache is on.
 pub(super) const WRITEBACK: usize = 32;
 const MAX_DISCARD_SECTORS: usize = 36;
 const MAX_DISCARD_SEGMENTS: usize = 40;
@@ -25,8 +25,8 @@ const ZEROES_MAY_UNMAP: usize = 56;
 /// Discarded ranges begin and end with pages of the host, or their space is not given up.
 const HOST_PAGE_SECTORS: u32 = 8;
 
-/// The configuration space of a disk whose cache is as the guest wants it.
-pub(super) fn configuration(backend: &Backend, writeback: bool) -> [u8; CONFIG_LEN] {
+/// The configuration space of a disk.
+pub(super) fn configuration(backend: &BlockBackend, writeback: bool) -> [u8; CONFIG_LEN] {
     let mut config = [0; CONFIG_LEN];
     config[CAPACITY..][..8].copy_from_slice(&backend.sectors().to_le_bytes());
     for (at, value) in [

@@ -1,77 +1,72 @@
-//! The host's end of a disk: what can be changed while the guest uses it.
+//! The host's control of a disk: what can be changed while the guest uses it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
-
-use super::backend::{Backend, BackendError};
+use super::backend::BlockBackend;
+use super::error::BlockBackendError;
 use crate::rate::Limits;
+use crate::wake_event::WakeEvent;
 
-/// The host's end of a disk.
+/// The host's control of a disk.
 #[derive(Debug)]
-pub struct Control {
-    backend: Arc<Backend>,
+pub struct BlockControl {
+    backend: Arc<BlockBackend>,
     limits: Mutex<Limits>,
-    /// Readable when something has changed.
-    event: OwnedFd,
+    /// Raised when the size or the limits have changed.
+    event: WakeEvent,
 }
 
-impl Control {
-    pub(super) fn new(backend: Arc<Backend>, limits: Limits) -> io::Result<Self> {
+impl BlockControl {
+    pub(super) fn new(backend: Arc<BlockBackend>, limits: Limits) -> io::Result<Self> {
         Ok(Self {
             backend,
             limits: Mutex::new(limits),
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            event: WakeEvent::new()?,
         })
     }
 
-    /// What is behind it.
-    pub fn backend(&self) -> &Arc<Backend> {
+    /// The disk's backend.
+    pub fn backend(&self) -> &Arc<BlockBackend> {
         &self.backend
     }
 
-    /// Where the disk is.
+    /// The disk's path.
     pub fn path(&self) -> &Path {
         self.backend.path()
     }
 
-    /// Looks how large the disk is now, in bytes, and has the guest told if that is news.
-    pub fn resize(&self) -> Result<u64, BackendError> {
+    /// Reads the disk's size, in bytes, and has the device report a change to the guest.
+    pub fn resize(&self) -> Result<u64, BlockBackendError> {
         let before = self.backend.sectors();
         self.backend.measure()?;
         if self.backend.sectors() != before {
             tracing::info!(disk = %self.backend.path().display(), before, now = self.backend.sectors(), "disk resized");
-            self.backend.say_tail();
-            self.raise();
+            self.backend.warn_hidden_tail();
+            self.event.raise();
         }
         Ok(self.backend.size())
     }
 
-    /// What the disk may do in a time.
+    /// The disk's rate limits.
     pub fn limits(&self) -> Limits {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces that by limits that were checked. Buckets are full again.
+    /// Replaces the rate limits by others that were checked. Buckets are full again.
     pub fn set_limits(&self, limits: Limits) {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
-        self.raise();
+        self.event.raise();
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 
-    /// Whether something has changed since this was asked last.
-    pub(super) fn hear(&self) -> bool {
-        rustix::io::read(&self.event, &mut [0; 8]).is_ok()
-    }
-
-    fn raise(&self) {
-        // If the counter is full the device thread will look anyway.
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    /// Clears the event; whether something has changed since the last call.
+    pub(super) fn clear_event(&self) -> bool {
+        self.event.clear()
     }
 }

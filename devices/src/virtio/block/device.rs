@@ -1,4 +1,4 @@
-//! The device: requests from one queue, taken on the device thread, and answered as they are done.
+//! The disk as a virtio device: features, configuration space and life cycle.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,27 +11,25 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::{Bytes, GuestAddress};
 
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use super::configuration::{WRITEBACK, configuration};
-use super::control::Control;
-use super::engine::{Engine, Origin, Ticket};
+use super::control::BlockControl;
+use super::engine::BlockEngine;
+use super::error::BlockRequestError;
 use super::metrics::BlockMetrics;
-use super::parameters::{Cache, Parameters};
-use super::request::{Disk, OK, Request, RequestError, Step};
+use super::parameters::{BlockParameters, CacheMode};
 use super::state::BlockState;
 use super::write_out::WriteOut;
 use super::{ID_LEN, SECTOR_SIZE};
-use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::sys::Durability;
 use crate::virtio::{
-    Chain, ChainError, Description, DeviceError, Head, HostBackend, HostError, Progress, QUEUE_SIZE,
-    QueueAccess, QueueError, Queues, Served, Turn, VirtioDevice,
+    Description, DeviceError, HostBackend, HostError, QUEUE_SIZE, QueueError, QueueProgress, Queues,
+    VirtioDevice,
 };
 
 const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
@@ -44,325 +42,74 @@ const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
 /// A disk.
-pub struct Block {
-    engine: Engine,
-    pub(super) backend: Arc<Backend>,
-    id: [u8; ID_LEN],
-    parameters: Parameters,
-    control: Arc<Control>,
+pub struct VirtioBlock {
+    pub(super) engine: BlockEngine,
+    pub(super) backend: Arc<BlockBackend>,
+    pub(super) id: [u8; ID_LEN],
+    pub(super) parameters: BlockParameters,
+    pub(super) control: Arc<BlockControl>,
     /// Features that the driver accepted.
-    accepted: u64,
-    /// The cache as the guest wants it (virtio 1.2, 5.2.5.2), and at first as the host does.
-    writeback: bool,
-    /// The guest has turned the cache off, and what was cached is being written back: no request begins before.
-    settling: bool,
-    /// The capacity that the guest was told of last.
-    sectors: u64,
-    limiter: Limiter,
-    write_out: Option<WriteOut>,
-    metrics: Arc<BlockMetrics>,
-    complaints: Limited,
+    pub(super) accepted: u64,
+    /// Whether the cache is on: as the host has set it at first, then as the guest sets it (virtio 1.2, 5.2.5.2).
+    pub(super) writeback: bool,
+    /// The guest has turned the cache off, and cached writes are being written back: no request starts before that is
+    /// done.
+    pub(super) settling: bool,
+    /// The capacity that was reported to the guest last.
+    pub(super) sectors: u64,
+    pub(super) limiter: Limiter,
+    pub(super) write_out: Option<WriteOut>,
+    pub(super) metrics: Arc<BlockMetrics>,
+    pub(super) warnings: LogDamper,
 }
 
-impl Block {
-    /// A disk on `backend` that calls itself `id`; what is beyond [`ID_LEN`] bytes is cut. The limits were checked, and
-    /// the backend was opened as the parameters say.
-    pub fn new(backend: Arc<Backend>, id: &str, parameters: Parameters) -> io::Result<Self> {
+impl VirtioBlock {
+    /// A disk on `backend` with the identity `id`, cut off after [`ID_LEN`] bytes. The limits were checked, and the
+    /// backend was opened in accordance with the parameters.
+    pub fn new(backend: Arc<BlockBackend>, id: &str, parameters: BlockParameters) -> io::Result<Self> {
         let mut padded = [0; ID_LEN];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         Ok(Self {
-            engine: Engine::new(parameters.engine, &backend)?,
-            control: Arc::new(Control::new(backend.clone(), parameters.limits)?),
+            engine: BlockEngine::new(parameters.engine, &backend)?,
+            control: Arc::new(BlockControl::new(backend.clone(), parameters.limits)?),
             id: padded,
             parameters,
             accepted: 0,
-            writeback: parameters.cache != Cache::Writethrough,
+            writeback: parameters.cache != CacheMode::Writethrough,
             settling: false,
             sectors: backend.sectors(),
             limiter: Limiter::new(parameters.limits)?,
             write_out: WriteOut::of(&backend)?,
             metrics: Arc::default(),
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
             backend,
         })
     }
 
-    /// What is on the host's side.
-    pub fn control(&self) -> &Arc<Control> {
+    /// The host's control of the disk.
+    pub fn control(&self) -> &Arc<BlockControl> {
         &self.control
     }
 
-    /// What a write must be when the guest hears that it is done. A guest that cannot flush counts on every write being
-    /// durable (virtio 1.2, 5.2.6.2).
+    /// What a write must have reached when the guest gets the answer. A guest that cannot flush relies on every write
+    /// being durable (virtio 1.2, 5.2.6.2).
     pub(super) fn durability(&self) -> Durability {
         let cached = self.accepted & F_FLUSH != 0 && self.writeback;
-        if cached || self.parameters.cache == Cache::Unsafe {
+        if cached || self.parameters.cache == CacheMode::Unsafe {
             Durability::Cached
         } else {
             Durability::Durable
         }
     }
-
-    /// Takes chains and answers those that are done, until nothing is left that could be done now, or others are to
-    /// have a turn.
-    fn turn(&mut self, queue: &mut QueueAccess<'_>) -> Result<Progress, QueueError> {
-        let (mut turn, mut answered) = (Turn::default(), 0);
-        let progress = loop {
-            let before = answered;
-            self.take(queue, &mut turn, &mut answered)?;
-            self.answer(queue, &mut answered)?;
-            if turn.is_over() || self.engine.is_queued() {
-                break Progress::More;
-            }
-            // The driver sees the answers, and may have more by now.
-            if answered == before {
-                break Progress::Idle;
-            }
-        };
-        if answered > 0 {
-            queue.notify()?;
-        }
-        self.plan_write_out();
-        Ok(progress)
-    }
-
-    fn take(
-        &mut self,
-        queue: &mut QueueAccess<'_>,
-        turn: &mut Turn,
-        answered: &mut u64,
-    ) -> Result<(), QueueError> {
-        while !turn.is_over() && self.engine.has_room() && !self.settling {
-            let Some((head, chain)) = queue.take()? else { break };
-            let len = chain.as_ref().map_or(0, Chain::len);
-            if !self.limiter.take(len) {
-                self.metrics.throttled.add(1);
-                queue.put_back();
-                break;
-            }
-            let served = self.begin(queue.memory(), head, chain);
-            turn.count(len);
-            if let Some(served) = served {
-                queue.give_back(head, served.written)?;
-                *answered += 1;
-            }
-        }
-        Ok(())
-    }
-
-    /// Answers what is done, and sees to it that what is not goes on.
-    fn answer(&mut self, queue: &mut QueueAccess<'_>, answered: &mut u64) -> Result<(), QueueError> {
-        loop {
-            if let Err(error) = self.engine.submit() {
-                self.complain(&error);
-            }
-            let before = *answered;
-            while let Some((origin, result)) = self.engine.next(&self.backend) {
-                if let Origin::Guest(ticket) = origin {
-                    let written = self.conclude(queue.memory(), ticket, result);
-                    queue.give_back(ticket.head, written)?;
-                } else {
-                    self.conclude_own(origin, result);
-                }
-                *answered += 1;
-            }
-            // Done in part, it was queued again.
-            if !self.engine.is_queued() || *answered == before {
-                return Ok(());
-            }
-        }
-    }
-
-    /// What the device itself wanted is done.
-    fn conclude_own(&mut self, origin: Origin, result: Result<u32, RequestError>) {
-        match origin {
-            Origin::Guest(_) => return,
-            Origin::Flush => self.settling = false,
-            Origin::WriteOut => self.write_out_is_under_way(false),
-        }
-        if let Err(error) = result {
-            self.complain(&error);
-        }
-    }
-
-    /// Begins to write out where an image has its data, if any of that is in this process alone.
-    fn write_out(&mut self) {
-        let begun = self.engine.write_out(&self.backend);
-        self.write_out_is_under_way(matches!(begun, Ok(true)));
-        if let Err(error) = begun {
-            self.complain(&error);
-        }
-    }
-
-    fn write_out_is_under_way(&mut self, is_under_way: bool) {
-        if let Some(write_out) = &mut self.write_out {
-            write_out.set_under_way(is_under_way);
-        }
-        self.plan_write_out();
-    }
-
-    /// Unless it is under way, sees to it that there is a time for it.
-    fn plan_write_out(&mut self) {
-        if let Some(Err(error)) = self.write_out.as_mut().map(|due| due.plan(&self.backend)) {
-            self.complain(&error);
-        }
-    }
-
-    /// Takes over what was changed on the host's side.
-    fn hear(&mut self, queues: &Queues<'_>) {
-        if !self.control.hear() {
-            return;
-        }
-        let limits = self.control.limits();
-        if limits != self.parameters.limits {
-            self.parameters.limits = limits;
-            self.limiter.set(limits);
-        }
-        let sectors = self.backend.sectors();
-        if std::mem::replace(&mut self.sectors, sectors) != sectors {
-            queues.config_changed();
-        }
-    }
-
-    /// Waits until nothing is in flight, and answers it. Returns why the queue is broken, if it is: then, and where the
-    /// driver has reset the device, what is in flight ends and nobody hears of it.
-    fn finish_all(
-        &mut self,
-        queues: &mut Queues<'_>,
-        until: Instant,
-    ) -> Result<Option<QueueError>, DeviceError> {
-        let mut broken = None;
-        while !self.engine.is_empty() {
-            match queues.get(0) {
-                Some(mut queue) if broken.is_none() => {
-                    let done = self.answer(&mut queue, &mut 0).and_then(|()| queue.notify());
-                    broken = done.err();
-                }
-                _ => self.finish_unheard().map_err(HostError::from)?,
-            }
-            if !self.engine.is_empty() {
-                if Instant::now() >= until {
-                    let disk = self.backend.path().display().to_string();
-                    return Err(DeviceError::InFlight { what: disk });
-                }
-                self.engine.wait(until).map_err(HostError::from)?;
-            }
-        }
-        Ok(broken)
-    }
-
-    /// Takes what is done and tells no guest. What the device itself wanted is no less needed for that.
-    fn finish_unheard(&mut self) -> io::Result<()> {
-        self.engine.submit()?;
-        while let Some((origin, result)) = self.engine.next_unheard(&self.backend) {
-            self.conclude_own(origin, result);
-        }
-        Ok(())
-    }
-
-    fn conclude(&self, memory: &GuestMemory, ticket: Ticket, result: Result<u32, RequestError>) -> u32 {
-        match result {
-            Ok(written) => {
-                self.metrics.done(ticket.kind, ticket.data);
-                self.finish(memory, ticket.status, OK, written.into()).written
-            }
-            Err(error) => self.fail(memory, ticket.status, &error).written,
-        }
-    }
-
-    /// Begins a request; what came of it, if it is done.
-    fn begin(
-        &mut self,
-        memory: &GuestMemory,
-        head: Head,
-        chain: Result<Chain, ChainError>,
-    ) -> Option<Served> {
-        let chain = match chain {
-            Ok(chain) => chain,
-            Err(error) => {
-                self.complain(&error);
-                return Some(Served::default());
-            }
-        };
-        let request = match Request::parse(memory, chain) {
-            Ok(request) => request,
-            Err((Some(status), error)) => return Some(self.fail(memory, status, &error)),
-            Err((None, error)) => {
-                self.complain(&error);
-                return Some(Served::default());
-            }
-        };
-        let mut ticket = Ticket {
-            head,
-            status: request.status,
-            kind: request.kind,
-            data: request.len(),
-        };
-        let disk = Disk {
-            backend: &self.backend,
-            id: &self.id,
-            cache: self.parameters.cache,
-            durability: self.durability(),
-        };
-        let served = match request.execute(memory, &disk) {
-            Ok(Step::Done(served)) => Ok(served),
-            Ok(Step::Transfer(io)) => {
-                if let Some(range) = io.range() {
-                    // The request itself names it only.
-                    ticket.data = range;
-                    self.limiter.charge(range);
-                }
-                match self.engine.start(memory, &self.backend, ticket, io) {
-                    Ok(Some(written)) => Ok(written.into()),
-                    Ok(None) => return None,
-                    Err(error) => Err(error),
-                }
-            }
-            Err(error) => Err(error),
-        };
-        Some(match served {
-            Ok(served) => {
-                self.metrics.done(ticket.kind, ticket.data);
-                self.finish(memory, ticket.status, OK, served)
-            }
-            Err(error) => self.fail(memory, ticket.status, &error),
-        })
-    }
-
-    fn fail(&self, memory: &GuestMemory, status: GuestAddress, error: &RequestError) -> Served {
-        self.complain(error);
-        self.finish(memory, status, error.status(), Served::default())
-    }
-
-    fn finish(&self, memory: &GuestMemory, status: GuestAddress, value: u8, served: Served) -> Served {
-        match memory.write_obj(value, status) {
-            Ok(()) => Served {
-                written: served.written.saturating_add(1),
-                ..served
-            },
-            Err(error) => {
-                self.complain(&error);
-                served
-            }
-        }
-    }
-
-    fn complain(&self, error: &dyn std::error::Error) {
-        self.metrics.failed.add(1);
-        if let Some(count) = self.complaints.count() {
-            let disk = self.backend.path().display();
-            tracing::warn!(%disk, count, "virtio-block: request failed: {error}");
-        }
-    }
 }
 
-fn host_error(error: RequestError) -> DeviceError {
+fn host_error(error: BlockRequestError) -> DeviceError {
     DeviceError::Host(HostError::from(error))
 }
 
-impl VirtioDevice for Block {
+impl VirtioDevice for VirtioBlock {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
     }
@@ -373,7 +120,7 @@ impl VirtioDevice for Block {
         } else {
             F_DISCARD | F_WRITE_ZEROES
         };
-        let by_cache = if self.backend.read_only() || self.parameters.cache == Cache::Unsafe {
+        let by_cache = if self.backend.read_only() || self.parameters.cache == CacheMode::Unsafe {
             0
         } else {
             F_CONFIG_WCE
@@ -402,14 +149,14 @@ impl VirtioDevice for Block {
         }
         self.writeback = data != [0];
         if !self.writeback && !self.settling {
-            // From here on the guest need not flush, nor what it wrote before. No vCPU waits for that, but what it asks of
-            // the disk next does.
-            match self.engine.flush(&self.backend) {
+            // From now on the guest need not flush, not even its earlier writes. The vCPU does not wait for the flush,
+            // but the next requests do.
+            match self.engine.start_flush(&self.backend) {
                 Ok(begun) => self.settling = begun,
-                Err(error) => self.complain(&error),
+                Err(error) => self.warn(&error),
             }
             if let Err(error) = self.engine.submit() {
-                self.complain(&error);
+                self.warn(&error);
             }
         }
     }
@@ -418,14 +165,14 @@ impl VirtioDevice for Block {
         self.accepted = features;
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(index) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
-        let done = self.turn(&mut queue);
+        let done = self.process_requests(&mut queue);
         if done.is_err() {
-            // Nobody looks at the time until the driver has reset the device.
-            self.write_out();
+            // The device thread does not serve the timer until the driver has reset the device.
+            self.start_write_out();
         }
         done
     }
@@ -436,41 +183,41 @@ impl VirtioDevice for Block {
         self.engine.events().chain(write_out).chain(others).collect()
     }
 
-    /// Something is done, or has changed, or there are tokens again for what could not be served.
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        self.limiter.hear();
+    /// I/O is done, the host's control has changed, or a request that waited for tokens can go on.
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        self.limiter.clear_event();
         if self.write_out.as_ref().is_some_and(WriteOut::is_due) {
-            self.write_out();
+            self.start_write_out();
         }
-        self.hear(queues);
+        self.apply_control(queues);
         self.process_queue(0, queues)
     }
 
     fn reset(&mut self) -> bool {
         self.accepted = 0;
-        self.writeback = self.parameters.cache != Cache::Writethrough;
+        self.writeback = self.parameters.cache != CacheMode::Writethrough;
         self.settling = false;
         if !self.engine.cancel(&self.backend) {
             return false;
         }
-        // Nobody looks at the time until there is a driver again.
-        self.write_out();
+        // The device thread does not serve the timer until a driver is ready again.
+        self.start_write_out();
         true
     }
 
     fn drain(&mut self, queues: &mut Queues<'_>, until: Instant) -> Result<(), DeviceError> {
-        // Or nobody would hear of it where the device is restored.
-        self.hear(queues);
-        let broken = self.finish_all(queues, until)?;
+        // A change that is not applied now would be lost with the move.
+        self.apply_control(queues);
+        let broken = self.drain_in_flight(queues, until)?;
         if !self.backend.read_only() {
-            self.engine.flush(&self.backend).map_err(host_error)?;
-            self.finish_all(queues, until)?;
+            self.engine.start_flush(&self.backend).map_err(host_error)?;
+            self.drain_in_flight(queues, until)?;
             if !self.backend.is_durable() {
-                // Complained about as it failed.
+                // The failure was logged when it happened.
                 return Err(DeviceError::NotDurable);
             }
         }
-        // What was written is durable, whatever became of the queue.
+        // The writes are durable, also if the queue is broken.
         broken.map_or(Ok(()), |broken| Err(broken.into()))
     }
 
@@ -496,7 +243,7 @@ impl VirtioDevice for Block {
         Description {
             backend_size: self.backend.size(),
             read_only: self.backend.read_only(),
-            parameters: Parameters {
+            parameters: BlockParameters {
                 limits: self.control.limits(),
                 ..self.parameters
             }

@@ -1,5 +1,5 @@
-//! How requests are carried out: by io_uring, and by a thread of the disk's own where that cannot, or may block. The device
-//! thread waits for neither.
+//! How requests are carried out: by io_uring, or by the disk's helper thread where io_uring cannot or might block. The
+//! device thread waits for neither.
 
 use std::fs::File;
 use std::io;
@@ -9,135 +9,65 @@ use std::time::Instant;
 
 use vm_memory::GuestAddress;
 
-use super::backend::Backend;
-use super::request::RequestError;
+use super::backend::BlockBackend;
+use super::error::BlockRequestError;
+use super::execute::execute;
+use super::io::BlockIo;
+use super::parameters::IoEngine;
 use crate::GuestMemory;
-use crate::helper::{Cancelled, Helper, wait_readable};
-use crate::virtio::sys::{Durability, Ring};
-use crate::virtio::{Buffers, Head, QUEUE_SIZE};
+use crate::helper::{Helper, wait_readable};
+use crate::virtio::sys::IoRing;
+use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
-/// Bytes of requests in flight above which no other begins: what a drain may have to wait for, and the last request.
+/// Bytes in flight from which on no other request starts. A drain waits for these bytes, and for the last request.
 const MOST_IN_FLIGHT: u64 = 16 << 20;
-/// Bytes that are discarded or zeroed in one call.
-const SLICE: u64 = 16 << 20;
-/// A discard is so much less work than a write of as many bytes.
-const DISCARD_SHARE: u64 = 64;
 
-/// Which of them a disk is to have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoEngine {
-    /// io_uring, if the host lets us have it.
-    #[default]
-    Async,
-    /// System calls, one after the other, on a thread of the disk's own.
-    Sync,
-}
-
-/// Both of them at work.
-pub(super) struct Engine {
-    ring: Option<Box<Ring<Flight>>>,
-    helper: Helper<Flight, Result<(), RequestError>>,
-    /// Bytes of work, and requests, in flight.
+/// The engine of one disk: a ring if there is one, and a helper thread.
+pub(super) struct BlockEngine {
+    ring: Option<Box<IoRing<PendingIo>>>,
+    helper: Helper<PendingIo, Result<(), BlockRequestError>>,
+    /// Bytes of work in flight.
     bytes: u64,
+    /// Requests in flight, and flushes and write-outs of the device.
     count: usize,
-    /// How many of them write out where an image has its data, which touches no guest memory.
+    /// How many of the requests are write-outs of an image's metadata, which touch no guest memory.
     write_outs: usize,
 }
 
-/// What a request asks of the disk.
-#[derive(Debug)]
-pub(super) enum Io {
-    Read {
-        into: Buffers,
-        /// In bytes.
-        offset: u64,
-    },
-    Write {
-        from: Buffers,
-        offset: u64,
-        durability: Durability,
-    },
-    Discard {
-        offset: u64,
-        len: u64,
-        durability: Durability,
-    },
-    Zero {
-        offset: u64,
-        len: u64,
-        /// The range may give up its space.
-        unmap: bool,
-        durability: Durability,
-    },
-    Flush,
-    /// Where an image has its data is put into its file.
-    WriteOut,
-}
-
-impl Io {
-    /// What it may be to do it, in bytes of a write.
-    fn work(&self) -> u64 {
-        match self {
-            Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => buffers.len(),
-            Self::Discard { len, .. } => len / DISCARD_SHARE,
-            Self::Zero { len, .. } => *len,
-            Self::Flush | Self::WriteOut => 0,
-        }
-    }
-
-    /// Whether the guest takes what it wrote until then for durable, or as durable as its disk is, once this is done.
-    fn is_promise(&self) -> bool {
-        match self {
-            Self::Flush | Self::WriteOut => true,
-            Self::Write { durability, .. }
-            | Self::Discard { durability, .. }
-            | Self::Zero { durability, .. } => *durability == Durability::Durable,
-            Self::Read { .. } => false,
-        }
-    }
-
-    /// The bytes that it is about where the request does not carry them.
-    pub(super) fn range(&self) -> Option<u64> {
-        match self {
-            Self::Discard { len, .. } | Self::Zero { len, .. } => Some(*len),
-            Self::Read { .. } | Self::Write { .. } | Self::Flush | Self::WriteOut => None,
-        }
-    }
-}
-
-/// The request that is answered when something is done.
+/// The guest's request that is answered when some I/O is done.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ticket {
-    pub(super) head: Head,
+    pub(super) head: ChainHead,
     pub(super) status: GuestAddress,
-    /// What it is about, and how many bytes it has.
+    /// The request's type.
     pub(super) kind: u32,
+    /// Bytes that the request is about.
     pub(super) data: u64,
 }
 
-/// Who wants to have something done.
+/// Who has asked for some I/O.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
     /// The guest, with this request.
     Guest(Ticket),
-    /// The device, which wants everything that was written to be durable.
+    /// The device, to make all writes durable.
     Flush,
-    /// The device, which wants it to be in the file.
+    /// The device, to write an image's metadata to its file.
     WriteOut,
 }
 
-/// Something in flight.
+/// I/O in flight.
 #[derive(Debug)]
-pub(super) struct Flight {
+pub(super) struct PendingIo {
     origin: Origin,
     work: u64,
-    is_promise: bool,
-    then: Then,
+    promises_durability: bool,
+    completion: IoCompletion,
 }
 
-/// What is to be seen to when it is done.
+/// What the device thread must do when the I/O is done.
 #[derive(Debug)]
-enum Then {
+enum IoCompletion {
     Read {
         len: u32,
     },
@@ -148,26 +78,26 @@ enum Then {
     Flushed {
         generation: u64,
     },
-    /// The thread has seen to it.
+    /// Nothing: the helper thread has done it.
     Nothing,
 }
 
-/// Of what was begun, with the bytes that were written to the guest.
-pub(super) type Outcome = (Origin, Result<u32, RequestError>);
+/// The outcome of some I/O, with the bytes that were written to the guest.
+pub(super) type IoOutcome = (Origin, Result<u32, BlockRequestError>);
 
-impl Engine {
-    /// The engine that was asked for, if this host has it.
-    pub(super) fn new(wanted: IoEngine, backend: &Backend) -> io::Result<Self> {
+impl BlockEngine {
+    /// An engine of the kind asked for; without io_uring on this host, one with the helper thread only.
+    pub(super) fn new(wanted: IoEngine, backend: &BlockBackend) -> io::Result<Self> {
         let file = backend
-            .raw()
-            .filter(|file| wanted == IoEngine::Async && !waits_in_submission(file));
-        let ring = file.map(|file| Ring::new(file, QUEUE_SIZE));
+            .raw_file()
+            .filter(|file| wanted == IoEngine::Async && !blocks_in_submission(file));
+        let ring = file.map(|file| IoRing::new(file, QUEUE_SIZE));
         let ring = ring.and_then(|ring| {
-            let told = ring.inspect_err(|error| {
+            let logged = ring.inspect_err(|error| {
                 let disk = backend.path().display();
                 tracing::info!(%disk, "no io_uring for this disk, its requests are served one by one: {error}");
             });
-            told.ok().map(Box::new)
+            logged.ok().map(Box::new)
         });
         Ok(Self {
             ring,
@@ -178,7 +108,7 @@ impl Engine {
         })
     }
 
-    /// Become readable when something is done.
+    /// Descriptors that become readable when some I/O is done.
     pub(super) fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let ring = self.ring.iter().map(|ring| ring.as_fd());
         ring.chain([self.helper.as_fd()])
@@ -189,7 +119,7 @@ impl Engine {
         self.bytes < MOST_IN_FLIGHT && self.count < QUEUE_SIZE.into()
     }
 
-    /// Whether something is to be submitted yet.
+    /// Whether something must still be submitted.
     pub(super) fn is_queued(&self) -> bool {
         self.ring.as_ref().is_some_and(|ring| ring.is_queued())
     }
@@ -199,95 +129,98 @@ impl Engine {
         self.count == 0
     }
 
-    /// Begins a request; its outcome comes from [`Engine::next`], unless there is nothing to do. There must be room.
+    /// Starts a guest's request, for which there must be room. Its outcome comes from [`BlockEngine::next`]; if there
+    /// is nothing to do, the bytes written are returned at once.
     pub(super) fn start(
         &mut self,
         memory: &GuestMemory,
-        backend: &Arc<Backend>,
+        backend: &Arc<BlockBackend>,
         ticket: Ticket,
-        io: Io,
-    ) -> Result<Option<u32>, RequestError> {
-        // A host says only once that it could not write back what was in its memory.
-        if io.is_promise() && backend.take_lost() {
-            return Err(RequestError::Lost);
+        io: BlockIo,
+    ) -> Result<Option<u32>, BlockRequestError> {
+        // The kernel reports a failed write-back only once, and an earlier flush has got that report.
+        if io.promises_durability() && backend.take_flush_failure() {
+            return Err(BlockRequestError::FlushFailed);
         }
         let is_needless = match io {
-            Io::Flush => backend.unflushed().is_none(),
-            Io::WriteOut => !backend.is_behind(),
+            BlockIo::Flush => backend.unflushed_generation().is_none(),
+            BlockIo::WriteOut => !backend.needs_write_out(),
             _ => false,
         };
         if is_needless {
             return Ok(Some(0));
         }
-        self.begin(Some(memory), backend, Origin::Guest(ticket), io)?;
+        self.start_io(Some(memory), backend, Origin::Guest(ticket), io)?;
         Ok(None)
     }
 
-    /// Begins a flush of our own; whether there is anything to flush.
-    pub(super) fn flush(&mut self, backend: &Arc<Backend>) -> Result<bool, RequestError> {
-        if backend.unflushed().is_none() {
+    /// Starts a flush for the device; returns whether there was anything to flush.
+    pub(super) fn start_flush(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
+        if backend.unflushed_generation().is_none() {
             return Ok(false);
         }
-        self.begin(None, backend, Origin::Flush, Io::Flush)?;
+        self.start_io(None, backend, Origin::Flush, BlockIo::Flush)?;
         Ok(true)
     }
 
-    /// Begins to write out where an image has its data; whether any of that is in this process alone.
-    pub(super) fn write_out(&mut self, backend: &Arc<Backend>) -> Result<bool, RequestError> {
-        if !backend.is_behind() {
+    /// Starts to write an image's metadata to its file; returns whether there were any to write.
+    pub(super) fn start_write_out(&mut self, backend: &Arc<BlockBackend>) -> Result<bool, BlockRequestError> {
+        if !backend.needs_write_out() {
             return Ok(false);
         }
-        self.begin(None, backend, Origin::WriteOut, Io::WriteOut)?;
+        self.start_io(None, backend, Origin::WriteOut, BlockIo::WriteOut)?;
         Ok(true)
     }
 
-    fn begin(
+    fn start_io(
         &mut self,
         memory: Option<&GuestMemory>,
-        backend: &Arc<Backend>,
+        backend: &Arc<BlockBackend>,
         origin: Origin,
-        io: Io,
-    ) -> Result<(), RequestError> {
-        let (work, is_promise) = (io.work(), io.is_promise());
-        let flight = |then| Flight {
+        io: BlockIo,
+    ) -> Result<(), BlockRequestError> {
+        let (work, promises_durability) = (io.work(), io.promises_durability());
+        let flight = |completion| PendingIo {
             origin,
             work,
-            is_promise,
-            then,
+            promises_durability,
+            completion,
         };
         match (&mut self.ring, memory, io) {
-            (Some(ring), Some(memory), Io::Read { into, offset }) if backend.takes(&into) => {
-                let then = Then::Read { len: len(&into) };
-                ring.read(flight(then), memory, into, offset)?;
+            (Some(ring), Some(memory), BlockIo::Read { into, offset })
+                if backend.can_transfer_directly(&into) =>
+            {
+                let completion = IoCompletion::Read { len: len(&into) };
+                ring.read(flight(completion), memory, into, offset)?;
             }
             (
                 Some(ring),
                 Some(memory),
-                Io::Write {
+                BlockIo::Write {
                     from,
                     offset,
                     durability,
                 },
-            ) if backend.takes(&from) => {
+            ) if backend.can_transfer_directly(&from) => {
                 let len = from.len();
-                let then = Then::Written { offset, len };
-                ring.write(flight(then), memory, from, offset, durability)?;
+                let completion = IoCompletion::Written { offset, len };
+                ring.write(flight(completion), memory, from, offset, durability)?;
             }
-            (Some(ring), _, Io::Flush) if ring.has_room() => {
-                let generation = backend.unflushed().unwrap_or_default();
-                ring.flush(flight(Then::Flushed { generation }));
+            (Some(ring), _, BlockIo::Flush) if ring.has_room() => {
+                let generation = backend.unflushed_generation().unwrap_or_default();
+                ring.flush(flight(IoCompletion::Flushed { generation }));
             }
             (_, memory, io) => {
-                let then = match &io {
-                    Io::Read { into, .. } => Then::Read { len: len(into) },
-                    _ => Then::Nothing,
+                let completion = match &io {
+                    BlockIo::Read { into, .. } => IoCompletion::Read { len: len(into) },
+                    _ => IoCompletion::Nothing,
                 };
                 let (memory, backend) = (memory.cloned(), backend.clone());
                 let failed = backend.clone();
                 self.helper
                     .push(
-                        flight(then),
-                        Box::new(move |cancelled| carry_out(memory.as_ref(), &backend, &io, cancelled)),
+                        flight(completion),
+                        Box::new(move |cancelled| execute(memory.as_ref(), &backend, &io, cancelled)),
                     )
                     .map_err(failed.failed("start a thread for it"))?;
             }
@@ -298,184 +231,116 @@ impl Engine {
         Ok(())
     }
 
-    /// It is not in flight any more.
-    fn leave(&mut self, flight: &Flight) {
+    /// Counts I/O as no longer in flight.
+    fn remove(&mut self, flight: &PendingIo) {
         self.bytes -= flight.work;
         self.count -= 1;
         self.write_outs -= usize::from(matches!(flight.origin, Origin::WriteOut));
     }
 
-    /// Hands over what was begun.
+    /// Submits what was started.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.ring.as_mut().map_or(Ok(()), |ring| ring.submit())
     }
 
-    /// Waits until something is done, if there is anything in flight, or the time is over.
+    /// Waits until some I/O is done or `until` has come.
     pub(super) fn wait(&mut self, until: Instant) -> io::Result<()> {
-        // What was done in part is queued again, and nothing would come of it.
+        // A transfer that was done in part is queued again, and must be submitted to go on.
         self.submit()?;
         wait_readable(self.events(), until)
     }
 
-    /// The next that is done.
-    pub(super) fn next(&mut self, backend: &Backend) -> Option<Outcome> {
-        let (flight, result) = self.take(backend)?;
-        let is_told = matches!(flight.origin, Origin::Guest(_)) && flight.is_promise;
-        // A flush that failed meanwhile has taken the error away from this one.
-        let has_lost = is_told && backend.take_lost();
+    /// The next I/O that is done.
+    pub(super) fn next(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
+        let (flight, result) = self.next_finished(backend)?;
+        let answers_promise = matches!(flight.origin, Origin::Guest(_)) && flight.promises_durability;
+        // Another flush may have failed meanwhile, and have got the only report of the error.
+        let flush_failed = answers_promise && backend.take_flush_failure();
         let result = match result {
-            Ok(_) if has_lost => Err(RequestError::Lost),
+            Ok(_) if flush_failed => Err(BlockRequestError::FlushFailed),
             result => result,
         };
         Some((flight.origin, result))
     }
 
-    /// The same, where the guest hears of nothing.
-    pub(super) fn next_unheard(&mut self, backend: &Backend) -> Option<Outcome> {
-        let (flight, result) = self.take(backend)?;
+    /// The same without an answer to the guest: a failed flush is kept for a later request.
+    pub(super) fn next_unanswered(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
+        let (flight, result) = self.next_finished(backend)?;
         Some((flight.origin, result))
     }
 
-    fn take(&mut self, backend: &Backend) -> Option<(Flight, Result<u32, RequestError>)> {
+    fn next_finished(
+        &mut self,
+        backend: &BlockBackend,
+    ) -> Option<(PendingIo, Result<u32, BlockRequestError>)> {
         let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
             Some((flight, result)) => {
-                let result = settle(backend, &flight.then, result);
+                let result = finish_transfer(backend, &flight.completion, result);
                 (flight, result)
             }
             None => {
                 let (flight, result) = self.helper.next()?;
-                (flight, result.unwrap_or(Err(RequestError::Panicked)))
+                (flight, result.unwrap_or(Err(BlockRequestError::Panicked)))
             }
         };
-        self.leave(&flight);
-        let written = match flight.then {
-            Then::Read { len } => len,
+        self.remove(&flight);
+        let written = match flight.completion {
+            IoCompletion::Read { len } => len,
             _ => 0,
         };
         Some((flight, result.map(|()| written)))
     }
 
-    /// Has everything that is in flight end soon, whatever comes of it. Whether it has: if not, this is to be called again.
-    /// Where an image has its data may still be on its way to its file.
-    pub(super) fn cancel(&mut self, backend: &Backend) -> bool {
+    /// Cancels everything in flight, except write-outs of an image's metadata. Returns whether it has ended: if not,
+    /// the caller calls again.
+    pub(super) fn cancel(&mut self, backend: &BlockBackend) -> bool {
         if self.is_empty() {
             return true;
         }
         for flight in self.helper.cancel() {
-            self.leave(&flight);
+            self.remove(&flight);
         }
         if let Some(ring) = &mut self.ring {
-            // What could not be submitted the last time would be in flight for ever.
+            // Entries that could not be submitted before would stay in flight for ever.
             if let Err(error) = ring.submit() {
                 tracing::debug!(%error, "transfers that end are not submitted");
             }
             ring.cancel();
         }
-        while self.next_unheard(backend).is_some() {}
+        while self.next_unanswered(backend).is_some() {}
         self.count == self.write_outs
     }
 }
 
-/// Whether io_uring would wait for the file while requests are handed to it, as seen of FUSE's on Linux 6.18: the device
-/// thread must not.
-fn waits_in_submission(file: &File) -> bool {
+/// Whether io_uring might block in the submission of requests to this file, as was seen with FUSE on Linux 6.18.
+fn blocks_in_submission(file: &File) -> bool {
     const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
     !rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type != FUSE_SUPER_MAGIC)
 }
 
-/// What io_uring has done counts from here on.
-fn settle(backend: &Backend, then: &Then, result: io::Result<()>) -> Result<(), RequestError> {
-    let what = match *then {
-        Then::Read { .. } => "read it",
-        Then::Written { offset, len } => {
+/// Takes note of a transfer or flush that io_uring has done.
+fn finish_transfer(
+    backend: &BlockBackend,
+    completion: &IoCompletion,
+    result: io::Result<()>,
+) -> Result<(), BlockRequestError> {
+    let what = match *completion {
+        IoCompletion::Read { .. } => "read it",
+        IoCompletion::Written { offset, len } => {
             backend.modified(offset, len);
             "write to it"
         }
-        Then::Flushed { generation } => {
+        IoCompletion::Flushed { generation } => {
             match &result {
                 Ok(()) => backend.flushed(generation),
                 Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => {}
-                Err(_) => backend.keep_lost(),
+                Err(_) => backend.record_flush_failure(),
             }
             "write it back"
         }
-        Then::Nothing => "use it",
+        IoCompletion::Nothing => "use it",
     };
     result.map_err(|error| backend.failed(what)(error).into())
-}
-
-/// On the thread.
-fn carry_out(
-    memory: Option<&GuestMemory>,
-    backend: &Backend,
-    io: &Io,
-    cancelled: &Cancelled,
-) -> Result<(), RequestError> {
-    match (io, memory) {
-        (Io::Read { into, offset }, Some(memory)) => backend.read(memory, into, *offset),
-        (
-            Io::Write {
-                from,
-                offset,
-                durability,
-            },
-            Some(memory),
-        ) => backend.write(memory, from, *offset, *durability),
-        // Transfers are of somebody's memory.
-        (Io::Read { .. } | Io::Write { .. }, None) => Ok(()),
-        (
-            Io::Discard {
-                offset,
-                len,
-                durability,
-            },
-            _,
-        ) => {
-            in_slices(*offset, *len, cancelled, |offset, len| {
-                backend.discard(offset, len)
-            })?;
-            make_durable(backend, *durability)
-        }
-        (
-            Io::Zero {
-                offset,
-                len,
-                unmap,
-                durability,
-            },
-            _,
-        ) => {
-            in_slices(*offset, *len, cancelled, |offset, len| {
-                backend.write_zeroes(offset, len, *unmap)
-            })?;
-            make_durable(backend, *durability)
-        }
-        (Io::Flush, _) => Ok(backend.flush()?),
-        (Io::WriteOut, _) => Ok(backend.write_out()?),
-    }
-}
-
-fn make_durable(backend: &Backend, durability: Durability) -> Result<(), RequestError> {
-    if durability == Durability::Durable {
-        backend.flush()?;
-    }
-    Ok(())
-}
-
-/// Slices end where the next begins at a multiple of their length, so that pages and clusters stay whole.
-fn in_slices<E>(
-    offset: u64,
-    len: u64,
-    cancelled: &Cancelled,
-    mut act: impl FnMut(u64, u64) -> Result<(), E>,
-) -> Result<(), E> {
-    let (mut at, end) = (offset, offset.saturating_add(len));
-    while at < end && !cancelled.is_set() {
-        let part = (end - at).min(SLICE - at % SLICE);
-        act(at, part)?;
-        at += part;
-    }
-    Ok(())
 }
 
 /// A chain is at most 4 GiB long, and the status byte is part of it.

@@ -1,19 +1,19 @@
-//! Which blocks of a disk were written while somebody mirrors it.
+//! Which blocks of a disk were written while a migration mirrors it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Bytes of a block: those of a page, by which a migration counts.
+/// Bytes of a block: a page, the unit of a migration.
 const BLOCK_SIZE: u64 = 4096;
 
-/// A bit for each block of a disk: marked by a write, cleared by whoever has sent the block.
+/// A bit for each block of a disk: set by a write, cleared by the migration before it reads the block.
 #[derive(Debug)]
 pub struct BlockLog {
     words: Vec<AtomicU64>,
 }
 
 impl BlockLog {
-    /// Nothing is marked of a disk of so many bytes.
+    /// A log without marks, for a disk of so many bytes.
     pub(super) fn new(size: u64) -> Self {
         let words = size.div_ceil(BLOCK_SIZE).div_ceil(64);
         Self {
@@ -29,8 +29,8 @@ impl BlockLog {
             .collect()
     }
 
-    /// Clears the marks that are set in `words`, of which the first is that of block `first`, a multiple of 64. What is
-    /// read of those blocks afterwards is no older than the writes that they stood for.
+    /// Clears the marks that are set in `words`, which begin at block `first`, a multiple of 64. A read of those blocks
+    /// afterwards sees the writes that had set the marks.
     pub fn clear(&self, first: u64, words: &[u64]) {
         let from = usize::try_from(first / 64).unwrap_or(usize::MAX);
         for (mark, word) in self.words.iter().skip(from).zip(words) {
@@ -38,7 +38,7 @@ impl BlockLog {
         }
     }
 
-    /// Marks every block that a range touches; after it was written.
+    /// Marks every block that a range touches, after the range was written.
     fn mark(&self, offset: u64, len: u64) {
         let Some(last) = offset.checked_add(len).and_then(|end| end.checked_sub(1)) else {
             return;
@@ -52,12 +52,12 @@ impl BlockLog {
     }
 }
 
-/// The log of a disk, while there is one.
+/// The current log of a disk, if there is one.
 #[derive(Debug, Default)]
 pub(super) struct Logging(RwLock<Option<Arc<BlockLog>>>);
 
 impl Logging {
-    /// A new log for a disk of so many bytes, in the place of an older one.
+    /// Starts a log for a disk of so many bytes, in place of an earlier one.
     pub(super) fn start(&self, size: u64) -> Arc<BlockLog> {
         let log = Arc::new(BlockLog::new(size));
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(log.clone());
@@ -68,7 +68,7 @@ impl Logging {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// A range was written, or may have been.
+    /// Marks a range that was written, or may have been.
     pub(super) fn written(&self, offset: u64, len: u64) {
         if let Some(log) = &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
             log.mark(offset, len);

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::{
 use crate::metrics::counters;
 
 counters! {
-    /// Requests that were done, those that were not, and the bytes that they were about.
+    /// Requests that were done, requests that failed, and their bytes.
     BlockMetrics {
         /// Requests to read.
         reads,
@@ -35,7 +35,7 @@ counters! {
 }
 
 impl BlockMetrics {
-    /// Counts a request of this kind, about so many bytes, that was done.
+    /// Counts a request of this kind and so many bytes that was done.
     pub(super) fn done(&self, kind: u32, bytes: u64) {
         let (requests, sum) = match kind {
             VIRTIO_BLK_T_IN => (&self.reads, Some(&self.read_bytes)),

@@ -4,10 +4,10 @@ use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
 use super::ID_LEN;
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::Block`].
+/// Saved state of a [`super::VirtioBlock`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
     /// Size in sectors of 512 bytes.
@@ -26,8 +26,8 @@ impl Record for BlockState {
 }
 
 impl BlockState {
-    /// Checks that the guest finds the disk that it knows.
-    pub(super) fn check(&self, backend: &Backend) -> Result<(), DeviceError> {
+    /// Checks that the disk here matches the one that the guest knows.
+    pub(super) fn check(&self, backend: &BlockBackend) -> Result<(), DeviceError> {
         let mismatch =
             |what, expected: String, got: String| Err(DeviceError::Mismatch { what, expected, got });
         if self.sectors != backend.sectors() {

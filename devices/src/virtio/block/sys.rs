@@ -11,25 +11,25 @@ use std::os::fd::AsRawFd;
 
 /// A lock on some bytes of a file.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Lock {
-    /// Others may lock them too, but not exclusively.
+pub(super) enum FileLock {
+    /// Other processes may lock them too, but not exclusively.
     Shared,
-    /// Nobody else has a lock.
+    /// No other process may lock them.
     Exclusive,
     /// None.
     Unlocked,
 }
 
-/// Bytes of a file, which need not be there.
+/// A range of bytes of a file, which may be beyond its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Range {
+pub(super) struct ByteRange {
     /// The first.
     pub(super) start: u64,
-    /// How many; 0 are all from the first on, however the file grows.
+    /// How many; 0 stands for all from the first on, however the file grows.
     pub(super) len: u64,
 }
 
-impl Range {
+impl ByteRange {
     /// All of a file.
     pub(super) const ALL: Self = Self { start: 0, len: 0 };
 
@@ -39,12 +39,12 @@ impl Range {
     }
 }
 
-/// Sets a lock of the open file description; `Ok(false)` if somebody else's lock is in the way.
-pub(super) fn set_lock(file: &File, range: Range, lock: Lock) -> io::Result<bool> {
+/// Sets a lock of the open file description; `Ok(false)` if the lock of another one conflicts.
+pub(super) fn set_lock(file: &File, range: ByteRange, lock: FileLock) -> io::Result<bool> {
     let kind = match lock {
-        Lock::Shared => libc::F_RDLCK,
-        Lock::Exclusive => libc::F_WRLCK,
-        Lock::Unlocked => libc::F_UNLCK,
+        FileLock::Shared => libc::F_RDLCK,
+        FileLock::Exclusive => libc::F_WRLCK,
+        FileLock::Unlocked => libc::F_UNLCK,
     };
     let request = request(kind, range)?;
     // SAFETY: the descriptor is open as long as `file` lives, and the call only reads `request`.
@@ -58,8 +58,8 @@ pub(super) fn set_lock(file: &File, range: Range, lock: Lock) -> io::Result<bool
     }
 }
 
-/// One of the locks, shared or exclusive, that others have on some of these bytes.
-pub(super) fn find_lock(file: &File, range: Range) -> io::Result<Option<Range>> {
+/// One of the locks, shared or exclusive, that other open file descriptions have on some of these bytes.
+pub(super) fn find_lock(file: &File, range: ByteRange) -> io::Result<Option<ByteRange>> {
     let mut request = request(libc::F_WRLCK, range)?;
     // SAFETY: the descriptor is open as long as `file` lives, and the call reads and writes `request` alone.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut request) } != 0 {
@@ -69,14 +69,14 @@ pub(super) fn find_lock(file: &File, range: Range) -> io::Result<Option<Range>> 
         return Ok(None);
     }
     let number = |number: i64| u64::try_from(number).map_err(io::Error::other);
-    Ok(Some(Range {
+    Ok(Some(ByteRange {
         start: number(request.l_start)?,
         len: number(request.l_len)?,
     }))
 }
 
-/// The process ID of such a request must be 0.
-fn request(kind: libc::c_int, range: Range) -> io::Result<libc::flock> {
+/// Builds a request, whose process ID must be 0.
+fn request(kind: libc::c_int, range: ByteRange) -> io::Result<libc::flock> {
     let number = |number: u64| i64::try_from(number).map_err(io::Error::other);
     Ok(libc::flock {
         l_type: kind as libc::c_short,

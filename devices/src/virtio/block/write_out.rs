@@ -1,57 +1,57 @@
-//! Has what an image's data are found by put into its file in time: a process that is killed takes what is in its
-//! memory along, and the guest was told that it is written.
+//! Writes an image's metadata to its file within a bounded time: metadata in this process's memory are lost if the
+//! process is killed, and with them writes that were answered.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use super::backend::Backend;
+use super::backend::BlockBackend;
 use crate::timer::Timer;
 
-/// For so long it may be in this process alone.
+/// How long modified metadata may be in this process's memory only.
 const WITHIN: Duration = Duration::from_secs(1);
 
-/// Of one image.
+/// The schedule of one image.
 pub(super) struct WriteOut {
     timer: Timer,
-    /// There is a time for it, or it is under way.
-    is_planned: bool,
+    /// The timer is set, or a write-out is running.
+    is_scheduled: bool,
 }
 
 impl WriteOut {
-    /// For what is behind a device, if that is an image.
-    pub(super) fn of(backend: &Backend) -> io::Result<Option<Self>> {
-        if backend.raw().is_some() || backend.read_only() {
+    /// A schedule for the backend, if that is a writable image.
+    pub(super) fn of(backend: &BlockBackend) -> io::Result<Option<Self>> {
+        if backend.raw_file().is_some() || backend.read_only() {
             return Ok(None);
         }
         let timer = Timer::new()?;
         Ok(Some(Self {
             timer,
-            is_planned: false,
+            is_scheduled: false,
         }))
     }
 
-    /// Becomes readable when it is time.
+    /// Readable when a write-out is due.
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
 
-    /// Sees to it that there will be a time, if something is to be written out.
-    pub(super) fn plan(&mut self, backend: &Backend) -> io::Result<()> {
-        if !self.is_planned && backend.is_behind() {
+    /// Sets the timer if something must be written out and none is scheduled.
+    pub(super) fn schedule(&mut self, backend: &BlockBackend) -> io::Result<()> {
+        if !self.is_scheduled && backend.needs_write_out() {
             self.timer.set(WITHIN)?;
-            self.is_planned = true;
+            self.is_scheduled = true;
         }
         Ok(())
     }
 
-    /// Whether it is time.
+    /// Whether a write-out is due.
     pub(super) fn is_due(&self) -> bool {
         !matches!(self.timer.has_gone_off(), Ok(false))
     }
 
-    /// It is under way now, or is not any more.
-    pub(super) fn set_under_way(&mut self, is_under_way: bool) {
-        self.is_planned = is_under_way;
+    /// Notes that a write-out has begun or ended.
+    pub(super) fn set_running(&mut self, is_running: bool) {
+        self.is_scheduled = is_running;
     }
 }

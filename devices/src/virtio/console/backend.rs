@@ -1,4 +1,4 @@
-//! What backs the named ports on the host: a Unix socket each.
+//! The host side of the named ports: a Unix socket each.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -8,30 +8,30 @@ use std::path::PathBuf;
 
 use rustix::event::epoll::EventFlags;
 
-use super::parameters::{Parameters, ParametersError};
+use super::parameters::{ConsoleParameters, ConsoleParametersError};
 use crate::HostSocketError;
 use crate::host_socket::HostSocket;
 use crate::virtio::{HostBackend, HostError};
-use crate::watch::Watch;
+use crate::watch::HostWatch;
 
-/// The host's side of the named ports. Opening it puts no socket in the file system: they belong to whoever runs the
-/// guest, and come and go with the locks ([`HostBackend`]).
+/// The host side of the named ports. Opening it puts no sockets into the file system: they are there while this process
+/// holds the locks ([`HostBackend`]), which is while it runs the guest.
 #[derive(Debug)]
-pub struct Backend {
+pub struct ConsoleBackend {
     names: Vec<String>,
     /// One for each name.
     sockets: Vec<HostSocket>,
-    /// Watches them and who has connected.
-    watch: Watch,
+    /// Watches the sockets and the programs that have connected.
+    watch: HostWatch,
 }
 
-/// Why ports cannot be had.
+/// Why ports cannot be opened.
 #[derive(Debug, thiserror::Error)]
-pub enum BackendError {
-    /// Their names or their number.
+pub enum ConsoleBackendError {
+    /// The ports' names or their number are not valid.
     #[error(transparent)]
-    Parameters(#[from] ParametersError),
-    /// A socket cannot be had.
+    Parameters(#[from] ConsoleParametersError),
+    /// A port's socket cannot be used.
     #[error("port {name:?}")]
     Socket {
         /// The port.
@@ -48,16 +48,16 @@ pub enum BackendError {
         /// The socket.
         path: PathBuf,
     },
-    /// There are no descriptors for it.
+    /// The sockets cannot be watched.
     #[error("ports: cannot watch their sockets")]
     Watch(#[source] io::Error),
 }
 
-impl Backend {
-    /// For ports with these names, and the sockets at these paths.
-    pub fn open(ports: &[(String, PathBuf)]) -> Result<Self, BackendError> {
+impl ConsoleBackend {
+    /// A backend for ports with these names and sockets at these paths.
+    pub fn open(ports: &[(String, PathBuf)]) -> Result<Self, ConsoleBackendError> {
         let names: Vec<_> = ports.iter().map(|(name, _)| name.clone()).collect();
-        let parameters = Parameters {
+        let parameters = ConsoleParameters {
             has_terminal: false,
             ports: names,
         };
@@ -65,21 +65,22 @@ impl Backend {
         let mut paths = BTreeSet::new();
         let mut sockets = Vec::with_capacity(ports.len());
         for (name, path) in ports {
-            let socket =
-                HostSocket::at(path, named_socket::PATH_MAX).map_err(|source| BackendError::Socket {
+            let socket = HostSocket::at(path, named_socket::PATH_MAX).map_err(|source| {
+                ConsoleBackendError::Socket {
                     name: name.clone(),
                     source,
-                })?;
+                }
+            })?;
             if !paths.insert(path) {
                 let (name, path) = (name.clone(), path.clone());
-                return Err(BackendError::Shared { name, path });
+                return Err(ConsoleBackendError::Shared { name, path });
             }
             sockets.push(socket);
         }
         Ok(Self {
             names: parameters.ports,
             sockets,
-            watch: Watch::new().map_err(BackendError::Watch)?,
+            watch: HostWatch::new().map_err(ConsoleBackendError::Watch)?,
         })
     }
 
@@ -88,15 +89,15 @@ impl Backend {
         &self.names
     }
 
-    /// Readable when there is something to [`Backend::look`] at.
+    /// Readable when there is something to [`ConsoleBackend::poll`] at.
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
     }
 
-    /// Takes what has happened, and returns the ports, counted from 0, whose program has gone.
-    pub(super) fn look(&self) -> io::Result<Vec<usize>> {
-        // There are fewer sockets than one look takes events.
-        let (events, _) = self.watch.look()?;
+    /// Handles events, and returns the ports, counted from 0, whose program has closed.
+    pub(super) fn poll(&self) -> io::Result<Vec<usize>> {
+        // One poll returns more events than there are sockets.
+        let (events, _) = self.watch.poll()?;
         let gone = events.into_iter().filter_map(|(token, flags)| {
             let port = usize::try_from(token).ok()?.checked_sub(self.sockets.len())?;
             flags
@@ -106,7 +107,7 @@ impl Backend {
         Ok(gone.collect())
     }
 
-    /// The next program that has connected to a port, which is watched from here on; `None` if none waits.
+    /// Accepts the next program that has connected to a port, and watches it; `None` if none waits.
     pub(super) fn accept(&self, port: usize) -> io::Result<Option<UnixStream>> {
         let Some(stream) = self
             .sockets
@@ -124,7 +125,7 @@ impl Backend {
     }
 }
 
-impl HostBackend for Backend {
+impl HostBackend for ConsoleBackend {
     fn take_locks(&self) -> Result<(), HostError> {
         let listened = (0..)
             .zip(&self.sockets)
@@ -141,12 +142,12 @@ impl HostBackend for Backend {
         Ok(())
     }
 
-    /// Streams are not stored anywhere.
+    /// Nothing to do: streams are not stored.
     fn flush(&self) -> Result<(), HostError> {
         Ok(())
     }
 
-    /// Nor read ahead.
+    /// Nothing to do: streams are not cached.
     fn invalidate(&self) -> Result<(), HostError> {
         Ok(())
     }

@@ -10,7 +10,7 @@ counters! {
         rx_bytes,
         /// Bytes that the host took from the guest.
         tx_bytes,
-        /// Programs of the host that were let in to a port.
+        /// Programs of the host that were connected to a port.
         connections,
     }
 }

@@ -1,62 +1,63 @@
-//! One port: what is behind it on the host, and how far its bytes have got.
+//! One port: its host side, and how much of the guest's next chain was sent.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::control::ToGuest;
+use super::control::DeviceMessage;
 use super::metrics::ConsoleMetrics;
 use super::state::PortState;
-use super::terminal::Terminal;
+use super::terminal::ConsoleTerminal;
 use crate::GuestMemory;
-use crate::limited::Limited;
-use crate::virtio::{Chain, Progress, QueueAccess, QueueError};
+use crate::log_damper::LogDamper;
+use crate::virtio::{Chain, QueueAccess, QueueError, QueueProgress};
 
-/// What one turn does for a port, each way, at most: chains and bytes.
-const TURN_CHAINS: usize = 64;
-const TURN_BYTES: usize = 256 << 10;
-/// Of a chain that nobody wants any more.
-const ALL: usize = usize::MAX;
+/// Most chains that one turn of a port serves, each way.
+const PORT_TURN_CHAINS: usize = 64;
+/// Most bytes that one turn of a port moves, each way.
+const PORT_TURN_BYTES: usize = 256 << 10;
+/// The value of `sent` for a chain whose rest is dropped.
+const SENT_ALL: usize = usize::MAX;
 
 /// A port.
 #[derive(Debug)]
-pub(super) struct Port {
+pub(super) struct ConsolePort {
     pub(super) name: String,
-    pub(super) host: Host,
-    /// The guest is to be told that the port is there.
+    pub(super) host: PortPeer,
+    /// PORT_ADD must be sent to the guest.
     pub(super) add: bool,
-    /// The guest is to be told what it is.
+    /// The port's name or CONSOLE_PORT must be sent to the guest.
     pub(super) introduce: bool,
-    /// The guest has made something of it.
+    /// The guest has accepted the port.
     pub(super) ready: bool,
     /// A program in the guest has it open.
     pub(super) guest_open: bool,
-    /// Whether the guest knows that somebody on the host has it open.
+    /// Whether the guest knows that the host side is open.
     pub(super) host_open: bool,
-    /// Bytes of the guest's next chain that the host has, or [`ALL`].
+    /// Bytes of the guest's next chain that were sent to the host, or [`SENT_ALL`].
     sent: usize,
     metrics: Arc<ConsoleMetrics>,
-    complaints: Limited,
+    warnings: LogDamper,
 }
 
-/// What is behind a port.
+/// The host side of a port.
 #[derive(Debug)]
-pub(super) enum Host {
-    /// The machine's terminal, which is always there.
-    Terminal(Arc<Terminal>),
-    /// A program that has connected, if one has.
+pub(super) enum PortPeer {
+    /// The machine's terminal, which is always open.
+    Terminal(Arc<ConsoleTerminal>),
+    /// The program that has connected, if one has.
     Program(Option<Program>),
 }
 
 #[derive(Debug)]
 pub(super) struct Program {
     stream: UnixStream,
-    /// It has closed its end: there may be something left to read.
+    /// It has closed; there may be data left to read.
     gone: bool,
 }
 
-impl Port {
-    pub(super) fn new(name: String, host: Host, metrics: Arc<ConsoleMetrics>) -> Self {
+impl ConsolePort {
+    pub(super) fn new(name: String, host: PortPeer, metrics: Arc<ConsoleMetrics>) -> Self {
         Self {
             name,
             host,
@@ -67,44 +68,44 @@ impl Port {
             host_open: false,
             sent: 0,
             metrics,
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
         }
     }
 
-    /// Whether somebody on the host has it open.
+    /// Whether the host side is open.
     pub(super) fn has_host(&self) -> bool {
-        !matches!(self.host, Host::Program(None))
+        !matches!(self.host, PortPeer::Program(None))
     }
 
-    /// Whether the next program may have it: the guest has heard of the last one's end.
-    pub(super) fn is_free(&self) -> bool {
+    /// Whether the next program may connect: the guest must have been told that the last one has gone.
+    pub(super) fn can_accept_program(&self) -> bool {
         !self.has_host() && !self.host_open
     }
 
     /// A program has connected.
     pub(super) fn connect(&mut self, stream: UnixStream) {
         self.metrics.connections.add(1);
-        self.host = Host::Program(Some(Program { stream, gone: false }));
+        self.host = PortPeer::Program(Some(Program { stream, gone: false }));
     }
 
-    /// The program on the host has closed its end. What it has sent is for the guest, if anybody is there to hear it.
+    /// The program on the host has closed. What it has sent stays readable for the guest.
     pub(super) fn hang_up(&mut self) {
-        if let Host::Program(Some(program)) = &mut self.host {
+        if let PortPeer::Program(Some(program)) = &mut self.host {
             program.gone = true;
         }
-        self.forget_rest();
+        self.discard_rest();
     }
 
-    /// Lets go of a program that has gone and that nobody in the guest listens to.
-    pub(super) fn let_go(&mut self) {
-        if let Host::Program(Some(Program { gone: true, .. })) = self.host
+    /// Disconnects a program that has closed if no program in the guest has the port open.
+    pub(super) fn release_closed_program(&mut self) {
+        if let PortPeer::Program(Some(Program { gone: true, .. })) = self.host
             && !self.guest_open
         {
             self.disconnect();
         }
     }
 
-    /// The driver starts anew. A program stays connected, but for one that has half of something.
+    /// Resets the port. A program stays connected, except one that has got a part of a chain.
     pub(super) fn reset(&mut self) {
         if self.sent > 0 {
             self.disconnect();
@@ -114,79 +115,79 @@ impl Port {
         self.sent = 0;
     }
 
-    /// The driver asks for all ports.
+    /// The driver is ready and is sent all ports.
     pub(super) fn announce(&mut self) {
         self.add = true;
         self.set_ready(false);
     }
 
-    /// The guest has made something of the port, or could not.
+    /// The guest has accepted the port, or could not.
     pub(super) fn set_ready(&mut self, ready: bool) {
         (self.ready, self.introduce) = (ready, ready);
         (self.guest_open, self.host_open) = (false, false);
     }
 
-    /// What the guest is to be told next.
-    pub(super) fn news(&self) -> Option<ToGuest> {
+    /// The next control message for the guest about this port.
+    pub(super) fn next_control_message(&self) -> Option<DeviceMessage> {
         if self.add {
-            Some(ToGuest::Add)
+            Some(DeviceMessage::Add)
         } else if !self.ready {
             None
         } else if self.introduce {
             Some(match &self.host {
-                Host::Terminal(_) => ToGuest::Console,
-                Host::Program(_) => ToGuest::Name(self.name.clone()),
+                PortPeer::Terminal(_) => DeviceMessage::Console,
+                PortPeer::Program(_) => DeviceMessage::Name(self.name.clone()),
             })
         } else {
             let has_host = self.has_host();
-            (has_host != self.host_open).then_some(ToGuest::Open(has_host))
+            (has_host != self.host_open).then_some(DeviceMessage::Open(has_host))
         }
     }
 
-    /// The guest was told.
-    pub(super) fn told(&mut self, news: &ToGuest) {
-        match news {
-            ToGuest::Add => self.add = false,
-            ToGuest::Console | ToGuest::Name(_) => self.introduce = false,
-            ToGuest::Open(open) => self.host_open = *open,
-            ToGuest::Resize(_) => {}
+    /// Notes that a control message was sent.
+    pub(super) fn control_message_sent(&mut self, message: &DeviceMessage) {
+        match message {
+            DeviceMessage::Add => self.add = false,
+            DeviceMessage::Console | DeviceMessage::Name(_) => self.introduce = false,
+            DeviceMessage::Open(open) => self.host_open = *open,
+            DeviceMessage::Resize(_) => {}
         }
     }
 
-    /// Fills chains of the guest's with what the host has; `room` is for bytes on their way.
-    pub(super) fn give(
+    /// Fills the guest's chains with data from the host side, by way of `room`.
+    pub(super) fn process_receive_queue(
         &mut self,
         queue: &mut QueueAccess<'_>,
         room: &mut [u8],
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         let (mut chains, mut bytes) = (0, 0);
         let progress = loop {
             if !self.guest_open || !self.has_host() {
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
-            if chains == TURN_CHAINS || bytes >= TURN_BYTES {
-                break Progress::More;
+            if chains == PORT_TURN_CHAINS || bytes >= PORT_TURN_BYTES {
+                break QueueProgress::More;
             }
-            let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+            let Some((head, chain)) = queue.pop()? else {
+                break QueueProgress::Idle;
             };
             let written = match chain {
-                Ok(chain) if !chain.writable.is_empty() => self.fill(queue.memory(), chain, room),
+                Ok(chain) if !chain.writable.is_empty() => self.fill_chain(queue.memory(), chain, room),
                 Ok(_) => {
-                    self.complain("no room in a buffer for the guest");
+                    self.warn("no room in a buffer for the guest");
                     Some(0)
                 }
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     Some(0)
                 }
             };
             let Some(written) = written else {
-                queue.put_back();
-                break Progress::Idle;
+                queue.undo_pop();
+                break QueueProgress::Idle;
             };
-            // No more than `room` has, which fits.
-            queue.give_back(head, written as u32)?;
+            // At most `room`, which fits.
+            queue.add_used(head, written as u32)?;
             chains += 1;
             bytes += written;
         };
@@ -196,31 +197,31 @@ impl Port {
         Ok(progress)
     }
 
-    /// Bytes that were put into the chain; `None` if the host has nothing.
-    fn fill(&mut self, memory: &GuestMemory, mut chain: Chain, room: &mut [u8]) -> Option<usize> {
+    /// Fills a chain; returns its bytes, or `None` if the host side has no data.
+    fn fill_chain(&mut self, memory: &GuestMemory, mut chain: Chain, room: &mut [u8]) -> Option<usize> {
         let most = usize::try_from(chain.writable.len()).unwrap_or(usize::MAX);
         let most = room.len().min(most);
-        let count = self.read(&mut room[..most])?;
+        let count = self.read_host(&mut room[..most])?;
         match chain.writable.fill(memory, &room[..count]) {
             Ok(filled) => {
                 self.metrics.rx_bytes.add(filled as u64);
                 Some(filled)
             }
             Err(error) => {
-                // They are lost: a driver that gives such a buffer has no use for them.
-                self.complain(error);
+                // The bytes are lost: the driver's buffer is not in memory.
+                self.warn(error);
                 Some(0)
             }
         }
     }
 
-    fn read(&mut self, room: &mut [u8]) -> Option<usize> {
+    fn read_host(&mut self, room: &mut [u8]) -> Option<usize> {
         let program = match &mut self.host {
-            Host::Terminal(terminal) => {
-                let count = terminal.take_input(room);
+            PortPeer::Terminal(terminal) => {
+                let count = terminal.read_input(room);
                 return (count > 0).then_some(count);
             }
-            Host::Program(program) => program.as_mut()?,
+            PortPeer::Program(program) => program.as_mut()?,
         };
         loop {
             match program.stream.read(room) {
@@ -235,40 +236,40 @@ impl Port {
         }
     }
 
-    /// Takes what the guest has for the host, as far as somebody there takes it.
-    pub(super) fn take(
+    /// Sends the guest's chains to the host, as far as the host side takes them.
+    pub(super) fn process_transmit_queue(
         &mut self,
         queue: &mut QueueAccess<'_>,
         room: &mut [u8],
-    ) -> Result<Progress, QueueError> {
-        let (mut chains, mut budget) = (0, TURN_BYTES);
+    ) -> Result<QueueProgress, QueueError> {
+        let (mut chains, mut budget) = (0, PORT_TURN_BYTES);
         let progress = loop {
-            if !self.takes() {
-                break Progress::Idle;
+            if !self.can_send() {
+                break QueueProgress::Idle;
             }
-            if chains == TURN_CHAINS || budget == 0 {
-                break Progress::More;
+            if chains == PORT_TURN_CHAINS || budget == 0 {
+                break QueueProgress::More;
             }
-            let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+            let Some((head, chain)) = queue.pop()? else {
+                break QueueProgress::Idle;
             };
             let is_done = match chain {
-                Ok(chain) => self.deliver(queue.memory(), chain, room, &mut budget),
+                Ok(chain) => self.send_chain(queue.memory(), chain, room, &mut budget),
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     true
                 }
             };
             if is_done {
                 self.sent = 0;
-                queue.give_back(head, 0)?;
+                queue.add_used(head, 0)?;
                 chains += 1;
                 continue;
             }
-            queue.put_back();
-            if budget > 0 && self.sent != ALL {
-                // Its socket is full, or it is gone.
-                break Progress::Idle;
+            queue.undo_pop();
+            if budget > 0 && self.sent != SENT_ALL {
+                // The program's socket is full, or the program has gone.
+                break QueueProgress::Idle;
             }
         };
         if chains > 0 {
@@ -277,17 +278,17 @@ impl Port {
         Ok(progress)
     }
 
-    fn takes(&self) -> bool {
+    fn can_send(&self) -> bool {
         match &self.host {
-            Host::Terminal(_) => true,
-            Host::Program(program) => {
-                self.sent == ALL || program.as_ref().is_some_and(|program| !program.gone)
+            PortPeer::Terminal(_) => true,
+            PortPeer::Program(program) => {
+                self.sent == SENT_ALL || program.as_ref().is_some_and(|program| !program.gone)
             }
         }
     }
 
-    /// Whether that was all of the chain.
-    fn deliver(
+    /// Sends a chain's data; returns whether all of it was sent.
+    fn send_chain(
         &mut self,
         memory: &GuestMemory,
         mut chain: Chain,
@@ -305,11 +306,11 @@ impl Port {
                 Ok(0) => return true,
                 Ok(count) => *count,
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     return true;
                 }
             };
-            let written = self.write(&room[..count]);
+            let written = self.write_host(&room[..count]);
             *budget -= written;
             self.metrics.tx_bytes.add(written as u64);
             if written < count {
@@ -318,16 +319,16 @@ impl Port {
         }
     }
 
-    /// How much of it the host has taken.
-    fn write(&mut self, bytes: &[u8]) -> usize {
+    /// Writes to the host side; returns how many bytes it took.
+    fn write_host(&mut self, bytes: &[u8]) -> usize {
         let program = match &mut self.host {
-            Host::Terminal(terminal) => {
+            PortPeer::Terminal(terminal) => {
                 terminal.show(bytes);
                 self.sent += bytes.len();
                 return bytes.len();
             }
-            Host::Program(Some(program)) => program,
-            Host::Program(None) => return 0,
+            PortPeer::Program(Some(program)) => program,
+            PortPeer::Program(None) => return 0,
         };
         loop {
             match program.stream.write(bytes) {
@@ -338,7 +339,7 @@ impl Port {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return 0,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => {
-                    // What it has sent is there to read still.
+                    // What the program has sent can still be read.
                     self.hang_up();
                     return 0;
                 }
@@ -347,16 +348,16 @@ impl Port {
     }
 
     fn disconnect(&mut self) {
-        if let Host::Program(program) = &mut self.host {
+        if let PortPeer::Program(program) = &mut self.host {
             *program = None;
-            self.forget_rest();
+            self.discard_rest();
         }
     }
 
-    /// The rest of what a program has the beginning of is for nobody else.
-    fn forget_rest(&mut self) {
+    /// Drops the rest of a chain that a program has got the beginning of: no other program may get it.
+    fn discard_rest(&mut self) {
         if self.sent > 0 {
-            self.sent = ALL;
+            self.sent = SENT_ALL;
         }
     }
 
@@ -372,15 +373,15 @@ impl Port {
         }
     }
 
-    /// Takes saved state, with its name checked. What is on the host is not part of it.
+    /// Restores saved state, whose name was checked. The host side is not part of it.
     pub(super) fn restore(&mut self, state: &PortState) {
         (self.add, self.introduce, self.ready) = (state.add, state.introduce, state.ready);
         (self.guest_open, self.host_open) = (state.guest_open, state.host_open);
-        self.sent = if state.cut { ALL } else { 0 };
+        self.sent = if state.cut { SENT_ALL } else { 0 };
     }
 
-    fn complain(&self, why: impl std::fmt::Display) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(port = self.name, count, "virtio-console: {why}");
         }
     }

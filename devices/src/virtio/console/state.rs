@@ -3,17 +3,17 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-use super::terminal::{INPUT_LIMIT, Size};
+use super::terminal::{INPUT_LIMIT, TerminalSize};
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::Console`]. Programs on the host that have connected are not in it: they do not move.
+/// Saved state of a [`super::VirtioConsole`]. Connected programs on the host are not in it: they do not move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleState {
     /// The ports by number; the first is the console.
     pub ports: Vec<PortState>,
     /// The terminal's size as the guest knows it.
-    pub size: Option<Size>,
-    /// What was typed and waits for the guest.
+    pub size: Option<TerminalSize>,
+    /// Input that waits for the guest.
     pub input: Vec<u8>,
 }
 
@@ -22,17 +22,17 @@ pub struct ConsoleState {
 pub struct PortState {
     /// Its name; empty for the console.
     pub name: String,
-    /// The guest is to be told that it is there.
+    /// The guest has not been sent PORT_ADD yet.
     pub add: bool,
-    /// The guest is to be told what it is.
+    /// The guest has not been sent the port's name or CONSOLE_PORT yet.
     pub introduce: bool,
-    /// The guest has made something of it.
+    /// The guest has accepted the port.
     pub ready: bool,
     /// A program in the guest has it open.
     pub guest_open: bool,
-    /// Whether somebody on the host has it open, as the guest knows it.
+    /// Whether the host side is open, as the guest knows it.
     pub host_open: bool,
-    /// The host has a part of the first chain of the guest's that waits; nobody wants the rest.
+    /// The host's program got a part of the first chain that waits, and the rest is dropped.
     pub cut: bool,
 }
 
@@ -42,7 +42,7 @@ impl Record for ConsoleState {
 }
 
 impl ConsoleState {
-    /// Checks that the guest finds its ports again, and that nothing is larger than it ever gets.
+    /// Checks that the ports here match those that the guest knows, and that the input is not larger than allowed.
     pub(super) fn check<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), DeviceError> {
         let mismatch = |what, expected, got| Err(DeviceError::Mismatch { what, expected, got });
         let expected: Vec<&str> = names.collect();

@@ -1,85 +1,85 @@
-//! The host's end of port 0: a terminal.
+//! The host side of port 0: a terminal.
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of input that wait for the guest before [`Terminal::enqueue`] refuses more.
+use crate::wake_event::WakeEvent;
+
+/// Bytes of input that wait for the guest before [`ConsoleTerminal::enqueue`] refuses more.
 pub const INPUT_LIMIT: usize = 64 << 10;
 
 /// The size of a terminal in characters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Size {
+pub struct TerminalSize {
     /// Characters of a line.
     pub columns: u16,
     /// Lines.
     pub rows: u16,
 }
 
-/// Where port 0 leads. Its calls may come from any thread.
-pub struct Terminal {
-    /// An eventfd, readable when there is something that the device does not know of yet.
-    event: File,
-    side: Mutex<Side>,
+/// The terminal of port 0. Its functions may be called from any thread.
+pub struct ConsoleTerminal {
+    /// Raised when there is input or a new size.
+    event: WakeEvent,
+    side: Mutex<TerminalInner>,
 }
 
 #[derive(Default)]
-struct Side {
+struct TerminalInner {
     output: Option<Box<dyn Write + Send>>,
     input: VecDeque<u8>,
-    size: Option<Size>,
+    size: Option<TerminalSize>,
 }
 
-impl Terminal {
-    /// A terminal that shows nothing yet, and whose size is not known.
+impl ConsoleTerminal {
+    /// A terminal without output and size.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?.into(),
+            event: WakeEvent::new()?,
             side: Mutex::default(),
         })
     }
 
-    /// From here on what the guest prints goes to `output`, which must not block.
+    /// Sets where the guest's output goes; `output` must not block.
     pub fn connect(&self, output: Box<dyn Write + Send>) {
         self.side().output = Some(output);
     }
 
-    /// Types `bytes`; returns how many were taken. The others did not fit: offer them again once the guest has read.
+    /// Queues `bytes` as input; returns how many fitted. Offer the others again once the guest has read.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         let mut side = self.side();
         let taken = bytes.len().min(INPUT_LIMIT.saturating_sub(side.input.len()));
         side.input.extend(&bytes[..taken]);
         drop(side);
-        self.raise();
+        self.event.raise();
         taken
     }
 
-    /// The terminal has this size from here on.
-    pub fn resize(&self, size: Size) {
+    /// Sets the terminal's size.
+    pub fn resize(&self, size: TerminalSize) {
         self.side().size = Some(size);
-        self.raise();
+        self.event.raise();
     }
 
-    pub(super) fn size(&self) -> Option<Size> {
+    pub(super) fn size(&self) -> Option<TerminalSize> {
         self.side().size
     }
 
-    /// Shows what the guest prints.
+    /// Writes the guest's output.
     pub(super) fn show(&self, bytes: &[u8]) {
         if let Some(output) = &mut self.side().output {
-            // Nobody may be looking any more; the guest prints all the same.
+            // An error of the output does not stop the guest's printing.
             let _ = output.write_all(bytes);
         }
     }
 
     /// Takes the first bytes of the input off, at most as many as fit into `room`.
-    pub(super) fn take_input(&self, room: &mut [u8]) -> usize {
+    pub(super) fn read_input(&self, room: &mut [u8]) -> usize {
         let mut side = self.side();
         let count = room.len().min(side.input.len());
         for (to, from) in room.iter_mut().zip(side.input.drain(..count)) {
@@ -88,12 +88,12 @@ impl Terminal {
         count
     }
 
-    /// All input that waits.
+    /// The input that waits.
     pub(super) fn input(&self) -> Vec<u8> {
         self.side().input.iter().copied().collect()
     }
 
-    /// This is what waits.
+    /// Replaces the input that waits.
     pub(super) fn set_input(&self, input: Vec<u8>) {
         self.side().input = input.into();
     }
@@ -102,28 +102,20 @@ impl Terminal {
         self.event.as_fd()
     }
 
-    /// The device looks: what was there to hear of is heard.
-    pub(super) fn hear(&self) {
-        // Nothing to read is fine.
-        let _ = (&self.event).read(&mut [0; 8]);
+    /// Clears the event, before the device reads what has changed.
+    pub(super) fn clear_event(&self) {
+        self.event.clear();
     }
 
-    fn raise(&self) {
-        if let Err(error) = (&self.event).write(&1u64.to_ne_bytes()) {
-            // The counter is full: the device will look anyway.
-            tracing::debug!(%error, "console: news not counted");
-        }
-    }
-
-    fn side(&self) -> MutexGuard<'_, Side> {
+    fn side(&self) -> MutexGuard<'_, TerminalInner> {
         self.side.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl fmt::Debug for Terminal {
+impl fmt::Debug for ConsoleTerminal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = self.side();
-        f.debug_struct("Terminal")
+        f.debug_struct("ConsoleTerminal")
             .field("input", &side.input.len())
             .field("size", &side.size)
             .finish_non_exhaustive()

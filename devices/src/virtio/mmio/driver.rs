@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 
 use super::registers as reg;
 use super::state::QueueRecord;
-use super::transport::Transport;
+use super::transport::MmioTransport;
 use crate::bus::BusDevice;
 
-impl BusDevice for Transport {
+impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(reg::CONFIG) {
             return self.shared.core().device.read_config(offset, data);
@@ -16,7 +16,7 @@ impl BusDevice for Transport {
             Ok(word) if offset.is_multiple_of(4) => *word = self.read_register(offset).to_le_bytes(),
             _ => {
                 data.fill(0);
-                self.complain("registers are read as aligned 32-bit words", offset, 0);
+                self.warn("registers are read as aligned 32-bit words", offset, 0);
             }
         }
     }
@@ -27,12 +27,12 @@ impl BusDevice for Transport {
         }
         match <[u8; 4]>::try_from(data) {
             Ok(word) if offset.is_multiple_of(4) => self.write_register(offset, u32::from_le_bytes(word)),
-            _ => self.complain("registers are written as aligned 32-bit words", offset, 0),
+            _ => self.warn("registers are written as aligned 32-bit words", offset, 0),
         }
     }
 }
 
-impl Transport {
+impl MmioTransport {
     fn read_register(&self, offset: u64) -> u32 {
         let queue = usize::try_from(self.queue_select)
             .ok()
@@ -61,7 +61,7 @@ impl Transport {
             reg::QUEUE_SEL => self.queue_select = value,
             reg::QUEUE_NOTIFY => match usize::try_from(value) {
                 Ok(index) if index < self.queues.len() => self.shared.kick(index),
-                _ => self.complain("kick of a queue that there is not", offset, value),
+                _ => self.warn("kick of a queue that there is not", offset, value),
             },
             reg::INTERRUPT_ACK => self.shared.interrupt.acknowledge(value),
             reg::STATUS => self.write_status(value),
@@ -73,19 +73,19 @@ impl Transport {
             | reg::QUEUE_DRIVER_HIGH
             | reg::QUEUE_DEVICE_LOW
             | reg::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
-            _ => self.complain("write to a register that cannot be written", offset, value),
+            _ => self.warn("write to a register that cannot be written", offset, value),
         }
     }
 
     fn write_features(&mut self, value: u32) {
         if self.shared.status() & (reg::DRIVER | reg::FEATURES_OK | reg::FAILED) != reg::DRIVER {
-            return self.complain("features written at the wrong time", reg::DRIVER_FEATURES, value);
+            return self.warn("features written at the wrong time", reg::DRIVER_FEATURES, value);
         }
         match self.driver_features_select {
             0 => self.driver_features = self.driver_features >> 32 << 32 | u64::from(value),
             1 => self.driver_features = u64::from(value) << 32 | self.driver_features & u64::from(u32::MAX),
             _ if value == 0 => {}
-            _ => self.complain("features above bit 63", reg::DRIVER_FEATURES, value),
+            _ => self.warn("features above bit 63", reg::DRIVER_FEATURES, value),
         }
     }
 
@@ -93,19 +93,19 @@ impl Transport {
         let setting_up = reg::DRIVER | reg::FEATURES_OK;
         let done = reg::DRIVER_OK | reg::FAILED;
         if self.shared.status() & (setting_up | done) != setting_up {
-            return self.complain("queue set up at the wrong time", offset, value);
+            return self.warn("queue set up at the wrong time", offset, value);
         }
         let selected = usize::try_from(self.queue_select).ok();
         let Some(queue) = selected.and_then(|index| self.queues.get_mut(index)) else {
-            return self.complain("set-up of a queue that there is not", offset, value);
+            return self.warn("set-up of a queue that there is not", offset, value);
         };
         if queue.ready && offset != reg::QUEUE_READY {
-            return self.complain("set-up of a queue that is ready", offset, value);
+            return self.warn("set-up of a queue that is ready", offset, value);
         }
         match offset {
             reg::QUEUE_NUM => match u16::try_from(value) {
                 Ok(size) if size.is_power_of_two() && size <= queue.max_size => queue.size = size,
-                _ => self.complain("impossible queue size", offset, value),
+                _ => self.warn("impossible queue size", offset, value),
             },
             reg::QUEUE_READY => queue.ready = value & 1 != 0,
             reg::QUEUE_DESC_LOW => set_low(&mut queue.descriptor_table, value),
@@ -118,23 +118,23 @@ impl Transport {
         }
     }
 
-    /// Takes the driver through the initialization sequence (virtio 1.2, 3.1.1). A step out of order is not
-    /// taken, and the driver sees that when it reads the status back.
+    /// Follows the driver's initialization sequence (virtio 1.2, 3.1.1). A step out of order is refused, which the
+    /// driver sees when it reads the status back.
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             self.shared.resets.add(1);
             return self.reset();
         }
         if self.shared.is_resetting() {
-            return self.complain("a status before the reset is over", reg::STATUS, value);
+            return self.warn("a status before the reset is over", reg::STATUS, value);
         }
         let status = self.shared.status();
         let Ok(wanted) = u8::try_from(value) else {
-            return self.complain("unknown status bits", reg::STATUS, value);
+            return self.warn("unknown status bits", reg::STATUS, value);
         };
         let added = wanted & !status & !reg::NEEDS_RESET;
         if status & !wanted & !reg::NEEDS_RESET != 0 || status & reg::FAILED != 0 {
-            return self.complain("status bits taken back without a reset", reg::STATUS, value);
+            return self.warn("status bits taken back without a reset", reg::STATUS, value);
         }
         for bit in [
             reg::ACKNOWLEDGE,
@@ -160,7 +160,7 @@ impl Transport {
             _ => true,
         };
         if !allowed {
-            return self.complain("status step refused", reg::STATUS, value);
+            return self.warn("status step refused", reg::STATUS, value);
         }
         self.shared.status.fetch_or(bit, Ordering::SeqCst);
         match bit {
@@ -179,8 +179,8 @@ impl Transport {
                 core.queues = queues;
                 core.active = self.shared.status() & reg::NEEDS_RESET == 0;
                 core.device.activate(self.driver_features);
-                self.shared.look_at_host();
-                // Linux's balloon kicks before it is ready, and no more then.
+                self.shared.raise_host_event();
+                // Linux's balloon driver kicks before DRIVER_OK, and not again after it.
                 for index in 0..self.queues.len() {
                     self.shared.kick(index);
                 }
@@ -189,8 +189,8 @@ impl Transport {
         }
     }
 
-    fn complain(&self, what: &str, offset: u64, value: u32) {
-        if let Some(count) = self.shared.complaints.count() {
+    fn warn(&self, what: &str, offset: u64, value: u32) {
+        if let Some(count) = self.shared.warnings.count() {
             let device = self.device_type;
             tracing::warn!(device, offset, value, count, "virtio: {what}");
         }

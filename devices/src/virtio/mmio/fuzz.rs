@@ -12,15 +12,15 @@ use crate::bus::BusDevice;
 use crate::cases::cases;
 use crate::rate::Limits;
 use crate::virtio::VirtioDevice;
-use crate::virtio::balloon::{Balloon, Control};
-use crate::virtio::block::{Access, Backend, Block, Parameters};
-use crate::virtio::console::{self, Console, Terminal};
+use crate::virtio::balloon::{BalloonControl, VirtioBalloon};
+use crate::virtio::block::{Access, BlockBackend, BlockParameters, VirtioBlock};
+use crate::virtio::console::{ConsoleBackend, ConsoleTerminal, VirtioConsole};
 use crate::virtio::net::testing::{Wire, card, frame, ip, leave_for};
 use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, folder, reads, rng, writes};
-use crate::virtio::vsock::{self, Vsock};
+use crate::virtio::vsock::{VirtioVsock, VsockBackend, VsockParameters};
 
 #[derive(Clone, Debug)]
-enum Act {
+enum MmioAct {
     Read(u64, usize),
     Write(u64, Vec<u8>),
     Set(u64, u32),
@@ -30,25 +30,25 @@ enum Act {
 }
 
 /// From plain numbers: proptest's unions keep a generator for each alternative, which costs more than most cases.
-fn act() -> impl Strategy<Value = Act> {
+fn act() -> impl Strategy<Value = MmioAct> {
     let numbers = (0u8..11, any::<u64>(), any::<u32>(), any::<u16>());
     numbers.prop_map(|(kind, place, value, choice)| match kind {
-        0 => Act::Read(place % 0x140, usize::from(choice % 10)),
+        0 => MmioAct::Read(place % 0x140, usize::from(choice % 10)),
         1 => {
             let offset = if choice.is_multiple_of(2) {
                 place % 0x140
             } else {
                 place
             };
-            Act::Write(offset, noise(value, choice % 10))
+            MmioAct::Write(offset, noise(value, choice % 10))
         }
-        2..8 => Act::Set(4 * (place % 0x40), word(choice, value)),
-        8 => Act::Fill(
+        2..8 => MmioAct::Set(4 * (place % 0x40), word(choice, value)),
+        8 => MmioAct::Fill(
             DESCRIPTORS + place % (0xd000 - DESCRIPTORS),
             noise(value, choice % 600),
         ),
-        9 => Act::BringUp,
-        _ => Act::Run,
+        9 => MmioAct::BringUp,
+        _ => MmioAct::Run,
     })
 }
 
@@ -77,19 +77,19 @@ fn noise(seed: u32, len: u16) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-fn perform(driver: &mut Driver, act: Act) {
+fn perform(driver: &mut Driver, act: MmioAct) {
     match act {
-        Act::Read(offset, len) => driver.transport.read(offset, &mut vec![0; len]),
-        Act::Write(offset, data) => driver.transport.write(offset, &data),
-        Act::Set(offset, value) => driver.set(offset, value),
-        Act::Fill(at, data) => driver.fill(at, &data),
-        Act::BringUp => driver.bring_up(),
-        Act::Run => driver.kick(),
+        MmioAct::Read(offset, len) => driver.transport.read(offset, &mut vec![0; len]),
+        MmioAct::Write(offset, data) => driver.transport.write(offset, &data),
+        MmioAct::Set(offset, value) => driver.set(offset, value),
+        MmioAct::Fill(at, data) => driver.fill(at, &data),
+        MmioAct::BringUp => driver.bring_up(),
+        MmioAct::Run => driver.kick(),
     }
 }
 
-/// A driver that did all that, whose device then moves and starts anew.
-fn outlived<D: VirtioDevice + 'static>(device: impl Fn() -> D, acts: Vec<Act>) -> Driver {
+/// A driver that did all that, whose device was then moved and reset.
+fn outlived<D: VirtioDevice + 'static>(device: impl Fn() -> D, acts: Vec<MmioAct>) -> Driver {
     let mut driver = Driver::new(device());
     acts.into_iter().for_each(|act| perform(&mut driver, act));
     let saved = driver.save();
@@ -105,33 +105,33 @@ fn outlived<D: VirtioDevice + 'static>(device: impl Fn() -> D, acts: Vec<Act>) -
 const DISK: u64 = 64 * 512;
 
 /// A disk whose file is as at first, whatever the case before did to it.
-fn block(dir: &Path) -> Block {
+fn block(dir: &Path) -> VirtioBlock {
     let path = dir.join("disk");
     let mut options = File::options();
     let file = options.write(true).create(true).truncate(false).open(&path);
     file.unwrap().write_all(&[0x5a; DISK as usize]).unwrap();
-    let backend = Backend::open(&path, Access::default()).unwrap();
-    Block::new(Arc::new(backend), "fuzz", Parameters::default()).unwrap()
+    let backend = BlockBackend::open(&path, Access::default()).unwrap();
+    VirtioBlock::new(Arc::new(backend), "fuzz", BlockParameters::default()).unwrap()
 }
 
-fn vsock(dir: &Path) -> Vsock {
-    let backend = vsock::Backend::open(&dir.join("socket")).unwrap();
-    let parameters = vsock::Parameters {
+fn vsock(dir: &Path) -> VirtioVsock {
+    let backend = VsockBackend::open(&dir.join("socket")).unwrap();
+    let parameters = VsockParameters {
         guest_cid: 3,
         limits: Limits::default(),
     };
-    Vsock::new(Arc::new(backend), parameters).unwrap()
+    VirtioVsock::new(Arc::new(backend), parameters).unwrap()
 }
 
-fn balloon() -> Balloon {
-    Balloon::new(Arc::new(Control::new(1 << 20).unwrap()), true).unwrap()
+fn balloon() -> VirtioBalloon {
+    VirtioBalloon::new(Arc::new(BalloonControl::new(1 << 20).unwrap()), true).unwrap()
 }
 
 /// With two named ports: eight queues.
-fn console(dir: &Path) -> Console {
+fn console(dir: &Path) -> VirtioConsole {
     let ports = ["a", "b"].map(|name| (name.into(), dir.join(name)));
-    let backend = console::Backend::open(&ports).unwrap();
-    Console::new(Arc::new(Terminal::new().unwrap()), Arc::new(backend), true)
+    let backend = ConsoleBackend::open(&ports).unwrap();
+    VirtioConsole::new(Arc::new(ConsoleTerminal::new().unwrap()), Arc::new(backend), true)
 }
 
 /// A descriptor: mostly plausible, sometimes not.
@@ -277,10 +277,10 @@ fn any_registers_and_memory_of_a_card() {
     leave_for("many0");
     ip("tuntap add dev many1 mode tap multi_queue");
     proptest!(cases(3000), |(acts in prop::collection::vec(act(), 0..60))| {
-        let mut driver = Driver::new(card("many0").takes_commands_at_once());
+        let mut driver = Driver::new(card("many0").without_command_limit());
         acts.into_iter().for_each(|act| perform(&mut driver, act));
         let saved = driver.save();
-        let moved = driver.move_to(card("many1").takes_commands_at_once(), saved);
+        let moved = driver.move_to(card("many1").without_command_limit(), saved);
         let mut driver = moved.unwrap_or_else(|error| panic!("{error:?}"));
         driver.transport.resume();
         driver.run();
@@ -292,7 +292,7 @@ fn any_registers_and_memory_of_a_card() {
 fn any_descriptor_chains_of_a_card() {
     let wire = Wire::between(&["many0"]);
     // One for all cases: a bridge takes its time to see that a tap is open again.
-    let driver = RefCell::new(Driver::new(wire.card("many0").takes_commands_at_once()));
+    let driver = RefCell::new(Driver::new(wire.card("many0").without_command_limit()));
     proptest!(cases(3000), |(
         descriptors in prop::collection::vec(descriptor(), 1..12),
         heads in heads(),

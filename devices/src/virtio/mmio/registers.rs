@@ -29,8 +29,9 @@ pub(super) const QUEUE_DRIVER_LOW: u64 = 0x090;
 pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
 pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
 pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
-/// Length and base of a shared memory region, four registers; all ones where there is no region.
+/// First of four registers with the length and the base of a shared memory region; all ones without a region.
 pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
+/// Last of those registers.
 pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
 pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
 pub(super) const CONFIG: u64 = 0x100;

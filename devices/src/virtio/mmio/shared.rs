@@ -1,6 +1,6 @@
 //! What the registers and the device thread share: the device, its live queues, its interrupt.
 //!
-//! Lock order: the transport's own lock (the bus holds it) before [`Shared::core`].
+//! Lock order: the transport's own lock (the bus holds it) before [`TransportShared::core`].
 
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,56 +14,57 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::registers::{DRIVER_OK, NEEDS_RESET};
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::{Counter, Counters};
-use crate::virtio::{DeviceError, Interrupt, Progress, QueueError, Queues, VirtioDevice};
+use crate::virtio::{DeviceError, Interrupt, QueueError, QueueProgress, Queues, VirtioDevice};
+use crate::wake_event::WakeEvent;
 
-pub(super) struct Shared {
+pub(super) struct TransportShared {
     pub(super) memory: GuestMemory,
     pub(super) interrupt: Interrupt,
-    /// The device status. Bits are added by either half; only a reset, under the core's lock, takes them away.
+    /// The device status. Both halves add bits; only a reset, under the core's lock, clears them.
     pub(super) status: AtomicU8,
     /// One eventfd for each queue, readable after a kick.
     pub(super) queue_events: Vec<EventFd>,
-    /// Readable when the device must look at the host's side.
-    host_event: EventFd,
-    pub(super) complaints: Limited,
-    /// How often the device thread looked at a queue, for a kick or because a turn was over.
-    looks: Counter,
+    /// Raised when the device must serve its host side.
+    host_event: WakeEvent,
+    pub(super) warnings: LogDamper,
+    /// How often the device thread served a queue, for a kick or for another turn.
+    served: Counter,
     pub(super) resets: Counter,
-    needs: Counter,
-    core: Mutex<Core>,
-    /// A reset is over.
+    needs_resets: Counter,
+    core: Mutex<DeviceCore>,
+    /// Notified when a reset is over.
     is_reset: Condvar,
 }
 
 /// The device and the queues that it serves.
-pub(super) struct Core {
+pub(super) struct DeviceCore {
     pub(super) device: Box<dyn VirtioDevice>,
     /// By index; `None` for a queue that the driver does not use. Empty before DRIVER_OK.
     pub(super) queues: Vec<Option<Queue>>,
-    /// The driver is ready, and nothing broke since.
+    /// The driver is ready, and the device does not need a reset.
     pub(super) active: bool,
-    /// No queue is served until somebody resumes.
+    /// No queue is served until [`super::MmioTransport::resume`].
     pub(super) paused: bool,
-    /// A reset has begun, and something that is in flight may yet write to memory.
+    /// A reset has begun, and work in flight may still write to memory.
     resetting: bool,
 }
 
-/// Why a device cannot go on that did not end its work.
+/// The cause of a reset after a panic.
 #[derive(Debug, thiserror::Error)]
 #[error("it panicked")]
 struct Panicked;
 
-impl Shared {
+impl TransportShared {
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
         interrupt: Interrupt,
         queue_events: Vec<EventFd>,
-        host_event: EventFd,
+        host_event: WakeEvent,
     ) -> Self {
-        let core = Core {
+        let core = DeviceCore {
             device,
             queues: Vec::new(),
             active: false,
@@ -76,18 +77,18 @@ impl Shared {
             status: AtomicU8::new(0),
             queue_events,
             host_event,
-            complaints: Limited::default(),
-            looks: Counter::default(),
+            warnings: LogDamper::default(),
+            served: Counter::default(),
             resets: Counter::default(),
-            needs: Counter::default(),
+            needs_resets: Counter::default(),
             core: Mutex::new(core),
             is_reset: Condvar::new(),
         }
     }
 
-    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
+    pub(super) fn core(&self) -> MutexGuard<'_, DeviceCore> {
         self.core.lock().unwrap_or_else(|poisoned| {
-            // Whoever panicked has left the device half-way.
+            // The thread that panicked may have left the device in the middle of a change.
             self.core.clear_poison();
             let mut core = poisoned.into_inner();
             self.needs_reset(&mut core, &Panicked);
@@ -104,35 +105,38 @@ impl Shared {
         self.status.load(Ordering::SeqCst)
     }
 
-    /// Makes the device thread look at a queue.
+    /// Makes the device thread serve a queue.
     pub(super) fn kick(&self, index: usize) {
-        if let Some(event) = self.queue_events.get(index) {
-            raise(event);
+        if let Some(event) = self.queue_events.get(index)
+            && let Err(error) = event.write(1)
+        {
+            // The counter is full: the device thread is on its way.
+            tracing::debug!(%error, "kick not counted");
         }
     }
 
-    /// Makes the device thread look at the host's side.
-    pub(super) fn look_at_host(&self) {
-        raise(&self.host_event);
+    /// Makes the device thread serve the device's host side.
+    pub(super) fn raise_host_event(&self) {
+        self.host_event.raise();
     }
 
-    /// The device cannot go on without a reset by the driver (virtio 1.2, 2.1.2).
-    pub(super) fn needs_reset(&self, core: &mut Core, why: &(dyn std::error::Error + 'static)) {
+    /// Stops the device until the driver resets it (virtio 1.2, 2.1.2).
+    pub(super) fn needs_reset(&self, core: &mut DeviceCore, why: &(dyn std::error::Error + 'static)) {
         core.active = false;
-        self.needs.add(1);
+        self.needs_resets.add(1);
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
         if before & DRIVER_OK != 0 {
             self.interrupt.config_change();
         }
-        if let Some(count) = self.complaints.count() {
+        if let Some(count) = self.warnings.count() {
             let device = core.device.device_type();
             let cause = why.source().map(ToString::to_string).unwrap_or_default();
             tracing::warn!(device, count, cause, "virtio device needs a reset: {why}");
         }
     }
 
-    /// Resets the device, and waits so long for what is in flight; nobody else waits meanwhile. Whether it is over: if not,
-    /// the device thread sees to it.
+    /// Resets the device, and waits until `until` for work in flight, without holding the core's lock. Returns whether
+    /// the reset is over: if not, the device thread finishes it.
     pub(super) fn reset(&self, until: Instant) -> bool {
         let mut core = self.core();
         core.queues.clear();
@@ -141,8 +145,12 @@ impl Shared {
         self.wait_reset(core, until).is_some()
     }
 
-    /// `None` if a reset has begun and is not over by then.
-    fn wait_reset<'a>(&self, mut core: MutexGuard<'a, Core>, until: Instant) -> Option<MutexGuard<'a, Core>> {
+    /// Waits for a reset that has begun; `None` if it is not over by `until`.
+    fn wait_reset<'a>(
+        &self,
+        mut core: MutexGuard<'a, DeviceCore>,
+        until: Instant,
+    ) -> Option<MutexGuard<'a, DeviceCore>> {
         loop {
             self.finish_reset(&mut core);
             if !core.resetting {
@@ -156,7 +164,7 @@ impl Shared {
         }
     }
 
-    fn finish_reset(&self, core: &mut Core) {
+    fn finish_reset(&self, core: &mut DeviceCore) {
         if core.resetting && core.device.reset() {
             core.resetting = false;
             self.status.store(0, Ordering::SeqCst);
@@ -165,13 +173,13 @@ impl Shared {
         }
     }
 
-    /// Finishes what the device has in flight. A queue that is broken needs a reset, as always.
+    /// Finishes the device's work in flight. A broken queue makes the device need a reset, as in a turn.
     pub(super) fn drain(&self, until: Instant) -> Result<(), DeviceError> {
         let Some(mut core) = self.wait_reset(self.core(), until) else {
             let what = "a reset of the device".into();
             return Err(DeviceError::InFlight { what });
         };
-        let Core { device, queues, .. } = &mut *core;
+        let DeviceCore { device, queues, .. } = &mut *core;
         let queues = &mut Queues {
             memory: &self.memory,
             queues,
@@ -186,63 +194,67 @@ impl Shared {
         }
     }
 
-    fn serve(&self, source: Source) {
+    fn serve(&self, source: EventSource) {
         let mut core = self.core();
-        let event = match source {
-            Source::Queue(index) => {
-                self.looks.add(1);
-                self.queue_events.get(index)
+        // An event that is not raised was cleared by an earlier call. A paused device is kicked again by `resume`.
+        match source {
+            EventSource::Queue(index) => {
+                self.served.add(1);
+                let _ = self.queue_events.get(index).map(EventFd::read);
             }
-            Source::Host => Some(&self.host_event),
-        };
-        // Nothing to read is fine: somebody else took the kick. A paused device is kicked again by resume.
-        let _ = event.map(EventFd::read);
+            EventSource::Host => {
+                self.host_event.clear();
+            }
+        }
         if core.resetting {
             return self.finish_reset(&mut core);
         }
-        // A device that panics is broken until the driver resets it; the others, and their thread, go on.
+        // A device that panics needs a reset by the driver; the device thread and the other devices go on.
         let served = catch_unwind(AssertUnwindSafe(|| {
             core.serve(source, &self.memory, &self.interrupt)
         }));
         match served {
-            Ok(Ok(Progress::Idle)) => {}
-            Ok(Ok(Progress::More)) => event.into_iter().for_each(raise),
+            Ok(Ok(QueueProgress::Idle)) => {}
+            Ok(Ok(QueueProgress::More)) => match source {
+                EventSource::Queue(index) => self.kick(index),
+                EventSource::Host => self.raise_host_event(),
+            },
             Ok(Err(error)) => self.needs_reset(&mut core, &error),
             Err(_) => self.needs_reset(&mut core, &Panicked),
         }
     }
 }
 
-impl Counters for Shared {
+impl Counters for TransportShared {
     fn read(&self) -> Vec<(&'static str, u64)> {
         vec![
-            ("queue_events", self.looks.get()),
+            ("queue_events", self.served.get()),
             ("interrupts", self.interrupt.raised()),
             ("resets", self.resets.get()),
-            ("needs_reset", self.needs.get()),
+            ("needs_reset", self.needs_resets.get()),
         ]
     }
 }
 
-/// How often a reset looks whether it is over, where nobody says so.
+/// How often a thread that waits for a reset tries to finish it itself.
 const RESET_TICK: Duration = Duration::from_millis(1);
 
-/// What there is to look at.
+/// Where an event came from.
 #[derive(Clone, Copy, Debug)]
-enum Source {
+enum EventSource {
     Queue(usize),
     Host,
 }
 
-impl Core {
+impl DeviceCore {
     fn serve(
         &mut self,
-        source: Source,
+        source: EventSource,
         memory: &GuestMemory,
         interrupt: &Interrupt,
-    ) -> Result<Progress, QueueError> {
+    ) -> Result<QueueProgress, QueueError> {
         if self.paused || !self.active {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         }
         let queues = &mut Queues {
             memory,
@@ -250,25 +262,18 @@ impl Core {
             interrupt,
         };
         match source {
-            Source::Queue(index) => self.device.process_queue(index, queues),
-            Source::Host => self.device.process_host(queues),
+            EventSource::Queue(index) => self.device.process_queue(index, queues),
+            EventSource::Host => self.device.process_host(queues),
         }
     }
 }
 
-fn raise(event: &EventFd) {
-    if let Err(error) = event.write(1) {
-        // The counter is full: the thread will look anyway.
-        tracing::debug!(%error, "kick not counted");
-    }
-}
-
-/// The half of a transport that serves its queues; belongs on the device thread's event manager.
+/// The half of a transport that serves its queues, a subscriber of the device thread's event manager.
 #[derive(Clone)]
-pub struct Worker(pub(super) Arc<Shared>);
+pub struct TransportWorker(pub(super) Arc<TransportShared>);
 
-impl Worker {
-    /// Every event that it waits for; the data is the queue's index, or for the host's side one past the last.
+impl TransportWorker {
+    /// All events to watch. Their data is the queue's index, or one past the last index for the host side.
     fn events(&self) -> Vec<Events> {
         let shared = &self.0;
         let host = shared.queue_events.len() as u32;
@@ -285,13 +290,13 @@ impl Worker {
     }
 }
 
-impl MutEventSubscriber for Worker {
+impl MutEventSubscriber for TransportWorker {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let index = events.data() as usize;
         self.0.serve(if index < self.0.queue_events.len() {
-            Source::Queue(index)
+            EventSource::Queue(index)
         } else {
-            Source::Host
+            EventSource::Host
         });
     }
 

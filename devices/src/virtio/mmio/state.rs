@@ -4,16 +4,16 @@ use migration_state::Record;
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueState, QueueT};
 
+use super::error::MmioTransportError;
 use super::registers::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, EVENT_IDX, FAILED, FEATURES_OK, NEEDS_RESET, VERSION_1,
 };
-use super::transport::TransportError;
 use crate::GuestMemory;
 use crate::virtio::interrupt::{CONFIG_CHANGE, USED_BUFFER};
 
-/// Saved state of a [`super::Transport`], without its device's.
+/// Saved state of a [`super::MmioTransport`], without its device's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TransportState {
+pub struct MmioTransportState {
     /// The device ID.
     pub device_type: u32,
     /// The device status register.
@@ -43,7 +43,7 @@ pub struct QueueRecord {
     pub size: u16,
     /// Whether the driver uses it.
     pub ready: bool,
-    /// Next entry of the available ring to look at.
+    /// Next entry of the available ring to pop.
     pub next_avail: u16,
     /// Next entry of the used ring to write.
     pub next_used: u16,
@@ -55,12 +55,12 @@ pub struct QueueRecord {
     pub used_ring: u64,
 }
 
-impl Record for TransportState {
+impl Record for MmioTransportState {
     const KIND: &'static str = "virtio-mmio";
     const VERSION: u16 = 1;
 }
 
-/// Why a queue's registers make no queue.
+/// Why a queue's registers do not describe a valid queue.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LayoutError {
     #[error("expected an aligned layout and a power of two as size")]
@@ -100,14 +100,14 @@ impl QueueRecord {
             used_ring: self.used_ring,
         })
         .map_err(LayoutError::Parameters)?;
-        // The queue takes address 0 for "not set".
+        // `virtio-queue` takes address 0 for "not set".
         if self.available_ring == 0 || !queue.is_valid(memory) {
             return Err(LayoutError::OutsideMemory);
         }
         Ok(Some(queue))
     }
 
-    /// The same queue, as far as it has been served.
+    /// The same record with the positions that the live queue has reached.
     pub(super) fn at(self, queue: &Queue) -> Self {
         Self {
             next_avail: queue.next_avail(),
@@ -117,7 +117,7 @@ impl QueueRecord {
     }
 }
 
-impl TransportState {
+impl MmioTransportState {
     /// Whether the device serves its queues.
     pub(super) fn is_active(&self) -> bool {
         self.status & DRIVER_OK != 0 && self.status & (NEEDS_RESET | FAILED) == 0
@@ -129,9 +129,9 @@ impl TransportState {
         device_type: u32,
         offered: u64,
         queues: &[QueueRecord],
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), MmioTransportError> {
         let mismatch = |what, expected: String, got: String| {
-            Err(TransportError::Mismatch {
+            Err(MmioTransportError::Mismatch {
                 device: device_type,
                 what,
                 expected,

@@ -1,3 +1,5 @@
+//! The transport as a driver sees it: registers, life cycle, saved state.
+
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -11,9 +13,9 @@ use super::registers::{DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 use super::*;
 use crate::bus::BusDevice;
 use crate::metrics::Counters;
-use crate::virtio::rng::Rng;
+use crate::virtio::rng::VirtioRng;
 use crate::virtio::testing::{AVAILABLE, DATA, DESCRIPTORS, Driver, END, USED, VERSION_1, rng, writes};
-use crate::virtio::{Description, DeviceError, HostBackend, Progress, QueueError, Queues, VirtioDevice};
+use crate::virtio::{Description, DeviceError, HostBackend, QueueError, QueueProgress, Queues, VirtioDevice};
 
 const NEEDS_RESET_SEEN: u32 = 15 | NEEDS_RESET as u32;
 
@@ -47,7 +49,7 @@ fn features_must_be_offered_and_modern() {
 }
 
 #[test]
-fn steps_out_of_order_are_not_taken() {
+fn steps_out_of_order_are_refused() {
     let mut driver = Driver::new(rng());
     for (write, read) in [
         (2, 0),
@@ -209,7 +211,7 @@ fn a_full_ring_is_served_in_turns() {
 }
 
 #[test]
-fn nobody_need_kick_a_queue_that_is_being_served() {
+fn a_queue_that_is_being_served_needs_no_kick() {
     let mut driver = Driver::new(rng());
     driver.bring_up_with(VERSION_1);
     driver.run();
@@ -244,7 +246,7 @@ fn accesses_of_any_size() {
 }
 
 #[test]
-fn a_paused_device_leaves_memory_alone_and_resume_looks_once() {
+fn a_paused_device_leaves_memory_alone_and_resume_serves_once() {
     let mut driver = Driver::ready(rng());
     driver.transport.pause();
     driver.add(&[writes(DATA, 8)]);
@@ -338,13 +340,13 @@ fn a_running_device_is_not_saved() {
     let driver = Driver::ready(rng());
     let error = driver.transport.save(&mut Envelope::new(), "dev0").unwrap_err();
     assert!(
-        matches!(error, TransportError::NotPaused { device: 4 }),
+        matches!(error, MmioTransportError::NotPaused { device: 4 }),
         "{error}"
     );
 }
 
 /// Makes one thing in a good state bad.
-type Spoil = fn(&mut TransportState);
+type Spoil = fn(&mut MmioTransportState);
 
 #[test]
 fn hostile_state_is_refused_by_name() {
@@ -367,7 +369,7 @@ fn hostile_state_is_refused_by_name() {
     let source = Driver::ready(rng());
     for (name, spoil) in cases {
         let mut envelope = source.save();
-        let mut state: TransportState = envelope.take("dev0").unwrap();
+        let mut state: MmioTransportState = envelope.take("dev0").unwrap();
         spoil(&mut state);
         envelope.put("dev0", &state).unwrap();
         let error = source.move_to(rng(), envelope).err().expect(name).to_string();
@@ -387,7 +389,7 @@ fn golden_record() {
         available_ring: 0x2000,
         used_ring: 0x3000,
     };
-    let state = TransportState {
+    let state = MmioTransportState {
         device_type: 2,
         status: 15,
         driver_features: 1 << 32 | u64::from(FEATURES_OK),
@@ -402,8 +404,8 @@ fn golden_record() {
     migration_state::assert_golden(1, golden, &state);
 }
 
-/// An entropy device that panics as often as it is told.
-struct Panics(Rng, Arc<AtomicU32>);
+/// An entropy device that panics so often.
+struct Panics(VirtioRng, Arc<AtomicU32>);
 
 impl VirtioDevice for Panics {
     fn device_type(&self) -> u32 {
@@ -430,10 +432,10 @@ impl VirtioDevice for Panics {
         self.0.activate(features);
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let left = self.1.load(Ordering::SeqCst);
         self.1.store(left.saturating_sub(1), Ordering::SeqCst);
-        assert_eq!(left, 0, "as it was told");
+        assert_eq!(left, 0, "a planted panic");
         self.0.process_queue(index, queues)
     }
 
@@ -441,7 +443,7 @@ impl VirtioDevice for Panics {
         self.0.host_events()
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.0.process_host(queues)
     }
 

@@ -1,6 +1,5 @@
 //! The registers of a virtio device, and its life cycle for the machine.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -8,16 +7,18 @@ use std::time::{Duration, Instant};
 use migration_state::{Envelope, StateError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::error::MmioTransportError;
 use super::registers as reg;
-use super::shared::{Shared, Worker};
-use super::state::{LayoutError, QueueRecord, TransportState};
+use super::shared::{TransportShared, TransportWorker};
+use super::state::{LayoutError, MmioTransportState, QueueRecord};
 use crate::GuestMemory;
 use crate::metrics::Counters;
 use crate::virtio::{Description, DeviceError, HostBackend, Interrupt, VirtioDevice};
+use crate::wake_event::WakeEvent;
 
 /// A virtio device on an MMIO bus, to be mapped for [`super::LEN`] bytes.
-pub struct Transport {
-    pub(super) shared: Arc<Shared>,
+pub struct MmioTransport {
+    pub(super) shared: Arc<TransportShared>,
     backend: Option<Arc<dyn HostBackend>>,
     metrics: Arc<dyn Counters>,
     pub(super) device_type: u32,
@@ -26,80 +27,20 @@ pub struct Transport {
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
     pub(super) queue_select: u32,
-    /// As the driver wrote them; where a live queue got to is in [`Shared`].
+    /// The queues' registers as the driver wrote them; the positions of live queues are in [`TransportShared`].
     pub(super) queues: Vec<QueueRecord>,
 }
 
-/// How long a vCPU waits for the end of what is in flight at a reset. What takes longer is waited for by the device thread.
+/// How long a vCPU waits in a reset for work in flight. After that the device thread waits for it.
 const RESET_TIME: Duration = Duration::from_millis(500);
 
-/// Why a transport cannot be built, saved or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum TransportError {
-    /// No file descriptor for kicks.
-    #[error("virtio device {device}: cannot make an event for its kicks")]
-    Event {
-        /// The device ID.
-        device: u32,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// Saving or restoring while queues are served.
-    #[error("virtio device {device}: expected it to be paused, but it is running")]
-    NotPaused {
-        /// The device ID.
-        device: u32,
-    },
-    /// The transport's saved state cannot be read or written.
-    #[error("virtio device {device}: saved state of the transport")]
-    State {
-        /// The device ID.
-        device: u32,
-        /// The cause.
-        #[source]
-        source: StateError,
-    },
-    /// The saved state does not fit the device that is here.
-    #[error("virtio device {device}: {what} in the saved state: expected {expected}, got {got}")]
-    Mismatch {
-        /// The device ID.
-        device: u32,
-        /// What differs.
-        what: &'static str,
-        /// What the device here allows.
-        expected: String,
-        /// What the saved state says.
-        got: String,
-    },
-    /// A queue in the saved state cannot be served.
-    #[error("virtio device {device}: queue {index} in the saved state: {reason}")]
-    Queue {
-        /// The device ID.
-        device: u32,
-        /// The queue.
-        index: usize,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The device itself failed.
-    #[error("virtio device {device}: {source}")]
-    Device {
-        /// The device ID.
-        device: u32,
-        /// The cause.
-        #[source]
-        source: DeviceError,
-    },
-}
-
-impl Transport {
-    /// Puts `device` behind registers. It finds its buffers in `memory` and interrupts through `line`.
+impl MmioTransport {
+    /// Puts `device` behind registers. The device's buffers are in `memory`; it interrupts through `line`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
         line: EventFd,
-    ) -> Result<Self, TransportError> {
+    ) -> Result<Self, MmioTransportError> {
         let device_type = device.device_type();
         let queues: Vec<_> = device
             .queue_sizes()
@@ -107,12 +48,12 @@ impl Transport {
             .map(|&size| QueueRecord::new(size))
             .collect();
         let events: Result<Vec<_>, _> = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
-        let event_error = |source| TransportError::Event {
+        let event_error = |source| MmioTransportError::Event {
             device: device_type,
             source,
         };
         let events = events.map_err(event_error)?;
-        let host_event = EventFd::new(EFD_NONBLOCK).map_err(event_error)?;
+        let host_event = WakeEvent::new().map_err(event_error)?;
         Ok(Self {
             backend: device.host_backend(),
             metrics: device.metrics(),
@@ -123,7 +64,7 @@ impl Transport {
             driver_features_select: 0,
             queue_select: 0,
             queues,
-            shared: Arc::new(Shared::new(
+            shared: Arc::new(TransportShared::new(
                 device,
                 memory,
                 Interrupt::new(line),
@@ -133,9 +74,9 @@ impl Transport {
         })
     }
 
-    /// The half that serves the queues, for the device thread.
-    pub fn worker(&self) -> Worker {
-        Worker(self.shared.clone())
+    /// The half that serves the queues on the device thread.
+    pub fn worker(&self) -> TransportWorker {
+        TransportWorker(self.shared.clone())
     }
 
     /// The device ID (virtio 1.2, 5).
@@ -144,7 +85,7 @@ impl Transport {
     }
 
     /// An eventfd for each queue. The machine raises it when the guest writes the queue's index, as 32 bits,
-    /// to [`Transport::NOTIFY_OFFSET`].
+    /// to [`MmioTransport::NOTIFY_OFFSET`].
     pub fn queue_events(&self) -> &[EventFd] {
         &self.shared.queue_events
     }
@@ -152,58 +93,60 @@ impl Transport {
     /// Offset of the QueueNotify register.
     pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
-    /// Stops serving queues. When it returns no request is taken any more; [`Transport::drain`] finishes those that were.
+    /// Stops serving queues. After this call no chain is popped; [`MmioTransport::drain`] finishes the requests in
+    /// flight.
     pub fn pause(&self) {
         self.shared.core().paused = true;
     }
 
-    /// Serves queues again. Whatever happened meanwhile, or before a restore, every queue and the host's side are
-    /// looked at once, and an interrupt that the guest has not acknowledged is raised again.
+    /// Serves queues again. Every queue and the host side are served once, in case an event was lost during the pause
+    /// or the move, and an interrupt that the guest has not acknowledged is raised again.
     pub fn resume(&self) {
         self.shared.core().paused = false;
         self.shared.interrupt.raise_again();
         for index in 0..self.queues.len() {
             self.shared.kick(index);
         }
-        self.shared.look_at_host();
+        self.shared.raise_host_event();
     }
 
-    /// Finishes what is in flight and makes what the guest was told is done durable. After [`Transport::pause`]: when
-    /// it returns guest memory is left alone. If that is not over by `until` it fails, and [`Transport::resume`] goes on.
-    pub fn drain(&self, until: Instant) -> Result<(), TransportError> {
+    /// Finishes work in flight and makes every write that was answered durable. Comes after [`MmioTransport::pause`];
+    /// once it has returned the device does not touch guest memory. Fails if that takes longer than `until`;
+    /// [`MmioTransport::resume`] then lets the device go on.
+    pub fn drain(&self, until: Instant) -> Result<(), MmioTransportError> {
         self.shared
             .drain(until)
             .map_err(|source| self.device_error(source))
     }
 
-    /// What somebody must know of the device to build its like.
+    /// What a destination must know of the device to build a matching one.
     pub fn describe(&self) -> Description {
         self.shared.core().device.describe()
     }
 
-    /// What the transport and its device count.
+    /// The counters of the transport and of its device.
     pub fn metrics(&self) -> [Arc<dyn Counters>; 2] {
         [self.shared.clone(), self.metrics.clone()]
     }
 
-    /// What backs the device on the host. Its calls may take their time: whoever makes them must not hold a lock that an
-    /// access of the guest's takes, as the transport's own is.
+    /// The device's backend on the host. Its calls may take as long as a disk does: the caller must not hold a lock
+    /// that a guest's access needs, such as the transport's own.
     pub fn host_backend(&self) -> Option<Arc<dyn HostBackend>> {
         self.backend.clone()
     }
 
-    /// Adds the saved state of transport and device to `envelope`. After [`Transport::pause`].
-    pub fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+    /// Adds the saved state of transport and device to `envelope`. After [`MmioTransport::pause`].
+    pub fn save(&self, envelope: &mut Envelope, instance: &str) -> Result<(), MmioTransportError> {
         let core = self.shared.core();
         if !core.paused {
-            return Err(TransportError::NotPaused {
+            return Err(MmioTransportError::NotPaused {
                 device: self.device_type,
             });
         }
         let live = |index: usize| core.queues.get(index).and_then(Option::as_ref);
         let record =
             |(index, queue): (usize, &QueueRecord)| live(index).map_or(*queue, |live| queue.at(live));
-        let state = TransportState {
+        let state = MmioTransportState {
             device_type: self.device_type,
             status: self.shared.status(),
             driver_features: self.driver_features,
@@ -224,7 +167,7 @@ impl Transport {
 
     /// Takes the saved state of transport and device out of `envelope`. Afterwards the transport is paused;
     /// after an error it is as after a reset, and paused.
-    pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
+    pub fn restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), MmioTransportError> {
         self.reset();
         self.pause();
         let restored = self.try_restore(envelope, instance);
@@ -234,8 +177,8 @@ impl Transport {
         restored
     }
 
-    fn try_restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), TransportError> {
-        let state: TransportState = envelope
+    fn try_restore(&mut self, envelope: &mut Envelope, instance: &str) -> Result<(), MmioTransportError> {
+        let state: MmioTransportState = envelope
             .take(instance)
             .map_err(|source| self.state_error(source))?;
         state.check(self.device_type, self.offered, &self.queues)?;
@@ -243,7 +186,7 @@ impl Transport {
         if state.is_active() {
             for (index, queue) in state.queues.iter().enumerate() {
                 let opened = queue.open(state.driver_features, &self.shared.memory);
-                queues.push(opened.map_err(|error| TransportError::Queue {
+                queues.push(opened.map_err(|error| MmioTransportError::Queue {
                     device: self.device_type,
                     index,
                     reason: describe(&error),
@@ -274,7 +217,8 @@ impl Transport {
         Ok(())
     }
 
-    /// Until it is over the status reads as it was (virtio 1.2, 2.4.1), and is changed by nothing but another reset.
+    /// Resets the device and the registers. The status keeps its value until the reset is over (virtio 1.2, 2.4.1), and
+    /// meanwhile only another reset is accepted.
     pub(super) fn reset(&mut self) {
         if !self.shared.reset(Instant::now() + RESET_TIME) {
             tracing::warn!(
@@ -291,15 +235,15 @@ impl Transport {
         }
     }
 
-    fn state_error(&self, source: StateError) -> TransportError {
-        TransportError::State {
+    fn state_error(&self, source: StateError) -> MmioTransportError {
+        MmioTransportError::State {
             device: self.device_type,
             source,
         }
     }
 
-    fn device_error(&self, source: DeviceError) -> TransportError {
-        TransportError::Device {
+    fn device_error(&self, source: DeviceError) -> MmioTransportError {
+        MmioTransportError::Device {
             device: self.device_type,
             source,
         }

@@ -1,4 +1,4 @@
-//! Telling the network where a guest is that came from elsewhere.
+//! How the network learns the new place of a guest that has moved.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,10 +8,11 @@ use super::mac::MacAddress;
 use super::{ETHERNET_LEN, HEADER_LEN};
 use crate::timer::Timer;
 
-/// How often the network is told: a packet may be lost, or a port not forward yet.
+/// How often a guest is announced: a packet may be lost, or a switch's port may not forward yet.
 const ROUNDS: u32 = 5;
-/// Between the first two rounds; each further gap is longer by [`STEP`].
+/// The gap between the first two rounds.
 const GAP: Duration = Duration::from_millis(50);
+/// How much longer each further gap is.
 const STEP: Duration = Duration::from_millis(100);
 /// The first round is due at once; zero would turn the timer off.
 const AT_ONCE: Duration = Duration::from_nanos(1);
@@ -19,7 +20,7 @@ const AT_ONCE: Duration = Duration::from_nanos(1);
 /// Bytes of the smallest Ethernet frame, without its checksum.
 const FRAME_LEN: usize = 60;
 
-/// Says when it is time to announce.
+/// The timer of the announcements, and how many were sent.
 #[derive(Debug)]
 pub(super) struct Announcer {
     timer: Timer,
@@ -27,7 +28,7 @@ pub(super) struct Announcer {
 }
 
 impl Announcer {
-    /// With nothing to announce.
+    /// An announcer with nothing to announce.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             timer: Timer::new()?,
@@ -35,13 +36,13 @@ impl Announcer {
         })
     }
 
-    /// Begins with the first round.
+    /// Starts with the first round.
     pub(super) fn begin(&mut self) -> io::Result<()> {
         self.done = 0;
         self.timer.set(AT_ONCE)
     }
 
-    /// Ends it.
+    /// Sends no further rounds.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         self.done = ROUNDS;
         self.timer.set(Duration::ZERO)
@@ -67,8 +68,8 @@ impl AsFd for Announcer {
     }
 }
 
-/// A request of reverse ARP (RFC 903) from `mac` to all, with the header that a tap wants before it. It asks for
-/// nothing; switches learn from it behind which port the address is.
+/// A request of reverse ARP (RFC 903) from `mac` to all, with the header that a tap expects before it. The answer does
+/// not matter; switches learn from the request which port leads to the address.
 pub(super) fn rarp(mac: MacAddress) -> [u8; HEADER_LEN + FRAME_LEN] {
     const RARP: [u8; 2] = [0x80, 0x35];
     /// Ethernet, IPv4, the lengths of their addresses, "request reverse".
@@ -81,7 +82,7 @@ pub(super) fn rarp(mac: MacAddress) -> [u8; HEADER_LEN + FRAME_LEN] {
     frame[12..ETHERNET_LEN].copy_from_slice(&RARP);
     let body = &mut frame[ETHERNET_LEN..];
     body[..8].copy_from_slice(&REQUEST);
-    // Both hardware addresses are the guest's; of its IPv4 addresses the host knows nothing.
+    // Both hardware addresses are the guest's; the host does not know its IPv4 addresses.
     body[8..14].copy_from_slice(&mac);
     body[18..24].copy_from_slice(&mac);
     packet

@@ -18,16 +18,16 @@ const QUEUE_PAIRS: [u8; HEADER_LEN] = [VIRTIO_NET_CTRL_MQ as u8, VIRTIO_NET_CTRL
 
 /// What a driver can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Command {
-    /// It has heard that it is to announce itself.
+pub(super) enum NetCommand {
+    /// The driver has seen that it is to announce itself.
     AnnounceAck,
-    /// It will use so many pairs of queues.
+    /// The driver will use so many pairs of queues.
     QueuePairs(u16),
 }
 
-/// Why a command is not done.
+/// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ControlError {
+pub(super) enum NetCommandError {
     #[error(transparent)]
     Chain(#[from] ChainError),
     #[error(
@@ -44,20 +44,20 @@ pub(super) enum ControlError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Finds out what a chain asks for, has it done, and answers; returns what came of it, and the bytes written.
-pub(super) fn answer(
+/// Parses the command in a chain, applies it and writes the status byte; returns the outcome and the bytes written.
+pub(super) fn process_command(
     memory: &GuestMemory,
     chain: Result<Chain, ChainError>,
-    carry_out: impl FnOnce(Command) -> Result<(), ControlError>,
-) -> (Result<(), ControlError>, u32) {
+    apply: impl FnOnce(NetCommand) -> Result<(), NetCommandError>,
+) -> (Result<(), NetCommandError>, u32) {
     let mut chain = match chain {
         Ok(chain) => chain,
         Err(error) => return (Err(error.into()), 0),
     };
     let Some(status) = chain.writable.take_last_byte() else {
-        return (Err(ControlError::Short), 0);
+        return (Err(NetCommandError::Short), 0);
     };
-    let done = parse(memory, chain).and_then(carry_out);
+    let done = parse(memory, chain).and_then(apply);
     let value = if done.is_ok() {
         VIRTIO_NET_OK
     } else {
@@ -69,20 +69,20 @@ pub(super) fn answer(
     }
 }
 
-fn parse(memory: &GuestMemory, mut chain: Chain) -> Result<Command, ControlError> {
+fn parse(memory: &GuestMemory, mut chain: Chain) -> Result<NetCommand, NetCommandError> {
     let mut header = [0; HEADER_LEN];
     if chain.readable.read(memory, &mut header)? < HEADER_LEN {
-        return Err(ControlError::Short);
+        return Err(NetCommandError::Short);
     }
     match header {
-        ANNOUNCE_ACK => Ok(Command::AnnounceAck),
+        ANNOUNCE_ACK => Ok(NetCommand::AnnounceAck),
         QUEUE_PAIRS => {
             let mut pairs = [0; 2];
             if chain.readable.read(memory, &mut pairs)? < pairs.len() {
-                return Err(ControlError::Short);
+                return Err(NetCommandError::Short);
             }
-            Ok(Command::QueuePairs(u16::from_le_bytes(pairs)))
+            Ok(NetCommand::QueuePairs(u16::from_le_bytes(pairs)))
         }
-        [class, command] => Err(ControlError::Unsupported(class, command)),
+        [class, command] => Err(NetCommandError::Unsupported(class, command)),
     }
 }

@@ -1,6 +1,5 @@
 //! The device: packets between pairs of queues and a tap, on the device thread.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,27 +12,26 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_S_LINK_UP,
 };
 
-use super::HEADER_LEN;
-use super::announce::{Announcer, rarp};
-use super::control::{Command, ControlError, answer};
+use super::announce::Announcer;
 use super::metrics::NetMetrics;
-use super::parameters::{MAX_QUEUE_PAIRS, Parameters};
-use super::receive::{Layout, receive};
+use super::parameters::{MAX_QUEUE_PAIRS, NetParameters};
 use super::state::NetState;
 use super::tap::{Tap, TapError};
-use super::transmit::send;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::{Bucket, Limiter, Limits};
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Description, DeviceError, HostBackend, HostError, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
+    Description, DeviceError, HostBackend, HostError, QUEUE_SIZE, QueueError, QueueProgress, Queues,
+    VirtioDevice,
 };
 
-/// Queues come in pairs of these, and the control queue after the last pair (virtio 1.2, 5.1.2).
+/// The queue of a pair in which the guest receives packets (virtio 1.2, 5.1.2).
 pub(super) const RECEIVE: usize = 0;
+/// The queue of a pair in which the guest sends packets.
 pub(super) const TRANSMIT: usize = 1;
-const QUEUES_OF_A_PAIR: usize = 2;
+/// The control queue comes after the last pair.
+pub(super) const QUEUES_OF_A_PAIR: usize = 2;
 static QUEUE_SIZES: [u16; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1] =
     [QUEUE_SIZE; QUEUES_OF_A_PAIR * MAX_QUEUE_PAIRS as usize + 1];
 
@@ -44,10 +42,10 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_STATUS
     | 1 << VIRTIO_NET_F_CTRL_VQ
     | GUEST_ANNOUNCE;
-const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
-const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+pub(super) const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
+pub(super) const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 
-/// What may come of the control queue: each command may take the lock that all of the host's network needs, a dozen times.
+/// Limits of the control queue: each command may take a lock that all of the host's network needs, a dozen times.
 pub(super) const COMMAND_LIMITS: Limits = Limits {
     bandwidth: None,
     operations: Some(Bucket {
@@ -63,30 +61,31 @@ const ANNOUNCE: u16 = VIRTIO_NET_S_ANNOUNCE as u16;
 /// Address at 0, status at 6, the number of queue pairs at 8, MTU at 10.
 const CONFIG_LEN: usize = 12;
 
-/// A network card. After a restore it tells the network where it is now, and has the guest do so.
+/// A network card. After a restore it announces the guest's address on the new network, and asks the guest to do so
+/// too.
 #[derive(Debug)]
-pub struct Net {
-    tap: Tap,
-    parameters: Parameters,
-    /// What the driver accepted.
-    features: u64,
-    /// Pairs of queues that it uses: the first ones.
-    active_pairs: u16,
-    /// Counts looks at the host's side: each begins with another pair, or one could take all tokens.
-    turn: usize,
-    rx_limiter: Limiter,
-    tx_limiter: Limiter,
-    command_limiter: Limiter,
-    /// The guest is to announce itself and has not yet said that it heard so (virtio 1.2, 5.1.6.5.4).
-    announce: bool,
-    announcer: Announcer,
-    metrics: Arc<NetMetrics>,
-    complaints: Limited,
+pub struct VirtioNet {
+    pub(super) tap: Tap,
+    pub(super) parameters: NetParameters,
+    /// Features that the driver accepted.
+    pub(super) features: u64,
+    /// Pairs of queues that the driver uses: the first ones.
+    pub(super) active_pairs: u16,
+    /// Counts calls of `process_host`: each begins with another pair, or the first pair could use up all tokens.
+    pub(super) turn: usize,
+    pub(super) rx_limiter: Limiter,
+    pub(super) tx_limiter: Limiter,
+    pub(super) command_limiter: Limiter,
+    /// The guest is to announce itself and has not acknowledged that yet (virtio 1.2, 5.1.6.5.4).
+    pub(super) announce_pending: bool,
+    pub(super) announcer: Announcer,
+    pub(super) metrics: Arc<NetMetrics>,
+    pub(super) warnings: LogDamper,
 }
 
-impl Net {
+impl VirtioNet {
     /// A card on `tap`, whose packets must not be smaller than the card's. The parameters were checked.
-    pub fn new(tap: Tap, parameters: Parameters) -> Result<Self, TapError> {
+    pub fn new(tap: Tap, parameters: NetParameters) -> Result<Self, TapError> {
         if tap.mtu() < parameters.mtu {
             return Err(TapError::Mtu {
                 tap: tap.name().into(),
@@ -112,184 +111,25 @@ impl Net {
             rx_limiter,
             tx_limiter,
             command_limiter,
-            announce: false,
+            announce_pending: false,
             announcer,
             metrics: Arc::default(),
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
         })
     }
 
-    /// Takes commands as fast as they come: a property has thousands of cases.
+    /// The card without a limit for commands: a property test has thousands of cases.
     #[cfg(test)]
-    pub(crate) fn takes_commands_at_once(self) -> Self {
+    pub(crate) fn without_command_limit(self) -> Self {
         let command_limiter = Limiter::new(Limits::default()).unwrap();
         Self {
             command_limiter,
             ..self
         }
     }
-
-    /// The number of the control queue, which follows the last pair that the driver knows of.
-    fn control_queue(&self) -> usize {
-        let pairs = if self.features & MQ != 0 {
-            self.parameters.queue_pairs
-        } else {
-            1
-        };
-        QUEUES_OF_A_PAIR * usize::from(pairs)
-    }
-
-    /// The first `pairs`, in the order of this turn.
-    fn in_turn(&self, pairs: u16) -> impl Iterator<Item = usize> + use<> {
-        let (turn, pairs) = (self.turn, usize::from(pairs));
-        (0..pairs).map(move |offset| turn.wrapping_add(offset) % pairs)
-    }
-
-    /// Takes packets for the guest, of each pair that is in use. A busy one ends the turn.
-    fn receive_all(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        for pair in self.in_turn(self.active_pairs) {
-            if self.receive(pair, queues)? == Progress::More {
-                return Ok(Progress::More);
-            }
-        }
-        Ok(Progress::Idle)
-    }
-
-    fn receive(&self, pair: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        // What the driver does not use it must not find filled.
-        if pair >= self.active_pairs.into() {
-            return Ok(Progress::Idle);
-        }
-        let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + RECEIVE) else {
-            return Ok(Progress::Idle);
-        };
-        let layout = Layout::new(self.features, self.parameters.mtu);
-        let (tap, limiter) = (self.tap.queue(pair), &self.rx_limiter);
-        receive(&mut queue, tap, layout, limiter, &self.metrics, |error| {
-            self.metrics.rx_failed.add(1);
-            self.complain("packet to the guest", error);
-        })
-    }
-
-    /// Sends what waited for tokens.
-    fn transmit_all(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let mut progress = Progress::Idle;
-        for pair in self.in_turn(self.parameters.queue_pairs) {
-            if self.transmit(pair, queues)? == Progress::More {
-                progress = Progress::More;
-            }
-        }
-        Ok(progress)
-    }
-
-    fn transmit(&self, pair: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let Some(mut queue) = queues.get(QUEUES_OF_A_PAIR * pair + TRANSMIT) else {
-            return Ok(Progress::Idle);
-        };
-        // What is left in a queue that the driver has given up goes out as well.
-        let tap = self.tap.queue(pair);
-        queue.serve_admitted(
-            |bytes| self.admit(bytes),
-            |memory, chain| {
-                match send(memory, chain, tap) {
-                    Ok(bytes) => {
-                        self.metrics.tx_packets.add(1);
-                        self.metrics.tx_bytes.add(bytes);
-                    }
-                    Err(error) => {
-                        self.metrics.tx_dropped.add(1);
-                        self.complain("packet of the guest", &error);
-                    }
-                }
-                0
-            },
-        )
-    }
-
-    fn admit(&self, bytes: u64) -> bool {
-        let admitted = self.tx_limiter.take(bytes.saturating_sub(HEADER_LEN as u64));
-        if !admitted {
-            self.metrics.tx_throttled.add(1);
-        }
-        admitted
-    }
-
-    /// One command a turn, and few a second.
-    fn control(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        let Some(mut queue) = queues.get(self.control_queue()) else {
-            return Ok(Progress::Idle);
-        };
-        let Some((head, chain)) = queue.take()? else {
-            return Ok(Progress::Idle);
-        };
-        if !self.command_limiter.take(0) {
-            queue.put_back();
-            return Ok(Progress::Idle);
-        }
-        let (done, written) = answer(queue.memory(), chain, |command| self.carry_out(command));
-        match done {
-            Ok(()) => self.metrics.commands.add(1),
-            Err(error) => self.complain("control queue", &error),
-        }
-        queue.give_back(head, written)?;
-        queue.notify()?;
-        Ok(Progress::More)
-    }
-
-    fn carry_out(&mut self, command: Command) -> Result<(), ControlError> {
-        match command {
-            Command::AnnounceAck => self.announce = false,
-            Command::QueuePairs(got) => {
-                let most = if self.features & MQ != 0 {
-                    self.parameters.queue_pairs
-                } else {
-                    0
-                };
-                if !(1..=most).contains(&got) {
-                    return Err(ControlError::QueuePairs { most, got });
-                }
-                self.use_pairs(got)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The driver uses so many pairs from now on; if the tap cannot, it is as before.
-    fn use_pairs(&mut self, pairs: u16) -> io::Result<()> {
-        let set = self.tap.set_active(pairs);
-        if set.is_ok() {
-            self.active_pairs = pairs;
-        } else if let Err(error) = self.tap.set_active(self.active_pairs) {
-            self.complain("queues", &error);
-        }
-        set
-    }
-
-    /// Announces the guest if it is time to. It is asked to do so itself once: it sees to it that it is heard.
-    fn announce(&mut self, queues: &Queues<'_>) {
-        let round = match self.announcer.due() {
-            Ok(Some(round)) => round,
-            Ok(None) => return,
-            Err(error) => return self.complain("announcement", &error),
-        };
-        if let Err(error) = self.tap.write(&rarp(self.parameters.mac)) {
-            self.complain("announcement", &error);
-        }
-        if round == 0 && self.features & GUEST_ANNOUNCE != 0 {
-            self.announce = true;
-            queues.config_changed();
-        }
-    }
-
-    fn complain(&self, what: &str, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
-            let tap = self.tap.name();
-            tracing::warn!(tap, count, "virtio-net: {what}: {error}");
-        }
-    }
 }
 
-impl VirtioDevice for Net {
+impl VirtioDevice for VirtioNet {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
     }
@@ -304,7 +144,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let status = LINK_UP | if self.announce { ANNOUNCE } else { 0 };
+        let status = LINK_UP | if self.announce_pending { ANNOUNCE } else { 0 };
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&self.parameters.mac.bytes());
         config[6..8].copy_from_slice(&status.to_le_bytes());
@@ -323,24 +163,24 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, features: u64) {
         self.features = features;
-        // A driver that knows of one pair never says so. After a move it may use more.
+        // A driver without VIRTIO_NET_F_MQ uses one pair and sends no command. After a restore the driver may use more.
         let pairs = if features & MQ != 0 { self.active_pairs } else { 1 };
-        if let Err(error) = self.use_pairs(pairs) {
-            self.complain("queues", &error);
+        if let Err(error) = self.set_active_pairs(pairs) {
+            self.warn("queues", &error);
         }
         if let Err(error) = self.tap.set_features(features) {
-            self.complain("offloads", &error);
+            self.warn("offloads", &error);
         }
     }
 
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let pair = index / QUEUES_OF_A_PAIR;
         if index == self.control_queue() {
-            self.control(queues)
+            self.process_control_queue(queues)
         } else if index % QUEUES_OF_A_PAIR == RECEIVE {
-            self.receive(pair, queues)
+            self.process_receive_queue(pair, queues)
         } else {
-            self.transmit(pair, queues)
+            self.process_transmit_queue(pair, queues)
         }
     }
 
@@ -354,38 +194,38 @@ impl VirtioDevice for Net {
         self.tap.queues().chain(timers).collect()
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        self.announce(queues);
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        self.send_announcement(queues);
         self.turn = self.turn.wrapping_add(1);
-        self.rx_limiter.hear();
-        self.tx_limiter.hear();
-        self.command_limiter.hear();
-        let commands = self.control(queues)?;
+        self.rx_limiter.clear_event();
+        self.tx_limiter.clear_event();
+        self.command_limiter.clear_event();
+        let commands = self.process_control_queue(queues)?;
         let sent = if self.parameters.tx_limits == Limits::default() {
-            Progress::Idle
+            QueueProgress::Idle
         } else {
-            self.transmit_all(queues)?
+            self.process_transmit_queues(queues)?
         };
-        Ok(match self.receive_all(queues)? {
-            Progress::Idle => sent.and(commands),
-            Progress::More => Progress::More,
+        Ok(match self.process_receive_queues(queues)? {
+            QueueProgress::Idle => sent.and(commands),
+            QueueProgress::More => QueueProgress::More,
         })
     }
 
     fn reset(&mut self) -> bool {
         self.features = 0;
         self.active_pairs = 1;
-        self.announce = false;
+        self.announce_pending = false;
         if let Err(error) = self.announcer.stop() {
-            self.complain("announcement", &error);
+            self.warn("announcement", &error);
         }
         if let Err(error) = self.tap.set_features(0) {
-            self.complain("offloads", &error);
+            self.warn("offloads", &error);
         }
         true
     }
 
-    /// Packets are on their way when they are taken; nothing is ever in flight.
+    /// A packet is handed to the tap in the call that pops it; nothing is ever in flight.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }

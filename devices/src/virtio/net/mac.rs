@@ -17,13 +17,13 @@ pub struct MacError {
     got: String,
 }
 
-/// Addresses with this bit are of many cards.
+/// Addresses with this bit stand for a group of cards.
 const GROUP: u8 = 1;
-/// Addresses with this bit are whoever's who gives them.
+/// Addresses with this bit are given out locally, not by a card's maker.
 const LOCAL: u8 = 2;
 
 impl MacAddress {
-    /// An address that nobody else is likely to have: of 46 random bits, marked as given locally.
+    /// An address that no other card is likely to have: 46 random bits, marked as given locally.
     pub fn random() -> std::io::Result<Self> {
         let mut bytes = [0; 6];
         // So few bytes always come in one go.

@@ -9,19 +9,19 @@ counters! {
         rx_packets,
         /// Their bytes, without the header of virtio.
         rx_bytes,
-        /// How often the tap failed, or the guest's buffers for packets were none.
+        /// How often a read of the tap failed, or the guest's buffers for packets were malformed.
         rx_failed,
-        /// How often a rate limit left the tap alone, with or without a packet in it.
+        /// How often a rate limit kept the device from reading the tap, with or without a packet in it.
         rx_throttled,
         /// Packets that the tap took.
         tx_packets,
         /// Their bytes, without the header of virtio.
         tx_bytes,
-        /// Packets that the tap did not take, or that were none: dropped.
+        /// Packets that were dropped: the tap did not take them, or they were malformed.
         tx_dropped,
         /// How often packets had to wait in the guest's queue for a rate limit.
         tx_throttled,
-        /// Commands of the driver that were carried out, how many queues it uses among them.
+        /// Commands of the driver that were carried out.
         commands,
     }
 }

@@ -8,6 +8,7 @@ mod metrics;
 mod offloads;
 mod parameters;
 mod receive;
+mod serve;
 mod state;
 mod sys;
 mod tap;
@@ -18,10 +19,10 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use device::Net;
+pub use device::VirtioNet;
 pub use mac::{MacAddress, MacError};
 pub use metrics::NetMetrics;
-pub use parameters::{MAX_QUEUE_PAIRS, Parameters, ParametersError};
+pub use parameters::{MAX_QUEUE_PAIRS, NetParameters, NetParametersError};
 pub use state::NetState;
 pub use tap::{Tap, TapError, TapSource};
 

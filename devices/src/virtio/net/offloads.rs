@@ -1,4 +1,4 @@
-//! The features that have to do with packets, and what they mean to a tap.
+//! The features about packets, and which offloads of a tap they stand for.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -25,7 +25,7 @@ pub(super) const USO: u64 = 1 << VIRTIO_NET_F_HOST_USO | GUEST_USO;
 /// Everything that a tap may leave to the guest.
 pub(super) const ALL_BUT_USO: libc::c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
-/// UDP segments, which a tap takes for both versions of IP or for none.
+/// UDP segments, which a tap accepts for both versions of IP or for neither.
 pub(super) const TAP_USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 /// Whether packets may be larger than the MTU: segments are left to a guest with these features.
@@ -34,7 +34,7 @@ pub(super) fn has_segments(features: u64) -> bool {
 }
 
 /// What the tap may leave to a guest that accepted `features`. A feature without those that it needs (virtio 1.2,
-/// 5.1.3.1) is none.
+/// 5.1.3.1) does not count.
 pub(super) fn of(features: u64) -> libc::c_uint {
     if features & GUEST_CSUM == 0 {
         return 0;

@@ -10,7 +10,7 @@ pub const MAX_QUEUE_PAIRS: u16 = 16;
 
 /// What the guest sees of its network device that does not come from its tap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parameters {
+pub struct NetParameters {
     /// Its address.
     pub mac: MacAddress,
     /// Largest packet, without Ethernet's header, in bytes.
@@ -23,41 +23,41 @@ pub struct Parameters {
     pub tx_limits: Limits,
 }
 
-/// Bytes that are nobody's parameters.
+/// Why bytes are not the parameters of a network device.
 #[derive(Debug, thiserror::Error)]
-pub enum ParametersError {
-    /// Too few or too many.
+pub enum NetParametersError {
+    /// Too few or too many bytes.
     #[error(
         "parameters: expected {} bytes and rate limits, got {got} bytes",
-        Parameters::FIXED_LEN
+        NetParameters::FIXED_LEN
     )]
     Length {
         /// How many there are.
         got: usize,
     },
-    /// No address.
+    /// No valid address.
     #[error(transparent)]
     Mac(#[from] MacError),
-    /// No MTU.
+    /// An MTU that is too small.
     #[error("MTU: expected at least {MTU_MIN}, got {got}")]
     Mtu {
-        /// What it says.
+        /// What the bytes say.
         got: u16,
     },
     /// More pairs of queues than any device has, or none.
     #[error("queues: expected 1 to {MAX_QUEUE_PAIRS} pairs, got {got}")]
     QueuePairs {
-        /// What it says.
+        /// What the bytes say.
         got: u16,
     },
 }
 
-impl Parameters {
+impl NetParameters {
     /// Bytes before the limits.
     const FIXED_LEN: usize = 11;
 
-    /// As they travel, numbers in little-endian order: address, MTU, pairs of queues, how many bytes the limits of
-    /// receiving have, those, the limits of sending.
+    /// As sent to a destination, numbers in little-endian order: address, MTU, pairs of queues, the length of the
+    /// receive limits in bytes, the receive limits, the transmit limits.
     pub fn to_bytes(self) -> Vec<u8> {
         let rx_limits = self.rx_limits.to_bytes();
         [
@@ -72,9 +72,9 @@ impl Parameters {
         .concat()
     }
 
-    /// From a peer. Untrusted.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, ParametersError> {
-        let length = || ParametersError::Length { got: bytes.len() };
+    /// Parses what [`NetParameters::to_bytes`] made. The bytes come from a peer and are untrusted.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, NetParametersError> {
+        let length = || NetParametersError::Length { got: bytes.len() };
         let (fixed, limits) = bytes.split_first_chunk().ok_or_else(length)?;
         let [a, b, c, d, e, f, mtu @ .., q0, q1, rx_len]: [u8; Self::FIXED_LEN] = *fixed;
         let (rx, tx) = limits.split_at_checked(rx_len.into()).ok_or_else(length)?;
@@ -88,12 +88,12 @@ impl Parameters {
         .checked()
     }
 
-    fn checked(self) -> Result<Self, ParametersError> {
+    fn checked(self) -> Result<Self, NetParametersError> {
         if self.mtu < MTU_MIN {
-            return Err(ParametersError::Mtu { got: self.mtu });
+            return Err(NetParametersError::Mtu { got: self.mtu });
         }
         if !(1..=MAX_QUEUE_PAIRS).contains(&self.queue_pairs) {
-            return Err(ParametersError::QueuePairs {
+            return Err(NetParametersError::QueuePairs {
                 got: self.queue_pairs,
             });
         }
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn what_travels_is_checked() {
-        let plain = Parameters {
+        let plain = NetParameters {
             mac: "02:00:00:00:00:01".parse().unwrap(),
             mtu: 1500,
             queue_pairs: 2,
@@ -117,29 +117,29 @@ mod tests {
         };
         let bytes = plain.to_bytes();
         assert_eq!(bytes, [2, 0, 0, 0, 0, 1, 0xdc, 5, 2, 0, 0]);
-        assert_eq!(Parameters::from_bytes(&bytes).unwrap(), plain);
+        assert_eq!(NetParameters::from_bytes(&bytes).unwrap(), plain);
         let limits = Limits {
             bandwidth: Some(Bucket::per_second(7)),
             operations: None,
         };
         for limited in [
-            Parameters {
+            NetParameters {
                 rx_limits: limits,
                 ..plain
             },
-            Parameters {
+            NetParameters {
                 tx_limits: limits,
                 ..plain
             },
-            Parameters {
+            NetParameters {
                 rx_limits: limits,
                 tx_limits: limits,
                 ..plain
             },
         ] {
             let bytes = limited.to_bytes();
-            assert_eq!(Parameters::from_bytes(&bytes).unwrap(), limited);
-            assert!(Parameters::from_bytes(&bytes[..bytes.len() - 1]).is_err());
+            assert_eq!(NetParameters::from_bytes(&bytes).unwrap(), limited);
+            assert!(NetParameters::from_bytes(&bytes[..bytes.len() - 1]).is_err());
         }
         for bad in [
             &bytes[..10],
@@ -150,7 +150,7 @@ mod tests {
             &[2, 0, 0, 0, 0, 1, 0xdc, 5, 17, 0, 0],
             &[2, 0, 0, 0, 0, 1, 0xdc, 5, 2, 0, 1],
         ] {
-            assert!(Parameters::from_bytes(bad).is_err(), "{bad:?}");
+            assert!(NetParameters::from_bytes(bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -12,26 +12,26 @@ use super::{ETHERNET_LEN, HEADER_LEN, offloads};
 use crate::GuestMemory;
 use crate::rate::Limiter;
 use crate::virtio::queue::TURN_CHAINS;
-use crate::virtio::sys::Vectors;
-use crate::virtio::{Buffers, Chain, ChainError, Head, Progress, QueueAccess, QueueError};
+use crate::virtio::sys::PacketVectors;
+use crate::virtio::{Buffers, Chain, ChainError, ChainHead, QueueAccess, QueueError, QueueProgress};
 
 /// Longest packet, with Ethernet's header, where segments are left to the guest (virtio 1.2, 5.1.6.3.1).
 const SEGMENT_MAX: usize = 65550;
-/// MTU of a driver that did not ask for it.
+/// MTU of a driver that did not negotiate VIRTIO_NET_F_MTU.
 const MTU: u16 = 1500;
-/// Where the header says over how many buffers a packet is spread.
+/// Offset of the header's field with the number of buffers that the packet fills.
 const NUM_BUFFERS: usize = 10;
 
-/// What the driver's buffers must hold.
+/// What the driver's buffers must have room for.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Layout {
+pub(super) struct ReceiveLayout {
     /// Bytes of the longest packet with its headers: a read takes the whole packet or loses its end.
     longest: u64,
     /// Whether a packet may be spread over several buffers.
     mergeable: bool,
 }
 
-impl Layout {
+impl ReceiveLayout {
     /// For a driver that accepted `features`, of a device with this MTU.
     pub(super) fn new(features: u64, mtu: u16) -> Self {
         let mtu = if features & 1 << VIRTIO_NET_F_MTU != 0 {
@@ -50,8 +50,8 @@ impl Layout {
         }
     }
 
-    /// Bytes that one buffer must have.
-    fn least(&self) -> u64 {
+    /// Bytes that one chain must have room for.
+    fn buffer_min(&self) -> u64 {
         if self.mergeable {
             HEADER_LEN as u64
         } else {
@@ -60,80 +60,79 @@ impl Layout {
     }
 }
 
-/// Takes packets out of the tap until it is empty, the driver has no more buffers, the limit is reached, or others shall
-/// have a turn.
-/// What does not fit now stays in the tap.
-pub(super) fn receive(
+/// Reads packets from the tap until it is empty, the driver has no more buffers, the rate limit is reached or the turn
+/// is over. A packet that does not fit now stays in the tap.
+pub(super) fn receive_packets(
     queue: &mut QueueAccess<'_>,
     tap: BorrowedFd<'_>,
-    layout: Layout,
+    layout: ReceiveLayout,
     limiter: &Limiter,
     metrics: &NetMetrics,
-    complain: impl Fn(&PacketError),
-) -> Result<Progress, QueueError> {
-    let mut pool = Pool::new(queue.memory(), layout);
-    let mut progress = Progress::More;
+    warn: impl Fn(&PacketError),
+) -> Result<QueueProgress, QueueError> {
+    let mut pool = ReceivePool::new(queue.memory(), layout);
+    let mut progress = QueueProgress::More;
     for _ in 0..TURN_CHAINS {
         let vectors = match pool.fill(queue)? {
-            Filled::Enough(vectors) => vectors,
-            Filled::Refused(error) => {
-                complain(&error);
+            PoolFill::Enough(vectors) => vectors,
+            PoolFill::Refused(error) => {
+                warn(&error);
                 continue;
             }
-            Filled::TooLittle => {
-                progress = Progress::Idle;
+            PoolFill::TooLittle => {
+                progress = QueueProgress::Idle;
                 break;
             }
         };
-        // How long the packet is only the read will tell.
-        if !limiter.admits() {
+        // The packet's length is known only after the read.
+        if !limiter.has_tokens() {
             metrics.rx_throttled.add(1);
-            progress = Progress::Idle;
+            progress = QueueProgress::Idle;
             break;
         }
         match vectors.read_from(tap) {
             Ok(len) => {
-                pool.hand_over(queue, len)?;
+                pool.return_packet(queue, len)?;
                 let bytes = len.saturating_sub(HEADER_LEN) as u64;
-                limiter.spend(bytes);
+                limiter.consume(bytes);
                 metrics.rx_packets.add(1);
                 metrics.rx_bytes.add(bytes);
             }
             Err(error) => {
                 if error.kind() != io::ErrorKind::WouldBlock {
-                    complain(&error.into());
+                    warn(&error.into());
                 }
-                progress = Progress::Idle;
+                progress = QueueProgress::Idle;
                 break;
             }
         }
     }
-    pool.put_back(queue);
+    pool.undo_pops(queue);
     queue.notify()?;
     Ok(progress)
 }
 
-/// Chains that were taken from the queue, in their order, to hold the next packet.
-struct Pool<'a> {
+/// Chains that were popped from the queue, in their order, to hold the next packet.
+struct ReceivePool<'a> {
     memory: &'a GuestMemory,
-    layout: Layout,
-    chains: VecDeque<(Head, Buffers)>,
+    layout: ReceiveLayout,
+    chains: VecDeque<(ChainHead, Buffers)>,
     bytes: u64,
     buffers: usize,
 }
 
-/// What came of filling the pool.
-enum Filled<'a> {
+/// The outcome of filling the pool.
+enum PoolFill<'a> {
     /// The longest packet fits.
-    Enough(Vectors<'a>),
+    Enough(PacketVectors<'a>),
     /// The driver has not provided enough.
     TooLittle,
-    /// What it provided makes no sense and has gone back.
+    /// Its chains were malformed and have been returned to it empty.
     Refused(PacketError),
 }
 
-impl<'a> Pool<'a> {
-    fn new(memory: &'a GuestMemory, layout: Layout) -> Self {
+impl<'a> ReceivePool<'a> {
+    fn new(memory: &'a GuestMemory, layout: ReceiveLayout) -> Self {
         Self {
             memory,
             layout,
@@ -143,52 +142,56 @@ impl<'a> Pool<'a> {
         }
     }
 
-    /// Takes chains until the longest packet fits.
-    fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<Filled<'a>, QueueError> {
+    /// Pops chains until the longest packet fits.
+    fn fill(&mut self, queue: &mut QueueAccess<'_>) -> Result<PoolFill<'a>, QueueError> {
         while self.bytes < self.layout.longest {
-            let Some((head, chain)) = queue.take()? else {
-                return Ok(Filled::TooLittle);
+            let Some((head, chain)) = queue.pop()? else {
+                return Ok(PoolFill::TooLittle);
             };
             match self.check(chain) {
                 Ok(buffers) => self.push(head, buffers),
                 Err(error) => {
                     self.push(head, Buffers::default());
-                    return self.refuse(queue, error);
+                    return self.return_all_empty(queue, error);
                 }
             }
         }
-        let mut vectors = Vectors::new(self.memory);
+        let mut vectors = PacketVectors::new(self.memory);
         for (_, buffers) in &self.chains {
             if let Err(error) = vectors.push(buffers) {
-                return self.refuse(queue, error.into());
+                return self.return_all_empty(queue, error.into());
             }
         }
-        Ok(Filled::Enough(vectors))
+        Ok(PoolFill::Enough(vectors))
     }
 
     fn check(&self, chain: Result<Chain, ChainError>) -> Result<Buffers, PacketError> {
         let buffers = chain?.writable;
-        let (expected, got) = (self.layout.least(), buffers.len());
+        let (expected, got) = (self.layout.buffer_min(), buffers.len());
         if got < expected {
             return Err(PacketError::Room { expected, got });
         }
-        if self.buffers + buffers.count() > Vectors::MAX {
+        if self.buffers + buffers.count() > PacketVectors::MAX {
             return Err(PacketError::TooMany);
         }
         Ok(buffers)
     }
 
-    /// Gives all chains back empty, those before the bad one as well: only what was taken last can be put back, so
-    /// none may be missing in between.
-    fn refuse(&mut self, queue: &mut QueueAccess<'_>, error: PacketError) -> Result<Filled<'a>, QueueError> {
+    /// Returns all chains to the driver empty, those before the bad one as well: only the chains that were popped last
+    /// can be made available again, so none may be missing in between.
+    fn return_all_empty(
+        &mut self,
+        queue: &mut QueueAccess<'_>,
+        error: PacketError,
+    ) -> Result<PoolFill<'a>, QueueError> {
         while let Some((head, _)) = self.pop() {
-            queue.give_back(head, 0)?;
+            queue.add_used(head, 0)?;
         }
-        Ok(Filled::Refused(error))
+        Ok(PoolFill::Refused(error))
     }
 
-    /// Gives the driver the chains that hold a packet of `len` bytes.
-    fn hand_over(&mut self, queue: &mut QueueAccess<'_>, len: usize) -> Result<(), QueueError> {
+    /// Returns to the driver the chains that hold a packet of `len` bytes.
+    fn return_packet(&mut self, queue: &mut QueueAccess<'_>, len: usize) -> Result<(), QueueError> {
         let first = self.chains.front().map(|(_, buffers)| buffers.clone());
         let mut rest = len as u64;
         let mut used = Vec::new();
@@ -199,7 +202,7 @@ impl<'a> Pool<'a> {
             // A packet has less than 128 KiB.
             used.push((head, written as u32));
         }
-        // The tap leaves this part of its header alone. There are 256 buffers at most.
+        // The tap does not fill in this field of the header. There are 256 buffers at most.
         let count = (used.len() as u16).to_le_bytes();
         if let Some(first) = first {
             first
@@ -207,28 +210,28 @@ impl<'a> Pool<'a> {
                 .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
         }
         match used[..] {
-            [(head, written)] => queue.give_back(head, written),
-            _ => queue.give_back_together(&used),
+            [(head, written)] => queue.add_used(head, written),
+            _ => queue.add_used_together(&used),
         }
     }
 
-    fn push(&mut self, head: Head, buffers: Buffers) {
+    fn push(&mut self, head: ChainHead, buffers: Buffers) {
         self.bytes += buffers.len();
         self.buffers += buffers.count();
         self.chains.push_back((head, buffers));
     }
 
-    fn pop(&mut self) -> Option<(Head, Buffers)> {
+    fn pop(&mut self) -> Option<(ChainHead, Buffers)> {
         let (head, buffers) = self.chains.pop_front()?;
         self.bytes -= buffers.len();
         self.buffers -= buffers.count();
         Some((head, buffers))
     }
 
-    /// Makes what is left available again.
-    fn put_back(self, queue: &mut QueueAccess<'_>) {
+    /// Makes the remaining chains available again.
+    fn undo_pops(self, queue: &mut QueueAccess<'_>) {
         for _ in &self.chains {
-            queue.put_back();
+            queue.undo_pop();
         }
     }
 }

@@ -3,18 +3,18 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-use super::{MacAddress, Parameters};
+use super::{MacAddress, NetParameters};
 use crate::virtio::DeviceError;
 
-/// Saved state of a [`super::Net`]. What it negotiated is the transport's; whatever it was to announce, it announces
-/// anew where it arrives.
+/// Saved state of a [`super::VirtioNet`]. The negotiated features are in the transport's record; a pending announcement
+/// is not saved, as the destination announces the guest anyway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
-    /// Its address.
+    /// The card's address.
     pub mac: MacAddress,
-    /// Its MTU in bytes.
+    /// The card's MTU in bytes.
     pub mtu: u16,
-    /// Pairs of queues that it has.
+    /// Pairs of queues that the card has.
     pub queue_pairs: u16,
     /// Pairs of queues that the driver uses.
     pub active_pairs: u16,
@@ -27,7 +27,7 @@ impl Record for NetState {
 
 impl NetState {
     /// Checks that the guest finds the device that it knows.
-    pub(super) fn check(&self, here: Parameters) -> Result<(), DeviceError> {
+    pub(super) fn check(&self, here: NetParameters) -> Result<(), DeviceError> {
         let mismatch =
             |what, expected: String, got: String| Err(DeviceError::Mismatch { what, expected, got });
         if self.mac != here.mac {

@@ -18,7 +18,7 @@ pub(super) fn attach(file: &File, name: &str, many: bool) -> io::Result<()> {
     done(unsafe { ioctl_with_mut_ref(file, libc::TUNSETIFF as libc::c_ulong, &mut request) })
 }
 
-/// Has one of many queues take part, or not.
+/// Attaches one of many queues to its tap, or detaches it.
 pub(super) fn set_active(file: &File, active: bool) -> io::Result<()> {
     let mut request = request("")?;
     let flag = if active {
@@ -46,26 +46,26 @@ pub(super) fn interface(file: &File) -> io::Result<(String, libc::c_int)> {
     ))
 }
 
-/// A descriptor of our own for what somebody opened before he started this program. No program that this one starts has
-/// either.
+/// Duplicates a descriptor that was inherited from the parent process. Neither the duplicate nor the original is passed
+/// on to programs that this one starts.
 pub(super) fn inherit(descriptor: RawFd) -> io::Result<File> {
     // SAFETY: whatever the number is, the call makes a new descriptor or fails.
     let ours = unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 0) };
     done(ours)?;
-    // SAFETY: the descriptor is new, and nobody else knows it.
+    // SAFETY: the descriptor is new, and no other code knows it.
     let ours = unsafe { OwnedFd::from_raw_fd(ours) };
     // SAFETY: the call changes a flag of a descriptor that is open, as there is a copy of it; it closes nothing.
     done(unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) })?;
     Ok(ours.into())
 }
 
-/// Sets the length of that header, in bytes.
+/// Sets the length of the header before each packet, in bytes.
 pub(super) fn set_header_len(file: &File, len: libc::c_int) -> io::Result<()> {
     // SAFETY: the request reads an `int`, which this is.
     done(unsafe { ioctl_with_ref(file, libc::TUNSETVNETHDRSZ as libc::c_ulong, &len) })
 }
 
-/// Says what the kernel may leave to the reader of a packet: `TUN_F_*`.
+/// Sets what the kernel may leave to the reader of a packet: `TUN_F_*`.
 pub(super) fn set_offloads(file: &File, flags: libc::c_uint) -> io::Result<()> {
     // SAFETY: the request takes a number and no pointer.
     done(unsafe { ioctl_with_val(file, libc::TUNSETOFFLOAD as libc::c_ulong, flags.into()) })

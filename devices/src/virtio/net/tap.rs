@@ -16,7 +16,7 @@ const TUN: &str = "/dev/net/tun";
 /// MTU of an interface that is in another network namespace than this process: Ethernet's.
 const UNKNOWN_MTU: u16 = 1500;
 
-/// Which tap of the host, and how to come by it.
+/// Which tap of the host, and how it is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TapSource {
     /// By its name.
@@ -28,16 +28,18 @@ pub enum TapSource {
 /// An open tap. Each packet that is read from it or written to it has a header of 12 bytes as virtio's.
 #[derive(Debug)]
 pub struct Tap {
-    /// At least one. The kernel leads packets to the first `active` of them.
+    /// At least one.
     queues: Vec<File>,
+    /// The number of attached queues, to which the kernel delivers packets: the first ones.
     active: usize,
-    /// Whether there can be more than one.
+    /// Whether the tap may have more than one queue.
     many: bool,
+    /// Whether the queues are descriptors of the parent process.
     inherited: bool,
     name: String,
     mtu: u16,
     uso: bool,
-    /// What the kernel leaves to the guest, as it was told last.
+    /// What the kernel leaves to the guest: the `TUN_F_*` flags that were set last.
     offloads: u32,
 }
 
@@ -53,7 +55,7 @@ pub enum TapError {
         /// The tap.
         tap: String,
     },
-    /// Somebody else has it open.
+    /// Another process has it open.
     #[error(
         "tap {tap}: expected a tap that nobody uses, but a process has it open; each device needs one of its own"
     )]
@@ -113,7 +115,7 @@ pub enum TapError {
     Mtu {
         /// The tap.
         tap: String,
-        /// What the guest was told.
+        /// The MTU that the device shows to the guest.
         expected: u16,
         /// What the tap has.
         got: u16,
@@ -142,12 +144,12 @@ impl Tap {
 
     fn named(name: &str) -> Result<Self, TapError> {
         let socket = socket(name)?;
-        // To attach to what is not there would make it.
+        // Attaching to a name without an interface would make one.
         if name_to_index(&socket, name).is_err() {
             return Err(TapError::Missing { tap: name.into() });
         }
         let file = open_tun(name)?;
-        // Whether it has one queue or many was settled when it was made.
+        // A tap is made for one queue or for many, and attaching must name the same kind.
         let many = match sys::attach(&file, name, false) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 sys::attach(&file, name, true).map_err(|source| attach_error(name, source))?;
@@ -189,7 +191,7 @@ impl Tap {
         let failed = |what| failure(name, what);
         let file = &queues[0];
         sys::set_header_len(file, HEADER_LEN as libc::c_int).map_err(failed("set its header's length"))?;
-        // A kernel that does not know them refuses them.
+        // A kernel without UDP segmentation refuses the flags.
         let uso = sys::set_offloads(file, offloads::ALL_BUT_USO | offloads::TAP_USO).is_ok();
         sys::set_offloads(file, 0).map_err(failed("turn its offloads off"))?;
         let mtu = match sys::mtu(socket(name)?, name) {
@@ -209,7 +211,7 @@ impl Tap {
         })
     }
 
-    /// The tap with so many queues, at least one; packets may come to any of them.
+    /// Opens queues until there are `count`, at least one. All of them are attached.
     pub(super) fn with_queues(mut self, count: u16) -> Result<Self, TapError> {
         let (expected, got) = (usize::from(count), self.queues.len());
         if self.inherited && got != expected {
@@ -234,7 +236,7 @@ impl Tap {
         Ok(self)
     }
 
-    /// The same open tap once more: it is attached to as long as one of them is there.
+    /// A second handle of the same tap. The process stays attached to it until the last handle is dropped.
     pub fn try_clone(&self) -> Result<Self, TapError> {
         let queues = self.queues.iter().map(File::try_clone).collect::<Result<_, _>>();
         Ok(Self {
@@ -254,14 +256,15 @@ impl Tap {
         self.mtu
     }
 
-    /// The features that it can serve.
+    /// The virtio features that the tap can serve.
     pub(super) fn features(&self) -> u64 {
         offloads::EVERYWHERE | if self.uso { offloads::USO } else { 0 }
     }
 
-    /// From now on packets come to the first `count` queues alone. What is in the others is lost.
+    /// Attaches the first `count` queues to the tap and detaches the others. Packets that are in those are lost.
     ///
-    /// A queue that takes no part cannot be watched either: whoever wants to be told of its packets watches it before.
+    /// A detached queue cannot be added to an epoll either: the device thread adds every queue before the first is
+    /// detached.
     pub(super) fn set_active(&mut self, count: u16) -> io::Result<()> {
         let count = usize::from(count).clamp(1, self.queues.len());
         while self.active > count {
@@ -275,7 +278,7 @@ impl Tap {
         Ok(())
     }
 
-    /// The queue of that number, or the first one instead of one that takes no part.
+    /// The queue of that number, or the first one if that queue is detached.
     pub(super) fn queue(&self, index: usize) -> BorrowedFd<'_> {
         let index = if index < self.active { index } else { 0 };
         self.queues[index].as_fd()
@@ -286,10 +289,10 @@ impl Tap {
         self.queues.iter().map(File::as_fd)
     }
 
-    /// From now on the kernel leaves to the guest what its `features` say.
+    /// Sets the kernel's offloads to what a guest with these `features` can take.
     pub(super) fn set_features(&mut self, features: u64) -> io::Result<()> {
         let offloads = offloads::of(features);
-        // Each time is one under a lock that all of the host's network needs.
+        // The call takes a lock that all of the host's network needs, so it is made for a change only.
         if offloads != self.offloads {
             sys::set_offloads(&self.queues[0], offloads)?;
             self.offloads = offloads;
@@ -297,28 +300,28 @@ impl Tap {
         Ok(())
     }
 
-    /// Writes a packet of our own.
+    /// Writes a packet that the device itself has made.
     pub(super) fn write(&self, packet: &[u8]) -> io::Result<()> {
         Ok(rustix::io::write(self.queue(0), packet).map(drop)?)
     }
 }
 
 impl Drop for Tap {
-    /// Whoever has the same queues finds them as they were.
+    /// Attaches all queues again, for another clone of the same tap.
     fn drop(&mut self) {
-        // Nobody is left who could be told of a tap that is gone.
+        // It fails if the tap was deleted, and then there is nothing to attach to.
         let _ = self.set_active(u16::MAX);
     }
 }
 
-/// A socket by which the kernel can be asked about interfaces.
+/// A socket for requests about interfaces.
 fn socket(tap: &str) -> Result<OwnedFd, TapError> {
     let flags = SocketFlags::CLOEXEC;
     socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)
         .map_err(|errno| failure(tap, "open a socket")(errno.into()))
 }
 
-/// What will be a queue of a tap.
+/// An open `/dev/net/tun`, which becomes a queue when it is attached to a tap.
 fn open_tun(tap: &str) -> Result<File, TapError> {
     OpenOptions::new()
         .read(true)
@@ -328,7 +331,7 @@ fn open_tun(tap: &str) -> Result<File, TapError> {
         .map_err(failure(tap, "open /dev/net/tun"))
 }
 
-/// A queue that somebody opened, the name of its tap, and whether that may have many.
+/// A queue that this program has inherited, the name of its tap, and whether the tap may have many queues.
 fn inherit(descriptor: RawFd) -> Result<(File, String, bool), TapError> {
     let refused = |expected, got| TapError::Descriptor {
         descriptor,
@@ -351,7 +354,7 @@ fn inherit(descriptor: RawFd) -> Result<(File, String, bool), TapError> {
     Ok((file, name, flags & libc::IFF_MULTI_QUEUE != 0))
 }
 
-/// An error of the tap, by what was tried.
+/// Makes an error of the tap from what was tried.
 fn failure(tap: &str, what: &'static str) -> impl Fn(io::Error) -> TapError {
     move |source| TapError::Io {
         tap: tap.into(),

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{MacAddress, Net, Parameters, Tap, TapError, TapSource};
+use super::{MacAddress, NetParameters, Tap, TapError, TapSource, VirtioNet};
 use crate::rate::Limits;
 
 /// How long what must happen may take; it only costs time where something is broken.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The far end's tap: what is written to it arrives at the devices, and the other way round.
 const FAR: &str = "far";
-/// Whom frames of the tests come from; the kernel has some of its own.
+/// The sender of the tests' frames; the kernel sends some of its own.
 pub(crate) const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// EtherType for local experiments (IEEE 802).
 const EXPERIMENT: [u8; 2] = [0x88, 0xb5];
@@ -29,7 +29,7 @@ pub(crate) struct Wire {
 pub(crate) fn leave_for(tap: &str) {
     // SAFETY: only the thread's network namespace changes; its file descriptors stay shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root can make network namespaces");
-    // Else the kernel looks for routers and neighbours, with packets of its own.
+    // Otherwise the kernel would send packets of its own, to find routers and neighbours.
     for which in ["default", "all"] {
         let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
         if std::path::Path::new(&path).exists() {
@@ -41,7 +41,7 @@ pub(crate) fn leave_for(tap: &str) {
 
 /// Runs `ip` with these words; returns what it prints.
 pub(crate) fn ip(words: &str) -> String {
-    // Not everybody has it in the path.
+    // The user's path may lack the directory of `ip`.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new("ip")
         .args(words.split(' '))
@@ -60,8 +60,8 @@ fn add(tap: &str) {
 }
 
 /// What cards of the tests are made with, except for their pairs of queues.
-pub(crate) fn parameters(queue_pairs: u16) -> Parameters {
-    Parameters {
+pub(crate) fn parameters(queue_pairs: u16) -> NetParameters {
+    NetParameters {
         mac: MacAddress::try_from([2, 0, 0, 0, 0, 1]).unwrap(),
         mtu: 1500,
         queue_pairs,
@@ -71,9 +71,9 @@ pub(crate) fn parameters(queue_pairs: u16) -> Parameters {
 }
 
 /// A card on a tap, which has two pairs of queues if the tap may have many.
-pub(crate) fn card(tap: &str) -> Net {
+pub(crate) fn card(tap: &str) -> VirtioNet {
     let queue_pairs = if tap.contains("many") { 2 } else { 1 };
-    Net::new(open(tap), parameters(queue_pairs)).unwrap()
+    VirtioNet::new(open(tap), parameters(queue_pairs)).unwrap()
 }
 
 /// Opens a tap that was just closed: a program that another test starts may have it for a moment yet.
@@ -113,12 +113,12 @@ impl Wire {
     }
 
     /// A card on one of the taps.
-    pub(crate) fn card(&self, tap: &str) -> Net {
+    pub(crate) fn card(&self, tap: &str) -> VirtioNet {
         self.put(card(tap), tap)
     }
 
     /// A card that is on one of the taps, once the bridge has seen it.
-    pub(crate) fn put(&self, card: Net, tap: &str) -> Net {
+    pub(crate) fn put(&self, card: VirtioNet, tap: &str) -> VirtioNet {
         wait_until_forwarding(tap);
         card
     }
@@ -128,8 +128,8 @@ impl Wire {
         self.far.write(&[&header, frame].concat()).unwrap();
     }
 
-    /// The next packet of which `wanted` takes the frame, as its header and the frame, if one is there.
-    pub(crate) fn try_hear(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
+    /// The next packet whose frame is `wanted`, as its header and its frame, if one is there.
+    pub(crate) fn try_receive(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut packet = vec![0; 70_000];
         while let Ok(len) = rustix::io::read(self.far.queue(0), &mut packet[..]) {
             let (header, frame) = packet[..len].split_at(12);
@@ -141,10 +141,10 @@ impl Wire {
     }
 
     /// Waits for such a packet.
-    pub(crate) fn hear(&self, wanted: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Vec<u8>) {
+    pub(crate) fn receive(&self, wanted: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Vec<u8>) {
         let patience = Timespec::try_from(PATIENCE).unwrap();
         loop {
-            if let Some(packet) = self.try_hear(&wanted) {
+            if let Some(packet) = self.try_receive(&wanted) {
                 return packet;
             }
             let ready = poll(
@@ -156,7 +156,7 @@ impl Wire {
         }
     }
 
-    /// From now on packets are not cut into segments for the far end.
+    /// From now on the kernel does not cut packets into segments for the far end.
     pub(crate) fn take_segments(&mut self) {
         self.far.set_features(self.far.features()).unwrap();
     }

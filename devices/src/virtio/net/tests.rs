@@ -1,3 +1,5 @@
+//! A network card on a real tap: packets, the control queue, announcements, moves.
+
 mod limits;
 mod queues;
 
@@ -11,7 +13,7 @@ use super::testing::{SENDER, Wire, card, frame, ip, is_ours, leave_for, open, pa
 use super::*;
 use crate::virtio::DeviceError;
 use crate::virtio::VirtioDevice;
-use crate::virtio::testing::{DATA, Driver, END, Part, VERSION_1, reads, writes};
+use crate::virtio::testing::{DATA, Driver, DriverBuffer, END, VERSION_1, reads, writes};
 
 /// The control queue of a card with one pair of queues.
 const CONTROL: usize = 2;
@@ -19,7 +21,7 @@ const MRG_RXBUF: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const GUEST_ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 /// What a driver accepts that knows nothing of checksums, segments and spread packets.
 const PLAIN: u64 = VERSION_1 | GUEST_ANNOUNCE | 1 << 17 | 1 << 16 | 1 << 29;
-/// No checksum and no segment is left to anybody.
+/// A header that leaves no checksum and no segmentation to the receiver.
 const NOTHING: [u8; 12] = [0; 12];
 /// Sizes of buffers: what Linux takes, and the least that a driver may.
 const LINUX: u32 = 1536;
@@ -73,7 +75,7 @@ fn returned(driver: &mut Driver, len: u32) -> Vec<(Vec<u8>, Vec<u8>)> {
 }
 
 /// Sends what `parts` say after filling the memory at [`PACKET`].
-fn transmit(driver: &mut Driver, packet: &[u8], parts: &[Part]) {
+fn transmit(driver: &mut Driver, packet: &[u8], parts: &[DriverBuffer]) {
     driver.select(TRANSMIT);
     driver.fill(PACKET, packet);
     assert_eq!(driver.submit(parts), 0);
@@ -147,7 +149,7 @@ fn packets_go_both_ways() {
     let rest = packet.len() as u32 - 12 - 5;
     let parts = [reads(PACKET, 12), reads(PACKET + 12, 5), reads(PACKET + 17, rest)];
     transmit(&mut driver, &packet, &parts);
-    assert_eq!(wire.hear(is_ours).1, sent);
+    assert_eq!(wire.receive(is_ours).1, sent);
     assert_eq!((driver.count("tx_packets"), driver.count("tx_bytes")), (1, 514));
     // The kernel may have had a word of its own.
     assert!(driver.count("rx_packets") >= 2 && driver.count("rx_bytes") >= 114 + 1414);
@@ -176,7 +178,7 @@ fn many_packets_are_taken_in_turns() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::new(wire.card("tap0"));
     driver.bring_up_with(PLAIN);
-    // The looks at all queues that it begins with are over.
+    // Every queue was served once, as after each activation.
     driver.run();
     for number in 0..200 {
         wire.send(NOTHING, &frame(&[number; 60]));
@@ -201,7 +203,7 @@ fn many_packets_are_taken_in_turns() {
 }
 
 #[test]
-fn segments_are_left_to_who_takes_them() {
+fn segments_are_left_to_a_guest_that_takes_them() {
     let mut wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     provide(&mut driver, 0..60, LINUX);
@@ -219,12 +221,12 @@ fn segments_are_left_to_who_takes_them() {
     wire.take_segments();
     let packet = [&header, &sent[..]].concat();
     transmit(&mut driver, &packet, &[reads(PACKET, packet.len() as u32)]);
-    let (got, body) = wire.hear(is_ours);
+    let (got, body) = wire.receive(is_ours);
     assert!((got[1], &body) == (1, &sent), "{:x?}", &body[..60]);
 }
 
 #[test]
-fn segments_are_cut_for_who_does_not() {
+fn segments_are_cut_for_a_guest_that_does_not() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::new(wire.card("tap0"));
     driver.bring_up_with(PLAIN);
@@ -246,7 +248,7 @@ fn segments_are_cut_for_who_does_not() {
 fn buffers_that_make_no_sense_come_back() {
     let wire = Wire::between(&["tap0"]);
     for features in [PLAIN, PLAIN | MRG_RXBUF] {
-        let bad: [&[Part]; 4] = [
+        let bad: [&[DriverBuffer]; 4] = [
             &[writes(BUFFERS, 11)],
             &[writes(END - 100, LEAST)],
             &[writes(u64::MAX - 5, LEAST)],
@@ -271,7 +273,7 @@ fn buffers_that_make_no_sense_come_back() {
 fn packets_that_make_no_sense_come_back() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
-    let bad: [&[Part]; 6] = [
+    let bad: [&[DriverBuffer]; 6] = [
         &[reads(PACKET, 12)],
         &[reads(PACKET, 13)],
         &[reads(END - 100, 500)],
@@ -289,12 +291,12 @@ fn packets_that_make_no_sense_come_back() {
         &[reads(PACKET, 500)],
     );
     transmit_frame(&mut driver, &frame(&[4; 100]));
-    assert_eq!(wire.hear(is_ours).1, frame(&[4; 100]));
+    assert_eq!(wire.receive(is_ours).1, frame(&[4; 100]));
     assert_eq!((driver.count("tx_packets"), driver.count("tx_dropped")), (1, 7));
 }
 
 #[test]
-fn a_tap_that_goes_down_or_away_hurts_nobody() {
+fn a_tap_that_goes_down_or_away_does_no_harm() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     provide(&mut driver, 0..60, LINUX);
@@ -302,8 +304,8 @@ fn a_tap_that_goes_down_or_away_hurts_nobody() {
     transmit_frame(&mut driver, &frame(&[1; 100]));
     assert_eq!(driver.count("tx_dropped"), 1);
     ip("link set dev tap0 up");
-    // The bridge looks at its port in its own time.
-    while wire.try_hear(is_ours).is_none() {
+    // The bridge takes its time to see that its port is up.
+    while wire.try_receive(is_ours).is_none() {
         transmit_frame(&mut driver, &frame(&[2; 100]));
     }
     ip("link delete dev tap0");
@@ -348,22 +350,19 @@ fn is_rarp(frame: &[u8]) -> bool {
 }
 
 #[test]
-fn who_arrives_is_announced() {
+fn a_guest_that_arrives_is_announced() {
     let wire = Wire::between(&["tap0", "tap1"]);
     let source = Driver::ready(wire.card("tap0"));
     let envelope = source.save();
     let mut driver = source.move_to(wire.card("tap1"), envelope).unwrap();
     driver.run();
-    assert!(
-        wire.try_hear(is_rarp).is_none(),
-        "nobody announces a guest that stands still"
-    );
+    assert!(wire.try_receive(is_rarp).is_none(), "a paused guest is announced");
     driver.transport.resume();
     driver.run();
     for round in 0..5 {
         let (_, frame) = loop {
-            match wire.try_hear(is_rarp) {
-                Some(heard) => break heard,
+            match wire.try_receive(is_rarp) {
+                Some(packet) => break packet,
                 None => driver.wait(),
             }
         };
@@ -376,18 +375,18 @@ fn who_arrives_is_announced() {
     driver.fill(PACKET, &[3, 0]);
     assert_eq!(driver.submit(&[reads(PACKET, 2), writes(PACKET + 2, 1)]), 1);
     assert_eq!(driver.get(0x104) >> 16, 1);
-    assert!(wire.try_hear(is_rarp).is_none());
+    assert!(wire.try_receive(is_rarp).is_none());
 }
 
 #[test]
-fn who_only_paused_is_not_announced() {
+fn a_guest_that_only_paused_is_not_announced() {
     let wire = Wire::between(&["tap0"]);
     let mut driver = Driver::ready(wire.card("tap0"));
     let _ = driver.save();
     driver.transport.resume();
     driver.run();
     transmit_frame(&mut driver, &frame(&[5; 100]));
-    let (_, first) = wire.hear(|frame| is_rarp(frame) || is_ours(frame));
+    let (_, first) = wire.receive(|frame| is_rarp(frame) || is_ours(frame));
     assert!(is_ours(&first), "{first:x?}");
     assert_eq!(driver.get(0x104) >> 16, 1);
 }
@@ -404,7 +403,7 @@ fn requests_under_way_move() {
     let mut driver = source.move_to(wire.card("tap1"), envelope).unwrap();
     driver.transport.resume();
     driver.run();
-    assert_eq!(wire.hear(is_ours).1, frame(&[6; 100]));
+    assert_eq!(wire.receive(is_ours).1, frame(&[6; 100]));
     // What was negotiated holds for the new tap: segments are the guest's.
     let (header, sent) = segments(30_000);
     wire.send(header, &sent);
@@ -463,20 +462,20 @@ fn a_tap_that_cannot_be_used_is_refused_by_name() {
     assert!(matches!(try_open("bridge"), Err(TapError::NotATap { .. })));
     let tap = try_open("tap0").unwrap();
     assert!(matches!(try_open("tap0"), Err(TapError::Busy { .. })));
-    let single = Net::new(tap, parameters(2)).unwrap_err().to_string();
+    let single = VirtioNet::new(tap, parameters(2)).unwrap_err().to_string();
     assert!(
         single.contains("ip tuntap add dev tap0 mode tap multi_queue"),
         "{single}"
     );
     let tap = open("tap0");
-    let parameters = Parameters {
+    let parameters = NetParameters {
         mtu: 9000,
         ..parameters(1)
     };
-    let small = Net::new(tap, parameters).unwrap_err().to_string();
+    let small = VirtioNet::new(tap, parameters).unwrap_err().to_string();
     assert!(small.contains("ip link set dev tap0 mtu 9000"), "{small}");
     ip("link set dev tap0 mtu 9000");
-    Net::new(open("tap0"), parameters).unwrap();
+    VirtioNet::new(open("tap0"), parameters).unwrap();
 }
 
 #[test]

@@ -12,12 +12,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::metrics::RngMetrics;
 use super::state::RngState;
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::{Limiter, Limits};
 use crate::virtio::device::RING_FEATURES;
 use crate::virtio::{
-    Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueError, Queues, VirtioDevice,
+    Chain, Description, DeviceError, HostBackend, QUEUE_SIZE, QueueError, QueueProgress, Queues, VirtioDevice,
 };
 
 /// Most bytes that one request gets; the driver asks again if it wants more.
@@ -25,39 +25,39 @@ pub(super) const MAX_BYTES: u64 = 64 << 10;
 /// Bytes fetched from the host at a time.
 const BLOCK: usize = 4096;
 
-/// Where requests come.
+/// The only queue.
 const QUEUE: usize = 0;
 
 /// The entropy device. Its bytes come from the host kernel's generator.
 #[derive(Debug)]
-pub struct Rng {
+pub struct VirtioRng {
     limits: Limits,
     limiter: Limiter,
     metrics: Arc<RngMetrics>,
-    complaints: Limited,
+    warnings: LogDamper,
 }
 
-impl Rng {
-    /// A device that gives no more than `limits`, which were checked, allow.
+impl VirtioRng {
+    /// A device with rate limits, which were checked.
     pub fn new(limits: Limits) -> io::Result<Self> {
         Ok(Self {
             limits,
             limiter: Limiter::new(limits)?,
             metrics: Arc::default(),
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
         })
     }
 
-    fn serve(&self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn serve(&self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(QUEUE) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         queue.serve_admitted(
             |bytes| self.admit(bytes),
             |memory, chain| match chain {
                 Ok(chain) => self.fill(memory, chain),
                 Err(error) => {
-                    self.complain(&error);
+                    self.warn(&error);
                     0
                 }
             },
@@ -65,14 +65,14 @@ impl Rng {
     }
 
     fn admit(&self, bytes: u64) -> bool {
-        let admitted = self.limiter.take(bytes.min(MAX_BYTES));
+        let admitted = self.limiter.try_consume(bytes.min(MAX_BYTES));
         if !admitted {
             self.metrics.throttled.add(1);
         }
         admitted
     }
 
-    /// Fills the chain's buffers as far as one request goes; returns the bytes written.
+    /// Fills the chain's buffers with at most [`MAX_BYTES`]; returns the bytes written.
     fn fill(&self, memory: &GuestMemory, mut chain: Chain) -> u32 {
         let mut block = [0; BLOCK];
         let mut done = 0;
@@ -82,7 +82,7 @@ impl Rng {
             let got = match getrandom(&mut block[..part], GetRandomFlags::empty()) {
                 Ok(got) => got,
                 Err(error) => {
-                    self.complain(&error);
+                    self.warn(&error);
                     break;
                 }
             };
@@ -90,7 +90,7 @@ impl Rng {
                 Ok(0) => break,
                 Ok(written) => done += written as u64,
                 Err(error) => {
-                    self.complain(&error);
+                    self.warn(&error);
                     break;
                 }
             }
@@ -101,14 +101,14 @@ impl Rng {
         done as u32
     }
 
-    fn complain(&self, error: &dyn std::error::Error) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, error: &dyn std::error::Error) {
+        if let Some(count) = self.warnings.count() {
             tracing::warn!(count, "virtio-rng: request not served in full: {error}");
         }
     }
 }
 
-impl VirtioDevice for Rng {
+impl VirtioDevice for VirtioRng {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_RNG
     }
@@ -137,7 +137,7 @@ impl VirtioDevice for Rng {
         tracing::debug!(features, "virtio-rng: driver ready");
     }
 
-    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.serve(queues)
     }
 
@@ -145,8 +145,8 @@ impl VirtioDevice for Rng {
         vec![self.limiter.event()]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        self.limiter.hear();
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        self.limiter.clear_event();
         self.serve(queues)
     }
 
@@ -155,7 +155,7 @@ impl VirtioDevice for Rng {
         true
     }
 
-    /// Requests are finished when they are taken; nothing is ever in flight or unwritten.
+    /// Requests are finished in the call that pops them; nothing is ever in flight.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }

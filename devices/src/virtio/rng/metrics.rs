@@ -3,7 +3,7 @@
 use crate::metrics::counters;
 
 counters! {
-    /// Randomness that the guest got.
+    /// Random bytes that the guest got.
     RngMetrics {
         /// Requests.
         requests,

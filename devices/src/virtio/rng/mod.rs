@@ -7,6 +7,6 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use device::Rng;
+pub use device::VirtioRng;
 pub use metrics::RngMetrics;
 pub use state::RngState;

@@ -3,7 +3,7 @@
 use migration_state::Record;
 use serde::{Deserialize, Serialize};
 
-/// There is nothing to remember between two requests; the record says that the device is there.
+/// The device keeps nothing between two requests; the record only shows that the device exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RngState {}
 

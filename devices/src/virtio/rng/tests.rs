@@ -1,3 +1,5 @@
+//! The entropy device as a guest uses it.
+
 use std::time::{Duration, Instant};
 
 use super::device::MAX_BYTES;
@@ -65,7 +67,7 @@ fn requests_wait_for_tokens() {
     };
     // A request may take more than is left, so there is one more at once where bytes are counted.
     for (limits, at_least) in [(operations, 39), (bandwidth, 29)] {
-        let mut driver = Driver::ready(Rng::new(limits).unwrap());
+        let mut driver = Driver::ready(VirtioRng::new(limits).unwrap());
         let begin = Instant::now();
         (0..6).for_each(|_| {
             driver.add(&[writes(DATA, 0x10_0000)]);

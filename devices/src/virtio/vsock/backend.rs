@@ -1,5 +1,4 @@
-//! What backs a device on the host: a Unix socket that programs connect to, and those of programs that wait for
-//! the guest.
+//! The device's host side: a Unix socket that programs connect to, and the sockets of programs that wait for the guest.
 
 use std::ffi::OsString;
 use std::io;
@@ -11,22 +10,22 @@ use std::time::Duration;
 use named_socket::connect_now;
 use rustix::event::epoll::EventFlags;
 
-use super::packet::{PORT_ANY, Ports};
+use super::packet::{PORT_ANY, PortPair};
 use crate::host_socket::{HostSocket, HostSocketError};
 use crate::timer::Timer;
 use crate::virtio::{HostBackend, HostError};
-use crate::watch::Watch;
+use crate::watch::HostWatch;
 
 /// Most bytes of the socket's path: those of the guest's connections end in `_4294967295`.
 const PATH_MAX: usize = named_socket::PATH_MAX - 11;
 
-/// The host's side of a device. Opening it puts no socket in the file system: that belongs to whoever runs the
-/// guest, and comes and goes with the locks ([`HostBackend`]).
+/// The host side of a device. Opening it puts no socket into the file system: the socket is there while this process
+/// holds the locks ([`HostBackend`]), which is while it runs the guest.
 #[derive(Debug)]
-pub struct Backend {
+pub struct VsockBackend {
     socket: HostSocket,
-    /// Watches everything below.
-    watch: Watch,
+    /// Watches the socket, the timer and all streams.
+    watch: HostWatch,
     timer: Timer,
 }
 
@@ -35,22 +34,22 @@ pub struct Backend {
 pub(super) enum HostEvent {
     /// A program has connected to the socket.
     Accept,
-    /// The time that [`Backend::wake_in`] was told has passed.
+    /// The time of [`VsockBackend::wake_in`] has passed.
     Time,
-    /// A program that has not said where to, known by its port, has something to say.
+    /// A program that has not sent its line, known by its port, has sent something.
     Greeting(u32),
-    /// A connection's socket has changed.
-    Stream(Ports, EventFlags),
+    /// There is an epoll event of a connection's stream.
+    Stream(PortPair, EventFlags),
 }
 
-impl Backend {
-    /// For a socket at `path`.
+impl VsockBackend {
+    /// A backend with its socket at `path`.
     pub fn open(path: &Path) -> Result<Self, HostSocketError> {
         let socket = HostSocket::at(path, PATH_MAX)?;
-        let watch = Watch::new().map_err(socket.failed("watch it"))?;
+        let watch = HostWatch::new().map_err(socket.failed("watch it"))?;
         let timer = Timer::new().map_err(socket.failed("make a timer"))?;
         watch
-            .add(&timer, Token::Time.data(), EventFlags::IN)
+            .add(&timer, VsockToken::Time.data(), EventFlags::IN)
             .map_err(socket.failed("watch its timer"))?;
         Ok(Self { socket, watch, timer })
     }
@@ -60,19 +59,21 @@ impl Backend {
         self.socket.path()
     }
 
-    /// Readable when there is something to [`Backend::poll`].
+    /// Readable when there is something to [`VsockBackend::poll`].
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
     }
 
-    /// What has happened since the last look, and whether there may be more.
+    /// The events since the last call, and whether there may be more.
     pub(super) fn poll(&self) -> io::Result<(Vec<HostEvent>, bool)> {
-        let (events, more) = self.watch.look()?;
-        let decoded = events.into_iter().map(|(data, flags)| Token::event(data, flags));
+        let (events, more) = self.watch.poll()?;
+        let decoded = events
+            .into_iter()
+            .map(|(data, flags)| VsockToken::event(data, flags));
         Ok((decoded.collect(), more))
     }
 
-    /// Has a [`HostEvent::Time`] happen, once.
+    /// Sets the timer for one [`HostEvent::Time`].
     pub(super) fn wake_in(&self, time: Duration) -> io::Result<()> {
         self.timer.set(time)
     }
@@ -89,16 +90,16 @@ impl Backend {
         connect_now(Path::new(&path))
     }
 
-    /// Watches a program that has not said where to.
+    /// Watches a program that has not sent its line.
     pub(super) fn watch_greeting(&self, stream: &UnixStream, host_port: u32) -> io::Result<()> {
         self.watch
-            .add(stream, Token::Greeting(host_port).data(), EventFlags::IN)
+            .add(stream, VsockToken::Greeting(host_port).data(), EventFlags::IN)
     }
 
     /// Watches a connection's socket, which was a greeting's if `greeted`.
-    pub(super) fn watch(&self, stream: &UnixStream, ports: Ports, greeted: bool) -> io::Result<()> {
+    pub(super) fn watch(&self, stream: &UnixStream, ports: PortPair, greeted: bool) -> io::Result<()> {
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
-        let data = Token::Stream(ports).data();
+        let data = VsockToken::Stream(ports).data();
         if greeted {
             self.watch.change(stream, data, events)
         } else {
@@ -107,9 +108,9 @@ impl Backend {
     }
 }
 
-impl HostBackend for Backend {
+impl HostBackend for VsockBackend {
     fn take_locks(&self) -> Result<(), HostError> {
-        Ok(self.socket.listen(&self.watch, Token::Accept.data())?)
+        Ok(self.socket.listen(&self.watch, VsockToken::Accept.data())?)
     }
 
     fn release_locks(&self) -> Result<(), HostError> {
@@ -117,27 +118,27 @@ impl HostBackend for Backend {
         Ok(())
     }
 
-    /// Streams are not stored anywhere.
+    /// Nothing to do: streams are not stored.
     fn flush(&self) -> Result<(), HostError> {
         Ok(())
     }
 
-    /// Nor read ahead.
+    /// Nothing to do: streams are not cached.
     fn invalidate(&self) -> Result<(), HostError> {
         Ok(())
     }
 }
 
-/// What is watched, as the number that comes with its events: the ports of a connection, or, where the guest's
-/// would be the one that no socket has, something else.
-enum Token {
+/// What is watched, encoded as the number that comes with its events: the ports of a connection, or something else
+/// where the guest's port is [`PORT_ANY`], which no socket has.
+enum VsockToken {
     Accept,
     Time,
     Greeting(u32),
-    Stream(Ports),
+    Stream(PortPair),
 }
 
-impl Token {
+impl VsockToken {
     fn data(self) -> u64 {
         let of = |host, guest| u64::from(host) << 32 | u64::from(guest);
         match self {
@@ -154,7 +155,7 @@ impl Token {
             (0, PORT_ANY) => HostEvent::Accept,
             (1, PORT_ANY) => HostEvent::Time,
             (host, PORT_ANY) => HostEvent::Greeting(host),
-            (host, guest) => HostEvent::Stream(Ports { host, guest }, flags),
+            (host, guest) => HostEvent::Stream(PortPair { host, guest }, flags),
         }
     }
 }

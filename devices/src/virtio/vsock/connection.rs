@@ -8,114 +8,120 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 
-use super::packet::{Header, NO_RECEIVE, NO_SEND, NOTHING_MORE, Op};
+use super::packet::{NO_RECEIVE, NO_SEND, NOTHING_MORE, PacketOp, VsockHeader};
 
-/// Most bytes from the guest that wait for a program on the host: the room that the guest is told of.
+/// Most bytes from the guest that wait for a program on the host: the room that the device announces to the guest.
 pub(super) const BUFFER_SIZE: usize = 64 << 10;
-/// So much room must have come back before the guest is told without asking.
-const WORTH_TELLING: u32 = BUFFER_SIZE as u32 / 2;
-/// For an answer that the guest owes: to a request, or to the news that the host's program has closed.
+/// So much room must have become free before the device sends a credit update unasked.
+const CREDIT_UPDATE_MIN: u32 = BUFFER_SIZE as u32 / 2;
+/// How long the guest may take to answer a request, or to react when the host's program has closed.
 pub(super) const ANSWER_TIME: Duration = Duration::from_secs(8);
 
 /// A connection.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct VsockConnection {
     stream: UnixStream,
-    phase: Phase,
-    /// When the guest must have answered, if it owes an answer.
+    phase: ConnectionPhase,
+    /// When the guest must have answered; `None` if no answer is due.
     deadline: Option<Instant>,
-    /// Whether it waits in line for a buffer of the guest's; its owner's note.
+    /// Whether it is in the line of [`super::connections::VsockConnections`] for a buffer of the guest's.
     pub(super) in_line: bool,
-    to_guest: ToGuest,
-    to_host: ToHost,
+    to_guest: FlowToGuest,
+    to_host: FlowToHost,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// The guest is to be asked for the connection.
-    Asking,
-    /// It was asked.
-    Asked,
-    /// The guest has asked, and is to be answered.
-    Answering,
+enum ConnectionPhase {
+    /// A request must be sent to the guest.
+    RequestDue,
+    /// The request was sent; the guest has not answered.
+    Requested,
+    /// The guest has sent a request; the response must be sent.
+    ResponseDue,
     /// Data may flow.
     Open,
-    /// It is over; the guest is to be told.
-    Over,
+    /// The connection is over; a reset must be sent to the guest.
+    Ended,
 }
 
 /// The way from the host's program to the guest.
 #[derive(Debug, Default)]
-struct ToGuest {
-    /// The stream may have something: data, its end, an error.
+struct FlowToGuest {
+    /// The stream may have something to read: data, its end, an error.
     readable: bool,
-    /// Bytes sent, all in all; wraps.
+    /// Bytes sent in total; wraps.
     sent: u32,
-    /// The guest's room, and what has left it, all in all.
+    /// The guest's room, as it was reported last.
     room: u32,
+    /// Bytes that have left the guest's room in total, as it was reported last; wraps.
     forwarded: u32,
-    /// The guest was asked for its room since it told it.
+    /// A credit request was sent since the guest last reported its room.
     asked: bool,
-    /// What the host's program will not do any more, and what of that the guest knows.
+    /// What the host's program will not do any more (shutdown flags).
     shutdown: u32,
-    told: u32,
+    /// The shutdown flags that were reported to the guest.
+    reported: u32,
 }
 
 /// The way from the guest to the host's program.
 #[derive(Debug, Default)]
-struct ToHost {
-    /// What the stream did not take yet, at most [`BUFFER_SIZE`].
+struct FlowToHost {
+    /// Data that the stream did not take yet, at most [`BUFFER_SIZE`].
     waiting: VecDeque<u8>,
-    /// Bytes that the stream took, all in all, and how many of them the guest knows of; wraps.
+    /// Bytes that the stream took in total; wraps.
     forwarded: u32,
-    told: u32,
-    /// The guest asked.
+    /// What of `forwarded` was reported to the guest.
+    reported: u32,
+    /// The guest has sent a credit request.
     owes_credit: bool,
-    /// What the guest will not do any more.
+    /// What the guest will not do any more (shutdown flags).
     shutdown: u32,
-    /// The stream was told that no more comes.
+    /// The stream's sending side was shut down.
     ended: bool,
 }
 
-/// What a connection has for the guest: a packet without its addresses.
+/// A packet for the guest without its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outgoing {
-    pub(super) op: Op,
+    pub(super) op: PacketOp,
     pub(super) flags: u32,
     /// Bytes of data.
     pub(super) len: usize,
-    /// As in [`Header::forwarded`].
+    /// As in [`VsockHeader::forwarded`].
     pub(super) forwarded: u32,
 }
 
-impl Connection {
-    /// A program on the host wants it.
+impl VsockConnection {
+    /// A connection that a program on the host asks for.
     pub(super) fn from_host(stream: UnixStream, now: Instant) -> Self {
         let deadline = Some(now + ANSWER_TIME);
-        Self::new(stream, Phase::Asking, deadline)
+        Self::new(stream, ConnectionPhase::RequestDue, deadline)
     }
 
-    /// The guest wants it, with this request, and a program on the host has it.
-    pub(super) fn from_guest(stream: UnixStream, request: &Header) -> Self {
-        let mut connection = Self::new(stream, Phase::Answering, None);
-        connection.to_guest.learn(request);
+    /// A connection that the guest asks for by `request`, to a program on the host that has accepted it.
+    pub(super) fn from_guest(stream: UnixStream, request: &VsockHeader) -> Self {
+        let mut connection = Self::new(stream, ConnectionPhase::ResponseDue, None);
+        connection.to_guest.update_credit(request);
         connection
     }
 
-    fn new(stream: UnixStream, phase: Phase, deadline: Option<Instant>) -> Self {
+    fn new(stream: UnixStream, phase: ConnectionPhase, deadline: Option<Instant>) -> Self {
         Self {
             stream,
             phase,
             deadline,
             in_line: false,
-            to_guest: ToGuest::default(),
-            to_host: ToHost::default(),
+            to_guest: FlowToGuest::default(),
+            to_host: FlowToHost::default(),
         }
     }
 
-    /// Whether a program on the host waits for the guest to take it.
+    /// Whether a program on the host waits for the guest to accept the connection.
     pub(super) fn is_unanswered(&self) -> bool {
-        matches!(self.phase, Phase::Asking | Phase::Asked)
+        matches!(
+            self.phase,
+            ConnectionPhase::RequestDue | ConnectionPhase::Requested
+        )
     }
 
     /// When the guest must have answered.
@@ -123,23 +129,23 @@ impl Connection {
         self.deadline
     }
 
-    /// Ends it; the guest is told with the next packet.
+    /// Ends the connection; the next packet for the guest is a reset.
     pub(super) fn end(&mut self) {
-        self.phase = Phase::Over;
+        self.phase = ConnectionPhase::Ended;
     }
 
-    /// Takes a packet of the guest's with its data. What makes no sense ends the connection.
-    pub(super) fn receive(&mut self, packet: &Header, data: &[u8], host_port: u32) {
-        self.to_guest.learn(packet);
+    /// Handles a packet from the guest with its data. A packet that does not fit the phase ends the connection.
+    pub(super) fn process_packet(&mut self, packet: &VsockHeader, data: &[u8], host_port: u32) {
+        self.to_guest.update_credit(packet);
         let sensible = match (packet.op, self.phase) {
-            (Some(Op::Response), Phase::Asked) => self.answered(host_port),
-            (Some(Op::Data), Phase::Open) => self.forward(data),
-            (Some(Op::Shutdown), Phase::Open) => {
+            (Some(PacketOp::Response), ConnectionPhase::Requested) => self.accepted(host_port),
+            (Some(PacketOp::Data), ConnectionPhase::Open) => self.buffer_data(data),
+            (Some(PacketOp::Shutdown), ConnectionPhase::Open) => {
                 self.shut_down(packet.flags);
                 true
             }
-            (Some(Op::CreditUpdate), Phase::Open) => true,
-            (Some(Op::CreditRequest), Phase::Open) => {
+            (Some(PacketOp::CreditUpdate), ConnectionPhase::Open) => true,
+            (Some(PacketOp::CreditRequest), ConnectionPhase::Open) => {
                 self.to_host.owes_credit = true;
                 true
             }
@@ -150,71 +156,73 @@ impl Connection {
         }
     }
 
-    /// The stream on the host has changed.
-    pub(super) fn stream_changed(&mut self, events: EventFlags) {
+    /// Handles an epoll event of the stream.
+    pub(super) fn handle_stream_event(&mut self, events: EventFlags) {
         if events.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             self.to_guest.readable = true;
         }
         if events.contains(EventFlags::HUP) {
-            self.program_is_gone();
+            self.program_closed();
         }
-        self.flush();
+        self.write_buffered();
     }
 
     /// The next packet for the guest, with data at the front of `room`; `None` if there is none for now. A
-    /// [`Op::Reset`] is the last.
+    /// [`PacketOp::Reset`] is the last.
     pub(super) fn next(&mut self, room: &mut [u8]) -> Option<Outgoing> {
         let (op, flags, len) = match self.phase {
-            Phase::Asking => {
-                self.phase = Phase::Asked;
-                (Op::Request, 0, 0)
+            ConnectionPhase::RequestDue => {
+                self.phase = ConnectionPhase::Requested;
+                (PacketOp::Request, 0, 0)
             }
-            Phase::Asked => return None,
-            Phase::Answering => {
-                self.phase = Phase::Open;
-                (Op::Response, 0, 0)
+            ConnectionPhase::Requested => return None,
+            ConnectionPhase::ResponseDue => {
+                self.phase = ConnectionPhase::Open;
+                (PacketOp::Response, 0, 0)
             }
-            Phase::Open => self.next_when_open(room)?,
-            Phase::Over => (Op::Reset, 0, 0),
+            ConnectionPhase::Open => self.next_when_open(room)?,
+            ConnectionPhase::Ended => (PacketOp::Reset, 0, 0),
         };
-        self.to_host.told = self.to_host.forwarded;
+        self.to_host.reported = self.to_host.forwarded;
         Some(Outgoing {
             op,
             flags,
             len,
-            forwarded: self.to_host.told,
+            forwarded: self.to_host.reported,
         })
     }
 
-    fn next_when_open(&mut self, room: &mut [u8]) -> Option<(Op, u32, usize)> {
+    fn next_when_open(&mut self, room: &mut [u8]) -> Option<(PacketOp, u32, usize)> {
         if self.to_host.shutdown == NOTHING_MORE && self.to_host.waiting.is_empty() {
             self.end();
-            return Some((Op::Reset, 0, 0));
+            return Some((PacketOp::Reset, 0, 0));
         }
         match self.read(room) {
             Ok(0) => {}
-            Ok(len) => return Some((Op::Data, 0, len)),
+            Ok(len) => return Some((PacketOp::Data, 0, len)),
             Err(_) => {
                 self.end();
-                return Some((Op::Reset, 0, 0));
+                return Some((PacketOp::Reset, 0, 0));
             }
         }
-        let ToGuest { shutdown, told, .. } = self.to_guest;
-        if shutdown != told {
-            self.to_guest.told = shutdown;
+        let FlowToGuest {
+            shutdown, reported, ..
+        } = self.to_guest;
+        if shutdown != reported {
+            self.to_guest.reported = shutdown;
             if shutdown == NOTHING_MORE {
                 self.deadline = Some(Instant::now() + ANSWER_TIME);
             }
-            return Some((Op::Shutdown, shutdown, 0));
+            return Some((PacketOp::Shutdown, shutdown, 0));
         }
-        let untold = self.to_host.forwarded.wrapping_sub(self.to_host.told);
-        if self.to_host.owes_credit || untold >= WORTH_TELLING {
+        let unreported = self.to_host.forwarded.wrapping_sub(self.to_host.reported);
+        if self.to_host.owes_credit || unreported >= CREDIT_UPDATE_MIN {
             self.to_host.owes_credit = false;
-            return Some((Op::CreditUpdate, 0, 0));
+            return Some((PacketOp::CreditUpdate, 0, 0));
         }
         if self.wants_to_read() && self.to_guest.credit() == 0 && !self.to_guest.asked {
             self.to_guest.asked = true;
-            return Some((Op::CreditRequest, 0, 0));
+            return Some((PacketOp::CreditRequest, 0, 0));
         }
         None
     }
@@ -225,13 +233,13 @@ impl Connection {
             && self.to_host.shutdown & NO_RECEIVE == 0
     }
 
-    /// Reads what the guest has room for; 0 if there is nothing, or no room.
+    /// Reads as much from the stream as the guest has room for; 0 if there is nothing to read, or no room.
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let most = room.len().min(self.to_guest.credit() as usize);
         if !self.wants_to_read() || most == 0 {
             return Ok(0);
         }
-        match retried(|| self.stream.read(&mut room[..most])) {
+        match retry_interrupted(|| self.stream.read(&mut room[..most])) {
             Ok(0) => {
                 self.to_guest.shutdown |= NO_SEND;
                 Ok(0)
@@ -249,23 +257,23 @@ impl Connection {
         }
     }
 
-    /// The guest has accepted. Whether the host's program could be told.
-    fn answered(&mut self, host_port: u32) -> bool {
-        self.phase = Phase::Open;
+    /// Handles the guest's response. Returns whether the line for the host's program could be written.
+    fn accepted(&mut self, host_port: u32) -> bool {
+        self.phase = ConnectionPhase::Open;
         self.deadline = None;
         let line = format!("OK {host_port}\n");
-        // The first bytes on the stream: there is room for them, or nobody who would read them.
-        retried(|| self.stream.write(line.as_bytes())).is_ok_and(|written| written == line.len())
+        // These are the first bytes on the stream, so there is room for them unless the program has closed.
+        retry_interrupted(|| self.stream.write(line.as_bytes())).is_ok_and(|written| written == line.len())
     }
 
-    /// Takes data of the guest's. Whether the guest was entitled to send it.
-    fn forward(&mut self, data: &[u8]) -> bool {
+    /// Buffers data from the guest and writes what the stream takes. Returns whether the guest had credit to send it.
+    fn buffer_data(&mut self, data: &[u8]) -> bool {
         let to_host = &mut self.to_host;
         if to_host.shutdown & NO_SEND != 0 || data.len() > BUFFER_SIZE - to_host.waiting.len() {
             return false;
         }
         to_host.waiting.extend(data);
-        self.flush();
+        self.write_buffered();
         true
     }
 
@@ -274,43 +282,44 @@ impl Connection {
         if flags & NO_RECEIVE != 0 {
             let _ = self.stream.shutdown(Shutdown::Read);
         }
-        self.flush();
+        self.write_buffered();
     }
 
-    /// Writes what waits as far as the stream takes it, and its end where that has come.
-    fn flush(&mut self) {
+    /// Writes buffered data as far as the stream takes it, and shuts the stream down once the guest's last byte is
+    /// written.
+    fn write_buffered(&mut self) {
         while !self.to_host.waiting.is_empty() {
             let (front, _) = self.to_host.waiting.as_slices();
-            match retried(|| self.stream.write(front)) {
-                Ok(written) => self.to_host.took(written),
+            match retry_interrupted(|| self.stream.write(front)) {
+                Ok(written) => self.to_host.consume(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.program_is_gone(),
+                Err(_) => self.program_closed(),
             }
         }
         if self.to_host.shutdown & NO_SEND != 0 && !self.to_host.ended {
-            // Once: each time is a change of the stream, after which everything is looked at again.
+            // Once only: each shutdown raises an event of the stream, after which this would run again, for ever.
             self.to_host.ended = true;
-            // Fails where the program is gone, which is known then.
+            // Fails if the program has closed, which an event reports anyway.
             let _ = self.stream.shutdown(Shutdown::Write);
         }
     }
 
-    /// Nobody reads what the guest sends.
-    fn program_is_gone(&mut self) {
-        if self.phase == Phase::Asked {
+    /// The host's program has closed: what the guest sends is dropped from now on.
+    fn program_closed(&mut self) {
+        if self.phase == ConnectionPhase::Requested {
             self.end();
         }
         self.to_guest.shutdown |= NO_RECEIVE;
-        self.to_host.took(self.to_host.waiting.len());
+        self.to_host.consume(self.to_host.waiting.len());
     }
 }
 
-impl ToGuest {
-    /// Every packet says how much room its sender has.
-    fn learn(&mut self, packet: &Header) {
+impl FlowToGuest {
+    /// Takes over the guest's credit, which every packet carries.
+    fn update_credit(&mut self, packet: &VsockHeader) {
         self.room = packet.buffer_size;
         self.forwarded = packet.forwarded;
-        // A guest without room answers every question, and would be asked again for ever.
+        // Not if the guest has no room: it answers each credit request, and would be asked again for ever.
         self.asked &= self.credit() == 0;
     }
 
@@ -320,16 +329,16 @@ impl ToGuest {
     }
 }
 
-impl ToHost {
-    /// The first bytes of what waits are gone.
-    fn took(&mut self, count: usize) {
+impl FlowToHost {
+    /// Drops the first bytes of the buffer and counts them as forwarded.
+    fn consume(&mut self, count: usize) {
         self.waiting.drain(..count);
         // At most `BUFFER_SIZE`.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
     }
 }
 
-fn retried(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -1,4 +1,4 @@
-//! The device: packets between its queues and its connections, and the news of a move.
+//! The device: packets between its queues and its connections, and the event that reports a move to the guest.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -8,118 +8,118 @@ use std::time::Instant;
 use migration_state::Envelope;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use super::backend::Backend;
+use super::backend::VsockBackend;
 use super::connection::BUFFER_SIZE;
-use super::connections::Connections;
-use super::packet::{HEADER_LEN, Header, Op};
-use super::parameters::Parameters;
+use super::connections::VsockConnections;
+use super::packet::{HEADER_LEN, PacketOp, VsockHeader};
+use super::parameters::VsockParameters;
 use super::state::VsockState;
 use crate::GuestMemory;
-use crate::limited::Limited;
+use crate::log_damper::LogDamper;
 use crate::metrics::Counters;
 use crate::rate::Limiter;
 use crate::virtio::device::{RING_FEATURES, read_bytes};
 use crate::virtio::{
-    Chain, Description, DeviceError, HostBackend, Progress, QUEUE_SIZE, QueueAccess, QueueError, Queues,
+    Chain, Description, DeviceError, HostBackend, QUEUE_SIZE, QueueAccess, QueueError, QueueProgress, Queues,
     VirtioDevice,
 };
-
-/// The smallest address that a guest can have: those below mean something else.
-pub const CID_MIN: u32 = 3;
-/// The largest; the one above means "any".
-pub const CID_MAX: u32 = u32::MAX - 1;
 
 /// VIRTIO_VSOCK_F_STREAM (virtio 1.2, 5.10.3).
 const F_STREAM: u64 = 1 << 0;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2, 5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
 
-/// The queues (virtio 1.2, 5.10.2).
+/// The queue of packets to the guest (virtio 1.2, 5.10.2).
 const TO_GUEST: usize = 0;
+/// The queue of packets from the guest.
 const FROM_GUEST: usize = 1;
+/// The queue of events to the guest.
 const EVENTS: usize = 2;
-/// Packets in one turn, each way: a buffer's worth of data each at most.
+/// Packets in one turn, each way, with at most [`BUFFER_SIZE`] bytes of data each.
 const TURN_PACKETS: usize = 64;
 
 /// A socket device.
 #[derive(Debug)]
-pub struct Vsock {
-    backend: Arc<Backend>,
-    parameters: Parameters,
+pub struct VirtioVsock {
+    backend: Arc<VsockBackend>,
+    parameters: VsockParameters,
     rx_limiter: Limiter,
     tx_limiter: Limiter,
-    connections: Connections,
-    news: News,
-    /// A packet's data on its way.
+    connections: VsockConnections,
+    reset_notice: ResetNotice,
+    /// Buffer for a packet's data.
     room: Box<[u8]>,
-    complaints: Limited,
+    warnings: LogDamper,
 }
 
-/// The news that all connections are gone. Until the guest has taken it in there are no new ones, which it would
-/// throw away with the old.
+/// The event that tells the guest's driver that all connections are gone. Until the driver has handled it there are no
+/// new connections, as the driver would drop them with the old ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum News {
-    /// There is none.
+enum ResetNotice {
+    /// No event is due.
     None,
-    /// The guest is to be told.
+    /// The event must be sent.
     Due,
-    /// It was told. It has taken it in when it makes more buffers for events available than these.
-    Told { spare: usize },
+    /// The event was sent. The driver has handled it when more than `spare` buffers for events are available.
+    Sent { spare: usize },
 }
 
-impl Vsock {
+impl VirtioVsock {
     /// A device on `backend`. The parameters were checked.
-    pub fn new(backend: Arc<Backend>, parameters: Parameters) -> io::Result<Self> {
+    pub fn new(backend: Arc<VsockBackend>, parameters: VsockParameters) -> io::Result<Self> {
         Ok(Self {
-            connections: Connections::new(backend.clone(), parameters.guest_cid),
+            connections: VsockConnections::new(backend.clone(), parameters.guest_cid),
             backend,
             parameters,
             rx_limiter: Limiter::new(parameters.limits)?,
             tx_limiter: Limiter::new(parameters.limits)?,
-            news: News::None,
+            reset_notice: ResetNotice::None,
             room: vec![0; BUFFER_SIZE].into(),
-            complaints: Limited::default(),
+            warnings: LogDamper::default(),
         })
     }
 
-    /// Whatever happened, everything is looked at: there is little to look at where nothing did.
-    fn work(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        if !self.is_told(queues)? {
-            return Ok(Progress::Idle);
+    /// Serves everything, whichever event came: where nothing happened there is little to do.
+    fn process_queues(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        if !self.deliver_reset_notice(queues)? {
+            return Ok(QueueProgress::Idle);
         }
-        let heard = self.connections.hear();
-        let taken = self.take_packets(queues)?;
-        let given = self.give_packets(queues)?;
-        self.connections.keep_time();
-        // What holds up the guest's packets ends when it takes ours, and then it kicks.
+        let host = self.connections.process_host_events();
+        let transmitted = self.process_tx_queue(queues)?;
+        let received = self.process_rx_queue(queues)?;
+        self.connections.arm_timer();
+        // If refusals hold up the guest's packets, the guest's next buffer for packets, with which it kicks, goes on
+        // with both.
         let held_up = !self.connections.can_refuse();
-        let more = heard == Progress::More || given == Progress::More;
-        Ok(if more || taken == Progress::More && !held_up {
-            Progress::More
+        let more = host == QueueProgress::More || received == QueueProgress::More;
+        Ok(if more || transmitted == QueueProgress::More && !held_up {
+            QueueProgress::More
         } else {
-            Progress::Idle
+            QueueProgress::Idle
         })
     }
 
-    /// Tells the guest what is due; whether it knows everything.
-    fn is_told(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
-        if self.news == News::None {
+    /// Sends the event if one is due; returns whether connections may be served.
+    fn deliver_reset_notice(&mut self, queues: &mut Queues<'_>) -> Result<bool, QueueError> {
+        if self.reset_notice == ResetNotice::None {
             return Ok(true);
         }
         let Some(mut queue) = queues.get(EVENTS) else {
             return Ok(true);
         };
-        match self.news {
-            News::Due => self.tell(&mut queue)?,
-            News::Told { spare } if count(&mut queue)? > spare => self.news = News::None,
-            News::Told { .. } | News::None => {}
+        match self.reset_notice {
+            ResetNotice::Due => self.send_reset_notice(&mut queue)?,
+            ResetNotice::Sent { spare } if count_available(&mut queue)? > spare => {
+                self.reset_notice = ResetNotice::None
+            }
+            ResetNotice::Sent { .. } | ResetNotice::None => {}
         }
-        Ok(self.news == News::None)
+        Ok(self.reset_notice == ResetNotice::None)
     }
 
-    fn tell(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
-        // Without a buffer it waits for one, with which the driver kicks.
-        let Some((head, chain)) = queue.take()? else {
+    fn send_reset_notice(&mut self, queue: &mut QueueAccess<'_>) -> Result<(), QueueError> {
+        // Without a buffer the event waits; the driver kicks when it adds one.
+        let Some((head, chain)) = queue.pop()? else {
             return Ok(());
         };
         let event = TRANSPORT_RESET.to_le_bytes();
@@ -128,38 +128,38 @@ impl Vsock {
             filled.is_ok_and(|count| count == event.len())
         });
         if !filled {
-            self.complain("no room for the news of a move in a buffer for events");
+            self.warn("no room for the news of a move in a buffer for events");
         }
-        let spare = count(queue)?;
-        queue.give_back(head, if filled { event.len() as u32 } else { 0 })?;
+        let spare = count_available(queue)?;
+        queue.add_used(head, if filled { event.len() as u32 } else { 0 })?;
         queue.notify()?;
-        self.news = News::Told { spare };
+        self.reset_notice = ResetNotice::Sent { spare };
         Ok(())
     }
 
-    fn take_packets(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_tx_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(FROM_GUEST) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut taken = 0;
         let progress = loop {
             if taken == TURN_PACKETS || !self.connections.can_refuse() {
-                break Progress::More;
+                break QueueProgress::More;
             }
-            if !self.tx_limiter.admits() {
+            if !self.tx_limiter.has_tokens() {
                 self.connections.metrics.tx_throttled.add(1);
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
-            let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+            let Some((head, chain)) = queue.pop()? else {
+                break QueueProgress::Idle;
             };
             let bytes = chain.as_ref().map_or(0, |chain| chain.readable.len());
-            self.tx_limiter.spend(bytes.saturating_sub(HEADER_LEN as u64));
+            self.tx_limiter.consume(bytes.saturating_sub(HEADER_LEN as u64));
             match chain {
-                Ok(chain) => self.receive(queue.memory(), chain),
-                Err(error) => self.complain(error),
+                Ok(chain) => self.process_packet(queue.memory(), chain),
+                Err(error) => self.warn(error),
             }
-            queue.give_back(head, 0)?;
+            queue.add_used(head, 0)?;
             taken += 1;
         };
         if taken > 0 {
@@ -168,68 +168,70 @@ impl Vsock {
         Ok(progress)
     }
 
-    fn receive(&mut self, memory: &GuestMemory, mut chain: Chain) {
+    fn process_packet(&mut self, memory: &GuestMemory, mut chain: Chain) {
         let mut header = [0; HEADER_LEN];
         match chain.readable.read(memory, &mut header) {
             Ok(HEADER_LEN) => {}
-            Ok(got) => return self.complain(format_args!("a packet of {got} bytes")),
-            Err(error) => return self.complain(error),
+            Ok(got) => return self.warn(format_args!("a packet of {got} bytes")),
+            Err(error) => return self.warn(error),
         }
-        let mut header = Header::decode(&header);
+        let mut header = VsockHeader::decode(&header);
         let len = match header.op {
-            Some(Op::Data) => header.len as usize,
+            Some(PacketOp::Data) => header.len as usize,
             _ => 0,
         };
         let data = self.room.get_mut(..len).unwrap_or_default();
         if !chain.readable.read(memory, data).is_ok_and(|read| read == len) {
-            self.complain(format_args!("a packet without the {len} bytes that it announces"));
+            self.warn(format_args!("a packet without the {len} bytes that it announces"));
             header.op = None;
         }
         let data = self.room.get(..len).unwrap_or_default();
         self.connections.metrics.sent(header.op, data.len() as u64);
-        self.connections.receive(&header, data);
+        self.connections.process_packet(&header, data);
     }
 
-    fn give_packets(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_rx_queue(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         let Some(mut queue) = queues.get(TO_GUEST) else {
-            return Ok(Progress::Idle);
+            return Ok(QueueProgress::Idle);
         };
         let mut given = 0;
         let progress = loop {
-            if !self.connections.has_news() {
-                break Progress::Idle;
+            if !self.connections.has_packets() {
+                break QueueProgress::Idle;
             }
             if given == TURN_PACKETS {
-                break Progress::More;
+                break QueueProgress::More;
             }
-            if !self.rx_limiter.admits() {
+            if !self.rx_limiter.has_tokens() {
                 self.connections.metrics.rx_throttled.add(1);
-                break Progress::Idle;
+                break QueueProgress::Idle;
             }
-            let Some((head, chain)) = queue.take()? else {
-                break Progress::Idle;
+            let Some((head, chain)) = queue.pop()? else {
+                break QueueProgress::Idle;
             };
             let written = match chain {
-                Ok(chain) if chain.writable.len() > HEADER_LEN as u64 => self.give(queue.memory(), chain),
+                Ok(chain) if chain.writable.len() > HEADER_LEN as u64 => {
+                    self.fill_packet(queue.memory(), chain)
+                }
                 Ok(chain) => {
-                    self.complain(format_args!(
+                    self.warn(format_args!(
                         "no room for a packet in {} bytes",
                         chain.writable.len()
                     ));
                     Some(0)
                 }
                 Err(error) => {
-                    self.complain(error);
+                    self.warn(error);
                     Some(0)
                 }
             };
             let Some(written) = written else {
-                queue.put_back();
-                break Progress::Idle;
+                queue.undo_pop();
+                break QueueProgress::Idle;
             };
             let bytes = u64::from(written).saturating_sub(HEADER_LEN as u64);
-            self.rx_limiter.spend(bytes);
-            queue.give_back(head, written)?;
+            self.rx_limiter.consume(bytes);
+            queue.add_used(head, written)?;
             given += 1;
         };
         if given > 0 {
@@ -238,8 +240,9 @@ impl Vsock {
         Ok(progress)
     }
 
-    /// Puts the next packet into a chain with room for a header and more; returns its bytes. `None` if there is none.
-    fn give(&mut self, memory: &GuestMemory, mut chain: Chain) -> Option<u32> {
+    /// Writes the next packet to a chain, which has room for more than a header; returns the packet's bytes. `None` if
+    /// there is no packet.
+    fn fill_packet(&mut self, memory: &GuestMemory, mut chain: Chain) -> Option<u32> {
         let most = chain.writable.len() - HEADER_LEN as u64;
         let most = self.room.len().min(usize::try_from(most).unwrap_or(usize::MAX));
         let header = self.connections.next(&mut self.room[..most])?;
@@ -251,32 +254,32 @@ impl Vsock {
                 Some(HEADER_LEN as u32 + header.len)
             }
             Err(error) => {
-                self.complain(error);
-                self.connections.lost(&header);
+                self.warn(error);
+                self.connections.packet_lost(&header);
                 Some(0)
             }
         }
     }
 
-    fn complain(&self, why: impl std::fmt::Display) {
-        if let Some(count) = self.complaints.count() {
+    fn warn(&self, why: impl std::fmt::Display) {
+        if let Some(count) = self.warnings.count() {
             let socket = self.backend.path().display();
             tracing::warn!(%socket, count, "virtio-vsock: {why}");
         }
     }
 }
 
-/// How many chains are available. The driver kicks when it adds another.
-fn count(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
+/// Counts the available chains. The driver kicks when it adds another.
+fn count_available(queue: &mut QueueAccess<'_>) -> Result<usize, QueueError> {
     let mut count = 0;
-    while count < usize::from(QUEUE_SIZE) && queue.take()?.is_some() {
+    while count < usize::from(QUEUE_SIZE) && queue.pop()?.is_some() {
         count += 1;
     }
-    (0..count).for_each(|_| queue.put_back());
+    (0..count).for_each(|_| queue.undo_pop());
     Ok(count)
 }
 
-impl VirtioDevice for Vsock {
+impl VirtioDevice for VirtioVsock {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_VSOCK
     }
@@ -307,8 +310,8 @@ impl VirtioDevice for Vsock {
         tracing::debug!(features, "virtio-vsock: driver ready");
     }
 
-    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        self.work(queues)
+    fn process_queue(&mut self, _index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        self.process_queues(queues)
     }
 
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
@@ -319,19 +322,20 @@ impl VirtioDevice for Vsock {
         ]
     }
 
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
-        self.rx_limiter.hear();
-        self.tx_limiter.hear();
-        self.work(queues)
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
+        self.rx_limiter.clear_event();
+        self.tx_limiter.clear_event();
+        self.process_queues(queues)
     }
 
     fn reset(&mut self) -> bool {
         self.connections.clear();
-        self.news = News::None;
+        self.reset_notice = ResetNotice::None;
         true
     }
 
-    /// What the guest has sent is with the host's programs or in a connection's buffer, which the guest knows.
+    /// Nothing to finish: data from the guest were written to the host's programs, or are in a connection's buffer, and
+    /// connections end with a move.
     fn drain(&mut self, _: &mut Queues<'_>, _: Instant) -> Result<(), DeviceError> {
         Ok(())
     }
@@ -348,7 +352,7 @@ impl VirtioDevice for Vsock {
         let state: VsockState = envelope.take(instance)?;
         state.check(self.parameters.guest_cid)?;
         self.connections.set_next_port(state.next_port);
-        self.news = News::Due;
+        self.reset_notice = ResetNotice::Due;
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 pub(super) const HEADER_LEN: usize = 44;
 /// The host's address.
 pub(super) const HOST_CID: u64 = 2;
-/// No port: who binds to it gets any.
+/// No port: a program that binds to it gets any free port.
 pub(super) const PORT_ANY: u32 = u32::MAX;
 /// Stream sockets.
 pub(super) const TYPE_STREAM: u16 = 1;
@@ -12,31 +12,31 @@ pub(super) const TYPE_STREAM: u16 = 1;
 /// What a packet is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub(super) enum Op {
+pub(super) enum PacketOp {
     /// Asks for a connection.
     Request = 1,
     /// Accepts one.
     Response = 2,
     /// Refuses or ends one.
     Reset = 3,
-    /// Says what the sender will not do any more, see [`NO_RECEIVE`] and [`NO_SEND`].
+    /// The sender will no longer do what the flags name: [`NO_RECEIVE`], [`NO_SEND`].
     Shutdown = 4,
     /// Carries data.
     Data = 5,
-    /// Says how much room there is.
+    /// Carries the sender's room for data.
     CreditUpdate = 6,
-    /// Asks how much room there is.
+    /// Asks for the receiver's room for data.
     CreditRequest = 7,
 }
 
-/// In a shutdown: the sender takes no more data.
+/// Flag of a shutdown: the sender takes no more data.
 pub(super) const NO_RECEIVE: u32 = 1;
-/// In a shutdown: the sender sends no more data.
+/// Flag of a shutdown: the sender sends no more data.
 pub(super) const NO_SEND: u32 = 2;
 /// Both.
 pub(super) const NOTHING_MORE: u32 = NO_RECEIVE | NO_SEND;
 
-impl Op {
+impl PacketOp {
     fn decode(value: u16) -> Option<Self> {
         Some(match value {
             1 => Self::Request,
@@ -51,9 +51,9 @@ impl Op {
     }
 }
 
-/// The ports of a connection, which tell it from all others of a device.
+/// The ports of a connection, by which the device knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Ports {
+pub(super) struct PortPair {
     /// The host's.
     pub(super) host: u32,
     /// The guest's.
@@ -62,7 +62,7 @@ pub(super) struct Ports {
 
 /// The header of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct VsockHeader {
     pub(super) source_cid: u64,
     pub(super) destination_cid: u64,
     pub(super) source_port: u32,
@@ -71,17 +71,17 @@ pub(super) struct Header {
     pub(super) len: u32,
     /// The socket's type.
     pub(super) kind: u16,
-    /// `None` for one that the specification does not know.
-    pub(super) op: Option<Op>,
+    /// `None` for an operation that the specification does not define.
+    pub(super) op: Option<PacketOp>,
     pub(super) flags: u32,
     /// The sender's room for data, in bytes, full or free.
     pub(super) buffer_size: u32,
-    /// Bytes that have left the sender's room, all in all; wraps.
+    /// Bytes that have left the sender's room in total; wraps.
     pub(super) forwarded: u32,
 }
 
-impl Header {
-    /// The header in these bytes.
+impl VsockHeader {
+    /// Parses a header.
     pub(super) fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
         let rest = &mut &bytes[..];
         Self {
@@ -91,7 +91,7 @@ impl Header {
             destination_port: u32::from_le_bytes(take(rest)),
             len: u32::from_le_bytes(take(rest)),
             kind: u16::from_le_bytes(take(rest)),
-            op: Op::decode(u16::from_le_bytes(take(rest))),
+            op: PacketOp::decode(u16::from_le_bytes(take(rest))),
             flags: u32::from_le_bytes(take(rest)),
             buffer_size: u32::from_le_bytes(take(rest)),
             forwarded: u32::from_le_bytes(take(rest)),
@@ -114,7 +114,7 @@ impl Header {
         bytes
     }
 
-    /// The refusal of this packet.
+    /// The reset that answers this packet.
     pub(super) fn refusal(&self) -> Self {
         Self {
             source_cid: self.destination_cid,
@@ -123,7 +123,7 @@ impl Header {
             destination_port: self.source_port,
             len: 0,
             kind: self.kind,
-            op: Some(Op::Reset),
+            op: Some(PacketOp::Reset),
             flags: 0,
             buffer_size: 0,
             forwarded: 0,
@@ -157,23 +157,23 @@ mod tests {
                 at as u8
             }
         });
-        let header = Header::decode(&bytes);
+        let header = VsockHeader::decode(&bytes);
         assert_eq!(header.source_cid, 0x0706_0504_0302_0100);
         assert_eq!((header.source_port, header.len), (0x1312_1110, 0x1b1a_1918));
-        assert_eq!((header.kind, header.op), (0x1d1c, Some(Op::Data)));
+        assert_eq!((header.kind, header.op), (0x1d1c, Some(PacketOp::Data)));
         assert_eq!((header.flags, header.forwarded), (0x2322_2120, 0x2b2a_2928));
         assert_eq!(header.encode(), bytes);
     }
 
     #[test]
     fn a_refusal_goes_back_to_where_the_packet_came_from() {
-        let header = Header::decode(&std::array::from_fn(|at| at as u8));
+        let header = VsockHeader::decode(&std::array::from_fn(|at| at as u8));
         assert_eq!(header.op, None);
         let refusal = header.refusal();
         assert_eq!(refusal.destination_port, header.source_port);
         assert_eq!(
             (refusal.op, refusal.refusal().source_cid),
-            (Some(Op::Reset), header.source_cid)
+            (Some(PacketOp::Reset), header.source_cid)
         );
     }
 }

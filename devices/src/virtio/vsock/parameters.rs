@@ -1,24 +1,29 @@
-//! What a device is made with, and how a destination is told.
+//! What a socket device is made with, and its form for a destination.
 
-use super::device::{CID_MAX, CID_MIN};
 use crate::rate::Limits;
 
-/// What a device is made with.
+/// The smallest CID that a guest can have: those below are reserved.
+pub const CID_MIN: u32 = 3;
+/// The largest CID of a guest; the one above means "any".
+pub const CID_MAX: u32 = u32::MAX - 1;
+
+/// What a socket device is made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parameters {
+pub struct VsockParameters {
     /// The guest's address, [`CID_MIN`] to [`CID_MAX`].
     pub guest_cid: u32,
-    /// What goes in each direction in a time; an operation is a packet, the bytes are those of its data.
+    /// Rate limits of each direction: an operation is a packet, the bytes are those of its data.
     pub limits: Limits,
 }
 
-impl Parameters {
-    /// As they travel: the address in little-endian order, then the limits.
+impl VsockParameters {
+    /// As sent to a destination: the address in little-endian order, then the limits.
     pub fn to_bytes(self) -> Vec<u8> {
         [&self.guest_cid.to_le_bytes()[..], &self.limits.to_bytes()].concat()
     }
 
-    /// From a peer, untrusted; `None` if they make no sense.
+    /// Parses what [`VsockParameters::to_bytes`] made. The bytes come from a peer and are untrusted; `None` if they are
+    /// not valid.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (cid, limits) = bytes.split_first_chunk()?;
         let parameters = Self {
@@ -37,17 +42,20 @@ mod tests {
     use crate::rate::Bucket;
 
     #[test]
-    fn what_is_told_is_understood() {
+    fn parameters_as_bytes() {
         let limits = Limits {
             bandwidth: Some(Bucket::per_second(1 << 20)),
             operations: None,
         };
         for limits in [limits, Limits::default()] {
-            let parameters = Parameters { guest_cid: 3, limits };
-            assert_eq!(Parameters::from_bytes(&parameters.to_bytes()), Some(parameters));
+            let parameters = VsockParameters { guest_cid: 3, limits };
+            assert_eq!(
+                VsockParameters::from_bytes(&parameters.to_bytes()),
+                Some(parameters)
+            );
         }
         for bad in [&[][..], &[3, 0, 0], &[2, 0, 0, 0], &[0xff; 4], &[3, 0, 0, 0, 0]] {
-            assert_eq!(Parameters::from_bytes(bad), None, "{bad:?}");
+            assert_eq!(VsockParameters::from_bytes(bad), None, "{bad:?}");
         }
     }
 }

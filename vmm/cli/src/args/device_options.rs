@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use devices::Limits;
-use devices::virtio::block::{BackingFile, CacheError, Format, FormatError, Parameters};
+use devices::virtio::block::{BackingFile, BlockParameters, CacheModeError, ImageFormat, ImageFormatError};
 use devices::virtio::net::{MacAddress, Tap, TapError, TapSource};
 use vmm::config::{check_device_ids, check_taps};
 use vmm::machine::{ConsoleConfig, DiskBackend, DiskConfig, HostOffer, MAX_DEVICES, NetConfig};
@@ -104,10 +104,10 @@ impl BackendArgs {
 struct RunDisk {
     id: Option<String>,
     path: PathBuf,
-    format: Format,
+    format: ImageFormat,
     backing: Vec<BackingFile>,
     read_only: bool,
-    parameters: Parameters,
+    parameters: BlockParameters,
 }
 
 const DISK: &str = "expected [id=NAME,]path=FILE[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,ro][,cache=MODE][,direct=on|off][,bandwidth=RATE][,iops=N]";
@@ -116,10 +116,10 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
     let mut disk = RunDisk {
         id: None,
         path: PathBuf::new(),
-        format: Format::default(),
+        format: ImageFormat::default(),
         backing: Vec::new(),
         read_only: false,
-        parameters: Parameters::default(),
+        parameters: BlockParameters::default(),
     };
     for part in text.split(',') {
         if limits::take(&mut disk.parameters.limits, part)? || take_backing(&mut disk.backing, part)? {
@@ -129,10 +129,12 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
             Some(("id", id)) => disk.id = Some(id.into()),
             Some(("path", path)) => disk.path = path.into(),
             Some(("format", format)) => {
-                disk.format = format.parse().map_err(|error: FormatError| error.to_string())?;
+                disk.format = format
+                    .parse()
+                    .map_err(|error: ImageFormatError| error.to_string())?;
             }
             Some(("cache", mode)) => {
-                disk.parameters.cache = mode.parse().map_err(|error: CacheError| error.to_string())?;
+                disk.parameters.cache = mode.parse().map_err(|error: CacheModeError| error.to_string())?;
             }
             Some(("direct", "on")) => disk.parameters.direct = true,
             Some(("direct", "off")) => disk.parameters.direct = false,
@@ -238,7 +240,11 @@ fn take_backing(backing: &mut Vec<BackingFile>, part: &str) -> Result<bool, Stri
             format: None,
         }),
         (Some(("backing-format", format)), Some(last)) if last.format.is_none() => {
-            last.format = Some(format.parse().map_err(|error: FormatError| error.to_string())?);
+            last.format = Some(
+                format
+                    .parse()
+                    .map_err(|error: ImageFormatError| error.to_string())?,
+            );
         }
         (Some(("backing" | "backing-format", _)), _) => {
             return Err(format!(
@@ -262,7 +268,7 @@ fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
     let (id, path) = backend(rest)?;
     let mut disk = DiskBackend {
         path,
-        format: Format::default(),
+        format: ImageFormat::default(),
         backing: Vec::new(),
         is_shared: false,
     };
@@ -272,7 +278,9 @@ fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
         }
         match part.split_once('=') {
             Some(("format", format)) => {
-                disk.format = format.parse().map_err(|error: FormatError| error.to_string())?;
+                disk.format = format
+                    .parse()
+                    .map_err(|error: ImageFormatError| error.to_string())?;
             }
             Some(("shared", "on")) => disk.is_shared = true,
             Some(("shared", "off")) => disk.is_shared = false,
@@ -294,12 +302,12 @@ pub(crate) fn backend<T: for<'a> From<&'a str>>(text: &str) -> Result<(String, T
 
 #[cfg(test)]
 mod tests {
-    use devices::virtio::block::Cache;
+    use devices::virtio::block::CacheMode;
 
     use super::*;
     use vmm::config::ConfigError;
 
-    fn chain_of(files: &[(&str, Option<Format>)]) -> Vec<BackingFile> {
+    fn chain_of(files: &[(&str, Option<ImageFormat>)]) -> Vec<BackingFile> {
         let file = |(path, format): &(&str, _)| BackingFile {
             path: path.into(),
             format: *format,
@@ -315,10 +323,10 @@ mod tests {
             RunDisk {
                 id: Some("root".into()),
                 path: "/a b".into(),
-                format: Format::Raw,
+                format: ImageFormat::Raw,
                 backing: Vec::new(),
                 read_only: true,
-                parameters: Parameters::default(),
+                parameters: BlockParameters::default(),
             }
         );
         let limited = run_disk("path=x,bandwidth=10MB/s,iops=500").unwrap();
@@ -326,12 +334,15 @@ mod tests {
         assert_eq!(limited.parameters.limits, limits);
         let parameters = run_disk("path=x,direct=on,cache=unsafe").unwrap().parameters;
         assert!(parameters.direct);
-        assert_eq!(parameters.cache, Cache::Unsafe);
+        assert_eq!(parameters.cache, CacheMode::Unsafe);
         assert_eq!(
             run_disk("path=x,direct=off").unwrap().parameters,
-            Parameters::default()
+            BlockParameters::default()
         );
-        assert_eq!(run_disk("path=x,format=qcow2").unwrap().format, Format::Qcow2);
+        assert_eq!(
+            run_disk("path=x,format=qcow2").unwrap().format,
+            ImageFormat::Qcow2
+        );
         for bad in [
             "path=x,format=vmdk",
             "path=x,cache=none",
@@ -343,7 +354,7 @@ mod tests {
         let chain = run_disk("path=x,format=qcow2,backing=mid,backing-format=qcow2,backing=base,ro").unwrap();
         assert_eq!(
             chain.backing,
-            chain_of(&[("mid", Some(Format::Qcow2)), ("base", None)])
+            chain_of(&[("mid", Some(ImageFormat::Qcow2)), ("base", None)])
         );
         for bad in [
             "path=x,backing=",
@@ -416,8 +427,11 @@ mod tests {
         assert!(disk_backend("root=x,format=vmdk").is_err());
         let (id, disk) =
             disk_backend("root=a,b,format=qcow2,backing=c,backing=d,backing-format=raw,shared=on").unwrap();
-        assert_eq!((id.as_str(), disk.format), ("root", Format::Qcow2));
-        assert_eq!(disk.backing, chain_of(&[("c", None), ("d", Some(Format::Raw))]));
+        assert_eq!((id.as_str(), disk.format), ("root", ImageFormat::Qcow2));
+        assert_eq!(
+            disk.backing,
+            chain_of(&[("c", None), ("d", Some(ImageFormat::Raw))])
+        );
         assert!(disk.is_shared);
         assert!(
             disk_backend("root=x,shared=maybe")

@@ -13,7 +13,7 @@ use api::{
     Action, ActionType, ConsoleSize, DriveUpdate, InstanceInfo, InstanceState, Resolution, ResolveRequest,
     Resolved, VmState, VmUpdate,
 };
-use devices::virtio::console::Size;
+use devices::virtio::console::TerminalSize;
 use hyper::Method;
 use migration::Decision;
 use output::{print, tell};
@@ -339,7 +339,7 @@ async fn pass_size_on(client: &Client) -> anyhow::Error {
         Err(error) => return error.into(),
     };
     loop {
-        if let Some(Size { columns, rows }) = terminal_size() {
+        if let Some(TerminalSize { columns, rows }) = terminal_size() {
             let size = ConsoleSize { columns, rows };
             // The end of the VM ends the console as well, which says so.
             let _ = client.send_json(Method::PUT, "/console/size", &size).await;

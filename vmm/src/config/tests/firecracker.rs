@@ -116,7 +116,7 @@ fn the_published_file_is_taken() {
         config.boot.cmdline,
         "console=ttyS0 reboot=k panic=1 pci=off root=/dev/vda rw"
     );
-    assert_eq!(config.disks[0].parameters.cache, block::Cache::Unsafe);
+    assert_eq!(config.disks[0].parameters.cache, block::CacheMode::Unsafe);
     // Some have fewer keys, or those of their time.
     let mut old = published();
     old["machine-config"] = json!({ "vcpu_count": 2, "mem_size_mib": 1024, "ht_enabled": false });
@@ -319,10 +319,10 @@ fn the_root_disk_is_the_first_and_the_kernel_is_told() {
             disks: vec![DiskConfig {
                 id: "late".into(),
                 path: "late".into(),
-                format: block::Format::Raw,
+                format: block::ImageFormat::Raw,
                 backing: Vec::new(),
                 read_only: false,
-                parameters: block::Parameters::default(),
+                parameters: block::BlockParameters::default(),
             }],
             ..Default::default()
         };

@@ -6,8 +6,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use devices::Limits;
-use devices::virtio::rng::Rng;
-use devices::virtio::{Description, DeviceError, Progress, QueueError, Queues};
+use devices::virtio::rng::VirtioRng;
+use devices::virtio::{Description, DeviceError, QueueError, QueueProgress, Queues};
 use kvm_ioctls::Kvm;
 use migration::MemoryKind;
 
@@ -38,7 +38,7 @@ impl HostBackend for Slow {
 }
 
 /// An entropy device with something behind it.
-struct OnSlow(Rng, Arc<Slow>);
+struct OnSlow(VirtioRng, Arc<Slow>);
 
 impl VirtioDevice for OnSlow {
     fn device_type(&self) -> u32 {
@@ -59,13 +59,13 @@ impl VirtioDevice for OnSlow {
     fn activate(&mut self, features: u64) {
         self.0.activate(features);
     }
-    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_queue(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.0.process_queue(index, queues)
     }
     fn host_events(&self) -> Vec<BorrowedFd<'_>> {
         self.0.host_events()
     }
-    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+    fn process_host(&mut self, queues: &mut Queues<'_>) -> Result<QueueProgress, QueueError> {
         self.0.process_host(queues)
     }
     fn reset(&mut self) -> bool {
@@ -99,7 +99,7 @@ fn no_vcpu_waits_for_a_backend() {
     let slow = Arc::new(Slow(Barrier::new(2)));
     let named = NamedDevice {
         id: "rng".into(),
-        device: Box::new(OnSlow(Rng::new(Limits::default()).unwrap(), slow.clone())),
+        device: Box::new(OnSlow(VirtioRng::new(Limits::default()).unwrap(), slow.clone())),
         balloon: None,
         terminal: None,
         disk: None,

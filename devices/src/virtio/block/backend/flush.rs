@@ -1,77 +1,79 @@
-//! How what was written gets into the disk's file, and onto its disk.
+//! How writes get into the disk's file, and become durable.
 
 use std::sync::atomic::Ordering;
 
-use super::{Backend, BackendError};
+use super::super::error::BlockBackendError;
+use super::BlockBackend;
 
-impl Backend {
-    /// The one place where every change of the disk passes: each write, discard and zeroing by whichever engine, in
-    /// bytes of the disk, after it was done or failed half-way, and before the guest hears of it.
+impl BlockBackend {
+    /// Records a change of the disk. Every write, discard and zeroing by any engine passes here, after it was done or
+    /// has failed half-way, and before the guest gets the answer.
     pub(in super::super) fn modified(&self, offset: u64, len: u64) {
         self.logging.written(offset, len);
         self.modified.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// What is to be told to [`Backend::flushed`] when a flush that begins now is done; `None` if there is nothing to
-    /// flush.
-    pub(in super::super) fn unflushed(&self) -> Option<u64> {
+    /// The generation to pass to [`BlockBackend::flushed`] when a flush that begins now is done; `None` if there is
+    /// nothing to flush.
+    pub(in super::super) fn unflushed_generation(&self) -> Option<u64> {
         let modified = self.modified.load(Ordering::SeqCst);
         (self.flushed.load(Ordering::SeqCst) < modified).then_some(modified)
     }
 
-    /// A flush is done.
+    /// Records that a flush is done.
     pub(in super::super) fn flushed(&self, generation: u64) {
         self.flushed.fetch_max(generation, Ordering::SeqCst);
     }
 
-    /// Makes what was written durable.
-    pub fn flush(&self) -> Result<(), BackendError> {
-        if let Some(generation) = self.unflushed() {
+    /// Makes all writes durable.
+    pub fn flush(&self) -> Result<(), BlockBackendError> {
+        if let Some(generation) = self.unflushed_generation() {
             self.write_out()?;
             let done = match &self.qcow2 {
                 Some(image) => image.sync(),
                 None => self.file.sync_data(),
             };
             done.map_err(self.failed("write it back"))
-                .inspect_err(|_| self.keep_lost())?;
+                .inspect_err(|_| self.record_flush_failure())?;
             self.flushed(generation);
         }
         Ok(())
     }
 
-    /// A flush has failed: some of what was written may be lost. The kernel says that once for each open file.
-    pub(in super::super) fn keep_lost(&self) {
+    /// Records that a flush has failed, so that writes may be lost. The kernel reports that only once for each open
+    /// file.
+    pub(in super::super) fn record_flush_failure(&self) {
         self.lost.store(true, Ordering::SeqCst);
     }
 
-    /// Whether there was such a flush, which the guest is told now.
-    pub(in super::super) fn take_lost(&self) -> bool {
+    /// Whether a flush has failed; the caller reports that to the guest now.
+    pub(in super::super) fn take_flush_failure(&self) -> bool {
         self.lost.swap(false, Ordering::SeqCst)
     }
 
-    /// Whether everything that was written is durable.
+    /// Whether all writes are durable.
     pub(in super::super) fn is_durable(&self) -> bool {
-        self.unflushed().is_none() && !self.lost.load(Ordering::SeqCst)
+        self.unflushed_generation().is_none() && !self.lost.load(Ordering::SeqCst)
     }
 
-    /// Whether some of what was written is in this process alone: where an image has its data, say.
-    pub(in super::super) fn is_behind(&self) -> bool {
+    /// Whether some changes are in this process's memory only, which are an image's metadata.
+    pub(in super::super) fn needs_write_out(&self) -> bool {
         self.qcow2.is_some() && self.written_out.load(Ordering::SeqCst) < self.modified.load(Ordering::SeqCst)
     }
 
-    /// Puts everything that was written into the disk's file, where it outlives this process, though not yet the host.
-    pub fn write_out(&self) -> Result<(), BackendError> {
+    /// Writes everything to the disk's file, where it survives this process, though not yet a crash of the host.
+    pub fn write_out(&self) -> Result<(), BlockBackendError> {
         let modified = self.modified.load(Ordering::SeqCst);
-        if let Some(image) = self.qcow2.as_ref().filter(|_| self.is_behind()) {
+        if let Some(image) = self.qcow2.as_ref().filter(|_| self.needs_write_out()) {
             image.write_out().map_err(self.failed("write to it"))?;
             self.written_out.fetch_max(modified, Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// Does that for the last time: whoever writes after it waits for the process to end. For a disk whose threads
-    /// nobody may wait for.
-    pub fn close(&self) -> Result<(), BackendError> {
+    /// As [`BlockBackend::write_out`], for the last time: a thread that writes afterwards blocks until the process
+    /// ends. For the end of a process that cannot wait for the disk's threads.
+    pub fn close(&self) -> Result<(), BlockBackendError> {
         match &self.qcow2 {
             Some(image) if !self.read_only => image.close().map_err(self.failed("write to it")),
             _ => Ok(()),

@@ -1,17 +1,17 @@
-//! Locks on a disk's files: they keep others off, and show a destination that a file is the source's own.
+//! Locks on a disk's files: they keep other processes off, and show a destination that its file is the source's own.
 //!
-//! Locks are on bytes, so that QEMU's tools can look at an image that is in use and nobody can write to it:
+//! Locks are on single bytes, so that QEMU's tools can read an image in use, but not write to it:
 //!
 //! | bytes | by whom | held here |
 //! |---|---|---|
-//! | 0 to 99 | this program alone | exclusively by who writes, shared by who reads |
+//! | 0 to 99 | this program only | exclusively by a writer, shared by a reader |
 //! | 100 + n | QEMU: does n with the file | shared: reads; writes, if it is a raw image |
-//! | 200 + n | QEMU: nobody else may do n | shared: write and resize |
-//! | one beyond 2^32 | this program alone | shared: a mark, see [`Backend::mark`] |
+//! | 200 + n | QEMU: no other process may do n | shared: write and resize |
+//! | one beyond 2^32 | this program only | shared: a mark, see [`BlockBackend::mark`] |
 //!
-//! What n means: 0 read, 1 write, 3 resize. QEMU takes its locks shared, and then looks whether somebody has one that
-//! forbids what it is about to do, or does what it forbids; so does this. A program that locks whole files is kept off,
-//! and keeps off.
+//! What n means: 0 read, 1 write, 3 resize. QEMU takes its locks shared, and then checks whether another process has
+//! one that conflicts with them: one that forbids what QEMU does, or does what QEMU forbids. This program does the
+//! same. It also conflicts with a program that locks whole files.
 
 use std::fs::File;
 use std::io;
@@ -20,48 +20,51 @@ use std::sync::{MutexGuard, PoisonError};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::super::sys::{Lock, Range, find_lock, set_lock};
-use super::{Backend, BackendError};
+use super::super::error::BlockBackendError;
+use super::super::sys::{ByteRange, FileLock, find_lock, set_lock};
+use super::BlockBackend;
 
-const OURS: Range = Range { start: 0, len: 100 };
+const OURS: ByteRange = ByteRange { start: 0, len: 100 };
 const READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
 
-/// Does this with the file.
-const fn does(what: u64) -> Range {
-    Range::byte(100 + what)
+/// The byte that shows that a process does this with the file.
+const fn does(what: u64) -> ByteRange {
+    ByteRange::byte(100 + what)
 }
 
-/// Nobody else may do this with the file.
-const fn forbids(what: u64) -> Range {
-    Range::byte(200 + what)
+/// The byte that forbids other processes to do this with the file.
+const fn forbids(what: u64) -> ByteRange {
+    ByteRange::byte(200 + what)
 }
 
-/// Marks are beyond what anybody else locks, and below the largest offset of a file.
+/// Least offset of a mark, beyond those that other programs lock.
 const LEAST_MARK: u64 = 1 << 32;
+/// Bits of a mark's offset: it must be below the largest offset of a file.
 const MARK_BITS: u32 = 62;
 
-/// What is locked of a disk.
+/// The locks held on a disk.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct HeldLocks {
     locked: bool,
     mark: Option<u64>,
 }
 
-/// What a file is to be used for.
+/// How a file is used, which decides its locks.
 #[derive(Clone, Copy, Debug)]
-struct Use {
+struct LockUse {
     writes: bool,
-    /// QEMU must know that somebody writes. It opens no image of its own format then, not even to look at it.
+    /// Whether the writer shows itself to QEMU. Not for qcow2: QEMU would then refuse to open the image even for
+    /// reading.
     says_so: bool,
-    /// Whether there may be readers who rely on nobody writing.
+    /// Whether other processes that rely on no writer, such as the source's, may still have the file open.
     before_readers: bool,
 }
 
-impl Backend {
-    /// The same disk, which is another host's, or another process's, until that lets go of it: who reads it by then was
-    /// let in by that one.
+impl BlockBackend {
+    /// The same disk, to be taken over from another host or process that has it locked until then: other readers of the
+    /// disk were admitted by that process.
     pub fn taken_over(self) -> Self {
         Self {
             is_taken_over: true,
@@ -69,114 +72,119 @@ impl Backend {
         }
     }
 
-    /// Locks the disk against other users: exclusively, or shared if it is read-only, and shared whatever an image is on.
-    /// The lock belongs to this open disk, not to the process, and ends with it.
-    pub fn lock(&self) -> Result<(), BackendError> {
+    /// Locks the disk against other processes: exclusively, or shared if it is read-only; backing files are locked
+    /// shared. The lock belongs to this open disk, not to the process, and ends with it.
+    pub fn lock(&self) -> Result<(), BlockBackendError> {
         let mut held = self.held();
         if held.locked {
             return Ok(());
         }
         for (index, (file, path)) in self.files().enumerate() {
             let writes = index == 0 && !self.read_only;
-            let how = Use {
+            let how = LockUse {
                 writes,
                 says_so: self.qcow2.is_none(),
                 before_readers: self.is_taken_over,
             };
-            let taken = take(file, how).map_err(|source| BackendError::Io {
+            let taken = take_locks(file, how).map_err(|source| BlockBackendError::Io {
                 path: path.to_owned(),
                 what: "lock it",
                 source,
             });
             let refused = match taken {
                 Ok(true) => continue,
-                Ok(false) => BackendError::Locked {
+                Ok(false) => BlockBackendError::Locked {
                     path: path.to_owned(),
                     read_only: !writes,
                 },
                 Err(error) => error,
             };
-            self.let_go(&mut held)?;
+            self.release(&mut held)?;
             return Err(refused);
         }
-        // Before it was locked somebody may have written to it, a process that was just ending say: what is known of it
-        // counts only from here on. One that is taken over is read when it is ours, by `invalidate`.
+        // Before the lock another process may have written to the image, for example one that was just ending, so its
+        // metadata are read anew. A disk that is taken over is read anew by `invalidate`.
         if let Some(image) = self.qcow2.as_ref().filter(|_| !self.is_taken_over)
             && let Err(source) = image.reopen()
         {
-            self.let_go(&mut held)?;
+            self.release(&mut held)?;
             return Err(self.failed("open it as qcow2")(source));
         }
         held.locked = true;
-        self.say_tail();
+        self.warn_hidden_tail();
         Ok(())
     }
 
-    /// Gives the lock up, and the mark.
-    pub fn unlock(&self) -> Result<(), BackendError> {
-        self.let_go(&mut self.held())
+    /// Releases the locks and the mark.
+    pub fn unlock(&self) -> Result<(), BlockBackendError> {
+        self.release(&mut self.held())
     }
 
-    fn let_go(&self, held: &mut Held) -> Result<(), BackendError> {
-        *held = Held::default();
+    fn release(&self, held: &mut HeldLocks) -> Result<(), BlockBackendError> {
+        *held = HeldLocks::default();
         for (file, _) in self.files() {
-            set_lock(file, Range::ALL, Lock::Unlocked).map_err(self.failed("unlock it"))?;
+            set_lock(file, ByteRange::ALL, FileLock::Unlocked).map_err(self.failed("unlock it"))?;
         }
         Ok(())
     }
 
-    /// Locks a byte far beyond the disk's end, at an offset that nobody can guess, and returns that: whoever finds
-    /// exactly this byte locked has the same files open, on whichever host. It stays until the next one or until the
+    /// Locks a byte far beyond the disk's end, at a random offset, and returns the offset: a process that finds exactly
+    /// this byte locked has the same files open, on whichever host. The mark stays until the next mark or until the
     /// disk is unlocked.
-    pub fn mark(&self) -> Result<u64, BackendError> {
+    pub fn mark(&self) -> Result<u64, BlockBackendError> {
         let mut held = self.held();
         let set = |offset, lock| {
             self.files()
-                .try_for_each(|(file, _)| set_lock(file, Range::byte(offset), lock).map(drop))
+                .try_for_each(|(file, _)| set_lock(file, ByteRange::byte(offset), lock).map(drop))
         };
         let mut mark = || {
             if let Some(before) = held.mark.take() {
-                set(before, Lock::Unlocked)?;
+                set(before, FileLock::Unlocked)?;
             }
             let mut bits = [0; 8];
             getrandom(&mut bits, GetRandomFlags::empty())?;
             let offset = u64::from_ne_bytes(bits) >> (u64::BITS - MARK_BITS) | LEAST_MARK;
-            set(offset, Lock::Shared)?;
+            set(offset, FileLock::Shared)?;
             held.mark = Some(offset);
             Ok(offset)
         };
         mark().map_err(self.failed("lock a byte of it"))
     }
 
-    /// Fails unless all files of the disk have this mark, by somebody else who has them open.
-    pub fn check_mark(&self, offset: u64) -> Result<(), BackendError> {
-        let mark = Range::byte(offset);
+    /// Fails unless all files of the disk have this mark, set by another process.
+    pub fn check_mark(&self, offset: u64) -> Result<(), BlockBackendError> {
+        let mark = ByteRange::byte(offset);
         for (file, path) in self.files() {
             let found = find_lock(file, mark).map_err(self.failed("look for locks on it"))?;
-            // Somebody else's lock on all of a file is no mark.
+            // Another program's lock on a whole file is not a mark.
             if offset < LEAST_MARK || found != Some(mark) {
                 let path = path.to_owned();
-                return Err(BackendError::NotTheSame { path });
+                return Err(BlockBackendError::NotTheSame { path });
             }
         }
         Ok(())
     }
 
-    /// The disk's files, from the one that the guest writes to down.
+    /// The disk's files: the one that the guest writes to first, then the backing files.
     pub(super) fn files(&self) -> impl Iterator<Item = (&File, &Path)> {
         let below = self.qcow2.iter().flat_map(|image| image.below());
         let own = [(&self.file, self.path.as_path())];
         own.into_iter().chain(below)
     }
 
-    fn held(&self) -> MutexGuard<'_, Held> {
+    fn held(&self) -> MutexGuard<'_, HeldLocks> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Takes all that this use needs; `Ok(false)` if somebody is in the way, and then some of it may be taken.
-fn take(file: &File, how: Use) -> io::Result<bool> {
-    let ours = if how.writes { Lock::Exclusive } else { Lock::Shared };
+/// Takes all locks that this use needs; `Ok(false)` if another process's lock conflicts, and then some locks may have
+/// been taken.
+fn take_locks(file: &File, how: LockUse) -> io::Result<bool> {
+    let ours = if how.writes {
+        FileLock::Exclusive
+    } else {
+        FileLock::Shared
+    };
     if !set_lock(file, OURS, ours)? {
         return Ok(false);
     }
@@ -185,7 +193,7 @@ fn take(file: &File, how: Use) -> io::Result<bool> {
         .into_iter()
         .chain(says)
     {
-        if !set_lock(file, byte, Lock::Shared)? {
+        if !set_lock(file, byte, FileLock::Shared)? {
             return Ok(false);
         }
     }

@@ -1,4 +1,5 @@
-//! What a disk that is mirrored tells of itself, while its guest goes on.
+//! What a migration needs to mirror a disk while its guest runs: a log of writes, the allocated ranges, and the
+//! content.
 
 use std::fs::File;
 use std::io;
@@ -7,12 +8,13 @@ use std::sync::Arc;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use super::super::error::BlockBackendError;
 use super::super::log::BlockLog;
+use super::BlockBackend;
 use super::scratch::Scratch;
-use super::{Backend, BackendError};
 
-impl Backend {
-    /// Logs from now on what is written to it. Any log before that ends.
+impl BlockBackend {
+    /// Starts a log of the writes to the disk, in place of an earlier one.
     pub fn start_log(&self) -> Arc<BlockLog> {
         self.logging.start(self.size())
     }
@@ -22,16 +24,16 @@ impl Backend {
         self.logging.stop();
     }
 
-    /// Ranges of bytes that may hold something, as offset and length; all else is zero.
-    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BackendError> {
+    /// Ranges that may hold data, as offsets and lengths in bytes; everything else is zero.
+    pub fn allocated(&self) -> Result<Vec<(u64, u64)>, BlockBackendError> {
         let size = self.size();
-        let Some(file) = self.raw() else {
+        let Some(file) = self.raw_file() else {
             return Ok(vec![(0, size)]);
         };
-        // What is missing at its end would look like a hole, and is none.
+        // A part that is missing at the disk's end would look like a hole.
         let got = self.file_size()?;
         if got < size {
-            return Err(BackendError::Shrunk {
+            return Err(BlockBackendError::Shrunk {
                 path: self.path.clone(),
                 expected: size,
                 got,
@@ -40,12 +42,12 @@ impl Backend {
         data_ranges(file, size).map_err(self.failed("look for holes in it"))
     }
 
-    /// Reads what is at byte `offset` of the disk.
-    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BackendError> {
+    /// Reads from byte `offset` of the disk.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BlockBackendError> {
         let mut scratch = Scratch::new(into.len() as u64);
         let (mut at, mut rest) = (offset, into);
         while !rest.is_empty() {
-            // Direct I/O wants memory that is aligned.
+            // Direct I/O needs aligned memory.
             let part = scratch.part(rest.len() as u64);
             self.read_bytes(part, at).map_err(self.failed("read it"))?;
             let (to, after) = rest.split_at_mut(part.len());
@@ -57,13 +59,13 @@ impl Backend {
     }
 }
 
-/// Where a file has data, as far as its file system knows of holes.
+/// The ranges of a file that are not holes, as far as its file system knows.
 fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
     let (mut at, mut ranges) = (0, Vec::new());
     while at < size {
         let data = match seek(file, SeekFrom::Data(at)) {
             Ok(data) => data.min(size),
-            // Nothing but a hole from here on.
+            // There is only a hole from here on.
             Err(Errno::NXIO) => break,
             Err(Errno::INVAL) => at,
             Err(errno) => return Err(errno.into()),

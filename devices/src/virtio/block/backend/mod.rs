@@ -1,6 +1,5 @@
-//! What backs a disk: an image file or a block device of the host.
+//! A disk's backend: an image file or a block device of the host.
 
-mod error;
 mod flush;
 mod lock;
 mod mirror;
@@ -20,65 +19,66 @@ use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
+use super::error::{BlockBackendError, BlockRequestError};
 use super::log::Logging;
-use super::request::RequestError;
 use super::sys;
 use crate::GuestMemory;
-use crate::virtio::sys::{At, Durability};
+use crate::virtio::sys::{Durability, FilePosition};
 use crate::virtio::{Buffers, HostBackend, HostError};
 
-pub use error::BackendError;
-use lock::Held;
-pub use open::{Access, BackingFile, Format, FormatError};
+use lock::HeldLocks;
+pub use open::{Access, BackingFile, ImageFormat, ImageFormatError};
 use open::{Alignment, open_disk};
 use qcow2::Qcow2;
 use scratch::Scratch;
 
 /// An open disk. Nothing is locked by opening it.
 #[derive(Debug)]
-pub struct Backend {
+pub struct BlockBackend {
     file: File,
     path: PathBuf,
     is_block_device: bool,
     read_only: bool,
-    /// What direct I/O wants, if that is what is done.
+    /// The alignment for direct I/O, if the disk is opened for that.
     alignment: Option<Alignment>,
-    /// What the file is, if it is not the disk as it is.
+    /// The image in the file, if the file is not a raw disk.
     qcow2: Option<Qcow2>,
     sectors: AtomicU64,
-    /// Bytes beyond the last whole block, until that was said.
+    /// Bytes beyond the last whole block, until they were logged.
     tail: AtomicU64,
-    /// Nobody else has written to it, so that nothing that is cached of it is out of date.
+    /// It was made on this host, and no other host has written to it: the host's cache is up to date.
     made_here: bool,
-    /// It was somebody else's, who had it locked until then.
+    /// It is taken over from another process, which has it locked until then.
     is_taken_over: bool,
-    held: Mutex<Held>,
+    held: Mutex<HeldLocks>,
     logging: Logging,
-    /// How often the disk was modified, how much of that is in its file, and how much durable.
+    /// How often the disk was modified.
     modified: AtomicU64,
+    /// Up to which modification the disk is in its file.
     written_out: AtomicU64,
+    /// Up to which modification the disk is durable.
     flushed: AtomicU64,
-    /// A flush has failed, and the guest has not heard of one that did: its own next one might succeed.
+    /// A flush has failed and the guest does not know: its own next flush might succeed.
     lost: AtomicBool,
 }
 
-impl Backend {
+impl BlockBackend {
     /// Opens the disk at `path`.
-    pub fn open(path: &Path, access: Access) -> Result<Self, BackendError> {
+    pub fn open(path: &Path, access: Access) -> Result<Self, BlockBackendError> {
         Self::open_on(path, access, &[])
     }
 
-    /// Opens the image at `path`, on these files, from the upper to the lower.
-    pub fn open_on(path: &Path, access: Access, backing: &[BackingFile]) -> Result<Self, BackendError> {
+    /// Opens the image at `path` on these backing files, from the upper to the lower.
+    pub fn open_on(path: &Path, access: Access, backing: &[BackingFile]) -> Result<Self, BlockBackendError> {
         let (file, is_block_device) = open_disk(path, access)?;
         let alignment = access.direct.then(|| Alignment::of(&file));
         let qcow2 = match (access.format, backing) {
-            (Format::Raw, []) => None,
-            (Format::Raw, [BackingFile { path: got, .. }, ..]) => {
+            (ImageFormat::Raw, []) => None,
+            (ImageFormat::Raw, [BackingFile { path: got, .. }, ..]) => {
                 let (path, got) = (path.to_owned(), got.clone());
-                return Err(BackendError::NoImage { path, got });
+                return Err(BlockBackendError::NoImage { path, got });
             }
-            (Format::Qcow2, backing) => Some(Qcow2::open(&file, path, access.read_only, backing)?),
+            (ImageFormat::Qcow2, backing) => Some(Qcow2::open(&file, path, access.read_only, backing)?),
         };
         let backend = Self {
             file,
@@ -102,7 +102,7 @@ impl Backend {
         Ok(backend)
     }
 
-    /// The same disk, which was made on this host, and whose name is, or will be, `path`.
+    /// The same disk, which was made on this host and whose name is, or will be, `path`.
     pub fn made_here(self, path: &Path) -> Self {
         Self {
             path: path.to_owned(),
@@ -111,8 +111,8 @@ impl Backend {
         }
     }
 
-    /// Looks how large it is now. What is beyond its last whole block no guest can reach.
-    pub(super) fn measure(&self) -> Result<(), BackendError> {
+    /// Reads the disk's size. The guest cannot reach what is beyond the last whole block.
+    pub(super) fn measure(&self) -> Result<(), BlockBackendError> {
         let size = match &self.qcow2 {
             Some(image) => image.size(),
             None => self.file_size()?,
@@ -123,8 +123,8 @@ impl Backend {
         Ok(())
     }
 
-    /// Says, once, that the guest does not see the disk's end.
-    pub(super) fn say_tail(&self) {
+    /// Logs, once, that the guest does not see the disk's end.
+    pub(super) fn warn_hidden_tail(&self) {
         let tail = self.tail.swap(0, Ordering::SeqCst);
         if tail > 0 {
             let (disk, unit) = (self.path.display(), self.block_size());
@@ -132,14 +132,14 @@ impl Backend {
         }
     }
 
-    /// A block device's metadata says 0; its end says the truth.
-    fn file_size(&self) -> Result<u64, BackendError> {
+    /// Seeks to the end, as the metadata of a block device have size 0.
+    fn file_size(&self) -> Result<u64, BlockBackendError> {
         (&self.file)
             .seek(SeekFrom::End(0))
             .map_err(self.failed("find its size"))
     }
 
-    /// Where it is.
+    /// The disk's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -159,36 +159,36 @@ impl Backend {
         self.sectors() * SECTOR_SIZE
     }
 
-    /// What offsets and lengths of requests are multiples of, in bytes.
+    /// The unit of requests' offsets and lengths, in bytes.
     pub(super) fn block_size(&self) -> u32 {
         self.alignment
             .map_or(SECTOR_SIZE as u32, |alignment| alignment.offset)
     }
 
-    /// Gives up what `len` bytes at byte `offset` hold, and their space where the host can: it is no matter what is
-    /// there afterwards, so nothing fails where it cannot.
-    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BackendError> {
+    /// Discards `len` bytes at byte `offset`, and gives up their space if the host can. Their content afterwards does
+    /// not matter, so it is no error if the host cannot.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), BlockBackendError> {
         let done = match &self.qcow2 {
             Some(image) => image.discard(offset, len),
             None => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
         };
         self.modified(offset, len);
         match done {
-            // Not at all, or not such small parts of it.
-            Err(error) if cannot(&error) => Ok(()),
+            // The host cannot discard, or not such small parts.
+            Err(error) if is_unsupported(&error) => Ok(()),
             done => done.map_err(self.failed("discard a part of it")),
         }
     }
 
-    /// Makes `len` bytes at byte `offset` zero; they may give up their space if `unmap`.
-    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BackendError> {
+    /// Makes `len` bytes at byte `offset` zero; their space may be given up if `unmap`.
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), BlockBackendError> {
         let done = match &self.qcow2 {
             Some(image) => image.write_zeroes(offset, len, unmap),
             None if unmap => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
             None => self.fallocate(FallocateFlags::ZERO_RANGE, offset, len),
         };
         let done = match done {
-            Err(error) if cannot(&error) => self.zero(offset, len),
+            Err(error) if is_unsupported(&error) => self.zero(offset, len),
             done => done,
         };
         self.modified(offset, len);
@@ -213,19 +213,19 @@ impl Backend {
         Ok(())
     }
 
-    /// Drops what this host has cached of the disk, so that what another host wrote is read from the disk.
-    pub fn invalidate(&self) -> Result<(), BackendError> {
+    /// Drops what this host has cached of the disk, so that another host's writes are read from the disk.
+    pub fn invalidate(&self) -> Result<(), BlockBackendError> {
         if self.made_here {
             return Ok(());
         }
         if self.is_block_device {
             match sys::flush_buffers(&self.file) {
-                // Needs a privilege; advice does without, page by page.
+                // The call needs a privilege; the advice below does not.
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
                 done => return done.map_err(self.failed("drop its buffers")),
             }
         }
-        // Only pages that are written back can be dropped, whoever wrote them.
+        // Only pages that are written back can be dropped, whichever process wrote them.
         self.file.sync_data().map_err(self.failed("write it back"))?;
         fadvise(&self.file, 0, None, Advice::DontNeed)
             .map_err(|errno| self.failed("drop its cached pages")(errno.into()))?;
@@ -236,9 +236,9 @@ impl Backend {
     }
 
     /// Whether the kernel can move data between the disk and these buffers where they are.
-    pub(super) fn takes(&self, buffers: &Buffers) -> bool {
+    pub(super) fn can_transfer_directly(&self, buffers: &Buffers) -> bool {
         let fits = |alignment: Alignment| buffers.are_aligned(alignment.memory);
-        self.raw().is_some() && self.alignment.is_none_or(fits)
+        self.raw_file().is_some() && self.alignment.is_none_or(fits)
     }
 
     /// Fills `into` from byte `offset` of the disk on, marking the pages.
@@ -247,8 +247,8 @@ impl Backend {
         memory: &GuestMemory,
         into: &Buffers,
         mut offset: u64,
-    ) -> Result<(), RequestError> {
-        if self.takes(into) {
+    ) -> Result<(), BlockRequestError> {
+        if self.can_transfer_directly(into) {
             let mut at = self.at(offset);
             for (address, len) in into.iter() {
                 memory.read_exact_volatile_from(address, &mut at, len as usize)?;
@@ -272,7 +272,7 @@ impl Backend {
         from: &Buffers,
         offset: u64,
         durability: Durability,
-    ) -> Result<(), RequestError> {
+    ) -> Result<(), BlockRequestError> {
         let done = self.write_buffers(memory, from, offset);
         self.modified(offset, from.len());
         done?;
@@ -287,8 +287,8 @@ impl Backend {
         memory: &GuestMemory,
         from: &Buffers,
         mut offset: u64,
-    ) -> Result<(), RequestError> {
-        if self.takes(from) {
+    ) -> Result<(), BlockRequestError> {
+        if self.can_transfer_directly(from) {
             let mut at = self.at(offset);
             for (address, len) in from.iter() {
                 memory.write_all_volatile_to(address, &mut at, len as usize)?;
@@ -320,20 +320,20 @@ impl Backend {
         }
     }
 
-    fn at(&self, offset: u64) -> At<'_> {
-        At {
+    fn at(&self, offset: u64) -> FilePosition<'_> {
+        FilePosition {
             file: &self.file,
             offset,
         }
     }
 
-    /// The disk's bytes as they are, if they are in a file like that.
-    pub(super) fn raw(&self) -> Option<&File> {
+    /// The disk's file, if it is a raw disk.
+    pub(super) fn raw_file(&self) -> Option<&File> {
         self.qcow2.is_none().then_some(&self.file)
     }
 
-    pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BackendError + '_ {
-        move |source| BackendError::Io {
+    pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BlockBackendError + '_ {
+        move |source| BlockBackendError::Io {
             path: self.path.clone(),
             what,
             source,
@@ -341,15 +341,15 @@ impl Backend {
     }
 }
 
-/// Whether the host, or the image, has no such thing, or not for such small parts.
-fn cannot(error: &io::Error) -> bool {
+/// Whether the host or the image does not support an operation, or not for such small parts.
+fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput
     )
 }
 
-impl HostBackend for Backend {
+impl HostBackend for BlockBackend {
     fn take_locks(&self) -> Result<(), HostError> {
         Ok(self.lock()?)
     }

@@ -1,4 +1,4 @@
-//! How a disk's file is opened, and what it then wants of requests.
+//! How a disk's file is opened, and which alignment it then demands of requests.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -9,23 +9,23 @@ use std::str::FromStr;
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 
-use super::BackendError;
+use super::super::error::BlockBackendError;
 
 /// How a disk is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Access {
-    /// For reading alone.
+    /// For reading only.
     pub read_only: bool,
     /// Without the host's cache (O_DIRECT).
     pub direct: bool,
-    /// What the file is.
-    pub format: Format,
+    /// The file's format.
+    pub format: ImageFormat,
 }
 
-/// What a disk's file is. It is said by whoever knows, and never guessed: a guest may write whatever it likes to a raw
-/// image, and make it look like another one.
+/// The format of a disk's file. The user names it, and it is never guessed: a guest can write anything to a raw image,
+/// also what looks like another format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
+pub enum ImageFormat {
     /// The disk's bytes.
     #[default]
     Raw,
@@ -33,16 +33,16 @@ pub enum Format {
     Qcow2,
 }
 
-/// A file that an image is on, as whoever starts the guest names it.
+/// A backing file of an image, as the user names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingFile {
-    /// Where it is.
+    /// The file's path.
     pub path: PathBuf,
-    /// What it is; `None` if the image on it says that.
-    pub format: Option<Format>,
+    /// Its format; `None` to take that from the header of the image on top of it.
+    pub format: Option<ImageFormat>,
 }
 
-impl fmt::Display for Format {
+impl fmt::Display for ImageFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Raw => "raw",
@@ -51,30 +51,30 @@ impl fmt::Display for Format {
     }
 }
 
-/// Not the name of a [`Format`].
+/// Not the name of a [`ImageFormat`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("format: expected raw or qcow2, got {0:?}")]
-pub struct FormatError(String);
+pub struct ImageFormatError(String);
 
-impl FromStr for Format {
-    type Err = FormatError;
+impl FromStr for ImageFormat {
+    type Err = ImageFormatError;
 
-    fn from_str(text: &str) -> Result<Self, FormatError> {
+    fn from_str(text: &str) -> Result<Self, ImageFormatError> {
         match text {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
-            _ => Err(FormatError(text.into())),
+            _ => Err(ImageFormatError(text.into())),
         }
     }
 }
 
-/// What is there in place of a disk.
+/// What was found in place of a disk.
 const A_DIRECTORY: &str = "a directory";
 
-/// Opens a disk, or a file of one, and says whether it is a block device.
-pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), BackendError> {
+/// Opens a disk, or a file of one; returns whether it is a block device.
+pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), BlockBackendError> {
     let failed = |what| {
-        move |source| BackendError::Io {
+        move |source| BlockBackendError::Io {
             path: path.to_owned(),
             what,
             source,
@@ -89,20 +89,20 @@ pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), Bac
             "something else"
         };
         let path = path.to_owned();
-        return Err(BackendError::NotADisk { path, got });
+        return Err(BlockBackendError::NotADisk { path, got });
     }
-    // Requests may take their time.
+    // From now on calls may block.
     fcntl_getfl(&file)
         .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
         .map_err(|errno| failed("set it up")(errno.into()))?;
     Ok((file, kind.is_block_device()))
 }
 
-/// Opens what may yet be no disk.
-fn open(path: &Path, access: Access) -> Result<File, BackendError> {
-    if access.direct && access.format != Format::Raw {
+/// Opens a path that may turn out not to be a disk.
+fn open(path: &Path, access: Access) -> Result<File, BlockBackendError> {
+    if access.direct && access.format != ImageFormat::Raw {
         let path = path.to_owned();
-        return Err(BackendError::NotDirect { path });
+        return Err(BlockBackendError::NotDirect { path });
     }
     // Without O_NONBLOCK a FIFO would block before it could be refused.
     let direct = if access.direct { libc::O_DIRECT } else { 0 };
@@ -113,17 +113,19 @@ fn open(path: &Path, access: Access) -> Result<File, BackendError> {
         .open(path);
     let path = path.to_owned();
     opened.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => BackendError::Missing { path },
-        io::ErrorKind::IsADirectory => BackendError::NotADisk {
+        io::ErrorKind::NotFound => BlockBackendError::Missing { path },
+        io::ErrorKind::IsADirectory => BlockBackendError::NotADisk {
             path,
             got: A_DIRECTORY,
         },
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => BackendError::Permission {
-            path,
-            read_only: access.read_only,
-        },
-        io::ErrorKind::InvalidInput if access.direct => BackendError::NotDirect { path },
-        _ => BackendError::Io {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            BlockBackendError::Permission {
+                path,
+                read_only: access.read_only,
+            }
+        }
+        io::ErrorKind::InvalidInput if access.direct => BlockBackendError::NotDirect { path },
+        _ => BlockBackendError::Io {
             path,
             what: "open it",
             source,
@@ -134,14 +136,15 @@ fn open(path: &Path, access: Access) -> Result<File, BackendError> {
 /// What direct I/O demands, in bytes: powers of two.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Alignment {
-    /// Of addresses and lengths of buffers.
+    /// Alignment of the addresses and lengths of buffers.
     pub(super) memory: u32,
-    /// Of places on the disk.
+    /// Alignment of offsets on the disk.
     pub(super) offset: u32,
 }
 
 impl Alignment {
-    /// As the kernel says. One that says nothing is older than 6.1, or does not care: sectors then, as ever.
+    /// As the kernel reports it. A kernel before 6.1, or a file system without such limits, reports nothing: then it is
+    /// a sector.
     pub(super) fn of(file: &File) -> Self {
         let sector = super::SECTOR_SIZE as u32;
         let (memory, offset) = match statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {

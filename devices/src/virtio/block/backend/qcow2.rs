@@ -1,4 +1,4 @@
-//! A qcow2 image. Requests are served one by one, and what they move is copied once more than a raw image's.
+//! A qcow2 image. Its requests are served one by one, and their data are copied once more than with a raw image.
 
 use std::fs::File;
 use std::io;
@@ -12,60 +12,60 @@ use imago::qcow2::Qcow2 as Image;
 use imago::raw::Raw;
 use imago::storage::StorageOpenOptions;
 
-use super::open::{Access, Format, open_disk};
-use super::{BackendError, BackingFile};
+use super::super::error::BlockBackendError;
+use super::open::{Access, BackingFile, ImageFormat, open_disk};
 
-/// How long the end of a process waits for whoever has an image.
+/// How long the end of the process waits for a thread that uses the image.
 const CLOSING: Duration = Duration::from_secs(2);
 
-/// An open image, with what it is on: nothing is opened but what was named, and that once.
+/// An open image with its backing files: only files that the user has named are opened, each once.
 #[derive(Debug)]
 pub(super) struct Qcow2 {
-    /// From the image itself down.
-    layers: Vec<Layer>,
+    /// The image itself first, then its backing files downwards.
+    layers: Vec<ImageLayer>,
     read_only: bool,
     image: Mutex<FormatAccess<ImageFile>>,
 }
 
-/// A file of an image.
+/// One file of the chain.
 #[derive(Debug)]
-struct Layer {
+struct ImageLayer {
     file: File,
     path: PathBuf,
-    /// What it is, where that was said; else the image above says.
-    format: Option<Format>,
+    /// Its format if the user has named it; else the header of the image on top of it decides.
+    format: Option<ImageFormat>,
 }
 
 impl Qcow2 {
-    /// What `file`, which is at `path`, holds, on these files. Nothing is written by opening it.
+    /// Opens the image in `file`, which is at `path`, on these backing files. Opening writes nothing.
     pub(super) fn open(
         file: &File,
         path: &Path,
         read_only: bool,
         backing: &[BackingFile],
-    ) -> Result<Self, BackendError> {
-        let failed = |source| BackendError::Io {
+    ) -> Result<Self, BlockBackendError> {
+        let failed = |source| BlockBackendError::Io {
             path: path.to_owned(),
             what: "open it as qcow2",
             source,
         };
-        let mut layers = vec![Layer {
+        let mut layers = vec![ImageLayer {
             file: file.try_clone().map_err(failed)?,
             path: path.to_owned(),
-            format: Some(Format::Qcow2),
+            format: Some(ImageFormat::Qcow2),
         }];
         for BackingFile { path, format } in backing {
             let access = Access {
                 read_only: true,
                 ..Access::default()
             };
-            layers.push(Layer {
+            layers.push(ImageLayer {
                 file: open_disk(path, access)?.0,
                 path: path.clone(),
                 format: *format,
             });
         }
-        let image = open(&layers, Format::Qcow2, !read_only).map_err(failed)?;
+        let image = open(&layers, ImageFormat::Qcow2, !read_only).map_err(failed)?;
         Ok(Self {
             layers,
             read_only,
@@ -73,19 +73,19 @@ impl Qcow2 {
         })
     }
 
-    /// Forgets what is known of the image and looks anew, as another host may have written to it.
+    /// Drops the cached metadata and reads them anew, as another host may have written to the image.
     pub(super) fn reopen(&self) -> io::Result<()> {
-        *self.image() = open(&self.layers, Format::Qcow2, !self.read_only)?;
+        *self.image() = open(&self.layers, ImageFormat::Qcow2, !self.read_only)?;
         Ok(())
     }
 
-    /// The files that it is on, from the upper to the lower.
+    /// The backing files, from the upper to the lower.
     pub(super) fn below(&self) -> impl Iterator<Item = (&File, &Path)> {
         let below = self.layers.iter().skip(1);
         below.map(|layer| (&layer.file, layer.path.as_path()))
     }
 
-    /// What the guest sees, in bytes.
+    /// The size that the guest sees, in bytes.
     pub(super) fn size(&self) -> u64 {
         self.image().size()
     }
@@ -112,18 +112,18 @@ impl Qcow2 {
         }
     }
 
-    /// Makes durable what is in the file.
+    /// Makes the file's content durable.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.image().sync()
     }
 
-    /// Puts into the file where data are.
+    /// Writes modified metadata to the file.
     pub(super) fn write_out(&self) -> io::Result<()> {
         self.image().flush()
     }
 
-    /// Does that, and nobody writes after it. An error if somebody has the image for longer than [`CLOSING`], as one who
-    /// is waiting for a disk that hangs.
+    /// As [`Qcow2::write_out`], and no thread can write after it. Fails if a thread uses the image for longer than
+    /// [`CLOSING`], for example because its disk hangs.
     pub(super) fn close(&self) -> io::Result<()> {
         let until = Instant::now() + CLOSING;
         let image = loop {
@@ -146,13 +146,14 @@ impl Qcow2 {
     }
 }
 
-/// What the first of `layers` holds, on the others. What its header names is what they are, or nothing.
-fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAccess<ImageFile>> {
+/// Opens the first of `layers` on the others. It is an error if its header does not name a backing file exactly where
+/// there is one.
+fn open(layers: &[ImageLayer], format: ImageFormat, writable: bool) -> io::Result<FormatAccess<ImageFile>> {
     let (this, below) = layers.split_first().ok_or(io::ErrorKind::NotFound)?;
     let options = StorageOpenOptions::new().filename(&this.path).write(writable);
     let file = ImageFile::from_open_file(this.file.try_clone()?, options)?;
     let path = this.path.display();
-    if format == Format::Raw {
+    if format == ImageFormat::Raw {
         return match below.first() {
             None => Ok(FormatAccess::new(Raw::open_image(file, writable)?)),
             Some(named) => Err(refused(format!(
@@ -171,14 +172,14 @@ fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAc
     let named = image.implicit_backing_file();
     let below = match (named, below.first()) {
         (None, None) => None,
-        (None, Some(Layer { path: got, .. })) => {
+        (None, Some(ImageLayer { path: got, .. })) => {
             let got = got.display();
             return Err(refused(format!(
                 "expected no backing file of {path}, which has none, got {got}"
             )));
         }
         (Some(named), None) => {
-            // What an image names is its maker's word, and the host's files are not his.
+            // The image's header is not trusted to name a file of the host.
             let at = this.path.parent().unwrap_or(Path::new("")).join(named);
             return Err(refused(format!(
                 "expected the backing file of {path} to be named by whoever starts the guest; if it may be read, add backing={}",
@@ -194,14 +195,14 @@ fn open(layers: &[Layer], format: Format, writable: bool) -> io::Result<FormatAc
     Ok(FormatAccess::new(image))
 }
 
-/// What a backing file is: as was said, or as the image on it says. To look at it would be to trust a guest that wrote
-/// to it.
-fn format_of(layer: &Layer, in_image: Option<&str>) -> io::Result<Format> {
+/// The format of a backing file: as the user or the header of the image on top of it names it. It is not probed, as a
+/// guest may have written the file's content.
+fn format_of(layer: &ImageLayer, in_image: Option<&str>) -> io::Result<ImageFormat> {
     let path = layer.path.display();
     let in_image = match in_image.filter(|name| !name.is_empty()) {
         None => None,
-        // An old name.
-        Some("file") => Some(Format::Raw),
+        // An old name of raw.
+        Some("file") => Some(ImageFormat::Raw),
         Some(name) => Some(name.parse().map_err(io::Error::other)?),
     };
     match (layer.format, in_image) {

@@ -3,12 +3,13 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use super::{Backend, BackendError};
+use super::super::error::BlockBackendError;
+use super::BlockBackend;
 
-impl Backend {
-    /// Fails if a file of it has no name any more, so that it ends with this process: whoever is to open it later would
-    /// find nothing, or another file in its place.
-    pub fn check_kept(&self) -> Result<(), BackendError> {
+impl BlockBackend {
+    /// Fails if a file of the disk has no name any more, so that its content ends with this process: a process that
+    /// opens the path later would find nothing, or another file.
+    pub fn check_kept(&self) -> Result<(), BlockBackendError> {
         for (file, path) in self.files() {
             let open = file.metadata().map_err(self.failed("look at it"))?;
             // A node of a block device is not the device.
@@ -20,7 +21,7 @@ impl Backend {
                 Ok(found) if (found.dev(), found.ino()) == (open.dev(), open.ino()) => {}
                 _ => {
                     let path = path.to_owned();
-                    return Err(BackendError::Removed { path });
+                    return Err(BlockBackendError::Removed { path });
                 }
             }
         }

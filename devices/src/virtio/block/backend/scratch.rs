@@ -1,25 +1,25 @@
-//! Memory of our own, aligned for direct I/O: for what the kernel cannot move from or to the guest's.
+//! A buffer that is aligned for direct I/O, for data that the kernel cannot move from or to guest memory itself.
 
-/// More than any disk asks for.
+/// No disk demands more.
 const ALIGNMENT: usize = 4096;
-/// Most bytes of it: what is longer goes in parts, each of them whole blocks.
+/// Most bytes of a buffer: longer transfers go in parts of whole blocks.
 const MOST: u64 = 64 << 10;
 
-/// Zeroes at first.
+/// The buffer; zeroes at first.
 pub(super) struct Scratch {
     bytes: Vec<u8>,
     begin: usize,
 }
 
 impl Scratch {
-    /// For so many bytes in all.
+    /// A buffer for a transfer of `len` bytes.
     pub(super) fn new(len: u64) -> Self {
         let bytes = vec![0; len.min(MOST) as usize + ALIGNMENT];
         let begin = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         Self { bytes, begin }
     }
 
-    /// For the next part of so many bytes, or for all of them.
+    /// The buffer for the next part of a transfer with `len` bytes left.
     pub(super) fn part(&mut self, len: u64) -> &mut [u8] {
         let most = (self.bytes.len() - ALIGNMENT) as u64;
         &mut self.bytes[self.begin..][..len.min(most) as usize]

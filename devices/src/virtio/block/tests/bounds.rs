@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::slow::{FSYNC, SlowFile, WRITE};
 use super::*;
-use crate::virtio::mmio::TransportError;
+use crate::virtio::mmio::MmioTransportError;
 
 /// What is stated, and what a slow machine may add. Less than [`Driver::wait`] waits.
 const RESET_TIME: Duration = Duration::from_millis(500);
@@ -16,7 +16,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// What a slow disk is to the host.
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+enum DiskKind {
     /// A file whose requests are served by the disk's own thread.
     File(IoEngine),
     /// A block device on such a file: its requests are in flight with io_uring.
@@ -40,7 +40,7 @@ impl Drop for Loop {
 }
 
 fn losetup(arguments: &[&Path]) -> Vec<u8> {
-    // Not everybody has it in the path.
+    // The user's path may lack the directory of `losetup`.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let mut command = Command::new("losetup");
     let output = command.args(arguments).env("PATH", path).output().unwrap();
@@ -51,26 +51,26 @@ fn losetup(arguments: &[&Path]) -> Vec<u8> {
 /// Does it with a disk of each kind, which does nothing when it is held, and with a driver that has read from it.
 fn on_each(test: impl Fn(Driver, &SlowFile)) {
     for kind in [
-        Kind::File(IoEngine::Sync),
-        Kind::File(IoEngine::Async),
-        Kind::Device,
+        DiskKind::File(IoEngine::Sync),
+        DiskKind::File(IoEngine::Async),
+        DiskKind::Device,
     ] {
         eprintln!("{kind:?}");
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("slow");
         let file = SlowFile::new(&path, 4 << 20);
         let (device, parameters) = match kind {
-            Kind::File(engine) => (
+            DiskKind::File(engine) => (
                 None,
-                Parameters {
+                BlockParameters {
                     engine,
                     ..Default::default()
                 },
             ),
             // Nothing waits for what the host has cached.
-            Kind::Device => (
+            DiskKind::Device => (
                 Some(Loop::new(&path)),
-                Parameters {
+                BlockParameters {
                     direct: true,
                     ..Default::default()
                 },
@@ -80,34 +80,35 @@ fn on_each(test: impl Fn(Driver, &SlowFile)) {
             direct: parameters.direct,
             ..Default::default()
         };
-        let backend = Backend::open(device.as_ref().map_or(&path, |device| &device.0), access).unwrap();
-        let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
+        let backend = BlockBackend::open(device.as_ref().map_or(&path, |device| &device.0), access).unwrap();
+        let mut driver = Driver::ready(VirtioBlock::new(Arc::new(backend), "slow", parameters).unwrap());
         assert_eq!(request(&mut driver, IN, 0, &[writes(BUFFER, 512)]), (OK, 513));
         test(driver, &file);
     }
 }
 
-/// The same with an image that has a sector of data, and in whose file nobody finds it yet.
-fn slow_image(cache: Cache) -> (TempDir, SlowFile, Driver) {
+/// The same with an image that has a sector of data, whose metadata are not in the file yet.
+fn slow_image(cache: CacheMode) -> (TempDir, SlowFile, Driver) {
     let (dir, image) = images::image();
     let path = dir.path().join("slow");
     let file = SlowFile::new(&path, 4 << 20);
     let content = fs::read(image).unwrap();
     let mut there = fs::File::options().write(true).open(&path).unwrap();
     there.write_all(&content).unwrap();
-    let backend = Backend::open(&path, images::access(false)).unwrap();
-    let parameters = Parameters {
+    let backend = BlockBackend::open(&path, images::access(false)).unwrap();
+    let parameters = BlockParameters {
         cache,
         ..Default::default()
     };
-    let mut driver = Driver::ready(Block::new(Arc::new(backend), "slow", parameters).unwrap());
+    let mut driver = Driver::ready(VirtioBlock::new(Arc::new(backend), "slow", parameters).unwrap());
     images::write(&mut driver, 9, 512, 0xab);
     assert!(!images::is_in_the_file(&path, 9, 0xab));
     (dir, file, driver)
 }
 
-/// Nobody waits for the file, which is held from then on. Were anybody to, it would be released in the end.
-fn waits_for_nothing(file: &SlowFile, act: impl FnOnce()) {
+/// Holds the file and checks that `act` does not wait for it. If it does, the file is released after [`SOON`], so that
+/// the test can fail.
+fn does_not_wait_for(file: &SlowFile, act: impl FnOnce()) {
     file.hold();
     let (over, is_over) = mpsc::channel::<()>();
     let start = Instant::now();
@@ -120,11 +121,11 @@ fn waits_for_nothing(file: &SlowFile, act: impl FnOnce()) {
         act();
         drop(over);
     });
-    assert!(start.elapsed() < SOON, "somebody waited {:?}", start.elapsed());
+    assert!(start.elapsed() < SOON, "waited {:?}", start.elapsed());
 }
 
-/// Makes a request available and has it begun.
-fn begin(driver: &mut Driver, kind: u32, data: &[Part]) {
+/// Makes a request available and kicks.
+fn begin(driver: &mut Driver, kind: u32, data: &[DriverBuffer]) {
     header(driver, kind, 0);
     driver.add(&[&[reads(HEADER, 16)], data, &[writes(STATUS, 1)]].concat());
     driver.kick();
@@ -137,7 +138,7 @@ fn drain_fails(driver: &Driver, word: &str) {
         .transport
         .drain(begin + Duration::from_millis(50))
         .unwrap_err();
-    assert!(matches!(error, TransportError::Device { .. }), "{error}");
+    assert!(matches!(error, MmioTransportError::Device { .. }), "{error}");
     let error = error.to_string();
     assert!(
         error.contains(word) && begin.elapsed() < SOON,
@@ -147,7 +148,7 @@ fn drain_fails(driver: &Driver, word: &str) {
 }
 
 #[test]
-fn whoever_waits_for_a_disk_that_hangs_is_told_in_time() {
+fn a_drain_of_a_disk_that_hangs_fails_in_time() {
     on_each(|mut driver, file| {
         driver.fill(BUFFER, &[0xab; 512]);
         for (kind, data) in [
@@ -285,7 +286,7 @@ fn little_is_in_flight_at_once() {
 
 #[test]
 fn a_drain_goes_on_with_what_is_done_in_part() {
-    let disk = Disk::with(IoEngine::Async);
+    let disk = TestDisk::with(IoEngine::Async);
     let content: Vec<u8> = (0..16u32 << 20).map(|at| (at / 4096) as u8).collect();
     let file = fs::File::create(disk.path()).unwrap();
     (&file).write_all(&content).unwrap();
@@ -315,10 +316,10 @@ fn what_a_driver_wrote_before_it_reset_the_disk_is_durable_after_a_drain() {
 }
 
 #[test]
-fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
+fn the_device_thread_does_not_wait_for_a_write_out() {
     // When its time has come.
-    let (_dir, file, mut driver) = slow_image(Cache::Writeback);
-    waits_for_nothing(&file, || {
+    let (_dir, file, mut driver) = slow_image(CacheMode::Writeback);
+    does_not_wait_for(&file, || {
         images::serve_until(&mut driver, || file.holds());
         begin(&mut driver, IN, &[writes(BUFFER, 512)]);
         driver.transport.pause();
@@ -328,8 +329,8 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     file.release();
     driver.wait_for(1);
     // When the driver resets the disk.
-    let (dir, file, mut driver) = slow_image(Cache::Writeback);
-    waits_for_nothing(&file, || {
+    let (dir, file, mut driver) = slow_image(CacheMode::Writeback);
+    does_not_wait_for(&file, || {
         driver.set(0x070, 0);
         file.wait_held();
         // Nothing of that touches the guest's memory: the next driver comes and goes.
@@ -346,8 +347,8 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
     driver.transport.drain(Instant::now() + SOON).unwrap();
     assert!(images::is_in_the_file(&dir.path().join("slow"), 9, 0xab));
     // When it flushes a disk that need not outlive the host.
-    let (dir, file, mut driver) = slow_image(Cache::Unsafe);
-    waits_for_nothing(&file, || begin(&mut driver, FLUSH, &[]));
+    let (dir, file, mut driver) = slow_image(CacheMode::Unsafe);
+    does_not_wait_for(&file, || begin(&mut driver, FLUSH, &[]));
     assert!(driver.used().is_empty());
     file.release();
     driver.wait_for(1);
@@ -357,7 +358,7 @@ fn nobody_waits_while_it_is_written_out_where_an_image_has_its_data() {
 
 #[test]
 fn an_image_whose_queue_breaks_is_written_out() {
-    let (dir, _file, mut driver) = slow_image(Cache::Writeback);
+    let (dir, _file, mut driver) = slow_image(CacheMode::Writeback);
     // A head beyond the queue's end.
     driver.publish(u16::MAX);
     driver.kick();
@@ -369,10 +370,10 @@ fn an_image_whose_queue_breaks_is_written_out() {
 }
 
 #[test]
-fn a_flush_that_failed_unheard_is_told_by_the_next() {
+fn a_failed_flush_without_an_answer_is_reported_by_the_next() {
     on_each(|mut driver, file| {
         assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
-        // The kernel tells each open file once, and that was the host's side.
+        // The kernel reports a failure to each open file once, and that went to the host side.
         for by_a_drain in [true, false] {
             file.fail(FSYNC);
             driver.transport.pause();
@@ -394,19 +395,19 @@ fn a_flush_that_failed_unheard_is_told_by_the_next() {
 }
 
 #[test]
-fn a_flush_in_flight_is_told_what_another_has_lost() {
+fn a_flush_in_flight_reports_that_another_has_failed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("slow");
     let file = SlowFile::new(&path, 4 << 20);
-    let backend = Arc::new(Backend::open(&path, Access::default()).unwrap());
-    let device = Block::new(backend.clone(), "slow", Parameters::default()).unwrap();
+    let backend = Arc::new(BlockBackend::open(&path, Access::default()).unwrap());
+    let device = VirtioBlock::new(backend.clone(), "slow", BlockParameters::default()).unwrap();
     let mut driver = Driver::ready(device);
     assert_eq!(request(&mut driver, OUT, 0, &[reads(BUFFER, 512)]), (OK, 1));
     file.hold();
     begin(&mut driver, FLUSH, &[]);
     file.wait_held();
     // The host's side flushes meanwhile.
-    backend.keep_lost();
+    backend.record_flush_failure();
     file.release();
     driver.wait_for(1);
     assert_eq!(driver.bytes(STATUS, 1), [IOERR]);
@@ -414,8 +415,8 @@ fn a_flush_in_flight_is_told_what_another_has_lost() {
 }
 
 #[test]
-fn a_disk_that_need_not_be_durable_can_move_once_its_guest_has_heard() {
-    let (_dir, file, mut driver) = slow_image(Cache::Unsafe);
+fn a_disk_can_move_once_its_guest_knows_of_a_failed_flush() {
+    let (_dir, file, mut driver) = slow_image(CacheMode::Unsafe);
     file.fail(FSYNC);
     driver.transport.pause();
     drain_fails(&driver, "durable");
@@ -427,7 +428,7 @@ fn a_disk_that_need_not_be_durable_can_move_once_its_guest_has_heard() {
 
 #[test]
 fn what_could_not_be_written_out_for_want_of_room_is_not_lost() {
-    let (dir, file, mut driver) = slow_image(Cache::Writeback);
+    let (dir, file, mut driver) = slow_image(CacheMode::Writeback);
     file.fail(WRITE);
     driver.transport.pause();
     drain_fails(&driver, "durable");

@@ -14,8 +14,8 @@ const LEN: u32 = 16 << 10;
 const BUFFERS: u64 = DATA + 0x1_0000;
 
 /// A disk that is not in the page cache, so that reads of it take their time.
-fn cold() -> Disk {
-    let disk = Disk::new();
+fn cold() -> TestDisk {
+    let disk = TestDisk::new();
     let mut file = File::options().read(true).write(true).open(disk.path()).unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();
     for number in 0..MANY {
@@ -27,7 +27,7 @@ fn cold() -> Disk {
 }
 
 /// A driver that has sent many reads, of which it knows that some are in flight: tried until that is so.
-fn in_flight() -> (Disk, Driver) {
+fn in_flight() -> (TestDisk, Driver) {
     for _ in 0..50 {
         let disk = cold();
         let mut driver = disk.driver();
@@ -160,7 +160,7 @@ fn more_than_there_is_room_for() {
 
 #[test]
 fn a_flush_is_asked_for_once() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let mut driver = disk.driver();
     driver.fill(BUFFER, &[0xab; 512]);
     assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));

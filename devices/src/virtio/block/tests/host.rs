@@ -1,3 +1,5 @@
+//! Files of the host that shrink, are removed or are not disks.
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -7,11 +9,11 @@ use super::*;
 const READ_ONLY: Access = Access {
     read_only: true,
     direct: false,
-    format: Format::Raw,
+    format: ImageFormat::Raw,
 };
 
 /// Leaves nothing but its first sector.
-fn shrink(disk: &Disk) {
+fn shrink(disk: &TestDisk) {
     let file = File::options().write(true).open(disk.path()).unwrap();
     file.set_len(512).unwrap();
 }
@@ -27,28 +29,31 @@ fn a_disk_that_shrinks_is_an_error_for_the_guest() {
 
 #[test]
 fn what_is_no_disk_is_refused_by_name() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let dir = disk.dir.path();
-    let open = |path: &Path| Backend::open(path, Access::default()).unwrap_err();
-    assert!(matches!(open(&dir.join("none")), BackendError::Missing { .. }));
+    let open = |path: &Path| BlockBackend::open(path, Access::default()).unwrap_err();
+    assert!(matches!(
+        open(&dir.join("none")),
+        BlockBackendError::Missing { .. }
+    ));
     assert!(matches!(
         open(dir),
-        BackendError::NotADisk {
+        BlockBackendError::NotADisk {
             got: "a directory",
             ..
         }
     ));
-    let read_only = Backend::open(dir, READ_ONLY).unwrap_err();
+    let read_only = BlockBackend::open(dir, READ_ONLY).unwrap_err();
     assert!(matches!(
         read_only,
-        BackendError::NotADisk {
+        BlockBackendError::NotADisk {
             got: "a directory",
             ..
         }
     ));
     assert!(matches!(
         open(Path::new("/dev/null")),
-        BackendError::NotADisk {
+        BlockBackendError::NotADisk {
             got: "something else",
             ..
         }
@@ -56,7 +61,7 @@ fn what_is_no_disk_is_refused_by_name() {
     // Even root may not write here.
     let error = open(Path::new("/sys/kernel/uevent_seqnum"));
     assert!(
-        matches!(error, BackendError::Permission { read_only: false, .. }),
+        matches!(error, BlockBackendError::Permission { read_only: false, .. }),
         "{error}"
     );
     for (size, sectors) in [(0, 0), (511, 0), (513, 1), (1537, 3)] {
@@ -66,25 +71,28 @@ fn what_is_no_disk_is_refused_by_name() {
             .unwrap()
             .set_len(size)
             .unwrap();
-        let backend = Backend::open(&disk.path(), Access::default()).unwrap();
+        let backend = BlockBackend::open(&disk.path(), Access::default()).unwrap();
         assert_eq!((backend.sectors(), backend.size()), (sectors, sectors * 512));
     }
 }
 
 #[test]
 fn what_a_disk_has_lost_is_no_hole() {
-    let disk = Disk::new();
-    let backend = Backend::open(&disk.path(), Access::default()).unwrap();
+    let disk = TestDisk::new();
+    let backend = BlockBackend::open(&disk.path(), Access::default()).unwrap();
     assert_eq!(backend.allocated().unwrap(), [(0, backend.size())]);
     shrink(&disk);
     let error = backend.allocated().unwrap_err();
-    assert!(matches!(error, BackendError::Shrunk { got: 512, .. }), "{error}");
+    assert!(
+        matches!(error, BlockBackendError::Shrunk { got: 512, .. }),
+        "{error}"
+    );
 }
 
 #[test]
-fn a_file_that_was_removed_is_kept_by_nobody_else() {
-    let disk = Disk::new();
-    let open = |path: &Path| Backend::open(path, Access::default()).unwrap();
+fn a_disk_whose_file_was_removed_is_refused() {
+    let disk = TestDisk::new();
+    let open = |path: &Path| BlockBackend::open(path, Access::default()).unwrap();
     let backend = open(&disk.path());
     let other = disk.dir.path().join("other");
     // Whatever it is called.
@@ -94,7 +102,7 @@ fn a_file_that_was_removed_is_kept_by_nobody_else() {
     fs::remove_file(&other).unwrap();
     let error = backend.check_kept().unwrap_err();
     assert!(
-        matches!(&error, BackendError::Removed { path } if *path == disk.path()),
+        matches!(&error, BlockBackendError::Removed { path } if *path == disk.path()),
         "{error}"
     );
     let removed = File::open(disk.path()).unwrap();

@@ -27,14 +27,14 @@ fn make(path: &Path, backing: Option<(&Path, &str)>) {
 pub(super) fn access(read_only: bool) -> Access {
     Access {
         read_only,
-        format: Format::Qcow2,
+        format: ImageFormat::Qcow2,
         ..Default::default()
     }
 }
 
-fn device(path: &Path) -> Block {
-    let backend = Backend::open(path, access(false)).unwrap();
-    Block::new(Arc::new(backend), "root", Parameters::default()).unwrap()
+fn device(path: &Path) -> VirtioBlock {
+    let backend = BlockBackend::open(path, access(false)).unwrap();
+    VirtioBlock::new(Arc::new(backend), "root", BlockParameters::default()).unwrap()
 }
 
 pub(super) fn image() -> (TempDir, PathBuf) {
@@ -146,40 +146,40 @@ fn an_image_changes_hands() {
 
 /// What it says when the image at `path` cannot be opened on these files.
 fn refused(path: &Path, backing: &[BackingFile]) -> String {
-    let error = Backend::open_on(path, access(true), backing).unwrap_err();
+    let error = BlockBackend::open_on(path, access(true), backing).unwrap_err();
     let cause = std::error::Error::source(&error).map(ToString::to_string);
     let message = format!("{error} {}", cause.unwrap_or_default());
     assert!(!message.contains('\n'), "{message}");
     message
 }
 
-fn backing(path: &Path, format: Option<Format>) -> BackingFile {
+fn backing(path: &Path, format: Option<ImageFormat>) -> BackingFile {
     BackingFile {
         path: path.to_owned(),
         format,
     }
 }
 
-fn device_on(path: &Path, files: &[BackingFile]) -> Block {
-    let backend = Backend::open_on(path, access(false), files).unwrap();
-    Block::new(Arc::new(backend), "root", Parameters::default()).unwrap()
+fn device_on(path: &Path, files: &[BackingFile]) -> VirtioBlock {
+    let backend = BlockBackend::open_on(path, access(false), files).unwrap();
+    VirtioBlock::new(Arc::new(backend), "root", BlockParameters::default()).unwrap()
 }
 
 #[test]
-fn what_an_image_is_on() {
+fn backing_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let [base, middle, top] = ["base", "middle", "top"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
     make(&middle, Some((&base, "raw")));
     make(&top, Some((&middle, "qcow2")));
-    let files = [backing(&middle, None), backing(&base, Some(Format::Raw))];
+    let files = [backing(&middle, None), backing(&base, Some(ImageFormat::Raw))];
     let mut driver = Driver::ready(device_on(&top, &files));
     assert!(holds(&mut driver, 100, 4096, 0x11));
     write(&mut driver, 100, 512, 0x22);
     assert!(holds(&mut driver, 100, 512, 0x22));
     assert!(holds(&mut driver, 101, 512, 0x11));
     assert!(fs::read(&base).unwrap().iter().all(|&byte| byte == 0x11));
-    let backend = Backend::open_on(&top, access(true), &files).unwrap();
+    let backend = BlockBackend::open_on(&top, access(true), &files).unwrap();
     backend.check_kept().unwrap();
     // After another host had it, on the files that are open.
     driver.backend().flush().unwrap();
@@ -192,13 +192,13 @@ fn what_an_image_is_on() {
     fs::remove_file(base.with_extension("away")).unwrap();
     let error = backend.check_kept().unwrap_err();
     assert!(
-        matches!(&error, BackendError::Removed { path } if *path == base),
+        matches!(&error, BlockBackendError::Removed { path } if *path == base),
         "{error}"
     );
 }
 
 #[test]
-fn an_image_is_on_nothing_that_was_not_named() {
+fn only_named_backing_files_are_opened() {
     let dir = tempfile::tempdir().unwrap();
     let [base, middle, top] = ["base", "middle", "top"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
@@ -210,31 +210,31 @@ fn an_image_is_on_nothing_that_was_not_named() {
     // At no level.
     let error = refused(&top, &[backing(&middle, None)]);
     assert!(error.contains(&option), "{error}");
-    let error = refused(&middle, &[backing(&base, Some(Format::Qcow2))]);
+    let error = refused(&middle, &[backing(&base, Some(ImageFormat::Qcow2))]);
     assert!(
         error.contains("to be qcow2") && error.contains("says raw"),
         "{error}"
     );
     let error = refused(&middle, &[backing(&base, None), backing(&top, None)]);
     assert!(error.contains("which is raw"), "{error}");
-    let error = Backend::open_on(&base, Access::default(), &[backing(&top, None)]).unwrap_err();
-    assert!(matches!(error, BackendError::NoImage { .. }), "{error}");
-    // What is no disk is none below one either; nobody waits for its other end.
+    let error = BlockBackend::open_on(&base, Access::default(), &[backing(&top, None)]).unwrap_err();
+    assert!(matches!(error, BlockBackendError::NoImage { .. }), "{error}");
+    // A file that cannot be a disk cannot be a backing file either; opening a FIFO does not wait for its other end.
     for (path, word) in [
         (dir.path().join("none"), "found nothing"),
         (dir.path().to_owned(), "a directory"),
         ("/dev/null".into(), "something else"),
         (fifo(&dir), "something else"),
     ] {
-        let error = refused(&middle, &[backing(&path, Some(Format::Raw))]);
+        let error = refused(&middle, &[backing(&path, Some(ImageFormat::Raw))]);
         assert!(error.contains(word), "{error}");
     }
-    // Without a format somebody would have to guess.
+    // Without a format it would have to be guessed.
     fs::remove_file(&top).unwrap();
     make(&top, Some((&base, "")));
     let error = refused(&top, &[backing(&base, None)]);
     assert!(error.contains("backing-format=raw or qcow2"), "{error}");
-    Backend::open_on(&top, access(true), &[backing(&base, Some(Format::Raw))]).unwrap();
+    BlockBackend::open_on(&top, access(true), &[backing(&base, Some(ImageFormat::Raw))]).unwrap();
     fs::remove_file(&top).unwrap();
     make(&top, None);
     let error = refused(&top, &[backing(&base, None)]);
@@ -263,31 +263,31 @@ fn data_in_another_file_are_refused() {
 }
 
 #[test]
-fn nobody_writes_to_what_images_are_on() {
+fn backing_files_are_never_written() {
     let dir = tempfile::tempdir().unwrap();
     let [base, one, two] = ["base", "one", "two"].map(|name| dir.path().join(name));
     fs::write(&base, vec![0x11; SIZE as usize]).unwrap();
     let on_base = |path: &Path| {
         make(path, Some((&base, "raw")));
-        Backend::open_on(path, access(false), &[backing(&base, None)]).unwrap()
+        BlockBackend::open_on(path, access(false), &[backing(&base, None)]).unwrap()
     };
     let (one, two) = (on_base(&one), on_base(&two));
     one.lock().unwrap();
     two.lock().unwrap();
-    let writer = Backend::open(&base, Access::default()).unwrap();
+    let writer = BlockBackend::open(&base, Access::default()).unwrap();
     let error = writer.lock().unwrap_err();
     assert!(
-        matches!(&error, BackendError::Locked { path, .. } if *path == base),
+        matches!(&error, BlockBackendError::Locked { path, .. } if *path == base),
         "{error}"
     );
     one.unlock().unwrap();
     assert!(writer.lock().is_err());
     drop(two);
     writer.lock().unwrap();
-    // Nor is one of them used while somebody writes to that.
+    // Nor is a backing file used while another process writes to it.
     let error = one.lock().unwrap_err();
     assert!(
-        matches!(&error, BackendError::Locked { path, .. } if *path == base),
+        matches!(&error, BlockBackendError::Locked { path, .. } if *path == base),
         "{error}"
     );
     drop(writer);
@@ -297,20 +297,20 @@ fn nobody_writes_to_what_images_are_on() {
     let copy = dir.path().join("copy");
     fs::copy(&base, &copy).unwrap();
     let there = |base: &Path| {
-        let files = [backing(base, Some(Format::Raw))];
-        Backend::open_on(one.path(), access(false), &files)
+        let files = [backing(base, Some(ImageFormat::Raw))];
+        BlockBackend::open_on(one.path(), access(false), &files)
             .unwrap()
             .check_mark(mark)
     };
     there(&base).unwrap();
     let error = there(&copy).unwrap_err();
     assert!(
-        matches!(&error, BackendError::NotTheSame { path } if *path == copy),
+        matches!(&error, BlockBackendError::NotTheSame { path } if *path == copy),
         "{error}"
     );
 }
 
-/// Whether somebody else finds a sector of the image full of `byte`.
+/// Whether another opening of the image finds a sector full of `byte`.
 pub(super) fn is_in_the_file(path: &Path, sector: u64, byte: u8) -> bool {
     let (copies, name) = (tempfile::tempdir().unwrap(), "copy");
     let copy = copies.path().join(name);
@@ -347,14 +347,14 @@ fn what_the_guest_was_told_is_written_gets_into_the_file_in_time() {
 
 #[test]
 fn what_a_guest_flushes_is_in_the_file_in_every_mode() {
-    for cache in [Cache::Writeback, Cache::Writethrough, Cache::Unsafe] {
+    for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe] {
         let (_dir, path) = image();
-        let backend = Arc::new(Backend::open(&path, access(false)).unwrap());
-        let parameters = Parameters {
+        let backend = Arc::new(BlockBackend::open(&path, access(false)).unwrap());
+        let parameters = BlockParameters {
             cache,
             ..Default::default()
         };
-        let mut driver = Driver::ready(Block::new(backend, "root", parameters).unwrap());
+        let mut driver = Driver::ready(VirtioBlock::new(backend, "root", parameters).unwrap());
         write(&mut driver, 9, 512, 1);
         assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
         assert!(is_in_the_file(&path, 9, 1), "{cache:?}");
@@ -364,13 +364,13 @@ fn what_a_guest_flushes_is_in_the_file_in_every_mode() {
 #[test]
 fn an_image_that_is_closed_has_all_and_takes_nothing() {
     let (_dir, path) = image();
-    let backend = Arc::new(Backend::open(&path, access(false)).unwrap());
-    let device = Block::new(backend.clone(), "root", Parameters::default()).unwrap();
+    let backend = Arc::new(BlockBackend::open(&path, access(false)).unwrap());
+    let device = VirtioBlock::new(backend.clone(), "root", BlockParameters::default()).unwrap();
     let mut driver = Driver::ready(device);
     write(&mut driver, 9, 512, 1);
     backend.close().unwrap();
     assert!(is_in_the_file(&path, 9, 1));
-    // As its process does: whoever wants it waits for ever.
+    // As in a process that ends: a thread that wants the image waits for ever.
     std::mem::forget((driver, backend));
 }
 
@@ -379,7 +379,7 @@ fn what_is_no_image() {
     let (_dir, path) = image();
     let good = fs::read(&path).unwrap();
     let open = |format| {
-        Backend::open(
+        BlockBackend::open(
             &path,
             Access {
                 format,
@@ -388,7 +388,7 @@ fn what_is_no_image() {
         )
     };
     let mut bad = vec![vec![0; 1 << 20], good[..50].to_vec()];
-    // Another version, clusters of 2^63 bytes, a first table beyond everything, features that nobody knows.
+    // Another version, clusters of 2^63 bytes, a first table beyond the file, unknown features.
     for (at, byte) in [(7, 9), (23, 63), (40, 0xff), (72, 0xff)] {
         let mut image = good.clone();
         image[at] = byte;
@@ -396,7 +396,9 @@ fn what_is_no_image() {
     }
     for (number, image) in bad.iter().enumerate() {
         fs::write(&path, image).unwrap();
-        let error = open(Format::Qcow2).err().unwrap_or_else(|| panic!("{number}"));
+        let error = open(ImageFormat::Qcow2)
+            .err()
+            .unwrap_or_else(|| panic!("{number}"));
         assert!(error.to_string().contains("cannot open it as qcow2"), "{error}");
         assert!(!error.to_string().contains('\n'));
     }
@@ -408,12 +410,12 @@ fn what_is_no_image() {
         .unwrap()
         .set_len(1 << 20)
         .unwrap();
-    let raw = open(Format::Raw).unwrap();
+    let raw = open(ImageFormat::Raw).unwrap();
     assert_eq!(raw.size(), 1 << 20);
     let direct = Access {
         direct: true,
         ..access(false)
     };
-    let error = Backend::open(&path, direct).unwrap_err().to_string();
+    let error = BlockBackend::open(&path, direct).unwrap_err().to_string();
     assert!(error.contains("direct=on"), "{error}");
 }

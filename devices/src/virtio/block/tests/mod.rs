@@ -1,3 +1,5 @@
+//! A disk as a guest uses it, and what the other files of these tests share.
+
 mod bounds;
 mod engines;
 mod host;
@@ -16,7 +18,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::rate::Limits;
-use crate::virtio::testing::{DATA, Driver, Part, reads, writes};
+use crate::virtio::testing::{DATA, Driver, DriverBuffer, reads, writes};
 
 pub(super) const IN: u32 = 0;
 pub(super) const OUT: u32 = 1;
@@ -33,20 +35,20 @@ pub(super) const OK: u8 = 0;
 pub(super) const IOERR: u8 = 1;
 pub(super) const UNSUPP: u8 = 2;
 
-/// Does it with either engine, each on a disk of its own.
-pub(super) fn with_both(test: impl Fn(&Disk)) {
+/// Runs a test with either engine, each on a disk of its own.
+pub(super) fn with_both(test: impl Fn(&TestDisk)) {
     for engine in [IoEngine::Sync, IoEngine::Async] {
         eprintln!("{engine:?}");
-        test(&Disk::with(engine));
+        test(&TestDisk::with(engine));
     }
 }
 
-pub(super) struct Disk {
+pub(super) struct TestDisk {
     pub(super) dir: TempDir,
     engine: IoEngine,
 }
 
-impl Disk {
+impl TestDisk {
     /// 64 sectors, each filled with its number.
     pub(super) fn new() -> Self {
         Self::with(IoEngine::default())
@@ -63,30 +65,30 @@ impl Disk {
         self.dir.path().join("disk")
     }
 
-    pub(super) fn device(&self, read_only: bool) -> Block {
+    pub(super) fn device(&self, read_only: bool) -> VirtioBlock {
         self.limited(read_only, Limits::default())
     }
 
-    pub(super) fn limited(&self, read_only: bool, limits: Limits) -> Block {
-        let parameters = Parameters {
+    pub(super) fn limited(&self, read_only: bool, limits: Limits) -> VirtioBlock {
+        let parameters = BlockParameters {
             limits,
             ..Default::default()
         };
         self.with_parameters(read_only, parameters)
     }
 
-    pub(super) fn with_parameters(&self, read_only: bool, parameters: Parameters) -> Block {
+    pub(super) fn with_parameters(&self, read_only: bool, parameters: BlockParameters) -> VirtioBlock {
         let access = Access {
             read_only,
             direct: parameters.direct,
             ..Default::default()
         };
-        let parameters = Parameters {
+        let parameters = BlockParameters {
             engine: self.engine,
             ..parameters
         };
-        let backend = Backend::open(&self.path(), access).unwrap();
-        Block::new(Arc::new(backend), "root", parameters).unwrap()
+        let backend = BlockBackend::open(&self.path(), access).unwrap();
+        VirtioBlock::new(Arc::new(backend), "root", parameters).unwrap()
     }
 
     pub(super) fn driver(&self) -> Driver {
@@ -103,7 +105,7 @@ pub(super) fn header(driver: &Driver, kind: u32, sector: u64) {
 }
 
 /// Sends a request in the usual three parts; returns the status and the bytes written.
-pub(super) fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Part]) -> (u8, u32) {
+pub(super) fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[DriverBuffer]) -> (u8, u32) {
     header(driver, kind, sector);
     let parts = [&[reads(HEADER, 16)], data, &[writes(STATUS, 1)]].concat();
     let written = driver.submit(&parts);

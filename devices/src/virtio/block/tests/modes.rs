@@ -14,8 +14,8 @@ const FLUSH_FEATURE: u64 = 1 << 9;
 const CONFIG: u64 = 0x100;
 const WRITEBACK: u64 = CONFIG + 32;
 
-fn cached(cache: Cache) -> Parameters {
-    Parameters {
+fn cached(cache: CacheMode) -> BlockParameters {
+    BlockParameters {
         cache,
         ..Default::default()
     }
@@ -32,10 +32,10 @@ fn set_writeback(driver: &mut Driver, value: u8) {
 }
 
 /// Whether nothing is left to flush after a write.
-fn writes_through(driver: &mut Driver, backend: &Backend) -> bool {
+fn writes_through(driver: &mut Driver, backend: &BlockBackend) -> bool {
     driver.fill(BUFFER, &[0xee; 512]);
     assert_eq!(request(driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
-    let clean = backend.unflushed().is_none();
+    let clean = backend.unflushed_generation().is_none();
     backend.flush().unwrap();
     clean
 }
@@ -61,8 +61,8 @@ fn without_flush_every_write_is_written_through() {
 
 #[test]
 fn cache_modes_and_the_guests_choice() {
-    let disk = Disk::with(IoEngine::Sync);
-    for (cache, at_first) in [(Cache::Writeback, 1), (Cache::Writethrough, 0)] {
+    let disk = TestDisk::with(IoEngine::Sync);
+    for (cache, at_first) in [(CacheMode::Writeback, 1), (CacheMode::Writethrough, 0)] {
         let device = disk.with_parameters(false, cached(cache));
         let backend = device.backend.clone();
         let mut driver = Driver::ready(device);
@@ -75,7 +75,7 @@ fn cache_modes_and_the_guests_choice() {
         }
         // The choice moves, and a reset forgets it.
         set_writeback(&mut driver, 1 - at_first);
-        let parameters = Parameters::from_bytes(&driver.transport.describe().parameters).unwrap();
+        let parameters = BlockParameters::from_bytes(&driver.transport.describe().parameters).unwrap();
         assert_eq!(parameters.cache, cache);
         let device = disk.with_parameters(false, parameters);
         let mut moved = driver.move_to(device, driver.save()).unwrap();
@@ -83,7 +83,7 @@ fn cache_modes_and_the_guests_choice() {
         assert_eq!(writeback(&mut moved), 1 - at_first);
         moved.bring_up();
         assert_eq!(writeback(&mut moved), at_first);
-        // Who did not accept the feature has no choice.
+        // A driver that did not accept the feature cannot change the mode.
         let features = moved.offered() & !CONFIG_WCE;
         moved.bring_up_with(features);
         set_writeback(&mut moved, 1 - at_first);
@@ -93,23 +93,23 @@ fn cache_modes_and_the_guests_choice() {
 
 #[test]
 fn what_was_cached_is_durable_when_the_guest_turns_the_cache_off() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let device = disk.device(false);
     let backend = device.backend.clone();
     let mut driver = Driver::ready(device);
     driver.fill(BUFFER, &[0xee; 512]);
     assert_eq!(request(&mut driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
-    assert!(backend.unflushed().is_some());
+    assert!(backend.unflushed_generation().is_some());
     set_writeback(&mut driver, 0);
     // What the guest asks for next comes after it.
     assert_eq!(request(&mut driver, IN, 5, &[writes(BUFFER, 512)]), (OK, 513));
-    assert!(backend.unflushed().is_none());
+    assert!(backend.unflushed_generation().is_none());
 }
 
 #[test]
 fn an_unsafe_disk_is_flushed_for_moves_alone() {
     with_both(|disk| {
-        let device = disk.with_parameters(false, cached(Cache::Unsafe));
+        let device = disk.with_parameters(false, cached(CacheMode::Unsafe));
         let backend = device.backend.clone();
         let mut driver = Driver::ready(device);
         assert_eq!(driver.offered() & (CONFIG_WCE | FLUSH_FEATURE), FLUSH_FEATURE);
@@ -118,16 +118,16 @@ fn an_unsafe_disk_is_flushed_for_moves_alone() {
         driver.fill(BUFFER, &[0xee; 512]);
         assert_eq!(request(&mut driver, OUT, 5, &[reads(BUFFER, 512)]), (OK, 1));
         assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
-        assert!(backend.unflushed().is_some());
+        assert!(backend.unflushed_generation().is_some());
         driver.save();
-        assert!(backend.unflushed().is_none());
+        assert!(backend.unflushed_generation().is_none());
     });
 }
 
 #[test]
 fn direct_io_takes_buffers_as_they_are() {
     with_both(|disk| {
-        let parameters = Parameters {
+        let parameters = BlockParameters {
             direct: true,
             ..Default::default()
         };
@@ -188,7 +188,7 @@ fn direct_io_takes_buffers_as_they_are() {
 
 #[test]
 fn what_cannot_be_opened_for_direct_io_says_so() {
-    let error = Backend::open(
+    let error = BlockBackend::open(
         std::path::Path::new("/proc/self/status"),
         Access {
             read_only: true,
@@ -215,7 +215,7 @@ fn a_disk_that_grows_and_shrinks() {
         driver.run();
         driver.interrupts();
         file.set_len(96 * 512).unwrap();
-        // Not before somebody says so.
+        // Not before the host has asked for it.
         assert_eq!(request(&mut driver, IN, 64, &sector), (IOERR, 1));
         let generation = driver.get(0x0fc);
         assert_eq!(control.resize().unwrap(), 96 * 512);
@@ -239,7 +239,7 @@ fn a_disk_that_grows_and_shrinks() {
         assert_eq!(request(&mut driver, IN, 31, &sector), (OK, 513));
         assert_eq!(fs::metadata(disk.path()).unwrap().len(), 32 * 512);
 
-        // The part of a sector at its end is nobody's, and an empty disk is one.
+        // A part of a sector at the end is hidden, and an empty disk is valid.
         for (bytes, sectors) in [(33 * 512 + 100, 33), (0, 0)] {
             file.set_len(bytes).unwrap();
             assert_eq!(control.resize().unwrap(), sectors * 512);
@@ -252,7 +252,7 @@ fn a_disk_that_grows_and_shrinks() {
 
 #[test]
 fn a_resize_just_before_a_move_is_told_after_it() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let device = disk.device(false);
     let control = device.control().clone();
     let mut driver = Driver::ready(device);
@@ -273,7 +273,7 @@ fn a_resize_just_before_a_move_is_told_after_it() {
 
 #[test]
 fn limits_that_change_hold_from_then_on() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let device = disk.device(false);
     let control = device.control().clone();
     let mut driver = Driver::ready(device);

@@ -1,3 +1,5 @@
+//! A disk that is reset, saved and restored.
+
 use std::fs::{self, File};
 
 use migration_state::Envelope;
@@ -53,7 +55,7 @@ fn a_disk_moves_in_the_middle_of_a_sequence() {
 
 #[test]
 fn another_disk_is_refused() {
-    let (disk, other) = (Disk::new(), Disk::new());
+    let (disk, other) = (TestDisk::new(), TestDisk::new());
     let source = disk.driver();
     File::options()
         .write(true)

@@ -1,3 +1,5 @@
+//! Requests to a disk, valid and hostile, and their answers.
+
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -88,7 +90,7 @@ fn what_is_written_is_logged_for_a_mirror() {
 }
 
 /// Bytes of the disk that take up space.
-fn space(disk: &Disk) -> u64 {
+fn space(disk: &TestDisk) -> u64 {
     std::os::unix::fs::MetadataExt::blocks(&fs::metadata(disk.path()).unwrap()) * 512
 }
 
@@ -179,7 +181,7 @@ fn requests_wait_for_tokens() {
             "{:?}",
             begin.elapsed()
         );
-        let described = Parameters::from_bytes(&driver.transport.describe().parameters);
+        let described = BlockParameters::from_bytes(&driver.transport.describe().parameters);
         assert_eq!(described.unwrap().limits, limits);
         // What waits for tokens is taken along by a move, and need not be kicked for.
         for _ in 0..6 {
@@ -208,7 +210,7 @@ fn a_write_marks_no_data_pages() {
 
 #[test]
 fn the_configuration_says_what_the_disk_is() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let mut driver = Driver::new(disk.device(true));
     assert_eq!(
         (driver.get(0x100), driver.get(0x104), driver.get(0x10c)),
@@ -228,7 +230,7 @@ fn the_configuration_says_what_the_disk_is() {
 
 #[test]
 fn the_identity_is_padded_or_cut() {
-    let disk = Disk::new();
+    let disk = TestDisk::new();
     let mut driver = disk.driver();
     assert_eq!(request(&mut driver, GET_ID, 0, &[writes(BUFFER, 20)]), (OK, 21));
     assert_eq!(driver.bytes(BUFFER, 20), *b"root\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");

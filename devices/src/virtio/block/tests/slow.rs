@@ -26,14 +26,14 @@ const REQUEST_HEADER: usize = 40;
 const BUFFER: usize = (1 << 20) + (64 << 10);
 const MOST_WRITTEN: u32 = 1 << 20;
 
-/// The file is mounted as long as it lives.
+/// A file that is mounted while this value lives.
 pub(super) struct SlowFile {
     path: std::path::PathBuf,
-    held: Arc<(Mutex<Held>, Condvar)>,
+    held: Arc<(Mutex<HeldRequests>, Condvar)>,
 }
 
 impl SlowFile {
-    /// Of so many bytes, at `path`, which becomes a file.
+    /// A file of so many bytes at `path`.
     pub(super) fn new(path: &Path, size: u64) -> Self {
         File::create(path).unwrap();
         let fuse = File::options().read(true).write(true).open("/dev/fuse").unwrap();
@@ -41,8 +41,8 @@ impl SlowFile {
         let data = format!("fd={fd},rootmode=100000,user_id=0,group_id=0");
         let data = std::ffi::CString::new(data).unwrap();
         mount("slow", path, "fuse", MountFlags::empty(), data.as_c_str()).unwrap();
-        let held: Arc<(Mutex<Held>, Condvar)> = Arc::default();
-        let server = Server {
+        let held: Arc<(Mutex<HeldRequests>, Condvar)> = Arc::default();
+        let server = FuseServer {
             fuse,
             size,
             content: vec![0; size as usize],
@@ -78,7 +78,7 @@ impl SlowFile {
         self.held.0.lock().unwrap().fails = Some(kind);
     }
 
-    /// It is again, and what was held is done.
+    /// Lets the held requests and all later ones be done.
     pub(super) fn release(&self) {
         self.held.0.lock().unwrap().is_held = false;
         self.held.1.notify_all();
@@ -86,7 +86,7 @@ impl SlowFile {
 }
 
 #[derive(Default)]
-struct Held {
+struct HeldRequests {
     is_held: bool,
     /// Something waits for the end of it.
     has_come: bool,
@@ -97,19 +97,19 @@ struct Held {
 impl Drop for SlowFile {
     fn drop(&mut self) {
         self.release();
-        // It goes when nobody has it open any more.
+        // The mount goes once the last handle of the file is closed.
         unmount(&self.path, UnmountFlags::DETACH).unwrap();
     }
 }
 
-struct Server {
+struct FuseServer {
     fuse: File,
     size: u64,
     content: Vec<u8>,
-    held: Arc<(Mutex<Held>, Condvar)>,
+    held: Arc<(Mutex<HeldRequests>, Condvar)>,
 }
 
-impl Server {
+impl FuseServer {
     fn serve(mut self) {
         let mut request = vec![0; BUFFER];
         // Until it is unmounted.
@@ -142,7 +142,7 @@ impl Server {
             };
             let len = 16 + body.len() as u32;
             let head = [&len.to_le_bytes()[..], &error.to_le_bytes(), unique].concat();
-            // Whoever asked may have been killed.
+            // The asking process may have been killed.
             let _ = self.fuse.write(&[head, body].concat());
         }
     }

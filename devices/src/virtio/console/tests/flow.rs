@@ -1,4 +1,4 @@
-//! Data, both ways, and who waits for whom.
+//! Data both ways, and where data wait.
 
 use std::io::Write;
 
@@ -8,7 +8,7 @@ use crate::virtio::testing::reads;
 
 #[test]
 fn the_console_takes_everything_at_once() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     rig.send(0, b"hello ");
     rig.send(0, b"world");
     assert_eq!((rig.taken(0), rig.screen.take()), (2, b"hello world".to_vec()));
@@ -21,7 +21,7 @@ fn the_console_takes_everything_at_once() {
 
 #[test]
 fn what_is_typed_waits_for_the_guest() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let typed: Vec<u8> = (0..2 * INPUT_LIMIT as u32).map(|at| (at / 3) as u8).collect();
     assert_eq!(rig.terminal.enqueue(&typed), INPUT_LIMIT);
     assert_eq!(rig.terminal.enqueue(b"x"), 0);
@@ -30,16 +30,16 @@ fn what_is_typed_waits_for_the_guest() {
     assert_eq!(first, typed[..3 * BUFFER as usize]);
     assert_eq!(rig.terminal.enqueue(&typed), first.len(), "room again");
     // Not to a guest that has closed it.
-    rig.say(0, PORT_OPEN, 0);
+    rig.send_message(0, PORT_OPEN, 0);
     rig.post(0, 1);
     assert_eq!(rig.received(0), b"");
-    rig.say(0, PORT_OPEN, 1);
+    rig.send_message(0, PORT_OPEN, 1);
     assert_eq!(rig.received(0), typed[first.len()..][..BUFFER as usize]);
 }
 
 #[test]
 fn ports_carry_data_both_ways_and_each_its_own() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let (mut a, mut b) = (rig.client("a"), rig.client("b"));
     for port in [1, 2] {
         rig.post(port, 4);
@@ -61,11 +61,11 @@ fn ports_carry_data_both_ways_and_each_its_own() {
 
 #[test]
 fn what_the_guest_has_no_room_for_stays_in_the_socket() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     let sent = flood(&mut client);
     rig.driver.run();
-    assert!(client.write(&[1]).is_err(), "somebody keeps it");
+    assert!(client.write(&[1]).is_err(), "something keeps it");
     let mut got = Vec::new();
     while got.len() < sent.len() {
         rig.post(1, 40);
@@ -78,29 +78,29 @@ fn what_the_guest_has_no_room_for_stays_in_the_socket() {
 
 #[test]
 fn nothing_comes_before_the_guest_opens_the_port() {
-    let mut rig = Rig::open();
-    rig.say(1, PORT_OPEN, 0);
+    let mut rig = ConsoleRig::open();
+    rig.send_message(1, PORT_OPEN, 0);
     let mut client = rig.client("a");
     client.write_all(b"early").unwrap();
     rig.post(1, 1);
     assert_eq!(rig.received(1), b"");
-    rig.say(1, PORT_OPEN, 1);
+    rig.send_message(1, PORT_OPEN, 1);
     assert_eq!(rig.received(1), b"early");
-    // Who has gone when nobody listens leaves nothing behind, and lets the next one in.
-    rig.say(1, PORT_OPEN, 0);
+    // A program that closes while the guest does not listen leaves nothing behind, and the next one is accepted.
+    rig.send_message(1, PORT_OPEN, 0);
     client.write_all(b"late").unwrap();
     drop(client);
     rig.messages();
     let mut next = rig.client("a");
-    rig.say(1, PORT_OPEN, 1);
+    rig.send_message(1, PORT_OPEN, 1);
     next.write_all(b"next").unwrap();
     rig.post(1, 1);
     assert_eq!(rig.received(1), b"next");
 }
 
 #[test]
-fn what_nobody_reads_stays_in_the_guests_queue() {
-    let mut rig = Rig::open();
+fn what_no_program_reads_stays_in_the_guests_queue() {
+    let mut rig = ConsoleRig::open();
     rig.send(1, b"before");
     assert_eq!(rig.taken(1), 0);
     let mut client = rig.client("a");
@@ -125,8 +125,8 @@ fn what_nobody_reads_stays_in_the_guests_queue() {
 }
 
 #[test]
-fn the_rest_of_what_was_begun_is_for_nobody_else() {
-    let mut rig = Rig::open();
+fn the_rest_of_a_chain_goes_to_no_other_program() {
+    let mut rig = ConsoleRig::open();
     let first = rig.client("a");
     let long = vec![b'x'; 700_000];
     rig.send(1, &long);
@@ -141,14 +141,14 @@ fn the_rest_of_what_was_begun_is_for_nobody_else() {
 }
 
 #[test]
-fn a_program_that_ends_is_heard_out() {
-    let mut rig = Rig::open();
+fn what_a_program_sent_before_it_closed_arrives() {
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     client.write_all(b"last words").unwrap();
     rig.messages();
     drop(client);
     rig.send(1, b"nobody there");
-    assert_eq!(rig.messages(), [], "not before they were heard");
+    assert_eq!(rig.messages(), [], "not before the data have arrived");
     rig.post(1, 2);
     assert_eq!(rig.received(1), b"last words");
     assert_eq!(rig.messages(), [(1, PORT_OPEN, 0, vec![])]);
@@ -158,14 +158,14 @@ fn a_program_that_ends_is_heard_out() {
 }
 
 #[test]
-fn a_driver_that_starts_anew_finds_who_was_there() {
-    let mut rig = Rig::open();
+fn programs_stay_connected_over_a_reset() {
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     rig.driver.bring_up();
     rig.post_messages(8);
-    rig.say(0, DEVICE_READY, 1);
-    rig.say(1, PORT_READY, 1);
-    rig.say(1, PORT_OPEN, 1);
+    rig.send_message(0, DEVICE_READY, 1);
+    rig.send_message(1, PORT_READY, 1);
+    rig.send_message(1, PORT_OPEN, 1);
     assert_eq!(rig.messages().last(), Some(&(1, PORT_OPEN, 1, vec![])));
     client.write_all(b"again").unwrap();
     rig.post(1, 1);

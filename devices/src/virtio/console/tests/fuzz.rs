@@ -5,14 +5,14 @@ use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
 
-use super::super::Size;
+use super::super::TerminalSize;
 use super::moves::moved;
 use super::rig::*;
 use crate::cases::cases;
 use crate::virtio::testing::{DATA, reads};
 
 #[derive(Clone, Debug)]
-enum Act {
+enum ConsoleAct {
     Say(u32, u16, u16),
     PostMessages(usize),
     Post(usize, u64),
@@ -26,27 +26,27 @@ enum Act {
     Move,
 }
 
-fn act() -> impl Strategy<Value = Act> {
+fn act() -> impl Strategy<Value = ConsoleAct> {
     let value = || prop_oneof![4 => Just(1u16), 2 => Just(0), 1 => any::<u16>()];
     prop_oneof![
-        6 => (0u32..4, 0u16..9, value()).prop_map(|(port, event, value)| Act::Say(port, event, value)),
-        1 => any::<u32>().prop_map(|port| Act::Say(port, PORT_OPEN, 1)),
-        2 => (1usize..70).prop_map(Act::PostMessages),
-        3 => (0usize..3, 1u64..70).prop_map(|(port, count)| Act::Post(port, count)),
-        3 => (0usize..3, 0u32..400_000).prop_map(|(port, len)| Act::Send(port, len)),
-        3 => prop_oneof![Just("a"), Just("b")].prop_map(Act::Connect),
-        2 => (0usize..4).prop_map(Act::Leave),
-        2 => (0usize..4, 1usize..70_000).prop_map(|(client, len)| Act::Write(client, len)),
-        1 => (1usize..70_000).prop_map(Act::Type),
-        1 => any::<u16>().prop_map(Act::Resize),
-        1 => Just(Act::BringUp),
-        1 => Just(Act::Move),
+        6 => (0u32..4, 0u16..9, value()).prop_map(|(port, event, value)| ConsoleAct::Say(port, event, value)),
+        1 => any::<u32>().prop_map(|port| ConsoleAct::Say(port, PORT_OPEN, 1)),
+        2 => (1usize..70).prop_map(ConsoleAct::PostMessages),
+        3 => (0usize..3, 1u64..70).prop_map(|(port, count)| ConsoleAct::Post(port, count)),
+        3 => (0usize..3, 0u32..400_000).prop_map(|(port, len)| ConsoleAct::Send(port, len)),
+        3 => prop_oneof![Just("a"), Just("b")].prop_map(ConsoleAct::Connect),
+        2 => (0usize..4).prop_map(ConsoleAct::Leave),
+        2 => (0usize..4, 1usize..70_000).prop_map(|(client, len)| ConsoleAct::Write(client, len)),
+        1 => (1usize..70_000).prop_map(ConsoleAct::Type),
+        1 => any::<u16>().prop_map(ConsoleAct::Resize),
+        1 => Just(ConsoleAct::BringUp),
+        1 => Just(ConsoleAct::Move),
     ]
 }
 
-fn perform(rig: &mut Rig, clients: &mut Vec<UnixStream>, act: Act) {
+fn perform(rig: &mut ConsoleRig, clients: &mut Vec<UnixStream>, act: ConsoleAct) {
     match act {
-        Act::Say(port, event, value) => {
+        ConsoleAct::Say(port, event, value) => {
             let message = [
                 &port.to_le_bytes()[..],
                 &event.to_le_bytes(),
@@ -57,27 +57,27 @@ fn perform(rig: &mut Rig, clients: &mut Vec<UnixStream>, act: Act) {
             rig.driver.select(CONTROL_FROM_GUEST).add(&[reads(DATA, 8)]);
             rig.driver.kick();
         }
-        Act::PostMessages(count) => rig.post_messages(count),
-        Act::Post(port, count) => rig.post(port, count),
-        Act::Send(port, len) => {
+        ConsoleAct::PostMessages(count) => rig.post_messages(count),
+        ConsoleAct::Post(port, count) => rig.post(port, count),
+        ConsoleAct::Send(port, len) => {
             rig.driver.select(to_guest(port) + 1).add(&[reads(SENT, len)]);
             rig.driver.kick();
         }
-        Act::Connect(name) => {
+        ConsoleAct::Connect(name) => {
             let client = UnixStream::connect(rig.path(name)).unwrap();
             client.set_nonblocking(true).unwrap();
             clients.push(client);
         }
-        Act::Leave(client) if client < clients.len() => drop(clients.remove(client)),
-        Act::Write(client, len) if client < clients.len() => {
-            // One that nobody takes data from, or that was let go, takes none.
+        ConsoleAct::Leave(client) if client < clients.len() => drop(clients.remove(client)),
+        ConsoleAct::Write(client, len) if client < clients.len() => {
+            // A program whose data the guest does not take, or that was disconnected, takes none.
             let _ = clients[client].write(&vec![7; len]);
         }
-        Act::Leave(_) | Act::Write(..) => {}
-        Act::Type(len) => drop(rig.terminal.enqueue(&vec![7; len])),
-        Act::Resize(columns) => rig.terminal.resize(Size { columns, rows: 24 }),
-        Act::BringUp => rig.driver.bring_up(),
-        Act::Move => {
+        ConsoleAct::Leave(_) | ConsoleAct::Write(..) => {}
+        ConsoleAct::Type(len) => drop(rig.terminal.enqueue(&vec![7; len])),
+        ConsoleAct::Resize(columns) => rig.terminal.resize(TerminalSize { columns, rows: 24 }),
+        ConsoleAct::BringUp => rig.driver.bring_up(),
+        ConsoleAct::Move => {
             let saved = rig.driver.save();
             *rig = moved(rig, saved);
         }
@@ -90,7 +90,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events(acts in prop::collection::vec(act(), 0..60)) {
-        let (mut rig, mut clients) = (Rig::open(), Vec::new());
+        let (mut rig, mut clients) = (ConsoleRig::open(), Vec::new());
         acts.into_iter().for_each(|act| perform(&mut rig, &mut clients, act));
         drop(clients);
         rig.driver.bring_up();

@@ -5,7 +5,7 @@ use crate::virtio::testing::{END, reads, writes};
 
 #[test]
 fn messages_that_make_no_sense_change_nothing() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     for (port, event, value) in [
         (3, PORT_READY, 1),
         (u32::MAX, PORT_OPEN, 1),
@@ -17,10 +17,10 @@ fn messages_that_make_no_sense_change_nothing() {
         (1, RESIZE, 0),
         (1, u16::MAX, 1),
     ] {
-        rig.say(port, event, value);
+        rig.send_message(port, event, value);
     }
     for len in 0..8 {
-        rig.say_bytes(&[0; 8][..len]);
+        rig.send_message_bytes(&[0; 8][..len]);
     }
     assert_eq!(rig.messages(), []);
     for part in [reads(END, 8), reads(u64::MAX - 3, 8), writes(SENT, 8)] {
@@ -29,14 +29,14 @@ fn messages_that_make_no_sense_change_nothing() {
     let _client = rig.client("a");
     assert_eq!(rig.messages(), [(1, PORT_OPEN, 1, vec![])]);
     // More than eight bytes: what follows is not for us.
-    rig.say_bytes(&[1, 0, 0, 0, 6, 0, 0, 0, 9, 9]);
+    rig.send_message_bytes(&[1, 0, 0, 0, 6, 0, 0, 0, 9, 9]);
     assert_eq!(rig.driver.get(0x070), 15);
 }
 
 #[test]
 fn buffers_that_hold_no_message_come_back_empty() {
-    let mut rig = Rig::new(&["a"]);
-    rig.say(0, DEVICE_READY, 1);
+    let mut rig = ConsoleRig::new(&["a"]);
+    rig.send_message(0, DEVICE_READY, 1);
     rig.driver.select(CONTROL_TO_GUEST);
     for part in [
         writes(SENT, 7),
@@ -60,7 +60,7 @@ fn buffers_that_hold_no_message_come_back_empty() {
 
 #[test]
 fn data_chains_that_make_no_sense_come_back() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     for port in [0, 1] {
         for parts in [
@@ -94,7 +94,7 @@ fn data_chains_that_make_no_sense_come_back() {
 
 #[test]
 fn a_guest_without_end_does_not_hold_others_up() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     // All of memory, sixty-four times in one chain.
     let whole = vec![reads(0, END as u32); 60];
     rig.driver.select(1).add(&whole);

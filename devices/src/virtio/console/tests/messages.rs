@@ -1,11 +1,11 @@
-//! What guest and host tell each other of ports and terminals.
+//! Control messages about ports and terminals.
 
-use super::super::Size;
+use super::super::TerminalSize;
 use super::rig::*;
 use crate::bus::BusDevice;
 use crate::virtio::testing::{Driver, VERSION_1};
 
-const SIZE: Size = Size {
+const SIZE: TerminalSize = TerminalSize {
     columns: 132,
     rows: 43,
 };
@@ -16,29 +16,29 @@ fn config(driver: &mut Driver) -> [u32; 3] {
 
 #[test]
 fn ports_are_introduced_when_the_driver_asks() {
-    let mut rig = Rig::new(&["a", "b.c"]);
+    let mut rig = ConsoleRig::new(&["a", "b.c"]);
     assert_eq!(config(&mut rig.driver), [0, 3, 0]);
     rig.post_messages(32);
     assert_eq!(rig.messages(), []);
-    rig.say(0, DEVICE_READY, 1);
+    rig.send_message(0, DEVICE_READY, 1);
     let add = |port| (port, PORT_ADD, 0, vec![]);
     assert_eq!(rig.messages(), [add(0), add(1), add(2)]);
-    rig.say(0, PORT_READY, 1);
+    rig.send_message(0, PORT_READY, 1);
     assert_eq!(
         rig.messages(),
         [(0, CONSOLE_PORT, 1, vec![]), (0, PORT_OPEN, 1, vec![])]
     );
-    rig.say(2, PORT_READY, 1);
+    rig.send_message(2, PORT_READY, 1);
     assert_eq!(rig.messages(), [(2, PORT_NAME, 1, b"b.c".to_vec())]);
     // One that the guest could not make anything of is left alone.
-    rig.say(1, PORT_READY, 0);
+    rig.send_message(1, PORT_READY, 0);
     let _client = rig.client("a");
     assert_eq!(rig.messages(), []);
 }
 
 #[test]
-fn the_guest_hears_who_comes_and_goes() {
-    let mut rig = Rig::open();
+fn the_guest_is_told_when_programs_come_and_go() {
+    let mut rig = ConsoleRig::open();
     let first = rig.client("b");
     assert_eq!(rig.messages(), [(2, PORT_OPEN, 1, vec![])]);
     let second = rig.client("b");
@@ -54,41 +54,41 @@ fn the_guest_hears_who_comes_and_goes() {
 }
 
 #[test]
-fn news_wait_for_buffers_and_get_no_more_meanwhile() {
-    let mut rig = Rig::new(&["a", "b"]);
+fn messages_wait_for_buffers_and_do_not_pile_up() {
+    let mut rig = ConsoleRig::new(&["a", "b"]);
     for _ in 0..100 {
-        rig.say(0, DEVICE_READY, 1);
+        rig.send_message(0, DEVICE_READY, 1);
     }
     rig.post_messages(2);
     assert_eq!(rig.messages().len(), 2);
     assert_eq!(rig.messages().len(), 1);
-    rig.say(1, PORT_READY, 1);
+    rig.send_message(1, PORT_READY, 1);
     assert_eq!(rig.messages(), [(1, PORT_NAME, 1, b"a".to_vec())]);
 }
 
 #[test]
 fn the_terminals_size_comes_by_message_where_there_are_ports() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.terminal.resize(SIZE);
     rig.post_messages(32);
-    rig.say(0, DEVICE_READY, 1);
+    rig.send_message(0, DEVICE_READY, 1);
     rig.messages();
-    rig.say(0, PORT_READY, 1);
+    rig.send_message(0, PORT_READY, 1);
     assert_eq!(rig.messages()[2], (0, RESIZE, 0, vec![132, 0, 43, 0]));
     rig.terminal.resize(SIZE);
     assert_eq!(rig.messages(), [], "it knows");
-    rig.terminal.resize(Size { rows: 1, ..SIZE });
-    rig.terminal.resize(Size { rows: 44, ..SIZE });
+    rig.terminal.resize(TerminalSize { rows: 1, ..SIZE });
+    rig.terminal.resize(TerminalSize { rows: 44, ..SIZE });
     assert_eq!(rig.messages(), [(0, RESIZE, 0, vec![132, 0, 44, 0])]);
     assert_eq!(config(&mut rig.driver)[0], 44 << 16 | 132);
-    // A driver that has lost the port and finds it again is told again.
-    rig.say(0, PORT_READY, 1);
+    // A driver that loses the port and finds it again is sent the size again.
+    rig.send_message(0, PORT_READY, 1);
     assert_eq!(rig.messages().last().unwrap().1, RESIZE);
 }
 
 #[test]
 fn the_terminals_size_is_configuration_where_there_are_none() {
-    let mut rig = Rig::new(&[]);
+    let mut rig = ConsoleRig::new(&[]);
     assert_eq!(rig.driver.queue_count(), 2);
     assert_eq!(rig.driver.offered() & 0b111, 0b101, "no ports");
     assert_eq!(config(&mut rig.driver), [0, 1, 0]);
@@ -100,7 +100,7 @@ fn the_terminals_size_is_configuration_where_there_are_none() {
     rig.terminal.resize(SIZE);
     rig.driver.run();
     assert_eq!(rig.driver.interrupts(), 0, "it knows");
-    // One that comes up later hears of it as well: Linux does not look by itself.
+    // A driver that comes up later is interrupted too: Linux does not read the size by itself.
     rig.driver.bring_up();
     rig.driver.run();
     assert_eq!(rig.driver.interrupts(), 1);
@@ -108,7 +108,7 @@ fn the_terminals_size_is_configuration_where_there_are_none() {
 
 #[test]
 fn a_byte_can_be_printed_without_a_driver() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.driver.set(0x070, 0);
     rig.driver.set(0x108, u32::from(b'!'));
     rig.driver.transport.write(0x108, b"?");
@@ -121,14 +121,14 @@ fn a_byte_can_be_printed_without_a_driver() {
 
 #[test]
 fn a_driver_that_knows_of_no_ports_has_a_console() {
-    let mut rig = Rig::new(&["a"]);
+    let mut rig = ConsoleRig::new(&["a"]);
     rig.driver.bring_up_with(VERSION_1 | 1);
     rig.terminal.enqueue(b"in");
     rig.post(0, 1);
     assert_eq!(rig.received(0), b"in");
     rig.send(0, b"out");
     assert_eq!((rig.taken(0), rig.screen.take()), (1, b"out".to_vec()));
-    // Nobody is let in who would not be heard.
+    // No program is accepted whose data the guest could not get.
     let mut client = rig.client("a");
     rig.post(1, 1);
     flood(&mut client);

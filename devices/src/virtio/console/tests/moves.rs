@@ -1,20 +1,22 @@
-//! Pauses, moves, and whose the sockets are.
+//! Pauses, moves, and when the sockets exist.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use migration_state::Envelope;
 
-use super::super::{BackendError, ConsoleState, INPUT_LIMIT, Parameters, PortState, Size};
+use super::super::{
+    ConsoleBackendError, ConsoleParameters, ConsoleState, INPUT_LIMIT, PortState, TerminalSize,
+};
 use super::rig::*;
-use crate::virtio::mmio::TransportError;
+use crate::virtio::mmio::MmioTransportError;
 use crate::virtio::{HostBackend, VirtioDevice};
 use named_socket::NamedListenerError;
 
 use crate::HostSocketError;
 
 /// The machine on another host, which runs it.
-pub(super) fn moved(rig: &Rig, saved: Envelope) -> Rig {
+pub(super) fn moved(rig: &ConsoleRig, saved: Envelope) -> ConsoleRig {
     rig.backend.release_locks().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let (backend, terminal, device) = device(directory.path(), &["a", "b"]);
@@ -23,7 +25,7 @@ pub(super) fn moved(rig: &Rig, saved: Envelope) -> Rig {
     let driver = rig.driver.move_to(device, saved).unwrap();
     backend.take_locks().unwrap();
     driver.transport.resume();
-    Rig {
+    ConsoleRig {
         directory,
         backend,
         terminal,
@@ -34,7 +36,7 @@ pub(super) fn moved(rig: &Rig, saved: Envelope) -> Rig {
 
 #[test]
 fn a_move_that_fails_leaves_programs_alone() {
-    let mut rig = Rig::open();
+    let mut rig = ConsoleRig::open();
     let mut client = rig.client("a");
     let long = vec![b'x'; 700_000];
     rig.send(1, &long);
@@ -55,11 +57,11 @@ fn a_move_that_fails_leaves_programs_alone() {
 }
 
 #[test]
-fn after_a_move_the_guest_hears_that_programs_are_gone() {
-    let mut rig = Rig::open();
+fn after_a_move_the_guest_is_told_that_programs_have_gone() {
+    let mut rig = ConsoleRig::open();
     let mut old = rig.client("a");
     rig.messages();
-    rig.terminal.resize(Size {
+    rig.terminal.resize(TerminalSize {
         columns: 100,
         rows: 30,
     });
@@ -87,10 +89,10 @@ fn after_a_move_the_guest_hears_that_programs_are_gone() {
     assert_eq!(read(&mut client), b"new");
     there.post(0, 1);
     assert_eq!(there.received(0), b"typed");
-    // The guest knows the size from before, and hears of another one only.
+    // The guest knows the size from the source, and is sent only another one.
     assert_eq!(there.driver.get(0x100), 30 << 16 | 100);
     there.messages();
-    there.terminal.resize(Size {
+    there.terminal.resize(TerminalSize {
         columns: 100,
         rows: 30,
     });
@@ -98,9 +100,9 @@ fn after_a_move_the_guest_hears_that_programs_are_gone() {
 }
 
 #[test]
-fn a_guest_without_buffers_for_the_news_gets_them_later() {
-    let mut rig = Rig::new(&["a", "b"]);
-    rig.say(0, DEVICE_READY, 1);
+fn a_guest_without_buffers_gets_its_messages_later() {
+    let mut rig = ConsoleRig::new(&["a", "b"]);
+    rig.send_message(0, DEVICE_READY, 1);
     let saved = rig.driver.save();
     let mut there = moved(&rig, saved);
     there.post_messages(8);
@@ -109,17 +111,17 @@ fn a_guest_without_buffers_for_the_news_gets_them_later() {
 
 #[test]
 fn the_saved_state_must_fit() {
-    let rig = Rig::open();
+    let rig = ConsoleRig::open();
     let refused = |envelope, names: &[&str]| {
         let (_, _, other) = device(rig.directory.path(), names);
         rig.driver.move_to(other, envelope).err().unwrap()
     };
     let error = refused(rig.driver.save(), &["a", "c"]);
-    assert!(matches!(error, TransportError::Device { .. }), "{error}");
+    assert!(matches!(error, MmioTransportError::Device { .. }), "{error}");
     let expected = "ports: expected [\"\", \"a\", \"c\"], got [\"\", \"a\", \"b\"]";
     assert!(error.to_string().contains(expected), "{error}");
     let error = refused(rig.driver.save(), &["a"]);
-    assert!(matches!(error, TransportError::Mismatch { .. }), "{error}");
+    assert!(matches!(error, MmioTransportError::Mismatch { .. }), "{error}");
     let mut saved = rig.driver.save();
     let mut state: ConsoleState = saved.take("dev0").unwrap();
     state.input = vec![0; INPUT_LIMIT + 1];
@@ -132,13 +134,13 @@ fn the_saved_state_must_fit() {
 fn a_device_tells_what_its_like_is_made_with() {
     let directory = tempfile::tempdir().unwrap();
     let (_, _, device) = device(directory.path(), &["a", "b"]);
-    let parameters = Parameters::from_bytes(&device.describe().parameters).unwrap();
+    let parameters = ConsoleParameters::from_bytes(&device.describe().parameters).unwrap();
     assert!(parameters.has_terminal);
     assert_eq!(parameters.ports, ["a", "b"]);
 }
 
 #[test]
-fn the_sockets_are_there_while_the_guest_is_ours() {
+fn the_sockets_exist_while_the_locks_are_held() {
     let directory = tempfile::tempdir().unwrap();
     let (backend, _, _device) = device(directory.path(), &["a", "b"]);
     let paths = ["a", "b"].map(|name| directory.path().join(name));
@@ -162,20 +164,23 @@ fn ports_that_cannot_be_had() {
     let open = |ports: &[(&str, &str)]| {
         let at = |(name, file): &(&str, &str)| ((*name).to_owned(), directory.path().join(file));
         let ports: Vec<_> = ports.iter().map(at).collect();
-        super::super::Backend::open(&ports).unwrap_err()
+        super::super::ConsoleBackend::open(&ports).unwrap_err()
     };
-    assert!(matches!(open(&[("a b", "x")]), BackendError::Parameters(_)));
+    assert!(matches!(
+        open(&[("a b", "x")]),
+        ConsoleBackendError::Parameters(_)
+    ));
     assert!(matches!(
         open(&[("a", "x"), ("a", "y")]),
-        BackendError::Parameters(_)
+        ConsoleBackendError::Parameters(_)
     ));
     assert!(matches!(
         open(&[("a", "x"), ("b", "x")]),
-        BackendError::Shared { .. }
+        ConsoleBackendError::Shared { .. }
     ));
     assert!(matches!(
         open(&[("a", "none/x")]),
-        BackendError::Socket {
+        ConsoleBackendError::Socket {
             source: HostSocketError::NoFolder { .. },
             ..
         }
@@ -199,7 +204,7 @@ fn golden_record() {
     };
     let state = ConsoleState {
         ports: vec![console, port],
-        size: Some(Size {
+        size: Some(TerminalSize {
             columns: 80,
             rows: 300,
         }),

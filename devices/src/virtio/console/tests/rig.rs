@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use tempfile::TempDir;
 
-use super::super::{Backend, Console, Terminal};
+use super::super::{ConsoleBackend, ConsoleTerminal, VirtioConsole};
 use crate::virtio::HostBackend;
 use crate::virtio::testing::{DATA, Driver, reads, writes};
 
@@ -33,7 +33,7 @@ const PORT_BYTES: u64 = 0x2_0000;
 pub(super) const BUFFER: u64 = 0x200;
 
 /// A control message: port, event, value, and what follows.
-pub(super) type Message = (u32, u16, u16, Vec<u8>);
+pub(super) type ConsoleMessage = (u32, u16, u16, Vec<u8>);
 
 /// What a guest prints.
 #[derive(Clone, Default)]
@@ -57,28 +57,31 @@ impl Screen {
     }
 }
 
-pub(super) struct Rig {
+pub(super) struct ConsoleRig {
     pub(super) directory: TempDir,
-    pub(super) backend: Arc<Backend>,
-    pub(super) terminal: Arc<Terminal>,
+    pub(super) backend: Arc<ConsoleBackend>,
+    pub(super) terminal: Arc<ConsoleTerminal>,
     pub(super) screen: Screen,
     pub(super) driver: Driver,
 }
 
 /// A device whose ports with these names have their sockets in a folder.
-pub(super) fn device(folder: &Path, names: &[&str]) -> (Arc<Backend>, Arc<Terminal>, Console) {
+pub(super) fn device(
+    folder: &Path,
+    names: &[&str],
+) -> (Arc<ConsoleBackend>, Arc<ConsoleTerminal>, VirtioConsole) {
     let ports: Vec<_> = names
         .iter()
         .map(|name| ((*name).to_owned(), folder.join(name)))
         .collect();
-    let backend = Arc::new(Backend::open(&ports).unwrap());
-    let terminal = Arc::new(Terminal::new().unwrap());
-    let device = Console::new(terminal.clone(), backend.clone(), true);
+    let backend = Arc::new(ConsoleBackend::open(&ports).unwrap());
+    let terminal = Arc::new(ConsoleTerminal::new().unwrap());
+    let device = VirtioConsole::new(terminal.clone(), backend.clone(), true);
     (backend, terminal, device)
 }
 
-impl Rig {
-    /// As whoever runs the guest has it, with the driver up as far as DRIVER_OK.
+impl ConsoleRig {
+    /// A device as the process that runs the guest has it, with the driver up as far as DRIVER_OK.
     pub(super) fn new(names: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (backend, terminal, device) = device(directory.path(), names);
@@ -101,13 +104,13 @@ impl Rig {
         rig
     }
 
-    /// The driver, which is up, takes its ports in, and programs in the guest open them.
+    /// The driver, which is up, accepts its ports, and programs in the guest open them.
     pub(super) fn start(&mut self) {
         self.post_messages(32);
-        self.say(0, DEVICE_READY, 1);
+        self.send_message(0, DEVICE_READY, 1);
         for port in 0..3 {
-            self.say(port, PORT_READY, 1);
-            self.say(port, PORT_OPEN, 1);
+            self.send_message(port, PORT_READY, 1);
+            self.send_message(port, PORT_OPEN, 1);
         }
         self.messages();
     }
@@ -117,17 +120,17 @@ impl Rig {
     }
 
     /// The guest sends a control message.
-    pub(super) fn say(&mut self, port: u32, event: u16, value: u16) {
+    pub(super) fn send_message(&mut self, port: u32, event: u16, value: u16) {
         let message = [
             &port.to_le_bytes()[..],
             &event.to_le_bytes(),
             &value.to_le_bytes(),
         ]
         .concat();
-        self.say_bytes(&message);
+        self.send_message_bytes(&message);
     }
 
-    pub(super) fn say_bytes(&mut self, message: &[u8]) {
+    pub(super) fn send_message_bytes(&mut self, message: &[u8]) {
         self.driver.fill(MESSAGE, message);
         let part = reads(MESSAGE, message.len() as u32);
         assert_eq!(self.driver.select(CONTROL_FROM_GUEST).submit(&[part]), 0);
@@ -144,7 +147,7 @@ impl Rig {
     }
 
     /// The control messages that have come since the last call; their buffers are available again.
-    pub(super) fn messages(&mut self) -> Vec<Message> {
+    pub(super) fn messages(&mut self) -> Vec<ConsoleMessage> {
         self.driver.run();
         let used = self.driver.select(CONTROL_TO_GUEST).used();
         let messages = used.iter().map(|(head, written)| {

@@ -3,19 +3,19 @@
 use std::time::{Duration, Instant};
 
 use super::super::testing::{Wire, frame, is_ours, open, parameters};
-use super::super::{Net, Parameters};
+use super::super::{NetParameters, VirtioNet};
 use super::{LEAST, NOTHING, PACKET, PLAIN, TRANSMIT, provide, received};
 use crate::rate::{Bucket, Limits};
 use crate::virtio::testing::{Driver, reads};
 
 /// A card whose directions each have a limit.
-fn limited(tap: &str, queue_pairs: u16, rx_limits: Limits, tx_limits: Limits) -> Net {
-    let parameters = Parameters {
+fn limited(tap: &str, queue_pairs: u16, rx_limits: Limits, tx_limits: Limits) -> VirtioNet {
+    let parameters = NetParameters {
         rx_limits,
         tx_limits,
         ..parameters(queue_pairs)
     };
-    Net::new(open(tap), parameters).unwrap()
+    VirtioNet::new(open(tap), parameters).unwrap()
 }
 
 /// Bytes of the frames of the tests about limits, with Ethernet's header.
@@ -86,10 +86,10 @@ fn packets_of_the_guest_wait_for_tokens_in_its_queue() {
     assert!(took >= Duration::from_millis(29), "{took:?}");
     assert!(driver.count("tx_throttled") > 0);
     (0..6).for_each(|_| {
-        wire.hear(is_ours);
+        wire.receive(is_ours);
     });
     // The limits are part of what the device is made with.
-    let parameters = Parameters::from_bytes(&driver.transport.describe().parameters).unwrap();
+    let parameters = NetParameters::from_bytes(&driver.transport.describe().parameters).unwrap();
     assert_eq!(
         (parameters.rx_limits, parameters.tx_limits),
         (Limits::default(), TWO)

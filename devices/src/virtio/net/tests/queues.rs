@@ -1,4 +1,4 @@
-//! Cards with several pairs of queues, and taps that somebody else opened.
+//! Cards with several pairs of queues, and taps that another program has opened.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
 
 use super::super::device::COMMANDS;
 use super::super::testing::{SENDER, Wire, card, is_ours, leave_for, open, parameters};
-use super::super::{Net, NetState, Tap, TapError, TapSource};
+use super::super::{NetState, Tap, TapError, TapSource, VirtioNet};
 use super::{BUFFERS, LINUX, NOTHING, PACKET, ip_header};
 use crate::virtio::testing::{Driver, reads, writes};
 
@@ -31,7 +31,7 @@ fn udp(from: u16, to: u16, port: u16) -> Vec<u8> {
     frame
 }
 
-/// Asks for so many pairs; what the card answers.
+/// Sets the number of pairs; returns the card's answer.
 fn set_pairs(driver: &mut Driver, control: usize, pairs: u16) -> u8 {
     driver.select(control);
     driver.fill(PACKET, &[&[4, 0][..], &pairs.to_le_bytes()].concat());
@@ -57,7 +57,7 @@ fn send_from(driver: &mut Driver, wire: &Wire, pair: usize, port: u16) {
     driver.select(2 * pair + 1);
     driver.fill(PACKET, &packet);
     assert_eq!(driver.submit(&[reads(PACKET, packet.len() as u32)]), 0);
-    assert_eq!(wire.hear(is_ours).1, packet[12..]);
+    assert_eq!(wire.receive(is_ours).1, packet[12..]);
 }
 
 /// The pair to which an answer of the flow comes.
@@ -80,11 +80,11 @@ fn answered_to(driver: &mut Driver, wire: &Wire, pairs: u64, port: u16) -> u64 {
     }
 }
 
-fn card_of(wire: &Wire, tap: &str, queue_pairs: u16) -> Net {
-    wire.put(Net::new(open(tap), parameters(queue_pairs)).unwrap(), tap)
+fn card_of(wire: &Wire, tap: &str, queue_pairs: u16) -> VirtioNet {
+    wire.put(VirtioNet::new(open(tap), parameters(queue_pairs)).unwrap(), tap)
 }
 
-fn ready(card: Net) -> Driver {
+fn ready(card: VirtioNet) -> Driver {
     let mut driver = Driver::new(card);
     let features = driver.offered() & !LARGE;
     driver.bring_up_with(features);
@@ -94,7 +94,7 @@ fn ready(card: Net) -> Driver {
 #[test]
 fn the_driver_says_how_many_pairs_it_uses() {
     leave_for("many0");
-    let mut driver = Driver::ready(Net::new(open("many0"), parameters(4)).unwrap());
+    let mut driver = Driver::ready(VirtioNet::new(open("many0"), parameters(4)).unwrap());
     assert_eq!(driver.queue_count(), 9);
     assert_eq!(driver.get(0x108), 1500 << 16 | 4);
     for (pairs, answer) in [(4, 0), (1, 0), (3, 0), (0, 1), (5, 1), (u16::MAX, 1)] {
@@ -114,7 +114,7 @@ fn the_driver_says_how_many_pairs_it_uses() {
 #[test]
 fn a_driver_that_floods_the_control_queue_waits() {
     leave_for("many0");
-    let mut driver = Driver::ready(Net::new(open("many0"), parameters(4)).unwrap());
+    let mut driver = Driver::ready(VirtioNet::new(open("many0"), parameters(4)).unwrap());
     driver.run();
     driver.select(8);
     let flood = 3 * COMMANDS;
@@ -191,15 +191,15 @@ fn queues_that_were_opened_elsewhere() {
     for _ in 0..2 {
         let tap = Tap::open(&source).unwrap();
         assert_eq!((tap.name(), tap.mtu()), ("many0", 1500));
-        let mut driver = ready(wire.put(Net::new(tap, parameters(2)).unwrap(), "many0"));
+        let mut driver = ready(wire.put(VirtioNet::new(tap, parameters(2)).unwrap(), "many0"));
         assert_eq!(set_pairs(&mut driver, 4, 2), 0);
         provide_all(&mut driver, 2);
         send_from(&mut driver, &wire, 1, 1000);
         assert_eq!(answered_to(&mut driver, &wire, 2, 1000), 1);
-        // A guest that uses one leaves both to whoever comes next.
+        // A guest that uses one queue leaves both attached for the next user of the tap.
         assert_eq!(set_pairs(&mut driver, 4, 1), 0);
     }
-    let error = Net::new(Tap::open(&source).unwrap(), parameters(4)).unwrap_err();
+    let error = VirtioNet::new(Tap::open(&source).unwrap(), parameters(4)).unwrap_err();
     assert!(
         matches!(
             error,

@@ -6,14 +6,14 @@ use std::os::unix::net::UnixListener;
 use proptest::prelude::*;
 
 use super::super::connections::FIRST_PORT;
-use super::super::packet::{HOST_CID, Header};
+use super::super::packet::{HOST_CID, VsockHeader};
 use super::rig::*;
 use crate::cases::cases;
 
 #[derive(Clone, Debug)]
-enum Act {
+enum VsockAct {
     /// The guest sends a packet.
-    Send(Header, usize),
+    Send(VsockHeader, usize),
     /// A program connects and says this.
     Connect(Vec<u8>),
     /// A program writes so much.
@@ -27,7 +27,7 @@ enum Act {
 }
 
 /// From plain numbers, as in `mmio/fuzz.rs`: unions cost more than what is to be tested.
-fn header() -> impl Strategy<Value = Header> {
+fn header() -> impl Strategy<Value = VsockHeader> {
     let choices = any::<[u8; 8]>();
     (choices, any::<[u32; 5]>(), any::<[u16; 2]>(), any::<(u64, u64)>()).prop_map(
         |(choices, words, shorts, cids)| {
@@ -35,7 +35,7 @@ fn header() -> impl Strategy<Value = Header> {
                 0..12 => (GUEST_CID.into(), HOST_CID),
                 _ => cids,
             };
-            let mut bytes = Header {
+            let mut bytes = VsockHeader {
                 source_cid: cids.0,
                 destination_cid: cids.1,
                 source_port: match choices[1] % 7 {
@@ -63,7 +63,7 @@ fn header() -> impl Strategy<Value = Header> {
                 _ => shorts[1],
             };
             bytes[30..32].copy_from_slice(&op.to_le_bytes());
-            Header::decode(&bytes)
+            VsockHeader::decode(&bytes)
         },
     )
 }
@@ -76,19 +76,19 @@ fn word(choice: u8, value: u32) -> u32 {
     }
 }
 
-fn act() -> impl Strategy<Value = Act> {
+fn act() -> impl Strategy<Value = VsockAct> {
     let line = prop::collection::vec(any::<u8>(), 0..40);
     let numbers = (0u8..18, any::<u8>(), any::<u32>());
     (numbers, header(), line).prop_map(|((kind, choice, number), header, line)| {
         let (who, number) = (usize::from(choice % 4), number as usize);
         match kind {
-            0..8 => Act::Send(header, if choice < 128 { 0 } else { number % 70_000 }),
-            8..10 if choice % 5 < 4 => Act::Connect(b"CONNECT 1024\n".to_vec()),
-            8..10 => Act::Connect(line),
-            10..12 => Act::Write(who, number % 100_000),
-            12..14 => Act::Read(who),
-            14 => Act::Close(who),
-            _ => Act::Receive,
+            0..8 => VsockAct::Send(header, if choice < 128 { 0 } else { number % 70_000 }),
+            8..10 if choice % 5 < 4 => VsockAct::Connect(b"CONNECT 1024\n".to_vec()),
+            8..10 => VsockAct::Connect(line),
+            10..12 => VsockAct::Write(who, number % 100_000),
+            12..14 => VsockAct::Read(who),
+            14 => VsockAct::Close(who),
+            _ => VsockAct::Receive,
         }
     })
 }
@@ -98,34 +98,34 @@ proptest! {
 
     #[test]
     fn any_packets_and_programs(acts in prop::collection::vec(act(), 0..40)) {
-        let mut rig = Rig::new();
+        let mut rig = VsockRig::new();
         let listener = UnixListener::bind(rig.path("v.sock_52")).unwrap();
         listener.set_nonblocking(true).unwrap();
         let mut programs = Vec::new();
         for act in acts {
             match act {
-                Act::Send(header, len) => rig.send(header, &vec![0x5a; len]),
-                Act::Connect(line) => {
+                VsockAct::Send(header, len) => rig.send(header, &vec![0x5a; len]),
+                VsockAct::Connect(line) => {
                     let mut client = rig.client();
                     client.write_all(&line).unwrap();
                     programs.push(client);
                 }
-                Act::Write(who, len) => {
+                VsockAct::Write(who, len) => {
                     if let Some(program) = programs.get_mut(who) {
                         let _ = program.write(&vec![0xa5; len]);
                     }
                 }
-                Act::Read(who) => {
+                VsockAct::Read(who) => {
                     if let Some(program) = programs.get_mut(who) {
                         let _ = std::io::Read::read(program, &mut [0; 50_000]);
                     }
                 }
-                Act::Close(who) => {
+                VsockAct::Close(who) => {
                     if who < programs.len() {
                         programs.remove(who);
                     }
                 }
-                Act::Receive => drop(rig.received()),
+                VsockAct::Receive => drop(rig.received()),
             }
             rig.driver.run();
             if let Ok((program, _)) = listener.accept() {

@@ -4,38 +4,38 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use super::super::connection::BUFFER_SIZE;
-use super::super::connections::{Connections, MAX_REFUSALS};
-use super::super::packet::{HEADER_LEN, Header, Op, PORT_ANY};
+use super::super::connections::{MAX_REFUSALS, VsockConnections};
+use super::super::packet::{HEADER_LEN, PORT_ANY, PacketOp, VsockHeader};
 use super::rig::*;
 use crate::virtio::testing::{DATA, END, reads, writes};
 
 #[test]
 fn packets_of_no_connection_are_refused() {
-    let mut rig = Rig::new();
+    let mut rig = VsockRig::new();
     let ops = [
-        Op::Response,
-        Op::Shutdown,
-        Op::Data,
-        Op::CreditUpdate,
-        Op::CreditRequest,
+        PacketOp::Response,
+        PacketOp::Shutdown,
+        PacketOp::Data,
+        PacketOp::CreditUpdate,
+        PacketOp::CreditRequest,
     ];
     for op in ops {
         rig.send(packet(op, 7), &[]);
         let (reset, _) = rig.one();
         assert_eq!(
             (reset.op, reset.source_port, reset.destination_port),
-            (Some(Op::Reset), 7, PORT)
+            (Some(PacketOp::Reset), 7, PORT)
         );
     }
-    let plain = packet(Op::Request, 52);
+    let plain = packet(PacketOp::Request, 52);
     let odd = [
-        Header { kind: 2, ..plain },
-        Header { op: None, ..plain },
-        Header {
+        VsockHeader { kind: 2, ..plain },
+        VsockHeader { op: None, ..plain },
+        VsockHeader {
             destination_cid: 77,
             ..plain
         },
-        Header {
+        VsockHeader {
             source_port: PORT_ANY,
             ..plain
         },
@@ -43,13 +43,13 @@ fn packets_of_no_connection_are_refused() {
     for header in odd {
         rig.send(header, &[]);
         let (reset, _) = rig.one();
-        assert_eq!((reset.op, reset.kind), (Some(Op::Reset), header.kind));
+        assert_eq!((reset.op, reset.kind), (Some(PacketOp::Reset), header.kind));
         assert_eq!(reset.source_cid, header.destination_cid);
     }
-    rig.send(packet(Op::Reset, 7), &[]);
-    // In another's name: there is nobody to answer.
+    rig.send(packet(PacketOp::Reset, 7), &[]);
+    // With a foreign CID as the sender: there is no such sender to answer.
     rig.send(
-        Header {
+        VsockHeader {
             source_cid: 9,
             ..plain
         },
@@ -60,38 +60,38 @@ fn packets_of_no_connection_are_refused() {
 
 #[test]
 fn what_a_connection_does_not_expect_ends_it() {
-    let odd: [fn(u32) -> Header; 3] = [
-        |port| packet(Op::Request, port),
-        |port| packet(Op::Response, port),
-        |port| Header {
+    let odd: [fn(u32) -> VsockHeader; 3] = [
+        |port| packet(PacketOp::Request, port),
+        |port| packet(PacketOp::Response, port),
+        |port| VsockHeader {
             op: None,
-            ..packet(Op::Data, port)
+            ..packet(PacketOp::Data, port)
         },
     ];
     for odd in odd {
-        let mut rig = Rig::new();
+        let mut rig = VsockRig::new();
         let (mut client, port) = rig.open();
         rig.send(odd(port), &[]);
-        assert_eq!(rig.ops(), [Op::Reset]);
+        assert_eq!(rig.ops(), [PacketOp::Reset]);
         assert!(has_ended(&mut client));
     }
 }
 
 #[test]
 fn packets_that_are_none_come_back() {
-    let mut rig = Rig::new();
+    let mut rig = VsockRig::new();
     rig.send_parts(&[reads(DATA, HEADER_LEN as u32 - 1)]);
     rig.send_parts(&[reads(END, HEADER_LEN as u32)]);
     rig.send_parts(&[writes(DATA, HEADER_LEN as u32)]);
     assert_eq!(rig.ops(), []);
     for len in [1, BUFFER_SIZE as u32 + 1, u32::MAX] {
         let (mut client, port) = rig.open();
-        let header = Header {
+        let header = VsockHeader {
             len,
-            ..packet(Op::Data, port)
+            ..packet(PacketOp::Data, port)
         };
         rig.send_bytes(&header.encode());
-        assert_eq!(rig.ops(), [Op::Reset]);
+        assert_eq!(rig.ops(), [PacketOp::Reset]);
         assert!(has_ended(&mut client));
     }
     assert_eq!(rig.driver.get(0x070), 15);
@@ -99,7 +99,7 @@ fn packets_that_are_none_come_back() {
 
 #[test]
 fn buffers_that_cannot_take_a_packet_come_back_empty() {
-    let mut rig = Rig::without_buffers();
+    let mut rig = VsockRig::without_buffers();
     let mut client = rig.dial();
     rig.driver.run();
     rig.driver.select(TO_GUEST);
@@ -119,18 +119,18 @@ fn buffers_that_cannot_take_a_packet_come_back_empty() {
     rig.driver.add(&[writes(DATA, 5000)]);
     rig.driver.kick();
     let header = rig.driver.bytes(DATA, HEADER_LEN).try_into().unwrap();
-    assert_eq!(Header::decode(&header).op, Some(Op::Reset));
+    assert_eq!(VsockHeader::decode(&header).op, Some(PacketOp::Reset));
     assert!(has_ended(&mut client));
     assert_eq!(rig.driver.get(0x070), 15);
 }
 
 #[test]
 fn refusals_that_the_guest_does_not_take_hold_up_its_packets() {
-    let mut rig = Rig::without_buffers();
+    let mut rig = VsockRig::without_buffers();
     for _ in 0..MAX_REFUSALS {
-        rig.send(packet(Op::Data, 7), &[]);
+        rig.send(packet(PacketOp::Data, 7), &[]);
     }
-    let header = packet(Op::Data, 8);
+    let header = packet(PacketOp::Data, 8);
     rig.driver.fill(DATA, &header.encode());
     rig.driver
         .select(FROM_GUEST)
@@ -144,7 +144,7 @@ fn refusals_that_the_guest_does_not_take_hold_up_its_packets() {
 
 #[test]
 fn programs_that_talk_nonsense_are_cut_off() {
-    let mut rig = Rig::new();
+    let mut rig = VsockRig::new();
     for line in [
         "HELLO\n",
         "CONNECT\n",
@@ -159,21 +159,24 @@ fn programs_that_talk_nonsense_are_cut_off() {
 }
 
 #[test]
-fn who_owes_an_answer_has_a_time_limit() {
-    let rig = Rig::without_buffers();
-    let mut connections = Connections::new(rig.backend.clone(), GUEST_CID);
+fn answers_have_a_time_limit() {
+    let rig = VsockRig::without_buffers();
+    let mut connections = VsockConnections::new(rig.backend.clone(), GUEST_CID);
     let mut silent = rig.client();
     let mut dialled = rig.client();
     dialled.write_all(b"CONNECT 1024\n").unwrap();
-    connections.hear();
-    connections.hear();
-    assert_eq!(connections.next(&mut [0; 100]).unwrap().op, Some(Op::Request));
-    connections.tick(Instant::now());
+    connections.process_host_events();
+    connections.process_host_events();
+    assert_eq!(
+        connections.next(&mut [0; 100]).unwrap().op,
+        Some(PacketOp::Request)
+    );
+    connections.end_all_overdue(Instant::now());
     assert!(!has_ended_now(&mut silent) && !has_ended_now(&mut dialled));
-    connections.tick(Instant::now() + Duration::from_secs(60));
+    connections.end_all_overdue(Instant::now() + Duration::from_secs(60));
     assert!(has_ended_now(&mut silent));
     assert_eq!(connections.metrics.unanswered.get(), 1);
-    assert_eq!(connections.next(&mut [0; 100]).unwrap().op, Some(Op::Reset));
+    assert_eq!(connections.next(&mut [0; 100]).unwrap().op, Some(PacketOp::Reset));
     assert!(has_ended_now(&mut dialled));
 }
 

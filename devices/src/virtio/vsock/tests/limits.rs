@@ -3,8 +3,8 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use super::super::Parameters;
-use super::super::packet::Op;
+use super::super::VsockParameters;
+use super::super::packet::PacketOp;
 use super::rig::*;
 use crate::rate::{Bucket, Limits};
 
@@ -23,7 +23,7 @@ const AT_LEAST: Duration = Duration::from_millis((TOTAL as u64 - 3000 - ROOM as 
 
 #[test]
 fn packets_to_the_guest_wait_in_the_hosts_socket() {
-    let mut rig = Rig::with_limits(LIMITS);
+    let mut rig = VsockRig::with_limits(LIMITS);
     let (mut client, _) = rig.open();
     let sent = pattern(TOTAL);
     let begin = Instant::now();
@@ -40,13 +40,13 @@ fn packets_to_the_guest_wait_in_the_hosts_socket() {
 
 #[test]
 fn packets_of_the_guest_wait_in_its_queue() {
-    let mut rig = Rig::with_limits(LIMITS);
+    let mut rig = VsockRig::with_limits(LIMITS);
     let (mut client, port) = rig.open();
     let sent = pattern(TOTAL);
     let begin = Instant::now();
     let mut got = Vec::new();
     for part in sent.chunks(ROOM as usize) {
-        rig.send(packet(Op::Data, port), part);
+        rig.send(packet(PacketOp::Data, port), part);
         got.extend(read(&mut client));
     }
     assert!(begin.elapsed() >= AT_LEAST, "{:?}", begin.elapsed());
@@ -62,7 +62,7 @@ fn packets_that_make_no_sense_wait_as_well() {
         one_time_burst: 0,
         refill_time_ms: 20,
     };
-    let mut rig = Rig::with_limits(Limits {
+    let mut rig = VsockRig::with_limits(Limits {
         bandwidth: None,
         operations: Some(operations),
     });
@@ -77,8 +77,8 @@ fn packets_that_make_no_sense_wait_as_well() {
 
 #[test]
 fn the_limits_are_part_of_what_a_device_is_made_with() {
-    let rig = Rig::with_limits(LIMITS);
+    let rig = VsockRig::with_limits(LIMITS);
     let parameters = rig.driver.transport.describe().parameters;
-    let parameters = Parameters::from_bytes(&parameters).unwrap();
+    let parameters = VsockParameters::from_bytes(&parameters).unwrap();
     assert_eq!((parameters.guest_cid, parameters.limits), (GUEST_CID, LIMITS));
 }

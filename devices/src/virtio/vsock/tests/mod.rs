@@ -1,3 +1,5 @@
+//! A socket device as a guest and as programs on the host use it.
+
 mod flow;
 mod fuzz;
 mod hostile;

@@ -1,4 +1,4 @@
-//! Pauses, moves, and whose the socket is.
+//! Pauses, moves, and when the socket exists.
 
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -6,25 +6,25 @@ use std::sync::Arc;
 
 use migration_state::Envelope;
 
-use super::super::packet::Op;
-use super::super::{Backend, Parameters, Vsock};
+use super::super::packet::PacketOp;
+use super::super::{VirtioVsock, VsockBackend, VsockParameters};
 use super::rig::*;
 use crate::rate::Limits;
 use crate::virtio::HostBackend;
-use crate::virtio::mmio::TransportError;
+use crate::virtio::mmio::MmioTransportError;
 use named_socket::NamedListenerError;
 
 use crate::HostSocketError;
 
 /// The machine on another host, which runs it.
-fn moved(rig: &Rig, saved: Envelope) -> Rig {
+fn moved(rig: &VsockRig, saved: Envelope) -> VsockRig {
     rig.backend.release_locks().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let (backend, device) = device(&directory.path().join("v.sock"));
     let driver = rig.driver.move_to(device, saved).unwrap();
     backend.take_locks().unwrap();
     driver.transport.resume();
-    Rig {
+    VsockRig {
         directory,
         backend,
         driver,
@@ -33,7 +33,7 @@ fn moved(rig: &Rig, saved: Envelope) -> Rig {
 
 #[test]
 fn a_move_that_fails_leaves_connections_alone() {
-    let mut rig = Rig::new();
+    let mut rig = VsockRig::new();
     let (mut client, port) = rig.open();
     rig.driver.save();
     rig.backend.release_locks().unwrap();
@@ -42,14 +42,14 @@ fn a_move_that_fails_leaves_connections_alone() {
     rig.backend.take_locks().unwrap();
     rig.driver.transport.resume();
     assert_eq!(rig.one().1, b"meanwhile");
-    rig.send(packet(Op::Data, port), b"back");
+    rig.send(packet(PacketOp::Data, port), b"back");
     assert_eq!(read(&mut client), b"back");
     rig.open();
 }
 
 #[test]
-fn after_a_move_the_guest_is_told_before_anybody_connects() {
-    let mut rig = Rig::new();
+fn after_a_move_the_guest_gets_the_event_before_programs_connect() {
+    let mut rig = VsockRig::new();
     let (_old, old_port) = rig.open();
     rig.post_event();
     rig.post_event();
@@ -70,19 +70,19 @@ fn after_a_move_the_guest_is_told_before_anybody_connects() {
     assert_eq!(rig.ops(), [], "a kick alone says nothing");
     rig.post_event();
     let (request, _) = rig.one();
-    assert_eq!(request.op, Some(Op::Request));
+    assert_eq!(request.op, Some(PacketOp::Request));
     assert_ne!(
         request.source_port, old_port,
         "the guest may still know the old port"
     );
     // What the guest still sends on the old one is of no connection.
-    rig.send(packet(Op::Data, old_port), b"late");
-    assert_eq!(rig.ops(), [Op::Reset]);
+    rig.send(packet(PacketOp::Data, old_port), b"late");
+    assert_eq!(rig.ops(), [PacketOp::Reset]);
 }
 
 #[test]
-fn a_guest_without_a_buffer_for_the_news_gets_it_later() {
-    let rig = Rig::new();
+fn a_guest_without_a_buffer_gets_the_event_later() {
+    let rig = VsockRig::new();
     let saved = rig.driver.save();
     let mut rig = moved(&rig, saved);
     let _client = rig.dial();
@@ -91,12 +91,12 @@ fn a_guest_without_a_buffer_for_the_news_gets_it_later() {
     assert_eq!(rig.driver.select(EVENTS).used().len(), 1);
     assert_eq!(rig.ops(), []);
     rig.post_event();
-    assert_eq!(rig.ops(), [Op::Request]);
+    assert_eq!(rig.ops(), [PacketOp::Request]);
 }
 
 #[test]
-fn a_driver_that_starts_anew_needs_no_news() {
-    let rig = Rig::new();
+fn a_reset_cancels_the_event() {
+    let rig = VsockRig::new();
     let saved = rig.driver.save();
     let mut rig = moved(&rig, saved);
     rig.driver.bring_up();
@@ -106,21 +106,21 @@ fn a_driver_that_starts_anew_needs_no_news() {
 
 #[test]
 fn the_saved_state_must_fit() {
-    let rig = Rig::new();
+    let rig = VsockRig::new();
     let saved = rig.driver.save();
-    let backend = Arc::new(Backend::open(&rig.path("other.sock")).unwrap());
-    let parameters = Parameters {
+    let backend = Arc::new(VsockBackend::open(&rig.path("other.sock")).unwrap());
+    let parameters = VsockParameters {
         guest_cid: GUEST_CID + 1,
         limits: Limits::default(),
     };
-    let other = Vsock::new(backend, parameters).unwrap();
+    let other = VirtioVsock::new(backend, parameters).unwrap();
     let error = rig.driver.move_to(other, saved).err().unwrap();
-    assert!(matches!(error, TransportError::Device { .. }), "{error}");
+    assert!(matches!(error, MmioTransportError::Device { .. }), "{error}");
     assert!(error.to_string().contains("CID: expected 4, got 3"), "{error}");
 }
 
 #[test]
-fn the_socket_is_there_while_the_guest_is_ours() {
+fn the_socket_exists_while_the_locks_are_held() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("v.sock");
     let (backend, _device) = device(&path);
@@ -147,7 +147,7 @@ fn paths_that_cannot_be_a_sockets() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     std::fs::write(&file, "precious").unwrap();
-    let open = |path: &std::path::Path| Backend::open(path).unwrap_err();
+    let open = |path: &std::path::Path| VsockBackend::open(path).unwrap_err();
     let error = open(&file);
     let other = matches!(
         error,

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM};
-use super::super::{Backend, Parameters, Vsock};
+use super::super::packet::{HEADER_LEN, HOST_CID, PacketOp, TYPE_STREAM, VsockHeader};
+use super::super::{VirtioVsock, VsockBackend, VsockParameters};
 use crate::rate::Limits;
 use crate::virtio::HostBackend;
-use crate::virtio::testing::{DATA, Driver, Part, folder, reads, writes};
+use crate::virtio::testing::{DATA, Driver, DriverBuffer, folder, reads, writes};
 
 pub(super) const GUEST_CID: u32 = 3;
 /// The guest's port in these tests.
@@ -31,26 +31,26 @@ const BUFFER_BYTES: u64 = 0x2000;
 const BUFFER_COUNT: u64 = 32;
 pub(super) const EVENT: u64 = DATA + 0x3_0000;
 
-pub(super) struct Rig {
+pub(super) struct VsockRig {
     pub(super) directory: TempDir,
-    pub(super) backend: Arc<Backend>,
+    pub(super) backend: Arc<VsockBackend>,
     pub(super) driver: Driver,
 }
 
-/// A device with its socket at `path`, as whoever runs the guest has it.
-pub(super) fn device(path: &Path) -> (Arc<Backend>, Vsock) {
+/// A device with its socket at `path`, as the process that runs the guest has it.
+pub(super) fn device(path: &Path) -> (Arc<VsockBackend>, VirtioVsock) {
     limited(path, Limits::default())
 }
 
 /// One with limits.
-fn limited(path: &Path, limits: Limits) -> (Arc<Backend>, Vsock) {
-    let backend = Arc::new(Backend::open(path).unwrap());
+fn limited(path: &Path, limits: Limits) -> (Arc<VsockBackend>, VirtioVsock) {
+    let backend = Arc::new(VsockBackend::open(path).unwrap());
     let guest_cid = GUEST_CID;
-    let device = Vsock::new(backend.clone(), Parameters { guest_cid, limits });
+    let device = VirtioVsock::new(backend.clone(), VsockParameters { guest_cid, limits });
     (backend, device.unwrap())
 }
 
-impl Rig {
+impl VsockRig {
     /// With buffers for the guest.
     pub(super) fn new() -> Self {
         Self::with_limits(Limits::default())
@@ -99,7 +99,7 @@ impl Rig {
     }
 
     /// What the guest has received since the last call; its buffers are available again.
-    pub(super) fn received(&mut self) -> Vec<(Header, Vec<u8>)> {
+    pub(super) fn received(&mut self) -> Vec<(VsockHeader, Vec<u8>)> {
         self.driver.run();
         let mut received = Vec::new();
         loop {
@@ -111,7 +111,7 @@ impl Rig {
                 // Two descriptors a buffer.
                 let at = BUFFERS + BUFFER_BYTES * (u64::from(*head) / 2 % BUFFER_COUNT);
                 let header = self.driver.bytes(at, HEADER_LEN);
-                let header = Header::decode(&header.try_into().unwrap());
+                let header = VsockHeader::decode(&header.try_into().unwrap());
                 assert_eq!(*written, HEADER_LEN as u32 + header.len);
                 received.push((header, self.driver.bytes(at + 0x1000, header.len as usize)));
             }
@@ -120,21 +120,21 @@ impl Rig {
     }
 
     /// What the guest has received, where that is one packet.
-    pub(super) fn one(&mut self) -> (Header, Vec<u8>) {
+    pub(super) fn one(&mut self) -> (VsockHeader, Vec<u8>) {
         let mut received = self.received();
         assert_eq!(received.len(), 1, "{received:?}");
         received.remove(0)
     }
 
     /// What the packets are for that the guest has received.
-    pub(super) fn ops(&mut self) -> Vec<Op> {
+    pub(super) fn ops(&mut self) -> Vec<PacketOp> {
         let received = self.received();
         received.iter().map(|(header, _)| header.op.unwrap()).collect()
     }
 
     /// Sends a packet of the guest's with its data.
-    pub(super) fn send(&mut self, header: Header, data: &[u8]) {
-        let header = Header {
+    pub(super) fn send(&mut self, header: VsockHeader, data: &[u8]) {
+        let header = VsockHeader {
             len: data.len() as u32,
             ..header
         };
@@ -147,7 +147,7 @@ impl Rig {
     }
 
     /// Sends whatever is in these parts of memory.
-    pub(super) fn send_parts(&mut self, parts: &[Part]) {
+    pub(super) fn send_parts(&mut self, parts: &[DriverBuffer]) {
         assert_eq!(self.driver.select(FROM_GUEST).submit(parts), 0);
     }
 
@@ -175,9 +175,9 @@ impl Rig {
     pub(super) fn open(&mut self) -> (UnixStream, u32) {
         let mut client = self.dial();
         let (request, _) = self.one();
-        assert_eq!(request.op, Some(Op::Request));
+        assert_eq!(request.op, Some(PacketOp::Request));
         let port = request.source_port;
-        self.send(packet(Op::Response, port), &[]);
+        self.send(packet(PacketOp::Response, port), &[]);
         assert_eq!(read(&mut client), format!("OK {port}\n").as_bytes());
         (client, port)
     }
@@ -185,8 +185,8 @@ impl Rig {
     /// A connection to a program that waits on `port` of the host.
     pub(super) fn open_to_host(&mut self, port: u32) -> UnixStream {
         let listener = UnixListener::bind(self.path(&format!("v.sock_{port}"))).unwrap();
-        self.send(packet(Op::Request, port), &[]);
-        assert_eq!(self.ops(), [Op::Response]);
+        self.send(packet(PacketOp::Request, port), &[]);
+        assert_eq!(self.ops(), [PacketOp::Response]);
         let (stream, _) = listener.accept().unwrap();
         stream.set_nonblocking(true).unwrap();
         stream
@@ -194,8 +194,8 @@ impl Rig {
 }
 
 /// A packet of the guest's, which has much room, to a port of the host.
-pub(super) fn packet(op: Op, host_port: u32) -> Header {
-    Header {
+pub(super) fn packet(op: PacketOp, host_port: u32) -> VsockHeader {
+    VsockHeader {
         source_cid: GUEST_CID.into(),
         destination_cid: HOST_CID,
         source_port: PORT,
