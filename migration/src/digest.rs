@@ -53,7 +53,7 @@ fn digest_memory<E: From<MemoryIoError> + Send>(
 ) -> Result<u128, E> {
     let blocks = digest_blocks(memory);
     let next = AtomicUsize::new(0);
-    let found = Mutex::new(Found {
+    let found = Mutex::new(FoundDigests {
         digests: vec![None; blocks.len()],
         failure: None,
     });
@@ -78,7 +78,7 @@ fn digest_memory<E: From<MemoryIoError> + Send>(
         work();
     });
     // A thread that panicked has left a block out.
-    let Found { digests, failure } = found
+    let FoundDigests { digests, failure } = found
         .into_inner()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some(failure) = failure {
@@ -91,13 +91,13 @@ fn digest_memory<E: From<MemoryIoError> + Send>(
 }
 
 /// What the threads have found.
-struct Found<E> {
+struct FoundDigests<E> {
     digests: Vec<Option<u128>>,
     /// The first error, which ends all of them.
     failure: Option<E>,
 }
 
-impl<E> Found<E> {
+impl<E> FoundDigests<E> {
     /// Takes in a block's digest. Whether the work goes on.
     fn note(&mut self, block: usize, digest: Result<u128, E>) -> bool {
         match digest {

@@ -39,7 +39,7 @@ pub use ports::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, DiskMark, MachineDescription,
     MemoryKind, MemoryRegion, OfferedDisks, PortError, Rehearsal, Source, SourceDisk,
 };
-pub use report::{DataPath, Downtime, MemoryDigest, Outcome, RehearsalPauses, Report, Round};
+pub use report::{DataPath, Downtime, IntervalMs, MemoryDigest, Outcome, RehearsalPauses, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, Remains, migrate};
 pub use text::{chain, list};
 pub use transport::{Endpoint, EndpointError, TransportError};

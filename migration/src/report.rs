@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::converge::Interval;
+
 /// How a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -91,6 +93,24 @@ impl RehearsalPauses {
     }
 }
 
+/// What holds a predicted time nine times in ten, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct IntervalMs {
+    /// Less is unlikely.
+    pub low: f64,
+    /// More is unlikely.
+    pub high: f64,
+}
+
+impl From<Interval> for IntervalMs {
+    fn from(interval: Interval) -> Self {
+        Self {
+            low: ms(interval.low),
+            high: ms(interval.high),
+        }
+    }
+}
+
 /// A digest of all guest memory on either side, in hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDigest {
@@ -115,6 +135,9 @@ pub struct Report {
     pub budget_kept: bool,
     /// The prediction on which the source decided to pause.
     pub predicted_downtime_ms: Option<f64>,
+    /// What was to hold the downtime nine times in ten; none in the reports of older versions.
+    #[serde(default)]
+    pub predicted_downtime_interval_ms: Option<IntervalMs>,
     /// What it was: from the pause at the source to the arrival there of "resumed", less half a round trip
     /// and less `verify_ms`.
     pub downtime_ms: Option<f64>,
@@ -125,6 +148,9 @@ pub struct Report {
     pub rehearsal_pause_ms: RehearsalPauses,
     /// The prediction of the total time, made as soon as a fifth of it had passed.
     pub predicted_total_ms: Option<f64>,
+    /// What was to hold the total time nine times in ten, from the same moment.
+    #[serde(default)]
+    pub predicted_total_interval_ms: Option<IntervalMs>,
     /// From the start of the job to its end.
     pub total_ms: f64,
     /// Every pre-copy round.
@@ -185,10 +211,12 @@ impl Report {
             budget_ms,
             budget_kept: false,
             predicted_downtime_ms: None,
+            predicted_downtime_interval_ms: None,
             downtime_ms: None,
             downtime: Downtime::default(),
             rehearsal_pause_ms: RehearsalPauses::default(),
             predicted_total_ms: None,
+            predicted_total_interval_ms: None,
             total_ms: 0.0,
             rounds: Vec::new(),
             bytes_sent: 0,

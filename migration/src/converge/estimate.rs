@@ -6,7 +6,7 @@ use super::Observation;
 
 /// What happened between two observations. Bytes and seconds.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Interval {
+pub(super) struct ObservedStep {
     /// Seconds since the observation before.
     pub elapsed: f64,
     /// Bytes that arrived at the peer.
@@ -34,16 +34,13 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn step(&mut self, seen: &Observation<'_>) -> Interval {
+    pub(super) fn step(&mut self, seen: &Observation<'_>) -> ObservedStep {
         let marked_now = seen.dirty as f64 + seen.copied as f64;
         let marked = self.marked.get_or_insert(marked_now);
         let now = seen.at.as_secs_f64();
-        Interval {
+        ObservedStep {
             elapsed: advance(self.at.get_or_insert(now), now),
-            delivered: advance(
-                &mut self.delivered,
-                seen.wire.saturating_sub(seen.in_flight) as f64,
-            ),
+            delivered: advance(&mut self.delivered, seen.wire as f64),
             data: advance(&mut self.data, seen.copied_data as f64),
             zero: advance(
                 &mut self.zero,
@@ -92,7 +89,7 @@ impl Bandwidth {
     pub(super) const ASSUMED: f64 = 125e6;
 
     /// Takes a step during which the link was busy. `pages` is the ratio of page bytes to wire bytes.
-    pub(super) fn add(&mut self, step: &Interval, pages: f64, round_trip: f64) {
+    pub(super) fn add(&mut self, step: &ObservedStep, pages: f64, round_trip: f64) {
         // Scanning zero pages leaves the link idle, and so does the wait at the end of a short round.
         let scanning = step.zero > step.data / 4.0;
         let waiting = step.end_of_round && step.elapsed < 8.0 * round_trip.max(MIN_TIME / 4.0);
@@ -144,6 +141,27 @@ impl Bandwidth {
         self.percentile(0.25)
     }
 
+    /// What a copy reaches that nothing gets in the way of.
+    pub(super) fn best(&self) -> f64 {
+        self.percentile(0.9)
+    }
+
+    /// By how much the speed over some 80 ms differs from its mean, as a part of that (a standard deviation).
+    pub(super) fn variation(&self) -> f64 {
+        let samples: Vec<f64> = self.samples.iter().copied().collect();
+        let means = samples
+            .chunks(8)
+            .map(|part| part.iter().sum::<f64>() / part.len() as f64);
+        let means: Vec<f64> = means.collect();
+        let mean = means.iter().sum::<f64>() / means.len().max(1) as f64;
+        if means.len() < 2 || mean <= 0.0 {
+            // One stretch says nothing about others.
+            return 0.1;
+        }
+        let squares = means.iter().map(|one| (one - mean).powi(2)).sum::<f64>();
+        (squares / (means.len() - 1) as f64).sqrt() / mean
+    }
+
     /// What it may have to put up with.
     pub(super) fn worst(&self) -> f64 {
         // The fewer samples, the more likely is something slower than all of them.
@@ -172,7 +190,7 @@ impl DirtyRate {
     const WINDOW: f64 = 0.06;
     const MOST_STEPS: usize = 256;
 
-    pub(super) fn add(&mut self, step: &Interval) {
+    pub(super) fn add(&mut self, step: &ObservedStep) {
         self.steps.push_back((step.elapsed, step.dirtied));
         self.elapsed += step.elapsed;
         self.dirtied += step.dirtied;

@@ -23,7 +23,9 @@
 //! - The prediction of the total time that counts is the first one that is made after a fifth of itself.
 
 mod estimate;
+mod interval;
 mod miss;
+mod noise;
 mod policy;
 mod predict;
 #[cfg(test)]
@@ -33,6 +35,7 @@ mod working_set;
 
 use std::time::Duration;
 
+pub(crate) use interval::Interval;
 pub(crate) use miss::{Miss, Reason};
 pub(crate) use policy::Policy;
 #[cfg(test)]
@@ -127,8 +130,6 @@ pub(crate) struct Observation<'a> {
     pub end_of_round: bool,
     /// Pages of this round that are not sent yet; 0 at its end.
     pub unsent: u64,
-    /// The part of `unsent` that is known to cost no bandwidth: never populated, or zero. 0 where not known.
-    pub unsent_zero: u64,
     /// All pages that the destination does not have as they are now, `unsent` included.
     pub dirty: u64,
     /// Guest pages sent (cleared from the log) so far, zero pages included.
@@ -137,8 +138,8 @@ pub(crate) struct Observation<'a> {
     pub copied_data: u64,
     /// Bytes put on the wire so far.
     pub wire: u64,
-    /// The part of `wire` that the kernel took and the peer has not received yet; 0 where not known.
-    pub in_flight: u64,
+    /// How much later than it had asked for the engine was woken for this look.
+    pub late: Duration,
     /// Pages dirtied per vCPU so far; empty where not known.
     pub by_vcpu: &'a [u64],
 }
@@ -148,8 +149,12 @@ pub(crate) struct Observation<'a> {
 pub(crate) struct Prediction {
     /// The downtime, all terms, if the switch came now.
     pub downtime: Duration,
+    /// What holds that downtime nine times in ten. The policy decides by its upper end.
+    pub downtime_interval: Interval,
     /// The total time, counted from the start; `None` where the rounds do not shrink.
     pub total: Option<Duration>,
+    /// What holds it nine times in ten.
+    pub total_interval: Option<Interval>,
     /// Bytes of pages that the guest newly dirties per second, as it runs now.
     pub dirty_rate: f64,
     /// Bytes of pages per second that the link carries, a cautious estimate.

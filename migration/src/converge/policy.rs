@@ -2,11 +2,14 @@
 
 mod hopeless;
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use migration_io::PAGE_SIZE;
 
-use super::estimate::{Bandwidth, DirtyRate, Interval, Meter};
+use super::estimate::{Bandwidth, DirtyRate, Meter, ObservedStep};
+use super::interval::{Interval, least_cost, most_cost};
+use super::noise::Lateness;
 use super::predict::{Outlook, ThrottlePlan};
 use super::throttle::{Demand, Throttler};
 use super::working_set::WorkingSet;
@@ -19,8 +22,9 @@ use hopeless::Shrinkage;
 pub(crate) struct Policy {
     goal: Goal,
     costs: Costs,
-    /// Seconds between the last two measurements of the costs; `None` before the first.
-    cost_spread: Option<f64>,
+    /// Seconds that the last rehearsals found the costs to be; none before the first.
+    rehearsed: VecDeque<f64>,
+    lateness: Lateness,
     meter: Meter,
     link: Bandwidth,
     burst: Bandwidth,
@@ -35,8 +39,6 @@ pub(crate) struct Policy {
     overload: bool,
     /// What a round takes besides its bytes, seconds.
     overhead: Option<f64>,
-    /// Zero pages, bytes per second.
-    scan: f64,
     /// Whether the observation before ended a round.
     between_rounds: bool,
     progress: Shrinkage,
@@ -48,6 +50,12 @@ pub(crate) struct Policy {
 }
 
 impl Policy {
+    /// Parts of the time left by which the rest of a move differs from what was seen of it, link and host aside: where the
+    /// guest runs as it likes, and where it has to be slowed down.
+    const UNSEEN: f64 = 0.08;
+    const UNSEEN_THROTTLED: f64 = 0.14;
+    /// Seconds over which the link's variation is measured.
+    const VARIES_OVER: f64 = 0.08;
     /// Share of the bandwidth above which a guest is slowed down: rounds that shrink by less than this take long.
     const LIMIT: f64 = 0.85;
     /// Share to which it is slowed down: the dirty set then shrinks by 30 % of the bandwidth, whatever the guest.
@@ -59,8 +67,10 @@ impl Policy {
     /// A moment to switch is none any more when the downtime has grown by this factor and this time.
     const STEADY: f64 = 1.25;
     const STEADY_TIME: f64 = 1e-3;
-    /// Pages known to be zero, bytes per second, until it was measured: they only have to be cleared from the log.
-    const SCAN: f64 = 5e10;
+    /// Rehearsals that are remembered.
+    const REHEARSALS: usize = 12;
+    /// The share of cases that an upper end is to hold.
+    const SURE: f64 = 0.9;
 
     /// Bytes per second that one vCPU can newly dirty: the first write to a page that the log watches is a fault,
     /// and takes 1 to 3 microseconds, most under nested virtualisation.
@@ -72,7 +82,8 @@ impl Policy {
             throttler: Throttler::new(goal.cpus),
             goal,
             costs: Costs::default(),
-            cost_spread: None,
+            rehearsed: VecDeque::new(),
+            lateness: Lateness::default(),
             meter: Meter::default(),
             link: Bandwidth::default(),
             burst: Bandwidth::default(),
@@ -82,7 +93,6 @@ impl Policy {
             target: Self::TARGET,
             overload: false,
             overhead: None,
-            scan: Self::SCAN,
             between_rounds: false,
             progress: Shrinkage::default(),
             settled: None,
@@ -96,11 +106,44 @@ impl Policy {
         self.costs = costs;
     }
 
-    /// Takes newly measured costs; how much they differ from those before tells how far they can be trusted.
-    pub(crate) fn set_costs(&mut self, costs: Costs) {
-        let change = costs.total().abs_diff(self.costs.total()).as_secs_f64();
-        self.cost_spread = Some(self.cost_spread.map_or(0.0, |spread| change.max(spread / 2.0)));
-        self.costs = costs;
+    /// Takes what rehearsals have found, one after the other at one time: the least of it are the costs, as what was more
+    /// is the host's, and how much more there was tells how far they can be trusted.
+    pub(crate) fn set_costs(&mut self, rehearsed: &[Costs]) {
+        for costs in rehearsed {
+            if self.rehearsed.len() == Self::REHEARSALS {
+                self.rehearsed.pop_front();
+            }
+            self.rehearsed.push_back(costs.total().as_secs_f64());
+        }
+        if let Some(least) = rehearsed.iter().min_by_key(|costs| costs.total()) {
+            self.costs = *least;
+        }
+    }
+
+    /// Whether more rehearsals may help: the switch is put off by how much the costs have differed, and by nothing else.
+    pub(crate) fn doubts_costs(&self, advice: &Advice) -> bool {
+        let Prediction {
+            downtime,
+            downtime_interval,
+            ..
+        } = advice.prediction;
+        let budget = self.goal.max_downtime;
+        downtime <= budget
+            && downtime_interval.high > budget
+            && self.costs_worst() > most_cost(self.costs_now())
+    }
+
+    fn costs_now(&self) -> f64 {
+        self.costs.total().as_secs_f64()
+    }
+
+    /// What the costs may come up to: what is likely on a quiet host, and what four of five rehearsals stayed below.
+    fn costs_worst(&self) -> f64 {
+        let mut sorted: Vec<f64> = self.rehearsed.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let index = (0.8 * sorted.len() as f64) as usize;
+        let seen = sorted.get(index).copied().unwrap_or(0.0);
+        most_cost(self.costs_now()).max(seen)
     }
 
     /// Takes the speed of a piece of at least a few MiB that was sent without the cap of pre-copy, from its
@@ -137,22 +180,26 @@ impl Policy {
             self.throttler.release();
         }
         let model = if first { self.hot.model() } else { None };
+        let total = outlook.total(plan, model);
         Advice {
             course,
             throttle: self.throttler.throttle(),
             prediction: Prediction {
                 downtime: duration(outlook.downtime(outlook.dirty)),
-                total: outlook.total(plan, model).map(duration),
+                downtime_interval: outlook.downtime_interval(),
+                total: total.map(duration),
+                total_interval: total.map(|total| self.total_interval(&outlook, plan, total)),
                 dirty_rate: outlook.rate,
                 bandwidth: outlook.link_usual,
             },
         }
     }
 
-    fn learn(&mut self, seen: &Observation<'_>, step: &Interval) {
+    fn learn(&mut self, seen: &Observation<'_>, step: &ObservedStep) {
         let round_trip = self.costs.round_trip.as_secs_f64();
         self.link.add(step, self.meter.page_ratio(), round_trip);
         self.rate.add(step);
+        self.lateness.add(step.elapsed, seen.late);
         if seen.round <= 1 {
             self.hot.add(step, self.throttler.on());
         } else {
@@ -166,16 +213,11 @@ impl Policy {
                     .map_or(overhead, |before| f64::midpoint(before, overhead)),
             );
         }
-        if step.zero > 4.0 * step.data.max(1e6) && step.elapsed > sending {
-            let rate = step.zero / (step.elapsed - sending);
-            self.scan = f64::midpoint(self.scan, rate.clamp(1e6, 1e12));
-        }
         self.between_rounds = step.end_of_round;
     }
 
     fn outlook(&self, seen: &Observation<'_>) -> Outlook {
-        let zero = seen.unsent_zero.min(seen.unsent) as f64;
-        let unsent = seen.unsent as f64 - zero;
+        let unsent = seen.unsent as f64;
         let (rate, first) = (self.rate.rate(), seen.round <= 1);
         // A burst is a copy like the final one, not a moment of it; but during the final one the guest leaves its
         // CPUs to whoever copies, which not every burst is so lucky as to find.
@@ -189,19 +231,26 @@ impl Policy {
             .final_bandwidth
             .map_or(f64::INFINITY, |cap| cap * self.meter.page_ratio())
             .max(1.0);
-        let costs = self.costs.total().as_secs_f64();
+        let costs = self.costs_now();
+        let final_best = if self.burst.is_known() {
+            &self.burst
+        } else {
+            &self.link
+        };
+        let final_best = (final_best.best() * 1.15).min(cap);
         let natural = if self.throttler.is_off() {
             rate
         } else {
             self.throttler.potential()
         };
         let hot = self.hot.size(if first { unsent } else { 0.0 });
+        // The length of the downtime decides how likely it is that the host takes the CPUs away meanwhile.
+        let about = costs + (seen.dirty as f64 / final_usual).min(self.goal.max_downtime.as_secs_f64());
+        let lost = self.lateness.lost_in(about, Self::SURE);
         Outlook {
             at: seen.at.as_secs_f64(),
             unsent,
-            dirty: (seen.dirty as f64 - zero).max(unsent),
-            zero,
-            in_flight: seen.in_flight as f64,
+            dirty: (seen.dirty as f64).max(unsent),
             rate,
             natural,
             working_set: hot.map_or(f64::INFINITY, |hot| hot.max(self.most_dirty)),
@@ -210,9 +259,10 @@ impl Policy {
             link_usual: self.link.usual(),
             final_usual: final_usual.min(cap),
             final_worst: final_worst.min(cap * 0.95),
-            scan: self.scan,
+            final_best,
             costs,
-            costs_worst: costs * 1.1 + 0.3e-3 + self.cost_spread.unwrap_or(0.0),
+            costs_best: least_cost(costs),
+            costs_worst: self.costs_worst() + lost,
             pause: self.costs.pause.as_secs_f64(),
             overhead: self
                 .overhead
@@ -227,7 +277,7 @@ impl Policy {
         let room = now.room().max(0.0);
         let reachable = room / (room + now.overhead * now.link).max(1.0);
         if let Some(left) = self.left(now).filter(|_| self.link.is_known()) {
-            let to_send = (now.dirty - room).max(0.0) / now.link + now.zero / now.scan;
+            let to_send = (now.dirty - room).max(0.0) / now.link;
             let share = (1.0 - to_send / (left * Self::PUNCTUALITY).max(1e-3)).max(0.0);
             // Chosen once: later only less, and only if it is noticeably less.
             if share < self.target - 0.05 {
@@ -246,6 +296,24 @@ impl Policy {
             throttle: self.goal.throttle && self.goal.cpus > 0,
             settling: self.settling(),
         }
+    }
+
+    /// What holds the total time nine times in ten: by how much the link has varied, by what the host takes away, and by
+    /// how much there is that nobody has seen yet. Fitted to the moves in `tests/moves.jsonl`.
+    fn total_interval(&self, now: &Outlook, plan: ThrottlePlan, total: f64) -> Interval {
+        let left = (total - now.at).max(0.0);
+        let throttles = plan.throttle && (self.overload || now.natural > plan.limit * now.link);
+        let unseen = if throttles {
+            Self::UNSEEN_THROTTLED
+        } else {
+            Self::UNSEEN
+        };
+        let varied = self.link.variation() / (left / Self::VARIES_OVER).max(1.0).powf(0.25);
+        let lost = self.lateness.share();
+        let low = left * (unseen + varied + lost).min(0.9) + 15e-3;
+        let high =
+            left * (unseen + varied + 2.0 * lost) + 25e-3 + self.lateness.lost_in(left.min(1.0), Self::SURE);
+        Interval::of(total - low, total + high)
     }
 
     /// Until the guest was measured and slowed down, the dirty set does not shrink.

@@ -7,7 +7,7 @@
 //! frequencies the pages dirtied are followed step by step, as if all pages were hot; least squares then give
 //! the hot share, and the frequency that fits best.
 
-use super::estimate::Interval;
+use super::estimate::ObservedStep;
 
 /// The fits of all frequencies.
 #[derive(Clone, Debug)]
@@ -66,7 +66,7 @@ impl WorkingSet {
     }
 
     /// Takes a step of round 1; `on` is the share of it that the guest ran.
-    pub(super) fn add(&mut self, step: &Interval, on: f64) {
+    pub(super) fn add(&mut self, step: &ObservedStep, on: f64) {
         self.sent += step.data;
         self.dirtied += step.dirtied;
         self.square += self.dirtied * self.dirtied;

@@ -64,7 +64,7 @@ enum GreetingError {
 }
 
 /// A connection, and the thread that reads its greeting.
-struct Greeting {
+struct PendingGreeting {
     /// Empty once the peer has said what the connection is for.
     connection: Arc<Mutex<Option<Arc<Connection>>>>,
     deadline: Instant,
@@ -105,14 +105,14 @@ impl Drop for Acceptor {
 
 impl AcceptorShared {
     fn accept(self: &Arc<Self>, listener: &Listener) {
-        let mut greetings: Vec<Greeting> = Vec::new();
+        let mut greetings: Vec<PendingGreeting> = Vec::new();
         loop {
             greetings.retain(|greeting| !greeting.thread.is_finished());
             let now = Instant::now();
             greetings
                 .iter()
                 .filter(|greeting| greeting.deadline <= now)
-                .for_each(Greeting::close_if_pending);
+                .for_each(PendingGreeting::close_if_pending);
             let next = greetings
                 .iter()
                 .filter(|greeting| greeting.is_pending())
@@ -134,7 +134,7 @@ impl AcceptorShared {
         }
     }
 
-    fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<Greeting>) {
+    fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<PendingGreeting>) {
         if greetings.len() >= MOST_PENDING {
             let silent = greetings.iter().find(|greeting| greeting.is_pending());
             // A thread that was told to end does so at once, but not before it runs.
@@ -151,7 +151,7 @@ impl AcceptorShared {
         let (shared, theirs) = (self.clone(), connection.clone());
         let spawned = threads::spawn(Role::Greeting, "greeting", move || shared.serve(&theirs));
         match spawned {
-            Ok(thread) => greetings.push(Greeting {
+            Ok(thread) => greetings.push(PendingGreeting {
                 connection,
                 deadline: Instant::now() + GREETING,
                 thread,
@@ -220,7 +220,7 @@ impl AcceptorShared {
     }
 }
 
-impl Greeting {
+impl PendingGreeting {
     /// Whether the peer has not said yet what the connection is for.
     fn is_pending(&self) -> bool {
         lock(&self.connection).is_some()

@@ -26,7 +26,7 @@ use crate::link::{Admitted, Link, LinkError, Sorted};
 use crate::options::MAX_STREAMS;
 use crate::page_set::PageSet;
 use crate::ports::{MachineDescription, OfferedDisks};
-use crate::protocol::{Features, Message, Transfer, nanoseconds};
+use crate::protocol::{Features, MemoryTransfer, Message, nanoseconds};
 use crate::report::ms;
 use crate::text::panic_message;
 
@@ -40,7 +40,7 @@ pub(super) struct DestinationJob<'a> {
 /// What the source has announced.
 struct Announced {
     description: MachineDescription,
-    transfer: Transfer,
+    transfer: MemoryTransfer,
     disks: OfferedDisks,
 }
 
@@ -127,14 +127,14 @@ impl<'a> DestinationJob<'a> {
         } = announced;
         PageSet::check_regions(&description.memory).map_err(ReceiveError::MemoryMap)?;
         let files = match *transfer {
-            Transfer::Streams(1..=MAX_STREAMS) => None,
-            Transfer::Streams(got) => {
+            MemoryTransfer::Streams(1..=MAX_STREAMS) => None,
+            MemoryTransfer::Streams(got) => {
                 return Err(ReceiveError::StreamCount {
                     most: MAX_STREAMS,
                     got,
                 });
             }
-            Transfer::Handover => Some(files(link, description, features)?),
+            MemoryTransfer::Handover => Some(files(link, description, features)?),
         };
         let differences = self.local.destination.check(description, offered);
         if !differences.is_empty() {
@@ -169,11 +169,11 @@ impl<'a> DestinationJob<'a> {
         &mut self,
         link: &mut Link<'_>,
         incoming: &Arc<Incoming>,
-        transfer: Transfer,
+        transfer: MemoryTransfer,
     ) -> Result<MayRun, ReceiveError> {
         let count = match transfer {
-            Transfer::Streams(count) => count,
-            Transfer::Handover => 0,
+            MemoryTransfer::Streams(count) => count,
+            MemoryTransfer::Handover => 0,
         };
         // Before anybody is told that they may come.
         self.local.rendezvous.expect_streams(count);

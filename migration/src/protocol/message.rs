@@ -52,7 +52,7 @@ pub(crate) enum Message {
         /// The machine.
         machine: MachineDescription,
         /// How its memory comes.
-        transfer: Transfer,
+        transfer: MemoryTransfer,
         /// What becomes of its disks.
         disks: OfferedDisks,
     },
@@ -143,7 +143,7 @@ impl Features {
 
 /// How a machine's memory comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Transfer {
+pub(crate) enum MemoryTransfer {
     /// As pages over so many data streams, 1 to [`crate::MAX_STREAMS`].
     Streams(u32),
     /// As files, right after the description.

@@ -7,7 +7,7 @@ pub(crate) use frame::{
     CompressedTable, Frame, FrameHeader, FrameKind, HEADER_LEN, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PageTable,
     Span,
 };
-pub(crate) use message::{AttemptOutcome, Features, Hello, MAX_SPANS, Message, Token, Transfer};
+pub(crate) use message::{AttemptOutcome, Features, Hello, MAX_SPANS, MemoryTransfer, Message, Token};
 
 /// Why bytes from the peer are not what the protocol allows.
 #[derive(Debug, thiserror::Error)]

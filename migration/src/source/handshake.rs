@@ -5,7 +5,7 @@ use super::{MigrateError, SourceJob};
 use crate::link::{Admitted, Link, LinkError};
 use crate::options::{Compression, MAX_STREAMS};
 use crate::ports::OfferedDisks;
-use crate::protocol::{Features, Hello, Message, Token, Transfer};
+use crate::protocol::{Features, Hello, MemoryTransfer, Message, Token};
 use crate::text::clean;
 use crate::transport::{Connection, Endpoint};
 
@@ -15,7 +15,7 @@ const PINGS: usize = 4;
 /// What the two sides have agreed on.
 pub(super) struct Agreed {
     pub(super) token: Token,
-    pub(super) transfer: Transfer,
+    pub(super) transfer: MemoryTransfer,
     /// The devices whose disks come along.
     pub(super) disks: Vec<u32>,
     pub(super) compression: Option<Compression>,
@@ -40,8 +40,8 @@ impl SourceJob<'_> {
             .filter(|_| matches!(self.to, Endpoint::Unix(_)) && !self.options.with_disks)
             .filter(|_| features.has(Features::HANDOVER));
         let transfer = match &files {
-            Some(_) => Transfer::Handover,
-            None => Transfer::Streams(self.options.streams.clamp(1, MAX_STREAMS)),
+            Some(_) => MemoryTransfer::Handover,
+            None => MemoryTransfer::Streams(self.options.streams.clamp(1, MAX_STREAMS)),
         };
         let machine = self.source.describe();
         let devices = machine.devices.len();

@@ -35,7 +35,7 @@ use crate::control::Control;
 use crate::link::{KeepAlive, Link, LinkError};
 use crate::options::MigrateOptions;
 use crate::ports::{PortError, Source};
-use crate::protocol::{Token, Transfer};
+use crate::protocol::{MemoryTransfer, Token};
 use crate::report::{DataPath, Outcome, Report, ms};
 use crate::text::{chain, panic_message};
 use crate::transport::{Connection, Endpoint};
@@ -201,11 +201,11 @@ impl<'a> SourceJob<'a> {
         self.token = Some(agreed.token);
         let memory = self.source.memory();
         match agreed.transfer {
-            Transfer::Handover => {
+            MemoryTransfer::Handover => {
                 self.report.data_path = DataPath::Handover;
                 self.hand_over(link, &memory, &agreed)
             }
-            Transfer::Streams(count) => self.copy_over(link, &memory, &agreed, count),
+            MemoryTransfer::Streams(count) => self.copy_over(link, &memory, &agreed, count),
         }
     }
 

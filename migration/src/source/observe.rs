@@ -23,6 +23,10 @@ pub(super) struct Observer {
     /// Throttled time of the round so far: seconds times share.
     throttled: f64,
     last: Duration,
+    /// The least time that one of the last two looks at the log took: one that is slow by itself may be the host's fault.
+    looking: Duration,
+    /// How much later than asked the engine was woken for the next look.
+    late: Duration,
     /// Whether somebody was told that the promise cannot be kept.
     warned: bool,
 }
@@ -37,6 +41,12 @@ struct RoundBegin {
 
 /// Round trips of the switch: the last pages and the state to "ready", half of "go", half of "resumed".
 pub(super) const SWITCH_ROUND_TRIPS: f64 = 2.0;
+
+/// How often the log is counted and the policy asked while the streams are at work.
+const TICK: Duration = Duration::from_millis(10);
+
+/// How seldom at the least, however long it takes to count the log of a large guest.
+const MAX_TICK: Duration = Duration::from_millis(250);
 
 /// A change of the throttle that is smaller is not worth telling.
 const SHARE_STEP: f64 = 0.005;
@@ -68,14 +78,33 @@ impl Observer {
             began: RoundBegin::default(),
             throttled: 0.0,
             last: Duration::ZERO,
+            looking: Duration::ZERO,
+            late: Duration::ZERO,
             warned: false,
         }
     }
 
-    /// New measurements of what the downtime costs besides the copy.
-    pub(super) fn set_costs(&mut self, costs: Costs) {
-        self.costs = costs;
-        self.policy.set_costs(costs);
+    /// What rehearsals have found, one after the other, of what the downtime costs besides the copy.
+    pub(super) fn set_costs(&mut self, rehearsed: &[Costs]) {
+        self.policy.set_costs(rehearsed);
+        if let Some(least) = rehearsed.iter().min_by_key(|costs| costs.total()) {
+            self.costs = *least;
+        }
+    }
+
+    /// See [`Policy::doubts_costs`].
+    pub(super) fn doubts_costs(&self, advice: &Advice) -> bool {
+        self.policy.doubts_costs(advice)
+    }
+
+    /// How long to wait for the next look: looks take a tenth of the time at the most.
+    pub(super) fn tick(&self) -> Duration {
+        (self.looking * 10).clamp(TICK, MAX_TICK)
+    }
+
+    /// The engine was woken so much later than it had asked for.
+    pub(super) fn woken_late(&mut self, late: Duration) {
+        self.late = late;
     }
 
     /// A piece was sent without the cap of pre-copy.
@@ -106,7 +135,9 @@ impl SourceJob<'_> {
         let began = Instant::now();
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
         crew.space.peek(&mut dirty)?;
-        watch.costs.final_log = began.elapsed();
+        let took = began.elapsed();
+        watch.looking = took.min(watch.costs.final_log);
+        watch.costs.final_log = took;
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
         let by_vcpu = crew.space.by_vcpu();
@@ -115,12 +146,11 @@ impl SourceJob<'_> {
             round,
             end_of_round,
             unsent,
-            unsent_zero: 0,
             dirty: dirty.len() * PAGE_SIZE,
             copied: (data + zero) * PAGE_SIZE,
             copied_data: data * PAGE_SIZE,
             wire: crew.counts.wire(),
-            in_flight: 0,
+            late: std::mem::take(&mut watch.late),
             by_vcpu: &by_vcpu,
         };
         watch.policy.assume(watch.costs);
@@ -129,10 +159,12 @@ impl SourceJob<'_> {
         watch.throttled += at.saturating_sub(watch.last).as_secs_f64() * watch.share();
         watch.last = at;
         self.report.predicted_downtime_ms = Some(ms(prediction.downtime));
+        self.report.predicted_downtime_interval_ms = Some(prediction.downtime_interval.into());
         if self.report.predicted_total_ms.is_none()
             && let Some(total) = prediction.total.filter(|total| at * 5 >= *total)
         {
             self.report.predicted_total_ms = Some(ms(total));
+            self.report.predicted_total_interval_ms = prediction.total_interval.map(Into::into);
         }
         let shares: Vec<f64> = (0..watch.shares.len())
             .map(|cpu| advice.throttle.of(cpu))
@@ -162,7 +194,9 @@ impl SourceJob<'_> {
             progress.bandwidth_bytes_per_s = prediction.bandwidth;
             progress.throttle_percent = share * 100.0;
             progress.predicted_downtime_ms = Some(ms(prediction.downtime));
+            progress.predicted_downtime_interval_ms = Some(prediction.downtime_interval.into());
             progress.predicted_total_ms = prediction.total.map(ms);
+            progress.predicted_total_interval_ms = prediction.total_interval.map(Into::into);
         });
     }
 

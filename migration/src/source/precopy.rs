@@ -8,12 +8,12 @@ use super::observe::{Observer, SWITCH_ROUND_TRIPS};
 use super::pass::{Order, spans_in_order};
 use super::{MigrateError, SourceJob};
 use crate::control::Phase;
-use crate::converge::{Advice, Course};
+use crate::converge::{Advice, Costs, Course};
 use crate::link::Link;
 use crate::page_set::PageSet;
 use crate::protocol::{MAX_SPANS, Message};
 
-/// How often the log is counted and the policy asked while the streams are at work.
+/// How often it is checked whether the destination has given up while pages are sent that the policy is not asked about.
 const TICK: Duration = Duration::from_millis(10);
 
 /// Most rehearsals in a row.
@@ -112,8 +112,13 @@ impl SourceJob<'_> {
         }
         let pass = self.next_pass();
         crew.send(pass, pages, order);
-        while !crew.wait(TICK)? {
-            // A destination that gave up is heard at once.
+        loop {
+            let (asked, tick) = (Instant::now(), watch.tick());
+            if crew.wait(tick)? {
+                break;
+            }
+            watch.woken_late(asked.elapsed().saturating_sub(tick));
+            // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;
             let advice = self.observe(crew, watch, n, false)?;
             judge(&advice)?;
@@ -190,7 +195,7 @@ impl SourceJob<'_> {
         let pass = self.next_pass();
         crew.send(pass, pages, Order::Ascending);
         while !crew.wait(TICK)? {
-            // A destination that gave up is heard at once.
+            // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;
             look(self)?;
         }
@@ -214,20 +219,18 @@ impl SourceJob<'_> {
         advice: Advice,
     ) -> Result<bool, MigrateError> {
         let switch = matches!(advice.course, Course::Switch);
-        if switch || n == 1 {
-            let mut costs = self.rehearse(link, watch.costs)?;
+        if switch || n == 1 || watch.doubts_costs(&advice) {
+            let mut rehearsed = vec![self.rehearse(link, watch.costs)?];
             // One slow rehearsal may be the host's fault, or that of a destination that is still busy with what it
-            // has just been sent; the least of a few is the machine's.
+            // has just been sent; the least of a few is the machine's, and how they differ is the host's.
             for done in 1..REHEARSALS {
-                if done > 1 && costs.total() * 3 <= self.options.max_downtime {
+                let most = rehearsed.iter().map(Costs::total).max().unwrap_or_default();
+                if done > 1 && most * 3 <= self.options.max_downtime {
                     break;
                 }
-                let again = self.rehearse(link, watch.costs)?;
-                if again.total() < costs.total() {
-                    costs = again;
-                }
+                rehearsed.push(self.rehearse(link, watch.costs)?);
             }
-            watch.set_costs(costs);
+            watch.set_costs(&rehearsed);
         }
         if !switch {
             return Ok(false);

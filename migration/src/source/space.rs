@@ -19,12 +19,12 @@ pub(super) struct Space<'a> {
     pub(super) memory: &'a GuestMemory,
     /// Once there is one: disks are copied before.
     log: OnceLock<Arc<dyn DirtyLog>>,
-    disks: Vec<MirroredDisk>,
+    disks: Vec<DiskRegion>,
     ram: Vec<MemoryRegion>,
 }
 
 /// A disk that comes along, and where its pages are.
-pub(super) struct MirroredDisk {
+pub(super) struct DiskRegion {
     pub(super) port: Arc<dyn SourceDisk>,
     pub(super) region: MemoryRegion,
 }
@@ -36,7 +36,7 @@ impl<'a> Space<'a> {
         disks: Vec<Arc<dyn SourceDisk>>,
     ) -> Result<Self, MigrateError> {
         let regions = disk_regions(disks.iter().map(|disk| disk.size()))?;
-        let disk = |(port, region)| MirroredDisk { port, region };
+        let disk = |(port, region)| DiskRegion { port, region };
         Ok(Self {
             memory,
             log: OnceLock::new(),
@@ -63,7 +63,7 @@ impl<'a> Space<'a> {
     }
 
     /// The disk whose region has this number.
-    pub(super) fn disk(&self, region: usize) -> Option<&MirroredDisk> {
+    pub(super) fn disk(&self, region: usize) -> Option<&DiskRegion> {
         self.disks.get(region.checked_sub(self.ram.len())?)
     }
 
@@ -156,7 +156,7 @@ impl<'a> Space<'a> {
         threads: usize,
         go_on: impl Fn() -> Result<(), MigrateError> + Sync,
     ) -> Result<u128, MigrateError> {
-        let read = |disk: &'_ MirroredDisk| {
+        let read = |disk: &'_ DiskRegion| {
             let port = disk.port.clone();
             move |offset, into: &mut [u8]| port.read(offset, into).map_err(read_failed)
         };

@@ -8,7 +8,7 @@ use migration_io::{MemoryRange, PAGE_SIZE, SendPath, zero_pages};
 use super::MigrateError;
 use super::crew::Crew;
 use super::pass::{Chunk, runs};
-use super::space::{MirroredDisk, read_failed};
+use super::space::{DiskRegion, read_failed};
 use super::squeeze::Squeeze;
 use crate::link::Link;
 use crate::options::Compression;
@@ -79,7 +79,7 @@ impl<'a> PageStream<'a> {
     }
 
     /// The same for a chunk of a disk.
-    fn send_blocks(&mut self, chunk: &Chunk, disk: &MirroredDisk, most: u64) -> Result<(), MigrateError> {
+    fn send_blocks(&mut self, chunk: &Chunk, disk: &DiskRegion, most: u64) -> Result<(), MigrateError> {
         for (gpa, bits) in chunk.groups() {
             for range in runs(gpa, bits) {
                 let offset = range.gpa - disk.region.gpa;

@@ -9,7 +9,7 @@ use super::precopy::{Left, await_ack, finish_round};
 use super::space::Space;
 use super::{MigrateError, SourceJob, check_interruption};
 use crate::control::Phase;
-use crate::converge::Costs;
+use crate::converge::{Costs, Interval};
 use crate::digest::digest;
 use crate::link::Link;
 use crate::options::{MAX_PAUSE, OnMiss};
@@ -101,10 +101,14 @@ impl SourceJob<'_> {
             ..Costs::default()
         };
         let predicted = self.rehearse(link, assumed)?.total();
+        let interval = Interval::of_costs(predicted);
+        let elapsed = self.started.elapsed();
         self.report.predicted_downtime_ms = Some(ms(predicted));
-        self.report.predicted_total_ms = Some(ms(self.started.elapsed() + predicted));
+        self.report.predicted_downtime_interval_ms = Some(interval.into());
+        self.report.predicted_total_ms = Some(ms(elapsed + predicted));
+        self.report.predicted_total_interval_ms = Some(interval.after(elapsed).into());
         let budget = self.options.max_downtime;
-        if predicted > budget && self.options.on_miss == OnMiss::Fail {
+        if interval.high > budget && self.options.on_miss == OnMiss::Fail {
             return Err(MigrateError::OverBudget { predicted, budget });
         }
         link.check("nothing before the pause")?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use super::fake::{FakeDestination, FakeSource, Fault};
+use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, control, options, receiver};
 use crate::*;
@@ -236,7 +236,7 @@ fn a_cancel_after_go_comes_too_late() {
     let mut source = busy();
     let (here, there) = (Arc::new(control()), control());
     let mut destination = FakeDestination::default();
-    let slow = Fault::Slow(Duration::from_millis(200));
+    let slow = PortFault::Slow(Duration::from_millis(200));
     destination.faults.insert("resume", slow);
     let mut receiver = receiver(&options());
     let to = receiver.endpoint().clone();

@@ -12,7 +12,7 @@ use super::fake::{FakeDestination, describe};
 use super::guest::{HIGH, TestGuest};
 use super::rig::control;
 use crate::protocol::{
-    AttemptOutcome, Features, FrameHeader, FrameKind, Hello, Message, PageTable, Span, Transfer,
+    AttemptOutcome, Features, FrameHeader, FrameKind, Hello, MemoryTransfer, Message, PageTable, Span,
 };
 use crate::*;
 
@@ -63,7 +63,7 @@ fn memory_is_handed_over_as_files() {
     let mut receiver = receiver(&format!("unix:{}", dir.path().join("s").display()));
     let (received, (), _) = meet(&mut receiver, |to, _| {
         let (guest, files) = TestGuest::shared(PAGES, PAGES);
-        let mut hand = Hand::describe(to, guest, Transfer::Handover);
+        let mut hand = Hand::describe(to, guest, MemoryTransfer::Handover);
         hand.control
             .link
             .send_with_files(&Message::MemoryFiles, &[files[0].as_fd()])
@@ -78,7 +78,7 @@ fn memory_is_handed_over_as_files() {
 
     let (received, (source, found), destination) = meet(&mut receiver, |to, _| {
         let (guest, files) = TestGuest::shared(PAGES, PAGES);
-        let mut hand = Hand::describe(to, guest, Transfer::Handover);
+        let mut hand = Hand::describe(to, guest, MemoryTransfer::Handover);
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         hand.control
             .link
@@ -105,7 +105,7 @@ fn memory_is_handed_over_as_files() {
 #[test]
 fn files_are_not_expected_over_tcp() {
     let (received, (), _) = meet(&mut receiver(TCP), |to, _| {
-        let hand = Hand::describe(to, TestGuest::new(PAGES, PAGES), Transfer::Handover);
+        let hand = Hand::describe(to, TestGuest::new(PAGES, PAGES), MemoryTransfer::Handover);
         assert!(hand.control.refused().contains("expected a Unix socket"));
     });
     assert!(matches!(received, Err(ReceiveError::Handover { .. })));
@@ -372,11 +372,12 @@ fn nonsense_on_the_control_connection_ends_the_attempt() {
 #[test]
 fn a_description_that_promises_too_much_builds_nothing() {
     let mut receiver = receiver(TCP);
-    let mut describe_as = |change: fn(&mut MachineDescription, &mut Transfer)| {
+    let mut describe_as = |change: fn(&mut MachineDescription, &mut MemoryTransfer)| {
         let (received, reason, destination) = meet(&mut receiver, |to, _| {
             let mut peer = Peer::wish(to, &Message::Begin(Features::OURS));
             assert!(matches!(peer.hear(), Message::Session { .. }));
-            let (mut machine, mut transfer) = (describe(&TestGuest::new(1, 1).memory), Transfer::Streams(1));
+            let (mut machine, mut transfer) =
+                (describe(&TestGuest::new(1, 1).memory), MemoryTransfer::Streams(1));
             change(&mut machine, &mut transfer);
             let describe = Message::Describe {
                 machine,
@@ -393,9 +394,9 @@ fn a_description_that_promises_too_much_builds_nothing() {
     assert!(matches!(error, ReceiveError::MemoryMap(_)), "{error:?}");
     for got in [0, MAX_STREAMS + 1, u32::MAX] {
         let (error, reason) = match got {
-            0 => describe_as(|_, transfer| *transfer = Transfer::Streams(0)),
-            u32::MAX => describe_as(|_, transfer| *transfer = Transfer::Streams(u32::MAX)),
-            _ => describe_as(|_, transfer| *transfer = Transfer::Streams(MAX_STREAMS + 1)),
+            0 => describe_as(|_, transfer| *transfer = MemoryTransfer::Streams(0)),
+            u32::MAX => describe_as(|_, transfer| *transfer = MemoryTransfer::Streams(u32::MAX)),
+            _ => describe_as(|_, transfer| *transfer = MemoryTransfer::Streams(MAX_STREAMS + 1)),
         };
         assert!(matches!(error, ReceiveError::StreamCount { .. }), "{error:?}");
         assert!(

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::destination_hand::*;
-use super::fake::{FakeDestination, Fault};
+use super::fake::{FakeDestination, PortFault};
 use super::rig::control;
 use crate::protocol::{AttemptOutcome, Message};
 use crate::*;
@@ -69,7 +69,7 @@ fn a_question_waits_for_a_guest_that_is_about_to_run() {
     let mut destination = FakeDestination::default();
     destination
         .faults
-        .insert("resume", Fault::Slow(Duration::from_millis(300)));
+        .insert("resume", PortFault::Slow(Duration::from_millis(300)));
     thread::scope(|scope| {
         let acting = scope.spawn(|| {
             let mut hand = Hand::open(&to, 1);
@@ -87,7 +87,7 @@ fn a_question_waits_for_a_guest_that_is_about_to_run() {
 
 #[test]
 fn a_machine_that_does_not_run_is_kept_and_says_why() {
-    for fault in [Fault::Error, Fault::Panic] {
+    for fault in [PortFault::Error, PortFault::Panic] {
         let mut receiver = receiver(TCP);
         let (to, there) = (receiver.endpoint().clone(), control());
         let mut destination = FakeDestination::default();

@@ -12,7 +12,7 @@ use super::guest::{HIGH, TestGuest};
 use super::rig::control;
 use crate::link::{Link, LinkError};
 use crate::protocol::{
-    AttemptOutcome, CompressedTable, Features, Hello, Message, PageTable, Span, Token, Transfer,
+    AttemptOutcome, CompressedTable, Features, Hello, MemoryTransfer, Message, PageTable, Span, Token,
 };
 use crate::transport::Connection;
 use crate::*;
@@ -135,7 +135,7 @@ pub(super) const ACCEPT: Message = Message::Accept { disks: Vec::new() };
 
 impl Hand {
     /// A migration whose machine is described, with a guest that has written every other page.
-    pub(super) fn describe(to: &Endpoint, guest: TestGuest, transfer: Transfer) -> Self {
+    pub(super) fn describe(to: &Endpoint, guest: TestGuest, transfer: MemoryTransfer) -> Self {
         for page in (0..PAGES).step_by(2) {
             guest.write(page * PAGE_SIZE, false);
             guest.write(HIGH + page * PAGE_SIZE, false);
@@ -165,7 +165,7 @@ impl Hand {
 
     /// The same, accepted, and the streams joined.
     pub(super) fn open(to: &Endpoint, streams: u32) -> Self {
-        let mut hand = Self::describe(to, TestGuest::new(PAGES, PAGES), Transfer::Streams(streams));
+        let mut hand = Self::describe(to, TestGuest::new(PAGES, PAGES), MemoryTransfer::Streams(streams));
         assert_eq!(hand.control.hear(), ACCEPT);
         let token = hand.token;
         let join = |index| {

@@ -16,7 +16,7 @@ use crate::*;
 
 /// What a call of a port does instead of its work.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Fault {
+pub(super) enum PortFault {
     Error,
     Panic,
     /// It works, but later.
@@ -26,7 +26,7 @@ pub(super) enum Fault {
 }
 
 /// Faults by the name of the call.
-pub(super) type Faults = HashMap<&'static str, Fault>;
+pub(super) type Faults = HashMap<&'static str, PortFault>;
 
 /// The source's ports.
 pub(super) struct FakeSource {
@@ -110,8 +110,8 @@ impl FakeSource {
 
     fn enter(&mut self, call: &'static str) -> Result<(), PortError> {
         self.calls.push(call);
-        if let Some(&Fault::SlowOnce(time)) = self.faults.get(call) {
-            self.faults.insert(call, Fault::Slow(time));
+        if let Some(&PortFault::SlowOnce(time)) = self.faults.get(call) {
+            self.faults.insert(call, PortFault::Slow(time));
             let slow = fault(&self.faults, call);
             self.faults.remove(call);
             return slow;
@@ -123,9 +123,9 @@ impl FakeSource {
 fn fault(faults: &Faults, call: &'static str) -> Result<(), PortError> {
     match faults.get(call) {
         None => Ok(()),
-        Some(Fault::Error) => Err(format!("injected into {call}").into()),
-        Some(Fault::Panic) => panic!("injected into {call}"),
-        Some(Fault::Slow(time) | Fault::SlowOnce(time)) => {
+        Some(PortFault::Error) => Err(format!("injected into {call}").into()),
+        Some(PortFault::Panic) => panic!("injected into {call}"),
+        Some(PortFault::Slow(time) | PortFault::SlowOnce(time)) => {
             // Not a wait for something: the time itself is what is simulated.
             thread::sleep(*time);
             Ok(())

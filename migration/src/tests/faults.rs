@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::fake::{FakeDestination, FakeSource, Fault};
+use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, direct, hasty, options};
 use crate::*;
@@ -31,7 +31,7 @@ fn every_call_at_the_source_may_fail_or_panic() {
         "save",
         "release",
     ] {
-        for fault in [Fault::Error, Fault::Panic] {
+        for fault in [PortFault::Error, PortFault::Panic] {
             let mut source = busy();
             source.faults.insert(call, fault);
             let mut destination = FakeDestination::default();
@@ -52,7 +52,7 @@ fn every_call_at_the_source_may_fail_or_panic() {
 #[test]
 fn every_call_at_the_destination_may_fail_or_panic() {
     for call in ["check", "create", "rehearse", "restore"] {
-        for fault in [Fault::Error, Fault::Panic] {
+        for fault in [PortFault::Error, PortFault::Panic] {
             let mut source = busy();
             let mut destination = FakeDestination::default();
             destination.faults.insert(call, fault);
@@ -77,7 +77,7 @@ fn every_call_at_the_destination_may_fail_or_panic() {
 
 #[test]
 fn a_destination_that_cannot_resume_keeps_the_machine_and_the_source_is_in_doubt() {
-    for fault in [Fault::Error, Fault::Panic] {
+    for fault in [PortFault::Error, PortFault::Panic] {
         let mut source = busy();
         let mut destination = FakeDestination::default();
         destination.faults.insert("resume", fault);
@@ -99,8 +99,8 @@ fn a_destination_that_cannot_resume_keeps_the_machine_and_the_source_is_in_doubt
 #[test]
 fn a_clean_up_that_fails_is_reported_after_the_cause() {
     let mut source = busy();
-    source.faults.insert("drain", Fault::Error);
-    source.faults.insert("stop_dirty_log", Fault::Panic);
+    source.faults.insert("drain", PortFault::Error);
+    source.faults.insert("stop_dirty_log", PortFault::Panic);
     let (report, _) = direct(&mut source, &mut FakeDestination::default(), &options());
     let error = report.error.unwrap();
     let (cause, after) = error.split_once("; ").unwrap();
@@ -113,7 +113,7 @@ fn a_clean_up_that_fails_is_reported_after_the_cause() {
 
 #[test]
 fn a_step_longer_than_the_time_out_is_bridged_by_keep_alives() {
-    let slow = Fault::Slow(Duration::from_millis(1300));
+    let slow = PortFault::Slow(Duration::from_millis(1300));
     let mut source = busy();
     source.faults.insert("drain", slow);
     let mut destination = FakeDestination::default();
@@ -148,7 +148,7 @@ fn a_log_that_takes_long_to_count_looks_like_no_silence() {
     // Between two looks of 100 ms the job does nothing else but wait for 10 ms.
     source
         .faults
-        .insert("peek", Fault::Slow(Duration::from_millis(100)));
+        .insert("peek", PortFault::Slow(Duration::from_millis(100)));
     let options = MigrateOptions {
         // So that a round takes several times as long as a destination waits for a sign of life.
         bandwidth: Some(1 << 20),
@@ -169,7 +169,7 @@ fn a_step_longer_than_a_step_may_be_is_given_up() {
     let mut destination = FakeDestination::default();
     destination
         .faults
-        .insert("restore", Fault::Slow(Duration::from_millis(3000)));
+        .insert("restore", PortFault::Slow(Duration::from_millis(3000)));
     let options = MigrateOptions {
         step_timeout: Duration::from_millis(1500),
         ..hasty()

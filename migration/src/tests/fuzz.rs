@@ -14,8 +14,8 @@ use super::fake::{FakeDestination, describe};
 use super::guest::{HIGH, TestGuest};
 use super::rig::control;
 use crate::protocol::{
-    CompressedTable, Features, FrameHeader, FrameKind, HEADER_LEN, Hello, Message, PageTable, Span, Token,
-    Transfer,
+    CompressedTable, Features, FrameHeader, FrameKind, HEADER_LEN, Hello, MemoryTransfer, Message, PageTable,
+    Span, Token,
 };
 use crate::space::disk_regions;
 use crate::*;
@@ -160,7 +160,7 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
         devices: vec![disk::device()],
         ..describe(&TestGuest::new(PAGES, PAGES).memory)
     };
-    let transfer = Transfer::Streams(1);
+    let transfer = MemoryTransfer::Streams(1);
     control
         .write_all(&message(&Message::Describe {
             machine,

@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::disk::{FakeDisk, SIZE};
-use super::fake::{FakeDestination, FakeSource, Fault};
+use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, direct, hasty, options};
 use crate::*;
@@ -96,7 +96,7 @@ fn nobody_gets_a_disk_that_was_not_offered() {
 fn whatever_fails_leaves_the_sources_disk_as_the_only_one() {
     let faults: [(&str, Break); 6] = [
         ("injected into mirror", |source, _| {
-            source.faults.insert("mirror", Fault::Error);
+            source.faults.insert("mirror", PortFault::Error);
         }),
         ("injected into read", |source, _| {
             let disk = source.disk.as_ref().unwrap();
@@ -106,13 +106,13 @@ fn whatever_fails_leaves_the_sources_disk_as_the_only_one() {
             destination.disk_breaks = true
         }),
         ("injected into pause", |source, _| {
-            source.faults.insert("pause", Fault::Error);
+            source.faults.insert("pause", PortFault::Error);
         }),
         ("panicked", |source, _| {
-            source.faults.insert("save", Fault::Panic);
+            source.faults.insert("save", PortFault::Panic);
         }),
         ("injected into restore", |_, destination| {
-            destination.faults.insert("restore", Fault::Error);
+            destination.faults.insert("restore", PortFault::Error);
         }),
     ];
     for (expected, break_it) in faults {

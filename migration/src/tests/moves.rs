@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use super::fake::{FakeDestination, FakeSource, Fault};
+use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{HIGH, Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, attempt, control, direct, options, receiver, receiver_at};
 use crate::*;
@@ -148,7 +148,7 @@ fn a_slow_flush_is_seen_before_the_pause() {
     let mut source = FakeSource::new(guest);
     source
         .faults
-        .insert("flush", Fault::Slow(Duration::from_millis(120)));
+        .insert("flush", PortFault::Slow(Duration::from_millis(120)));
     let strict = MigrateOptions {
         max_downtime: Duration::from_millis(100),
         max_rounds: 3,
@@ -166,7 +166,7 @@ fn a_slow_flush_is_seen_before_the_pause() {
     let (mut source, mut destination) = (FakeSource::new(guest), FakeDestination::default());
     source
         .faults
-        .insert("flush", Fault::SlowOnce(Duration::from_millis(120)));
+        .insert("flush", PortFault::SlowOnce(Duration::from_millis(120)));
     let (report, received) = direct(&mut source, &mut destination, &strict);
     received.unwrap();
     assert_moved(&source, &destination, &report);
@@ -210,7 +210,7 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
         // A destination that takes its time, so that the cancel falls into a wait.
         destination.faults.insert(
             "create",
-            Fault::Slow(Duration::from_millis(if phase == Phase::Waiting {
+            PortFault::Slow(Duration::from_millis(if phase == Phase::Waiting {
                 200
             } else {
                 0
@@ -218,7 +218,7 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
         );
         destination
             .faults
-            .insert("restore", Fault::Slow(Duration::from_millis(200)));
+            .insert("restore", PortFault::Slow(Duration::from_millis(200)));
         let options = MigrateOptions {
             max_downtime: if phase == Phase::Precopy {
                 Duration::ZERO
@@ -280,7 +280,7 @@ fn a_destination_that_is_cancelled_says_so() {
     let to = receiver.endpoint().clone();
     let mut destination = FakeDestination::default();
     // A destination that takes its time, so that the cancel falls into a step of its own.
-    let slow = Fault::Slow(Duration::from_millis(200));
+    let slow = PortFault::Slow(Duration::from_millis(200));
     destination.faults.insert("create", slow);
     let report = thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(&mut destination, &there));

@@ -7,7 +7,7 @@ use std::time::Duration;
 use fault_proxy::{Connection, Direction, Fault as Harm, Pace, Plan, Point, Proxy};
 
 use super::disk::FakeDisk;
-use super::fake::{FakeDestination, FakeSource, Fault};
+use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{Load, TestGuest};
 use super::rig::{assert_moved, assert_stayed, control, direct, options, receiver};
 use crate::*;
@@ -127,7 +127,7 @@ fn a_destination_that_is_not_ready_in_time_does_not_get_the_guest() {
     let mut destination = FakeDestination::default();
     destination
         .faults
-        .insert("restore", Fault::Slow(Duration::from_millis(900)));
+        .insert("restore", PortFault::Slow(Duration::from_millis(900)));
     let budget = Duration::from_millis(150);
     let (report, received) = direct(&mut source, &mut destination, &strict(budget));
     assert!(!received.unwrap_err().is_committed());
@@ -139,7 +139,7 @@ fn a_destination_that_is_not_ready_in_time_does_not_get_the_guest() {
 fn a_step_of_the_machine_that_takes_too_long_is_the_last() {
     for call in ["pause", "drain", "save", "release"] {
         let mut source = surprising(Box::new(|| {}));
-        let slow = Fault::Slow(Duration::from_millis(500));
+        let slow = PortFault::Slow(Duration::from_millis(500));
         source.faults.insert(call, slow);
         let budget = Duration::from_millis(100);
         let (report, _) = direct(&mut source, &mut FakeDestination::default(), &strict(budget));
@@ -254,7 +254,7 @@ fn cut_at_ready(to: &Endpoint) -> Arc<Proxy> {
 
 #[test]
 fn an_operator_who_was_quicker_than_the_source_is_noticed() {
-    for (fault, runs) in [(None, true), (Some(Fault::Error), false)] {
+    for (fault, runs) in [(None, true), (Some(PortFault::Error), false)] {
         let mut receiver = receiver(&options());
         let proxy = cut_at_ready(receiver.endpoint());
         let through = proxy.address().to_string().parse().unwrap();
@@ -310,7 +310,7 @@ fn a_destination_that_could_not_be_told_is_told_later() {
 fn what_it_takes_to_let_the_guest_run_is_in_the_prediction() {
     let mut source = surprising(Box::new(|| {}));
     let mut destination = FakeDestination::default();
-    let slow = Fault::Slow(Duration::from_millis(40));
+    let slow = PortFault::Slow(Duration::from_millis(40));
     destination.faults.insert("resume", slow);
     destination.faults.insert("rehearse_resume", slow);
     let (report, received) = direct(&mut source, &mut destination, &strict(Duration::from_secs(2)));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::disk::FakeDisk;
-use super::fake::{FakeDestination, FakeSource, Fault};
+use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{HIGH, Load, TestGuest};
 use super::rig::{assert_moved, direct, options};
 use crate::*;
@@ -72,7 +72,7 @@ fn what_is_used_again_arrives_whole() {
         // It goes on writing after it has told.
         source
             .faults
-            .insert("unused", Fault::Slow(Duration::from_millis(2 * attempt)));
+            .insert("unused", PortFault::Slow(Duration::from_millis(2 * attempt)));
         let options = MigrateOptions {
             with_disks,
             ..verified()

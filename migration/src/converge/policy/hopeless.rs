@@ -1,6 +1,7 @@
 //! Whether a promise cannot be kept, and what could be kept instead.
 
 use super::Policy;
+use crate::converge::interval::most_cost;
 use crate::converge::predict::{Outlook, ThrottlePlan};
 use crate::converge::{Miss, Observation, Reason, duration};
 
@@ -14,7 +15,7 @@ impl Policy {
     /// Whether it will not become better: only asked while the budget is not kept.
     pub(super) fn hopeless(&mut self, seen: &Observation<'_>, now: &Outlook) -> Option<Reason> {
         let first = seen.round <= 1 && !seen.end_of_round;
-        if !first && self.cost_spread.is_some() && now.room() <= 0.0 {
+        if !first && !self.rehearsed.is_empty() && self.is_too_dear(now) {
             return Some(Reason::Costs);
         }
         if self.looks_late(now, first) {
@@ -31,6 +32,13 @@ impl Policy {
         self.progress.is_stuck(now).then_some(Reason::DirtyRate)
     }
 
+    /// Whether the budget is less than what the pause costs without a page to copy. Rehearsals that differ put the switch
+    /// off, and are no reason to give up: the next ones may be better.
+    fn is_too_dear(&self, now: &Outlook) -> bool {
+        let written = now.rate.max(now.natural) * now.pause / now.final_worst;
+        most_cost(now.costs) + written >= now.budget
+    }
+
     /// Whether the deadline cannot be met even if the guest is slowed down as far as it may be.
     fn looks_late(&mut self, now: &Outlook, first: bool) -> bool {
         let Some(left) = self.left(now) else { return false };
@@ -44,7 +52,7 @@ impl Policy {
             now.rate
         };
         let to_send = (now.dirty - room).max(0.0) / (now.link - dirtied).max(1.0);
-        if !self.link.is_known() || to_send + now.zero / now.scan <= left {
+        if !self.link.is_known() || to_send <= left {
             self.late_since = None;
             return false;
         }

@@ -2,17 +2,17 @@
 
 use std::time::Duration;
 
-use crate::converge::estimate::{Bandwidth, DirtyRate, Interval, Meter};
+use crate::converge::estimate::{Bandwidth, DirtyRate, Meter, ObservedStep};
 use crate::converge::throttle::{Demand, Throttler};
 use crate::converge::working_set::WorkingSet;
 use crate::converge::{Costs, FLOOR, Miss, Observation, Reason};
 
-fn sent(bytes: f64, elapsed: f64) -> Interval {
-    Interval {
+fn sent(bytes: f64, elapsed: f64) -> ObservedStep {
+    ObservedStep {
         elapsed,
         delivered: bytes,
         data: bytes,
-        ..Interval::default()
+        ..ObservedStep::default()
     }
 }
 
@@ -48,14 +48,13 @@ fn dirtied_is_what_was_marked_beyond_what_was_cleared() {
         copied,
         copied_data: copied / 2,
         wire,
-        in_flight: 100,
         ..Observation::default()
     };
     meter.step(&seen(0, 1000, 0, 0));
     let step = meter.step(&seen(10, 700, 400, 300));
     assert_eq!(
         (step.dirtied, step.data, step.zero, step.delivered),
-        (100.0, 200.0, 200.0, 200.0)
+        (100.0, 200.0, 200.0, 300.0)
     );
     assert!((step.elapsed - 0.01).abs() < 1e-9);
     // Backwards counts as nothing, and what comes after it not twice.
@@ -84,7 +83,7 @@ fn bandwidth_is_a_low_percentile_of_busy_steps() {
         link.add(&sent(1e9, 0.001), 1.0, 1e-4);
         link.add(&sent(1000.0, 0.01), 1.0, 1e-4);
         link.add(
-            &Interval {
+            &ObservedStep {
                 zero: 1e9,
                 ..sent(1e6, 0.01)
             },
@@ -92,7 +91,7 @@ fn bandwidth_is_a_low_percentile_of_busy_steps() {
             1e-4,
         );
         link.add(
-            &Interval {
+            &ObservedStep {
                 end_of_round: true,
                 ..sent(1e6, 0.01)
             },
@@ -116,10 +115,10 @@ fn the_dirty_rate_is_that_of_the_last_moments() {
     assert_eq!(rate.rate(), 0.0);
     for n in 0..100 {
         let dirtied = if n < 50 { 1e7 } else { 2e6 };
-        rate.add(&Interval {
+        rate.add(&ObservedStep {
             elapsed: 0.01,
             dirtied,
-            ..Interval::default()
+            ..ObservedStep::default()
         });
         if n == 49 {
             assert!((rate.rate() / 1e9 - 1.0).abs() < 1e-6);
@@ -137,7 +136,7 @@ fn a_working_set_is_found_in_a_fifth_of_round_1() {
             let before = clean + share * bytes;
             clean = clean * (-frequency * dt).exp() + share * bytes * (1.0 - frequency * dt / 2.0);
             set.add(
-                &Interval {
+                &ObservedStep {
                     dirtied: before - clean,
                     ..sent(bytes, dt)
                 },

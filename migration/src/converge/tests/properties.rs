@@ -78,7 +78,7 @@ proptest! {
             policy.burst(bytes, Duration::from_nanos(nanos));
         }
         for cost in costs {
-            policy.set_costs(Costs { restore: Duration::from_nanos(cost), ..Costs::default() });
+            policy.set_costs(&[Costs { restore: Duration::from_nanos(cost), ..Costs::default() }]);
         }
         for (numbers, round, end_of_round, by_vcpu) in &seen {
             let advice = policy.observe(&Observation {
@@ -86,12 +86,11 @@ proptest! {
                 round: *round,
                 end_of_round: *end_of_round,
                 unsent: numbers[1],
-                unsent_zero: numbers[2],
                 dirty: numbers[3],
                 copied: numbers[4],
                 copied_data: numbers[5],
                 wire: numbers[6],
-                in_flight: numbers[7],
+                late: Duration::from_nanos(numbers[7]),
                 by_vcpu,
             });
             check(&advice, cpus)?;

@@ -12,8 +12,6 @@ const STEP: f64 = 1e-4;
 const TICK: f64 = 0.01;
 /// A vCPU is in the guest once in such a period.
 const SLICE: f64 = 0.01;
-/// Zero pages are only cleared from the log, this fast.
-const ZERO: f64 = 6e10;
 /// What a rehearsal takes.
 const REHEARSAL: f64 = 1e-3;
 /// Writes to clean pages fault, which takes this long.
@@ -44,14 +42,17 @@ pub(super) struct SimulationRun<'a> {
 impl<'a> SimulationRun<'a> {
     pub(super) fn new(world: &'a Simulation) -> Self {
         let blocks = (world.memory / BLOCK) as usize;
+        // The engine leaves out what was never touched.
+        let populated = (world.populated / BLOCK) as usize;
+        let pages: Vec<bool> = (0..blocks).map(|block| block < populated).collect();
         Self {
             world,
             at: 0.0,
             round: 1,
-            dirty: vec![true; blocks],
-            todo: vec![true; blocks],
-            dirty_blocks: blocks as u64,
-            todo_blocks: blocks as u64,
+            dirty: pages.clone(),
+            todo: pages,
+            dirty_blocks: populated as u64,
+            todo_blocks: populated as u64,
             cursor: 0,
             order: order(blocks, (world.populated / BLOCK) as usize, world.scattered),
             credit: 0.0,
@@ -107,12 +108,12 @@ impl<'a> SimulationRun<'a> {
         }
         self.credit += speed * STEP;
         while self.credit > 0.0 && self.todo_blocks > 0 {
-            self.send(speed);
+            self.send();
         }
         self.credit = self.credit.min(0.0);
     }
 
-    fn send(&mut self, speed: f64) {
+    fn send(&mut self) {
         while !self.todo[self.order[self.cursor]] {
             self.cursor += 1;
         }
@@ -121,13 +122,8 @@ impl<'a> SimulationRun<'a> {
         self.todo_blocks -= 1;
         self.dirty_blocks -= 1;
         self.copied += BLOCK;
-        let zero = block as u64 * BLOCK >= self.world.populated;
-        self.credit -= if zero {
-            BLOCK as f64 * speed / ZERO
-        } else {
-            BLOCK as f64
-        };
-        self.copied_data += if zero { 0 } else { BLOCK };
+        self.credit -= BLOCK as f64;
+        self.copied_data += BLOCK;
     }
 
     fn guest(&mut self, cpu: usize) {
@@ -178,23 +174,16 @@ impl<'a> SimulationRun<'a> {
 
     pub(super) fn observe(&self, policy: &mut Policy, end_of_round: bool) -> Advice {
         let by_vcpu: Vec<u64> = self.vcpus.iter().map(|vcpu| vcpu.pages).collect();
-        let populated = (self.world.populated / BLOCK) as usize;
-        let zero = if self.round == 1 {
-            self.todo.len() - populated.max(self.cursor).min(self.todo.len())
-        } else {
-            0
-        };
         policy.observe(&Observation {
             at: Duration::from_secs_f64(self.at),
             round: self.round,
             end_of_round,
             unsent: self.todo_blocks * BLOCK,
-            unsent_zero: (zero as u64).min(self.todo_blocks) * BLOCK,
             dirty: self.dirty_blocks * BLOCK,
             copied: self.copied,
             copied_data: self.copied_data,
             wire: self.copied_data + self.copied / 4096,
-            in_flight: 0,
+            late: Duration::ZERO,
             by_vcpu: if self.world.ring { &by_vcpu } else { &[] },
         })
     }

@@ -31,7 +31,7 @@ fn miss(world: &Simulation) -> (f64, Miss) {
 fn a_guest_that_turns_wild_is_slowed_down_from_then_on() {
     // 200 MB/s over a link of 300 MB/s: converges by itself, but not when it becomes 1.2 GB/s.
     let world = Simulation {
-        change: Some((3.0, 6.0)),
+        change: Some((2.4, 6.0)),
         link: 300e6,
         ..Simulation::new(
             goal(30),
@@ -41,7 +41,7 @@ fn a_guest_that_turns_wild_is_slowed_down_from_then_on() {
     let outcome = world.run();
     assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.downtime <= 0.03, "{}", outcome.downtime);
-    let (before, after): (Vec<_>, Vec<_>) = outcome.history.iter().partition(|point| point.at < 3.0);
+    let (before, after): (Vec<_>, Vec<_>) = outcome.history.iter().partition(|point| point.at < 2.4);
     assert!(before.iter().all(|point| point.off == 0.0));
     assert!(after.iter().any(|point| point.off > 0.5));
 }

@@ -174,7 +174,7 @@ impl Simulation {
     pub(super) fn run(&self) -> SimulatedEnd {
         let mut policy = Policy::new(self.goal.clone());
         if let Some(told) = self.told {
-            policy.set_costs(told);
+            policy.set_costs(&[told]);
         }
         let mut run = SimulationRun::new(self);
         let mut outcome: Option<SimulatedEnd> = None;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fault_proxy::{Connection, Direction, Part, Point};
 
 use super::super::disk::FakeDisk;
-use super::super::fake::{FakeDestination, FakeSource, Fault};
+use super::super::fake::{FakeDestination, FakeSource, PortFault};
 use super::super::guest::{HIGH, Load, TestGuest};
 use super::harm::Harm;
 use crate::*;
@@ -24,7 +24,7 @@ pub(super) struct Setup {
     /// A call of the source's machine that takes long.
     pub(super) slow: Option<&'static str>,
     /// What is wrong with the destination's machine.
-    pub(super) destination: Option<(&'static str, Fault)>,
+    pub(super) destination: Option<(&'static str, PortFault)>,
     /// Which of its messages are looked at.
     pub(super) looks_at: fn(&Point) -> bool,
 }
@@ -79,18 +79,18 @@ pub(super) static SETUPS: [Setup; 13] = [
     lost("go is lost", Direction::ToDestination, "go"),
     lost("resumed is lost", Direction::ToSource, "resumed"),
     Setup {
-        destination: Some(("resume", Fault::Error)),
+        destination: Some(("resume", PortFault::Error)),
         ..lost("resume failed is lost", Direction::ToSource, "resume failed")
     },
     Setup {
         name: "resume fails",
-        destination: Some(("resume", Fault::Error)),
+        destination: Some(("resume", PortFault::Error)),
         looks_at: |point| point.message == "resume failed",
         ..PLAIN
     },
     Setup {
         name: "refused",
-        destination: Some(("check", Fault::Error)),
+        destination: Some(("check", PortFault::Error)),
         looks_at: |point| point.message == "refuse",
         ..PLAIN
     },
@@ -107,14 +107,14 @@ pub(super) static SETUPS: [Setup; 13] = [
     },
     Setup {
         name: "the destination aborts",
-        destination: Some(("restore", Fault::Error)),
+        destination: Some(("restore", PortFault::Error)),
         looks_at: |point| point.message == "abort",
         ..PLAIN
     },
     Setup {
         name: "slow",
         slow: Some("drain"),
-        destination: Some(("restore", Fault::Slow(LONG))),
+        destination: Some(("restore", PortFault::Slow(LONG))),
         looks_at: |point| point.message == "keep-alive",
         ..PLAIN
     },
@@ -164,7 +164,7 @@ impl Setup {
         source.disk = disk;
         source
             .faults
-            .extend(self.slow.map(|call| (call, Fault::Slow(LONG))));
+            .extend(self.slow.map(|call| (call, PortFault::Slow(LONG))));
         source
     }
 
