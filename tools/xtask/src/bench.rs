@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use tests::Fixtures;
 
+use crate::guests::{self, Artifact};
+use crate::packages;
 use crate::runner::{has_kvm, prepare};
-use crate::{guests, packages};
 
 /// Whom godwit is measured beside, and what looks at it from outside; QEMU comes with the lab.
 const PACKAGES: [&str; 3] = ["iperf3", "qemu-system-x86", "strace"];
@@ -80,6 +81,6 @@ fn fixtures(options: &Options) -> Result<Fixtures> {
         .with_context(|| format!("{}", godwit.display()))?;
     Ok(Fixtures {
         godwit,
-        guests: guests::build(&guests::Options::default())?,
+        guests: guests::build(&Artifact::ALL)?,
     })
 }

@@ -9,9 +9,10 @@ use ::lab::{Lab, Payload, Process};
 use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::guests;
+use crate::guests::{self, Artifact};
 use crate::packages;
-use crate::workspace::{cargo, root, run, say};
+use crate::runner::build_godwit;
+use crate::workspace::say;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -25,14 +26,10 @@ pub(crate) struct Options {
 
 /// Starts the hosts and lends the first one this terminal.
 pub(crate) fn shell(options: &Options) -> Result<()> {
-    let artifacts = guests::build(&guests::Options::default())?;
+    let artifacts = guests::build(&Artifact::LAB)?;
     packages::ensure(&["qemu-system-x86"])?;
-    let root = root()?;
     say("building godwit");
-    run(cargo()
-        .current_dir(&root)
-        .args(["build", "--quiet", "--release", "--package", "godwit"]))?;
-    let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
+    let godwit = build_godwit()?;
     say(format_args!("starting {} hosts", options.hosts));
     let payload = Payload::new(artifacts).with("bin/godwit", godwit);
     let lab = Lab::builder(payload)

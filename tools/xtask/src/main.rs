@@ -24,9 +24,9 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Builds the guests and what emulated hosts run into target/guests
-    Guests(guests::Options),
-    /// Boots a Debian guest, moves it under load, and shows that nothing was lost
-    Demo(demo::Options),
+    Guests(guests::GuestsOptions),
+    /// Boots a Linux guest, moves it under load, and shows that nothing was lost
+    Demo(demo::DemoOptions),
     /// Checks formatting, clippy's advice, and the dependencies' licences, versions and sources
     Lint,
     /// Sets everything up and tests it: lint, unit tests, and the scenarios of both lanes
@@ -41,7 +41,7 @@ enum Command {
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
-        Command::Guests(options) => guests::build(&options).map(|_| ()),
+        Command::Guests(options) => guests::build_all(&options).map(|_| ()),
         Command::Demo(options) => demo::run(&options),
         Command::Lint => lint::run_all(),
         Command::Test(options) => test::run(&options),

@@ -6,9 +6,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::guests::{self, Artifact};
+use crate::packages;
 use crate::steps::Counts;
 use crate::workspace::{cargo, root, run};
-use crate::{guests, packages};
 
 /// What is installed system-wide: the emulator for the lab, file system tools for its disk, network tools for taps, and
 /// `losetup` (mount).
@@ -38,16 +39,24 @@ pub(crate) struct Prepared {
     pub(crate) guests: PathBuf,
 }
 
-/// Installs and builds everything that scenarios and the demo need.
+/// Installs and builds everything that scenarios need.
 pub(crate) fn prepare() -> Result<Prepared> {
     packages::ensure(&PACKAGES)?;
+    let guests = guests::build(&Artifact::ALL)?;
+    Ok(Prepared {
+        root: root()?,
+        godwit: build_godwit()?,
+        guests,
+    })
+}
+
+/// Builds the program; returns its path.
+pub(crate) fn build_godwit() -> Result<PathBuf> {
     let root = root()?;
-    let guests = guests::build(&guests::Options::default())?;
     run(cargo()
         .current_dir(&root)
         .args(["build", "--quiet", "--release", "--package", "godwit"]))?;
-    let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
-    Ok(Prepared { root, godwit, guests })
+    Ok(root.join("target/x86_64-unknown-linux-gnu/release/godwit"))
 }
 
 /// Whether the machine has a KVM of its own. One that is there and does not work is a failure, not an absence.

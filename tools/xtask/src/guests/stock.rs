@@ -50,7 +50,7 @@ pub(super) fn initrd(
         }
         // The kernel opens it for us before anything is mounted.
         archive.character_device("dev/console", 5, 1)?;
-        archive.file("bin/busybox", 0o755, &read(&super::busybox(busybox))?)?;
+        archive.file("bin/busybox", 0o755, &read(&super::busybox_program(busybox))?)?;
         archive.symlink("bin/sh", "busybox")?;
         archive.file("init", 0o755, &read(&root.join(INIT))?)?;
         archive.file("agent", 0o755, &read(agent)?)?;
