@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// Where the kernel lists them; what is a console has no name there.
 const CLASS: &str = "/sys/class/virtio-ports";
@@ -23,7 +23,7 @@ const NOBODY: Duration = Duration::from_millis(100);
 const CHUNK: usize = 16 << 10;
 
 /// Starts it where there are such ports.
-pub(crate) fn start(report: &Arc<Report>) {
+pub(crate) fn start(report: &Arc<AgentReport>) {
     if !Path::new(CLASS).is_dir() {
         return;
     }
@@ -40,7 +40,7 @@ pub(crate) fn start(report: &Arc<Report>) {
 }
 
 /// Serves the ports that are not among the `seen` ones.
-fn look(seen: &mut BTreeSet<OsString>, report: &Arc<Report>) {
+fn look(seen: &mut BTreeSet<OsString>, report: &Arc<AgentReport>) {
     for entry in read_dir(CLASS).into_iter().flatten().flatten() {
         let Ok(name) = read_to_string(entry.path().join("name")) else {
             continue;
@@ -61,7 +61,7 @@ fn look(seen: &mut BTreeSet<OsString>, report: &Arc<Report>) {
     }
 }
 
-fn serve(mut port: File, name: &str, report: &Report) {
+fn serve(mut port: File, name: &str, report: &AgentReport) {
     let mut bytes = 0;
     let mut chunk = vec![0; CHUNK];
     loop {

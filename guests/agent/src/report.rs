@@ -9,7 +9,7 @@ const PRINTED_ERRORS: u64 = 50;
 
 /// What all threads share.
 #[derive(Debug, Default)]
-pub(crate) struct Report {
+pub(crate) struct AgentReport {
     /// Pages dirtied.
     pub(crate) pages: AtomicU64,
     /// Files written.
@@ -23,7 +23,7 @@ pub(crate) struct Report {
     errors: AtomicU64,
 }
 
-impl Report {
+impl AgentReport {
     /// Prints one event. A console that refuses it cannot be told so.
     pub(crate) fn line(&self, event: Arguments<'_>) {
         let line = format!("agent: {event}\n");

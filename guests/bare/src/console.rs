@@ -3,20 +3,20 @@
 use core::sync::atomic::Ordering;
 
 use crate::cpu;
-use crate::plan::{Plan, say};
+use crate::plan::{BarePlan, say};
 use crate::serial;
-use crate::work::{Worker, ask_for_verification};
+use crate::work::{BareWorker, ask_for_verification};
 
 /// When the next report is due, and how many there were.
-pub(crate) struct Console {
-    plan: &'static Plan,
+pub(crate) struct BareConsole {
+    plan: &'static BarePlan,
     ticks: u64,
     next: u64,
 }
 
-impl Console {
+impl BareConsole {
     /// Nothing reported yet.
-    pub(crate) fn new(plan: &'static Plan) -> Self {
+    pub(crate) fn new(plan: &'static BarePlan) -> Self {
         Self {
             plan,
             ticks: 0,
@@ -25,7 +25,7 @@ impl Console {
     }
 
     /// Reports and listens if a tick is over. Returns the TSC value of the next.
-    pub(crate) fn poll(&mut self, worker: &mut Worker, now: u64) -> u64 {
+    pub(crate) fn poll(&mut self, worker: &mut BareWorker, now: u64) -> u64 {
         if now < self.next {
             return self.next;
         }
@@ -67,7 +67,7 @@ impl Console {
         self.next
     }
 
-    fn verify(&self, worker: &mut Worker) {
+    fn verify(&self, worker: &mut BareWorker) {
         let phase = ask_for_verification();
         worker.follow();
         worker.wait_for(|| self.plan.all_in(phase));

@@ -3,11 +3,11 @@
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use guest_core::{PAGE, Settings, Share};
+use guest_core::{BareSettings, PAGE, Share};
 
 use crate::cpu;
-use crate::machine::Machine;
-use crate::serial::Line;
+use crate::machine::BareMachine;
+use crate::serial::SerialLine;
 
 /// A CPU's phases; every verification adds one.
 pub(crate) const ONLINE: u32 = 1;
@@ -58,12 +58,12 @@ impl Cpu {
     }
 }
 
-pub(crate) static CPUS: [Cpu; Settings::MAX_CPUS as usize] =
-    [const { Cpu::new() }; Settings::MAX_CPUS as usize];
+pub(crate) static CPUS: [Cpu; BareSettings::MAX_CPUS as usize] =
+    [const { Cpu::new() }; BareSettings::MAX_CPUS as usize];
 
 /// What all CPUs share and none changes.
-pub(crate) struct Plan {
-    pub(crate) machine: Machine,
+pub(crate) struct BarePlan {
+    pub(crate) machine: BareMachine,
     pub(crate) workset: Share,
     pub(crate) rest: Share,
     pub(crate) tsc_khz: u64,
@@ -71,8 +71,8 @@ pub(crate) struct Plan {
     pub(crate) start: u64,
 }
 
-impl Plan {
-    pub(crate) fn new(machine: Machine) -> Self {
+impl BarePlan {
+    pub(crate) fn new(machine: BareMachine) -> Self {
         let (tsc, apic) = cpu::compare_clocks();
         // Every VMM of the kind runs the APIC timer at 1 GHz; so it measures the TSC if nobody told.
         let tsc_khz = machine
@@ -134,7 +134,7 @@ impl Plan {
 
 /// Prints a line; `cpu` is the one that runs this.
 pub(crate) fn say(cpu: &Cpu, text: core::fmt::Arguments<'_>) {
-    let mut line = Line::new();
+    let mut line = SerialLine::new();
     let _ = line.write_fmt(text);
     line.print(|| {
         cpu.look();

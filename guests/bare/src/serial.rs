@@ -13,12 +13,12 @@ static FIFO: AtomicBool = AtomicBool::new(false);
 static FAULTED: AtomicBool = AtomicBool::new(false);
 
 /// A line under construction; what does not fit is cut off.
-pub(crate) struct Line {
+pub(crate) struct SerialLine {
     bytes: [u8; 240],
     used: usize,
 }
 
-impl Line {
+impl SerialLine {
     /// A line that begins with the guest's prefix.
     pub(crate) fn new() -> Self {
         let mut line = Self {
@@ -48,7 +48,7 @@ impl Line {
     }
 }
 
-impl Write for Line {
+impl Write for SerialLine {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
             if let Some(slot) = self.bytes.get_mut(self.used) {

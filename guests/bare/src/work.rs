@@ -4,14 +4,14 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use guest_core::{Pace, Share, body_intact, check, fill_body, stamp};
+use guest_core::{DirtyPace, Share, body_intact, check, fill_body, stamp};
 
-use crate::balloon::Balloon;
-use crate::console::Console;
+use crate::balloon::BareBalloon;
+use crate::console::BareConsole;
 use crate::cpu;
-use crate::machine::{Machine, page, split};
+use crate::machine::{BareMachine, page, split};
 use crate::once::Once;
-use crate::plan::{CPUS, Cpu, FILLED, ONLINE, Plan, say};
+use crate::plan::{BarePlan, CPUS, Cpu, FILLED, ONLINE, say};
 use crate::reads::Reads;
 
 /// Errors that are printed; all are counted.
@@ -19,14 +19,14 @@ const PRINTED_ERRORS: u64 = 20;
 /// Milliseconds that another CPU gets to come up.
 const START_MS: u64 = 2000;
 
-static PLAN: Once<Plan> = Once::new();
+static PLAN: Once<BarePlan> = Once::new();
 static READY: AtomicBool = AtomicBool::new(false);
 static WANTED_PHASE: AtomicU32 = AtomicU32::new(FILLED);
 
 /// The work of the CPU that the machine started on.
-pub(crate) fn first_cpu(machine: Machine) -> ! {
+pub(crate) fn first_cpu(machine: BareMachine) -> ! {
     cpu::set_up_apic();
-    PLAN.set(Plan::new(machine));
+    PLAN.set(BarePlan::new(machine));
     let Some(plan) = PLAN.get() else { cpu::stop() };
     for other in 1..plan.machine.settings.cpus {
         if !start_other(plan, other) {
@@ -47,17 +47,17 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
         &CPUS[0],
         format_args!("start cpus={cpus} pages={pages} workset_pages={workset} tsc_khz={khz}"),
     );
-    let mut worker = Worker::new(plan, 0);
+    let mut worker = BareWorker::new(plan, 0);
     worker.fill();
     worker.wait_for(|| plan.all_in(FILLED));
     let mut reads = Reads::begin(plan, &worker);
-    let mut balloon = Balloon::find(plan);
+    let mut balloon = BareBalloon::find(plan);
     plan.cpus()
         .iter()
         .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
     say(&CPUS[0], format_args!("ready"));
     READY.store(true, Ordering::Release);
-    let mut console = Console::new(plan);
+    let mut console = BareConsole::new(plan);
     worker.run(|worker, now| {
         let next = console.poll(worker, now);
         if let Some(balloon) = &mut balloon {
@@ -73,7 +73,7 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
 /// The work of any other CPU.
 pub(crate) fn other_cpu(index: u32) -> ! {
     let Some(plan) = PLAN.get() else { cpu::stop() };
-    let mut worker = Worker::new(plan, index);
+    let mut worker = BareWorker::new(plan, index);
     cpu::set_up_apic();
     worker.cpu.phase.store(ONLINE, Ordering::Release);
     worker.fill();
@@ -86,7 +86,7 @@ pub(crate) fn ask_for_verification() -> u32 {
     WANTED_PHASE.fetch_add(1, Ordering::AcqRel) + 1
 }
 
-fn start_other(plan: &Plan, other: u32) -> bool {
+fn start_other(plan: &BarePlan, other: u32) -> bool {
     let wait = |ms: u64, done: &dyn Fn() -> bool| {
         let from = cpu::tsc();
         while !done() && cpu::tsc().saturating_sub(from) < ms * plan.tsc_khz {
@@ -103,8 +103,8 @@ fn start_other(plan: &Plan, other: u32) -> bool {
 }
 
 /// One CPU and the pages that are its own.
-pub(crate) struct Worker {
-    plan: &'static Plan,
+pub(crate) struct BareWorker {
+    plan: &'static BarePlan,
     index: u32,
     pub(crate) cpu: &'static Cpu,
     own: Share,
@@ -115,8 +115,8 @@ pub(crate) struct Worker {
     generation: u64,
 }
 
-impl Worker {
-    fn new(plan: &'static Plan, index: u32) -> Self {
+impl BareWorker {
+    fn new(plan: &'static BarePlan, index: u32) -> Self {
         let cpus = plan.machine.settings.cpus;
         Self {
             plan,
@@ -139,7 +139,7 @@ impl Worker {
                 let (head, body) = split(words);
                 *head = stamp(number, 0);
                 fill_body(number, body);
-                if number % Pace::BATCH == 0 {
+                if number % DirtyPace::BATCH == 0 {
                     self.cpu.look();
                 }
             }
@@ -150,7 +150,7 @@ impl Worker {
     /// Works for ever. `poll` is called at every look at the clock and tells when it wants to be called again.
     fn run(&mut self, mut poll: impl FnMut(&mut Self, u64) -> u64) -> ! {
         let settings = self.plan.machine.settings;
-        let mut pace = Pace::new(settings.rate, settings.cpus, self.plan.tsc_khz, self.cpu.look());
+        let mut pace = DirtyPace::new(settings.rate, settings.cpus, self.plan.tsc_khz, self.cpu.look());
         loop {
             let now = self.cpu.look();
             let due = if self.own.count == 0 { 0 } else { pace.due(now) };
@@ -245,7 +245,7 @@ impl Worker {
                     self.error(format_args!("page={number} expected=body got=other"));
                 }
                 pages += 1;
-                if offset % Pace::BATCH == 0 {
+                if offset % DirtyPace::BATCH == 0 {
                     self.cpu.look();
                 }
             }
