@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 
-use userfault::Event;
+use userfault::UserfaultEvent;
 
 fn main() -> Result<()> {
     let words: Vec<_> = std::env::args().skip(1).collect();
@@ -30,9 +30,9 @@ fn main() -> Result<()> {
     let listener = UnixListener::bind(socket).context("socket")?;
     println!("listening");
     let (stream, _) = listener.accept()?;
-    let mut handler = Handler::meet(&stream, memory)?;
+    let mut handler = PageFaultServer::meet(&stream, memory)?;
     handler.serve(stream)?;
-    let Handler {
+    let PageFaultServer {
         brought, given_up, ..
     } = handler;
     println!("brought {brought}, given up {given_up}");
@@ -40,7 +40,7 @@ fn main() -> Result<()> {
 }
 
 /// A region of guest memory in the other process.
-struct Region {
+struct ServedRegion {
     start: u64,
     size: u64,
     /// Where its content is in the memory file.
@@ -50,17 +50,17 @@ struct Region {
     is_given_up: Vec<bool>,
 }
 
-struct Handler {
+struct PageFaultServer {
     memory: File,
     descriptor: OwnedFd,
-    regions: Vec<Region>,
+    regions: Vec<ServedRegion>,
     /// Faults that could not be resolved yet, as events have to be read first.
     waiting: Vec<u64>,
     brought: u64,
     given_up: u64,
 }
 
-impl Handler {
+impl PageFaultServer {
     /// Reads the one message that the VMM sends.
     fn meet(stream: &UnixStream, memory: File) -> Result<Self> {
         let mut text = [0; 4096];
@@ -84,7 +84,7 @@ impl Handler {
                     .with_context(|| format!("{name} in {mapping}"))
             };
             let (size, page_size) = (number("size")?, number("page_size")?);
-            Ok(Region {
+            Ok(ServedRegion {
                 start: number("base_host_virt_addr")?,
                 size,
                 offset: number("offset")?,
@@ -128,8 +128,8 @@ impl Handler {
     fn turn(&mut self) -> Result<()> {
         while let Some(event) = userfault::next(&self.descriptor)? {
             match event {
-                Event::Fault { address } => self.waiting.push(address),
-                Event::Remove { start, end } => self.give_up(start, end),
+                UserfaultEvent::Fault { address } => self.waiting.push(address),
+                UserfaultEvent::Remove { start, end } => self.give_up(start, end),
             }
         }
         for address in std::mem::take(&mut self.waiting) {

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{Finished, PATIENCE, Process};
+use crate::{Finished, PATIENCE, TestProcess};
 
 /// An image.
 #[derive(Debug)]
@@ -80,5 +80,5 @@ impl Image {
 pub fn qemu(program: &str, words: &[&str]) -> Result<Finished> {
     let mut command = Command::new(program);
     command.args(words);
-    Process::run(command, PATIENCE)
+    TestProcess::run(command, PATIENCE)
 }

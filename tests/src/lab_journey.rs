@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::{Lab, Payload, Process};
+use lab::{Lab, LabProcess, Payload};
 use migration::{Progress, Report};
 
-use crate::{Event, Finished, Fixtures, Migration, PATIENCE, StockGuest, TAP, Tick, check_ticks};
+use crate::{Finished, Fixtures, GuestEvent, Migration, PATIENCE, StockGuest, TAP, Tick, check_ticks};
 
 /// Where hosts receive guests.
 const PORT: u16 = 7000;
@@ -22,7 +22,7 @@ pub struct LabJourney {
     /// The hosts; other guests may be there too.
     pub lab: Arc<Lab>,
     /// The `godwit` process that has the guest.
-    pub vm: Process,
+    pub vm: LabProcess,
     guest: StockGuest,
     host: usize,
     /// Of its VM's name.
@@ -73,13 +73,13 @@ impl LabJourney {
     }
 
     /// Waits for an event that was not looked at before.
-    pub fn event(&mut self, name: &str) -> Result<Event> {
-        let line = self.line(|line| Event::named(line, name).is_some())?;
-        Event::named(&line, name).context("not the event that was waited for")
+    pub fn event(&mut self, name: &str) -> Result<GuestEvent> {
+        let line = self.line(|line| GuestEvent::named(line, name).is_some())?;
+        GuestEvent::named(&line, name).context("not the event that was waited for")
     }
 
     /// Sends a command and waits for the answer.
-    pub fn command(&mut self, command: &str, answer: &str) -> Result<Event> {
+    pub fn command(&mut self, command: &str, answer: &str) -> Result<GuestEvent> {
         self.vm.write_stdin(format!("{command}\n").as_bytes())?;
         self.event(answer)
     }
@@ -161,13 +161,13 @@ impl LabJourney {
     }
 
     /// Starts a receiver on the other host; also returns where it listens.
-    pub fn receiver(&self) -> Result<(Process, String)> {
+    pub fn receiver(&self) -> Result<(LabProcess, String)> {
         // The two are one, but hosts see no locks of each other on it.
         self.receiver_with_disk("/dev/vda,shared=on")
     }
 
     /// The same with the guest's disk, if it has one, somewhere else than on what the hosts share.
-    pub fn receiver_with_disk(&self, path: &str) -> Result<(Process, String)> {
+    pub fn receiver_with_disk(&self, path: &str) -> Result<(LabProcess, String)> {
         let disk = format!("data={path}");
         let name = name(self.number + 1);
         let listen = format!("tcp:0.0.0.0:{PORT}");
@@ -194,7 +194,7 @@ impl LabJourney {
     }
 
     /// Starts `godwit migrate --json`.
-    pub fn start_migration(&self, endpoint: &str, arguments: &[&str]) -> Result<Process> {
+    pub fn start_migration(&self, endpoint: &str, arguments: &[&str]) -> Result<LabProcess> {
         let name = self.name();
         let words = [&["godwit", "migrate", &name, endpoint, "--json"], arguments].concat();
         Ok(self.lab.host(self.host).spawn(&words)?)
@@ -212,7 +212,7 @@ impl LabJourney {
     }
 
     /// As [`LabJourney::hop`], to a receiver that was started before.
-    pub fn hop_to(&mut self, receiver: Process, endpoint: &str, arguments: &[&str]) -> Result<Report> {
+    pub fn hop_to(&mut self, receiver: LabProcess, endpoint: &str, arguments: &[&str]) -> Result<Report> {
         self.command("reset", "reset")?;
         let report = self.migrate(endpoint, arguments)?.moved()?;
         self.arrive(receiver)?;
@@ -223,7 +223,7 @@ impl LabJourney {
     }
 
     /// Goes on with the process that has the guest now; the one that had it must have ended well.
-    fn arrive(&mut self, vm: Process) -> Result<()> {
+    fn arrive(&mut self, vm: LabProcess) -> Result<()> {
         let source = self.vm.wait(PATIENCE)?;
         ensure!(
             source.status.success(),
@@ -298,7 +298,7 @@ impl LabJourney {
     }
 
     /// Lets the guest check all its memory and files; returns what it says.
-    pub fn verify(&mut self) -> Result<Event> {
+    pub fn verify(&mut self) -> Result<GuestEvent> {
         let verified = self.command("verify", "verified")?;
         ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
         ensure!(
@@ -348,7 +348,7 @@ fn name(number: u32) -> String {
 }
 
 /// Starts `godwit restore` on a host, as VM `number`, and waits until it has its guest.
-fn restore(lab: &Lab, (host, number): (usize, u32), directory: &str, options: &[&str]) -> Result<Process> {
+fn restore(lab: &Lab, (host, number): (usize, u32), directory: &str, options: &[&str]) -> Result<LabProcess> {
     let name = name(number);
     let words = ["godwit", "restore", directory, "--name", &name, "--resume"];
     let mut vm = lab.host(host).spawn(&[&words[..], options].concat())?;
@@ -364,7 +364,7 @@ fn until_farewell(life: &str) -> &str {
 }
 
 /// Waits for the end of `godwit migrate --json`.
-pub fn ended(mut migration: Process) -> Result<Migration> {
+pub fn ended(mut migration: LabProcess) -> Result<Migration> {
     let output = migration.wait(PATIENCE)?;
     let (code, stdout, stderr) = (output.status.code(), output.stdout, output.stderr);
     Migration::of(Finished { code, stdout, stderr })

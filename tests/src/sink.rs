@@ -9,7 +9,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 /// What becomes of a stream that a program writes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sink {
+pub enum OutputSink {
     /// Each write fails for want of room.
     Full,
     /// A pipe whose reader leaves when he has read a line.
@@ -18,7 +18,7 @@ pub enum Sink {
     Stuck,
 }
 
-impl Sink {
+impl OutputSink {
     /// A stream into it, and the end that is to be kept.
     pub fn open(self) -> Result<(Stdio, Option<PipeReader>)> {
         Ok(match self {

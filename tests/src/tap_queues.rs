@@ -20,7 +20,7 @@ const IFF_VNET_HDR: c_short = 0x4000;
 
 /// `struct ifreq` with flags.
 #[repr(C)]
-struct Request {
+struct InterfaceRequest {
     name: [u8; 16],
     flags: c_short,
     rest: [u8; 22],
@@ -58,7 +58,7 @@ impl TapQueues {
 }
 
 fn queue(tap: &str) -> Result<File> {
-    let mut request = Request {
+    let mut request = InterfaceRequest {
         name: [0; 16],
         flags: IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR,
         rest: [0; 22],

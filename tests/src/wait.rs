@@ -4,11 +4,11 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use lab::Patience;
+use lab::WaitLimit;
 
 /// How long anything may take before a test gives up. A machine may be slow, so a wait is renewed whenever one of the
 /// test's programs, or a program on one of its hosts, prints something: a guest's next tick is enough.
-pub const PATIENCE: Patience = Patience::DEFAULT;
+pub const PATIENCE: WaitLimit = WaitLimit::DEFAULT;
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(10);

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
-use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy, When};
+use fault_proxy::{Direction, FaultPlan, FaultPoint, Proxy, ProxyConnection, ProxyFault, When};
 use migration::Outcome;
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::process::Signal;
-use tests::{BareGuest, Host, Journey, PATIENCE, count, wait_until};
+use tests::{BareGuest, Journey, PATIENCE, TestHost, count, wait_until};
 
 const DISK_BYTES: u64 = 64 << 20;
 /// Reads after each move: the disk is read once in the mean.
@@ -17,7 +17,7 @@ const READS: u64 = DISK_BYTES >> 12;
 
 #[test]
 fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("disk.img");
     fs::File::create(&path)?.set_len(DISK_BYTES)?;
     let guest = BareGuest {
@@ -47,7 +47,7 @@ fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
 
 /// A guest whose disk, stamped by itself, is in a folder of its own, and another folder.
 fn with_a_disk_here() -> Result<(Journey, std::path::PathBuf, std::path::PathBuf)> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (here, there) = (host.path("here"), host.path("there"));
     fs::create_dir(&here)?;
     fs::create_dir(&there)?;
@@ -134,7 +134,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
 }
 
 /// Has somebody else lock the disk at `path` when the destination is about to.
-fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> Plan {
+fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> FaultPlan {
     let path = path.to_owned();
     let lock = move || {
         // Whether that went well is seen by what the destination says.
@@ -144,14 +144,14 @@ fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> Plan {
             *held = locked;
         }
     };
-    Plan {
-        point: Point {
-            connection: Connection::Control,
+    FaultPlan {
+        point: FaultPoint {
+            connection: ProxyConnection::Control,
             direction: Direction::ToDestination,
             message: "go".into(),
             occurrence: 0,
         },
-        fault: Fault::Call(When::Before, Box::new(lock)),
+        fault: ProxyFault::Call(When::Before, Box::new(lock)),
     }
 }
 

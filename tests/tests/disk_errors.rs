@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
 use serde_json::Value;
-use tests::{BareGuest, Host, Journey, LoopDevice, PATIENCE, SmallFileSystem, Vm};
+use tests::{BareGuest, Journey, LoopDevice, PATIENCE, SmallFileSystem, TestHost, Vm};
 
 const DISK_BYTES: u64 = 4 << 20;
 /// Each page of the disk once in the mean.
@@ -67,7 +67,7 @@ fn check_well(vm: &Vm) -> Result<()> {
 
 /// What a disk on a file system is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum DiskKind {
     Raw,
     Qcow2,
     /// A block device, whose sectors are in a raw image.
@@ -103,27 +103,29 @@ fn qcow2(path: &Path) -> Result<()> {
 #[test]
 fn writes_to_a_full_file_system() -> Result<()> {
     for (kind, run, receive) in [
-        (Kind::Raw, "", ""),
-        (Kind::Raw, ",cache=writethrough", ""),
-        (Kind::Qcow2, ",format=qcow2", ",format=qcow2"),
-        (Kind::Loop, ",direct=on", ""),
+        (DiskKind::Raw, "", ""),
+        (DiskKind::Raw, ",cache=writethrough", ""),
+        (DiskKind::Qcow2, ",format=qcow2", ",format=qcow2"),
+        (DiskKind::Loop, ",direct=on", ""),
     ] {
         full(kind, run, receive).with_context(|| format!("{kind:?}{run}"))?;
     }
     Ok(())
 }
 
-fn full(kind: Kind, run: &str, receive: &str) -> Result<()> {
-    let host = Host::new()?;
+fn full(kind: DiskKind, run: &str, receive: &str) -> Result<()> {
+    let host = TestHost::new()?;
     // About half of the disk finds room.
     let small = SmallFileSystem::mount(host.path("small"), 8)?;
     let (image, filler) = (small.path().join("disk"), small.path().join("filler"));
     match kind {
-        Kind::Qcow2 => qcow2(&image)?,
-        Kind::Raw | Kind::Loop => raw(&image)?,
+        DiskKind::Qcow2 => qcow2(&image)?,
+        DiskKind::Raw | DiskKind::Loop => raw(&image)?,
     }
     fs::write(&filler, vec![1; 6 << 20])?;
-    let device = (kind == Kind::Loop).then(|| LoopDevice::of(&image)).transpose()?;
+    let device = (kind == DiskKind::Loop)
+        .then(|| LoopDevice::of(&image))
+        .transpose()?;
     let path = device.as_ref().map_or(&*image, LoopDevice::path).display();
 
     let disk = format!("id=d,path={path}{run}");
@@ -136,7 +138,7 @@ fn full(kind: Kind, run: &str, receive: &str) -> Result<()> {
     let backend = format!("d={path}{receive}");
     let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &backend])?;
     let arguments = ["--verify", "--on-miss", "switch"];
-    if kind == Kind::Qcow2 {
+    if kind == DiskKind::Qcow2 {
         // What the guest was told is written is not all in the image, and would not be found at the destination.
         refused(&journey, &endpoint, &arguments, &["No space left on device"])?;
         end(receiver)?;
@@ -157,7 +159,7 @@ fn full(kind: Kind, run: &str, receive: &str) -> Result<()> {
 
 /// A guest that reads a disk, and where that is.
 fn reading(options: &[&str]) -> Result<(Journey, PathBuf)> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = host.path("disk");
     raw(&image)?;
     let disk = format!("id=d,path={}", image.display());

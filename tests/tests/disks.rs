@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
-use tests::{BareGuest, Finished, Host, Image, Journey, PATIENCE, Vm, http, qemu, wait_until};
+use tests::{BareGuest, Finished, Image, Journey, PATIENCE, TestHost, Vm, http, qemu, wait_until};
 
 const ANY_PORT: &str = "tcp:127.0.0.1:0";
 const IMAGE_BYTES: u64 = 4 << 20;
@@ -25,7 +25,7 @@ const WRITER: BareGuest = BareGuest {
 
 #[test]
 fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = Image::make(&host.path("disk.qcow2"), IMAGE_BYTES)?;
     let (path, copy) = (image.path(), host.path("copy"));
     let disk = format!("id=d,path={path},format=qcow2");
@@ -63,7 +63,7 @@ fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
 
 #[test]
 fn a_killed_process_leaves_an_image_that_knows_its_data() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     for cache in ["writeback", "unsafe"] {
         let image = Image::make(&host.path(cache), IMAGE_BYTES)?;
         let disk = format!("id=d,path={},format=qcow2,cache={cache}", image.path());
@@ -84,7 +84,7 @@ fn a_killed_process_leaves_an_image_that_knows_its_data() -> Result<()> {
 
 #[test]
 fn nobody_boots_what_overlays_are_on() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let base = host.path("base").display().to_string();
     File::create(&base)?.set_len(IMAGE_BYTES)?;
     let run = |name: &str, disk: &str| -> Result<Finished> {
@@ -144,7 +144,7 @@ fn hidden(vm: &Vm) -> usize {
 
 #[test]
 fn a_disk_has_any_size() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (odd, empty) = (host.path("odd"), host.path("empty"));
     File::create(&odd)?.set_len(IMAGE_BYTES + 300)?;
     File::create(&empty)?;
@@ -173,7 +173,7 @@ fn a_disk_has_any_size() -> Result<()> {
 
 #[test]
 fn a_disk_is_resized_and_moves() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = host.path("disk");
     let file = File::create(&image)?;
     file.set_len(1 << 20)?;

@@ -21,7 +21,7 @@ use lab::{Lab, Payload, Signal};
 use migration::{DataPath, Outcome, Phase, Progress};
 use serde_json::Value;
 use tests::{
-    ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload, wait_for,
+    ECHO_PORT, Fixtures, LabJourney, PATIENCE, StockGuest, TestProcess, count, ended, payload, wait_for,
     wait_until,
 };
 
@@ -46,7 +46,7 @@ fn tool(words: &[&str]) -> Result<()> {
         "PATH",
         format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()),
     );
-    Process::run(command, PATIENCE)?
+    TestProcess::run(command, PATIENCE)?
         .expect_code(0)
         .with_context(|| words.join(" "))
         .map(drop)
@@ -118,11 +118,11 @@ fn payload_with_echo() -> Result<Payload> {
 }
 
 /// A program on the host that the guest is on, with a stream to the guest.
-fn connect(journey: &LabJourney) -> Result<lab::Process> {
+fn connect(journey: &LabJourney) -> Result<lab::LabProcess> {
     start_echo(journey, StockGuest::VSOCK, &ECHO_PORT.to_string())
 }
 
-fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::Process> {
+fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::LabProcess> {
     let words = ["vsock-echo", uds, port];
     let mut program = journey.lab.host(journey.host()).spawn(&words)?;
     program.wait_line(|line| line == "connected", PATIENCE)?;
@@ -130,7 +130,7 @@ fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::Proces
 }
 
 /// Sends so much there and back.
-fn echo(program: &mut lab::Process, bytes: usize) -> Result<()> {
+fn echo(program: &mut lab::LabProcess, bytes: usize) -> Result<()> {
     program.write_stdin(format!("{bytes}\n").as_bytes())?;
     program.wait_line(|line| line == "echoed", PATIENCE)?;
     Ok(())

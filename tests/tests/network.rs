@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use tests::saved::{ADDRESS, Backends, tiny_guest};
-use tests::{Event, Host, Network, PATIENCE, Pings, TapQueues, TinyGuest, Vm};
+use tests::{GuestEvent, Network, PATIENCE, Pings, TapQueues, TestHost, TinyGuest, Vm};
 
 /// Where kernel code is interpreted, an answer takes the guest some milliseconds. Measured without any move: of pings
 /// at 1 ms two thirds are lost; of those at 5 ms some are once another program keeps a CPU busy; of those at 10 ms,
@@ -30,7 +30,7 @@ const FLOWS: u16 = 32;
 #[test]
 fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
     let network = Network::enter()?;
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let backends = |tap| Backends {
         tap,
         uds: host.path(tap),
@@ -82,7 +82,7 @@ fn answered_interval() -> Result<Duration> {
 #[test]
 fn a_card_with_several_queues_moves() -> Result<()> {
     let network = Network::enter()?;
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     for tap in ["many0", "many1"] {
         network.add_tap_of_many(tap)?;
     }
@@ -129,7 +129,7 @@ fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
     let streamed = |from| {
         let output = vm.process.stdout();
         output.wait("the stream to go on", output.mark(), PATIENCE, |line| {
-            let streamed = Event::named(line, "tick")?.number("streamed").ok()?;
+            let streamed = GuestEvent::named(line, "tick")?.number("streamed").ok()?;
             (streamed > from).then_some(streamed)
         })
     };

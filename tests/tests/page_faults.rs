@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::{
-    BareGuest, Event, Finished, Host, HugePages, Image, Journey, PATIENCE, Process, Tick, Vm, wait_until,
+    BareGuest, Finished, GuestEvent, Image, Journey, PATIENCE, ReservedHugePages, TestHost, TestProcess,
+    Tick, Vm, wait_until,
 };
 
 /// So soon a guest is paused though nobody brings the page that it waits for.
@@ -22,17 +23,17 @@ const GUEST: BareGuest = BareGuest {
 };
 
 /// A handler that listens, and where.
-struct Handler {
-    process: Process,
+struct HandlerProcess {
+    process: TestProcess,
     socket: String,
 }
 
-impl Handler {
-    fn start(host: &Host, memory: &Path, name: &str) -> Result<Self> {
+impl HandlerProcess {
+    fn start(host: &TestHost, memory: &Path, name: &str) -> Result<Self> {
         let socket = host.path(name).display().to_string();
         let mut command = Command::new(env!("CARGO_BIN_EXE_fault-handler"));
         command.arg(memory).arg(&socket);
-        let process = Process::spawn(command)?;
+        let process = TestProcess::spawn(command)?;
         let listens = |line: &str| (line == "listening").then_some(());
         process
             .stdout()
@@ -61,7 +62,7 @@ impl Handler {
 
 /// A guest that lies in files; its memory is not where the rest of them is.
 fn in_files(guest: &BareGuest<'_>, options: &[&str]) -> Result<(Journey, PathBuf, PathBuf)> {
-    put_in_files(Journey::start(Host::new()?, guest, options)?)
+    put_in_files(Journey::start(TestHost::new()?, guest, options)?)
 }
 
 /// Puts a guest there.
@@ -78,8 +79,8 @@ fn handled(
     directory: &Path,
     memory: &Path,
     options: &[&str],
-) -> Result<(Journey, Handler)> {
-    let handler = Handler::start(&journey.host, memory, "handler")?;
+) -> Result<(Journey, HandlerProcess)> {
+    let handler = HandlerProcess::start(&journey.host, memory, "handler")?;
     let options = [options, &["--uffd", &handler.socket]].concat();
     let restored = journey.host.restore(directory, &options)?;
     journey.arrive(restored)?;
@@ -118,7 +119,7 @@ fn fill_balloon(vm: &Vm, mib: u64) -> Result<(u64, u64)> {
     let mark = output.mark();
     vm.godwit("balloon", &[&format!("{mib}M")])?.expect_code(0)?;
     output.wait("the balloon to be so large", mark, PATIENCE, |line| {
-        let balloon = Event::named(line, "balloon")?;
+        let balloon = GuestEvent::named(line, "balloon")?;
         let number = |name| balloon.number(name).ok();
         (number("pages")? == mib << 8).then_some((number("taken")?, number("zero")?))
     })
@@ -166,7 +167,7 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
     const MIB: u64 = 32;
     const PAGES: u64 = MIB << 8;
     let guest = BareGuest { cpus: 1, ..GUEST };
-    let mut journey = Journey::start(Host::new()?, &guest, &["--balloon"])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &["--balloon"])?;
     let [base, difference, whole] = ["base", "difference", "whole"].map(|name| journey.host.path(name));
     journey.vm.snapshot(&base, &[])?;
     let restored = journey.host.restore(&base, &["--resume"])?;
@@ -184,7 +185,7 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
     journey.vm.snapshot(&difference, &["--diff"])?;
     let words = [&base, &difference, &whole].map(|path| path.display().to_string());
     let merge = ["snapshot", "merge", &words[0], &words[1], "--output", &words[2]];
-    Process::run(journey.host.command(merge), PATIENCE)?.expect_code(0)?;
+    TestProcess::run(journey.host.command(merge), PATIENCE)?.expect_code(0)?;
     let restored = journey.host.restore(&whole, &["--resume"])?;
     journey.arrive(restored)?;
     let taken = fill_balloon(&journey.vm, 0)?;
@@ -237,7 +238,7 @@ fn huge_pages_come_whole() -> Result<()> {
         memory_mib: 64,
         ..GUEST
     };
-    let _pages = HugePages::set_aside(128)?;
+    let _pages = ReservedHugePages::set_aside(128)?;
     let (journey, directory, memory) = in_files(&guest, &["--huge-pages"])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     journey.vm.check_running()?;
@@ -269,7 +270,7 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
     handler.process.signal(Signal::STOP)?;
     wait_stuck(&journey.vm)?;
     let begin = Instant::now();
-    let pause = Process::spawn(journey.host.command(["pause", &journey.vm.name]))?;
+    let pause = TestProcess::spawn(journey.host.command(["pause", &journey.vm.name]))?;
     // Whoever else asks is answered meanwhile.
     while waits(&pause)? {
         let asked = Instant::now();
@@ -306,7 +307,7 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
 }
 
 /// Whether a command is still under way.
-fn waits(command: &Process) -> Result<bool> {
+fn waits(command: &TestProcess) -> Result<bool> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", command.id()))?;
     Ok(!status.lines().any(|line| line.starts_with("State:\tZ")))
 }
@@ -319,7 +320,7 @@ fn wait_stuck(vm: &Vm) -> Result<()> {
 }
 
 /// How many wait for a page of that machine, as the kernel counts them.
-fn waiting(machine: &Process) -> Result<u64> {
+fn waiting(machine: &TestProcess) -> Result<u64> {
     let folder = PathBuf::from(format!("/proc/{}", machine.id()));
     for entry in std::fs::read_dir(folder.join("fd"))? {
         let entry = entry?;
@@ -337,7 +338,7 @@ fn waiting(machine: &Process) -> Result<u64> {
 
 /// Whether a thread of that machine is giving memory back to the kernel, which it is for as long as the handler has not
 /// heard of it.
-fn gives_up(machine: &Process) -> Result<bool> {
+fn gives_up(machine: &TestProcess) -> Result<bool> {
     const MADVISE: &str = "28 ";
     for task in std::fs::read_dir(format!("/proc/{}/task", machine.id()))? {
         let call = std::fs::read_to_string(task?.path().join("syscall")).unwrap_or_default();
@@ -349,7 +350,7 @@ fn gives_up(machine: &Process) -> Result<bool> {
 }
 
 /// A VM that ends by itself, with an error about its handler, and leaves nothing.
-fn check_end(host: &Host, vm: Vm) -> Result<Finished> {
+fn check_end(host: &TestHost, vm: Vm) -> Result<Finished> {
     let finished = vm.process.finish(PATIENCE)?;
     finished.expect_code(1)?;
     ensure!(
@@ -364,8 +365,8 @@ fn check_end(host: &Host, vm: Vm) -> Result<Finished> {
 fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let Journey { host, .. } = journey;
-    let start = |name: &str| -> Result<(Handler, Vm)> {
-        let handler = Handler::start(&host, &memory, name)?;
+    let start = |name: &str| -> Result<(HandlerProcess, Vm)> {
+        let handler = HandlerProcess::start(&host, &memory, name)?;
         let vm = host.restore(&directory, &["--resume", "--uffd", &handler.socket])?;
         Ok((handler, vm))
     };
@@ -386,7 +387,7 @@ fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
     let (handler, vm) = start("third")?;
     handler.process.signal(Signal::STOP)?;
     let snapshot = host.path("never").display().to_string();
-    let waiting = Process::spawn(host.command(["snapshot", &vm.name, &snapshot]))?;
+    let waiting = TestProcess::spawn(host.command(["snapshot", &vm.name, &snapshot]))?;
     wait_until("the snapshot to begin", || {
         Ok(vm.status()?["snapshot"].is_object())
     })?;
@@ -405,7 +406,7 @@ fn a_handler_that_never_answers() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let host = journey.host.clone();
     for signal in [Signal::KILL, Signal::TERM] {
-        let handler = Handler::start(&host, &memory, &format!("{signal:?}"))?;
+        let handler = HandlerProcess::start(&host, &memory, &format!("{signal:?}"))?;
         handler.process.signal(Signal::STOP)?;
         let mut command = host.command([
             "restore",
@@ -416,7 +417,7 @@ fn a_handler_that_never_answers() -> Result<()> {
             &handler.socket,
         ]);
         command.arg(&directory);
-        let vm = Process::spawn(command)?;
+        let vm = TestProcess::spawn(command)?;
         wait_until("the machine to need a page", || Ok(waiting(&vm)? > 0))?;
         if signal == Signal::KILL {
             handler.process.signal(signal)?;
@@ -446,7 +447,7 @@ fn what_no_handler_can_do() -> Result<()> {
         let host = &journey.host;
         let directory = directory.display().to_string();
         let words = [&["restore", &directory, "--uffd", "nobody"], more].concat();
-        let refused = Process::run(host.command(words), PATIENCE)?;
+        let refused = TestProcess::run(host.command(words), PATIENCE)?;
         refused.expect_code(code)?;
         ensure!(
             refused.stderr.contains(word),
@@ -466,7 +467,7 @@ fn what_a_clone_has_written_is_in_its_image_at_the_end() -> Result<()> {
         writes: true,
         ..GUEST
     };
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let base = host.path("base").display().to_string();
     std::fs::File::create(&base)?.set_len(BYTES)?;
     let journey = Journey::start(host, &guest, &["--disk", &format!("id=d,path={base}")])?;

@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use tests::{Event, Host, Journey, PATIENCE, TinyGuest, Vm};
+use tests::{GuestEvent, Journey, PATIENCE, TestHost, TinyGuest, Vm};
 
 const MOVES: u32 = 2;
 /// How long the guest lies in files. Its clocks must find that out.
@@ -21,7 +21,7 @@ fn linux_boots_moves_under_load_and_powers_off() -> Result<()> {
         ..Default::default()
     };
     let begin = Instant::now();
-    let mut journey = guest.start(Host::new()?, &[])?;
+    let mut journey = guest.start(TestHost::new()?, &[])?;
     let boot = begin.elapsed().as_secs_f64();
 
     let mut dirtied = journey.vm.check_running()?.pages;
@@ -76,7 +76,7 @@ fn linux_boots_moves_under_load_and_powers_off() -> Result<()> {
 fn wall_clock_error(vm: &Vm) -> Result<i64> {
     let stdout = vm.process.stdout();
     let tick = stdout.wait("a tick", stdout.mark(), PATIENCE, |line| {
-        Event::named(line, "tick")
+        GuestEvent::named(line, "tick")
     })?;
     let guest = i64::try_from(tick.number("real_us")?)?;
     let host = SystemTime::UNIX_EPOCH.elapsed()?.as_micros();
@@ -100,7 +100,7 @@ fn through_files_for_a_while(journey: &mut Journey) -> Result<()> {
         .vm
         .process
         .stdout()
-        .wait("agent: fork", 0, PATIENCE, |line| Event::named(line, "fork"))?;
+        .wait("agent: fork", 0, PATIENCE, |line| GuestEvent::named(line, "fork"))?;
     let after = wall_clock_error(&journey.vm)?;
     ensure!(
         before.abs_diff(after) < CLOCK_ERROR.as_micros() as u64,

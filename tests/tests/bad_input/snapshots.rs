@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tests::{BareGuest, Host};
+use tests::{BareGuest, TestHost};
 
 use super::{FAILED, check};
 
@@ -45,7 +45,7 @@ impl Damage {
 
 #[test]
 fn damaged_snapshots() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let guest = BareGuest {
         memory_mib: 16,
         workset: "4M",

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
-use tests::{BareGuest, Host, PATIENCE};
+use tests::{BareGuest, PATIENCE, TestHost};
 
 use super::{FAILED, check, file, run};
 
 #[test]
 fn paths_at_which_no_socket_can_be() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let vsock = |path: &Path| format!("cid=3,uds={}", path.display());
     let taken = host.path("taken");
     let listener = UnixListener::bind(&taken)?;
@@ -51,7 +51,7 @@ fn paths_at_which_no_socket_can_be() -> Result<()> {
 
 #[test]
 fn sockets_for_machines_without_and_machines_without_sockets() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("v.sock");
     let (with, without) = (format!("cid=3,uds={}", path.display()), BareGuest::default());
     let here = format!("uds={}", host.path("here").display());
@@ -82,7 +82,7 @@ fn sockets_for_machines_without_and_machines_without_sockets() -> Result<()> {
 /// side runs the guest then, and the source may.
 #[test]
 fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (path, taken) = (host.path("v.sock"), host.path("taken"));
     let _listener = UnixListener::bind(&taken)?;
     let vsock = format!("cid=3,uds={}", path.display());
@@ -108,7 +108,7 @@ fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
 
 #[test]
 fn a_socket_goes_where_its_guest_goes() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("v.sock");
     let here = format!("uds={}", path.display());
     let vsock = format!("cid=3,{here}");

@@ -11,14 +11,16 @@ mod receiver;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
-use fault_proxy::{Pace, Plan, Point, Proxy};
+use fault_proxy::{FaultPlan, FaultPoint, NetworkPace, Proxy};
 use migration::Outcome;
 use serde_json::Value;
-use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Process, Vm, count, wait_until};
+use tests::{
+    BareGuest, Finished, Journey, Migration, PATIENCE, TestHost, TestProcess, Vm, count, wait_until,
+};
 
-use self::dependent::{Dependent, Disk};
-use self::harm::{HARMS, Harm};
-use self::receiver::{LOGS, Log, Receiver};
+use self::dependent::{Dependent, DependentDisk};
+use self::harm::{HARMS, InjectedHarm};
+use self::receiver::{FaultReceiver, LOGS, ReceiverLog};
 use super::{ANY_PORT, Moments};
 
 const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
@@ -52,14 +54,14 @@ fn any_fault_at_any_message() -> Result<()> {
     for number in 1..=faults {
         let harm = *moments.choose(&HARMS);
         // Every other one at the end, where it is decided who has the guest. A network that trickles is one for pauses.
-        let among = if number % 2 == 0 && harm != Harm::Trickle {
+        let among = if number % 2 == 0 && harm != InjectedHarm::Trickle {
             &points[..]
         } else {
             last_words(&points)
         };
         let (point, log) = (moments.choose(among).clone(), *moments.choose(&LOGS));
         let guest = match (harm, journey.take()) {
-            (Harm::Lose(thing), _) => Dependent::on(thing)?,
+            (InjectedHarm::Lose(thing), _) => Dependent::on(thing)?,
             (_, Some(guest)) => Dependent::on_nothing(guest),
             (_, None) => Dependent::on_nothing(begin()?),
         };
@@ -75,19 +77,19 @@ fn any_fault_at_any_message() -> Result<()> {
 }
 
 fn begin() -> Result<Journey> {
-    Journey::start(Host::new()?, &BareGuest::default(), &[])
+    Journey::start(TestHost::new()?, &BareGuest::default(), &[])
 }
 
 /// The messages of a migration without faults: of those that come often on a connection, the first and the last.
-fn points(journey: &mut Journey) -> Result<Vec<Point>> {
+fn points(journey: &mut Journey) -> Result<Vec<FaultPoint>> {
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let proxy = proxy(&endpoint, Vec::new())?;
     journey.hop_to(receiver, &proxy.address().to_string(), &VERIFIED)?;
     let seen = proxy.seen();
-    let like = |a: &Point, b: &Point| {
+    let like = |a: &FaultPoint, b: &FaultPoint| {
         (a.connection, a.direction, &a.message) == (b.connection, b.direction, &b.message)
     };
-    let last = |point: &Point| seen.iter().rfind(|other| like(point, other)) == Some(point);
+    let last = |point: &FaultPoint| seen.iter().rfind(|other| like(point, other)) == Some(point);
     Ok(seen
         .iter()
         .filter(|point| point.occurrence == 0 || last(point))
@@ -96,34 +98,34 @@ fn points(journey: &mut Journey) -> Result<Vec<Point>> {
 }
 
 /// Those of the points from the machine's state on.
-fn last_words(points: &[Point]) -> &[Point] {
+fn last_words(points: &[FaultPoint]) -> &[FaultPoint] {
     let at = points.iter().position(|point| point.message == "state");
     &points[at.unwrap_or(0)..]
 }
 
-fn proxy(endpoint: &str, plans: Vec<Plan>) -> Result<Proxy> {
+fn proxy(endpoint: &str, plans: Vec<FaultPlan>) -> Result<Proxy> {
     Ok(Proxy::start(&ANY_PORT.parse()?, &endpoint.parse()?, plans)?)
 }
 
 /// A migration with a fault under way.
 struct Strike {
     journey: Journey,
-    receiver: Receiver,
+    receiver: FaultReceiver,
     proxy: Proxy,
-    harm: Harm,
+    harm: InjectedHarm,
     needs: Needs,
 }
 
 /// What the guest needs, and has lost by then.
 struct Needs {
     /// Its disk, which has shrunk.
-    disk: Option<Disk>,
+    disk: Option<DependentDisk>,
     /// Who brings its pages, until this is dropped.
-    _handler: Option<Process>,
+    _handler: Option<TestProcess>,
 }
 
 impl Strike {
-    fn new(guest: Dependent, point: &Point, harm: Harm, log: Log) -> Result<Self> {
+    fn new(guest: Dependent, point: &FaultPoint, harm: InjectedHarm, log: ReceiverLog) -> Result<Self> {
         let Dependent {
             journey,
             receiver: options,
@@ -131,10 +133,10 @@ impl Strike {
             disk,
             handler,
         } = guest;
-        let receiver = Receiver::start(&journey, &options, log)?;
+        let receiver = FaultReceiver::start(&journey, &options, log)?;
         let fault = harm.fault(&journey.vm, &receiver.vm, lose);
         let point = point.clone();
-        let proxy = proxy(&receiver.endpoint, vec![Plan { point, fault }])?;
+        let proxy = proxy(&receiver.endpoint, vec![FaultPlan { point, fault }])?;
         Ok(Self {
             journey,
             receiver,
@@ -153,10 +155,10 @@ impl Strike {
         let migration = self.journey.vm.start_migration(&to, self.harm.arguments())?;
         let migration = Migration::of(migration.finish(PATIENCE)?)?;
         let struck = self.proxy.struck() > 0;
-        self.proxy.pace(Pace::Free);
+        self.proxy.pace(NetworkPace::Free);
         self.proxy.heal();
-        let source_died = struck && matches!(self.harm, Harm::KillSource(_));
-        let destination_died = struck && matches!(self.harm, Harm::KillDestination(_));
+        let source_died = struck && matches!(self.harm, InjectedHarm::KillSource(_));
+        let destination_died = struck && matches!(self.harm, InjectedHarm::KillDestination(_));
         match migration.code {
             _ if source_died => self.without_source(Fate::DiedWithSource),
             Some(0) if destination_died => {
@@ -176,7 +178,7 @@ impl Strike {
     /// What the VM says where the harm is one to its memory.
     fn memory_is_gone(&self) -> Option<&'static str> {
         match self.harm {
-            Harm::Lose(thing) => thing.gone(),
+            InjectedHarm::Lose(thing) => thing.gone(),
             _ => None,
         }
     }
@@ -263,7 +265,7 @@ impl Strike {
         let Self {
             journey, receiver, ..
         } = self;
-        let Receiver { vm, endpoint, .. } = receiver;
+        let FaultReceiver { vm, endpoint, .. } = receiver;
         let host = journey.host.clone();
         let mut fate = Fate::Moved;
         let mut deadline = PATIENCE.begin();

@@ -2,9 +2,9 @@
 //! and it does not run twice without anybody noticing.
 
 use anyhow::{Result, ensure};
-use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy};
+use fault_proxy::{Direction, FaultPlan, FaultPoint, Proxy, ProxyConnection, ProxyFault};
 use migration::Outcome;
-use tests::{BareGuest, Host, Journey, Migration, PATIENCE, wait_until};
+use tests::{BareGuest, Journey, Migration, PATIENCE, TestHost, wait_until};
 
 use super::ANY_PORT;
 
@@ -23,10 +23,10 @@ fn guest() -> BareGuest<'static> {
 }
 
 /// A fault at the first message of this name on the control connection.
-fn at(direction: Direction, message: &str, fault: Fault) -> Plan {
-    Plan {
-        point: Point {
-            connection: Connection::Control,
+fn at(direction: Direction, message: &str, fault: ProxyFault) -> FaultPlan {
+    FaultPlan {
+        point: FaultPoint {
+            connection: ProxyConnection::Control,
             direction,
             message: message.into(),
             occurrence: 0,
@@ -35,20 +35,20 @@ fn at(direction: Direction, message: &str, fault: Fault) -> Plan {
     }
 }
 
-fn proxy(endpoint: &str, plan: Plan) -> Result<Proxy> {
+fn proxy(endpoint: &str, plan: FaultPlan) -> Result<Proxy> {
     Ok(Proxy::start(&ANY_PORT.parse()?, &endpoint.parse()?, vec![plan])?)
 }
 
 #[test]
 fn a_network_that_dies_in_the_pause_does_not_keep_the_guest() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &guest(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest(), &[])?;
     for (direction, message) in [
         (Direction::ToDestination, "state"),
         (Direction::ToSource, "ready"),
     ] {
         journey.reset_gap()?;
         let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
-        let proxy = proxy(&endpoint, at(direction, message, Fault::Stall(None)))?;
+        let proxy = proxy(&endpoint, at(direction, message, ProxyFault::Stall(None)))?;
         let to = proxy.address().to_string();
         let migration = Migration::of(journey.vm.start_migration(&to, &BUDGET)?.finish(PATIENCE)?)?;
         let error = migration.stayed(Outcome::Failed)?;
@@ -70,9 +70,9 @@ fn a_network_that_dies_in_the_pause_does_not_keep_the_guest() -> Result<()> {
 
 #[test]
 fn an_operator_who_lets_the_guest_run_in_both_places_is_noticed() -> Result<()> {
-    let journey = Journey::start(Host::new()?, &guest(), &[])?;
+    let journey = Journey::start(TestHost::new()?, &guest(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
-    let proxy = proxy(&endpoint, at(Direction::ToSource, "ready", Fault::CutAll))?;
+    let proxy = proxy(&endpoint, at(Direction::ToSource, "ready", ProxyFault::CutAll))?;
     let to = proxy.address().to_string();
     let migration = Migration::of(journey.vm.start_migration(&to, &[])?.finish(PATIENCE)?)?;
     migration.stayed(Outcome::Failed)?;

@@ -4,7 +4,7 @@ use super::*;
 use tests::{GUEST, TAP};
 
 /// Makes the hosts' cards and their taps parts of one network, as an administrator would; host 0 echoes streams.
-pub(super) fn connect(lab: &Lab) -> Result<lab::Process> {
+pub(super) fn connect(lab: &Lab) -> Result<lab::LabProcess> {
     for index in 0..2 {
         let address = lab.host(index).address();
         let script = format!(

@@ -6,7 +6,7 @@ use anyhow::Result;
 use migration::Report;
 use tests::Fixtures;
 
-use crate::godwit::{Asked, Ended, Godwit};
+use crate::godwit::{Asked, Godwit, MigrationEnd};
 use crate::sentinel::{Sentinel, Window};
 
 /// How often one run may be repeated because the host stalled.
@@ -103,8 +103,8 @@ impl Bench {
     }
 
     /// Moves a guest, again if the host stalled meanwhile, and keeps the report.
-    pub(crate) fn hop(&mut self, what: &str, godwit: &mut Godwit, asked: &Asked<'_>) -> Result<Ended> {
-        let good = |ended: &Ended| asked.promise && ended.moved && ended.report.budget_kept;
+    pub(crate) fn hop(&mut self, what: &str, godwit: &mut Godwit, asked: &Asked<'_>) -> Result<MigrationEnd> {
+        let good = |ended: &MigrationEnd| asked.promise && ended.moved && ended.report.budget_kept;
         let ended = self.clean_unless(what, good, |_| {
             let ended = godwit.hop(asked)?;
             say(format_args!("{what}: {}", ended.summary()));

@@ -11,7 +11,7 @@ use crate::row::{Definition, Figure, Row};
 
 /// What to measure.
 #[derive(Clone, Debug, Default)]
-pub struct Options {
+pub struct RowSelection {
     /// Names of rows; all of them if there are none.
     pub rows: Vec<String>,
     /// How often to repeat everything, instead of as often as each row promises.
@@ -23,7 +23,7 @@ pub struct Options {
 ///
 /// `iperf3`, `qemu-system-x86_64` and `strace` must be installed. Everything is measured on this machine, which
 /// should do nothing else meanwhile.
-pub fn run(fixtures: Fixtures, options: &Options) -> Result<Vec<Row>> {
+pub fn run(fixtures: Fixtures, options: &RowSelection) -> Result<Vec<Row>> {
     let wanted = wanted(&options.rows)?;
     let mut experiments: Vec<_> = wanted.iter().map(|row| row.experiment).collect();
     experiments.sort();

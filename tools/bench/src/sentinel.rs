@@ -42,12 +42,12 @@ pub(crate) struct Window {
 
 /// One thread for each CPU, above all other load, that sleeps a millisecond at a time and notes when it comes back late.
 pub(crate) struct Sentinel {
-    shared: Arc<Shared>,
+    shared: Arc<SentinelShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Default)]
-struct Shared {
+struct SentinelShared {
     stop: AtomicBool,
     stalls: Mutex<Vec<Stall>>,
 }
@@ -63,7 +63,7 @@ impl Sentinel {
             let shared = sentinel.shared.clone();
             let (ready, started) = std::sync::mpsc::channel();
             sentinel.threads.push(std::thread::spawn(move || {
-                let prepared = Watch::prepare(cpu);
+                let prepared = CpuWatch::prepare(cpu);
                 let watch = match prepared {
                     Ok(watch) => {
                         // Nobody to tell: the sentinel is being dropped.
@@ -134,12 +134,12 @@ impl Window {
 }
 
 /// One CPU's thread.
-struct Watch {
+struct CpuWatch {
     cpu: usize,
     schedstat: File,
 }
 
-impl Watch {
+impl CpuWatch {
     fn prepare(cpu: usize) -> Result<Self> {
         let mut set = CpuSet::new();
         set.set(cpu);
@@ -157,7 +157,7 @@ impl Watch {
     /// A late return has two causes: the thread was awake and waited for the CPU, which the kernel counts as
     /// time in the run queue (a stretch of kernel code that cannot be preempted: our own load), or nothing ran
     /// on this CPU at all, the timer's interrupt included. Only the latter is the host's.
-    fn run(&self, shared: &Shared) {
+    fn run(&self, shared: &SentinelShared) {
         let (mut queued, mut age) = (self.queued(), 0);
         while !shared.stop.load(Ordering::Relaxed) {
             let due = Instant::now() + STEP;

@@ -14,14 +14,14 @@ pub fn note_progress() {
 
 /// How long something may take. It only costs time where something is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
+pub struct WaitLimit {
     /// In which no program shows any progress ([`note_progress`]).
     pub quiet: Duration,
     /// In all, whatever goes on meanwhile.
     pub longest: Duration,
 }
 
-impl Patience {
+impl WaitLimit {
     /// For all that has no reason to be told apart.
     pub const DEFAULT: Self = Self {
         quiet: Duration::from_secs(180),
@@ -40,7 +40,7 @@ impl Patience {
     }
 }
 
-impl From<Duration> for Patience {
+impl From<Duration> for WaitLimit {
     /// So long, whatever goes on.
     fn from(time: Duration) -> Self {
         Self {
@@ -50,7 +50,7 @@ impl From<Duration> for Patience {
     }
 }
 
-impl fmt::Display for Patience {
+impl fmt::Display for WaitLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { quiet, longest } = self;
         if quiet == longest {
@@ -63,7 +63,7 @@ impl fmt::Display for Patience {
 /// When a wait that has begun is given up.
 #[derive(Debug)]
 pub struct Deadline {
-    patience: Patience,
+    patience: WaitLimit,
     end: Instant,
     quiet_end: Instant,
     progress: u64,
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn progress_renews_a_wait_up_to_its_end() {
-        let patience = Patience {
+        let patience = WaitLimit {
             quiet: Duration::from_secs(3600),
             longest: Duration::from_millis(50),
         };
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(deadline.left(), None);
 
         // Other tests of this process may make progress at any time: only the first half can be asserted.
-        let patience = Patience {
+        let patience = WaitLimit {
             quiet: Duration::from_millis(20),
             longest: Duration::from_secs(3600),
         };
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_fixed_time_is_not_renewed() {
-        let mut deadline = Patience::from(Duration::from_millis(20)).begin();
+        let mut deadline = WaitLimit::from(Duration::from_millis(20)).begin();
         sleep(Duration::from_millis(20));
         note_progress();
         assert_eq!(deadline.left(), None);

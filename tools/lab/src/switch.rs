@@ -20,19 +20,19 @@ type Mac = [u8; 6];
 /// The switch; it stops when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Switch {
-    shared: Arc<Shared>,
+    shared: Arc<SwitchShared>,
     paths: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    ports: Vec<Port>,
+struct SwitchShared {
+    ports: Vec<SwitchPort>,
     learnt: Mutex<HashMap<Mac, usize>>,
     stopped: AtomicBool,
 }
 
 #[derive(Debug, Default)]
-struct Port {
+struct SwitchPort {
     cut: AtomicBool,
     queue: Mutex<Option<SyncSender<Arc<[u8]>>>>,
 }
@@ -40,8 +40,8 @@ struct Port {
 impl Switch {
     /// Opens `ports` ports with sockets in `folder`.
     pub(crate) fn start(folder: &Path, ports: usize) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            ports: (0..ports).map(|_| Port::default()).collect(),
+        let shared = Arc::new(SwitchShared {
+            ports: (0..ports).map(|_| SwitchPort::default()).collect(),
             learnt: Mutex::default(),
             stopped: AtomicBool::new(false),
         });
@@ -80,7 +80,7 @@ impl Drop for Switch {
     }
 }
 
-impl Shared {
+impl SwitchShared {
     /// Serves one host after the other at a port: a host that is started again plugs in again.
     fn serve(self: Arc<Self>, port: usize, listener: &UnixListener) {
         while let Ok((stream, _)) = listener.accept() {

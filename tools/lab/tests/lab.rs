@@ -6,9 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lab::{Lab, LabError, Patience, Payload, Signal};
+use lab::{Lab, LabError, Payload, Signal, WaitLimit};
 
-const SOON: Patience = Patience::DEFAULT;
+const SOON: WaitLimit = WaitLimit::DEFAULT;
 
 fn artifacts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guests")

@@ -13,7 +13,7 @@ use crate::runner::{has_kvm, prepare};
 const PACKAGES: [&str; 3] = ["iperf3", "qemu-system-x86", "strace"];
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct BenchOptions {
     /// Print nothing but the rows, as one JSON array, on stdout
     #[arg(long)]
     json: bool,
@@ -32,7 +32,7 @@ pub(crate) struct Options {
 }
 
 /// Measures, and prints the rows. A bar that is not reached is no error; a row that could not be measured is.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &BenchOptions) -> Result<()> {
     if options.list {
         for row in &bench::ROWS {
             let peer = row
@@ -47,7 +47,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bail!("this machine has no /dev/kvm: there is nothing to measure");
     }
     packages::ensure(&PACKAGES)?;
-    let measured = bench::Options {
+    let measured = bench::RowSelection {
         rows: options.rows.clone(),
         count: options.count,
     };
@@ -68,7 +68,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn fixtures(options: &Options) -> Result<Fixtures> {
+fn fixtures(options: &BenchOptions) -> Result<Fixtures> {
     let Some(godwit) = &options.godwit else {
         let prepared = prepare()?;
         return Ok(Fixtures {

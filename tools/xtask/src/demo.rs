@@ -10,8 +10,8 @@ use ::lab::Lab;
 use anyhow::{Context, Result, ensure};
 use migration::Report;
 use tests::{
-    Event, Finished, Fixtures, Host, Journey, LabJourney, Migration, PATIENCE, StockGuest, Tick, TinyGuest,
-    check_ticks, payload,
+    Finished, Fixtures, GuestEvent, Journey, LabJourney, Migration, PATIENCE, StockGuest, TestHost, Tick,
+    TinyGuest, check_ticks, payload,
 };
 
 use crate::guests;
@@ -129,13 +129,13 @@ fn between_hosts(fixtures: &Fixtures, narrator: Narrator) -> Result<Report> {
 
 /// A Debian guest in a process of this machine, memory under load.
 fn boot_stock(fixtures: &Fixtures, narrator: Narrator) -> Result<Journey> {
-    let host = Host::with(fixtures.clone())?;
+    let host = TestHost::with(fixtures.clone())?;
     let guest = StockGuest::default();
     narrator.print("Booting the guest: 2 CPUs, 256 MiB, memory under load…");
     let vm = host.run("vm-0", guest.options(&fixtures.guests.display().to_string()))?;
-    vm.process
-        .stdout()
-        .wait("agent: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+    vm.process.stdout().wait("agent: ready", 0, PATIENCE, |line| {
+        GuestEvent::named(line, "ready")
+    })?;
     Ok(Journey::agent(host, vm))
 }
 
@@ -147,7 +147,7 @@ fn boot_tiny(fixtures: &Fixtures, narrator: Narrator) -> Result<Journey> {
         ..TinyGuest::default()
     };
     narrator.print("Booting the guest: 2 CPUs, 576 MiB, memory under load; this takes half a minute…");
-    guest.start(Host::with(fixtures.clone())?, &[])
+    guest.start(TestHost::with(fixtures.clone())?, &[])
 }
 
 /// Moves a guest that is up to a second process, over a link that is made slow enough to watch, and then to a third to

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 
 use crate::packages::{self, Unpacked};
 use crate::workspace::{root, say};
-use cache::Cache;
+use cache::ArtifactCache;
 
 /// What the guests are made of, besides our own sources.
 const KERNEL: &str = "linux-image-cloud-amd64";
@@ -90,7 +90,7 @@ impl Artifact {
 /// What artifacts are built with.
 struct GuestsBuilder {
     root: PathBuf,
-    cache: Cache,
+    cache: ArtifactCache,
     packages: Packages,
 }
 
@@ -107,7 +107,7 @@ pub(crate) fn build(artifacts: &[Artifact]) -> Result<PathBuf> {
 fn build_with(update: bool, artifacts: &[Artifact]) -> Result<PathBuf> {
     let root = root()?;
     let target = root.join("target/guests");
-    let cache = Cache::open(&target)?;
+    let cache = ArtifactCache::open(&target)?;
     let packages = Packages::open(&target, update)?;
     let mut builder = GuestsBuilder {
         root,
@@ -122,7 +122,7 @@ fn build_with(update: bool, artifacts: &[Artifact]) -> Result<PathBuf> {
 }
 
 /// Makes `lab/` but for the first program, which is ours.
-fn lab_host(cache: &Cache, kernel: &kernel::Kernel, busybox: &Unpacked) -> Result<()> {
+fn lab_host(cache: &ArtifactCache, kernel: &kernel::Kernel, busybox: &Unpacked) -> Result<()> {
     let key = cache::Key::new("lab 1")
         .text(kernel.version())
         .text(&busybox.version)

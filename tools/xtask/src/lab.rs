@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use ::lab::{Lab, Payload, Process};
+use ::lab::{Lab, LabProcess, Payload};
 use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
@@ -15,7 +15,7 @@ use crate::runner::build_godwit;
 use crate::workspace::say;
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct LabOptions {
     /// Number of hosts
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=250))]
     hosts: u8,
@@ -25,7 +25,7 @@ pub(crate) struct Options {
 }
 
 /// Starts the hosts and lends the first one this terminal.
-pub(crate) fn shell(options: &Options) -> Result<()> {
+pub(crate) fn shell(options: &LabOptions) -> Result<()> {
     let artifacts = guests::build(&Artifact::LAB)?;
     packages::ensure(&["qemu-system-x86"])?;
     say("building godwit");
@@ -54,7 +54,7 @@ pub(crate) fn shell(options: &Options) -> Result<()> {
     carry_output(&process)
 }
 
-fn carry_input(to: &Process) {
+fn carry_input(to: &LabProcess) {
     /// Control-D: the end of input, for a program on a terminal.
     const END: &[u8] = b"\x04";
     let mut buffer = [0; 4096];
@@ -66,7 +66,7 @@ fn carry_input(to: &Process) {
     }
 }
 
-fn carry_output(from: &Process) -> Result<()> {
+fn carry_output(from: &LabProcess) -> Result<()> {
     /// A shell may be silent for long.
     const DAY: Duration = Duration::from_secs(24 * 3600);
     let mut done = 0;

@@ -14,13 +14,13 @@ use crate::workspace::{cargo, root, run, say};
 const BARE: &str = "guests/bare";
 
 /// A check of the workspace at a path.
-type Check = fn(&Path) -> Result<()>;
+type LintCheck = fn(&Path) -> Result<()>;
 
 /// Makes all checks, and fails if one of them does.
 pub(crate) fn run_all() -> Result<()> {
     let root = root()?;
     let checks = [
-        ("formatting", formatting as Check),
+        ("formatting", formatting as LintCheck),
         ("clippy", clippy),
         ("dependencies", dependencies),
     ];

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Result;
-use tests::{BareGuest, Host, Journey, PATIENCE, Process};
+use tests::{BareGuest, Journey, PATIENCE, TestHost, TestProcess};
 
 use super::harm::kill;
 
@@ -42,9 +42,9 @@ pub(super) struct Dependent {
     /// Takes away what it needs.
     pub(super) lose: Box<dyn FnOnce() + Send>,
     /// Its disk, if that is it.
-    pub(super) disk: Option<Disk>,
+    pub(super) disk: Option<DependentDisk>,
     /// Ends with this.
-    pub(super) handler: Option<Process>,
+    pub(super) handler: Option<TestProcess>,
 }
 
 impl Dependent {
@@ -74,7 +74,7 @@ impl Dependent {
         std::fs::rename(directory.join("memory"), &memory)?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_fault-handler"));
         command.args([&memory, &socket]);
-        let handler = Process::spawn(command)?;
+        let handler = TestProcess::spawn(command)?;
         let listens = |line: &str| (line == "listening").then_some(());
         handler.stdout().wait("the handler", 0, PATIENCE, listens)?;
         let socket = socket.display().to_string();
@@ -102,7 +102,7 @@ impl Dependent {
     }
 
     fn on_disk() -> Result<Self> {
-        let host = Host::new()?;
+        let host = TestHost::new()?;
         let image = host.path("disk");
         File::create(&image)?.set_len(DISK_BYTES)?;
         let guest = BareGuest {
@@ -118,19 +118,19 @@ impl Dependent {
         Ok(Self {
             receiver: vec![format!("--disk=d={}", image.display())],
             lose: Box::new(move || halve(&lost)),
-            disk: Some(Disk { image, content }),
+            disk: Some(DependentDisk { image, content }),
             ..Self::on_nothing(journey)
         })
     }
 }
 
 /// A disk whose image may have shrunk.
-pub(super) struct Disk {
+pub(super) struct DependentDisk {
     image: PathBuf,
     content: Vec<u8>,
 }
 
-impl Disk {
+impl DependentDisk {
     /// Gives the image back what it had.
     pub(super) fn mend(&self) -> Result<()> {
         let image = File::options().write(true).open(&self.image)?;

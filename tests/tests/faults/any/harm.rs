@@ -1,6 +1,6 @@
 //! What happens at a message.
 
-use fault_proxy::{Fault, Pace, Part, When};
+use fault_proxy::{FramePart, NetworkPace, ProxyFault, When};
 use rustix::process::{Pid, Signal, kill_process};
 use tests::Vm;
 
@@ -8,7 +8,7 @@ use super::dependent::Thing;
 
 /// What happens when the message passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Harm {
+pub(super) enum InjectedHarm {
     KillSource(When),
     KillDestination(When),
     Drop,
@@ -26,48 +26,48 @@ pub(super) enum Harm {
     Lose(Thing),
 }
 
-pub(super) const HARMS: [Harm; 16] = [
-    Harm::KillSource(When::Before),
-    Harm::KillSource(When::After),
-    Harm::KillDestination(When::Before),
-    Harm::KillDestination(When::After),
-    Harm::Drop,
-    Harm::Truncate,
-    Harm::Corrupt,
-    Harm::Duplicate,
-    Harm::Reset,
-    Harm::Stall,
-    Harm::CutAll,
-    Harm::Trickle,
-    Harm::Silence,
-    Harm::Lose(Thing::Handler),
-    Harm::Lose(Thing::Memory),
-    Harm::Lose(Thing::Disk),
+pub(super) const HARMS: [InjectedHarm; 16] = [
+    InjectedHarm::KillSource(When::Before),
+    InjectedHarm::KillSource(When::After),
+    InjectedHarm::KillDestination(When::Before),
+    InjectedHarm::KillDestination(When::After),
+    InjectedHarm::Drop,
+    InjectedHarm::Truncate,
+    InjectedHarm::Corrupt,
+    InjectedHarm::Duplicate,
+    InjectedHarm::Reset,
+    InjectedHarm::Stall,
+    InjectedHarm::CutAll,
+    InjectedHarm::Trickle,
+    InjectedHarm::Silence,
+    InjectedHarm::Lose(Thing::Handler),
+    InjectedHarm::Lose(Thing::Memory),
+    InjectedHarm::Lose(Thing::Disk),
 ];
 
 /// Bytes per second of a network that is as good as dead.
 const TRICKLE: u64 = 4000;
 
-impl Harm {
+impl InjectedHarm {
     /// The fault that does it. `lose` takes away what the guest needs.
-    pub(super) fn fault(self, source: &Vm, destination: &Vm, lose: Box<dyn FnOnce() + Send>) -> Fault {
+    pub(super) fn fault(self, source: &Vm, destination: &Vm, lose: Box<dyn FnOnce() + Send>) -> ProxyFault {
         let kill = |vm: &Vm, when| {
             let id = vm.process.id();
-            Fault::Call(when, Box::new(move || kill(id)))
+            ProxyFault::Call(when, Box::new(move || kill(id)))
         };
         match self {
             Self::KillSource(when) => kill(source, when),
             Self::KillDestination(when) => kill(destination, when),
-            Self::Drop => Fault::Drop,
-            Self::Truncate => Fault::Truncate,
-            Self::Corrupt => Fault::Corrupt(Part::Kind),
-            Self::Duplicate => Fault::Duplicate,
-            Self::Reset => Fault::Reset,
-            Self::Stall => Fault::Stall(None),
-            Self::CutAll => Fault::CutAll,
-            Self::Trickle => Fault::Pace(Pace::Bytes(TRICKLE)),
-            Self::Silence => Fault::Pace(Pace::Bytes(0)),
-            Self::Lose(_) => Fault::Call(When::Before, lose),
+            Self::Drop => ProxyFault::Drop,
+            Self::Truncate => ProxyFault::Truncate,
+            Self::Corrupt => ProxyFault::Corrupt(FramePart::Kind),
+            Self::Duplicate => ProxyFault::Duplicate,
+            Self::Reset => ProxyFault::Reset,
+            Self::Stall => ProxyFault::Stall(None),
+            Self::CutAll => ProxyFault::CutAll,
+            Self::Trickle => ProxyFault::Pace(NetworkPace::Bytes(TRICKLE)),
+            Self::Silence => ProxyFault::Pace(NetworkPace::Bytes(0)),
+            Self::Lose(_) => ProxyFault::Call(When::Before, lose),
         }
     }
 

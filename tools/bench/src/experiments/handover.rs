@@ -5,7 +5,7 @@ use migration::DataPath;
 
 use crate::bench::{Bench, say};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
+use crate::guest::BenchGuest;
 use crate::row::Figure;
 use crate::stats::median;
 
@@ -34,7 +34,11 @@ fn downtime(bench: &mut Bench, memory_mib: u64) -> Result<f64> {
         available >= memory_mib + RESERVE_MIB,
         "expected {memory_mib} MiB and {RESERVE_MIB} more to be available, got {available} MiB"
     );
-    let mut godwit = Godwit::start(&bench.fixtures, Guest::idle(memory_mib), &["--shared-memory"])?;
+    let mut godwit = Godwit::start(
+        &bench.fixtures,
+        BenchGuest::idle(memory_mib),
+        &["--shared-memory"],
+    )?;
     let asked = Asked {
         migrate: &["--max-downtime", "30ms"],
         reserve: false,

@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 
 use crate::bench::{Bench, say};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
-use crate::qemu::{Qemu, Settings};
+use crate::guest::BenchGuest;
+use crate::qemu::{QemuJourney, QemuSettings};
 use crate::row::Figure;
 use crate::stats::median;
 
@@ -16,10 +16,10 @@ const RUNS: u32 = 20;
 
 /// Moves both guests in turn.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest::idle(MEMORY_MIB);
+    let guest = BenchGuest::idle(MEMORY_MIB);
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     godwit.freeze()?;
-    let mut qemu = Qemu::start(&bench.fixtures, guest, &[])?;
+    let mut qemu = QemuJourney::start(&bench.fixtures, guest, &[])?;
     qemu.freeze()?;
     let asked = Asked {
         migrate: &["--max-downtime", "30ms"],
@@ -27,7 +27,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         ..Default::default()
     };
     let (limit, bandwidth, multifd) = (Duration::from_millis(30), None, None);
-    let settings = Settings {
+    let settings = QemuSettings {
         limit,
         bandwidth,
         multifd,

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::bench::{Bench, say};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
+use crate::guest::BenchGuest;
 use crate::row::Figure;
 use crate::stats::median;
 use crate::strace::Strace;
@@ -14,7 +14,7 @@ const RUNS: u32 = 5;
 
 /// Moves an idle guest under strace.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let mut godwit = Godwit::start(&bench.fixtures, Guest::idle(MEMORY_MIB), &[])?;
+    let mut godwit = Godwit::start(&bench.fixtures, BenchGuest::idle(MEMORY_MIB), &[])?;
     let mut times = Vec::new();
     let runs = bench.count(RUNS);
     for run in 1..=runs {

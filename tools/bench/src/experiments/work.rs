@@ -5,15 +5,15 @@ use tests::{PATIENCE, Tick};
 
 use crate::bench::{Bench, say};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::{Guest, Rate, pages_per_s};
+use crate::guest::{BenchGuest, BenchRate, pages_per_s};
 use crate::row::Figure;
 use crate::stats::median;
 
-const GUEST: Guest = Guest {
+const GUEST: BenchGuest = BenchGuest {
     fill: true,
     memory_mib: 2048,
     workset_mib: 512,
-    rate: Rate::Max,
+    rate: BenchRate::Max,
     tick_ms: 20,
     reads: 0,
 };

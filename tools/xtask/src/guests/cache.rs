@@ -57,12 +57,12 @@ impl Key {
 }
 
 /// The folder of artifacts, ours alone while this lives.
-pub(super) struct Cache {
+pub(super) struct ArtifactCache {
     target: PathBuf,
     _lock: File,
 }
 
-impl Cache {
+impl ArtifactCache {
     /// Opens the folder; waits for whoever else builds in it.
     pub(super) fn open(target: &Path) -> Result<Self> {
         let stamps = target.join("cache/stamps");
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn equal_keys_make_once() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = Cache::open(folder.path()).unwrap();
+        let cache = ArtifactCache::open(folder.path()).unwrap();
         let made = std::cell::Cell::new(0);
         let make = |key: &Key| {
             cache.make("thing", key, &["thing/file"], || {
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn a_failure_is_made_again() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = Cache::open(folder.path()).unwrap();
+        let cache = ArtifactCache::open(folder.path()).unwrap();
         let key = Key::new("a");
         cache
             .make("thing", &key, &["file"], || cache.write("file", b""))

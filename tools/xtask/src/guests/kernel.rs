@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use super::modules::{self, Module};
 use crate::packages::Unpacked;
 
@@ -47,7 +47,7 @@ impl Kernel {
     }
 
     /// Makes `stock/vmlinuz` and `stock/vmlinux`.
-    pub(super) fn build(&self, cache: &Cache) -> Result<()> {
+    pub(super) fn build(&self, cache: &ArtifactCache) -> Result<()> {
         let key = Key::new("kernel 1").text(self.version());
         cache.make("kernel", &key, &["stock/vmlinuz", "stock/vmlinux"], || {
             let image =

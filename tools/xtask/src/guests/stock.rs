@@ -8,7 +8,7 @@ use ::lab::cpio::Archive;
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
@@ -31,7 +31,7 @@ const INIT: &str = "guests/stock/init";
 /// Makes `stock/initrd`.
 pub(super) fn initrd(
     root: &Path,
-    cache: &Cache,
+    cache: &ArtifactCache,
     kernel: &Kernel,
     busybox: &Unpacked,
     agent: &Path,

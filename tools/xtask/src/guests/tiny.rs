@@ -8,7 +8,7 @@ use std::process::Command;
 use ::lab::cpio::Archive;
 use anyhow::{Context, Result, ensure};
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use crate::packages::{self, Unpacked};
 use crate::workspace::{output, say};
 
@@ -30,7 +30,7 @@ const CONFIG: &str = "guests/kernel/config";
 const PATCHES: &str = "guests/kernel/patches";
 
 /// Makes `tiny/vmlinux`. The source is fetched for that and removed afterwards.
-pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()> {
+pub(super) fn kernel(root: &Path, cache: &ArtifactCache, source: &Unpacked) -> Result<()> {
     let config = root.join(CONFIG);
     let patches = patches(&root.join(PATCHES))?;
     // Contents, not paths: a checkout elsewhere may be given what was built here.
@@ -55,7 +55,7 @@ pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()
 }
 
 /// Makes `tiny/initrd`. It is not compressed: the host may interpret the guest's kernel.
-pub(super) fn initrd(cache: &Cache, agent: &Path) -> Result<()> {
+pub(super) fn initrd(cache: &ArtifactCache, agent: &Path) -> Result<()> {
     let key = Key::new("tiny initrd 2").path(agent)?;
     cache.make("tiny-initrd", &key, &["tiny/initrd"], || {
         let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::quota::Quota;
-use crate::runner::{Lane, Prepared, has_kvm};
+use crate::runner::{Prepared, TestLane, has_kvm};
 use crate::steps::Steps;
 use crate::workspace::{root, say};
 
@@ -32,13 +32,13 @@ pub(super) fn run(steps: &mut Steps, prepared: &Prepared, filter: Option<&str>) 
     if has_kvm() {
         let settings = [path.clone(), ("GODWIT_BIN", godwit.display().to_string())];
         steps.tests("direct, slow", || {
-            prepared.scenarios(Lane::Direct, filter, &settings)
+            prepared.scenarios(TestLane::Direct, filter, &settings)
         });
     } else {
         steps.not_run("direct, slow", "this machine has no /dev/kvm");
     }
     // Hosts carry the program itself; they are slow with all that is in them.
-    steps.tests("lab, slow", || prepared.scenarios(Lane::Lab, filter, &[path]));
+    steps.tests("lab, slow", || prepared.scenarios(TestLane::Lab, filter, &[path]));
     say(format_args!("{}", quota.held_back()?.trim().replace('\n', ", ")));
     Ok(())
 }
