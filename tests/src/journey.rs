@@ -145,15 +145,15 @@ impl Journey {
 
     /// Starts with any bare guest in a VM of the name `vm-0`.
     pub fn of(host: TestHost, vm: Vm) -> Self {
-        Self::speaking(Commands::BARE, host, vm)
+        Self::with_commands(Commands::BARE, host, vm)
     }
 
     /// Starts with a guest whose agent works, in a VM of the name `vm-0`.
     pub fn agent(host: TestHost, vm: Vm) -> Self {
-        Self::speaking(Commands::AGENT, host, vm)
+        Self::with_commands(Commands::AGENT, host, vm)
     }
 
-    fn speaking(commands: Commands, host: TestHost, vm: Vm) -> Self {
+    fn with_commands(commands: Commands, host: TestHost, vm: Vm) -> Self {
         Self {
             host,
             vm,

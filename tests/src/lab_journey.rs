@@ -93,18 +93,18 @@ impl LabJourney {
     /// Waits for a line of the guest's. If none comes, the error tells how the host and its VM are.
     fn line(&mut self, wanted: impl FnMut(&str) -> bool) -> Result<String> {
         let waited = self.vm.wait_line(wanted, PATIENCE);
-        waited.map_err(|error| anyhow::Error::from(error).context(self.look_at_host()))
+        waited.map_err(|error| anyhow::Error::from(error).context(self.describe_host()))
     }
 
     /// What the VM says of itself, where its threads are, and what the host's kernel said last.
-    fn look_at_host(&self) -> String {
-        let look = format!(
+    fn describe_host(&self) -> String {
+        let script = format!(
             "godwit status {}; for task in /proc/[0-9]*/task/*; do grep -q godwit $task/../../cmdline && \
              echo \"$(cat $task/comm): $(cat $task/wchan) $(cut -d' ' -f3,14,15 $task/stat)\"; done; \
              head -3 /proc/interrupts; grep -E 'LOC|virtio' /proc/interrupts; dmesg | tail -n 5",
             self.name()
         );
-        match self.lab.host(self.host).run(&["sh", "-c", &look]) {
+        match self.lab.host(self.host).run(&["sh", "-c", &script]) {
             Ok(seen) => format!("host {}: {}{}", self.host, seen.stdout, seen.stderr),
             Err(error) => format!("host {} does not answer: {error}", self.host),
         }
@@ -140,7 +140,7 @@ impl LabJourney {
                 return Ok(now);
             }
         }
-        bail!("{count} stays at {before}; {}", self.look_at_host())
+        bail!("{count} stays at {before}; {}", self.describe_host())
     }
 
     /// Waits until the guest has printed these words so often on the host that it is on, and no more often.
@@ -278,12 +278,12 @@ impl LabJourney {
 
     /// Where the guest's migration is, if there is one.
     pub fn progress(&self) -> Result<Option<Progress>> {
-        let status = self.ask("status", &[])?;
+        let status = self.godwit_json("status", &[])?;
         Ok(serde_json::from_value(status["migration"].clone())?)
     }
 
     /// What a command of godwit about the VM prints with `--json`.
-    pub fn ask(&self, command: &str, arguments: &[&str]) -> Result<serde_json::Value> {
+    pub fn godwit_json(&self, command: &str, arguments: &[&str]) -> Result<serde_json::Value> {
         let printed = self.godwit(command, &[&["--json"], arguments].concat())?;
         serde_json::from_str(&printed).with_context(|| format!("godwit {command}: {printed:?}"))
     }

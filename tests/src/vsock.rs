@@ -29,7 +29,7 @@ impl Echo {
         let mut deadline = PATIENCE.begin();
         loop {
             let begin = Instant::now();
-            let connected = Self::ask(uds, port);
+            let connected = Self::request_connection(uds, port);
             // Whoever is refused is told at once.
             if connected.is_ok() || begin.elapsed() < ANSWER_TIME || deadline.left().is_none() {
                 return connected;
@@ -38,7 +38,7 @@ impl Echo {
         }
     }
 
-    fn ask(uds: &Path, port: u32) -> Result<Self> {
+    fn request_connection(uds: &Path, port: u32) -> Result<Self> {
         let stream = UnixStream::connect(uds).with_context(|| uds.display().to_string())?;
         let mut echo = Self::over(stream)?;
         writeln!(echo.stream, "CONNECT {port}")?;

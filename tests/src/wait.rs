@@ -19,10 +19,10 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
 }
 
 /// Looks again and again until there is something to see; what that is.
-pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn wait_for<T>(what: &str, mut find: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let mut deadline = PATIENCE.begin();
     loop {
-        if let Some(seen) = look()? {
+        if let Some(seen) = find()? {
             return Ok(seen);
         }
         if deadline.left().is_none() {

@@ -24,7 +24,7 @@ const WRITER: BareGuest = BareGuest {
 };
 
 #[test]
-fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
+fn an_image_in_use_can_be_read_and_is_whole_in_a_pause() -> Result<()> {
     let host = TestHost::new()?;
     let image = Image::make(&host.path("disk.qcow2"), IMAGE_BYTES)?;
     let (path, copy) = (image.path(), host.path("copy"));
@@ -62,7 +62,7 @@ fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
 }
 
 #[test]
-fn a_killed_process_leaves_an_image_that_knows_its_data() -> Result<()> {
+fn a_killed_process_leaves_an_image_with_its_data() -> Result<()> {
     let host = TestHost::new()?;
     for cache in ["writeback", "unsafe"] {
         let image = Image::make(&host.path(cache), IMAGE_BYTES)?;

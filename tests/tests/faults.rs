@@ -327,7 +327,7 @@ fn an_unreachable_destination() -> Result<()> {
 }
 
 #[test]
-fn a_destination_that_talks_nonsense() -> Result<()> {
+fn a_destination_that_sends_nonsense() -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
     let nonsense = std::thread::spawn(move || -> std::io::Result<()> {

@@ -250,13 +250,13 @@ fn a_host_with_another_cpu_is_refused() -> Result<()> {
 /// Returns once something that a balloon's statistics say is so.
 fn wait_for_balloon(journey: &LabJourney, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     wait_for("the balloon's statistics", || {
-        Ok(Some(journey.ask("balloon", &[])?).filter(|statistics| wanted(statistics)))
+        Ok(Some(journey.godwit_json("balloon", &[])?).filter(|statistics| wanted(statistics)))
     })
 }
 
 /// KiB of the host's memory that the guest's process has.
 fn resident(journey: &LabJourney) -> Result<u64> {
-    let pid = journey.ask("status", &[])?["pid"].to_string();
+    let pid = journey.godwit_json("status", &[])?["pid"].to_string();
     let status = journey
         .lab
         .host(journey.host())
@@ -305,7 +305,7 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
     );
 
     // It grows while the guest moves, and is as large where it arrives.
-    journey.ask("balloon", &["128M"])?;
+    journey.godwit_json("balloon", &["128M"])?;
     journey.hop(&VERIFIED)?;
     // An emulated guest may be slow to tell.
     let told = |statistics: &Value, mib: u64| {
@@ -315,7 +315,7 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
     };
     wait_for_balloon(&journey, |statistics| told(statistics, 128))?;
     journey.hop(&VERIFIED)?;
-    journey.ask("balloon", &["0M"])?;
+    journey.godwit_json("balloon", &["0M"])?;
     wait_for_balloon(&journey, |statistics| told(statistics, 0))?;
     journey.verify()?;
     journey.power_off().map(drop)

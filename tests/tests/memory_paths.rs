@@ -51,7 +51,7 @@ fn reserved_memory_is_there_before_the_guest() -> Result<()> {
 }
 
 #[test]
-fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
+fn the_dirty_ring_loses_no_page_of_any_vcpu() -> Result<()> {
     let guest = BareGuest {
         memory_mib: 256,
         cpus: 2,

@@ -41,8 +41,8 @@ impl HandlerProcess {
         Ok(Self { process, socket })
     }
 
-    /// How many pages it brought. It ends when its machine does.
-    fn brought(self) -> Result<u64> {
+    /// How many pages it filled. It ends when its machine does.
+    fn filled(self) -> Result<u64> {
         Ok(self.ended()?.0)
     }
 
@@ -51,8 +51,8 @@ impl HandlerProcess {
         let finished = self.process.finish(PATIENCE)?;
         let said = &finished.expect_code(0)?.stdout;
         let numbers = |line: &str| {
-            let (brought, given_up) = line.strip_prefix("brought ")?.split_once(", given up ")?;
-            Some((brought.parse().ok()?, given_up.parse().ok()?))
+            let (filled, given_up) = line.strip_prefix("filled ")?.split_once(", given up ")?;
+            Some((filled.parse().ok()?, given_up.parse().ok()?))
         };
         said.lines()
             .find_map(numbers)
@@ -100,10 +100,10 @@ fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
     journey.verify()?;
     journey.check_life()?;
     let pages = GUEST.memory_mib << 8;
-    let brought = handler.brought()?;
+    let filled = handler.filled()?;
     ensure!(
-        brought == pages,
-        "expected each of {pages} pages once, got {brought}"
+        filled == pages,
+        "expected each of {pages} pages once, got {filled}"
     );
     let mut other = journey.host.restore(&again, &["--resume", "--preload"])?;
     other.check_running()?;
@@ -154,10 +154,10 @@ fn pages_that_were_given_up_do_not_come_back() -> Result<()> {
         verified > 2 * PAGES,
         "expected all of memory, got {verified} pages"
     );
-    let (brought, given_up) = handler.ended()?;
+    let (filled, given_up) = handler.ended()?;
     ensure!(
-        given_up == 2 * PAGES && brought >= 2 * PAGES,
-        "brought {brought} pages, {given_up} were given up"
+        given_up == 2 * PAGES && filled >= 2 * PAGES,
+        "filled {filled} pages, {given_up} were given up"
     );
     journey.end()
 }
@@ -206,7 +206,7 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
 }
 
 #[test]
-fn a_handler_that_does_not_hear_of_pages_given_up_holds_up_the_balloon_alone() -> Result<()> {
+fn a_handler_that_reads_no_events_holds_up_the_balloon_alone() -> Result<()> {
     let guest = BareGuest { cpus: 1, ..GUEST };
     let (journey, directory, memory) = in_files(&guest, &["--balloon"])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
@@ -244,10 +244,10 @@ fn huge_pages_come_whole() -> Result<()> {
     journey.vm.check_running()?;
     journey.verify()?;
     journey.end()?;
-    let brought = handler.brought()?;
+    let filled = handler.filled()?;
     ensure!(
-        brought == guest.memory_mib / 2,
-        "expected each page of 2 MiB once, got {brought}"
+        filled == guest.memory_mib / 2,
+        "expected each page of 2 MiB once, got {filled}"
     );
     Ok(())
 }
@@ -264,7 +264,7 @@ fn a_guest_that_moves_before_any_page_has_come() -> Result<()> {
 }
 
 #[test]
-fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
+fn a_guest_that_waits_for_a_page_is_paused_or_the_pause_fails_with_the_reason() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     handler.process.signal(Signal::STOP)?;

@@ -97,7 +97,7 @@ fn disruptions(directory: &Path) -> Result<(u64, u64)> {
 }
 
 #[test]
-fn a_guest_is_told_where_it_has_been() -> Result<()> {
+fn vmclock_counts_moves_and_restores() -> Result<()> {
     let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let path = |number: u32| journey.host.path(&format!("saved-{number}"));
     let paths: Vec<_> = (0..4).map(path).collect();
@@ -348,7 +348,7 @@ fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
 }
 
 #[test]
-fn a_migration_ends_what_is_known_about_pages() -> Result<()> {
+fn after_a_migration_there_is_no_base_for_a_difference() -> Result<()> {
     let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let base = journey.host.path("base");
     journey.vm.snapshot(&base, &["--keep-running"])?;
@@ -487,7 +487,7 @@ fn wait_until_busy(vm: &Vm) -> Result<()> {
 }
 
 #[test]
-fn an_end_that_is_asked_for_meanwhile() -> Result<()> {
+fn an_end_that_is_requested_meanwhile() -> Result<()> {
     let guest = BareGuest {
         memory_mib: 1024,
         workset: "16M",

@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_page_and_a_lost_body_are_seen() {
+    fn a_stale_page_and_a_lost_body_are_detected() {
         let report = AgentReport::default();
         let mut pages = Pages::anonymous(10);
         for _ in 0..13 {

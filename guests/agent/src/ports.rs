@@ -32,7 +32,7 @@ pub(crate) fn start(report: &Arc<AgentReport>) {
         let mut seen = BTreeSet::new();
         let mut interval = *INTERVALS.start();
         loop {
-            look(&mut seen, &report);
+            serve_new(&mut seen, &report);
             thread::sleep(interval);
             interval = (interval * 2).min(*INTERVALS.end());
         }
@@ -40,7 +40,7 @@ pub(crate) fn start(report: &Arc<AgentReport>) {
 }
 
 /// Serves the ports that are not among the `seen` ones.
-fn look(seen: &mut BTreeSet<OsString>, report: &Arc<AgentReport>) {
+fn serve_new(seen: &mut BTreeSet<OsString>, report: &Arc<AgentReport>) {
     for entry in read_dir(CLASS).into_iter().flatten().flatten() {
         let Ok(name) = read_to_string(entry.path().join("name")) else {
             continue;

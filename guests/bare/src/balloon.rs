@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest_core::{PAGE, Share};
 
-use crate::plan::{BarePlan, say};
+use crate::plan::{BarePlan, print_line};
 use crate::virtio::{AvailableRing, Device, RingPlace, UsedRing, descriptor};
 use crate::work::BareWorker;
 
@@ -97,7 +97,7 @@ impl BareBalloon {
             let Self {
                 held, taken, zero, ..
             } = self;
-            say(
+            print_line(
                 worker.cpu,
                 format_args!("balloon pages={held} taken={taken} zero={zero}"),
             );
@@ -118,7 +118,7 @@ impl BareBalloon {
         place.submit(&queue.available, 0);
         place.kick(self.device, index as u32, &queue.available, &queue.used);
         while place.poll(&queue.used).is_none() {
-            worker.cpu.look();
+            worker.cpu.read_tsc();
         }
     }
 }

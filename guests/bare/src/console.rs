@@ -3,9 +3,9 @@
 use core::sync::atomic::Ordering;
 
 use crate::cpu;
-use crate::plan::{BarePlan, say};
+use crate::plan::{BarePlan, print_line};
 use crate::serial;
-use crate::work::{BareWorker, ask_for_verification};
+use crate::work::{BareWorker, request_verification};
 
 /// When the next report is due, and how many there were.
 pub(crate) struct BareConsole {
@@ -43,7 +43,7 @@ impl BareConsole {
             self.plan.sum(|cpu| &cpu.reads),
             self.plan.sum(|cpu| &cpu.io_errors),
         );
-        say(
+        print_line(
             worker.cpu,
             format_args!(
                 "tick n={n} us={us} max_gap_us={gap} pages={pages} reads={reads} io_errors={io_errors} \
@@ -57,10 +57,10 @@ impl BareConsole {
                     .cpus()
                     .iter()
                     .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
-                say(worker.cpu, format_args!("reset"));
+                print_line(worker.cpu, format_args!("reset"));
             }
             Some(b'q') => cpu::end(),
-            Some(b'p') => panic_as_asked(),
+            Some(b'p') => panic_on_command(),
             Some(b't') => cpu::triple_fault(),
             _ => {}
         }
@@ -68,18 +68,18 @@ impl BareConsole {
     }
 
     fn verify(&self, worker: &mut BareWorker) {
-        let phase = ask_for_verification();
+        let phase = request_verification();
         worker.follow();
         worker.wait_for(|| self.plan.all_in(phase));
         let (pages, errors) = (
             self.plan.sum(|cpu| &cpu.verified),
             self.plan.sum(|cpu| &cpu.errors),
         );
-        say(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
+        print_line(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
     }
 }
 
 #[allow(clippy::panic, reason = "somebody wants to see what becomes of the machine")]
-fn panic_as_asked() -> ! {
+fn panic_on_command() -> ! {
     panic!()
 }

@@ -25,7 +25,7 @@ pub(crate) struct Cpu {
     pub(crate) verified: AtomicU64,
     /// In TSC ticks.
     pub(crate) longest_gap: AtomicU64,
-    pub(crate) last_look: AtomicU64,
+    pub(crate) last_read: AtomicU64,
     /// By how many ticks the TSC went backwards, until it is reported.
     pub(crate) backwards: AtomicU64,
 }
@@ -40,15 +40,15 @@ impl Cpu {
             errors: AtomicU64::new(0),
             verified: AtomicU64::new(0),
             longest_gap: AtomicU64::new(0),
-            last_look: AtomicU64::new(0),
+            last_read: AtomicU64::new(0),
             backwards: AtomicU64::new(0),
         }
     }
 
     /// Looks at the TSC and keeps the longest time between two looks.
-    pub(crate) fn look(&self) -> u64 {
+    pub(crate) fn read_tsc(&self) -> u64 {
         let now = cpu::tsc();
-        let last = self.last_look.swap(now, Ordering::Relaxed);
+        let last = self.last_read.swap(now, Ordering::Relaxed);
         if now < last {
             self.backwards.store(last - now, Ordering::Relaxed);
         } else if last != 0 && now - last > self.longest_gap.load(Ordering::Relaxed) {
@@ -133,10 +133,10 @@ impl BarePlan {
 }
 
 /// Prints a line; `cpu` is the one that runs this.
-pub(crate) fn say(cpu: &Cpu, text: core::fmt::Arguments<'_>) {
+pub(crate) fn print_line(cpu: &Cpu, text: core::fmt::Arguments<'_>) {
     let mut line = SerialLine::new();
     let _ = line.write_fmt(text);
     line.print(|| {
-        cpu.look();
+        cpu.read_tsc();
     });
 }

@@ -8,7 +8,7 @@ use guest_core::{BareSettings, Random, body_intact, check, fill_body, stamp};
 use crate::cpu;
 use crate::disk::{BareDisk, BareOperation, Done, IO_ERROR};
 use crate::machine::split;
-use crate::plan::{BarePlan, say};
+use crate::plan::{BarePlan, print_line};
 use crate::work::BareWorker;
 
 /// A stamp is one cache line, and looked at after each read; the body after each of so many.
@@ -34,7 +34,7 @@ impl Reads {
             return None;
         }
         let Some(disk) = BareDisk::find(plan.machine.virtio_devices()).filter(|disk| disk.pages > 0) else {
-            say(
+            print_line(
                 worker.cpu,
                 format_args!("fault disk expected=virtio-blk got=nothing"),
             );
@@ -96,7 +96,7 @@ impl Reads {
                 begun += 1;
             }
             self.disk.kick();
-            worker.cpu.look();
+            worker.cpu.read_tsc();
         }
     }
 

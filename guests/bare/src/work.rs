@@ -11,7 +11,7 @@ use crate::console::BareConsole;
 use crate::cpu;
 use crate::machine::{BareMachine, page, split};
 use crate::once::Once;
-use crate::plan::{BarePlan, CPUS, Cpu, FILLED, ONLINE, say};
+use crate::plan::{BarePlan, CPUS, Cpu, FILLED, ONLINE, print_line};
 use crate::reads::Reads;
 
 /// Errors that are printed; all are counted.
@@ -30,7 +30,7 @@ pub(crate) fn first_cpu(machine: BareMachine) -> ! {
     let Some(plan) = PLAN.get() else { cpu::stop() };
     for other in 1..plan.machine.settings.cpus {
         if !start_other(plan, other) {
-            say(
+            print_line(
                 &CPUS[0],
                 format_args!("fault cpu={other} expected=online got=nothing"),
             );
@@ -43,7 +43,7 @@ pub(crate) fn first_cpu(machine: BareMachine) -> ! {
         plan.workset.count,
     );
     let khz = plan.tsc_khz;
-    say(
+    print_line(
         &CPUS[0],
         format_args!("start cpus={cpus} pages={pages} workset_pages={workset} tsc_khz={khz}"),
     );
@@ -55,7 +55,7 @@ pub(crate) fn first_cpu(machine: BareMachine) -> ! {
     plan.cpus()
         .iter()
         .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
-    say(&CPUS[0], format_args!("ready"));
+    print_line(&CPUS[0], format_args!("ready"));
     READY.store(true, Ordering::Release);
     let mut console = BareConsole::new(plan);
     worker.run(|worker, now| {
@@ -82,7 +82,7 @@ pub(crate) fn other_cpu(index: u32) -> ! {
 }
 
 /// Asks every CPU to verify its shares; returns the phase that each has come to when it is done.
-pub(crate) fn ask_for_verification() -> u32 {
+pub(crate) fn request_verification() -> u32 {
     WANTED_PHASE.fetch_add(1, Ordering::AcqRel) + 1
 }
 
@@ -140,7 +140,7 @@ impl BareWorker {
                 *head = stamp(number, 0);
                 fill_body(number, body);
                 if number % DirtyPace::BATCH == 0 {
-                    self.cpu.look();
+                    self.cpu.read_tsc();
                 }
             }
         }
@@ -150,9 +150,14 @@ impl BareWorker {
     /// Works for ever. `poll` is called at every look at the clock and tells when it wants to be called again.
     fn run(&mut self, mut poll: impl FnMut(&mut Self, u64) -> u64) -> ! {
         let settings = self.plan.machine.settings;
-        let mut pace = DirtyPace::new(settings.rate, settings.cpus, self.plan.tsc_khz, self.cpu.look());
+        let mut pace = DirtyPace::new(
+            settings.rate,
+            settings.cpus,
+            self.plan.tsc_khz,
+            self.cpu.read_tsc(),
+        );
         loop {
-            let now = self.cpu.look();
+            let now = self.cpu.read_tsc();
             let due = if self.own.count == 0 { 0 } else { pace.due(now) };
             for _ in 0..due {
                 self.dirty_next();
@@ -178,7 +183,7 @@ impl BareWorker {
 
     pub(crate) fn wait_for(&mut self, done: impl Fn() -> bool) {
         while !done() {
-            self.cpu.look();
+            self.cpu.read_tsc();
             self.idle(self.plan.tsc_khz);
         }
     }
@@ -246,7 +251,7 @@ impl BareWorker {
                 }
                 pages += 1;
                 if offset % DirtyPace::BATCH == 0 {
-                    self.cpu.look();
+                    self.cpu.read_tsc();
                 }
             }
         }
@@ -282,14 +287,14 @@ impl BareWorker {
             fill_body(number, body);
         }
         self.rest.count += share.count;
-        self.cpu.look();
+        self.cpu.read_tsc();
         zero
     }
 
     /// Counts an error, and prints it if there were not too many.
     pub(crate) fn error(&self, what: core::fmt::Arguments<'_>) {
         if self.cpu.errors.fetch_add(1, Ordering::Relaxed) < PRINTED_ERRORS {
-            say(self.cpu, format_args!("error {what}"));
+            print_line(self.cpu, format_args!("error {what}"));
         }
     }
 }

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_too_many_is_told() {
+    fn a_range_too_many_is_an_error() {
         let mut ranges = UsableRanges::default();
         for n in 0..UsableRanges::MAX as u64 {
             assert!(ranges.add(n * 2 * PAGE, (n * 2 + 1) * PAGE));

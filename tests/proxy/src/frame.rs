@@ -97,7 +97,7 @@ impl ProxyFrame {
     }
 
     /// What a connection is for, if this message tells.
-    pub(crate) fn tells(&self) -> Option<ProxyConnection> {
+    pub(crate) fn purpose(&self) -> Option<ProxyConnection> {
         match self.name().as_str() {
             "begin" => Some(ProxyConnection::Control),
             "ask" => Some(ProxyConnection::Ask),

@@ -217,7 +217,7 @@ impl ProxyShared {
     }
 
     /// Learns from a message which connections will come.
-    pub(crate) fn learn(&self, frame: &ProxyFrame) {
+    pub(crate) fn expect_streams(&self, frame: &ProxyFrame) {
         if let Some(streams) = frame.streams() {
             let mut state = self.lock();
             (state.streams, state.opened) = (streams, 0);

@@ -43,8 +43,8 @@ impl Pair {
     /// What it is for, after a message that may have told.
     fn connection(&self, frame: &ProxyFrame) -> ProxyConnection {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(told) = frame.tells() {
-            *connection = told;
+        if let Some(purpose) = frame.purpose() {
+            *connection = purpose;
         }
         *connection
     }
@@ -105,7 +105,7 @@ impl Pump {
     /// Passes one frame on, or what a fault makes of it.
     fn pass(&self, mut frame: ProxyFrame) -> Result<(), Gone> {
         let connection = self.pair.connection(&frame);
-        self.shared.learn(&frame);
+        self.shared.expect_streams(&frame);
         let fault = self.shared.note(connection, self.direction, frame.name());
         match fault {
             None => self.send(&frame),

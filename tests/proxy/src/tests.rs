@@ -137,7 +137,7 @@ fn is_reset(stream: &mut TcpStream) -> bool {
 }
 
 #[test]
-fn every_message_passes_whole_and_is_remembered() {
+fn every_message_passes_whole_and_is_recorded() {
     let rig = ProxyRig::new(Vec::new());
     let (mut source, mut destination) = rig.connect();
     let sent = [
@@ -317,7 +317,7 @@ fn half_a_message_passes_and_then_the_end() {
 }
 
 #[test]
-fn a_reset_is_noticed_at_both_ends_of_that_connection_alone() {
+fn a_reset_reaches_both_ends_of_that_connection_alone() {
     let rig = ProxyRig::ping(ProxyFault::Reset);
     let (mut source, mut destination) = rig.connect();
     source.write_all(&hello()).unwrap();

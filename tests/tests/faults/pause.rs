@@ -69,7 +69,7 @@ fn a_network_that_dies_in_the_pause_does_not_keep_the_guest() -> Result<()> {
 }
 
 #[test]
-fn an_operator_who_lets_the_guest_run_in_both_places_is_noticed() -> Result<()> {
+fn an_operator_who_lets_the_guest_run_in_both_places_is_reported() -> Result<()> {
     let journey = Journey::start(TestHost::new()?, &guest(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let proxy = proxy(&endpoint, at(Direction::ToSource, "ready", ProxyFault::CutAll))?;

@@ -79,7 +79,7 @@ fn a_base_and_differences(mut journey: LabJourney) -> Result<()> {
     journey.check_stream()?;
     // While it stands still its disk is as its memory knows it: the clones have theirs from now.
     journey.godwit("pause", &[])?;
-    journey.ask("snapshot", &["/mnt/base", "--keep-running"])?;
+    journey.godwit_json("snapshot", &["/mnt/base", "--keep-running"])?;
     let [disk, first, second] = DISKS;
     let copy = format!("cd {SHELF}; cp {disk} {first}; cp {disk} {second}");
     shell(&journey.lab, journey.host(), &copy)?;
@@ -87,9 +87,9 @@ fn a_base_and_differences(mut journey: LabJourney) -> Result<()> {
     goes_on(&mut journey, StockGuest::VSOCK).context("after the first snapshot")?;
     journey.check_stream().context("after the first snapshot")?;
 
-    journey.ask("snapshot", &["/mnt/first", "--diff", "--keep-running"])?;
+    journey.godwit_json("snapshot", &["/mnt/first", "--diff", "--keep-running"])?;
     goes_on(&mut journey, StockGuest::VSOCK).context("after the second snapshot")?;
-    journey.ask("snapshot", &["/mnt/second", "--diff"])?;
+    journey.godwit_json("snapshot", &["/mnt/second", "--diff"])?;
     let merge = format!("cd {SHELF}; godwit snapshot merge base first second --output whole");
     shell(&journey.lab, journey.host(), &merge)?;
     let vsock = format!("--vsock=uds={}", StockGuest::VSOCK);

@@ -12,7 +12,7 @@ const TOLD: u64 = 64 << 20;
 /// Uses much memory once; the bytes that are free then.
 fn churn(journey: &mut LabJourney) -> Result<u64> {
     journey.command(&format!("churn {CHURN}"), "churned")?;
-    let free = journey.ask("balloon", &[])?["free_memory"].as_u64();
+    let free = journey.godwit_json("balloon", &[])?["free_memory"].as_u64();
     free.context("no statistics")
 }
 

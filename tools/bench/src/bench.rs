@@ -82,7 +82,7 @@ impl Bench {
             };
             self.stalled += 1;
             let again = !good(&value) && attempt < REPEATS && took <= self.spare;
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: the host stalled {} times, for {:.1} ms on CPU {} at the longest; the run {}",
                 stalls.len(),
                 longest.lasted.as_secs_f64() * 1e3,
@@ -107,7 +107,7 @@ impl Bench {
         let good = |ended: &MigrationEnd| asked.promise && ended.moved && ended.report.budget_kept;
         let ended = self.clean_unless(what, good, |_| {
             let ended = godwit.hop(asked)?;
-            say(format_args!("{what}: {}", ended.summary()));
+            print_status(format_args!("{what}: {}", ended.summary()));
             let window = ended.window;
             Ok((ended, window))
         })?;
@@ -129,6 +129,6 @@ impl Bench {
 }
 
 /// Says on stderr how far it is.
-pub(crate) fn say(what: impl std::fmt::Display) {
+pub(crate) fn print_status(what: impl std::fmt::Display) {
     eprintln!("bench: {what}");
 }

@@ -131,7 +131,7 @@ impl Godwit {
         let migration = migration?;
         // A source whose guest has gone has ended, but nobody has waited for it: its clock is still there.
         let cpu = cpu_of_both()?.saturating_sub(cpu_before);
-        let (report, moved) = told(migration)?;
+        let (report, moved) = report_of(migration)?;
         let mut gap_ms = None;
         if moved {
             self.journey.arrive(receiver)?;
@@ -150,7 +150,7 @@ impl Godwit {
 }
 
 /// The report, and whether the guest moved.
-pub(crate) fn told(migration: Migration) -> Result<(Report, bool)> {
+pub(crate) fn report_of(migration: Migration) -> Result<(Report, bool)> {
     match migration.code {
         Some(0) => Ok((migration.moved()?, true)),
         Some(1) => Ok((migration.report.context("failed without a report")?, false)),

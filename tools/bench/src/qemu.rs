@@ -194,7 +194,7 @@ impl Instance {
 
     /// Returns the downtime.
     fn migrate_to(&mut self, uri: &str, receiver: &mut Self) -> Result<f64> {
-        self.qmp.forget_events();
+        self.qmp.clear_events();
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         let mut stopped = None;
         self.qmp.wait("end of the migration", |event| {

@@ -81,7 +81,7 @@ impl Qmp {
     }
 
     /// Forgets the events that came so far: those of an earlier migration, say.
-    pub(crate) fn forget_events(&mut self) {
+    pub(crate) fn clear_events(&mut self) {
         self.events.clear();
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use ::tests::Fixtures;
 use anyhow::{Result, bail};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::catalogue::ROWS;
 use crate::row::{Definition, Figure, Row};
 
@@ -37,16 +37,16 @@ pub fn run(fixtures: Fixtures, options: &RowSelection) -> Result<Vec<Row>> {
             .filter(|row| row.experiment == experiment)
             .map(|row| row.name)
             .collect();
-        say(format_args!("== {}", names.join(", ")));
+        print_status(format_args!("== {}", names.join(", ")));
         let began = Instant::now();
         bench.begin(experiment.spare_seconds());
         match experiment.run(&mut bench, &names) {
             Ok(found) => figures.extend(found),
-            Err(error) => say(format_args!("FAILED: {}: {error:#}", names.join(", "))),
+            Err(error) => print_status(format_args!("FAILED: {}: {error:#}", names.join(", "))),
         }
-        say(format_args!("== {:.0} s", began.elapsed().as_secs_f64()));
+        print_status(format_args!("== {:.0} s", began.elapsed().as_secs_f64()));
     }
-    say(format_args!(
+    print_status(format_args!(
         "{:.0} s in all; {}",
         began.elapsed().as_secs_f64(),
         bench.stalls()

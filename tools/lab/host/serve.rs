@@ -28,7 +28,7 @@ struct HostProcess {
 pub(crate) fn serve() -> io::Result<()> {
     let mut from = open_port()?;
     let port = Arc::new(Mutex::new(from.try_clone()?));
-    say(&port, LabFrameKind::Hello, 0, &[]);
+    send(&port, LabFrameKind::Hello, 0, &[]);
     let mut running = HashMap::new();
     loop {
         let LabFrame { kind, process, body } = wire::read(&mut from)?;
@@ -36,7 +36,7 @@ pub(crate) fn serve() -> io::Result<()> {
             LabFrameKind::Spawn | LabFrameKind::Terminal => {
                 match start(kind, &wire::split(&body), process, &port) {
                     Ok(started) => drop(running.insert(process, started)),
-                    Err(error) => say(
+                    Err(error) => send(
                         &port,
                         LabFrameKind::Refused,
                         process,
@@ -87,7 +87,7 @@ fn open_port() -> io::Result<File> {
 }
 
 /// Sends a frame. If the lab is gone, the reader ends the program.
-fn say(port: &ControlPort, kind: LabFrameKind, process: u32, body: &[u8]) {
+fn send(port: &ControlPort, kind: LabFrameKind, process: u32, body: &[u8]) {
     let _ = wire::write(
         &mut *port.lock().unwrap_or_else(PoisonError::into_inner),
         kind,
@@ -172,7 +172,7 @@ fn watch(mut child: Child, terminal: Option<File>, process: u32, port: &ControlP
         let _ = output.join();
     }
     let status = status.map_or(-1, ExitStatusExt::into_raw);
-    say(port, LabFrameKind::Exit, process, &status.to_le_bytes());
+    send(port, LabFrameKind::Exit, process, &status.to_le_bytes());
 }
 
 fn carry(
@@ -187,7 +187,7 @@ fn carry(
         loop {
             match from.read(&mut buffer) {
                 Ok(0) => return,
-                Ok(len) => say(&port, kind, process, &buffer[..len]),
+                Ok(len) => send(&port, kind, process, &buffer[..len]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
             }

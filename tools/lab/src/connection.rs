@@ -106,31 +106,31 @@ impl LabConnection {
         &self,
         process: u32,
         mut deadline: Deadline,
-        mut look: impl FnMut(&Transcript) -> Option<T>,
+        mut read: impl FnMut(&Transcript) -> Option<T>,
     ) -> Result<T, Missed> {
         self.wait(&mut deadline, |state| {
-            state.processes.get(&process).and_then(&mut look)
+            state.processes.get(&process).and_then(&mut read)
         })
     }
 
     /// Looks at a process as it is now.
-    pub(crate) fn look<T>(&self, process: u32, look: impl FnOnce(&Transcript) -> T) -> Option<T> {
-        self.lock().processes.get(&process).map(look)
+    pub(crate) fn with_transcript<T>(&self, process: u32, read: impl FnOnce(&Transcript) -> T) -> Option<T> {
+        self.lock().processes.get(&process).map(read)
     }
 
     /// Forgets a process.
-    pub(crate) fn forget(&self, process: u32) {
+    pub(crate) fn remove(&self, process: u32) {
         self.lock().processes.remove(&process);
     }
 
     fn wait<T>(
         &self,
         deadline: &mut Deadline,
-        mut look: impl FnMut(&LabConnectionState) -> Option<T>,
+        mut read: impl FnMut(&LabConnectionState) -> Option<T>,
     ) -> Result<T, Missed> {
         let mut state = self.lock();
         loop {
-            if let Some(found) = look(&state) {
+            if let Some(found) = read(&state) {
                 return Ok(found);
             }
             if state.gone {

@@ -111,7 +111,7 @@ impl LabProcess {
     /// Everything that it has printed, in whole lines.
     pub fn log(&self) -> String {
         self.connection
-            .look(self.number, |seen| seen.lines.join("\n"))
+            .with_transcript(self.number, |seen| seen.lines.join("\n"))
             .unwrap_or_default()
     }
 
@@ -188,12 +188,14 @@ impl LabProcess {
 
 impl Drop for LabProcess {
     fn drop(&mut self) {
-        let running = self.connection.look(self.number, |seen| ending(seen).is_none());
+        let running = self
+            .connection
+            .with_transcript(self.number, |seen| ending(seen).is_none());
         if running == Some(true) {
             // Fails if the host is gone, and the process with it.
             let _ = self.signal(Signal::Kill);
         }
-        self.connection.forget(self.number);
+        self.connection.remove(self.number);
     }
 }
 

@@ -19,16 +19,16 @@ const LOOKS: usize = 16;
 pub(crate) fn khz() -> u32 {
     static KHZ: OnceLock<u32> = OnceLock::new();
     *KHZ.get_or_init(|| {
-        let (began, first) = look();
+        let (began, first) = read_clocks();
         thread::sleep(SPAN);
-        let (ended, last) = look();
+        let (ended, last) = read_clocks();
         let ticks = u128::from(last.wrapping_sub(first)) * 1_000_000;
         u32::try_from(ticks / (ended - began).as_nanos()).unwrap_or(u32::MAX)
     })
 }
 
 /// The time, and the counter at that time.
-fn look() -> (Instant, u64) {
+fn read_clocks() -> (Instant, u64) {
     let looks = (0..LOOKS).map(|_| {
         let before = Instant::now();
         // SAFETY: no system that runs this forbids it to programs.

@@ -17,7 +17,7 @@ use tests::{
 use crate::guests;
 use crate::packages;
 use crate::runner::{build_godwit, has_kvm};
-use crate::workspace::{output, root, say};
+use crate::workspace::{output, print_status, root};
 use scene::Scene;
 
 /// Heartbeats that are shown before the move and after it.
@@ -57,7 +57,7 @@ impl Narrator {
 /// Builds what the scene for this machine needs, and plays it. An error if anything is not as promised.
 pub(crate) fn run(options: &DemoOptions) -> Result<()> {
     let narrator = Narrator { json: options.json };
-    say("building godwit");
+    print_status("building godwit");
     let mut fixtures = Fixtures {
         godwit: build_godwit()?,
         guests: PathBuf::new(),

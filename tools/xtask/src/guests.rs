@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::packages::{self, Unpacked};
-use crate::workspace::{root, say};
+use crate::workspace::{print_status, root};
 use cache::ArtifactCache;
 
 /// What the guests are made of, besides our own sources.
@@ -117,7 +117,7 @@ fn build_with(update: bool, artifacts: &[Artifact]) -> Result<PathBuf> {
     for artifact in artifacts {
         artifact.build(&mut builder)?;
     }
-    say(format_args!("guests are in {}", target.display()));
+    print_status(format_args!("guests are in {}", target.display()));
     Ok(target)
 }
 

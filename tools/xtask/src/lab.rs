@@ -12,7 +12,7 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize,
 use crate::guests::{self, Artifact};
 use crate::packages;
 use crate::runner::build_godwit;
-use crate::workspace::say;
+use crate::workspace::print_status;
 
 #[derive(clap::Args)]
 pub(crate) struct LabOptions {
@@ -28,9 +28,9 @@ pub(crate) struct LabOptions {
 pub(crate) fn shell(options: &LabOptions) -> Result<()> {
     let artifacts = guests::build(&Artifact::LAB)?;
     packages::ensure(&["qemu-system-x86"])?;
-    say("building godwit");
+    print_status("building godwit");
     let godwit = build_godwit()?;
-    say(format_args!("starting {} hosts", options.hosts));
+    print_status(format_args!("starting {} hosts", options.hosts));
     let payload = Payload::new(artifacts).with("bin/godwit", godwit);
     let lab = Lab::builder(payload)
         .hosts(options.hosts.into())
@@ -39,7 +39,7 @@ pub(crate) fn shell(options: &LabOptions) -> Result<()> {
     let addresses: Vec<_> = (0..options.hosts)
         .map(|host| lab.host(host.into()).address().to_string())
         .collect();
-    say(format_args!(
+    print_status(format_args!(
         "hosts at {}; this is the first; leave it with \"exit\"",
         addresses.join(", ")
     ));

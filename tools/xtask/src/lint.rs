@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use cargo_metadata::MetadataCommand;
 
-use crate::workspace::{cargo, root, run, say};
+use crate::workspace::{cargo, print_status, root, run};
 
 /// The bare guest's workspace: cargo finds its target and flags by the current folder.
 const BARE: &str = "guests/bare";
@@ -26,9 +26,9 @@ pub(crate) fn run_all() -> Result<()> {
     ];
     let mut failed = Vec::new();
     for (name, check) in checks {
-        say(name);
+        print_status(name);
         if let Err(error) = check(&root) {
-            say(format_args!("{name}: {error:#}"));
+            print_status(format_args!("{name}: {error:#}"));
             failed.push(name);
         }
     }
@@ -73,7 +73,7 @@ fn dependencies(root: &Path) -> Result<()> {
         .current_dir(root)
         .other_options(["--offline", "--locked", platform].map(str::to_owned));
     let violations = policy::violations(&command.exec()?);
-    violations.iter().for_each(say);
+    violations.iter().for_each(print_status);
     match violations.len() {
         0 => Ok(()),
         count => bail!("{count} dependencies are against the policy in tools/xtask/src/lint/policy.rs"),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::workspace::say;
+use crate::workspace::print_status;
 
 /// Numbers of tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,7 +109,7 @@ impl Steps {
 
     /// Keeps in mind what was not run, and why.
     pub(crate) fn not_run(&mut self, name: &str, why: &str) {
-        say(format_args!("{name}: NOT RUN: {why}"));
+        print_status(format_args!("{name}: NOT RUN: {why}"));
         self.done.push(FinishedStep {
             name: name.into(),
             took: Duration::ZERO,
@@ -154,13 +154,13 @@ fn failed(error: &anyhow::Error) -> StepOutcome {
 }
 
 fn timed<T>(name: &str, step: impl FnOnce() -> Result<T>) -> (Result<T>, Duration) {
-    say(format_args!("== {name}"));
+    print_status(format_args!("== {name}"));
     let begin = Instant::now();
     let result = step();
     let took = begin.elapsed();
     match &result {
-        Ok(_) => say(format_args!("== {name}: {:.1} s", took.as_secs_f64())),
-        Err(error) => say(format_args!(
+        Ok(_) => print_status(format_args!("== {name}: {:.1} s", took.as_secs_f64())),
+        Err(error) => print_status(format_args!(
             "== {name}: FAILED after {:.1} s: {error:#}",
             took.as_secs_f64()
         )),

@@ -28,7 +28,7 @@ pub(crate) fn cargo() -> Command {
 }
 
 /// Says on stderr what is being done.
-pub(crate) fn say(what: impl std::fmt::Display) {
+pub(crate) fn print_status(what: impl std::fmt::Display) {
     eprintln!("xtask: {what}");
 }
 

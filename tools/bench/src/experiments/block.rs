@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 use tests::{GuestEvent, PATIENCE, TestOutput, TestProcess};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
 use crate::guest::BenchGuest;
 use crate::qemu::QemuJourney;
@@ -58,7 +58,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
             let rate = bench.clean(&what, |_| {
                 let (rate, window) = Window::of(|| reads_per_s(process.stdout()));
                 let rate = rate?;
-                say(format_args!("{what}: {:.1} thousand a second", rate / 1e3));
+                print_status(format_args!("{what}: {:.1} thousand a second", rate / 1e3));
                 Ok((rate, window))
             })?;
             contender.monitor.freeze()?;

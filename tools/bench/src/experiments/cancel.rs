@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use migration::Outcome;
 use tests::{TestProcess, Tick, http};
 
-use crate::bench::{Bench, say};
-use crate::godwit::{Asked, Godwit, finished, told};
+use crate::bench::{Bench, print_status};
+use crate::godwit::{Asked, Godwit, finished, report_of};
 use crate::guest::{BenchGuest, BenchRate, gap_after_arrival, next_tick, pages_per_s};
 use crate::row::Figure;
 use crate::sentinel::Window;
@@ -109,7 +109,7 @@ fn cancel_often(
         },
     )?;
     let whole = Duration::from_secs_f64(ended.report.total_ms / 1e3);
-    say(format_args!(
+    print_status(format_args!(
         "{name}: the guest dirties {usual:.0} pages/s; moments within {} ms",
         whole.as_millis()
     ));
@@ -136,13 +136,13 @@ fn cancel_often(
         })?;
         let CancelledMove { ms, ended_ms, .. } = cancelled;
         if took.iter().all(|before| *before < ms) {
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: {ms:.1} ms, the longest so far; after {ended_ms:.1} ms of them the command ended"
             ));
         }
         took.push(ms);
     }
-    say(format_args!(
+    print_status(format_args!(
         "{name}: {moved} migrations ended before the cancel came"
     ));
     Ok((largest(took).context("no cancel")?, whole))
@@ -203,7 +203,7 @@ fn cancel(godwit: &mut Godwit, asking: Asking, delay: Duration) -> Result<Option
                 None
             }
         };
-        let (report, moved) = told(finished(migration)?)?;
+        let (report, moved) = report_of(finished(migration)?)?;
         let ended = began.elapsed();
         if !moved {
             next_tick(vm.process.stdout())?;

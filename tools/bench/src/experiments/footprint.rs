@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
 use crate::guest::BenchGuest;
 use crate::qemu::QemuJourney;
@@ -17,7 +17,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let qemu = QemuJourney::start(&bench.fixtures, guest, &[])?;
     let [ours, theirs] = [godwit.process().id(), qemu.process().id()].map(overhead_mib);
     let (ours, theirs) = (ours?, theirs?);
-    say(format_args!(
+    print_status(format_args!(
         "resident besides guest memory: godwit {ours:.1} MiB, QEMU {theirs:.1} MiB"
     ));
     Ok(vec![Figure::beside("rss-overhead-mib", Some(ours), Some(theirs))])

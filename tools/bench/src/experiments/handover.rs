@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use migration::DataPath;
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
 use crate::guest::BenchGuest;
 use crate::row::Figure;
@@ -20,7 +20,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let middle = downtime(bench, 4 << 10)?;
     let large = downtime(bench, 16 << 10);
     let large = large
-        .inspect_err(|error| say(format_args!("handover of 16 GiB: {error:#}")))
+        .inspect_err(|error| print_status(format_args!("handover of 16 GiB: {error:#}")))
         .ok();
     Ok(vec![
         Figure::alone("handover-downtime-ms", Some(middle)),

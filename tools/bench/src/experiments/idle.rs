@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
 use crate::guest::BenchGuest;
 use crate::qemu::{QemuJourney, QemuSettings};
@@ -47,7 +47,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         qemu.thaw()?;
         let moved = bench.clean(&what, |_| {
             let moved = qemu.hop(&settings)?;
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: {:.0} ms, downtime {:.2} ms (the guest saw {:.2})",
                 moved.total_ms, moved.downtime_ms, moved.gap_ms
             ));

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
 use crate::guest::BenchGuest;
 use crate::row::Figure;
@@ -31,7 +31,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
                 .collect();
             ensure!(!starts.is_empty(), "no call turned dirty logging on");
             let ms: f64 = starts.iter().sum();
-            say(format_args!("{what}: {ms:.3} ms"));
+            print_status(format_args!("{what}: {ms:.3} ms"));
             Ok((ms, ended.window))
         })?;
         times.push(ms);

@@ -7,7 +7,7 @@ use std::fmt;
 use anyhow::{Context, Result};
 use migration::{Report, Round};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit, MigrationEnd};
 use crate::guest::{BenchGuest, BenchRate, PAGE, pages_at};
 use crate::row::Figure;
@@ -50,7 +50,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         if ended.moved {
             let work = ConvergingWork::of(&ended.report, &ended.ticks, workset)
                 .context("no round after the first")?;
-            say(format_args!("{what}: {work}"));
+            print_status(format_args!("{what}: {work}"));
             // More than the cap allows to send in that time has no ideal, and is no merit.
             fractions.push(work.fraction().unwrap_or(0.0));
         } else {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use tests::{PATIENCE, TestHost};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
 use crate::guest::{BenchGuest, next_tick};
 use crate::row::Figure;
@@ -37,12 +37,12 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         for (mib, times) in sizes.into_iter().zip([&mut small, &mut large]) {
             let what = format!("restore of {mib} MiB {run}/{runs}");
             let ms = bench.clean(&what, |_| restore(&host, &directory(&host, mib)))?;
-            say(format_args!("{what}: {ms:.2} ms"));
+            print_status(format_args!("{what}: {ms:.2} ms"));
             times.push(ms);
         }
         let what = format!("slots of 8 GiB {run}/{runs}");
         let ms = bench.clean(&what, |_| time_of_slots(&host, &directory(&host, 8192)))?;
-        say(format_args!("{what}: {ms:.2} ms"));
+        print_status(format_args!("{what}: {ms:.2} ms"));
         slots.push(ms);
     }
     let [small, large, slots] = [small, large, slots].map(median);

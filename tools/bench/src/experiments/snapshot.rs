@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use tests::{PATIENCE, TestProcess};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
 use crate::guest::{BenchGuest, BenchRate};
 use crate::row::Figure;
@@ -55,7 +55,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         diff_dd.push(bench.clean(&what("dd beside the difference"), |_| {
             dd(&source, &directory, difference.bytes)
         })?);
-        say(format_args!(
+        print_status(format_args!(
             "{}: whole {:.0} MB/s, dd {:.0} MB/s; difference of {:.1} MB in {:.1} ms (paused {:.2}), {:.0} MB/s, dd {:.0} MB/s",
             what("whole and difference,"),
             full[full.len() - 1],

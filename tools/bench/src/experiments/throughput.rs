@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
 use crate::guest::BenchGuest;
 use crate::iperf;
@@ -207,14 +207,14 @@ impl Field {
                     bytes_per_s: rate?,
                     cpu_s_per_gib: None,
                 };
-                sample.say(&what);
+                sample.print(&what);
                 Ok((sample, window))
             }),
             G { streams, ready } => {
                 self.godwit.thaw()?;
                 let sample = Self::measure_godwit(bench, &mut self.godwit, &what, streams, ready)?;
                 self.godwit.freeze()?;
-                sample.say(&what);
+                sample.print(&what);
                 Ok(sample)
             }
             Q { channels, ready } => {
@@ -235,7 +235,7 @@ impl Field {
                         bytes_per_s: moved.bytes / moved.total_ms * 1e3,
                         cpu_s_per_gib,
                     };
-                    sample.say(&what);
+                    sample.print(&what);
                     Ok((sample, moved.window))
                 })?;
                 self.qemu.freeze()?;
@@ -296,11 +296,11 @@ impl Sample {
         }
     }
 
-    fn say(&self, what: &str) {
+    fn print(&self, what: &str) {
         let cpu = self
             .cpu_s_per_gib
             .map(|cpu| format!(", {cpu:.3} CPU s/GiB"))
             .unwrap_or_default();
-        say(format_args!("{what}: {:.2} GB/s{cpu}", self.bytes_per_s / 1e9));
+        print_status(format_args!("{what}: {:.2} GB/s{cpu}", self.bytes_per_s / 1e9));
     }
 }

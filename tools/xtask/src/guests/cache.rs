@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
-use crate::workspace::say;
+use crate::workspace::print_status;
 
 /// A digest of everything that an artifact depends on.
 pub(super) struct Key(Sha256);
@@ -95,7 +95,7 @@ impl ArtifactCache {
         if there && fs::read_to_string(&stamp).is_ok_and(|made| made == key) {
             return Ok(());
         }
-        say(format_args!("making {name}"));
+        print_status(format_args!("making {name}"));
         // A failure half-way must not leave the old stamp beside new files.
         let _ = fs::remove_file(&stamp);
         make().with_context(|| format!("cannot make {name}"))?;

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_images_are_told() {
+    fn broken_images_are_refused() {
         let whole = image(&elf());
         for (broken, reason) in [
             (whole[..whole.len() - 1].to_vec(), "shorter than its payload"),

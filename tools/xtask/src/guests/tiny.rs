@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::cache::{ArtifactCache, Key};
 use crate::packages::{self, Unpacked};
-use crate::workspace::{output, say};
+use crate::workspace::{output, print_status};
 
 /// The package with the kernel's source.
 pub(super) const SOURCE: &str = "linux-source-6.1";
@@ -43,7 +43,7 @@ pub(super) fn kernel(root: &Path, cache: &ArtifactCache, source: &Unpacked) -> R
         packages::download(source)
             .context("the kernel's source; `cargo xtask guests --update` looks for a newer one")?;
         let work = tempfile::tempdir_in(cache.path("cache")).context("cannot write to target/guests")?;
-        say("building the tiny guest's kernel, which takes some minutes");
+        print_status("building the tiny guest's kernel, which takes some minutes");
         let tree = Tree::unpack(source, work.path())?;
         tree.patch(&patches)?;
         tree.configure(&config)?;

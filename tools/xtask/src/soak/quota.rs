@@ -108,12 +108,15 @@ impl Drop for Quota {
     fn drop(&mut self) {
         // Programs of the last scenario may still be on their way out, which they do not find while they are held back.
         if let Err(error) = self.limit(None) {
-            crate::workspace::say(format_args!("{error:#}"));
+            crate::workspace::print_status(format_args!("{error:#}"));
         }
         let begin = Instant::now();
         while let Err(error) = fs::remove_dir(&self.folder) {
             if begin.elapsed() > EMPTY_WITHIN {
-                crate::workspace::say(format_args!("cannot remove {}: {error}", self.folder.display()));
+                crate::workspace::print_status(format_args!(
+                    "cannot remove {}: {error}",
+                    self.folder.display()
+                ));
                 return;
             }
             sleep(Duration::from_millis(10));

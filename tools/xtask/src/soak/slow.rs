@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::quota::Quota;
 use crate::runner::{Prepared, TestLane, has_kvm};
 use crate::steps::Steps;
-use crate::workspace::{root, say};
+use crate::workspace::{print_status, root};
 
 /// All of those programs together have one part in so many of the machine's CPU time.
 const PARTS: u64 = 3;
@@ -39,7 +39,7 @@ pub(super) fn run(steps: &mut Steps, prepared: &Prepared, filter: Option<&str>) 
     }
     // Hosts carry the program itself; they are slow with all that is in them.
     steps.tests("lab, slow", || prepared.scenarios(TestLane::Lab, filter, &[path]));
-    say(format_args!("{}", quota.held_back()?.trim().replace('\n', ", ")));
+    print_status(format_args!("{}", quota.held_back()?.trim().replace('\n', ", ")));
     Ok(())
 }
 
