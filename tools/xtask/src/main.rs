@@ -27,7 +27,7 @@ enum XtaskCommand {
     Guests(guests::GuestsOptions),
     /// Boots a Linux guest, moves it under load, and shows that nothing was lost
     Demo(demo::DemoOptions),
-    /// Checks formatting, clippy's advice, and the dependencies' licences, versions and sources
+    /// Checks formatting, names, clippy's advice, and the dependencies' licences, versions and sources
     Lint,
     /// Sets everything up and tests it: lint, unit tests, and the scenarios of both lanes
     Test(test::TestOptions),
