@@ -13,9 +13,9 @@ use rustix::ioctl::{Setter, Updater, ioctl, opcode};
 const COPY: rustix::ioctl::Opcode = opcode::read_write::<uffdio_copy>(UFFDIO as u8, _UFFDIO_COPY as u8);
 const WAKE: rustix::ioctl::Opcode = opcode::read::<uffdio_range>(UFFDIO as u8, _UFFDIO_WAKE as u8);
 
-/// What the kernel tells.
+/// What the kernel reports.
 pub(super) enum UserfaultEvent {
-    /// Somebody waits for a page.
+    /// A thread waits for a page.
     Fault { address: u64 },
     /// Pages were given up.
     Remove { start: u64, end: u64 },
@@ -45,7 +45,7 @@ pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<UserfaultEvent>, Errno
     }))
 }
 
-/// Fills the page at `to`, and whoever waits for it goes on.
+/// Fills the page at `to`; the threads that wait for it go on.
 pub(super) fn copy(descriptor: &OwnedFd, to: u64, page: &[u8]) -> Result<(), Errno> {
     let mut copy = uffdio_copy {
         dst: to,
@@ -59,7 +59,7 @@ pub(super) fn copy(descriptor: &OwnedFd, to: u64, page: &[u8]) -> Result<(), Err
     unsafe { ioctl(descriptor, Updater::<COPY, _>::new(&mut copy)) }
 }
 
-/// Whoever waits for a page looks again.
+/// The threads that wait for a page touch it again.
 pub(super) fn wake(descriptor: &OwnedFd, start: u64, len: u64) -> Result<(), Errno> {
     // SAFETY: the kernel reads one `uffdio_range`.
     unsafe { ioctl(descriptor, Setter::<WAKE, _>::new(uffdio_range { start, len })) }

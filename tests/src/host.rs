@@ -68,8 +68,8 @@ impl TestHost {
         &self.inner.fixtures
     }
 
-    /// The first of `vm-1` and so on that no running VM has here. That of a VM that was killed is one: whoever takes it
-    /// takes over what that left behind.
+    /// The first of `vm-1` and so on that no running VM has here. The name of a VM that was killed is free: the next VM
+    /// of that name takes over what the killed one left behind.
     pub fn free_name(&self) -> String {
         let taken = |name: &String| UnixStream::connect(self.run_dir().join(format!("{name}.sock"))).is_ok();
         let mut names = (1..).map(|number: u32| format!("vm-{number}"));

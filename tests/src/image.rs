@@ -61,7 +61,7 @@ impl Image {
         Ok(data.filter_map(|range| range["length"].as_u64()).sum())
     }
 
-    /// Looks for what is wrong in it; clusters that nobody has any more count only if it was to be `whole`.
+    /// Looks for what is wrong in it; clusters without a reference count only if it was to be `whole`.
     pub fn check(&self, whole: bool) -> Result<()> {
         const LEAKED: i32 = 3;
         let finished = qemu("qemu-img", &["check", "-f", "qcow2", &self.path])?;

@@ -72,7 +72,7 @@ impl LabJourney {
         1 - self.host
     }
 
-    /// Waits for an event that was not looked at before.
+    /// Waits for the next event of that name.
     pub fn event(&mut self, name: &str) -> Result<GuestEvent> {
         let line = self.line(|line| GuestEvent::named(line, name).is_some())?;
         GuestEvent::named(&line, name).context("not the event that was waited for")
@@ -84,13 +84,13 @@ impl LabJourney {
         self.event(answer)
     }
 
-    /// Waits for a tick that was not looked at before.
+    /// Waits for the next tick.
     pub fn tick(&mut self) -> Result<Tick> {
         let line = self.line(|line| Tick::parse(line).is_some())?;
         Tick::parse(&line).context("not a tick")
     }
 
-    /// Waits for a line of the guest's. If none comes, the error tells how the host and its VM are.
+    /// Waits for a line of the guest's. If none comes, the error describes the host and its VM.
     fn line(&mut self, wanted: impl FnMut(&str) -> bool) -> Result<String> {
         let waited = self.vm.wait_line(wanted, PATIENCE);
         waited.map_err(|error| anyhow::Error::from(error).context(self.describe_host()))
@@ -205,7 +205,7 @@ impl LabJourney {
         ended(self.start_migration(endpoint, arguments)?)
     }
 
-    /// Moves the guest to the other host; it must see the gap that the report tells, and its counter must go on.
+    /// Moves the guest to the other host; it must see the gap that the report has, and its counter must go on.
     pub fn hop(&mut self, arguments: &[&str]) -> Result<Report> {
         let (receiver, endpoint) = self.receiver()?;
         self.hop_to(receiver, &endpoint, arguments)

@@ -1,4 +1,4 @@
-//! The end-to-end harness: VMs as processes, their output as events, guests that tell what they live through.
+//! The end-to-end harness: VMs as processes, their output as events, guests that print what they measure.
 //!
 //! The scenarios are in `tests/tests/`; `cargo xtask test` builds what they need and runs them. See `DESIGN.md`.
 

@@ -42,7 +42,7 @@ pub struct Finished {
 }
 
 impl TestProcess {
-    /// Starts the command with its standard streams in our hands.
+    /// Starts the command with its standard streams as pipes of this process.
     ///
     /// The process dies with the thread that calls this, at the latest.
     pub fn spawn(command: Command) -> Result<Self> {

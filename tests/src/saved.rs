@@ -18,7 +18,7 @@ const GUEST: TinyGuest<'static> = TinyGuest {
     words: "godwit.address=10.9.0.2/24",
 };
 
-/// What whoever has the guest needs for it.
+/// The host's side of the guest's devices, which every process that has the guest needs.
 pub struct Backends {
     /// A tap of the test's network.
     pub tap: &'static str,
@@ -51,11 +51,11 @@ impl Backends {
 /// The guest's address.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 
-/// The guest in a VM of its own. Whoever comes first after the program or the guest changed boots it.
+/// The guest in a VM of its own. The first test after a change of the program or the guest boots it.
 pub fn tiny_guest(host: TestHost, network: &Network, backends: &Backends) -> Result<Journey> {
     let folder = host.fixtures().guests.join("saved");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    // Until the guest is restored: nobody makes it anew meanwhile.
+    // Until the guest is restored: no other test makes it anew meanwhile.
     let lock = File::create(folder.join("lock"))?;
     lock.lock().context("the lock of the saved guest")?;
     let directory = folder.join(format!("tiny-{:016x}", identity(&host)?));

@@ -83,7 +83,7 @@ impl Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        // The terminal hangs up, for all jobs; whatever is stopped goes on to hear of it.
+        // The kernel hangs the terminal up: jobs get SIGHUP, and stopped ones SIGCONT as well.
         let _ = self.program.kill();
         let _ = self.program.wait();
     }

@@ -1,4 +1,4 @@
-//! Streams that nobody reads as he should.
+//! Streams whose reader is missing, stuck, or gone.
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Write};
@@ -12,7 +12,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 pub enum OutputSink {
     /// Each write fails for want of room.
     Full,
-    /// A pipe whose reader leaves when he has read a line.
+    /// A pipe whose reader closes it after one line.
     Left,
     /// A pipe that is full, and never read.
     Stuck,

@@ -81,7 +81,7 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let merges = self.set_merges("0").map_err(Into::into);
-        // Whoever has it open keeps it until then.
+        // A program that has the device open keeps it until it closes it.
         let detached = tool("losetup", ["--detach".as_ref(), self.path.as_os_str()]);
         if let Err(error) = merges.and(detached) {
             eprintln!("{}: cannot be given back: {error}", self.path.display());

@@ -1,4 +1,4 @@
-//! A terminal on which somebody looks at a guest's console.
+//! A terminal with `godwit console` on it.
 
 use std::fs::File;
 use std::process::{Child, Stdio};
@@ -34,7 +34,7 @@ impl TestTerminal {
     /// Gives the terminal another size.
     pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         resize(&self.end, columns, rows)?;
-        // It is nobody's controlling terminal, whose processes the kernel would tell.
+        // It is no process's controlling terminal, so the kernel sends no SIGWINCH.
         kill_process(Pid::from_child(&self.program), Signal::WINCH).context("SIGWINCH")
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::{GuestEvent, Journey, PATIENCE, TestHost};
 
-/// Memory that the kernel is left, in MiB. What is beyond belongs to the workload: the kernel looks at each of its
+/// Memory of the kernel, in MiB. What is beyond belongs to the workload: the kernel initialises each of its
 /// pages when it boots, which takes its time where it is interpreted.
 const KERNEL_MIB: u64 = 64;
 

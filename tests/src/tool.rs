@@ -11,7 +11,7 @@ use crate::{PATIENCE, TestProcess};
 pub(crate) fn tool<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Result<String> {
     let mut command = Command::new(program);
     command.args(words);
-    // Not everybody has it in the path.
+    // A user's path may lack these folders.
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
     let shown = format!("{command:?}");

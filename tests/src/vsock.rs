@@ -30,7 +30,7 @@ impl Echo {
         loop {
             let begin = Instant::now();
             let connected = Self::request_connection(uds, port);
-            // Whoever is refused is told at once.
+            // A refusal comes at once; only a guest that does not answer takes longer.
             if connected.is_ok() || begin.elapsed() < ANSWER_TIME || deadline.left().is_none() {
                 return connected;
             }

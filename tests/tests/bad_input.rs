@@ -32,7 +32,7 @@ fn check(host: &TestHost, finished: &Finished, code: i32, words: &[&str]) -> Res
         finished.stdout
     );
     ensure!(!said.contains("panicked"), "it panicked: {said}");
-    // The log tells the choice of the CPU template; clap adds an empty line and where to find help.
+    // The log has the choice of the CPU template; clap adds an empty line and where to find help.
     let is_log = |line: &&str| {
         !line.is_empty() && !line.contains(" INFO ") && !line.starts_with("For more information")
     };
@@ -383,7 +383,7 @@ fn sockets_that_cannot_be_had() -> Result<()> {
 }
 
 /// Runs `godwit run` and `godwit probe` where `prepare`, a shell command, has changed `/dev`: in namespaces of
-/// their own, so that nobody else notices.
+/// their own, so that no other process sees the change.
 fn elsewhere(host: &TestHost, prepare: &str, identity: &[&str]) -> Result<(Finished, Finished)> {
     let kernel = host.fixtures().bare().display().to_string();
     let in_namespace = |arguments: &[&str]| -> Result<Finished> {
@@ -418,7 +418,7 @@ fn no_permission_for_kvm() -> Result<()> {
     let closed: PathBuf = host.path("closed");
     std::fs::write(&closed, "")?;
     let prepare = format!("chmod 0 {0}; mount --bind {0} /dev/kvm", closed.display());
-    // Within the namespace we are root; without this capability even root obeys the file's mode.
+    // Within the namespace the program is root; without this capability even root obeys the file's mode.
     let identity = [
         "setpriv",
         "--bounding-set=-dac_override,-dac_read_search",

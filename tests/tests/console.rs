@@ -8,7 +8,7 @@ use tests::{Echo, GuestEvent, Journey, PATIENCE, TestHost, TestTerminal, TinyGue
 
 /// Several times what queues and sockets hold.
 const MUCH: usize = 256 << 10;
-/// Until the guest must have heard of its terminal's size, each with a command and its answer.
+/// Until the guest must have its terminal's size, each with a command and its answer.
 const LOOKS: usize = 100;
 
 fn option(uds: &Path) -> String {
@@ -58,7 +58,7 @@ fn a_console_and_its_ports_move() -> Result<()> {
         words: "console=hvc0",
         ..Default::default()
     };
-    // All that the agent prints and hears goes through the virtio console.
+    // All of the agent's output and input goes through the virtio console.
     let options = ["--console", "virtio", "--port", &option(&first)];
     let mut journey = guest.start(host, &options)?;
     let stdout = journey.vm.process.stdout().clone();
@@ -111,7 +111,7 @@ fn through_files(journey: &mut Journey, stream: Echo) -> Result<PathBuf> {
     let restored = journey.host.restore(&directory, &options)?;
     journey.arrive(restored)?;
     stream.wait_end().context("the stream of before the snapshot")?;
-    // Its kernel would keep from the agent that somebody has gone if somebody else came at once.
+    // The guest's kernel does not report that a program has gone if the next one comes at once.
     wait_for_ends(journey, 2)?;
     Echo::port(&third)?.check(MUCH).context("after the restore")?;
     wait_for_ends(journey, 3)?;

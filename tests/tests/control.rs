@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::{BareGuest, GuestEvent, Journey, PATIENCE, TestHost, TestProcess, Tick, Vm, http, http_as};
 
-/// Ten ticks of the bare guest: whoever is silent for so long does not tick.
+/// Ten ticks of the bare guest: a guest that is silent for so long does not tick.
 const SILENCE: Duration = Duration::from_millis(500);
 /// What a pause may take more than a command that changes nothing, on two cores that the guest keeps busy: far below
 /// what a vCPU would need that is not kicked, and far above what a loaded machine adds.
@@ -250,7 +250,7 @@ fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
         wrong.starts_with("HTTP/1.1 405") && wrong.contains("fault_message"),
         "got {wrong}"
     );
-    // As curl sends it where nobody says what it is.
+    // The content type that curl sends by default.
     let pause = r#"{"state": "Paused"}"#;
     let form = http_as(
         &host.path("api.sock"),

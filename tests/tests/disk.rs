@@ -106,7 +106,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
         );
         journey.vm.check_running().map(drop)
     };
-    // Of the right size, and even with the right content, but nobody's.
+    // Of the right size, and even with the right content, but not the file that the guest uses.
     fs::copy(&here, &there)?;
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk(&there)])?;
     refused(&journey, &endpoint, &[])?;
@@ -133,7 +133,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
     life.map(drop)
 }
 
-/// Has somebody else lock the disk at `path` when the destination is about to.
+/// Has another process lock the disk at `path` when the destination is about to.
 fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> FaultPlan {
     let path = path.to_owned();
     let lock = move || {
@@ -187,7 +187,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
     let disk = format!("d={}", there.join("disk").display());
     let nothing = || Ok(entries(&there)?.is_empty());
 
-    // Nobody offers it: refused before the guest is touched.
+    // The receiver does not name it: refused before the guest is touched.
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
     let line = journey.vm.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
     ensure!(line.contains("found nothing there"), "{line}");
@@ -205,7 +205,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
     journey.vm.read_on(READS)?;
     drop(receiver);
 
-    // Nobody is left to remove it; it has not the disk's name.
+    // No process is left to remove it; it has another name than the disk.
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
     let mut migration = journey.vm.start_migration(&endpoint, &slowly)?;
     wait_until("the disk's turn", || mirrors(&journey))?;

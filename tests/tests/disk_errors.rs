@@ -1,4 +1,4 @@
-//! Disks that fail: the guest is told, goes on, and loses nothing.
+//! Disks that fail: the guest gets an I/O error, goes on, and loses nothing.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -139,7 +139,7 @@ fn full(kind: DiskKind, run: &str, receive: &str) -> Result<()> {
     let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &backend])?;
     let arguments = ["--verify", "--on-miss", "switch"];
     if kind == DiskKind::Qcow2 {
-        // What the guest was told is written is not all in the image, and would not be found at the destination.
+        // Some of what the guest was told to be written is not in the image: the destination would not find it.
         refused(&journey, &endpoint, &arguments, &["No space left on device"])?;
         end(receiver)?;
     } else {

@@ -1,4 +1,4 @@
-//! Disks whose size and limits change, and images that QEMU's tools look at.
+//! Disks whose size and limits change, and images that QEMU's tools read.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -182,7 +182,7 @@ fn a_disk_is_resized_and_moves() -> Result<()> {
     let socket = journey.host.run_dir().join("vm-0.sock");
     let patch = |id: &str, body: &str| http(&socket, "PATCH", &format!("/drives/{id}"), body);
 
-    // A file that has grown without anybody saying so is not the disk that the guest knows.
+    // A file that has grown without a request to resize is not the disk that the guest has.
     file.set_len(2 << 20)?;
     let backend = format!("data={}", image.display());
     let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &backend])?;

@@ -311,7 +311,7 @@ fn fails_at(destination: &str, needle: &str) -> Result<()> {
 
 #[test]
 fn a_silent_destination() -> Result<()> {
-    // The kernel takes the connection, and nobody ever answers.
+    // The kernel takes the connection, and no program ever answers.
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
     fails_at(&format!("tcp:{address}"), &address)

@@ -41,7 +41,7 @@ fn two_hosts() -> Result<Lab> {
 fn tool(words: &[&str]) -> Result<()> {
     let mut command = Command::new(words[0]);
     command.args(&words[1..]);
-    // Not everybody has them in the path.
+    // A user's path may lack these folders.
     command.env(
         "PATH",
         format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()),
@@ -53,7 +53,7 @@ fn tool(words: &[&str]) -> Result<()> {
 }
 
 /// An image with an empty file system, and the folder that it goes with, in memory: what a guest flushes would else wait
-/// for everything that anybody has written to the machine's disk.
+/// for everything that any program has written to the machine's disk.
 fn formatted_disk() -> Result<(tempfile::TempDir, String)> {
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let image = directory.path().join("disk").display().to_string();
@@ -307,7 +307,7 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
     // It grows while the guest moves, and is as large where it arrives.
     journey.godwit_json("balloon", &["128M"])?;
     journey.hop(&VERIFIED)?;
-    // An emulated guest may be slow to tell.
+    // An emulated guest may be slow to report.
     let told = |statistics: &Value, mib: u64| {
         statistics["actual_mib"] == mib
             && statistics["target_mib"] == mib
@@ -336,7 +336,7 @@ fn a_source_that_loses_its_power() -> Result<()> {
     let _migration = journey.start_migration(&endpoint, &SLOWLY)?;
     wait_for_precopy(&journey)?;
     journey.lab.host(0).kill();
-    // The guest is gone with its host. The receiver, which nobody has told, gives up what it has of it and takes
+    // The guest is gone with its host. The receiver, which got no word of that, gives up what it has of it and takes
     // the next one.
     let lab = journey.lab;
     let hears_nothing = |line: &str| line.contains("waiting for the next attempt");

@@ -175,7 +175,7 @@ fn the_report_has_the_promised_fields() -> Result<()> {
     journey.end()
 }
 
-/// A `godwit` command that sees these lines as /etc/hosts, and nobody else does.
+/// A `godwit` command that alone sees these lines as /etc/hosts.
 fn with_hosts(host: &TestHost, lines: &str, arguments: &[&str]) -> Result<Command> {
     let hosts = host.path("hosts");
     std::fs::write(&hosts, lines)?;
@@ -188,7 +188,7 @@ fn with_hosts(host: &TestHost, lines: &str, arguments: &[&str]) -> Result<Comman
 /// Both addresses of this host, the one that is tried first in front.
 const BOTH: &str = "::1 both\n127.0.0.1 both\n";
 
-/// Takes a port whose queue of connections is full: whoever knocks gets no answer while what is returned lives.
+/// Takes a port whose queue of connections is full: a client gets no answer while what is returned lives.
 fn swallow(address: SocketAddr) -> Result<(TcpListener, Vec<OwnedFd>)> {
     let listener = TcpListener::bind(address)?;
     rustix::net::listen(&listener, 0)?;
@@ -224,7 +224,7 @@ fn a_name_whose_first_address_does_not_answer_is_reached() -> Result<()> {
     let _dead = swallow(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port.parse()?))?;
     let destination = format!("tcp:both:{port}");
     let migrate = ["migrate", "web", &destination, "--verify"];
-    // Only the command knows the name: had the VM to look it up, it would find nothing.
+    // Only the command can resolve the name: the VM could not.
     TestProcess::run(with_hosts(&host, BOTH, &migrate)?, PATIENCE)?.expect_code(0)?;
     receiver.check_running()?;
     Ok(())

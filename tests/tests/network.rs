@@ -16,7 +16,7 @@ const SHORTEST: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_millis(160);
 /// Pings by which it is found out.
 const TRIAL: u32 = 100;
-/// Of those, so many may be answered later than the next is sent: whoever falls behind has a queue that does not move along.
+/// Of those, so many may be answered after the next is sent: more of them means a queue that does not empty.
 const LATE: usize = 3;
 /// However busy the machine is.
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
@@ -119,7 +119,7 @@ fn a_card_with_several_queues_moves() -> Result<()> {
 /// Sends everything back.
 fn echo(listener: &TcpListener) {
     for stream in listener.incoming().flatten() {
-        // The guest tells what it misses.
+        // The guest prints what it misses.
         let _ = io::copy(&mut &stream, &mut &stream);
     }
 }
@@ -138,7 +138,7 @@ fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
     ensure!(active == PAIRS, "{active} of {PAIRS} queues of {tap} take part");
     let before = network.packets_by_queue(tap, PAIRS)?;
     for port in 1..=FLOWS {
-        // Nobody listens: the guest's kernel says so.
+        // No program listens there: the guest's kernel says so.
         let answer = TcpStream::connect_timeout(&(ADDRESS, port).into(), PATIENCE.longest);
         let error = answer
             .err()

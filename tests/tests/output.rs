@@ -1,5 +1,4 @@
-//! Whoever reads what the programs print, or no longer reads it, or never did: guests live on, and exit codes say what
-//! became of them.
+//! Output whose reader is there, has left, or never came: guests live on, and exit codes say what became of them.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, PipeReader};
@@ -148,7 +147,7 @@ fn standard_error_that_is_full_and_never_read() -> Result<()> {
     a_life_with_stderr_in(OutputSink::Stuck)
 }
 
-/// The same for standard output. What the guest says there is lost; the processes between which it is moved hear it.
+/// The same for standard output. What the guest says there is lost; the processes between which it is moved receive it.
 #[test]
 fn standard_output_that_nobody_reads() -> Result<()> {
     for sink in [OutputSink::Full, OutputSink::Left, OutputSink::Stuck] {
@@ -173,18 +172,18 @@ fn standard_output_that_nobody_reads() -> Result<()> {
         let client = journey.vm.start_migration_to(&endpoint, &[], elsewhere()?)?;
         client.finish(PATIENCE)?.expect_code(0)?;
         journey.arrive(receiver)?;
-        let path = host.path("deaf.move");
+        let path = host.path("unread.move");
         let endpoint = format!("unix:{}", path.display());
-        let command = host.command(["receive", "--name", "deaf", "--listen", &endpoint]);
-        let deaf = host.start_to("deaf", command, elsewhere()?)?;
+        let command = host.command(["receive", "--name", "unread", "--listen", &endpoint]);
+        let no_reader = host.start_to("unread", command, elsewhere()?)?;
         wait_until("a receiver that listens", || Ok(path.exists()))?;
         journey.vm.check_running()?;
         journey.vm.migrate(&endpoint, &[])?.moved()?;
         journey.vm.wait_success(PATIENCE)?;
-        let (hears, endpoint) = host.receive("hears", "tcp:127.0.0.1:0", Vec::<&str>::new())?;
-        deaf.migrate(&endpoint, &["--verify"])?.moved()?;
-        hears.check_running()?;
-        hears.godwit("stop", &["--force"])?.expect_code(0)?;
+        let (last, endpoint) = host.receive("last", "tcp:127.0.0.1:0", Vec::<&str>::new())?;
+        no_reader.migrate(&endpoint, &["--verify"])?.moved()?;
+        last.check_running()?;
+        last.godwit("stop", &["--force"])?.expect_code(0)?;
     }
     Ok(())
 }
@@ -211,7 +210,7 @@ fn boot_with_log(host: &TestHost, log: &Path) -> Result<Vm> {
     BareGuest::DEFAULT.boot(host, "vm-0", &["--log", log.to_str().context("a path")?])
 }
 
-/// Nobody has it open; the start does not wait for somebody who does.
+/// No reader has it open; the start does not wait for one.
 #[test]
 fn a_log_in_a_fifo_without_a_reader() -> Result<()> {
     let host = TestHost::new()?;
@@ -219,7 +218,7 @@ fn a_log_in_a_fifo_without_a_reader() -> Result<()> {
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
     let vm = boot_with_log(&host, &fifo)?;
     let journey = a_life_with_log(host, &fifo, vm)?;
-    // A reader who comes hears what the pipe had room for.
+    // A reader that comes later gets what the pipe had room for.
     let mut line = String::new();
     BufReader::new(File::options().read(true).write(true).open(&fifo)?).read_line(&mut line)?;
     ensure!(!line.is_empty(), "a reader that came late was told nothing");
@@ -255,7 +254,7 @@ fn fill(directory: &Path) -> Result<PathBuf> {
 /// Connections a second, and for how long: as a scanner of ports makes them.
 const SCANS: u32 = 3000;
 
-/// A receiver at a port that somebody scans writes few lines, counts the rest, and takes a guest all the same.
+/// A receiver at a port that a scanner connects to writes few lines, counts the rest, and takes a guest all the same.
 #[test]
 fn a_port_scanner_leaves_few_lines() -> Result<()> {
     let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;

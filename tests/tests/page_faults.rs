@@ -11,7 +11,7 @@ use tests::{
     Tick, Vm, wait_until,
 };
 
-/// So soon a guest is paused though nobody brings the page that it waits for.
+/// So soon a guest is paused though no handler fills the page that it waits for.
 const SOON: Duration = Duration::from_secs(2);
 
 const GUEST: BareGuest = BareGuest {
@@ -180,7 +180,7 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
         "expected {PAGES} pages of zeroes, got {taken:?}"
     );
     journey.verify()?;
-    // What is zero now is part of the difference to it, though nobody has written there.
+    // Pages that are zero now are part of the difference to it, though nothing was written there.
     fill_balloon(&journey.vm, MIB)?;
     journey.vm.snapshot(&difference, &["--diff"])?;
     let words = [&base, &difference, &whole].map(|path| path.display().to_string());
@@ -217,7 +217,7 @@ fn a_handler_that_reads_no_events_holds_up_the_balloon_alone() -> Result<()> {
     handler.process.signal(Signal::STOP)?;
     journey.vm.godwit("balloon", &["32M"])?.expect_code(0)?;
     wait_until("the machine to give up a page", || gives_up(&journey.vm.process))?;
-    // Whoever wants the guest to stand still is told in time. This guest waits for its balloon.
+    // A command that has to pause the guest fails in time with the reason. This guest waits for its balloon.
     let directory = journey.host.path("never").display().to_string();
     let refused = journey.vm.godwit("snapshot", &[&directory, "--keep-running"])?;
     refused.expect_code(1)?;
@@ -271,14 +271,14 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_pause_fails_with_the_reason() 
     wait_stuck(&journey.vm)?;
     let begin = Instant::now();
     let pause = TestProcess::spawn(journey.host.command(["pause", &journey.vm.name]))?;
-    // Whoever else asks is answered meanwhile.
+    // Other requests are answered meanwhile.
     while waits(&pause)? {
         let asked = Instant::now();
         journey.vm.status()?;
         ensure!(asked.elapsed() < SOON, "answered after {:?}", asked.elapsed());
     }
     let paused = pause.finish(PATIENCE)?;
-    // A signal does not end every wait for a page: where KVM itself reads the guest's memory it has to be brought.
+    // A signal does not end every wait for a page: where KVM itself reads the guest's memory, the page has to come.
     let refused = paused.code == Some(1)
         && paused
             .stderr
@@ -288,7 +288,7 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_pause_fails_with_the_reason() 
         "after {:?} got {paused:?}",
         begin.elapsed()
     );
-    // A pause that failed holds nobody.
+    // A pause that failed holds no vCPU.
     let state = if refused { "Running" } else { "Paused" };
     ensure!(journey.vm.state()? == state, "got {}", journey.vm.status()?);
     handler.process.signal(Signal::CONT)?;
@@ -383,7 +383,7 @@ fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
         said.lines().filter_map(Tick::parse).all(|tick| tick.errors == 0),
         "the guest saw something else than its memory: {said}"
     );
-    // While the guest is put in files: whoever waits for that hears of it.
+    // While the guest is put in files: the command that waits for that fails.
     let (handler, vm) = start("third")?;
     handler.process.signal(Signal::STOP)?;
     let snapshot = host.path("never").display().to_string();

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
 use tests::{BareGuest, Journey, TestHost, TestProcess, Vm};
 
-/// The text of a path of ours.
+/// The text of a path, which the tests choose and which is therefore UTF-8.
 fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is no UTF-8")
 }
@@ -79,7 +79,7 @@ fn shared_memory_and_rings_are_no_obstacle() -> Result<()> {
     Ok(())
 }
 
-/// Changes of the clocks, and of the past, that a snapshot's guest was told of (VMClock: UAPI.13).
+/// The counters of clock changes and of restores in a snapshot's VMClock page (UAPI.13), which the guest reads.
 fn disruptions(directory: &Path) -> Result<(u64, u64)> {
     const PAGE: u64 = 0xfe000;
     let memory = std::fs::File::open(directory.join("memory"))?;
@@ -290,12 +290,12 @@ fn memory_that_a_file_has_lost_is_neither_saved_nor_moved_as_zeroes() -> Result<
     journey.vm.check_running().map(drop)
 }
 
-/// Whether somebody else takes the name of a snapshot that is being written, which then comes to nothing.
+/// Takes the name of a snapshot that is being written, so that it fails; whether that was in time.
 fn takes_the_name(directory: &Path) -> Result<bool> {
     let around = directory.parent().context("a directory around it")?;
     let mut deadline = tests::PATIENCE.begin();
     while deadline.left().is_some() && !directory.exists() {
-        // From the moment on at which its draft appears the name is only looked at again when all is written.
+        // Once the snapshot's draft is there, the name is checked again only when all is written.
         for entry in std::fs::read_dir(around)? {
             if entry?.file_name().to_string_lossy().starts_with(".taken.") {
                 let made = std::fs::create_dir(directory);
@@ -352,7 +352,7 @@ fn after_a_migration_there_is_no_base_for_a_difference() -> Result<()> {
     let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let base = journey.host.path("base");
     journey.vm.snapshot(&base, &["--keep-running"])?;
-    // Nobody is there, and so the log was never touched.
+    // No receiver is there, so the migration never starts dirty logging.
     let nobody = format!("unix:{}", text(&journey.host.path("nobody"))?);
     journey.vm.godwit("migrate", &[&nobody])?.expect_code(1)?;
     let difference = journey.host.path("difference");
@@ -368,7 +368,7 @@ fn after_a_migration_there_is_no_base_for_a_difference() -> Result<()> {
 fn a_restored_guest_waits_for_its_resume() -> Result<()> {
     let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let directory = journey.host.path("saved");
-    // Whether somebody had paused it makes no difference.
+    // That the guest was paused before makes no difference.
     journey.vm.godwit("pause", &[])?.expect_code(0)?;
     journey.vm.snapshot(&directory, &["--keep-running"])?;
     ensure!(journey.vm.state()? == "Paused", "got {}", journey.vm.state()?);
@@ -500,7 +500,7 @@ fn an_end_that_is_requested_meanwhile() -> Result<()> {
     let words = ["snapshot", "vm-0", text(&directory)?, "--keep-running"];
     let command = TestProcess::spawn(host.command(words))?;
     wait_until_busy(&vm)?;
-    // What would conflict is refused, and the rest waits for nobody.
+    // Commands that conflict are refused; the others are served at once.
     let refused = vm.godwit("pause", &[])?;
     if is_busy(&vm)? {
         refused.expect_code(1)?;
@@ -531,8 +531,8 @@ fn an_end_that_is_requested_meanwhile() -> Result<()> {
     host.check_clean()
 }
 
-/// Memory that is mapped from a file which somebody shortens is lost: the guest's own access is one way to find out, and
-/// that of the VM's process another.
+/// Memory that is mapped from a file is lost when another program shortens the file. The guest's own access finds that
+/// out, or an access of the VM's process.
 #[test]
 fn a_file_that_becomes_shorter_ends_the_vm_with_a_message() -> Result<()> {
     let journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
@@ -545,7 +545,7 @@ fn a_file_that_becomes_shorter_ends_the_vm_with_a_message() -> Result<()> {
             .write(true)
             .open(directory.join("memory"))?;
         memory.set_len(memory.metadata()?.len() / part)?;
-        // It looks at all of its pages.
+        // The guest reads all of its pages.
         let _ = restored.process.send(b"v");
         let finished = restored.process.finish(tests::PATIENCE)?;
         finished.expect_code(1)?;

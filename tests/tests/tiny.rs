@@ -15,7 +15,7 @@ const CLOCK_ERROR: Duration = Duration::from_secs(1);
 /// One boot for all of it: where kernel code is interpreted it takes most of half a minute.
 #[test]
 fn linux_boots_moves_under_load_and_powers_off() -> Result<()> {
-    // The TSC of a guest is its host's on some hosts, whatever KVM is told. The clock that is KVM's own is not.
+    // On some hosts a guest's TSC is the host's, whatever is asked of KVM. kvmclock is not.
     let guest = TinyGuest {
         words: "clocksource=kvm-clock",
         ..Default::default()

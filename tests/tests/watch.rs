@@ -6,7 +6,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tests::{BareGuest, Journey, Migration, PATIENCE, TestHost, Vm, wait_for};
 
-/// Ends a receiver that nobody moved to.
+/// Ends a receiver that no guest moved to.
 fn end(mut receiver: Vm) -> Result<()> {
     receiver.process.signal(Signal::TERM)?;
     receiver.wait_success(PATIENCE)

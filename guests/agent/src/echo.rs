@@ -14,7 +14,7 @@ const PORT: u32 = 1024;
 /// Bytes that are read at a time.
 const CHUNK: usize = 16 << 10;
 
-/// Starts it where the kernel knows vsock.
+/// Starts it where the kernel has vsock.
 pub(crate) fn start(report: &Arc<AgentReport>) {
     let listener = match VsockListener::bind_with_cid_port(VMADDR_CID_ANY, PORT) {
         Ok(listener) => listener,

@@ -1,4 +1,4 @@
-//! Tells when the kernel finds that the machine lives its past once more, by what it logs: Linux 6.1 has no other sign.
+//! Reports that the kernel was given a new generation ID, by what it logs: Linux 6.1 has no other sign of that.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};

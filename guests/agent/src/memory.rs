@@ -68,7 +68,7 @@ fn run(mut pages: Pages, rate: WorkloadRate, report: &AgentReport, requests: &Re
             rest_after(rate, begin.elapsed())
         };
         match requests.recv_timeout(nap) {
-            // Whoever asked may have gone meanwhile.
+            // The thread that asked may have gone meanwhile.
             Ok(answer) => drop(answer.send(pages.verify(report))),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,

@@ -1,4 +1,4 @@
-//! Guest-physical memory that the kernel was told to leave alone (`mem=`), mapped with one call.
+//! Guest-physical memory that `mem=` keeps from the kernel, mapped with one call.
 //!
 //! A page fault is expensive where the host interprets kernel code (1–2 ms each); /dev/mem fills all page tables at
 //! once.
@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const WORD: usize = size_of::<u64>();
 
-/// A range of physical memory, ours alone while this lives.
+/// A range of physical memory that only this process uses while this lives.
 pub(crate) struct Physical {
     words: NonNull<u64>,
     bytes: usize,
@@ -53,7 +53,7 @@ impl Physical {
 impl AsMut<[u64]> for Physical {
     fn as_mut(&mut self) -> &mut [u64] {
         // SAFETY: the mapping is page-aligned, `bytes` long, readable and writable until `drop`, and borrowed with
-        // `self`; nobody else knows it.
+        // `self`; nothing else has its address.
         unsafe { std::slice::from_raw_parts_mut(self.words.as_ptr(), self.bytes / WORD) }
     }
 }

@@ -14,10 +14,10 @@ use crate::report::AgentReport;
 
 /// Where the kernel lists them; what is a console has no name there.
 const CLASS: &str = "/sys/class/virtio-ports";
-/// They come when the driver has heard of them, on a slow host late. From the first of these on it is looked for more
+/// They come when the driver has found them, on a slow host late. From the first of these on the agent checks more
 /// ever less often.
 const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(5);
-/// How often it is looked whether somebody has connected.
+/// How often the agent checks whether a program has connected.
 const NOBODY: Duration = Duration::from_millis(100);
 /// Bytes that are read at a time.
 const CHUNK: usize = 16 << 10;
@@ -66,7 +66,7 @@ fn serve(mut port: File, name: &str, report: &AgentReport) {
     let mut chunk = vec![0; CHUNK];
     loop {
         match echo(&mut port, &mut chunk) {
-            // Nobody is there, or not any more.
+            // No program is there, or it has gone.
             Ok(0) => {
                 if std::mem::take(&mut bytes) > 0 {
                     report.line(format_args!("port name={name} end=eof"));

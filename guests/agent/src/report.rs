@@ -1,4 +1,4 @@
-//! Lines for whoever watches the console, and the counts behind them.
+//! Lines for the reader of the console, and the counts behind them.
 
 use std::fmt::Arguments;
 use std::io::Write;
@@ -24,7 +24,7 @@ pub(crate) struct AgentReport {
 }
 
 impl AgentReport {
-    /// Prints one event. A console that refuses it cannot be told so.
+    /// Prints one event. An error of the console has no other place to be reported.
     pub(crate) fn line(&self, event: Arguments<'_>) {
         let line = format!("agent: {event}\n");
         let _ = std::io::stdout().lock().write_all(line.as_bytes());

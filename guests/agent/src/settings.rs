@@ -22,16 +22,16 @@ pub(crate) struct AgentSettings {
     pub(crate) disk: Option<String>,
     /// `address`: the network card's, with the length of its prefix.
     pub(crate) address: Option<(Ipv4Addr, u8)>,
-    /// `echo`: who sends back everything that he gets.
+    /// `echo`: the address of a server that sends back everything that it gets.
     pub(crate) echo: Option<SocketAddr>,
     /// `random`: a device to read random numbers from.
     pub(crate) random: Option<String>,
-    /// Words with our prefix that make no sense.
+    /// Words with the agent's prefix that make no sense.
     pub(crate) unknown: Vec<String>,
 }
 
 impl AgentSettings {
-    /// Reads a command line; what is not ours is passed over.
+    /// Reads a command line; words without the agent's prefix are passed over.
     pub(crate) fn parse(line: &str) -> Self {
         let mut settings = Self {
             dirty_bytes: 0,

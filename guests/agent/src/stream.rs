@@ -1,4 +1,4 @@
-//! The network workload: one TCP stream to somebody who sends everything back, checked block by block.
+//! The network workload: one TCP stream to a server that sends everything back, checked block by block.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};

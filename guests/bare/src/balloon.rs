@@ -83,7 +83,7 @@ impl BareBalloon {
             self.request(INFLATE, share, worker);
             self.held += share.count;
         } else if target < self.held {
-            // The device hears of it before a page is touched.
+            // The device is notified before a page is touched.
             let share = worker.given_up(MOST.min(self.held - target));
             self.request(DEFLATE, share, worker);
             self.zero += worker.take_back(share);
@@ -104,7 +104,7 @@ impl BareBalloon {
         }
     }
 
-    /// Tells the device about pages, and waits until it has heard.
+    /// Passes pages to the device, and waits until it has taken them.
     fn request(&mut self, index: usize, share: Share, worker: &BareWorker) {
         let (queue, place) = (&QUEUES[index], &mut self.places[index]);
         let pages = share.first..share.first + share.count;

@@ -79,7 +79,10 @@ impl BareConsole {
     }
 }
 
-#[allow(clippy::panic, reason = "somebody wants to see what becomes of the machine")]
+#[allow(
+    clippy::panic,
+    reason = "the command asks for it, to show what becomes of the machine"
+)]
 fn panic_on_command() -> ! {
     panic!()
 }

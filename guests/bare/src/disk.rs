@@ -127,7 +127,7 @@ impl BareDisk {
     }
 
     /// Makes a request for page `page` of the disk available, with the memory of `slot`, which is not under way.
-    /// The device is told by [`BareDisk::kick`].
+    /// [`BareDisk::kick`] notifies the device.
     pub(crate) fn submit(&mut self, slot: usize, kind: BareOperation, page: u64) {
         let request = &QUEUE.requests[slot];
         request.kind.store(kind as u32, Ordering::Relaxed);
@@ -150,7 +150,7 @@ impl BareDisk {
     /// The next request that came back.
     pub(crate) fn poll(&mut self) -> Option<Done> {
         let head = self.place.poll(&QUEUE.used)?;
-        // A device that names no request of ours ends in a panic, which is reported.
+        // A device that names a request that was not made ends in a panic, which is reported.
         let slot = head as usize / PARTS;
         let request = &QUEUE.requests[slot];
         let is_write = request.kind.load(Ordering::Relaxed) == BareOperation::Write as u32;

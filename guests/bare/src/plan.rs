@@ -1,4 +1,4 @@
-//! What the CPUs share: the plan, which none changes, and what each tells the others.
+//! What the CPUs share: the plan, which none changes, and what each shows to the others.
 
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use crate::serial::SerialLine;
 pub(crate) const ONLINE: u32 = 1;
 pub(crate) const FILLED: u32 = 2;
 
-/// What a CPU tells the others.
+/// What a CPU shows to the others.
 pub(crate) struct Cpu {
     pub(crate) phase: AtomicU32,
     pub(crate) pages: AtomicU64,
@@ -45,7 +45,7 @@ impl Cpu {
         }
     }
 
-    /// Looks at the TSC and keeps the longest time between two looks.
+    /// Reads the TSC and keeps the longest time between two readings.
     pub(crate) fn read_tsc(&self) -> u64 {
         let now = cpu::tsc();
         let last = self.last_read.swap(now, Ordering::Relaxed);
@@ -74,7 +74,7 @@ pub(crate) struct BarePlan {
 impl BarePlan {
     pub(crate) fn new(machine: BareMachine) -> Self {
         let (tsc, apic) = cpu::compare_clocks();
-        // Every VMM of the kind runs the APIC timer at 1 GHz; so it measures the TSC if nobody told.
+        // Every VMM of the kind runs the APIC timer at 1 GHz; so it measures the TSC if the command line does not say.
         let tsc_khz = machine
             .settings
             .tsc_khz

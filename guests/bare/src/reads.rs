@@ -11,7 +11,7 @@ use crate::machine::split;
 use crate::plan::{BarePlan, print_line};
 use crate::work::BareWorker;
 
-/// A stamp is one cache line, and looked at after each read; the body after each of so many.
+/// The stamp, one cache line, is checked after each read; the body only after each of so many.
 const BODY_EACH: u64 = 16;
 
 /// A disk whose pages carry the stamps of their numbers, and the requests that are under way.

@@ -1,4 +1,4 @@
-//! COM1 (16550), polled: one line at a time, whoever prints it.
+//! COM1 (16550), polled: one line at a time, from whichever CPU.
 
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -73,7 +73,7 @@ pub(crate) fn receive() -> Option<u8> {
     (cpu::port_in(LSR) & 1 != 0).then(|| cpu::port_in(COM1))
 }
 
-/// For the report of a fault: lets the first CPU through, whoever holds the port, and stops all others.
+/// For the report of a fault: lets the first CPU through, whichever CPU holds the port, and stops all others.
 pub(crate) fn only_once() {
     if FAULTED.swap(true, Ordering::Relaxed) {
         cpu::stop();

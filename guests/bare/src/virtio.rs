@@ -163,7 +163,7 @@ impl<const SIZE: usize> UsedRing<SIZE> {
 }
 
 impl RingPlace {
-    /// Makes the chain that begins with that descriptor available. The device is told by [`RingPlace::kick`].
+    /// Makes the chain that begins with that descriptor available. [`RingPlace::kick`] notifies the device.
     pub(crate) fn submit<const SIZE: usize>(&mut self, ring: &AvailableRing<SIZE>, head: u16) {
         ring.ring[usize::from(self.available) % SIZE].store(head, Ordering::Relaxed);
         self.available = self.available.wrapping_add(1);
@@ -181,7 +181,7 @@ impl RingPlace {
             return;
         }
         available.index.store(self.available, Ordering::Release);
-        // Between that and a look at what the device wants to hear (virtio 1.2, 2.7.13.4).
+        // Between that and reading which notifications the device wants (virtio 1.2, 2.7.13.4).
         fence(Ordering::SeqCst);
         if used.flags.load(Ordering::Relaxed) & NO_NOTIFY == 0 {
             device.set(QUEUE_NOTIFY, queue);

@@ -65,7 +65,7 @@ pub(crate) fn first_cpu(machine: BareMachine) -> ! {
         }
         let Some(reads) = &mut reads else { return next };
         reads.turn(worker);
-        // Polled: there is always something to look for.
+        // Polled: there is always something to check.
         now
     })
 }
@@ -147,7 +147,7 @@ impl BareWorker {
         self.cpu.phase.store(FILLED, Ordering::Release);
     }
 
-    /// Works for ever. `poll` is called at every look at the clock and tells when it wants to be called again.
+    /// Works for ever. `poll` is called whenever the clock is read and returns when it is to be called again.
     fn run(&mut self, mut poll: impl FnMut(&mut Self, u64) -> u64) -> ! {
         let settings = self.plan.machine.settings;
         let mut pace = DirtyPace::new(
@@ -212,7 +212,7 @@ impl BareWorker {
         }
     }
 
-    /// Verifies if somebody asked for it since the last time; reports a TSC that went backwards.
+    /// Verifies if a command asked for it since the last time; reports a TSC that went backwards.
     pub(crate) fn follow(&mut self) {
         let wanted = WANTED_PHASE.load(Ordering::Acquire);
         if self.cpu.phase.load(Ordering::Relaxed) < wanted {

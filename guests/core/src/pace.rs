@@ -13,7 +13,7 @@ pub struct DirtyPace {
 }
 
 impl DirtyPace {
-    /// Most pages between two looks at the clock.
+    /// Most pages between two readings of the clock.
     pub const BATCH: u64 = 16;
 
     /// A fair part of `rate` for one of `workers`, from clock value `now` on, at `khz` ticks a millisecond.
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn the_rate_is_kept_and_shared() {
-        // 1 MHz TSC, looked at every 100 µs; 40.96 MB/s over two CPUs are 5000 pages/s each.
+        // 1 MHz TSC, read every 100 µs; 40.96 MB/s over two CPUs are 5000 pages/s each.
         let mut pace = DirtyPace::new(WorkloadRate::BytesPerSecond(40_960_000), 2, 1000, 5_000_000);
         let pages = run(&mut pace, 5_000_000, 8_000_000);
         assert!((14_990..=15_000).contains(&pages), "{pages}");

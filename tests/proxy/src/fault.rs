@@ -60,7 +60,7 @@ pub enum ProxyFault {
     Duplicate,
     /// It does not pass: the connection is reset, both ways (TCP: RST; Unix sockets know only a close).
     Reset,
-    /// Neither it nor anything after it passes in its direction, for so long or for ever; nobody is told.
+    /// Neither it nor anything after it passes in its direction, for so long or for ever; neither side gets an error.
     Stall(Option<Duration>),
     /// It does not pass: the network is gone. All connections are reset, and new ones as soon as they are made,
     /// until [`crate::Proxy::heal`].
@@ -77,7 +77,7 @@ pub enum NetworkPace {
     /// As fast as the machine.
     #[default]
     Free,
-    /// So many bytes per second on each connection each way. With 0 nothing passes, and nobody is told.
+    /// So many bytes per second on each connection each way. With 0 nothing passes, and neither side gets an error.
     Bytes(u64),
 }
 

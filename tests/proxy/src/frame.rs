@@ -96,7 +96,7 @@ impl ProxyFrame {
         }
     }
 
-    /// What a connection is for, if this message tells.
+    /// What a connection is for, if this message says so.
     pub(crate) fn purpose(&self) -> Option<ProxyConnection> {
         match self.name().as_str() {
             "begin" => Some(ProxyConnection::Control),
@@ -110,7 +110,7 @@ impl ProxyFrame {
         }
     }
 
-    /// How many streams are to come, if this message tells.
+    /// How many streams are to come, if this message says so.
     pub(crate) fn streams(&self) -> Option<u32> {
         match (self.name().as_str(), &self.bytes[..]) {
             // The plan comes last: 0 and the number, at most 32 and so one byte. That of a handover can look the

@@ -128,7 +128,7 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.bell.ring();
         if let Some(thread) = self.accepting.take() {
-            // One that panicked has been heard already.
+            // A thread that panicked has printed its message already.
             let _ = thread.join();
         }
         self.shared.cut_all();
@@ -216,7 +216,7 @@ impl ProxyShared {
         self.lock().pace
     }
 
-    /// Learns from a message which connections will come.
+    /// Expects the streams that a message announces.
     pub(crate) fn expect_streams(&self, frame: &ProxyFrame) {
         if let Some(streams) = frame.streams() {
             let mut state = self.lock();
@@ -242,7 +242,7 @@ impl ProxyShared {
 }
 
 impl ProxyState {
-    /// What the next connection will be for, as far as the order tells; what it says itself decides later.
+    /// What the next connection will be for by the order of connections; its first message decides later.
     fn next_connection(&mut self) -> ProxyConnection {
         if !self.begun {
             self.begun = true;

@@ -40,7 +40,7 @@ impl Pair {
         self.bell.ring();
     }
 
-    /// What it is for, after a message that may have told.
+    /// What the connection is for, after a message that may say so.
     fn connection(&self, frame: &ProxyFrame) -> ProxyConnection {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(purpose) = frame.purpose() {

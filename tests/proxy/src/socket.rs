@@ -58,7 +58,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Wakes whoever waits for a socket, for good.
+/// Wakes the threads that wait for a socket, for good.
 #[derive(Debug)]
 pub(crate) struct Bell(OwnedFd);
 
@@ -165,11 +165,11 @@ impl ProxySocket {
 
     /// Nothing more will be sent.
     pub(crate) fn end(&self) {
-        // The peer may be gone, and then knows.
+        // The peer may be gone already.
         let _ = shutdown(&self.0, Shutdown::Write);
     }
 
-    /// When it is closed, its peer gets a reset, where the socket knows such a thing.
+    /// When it is closed, its peer gets a reset, where sockets of its family have resets.
     pub(crate) fn reset_on_close(&self) {
         let _ = sockopt::set_socket_linger(&self.0, Some(Duration::ZERO));
     }
@@ -231,7 +231,7 @@ impl ProxyListener {
 impl Drop for ProxyListener {
     fn drop(&mut self) {
         if let Address::Unix(path) = &self.address {
-            // Whoever removed it first has done our work.
+            // Another process may have removed it before.
             let _ = std::fs::remove_file(path);
         }
     }

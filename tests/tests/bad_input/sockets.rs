@@ -40,7 +40,7 @@ fn paths_at_which_no_socket_can_be() -> Result<()> {
     }
     ensure!(std::fs::read(&precious)? == b"data", "a file was touched");
     drop(listener);
-    // Nobody listens any more: it is taken over, and gone with the guest.
+    // No process listens there any more: the VM takes the path over, and removes it with the guest.
     let mut vm = BareGuest::default().boot(&host, "vm-0", &["--vsock", &vsock(&taken)])?;
     UnixStream::connect(&taken)?;
     vm.process.send(b"q")?;
@@ -78,8 +78,8 @@ fn sockets_for_machines_without_and_machines_without_sockets() -> Result<()> {
     Ok(())
 }
 
-/// A path may be the source's until the commit, so that somebody else listens there is found out after it. Neither
-/// side runs the guest then, and the source may.
+/// A path may be the source's until the commit, so the destination finds out after it that another process listens
+/// there. Neither side runs the guest then, until `resolve --run` lets the source do so.
 #[test]
 fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
     let host = TestHost::new()?;

@@ -1,4 +1,4 @@
-//! A VM of a user without rights: it works, and what is in it is nobody else's.
+//! A VM of a user without rights: it works, and other users cannot read what is in it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,7 +21,7 @@ fn nobody() -> Vec<OsString> {
     words.map(OsString::from).into()
 }
 
-/// Lets everybody who comes from this thread use KVM, and gives `host` to that user.
+/// Lets each process that this thread starts use KVM, and gives `host` to that user.
 fn hand_over(host: &TestHost) -> Result<SmallFileSystem> {
     let devices = SmallFileSystem::mount(host.path("devices"), 1)?;
     let kvm = devices.path().join("kvm");

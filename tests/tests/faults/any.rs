@@ -186,7 +186,7 @@ impl Strike {
     /// A guest whose memory has gone does not run on with something else: its VM ends, and says why.
     fn ended_without_memory(mut self, reason: &str) -> Result<(Fate, Option<Journey>)> {
         let process = &mut self.journey.vm.process;
-        // It may not have needed the part that is gone. It does now; if it has ended, nobody takes this.
+        // The VM may not have needed the part that is gone. It does now; if it has ended, the command has no effect.
         let _ = process.send(b"v");
         process.stderr().wait_end(PATIENCE)?;
         let said = process.stderr().text();

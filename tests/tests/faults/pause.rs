@@ -1,5 +1,5 @@
 //! What happens while the guest is paused, right before it would go: it never stands still for much longer than it may,
-//! and it does not run twice without anybody noticing.
+//! and a copy that runs twice is reported.
 
 use anyhow::{Result, ensure};
 use fault_proxy::{Direction, FaultPlan, FaultPoint, Proxy, ProxyConnection, ProxyFault};
@@ -62,7 +62,7 @@ fn a_network_that_dies_in_the_pause_does_not_keep_the_guest() -> Result<()> {
         );
         println!("{message} does not pass: the guest stood still for {gap_ms} ms");
         drop(proxy);
-        // The destination was told, and takes the next attempt.
+        // The destination has given this attempt up, and takes the next one.
         journey.hop_to(receiver, &endpoint, &["--verify"])?;
     }
     journey.end()

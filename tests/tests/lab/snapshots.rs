@@ -77,7 +77,7 @@ fn a_guest_in_files_and_its_clones_on_another_host() -> Result<()> {
 /// Three snapshots of a guest under load, and the guest that the three of them are, which goes on where they ended.
 fn a_base_and_differences(mut journey: LabJourney) -> Result<()> {
     journey.check_stream()?;
-    // While it stands still its disk is as its memory knows it: the clones have theirs from now.
+    // While the guest stands still its disk fits its memory: the clones get copies of the disk from now.
     journey.godwit("pause", &[])?;
     journey.godwit_json("snapshot", &["/mnt/base", "--keep-running"])?;
     let [disk, first, second] = DISKS;

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use tests::{BareGuest, Finished, GuestEvent, PATIENCE, TestHost, TestProcess, Tick, wait_until};
 
-/// A VM that nobody waits for. It ends with this.
+/// A VM that no command waits for. It ends with this.
 struct Detached {
     host: TestHost,
     name: &'static str,
@@ -30,7 +30,7 @@ impl Detached {
             host: host.clone(),
             name,
         };
-        // It ends when nobody has its output any more, so the VM must not.
+        // The command's output ends when no process has it open any more, so the VM must not have it.
         let finished = host.godwit(all)?;
         finished.expect_code(0)?;
         ensure!(finished.stdout == format!("{name}\n"), "got {finished:?}");
@@ -81,7 +81,7 @@ fn a_detached_vm_is_up_when_its_command_ends_and_its_log_outlives_it() -> Result
     let mut follower = TestProcess::spawn(host.command(["logs", "--follow", "web"]))?;
     let told = |line: &str| line.contains("CPU template").then_some(());
     follower.stdout().wait("the log", 0, PATIENCE, told)?;
-    // A running VM's log is nobody else's.
+    // No other VM may take a running VM's log.
     let second = host.godwit(
         ["run", "--detach", "--name", "web"]
             .map(String::from)
@@ -223,7 +223,7 @@ fn an_interrupted_starter_takes_the_vm_along_that_is_not_up() -> Result<()> {
     wait_until("the VM's process", || Ok(children(starter.id())?.len() == 1))?;
     let vm = children(starter.id())?;
     let status = format!("/proc/{}/status", vm[0]);
-    // It waits for somebody who writes to the FIFO.
+    // It waits for a program that writes to the FIFO.
     wait_until("the VM's own session", || {
         Ok(std::fs::read_to_string(&status)?.contains(&format!("NSsid:\t{}\n", vm[0])))
     })?;

@@ -1,4 +1,4 @@
-//! VMs whose process does not answer, and copies of a guest that nobody is to throw away by mistake.
+//! VMs whose process does not answer, and copies of a guest that no command may throw away by mistake.
 
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -76,7 +76,7 @@ fn a_vm_that_does_not_answer_holds_up_nobody() -> Result<()> {
 #[test]
 fn whoever_is_no_vm_is_not_ended() -> Result<()> {
     let host = TestHost::new()?;
-    // Nobody takes connections from it.
+    // No process accepts connections on it.
     let socket = host.path("other.sock");
     let _other = UnixListener::bind(&socket)?;
     let socket = socket.display().to_string();
@@ -92,8 +92,8 @@ fn whoever_is_no_vm_is_not_ended() -> Result<()> {
     Ok(())
 }
 
-/// A guest that could not be let run where it was moved to, because somebody has the path of its socket: paused there, in
-/// doubt.
+/// A guest that cannot run where it was moved to, because another process has the path of its socket. It is paused
+/// there, in doubt.
 fn in_doubt(host: &TestHost) -> Result<(Vm, Vm, UnixListener)> {
     let uds = host.path("source.vsock").display().to_string();
     let source = BareGuest::default().boot(host, "source", &["--vsock", &format!("cid=3,uds={uds}")])?;

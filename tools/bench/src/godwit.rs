@@ -82,7 +82,7 @@ impl Godwit {
         &self.journey.vm.process
     }
 
-    /// Stops the whole process, so that it takes nothing from whoever is measured now.
+    /// Stops the whole process, so that it takes no CPU time from the contender that is measured now.
     pub(crate) fn freeze(&self) -> Result<()> {
         self.process().signal(Signal::STOP)
     }
@@ -112,7 +112,7 @@ impl Godwit {
         self.journey.host.receive(&name, &listen, reserve)
     }
 
-    /// Tries to move the guest to a new process. It is an error only if nobody knows where the guest is.
+    /// Tries to move the guest to a new process. It is an error only if it is unknown where the guest is.
     pub(crate) fn hop(&mut self, asked: &Asked<'_>) -> Result<MigrationEnd> {
         self.guest.settle(self.process())?;
         let _warm = if asked.handover {
@@ -129,7 +129,7 @@ impl Godwit {
         let cpu_before = cpu_of_both()?;
         let (migration, window) = Window::of(|| self.journey.vm.migrate(&endpoint, asked.migrate));
         let migration = migration?;
-        // A source whose guest has gone has ended, but nobody has waited for it: its clock is still there.
+        // A source whose guest has gone has ended, but its parent has not waited for it: its CPU time is still there.
         let cpu = cpu_of_both()?.saturating_sub(cpu_before);
         let (report, moved) = report_of(migration)?;
         let mut gap_ms = None;

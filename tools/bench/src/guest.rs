@@ -1,4 +1,4 @@
-//! The guest of every measurement, under either monitor: the one without Linux, and what it tells.
+//! The guest of every measurement, under either monitor: the one without Linux, and what it prints.
 
 use ::tests::{Fixtures, GuestEvent, PATIENCE, TestOutput, TestProcess, Tick};
 use anyhow::{Context, Result};
@@ -59,7 +59,7 @@ impl BenchGuest {
         }
     }
 
-    /// What it is told at its boot. `tsc_khz` spares it a measurement that is only as good as its host is idle.
+    /// Its kernel command line. `tsc_khz` spares the guest a measurement that is only as good as its host is idle.
     pub(crate) fn cmdline(&self, fixtures: &Fixtures) -> Result<String> {
         let tsc_khz = fixtures.probe()?["tsc_khz"].as_u64();
         let tsc_khz = tsc_khz.context("the probe knows no TSC frequency")?;

@@ -32,7 +32,7 @@ struct IperfServer {
 
 impl IperfServer {
     fn start() -> Result<Self> {
-        // Whoever binds port 0 gets a free one; it stays so for the moment that the server needs.
+        // Binding port 0 finds a free port; it stays free for the moment that the server needs.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut command = Command::new("iperf3");
         command.args([

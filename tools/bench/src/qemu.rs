@@ -92,7 +92,7 @@ impl QemuJourney {
         &self.vm.process
     }
 
-    /// Stops the whole process, so that it takes nothing from whoever is measured now.
+    /// Stops the whole process, so that it takes no CPU time from the contender that is measured now.
     pub(crate) fn freeze(&self) -> Result<()> {
         self.vm.process.signal(Signal::STOP)
     }

@@ -1,4 +1,4 @@
-//! Stalls of the host below us: moments at which it did not let our CPUs run.
+//! Stalls of the host below: moments at which it did not let this machine's CPUs run.
 
 #![allow(unsafe_code, reason = "asks for a real-time scheduling class")]
 
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// How often each CPU's thread looks at the clock.
+/// How often each CPU's thread reads the clock.
 const STEP: Duration = Duration::from_millis(1);
 /// A gap that counts as a stall.
 const STALL: Duration = Duration::from_millis(2);
@@ -66,7 +66,7 @@ impl Sentinel {
                 let prepared = CpuWatch::prepare(cpu);
                 let watch = match prepared {
                     Ok(watch) => {
-                        // Nobody to tell: the sentinel is being dropped.
+                        // The receiver is gone: the sentinel is being dropped.
                         let _ = ready.send(Ok(()));
                         watch
                     }
@@ -119,7 +119,7 @@ impl Stall {
 }
 
 impl Window {
-    /// Runs something and tells when.
+    /// Runs something; also returns from when to when it ran.
     pub(crate) fn of<T>(run: impl FnOnce() -> T) -> (T, Self) {
         let from = Instant::now();
         let value = run();

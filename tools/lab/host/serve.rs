@@ -15,7 +15,7 @@ use lab::wire::{self, LabFrame, LabFrameKind};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-/// The way to the lab, shared by everybody who has something to say.
+/// The port to the lab, shared by all threads that send frames.
 type ControlPort = Arc<Mutex<File>>;
 
 /// A process as the lab's frames reach it.
@@ -130,7 +130,7 @@ fn start(how: LabFrameKind, words: &[String], process: u32, port: &ControlPort) 
     Ok(HostProcess { stdin, handle })
 }
 
-/// Gives a command a new terminal; returns our end of it.
+/// Gives a command a new terminal; returns this program's end of it.
 fn attach_terminal(command: &mut Command) -> io::Result<File> {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     grantpt(&ours)?;
@@ -145,7 +145,7 @@ fn attach_terminal(command: &mut Command) -> io::Result<File> {
     Ok(File::from(ours))
 }
 
-/// Writes what comes until an empty piece, or until nobody reads it.
+/// Writes what comes until an empty piece, or until the process no longer reads it.
 fn feed(input: &Receiver<Vec<u8>>, mut to: impl Write) {
     while let Ok(bytes) = input.recv() {
         if bytes.is_empty() || to.write_all(&bytes).is_err() {
@@ -154,7 +154,7 @@ fn feed(input: &Receiver<Vec<u8>>, mut to: impl Write) {
     }
 }
 
-/// Carries output until both streams have ended, then tells how the process ended.
+/// Carries output until both streams have ended, then sends how the process ended.
 fn watch(mut child: Child, terminal: Option<File>, process: u32, port: &ControlPort) {
     let outputs = [
         terminal.map(|from| carry(from, LabFrameKind::Stdout, process, port)),

@@ -101,7 +101,7 @@ impl LabConnection {
         )
     }
 
-    /// Looks at a process until `look` is content.
+    /// Waits until `read` finds something in what a process has printed.
     pub(crate) fn wait_for<T>(
         &self,
         process: u32,

@@ -83,7 +83,7 @@ impl LabHost {
         process.wait(WaitLimit::DEFAULT)
     }
 
-    /// Starts a program. That it cannot be started is told by the first wait.
+    /// Starts a program. The first wait fails if it cannot be started.
     pub fn spawn(&self, words: &[&str]) -> Result<LabProcess, LabError> {
         LabProcess::start(
             self.connection()?,
@@ -274,7 +274,7 @@ impl LabHost {
 }
 
 impl Identity {
-    /// The error of whoever wants something of a host that is not there.
+    /// The error of a call on a host that is not there.
     pub(crate) fn gone(&self) -> LabError {
         LabError::HostGone {
             host: self.index,

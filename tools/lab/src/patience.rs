@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 /// Signs of progress so far, of all programs that this process waits for.
 static PROGRESS: AtomicU64 = AtomicU64::new(0);
 
-/// Says that one of the programs that this process waits for has shown that it goes on: it has printed something, say.
+/// Records a sign of progress, such as a printed line, of a program that this process waits for.
 pub fn note_progress() {
     PROGRESS.fetch_add(1, Ordering::Relaxed);
 }
@@ -22,7 +22,7 @@ pub struct WaitLimit {
 }
 
 impl WaitLimit {
-    /// For all that has no reason to be told apart.
+    /// For every wait that has no limit of its own.
     pub const DEFAULT: Self = Self {
         quiet: Duration::from_secs(180),
         longest: Duration::from_secs(600),
@@ -70,7 +70,7 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// How long the next look may be waited for; `None` once the wait is given up. What has made progress since the
+    /// How long the next check may be waited for; `None` once the wait is given up. What has made progress since the
     /// last call has until then from now on.
     pub fn left(&mut self) -> Option<Duration> {
         let now = Instant::now();

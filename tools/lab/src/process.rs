@@ -44,7 +44,7 @@ pub struct LabProcess {
     host: Arc<Identity>,
     number: u32,
     command: String,
-    /// Lines before this one have been looked at by `wait_line`.
+    /// Lines before this one have been checked by `wait_line`.
     next_line: usize,
 }
 
@@ -83,7 +83,7 @@ impl LabProcess {
     }
 
     /// Waits for the first line, of standard output or error, that `matches` among those that this function has
-    /// not looked at before.
+    /// not checked before.
     pub fn wait_line(
         &mut self,
         mut matches: impl FnMut(&str) -> bool,

@@ -1,4 +1,4 @@
-//! QEMU processes that do not outlive us, whatever becomes of us.
+//! QEMU processes that end when this process ends, however it ends.
 
 #![allow(
     unsafe_code,
@@ -28,7 +28,7 @@ impl QemuProcess {
             let (sender, jobs) = channel::<QemuStart>();
             thread::spawn(move || {
                 for QemuStart { command, answer } in jobs {
-                    // Whoever asked waits for the answer.
+                    // The caller waits for the answer.
                     let _ = answer.send(spawn(command));
                 }
             });
@@ -42,7 +42,7 @@ impl QemuProcess {
         answered.recv().map_err(gone)?.map(Self)
     }
 
-    /// Its process id; ours until it is dropped.
+    /// Its process id, which no other process gets until this is dropped.
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.0)
     }
@@ -74,7 +74,7 @@ fn spawn(mut command: Command) -> io::Result<Child> {
     let us = getpid();
     let die_with_us = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // If we died before that call, nobody will send the signal.
+        // If the parent died before that call, the kernel will not send the signal.
         if getppid() == Some(us) {
             Ok(())
         } else {

@@ -24,7 +24,7 @@ pub struct Lab {
     _folder: TempDir,
 }
 
-/// What a lab shall have.
+/// Describes a lab before it starts.
 #[derive(Debug)]
 pub struct LabBuilder {
     payload: Payload,
@@ -60,7 +60,7 @@ impl Lab {
         &self.hosts[index]
     }
 
-    /// The image of the shared disk, for whoever looks at it from outside.
+    /// The image of the shared disk, for checks from outside.
     pub fn disk(&self) -> Option<&Path> {
         self.disk.as_deref()
     }

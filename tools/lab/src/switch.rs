@@ -225,7 +225,7 @@ mod tests {
         );
         stations[0].send_text(second, b"for you alone");
         assert_eq!(stations[1].receive_text(), b"for you alone");
-        // The third hears the next broadcast, and nothing before it.
+        // The third receives the next broadcast, and nothing before it.
         stations[0].send_text(ALL, b"bye");
         assert_eq!(stations[2].receive_text(), b"bye");
     }

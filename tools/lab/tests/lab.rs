@@ -98,7 +98,7 @@ fn hosts_differ_and_have_kvm(lab: &Lab) {
         ["svm", "avx2"].map(|flag| text.split_whitespace().any(|word| word == flag))
     };
     assert_eq!((flags(0), flags(1)), ([true, true], [true, false]));
-    // Each has the TSC's frequency from us. It measures the CPU's, and takes that for wrong if they differ by 10 %.
+    // Each host is given the TSC's frequency. It measures the CPU's, and rejects the given one if they differ by 10 %.
     let after = |host: usize, file: &str, key: &str| -> f64 {
         let text = lab.host(host).run(&["cat", file]).unwrap().stdout;
         let value = text

@@ -9,7 +9,7 @@ use crate::guests::{self, Artifact};
 use crate::packages;
 use crate::runner::{has_kvm, prepare};
 
-/// Whom godwit is measured beside, and what looks at it from outside; QEMU comes with the lab.
+/// The programs that godwit is compared with, and strace, which counts its system calls.
 const PACKAGES: [&str; 3] = ["iperf3", "qemu-system-x86", "strace"];
 
 #[derive(clap::Args)]

@@ -15,7 +15,7 @@ use crate::packages::{self, Unpacked};
 use crate::workspace::{print_status, root};
 use cache::ArtifactCache;
 
-/// What the guests are made of, besides our own sources.
+/// What the guests are made of, besides the sources in this workspace.
 const KERNEL: &str = "linux-image-cloud-amd64";
 const BUSYBOX: &str = "busybox-static";
 
@@ -44,7 +44,7 @@ pub(crate) struct GuestsOptions {
 pub(crate) enum Artifact {
     /// `stock/{vmlinux,vmlinuz,initrd}`: a Debian guest.
     Stock,
-    /// `tiny/{vmlinux,initrd}`: a Linux guest with a kernel of our own, whose build takes minutes.
+    /// `tiny/{vmlinux,initrd}`: a Linux guest with a kernel that is built for it, which takes minutes.
     Tiny,
     /// `bare/bare`: the guest without Linux.
     Bare,
@@ -121,7 +121,7 @@ fn build_with(update: bool, artifacts: &[Artifact]) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// Makes `lab/` but for the first program, which is ours.
+/// Makes `lab/` but for its first program, which [`programs::lab_host`] makes.
 fn lab_host(cache: &ArtifactCache, kernel: &kernel::Kernel, busybox: &Unpacked) -> Result<()> {
     let key = cache::Key::new("lab 1")
         .text(kernel.version())

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: formatting, names, clippy, and what we may depend on.
+//! `cargo xtask lint`: formatting, names, clippy, and what the workspace may depend on.
 
 mod licence;
 mod names;
@@ -46,7 +46,7 @@ fn formatting(root: &Path) -> Result<()> {
     run(cargo().current_dir(root.join(BARE)).args(["fmt", "--check"]))
 }
 
-/// One name for one type, and an opening line in each file, in all crates of ours.
+/// One name for one type, and an opening line in each file, in the workspace and the bare guest.
 fn type_names(root: &Path) -> Result<()> {
     let metadata = metadata(root).no_deps().exec()?;
     let manifests = metadata.packages.iter().map(|package| &package.manifest_path);

@@ -11,7 +11,7 @@ use crate::workspace::{output, print_status};
 /// What a failure of apt is most often about.
 const NEEDS_ROOT: &str = "apt-get needs root (or sudo) and the package archive";
 
-/// A package that lies unpacked in a folder of ours.
+/// A package that lies unpacked below `target`.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub(crate) struct Unpacked {
     /// The package's name.

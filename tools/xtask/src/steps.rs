@@ -107,7 +107,7 @@ impl Steps {
         });
     }
 
-    /// Keeps in mind what was not run, and why.
+    /// Records what was not run, and why.
     pub(crate) fn not_run(&mut self, name: &str, why: &str) {
         print_status(format_args!("{name}: NOT RUN: {why}"));
         self.done.push(FinishedStep {

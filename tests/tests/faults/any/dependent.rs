@@ -37,7 +37,7 @@ impl Thing {
 /// A guest, and what it needs.
 pub(super) struct Dependent {
     pub(super) journey: Journey,
-    /// More options of whoever receives it.
+    /// More options of the process that receives the guest.
     pub(super) receiver: Vec<String>,
     /// Takes away what it needs.
     pub(super) lose: Box<dyn FnOnce() + Send>,
@@ -152,7 +152,7 @@ fn halve(path: &PathBuf) {
         .open(path)
         .and_then(|file| file.set_len(file.metadata()?.len() / 2));
     if let Err(error) = halved {
-        // The proxy's thread has nobody else to tell; that the guest misses nothing fails the test.
+        // The proxy's thread can only print the error. The test then fails because the guest misses nothing.
         eprintln!("{}: {error}", path.display());
     }
 }

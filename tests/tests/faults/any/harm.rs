@@ -20,7 +20,7 @@ pub(super) enum InjectedHarm {
     CutAll,
     /// From then on a network of a few bytes a second.
     Trickle,
-    /// From then on nothing passes, and nobody is told.
+    /// From then on nothing passes, and neither side gets an error.
     Silence,
     /// Something outside that the guest needs goes.
     Lose(Thing),
@@ -90,7 +90,7 @@ impl InjectedHarm {
 
 /// Kills a process.
 pub(super) fn kill(id: u32) {
-    // It may be on its way out by itself; as a child that nobody has waited for, its number is still its own.
+    // The process may be ending by itself; as its parent has not waited for it, its number is still its own.
     if let Some(pid) = i32::try_from(id).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, Signal::KILL);
     }

@@ -1,4 +1,4 @@
-//! Destinations whose log goes where nobody reads it.
+//! Destinations whose log has no reader.
 
 use std::io::{BufRead, BufReader, PipeReader};
 
@@ -46,11 +46,11 @@ impl FaultReceiver {
                 _unread: None,
             });
         };
-        // Where it listens has to be known: it may not be able to tell.
+        // The port is chosen here: a receiver without a log cannot print one.
         let (host, name) = (&journey.host, journey.host.free_name());
         let path = host.path(&format!("{name}.move"));
         let endpoint = format!("unix:{}", path.display());
-        // One that a killed VM has left says nothing about this one.
+        // A socket that a killed VM has left would look like that of this receiver.
         let _ = std::fs::remove_file(&path);
         let mut command = host.command(["receive", "--name", &name, "--listen", &endpoint]);
         command.args(options);

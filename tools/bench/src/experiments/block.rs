@@ -30,7 +30,7 @@ const ENGINES: [(&str, bool); 4] = [
     ("threads", true),
 ];
 
-/// Whoever reads, and how fast it was.
+/// A monitor whose guest reads, and how fast it was.
 struct BlockContender {
     name: String,
     monitor: Monitor,
@@ -49,7 +49,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let mut contenders = start(bench, &disk)?;
     let turns = contenders.len();
     for run in 0..bench.count(RUNS) as usize {
-        // Each run begins with somebody else.
+        // Each run begins with another contender.
         for turn in 0..turns {
             let contender = &mut contenders[(turn + run) % turns];
             let what = format!("reads, {}", contender.name);

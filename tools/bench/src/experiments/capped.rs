@@ -14,7 +14,7 @@ use crate::stats::median;
 const MEMORY_MIB: u64 = 1024;
 const RUNS: u32 = 5;
 
-/// Moves both guests in turn. QEMU lifts its cap for the final copy; so does godwit unless told otherwise.
+/// Moves both guests in turn. QEMU lifts its cap for the final copy; so does godwit by default.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let guest = BenchGuest::busy(MEMORY_MIB, BenchRate::BytesPerSecond(1_000_000_000));
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;

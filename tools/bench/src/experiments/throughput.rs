@@ -17,7 +17,7 @@ const MEMORY_MIB: u64 = 2048;
 const REPETITIONS: u32 = 5;
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// Who is measured. A destination that is `ready` has touched all of its memory before.
+/// A program that is measured. A destination that is `ready` has touched all of its memory before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ThroughputContender {
     Iperf { pairs: u32, zero_copy: bool },
@@ -141,13 +141,13 @@ struct Sample {
     cpu_s_per_gib: Option<f64>,
 }
 
-/// The guests under both monitors; whoever is not measured stands still.
+/// The guests under both monitors; the one that is not measured is stopped.
 struct Field {
     godwit: Godwit,
     qemu: QemuJourney,
 }
 
-/// Measures everybody whom the wanted rows need, in turn.
+/// Measures all contenders that the wanted rows need, in turn.
 pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
     let comparisons: Vec<_> = COMPARISONS
         .iter()
@@ -164,7 +164,7 @@ pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
     let mut field = Field::new(bench)?;
     let turns = samples.len();
     for repetition in 0..bench.count(REPETITIONS) as usize {
-        // Each repetition begins with somebody else.
+        // Each repetition begins with another contender.
         for turn in 0..turns {
             let (contender, of) = &mut samples[(turn + repetition) % turns];
             of.push(field.measure(bench, *contender)?);

@@ -56,14 +56,14 @@ impl Key {
     }
 }
 
-/// The folder of artifacts, ours alone while this lives.
+/// The folder of artifacts, locked against other runs while this lives.
 pub(super) struct ArtifactCache {
     target: PathBuf,
     _lock: File,
 }
 
 impl ArtifactCache {
-    /// Opens the folder; waits for whoever else builds in it.
+    /// Opens the folder; waits until no other run builds in it.
     pub(super) fn open(target: &Path) -> Result<Self> {
         let stamps = target.join("cache/stamps");
         fs::create_dir_all(&stamps).with_context(|| format!("cannot create {}", stamps.display()))?;
@@ -105,7 +105,7 @@ impl ArtifactCache {
         fs::write(&stamp, key).with_context(|| format!("cannot write {}", stamp.display()))
     }
 
-    /// Writes an artifact in one step: whoever reads it sees the old or the new one.
+    /// Writes an artifact in one step: a reader sees the old or the new one.
     pub(super) fn write(&self, artifact: &str, content: &[u8]) -> Result<()> {
         let path = self.path(artifact);
         let folder = path.parent().context("an artifact has a folder")?;

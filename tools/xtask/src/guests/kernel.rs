@@ -12,7 +12,7 @@ use crate::packages::Unpacked;
 /// An unpacked kernel package.
 pub(super) struct Kernel {
     package: Unpacked,
-    /// As `uname -r` would tell.
+    /// What `uname -r` prints.
     release: String,
 }
 
@@ -61,7 +61,7 @@ impl Kernel {
 /// LZ4's legacy frame (lz4_Frame_format.md): magic, then blocks with a length, each of at most 8 MiB.
 const LZ4_LEGACY: u32 = 0x184c_2102;
 const LZ4_BLOCK: usize = 8 << 20;
-/// More than any kernel: what a hostile length could make us allocate.
+/// Larger than any kernel, so that a hostile length cannot ask for more memory.
 const LARGEST_KERNEL: usize = 1 << 30;
 
 /// The ELF kernel in a bzImage (Linux, Documentation/x86/boot.rst: setup_sects, payload_offset, payload_length).

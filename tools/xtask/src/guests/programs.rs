@@ -1,4 +1,4 @@
-//! Our own programs for the inside.
+//! This workspace's programs that run in guests and emulated hosts.
 
 use std::path::{Path, PathBuf};
 

@@ -12,7 +12,7 @@ use super::cache::{ArtifactCache, Key};
 use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
-/// Drivers of our devices, and what tells the agent of the power button.
+/// Drivers of godwit's devices, and those through which the agent gets the power button.
 const MODULES: [&str; 10] = [
     "virtio_mmio",
     "virtio_blk",
@@ -48,7 +48,7 @@ pub(super) fn initrd(
         for folder in ["dev", "proc", "sys", "run", "mnt", "tmp"] {
             archive.folder(folder)?;
         }
-        // The kernel opens it for us before anything is mounted.
+        // The kernel opens it for the first program before anything is mounted.
         archive.character_device("dev/console", 5, 1)?;
         archive.file("bin/busybox", 0o755, &read(&super::busybox_program(busybox))?)?;
         archive.symlink("bin/sh", "busybox")?;

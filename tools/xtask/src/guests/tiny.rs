@@ -1,4 +1,4 @@
-//! The tiny guest: a kernel of our own configuration from Debian's source package, and the agent as its first program.
+//! The tiny guest: a kernel with its own configuration from Debian's source package, and the agent as first program.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -63,7 +63,7 @@ pub(super) fn initrd(cache: &ArtifactCache, agent: &Path) -> Result<()> {
         for folder in ["dev", "proc", "sys", "mnt"] {
             archive.folder(folder)?;
         }
-        // The kernel opens it for us before anything is mounted.
+        // The kernel opens it for the first program before anything is mounted.
         archive.character_device("dev/console", 5, 1)?;
         archive.file("init", 0o755, &agent)?;
         cache.write("tiny/initrd", &archive.finish()?)
@@ -146,7 +146,7 @@ impl Tree {
             .args(["--silent", "ARCH=x86_64"])
             .args(arguments)
             .current_dir(&self.folder);
-        // Those of the make that may run us are not for this one; the rest makes equal input give equal output.
+        // A make that runs this program must not pass its flags on; the rest makes equal input give equal output.
         command
             .env_remove("MAKEFLAGS")
             .env("KBUILD_BUILD_USER", "godwit")

@@ -1,7 +1,7 @@
 //! One name for one type in the whole workspace, and an opening line in each file.
 //!
-//! Read line by line: rustfmt, which is checked first, puts an item outside of all braces at the beginning of a line, and
-//! an associated type or a type inside a function or an inline module further right.
+//! Read line by line: rustfmt, which is checked first, puts an item outside of all braces at the beginning of a line,
+//! and an associated type or a type inside a function or an inline module further right.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -22,7 +22,7 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 pub(super) struct Quota {
     folder: PathBuf,
     version: CgroupVersion,
-    /// Tells whoever finds the group that it has an owner.
+    /// Locked, which shows another run that the group has an owner.
     _lock: File,
 }
 
@@ -81,8 +81,8 @@ impl Quota {
         }
     }
 
-    /// Writes a program at `path` that enters the group and becomes `program`. Another user's becomes it even where he
-    /// may not enter, and so does one with the argument `free`.
+    /// Writes a program at `path` that enters the group and becomes `program`. A process of another user,
+    /// which may not enter, becomes `program` all the same, and so does one with the argument `free`.
     pub(super) fn stand_in(&self, path: &Path, program: &Path, free: &str) -> Result<()> {
         let (entry, program) = (quoted(&self.folder.join("cgroup.procs"))?, quoted(program)?);
         let script = format!(

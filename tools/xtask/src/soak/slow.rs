@@ -14,7 +14,7 @@ use crate::workspace::{print_status, root};
 /// All of those programs together have one part in so many of the machine's CPU time.
 const PARTS: u64 = 3;
 /// Of a VM that waits for the pages of another process: it is left out. A vCPU that does so inside a system call spins
-/// there while its group is held back (Linux 6.18), which takes time that nobody in the group gets back.
+/// there while its group is held back (Linux 6.18), which takes time that no program of the group gets back.
 const HANDLED: &str = "--uffd";
 const EMULATOR: &str = "qemu-system-x86_64";
 
