@@ -14,8 +14,8 @@ use crate::report::AgentReport;
 
 /// Where the kernel lists them; what is a console has no name there.
 const CLASS: &str = "/sys/class/virtio-ports";
-/// They come when the driver has found them, on a slow host late. From the first of these on the agent checks more
-/// ever less often.
+/// The ports come when the driver has found them, on a slow host late: the agent checks for them at the first of these
+/// intervals, and ever less often up to the last.
 const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(5);
 /// How often the agent checks whether a program has connected.
 const NOBODY: Duration = Duration::from_millis(100);
