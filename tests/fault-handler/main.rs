@@ -1,4 +1,4 @@
-//! An example of a page-fault handler for `godwit restore --uffd SOCKET`: brings each page when it is needed.
+//! An example of a page-fault handler for `godwit restore --uffd SOCKET`: fills each page when it is needed.
 //!
 //! `fault-handler MEMORY SOCKET`, where MEMORY is the file of that name in the snapshot. It says `listening`, serves one
 //! machine until that hangs up, and says how many pages it filled and how many were given up.
@@ -100,7 +100,7 @@ impl PageFaultServer {
         })
     }
 
-    /// Until the VMM hangs up.
+    /// Serves faults until the VMM hangs up.
     fn serve(&mut self, mut stream: UnixStream) -> Result<()> {
         loop {
             let mut sources = [
@@ -122,7 +122,7 @@ impl PageFaultServer {
         }
     }
 
-    /// Reads all events, then brings what was asked for.
+    /// Reads all events, then fills the pages that were asked for.
     fn handle_events(&mut self) -> Result<()> {
         while let Some(event) = userfault::next(&self.descriptor)? {
             match event {
@@ -150,7 +150,7 @@ impl PageFaultServer {
         }
     }
 
-    /// Says no where the kernel wants events to be read first.
+    /// Fills the page of an address; `false` where the kernel wants events to be read first.
     fn fill(&mut self, address: u64) -> Result<bool> {
         let region = self
             .regions
@@ -166,7 +166,7 @@ impl PageFaultServer {
         let to = region.start + page * region.page_size;
         match userfault::copy(&self.descriptor, to, &content) {
             Ok(()) => self.filled += 1,
-            // Two asked for one page.
+            // Two threads asked for one page.
             Err(Errno::EXIST) => userfault::wake(&self.descriptor, to, region.page_size)?,
             Err(Errno::AGAIN) => return Ok(false),
             // The VMM is ending.

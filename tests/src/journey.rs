@@ -101,7 +101,7 @@ impl BareGuest<'_> {
     }
 }
 
-/// How a guest is spoken to, and how its counter goes from line to line (`None`: forward).
+/// The commands that a guest takes, and how its counter goes from line to line (`None`: forward).
 #[derive(Clone, Copy, Debug)]
 struct Commands {
     reset: &'static [u8],
@@ -198,7 +198,7 @@ impl Journey {
         Ok(())
     }
 
-    /// Takes over what `receiver` received from a source that did not live to see it.
+    /// Takes over what `receiver` received from a source that died before it could end by itself.
     pub fn orphan(mut self, receiver: Vm) -> Result<Self> {
         self.vm.process.wait(PATIENCE)?;
         self.take_over(receiver)?;
@@ -220,7 +220,7 @@ impl Journey {
         Ok(report)
     }
 
-    /// Makes the guest forget the longest gap that it saw.
+    /// Has the guest measure its longest gap anew.
     pub fn reset_gap(&mut self) -> Result<()> {
         self.command(self.commands.reset, "reset").map(|_| ())
     }

@@ -25,7 +25,7 @@ pub struct LabJourney {
     pub vm: LabProcess,
     guest: StockGuest,
     host: usize,
-    /// Of its VM's name.
+    /// The number in its VM's name.
     number: u32,
     /// What the guest printed on the hosts before, to the last byte.
     before: String,
@@ -112,7 +112,7 @@ impl LabJourney {
 
     /// Shows that the guest runs and is well: ticks from now on, without errors.
     pub fn check_running(&mut self) -> Result<Tick> {
-        // What is already there says nothing about now; that no line fits is what is wanted.
+        // Skips the lines that are already there: they say nothing about now. No line fits, so the wait fails.
         let _ = self.vm.wait_line(|_| false, Duration::ZERO);
         let (first, second) = (self.tick()?, self.tick()?);
         ensure!(
@@ -162,7 +162,7 @@ impl LabJourney {
 
     /// Starts a receiver on the other host; also returns where it listens.
     pub fn receiver(&self) -> Result<(LabProcess, String)> {
-        // The two are one, but hosts see no locks of each other on it.
+        // Both hosts have the same disk, but neither sees the other's locks on it.
         self.receiver_with_disk("/dev/vda,shared=on")
     }
 
@@ -244,8 +244,8 @@ impl LabJourney {
         self.arrive(vm)
     }
 
-    /// A guest of this kind that lives its past once more, restored as VM `number` on a host of a lab. Its life begins
-    /// with the snapshot.
+    /// A guest of this kind that is restored from a snapshot which another guest goes on from as well, as VM `number` on
+    /// a host of a lab. Its life begins with the snapshot.
     pub fn clone_of(
         guest: StockGuest,
         lab: &Arc<Lab>,
@@ -266,7 +266,7 @@ impl LabJourney {
     /// The guest has seen that it stood still for so many milliseconds.
     fn check_gap(&mut self, stood: f64) -> Result<()> {
         let mut seen = 0.0;
-        // Some were made before the pause and are printed after it: more of them, the busier the guest is.
+        // Some ticks were made before the pause and are printed after it: the busier the guest, the more of them.
         for _ in 0..LATE_TICKS {
             seen = self.tick()?.max_gap_us as f64 / 1e3;
             if seen >= SEEN * stood {

@@ -110,8 +110,8 @@ fn request(number: u16) -> [u8; 8] {
     packet
 }
 
-/// The number of an answer to one of ours. The system hands every socket of this sort all answers that come, those to
-/// other pings too: whose it is, its IP header says.
+/// The number of an answer to one of these pings. A raw socket receives the answers to all pings of the machine: the
+/// identifier and the IP header say to which.
 fn answer(packet: &[u8], from: Ipv4Addr) -> Option<u16> {
     if packet.get(12..16)? != from.octets() {
         return None;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::{Journey, Network, PATIENCE, TestHost, TinyGuest, Vm};
 
-/// It has a card and a socket; where those lead to, each scenario says.
+/// It has a card and a socket; each scenario says what they are connected to.
 const GUEST: TinyGuest<'static> = TinyGuest {
     cpus: 2,
     workset_mib: 64,
@@ -69,7 +69,7 @@ pub fn tiny_guest(host: TestHost, network: &Network, backends: &Backends) -> Res
     Ok(Journey::agent(host, vm))
 }
 
-/// Of the program, the guest, and how it is run.
+/// A digest of the program, the guest, and how it is run.
 fn identity(host: &TestHost) -> Result<u64> {
     let mut hasher = DefaultHasher::new();
     let fixtures = host.fixtures();

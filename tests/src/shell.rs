@@ -11,7 +11,7 @@ use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcgetpgrp, tcsetat
 use crate::terminal::open_terminal;
 use crate::{TestHost, TestOutput};
 
-/// A bash that a user might sit at. It ends when it is dropped, and its jobs with it.
+/// An interactive bash. It ends when it is dropped, and its jobs with it.
 pub struct Shell {
     /// The other end of the terminal.
     end: File,

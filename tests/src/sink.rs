@@ -35,7 +35,7 @@ impl OutputSink {
     }
 }
 
-/// A pipe into which nothing goes any more.
+/// A pipe that is full.
 fn full_pipe() -> Result<(PipeReader, PipeWriter)> {
     let (reader, mut writer) = io::pipe()?;
     let flags = fcntl_getfl(&writer)?;

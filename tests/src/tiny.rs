@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use crate::{GuestEvent, Journey, PATIENCE, TestHost};
 
 /// Memory of the kernel, in MiB. What is beyond belongs to the workload: the kernel initialises each of its
-/// pages when it boots, which takes its time where it is interpreted.
+/// pages when it boots, which is slow where it is interpreted.
 const KERNEL_MIB: u64 = 64;
 
 /// A tiny guest's machine and work.
@@ -72,7 +72,7 @@ impl TinyGuest<'_> {
         self.start_with(host, more, |_| ())
     }
 
-    /// The same with a last hand on the command that runs it.
+    /// The same after `prepare` has changed the command that runs it.
     pub fn start_with(
         &self,
         host: TestHost,

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::{PATIENCE, TestProcess};
 
-/// Runs one in this thread's network and mounts, to its end, which must be a good one; what it prints.
+/// Runs one to its end in this thread's network and mounts; returns what it prints. It must exit with 0.
 pub(crate) fn tool<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Result<String> {
     let mut command = Command::new(program);
     command.args(words);

@@ -234,7 +234,7 @@ fn initrds_and_command_lines_that_do_not_fit() -> Result<()> {
         FAILED,
         &["initrd", &large, "do not fit"],
     )?;
-    // It would lie behind the file's end, but where the kernel unpacks itself.
+    // The initrd would lie behind the kernel file's end, but where the kernel unpacks itself.
     let compressed = host.fixtures().stock_kernel("vmlinuz").display().to_string();
     let small = host.path("small");
     std::fs::File::create(&small)?.set_len(40 << 20)?;

@@ -121,7 +121,7 @@ fn configuration_file() -> Result<()> {
         status["vcpu_count"] == 2 && status["mem_size_mib"] == 96,
         "got {status}"
     );
-    // The guest reads from the first disk, having stamped it.
+    // The guest has stamped the first disk, and reads from it.
     vm.read_on(256)?;
     for (id, expected) in [("root", true), ("data", false)] {
         let written = std::fs::read(host.path(id))?.iter().any(|byte| *byte != 0);

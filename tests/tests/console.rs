@@ -33,7 +33,7 @@ fn wait_for_size(journey: &mut Journey, columns: u64, rows: u64) -> Result<()> {
     bail!("expected a terminal of {columns} columns and {rows} rows, got {seen:?}")
 }
 
-/// How often the guest has said that who was at the other side of the port has gone.
+/// How often the guest has said that the program at the other side of the port has gone.
 fn ends(journey: &Journey) -> Result<usize> {
     Ok(journey.life()?.matches("agent: port name=echo end=eof").count())
 }

@@ -156,7 +156,7 @@ fn a_name_in_use_is_refused_and_that_of_a_dead_vm_is_not() -> Result<()> {
 fn stop_asks_and_then_ends() -> Result<()> {
     let host = TestHost::new()?;
     let mut vm = boot(&host, "deaf")?;
-    // The bare guest has no ear for the power button.
+    // The bare guest does not handle the power button.
     let stopped = vm.godwit("stop", &[])?;
     ensure!(
         stopped.expect_code(0)?.stderr.contains("did not shut down"),
@@ -213,7 +213,7 @@ fn the_console_shows_and_types() -> Result<()> {
     console
         .stdout()
         .wait("reset", 0, PATIENCE, |line| GuestEvent::named(line, "reset"))?;
-    // Ctrl-] detaches; the guest does not notice.
+    // Ctrl-] detaches; the guest runs on.
     console.send(&[0x1d])?;
     console.wait_success(PATIENCE)?;
     vm.check_running()?;

@@ -72,7 +72,7 @@ fn entries(folder: &Path) -> Result<Vec<String>> {
 fn a_disk_comes_along() -> Result<()> {
     let (mut journey, here, there) = with_a_disk_here()?;
     let mut left = here;
-    // There, and back to a file beside the old one.
+    // The disk goes there, and back to a file beside the old one.
     for path in [there.join("disk"), left.with_file_name("back")] {
         let disk = format!("d={}", path.display());
         let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
@@ -84,7 +84,7 @@ fn a_disk_comes_along() -> Result<()> {
         );
         journey.vm.read_on(READS)?;
         ensure!(fs::read(&left)? == fs::read(&path)?, "the disks differ");
-        // It is not read any more.
+        // The old file is not read any more.
         fs::remove_file(&left)?;
         left = path;
     }
@@ -116,7 +116,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
     let report = journey.hop_to(receiver, &endpoint, &come)?;
     ensure!(report.disks == 1, "no disk in {report:?}");
 
-    // What it left is older than what it has.
+    // The file that the guest left is older than the one that it has.
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk(&here)])?;
     refused(&journey, &endpoint, &come)?;
     drop(receiver);
@@ -137,7 +137,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
 fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> FaultPlan {
     let path = path.to_owned();
     let lock = move || {
-        // Whether that went well is seen by what the destination says.
+        // The destination's error shows whether that worked.
         let file = fs::File::options().write(true).open(path).ok();
         let locked = file.filter(|file| fcntl_lock(file, FlockOperation::NonBlockingLockExclusive).is_ok());
         if let Ok(mut held) = held.lock() {
@@ -216,7 +216,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
         fs::remove_file(there.join(name))?;
     }
 
-    // The destination's file system is full: said where the user is, and the guest reads on.
+    // The destination's file system is full: `migrate` says so, and the guest reads on.
     let full = "d=/dev/full/disk";
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", full])?;
     let line = journey

@@ -199,7 +199,8 @@ fn a_disk_that_shrinks_and_grows_again() -> Result<()> {
     journey.vm.read_on(READS)?;
     check_log(&journey.vm, "cannot read it")?;
 
-    // Neither where it is nor with its content: what is missing would be zeroes, and no errors.
+    // The guest moves neither without the disk's content nor with it: what is missing would be read as zeroes, without an
+    // error.
     let folder = journey.host.path("elsewhere");
     fs::create_dir(&folder)?;
     let (here, at) = receiver(&journey, &image)?;
@@ -251,7 +252,7 @@ fn a_disk_whose_file_is_removed() -> Result<()> {
         "another's file was written"
     );
 
-    // With its content it goes on elsewhere.
+    // With its content the disk goes on elsewhere.
     let elsewhere = host.path("elsewhere");
     let (there, at) = receiver(&journey, &elsewhere)?;
     journey.hop_to(there, &at, &["--with-disks", "--verify", "--on-miss", "switch"])?;

@@ -17,7 +17,7 @@ const READER: BareGuest = BareGuest {
     reads: 32,
     ..BareGuest::DEFAULT
 };
-/// It never flushes.
+/// The guest never flushes.
 const WRITER: BareGuest = BareGuest {
     writes: true,
     ..READER
@@ -97,7 +97,7 @@ fn nobody_boots_what_overlays_are_on() -> Result<()> {
     for name in ["one", "two"] {
         let top = Image::make_on(&host.path(name), &base)?;
         let disk = format!("id=d,path={},format=qcow2", top.path());
-        // What an image names is not opened for that.
+        // A file that an image names is not opened for that reason.
         let finished = run("unnamed", &disk)?;
         finished.expect_code(1)?;
         ensure!(
@@ -115,7 +115,7 @@ fn nobody_boots_what_overlays_are_on() -> Result<()> {
         "{}",
         finished.stderr
     );
-    // It moves with all of its files, and not without.
+    // The guest moves with all of its files, and not without.
     let moving = clones.remove(0);
     let top = format!("d={},format=qcow2", host.path("one").display());
     let (receiver, endpoint) = host.receive("unnamed", ANY_PORT, ["--disk", &top])?;

@@ -17,7 +17,7 @@ use tests::{BareGuest, Journey, Migration, PATIENCE, TestHost, TestProcess, Vm, 
 
 const ANY_PORT: &str = "tcp:127.0.0.1:0";
 
-/// Never keeps this budget while it dirties as fast as it can, so it stays in pre-copy for a while.
+/// A budget that a guest which dirties as fast as it can never keeps, so that pre-copy goes on for a while.
 const HOPELESS: [&str; 2] = ["--max-downtime", "1ms"];
 
 fn busy_guest() -> BareGuest<'static> {
@@ -281,7 +281,7 @@ fn garbage_at_the_receivers_port() -> Result<()> {
     for bytes in garbage {
         let mut stream = std::net::TcpStream::connect(address)?;
         stream.set_read_timeout(Some(PATIENCE.longest))?;
-        // It may hang up before it has read everything.
+        // The peer may hang up before it has read everything.
         let _ = stream.write_all(bytes);
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
@@ -333,7 +333,7 @@ fn a_destination_that_sends_nonsense() -> Result<()> {
     let nonsense = std::thread::spawn(move || -> std::io::Result<()> {
         let (mut stream, _) = listener.accept()?;
         stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")?;
-        // Until the other side hangs up.
+        // Reads until the other side hangs up.
         std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
     });
     fails_at(&format!("tcp:{address}"), &address)?;

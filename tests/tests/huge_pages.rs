@@ -1,5 +1,5 @@
-//! Guests in huge pages that the host has set aside. In a program of its own: to set pages aside stalls the host, and what
-//! else runs then has longer pauses than usual.
+//! Guests in huge pages that the host has set aside. In a test program of its own: to set pages aside stalls the host,
+//! and guests of other tests would have longer pauses than usual.
 
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;

@@ -304,7 +304,7 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
         "expected at most 0.3 of {without} bytes, got {with}"
     );
 
-    // It grows while the guest moves, and is as large where it arrives.
+    // The balloon grows while the guest moves, and is as large where the guest arrives.
     journey.godwit_json("balloon", &["128M"])?;
     journey.hop(&VERIFIED)?;
     // An emulated guest may be slow to report.

@@ -85,7 +85,7 @@ fn a_guest_that_has_moved_ends_when_it_resets() -> Result<()> {
 #[test]
 fn the_time_to_shut_down_is_the_operators() -> Result<()> {
     let host = TestHost::new()?;
-    // The bare guest has no ear for the power button.
+    // The bare guest does not handle the power button.
     let mut vm = BareGuest::default().boot(&host, "web", &["--stop-timeout", "100ms"])?;
     let stopped = vm.godwit("stop", &[])?;
     ensure!(

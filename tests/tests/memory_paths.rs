@@ -29,7 +29,7 @@ fn reserved_memory_is_there_before_the_guest() -> Result<()> {
         ..Default::default()
     };
     let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
-    // As much as the guest has is used; anything else is let go and made anew.
+    // Reserved memory is used if it is as large as the guest's; otherwise it is released and allocated anew.
     for reserve in ["128M", "256M", "32M"] {
         let mib: u64 = reserve.trim_end_matches('M').parse()?;
         let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--reserve", reserve])?;

@@ -59,8 +59,8 @@ fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
     journey.end()
 }
 
-/// Twice the shortest interval at which the guest answers every ping where it is, and keeps up with them: a move takes CPU
-/// time, too.
+/// Twice the shortest interval at which the guest answers every ping without a move, and keeps up with them: a move takes
+/// CPU time, too.
 fn answered_interval() -> Result<Duration> {
     let mut interval = SHORTEST;
     while interval <= LONGEST {

@@ -74,7 +74,7 @@ impl Starter {
     /// Starts a client that cannot say anything on standard error.
     fn migrate(&mut self, vm: &Vm, endpoint: &str, arguments: &[&str]) -> Result<TestProcess> {
         let (stderr, kept) = self.sink.open()?;
-        // It says nothing before its end: the reader who leaves has left.
+        // The client prints nothing before its end; a reader that leaves has left by then.
         if self.sink != OutputSink::Left {
             self.unread.extend(kept);
         }
@@ -96,7 +96,7 @@ impl Starter {
     }
 }
 
-/// A move that fails is over when it is, and one whose client cannot say why ends as it should.
+/// A move that fails ends at once, with the right exit code, also where its client cannot print the reason.
 fn fail_to_move(starter: &mut Starter, vm: &Vm) -> Result<()> {
     let client = starter.migrate(vm, NOBODY, &[])?;
     client.finish(PATIENCE)?.expect_code(1)?;
@@ -243,7 +243,7 @@ fn a_log_on_a_full_file_system() -> Result<()> {
     journey.end()
 }
 
-/// A file that leaves no room for another's content.
+/// A file that fills the file system.
 fn fill(directory: &Path) -> Result<PathBuf> {
     let path = directory.join("filler");
     let mut file = File::create(&path)?;

@@ -1,4 +1,4 @@
-//! Guests whose pages come from another process, and what becomes of them when that one has gone.
+//! Guests whose pages come from another process, and what becomes of them when that process has gone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -73,7 +73,7 @@ fn put_in_files(journey: Journey) -> Result<(Journey, PathBuf, PathBuf)> {
     Ok((journey, directory, memory))
 }
 
-/// Goes on with it, and with a handler that brings its pages.
+/// Goes on with it, and with a handler that fills its pages.
 fn handled(
     mut journey: Journey,
     directory: &Path,
@@ -210,7 +210,7 @@ fn a_handler_that_reads_no_events_holds_up_the_balloon_alone() -> Result<()> {
     let guest = BareGuest { cpus: 1, ..GUEST };
     let (journey, directory, memory) = in_files(&guest, &["--balloon"])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
-    // Every page of it is there afterwards: its vCPU waits for none.
+    // Every page of the guest is there afterwards: its vCPU waits for none.
     journey
         .vm
         .snapshot(&journey.host.path("again"), &["--keep-running"])?;
@@ -312,14 +312,14 @@ fn waits(command: &TestProcess) -> Result<bool> {
     Ok(!status.lines().any(|line| line.starts_with("State:\tZ")))
 }
 
-/// Until as many wait for a page as the guest has vCPUs.
+/// Waits until as many threads wait for a page as the guest has vCPUs.
 fn wait_stuck(vm: &Vm) -> Result<()> {
     wait_until("the vCPUs to need pages", || {
         Ok(waiting(&vm.process)? >= u64::from(GUEST.cpus))
     })
 }
 
-/// How many wait for a page of that machine, as the kernel counts them.
+/// How many threads wait for a page of that machine, as the kernel counts them.
 fn waiting(machine: &TestProcess) -> Result<u64> {
     let folder = PathBuf::from(format!("/proc/{}", machine.id()));
     for entry in std::fs::read_dir(folder.join("fd"))? {
@@ -336,8 +336,8 @@ fn waiting(machine: &TestProcess) -> Result<u64> {
     Ok(0)
 }
 
-/// Whether a thread of that machine is giving memory back to the kernel, which it is for as long as the handler has not
-/// heard of it.
+/// Whether a thread of that machine is giving memory back to the kernel, which takes until the handler has read the
+/// event.
 fn gives_up(machine: &TestProcess) -> Result<bool> {
     const MADVISE: &str = "28 ";
     for task in std::fs::read_dir(format!("/proc/{}/task", machine.id()))? {

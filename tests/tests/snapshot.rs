@@ -231,7 +231,7 @@ fn a_restored_guest_has_a_base_at_once() -> Result<()> {
     journey.vm.check_running()?;
     let second = journey.host.path("second");
     journey.vm.snapshot(&second, &["--diff"])?;
-    // Alone it is no guest.
+    // A difference alone cannot be restored.
     let host = journey.host.clone();
     let refused = TestProcess::run(host.command(["restore", text(&second)?]), tests::PATIENCE)?;
     refused.expect_code(1)?;
@@ -334,7 +334,7 @@ fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
             std::fs::remove_dir_all(&directory)?;
             failed += 1;
         } else {
-            // It was faster, and is part of the chain.
+            // The snapshot was faster, and is part of the chain.
             finished.expect_code(0)?;
             parts.push(host.path(&format!("part-{}", parts.len())));
             std::fs::rename(&directory, &parts[parts.len() - 1])?;

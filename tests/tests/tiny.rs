@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use tests::{GuestEvent, Journey, PATIENCE, TestHost, TinyGuest, Vm};
 
 const MOVES: u32 = 2;
-/// How long the guest lies in files. Its clocks must find that out.
+/// How long the guest lies in files, by which its clocks must go on.
 const AWAY: Duration = Duration::from_secs(3);
-/// A guest's time is at most that far from the host's when its tick is seen: ticks come when they come.
+/// How far a guest's time may be from the host's when its tick is read: ticks may come late.
 const CLOCK_ERROR: Duration = Duration::from_secs(1);
 
 /// One boot for all of it: where kernel code is interpreted it takes most of half a minute.
@@ -83,7 +83,7 @@ fn wall_clock_error(vm: &Vm) -> Result<i64> {
     Ok(guest - i64::try_from(host)?)
 }
 
-/// A snapshot is the guest's past once more, and it must know; a migration was not. Meanwhile time went by.
+/// After a restore the guest has a new generation ID, after a migration it has not. Its clocks go on meanwhile.
 fn through_files_for_a_while(journey: &mut Journey) -> Result<()> {
     let life = journey.life()?;
     ensure!(

@@ -15,7 +15,7 @@ use crate::memory::Verify;
 use crate::network;
 use crate::report::AgentReport;
 
-/// The workloads that commands speak to.
+/// The workloads that commands act on.
 pub(crate) struct Workloads {
     memory: Mutex<Sender<Verify>>,
     disk: Mutex<Option<Sender<DiskWorkloadRequest>>>,
@@ -121,7 +121,7 @@ fn churn(mebibytes: &str, report: &AgentReport) {
     report.line(format_args!("churned mib={mebibytes}"));
 }
 
-/// Says what size the terminal has.
+/// Prints what size the terminal has.
 fn size(report: &AgentReport) {
     match tcgetwinsize(std::io::stdin()) {
         Ok(size) => report.line(format_args!("size columns={} rows={}", size.ws_col, size.ws_row)),

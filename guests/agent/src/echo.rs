@@ -1,4 +1,4 @@
-//! An echo service on vsock: what a program on the host sends comes back. To check it is that program's business.
+//! An echo service on vsock: what a program on the host sends comes back. That program checks it.
 
 use std::io::{ErrorKind, Read, Write};
 use std::sync::Arc;

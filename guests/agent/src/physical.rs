@@ -19,8 +19,8 @@ pub(crate) struct Physical {
 }
 
 impl Physical {
-    /// Maps `bytes` at physical address `base`, both whole pages. The kernel must know of no RAM there: it would
-    /// use the same pages, and the range is refused.
+    /// Maps `bytes` at physical address `base`, both whole pages. A range in which the kernel has RAM is
+    /// refused: the kernel would use the same pages.
     pub(crate) fn map(base: u64, bytes: usize) -> io::Result<Self> {
         let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         if bytes == 0 {

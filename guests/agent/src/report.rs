@@ -18,7 +18,7 @@ pub(crate) struct AgentReport {
     pub(crate) streamed: AtomicU64,
     /// Random bytes read.
     pub(crate) random: AtomicU64,
-    /// Asks the heartbeat to forget the longest gap.
+    /// Asks the heartbeat to measure the longest gap anew.
     pub(crate) reset: AtomicBool,
     errors: AtomicU64,
 }

@@ -1,4 +1,4 @@
-//! The first CPU's reports and its ear for commands.
+//! The first CPU's reports, and the commands that it reads.
 
 use core::sync::atomic::Ordering;
 
@@ -24,7 +24,7 @@ impl BareConsole {
         }
     }
 
-    /// Reports and listens if a tick is over. Returns the TSC value of the next.
+    /// Reports and reads commands if a tick is over. Returns the TSC value of the next.
     pub(crate) fn poll(&mut self, worker: &mut BareWorker, now: u64) -> u64 {
         if now < self.next {
             return self.next;

@@ -62,7 +62,7 @@ impl Reads {
         while let Some(done) = self.disk.poll() {
             match (done.kind, self.succeeded(&done, worker)) {
                 (BareOperation::Write, true) => {
-                    // Or a read that brings nothing would find what was written.
+                    // Otherwise a read that transfers nothing would find what was written.
                     self.disk.page(done.slot).fill(0);
                     self.disk.submit(done.slot, BareOperation::Read, done.page);
                 }

@@ -30,7 +30,7 @@ impl DirtyPace {
         }
     }
 
-    /// Pages to dirty now; the caller does so. What fell due during a stop of more than 100 ms is forgotten:
+    /// Pages to dirty now; the caller does so. What fell due during a stop of more than 100 ms is dropped:
     /// a guest that was held back goes on at its rate.
     pub fn due(&mut self, now: u64) -> u64 {
         let Some(rate) = self.pages_per_second else {

@@ -1,4 +1,4 @@
-//! What happens, and where.
+//! Faults that a proxy injects, and the messages at which it does.
 
 use std::fmt;
 use std::time::Duration;
@@ -17,9 +17,9 @@ pub enum ProxyConnection {
 /// Which way a message goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
-    /// The source says it.
+    /// The source sends it.
     ToDestination,
-    /// The destination says it.
+    /// The destination sends it.
     ToSource,
 }
 
@@ -58,7 +58,7 @@ pub enum ProxyFault {
     Corrupt(FramePart),
     /// It passes twice.
     Duplicate,
-    /// It does not pass: the connection is reset, both ways (TCP: RST; Unix sockets know only a close).
+    /// It does not pass: the connection is reset, both ways (TCP: RST; Unix sockets have only a close).
     Reset,
     /// Neither it nor anything after it passes in its direction, for so long or for ever; neither side gets an error.
     Stall(Option<Duration>),

@@ -1,4 +1,4 @@
-//! The proxy: its listener, its connections, and what all of them know.
+//! The proxy: its listener, its connections, and what their threads share.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,7 +10,7 @@ use crate::frame::ProxyFrame;
 use crate::pump::{Pair, Pump};
 use crate::socket::{Address, Bell, ProxyListener, ProxySocket};
 
-/// Passes connections on, remembers their messages, and injects faults. Everything that it started ends when it
+/// Passes connections on, records their messages, and injects faults. Everything that it started ends when it
 /// is dropped.
 #[derive(Debug)]
 pub struct Proxy {
@@ -27,7 +27,7 @@ pub enum ProxyError {
     Listen {
         /// Where.
         address: Address,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -185,7 +185,7 @@ impl ProxyShared {
         Ok(())
     }
 
-    /// Remembers a message, and says what is to happen to it.
+    /// Records a message; returns the fault that strikes it.
     pub(crate) fn note(
         &self,
         connection: ProxyConnection,

@@ -33,7 +33,7 @@ impl Pair {
         }
     }
 
-    /// Ends it, so that both peers notice.
+    /// Resets both connections, so that both peers get an error.
     pub(crate) fn reset(&self) {
         self.source.reset_on_close();
         self.destination.reset_on_close();
@@ -154,7 +154,7 @@ impl Pump {
     /// Passes what is no frame on as it is, and all that follows.
     fn pass_raw(&self, rest: &ProxyFrame) -> Result<(), Gone> {
         let connection = self.pair.connection(rest);
-        // Remembered only: faults strike messages.
+        // Recorded only: faults strike messages.
         let _ = self.shared.note(connection, self.direction, "garbage".into());
         self.send(rest)?;
         let mut piece = vec![0; PIECE];

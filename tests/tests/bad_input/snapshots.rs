@@ -108,7 +108,7 @@ fn damaged_snapshots() -> Result<()> {
             .with_context(|| format!("{file}: {damage:?}"))?;
         std::fs::remove_dir_all(&copy)?;
     }
-    // It was never touched itself.
+    // The base itself was never touched.
     let restored = host.restore(&whole, &["--resume", "--preload"])?;
     restored.check_running().map(drop)
 }

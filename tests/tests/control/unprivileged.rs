@@ -15,7 +15,7 @@ const NOBODY: u32 = 65534;
 /// KVM's device (Documentation/admin-guide/devices.txt).
 const KVM: (u32, u32) = (10, 232);
 
-/// What runs its last arguments as that user.
+/// The program that runs its last arguments as that user.
 fn nobody() -> Vec<OsString> {
     let words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
     words.map(OsString::from).into()
@@ -43,7 +43,7 @@ fn hand_over(host: &TestHost) -> Result<SmallFileSystem> {
 
 #[test]
 fn what_is_in_a_vm_is_nobody_elses_and_it_moves_all_the_same() -> Result<()> {
-    // Program and guest may be where that user cannot go.
+    // That user may have no access to the folders of program and guest.
     let place = tempfile::tempdir()?;
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755))?;
     let host = TestHost::with(Fixtures::from_env()?.copied_to(place.path())?)?;

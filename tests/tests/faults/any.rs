@@ -1,5 +1,5 @@
-//! Any fault at any message of a migration of a real guest: it ends up in one place, or a side that does not know
-//! says so, and `godwit resolve` finds out.
+//! Any fault at any message of a migration of a real guest: the guest ends up in one place, or a side is in doubt, and
+//! `godwit resolve` ends the doubt.
 
 #[path = "any/dependent.rs"]
 mod dependent;
@@ -25,7 +25,7 @@ use super::{ANY_PORT, Moments};
 
 const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
 
-/// How it went.
+/// What became of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fate {
     Moved,
@@ -40,7 +40,7 @@ enum Fate {
     OutlivedSource,
     /// It had moved when its destination died.
     DiedWithDestination,
-    /// What it needs was taken away before the switch, and its VM said so and ended.
+    /// What the guest needs was taken away before the switch, and its VM said so and ended.
     EndedWithoutIt,
 }
 
@@ -120,7 +120,7 @@ struct Strike {
 struct Needs {
     /// Its disk, which has shrunk.
     disk: Option<DependentDisk>,
-    /// Who brings its pages, until this is dropped.
+    /// The program that fills its pages, until this is dropped.
     _handler: Option<TestProcess>,
 }
 
@@ -210,7 +210,7 @@ impl Strike {
             && !destination_died
             && phase(&self.receiver.vm)? == "stop-and-copy"
         {
-            // It is refused where the destination has found out by itself meanwhile.
+            // `resolve` is refused where the destination has ended the doubt by itself meanwhile.
             resolve(&self.receiver.vm, &["--discard"])?;
         }
         self.moves_after_all(Fate::Stayed, destination_died)
@@ -276,7 +276,7 @@ impl Strike {
                 vm.status()?
             );
             match phase(&vm)?.as_str() {
-                // It has seen the end, or has not seen a beginning.
+                // The receiver has ended the attempt, or it never began.
                 "waiting" | "done" => {
                     drop(journey);
                     let other = BareGuest::default().boot(&host, "other", &[])?;
@@ -320,7 +320,7 @@ fn phase(receiver: &Vm) -> Result<String> {
 /// The guest is well, all of its memory is, and its life has no gap.
 fn check(journey: &mut Journey) -> Result<()> {
     journey.vm.check_running()?;
-    // It runs before "farewell" has come, and its console's input is connected after that.
+    // The guest runs before "farewell" has come, and its console's input is connected after that.
     wait_until("the guest to be taken over", || {
         Ok(journey.vm.state()? != "Receiving")
     })?;

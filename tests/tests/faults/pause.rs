@@ -77,7 +77,7 @@ fn an_operator_who_lets_the_guest_run_in_both_places_is_reported() -> Result<()>
     let migration = Migration::of(journey.vm.start_migration(&to, &[])?.finish(PATIENCE)?)?;
     migration.stayed(Outcome::Failed)?;
     journey.vm.check_running()?;
-    // The connection is lost, so it is the operator's to decide; this one errs.
+    // The connection is lost, so the operator has to decide; here the decision is wrong.
     wait_until("the operator's decision to count", || {
         Ok(receiver.godwit("resolve", &["--run"])?.code == Some(0))
     })?;

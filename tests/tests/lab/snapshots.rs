@@ -28,7 +28,7 @@ fn shelf() -> Result<(tempfile::TempDir, String)> {
     Ok((directory, image))
 }
 
-/// The guest lives, and nothing that it has written is lost.
+/// The guest runs, and nothing that it has written is lost.
 fn goes_on(journey: &mut LabJourney, uds: &str) -> Result<()> {
     journey.check_running()?;
     let mut program = start_echo(journey, uds, &ECHO_PORT.to_string())?;
@@ -96,7 +96,7 @@ fn a_base_and_differences(mut journey: LabJourney) -> Result<()> {
     let options = [&vsock, "--net=net0=tap0", "--disk=data=/mnt/disk"];
     journey.restore("/mnt/whole", &options)?;
     goes_on(&mut journey, StockGuest::VSOCK).context("out of the files")?;
-    // The peer has waited for it all the time.
+    // The stream's peer has waited for the guest all the time.
     journey.check_stream().context("out of the files")?;
     journey.check_growing("random").context("out of the files")?;
     journey.power_off().map(drop)

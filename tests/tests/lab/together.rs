@@ -25,7 +25,7 @@ fn everything_at_once() -> Result<()> {
         let on = || format!("move {number} of {moves}");
         let mut program = connect(&journey).with_context(on)?;
         echo(&mut program, 64 << 10).with_context(on)?;
-        // It grows or shrinks while the guest moves.
+        // The balloon grows or shrinks while the guest moves.
         let target = if number % 2 == 1 { "96M" } else { "0M" };
         journey.godwit_json("balloon", &[target]).with_context(on)?;
         journey.hop(&VERIFIED).with_context(on)?;

@@ -173,7 +173,7 @@ fn the_log_of_a_vm_that_is_not_detached() -> Result<()> {
         refused.expect_code(1)?.stderr.contains("--log FILE"),
         "got {refused:?}"
     );
-    // A path is one of the VM's, wherever it is asked from.
+    // A path of the log is found from any folder.
     let vm = BareGuest::default().boot(&host, "kept", &["--log", "kept.log"])?;
     let mut command = host.command(["logs", "kept"]);
     command.current_dir("/");

@@ -54,7 +54,7 @@ fn a_vm_in_the_background_runs_on_and_comes_to_the_foreground() -> Result<()> {
     let (mut shell, vm) = in_background(&host)?;
     check_ticks(&shell)?;
     ensure!(!is_stopped(vm)?, "the terminal has stopped the guest");
-    // What is typed is the shell's.
+    // The shell reads what is typed.
     shell.type_text("echo the shell $((40 + 2)) hears\n")?;
     let heard = |line: &str| line.contains("the shell 42 hears").then_some(());
     shell.output().wait("the shell", 0, PATIENCE, heard)?;

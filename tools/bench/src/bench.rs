@@ -117,7 +117,7 @@ impl Bench {
         Ok(ended)
     }
 
-    /// What the sentinel saw, in one line.
+    /// The stalls that the sentinel found, in one line.
     pub(crate) fn stalls(&self) -> String {
         format!(
             "the host stalled {} times for more than 2 ms; {} runs were touched, {} were repeated",
@@ -128,7 +128,7 @@ impl Bench {
     }
 }
 
-/// Says on stderr how far it is.
+/// Prints on stderr how far the bench is.
 pub(crate) fn print_status(what: impl std::fmt::Display) {
     eprintln!("bench: {what}");
 }

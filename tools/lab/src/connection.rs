@@ -28,7 +28,7 @@ struct LabConnectionState {
     processes: HashMap<u32, Transcript>,
 }
 
-/// What is known of one process.
+/// What one process has printed, and how it ended.
 #[derive(Debug, Default)]
 pub(crate) struct Transcript {
     /// Standard output so far.
@@ -113,12 +113,12 @@ impl LabConnection {
         })
     }
 
-    /// Looks at a process as it is now.
+    /// Passes to `read` what a process has printed so far.
     pub(crate) fn with_transcript<T>(&self, process: u32, read: impl FnOnce(&Transcript) -> T) -> Option<T> {
         self.lock().processes.get(&process).map(read)
     }
 
-    /// Forgets a process.
+    /// Drops what is kept of a process.
     pub(crate) fn remove(&self, process: u32) {
         self.lock().processes.remove(&process);
     }

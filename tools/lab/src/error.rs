@@ -55,7 +55,7 @@ pub enum LabError {
         host: usize,
         /// The program and its arguments.
         command: String,
-        /// What the host says.
+        /// The host's reason.
         reason: String,
     },
     /// Something did not happen in time.

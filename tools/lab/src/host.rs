@@ -30,7 +30,7 @@ pub struct LabHost {
     running: Mutex<Option<RunningHost>>,
 }
 
-/// What a host's processes need to know of it for their errors.
+/// What the errors of a host's processes say of it.
 #[derive(Debug)]
 pub(crate) struct Identity {
     /// Its number.
@@ -114,7 +114,7 @@ impl LabHost {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Starts it anew, after a power cut if it still runs: nothing but the shared disk is as it was.
+    /// Starts it anew, after a power cut if it still runs. Only the shared disk keeps its content.
     pub fn restart(&self) -> Result<(), LabError> {
         self.kill();
         let starting = self.begin()?;

@@ -70,8 +70,8 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// How long the next check may be waited for; `None` once the wait is given up. What has made progress since the
-    /// last call has until then from now on.
+    /// How long the next check may be waited for; `None` once the wait is given up. If a program has made
+    /// progress since the last call, the quiet time begins anew.
     pub fn left(&mut self) -> Option<Duration> {
         let now = Instant::now();
         let progress = PROGRESS.load(Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! How fast this machine's time stamp counter runs, which hosts see as it is.
 //!
-//! A host's kernel that finds it out by itself, while it starts, is wrong where QEMU does not get its share of the CPU just
-//! then: its clock ran seven times too fast.
+//! A host's kernel that measures it by itself, while it starts, is wrong where QEMU does not get its share of the CPU
+//! just then: its clock ran seven times too fast.
 
 #![allow(unsafe_code, reason = "RDTSC")]
 
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// For how long it is watched. A host corrects an error below 1 % by itself.
 const SPAN: Duration = Duration::from_millis(20);
-/// Looks at counter and clock, of which the one counts that took the least time.
+/// Readings of counter and clock, of which the one that took the least time is used.
 const LOOKS: usize = 16;
 
 /// In kHz, against the system's clock.

@@ -15,7 +15,7 @@ const DISK_BYTES: u64 = 4 << 20;
 /// What a guest needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Thing {
-    /// The program that brings its pages, which is killed.
+    /// The program that fills its pages, which is killed.
     Handler,
     /// The file that its memory is mapped from, which shrinks.
     Memory,
@@ -24,7 +24,7 @@ pub(super) enum Thing {
 }
 
 impl Thing {
-    /// What a VM says that ends because it has gone; none for what it goes on without.
+    /// The error of a VM that ends because the thing has gone; none for what it goes on without.
     pub(super) fn gone(self) -> Option<&'static str> {
         match self {
             Self::Handler => Some("the page-fault handler has hung up"),
@@ -112,7 +112,7 @@ impl Dependent {
         };
         let disk = format!("id=d,path={}", image.display());
         let journey = Journey::start(host, &guest, &["--disk", &disk])?;
-        // It has written all of it by now, and only reads.
+        // The guest has written all of the disk by now, and only reads.
         let content = std::fs::read(&image)?;
         let lost = image.clone();
         Ok(Self {
@@ -131,7 +131,7 @@ pub(super) struct DependentDisk {
 }
 
 impl DependentDisk {
-    /// Gives the image back what it had.
+    /// Restores the image's content.
     pub(super) fn mend(&self) -> Result<()> {
         let image = File::options().write(true).open(&self.image)?;
         Ok(image.write_all_at(&self.content, 0)?)

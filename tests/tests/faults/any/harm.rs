@@ -1,4 +1,4 @@
-//! What happens at a message.
+//! Harm that is done when a message passes.
 
 use fault_proxy::{FramePart, NetworkPace, ProxyFault, When};
 use rustix::process::{Pid, Signal, kill_process};
@@ -6,7 +6,7 @@ use tests::Vm;
 
 use super::dependent::Thing;
 
-/// What happens when the message passes.
+/// The harm that is done when the message passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InjectedHarm {
     KillSource(When),
@@ -71,7 +71,7 @@ impl InjectedHarm {
         }
     }
 
-    /// How the guest is migrated. On a network that only trickles a move without an end would take one.
+    /// How the guest is migrated. On a network that only trickles, the move has a deadline: without one it would not end.
     pub(super) fn arguments(self) -> &'static [&'static str] {
         match self {
             Self::Trickle => &[

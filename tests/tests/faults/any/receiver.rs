@@ -28,7 +28,7 @@ pub(super) const LOGS: [ReceiverLog; 6] = [
 /// A destination.
 pub(super) struct FaultReceiver {
     pub(super) vm: Vm,
-    /// Where it listens itself.
+    /// Where the receiver itself listens, behind the proxy.
     pub(super) endpoint: String,
     /// The end of its log that is never read; once this is dropped, the end that is gone.
     _unread: Option<PipeReader>,

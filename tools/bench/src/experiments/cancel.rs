@@ -49,7 +49,7 @@ const WATCHED: u32 = 10;
 /// Ticks over which its speed is taken.
 const TICKS: usize = 10;
 
-/// How it is asked for.
+/// How a cancel is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asking {
     /// By `godwit cancel`.
@@ -176,7 +176,7 @@ impl Drop for BusyLoops {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // It cannot panic.
+            // The thread cannot panic.
             let _ = thread.join();
         }
     }
