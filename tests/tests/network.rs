@@ -142,7 +142,7 @@ fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
         let answer = TcpStream::connect_timeout(&(ADDRESS, port).into(), PATIENCE.longest);
         let error = answer
             .err()
-            .with_context(|| format!("somebody listens on port {port}"))?;
+            .with_context(|| format!("a program listens on port {port}"))?;
         ensure!(
             error.kind() == ErrorKind::ConnectionRefused,
             "port {port}: {error}"

@@ -54,7 +54,7 @@ fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
     from_guest.check(MUCH).context("from the guest")?;
     let refused = Echo::connect(&first, 9)
         .err()
-        .context("a port on which nobody listens")?;
+        .context("a port on which no program listens")?;
     ensure!(!format!("{refused:#}").contains("OK"), "{refused:#}");
 
     refusals_leave_streams_alone(&mut journey, &mut [&mut from_host, &mut from_guest])?;

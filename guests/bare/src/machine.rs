@@ -95,7 +95,7 @@ pub(crate) fn discover() -> Result<BareMachine, Problem> {
     }
     let command_line = command_line(info.command_line);
     let settings = BareSettings::parse(command_line).map_err(Problem::CommandLine)?;
-    // SAFETY: the table that the start info names, in mapped memory, written by nobody else.
+    // SAFETY: the table that the start info names, in mapped memory, which nothing writes.
     let entries = unsafe {
         core::slice::from_raw_parts(info.memmap as *const MemmapEntry, info.memmap_entries as usize)
     };
@@ -121,7 +121,7 @@ pub(crate) fn discover() -> Result<BareMachine, Problem> {
 /// The whole of page number `page`, a number below `ranges.pages()`.
 ///
 /// # Safety
-/// Nobody else may use the page while the reference lives: each page belongs to one CPU.
+/// Nothing else may use the page while the reference lives: each page belongs to one CPU.
 pub(crate) unsafe fn page(ranges: &UsableRanges, page: u64) -> Option<&'static mut [u64; WORDS]> {
     // SAFETY: RAM above the image, mapped by `discover`, aligned; the caller promises that it is not shared.
     ranges
@@ -181,7 +181,7 @@ fn map_up_to(top: u64, mut free: u64) -> u64 {
         free += PAGE;
         for entry in 0..512 {
             // SAFETY: the page behind the image (a few hundred KiB at most, RAM on every machine with more
-            // than 4 GiB) is used by nobody else.
+            // than 4 GiB) is used by nothing else.
             unsafe { table.add(entry as usize).write(gib + (entry << 21) + 0x87) };
         }
         // SAFETY: only the first CPU runs; an entry that was absent becomes present, which no TLB has cached.

@@ -97,7 +97,10 @@ fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
             "expected {word:?} in {migration:?}"
         );
     }
-    ensure!(!path.exists(), "nobody runs the guest, and its socket is there");
+    ensure!(
+        !path.exists(),
+        "no process runs the guest, and its socket is there"
+    );
     vm.godwit("resolve", &["--run"])?.expect_code(0)?;
     vm.check_running()?;
     UnixStream::connect(&path).context("the socket of a guest that goes on")?;

@@ -262,13 +262,13 @@ mod tests {
         while switch.shared.ports[1].queue.lock().unwrap().is_some() {
             thread::yield_now();
         }
-        a.send_text(ALL, b"nobody hears");
+        a.send_text(ALL, b"while b is away");
         let mut b = Station::plug(&switch, 1);
-        a.send_text(ALL, b"somebody hears");
+        a.send_text(ALL, b"b is back");
         let mut received = b.receive_text();
-        if received == b"nobody hears" {
+        if received == b"while b is away" {
             received = b.receive_text();
         }
-        assert_eq!(received, b"somebody hears");
+        assert_eq!(received, b"b is back");
     }
 }
