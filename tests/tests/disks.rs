@@ -47,7 +47,7 @@ fn an_image_in_use_can_be_read_and_is_whole_in_a_pause() -> Result<()> {
     let known = copy.mapped()?;
     ensure!(
         known == IMAGE_BYTES,
-        "a copy knows {known} bytes of {IMAGE_BYTES} that the guest has written"
+        "a copy has {known} bytes of {IMAGE_BYTES} that the guest has written"
     );
     journey.vm.godwit("resume", &[])?.expect_code(0)?;
     journey.vm.read_on(READS)?;
@@ -154,14 +154,14 @@ fn a_disk_has_any_size() -> Result<()> {
     journey.vm.read_on(READS)?;
     ensure!(hidden(&journey.vm) == 1, "{}", journey.vm.process.stderr().text());
     let (there, nothing) = (journey.host.path("there"), journey.host.path("nothing"));
-    for (d, e, come, told) in [(&odd, &empty, 0, 1), (&there, &nothing, 1, 0)] {
+    for (d, e, come, logged) in [(&odd, &empty, 0, 1), (&there, &nothing, 1, 0)] {
         let [d, e] = [("d", d), ("e", e)].map(|(id, path)| format!("{id}={}", path.display()));
         let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &d, "--disk", &e])?;
         let report = journey.hop_to(receiver, &endpoint, &["--with-disks", "--on-miss", "switch"])?;
         ensure!(report.disks == come, "{report:?}");
         journey.vm.read_on(READS)?;
         ensure!(
-            hidden(&journey.vm) == told,
+            hidden(&journey.vm) == logged,
             "{}",
             journey.vm.process.stderr().text()
         );

@@ -308,15 +308,15 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
     journey.godwit_json("balloon", &["128M"])?;
     journey.hop(&VERIFIED)?;
     // An emulated guest may be slow to report.
-    let told = |statistics: &Value, mib: u64| {
+    let reported = |statistics: &Value, mib: u64| {
         statistics["actual_mib"] == mib
             && statistics["target_mib"] == mib
             && statistics["total_memory"].is_u64()
     };
-    wait_for_balloon(&journey, |statistics| told(statistics, 128))?;
+    wait_for_balloon(&journey, |statistics| reported(statistics, 128))?;
     journey.hop(&VERIFIED)?;
     journey.godwit_json("balloon", &["0M"])?;
-    wait_for_balloon(&journey, |statistics| told(statistics, 0))?;
+    wait_for_balloon(&journey, |statistics| reported(statistics, 0))?;
     journey.verify()?;
     journey.power_off().map(drop)
 }

@@ -24,7 +24,7 @@ fn wait_ready(vm: &Vm, mark: usize) -> Result<()> {
 #[test]
 fn the_exit_status_says_how_a_guest_ended() -> Result<()> {
     let host = TestHost::new()?;
-    for (command, code, told) in [
+    for (command, code, reason) in [
         (b"q", 0, "it reset"),
         (b"p", 4, "the guest panicked"),
         (b"t", 4, "triple fault"),
@@ -33,7 +33,7 @@ fn the_exit_status_says_how_a_guest_ended() -> Result<()> {
         vm.process.send(command)?;
         let finished = vm.process.finish(PATIENCE)?;
         finished.expect_code(code)?;
-        ensure!(finished.stderr.contains(told), "got {}", finished.stderr);
+        ensure!(finished.stderr.contains(reason), "got {}", finished.stderr);
         host.check_clean()?;
     }
     Ok(())

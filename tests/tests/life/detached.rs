@@ -79,8 +79,8 @@ fn a_detached_vm_is_up_when_its_command_ends_and_its_log_outlives_it() -> Result
     ensure!(vm.godwit("logs", &[])?.contains("CPU template"));
 
     let mut follower = TestProcess::spawn(host.command(["logs", "--follow", "web"]))?;
-    let told = |line: &str| line.contains("CPU template").then_some(());
-    follower.stdout().wait("the log", 0, PATIENCE, told)?;
+    let has_template = |line: &str| line.contains("CPU template").then_some(());
+    follower.stdout().wait("the log", 0, PATIENCE, has_template)?;
     // No other VM may take a running VM's log.
     let second = host.godwit(
         ["run", "--detach", "--name", "web"]

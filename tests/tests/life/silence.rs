@@ -21,7 +21,7 @@ fn in_time<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 #[test]
-fn a_vm_that_does_not_answer_holds_up_nobody() -> Result<()> {
+fn a_vm_that_does_not_answer_holds_up_no_other_command() -> Result<()> {
     let host = TestHost::new()?;
     let mut hung = BareGuest::default().boot(&host, "hung", &[])?;
     let well = BareGuest::default().boot(&host, "well", &[])?;
@@ -74,7 +74,7 @@ fn a_vm_that_does_not_answer_holds_up_nobody() -> Result<()> {
 }
 
 #[test]
-fn whoever_is_no_vm_is_not_ended() -> Result<()> {
+fn a_process_that_is_no_vm_is_not_ended() -> Result<()> {
     let host = TestHost::new()?;
     // No process accepts connections on it.
     let socket = host.path("other.sock");

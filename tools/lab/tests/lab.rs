@@ -109,9 +109,12 @@ fn hosts_differ_and_have_kvm(lab: &Lab) {
         value.split_whitespace().next().unwrap().parse().unwrap()
     };
     for host in 0..2 {
-        let told = after(host, "/proc/cmdline", "tsc_early_khz=") / 1000.0;
-        let known = after(host, "/proc/cpuinfo", "cpu MHz");
-        assert!((told / known - 1.0).abs() < 0.11, "told {told}, knows {known}");
+        let given = after(host, "/proc/cmdline", "tsc_early_khz=") / 1000.0;
+        let measured = after(host, "/proc/cpuinfo", "cpu MHz");
+        assert!(
+            (given / measured - 1.0).abs() < 0.11,
+            "given {given}, measured {measured}"
+        );
         let kvm = lab.host(host).run(&["test", "-c", "/dev/kvm"]).unwrap();
         assert!(kvm.status.success(), "{}", lab.host(host).console());
     }
