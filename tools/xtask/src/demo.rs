@@ -26,6 +26,15 @@ const SHOWN: usize = 3;
 const DISK_BYTES: u64 = 64 << 20;
 /// The time between two of the guest's heartbeats: the agent's default.
 const BEAT_MS: u32 = 50;
+/// What is asked of a move between processes: a link that is slow enough to watch, and a promise all the same.
+const PROMISE: [&str; 6] = [
+    "--bandwidth",
+    "150MiB/s",
+    "--max-downtime",
+    "50ms",
+    "--deadline",
+    "60s",
+];
 /// Said before the second move. It is a move of its own because the guest stands still while both sides compute: a gap
 /// by its own clock that is no downtime.
 const DIGESTS: &str =
@@ -33,9 +42,17 @@ const DIGESTS: &str =
 
 #[derive(clap::Args)]
 pub(crate) struct DemoOptions {
-    /// Print nothing but the migration's report on stdout, as one JSON object
+    /// Print nothing but the report of the move that compares digests on stdout, as one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// The reports of both moves.
+struct DemoReports {
+    /// Of the one that is watched.
+    first: Report,
+    /// Of the one that compares digests.
+    verified: Report,
 }
 
 /// Prints what happens: on stdout, or on stderr where stdout is for the report alone.
@@ -66,22 +83,22 @@ pub(crate) fn run(options: &DemoOptions) -> Result<()> {
     narrator.print(scene.reason());
     packages::ensure(scene.packages())?;
     fixtures.guests = guests::build(scene.artifacts())?;
-    let report = match scene {
+    let reports = match scene {
         Scene::HardwareKvm => between_processes(boot_stock(&fixtures, narrator)?, narrator)?,
         Scene::PvmKvm => between_processes(boot_tiny(&fixtures, narrator)?, narrator)?,
         Scene::EmulatedHosts => between_hosts(&fixtures, narrator)?,
     };
     if options.json {
-        println!("{}", serde_json::to_string(&report)?);
+        println!("{}", serde_json::to_string(&reports.verified)?);
     } else {
         println!("What `godwit migrate --json` reported of the first move:");
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        println!("{}", serde_json::to_string_pretty(&reports.first)?);
     }
     Ok(())
 }
 
-/// Between two emulated hosts and back, memory and a shared disk under load; the report of the first move.
-fn between_hosts(fixtures: &Fixtures, narrator: Narrator) -> Result<Report> {
+/// Between two emulated hosts and back, memory and a shared disk under load.
+fn between_hosts(fixtures: &Fixtures, narrator: Narrator) -> Result<DemoReports> {
     let folder = tempfile::tempdir()?;
     let image = folder.path().join("disk");
     std::fs::File::create(&image)?.set_len(DISK_BYTES)?;
@@ -112,20 +129,21 @@ fn between_hosts(fixtures: &Fixtures, narrator: Narrator) -> Result<Report> {
     let before = heartbeats(&mut journey)?;
     narrator.print("Moving it to the second…");
     // Which downtime an emulated host makes of it is left open: it is moved all the same, and the report says so.
-    let report = journey.hop(&["--on-miss", "switch"])?;
+    let first = journey.hop(&["--on-miss", "switch"])?;
     let after = heartbeats(&mut journey)?;
-    narrator.print(compared(&report, before, after)?);
+    narrator.print(compared(&first, before, after)?);
     narrator.print(DIGESTS);
-    narrator.print(equal(&journey.hop(&["--verify", "--on-miss", "switch"])?)?);
-    let verified = journey.verify()?;
-    let (pages, files) = (verified.number("pages")?, verified.number("files")?);
+    let verified = journey.hop(&["--verify", "--on-miss", "switch"])?;
+    narrator.print(equal(&verified)?);
+    let checked = journey.verify()?;
+    let (pages, files) = (checked.number("pages")?, checked.number("files")?);
     narrator.print(format_args!(
         "The guest has checked {pages} pages and {files} files of its own: no error."
     ));
     journey.power_off()?;
     output(administration("e2fsck").arg("-fn").arg(&image)).context("the guest's file system")?;
     narrator.print("The guest has powered itself off; its file system checks clean.");
-    Ok(report)
+    Ok(DemoReports { first, verified })
 }
 
 /// A Debian guest in a process of this machine, memory under load.
@@ -151,9 +169,9 @@ fn boot_tiny(fixtures: &Fixtures, narrator: Narrator) -> Result<Journey> {
     guest.start(TestHost::with(fixtures.clone())?, &[])
 }
 
-/// Moves a guest that is up to a second process, over a link that is made slow enough to watch, and then to a third to
-/// compare digests; the report of the first move.
-fn between_processes(mut journey: Journey, narrator: Narrator) -> Result<Report> {
+/// Moves a guest that is up to a second process, over a link that is made slow enough to watch, and then in the same way to a
+/// third to compare digests.
+fn between_processes(mut journey: Journey, narrator: Narrator) -> Result<DemoReports> {
     let heartbeats = |journey: &Journey| -> Result<Tick> {
         for _ in 0..SHOWN {
             let tick = |line: &str| Tick::parse(line).map(|_| line.to_owned());
@@ -170,11 +188,12 @@ fn between_processes(mut journey: Journey, narrator: Narrator) -> Result<Report>
     std::fs::create_dir_all(&pictures).with_context(|| format!("cannot create {}", pictures.display()))?;
     let (trace, picture) = (pictures.join("trace.ndjson"), pictures.join("report.html"));
     journey.reset_gap()?;
-    let report = watched_move(&mut journey, &trace)?;
+    let first = watched_move(&mut journey, &trace)?;
     let after = heartbeats(&journey)?;
-    narrator.print(compared(&report, before, after)?);
+    narrator.print(compared(&first, before, after)?);
     narrator.print(DIGESTS);
-    narrator.print(equal(&journey.hop(&["--verify", "--on-miss", "switch"])?)?);
+    let verified = journey.hop(&[&PROMISE[..], &["--verify"]].concat())?;
+    narrator.print(equal(&verified)?);
     let pages = journey.verify()?;
     narrator.print(format_args!(
         "The guest has checked {pages} pages of its own: no error."
@@ -195,7 +214,7 @@ fn between_processes(mut journey: Journey, narrator: Narrator) -> Result<Report>
         "A picture of the first move is in {}.",
         picture.display()
     ));
-    Ok(report)
+    Ok(DemoReports { first, verified })
 }
 
 /// The move with its bar on stderr and its course in the file `trace`.
@@ -204,14 +223,7 @@ fn watched_move(journey: &mut Journey, trace: &Path) -> Result<Report> {
     let migrate = journey
         .host
         .command(["migrate", &journey.vm.name, &endpoint, "--json"])
-        .args([
-            "--bandwidth",
-            "150MiB/s",
-            "--max-downtime",
-            "50ms",
-            "--deadline",
-            "60s",
-        ])
+        .args(PROMISE)
         .arg("--trace")
         .arg(trace)
         // The bar is drawn where there is a terminal.
