@@ -1,7 +1,7 @@
-//! An example of a page-fault handler for `godwit restore --uffd SOCKET`: brings each page when it is needed.
+//! An example of a page-fault handler for `godwit restore --uffd SOCKET`: fills each page when it is needed.
 //!
 //! `fault-handler MEMORY SOCKET`, where MEMORY is the file of that name in the snapshot. It says `listening`, serves one
-//! machine until that hangs up, and says how many pages it brought and how many were given up.
+//! machine until that hangs up, and says how many pages it filled and how many were given up.
 
 #[path = "userfault.rs"]
 mod userfault;
@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 
-use userfault::Event;
+use userfault::UserfaultEvent;
 
 fn main() -> Result<()> {
     let words: Vec<_> = std::env::args().skip(1).collect();
@@ -30,17 +30,15 @@ fn main() -> Result<()> {
     let listener = UnixListener::bind(socket).context("socket")?;
     println!("listening");
     let (stream, _) = listener.accept()?;
-    let mut handler = Handler::meet(&stream, memory)?;
+    let mut handler = PageFaultServer::receive_mappings(&stream, memory)?;
     handler.serve(stream)?;
-    let Handler {
-        brought, given_up, ..
-    } = handler;
-    println!("brought {brought}, given up {given_up}");
+    let PageFaultServer { filled, given_up, .. } = handler;
+    println!("filled {filled}, given up {given_up}");
     Ok(())
 }
 
 /// A region of guest memory in the other process.
-struct Region {
+struct ServedRegion {
     start: u64,
     size: u64,
     /// Where its content is in the memory file.
@@ -50,19 +48,19 @@ struct Region {
     is_given_up: Vec<bool>,
 }
 
-struct Handler {
+struct PageFaultServer {
     memory: File,
     descriptor: OwnedFd,
-    regions: Vec<Region>,
+    regions: Vec<ServedRegion>,
     /// Faults that could not be resolved yet, as events have to be read first.
     waiting: Vec<u64>,
-    brought: u64,
+    filled: u64,
     given_up: u64,
 }
 
-impl Handler {
+impl PageFaultServer {
     /// Reads the one message that the VMM sends.
-    fn meet(stream: &UnixStream, memory: File) -> Result<Self> {
+    fn receive_mappings(stream: &UnixStream, memory: File) -> Result<Self> {
         let mut text = [0; 4096];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -84,7 +82,7 @@ impl Handler {
                     .with_context(|| format!("{name} in {mapping}"))
             };
             let (size, page_size) = (number("size")?, number("page_size")?);
-            Ok(Region {
+            Ok(ServedRegion {
                 start: number("base_host_virt_addr")?,
                 size,
                 offset: number("offset")?,
@@ -97,12 +95,12 @@ impl Handler {
             descriptor: descriptor.context("a descriptor with the mappings")?,
             regions: mappings.iter().map(region).collect::<Result<_>>()?,
             waiting: Vec::new(),
-            brought: 0,
+            filled: 0,
             given_up: 0,
         })
     }
 
-    /// Until the VMM hangs up.
+    /// Serves faults until the VMM hangs up.
     fn serve(&mut self, mut stream: UnixStream) -> Result<()> {
         loop {
             let mut sources = [
@@ -119,28 +117,28 @@ impl Handler {
                 return Ok(());
             }
             if events || !self.waiting.is_empty() {
-                self.turn()?;
+                self.handle_events()?;
             }
         }
     }
 
-    /// Reads all events, then brings what was asked for.
-    fn turn(&mut self) -> Result<()> {
+    /// Reads all events, then fills the pages that were asked for.
+    fn handle_events(&mut self) -> Result<()> {
         while let Some(event) = userfault::next(&self.descriptor)? {
             match event {
-                Event::Fault { address } => self.waiting.push(address),
-                Event::Remove { start, end } => self.give_up(start, end),
+                UserfaultEvent::Fault { address } => self.waiting.push(address),
+                UserfaultEvent::Remove { start, end } => self.mark_given_up(start, end),
             }
         }
         for address in std::mem::take(&mut self.waiting) {
-            if !self.bring(address)? {
+            if !self.fill(address)? {
                 self.waiting.push(address);
             }
         }
         Ok(())
     }
 
-    fn give_up(&mut self, start: u64, end: u64) {
+    fn mark_given_up(&mut self, start: u64, end: u64) {
         for region in &mut self.regions {
             let pages = (region.start..region.start + region.size).step_by(region.page_size as usize);
             for (page, is_given_up) in pages.zip(&mut region.is_given_up) {
@@ -152,8 +150,8 @@ impl Handler {
         }
     }
 
-    /// Says no where the kernel wants events to be read first.
-    fn bring(&mut self, address: u64) -> Result<bool> {
+    /// Fills the page of an address; `false` where the kernel wants events to be read first.
+    fn fill(&mut self, address: u64) -> Result<bool> {
         let region = self
             .regions
             .iter()
@@ -167,8 +165,8 @@ impl Handler {
         }
         let to = region.start + page * region.page_size;
         match userfault::copy(&self.descriptor, to, &content) {
-            Ok(()) => self.brought += 1,
-            // Two asked for one page.
+            Ok(()) => self.filled += 1,
+            // Two threads asked for one page.
             Err(Errno::EXIST) => userfault::wake(&self.descriptor, to, region.page_size)?,
             Err(Errno::AGAIN) => return Ok(false),
             // The VMM is ending.

@@ -13,16 +13,16 @@ use rustix::ioctl::{Setter, Updater, ioctl, opcode};
 const COPY: rustix::ioctl::Opcode = opcode::read_write::<uffdio_copy>(UFFDIO as u8, _UFFDIO_COPY as u8);
 const WAKE: rustix::ioctl::Opcode = opcode::read::<uffdio_range>(UFFDIO as u8, _UFFDIO_WAKE as u8);
 
-/// What the kernel tells.
-pub(super) enum Event {
-    /// Somebody waits for a page.
+/// What the kernel reports.
+pub(super) enum UserfaultEvent {
+    /// A thread waits for a page.
     Fault { address: u64 },
     /// Pages were given up.
     Remove { start: u64, end: u64 },
 }
 
 /// The next event, if there is one.
-pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<Event>, Errno> {
+pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<UserfaultEvent>, Errno> {
     let mut bytes = [0; size_of::<uffd_msg>()];
     match read(descriptor, &mut bytes) {
         Err(Errno::AGAIN) => return Ok(None),
@@ -33,10 +33,10 @@ pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<Event>, Errno> {
     // SAFETY: each variant is plain numbers, and the kind says which of them was written.
     Ok(Some(unsafe {
         match u32::from(event.event) {
-            UFFD_EVENT_PAGEFAULT => Event::Fault {
+            UFFD_EVENT_PAGEFAULT => UserfaultEvent::Fault {
                 address: event.arg.pagefault.address,
             },
-            UFFD_EVENT_REMOVE => Event::Remove {
+            UFFD_EVENT_REMOVE => UserfaultEvent::Remove {
                 start: event.arg.remove.start,
                 end: event.arg.remove.end,
             },
@@ -45,7 +45,7 @@ pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<Event>, Errno> {
     }))
 }
 
-/// Fills the page at `to`, and whoever waits for it goes on.
+/// Fills the page at `to`; the threads that wait for it go on.
 pub(super) fn copy(descriptor: &OwnedFd, to: u64, page: &[u8]) -> Result<(), Errno> {
     let mut copy = uffdio_copy {
         dst: to,
@@ -59,7 +59,7 @@ pub(super) fn copy(descriptor: &OwnedFd, to: u64, page: &[u8]) -> Result<(), Err
     unsafe { ioctl(descriptor, Updater::<COPY, _>::new(&mut copy)) }
 }
 
-/// Whoever waits for a page looks again.
+/// The threads that wait for a page touch it again.
 pub(super) fn wake(descriptor: &OwnedFd, start: u64, len: u64) -> Result<(), Errno> {
     // SAFETY: the kernel reads one `uffdio_range`.
     unsafe { ioctl(descriptor, Setter::<WAKE, _>::new(uffdio_range { start, len })) }

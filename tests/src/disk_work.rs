@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{Event, PATIENCE, Vm};
+use crate::{GuestEvent, PATIENCE, Vm};
 
 /// What it has done so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub struct DiskWork {
 
 impl DiskWork {
     fn parse(line: &str) -> Option<Self> {
-        let tick = Event::named(line, "tick")?;
+        let tick = GuestEvent::named(line, "tick")?;
         Some(Self {
             reads: tick.number("reads").ok()?,
             io_errors: tick.number("io_errors").ok()?,

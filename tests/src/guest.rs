@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 /// One event.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct GuestEvent {
     /// `bare` or `agent`.
     pub guest: String,
     /// E.g. `tick`.
@@ -15,7 +15,7 @@ pub struct Event {
     line: String,
 }
 
-impl Event {
+impl GuestEvent {
     /// The event of a line; `None` if it is something else, say a kernel message.
     pub fn parse(line: &str) -> Option<Self> {
         let guest = ["bare", "agent"].into_iter().find(|guest| {
@@ -71,7 +71,7 @@ pub struct Tick {
 impl Tick {
     /// The heartbeat of a line; `None` if the line is something else or not whole.
     pub fn parse(line: &str) -> Option<Self> {
-        let event = Event::named(line, "tick")?;
+        let event = GuestEvent::named(line, "tick")?;
         let us = event.number("us").or_else(|_| event.number("mono_us")).ok()?;
         let number = |key| event.number(key).ok();
         Some(Self {
@@ -89,7 +89,9 @@ impl Tick {
 pub fn check_ticks(text: &str, step: Option<u64>) -> Result<u64> {
     let mut last: Option<Tick> = None;
     for line in text.lines() {
-        let Some(event) = Event::parse(line) else { continue };
+        let Some(event) = GuestEvent::parse(line) else {
+            continue;
+        };
         ensure!(
             !["error", "fault"].contains(&event.name.as_str()),
             "the guest says {line:?}"
@@ -142,7 +144,7 @@ mod tests {
             Tick::parse("agent: tick n=7 mono_us=5 real_us=6 max_gap_us=1 pages=2 errors=0 files=3").unwrap();
         assert_eq!((agent.n, agent.us), (7, 5));
         assert_eq!(Tick::parse("bare: tick n=1 us=5"), None);
-        assert_eq!(Event::parse("barely: tick n=1"), None);
+        assert_eq!(GuestEvent::parse("barely: tick n=1"), None);
     }
 
     #[test]

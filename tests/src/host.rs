@@ -7,20 +7,20 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use lab::Patience;
+use lab::WaitLimit;
 use migration::{Outcome, Report};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Elsewhere, Finished, Fixtures, PATIENCE, Process, Tick};
+use crate::{Elsewhere, Finished, Fixtures, PATIENCE, TestProcess, Tick};
 
 /// A place where VMs run; clones are the same place.
 #[derive(Clone)]
-pub struct Host {
-    inner: Arc<Inner>,
+pub struct TestHost {
+    inner: Arc<TestHostInner>,
 }
 
-struct Inner {
+struct TestHostInner {
     fixtures: Fixtures,
     directory: TempDir,
 }
@@ -30,8 +30,8 @@ pub struct Vm {
     /// Its name.
     pub name: String,
     /// The process.
-    pub process: Process,
-    host: Host,
+    pub process: TestProcess,
+    host: TestHost,
 }
 
 /// How `godwit migrate --json` ended.
@@ -45,7 +45,7 @@ pub struct Migration {
     pub stderr: String,
 }
 
-impl Host {
+impl TestHost {
     /// A new place with nothing in it, for what the environment names.
     pub fn new() -> Result<Self> {
         Self::with(Fixtures::from_env()?)
@@ -59,7 +59,7 @@ impl Host {
             .context("temporary directory")?;
         std::fs::create_dir(directory.path().join("run"))?;
         Ok(Self {
-            inner: Arc::new(Inner { fixtures, directory }),
+            inner: Arc::new(TestHostInner { fixtures, directory }),
         })
     }
 
@@ -68,8 +68,8 @@ impl Host {
         &self.inner.fixtures
     }
 
-    /// The first of `vm-1` and so on that no running VM has here. That of a VM that was killed is one: whoever takes it
-    /// takes over what that left behind.
+    /// The first of `vm-1` and so on that no running VM has here. The name of a VM that was killed is free: the next VM
+    /// of that name takes over what the killed one left behind.
     pub fn free_name(&self) -> String {
         let taken = |name: &String| UnixStream::connect(self.run_dir().join(format!("{name}.sock"))).is_ok();
         let mut names = (1..).map(|number: u32| format!("vm-{number}"));
@@ -100,7 +100,7 @@ impl Host {
 
     /// Runs a `godwit` command to its end.
     pub fn godwit<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Finished> {
-        Process::run(self.command(arguments), PATIENCE)
+        TestProcess::run(self.command(arguments), PATIENCE)
     }
 
     /// Starts `godwit run`.
@@ -146,7 +146,7 @@ impl Host {
         self.start_restored(name, command)
     }
 
-    /// As [`Host::restore`], with `godwit` as the last arguments of another program that runs it.
+    /// As [`TestHost::restore`], with `godwit` as the last arguments of another program that runs it.
     pub fn restore_under(&self, program: &[OsString], directory: &Path, arguments: &[&str]) -> Result<Vm> {
         let name = self.free_name();
         let mut godwit = self.command(["restore", "--name", &name]);
@@ -191,7 +191,7 @@ impl Host {
     pub fn start_to(&self, name: &str, command: Command, elsewhere: Elsewhere) -> Result<Vm> {
         Ok(Vm {
             name: name.into(),
-            process: Process::spawn_to(command, elsewhere)?,
+            process: TestProcess::spawn_to(command, elsewhere)?,
             host: self.clone(),
         })
     }
@@ -226,7 +226,7 @@ impl Vm {
     }
 
     /// Where it is.
-    pub fn host(&self) -> &Host {
+    pub fn host(&self) -> &TestHost {
         &self.host
     }
 
@@ -266,7 +266,7 @@ impl Vm {
     }
 
     /// Starts `godwit migrate --json`.
-    pub fn start_migration(&self, destination: &str, arguments: &[&str]) -> Result<Process> {
+    pub fn start_migration(&self, destination: &str, arguments: &[&str]) -> Result<TestProcess> {
         self.start_migration_to(destination, arguments, Elsewhere::default())
     }
 
@@ -276,10 +276,10 @@ impl Vm {
         destination: &str,
         arguments: &[&str],
         elsewhere: Elsewhere,
-    ) -> Result<Process> {
+    ) -> Result<TestProcess> {
         let mut command = self.host.command(["migrate", &self.name, destination, "--json"]);
         command.args(arguments);
-        Process::spawn_to(command, elsewhere)
+        TestProcess::spawn_to(command, elsewhere)
     }
 
     /// Puts the guest in the files of a new directory; the report.
@@ -290,7 +290,7 @@ impl Vm {
     }
 
     /// Waits until its process ends with status 0.
-    pub fn wait_success(&mut self, patience: impl Into<Patience>) -> Result<()> {
+    pub fn wait_success(&mut self, patience: impl Into<WaitLimit>) -> Result<()> {
         self.process.wait_success(patience)
     }
 }

@@ -4,12 +4,12 @@ use anyhow::{Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 
 /// Huge pages that the host has set aside for as long as this lives. One test has them at a time.
-pub struct HugePages {
+pub struct ReservedHugePages {
     before: String,
     _turn: std::fs::File,
 }
 
-impl HugePages {
+impl ReservedHugePages {
     const COUNT: &str = "/proc/sys/vm/nr_hugepages";
 
     /// So many MiB of them, beside those that there are.
@@ -35,7 +35,7 @@ impl HugePages {
     }
 }
 
-impl Drop for HugePages {
+impl Drop for ReservedHugePages {
     fn drop(&mut self) {
         if let Err(error) = std::fs::write(Self::COUNT, self.before.trim()) {
             eprintln!("{}: expected {:?}, got {error}", Self::COUNT, self.before);

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{Finished, PATIENCE, Process};
+use crate::{Finished, PATIENCE, TestProcess};
 
 /// An image.
 #[derive(Debug)]
@@ -56,12 +56,12 @@ impl Image {
         let finished = qemu("qemu-img", &["map", "--output=json", "-f", "qcow2", &self.path])?;
         let map: Value = serde_json::from_str(&finished.expect_code(0)?.stdout)?;
         let ranges = map.as_array().context("a map")?.iter();
-        // What is deeper is in what it is on.
+        // Deeper extents are in its backing image.
         let data = ranges.filter(|range| range["data"] == true && range["depth"] == 0);
         Ok(data.filter_map(|range| range["length"].as_u64()).sum())
     }
 
-    /// Looks for what is wrong in it; clusters that nobody has any more count only if it was to be `whole`.
+    /// Checks it with `qemu-img check`; clusters without a reference count only if it was to be `whole`.
     pub fn check(&self, whole: bool) -> Result<()> {
         const LEAKED: i32 = 3;
         let finished = qemu("qemu-img", &["check", "-f", "qcow2", &self.path])?;
@@ -80,5 +80,5 @@ impl Image {
 pub fn qemu(program: &str, words: &[&str]) -> Result<Finished> {
     let mut command = Command::new(program);
     command.args(words);
-    Process::run(command, PATIENCE)
+    TestProcess::run(command, PATIENCE)
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use migration::Report;
 
-use crate::{Event, Host, PATIENCE, Vm, check_ticks};
+use crate::{GuestEvent, PATIENCE, TestHost, Vm, check_ticks};
 
 /// The share of the reported downtime that the guest must have seen: less would be a clock that hides the gap.
 const SEEN: f64 = 0.9;
@@ -49,7 +49,7 @@ impl BareGuest<'_> {
     };
 
     /// The options of `godwit run` for it.
-    pub fn options(&self, host: &Host) -> Result<Vec<String>> {
+    pub fn options(&self, host: &TestHost) -> Result<Vec<String>> {
         let tsc_khz = host.fixtures().probe()?["tsc_khz"]
             .as_u64()
             .context("the probe knows no TSC frequency")?;
@@ -87,21 +87,21 @@ impl BareGuest<'_> {
     }
 
     /// Boots it and waits until it works.
-    pub fn boot(&self, host: &Host, name: &str, more: &[&str]) -> Result<Vm> {
+    pub fn boot(&self, host: &TestHost, name: &str, more: &[&str]) -> Result<Vm> {
         let options = self.options(host)?;
         let vm = host.run(
             name,
             options.iter().map(String::as_str).chain(more.iter().copied()),
         )?;
-        vm.process
-            .stdout()
-            .wait("bare: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+        vm.process.stdout().wait("bare: ready", 0, PATIENCE, |line| {
+            GuestEvent::named(line, "ready")
+        })?;
         vm.next_tick()?;
         Ok(vm)
     }
 }
 
-/// How a guest is spoken to, and how its counter goes from line to line (`None`: forward).
+/// The commands that a guest takes, and how its counter goes from line to line (`None`: forward).
 #[derive(Clone, Copy, Debug)]
 struct Commands {
     reset: &'static [u8],
@@ -128,7 +128,7 @@ impl Commands {
 /// A guest that moves from one process to the next.
 pub struct Journey {
     /// The host that it moves on.
-    pub host: Host,
+    pub host: TestHost,
     /// Where it is now.
     pub vm: Vm,
     /// What it printed in the processes before, to the last byte: a line may begin in one and end in the next.
@@ -138,22 +138,22 @@ pub struct Journey {
 
 impl Journey {
     /// Starts with a guest that is up.
-    pub fn start(host: Host, guest: &BareGuest<'_>, more: &[&str]) -> Result<Self> {
+    pub fn start(host: TestHost, guest: &BareGuest<'_>, more: &[&str]) -> Result<Self> {
         let vm = guest.boot(&host, "vm-0", more)?;
         Ok(Self::of(host, vm))
     }
 
     /// Starts with any bare guest in a VM of the name `vm-0`.
-    pub fn of(host: Host, vm: Vm) -> Self {
-        Self::speaking(Commands::BARE, host, vm)
+    pub fn of(host: TestHost, vm: Vm) -> Self {
+        Self::with_commands(Commands::BARE, host, vm)
     }
 
     /// Starts with a guest whose agent works, in a VM of the name `vm-0`.
-    pub fn agent(host: Host, vm: Vm) -> Self {
-        Self::speaking(Commands::AGENT, host, vm)
+    pub fn agent(host: TestHost, vm: Vm) -> Self {
+        Self::with_commands(Commands::AGENT, host, vm)
     }
 
-    fn speaking(commands: Commands, host: Host, vm: Vm) -> Self {
+    fn with_commands(commands: Commands, host: TestHost, vm: Vm) -> Self {
         Self {
             host,
             vm,
@@ -198,7 +198,7 @@ impl Journey {
         Ok(())
     }
 
-    /// Takes over what `receiver` received from a source that did not live to see it.
+    /// Takes over what `receiver` received from a source that died before it could end by itself.
     pub fn orphan(mut self, receiver: Vm) -> Result<Self> {
         self.vm.process.wait(PATIENCE)?;
         self.take_over(receiver)?;
@@ -220,7 +220,7 @@ impl Journey {
         Ok(report)
     }
 
-    /// Makes the guest forget the longest gap that it saw.
+    /// Has the guest measure its longest gap anew.
     pub fn reset_gap(&mut self) -> Result<()> {
         self.command(self.commands.reset, "reset").map(|_| ())
     }
@@ -255,12 +255,12 @@ impl Journey {
         self.host.check_clean()
     }
 
-    fn command(&mut self, command: &[u8], answer: &str) -> Result<Event> {
+    fn command(&mut self, command: &[u8], answer: &str) -> Result<GuestEvent> {
         let mark = self.vm.process.stdout().mark();
         self.vm.process.send(command)?;
         self.vm
             .process
             .stdout()
-            .wait(answer, mark, PATIENCE, |line| Event::named(line, answer))
+            .wait(answer, mark, PATIENCE, |line| GuestEvent::named(line, answer))
     }
 }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::{Lab, Payload, Process};
+use lab::{Lab, LabProcess, Payload};
 use migration::{Progress, Report};
 
-use crate::{Event, Finished, Fixtures, Migration, PATIENCE, StockGuest, TAP, Tick, check_ticks};
+use crate::{Finished, Fixtures, GuestEvent, Migration, PATIENCE, StockGuest, TAP, Tick, check_ticks};
 
 /// Where hosts receive guests.
 const PORT: u16 = 7000;
@@ -22,10 +22,10 @@ pub struct LabJourney {
     /// The hosts; other guests may be there too.
     pub lab: Arc<Lab>,
     /// The `godwit` process that has the guest.
-    pub vm: Process,
+    pub vm: LabProcess,
     guest: StockGuest,
     host: usize,
-    /// Of its VM's name.
+    /// The number in its VM's name.
     number: u32,
     /// What the guest printed on the hosts before, to the last byte.
     before: String,
@@ -72,39 +72,39 @@ impl LabJourney {
         1 - self.host
     }
 
-    /// Waits for an event that was not looked at before.
-    pub fn event(&mut self, name: &str) -> Result<Event> {
-        let line = self.line(|line| Event::named(line, name).is_some())?;
-        Event::named(&line, name).context("not the event that was waited for")
+    /// Waits for the next event of that name.
+    pub fn event(&mut self, name: &str) -> Result<GuestEvent> {
+        let line = self.line(|line| GuestEvent::named(line, name).is_some())?;
+        GuestEvent::named(&line, name).context("not the event that was waited for")
     }
 
     /// Sends a command and waits for the answer.
-    pub fn command(&mut self, command: &str, answer: &str) -> Result<Event> {
+    pub fn command(&mut self, command: &str, answer: &str) -> Result<GuestEvent> {
         self.vm.write_stdin(format!("{command}\n").as_bytes())?;
         self.event(answer)
     }
 
-    /// Waits for a tick that was not looked at before.
+    /// Waits for the next tick.
     pub fn tick(&mut self) -> Result<Tick> {
         let line = self.line(|line| Tick::parse(line).is_some())?;
         Tick::parse(&line).context("not a tick")
     }
 
-    /// Waits for a line of the guest's. If none comes, the error tells how the host and its VM are.
+    /// Waits for a line of the guest's. If none comes, the error describes the host and its VM.
     fn line(&mut self, wanted: impl FnMut(&str) -> bool) -> Result<String> {
         let waited = self.vm.wait_line(wanted, PATIENCE);
-        waited.map_err(|error| anyhow::Error::from(error).context(self.look_at_host()))
+        waited.map_err(|error| anyhow::Error::from(error).context(self.describe_host()))
     }
 
     /// What the VM says of itself, where its threads are, and what the host's kernel said last.
-    fn look_at_host(&self) -> String {
-        let look = format!(
+    fn describe_host(&self) -> String {
+        let script = format!(
             "godwit status {}; for task in /proc/[0-9]*/task/*; do grep -q godwit $task/../../cmdline && \
              echo \"$(cat $task/comm): $(cat $task/wchan) $(cut -d' ' -f3,14,15 $task/stat)\"; done; \
              head -3 /proc/interrupts; grep -E 'LOC|virtio' /proc/interrupts; dmesg | tail -n 5",
             self.name()
         );
-        match self.lab.host(self.host).run(&["sh", "-c", &look]) {
+        match self.lab.host(self.host).run(&["sh", "-c", &script]) {
             Ok(seen) => format!("host {}: {}{}", self.host, seen.stdout, seen.stderr),
             Err(error) => format!("host {} does not answer: {error}", self.host),
         }
@@ -112,7 +112,7 @@ impl LabJourney {
 
     /// Shows that the guest runs and is well: ticks from now on, without errors.
     pub fn check_running(&mut self) -> Result<Tick> {
-        // What is already there says nothing about now; that no line fits is what is wanted.
+        // Skips the lines that are already there: they say nothing about now. No line fits, so the wait fails.
         let _ = self.vm.wait_line(|_| false, Duration::ZERO);
         let (first, second) = (self.tick()?, self.tick()?);
         ensure!(
@@ -140,7 +140,7 @@ impl LabJourney {
                 return Ok(now);
             }
         }
-        bail!("{count} stays at {before}; {}", self.look_at_host())
+        bail!("{count} stays at {before}; {}", self.describe_host())
     }
 
     /// Waits until the guest has printed these words so often on the host that it is on, and no more often.
@@ -161,13 +161,13 @@ impl LabJourney {
     }
 
     /// Starts a receiver on the other host; also returns where it listens.
-    pub fn receiver(&self) -> Result<(Process, String)> {
-        // The two are one, but hosts see no locks of each other on it.
+    pub fn receiver(&self) -> Result<(LabProcess, String)> {
+        // Both hosts have the same disk, but neither sees the other's locks on it.
         self.receiver_with_disk("/dev/vda,shared=on")
     }
 
     /// The same with the guest's disk, if it has one, somewhere else than on what the hosts share.
-    pub fn receiver_with_disk(&self, path: &str) -> Result<(Process, String)> {
+    pub fn receiver_with_disk(&self, path: &str) -> Result<(LabProcess, String)> {
         let disk = format!("data={path}");
         let name = name(self.number + 1);
         let listen = format!("tcp:0.0.0.0:{PORT}");
@@ -194,7 +194,7 @@ impl LabJourney {
     }
 
     /// Starts `godwit migrate --json`.
-    pub fn start_migration(&self, endpoint: &str, arguments: &[&str]) -> Result<Process> {
+    pub fn start_migration(&self, endpoint: &str, arguments: &[&str]) -> Result<LabProcess> {
         let name = self.name();
         let words = [&["godwit", "migrate", &name, endpoint, "--json"], arguments].concat();
         Ok(self.lab.host(self.host).spawn(&words)?)
@@ -205,14 +205,14 @@ impl LabJourney {
         ended(self.start_migration(endpoint, arguments)?)
     }
 
-    /// Moves the guest to the other host; it must see the gap that the report tells, and its counter must go on.
+    /// Moves the guest to the other host; it must see the gap that the report has, and its counter must go on.
     pub fn hop(&mut self, arguments: &[&str]) -> Result<Report> {
         let (receiver, endpoint) = self.receiver()?;
         self.hop_to(receiver, &endpoint, arguments)
     }
 
     /// As [`LabJourney::hop`], to a receiver that was started before.
-    pub fn hop_to(&mut self, receiver: Process, endpoint: &str, arguments: &[&str]) -> Result<Report> {
+    pub fn hop_to(&mut self, receiver: LabProcess, endpoint: &str, arguments: &[&str]) -> Result<Report> {
         self.command("reset", "reset")?;
         let report = self.migrate(endpoint, arguments)?.moved()?;
         self.arrive(receiver)?;
@@ -223,7 +223,7 @@ impl LabJourney {
     }
 
     /// Goes on with the process that has the guest now; the one that had it must have ended well.
-    fn arrive(&mut self, vm: Process) -> Result<()> {
+    fn arrive(&mut self, vm: LabProcess) -> Result<()> {
         let source = self.vm.wait(PATIENCE)?;
         ensure!(
             source.status.success(),
@@ -244,8 +244,8 @@ impl LabJourney {
         self.arrive(vm)
     }
 
-    /// A guest of this kind that lives its past once more, restored as VM `number` on a host of a lab. Its life begins
-    /// with the snapshot.
+    /// A guest of this kind that is restored from a snapshot which another guest goes on from as well, as VM `number` on
+    /// a host of a lab. Its life begins with the snapshot.
     pub fn clone_of(
         guest: StockGuest,
         lab: &Arc<Lab>,
@@ -266,7 +266,7 @@ impl LabJourney {
     /// The guest has seen that it stood still for so many milliseconds.
     fn check_gap(&mut self, stood: f64) -> Result<()> {
         let mut seen = 0.0;
-        // Some were made before the pause and are printed after it: more of them, the busier the guest is.
+        // Some ticks were made before the pause and are printed after it: the busier the guest, the more of them.
         for _ in 0..LATE_TICKS {
             seen = self.tick()?.max_gap_us as f64 / 1e3;
             if seen >= SEEN * stood {
@@ -278,12 +278,12 @@ impl LabJourney {
 
     /// Where the guest's migration is, if there is one.
     pub fn progress(&self) -> Result<Option<Progress>> {
-        let status = self.ask("status", &[])?;
+        let status = self.godwit_json("status", &[])?;
         Ok(serde_json::from_value(status["migration"].clone())?)
     }
 
     /// What a command of godwit about the VM prints with `--json`.
-    pub fn ask(&self, command: &str, arguments: &[&str]) -> Result<serde_json::Value> {
+    pub fn godwit_json(&self, command: &str, arguments: &[&str]) -> Result<serde_json::Value> {
         let printed = self.godwit(command, &[&["--json"], arguments].concat())?;
         serde_json::from_str(&printed).with_context(|| format!("godwit {command}: {printed:?}"))
     }
@@ -298,7 +298,7 @@ impl LabJourney {
     }
 
     /// Lets the guest check all its memory and files; returns what it says.
-    pub fn verify(&mut self) -> Result<Event> {
+    pub fn verify(&mut self) -> Result<GuestEvent> {
         let verified = self.command("verify", "verified")?;
         ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
         ensure!(
@@ -348,7 +348,7 @@ fn name(number: u32) -> String {
 }
 
 /// Starts `godwit restore` on a host, as VM `number`, and waits until it has its guest.
-fn restore(lab: &Lab, (host, number): (usize, u32), directory: &str, options: &[&str]) -> Result<Process> {
+fn restore(lab: &Lab, (host, number): (usize, u32), directory: &str, options: &[&str]) -> Result<LabProcess> {
     let name = name(number);
     let words = ["godwit", "restore", directory, "--name", &name, "--resume"];
     let mut vm = lab.host(host).spawn(&[&words[..], options].concat())?;
@@ -364,7 +364,7 @@ fn until_farewell(life: &str) -> &str {
 }
 
 /// Waits for the end of `godwit migrate --json`.
-pub fn ended(mut migration: Process) -> Result<Migration> {
+pub fn ended(mut migration: LabProcess) -> Result<Migration> {
     let output = migration.wait(PATIENCE)?;
     let (code, stdout, stderr) = (output.status.code(), output.stdout, output.stderr);
     Migration::of(Finished { code, stdout, stderr })

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-/// Where hierarchies of cgroups that limit memory may be, the file for the limit, and the one that has to be told
-/// before a group of version 2 has that file.
+/// Where hierarchies of cgroups that limit memory may be, the file for the limit, and the one that must be
+/// written to before a group of version 2 has that file.
 const PLACES: [(&str, &str, Option<&str>); 2] = [
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", None),
     ("/sys/fs/cgroup", "memory.max", Some("cgroup.subtree_control")),

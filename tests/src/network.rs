@@ -8,11 +8,11 @@ use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::tool::tool;
-use crate::{PATIENCE, Process, wait_until};
+use crate::{PATIENCE, TestProcess, wait_until};
 
 /// The network that the thread which made it is in, with the taps `tap0` and `tap1`; it ends with the process.
 pub struct Network {
-    _holder: Process,
+    _holder: TestProcess,
 }
 
 impl Network {
@@ -20,7 +20,7 @@ impl Network {
     pub fn enter() -> Result<Self> {
         let mut command = Command::new("unshare");
         command.args(["--net", "sh", "-c", "echo up; read line"]);
-        let holder = Process::spawn(command)?;
+        let holder = TestProcess::spawn(command)?;
         holder
             .stdout()
             .wait("a network", 0, PATIENCE, |line| (line == "up").then_some(()))?;

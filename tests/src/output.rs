@@ -5,18 +5,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use lab::{Patience, note_progress};
+use lab::{WaitLimit, note_progress};
 
 /// Lines of output that an error shows.
 const SHOWN: usize = 25;
 
 /// Everything that a program has printed so far; clones see the same.
 #[derive(Clone)]
-pub struct Output {
-    shared: Arc<Shared>,
+pub struct TestOutput {
+    shared: Arc<SharedText>,
 }
 
-struct Shared {
+struct SharedText {
     text: Mutex<Text>,
     changed: Condvar,
 }
@@ -29,10 +29,10 @@ struct Text {
     ended: bool,
 }
 
-impl Output {
+impl TestOutput {
     /// Reads `source` to its end on a thread of its own.
     pub fn follow(mut source: impl Read + Send + 'static) -> Self {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SharedText {
             text: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -61,7 +61,7 @@ impl Output {
         &self,
         what: &str,
         mark: usize,
-        patience: impl Into<Patience>,
+        patience: impl Into<WaitLimit>,
         mut find: impl FnMut(&str) -> Option<T>,
     ) -> Result<T> {
         let mut deadline = patience.into().begin();
@@ -88,7 +88,7 @@ impl Output {
     }
 
     /// Waits for the end of the output.
-    pub fn wait_end(&self, patience: impl Into<Patience>) -> Result<()> {
+    pub fn wait_end(&self, patience: impl Into<WaitLimit>) -> Result<()> {
         let mut deadline = patience.into().begin();
         let mut text = self.shared.lock();
         while !text.ended {
@@ -113,7 +113,7 @@ impl Output {
     }
 }
 
-impl Shared {
+impl SharedText {
     fn lock(&self) -> MutexGuard<'_, Text> {
         self.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn lines_are_found_from_a_mark_on() {
         let (reader, mut writer) = std::io::pipe().unwrap();
-        let output = Output::follow(reader);
+        let output = TestOutput::follow(reader);
         writer.write_all(b"one\r\ntw").unwrap();
         let second = Duration::from_secs(5);
         assert_eq!(
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn waiting_ends_in_time() {
         let (reader, _writer) = std::io::pipe().unwrap();
-        let error = Output::follow(reader)
+        let error = TestOutput::follow(reader)
             .wait("x", 0, Duration::from_millis(10), |_| Some(()))
             .unwrap_err();
         assert!(error.to_string().contains("nothing came in time"), "{error}");

@@ -1,4 +1,4 @@
-//! Pings at short intervals, and which of them nobody answered.
+//! Pings at short intervals, and which of them were not answered.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -18,7 +18,7 @@ use rustix::net::{
 /// Echo requests and their answers (RFC 792).
 const REQUEST: u8 = 8;
 const ANSWER: u8 = 0;
-/// Tells ours from others'.
+/// The identifier of this program's pings, not another program's.
 const ID: [u8; 2] = *b"gw";
 /// How long the last answers may take.
 const LAST: Duration = Duration::from_secs(5);
@@ -65,7 +65,7 @@ fn run(socket: &OwnedFd, to: Ipv4Addr, interval: Duration, stop: &AtomicBool) ->
     let mut due = Instant::now();
     // One at least, however late this thread starts.
     while pinged.sent == 0 || !stop.load(Ordering::Relaxed) {
-        // Nobody answers for the guest yet, or nobody knows where it is: lost as any other.
+        // No host answers for the guest yet, or the network does not know its place: lost as any other.
         let _ = sendto(socket, &request(pinged.sent), SendFlags::empty(), &address);
         pinged.lost.insert(pinged.sent);
         pinged.sent += 1;
@@ -110,8 +110,8 @@ fn request(number: u16) -> [u8; 8] {
     packet
 }
 
-/// The number of an answer to one of ours. The system hands every socket of this sort all answers that come, those to
-/// other pings too: whose it is, its IP header says.
+/// The number of an answer to one of these pings. A raw socket receives the answers to all pings of the machine: the
+/// identifier and the IP header say to which.
 fn answer(packet: &[u8], from: Ipv4Addr) -> Option<u16> {
     if packet.get(12..16)? != from.octets() {
         return None;

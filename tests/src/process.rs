@@ -6,18 +6,18 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::Patience;
+use lab::WaitLimit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, set_parent_process_death_signal};
 
-use crate::Output;
+use crate::TestOutput;
 
 /// A running program. Dropping it kills and reaps it.
-pub struct Process {
+pub struct TestProcess {
     child: Child,
     stdin: Option<ChildStdin>,
-    stdout: Output,
-    stderr: Output,
+    stdout: TestOutput,
+    stderr: TestOutput,
     shown: String,
 }
 
@@ -41,8 +41,8 @@ pub struct Finished {
     pub stderr: String,
 }
 
-impl Process {
-    /// Starts the command with its standard streams in our hands.
+impl TestProcess {
+    /// Starts the command with its standard streams as pipes of this process.
     ///
     /// The process dies with the thread that calls this, at the latest.
     pub fn spawn(command: Command) -> Result<Self> {
@@ -69,11 +69,11 @@ impl Process {
         let stdout = child
             .stdout
             .take()
-            .map_or_else(|| Output::follow(empty()), Output::follow);
+            .map_or_else(|| TestOutput::follow(empty()), TestOutput::follow);
         let stderr = child
             .stderr
             .take()
-            .map_or_else(|| Output::follow(empty()), Output::follow);
+            .map_or_else(|| TestOutput::follow(empty()), TestOutput::follow);
         Ok(Self {
             child,
             stdin,
@@ -84,7 +84,7 @@ impl Process {
     }
 
     /// Runs the command to its end.
-    pub fn run(command: Command, patience: impl Into<Patience>) -> Result<Finished> {
+    pub fn run(command: Command, patience: impl Into<WaitLimit>) -> Result<Finished> {
         let mut process = Self::spawn(command)?;
         process.close_stdin();
         process.finish(patience)
@@ -96,12 +96,12 @@ impl Process {
     }
 
     /// Standard output so far.
-    pub fn stdout(&self) -> &Output {
+    pub fn stdout(&self) -> &TestOutput {
         &self.stdout
     }
 
     /// Standard error so far.
-    pub fn stderr(&self) -> &Output {
+    pub fn stderr(&self) -> &TestOutput {
         &self.stderr
     }
 
@@ -125,7 +125,7 @@ impl Process {
     }
 
     /// Waits for its end; an error if it is still there after that.
-    pub fn wait(&mut self, patience: impl Into<Patience>) -> Result<ExitStatus> {
+    pub fn wait(&mut self, patience: impl Into<WaitLimit>) -> Result<ExitStatus> {
         let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).context("pidfd_open")?;
         let mut deadline = patience.into().begin();
         while let Some(left) = deadline.left() {
@@ -142,7 +142,7 @@ impl Process {
     }
 
     /// Waits for its end and returns what it printed.
-    pub fn finish(mut self, patience: impl Into<Patience>) -> Result<Finished> {
+    pub fn finish(mut self, patience: impl Into<WaitLimit>) -> Result<Finished> {
         let patience = patience.into();
         let status = self.wait(patience)?;
         self.stdout.wait_end(patience)?;
@@ -155,7 +155,7 @@ impl Process {
     }
 
     /// Waits for an end with status 0.
-    pub fn wait_success(&mut self, patience: impl Into<Patience>) -> Result<()> {
+    pub fn wait_success(&mut self, patience: impl Into<WaitLimit>) -> Result<()> {
         let patience = patience.into();
         let status = self.wait(patience)?;
         if !status.success() {
@@ -176,7 +176,7 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for TestProcess {
     fn drop(&mut self) {
         // It may have ended long ago; then neither does anything.
         let _ = self.child.kill();
@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn status_and_output_are_kept() {
         let finished =
-            Process::run(shell("echo out; echo err >&2; exit 3"), Duration::from_secs(10)).unwrap();
+            TestProcess::run(shell("echo out; echo err >&2; exit 3"), Duration::from_secs(10)).unwrap();
         assert_eq!(
             (finished.stdout.as_str(), finished.stderr.as_str()),
             ("out\n", "err\n")
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn dropping_kills() {
-        let mut process = Process::spawn(shell("echo up; read line")).unwrap();
+        let mut process = TestProcess::spawn(shell("echo up; read line")).unwrap();
         process
             .stdout()
             .wait("up", 0, Duration::from_secs(10), |line| {

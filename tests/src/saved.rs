@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{Host, Journey, Network, PATIENCE, TinyGuest, Vm};
+use crate::{Journey, Network, PATIENCE, TestHost, TinyGuest, Vm};
 
-/// It has a card and a socket; where those lead to, each scenario says.
+/// It has a card and a socket; each scenario says what they are connected to.
 const GUEST: TinyGuest<'static> = TinyGuest {
     cpus: 2,
     workset_mib: 64,
@@ -18,7 +18,7 @@ const GUEST: TinyGuest<'static> = TinyGuest {
     words: "godwit.address=10.9.0.2/24",
 };
 
-/// What whoever has the guest needs for it.
+/// The host's side of the guest's devices, which every process that has the guest needs.
 pub struct Backends {
     /// A tap of the test's network.
     pub tap: &'static str,
@@ -34,7 +34,7 @@ impl Backends {
     }
 
     /// The guest out of a snapshot.
-    pub fn restore(&self, host: &Host, directory: &Path) -> Result<Vm> {
+    pub fn restore(&self, host: &TestHost, directory: &Path) -> Result<Vm> {
         let [net, vsock] = &self.options();
         host.restore(directory, &["--resume", net, vsock])
     }
@@ -51,11 +51,11 @@ impl Backends {
 /// The guest's address.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 
-/// The guest in a VM of its own. Whoever comes first after the program or the guest changed boots it.
-pub fn tiny_guest(host: Host, network: &Network, backends: &Backends) -> Result<Journey> {
+/// The guest in a VM of its own. The first test after a change of the program or the guest boots it.
+pub fn tiny_guest(host: TestHost, network: &Network, backends: &Backends) -> Result<Journey> {
     let folder = host.fixtures().guests.join("saved");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    // Until the guest is restored: nobody makes it anew meanwhile.
+    // Until the guest is restored: no other test makes it anew meanwhile.
     let lock = File::create(folder.join("lock"))?;
     lock.lock().context("the lock of the saved guest")?;
     let directory = folder.join(format!("tiny-{:016x}", identity(&host)?));
@@ -69,8 +69,8 @@ pub fn tiny_guest(host: Host, network: &Network, backends: &Backends) -> Result<
     Ok(Journey::agent(host, vm))
 }
 
-/// Of the program, the guest, and how it is run.
-fn identity(host: &Host) -> Result<u64> {
+/// A digest of the program, the guest, and how it is run.
+fn identity(host: &TestHost) -> Result<u64> {
     let mut hasher = DefaultHasher::new();
     let fixtures = host.fixtures();
     for file in [
@@ -96,7 +96,7 @@ fn remove_others(folder: &Path) -> Result<()> {
 }
 
 fn boot(directory: &Path) -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let vsock = format!("cid=3,uds={}", host.path("vsock").display());
     let mut journey = GUEST.start(host, &["--net", "tap=tap0", "--vsock", &vsock])?;
     journey.vm.snapshot(directory, &[])?;

@@ -9,19 +9,19 @@ use rustix::process::Pid;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcgetpgrp, tcsetattr};
 
 use crate::terminal::open_terminal;
-use crate::{Host, Output};
+use crate::{TestHost, TestOutput};
 
-/// A bash that a user might sit at. It ends when it is dropped, and its jobs with it.
+/// An interactive bash. It ends when it is dropped, and its jobs with it.
 pub struct Shell {
     /// The other end of the terminal.
     end: File,
-    output: Output,
+    output: TestOutput,
     program: Child,
 }
 
 impl Shell {
     /// Starts it, with `host`'s environment.
-    pub fn start(host: &Host) -> Result<Self> {
+    pub fn start(host: &TestHost) -> Result<Self> {
         let (end, terminal) = open_terminal(120, 40)?;
         let environment = host.command([""; 0]);
         // A session of its own, which the terminal controls.
@@ -40,12 +40,12 @@ impl Shell {
             .stdout(terminal.try_clone()?)
             .stderr(Stdio::from(terminal));
         let program = command.spawn().context("bash")?;
-        let output = Output::follow(end.try_clone()?);
+        let output = TestOutput::follow(end.try_clone()?);
         Ok(Self { end, output, program })
     }
 
     /// What appears on the terminal.
-    pub fn output(&self) -> &Output {
+    pub fn output(&self) -> &TestOutput {
         &self.output
     }
 
@@ -83,7 +83,7 @@ impl Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        // The terminal hangs up, for all jobs; whatever is stopped goes on to hear of it.
+        // The kernel hangs the terminal up: jobs get SIGHUP, and stopped ones SIGCONT as well.
         let _ = self.program.kill();
         let _ = self.program.wait();
     }

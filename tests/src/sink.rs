@@ -1,4 +1,4 @@
-//! Streams that nobody reads as he should.
+//! Streams whose reader is missing, stuck, or gone.
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Write};
@@ -9,16 +9,16 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 /// What becomes of a stream that a program writes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sink {
+pub enum OutputSink {
     /// Each write fails for want of room.
     Full,
-    /// A pipe whose reader leaves when he has read a line.
+    /// A pipe whose reader closes it after one line.
     Left,
     /// A pipe that is full, and never read.
     Stuck,
 }
 
-impl Sink {
+impl OutputSink {
     /// A stream into it, and the end that is to be kept.
     pub fn open(self) -> Result<(Stdio, Option<PipeReader>)> {
         Ok(match self {
@@ -35,7 +35,7 @@ impl Sink {
     }
 }
 
-/// A pipe into which nothing goes any more.
+/// A pipe that is full.
 fn full_pipe() -> Result<(PipeReader, PipeWriter)> {
     let (reader, mut writer) = io::pipe()?;
     let flags = fcntl_getfl(&writer)?;

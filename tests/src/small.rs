@@ -12,8 +12,8 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::tool::tool;
 
-/// A file system in memory that only the thread which made it sees, and what that starts. It ends with them at the
-/// latest.
+/// A file system in memory that only the thread which made it sees, and the programs that this thread starts. It ends
+/// with them at the latest.
 pub struct SmallFileSystem {
     path: PathBuf,
 }
@@ -23,7 +23,7 @@ impl SmallFileSystem {
     pub fn mount(path: PathBuf, mib: u64) -> Result<Self> {
         // SAFETY: descriptors stay shared; what is unshared are mounts and the current folder.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context("mounts of this thread alone")?;
-        // Or the others would see what is mounted here.
+        // Otherwise other threads would see what is mounted here.
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         fs::create_dir(&path)?;
         let options = CString::new(format!("size={mib}M"))?;
@@ -61,7 +61,7 @@ impl LoopDevice {
         let device = Self {
             path: shown.trim_end().into(),
         };
-        // Linux's loop driver says that a write was done which was done in part. One page is written or is not.
+        // Linux's loop driver reports a write as done of which only a part was. With requests of one page there are no parts.
         device.set_merges("2").context("requests that are not merged")?;
         Ok(device)
     }
@@ -81,7 +81,7 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let merges = self.set_merges("0").map_err(Into::into);
-        // Whoever has it open keeps it until then.
+        // A program that has the device open keeps it until it closes it.
         let detached = tool("losetup", ["--detach".as_ref(), self.path.as_os_str()]);
         if let Err(error) = merges.and(detached) {
             eprintln!("{}: cannot be given back: {error}", self.path.display());

@@ -4,7 +4,7 @@
 pub const TAP: &str = "tap0";
 /// The address of a guest with a card, in the hosts' network.
 pub const GUEST: &str = "10.0.0.100";
-/// Who sends back what the guest sends, on host 0.
+/// The server on host 0 that sends back what the guest sends.
 const ECHO: &str = "10.0.0.1:7007";
 
 /// A Debian guest's machine and work.
@@ -22,7 +22,7 @@ pub struct StockGuest {
     pub vsock: bool,
     /// Whether its console is the virtio one, with a port that is [`StockGuest::PORT`] on every host.
     pub console: bool,
-    /// Whether it has a card on the hosts' [`TAP`], and a stream to who echoes on host 0.
+    /// Whether it has a card on the hosts' [`TAP`], and a stream to the echo server on host 0.
     pub net: bool,
     /// More words for the kernel.
     pub words: &'static str,

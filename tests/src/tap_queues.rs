@@ -1,5 +1,5 @@
 //! Queues of a tap, opened for another program.
-#![allow(unsafe_code)] // An ioctl, and `pre_exec`: the child keeps descriptors that nobody else is to have.
+#![allow(unsafe_code)] // An ioctl, and `pre_exec`: the child keeps descriptors that no other process is to have.
 
 use std::ffi::{c_int, c_short};
 use std::fs::File;
@@ -20,7 +20,7 @@ const IFF_VNET_HDR: c_short = 0x4000;
 
 /// `struct ifreq` with flags.
 #[repr(C)]
-struct Request {
+struct InterfaceRequest {
     name: [u8; 16],
     flags: c_short,
     rest: [u8; 22],
@@ -41,8 +41,8 @@ impl TapQueues {
         format!("{:?}", self.0.iter().map(File::as_raw_fd).collect::<Vec<_>>()).replace(' ', "")
     }
 
-    /// Leaves them to the program that `command` starts. We and those whom others start do not have them: packets
-    /// would come to queues that nobody reads.
+    /// Leaves the queues to the program that `command` starts. This process and its other children do not keep them: the
+    /// kernel would put packets into queues that no program reads.
     pub fn leave_to(self, command: &mut Command) {
         let keep = move || {
             for queue in &self.0 {
@@ -58,7 +58,7 @@ impl TapQueues {
 }
 
 fn queue(tap: &str) -> Result<File> {
-    let mut request = Request {
+    let mut request = InterfaceRequest {
         name: [0; 16],
         flags: IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR,
         rest: [0; 22],

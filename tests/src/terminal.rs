@@ -1,4 +1,4 @@
-//! A terminal on which somebody looks at a guest's console.
+//! A terminal with `godwit console` on it.
 
 use std::fs::File;
 use std::process::{Child, Stdio};
@@ -9,18 +9,18 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use crate::{Host, Vm};
+use crate::{TestHost, Vm};
 
 /// `godwit console` on a terminal of its own, until it is dropped.
-pub struct Terminal {
+pub struct TestTerminal {
     /// The other end of the terminal.
     end: File,
     program: Child,
 }
 
-impl Terminal {
+impl TestTerminal {
     /// Attaches to `vm` of `host`, with a terminal of this size.
-    pub fn attach(host: &Host, vm: &Vm, columns: u16, rows: u16) -> Result<Self> {
+    pub fn attach(host: &TestHost, vm: &Vm, columns: u16, rows: u16) -> Result<Self> {
         let (end, terminal) = open_terminal(columns, rows)?;
         let mut command = host.command(["console", &vm.name]);
         command
@@ -34,12 +34,12 @@ impl Terminal {
     /// Gives the terminal another size.
     pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         resize(&self.end, columns, rows)?;
-        // It is nobody's controlling terminal, whose processes the kernel would tell.
+        // It is no process's controlling terminal, so the kernel sends no SIGWINCH.
         kill_process(Pid::from_child(&self.program), Signal::WINCH).context("SIGWINCH")
     }
 }
 
-impl Drop for Terminal {
+impl Drop for TestTerminal {
     fn drop(&mut self) {
         let _ = self.program.kill();
         let _ = self.program.wait();

@@ -4,10 +4,10 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use crate::{Event, Host, Journey, PATIENCE};
+use crate::{GuestEvent, Journey, PATIENCE, TestHost};
 
-/// Memory that the kernel is left, in MiB. What is beyond belongs to the workload: the kernel looks at each of its
-/// pages when it boots, which takes its time where it is interpreted.
+/// Memory of the kernel, in MiB. What is beyond belongs to the workload: the kernel initialises each of its
+/// pages when it boots, which is slow where it is interpreted.
 const KERNEL_MIB: u64 = 64;
 
 /// A tiny guest's machine and work.
@@ -41,7 +41,7 @@ impl TinyGuest<'_> {
     }
 
     /// The options of `godwit run` for it.
-    pub fn options(&self, host: &Host) -> Vec<String> {
+    pub fn options(&self, host: &TestHost) -> Vec<String> {
         let Self {
             cpus,
             workset_mib,
@@ -68,14 +68,14 @@ impl TinyGuest<'_> {
     }
 
     /// Boots it and waits until it works.
-    pub fn start(&self, host: Host, more: &[&str]) -> Result<Journey> {
+    pub fn start(&self, host: TestHost, more: &[&str]) -> Result<Journey> {
         self.start_with(host, more, |_| ())
     }
 
-    /// The same with a last hand on the command that runs it.
+    /// The same after `prepare` has changed the command that runs it.
     pub fn start_with(
         &self,
-        host: Host,
+        host: TestHost,
         more: &[&str],
         prepare: impl FnOnce(&mut Command),
     ) -> Result<Journey> {
@@ -83,10 +83,9 @@ impl TinyGuest<'_> {
         command.args(self.options(&host)).args(more);
         prepare(&mut command);
         let vm = host.start("vm-0", command)?;
-        let ready = vm
-            .process
-            .stdout()
-            .wait("agent: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+        let ready = vm.process.stdout().wait("agent: ready", 0, PATIENCE, |line| {
+            GuestEvent::named(line, "ready")
+        })?;
         for (field, expected) in [("cpus", u64::from(self.cpus)), ("dirty_mib", self.workset_mib)] {
             ensure!(
                 ready.number(field)? == expected,

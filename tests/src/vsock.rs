@@ -29,8 +29,8 @@ impl Echo {
         let mut deadline = PATIENCE.begin();
         loop {
             let begin = Instant::now();
-            let connected = Self::ask(uds, port);
-            // Whoever is refused is told at once.
+            let connected = Self::request_connection(uds, port);
+            // A refusal comes at once; only a guest that does not answer takes longer.
             if connected.is_ok() || begin.elapsed() < ANSWER_TIME || deadline.left().is_none() {
                 return connected;
             }
@@ -38,7 +38,7 @@ impl Echo {
         }
     }
 
-    fn ask(uds: &Path, port: u32) -> Result<Self> {
+    fn request_connection(uds: &Path, port: u32) -> Result<Self> {
         let stream = UnixStream::connect(uds).with_context(|| uds.display().to_string())?;
         let mut echo = Self::over(stream)?;
         writeln!(echo.stream, "CONNECT {port}")?;

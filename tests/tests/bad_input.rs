@@ -10,20 +10,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use tests::{BareGuest, Finished, Host, PATIENCE, Process};
+use tests::{BareGuest, Finished, PATIENCE, TestHost, TestProcess};
 
 /// The exit code of something that failed, and of something that made no sense.
 const FAILED: i32 = 1;
 const USAGE: i32 = 2;
 
 /// A run with the bare guest's kernel, which `more` may contradict.
-fn run(host: &Host, more: &[&str]) -> Result<Finished> {
+fn run(host: &TestHost, more: &[&str]) -> Result<Finished> {
     let kernel = host.fixtures().bare().display().to_string();
     host.godwit(["run", "--kernel", &kernel].iter().chain(more))
 }
 
 /// Checks how a command failed: its code, one line on stderr with all of `words`, nothing else.
-fn check(host: &Host, finished: &Finished, code: i32, words: &[&str]) -> Result<()> {
+fn check(host: &TestHost, finished: &Finished, code: i32, words: &[&str]) -> Result<()> {
     finished.expect_code(code)?;
     let said = &finished.stderr;
     ensure!(
@@ -32,7 +32,7 @@ fn check(host: &Host, finished: &Finished, code: i32, words: &[&str]) -> Result<
         finished.stdout
     );
     ensure!(!said.contains("panicked"), "it panicked: {said}");
-    // The log tells the choice of the CPU template; clap adds an empty line and where to find help.
+    // The log has the choice of the CPU template; clap adds an empty line and where to find help.
     let is_log = |line: &&str| {
         !line.is_empty() && !line.contains(" INFO ") && !line.starts_with("For more information")
     };
@@ -53,7 +53,7 @@ fn check(host: &Host, finished: &Finished, code: i32, words: &[&str]) -> Result<
 
 #[test]
 fn sizes_and_counts_out_of_range() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     for (option, value, words) in [
         ("--cpus", "0", &["cpus", "expected 1 to 32", "got 0"][..]),
         ("--cpus", "33", &["cpus", "expected 1 to 32", "got 33"]),
@@ -115,7 +115,7 @@ fn sizes_and_counts_out_of_range() -> Result<()> {
 
 #[test]
 fn commands_that_make_no_sense() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     for (arguments, words) in [
         (&["run"][..], &["required"][..]),
         (&["fly"], &["fly"]),
@@ -151,7 +151,7 @@ fn commands_that_make_no_sense() -> Result<()> {
 
 #[test]
 fn a_configuration_file_that_makes_no_sense() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("vm.json");
     for (text, word) in [
         ("{", "EOF"),
@@ -176,21 +176,21 @@ fn a_configuration_file_that_makes_no_sense() -> Result<()> {
 }
 
 /// A file of the test's with these bytes.
-fn file(host: &Host, name: &str, bytes: &[u8]) -> Result<String> {
+fn file(host: &TestHost, name: &str, bytes: &[u8]) -> Result<String> {
     let path = host.path(name);
     std::fs::write(&path, bytes)?;
     Ok(path.display().to_string())
 }
 
 /// The first half of a file.
-fn half(host: &Host, name: &str, of: &Path) -> Result<String> {
+fn half(host: &TestHost, name: &str, of: &Path) -> Result<String> {
     let whole = std::fs::read(of).with_context(|| of.display().to_string())?;
     file(host, name, &whole[..whole.len() / 2])
 }
 
 #[test]
 fn kernels_that_are_none() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let fixtures = host.fixtures();
     let directory = host.path("folder").display().to_string();
     std::fs::create_dir(&directory)?;
@@ -222,7 +222,7 @@ fn kernels_that_are_none() -> Result<()> {
 
 #[test]
 fn initrds_and_command_lines_that_do_not_fit() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let large = host.path("large");
     std::fs::File::create(&large)?.set_len(65 << 20)?;
     let large = large.display().to_string();
@@ -234,7 +234,7 @@ fn initrds_and_command_lines_that_do_not_fit() -> Result<()> {
         FAILED,
         &["initrd", &large, "do not fit"],
     )?;
-    // It would lie behind the file's end, but where the kernel unpacks itself.
+    // The initrd would lie behind the kernel file's end, but where the kernel unpacks itself.
     let compressed = host.fixtures().stock_kernel("vmlinuz").display().to_string();
     let small = host.path("small");
     std::fs::File::create(&small)?.set_len(40 << 20)?;
@@ -271,7 +271,7 @@ fn initrds_and_command_lines_that_do_not_fit() -> Result<()> {
 
 #[test]
 fn disks_that_are_none() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let directory = host.path("folder").display().to_string();
     std::fs::create_dir(&directory)?;
     for (path, words) in [
@@ -298,7 +298,7 @@ fn disks_that_are_none() -> Result<()> {
 
 #[test]
 fn descriptors_that_nobody_opened() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let words = ["descriptor 999", "expected one that was open"];
     check(&host, &run(&host, &["--net", "fd=999"])?, FAILED, &words)?;
     let receiver = ["receive", "--listen", "tcp:127.0.0.1:0", "--net", "net0=fd:[999]"];
@@ -307,7 +307,7 @@ fn descriptors_that_nobody_opened() -> Result<()> {
 
 #[test]
 fn a_disk_that_another_vm_uses() -> Result<()> {
-    let (host, other) = (Host::new()?, Host::new()?);
+    let (host, other) = (TestHost::new()?, TestHost::new()?);
     let path = file(&host, "disk", &[0; 4096])?;
     let disk = format!("path={path}");
     let mut vm = BareGuest::default().boot(&host, "first", &["--disk", &disk])?;
@@ -330,7 +330,7 @@ fn a_disk_that_another_vm_uses() -> Result<()> {
 
 #[test]
 fn sockets_that_cannot_be_had() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let precious = file(&host, "precious", b"data")?;
     check(
         &host,
@@ -383,8 +383,8 @@ fn sockets_that_cannot_be_had() -> Result<()> {
 }
 
 /// Runs `godwit run` and `godwit probe` where `prepare`, a shell command, has changed `/dev`: in namespaces of
-/// their own, so that nobody else notices.
-fn elsewhere(host: &Host, prepare: &str, identity: &[&str]) -> Result<(Finished, Finished)> {
+/// their own, so that no other process sees the change.
+fn elsewhere(host: &TestHost, prepare: &str, identity: &[&str]) -> Result<(Finished, Finished)> {
     let kernel = host.fixtures().bare().display().to_string();
     let in_namespace = |arguments: &[&str]| -> Result<Finished> {
         let godwit = host.command(arguments);
@@ -396,7 +396,7 @@ fn elsewhere(host: &Host, prepare: &str, identity: &[&str]) -> Result<(Finished,
             .args(identity);
         command.arg(godwit.get_program()).args(godwit.get_args());
         command.envs(godwit.get_envs().filter_map(|(key, value)| Some((key, value?))));
-        Process::run(command, PATIENCE)
+        TestProcess::run(command, PATIENCE)
     };
     let run = in_namespace(&["run", "--kernel", &kernel, "--memory", "64M"])?;
     Ok((run, in_namespace(&["probe"])?))
@@ -404,7 +404,7 @@ fn elsewhere(host: &Host, prepare: &str, identity: &[&str]) -> Result<(Finished,
 
 #[test]
 fn no_kvm() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (run, probe) = elsewhere(&host, "mount -t tmpfs none /dev", &[])?;
     check(&host, &run, FAILED, &["/dev/kvm", "No such file", "godwit probe"])?;
     probe.expect_code(FAILED)?;
@@ -414,11 +414,11 @@ fn no_kvm() -> Result<()> {
 
 #[test]
 fn no_permission_for_kvm() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let closed: PathBuf = host.path("closed");
     std::fs::write(&closed, "")?;
     let prepare = format!("chmod 0 {0}; mount --bind {0} /dev/kvm", closed.display());
-    // Within the namespace we are root; without this capability even root obeys the file's mode.
+    // Within the namespace the program is root; without this capability even root obeys the file's mode.
     let identity = [
         "setpriv",
         "--bounding-set=-dac_override,-dac_read_search",

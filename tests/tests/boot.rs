@@ -1,16 +1,16 @@
 //! The bare guest boots, works and ends, on machines of all shapes.
 
 use anyhow::{Context, Result, ensure};
-use tests::{BareGuest, Event, Host, Journey, PATIENCE};
+use tests::{BareGuest, GuestEvent, Journey, PATIENCE, TestHost};
 
 /// Boots the guest, lets it verify its memory, and ends it; returns the number of pages that it has.
 fn boot_and_end(guest: BareGuest<'_>, more: &[&str]) -> Result<u64> {
-    let mut journey = Journey::start(Host::new()?, &guest, more)?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, more)?;
     let start = journey
         .vm
         .process
         .stdout()
-        .wait("start", 0, PATIENCE, |line| Event::named(line, "start"))?;
+        .wait("start", 0, PATIENCE, |line| GuestEvent::named(line, "start"))?;
     ensure!(
         start.number("cpus")? == u64::from(guest.cpus),
         "expected {} CPUs, got {start:?}",
@@ -87,7 +87,7 @@ fn memory_on_both_sides_of_the_hole() -> Result<()> {
 /// program, behind which no word of the machine's may come.
 #[test]
 fn configuration_file() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let options = BareGuest {
         cpus: 2,
         reads: 32,
@@ -121,7 +121,7 @@ fn configuration_file() -> Result<()> {
         status["vcpu_count"] == 2 && status["mem_size_mib"] == 96,
         "got {status}"
     );
-    // The guest reads from the first disk, having stamped it.
+    // The guest has stamped the first disk, and reads from it.
     vm.read_on(256)?;
     for (id, expected) in [("root", true), ("data", false)] {
         let written = std::fs::read(host.path(id))?.iter().any(|byte| *byte != 0);

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use migration::Outcome;
-use tests::{Echo, Event, Host, Journey, PATIENCE, Terminal, TinyGuest};
+use tests::{Echo, GuestEvent, Journey, PATIENCE, TestHost, TestTerminal, TinyGuest};
 
 /// Several times what queues and sockets hold.
 const MUCH: usize = 256 << 10;
-/// Until the guest must have heard of its terminal's size, each with a command and its answer.
+/// Until the guest must have its terminal's size, each with a command and its answer.
 const LOOKS: usize = 100;
 
 fn option(uds: &Path) -> String {
@@ -22,7 +22,9 @@ fn wait_for_size(journey: &mut Journey, columns: u64, rows: u64) -> Result<()> {
     for _ in 0..LOOKS {
         let mark = stdout.mark();
         journey.vm.process.send(b"size\n")?;
-        let size = stdout.wait("agent: size", mark, PATIENCE, |line| Event::named(line, "size"))?;
+        let size = stdout.wait("agent: size", mark, PATIENCE, |line| {
+            GuestEvent::named(line, "size")
+        })?;
         seen = (size.number("columns")?, size.number("rows")?);
         if seen == (columns, rows) {
             return Ok(());
@@ -31,7 +33,7 @@ fn wait_for_size(journey: &mut Journey, columns: u64, rows: u64) -> Result<()> {
     bail!("expected a terminal of {columns} columns and {rows} rows, got {seen:?}")
 }
 
-/// How often the guest has said that who was at the other side of the port has gone.
+/// How often the guest has said that the program at the other side of the port has gone.
 fn ends(journey: &Journey) -> Result<usize> {
     Ok(journey.life()?.matches("agent: port name=echo end=eof").count())
 }
@@ -50,22 +52,22 @@ fn wait_for_ends(journey: &Journey, count: usize) -> Result<()> {
 /// One boot for all of it: where kernel code is interpreted it takes most of half a minute.
 #[test]
 fn a_console_and_its_ports_move() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (first, second) = (host.path("first.port"), host.path("second.port"));
     let guest = TinyGuest {
         words: "console=hvc0",
         ..Default::default()
     };
-    // All that the agent prints and hears goes through the virtio console.
+    // All of the agent's output and input goes through the virtio console.
     let options = ["--console", "virtio", "--port", &option(&first)];
     let mut journey = guest.start(host, &options)?;
     let stdout = journey.vm.process.stdout().clone();
-    stdout.wait("agent: port", 0, PATIENCE, |line| Event::named(line, "port"))?;
+    stdout.wait("agent: port", 0, PATIENCE, |line| GuestEvent::named(line, "port"))?;
     let mut stream = Echo::port(&first)?;
     stream.check(MUCH).context("before the move")?;
     journey.verify()?;
 
-    let terminal = Terminal::attach(&journey.host, &journey.vm, 132, 43)?;
+    let terminal = TestTerminal::attach(&journey.host, &journey.vm, 132, 43)?;
     wait_for_size(&mut journey, 132, 43)?;
     terminal.resize(61, 17)?;
     wait_for_size(&mut journey, 61, 17)?;
@@ -88,7 +90,7 @@ fn a_console_and_its_ports_move() -> Result<()> {
     let mut again = Echo::port(&second)?;
     again.check(MUCH).context("after the move")?;
     wait_for_size(&mut journey, 61, 17)?;
-    let terminal = Terminal::attach(&journey.host, &journey.vm, 99, 33)?;
+    let terminal = TestTerminal::attach(&journey.host, &journey.vm, 99, 33)?;
     wait_for_size(&mut journey, 99, 33)?;
     drop(terminal);
 
@@ -109,7 +111,7 @@ fn through_files(journey: &mut Journey, stream: Echo) -> Result<PathBuf> {
     let restored = journey.host.restore(&directory, &options)?;
     journey.arrive(restored)?;
     stream.wait_end().context("the stream of before the snapshot")?;
-    // Its kernel would keep from the agent that somebody has gone if somebody else came at once.
+    // The guest's kernel does not report that a program has gone if the next one comes at once.
     wait_for_ends(journey, 2)?;
     Echo::port(&third)?.check(MUCH).context("after the restore")?;
     wait_for_ends(journey, 3)?;

@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tests::{BareGuest, Event, Host, Journey, PATIENCE, Process, Tick, Vm, http, http_as};
+use tests::{BareGuest, GuestEvent, Journey, PATIENCE, TestHost, TestProcess, Tick, Vm, http, http_as};
 
-/// Ten ticks of the bare guest: whoever is silent for so long does not tick.
+/// Ten ticks of the bare guest: a guest that is silent for so long does not tick.
 const SILENCE: Duration = Duration::from_millis(500);
 /// What a pause may take more than a command that changes nothing, on two cores that the guest keeps busy: far below
 /// what a vCPU would need that is not kicked, and far above what a loaded machine adds.
 const PAUSED_WITHIN: Duration = Duration::from_millis(250);
 
-fn boot(host: &Host, name: &str) -> Result<Vm> {
+fn boot(host: &TestHost, name: &str) -> Result<Vm> {
     BareGuest::default().boot(host, name, &[])
 }
 
@@ -36,7 +36,7 @@ fn check_silent(vm: &Vm) -> Result<()> {
 #[test]
 fn a_paused_guest_stands_still_and_goes_on_where_it_was() -> Result<()> {
     let mut journey = Journey::start(
-        Host::new()?,
+        TestHost::new()?,
         &BareGuest {
             cpus: 2,
             ..Default::default()
@@ -59,7 +59,7 @@ fn a_paused_guest_stands_still_and_goes_on_where_it_was() -> Result<()> {
 
 #[test]
 fn resuming_what_runs_changes_nothing() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     journey.vm.godwit("resume", &[])?.expect_code(0)?;
     ensure!(journey.vm.state()? == "Running", "got {}", journey.vm.status()?);
     journey.vm.check_running()?;
@@ -69,7 +69,7 @@ fn resuming_what_runs_changes_nothing() -> Result<()> {
 
 #[test]
 fn pauses_are_quick() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let vm = BareGuest {
         cpus: 4,
         rate: "max",
@@ -103,8 +103,8 @@ fn pauses_are_quick() -> Result<()> {
 
 #[test]
 fn ps_lists_what_runs() -> Result<()> {
-    let host = Host::new()?;
-    let names = |host: &Host| -> Result<Vec<String>> {
+    let host = TestHost::new()?;
+    let names = |host: &TestHost| -> Result<Vec<String>> {
         let listed: serde_json::Value =
             serde_json::from_str(&host.godwit(["ps", "--json"])?.expect_code(0)?.stdout)?;
         let vms = listed.as_array().context("expected a list")?;
@@ -127,7 +127,7 @@ fn ps_lists_what_runs() -> Result<()> {
 
 #[test]
 fn a_name_in_use_is_refused_and_that_of_a_dead_vm_is_not() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let options = BareGuest::default().options(&host)?;
     let vm = boot(&host, "web")?;
     let second = host.run("web", &options)?.process.finish(PATIENCE)?;
@@ -154,9 +154,9 @@ fn a_name_in_use_is_refused_and_that_of_a_dead_vm_is_not() -> Result<()> {
 
 #[test]
 fn stop_asks_and_then_ends() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let mut vm = boot(&host, "deaf")?;
-    // The bare guest has no ear for the power button.
+    // The bare guest does not handle the power button.
     let stopped = vm.godwit("stop", &[])?;
     ensure!(
         stopped.expect_code(0)?.stderr.contains("did not shut down"),
@@ -179,7 +179,7 @@ fn stop_asks_and_then_ends() -> Result<()> {
 
 #[test]
 fn sigterm_ends_any_vm_with_status_0() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let mut vm = boot(&host, "deaf")?;
     vm.process.signal(Signal::TERM)?;
     vm.wait_success(PATIENCE)?;
@@ -205,20 +205,20 @@ fn sigterm_ends_any_vm_with_status_0() -> Result<()> {
 
 #[test]
 fn the_console_shows_and_types() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let mut vm = boot(&host, "talker")?;
-    let mut console = Process::spawn(host.command(["console", "talker"]))?;
+    let mut console = TestProcess::spawn(host.command(["console", "talker"]))?;
     console.stdout().wait("a tick", 0, PATIENCE, Tick::parse)?;
     console.send(b"r")?;
     console
         .stdout()
-        .wait("reset", 0, PATIENCE, |line| Event::named(line, "reset"))?;
-    // Ctrl-] detaches; the guest does not notice.
+        .wait("reset", 0, PATIENCE, |line| GuestEvent::named(line, "reset"))?;
+    // Ctrl-] detaches; the guest runs on.
     console.send(&[0x1d])?;
     console.wait_success(PATIENCE)?;
     vm.check_running()?;
 
-    let mut until_the_end = Process::spawn(host.command(["console", "talker"]))?;
+    let mut until_the_end = TestProcess::spawn(host.command(["console", "talker"]))?;
     until_the_end.stdout().wait("a tick", 0, PATIENCE, Tick::parse)?;
     vm.process.send(b"q")?;
     vm.wait_success(PATIENCE)?;
@@ -227,7 +227,7 @@ fn the_console_shows_and_types() -> Result<()> {
 
 #[test]
 fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (socket, log) = (host.path("api.sock"), host.path("log"));
     let get = |path| http(&host.path("api.sock"), "GET", path, "");
     let (socket, log) = (socket.display().to_string(), log.display().to_string());
@@ -250,7 +250,7 @@ fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
         wrong.starts_with("HTTP/1.1 405") && wrong.contains("fault_message"),
         "got {wrong}"
     );
-    // As curl sends it where nobody says what it is.
+    // The content type that curl sends by default.
     let pause = r#"{"state": "Paused"}"#;
     let form = http_as(
         &host.path("api.sock"),
@@ -282,7 +282,7 @@ fn an_api_socket_of_ones_own_and_a_log_file() -> Result<()> {
 
 #[test]
 fn the_probe_and_the_version() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let probe = host.fixtures().probe()?;
     for field in [
         "boot",
@@ -308,8 +308,8 @@ fn the_probe_and_the_version() -> Result<()> {
 
 #[test]
 fn a_static_binary() -> Result<()> {
-    let host = Host::new()?;
-    let linked = Process::run(
+    let host = TestHost::new()?;
+    let linked = TestProcess::run(
         {
             let mut command = Command::new("ldd");
             command.arg(&host.fixtures().godwit);

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
-use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy, When};
+use fault_proxy::{Direction, FaultPlan, FaultPoint, Proxy, ProxyConnection, ProxyFault, When};
 use migration::Outcome;
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::process::Signal;
-use tests::{BareGuest, Host, Journey, PATIENCE, count, wait_until};
+use tests::{BareGuest, Journey, PATIENCE, TestHost, count, wait_until};
 
 const DISK_BYTES: u64 = 64 << 20;
 /// Reads after each move: the disk is read once in the mean.
@@ -17,7 +17,7 @@ const READS: u64 = DISK_BYTES >> 12;
 
 #[test]
 fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("disk.img");
     fs::File::create(&path)?.set_len(DISK_BYTES)?;
     let guest = BareGuest {
@@ -47,7 +47,7 @@ fn no_read_is_wrong_or_lost_across_moves() -> Result<()> {
 
 /// A guest whose disk, stamped by itself, is in a folder of its own, and another folder.
 fn with_a_disk_here() -> Result<(Journey, std::path::PathBuf, std::path::PathBuf)> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (here, there) = (host.path("here"), host.path("there"));
     fs::create_dir(&here)?;
     fs::create_dir(&there)?;
@@ -72,7 +72,7 @@ fn entries(folder: &Path) -> Result<Vec<String>> {
 fn a_disk_comes_along() -> Result<()> {
     let (mut journey, here, there) = with_a_disk_here()?;
     let mut left = here;
-    // There, and back to a file beside the old one.
+    // The disk goes there, and back to a file beside the old one.
     for path in [there.join("disk"), left.with_file_name("back")] {
         let disk = format!("d={}", path.display());
         let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
@@ -84,7 +84,7 @@ fn a_disk_comes_along() -> Result<()> {
         );
         journey.vm.read_on(READS)?;
         ensure!(fs::read(&left)? == fs::read(&path)?, "the disks differ");
-        // It is not read any more.
+        // The old file is not read any more.
         fs::remove_file(&left)?;
         left = path;
     }
@@ -106,7 +106,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
         );
         journey.vm.check_running().map(drop)
     };
-    // Of the right size, and even with the right content, but nobody's.
+    // Of the right size, and even with the right content, but not the file that the guest uses.
     fs::copy(&here, &there)?;
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk(&there)])?;
     refused(&journey, &endpoint, &[])?;
@@ -116,7 +116,7 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
     let report = journey.hop_to(receiver, &endpoint, &come)?;
     ensure!(report.disks == 1, "no disk in {report:?}");
 
-    // What it left is older than what it has.
+    // The file that the guest left is older than the one that it has.
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk(&here)])?;
     refused(&journey, &endpoint, &come)?;
     drop(receiver);
@@ -133,25 +133,25 @@ fn a_file_that_is_not_the_sources_disk_is_refused() -> Result<()> {
     life.map(drop)
 }
 
-/// Has somebody else lock the disk at `path` when the destination is about to.
-fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> Plan {
+/// Has another process lock the disk at `path` when the destination is about to.
+fn locked_at_go(path: &Path, held: Arc<Mutex<Option<fs::File>>>) -> FaultPlan {
     let path = path.to_owned();
     let lock = move || {
-        // Whether that went well is seen by what the destination says.
+        // The destination's error shows whether that worked.
         let file = fs::File::options().write(true).open(path).ok();
         let locked = file.filter(|file| fcntl_lock(file, FlockOperation::NonBlockingLockExclusive).is_ok());
         if let Ok(mut held) = held.lock() {
             *held = locked;
         }
     };
-    Plan {
-        point: Point {
-            connection: Connection::Control,
+    FaultPlan {
+        point: FaultPoint {
+            connection: ProxyConnection::Control,
             direction: Direction::ToDestination,
             message: "go".into(),
             occurrence: 0,
         },
-        fault: Fault::Call(When::Before, Box::new(lock)),
+        fault: ProxyFault::Call(When::Before, Box::new(lock)),
     }
 }
 
@@ -187,7 +187,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
     let disk = format!("d={}", there.join("disk").display());
     let nothing = || Ok(entries(&there)?.is_empty());
 
-    // Nobody offers it: refused before the guest is touched.
+    // The receiver does not name it: refused before the guest is touched.
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
     let line = journey.vm.migrate(&endpoint, &[])?.stayed(Outcome::Failed)?;
     ensure!(line.contains("found nothing there"), "{line}");
@@ -205,7 +205,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
     journey.vm.read_on(READS)?;
     drop(receiver);
 
-    // Nobody is left to remove it; it has not the disk's name.
+    // No process is left to remove it; it has another name than the disk.
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", &disk])?;
     let mut migration = journey.vm.start_migration(&endpoint, &slowly)?;
     wait_until("the disk's turn", || mirrors(&journey))?;
@@ -216,7 +216,7 @@ fn a_disk_that_does_not_arrive_leaves_nothing() -> Result<()> {
         fs::remove_file(there.join(name))?;
     }
 
-    // The destination's file system is full: said where the user is, and the guest reads on.
+    // The destination's file system is full: `migrate` says so, and the guest reads on.
     let full = "d=/dev/full/disk";
     let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--disk", full])?;
     let line = journey

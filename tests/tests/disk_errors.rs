@@ -1,4 +1,4 @@
-//! Disks that fail: the guest is told, goes on, and loses nothing.
+//! Disks that fail: the guest gets an I/O error, goes on, and loses nothing.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
 use serde_json::Value;
-use tests::{BareGuest, Host, Journey, LoopDevice, PATIENCE, SmallFileSystem, Vm};
+use tests::{BareGuest, Journey, LoopDevice, PATIENCE, SmallFileSystem, TestHost, Vm};
 
 const DISK_BYTES: u64 = 4 << 20;
 /// Each page of the disk once in the mean.
@@ -67,7 +67,7 @@ fn check_well(vm: &Vm) -> Result<()> {
 
 /// What a disk on a file system is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum DiskKind {
     Raw,
     Qcow2,
     /// A block device, whose sectors are in a raw image.
@@ -103,27 +103,29 @@ fn qcow2(path: &Path) -> Result<()> {
 #[test]
 fn writes_to_a_full_file_system() -> Result<()> {
     for (kind, run, receive) in [
-        (Kind::Raw, "", ""),
-        (Kind::Raw, ",cache=writethrough", ""),
-        (Kind::Qcow2, ",format=qcow2", ",format=qcow2"),
-        (Kind::Loop, ",direct=on", ""),
+        (DiskKind::Raw, "", ""),
+        (DiskKind::Raw, ",cache=writethrough", ""),
+        (DiskKind::Qcow2, ",format=qcow2", ",format=qcow2"),
+        (DiskKind::Loop, ",direct=on", ""),
     ] {
         full(kind, run, receive).with_context(|| format!("{kind:?}{run}"))?;
     }
     Ok(())
 }
 
-fn full(kind: Kind, run: &str, receive: &str) -> Result<()> {
-    let host = Host::new()?;
+fn full(kind: DiskKind, run: &str, receive: &str) -> Result<()> {
+    let host = TestHost::new()?;
     // About half of the disk finds room.
     let small = SmallFileSystem::mount(host.path("small"), 8)?;
     let (image, filler) = (small.path().join("disk"), small.path().join("filler"));
     match kind {
-        Kind::Qcow2 => qcow2(&image)?,
-        Kind::Raw | Kind::Loop => raw(&image)?,
+        DiskKind::Qcow2 => qcow2(&image)?,
+        DiskKind::Raw | DiskKind::Loop => raw(&image)?,
     }
     fs::write(&filler, vec![1; 6 << 20])?;
-    let device = (kind == Kind::Loop).then(|| LoopDevice::of(&image)).transpose()?;
+    let device = (kind == DiskKind::Loop)
+        .then(|| LoopDevice::of(&image))
+        .transpose()?;
     let path = device.as_ref().map_or(&*image, LoopDevice::path).display();
 
     let disk = format!("id=d,path={path}{run}");
@@ -136,8 +138,8 @@ fn full(kind: Kind, run: &str, receive: &str) -> Result<()> {
     let backend = format!("d={path}{receive}");
     let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &backend])?;
     let arguments = ["--verify", "--on-miss", "switch"];
-    if kind == Kind::Qcow2 {
-        // What the guest was told is written is not all in the image, and would not be found at the destination.
+    if kind == DiskKind::Qcow2 {
+        // Some of what the guest was told to be written is not in the image: the destination would not find it.
         refused(&journey, &endpoint, &arguments, &["No space left on device"])?;
         end(receiver)?;
     } else {
@@ -157,7 +159,7 @@ fn full(kind: Kind, run: &str, receive: &str) -> Result<()> {
 
 /// A guest that reads a disk, and where that is.
 fn reading(options: &[&str]) -> Result<(Journey, PathBuf)> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = host.path("disk");
     raw(&image)?;
     let disk = format!("id=d,path={}", image.display());
@@ -197,7 +199,8 @@ fn a_disk_that_shrinks_and_grows_again() -> Result<()> {
     journey.vm.read_on(READS)?;
     check_log(&journey.vm, "cannot read it")?;
 
-    // Neither where it is nor with its content: what is missing would be zeroes, and no errors.
+    // The guest moves neither without the disk's content nor with it: what is missing would be read as zeroes, without an
+    // error.
     let folder = journey.host.path("elsewhere");
     fs::create_dir(&folder)?;
     let (here, at) = receiver(&journey, &image)?;
@@ -249,7 +252,7 @@ fn a_disk_whose_file_is_removed() -> Result<()> {
         "another's file was written"
     );
 
-    // With its content it goes on elsewhere.
+    // With its content the disk goes on elsewhere.
     let elsewhere = host.path("elsewhere");
     let (there, at) = receiver(&journey, &elsewhere)?;
     journey.hop_to(there, &at, &["--with-disks", "--verify", "--on-miss", "switch"])?;

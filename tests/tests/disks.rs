@@ -1,4 +1,4 @@
-//! Disks whose size and limits change, and images that QEMU's tools look at.
+//! Disks whose size and limits change, and images that QEMU's tools read.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
-use tests::{BareGuest, Finished, Host, Image, Journey, PATIENCE, Vm, http, qemu, wait_until};
+use tests::{BareGuest, Finished, Image, Journey, PATIENCE, TestHost, Vm, http, qemu, wait_until};
 
 const ANY_PORT: &str = "tcp:127.0.0.1:0";
 const IMAGE_BYTES: u64 = 4 << 20;
@@ -17,15 +17,15 @@ const READER: BareGuest = BareGuest {
     reads: 32,
     ..BareGuest::DEFAULT
 };
-/// It never flushes.
+/// The guest never flushes.
 const WRITER: BareGuest = BareGuest {
     writes: true,
     ..READER
 };
 
 #[test]
-fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
-    let host = Host::new()?;
+fn an_image_in_use_can_be_read_and_is_whole_in_a_pause() -> Result<()> {
+    let host = TestHost::new()?;
     let image = Image::make(&host.path("disk.qcow2"), IMAGE_BYTES)?;
     let (path, copy) = (image.path(), host.path("copy"));
     let disk = format!("id=d,path={path},format=qcow2");
@@ -47,7 +47,7 @@ fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
     let known = copy.mapped()?;
     ensure!(
         known == IMAGE_BYTES,
-        "a copy knows {known} bytes of {IMAGE_BYTES} that the guest has written"
+        "a copy has {known} bytes of {IMAGE_BYTES} that the guest has written"
     );
     journey.vm.godwit("resume", &[])?.expect_code(0)?;
     journey.vm.read_on(READS)?;
@@ -62,8 +62,8 @@ fn an_image_in_use_may_be_looked_at_and_is_whole_in_a_pause() -> Result<()> {
 }
 
 #[test]
-fn a_killed_process_leaves_an_image_that_knows_its_data() -> Result<()> {
-    let host = Host::new()?;
+fn a_killed_process_leaves_an_image_with_its_data() -> Result<()> {
+    let host = TestHost::new()?;
     for cache in ["writeback", "unsafe"] {
         let image = Image::make(&host.path(cache), IMAGE_BYTES)?;
         let disk = format!("id=d,path={},format=qcow2,cache={cache}", image.path());
@@ -84,7 +84,7 @@ fn a_killed_process_leaves_an_image_that_knows_its_data() -> Result<()> {
 
 #[test]
 fn nobody_boots_what_overlays_are_on() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let base = host.path("base").display().to_string();
     File::create(&base)?.set_len(IMAGE_BYTES)?;
     let run = |name: &str, disk: &str| -> Result<Finished> {
@@ -97,7 +97,7 @@ fn nobody_boots_what_overlays_are_on() -> Result<()> {
     for name in ["one", "two"] {
         let top = Image::make_on(&host.path(name), &base)?;
         let disk = format!("id=d,path={},format=qcow2", top.path());
-        // What an image names is not opened for that.
+        // A file that an image names is not opened for that reason.
         let finished = run("unnamed", &disk)?;
         finished.expect_code(1)?;
         ensure!(
@@ -115,7 +115,7 @@ fn nobody_boots_what_overlays_are_on() -> Result<()> {
         "{}",
         finished.stderr
     );
-    // It moves with all of its files, and not without.
+    // The guest moves with all of its files, and not without.
     let moving = clones.remove(0);
     let top = format!("d={},format=qcow2", host.path("one").display());
     let (receiver, endpoint) = host.receive("unnamed", ANY_PORT, ["--disk", &top])?;
@@ -144,7 +144,7 @@ fn hidden(vm: &Vm) -> usize {
 
 #[test]
 fn a_disk_has_any_size() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (odd, empty) = (host.path("odd"), host.path("empty"));
     File::create(&odd)?.set_len(IMAGE_BYTES + 300)?;
     File::create(&empty)?;
@@ -154,14 +154,14 @@ fn a_disk_has_any_size() -> Result<()> {
     journey.vm.read_on(READS)?;
     ensure!(hidden(&journey.vm) == 1, "{}", journey.vm.process.stderr().text());
     let (there, nothing) = (journey.host.path("there"), journey.host.path("nothing"));
-    for (d, e, come, told) in [(&odd, &empty, 0, 1), (&there, &nothing, 1, 0)] {
+    for (d, e, come, logged) in [(&odd, &empty, 0, 1), (&there, &nothing, 1, 0)] {
         let [d, e] = [("d", d), ("e", e)].map(|(id, path)| format!("{id}={}", path.display()));
         let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &d, "--disk", &e])?;
         let report = journey.hop_to(receiver, &endpoint, &["--with-disks", "--on-miss", "switch"])?;
         ensure!(report.disks == come, "{report:?}");
         journey.vm.read_on(READS)?;
         ensure!(
-            hidden(&journey.vm) == told,
+            hidden(&journey.vm) == logged,
             "{}",
             journey.vm.process.stderr().text()
         );
@@ -173,7 +173,7 @@ fn a_disk_has_any_size() -> Result<()> {
 
 #[test]
 fn a_disk_is_resized_and_moves() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = host.path("disk");
     let file = File::create(&image)?;
     file.set_len(1 << 20)?;
@@ -182,7 +182,7 @@ fn a_disk_is_resized_and_moves() -> Result<()> {
     let socket = journey.host.run_dir().join("vm-0.sock");
     let patch = |id: &str, body: &str| http(&socket, "PATCH", &format!("/drives/{id}"), body);
 
-    // A file that has grown without anybody saying so is not the disk that the guest knows.
+    // A file that has grown without a request to resize is not the disk that the guest has.
     file.set_len(2 << 20)?;
     let backend = format!("data={}", image.display());
     let (receiver, endpoint) = journey.receiver_with(ANY_PORT, &["--disk", &backend])?;

@@ -13,11 +13,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use migration::{Outcome, Report};
 use rustix::process::Signal;
-use tests::{BareGuest, Host, Journey, Migration, PATIENCE, Process, Vm, count, memory, wait_until};
+use tests::{BareGuest, Journey, Migration, PATIENCE, TestHost, TestProcess, Vm, count, memory, wait_until};
 
 const ANY_PORT: &str = "tcp:127.0.0.1:0";
 
-/// Never keeps this budget while it dirties as fast as it can, so it stays in pre-copy for a while.
+/// A budget that a guest which dirties as fast as it can never keeps, so that pre-copy goes on for a while.
 const HOPELESS: [&str; 2] = ["--max-downtime", "1ms"];
 
 fn busy_guest() -> BareGuest<'static> {
@@ -114,7 +114,7 @@ fn a_killed_destination() -> Result<()> {
         },
     );
     let mut moments = Moments::seeded()?;
-    let begin = || Journey::start(Host::new()?, &guest, &[]);
+    let begin = || Journey::start(TestHost::new()?, &guest, &[]);
     let mut journey = begin()?;
     let mut lasts = total(&journey.hop(&["--verify"])?);
     let (mut before, mut after) = (0, 0);
@@ -143,7 +143,7 @@ fn a_killed_destination() -> Result<()> {
 
 #[test]
 fn a_hung_destination() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &busy_guest(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &busy_guest(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let migration = journey.vm.start_migration(&endpoint, &HOPELESS)?;
     wait_for_precopy(&journey.vm)?;
@@ -159,7 +159,7 @@ fn a_hung_destination() -> Result<()> {
 
 #[test]
 fn a_killed_source_leaves_a_receiver_that_takes_the_next() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let lost = busy_guest().boot(&host, "lost", &[])?;
     let mut journey = Journey::start(host, &BareGuest::default(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
@@ -179,8 +179,8 @@ fn a_killed_source_leaves_a_receiver_that_takes_the_next() -> Result<()> {
 }
 
 /// Starts a hopeless migration, lets `end` end it, and checks that the guest runs on and can move later.
-fn cancelled_by(end: impl FnOnce(&Vm, &Process) -> Result<()>) -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &busy_guest(), &[])?;
+fn cancelled_by(end: impl FnOnce(&Vm, &TestProcess) -> Result<()>) -> Result<()> {
+    let mut journey = Journey::start(TestHost::new()?, &busy_guest(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let migration = journey.vm.start_migration(&endpoint, &HOPELESS)?;
     wait_for_precopy(&journey.vm)?;
@@ -210,7 +210,7 @@ fn cancelled_by_command() -> Result<()> {
 #[test]
 fn losing_the_client_cancels_nothing() -> Result<()> {
     let mut journey = Journey::start(
-        Host::new()?,
+        TestHost::new()?,
         &BareGuest {
             memory_mib: 1024,
             ..Default::default()
@@ -229,7 +229,7 @@ fn losing_the_client_cancels_nothing() -> Result<()> {
 
 #[test]
 fn a_guest_that_ends_while_it_moves() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let mut vm = busy_guest().boot(&host, "ends", &[])?;
     let (receiver, endpoint) = host.receive("waits", ANY_PORT, [""; 0])?;
     let migration = vm.start_migration(&endpoint, &HOPELESS)?;
@@ -247,7 +247,7 @@ fn a_guest_that_ends_while_it_moves() -> Result<()> {
 
 #[test]
 fn conflicting_requests_are_refused_meanwhile() -> Result<()> {
-    let journey = Journey::start(Host::new()?, &busy_guest(), &[])?;
+    let journey = Journey::start(TestHost::new()?, &busy_guest(), &[])?;
     let (mut receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let migration = journey.vm.start_migration(&endpoint, &HOPELESS)?;
     wait_for_precopy(&journey.vm)?;
@@ -273,7 +273,7 @@ fn conflicting_requests_are_refused_meanwhile() -> Result<()> {
 
 #[test]
 fn garbage_at_the_receivers_port() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let address = endpoint.strip_prefix("tcp:").context("endpoint")?;
     let huge = [0xff; 4096];
@@ -281,7 +281,7 @@ fn garbage_at_the_receivers_port() -> Result<()> {
     for bytes in garbage {
         let mut stream = std::net::TcpStream::connect(address)?;
         stream.set_read_timeout(Some(PATIENCE.longest))?;
-        // It may hang up before it has read everything.
+        // The peer may hang up before it has read everything.
         let _ = stream.write_all(bytes);
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
@@ -299,7 +299,7 @@ fn garbage_at_the_receivers_port() -> Result<()> {
 
 /// Migrates to a destination that is not one: the guest must run on, and the error must name it.
 fn fails_at(destination: &str, needle: &str) -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let migration = journey.vm.start_migration(destination, &[])?;
     journey.vm.check_running()?;
     let error = Migration::of(migration.finish(PATIENCE)?)?.stayed(Outcome::Failed)?;
@@ -311,7 +311,7 @@ fn fails_at(destination: &str, needle: &str) -> Result<()> {
 
 #[test]
 fn a_silent_destination() -> Result<()> {
-    // The kernel takes the connection, and nobody ever answers.
+    // The kernel takes the connection, and no program ever answers.
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
     fails_at(&format!("tcp:{address}"), &address)
@@ -327,13 +327,13 @@ fn an_unreachable_destination() -> Result<()> {
 }
 
 #[test]
-fn a_destination_that_talks_nonsense() -> Result<()> {
+fn a_destination_that_sends_nonsense() -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
     let nonsense = std::thread::spawn(move || -> std::io::Result<()> {
         let (mut stream, _) = listener.accept()?;
         stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")?;
-        // Until the other side hangs up.
+        // Reads until the other side hangs up.
         std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
     });
     fails_at(&format!("tcp:{address}"), &address)?;
@@ -346,7 +346,7 @@ fn a_destination_that_talks_nonsense() -> Result<()> {
 
 #[test]
 fn a_destination_that_cannot_run_the_machine() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = host.path("disk");
     std::fs::File::create(&image)?.set_len(1 << 20)?;
     let disk = format!("id=data,path={}", image.display());
@@ -381,7 +381,7 @@ fn a_destination_that_cannot_run_the_machine() -> Result<()> {
     journey.end()
 }
 
-fn journey_options(host: &Host, disk: &str) -> Result<Vec<String>> {
+fn journey_options(host: &TestHost, disk: &str) -> Result<Vec<String>> {
     let mut options = BareGuest::default().options(host)?;
     options.extend(["--disk".into(), disk.into()]);
     Ok(options)

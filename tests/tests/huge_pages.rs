@@ -1,9 +1,9 @@
-//! Guests in huge pages that the host has set aside. In a program of its own: to set pages aside stalls the host, and what
-//! else runs then has longer pauses than usual.
+//! Guests in huge pages that the host has set aside. In a test program of its own: to set pages aside stalls the host,
+//! and guests of other tests would have longer pauses than usual.
 
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
-use tests::{BareGuest, Host, HugePages, Journey, Vm};
+use tests::{BareGuest, Journey, ReservedHugePages, TestHost, Vm};
 
 #[test]
 fn huge_pages_move_and_are_put_in_files() -> Result<()> {
@@ -14,8 +14,8 @@ fn huge_pages_move_and_are_put_in_files() -> Result<()> {
         ..Default::default()
     };
     // Enough for the guest on both sides of a move.
-    let pages = HugePages::set_aside(128)?;
-    let mut journey = Journey::start(Host::new()?, &guest, &["--huge-pages", "--prealloc"])?;
+    let pages = ReservedHugePages::set_aside(128)?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &["--huge-pages", "--prealloc"])?;
     let used = huge_kib(&journey.vm)?;
     ensure!(
         used == 64 << 10,
@@ -73,8 +73,8 @@ fn huge_kib(vm: &Vm) -> Result<u64> {
 
 #[test]
 fn huge_pages_that_cannot_be_had() -> Result<()> {
-    let host = Host::new()?;
-    let _pages = HugePages::set_aside(4)?;
+    let host = TestHost::new()?;
+    let _pages = ReservedHugePages::set_aside(4)?;
     let kernel = host.fixtures().bare().display().to_string();
     for (options, code, words) in [
         (

@@ -21,7 +21,7 @@ use lab::{Lab, Payload, Signal};
 use migration::{DataPath, Outcome, Phase, Progress};
 use serde_json::Value;
 use tests::{
-    ECHO_PORT, Fixtures, LabJourney, PATIENCE, Process, StockGuest, count, ended, payload, wait_for,
+    ECHO_PORT, Fixtures, LabJourney, PATIENCE, StockGuest, TestProcess, count, ended, payload, wait_for,
     wait_until,
 };
 
@@ -41,19 +41,19 @@ fn two_hosts() -> Result<Lab> {
 fn tool(words: &[&str]) -> Result<()> {
     let mut command = Command::new(words[0]);
     command.args(&words[1..]);
-    // Not everybody has them in the path.
+    // A user's path may lack these folders.
     command.env(
         "PATH",
         format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()),
     );
-    Process::run(command, PATIENCE)?
+    TestProcess::run(command, PATIENCE)?
         .expect_code(0)
         .with_context(|| words.join(" "))
         .map(drop)
 }
 
 /// An image with an empty file system, and the folder that it goes with, in memory: what a guest flushes would else wait
-/// for everything that anybody has written to the machine's disk.
+/// for everything that any program has written to the machine's disk.
 fn formatted_disk() -> Result<(tempfile::TempDir, String)> {
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let image = directory.path().join("disk").display().to_string();
@@ -118,11 +118,11 @@ fn payload_with_echo() -> Result<Payload> {
 }
 
 /// A program on the host that the guest is on, with a stream to the guest.
-fn connect(journey: &LabJourney) -> Result<lab::Process> {
+fn connect(journey: &LabJourney) -> Result<lab::LabProcess> {
     start_echo(journey, StockGuest::VSOCK, &ECHO_PORT.to_string())
 }
 
-fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::Process> {
+fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::LabProcess> {
     let words = ["vsock-echo", uds, port];
     let mut program = journey.lab.host(journey.host()).spawn(&words)?;
     program.wait_line(|line| line == "connected", PATIENCE)?;
@@ -130,7 +130,7 @@ fn start_echo(journey: &LabJourney, uds: &str, port: &str) -> Result<lab::Proces
 }
 
 /// Sends so much there and back.
-fn echo(program: &mut lab::Process, bytes: usize) -> Result<()> {
+fn echo(program: &mut lab::LabProcess, bytes: usize) -> Result<()> {
     program.write_stdin(format!("{bytes}\n").as_bytes())?;
     program.wait_line(|line| line == "echoed", PATIENCE)?;
     Ok(())
@@ -250,13 +250,13 @@ fn a_host_with_another_cpu_is_refused() -> Result<()> {
 /// Returns once something that a balloon's statistics say is so.
 fn wait_for_balloon(journey: &LabJourney, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     wait_for("the balloon's statistics", || {
-        Ok(Some(journey.ask("balloon", &[])?).filter(|statistics| wanted(statistics)))
+        Ok(Some(journey.godwit_json("balloon", &[])?).filter(|statistics| wanted(statistics)))
     })
 }
 
 /// KiB of the host's memory that the guest's process has.
 fn resident(journey: &LabJourney) -> Result<u64> {
-    let pid = journey.ask("status", &[])?["pid"].to_string();
+    let pid = journey.godwit_json("status", &[])?["pid"].to_string();
     let status = journey
         .lab
         .host(journey.host())
@@ -304,19 +304,19 @@ fn a_balloon_and_what_it_saves() -> Result<()> {
         "expected at most 0.3 of {without} bytes, got {with}"
     );
 
-    // It grows while the guest moves, and is as large where it arrives.
-    journey.ask("balloon", &["128M"])?;
+    // The balloon grows while the guest moves, and is as large where the guest arrives.
+    journey.godwit_json("balloon", &["128M"])?;
     journey.hop(&VERIFIED)?;
-    // An emulated guest may be slow to tell.
-    let told = |statistics: &Value, mib: u64| {
+    // An emulated guest may be slow to report.
+    let reported = |statistics: &Value, mib: u64| {
         statistics["actual_mib"] == mib
             && statistics["target_mib"] == mib
             && statistics["total_memory"].is_u64()
     };
-    wait_for_balloon(&journey, |statistics| told(statistics, 128))?;
+    wait_for_balloon(&journey, |statistics| reported(statistics, 128))?;
     journey.hop(&VERIFIED)?;
-    journey.ask("balloon", &["0M"])?;
-    wait_for_balloon(&journey, |statistics| told(statistics, 0))?;
+    journey.godwit_json("balloon", &["0M"])?;
+    wait_for_balloon(&journey, |statistics| reported(statistics, 0))?;
     journey.verify()?;
     journey.power_off().map(drop)
 }
@@ -336,7 +336,7 @@ fn a_source_that_loses_its_power() -> Result<()> {
     let _migration = journey.start_migration(&endpoint, &SLOWLY)?;
     wait_for_precopy(&journey)?;
     journey.lab.host(0).kill();
-    // The guest is gone with its host. The receiver, which nobody has told, gives up what it has of it and takes
+    // The guest is gone with its host. The receiver, which got no word of that, gives up what it has of it and takes
     // the next one.
     let lab = journey.lab;
     let hears_nothing = |line: &str| line.contains("waiting for the next attempt");

@@ -10,21 +10,21 @@ mod silence;
 use std::fs::File;
 
 use anyhow::{Result, ensure};
-use tests::{BareGuest, Event, Host, PATIENCE, Vm};
+use tests::{BareGuest, GuestEvent, PATIENCE, TestHost, Vm};
 
 /// Waits for the guest to be up after a mark of its output.
 fn wait_ready(vm: &Vm, mark: usize) -> Result<()> {
-    vm.process
-        .stdout()
-        .wait("bare: ready", mark, PATIENCE, |line| Event::named(line, "ready"))?;
+    vm.process.stdout().wait("bare: ready", mark, PATIENCE, |line| {
+        GuestEvent::named(line, "ready")
+    })?;
     vm.tick_from(mark)?;
     Ok(())
 }
 
 #[test]
 fn the_exit_status_says_how_a_guest_ended() -> Result<()> {
-    let host = Host::new()?;
-    for (command, code, told) in [
+    let host = TestHost::new()?;
+    for (command, code, reason) in [
         (b"q", 0, "it reset"),
         (b"p", 4, "the guest panicked"),
         (b"t", 4, "triple fault"),
@@ -33,7 +33,7 @@ fn the_exit_status_says_how_a_guest_ended() -> Result<()> {
         vm.process.send(command)?;
         let finished = vm.process.finish(PATIENCE)?;
         finished.expect_code(code)?;
-        ensure!(finished.stderr.contains(told), "got {}", finished.stderr);
+        ensure!(finished.stderr.contains(reason), "got {}", finished.stderr);
         host.check_clean()?;
     }
     Ok(())
@@ -41,7 +41,7 @@ fn the_exit_status_says_how_a_guest_ended() -> Result<()> {
 
 #[test]
 fn a_guest_that_resets_boots_again_in_the_same_process() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let image = host.path("disk");
     File::create(&image)?.set_len(1 << 20)?;
     // Its lock and its socket have to be free before the guest can have them again.
@@ -71,7 +71,7 @@ fn a_guest_that_resets_boots_again_in_the_same_process() -> Result<()> {
 
 #[test]
 fn a_guest_that_has_moved_ends_when_it_resets() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let mut source = BareGuest::default().boot(&host, "source", &["--on-reset", "reboot"])?;
     let (mut vm, endpoint) = host.receive("web", "tcp:127.0.0.1:0", [""; 0])?;
     source.migrate(&endpoint, &[])?.moved()?;
@@ -84,8 +84,8 @@ fn a_guest_that_has_moved_ends_when_it_resets() -> Result<()> {
 
 #[test]
 fn the_time_to_shut_down_is_the_operators() -> Result<()> {
-    let host = Host::new()?;
-    // The bare guest has no ear for the power button.
+    let host = TestHost::new()?;
+    // The bare guest does not handle the power button.
     let mut vm = BareGuest::default().boot(&host, "web", &["--stop-timeout", "100ms"])?;
     let stopped = vm.godwit("stop", &[])?;
     ensure!(

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use migration::{DataPath, Outcome, Report};
-use tests::{BareGuest, Host, Journey, MemoryGroup, PATIENCE, Process, Vm};
+use tests::{BareGuest, Journey, MemoryGroup, PATIENCE, TestHost, TestProcess, Vm};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -28,8 +28,8 @@ fn reserved_memory_is_there_before_the_guest() -> Result<()> {
         memory_mib: 128,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
-    // As much as the guest has is used; anything else is let go and made anew.
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
+    // Reserved memory is used if it is as large as the guest's; otherwise it is released and allocated anew.
     for reserve in ["128M", "256M", "32M"] {
         let mib: u64 = reserve.trim_end_matches('M').parse()?;
         let (receiver, endpoint) = journey.receiver_with("tcp:127.0.0.1:0", &["--reserve", reserve])?;
@@ -51,7 +51,7 @@ fn reserved_memory_is_there_before_the_guest() -> Result<()> {
 }
 
 #[test]
-fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
+fn the_dirty_ring_loses_no_page_of_any_vcpu() -> Result<()> {
     let guest = BareGuest {
         memory_mib: 256,
         cpus: 2,
@@ -60,7 +60,7 @@ fn the_dirty_ring_forgets_no_page_of_any_vcpu() -> Result<()> {
         fill: true,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &["--dirty-ring"])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &["--dirty-ring"])?;
     // Fast, and over a link that the guest is too fast for, so that rings fill up and vCPUs are slowed down.
     hop_and_verify(&mut journey, &["--verify"])?;
     let capped = [
@@ -88,7 +88,7 @@ fn shared_memory_is_handed_over_and_not_copied() -> Result<()> {
         cpus: 2,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &["--shared-memory"])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &["--shared-memory"])?;
     for socket in ["first.sock", "second.sock"] {
         let path = journey.host.path(socket);
         let (receiver, endpoint) = journey.receiver(&format!("unix:{}", path.display()))?;
@@ -110,7 +110,7 @@ fn what_cannot_be_compressed_goes_as_it_is() -> Result<()> {
         workset: "32M",
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     for method in ["lz4", "zstd"] {
         let arguments = ["--verify", "--compression", method, "--bandwidth", "200MB/s"];
         let report = hop_and_verify(&mut journey, &arguments)?;
@@ -133,7 +133,7 @@ fn memory_is_there_before_the_guest_starts() -> Result<()> {
         ..Default::default()
     };
     for (options, expected) in [(&[][..], false), (&["--prealloc"][..], true)] {
-        let journey = Journey::start(Host::new()?, &guest, options)?;
+        let journey = Journey::start(TestHost::new()?, &guest, options)?;
         let got = resident(&journey.vm)?;
         ensure!(
             (got >= 128 << 20) == expected,
@@ -151,12 +151,12 @@ fn a_cgroup_that_is_smaller_than_the_guest_refuses_it_before_it_is_touched() -> 
         workset: "16M",
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let host = journey.host.clone();
     let group = MemoryGroup::limited(192)?;
     let refused = |arguments: &[&str]| -> Result<()> {
         let command = host.under(&group.program(), &host.command(arguments))?;
-        let finished = Process::run(command, PATIENCE)?;
+        let finished = TestProcess::run(command, PATIENCE)?;
         ensure!(
             finished.code != Some(0) && finished.stderr.contains("has left, got 268435456"),
             "{arguments:?} in a cgroup of 192 MiB: {finished:?}"
@@ -194,7 +194,7 @@ fn a_cgroup_that_is_smaller_than_the_guest_refuses_it_before_it_is_touched() -> 
         workset: "16M",
         ..Default::default()
     };
-    let mut other = Journey::start(Host::new()?, &fits, &[])?;
+    let mut other = Journey::start(TestHost::new()?, &fits, &[])?;
     let arguments = [&listen[..], &["--name", "fits"]].concat();
     let command = other.host.command(arguments);
     let (receiver, endpoint) = other

@@ -10,7 +10,7 @@ use migration::Outcome;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
-use tests::{BareGuest, Host, Journey, PATIENCE, Process, count, memory};
+use tests::{BareGuest, Journey, PATIENCE, TestHost, TestProcess, count, memory};
 
 /// Moves a guest under load back and forth, digests and gaps checked each time, and says what it cost.
 fn back_and_forth(cpus: u32) -> Result<()> {
@@ -23,7 +23,7 @@ fn back_and_forth(cpus: u32) -> Result<()> {
         fill: true,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let mut downtimes = Vec::new();
     for number in 1..=moves {
         let report = journey
@@ -62,7 +62,7 @@ fn back_and_forth_with_four_vcpus() -> Result<()> {
 
 #[test]
 fn over_a_unix_socket() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let path = journey.host.path("migrate.sock");
     let (receiver, endpoint) = journey.receiver(&format!("unix:{}", path.display()))?;
     journey.hop_to(receiver, &endpoint, &["--verify"])?;
@@ -79,7 +79,7 @@ fn shared_memory_and_a_machine_with_the_hole() -> Result<()> {
         fill: false,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &["--shared-memory"])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &["--shared-memory"])?;
     journey.hop_and_check_gap(&["--verify"])?;
     journey.verify()?;
     journey.end()
@@ -87,7 +87,7 @@ fn shared_memory_and_a_machine_with_the_hole() -> Result<()> {
 
 #[test]
 fn a_paused_guest_arrives_paused() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     journey.vm.godwit("pause", &[])?.expect_code(0)?;
     journey.hop(&["--verify"])?;
     ensure!(
@@ -111,7 +111,7 @@ fn a_missed_budget_fails_with_numbers_or_switches() -> Result<()> {
         rate: "max",
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let error = journey
         .vm
@@ -139,7 +139,7 @@ fn a_missed_budget_fails_with_numbers_or_switches() -> Result<()> {
 
 #[test]
 fn the_report_has_the_promised_fields() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let finished = journey
         .vm
@@ -175,8 +175,8 @@ fn the_report_has_the_promised_fields() -> Result<()> {
     journey.end()
 }
 
-/// A `godwit` command that sees these lines as /etc/hosts, and nobody else does.
-fn with_hosts(host: &Host, lines: &str, arguments: &[&str]) -> Result<Command> {
+/// A `godwit` command that alone sees these lines as /etc/hosts.
+fn with_hosts(host: &TestHost, lines: &str, arguments: &[&str]) -> Result<Command> {
     let hosts = host.path("hosts");
     std::fs::write(&hosts, lines)?;
     let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
@@ -188,7 +188,7 @@ fn with_hosts(host: &Host, lines: &str, arguments: &[&str]) -> Result<Command> {
 /// Both addresses of this host, the one that is tried first in front.
 const BOTH: &str = "::1 both\n127.0.0.1 both\n";
 
-/// Takes a port whose queue of connections is full: whoever knocks gets no answer while what is returned lives.
+/// Takes a port whose queue of connections is full: a client gets no answer while what is returned lives.
 fn swallow(address: SocketAddr) -> Result<(TcpListener, Vec<OwnedFd>)> {
     let listener = TcpListener::bind(address)?;
     rustix::net::listen(&listener, 0)?;
@@ -217,22 +217,22 @@ fn swallow(address: SocketAddr) -> Result<(TcpListener, Vec<OwnedFd>)> {
 
 #[test]
 fn a_name_whose_first_address_does_not_answer_is_reached() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let _vm = BareGuest::default().boot(&host, "web", &[])?;
     let (receiver, endpoint) = host.receive("there", "tcp:127.0.0.1:0", [""; 0])?;
     let port = endpoint.rsplit(':').next().context("a port")?;
     let _dead = swallow(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port.parse()?))?;
     let destination = format!("tcp:both:{port}");
     let migrate = ["migrate", "web", &destination, "--verify"];
-    // Only the command knows the name: had the VM to look it up, it would find nothing.
-    Process::run(with_hosts(&host, BOTH, &migrate)?, PATIENCE)?.expect_code(0)?;
+    // Only the command can resolve the name: the VM could not.
+    TestProcess::run(with_hosts(&host, BOTH, &migrate)?, PATIENCE)?.expect_code(0)?;
     receiver.check_running()?;
     Ok(())
 }
 
 #[test]
 fn every_address_of_a_name_is_listened_on() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let vm = BareGuest::default().boot(&host, "web", &[])?;
     let receive = ["receive", "--name", "there", "--listen", "tcp:both:0"];
     let (receiver, endpoint) = host.start_receiver("there", with_hosts(&host, BOTH, &receive)?)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use tests::saved::{ADDRESS, Backends, tiny_guest};
-use tests::{Event, Host, Network, PATIENCE, Pings, TapQueues, TinyGuest, Vm};
+use tests::{GuestEvent, Network, PATIENCE, Pings, TapQueues, TestHost, TinyGuest, Vm};
 
 /// Where kernel code is interpreted, an answer takes the guest some milliseconds. Measured without any move: of pings
 /// at 1 ms two thirds are lost; of those at 5 ms some are once another program keeps a CPU busy; of those at 10 ms,
@@ -16,7 +16,7 @@ const SHORTEST: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_millis(160);
 /// Pings by which it is found out.
 const TRIAL: u32 = 100;
-/// Of those, so many may be answered later than the next is sent: whoever falls behind has a queue that does not move along.
+/// Of those, so many may be answered after the next is sent: more of them means a queue that does not empty.
 const LATE: usize = 3;
 /// However busy the machine is.
 const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
@@ -30,7 +30,7 @@ const FLOWS: u16 = 32;
 #[test]
 fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
     let network = Network::enter()?;
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let backends = |tap| Backends {
         tap,
         uds: host.path(tap),
@@ -59,8 +59,8 @@ fn pings_are_lost_in_the_downtime_alone() -> Result<()> {
     journey.end()
 }
 
-/// Twice the shortest interval at which the guest answers every ping where it is, and keeps up with them: a move takes CPU
-/// time, too.
+/// Twice the shortest interval at which the guest answers every ping without a move, and keeps up with them: a move takes
+/// CPU time, too.
 fn answered_interval() -> Result<Duration> {
     let mut interval = SHORTEST;
     while interval <= LONGEST {
@@ -82,7 +82,7 @@ fn answered_interval() -> Result<Duration> {
 #[test]
 fn a_card_with_several_queues_moves() -> Result<()> {
     let network = Network::enter()?;
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     for tap in ["many0", "many1"] {
         network.add_tap_of_many(tap)?;
     }
@@ -119,7 +119,7 @@ fn a_card_with_several_queues_moves() -> Result<()> {
 /// Sends everything back.
 fn echo(listener: &TcpListener) {
     for stream in listener.incoming().flatten() {
-        // The guest tells what it misses.
+        // The guest prints what it misses.
         let _ = io::copy(&mut &stream, &mut &stream);
     }
 }
@@ -129,7 +129,7 @@ fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
     let streamed = |from| {
         let output = vm.process.stdout();
         output.wait("the stream to go on", output.mark(), PATIENCE, |line| {
-            let streamed = Event::named(line, "tick")?.number("streamed").ok()?;
+            let streamed = GuestEvent::named(line, "tick")?.number("streamed").ok()?;
             (streamed > from).then_some(streamed)
         })
     };
@@ -138,11 +138,11 @@ fn check_all_queues(network: &Network, tap: &str, vm: &Vm) -> Result<()> {
     ensure!(active == PAIRS, "{active} of {PAIRS} queues of {tap} take part");
     let before = network.packets_by_queue(tap, PAIRS)?;
     for port in 1..=FLOWS {
-        // Nobody listens: the guest's kernel says so.
+        // No program listens there: the guest's kernel says so.
         let answer = TcpStream::connect_timeout(&(ADDRESS, port).into(), PATIENCE.longest);
         let error = answer
             .err()
-            .with_context(|| format!("somebody listens on port {port}"))?;
+            .with_context(|| format!("a program listens on port {port}"))?;
         ensure!(
             error.kind() == ErrorKind::ConnectionRefused,
             "port {port}: {error}"

@@ -1,5 +1,4 @@
-//! Whoever reads what the programs print, or no longer reads it, or never did: guests live on, and exit codes say what
-//! became of them.
+//! Output whose reader is there, has left, or never came: guests live on, and exit codes say what became of them.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, PipeReader};
@@ -12,8 +11,8 @@ use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tests::{
-    BareGuest, Elsewhere, Event, Host, Journey, Migration, PATIENCE, Process, Sink, SmallFileSystem, Vm,
-    wait_until,
+    BareGuest, Elsewhere, GuestEvent, Journey, Migration, OutputSink, PATIENCE, SmallFileSystem, TestHost,
+    TestProcess, Vm, wait_until,
 };
 
 /// Where nothing listens.
@@ -21,8 +20,8 @@ const NOBODY: &str = "tcp:127.0.0.1:1";
 
 /// Starts VMs whose standard error goes into a sink.
 struct Starter {
-    host: Host,
-    sink: Sink,
+    host: TestHost,
+    sink: OutputSink,
     unread: Vec<PipeReader>,
 }
 
@@ -35,7 +34,7 @@ impl Starter {
         };
         let vm = self.host.start_to(name, command, elsewhere)?;
         match (self.sink, kept) {
-            (Sink::Left, Some(reader)) => {
+            (OutputSink::Left, Some(reader)) => {
                 let mut line = String::new();
                 BufReader::new(reader).read_line(&mut line)?;
                 ensure!(line.ends_with('\n'), "expected a line from {name}, got {line:?}");
@@ -49,9 +48,9 @@ impl Starter {
         let mut command = self.host.command(["run", "--name", name]);
         command.args(BareGuest::DEFAULT.options(&self.host)?);
         let vm = self.start(name, command)?;
-        vm.process
-            .stdout()
-            .wait("bare: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+        vm.process.stdout().wait("bare: ready", 0, PATIENCE, |line| {
+            GuestEvent::named(line, "ready")
+        })?;
         Ok(vm)
     }
 
@@ -73,10 +72,10 @@ impl Starter {
     }
 
     /// Starts a client that cannot say anything on standard error.
-    fn migrate(&mut self, vm: &Vm, endpoint: &str, arguments: &[&str]) -> Result<Process> {
+    fn migrate(&mut self, vm: &Vm, endpoint: &str, arguments: &[&str]) -> Result<TestProcess> {
         let (stderr, kept) = self.sink.open()?;
-        // It says nothing before its end: the reader who leaves has left.
-        if self.sink != Sink::Left {
+        // The client prints nothing before its end; a reader that leaves has left by then.
+        if self.sink != OutputSink::Left {
             self.unread.extend(kept);
         }
         let elsewhere = Elsewhere {
@@ -97,7 +96,7 @@ impl Starter {
     }
 }
 
-/// A move that fails is over when it is, and one whose client cannot say why ends as it should.
+/// A move that fails ends at once, with the right exit code, also where its client cannot print the reason.
 fn fail_to_move(starter: &mut Starter, vm: &Vm) -> Result<()> {
     let client = starter.migrate(vm, NOBODY, &[])?;
     client.finish(PATIENCE)?.expect_code(1)?;
@@ -109,8 +108,8 @@ fn fail_to_move(starter: &mut Starter, vm: &Vm) -> Result<()> {
 
 /// `run`, `receive`, `restore` and `migrate` with standard error in a sink: the guest moves, fails to move, goes
 /// through files, moves again, and ends.
-fn a_life_with_stderr_in(sink: Sink) -> Result<()> {
-    let host = Host::new()?;
+fn a_life_with_stderr_in(sink: OutputSink) -> Result<()> {
+    let host = TestHost::new()?;
     let mut starter = Starter {
         host: host.clone(),
         sink,
@@ -135,28 +134,28 @@ fn a_life_with_stderr_in(sink: Sink) -> Result<()> {
 
 #[test]
 fn standard_error_without_room() -> Result<()> {
-    a_life_with_stderr_in(Sink::Full)
+    a_life_with_stderr_in(OutputSink::Full)
 }
 
 #[test]
 fn standard_error_whose_reader_leaves_after_a_line() -> Result<()> {
-    a_life_with_stderr_in(Sink::Left)
+    a_life_with_stderr_in(OutputSink::Left)
 }
 
 #[test]
 fn standard_error_that_is_full_and_never_read() -> Result<()> {
-    a_life_with_stderr_in(Sink::Stuck)
+    a_life_with_stderr_in(OutputSink::Stuck)
 }
 
-/// The same for standard output. What the guest says there is lost; the processes between which it is moved hear it.
+/// The same for standard output. What the guest says there is lost; the processes between which it is moved receive it.
 #[test]
 fn standard_output_that_nobody_reads() -> Result<()> {
-    for sink in [Sink::Full, Sink::Left, Sink::Stuck] {
-        let host = Host::new()?;
+    for sink in [OutputSink::Full, OutputSink::Left, OutputSink::Stuck] {
+        let host = TestHost::new()?;
         let mut unread = Vec::new();
         let mut elsewhere = || -> Result<Elsewhere> {
             let (stdout, kept) = sink.open()?;
-            if sink != Sink::Left {
+            if sink != OutputSink::Left {
                 unread.extend(kept);
             }
             Ok(Elsewhere {
@@ -173,24 +172,24 @@ fn standard_output_that_nobody_reads() -> Result<()> {
         let client = journey.vm.start_migration_to(&endpoint, &[], elsewhere()?)?;
         client.finish(PATIENCE)?.expect_code(0)?;
         journey.arrive(receiver)?;
-        let path = host.path("deaf.move");
+        let path = host.path("unread.move");
         let endpoint = format!("unix:{}", path.display());
-        let command = host.command(["receive", "--name", "deaf", "--listen", &endpoint]);
-        let deaf = host.start_to("deaf", command, elsewhere()?)?;
+        let command = host.command(["receive", "--name", "unread", "--listen", &endpoint]);
+        let no_reader = host.start_to("unread", command, elsewhere()?)?;
         wait_until("a receiver that listens", || Ok(path.exists()))?;
         journey.vm.check_running()?;
         journey.vm.migrate(&endpoint, &[])?.moved()?;
         journey.vm.wait_success(PATIENCE)?;
-        let (hears, endpoint) = host.receive("hears", "tcp:127.0.0.1:0", Vec::<&str>::new())?;
-        deaf.migrate(&endpoint, &["--verify"])?.moved()?;
-        hears.check_running()?;
-        hears.godwit("stop", &["--force"])?.expect_code(0)?;
+        let (last, endpoint) = host.receive("last", "tcp:127.0.0.1:0", Vec::<&str>::new())?;
+        no_reader.migrate(&endpoint, &["--verify"])?.moved()?;
+        last.check_running()?;
+        last.godwit("stop", &["--force"])?.expect_code(0)?;
     }
     Ok(())
 }
 
 /// A whole life with `--log` at a path.
-fn a_life_with_log(host: Host, log: &Path, vm: Vm) -> Result<Journey> {
+fn a_life_with_log(host: TestHost, log: &Path, vm: Vm) -> Result<Journey> {
     let mut journey = Journey::of(host.clone(), vm);
     let option = ["--log", log.to_str().context("a path")?];
     journey.vm.migrate(NOBODY, &[])?.stayed(Outcome::Failed)?;
@@ -207,19 +206,19 @@ fn a_life_with_log(host: Host, log: &Path, vm: Vm) -> Result<Journey> {
     Ok(journey)
 }
 
-fn boot_with_log(host: &Host, log: &Path) -> Result<Vm> {
+fn boot_with_log(host: &TestHost, log: &Path) -> Result<Vm> {
     BareGuest::DEFAULT.boot(host, "vm-0", &["--log", log.to_str().context("a path")?])
 }
 
-/// Nobody has it open; the start does not wait for somebody who does.
+/// No reader has it open; the start does not wait for one.
 #[test]
 fn a_log_in_a_fifo_without_a_reader() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let fifo = host.path("log");
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
     let vm = boot_with_log(&host, &fifo)?;
     let journey = a_life_with_log(host, &fifo, vm)?;
-    // A reader who comes hears what the pipe had room for.
+    // A reader that comes later gets what the pipe had room for.
     let mut line = String::new();
     BufReader::new(File::options().read(true).write(true).open(&fifo)?).read_line(&mut line)?;
     ensure!(!line.is_empty(), "a reader that came late was told nothing");
@@ -228,7 +227,7 @@ fn a_log_in_a_fifo_without_a_reader() -> Result<()> {
 
 #[test]
 fn a_log_on_a_full_file_system() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let small = SmallFileSystem::mount(host.path("small"), 1)?;
     let log = small.path().join("log");
     let filler = fill(small.path())?;
@@ -244,7 +243,7 @@ fn a_log_on_a_full_file_system() -> Result<()> {
     journey.end()
 }
 
-/// A file that leaves no room for another's content.
+/// A file that fills the file system.
 fn fill(directory: &Path) -> Result<PathBuf> {
     let path = directory.join("filler");
     let mut file = File::create(&path)?;
@@ -255,10 +254,10 @@ fn fill(directory: &Path) -> Result<PathBuf> {
 /// Connections a second, and for how long: as a scanner of ports makes them.
 const SCANS: u32 = 3000;
 
-/// A receiver at a port that somebody scans writes few lines, counts the rest, and takes a guest all the same.
+/// A receiver at a port that a scanner connects to writes few lines, counts the rest, and takes a guest all the same.
 #[test]
 fn a_port_scanner_leaves_few_lines() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let address = endpoint.strip_prefix("tcp:").context("an address")?;
     let began = Instant::now();

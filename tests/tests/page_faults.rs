@@ -1,4 +1,4 @@
-//! Guests whose pages come from another process, and what becomes of them when that one has gone.
+//! Guests whose pages come from another process, and what becomes of them when that process has gone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::{
-    BareGuest, Event, Finished, Host, HugePages, Image, Journey, PATIENCE, Process, Tick, Vm, wait_until,
+    BareGuest, Finished, GuestEvent, Image, Journey, PATIENCE, ReservedHugePages, TestHost, TestProcess,
+    Tick, Vm, wait_until,
 };
 
-/// So soon a guest is paused though nobody brings the page that it waits for.
+/// So soon a guest is paused though no handler fills the page that it waits for.
 const SOON: Duration = Duration::from_secs(2);
 
 const GUEST: BareGuest = BareGuest {
@@ -22,17 +23,17 @@ const GUEST: BareGuest = BareGuest {
 };
 
 /// A handler that listens, and where.
-struct Handler {
-    process: Process,
+struct HandlerProcess {
+    process: TestProcess,
     socket: String,
 }
 
-impl Handler {
-    fn start(host: &Host, memory: &Path, name: &str) -> Result<Self> {
+impl HandlerProcess {
+    fn start(host: &TestHost, memory: &Path, name: &str) -> Result<Self> {
         let socket = host.path(name).display().to_string();
         let mut command = Command::new(env!("CARGO_BIN_EXE_fault-handler"));
         command.arg(memory).arg(&socket);
-        let process = Process::spawn(command)?;
+        let process = TestProcess::spawn(command)?;
         let listens = |line: &str| (line == "listening").then_some(());
         process
             .stdout()
@@ -40,8 +41,8 @@ impl Handler {
         Ok(Self { process, socket })
     }
 
-    /// How many pages it brought. It ends when its machine does.
-    fn brought(self) -> Result<u64> {
+    /// How many pages it filled. It ends when its machine does.
+    fn filled(self) -> Result<u64> {
         Ok(self.ended()?.0)
     }
 
@@ -50,8 +51,8 @@ impl Handler {
         let finished = self.process.finish(PATIENCE)?;
         let said = &finished.expect_code(0)?.stdout;
         let numbers = |line: &str| {
-            let (brought, given_up) = line.strip_prefix("brought ")?.split_once(", given up ")?;
-            Some((brought.parse().ok()?, given_up.parse().ok()?))
+            let (filled, given_up) = line.strip_prefix("filled ")?.split_once(", given up ")?;
+            Some((filled.parse().ok()?, given_up.parse().ok()?))
         };
         said.lines()
             .find_map(numbers)
@@ -61,7 +62,7 @@ impl Handler {
 
 /// A guest that lies in files; its memory is not where the rest of them is.
 fn in_files(guest: &BareGuest<'_>, options: &[&str]) -> Result<(Journey, PathBuf, PathBuf)> {
-    put_in_files(Journey::start(Host::new()?, guest, options)?)
+    put_in_files(Journey::start(TestHost::new()?, guest, options)?)
 }
 
 /// Puts a guest there.
@@ -72,14 +73,14 @@ fn put_in_files(journey: Journey) -> Result<(Journey, PathBuf, PathBuf)> {
     Ok((journey, directory, memory))
 }
 
-/// Goes on with it, and with a handler that brings its pages.
+/// Goes on with it, and with a handler that fills its pages.
 fn handled(
     mut journey: Journey,
     directory: &Path,
     memory: &Path,
     options: &[&str],
-) -> Result<(Journey, Handler)> {
-    let handler = Handler::start(&journey.host, memory, "handler")?;
+) -> Result<(Journey, HandlerProcess)> {
+    let handler = HandlerProcess::start(&journey.host, memory, "handler")?;
     let options = [options, &["--uffd", &handler.socket]].concat();
     let restored = journey.host.restore(directory, &options)?;
     journey.arrive(restored)?;
@@ -99,10 +100,10 @@ fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
     journey.verify()?;
     journey.check_life()?;
     let pages = GUEST.memory_mib << 8;
-    let brought = handler.brought()?;
+    let filled = handler.filled()?;
     ensure!(
-        brought == pages,
-        "expected each of {pages} pages once, got {brought}"
+        filled == pages,
+        "expected each of {pages} pages once, got {filled}"
     );
     let mut other = journey.host.restore(&again, &["--resume", "--preload"])?;
     other.check_running()?;
@@ -118,7 +119,7 @@ fn fill_balloon(vm: &Vm, mib: u64) -> Result<(u64, u64)> {
     let mark = output.mark();
     vm.godwit("balloon", &[&format!("{mib}M")])?.expect_code(0)?;
     output.wait("the balloon to be so large", mark, PATIENCE, |line| {
-        let balloon = Event::named(line, "balloon")?;
+        let balloon = GuestEvent::named(line, "balloon")?;
         let number = |name| balloon.number(name).ok();
         (number("pages")? == mib << 8).then_some((number("taken")?, number("zero")?))
     })
@@ -153,10 +154,10 @@ fn pages_that_were_given_up_do_not_come_back() -> Result<()> {
         verified > 2 * PAGES,
         "expected all of memory, got {verified} pages"
     );
-    let (brought, given_up) = handler.ended()?;
+    let (filled, given_up) = handler.ended()?;
     ensure!(
-        given_up == 2 * PAGES && brought >= 2 * PAGES,
-        "brought {brought} pages, {given_up} were given up"
+        given_up == 2 * PAGES && filled >= 2 * PAGES,
+        "filled {filled} pages, {given_up} were given up"
     );
     journey.end()
 }
@@ -166,7 +167,7 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
     const MIB: u64 = 32;
     const PAGES: u64 = MIB << 8;
     let guest = BareGuest { cpus: 1, ..GUEST };
-    let mut journey = Journey::start(Host::new()?, &guest, &["--balloon"])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &["--balloon"])?;
     let [base, difference, whole] = ["base", "difference", "whole"].map(|name| journey.host.path(name));
     journey.vm.snapshot(&base, &[])?;
     let restored = journey.host.restore(&base, &["--resume"])?;
@@ -179,12 +180,12 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
         "expected {PAGES} pages of zeroes, got {taken:?}"
     );
     journey.verify()?;
-    // What is zero now is part of the difference to it, though nobody has written there.
+    // Pages that are zero now are part of the difference to it, though nothing was written there.
     fill_balloon(&journey.vm, MIB)?;
     journey.vm.snapshot(&difference, &["--diff"])?;
     let words = [&base, &difference, &whole].map(|path| path.display().to_string());
     let merge = ["snapshot", "merge", &words[0], &words[1], "--output", &words[2]];
-    Process::run(journey.host.command(merge), PATIENCE)?.expect_code(0)?;
+    TestProcess::run(journey.host.command(merge), PATIENCE)?.expect_code(0)?;
     let restored = journey.host.restore(&whole, &["--resume"])?;
     journey.arrive(restored)?;
     let taken = fill_balloon(&journey.vm, 0)?;
@@ -205,18 +206,18 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
 }
 
 #[test]
-fn a_handler_that_does_not_hear_of_pages_given_up_holds_up_the_balloon_alone() -> Result<()> {
+fn a_handler_that_reads_no_events_holds_up_the_balloon_alone() -> Result<()> {
     let guest = BareGuest { cpus: 1, ..GUEST };
     let (journey, directory, memory) = in_files(&guest, &["--balloon"])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
-    // Every page of it is there afterwards: its vCPU waits for none.
+    // Every page of the guest is there afterwards: its vCPU waits for none.
     journey
         .vm
         .snapshot(&journey.host.path("again"), &["--keep-running"])?;
     handler.process.signal(Signal::STOP)?;
     journey.vm.godwit("balloon", &["32M"])?.expect_code(0)?;
     wait_until("the machine to give up a page", || gives_up(&journey.vm.process))?;
-    // Whoever wants the guest to stand still is told in time. This guest waits for its balloon.
+    // A command that has to pause the guest fails in time with the reason. This guest waits for its balloon.
     let directory = journey.host.path("never").display().to_string();
     let refused = journey.vm.godwit("snapshot", &[&directory, "--keep-running"])?;
     refused.expect_code(1)?;
@@ -237,16 +238,16 @@ fn huge_pages_come_whole() -> Result<()> {
         memory_mib: 64,
         ..GUEST
     };
-    let _pages = HugePages::set_aside(128)?;
+    let _pages = ReservedHugePages::set_aside(128)?;
     let (journey, directory, memory) = in_files(&guest, &["--huge-pages"])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     journey.vm.check_running()?;
     journey.verify()?;
     journey.end()?;
-    let brought = handler.brought()?;
+    let filled = handler.filled()?;
     ensure!(
-        brought == guest.memory_mib / 2,
-        "expected each page of 2 MiB once, got {brought}"
+        filled == guest.memory_mib / 2,
+        "expected each page of 2 MiB once, got {filled}"
     );
     Ok(())
 }
@@ -263,21 +264,21 @@ fn a_guest_that_moves_before_any_page_has_come() -> Result<()> {
 }
 
 #[test]
-fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
+fn a_guest_that_waits_for_a_page_is_paused_or_the_pause_fails_with_the_reason() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     handler.process.signal(Signal::STOP)?;
     wait_stuck(&journey.vm)?;
     let begin = Instant::now();
-    let pause = Process::spawn(journey.host.command(["pause", &journey.vm.name]))?;
-    // Whoever else asks is answered meanwhile.
+    let pause = TestProcess::spawn(journey.host.command(["pause", &journey.vm.name]))?;
+    // Other requests are answered meanwhile.
     while waits(&pause)? {
         let asked = Instant::now();
         journey.vm.status()?;
         ensure!(asked.elapsed() < SOON, "answered after {:?}", asked.elapsed());
     }
     let paused = pause.finish(PATIENCE)?;
-    // A signal does not end every wait for a page: where KVM itself reads the guest's memory it has to be brought.
+    // A signal does not end every wait for a page: where KVM itself reads the guest's memory, the page has to come.
     let refused = paused.code == Some(1)
         && paused
             .stderr
@@ -287,7 +288,7 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
         "after {:?} got {paused:?}",
         begin.elapsed()
     );
-    // A pause that failed holds nobody.
+    // A pause that failed holds no vCPU.
     let state = if refused { "Running" } else { "Paused" };
     ensure!(journey.vm.state()? == state, "got {}", journey.vm.status()?);
     handler.process.signal(Signal::CONT)?;
@@ -306,20 +307,20 @@ fn a_guest_that_waits_for_a_page_is_paused_or_the_reason_told() -> Result<()> {
 }
 
 /// Whether a command is still under way.
-fn waits(command: &Process) -> Result<bool> {
+fn waits(command: &TestProcess) -> Result<bool> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", command.id()))?;
     Ok(!status.lines().any(|line| line.starts_with("State:\tZ")))
 }
 
-/// Until as many wait for a page as the guest has vCPUs.
+/// Waits until as many threads wait for a page as the guest has vCPUs.
 fn wait_stuck(vm: &Vm) -> Result<()> {
     wait_until("the vCPUs to need pages", || {
         Ok(waiting(&vm.process)? >= u64::from(GUEST.cpus))
     })
 }
 
-/// How many wait for a page of that machine, as the kernel counts them.
-fn waiting(machine: &Process) -> Result<u64> {
+/// How many threads wait for a page of that machine, as the kernel counts them.
+fn waiting(machine: &TestProcess) -> Result<u64> {
     let folder = PathBuf::from(format!("/proc/{}", machine.id()));
     for entry in std::fs::read_dir(folder.join("fd"))? {
         let entry = entry?;
@@ -335,9 +336,9 @@ fn waiting(machine: &Process) -> Result<u64> {
     Ok(0)
 }
 
-/// Whether a thread of that machine is giving memory back to the kernel, which it is for as long as the handler has not
-/// heard of it.
-fn gives_up(machine: &Process) -> Result<bool> {
+/// Whether a thread of that machine is giving memory back to the kernel, which takes until the handler has read the
+/// event.
+fn gives_up(machine: &TestProcess) -> Result<bool> {
     const MADVISE: &str = "28 ";
     for task in std::fs::read_dir(format!("/proc/{}/task", machine.id()))? {
         let call = std::fs::read_to_string(task?.path().join("syscall")).unwrap_or_default();
@@ -349,7 +350,7 @@ fn gives_up(machine: &Process) -> Result<bool> {
 }
 
 /// A VM that ends by itself, with an error about its handler, and leaves nothing.
-fn check_end(host: &Host, vm: Vm) -> Result<Finished> {
+fn check_end(host: &TestHost, vm: Vm) -> Result<Finished> {
     let finished = vm.process.finish(PATIENCE)?;
     finished.expect_code(1)?;
     ensure!(
@@ -364,8 +365,8 @@ fn check_end(host: &Host, vm: Vm) -> Result<Finished> {
 fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let Journey { host, .. } = journey;
-    let start = |name: &str| -> Result<(Handler, Vm)> {
-        let handler = Handler::start(&host, &memory, name)?;
+    let start = |name: &str| -> Result<(HandlerProcess, Vm)> {
+        let handler = HandlerProcess::start(&host, &memory, name)?;
         let vm = host.restore(&directory, &["--resume", "--uffd", &handler.socket])?;
         Ok((handler, vm))
     };
@@ -382,11 +383,11 @@ fn a_handler_that_dies_takes_the_guest_with_it() -> Result<()> {
         said.lines().filter_map(Tick::parse).all(|tick| tick.errors == 0),
         "the guest saw something else than its memory: {said}"
     );
-    // While the guest is put in files: whoever waits for that hears of it.
+    // While the guest is put in files: the command that waits for that fails.
     let (handler, vm) = start("third")?;
     handler.process.signal(Signal::STOP)?;
     let snapshot = host.path("never").display().to_string();
-    let waiting = Process::spawn(host.command(["snapshot", &vm.name, &snapshot]))?;
+    let waiting = TestProcess::spawn(host.command(["snapshot", &vm.name, &snapshot]))?;
     wait_until("the snapshot to begin", || {
         Ok(vm.status()?["snapshot"].is_object())
     })?;
@@ -405,7 +406,7 @@ fn a_handler_that_never_answers() -> Result<()> {
     let (journey, directory, memory) = in_files(&GUEST, &[])?;
     let host = journey.host.clone();
     for signal in [Signal::KILL, Signal::TERM] {
-        let handler = Handler::start(&host, &memory, &format!("{signal:?}"))?;
+        let handler = HandlerProcess::start(&host, &memory, &format!("{signal:?}"))?;
         handler.process.signal(Signal::STOP)?;
         let mut command = host.command([
             "restore",
@@ -416,7 +417,7 @@ fn a_handler_that_never_answers() -> Result<()> {
             &handler.socket,
         ]);
         command.arg(&directory);
-        let vm = Process::spawn(command)?;
+        let vm = TestProcess::spawn(command)?;
         wait_until("the machine to need a page", || Ok(waiting(&vm)? > 0))?;
         if signal == Signal::KILL {
             handler.process.signal(signal)?;
@@ -446,7 +447,7 @@ fn what_no_handler_can_do() -> Result<()> {
         let host = &journey.host;
         let directory = directory.display().to_string();
         let words = [&["restore", &directory, "--uffd", "nobody"], more].concat();
-        let refused = Process::run(host.command(words), PATIENCE)?;
+        let refused = TestProcess::run(host.command(words), PATIENCE)?;
         refused.expect_code(code)?;
         ensure!(
             refused.stderr.contains(word),
@@ -466,7 +467,7 @@ fn what_a_clone_has_written_is_in_its_image_at_the_end() -> Result<()> {
         writes: true,
         ..GUEST
     };
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let base = host.path("base").display().to_string();
     std::fs::File::create(&base)?.set_len(BYTES)?;
     let journey = Journey::start(host, &guest, &["--disk", &format!("id=d,path={base}")])?;

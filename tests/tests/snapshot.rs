@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
-use tests::{BareGuest, Host, Journey, Process, Vm};
+use tests::{BareGuest, Journey, TestHost, TestProcess, Vm};
 
-/// The text of a path of ours.
+/// The text of a path, which the tests choose and which is therefore UTF-8.
 fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is no UTF-8")
 }
@@ -36,7 +36,7 @@ fn a_guest_goes_on_where_it_stood() -> Result<()> {
         fill: true,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     // What was restored from a file and has changed since is put in the next.
     for (number, options) in [&[][..], &[], &["--preload"], &[]].into_iter().enumerate() {
         through_files(&mut journey, &format!("saved-{number}"), options)
@@ -55,7 +55,7 @@ fn what_was_never_written_takes_no_space() -> Result<()> {
         fill: false,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let directory = through_files(&mut journey, "saved", &[])?;
     let memory = std::fs::metadata(directory.join("memory"))?;
     let stored = std::os::unix::fs::MetadataExt::blocks(&memory) * 512;
@@ -70,7 +70,7 @@ fn what_was_never_written_takes_no_space() -> Result<()> {
 #[test]
 fn shared_memory_and_rings_are_no_obstacle() -> Result<()> {
     for option in ["--shared-memory", "--dirty-ring"] {
-        let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[option])?;
+        let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[option])?;
         through_files(&mut journey, "saved", &[])?;
         journey.hop(&["--verify"])?;
         journey.verify()?;
@@ -79,7 +79,7 @@ fn shared_memory_and_rings_are_no_obstacle() -> Result<()> {
     Ok(())
 }
 
-/// Changes of the clocks, and of the past, that a snapshot's guest was told of (VMClock: UAPI.13).
+/// The counters of clock changes and of restores in a snapshot's VMClock page (UAPI.13), which the guest reads.
 fn disruptions(directory: &Path) -> Result<(u64, u64)> {
     const PAGE: u64 = 0xfe000;
     let memory = std::fs::File::open(directory.join("memory"))?;
@@ -97,8 +97,8 @@ fn disruptions(directory: &Path) -> Result<(u64, u64)> {
 }
 
 #[test]
-fn a_guest_is_told_where_it_has_been() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+fn vmclock_counts_moves_and_restores() -> Result<()> {
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let path = |number: u32| journey.host.path(&format!("saved-{number}"));
     let paths: Vec<_> = (0..4).map(path).collect();
     let keep = ["--keep-running"];
@@ -125,7 +125,7 @@ fn a_guest_is_told_where_it_has_been() -> Result<()> {
 
 #[test]
 fn several_guests_from_one_snapshot() -> Result<()> {
-    let mut first = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut first = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let host = first.host.clone();
     let directory = host.path("saved");
     let report = first.vm.snapshot(&directory, &["--keep-running"])?;
@@ -158,7 +158,7 @@ fn go_on_from(journey: &mut Journey, parts: &[PathBuf], name: &str, options: &[&
     let whole = host.path(name);
     let parts: Vec<&str> = parts.iter().map(|part| text(part)).collect::<Result<_>>()?;
     let words = [&["snapshot", "merge"], &parts[..], &["--output", text(&whole)?]].concat();
-    Process::run(host.command(words), tests::PATIENCE)?.expect_code(0)?;
+    TestProcess::run(host.command(words), tests::PATIENCE)?.expect_code(0)?;
     let restored = host.restore(&whole, &[&["--resume"], options].concat())?;
     journey.arrive(restored)?;
     journey.vm.check_running()?;
@@ -184,7 +184,7 @@ fn a_base_and_its_differences_are_a_guest() -> Result<()> {
         ..Default::default()
     };
     for option in [&[][..], &["--dirty-ring"], &["--shared-memory"]] {
-        let mut journey = Journey::start(Host::new()?, &guest, option)?;
+        let mut journey = Journey::start(TestHost::new()?, &guest, option)?;
         let mut parts = vec![journey.host.path("base")];
         let whole = stored(&journey.vm.snapshot(&parts[0], &["--keep-running"])?)?;
         for number in 0..3 {
@@ -219,7 +219,7 @@ fn a_restored_guest_has_a_base_at_once() -> Result<()> {
         fill: true,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let base = through_files(&mut journey, "base", &[])?;
     let first = journey.host.path("first");
     let report = journey.vm.snapshot(&first, &["--diff", "--keep-running"])?;
@@ -231,9 +231,9 @@ fn a_restored_guest_has_a_base_at_once() -> Result<()> {
     journey.vm.check_running()?;
     let second = journey.host.path("second");
     journey.vm.snapshot(&second, &["--diff"])?;
-    // Alone it is no guest.
+    // A difference alone cannot be restored.
     let host = journey.host.clone();
-    let refused = Process::run(host.command(["restore", text(&second)?]), tests::PATIENCE)?;
+    let refused = TestProcess::run(host.command(["restore", text(&second)?]), tests::PATIENCE)?;
     refused.expect_code(1)?;
     for word in ["expected a whole snapshot", "godwit snapshot merge"] {
         ensure!(
@@ -264,7 +264,7 @@ fn no_base(journey: &Journey, name: &str) -> Result<()> {
 
 #[test]
 fn memory_that_a_file_has_lost_is_neither_saved_nor_moved_as_zeroes() -> Result<()> {
-    let journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let directory = journey.host.path("saved");
     journey.vm.snapshot(&directory, &["--keep-running"])?;
     let restored = journey.host.restore(&directory, &[])?;
@@ -290,12 +290,12 @@ fn memory_that_a_file_has_lost_is_neither_saved_nor_moved_as_zeroes() -> Result<
     journey.vm.check_running().map(drop)
 }
 
-/// Whether somebody else takes the name of a snapshot that is being written, which then comes to nothing.
+/// Takes the name of a snapshot that is being written, so that it fails; whether that was in time.
 fn takes_the_name(directory: &Path) -> Result<bool> {
     let around = directory.parent().context("a directory around it")?;
     let mut deadline = tests::PATIENCE.begin();
     while deadline.left().is_some() && !directory.exists() {
-        // From the moment on at which its draft appears the name is only looked at again when all is written.
+        // Once the snapshot's draft is there, the name is checked again only when all is written.
         for entry in std::fs::read_dir(around)? {
             if entry?.file_name().to_string_lossy().starts_with(".taken.") {
                 let made = std::fs::create_dir(directory);
@@ -316,7 +316,7 @@ fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
         fill: true,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let host = journey.host.clone();
     no_base(&journey, "first")?;
     let mut parts = vec![host.path("base")];
@@ -326,7 +326,7 @@ fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
     while failed < 2 {
         journey.vm.check_running()?;
         let words = ["snapshot", "vm-0", text(&directory)?, "--diff", "--keep-running"];
-        let command = Process::spawn(host.command(words))?;
+        let command = TestProcess::spawn(host.command(words))?;
         let taken = takes_the_name(&directory)?;
         let finished = command.finish(tests::PATIENCE)?;
         if taken {
@@ -334,7 +334,7 @@ fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
             std::fs::remove_dir_all(&directory)?;
             failed += 1;
         } else {
-            // It was faster, and is part of the chain.
+            // The snapshot was faster, and is part of the chain.
             finished.expect_code(0)?;
             parts.push(host.path(&format!("part-{}", parts.len())));
             std::fs::rename(&directory, &parts[parts.len() - 1])?;
@@ -348,11 +348,11 @@ fn what_comes_to_nothing_is_in_the_next_difference() -> Result<()> {
 }
 
 #[test]
-fn a_migration_ends_what_is_known_about_pages() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+fn after_a_migration_there_is_no_base_for_a_difference() -> Result<()> {
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let base = journey.host.path("base");
     journey.vm.snapshot(&base, &["--keep-running"])?;
-    // Nobody is there, and so the log was never touched.
+    // No receiver is there, so the migration never starts dirty logging.
     let nobody = format!("unix:{}", text(&journey.host.path("nobody"))?);
     journey.vm.godwit("migrate", &[&nobody])?.expect_code(1)?;
     let difference = journey.host.path("difference");
@@ -366,9 +366,9 @@ fn a_migration_ends_what_is_known_about_pages() -> Result<()> {
 
 #[test]
 fn a_restored_guest_waits_for_its_resume() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let directory = journey.host.path("saved");
-    // Whether somebody had paused it makes no difference.
+    // That the guest was paused before makes no difference.
     journey.vm.godwit("pause", &[])?.expect_code(0)?;
     journey.vm.snapshot(&directory, &["--keep-running"])?;
     ensure!(journey.vm.state()? == "Paused", "got {}", journey.vm.state()?);
@@ -388,7 +388,7 @@ fn a_restored_guest_waits_for_its_resume() -> Result<()> {
 
 #[test]
 fn what_cannot_be_written_leaves_the_guest_running() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let host = journey.host.clone();
     std::fs::create_dir(host.path("there"))?;
     std::fs::write(host.path("file"), "")?;
@@ -427,7 +427,7 @@ fn what_fails_half_way_leaves_the_guest_running() -> Result<()> {
         fill: true,
         ..Default::default()
     };
-    let mut journey = Journey::start(Host::new()?, &guest, &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let host = journey.host.clone();
     let pid = Pid::from_raw(journey.vm.process.id().cast_signed());
     let limit = |current| {
@@ -458,7 +458,7 @@ fn what_fails_half_way_leaves_the_guest_running() -> Result<()> {
 
 #[test]
 fn its_disk_is_free_when_the_command_ends() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let disk = host.path("disk");
     std::fs::write(&disk, [0; 4096])?;
     let shown = format!("data={}", text(&disk)?);
@@ -487,20 +487,20 @@ fn wait_until_busy(vm: &Vm) -> Result<()> {
 }
 
 #[test]
-fn an_end_that_is_asked_for_meanwhile() -> Result<()> {
+fn an_end_that_is_requested_meanwhile() -> Result<()> {
     let guest = BareGuest {
         memory_mib: 1024,
         workset: "16M",
         fill: true,
         ..Default::default()
     };
-    let mut vm = guest.boot(&Host::new()?, "vm-0", &[])?;
+    let mut vm = guest.boot(&TestHost::new()?, "vm-0", &[])?;
     let host = vm.host().clone();
     let directory = host.path("saved");
     let words = ["snapshot", "vm-0", text(&directory)?, "--keep-running"];
-    let command = Process::spawn(host.command(words))?;
+    let command = TestProcess::spawn(host.command(words))?;
     wait_until_busy(&vm)?;
-    // What would conflict is refused, and the rest waits for nobody.
+    // Commands that conflict are refused; the others are served at once.
     let refused = vm.godwit("pause", &[])?;
     if is_busy(&vm)? {
         refused.expect_code(1)?;
@@ -519,7 +519,7 @@ fn an_end_that_is_asked_for_meanwhile() -> Result<()> {
 
     let again = host.path("again");
     let words = ["snapshot", "vm-0", text(&again)?, "--keep-running"];
-    let command = Process::spawn(host.command(words))?;
+    let command = TestProcess::spawn(host.command(words))?;
     wait_until_busy(&vm)?;
     vm.godwit("stop", &["--force"])?.expect_code(0)?;
     vm.wait_success(tests::PATIENCE)?;
@@ -531,11 +531,11 @@ fn an_end_that_is_asked_for_meanwhile() -> Result<()> {
     host.check_clean()
 }
 
-/// Memory that is mapped from a file which somebody shortens is lost: the guest's own access is one way to find out, and
-/// that of the VM's process another.
+/// Memory that is mapped from a file is lost when another program shortens the file. The guest's own access finds that
+/// out, or an access of the VM's process.
 #[test]
 fn a_file_that_becomes_shorter_ends_the_vm_with_a_message() -> Result<()> {
-    let journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let directory = journey.host.path("saved");
     // The guest's page tables are in the first half: without them nothing but a triple fault is left to it.
     for part in [2, u64::MAX] {
@@ -545,7 +545,7 @@ fn a_file_that_becomes_shorter_ends_the_vm_with_a_message() -> Result<()> {
             .write(true)
             .open(directory.join("memory"))?;
         memory.set_len(memory.metadata()?.len() / part)?;
-        // It looks at all of its pages.
+        // The guest reads all of its pages.
         let _ = restored.process.send(b"v");
         let finished = restored.process.finish(tests::PATIENCE)?;
         finished.expect_code(1)?;

@@ -4,24 +4,24 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use tests::{Event, Host, Journey, PATIENCE, TinyGuest, Vm};
+use tests::{GuestEvent, Journey, PATIENCE, TestHost, TinyGuest, Vm};
 
 const MOVES: u32 = 2;
-/// How long the guest lies in files. Its clocks must find that out.
+/// How long the guest lies in files, by which its clocks must go on.
 const AWAY: Duration = Duration::from_secs(3);
-/// A guest's time is at most that far from the host's when its tick is seen: ticks come when they come.
+/// How far a guest's time may be from the host's when its tick is read: ticks may come late.
 const CLOCK_ERROR: Duration = Duration::from_secs(1);
 
 /// One boot for all of it: where kernel code is interpreted it takes most of half a minute.
 #[test]
 fn linux_boots_moves_under_load_and_powers_off() -> Result<()> {
-    // The TSC of a guest is its host's on some hosts, whatever KVM is told. The clock that is KVM's own is not.
+    // On some hosts a guest's TSC is the host's, whatever is asked of KVM. kvmclock is not.
     let guest = TinyGuest {
         words: "clocksource=kvm-clock",
         ..Default::default()
     };
     let begin = Instant::now();
-    let mut journey = guest.start(Host::new()?, &[])?;
+    let mut journey = guest.start(TestHost::new()?, &[])?;
     let boot = begin.elapsed().as_secs_f64();
 
     let mut dirtied = journey.vm.check_running()?.pages;
@@ -76,14 +76,14 @@ fn linux_boots_moves_under_load_and_powers_off() -> Result<()> {
 fn wall_clock_error(vm: &Vm) -> Result<i64> {
     let stdout = vm.process.stdout();
     let tick = stdout.wait("a tick", stdout.mark(), PATIENCE, |line| {
-        Event::named(line, "tick")
+        GuestEvent::named(line, "tick")
     })?;
     let guest = i64::try_from(tick.number("real_us")?)?;
     let host = SystemTime::UNIX_EPOCH.elapsed()?.as_micros();
     Ok(guest - i64::try_from(host)?)
 }
 
-/// A snapshot is the guest's past once more, and it must know; a migration was not. Meanwhile time went by.
+/// After a restore the guest has a new generation ID, after a migration it has not. Its clocks go on meanwhile.
 fn through_files_for_a_while(journey: &mut Journey) -> Result<()> {
     let life = journey.life()?;
     ensure!(
@@ -100,7 +100,7 @@ fn through_files_for_a_while(journey: &mut Journey) -> Result<()> {
         .vm
         .process
         .stdout()
-        .wait("agent: fork", 0, PATIENCE, |line| Event::named(line, "fork"))?;
+        .wait("agent: fork", 0, PATIENCE, |line| GuestEvent::named(line, "fork"))?;
     let after = wall_clock_error(&journey.vm)?;
     ensure!(
         before.abs_diff(after) < CLOCK_ERROR.as_micros() as u64,

@@ -4,10 +4,10 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy};
+use fault_proxy::{Direction, FaultPlan, FaultPoint, Proxy, ProxyConnection, ProxyFault};
 use migration::Outcome;
 use tests::saved::{Backends, tiny_guest};
-use tests::{ECHO_PORT, Echo, Event, Host, Journey, Network, PATIENCE, Vm};
+use tests::{ECHO_PORT, Echo, GuestEvent, Journey, Network, PATIENCE, TestHost, Vm};
 
 /// Several times what the device holds.
 const MUCH: usize = 256 << 10;
@@ -15,7 +15,7 @@ const ANY_DOWNTIME: [&str; 2] = ["--on-miss", "switch"];
 /// The host's port that the guest dials.
 const HOST_PORT: u32 = 52;
 
-fn backends(host: &Host, tap: &'static str, name: &str) -> Backends {
+fn backends(host: &TestHost, tap: &'static str, name: &str) -> Backends {
     Backends {
         tap,
         uds: host.path(name),
@@ -36,14 +36,14 @@ fn wait_for_ends(vm: &Vm, end: &str, count: usize) -> Result<()> {
     vm.process
         .stdout()
         .wait(&format!("{count} streams with {says}"), 0, PATIENCE, |line| {
-            seen += usize::from(Event::named(line, "echo").is_some() && line.ends_with(&says));
+            seen += usize::from(GuestEvent::named(line, "echo").is_some() && line.ends_with(&says));
             (seen == count).then_some(())
         })
 }
 
 #[test]
 fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
-    let (network, host) = (Network::enter()?, Host::new()?);
+    let (network, host) = (Network::enter()?, TestHost::new()?);
     let first = backends(&host, "tap0", "first.vsock");
     let mut journey = tiny_guest(host.clone(), &network, &first)?;
     let first = first.uds;
@@ -54,7 +54,7 @@ fn streams_end_with_a_move_and_listeners_live_on() -> Result<()> {
     from_guest.check(MUCH).context("from the guest")?;
     let refused = Echo::connect(&first, 9)
         .err()
-        .context("a port on which nobody listens")?;
+        .context("a port on which no program listens")?;
     ensure!(!format!("{refused:#}").contains("OK"), "{refused:#}");
 
     refusals_leave_streams_alone(&mut journey, &mut [&mut from_host, &mut from_guest])?;
@@ -94,17 +94,17 @@ fn refusals_leave_streams_alone(journey: &mut Journey, streams: &mut [&mut Echo]
     let unused = backends(&journey.host, "tap1", "unused.vsock");
     let (receiver, endpoint) = unused.receiver(journey)?;
     // The connection is lost when the guest stands still and its state is on its way.
-    let point = Point {
-        connection: Connection::Control,
+    let point = FaultPoint {
+        connection: ProxyConnection::Control,
         direction: Direction::ToDestination,
         message: "state".into(),
         occurrence: 0,
     };
-    let fault = Fault::Reset;
+    let fault = ProxyFault::Reset;
     let proxy = Proxy::start(
         &"tcp:127.0.0.1:0".parse()?,
         &endpoint.parse()?,
-        vec![Plan { point, fault }],
+        vec![FaultPlan { point, fault }],
     )?;
     let migration = journey.vm.migrate(&proxy.address().to_string(), &ANY_DOWNTIME)?;
     migration.stayed(Outcome::Failed)?;

@@ -4,9 +4,9 @@ use anyhow::{Context, Result, ensure};
 use migration::Outcome;
 use rustix::process::Signal;
 use serde_json::Value;
-use tests::{BareGuest, Host, Journey, Migration, PATIENCE, Vm, wait_for};
+use tests::{BareGuest, Journey, Migration, PATIENCE, TestHost, Vm, wait_for};
 
-/// Ends a receiver that nobody moved to.
+/// Ends a receiver that no guest moved to.
 fn end(mut receiver: Vm) -> Result<()> {
     receiver.process.signal(Signal::TERM)?;
     receiver.wait_success(PATIENCE)
@@ -27,7 +27,7 @@ fn status_shows_a_migration_while_it_runs() -> Result<()> {
         rate: "max",
         ..Default::default()
     };
-    let journey = Journey::start(Host::new()?, &guest, &[])?;
+    let journey = Journey::start(TestHost::new()?, &guest, &[])?;
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let migration = journey.vm.start_migration(
         &endpoint,
@@ -57,7 +57,7 @@ fn status_shows_a_migration_while_it_runs() -> Result<()> {
 
 #[test]
 fn a_trace_is_drawn() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let path = |name: &str| journey.host.path(name).display().to_string();
     let (trace, page, picture) = (path("trace"), path("page.html"), path("picture.svg"));
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
@@ -125,7 +125,7 @@ fn a_trace_is_drawn() -> Result<()> {
 
 #[test]
 fn without_its_trace_nothing_begins() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let refused = journey
         .vm
@@ -142,7 +142,7 @@ fn without_its_trace_nothing_begins() -> Result<()> {
 
 #[test]
 fn there_is_nothing_to_resolve_without_doubt() -> Result<()> {
-    let journey = Journey::start(Host::new()?, &BareGuest::default(), &[])?;
+    let journey = Journey::start(TestHost::new()?, &BareGuest::default(), &[])?;
     let (receiver, _) = journey.receiver("tcp:127.0.0.1:0")?;
     for options in [&[][..], &["--run"], &["--discard"]] {
         let refused = journey.vm.godwit("resolve", options)?;

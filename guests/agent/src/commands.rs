@@ -9,21 +9,21 @@ use std::sync::{Arc, Mutex};
 use rustix::system::{RebootCommand, reboot};
 use rustix::termios::tcgetwinsize;
 
-use crate::disk::Request;
+use crate::disk::DiskWorkloadRequest;
 use crate::echo;
 use crate::memory::Verify;
 use crate::network;
-use crate::report::Report;
+use crate::report::AgentReport;
 
-/// The workloads that commands speak to.
+/// The workloads that commands act on.
 pub(crate) struct Workloads {
     memory: Mutex<Sender<Verify>>,
-    disk: Mutex<Option<Sender<Request>>>,
+    disk: Mutex<Option<Sender<DiskWorkloadRequest>>>,
 }
 
 impl Workloads {
     /// Both workloads; there may be no disk.
-    pub(crate) fn new(memory: Sender<Verify>, disk: Option<Sender<Request>>) -> Self {
+    pub(crate) fn new(memory: Sender<Verify>, disk: Option<Sender<DiskWorkloadRequest>>) -> Self {
         Self {
             memory: Mutex::new(memory),
             disk: Mutex::new(disk),
@@ -44,7 +44,7 @@ impl Workloads {
     fn verify(&self) -> (u64, u64) {
         let files = self.disk.lock().ok().and_then(|disk| {
             let (answer, answered) = sync_channel(1);
-            disk.as_ref()?.send(Request::Verify(answer)).ok()?;
+            disk.as_ref()?.send(DiskWorkloadRequest::Verify(answer)).ok()?;
             answered.recv().ok()
         });
         (self.verify_memory(), files.unwrap_or(0))
@@ -61,14 +61,14 @@ impl Workloads {
         let disk = self.disk.lock().ok().and_then(|mut disk| disk.take());
         if let Some(disk) = disk {
             let (answer, answered) = sync_channel(1);
-            if disk.send(Request::Stop(answer)).is_ok() {
+            if disk.send(DiskWorkloadRequest::Stop(answer)).is_ok() {
                 let _ = answered.recv();
             }
         }
     }
 
     /// Unmounts and ends the machine.
-    pub(crate) fn end(&self, how: RebootCommand, report: &Report) {
+    pub(crate) fn end(&self, how: RebootCommand, report: &AgentReport) {
         self.unmount();
         rustix::fs::sync();
         // Fails in a guest that has no card.
@@ -80,7 +80,7 @@ impl Workloads {
 }
 
 /// Reads commands until the console ends.
-pub(crate) fn serve(input: impl BufRead, report: &Arc<Report>, workloads: &Workloads) {
+pub(crate) fn serve(input: impl BufRead, report: &Arc<AgentReport>, workloads: &Workloads) {
     for line in input.lines().map_while(Result::ok) {
         match line.trim() {
             "" => {}
@@ -107,7 +107,7 @@ pub(crate) fn serve(input: impl BufRead, report: &Arc<Report>, workloads: &Workl
 }
 
 /// Takes that many MiB of memory, writes to all of it, and gives it back to the kernel.
-fn churn(mebibytes: &str, report: &Report) {
+fn churn(mebibytes: &str, report: &AgentReport) {
     let Ok(mebibytes) = mebibytes.parse::<usize>() else {
         return report.error(format_args!("churn={mebibytes} expected=a number got=nonsense"));
     };
@@ -121,8 +121,8 @@ fn churn(mebibytes: &str, report: &Report) {
     report.line(format_args!("churned mib={mebibytes}"));
 }
 
-/// Says what size the terminal has.
-fn size(report: &Report) {
+/// Prints what size the terminal has.
+fn size(report: &AgentReport) {
     match tcgetwinsize(std::io::stdin()) {
         Ok(size) => report.line(format_args!("size columns={} rows={}", size.ws_col, size.ws_row)),
         Err(error) => report.error(format_args!("size expected=some got={error}")),

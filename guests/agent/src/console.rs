@@ -9,13 +9,13 @@ use rustix::io::Errno;
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
-/// How long its driver may take to find it, and how often we look.
+/// How long its driver may take to find it, and how often the agent checks.
 const PATIENCE: Duration = Duration::from_secs(600);
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Makes the console that the kernel's command line names last our input and output. What /dev/console is when the
-/// first program starts may be another one: Linux hears of a virtio console that has ports beside it from a work queue,
-/// which nothing in its boot waits for.
+/// Makes the console that the kernel's command line names last the agent's input and output. /dev/console may be another
+/// one when the first program starts: Linux finds a virtio console that has ports beside it from a work queue, which
+/// nothing in its boot waits for.
 pub(crate) fn take(line: &str) -> io::Result<()> {
     let Some(name) = named(line) else { return Ok(()) };
     let console = open(name)?;
@@ -54,7 +54,7 @@ fn is_early(error: &io::Error) -> bool {
         .any(|early| error.raw_os_error() == Some(early.raw_os_error()))
 }
 
-/// Keeps the terminal from printing the commands between our lines.
+/// Keeps the terminal from printing the commands between the agent's lines.
 fn quiet() -> io::Result<()> {
     let input = io::stdin();
     let mut modes = tcgetattr(&input)?;

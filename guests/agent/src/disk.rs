@@ -15,7 +15,7 @@ use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 const MOUNT_POINT: &str = "/mnt";
 const FILE_BYTES: usize = 256 << 10;
@@ -28,7 +28,7 @@ const NAP: Duration = Duration::from_millis(20);
 const PENALTY: Duration = Duration::from_millis(250);
 
 /// What the workload can be asked.
-pub(crate) enum Request {
+pub(crate) enum DiskWorkloadRequest {
     /// Verify all files; the answer is their number.
     Verify(SyncSender<u64>),
     /// Stop and unmount; the answer comes when that is done.
@@ -36,7 +36,7 @@ pub(crate) enum Request {
 }
 
 /// Mounts the device and starts the workload; `None` if it cannot be mounted.
-pub(crate) fn start(device: &str, report: Arc<Report>) -> Option<Sender<Request>> {
+pub(crate) fn start(device: &str, report: Arc<AgentReport>) -> Option<Sender<DiskWorkloadRequest>> {
     if let Err(error) = mount(device, MOUNT_POINT, "ext4", MountFlags::NOATIME, None) {
         report.error(format_args!("disk={device} expected=mounted got={error:?}"));
         return None;
@@ -55,8 +55,12 @@ pub(crate) fn start(device: &str, report: Arc<Report>) -> Option<Sender<Request>
 }
 
 /// Works until it is asked to stop; returns where to answer.
-fn run(folder: &Path, report: &Report, requests: &Receiver<Request>) -> Option<SyncSender<()>> {
-    let mut files = Files {
+fn run(
+    folder: &Path,
+    report: &AgentReport,
+    requests: &Receiver<DiskWorkloadRequest>,
+) -> Option<SyncSender<()>> {
+    let mut files = WorkloadFiles {
         folder: folder.join("files"),
         first: 0,
         next: 0,
@@ -65,8 +69,8 @@ fn run(folder: &Path, report: &Report, requests: &Receiver<Request>) -> Option<S
     let mut nap = Duration::ZERO;
     loop {
         match requests.recv_timeout(nap) {
-            Ok(Request::Verify(answer)) => drop(answer.send(files.verify(report))),
-            Ok(Request::Stop(answer)) => return Some(answer),
+            Ok(DiskWorkloadRequest::Verify(answer)) => drop(answer.send(files.verify(report))),
+            Ok(DiskWorkloadRequest::Stop(answer)) => return Some(answer),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return None,
         }
@@ -75,15 +79,15 @@ fn run(folder: &Path, report: &Report, requests: &Receiver<Request>) -> Option<S
 }
 
 /// Files `first..next` are on the disk.
-struct Files {
+struct WorkloadFiles {
     folder: PathBuf,
     first: u64,
     next: u64,
 }
 
-impl Files {
+impl WorkloadFiles {
     /// Removes what an earlier boot left.
-    fn clear(&mut self, report: &Report) {
+    fn clear(&mut self, report: &AgentReport) {
         let cleared = match fs::remove_dir_all(&self.folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => fs::create_dir(&self.folder),
@@ -94,7 +98,7 @@ impl Files {
     }
 
     /// Writes a file, drops the oldest, reads an old one. False after an I/O error.
-    fn step(&mut self, report: &Report) -> bool {
+    fn step(&mut self, report: &AgentReport) -> bool {
         let number = self.next;
         if let Err(error) = write(&self.path(number), number) {
             report.error(format_args!("file={number} expected=written got={error}"));
@@ -113,14 +117,14 @@ impl Files {
         self.check(old, report)
     }
 
-    fn verify(&self, report: &Report) -> u64 {
+    fn verify(&self, report: &AgentReport) -> u64 {
         for number in self.first..self.next {
             self.check(number, report);
         }
         self.next - self.first
     }
 
-    fn check(&self, number: u64, report: &Report) -> bool {
+    fn check(&self, number: u64, report: &AgentReport) -> bool {
         match read(&self.path(number)) {
             Ok(content) => match damage(number, &content) {
                 None => true,
@@ -214,8 +218,8 @@ mod tests {
     #[test]
     fn files_rotate_and_verify() {
         let folder = tempfile::tempdir().unwrap();
-        let report = Report::default();
-        let mut files = Files {
+        let report = AgentReport::default();
+        let mut files = WorkloadFiles {
             folder: folder.path().join("files"),
             first: 0,
             next: 0,
@@ -231,8 +235,8 @@ mod tests {
     #[test]
     fn damage_and_loss_are_errors() {
         let folder = tempfile::tempdir().unwrap();
-        let report = Report::default();
-        let mut files = Files {
+        let report = AgentReport::default();
+        let mut files = WorkloadFiles {
             folder: folder.path().join("files"),
             first: 0,
             next: 0,

@@ -1,4 +1,4 @@
-//! An echo service on vsock: what a program on the host sends comes back. To check it is that program's business.
+//! An echo service on vsock: what a program on the host sends comes back. That program checks it.
 
 use std::io::{ErrorKind, Read, Write};
 use std::sync::Arc;
@@ -7,15 +7,15 @@ use std::thread;
 use rustix::io::Errno;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// Where it listens.
 const PORT: u32 = 1024;
 /// Bytes that are read at a time.
 const CHUNK: usize = 16 << 10;
 
-/// Starts it where the kernel knows vsock.
-pub(crate) fn start(report: &Arc<Report>) {
+/// Starts it where the kernel has vsock.
+pub(crate) fn start(report: &Arc<AgentReport>) {
     let listener = match VsockListener::bind_with_cid_port(VMADDR_CID_ANY, PORT) {
         Ok(listener) => listener,
         Err(error) if error.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error()) => return,
@@ -36,7 +36,7 @@ pub(crate) fn start(report: &Arc<Report>) {
 }
 
 /// Connects to a port of the host and serves there as well.
-pub(crate) fn dial(port: &str, report: &Arc<Report>) {
+pub(crate) fn dial(port: &str, report: &Arc<AgentReport>) {
     let Ok(port) = port.parse() else {
         return report.error(format_args!("dial={port} expected=a port got=nonsense"));
     };
@@ -49,7 +49,7 @@ pub(crate) fn dial(port: &str, report: &Arc<Report>) {
     );
 }
 
-fn serve(mut stream: VsockStream, report: &Arc<Report>) {
+fn serve(mut stream: VsockStream, report: &Arc<AgentReport>) {
     let report = report.clone();
     thread::spawn(move || {
         let mut bytes = 0;

@@ -1,11 +1,11 @@
-//! Tells when the kernel finds that the machine lives its past once more, by what it logs: Linux 6.1 has no other sign.
+//! Reports that the kernel was given a new generation ID, by what it logs: Linux 6.1 has no other sign of that.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 use std::thread;
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// What the kernel's random number generator says when it is given a new generation ID.
 const SIGN: &str = "virtual machine fork";
@@ -13,7 +13,7 @@ const SIGN: &str = "virtual machine fork";
 const MESSAGE: usize = 8192;
 
 /// Reports each from now on.
-pub(crate) fn watch(report: Arc<Report>) -> std::io::Result<()> {
+pub(crate) fn watch(report: Arc<AgentReport>) -> std::io::Result<()> {
     let mut log = File::open("/dev/kmsg")?;
     log.seek(SeekFrom::End(0))?;
     thread::spawn(move || {

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// Ticks for ever; prints at most one line in each `print`.
-pub(crate) fn run(tick: Duration, print: Duration, report: &Report) -> ! {
+pub(crate) fn run(tick: Duration, print: Duration, report: &AgentReport) -> ! {
     let print_us = print.as_micros() as u64;
     let mut beats = Beats::default();
     let mut printed = None::<u64>;

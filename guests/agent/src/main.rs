@@ -22,14 +22,14 @@ mod stream;
 use std::sync::Arc;
 use std::thread;
 
-use report::Report;
-use settings::Settings;
+use report::AgentReport;
+use settings::AgentSettings;
 
 fn main() -> std::io::Result<()> {
     first::prepare()?;
     let line = std::fs::read_to_string("/proc/cmdline")?;
-    let settings = Settings::parse(&line);
-    let report = Arc::new(Report::default());
+    let settings = AgentSettings::parse(&line);
+    let report = Arc::new(AgentReport::default());
     if let Err(error) = console::take(&line) {
         report.error(format_args!("console expected=ours got={error}"));
     }

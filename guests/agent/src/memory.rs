@@ -7,10 +7,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_core::{PAGE, Pace, Rate, STAMP_WORDS, WORDS, body_intact, check, fill_body, stamp};
+use guest_core::{DirtyPace, PAGE, STAMP_WORDS, WORDS, WorkloadRate, body_intact, check, fill_body, stamp};
 
 use crate::physical::Physical;
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// How long the workload waits when nothing is due.
 const NAP: Duration = Duration::from_millis(5);
@@ -27,7 +27,12 @@ pub(crate) type Verify = SyncSender<u64>;
 
 /// Starts the workload on `bytes` of memory, at physical address `base` if one is given. The first [`Verify`] is
 /// answered when all of it is filled.
-pub(crate) fn start(bytes: u64, base: Option<u64>, rate: Rate, report: Arc<Report>) -> Sender<Verify> {
+pub(crate) fn start(
+    bytes: u64,
+    base: Option<u64>,
+    rate: WorkloadRate,
+    report: Arc<AgentReport>,
+) -> Sender<Verify> {
     let (sender, requests) = channel();
     thread::spawn(move || {
         let pages = match base {
@@ -42,10 +47,10 @@ pub(crate) fn start(bytes: u64, base: Option<u64>, rate: Rate, report: Arc<Repor
     sender
 }
 
-fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify>) {
+fn run(mut pages: Pages, rate: WorkloadRate, report: &AgentReport, requests: &Receiver<Verify>) {
     let start = Instant::now();
     let nanoseconds = || start.elapsed().as_nanos() as u64;
-    let mut pace = Pace::new(rate, 1, KHZ, nanoseconds());
+    let mut pace = DirtyPace::new(rate, 1, KHZ, nanoseconds());
     loop {
         let due = if pages.count == 0 {
             0
@@ -63,7 +68,7 @@ fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify
             rest_after(rate, begin.elapsed())
         };
         match requests.recv_timeout(nap) {
-            // Whoever asked may have gone meanwhile.
+            // The thread that asked may have gone meanwhile.
             Ok(answer) => drop(answer.send(pages.verify(report))),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
@@ -72,8 +77,8 @@ fn run(mut pages: Pages, rate: Rate, report: &Report, requests: &Receiver<Verify
 }
 
 /// How long the workload rests after a batch that took so long.
-fn rest_after(rate: Rate, took: Duration) -> Duration {
-    if rate == Rate::Max || took < SLOW {
+fn rest_after(rate: WorkloadRate, took: Duration) -> Duration {
+    if rate == WorkloadRate::Max || took < SLOW {
         Duration::ZERO
     } else {
         took.min(LONGEST_REST)
@@ -125,7 +130,7 @@ impl Pages {
         words[at..at + WORDS].split_at_mut(STAMP_WORDS)
     }
 
-    fn check(&mut self, number: u64, generation: u64, report: &Report) -> bool {
+    fn check(&mut self, number: u64, generation: u64, report: &AgentReport) -> bool {
         let (head, _) = self.split(number);
         let Some(head) = head.first_chunk::<STAMP_WORDS>() else {
             return false;
@@ -140,7 +145,7 @@ impl Pages {
         false
     }
 
-    fn dirty_next(&mut self, report: &Report) {
+    fn dirty_next(&mut self, report: &AgentReport) {
         let (number, generation) = (self.position, self.generation);
         self.check(number, generation, report);
         self.split(number)
@@ -153,7 +158,7 @@ impl Pages {
         }
     }
 
-    fn verify(&mut self, report: &Report) -> u64 {
+    fn verify(&mut self, report: &AgentReport) -> u64 {
         for number in 0..self.count {
             let generation = self.generation + u64::from(number < self.position);
             if self.check(number, generation, report) && !body_intact(number, self.split(number).1) {
@@ -170,7 +175,7 @@ mod tests {
 
     #[test]
     fn sweeps_keep_every_stamp() {
-        let report = Report::default();
+        let report = AgentReport::default();
         let mut pages = Pages::anonymous(10);
         for _ in 0..25 {
             pages.dirty_next(&report);
@@ -182,16 +187,16 @@ mod tests {
 
     #[test]
     fn who_is_slow_leaves_half_of_the_time_to_others() {
-        let rate = Rate::BytesPerSecond(1 << 20);
+        let rate = WorkloadRate::BytesPerSecond(1 << 20);
         assert_eq!(rest_after(rate, SLOW / 2), Duration::ZERO);
         assert_eq!(rest_after(rate, SLOW * 20), SLOW * 20);
         assert_eq!(rest_after(rate, SLOW * 10_000), LONGEST_REST);
-        assert_eq!(rest_after(Rate::Max, SLOW * 20), Duration::ZERO);
+        assert_eq!(rest_after(WorkloadRate::Max, SLOW * 20), Duration::ZERO);
     }
 
     #[test]
-    fn a_stale_page_and_a_lost_body_are_seen() {
-        let report = Report::default();
+    fn a_stale_page_and_a_lost_body_are_detected() {
+        let report = AgentReport::default();
         let mut pages = Pages::anonymous(10);
         for _ in 0..13 {
             pages.dirty_next(&report);

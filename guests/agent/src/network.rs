@@ -34,7 +34,7 @@ pub(crate) fn set_up(address: Ipv4Addr, prefix: u8) -> io::Result<()> {
         ifaddrmsg.extend([8, kind].map(u16::to_ne_bytes).concat());
         ifaddrmsg.extend(address.octets());
     }
-    ask(&socket, RTM_NEWADDR, CREATE, &ifaddrmsg)?;
+    request(&socket, RTM_NEWADDR, CREATE, &ifaddrmsg)?;
     turn(&socket, index, IFF_UP)
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn take_down() -> io::Result<()> {
 
 fn turn(socket: &OwnedFd, index: u32, flags: u32) -> io::Result<()> {
     let ifinfomsg = [0, index, flags, IFF_UP].map(u32::to_ne_bytes).concat();
-    ask(socket, RTM_NEWLINK, CHANGE, &ifinfomsg)
+    request(socket, RTM_NEWLINK, CHANGE, &ifinfomsg)
 }
 
 fn netlink() -> io::Result<OwnedFd> {
@@ -65,7 +65,7 @@ fn index() -> io::Result<u32> {
     Ok(name_to_index(socket, CARD)?)
 }
 
-fn ask(socket: &OwnedFd, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+fn request(socket: &OwnedFd, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
     let mut message = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
     message.extend([kind, flags].map(u16::to_ne_bytes).concat());
     // Sequence number and sender: there is one question at a time, and the kernel knows who asks.

@@ -1,4 +1,4 @@
-//! Guest-physical memory that the kernel was told to leave alone (`mem=`), mapped with one call.
+//! Guest-physical memory that `mem=` keeps from the kernel, mapped with one call.
 //!
 //! A page fault is expensive where the host interprets kernel code (1–2 ms each); /dev/mem fills all page tables at
 //! once.
@@ -12,15 +12,15 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const WORD: usize = size_of::<u64>();
 
-/// A range of physical memory, ours alone while this lives.
+/// A range of physical memory that only this process uses while this lives.
 pub(crate) struct Physical {
     words: NonNull<u64>,
     bytes: usize,
 }
 
 impl Physical {
-    /// Maps `bytes` at physical address `base`, both whole pages. The kernel must know of no RAM there: it would
-    /// use the same pages, and the range is refused.
+    /// Maps `bytes` at physical address `base`, both whole pages. A range in which the kernel has RAM is
+    /// refused: the kernel would use the same pages.
     pub(crate) fn map(base: u64, bytes: usize) -> io::Result<Self> {
         let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         if bytes == 0 {
@@ -53,7 +53,7 @@ impl Physical {
 impl AsMut<[u64]> for Physical {
     fn as_mut(&mut self) -> &mut [u64] {
         // SAFETY: the mapping is page-aligned, `bytes` long, readable and writable until `drop`, and borrowed with
-        // `self`; nobody else knows it.
+        // `self`; nothing else has its address.
         unsafe { std::slice::from_raw_parts_mut(self.words.as_ptr(), self.bytes / WORD) }
     }
 }

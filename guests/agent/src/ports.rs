@@ -10,20 +10,20 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// Where the kernel lists them; what is a console has no name there.
 const CLASS: &str = "/sys/class/virtio-ports";
-/// They come when the driver has heard of them, on a slow host late. From the first of these on it is looked for more
-/// ever less often.
+/// The ports come when the driver has found them, on a slow host late: the agent checks for them at the first of these
+/// intervals, and ever less often up to the last.
 const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(5);
-/// How often it is looked whether somebody has connected.
+/// How often the agent checks whether a program has connected.
 const NOBODY: Duration = Duration::from_millis(100);
 /// Bytes that are read at a time.
 const CHUNK: usize = 16 << 10;
 
 /// Starts it where there are such ports.
-pub(crate) fn start(report: &Arc<Report>) {
+pub(crate) fn start(report: &Arc<AgentReport>) {
     if !Path::new(CLASS).is_dir() {
         return;
     }
@@ -32,7 +32,7 @@ pub(crate) fn start(report: &Arc<Report>) {
         let mut seen = BTreeSet::new();
         let mut interval = *INTERVALS.start();
         loop {
-            look(&mut seen, &report);
+            serve_new(&mut seen, &report);
             thread::sleep(interval);
             interval = (interval * 2).min(*INTERVALS.end());
         }
@@ -40,7 +40,7 @@ pub(crate) fn start(report: &Arc<Report>) {
 }
 
 /// Serves the ports that are not among the `seen` ones.
-fn look(seen: &mut BTreeSet<OsString>, report: &Arc<Report>) {
+fn serve_new(seen: &mut BTreeSet<OsString>, report: &Arc<AgentReport>) {
     for entry in read_dir(CLASS).into_iter().flatten().flatten() {
         let Ok(name) = read_to_string(entry.path().join("name")) else {
             continue;
@@ -61,12 +61,12 @@ fn look(seen: &mut BTreeSet<OsString>, report: &Arc<Report>) {
     }
 }
 
-fn serve(mut port: File, name: &str, report: &Report) {
+fn serve(mut port: File, name: &str, report: &AgentReport) {
     let mut bytes = 0;
     let mut chunk = vec![0; CHUNK];
     loop {
         match echo(&mut port, &mut chunk) {
-            // Nobody is there, or not any more.
+            // No program is there, or it has gone.
             Ok(0) => {
                 if std::mem::take(&mut bytes) > 0 {
                     report.line(format_args!("port name={name} end=eof"));

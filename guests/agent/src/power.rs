@@ -8,7 +8,7 @@ use std::thread;
 use rustix::system::RebootCommand;
 
 use crate::commands::Workloads;
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// `struct input_event` of a 64-bit kernel (Linux, include/uapi/linux/input.h): two words of time, type, code, value.
 const EVENT_BYTES: usize = 24;
@@ -16,7 +16,7 @@ const EV_KEY: u16 = 1;
 const KEY_POWER: u16 = 116;
 
 /// Listens to every input device that there is.
-pub(crate) fn watch(report: &Arc<Report>, workloads: &Arc<Workloads>) {
+pub(crate) fn watch(report: &Arc<AgentReport>, workloads: &Arc<Workloads>) {
     let Ok(entries) = std::fs::read_dir("/dev/input") else {
         return;
     };
@@ -33,7 +33,7 @@ pub(crate) fn watch(report: &Arc<Report>, workloads: &Arc<Workloads>) {
     }
 }
 
-fn listen(mut device: impl Read, report: &Report, workloads: &Workloads) {
+fn listen(mut device: impl Read, report: &AgentReport, workloads: &Workloads) {
     let mut event = [0; EVENT_BYTES];
     while device.read_exact(&mut event).is_ok() {
         if is_power_button(&event) {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 /// So many that the same would never come again by chance.
 const BLOCK: usize = 32;
@@ -16,14 +16,14 @@ const BLOCK: usize = 32;
 const NAP: Duration = Duration::from_millis(10);
 
 /// Starts the workload. It ends with the first error, which is reported.
-pub(crate) fn start(device: String, report: Arc<Report>) {
+pub(crate) fn start(device: String, report: Arc<AgentReport>) {
     thread::spawn(move || {
         let Err(error) = run(device.as_ref(), &report);
         report.error(format_args!("random={device} expected=new numbers got={error}"));
     });
 }
 
-fn run(device: &Path, report: &Report) -> io::Result<std::convert::Infallible> {
+fn run(device: &Path, report: &AgentReport) -> io::Result<std::convert::Infallible> {
     let mut from = File::open(device)?;
     // All zeroes are no numbers either.
     let mut last = [0; BLOCK];
@@ -45,7 +45,7 @@ mod tests {
 
     #[test]
     fn what_is_not_random_is_an_error() {
-        let report = Report::default();
+        let report = AgentReport::default();
         run("/dev/zero".as_ref(), &report).unwrap_err();
         assert_eq!(report.random.load(Ordering::Relaxed), 0);
         let file = tempfile::NamedTempFile::new().unwrap();

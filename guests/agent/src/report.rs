@@ -1,4 +1,4 @@
-//! Lines for whoever watches the console, and the counts behind them.
+//! Lines for the reader of the console, and the counts behind them.
 
 use std::fmt::Arguments;
 use std::io::Write;
@@ -9,7 +9,7 @@ const PRINTED_ERRORS: u64 = 50;
 
 /// What all threads share.
 #[derive(Debug, Default)]
-pub(crate) struct Report {
+pub(crate) struct AgentReport {
     /// Pages dirtied.
     pub(crate) pages: AtomicU64,
     /// Files written.
@@ -18,13 +18,13 @@ pub(crate) struct Report {
     pub(crate) streamed: AtomicU64,
     /// Random bytes read.
     pub(crate) random: AtomicU64,
-    /// Asks the heartbeat to forget the longest gap.
+    /// Asks the heartbeat to measure the longest gap anew.
     pub(crate) reset: AtomicBool,
     errors: AtomicU64,
 }
 
-impl Report {
-    /// Prints one event. A console that refuses it cannot be told so.
+impl AgentReport {
+    /// Prints one event. An error of the console has no other place to be reported.
     pub(crate) fn line(&self, event: Arguments<'_>) {
         let line = format!("agent: {event}\n");
         let _ = std::io::stdout().lock().write_all(line.as_bytes());

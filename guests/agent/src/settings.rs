@@ -3,17 +3,17 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use guest_core::{PAGE, Rate, size};
+use guest_core::{PAGE, WorkloadRate, size};
 
 /// The words `godwit.<key>=<value>`.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Settings {
+pub(crate) struct AgentSettings {
     /// `dirty`: bytes of memory to work on.
     pub(crate) dirty_bytes: u64,
     /// `base`: the physical address where that memory is, beyond what the kernel was left; `None`: anywhere.
     pub(crate) base: Option<u64>,
     /// `rate`: bytes of dirtied pages per second.
-    pub(crate) rate: Rate,
+    pub(crate) rate: WorkloadRate,
     /// `tick`: time between two heartbeats.
     pub(crate) tick: Duration,
     /// `print`: time between two heartbeats that are printed, or a little more.
@@ -22,21 +22,21 @@ pub(crate) struct Settings {
     pub(crate) disk: Option<String>,
     /// `address`: the network card's, with the length of its prefix.
     pub(crate) address: Option<(Ipv4Addr, u8)>,
-    /// `echo`: who sends back everything that he gets.
+    /// `echo`: the address of a server that sends back everything that it gets.
     pub(crate) echo: Option<SocketAddr>,
     /// `random`: a device to read random numbers from.
     pub(crate) random: Option<String>,
-    /// Words with our prefix that make no sense.
+    /// Words with the agent's prefix that make no sense.
     pub(crate) unknown: Vec<String>,
 }
 
-impl Settings {
-    /// Reads a command line; what is not ours is passed over.
+impl AgentSettings {
+    /// Reads a command line; words without the agent's prefix are passed over.
     pub(crate) fn parse(line: &str) -> Self {
         let mut settings = Self {
             dirty_bytes: 0,
             base: None,
-            rate: Rate::BytesPerSecond(0),
+            rate: WorkloadRate::BytesPerSecond(0),
             tick: Duration::from_millis(50),
             print: Duration::from_millis(250),
             disk: None,
@@ -64,7 +64,7 @@ impl Settings {
         match key {
             "dirty" => self.dirty_bytes = size(value)?,
             "base" => self.base = Some(size(value).filter(|base| base % PAGE == 0)?),
-            "rate" => self.rate = Rate::parse(value)?,
+            "rate" => self.rate = WorkloadRate::parse(value)?,
             "tick" => self.tick = milliseconds(value)?,
             "print" => self.print = milliseconds(value)?,
             "disk" => self.disk = Some(value.to_owned()),
@@ -94,10 +94,10 @@ mod tests {
     #[test]
     fn our_words_are_read_and_nonsense_is_kept() {
         let line = "console=ttyS0 godwit.dirty=64M godwit.base=96M godwit.rate=max quiet godwit.tick=20ms godwit.print=1000ms godwit.disk=/dev/vda godwit.address=10.0.0.9/24 godwit.echo=10.0.0.1:7 godwit.random=/dev/hwrng godwit.x=1";
-        let expected = Settings {
+        let expected = AgentSettings {
             dirty_bytes: 64 << 20,
             base: Some(96 << 20),
-            rate: Rate::Max,
+            rate: WorkloadRate::Max,
             tick: Duration::from_millis(20),
             print: Duration::from_millis(1000),
             disk: Some("/dev/vda".into()),
@@ -106,11 +106,13 @@ mod tests {
             random: Some("/dev/hwrng".into()),
             unknown: vec!["godwit.x=1".into()],
         };
-        assert_eq!(Settings::parse(line), expected);
+        assert_eq!(AgentSettings::parse(line), expected);
         assert_eq!(
-            Settings::parse("godwit.tick=0ms godwit.print=0 godwit.dirty godwit.rate=quick godwit.base=5")
-                .unknown
-                .len(),
+            AgentSettings::parse(
+                "godwit.tick=0ms godwit.print=0 godwit.dirty godwit.rate=quick godwit.base=5"
+            )
+            .unknown
+            .len(),
             5
         );
     }

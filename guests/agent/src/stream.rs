@@ -1,4 +1,4 @@
-//! The network workload: one TCP stream to somebody who sends everything back, checked block by block.
+//! The network workload: one TCP stream to a server that sends everything back, checked block by block.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use guest_core::fill_body;
 
-use crate::report::Report;
+use crate::report::AgentReport;
 
 const BLOCK_WORDS: usize = 2048;
 /// Between two blocks: the stream is busy, the guest is not.
 const NAP: Duration = Duration::from_millis(10);
 
 /// Starts the workload. It ends with the first error, which is reported.
-pub(crate) fn start(peer: SocketAddr, report: Arc<Report>) {
+pub(crate) fn start(peer: SocketAddr, report: Arc<AgentReport>) {
     thread::spawn(move || {
         if let Err(error) = run(peer, &report) {
             report.error(format_args!("stream={peer} expected=everything back got={error}"));
@@ -24,7 +24,7 @@ pub(crate) fn start(peer: SocketAddr, report: Arc<Report>) {
     });
 }
 
-fn run(peer: SocketAddr, report: &Report) -> io::Result<()> {
+fn run(peer: SocketAddr, report: &AgentReport) -> io::Result<()> {
     let mut from = TcpStream::connect(peer)?;
     let mut to = from.try_clone()?;
     thread::scope(|scope| {
@@ -41,7 +41,7 @@ fn run(peer: SocketAddr, report: &Report) -> io::Result<()> {
 }
 
 /// Reads what comes back until it is not what was sent.
-fn check(from: &mut TcpStream, report: &Report) -> io::Result<()> {
+fn check(from: &mut TcpStream, report: &AgentReport) -> io::Result<()> {
     let mut got = vec![0; BLOCK_WORDS * 8];
     for number in 0.. {
         from.read_exact(&mut got)?;
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn damage_and_the_end_are_errors() {
-        let report = Report::default();
+        let report = AgentReport::default();
         let error = run(peer(3, |bytes| bytes[9] ^= 1), &report).unwrap_err();
         assert_eq!(error.to_string(), "another block than 3");
         assert_eq!(

@@ -5,9 +5,9 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest_core::{PAGE, Share};
 
-use crate::plan::{Plan, say};
-use crate::virtio::{Available, Device, Place, Used, descriptor};
-use crate::work::Worker;
+use crate::plan::{BarePlan, print_line};
+use crate::virtio::{AvailableRing, Device, RingPlace, UsedRing, descriptor};
+use crate::work::BareWorker;
 
 /// The kind of device.
 const BALLOON: u32 = 5;
@@ -23,28 +23,28 @@ const SIZE: usize = 1;
 
 /// What is shared with the device.
 #[repr(C, align(4096))]
-struct Queue {
+struct BareBalloonQueue {
     /// The pages that a request is about: their addresses in pages.
     numbers: [AtomicU32; MOST as usize],
     descriptors: [[AtomicU64; 2]; SIZE],
-    available: Available<SIZE>,
-    used: Used<SIZE>,
+    available: AvailableRing<SIZE>,
+    used: UsedRing<SIZE>,
 }
 
-static QUEUES: [Queue; 2] = [const {
-    Queue {
+static QUEUES: [BareBalloonQueue; 2] = [const {
+    BareBalloonQueue {
         numbers: [const { AtomicU32::new(0) }; MOST as usize],
         descriptors: [const { [const { AtomicU64::new(0) }; 2] }; SIZE],
-        available: Available::new(),
-        used: Used::new(),
+        available: AvailableRing::new(),
+        used: UsedRing::new(),
     }
 }; 2];
 
 /// A balloon that is ready.
-pub(crate) struct Balloon {
-    plan: &'static Plan,
+pub(crate) struct BareBalloon {
+    plan: &'static BarePlan,
     device: Device,
-    places: [Place; 2],
+    places: [RingPlace; 2],
     /// Pages in it.
     held: u64,
     /// Of those that were taken back: how many, and how many of them were zero.
@@ -52,9 +52,9 @@ pub(crate) struct Balloon {
     zero: u64,
 }
 
-impl Balloon {
+impl BareBalloon {
     /// Brings up the machine's balloon, if it has one.
-    pub(crate) fn find(plan: &'static Plan) -> Option<Self> {
+    pub(crate) fn find(plan: &'static BarePlan) -> Option<Self> {
         let device = Device::find(plan.machine.virtio_devices(), BALLOON)?;
         device.negotiate(0)?;
         for (index, queue) in (0..).zip(&QUEUES) {
@@ -73,7 +73,7 @@ impl Balloon {
     }
 
     /// Goes a step towards what the host wants.
-    pub(crate) fn turn(&mut self, worker: &mut Worker) {
+    pub(crate) fn turn(&mut self, worker: &mut BareWorker) {
         let target = u64::from(self.device.config(TARGET));
         if target > self.held {
             let share = worker.give_up(MOST.min(target - self.held));
@@ -83,7 +83,7 @@ impl Balloon {
             self.request(INFLATE, share, worker);
             self.held += share.count;
         } else if target < self.held {
-            // The device hears of it before a page is touched.
+            // The device is notified before a page is touched.
             let share = worker.given_up(MOST.min(self.held - target));
             self.request(DEFLATE, share, worker);
             self.zero += worker.take_back(share);
@@ -97,15 +97,15 @@ impl Balloon {
             let Self {
                 held, taken, zero, ..
             } = self;
-            say(
+            print_line(
                 worker.cpu,
                 format_args!("balloon pages={held} taken={taken} zero={zero}"),
             );
         }
     }
 
-    /// Tells the device about pages, and waits until it has heard.
-    fn request(&mut self, index: usize, share: Share, worker: &Worker) {
+    /// Passes pages to the device, and waits until it has taken them.
+    fn request(&mut self, index: usize, share: Share, worker: &BareWorker) {
         let (queue, place) = (&QUEUES[index], &mut self.places[index]);
         let pages = share.first..share.first + share.count;
         for (number, page) in queue.numbers.iter().zip(pages) {
@@ -118,7 +118,7 @@ impl Balloon {
         place.submit(&queue.available, 0);
         place.kick(self.device, index as u32, &queue.available, &queue.used);
         while place.poll(&queue.used).is_none() {
-            worker.cpu.look();
+            worker.cpu.read_tsc();
         }
     }
 }

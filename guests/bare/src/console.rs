@@ -1,22 +1,22 @@
-//! The first CPU's reports and its ear for commands.
+//! The first CPU's reports, and the commands that it reads.
 
 use core::sync::atomic::Ordering;
 
 use crate::cpu;
-use crate::plan::{Plan, say};
+use crate::plan::{BarePlan, print_line};
 use crate::serial;
-use crate::work::{Worker, ask_for_verification};
+use crate::work::{BareWorker, request_verification};
 
 /// When the next report is due, and how many there were.
-pub(crate) struct Console {
-    plan: &'static Plan,
+pub(crate) struct BareConsole {
+    plan: &'static BarePlan,
     ticks: u64,
     next: u64,
 }
 
-impl Console {
+impl BareConsole {
     /// Nothing reported yet.
-    pub(crate) fn new(plan: &'static Plan) -> Self {
+    pub(crate) fn new(plan: &'static BarePlan) -> Self {
         Self {
             plan,
             ticks: 0,
@@ -24,8 +24,8 @@ impl Console {
         }
     }
 
-    /// Reports and listens if a tick is over. Returns the TSC value of the next.
-    pub(crate) fn poll(&mut self, worker: &mut Worker, now: u64) -> u64 {
+    /// Reports and reads commands if a tick is over. Returns the TSC value of the next.
+    pub(crate) fn poll(&mut self, worker: &mut BareWorker, now: u64) -> u64 {
         if now < self.next {
             return self.next;
         }
@@ -43,7 +43,7 @@ impl Console {
             self.plan.sum(|cpu| &cpu.reads),
             self.plan.sum(|cpu| &cpu.io_errors),
         );
-        say(
+        print_line(
             worker.cpu,
             format_args!(
                 "tick n={n} us={us} max_gap_us={gap} pages={pages} reads={reads} io_errors={io_errors} \
@@ -57,29 +57,32 @@ impl Console {
                     .cpus()
                     .iter()
                     .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
-                say(worker.cpu, format_args!("reset"));
+                print_line(worker.cpu, format_args!("reset"));
             }
             Some(b'q') => cpu::end(),
-            Some(b'p') => panic_as_asked(),
+            Some(b'p') => panic_on_command(),
             Some(b't') => cpu::triple_fault(),
             _ => {}
         }
         self.next
     }
 
-    fn verify(&self, worker: &mut Worker) {
-        let phase = ask_for_verification();
+    fn verify(&self, worker: &mut BareWorker) {
+        let phase = request_verification();
         worker.follow();
         worker.wait_for(|| self.plan.all_in(phase));
         let (pages, errors) = (
             self.plan.sum(|cpu| &cpu.verified),
             self.plan.sum(|cpu| &cpu.errors),
         );
-        say(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
+        print_line(worker.cpu, format_args!("verified pages={pages} errors={errors}"));
     }
 }
 
-#[allow(clippy::panic, reason = "somebody wants to see what becomes of the machine")]
-fn panic_as_asked() -> ! {
+#[allow(
+    clippy::panic,
+    reason = "the command asks for it, to show what becomes of the machine"
+)]
+fn panic_on_command() -> ! {
     panic!()
 }

@@ -138,7 +138,7 @@ pub(crate) fn compare_clocks() -> (u64, u64) {
 /// Sends INIT and SIPI to CPU `cpu`, which arrives in `bare_main`. `delay` is asked to let 10 ms pass.
 pub(crate) fn start_other(cpu: u32, delay: impl Fn()) {
     // SAFETY: the symbols bound the trampoline in this image; the page at TRAMPOLINE is RAM below the image
-    // that nobody uses (what the VMM left there has been read), mapped by `boot.s`.
+    // that nothing uses (what the VMM left there has been read), mapped by `boot.s`.
     unsafe {
         let from = &raw const ap_trampoline;
         let len = (&raw const ap_trampoline_end).offset_from_unsigned(from);

@@ -1,19 +1,19 @@
 //! A disk (virtio 1.2, 5.2), polled: a request is one page.
 //!
 //! All that the device and this CPU share is atomic; only the pages themselves are plain memory, which belongs to
-//! the device from [`Disk::submit`] until [`Disk::poll`] returns the request.
+//! the device from [`BareDisk::submit`] until [`BareDisk::poll`] returns the request.
 
 #![allow(unsafe_code, reason = "pages that the device reads and writes")]
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use guest_core::{PAGE, Settings, WORDS};
+use guest_core::{BareSettings, PAGE, WORDS};
 
-use crate::virtio::{Available, Device, NEXT, Place, Used, WRITE, descriptor};
+use crate::virtio::{AvailableRing, Device, NEXT, RingPlace, UsedRing, WRITE, descriptor};
 
 /// Most requests at a time.
-const SLOTS: usize = Settings::MAX_READS as usize;
+const SLOTS: usize = BareSettings::MAX_READS as usize;
 /// Descriptors of a request: header, page, status.
 const PARTS: usize = 3;
 /// Size of the queue, a power of two.
@@ -36,7 +36,7 @@ const UNDONE: u8 = 0xff;
 
 /// What is asked of the disk.
 #[derive(Clone, Copy)]
-pub(crate) enum Kind {
+pub(crate) enum BareOperation {
     Read = 0,
     Write = 1,
 }
@@ -45,7 +45,7 @@ pub(crate) enum Kind {
 pub(crate) struct Done {
     /// By which it was submitted.
     pub(crate) slot: usize,
-    pub(crate) kind: Kind,
+    pub(crate) kind: BareOperation,
     /// The page of the disk.
     pub(crate) page: u64,
     /// 0 if it went well.
@@ -53,17 +53,17 @@ pub(crate) struct Done {
 }
 
 /// A disk that is ready.
-pub(crate) struct Disk {
+pub(crate) struct BareDisk {
     device: Device,
     pub(crate) read_only: bool,
     /// Pages on it.
     pub(crate) pages: u64,
-    place: Place,
+    place: RingPlace,
 }
 
 /// The header of a request, its status, and what it is about, in a cache line of their own.
 #[repr(C, align(64))]
-struct Request {
+struct BareDiskRequest {
     kind: AtomicU32,
     reserved: AtomicU32,
     sector: AtomicU64,
@@ -72,34 +72,34 @@ struct Request {
 
 /// What is shared with the device.
 #[repr(C, align(4096))]
-struct Queue {
+struct BareDiskQueue {
     pages: [UnsafeCell<[u64; WORDS]>; SLOTS],
     /// Address; length, flags and next.
     descriptors: [[AtomicU64; 2]; SIZE],
-    requests: [Request; SLOTS],
-    available: Available<SIZE>,
-    used: Used<SIZE>,
+    requests: [BareDiskRequest; SLOTS],
+    available: AvailableRing<SIZE>,
+    used: UsedRing<SIZE>,
 }
 
-// SAFETY: all but `pages` is atomic, and these belong to the one `Disk` of this guest or to the device.
-unsafe impl Sync for Queue {}
+// SAFETY: all but `pages` is atomic, and these belong to the one `BareDisk` of this guest or to the device.
+unsafe impl Sync for BareDiskQueue {}
 
-static QUEUE: Queue = Queue {
+static QUEUE: BareDiskQueue = BareDiskQueue {
     pages: [const { UnsafeCell::new([0; WORDS]) }; SLOTS],
     descriptors: [const { [const { AtomicU64::new(0) }; 2] }; SIZE],
     requests: [const {
-        Request {
+        BareDiskRequest {
             kind: AtomicU32::new(0),
             reserved: AtomicU32::new(0),
             sector: AtomicU64::new(0),
             status: AtomicU8::new(0),
         }
     }; SLOTS],
-    available: Available::new(),
-    used: Used::new(),
+    available: AvailableRing::new(),
+    used: UsedRing::new(),
 };
 
-impl Disk {
+impl BareDisk {
     /// Brings up the first disk among virtio-mmio devices at these addresses. Called once. `None` if there is no
     /// disk, or if it does not agree.
     pub(crate) fn find(addresses: impl Iterator<Item = u64>) -> Option<Self> {
@@ -116,26 +116,26 @@ impl Disk {
             device,
             read_only: features & F_RO != 0,
             pages: (high << 32 | low) / SECTORS_PER_PAGE,
-            place: Place::default(),
+            place: RingPlace::default(),
         })
     }
 
     /// The memory of a request that is not under way.
     pub(crate) fn page(&mut self, slot: usize) -> &mut [u64; WORDS] {
-        // SAFETY: there is one `Disk`, and the caller keeps to it that the device does not have this request.
+        // SAFETY: there is one `BareDisk`, and the caller keeps to it that the device does not have this request.
         unsafe { &mut *QUEUE.pages[slot].get() }
     }
 
     /// Makes a request for page `page` of the disk available, with the memory of `slot`, which is not under way.
-    /// The device is told by [`Disk::kick`].
-    pub(crate) fn submit(&mut self, slot: usize, kind: Kind, page: u64) {
+    /// [`BareDisk::kick`] notifies the device.
+    pub(crate) fn submit(&mut self, slot: usize, kind: BareOperation, page: u64) {
         let request = &QUEUE.requests[slot];
         request.kind.store(kind as u32, Ordering::Relaxed);
         request.sector.store(page * SECTORS_PER_PAGE, Ordering::Relaxed);
         request.status.store(UNDONE, Ordering::Relaxed);
         let flags = match kind {
-            Kind::Read => NEXT | WRITE,
-            Kind::Write => NEXT,
+            BareOperation::Read => NEXT | WRITE,
+            BareOperation::Write => NEXT,
         };
         let (index, head) = (slot * PARTS + 1, (slot * PARTS) as u16);
         QUEUE.descriptors[index][1].store(descriptor(PAGE, flags, index + 1), Ordering::Relaxed);
@@ -150,13 +150,17 @@ impl Disk {
     /// The next request that came back.
     pub(crate) fn poll(&mut self) -> Option<Done> {
         let head = self.place.poll(&QUEUE.used)?;
-        // A device that names no request of ours ends in a panic, which is reported.
+        // A device that names a request that was not made ends in a panic, which is reported.
         let slot = head as usize / PARTS;
         let request = &QUEUE.requests[slot];
-        let is_write = request.kind.load(Ordering::Relaxed) == Kind::Write as u32;
+        let is_write = request.kind.load(Ordering::Relaxed) == BareOperation::Write as u32;
         Some(Done {
             slot,
-            kind: if is_write { Kind::Write } else { Kind::Read },
+            kind: if is_write {
+                BareOperation::Write
+            } else {
+                BareOperation::Read
+            },
             page: request.sector.load(Ordering::Relaxed) / SECTORS_PER_PAGE,
             status: request.status.load(Ordering::Relaxed),
         })

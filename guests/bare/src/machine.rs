@@ -8,7 +8,7 @@
 use core::arch::global_asm;
 use core::fmt;
 
-use guest_core::{PAGE, Ranges, STAMP_WORDS, Settings, WORDS, virtio_devices};
+use guest_core::{BareSettings, PAGE, STAMP_WORDS, UsableRanges, WORDS, virtio_devices};
 
 global_asm!(include_str!("boot.s"));
 
@@ -50,13 +50,13 @@ struct MemmapEntry {
 }
 
 /// The machine: its memory above the image, all mapped, and what its command line asks for.
-pub(crate) struct Machine {
-    pub(crate) settings: Settings,
-    pub(crate) ranges: Ranges,
+pub(crate) struct BareMachine {
+    pub(crate) settings: BareSettings,
+    pub(crate) ranges: UsableRanges,
     command_line: &'static str,
 }
 
-impl Machine {
+impl BareMachine {
     /// Where the registers of the virtio-mmio devices are that the command line names.
     pub(crate) fn virtio_devices(&self) -> impl Iterator<Item = u64> {
         virtio_devices(self.command_line)
@@ -79,7 +79,7 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::StartInfo => f.write_str("start_info expected=version>=1"),
-            Self::TooManyRanges => write!(f, "memmap expected<={} ranges", Ranges::MAX),
+            Self::TooManyRanges => write!(f, "memmap expected<={} ranges", UsableRanges::MAX),
             Self::NoMemory => f.write_str("memmap expected=RAM above the image"),
             Self::CommandLine(word) => write!(f, "command line word={word}"),
         }
@@ -87,22 +87,22 @@ impl fmt::Display for Problem {
 }
 
 /// Reads the VMM's tables and maps all memory.
-pub(crate) fn discover() -> Result<Machine, Problem> {
+pub(crate) fn discover() -> Result<BareMachine, Problem> {
     // SAFETY: written once by `boot.s`; the VMM put a start info there, below 4 GiB, which is mapped.
     let info = unsafe { &*(start_info_address as usize as *const StartInfo) };
     if info.magic != START_INFO_MAGIC || info.version < 1 {
         return Err(Problem::StartInfo);
     }
     let command_line = command_line(info.command_line);
-    let settings = Settings::parse(command_line).map_err(Problem::CommandLine)?;
-    // SAFETY: the table that the start info names, in mapped memory, written by nobody else.
+    let settings = BareSettings::parse(command_line).map_err(Problem::CommandLine)?;
+    // SAFETY: the table that the start info names, in mapped memory, which nothing writes.
     let entries = unsafe {
         core::slice::from_raw_parts(info.memmap as *const MemmapEntry, info.memmap_entries as usize)
     };
     let mut free = &raw const image_end as u64;
     let top = ram(entries).map(|(_, end)| end).max().unwrap_or(0);
     free = map_up_to(top, free);
-    let mut ranges = Ranges::default();
+    let mut ranges = UsableRanges::default();
     for (start, end) in ram(entries) {
         if !ranges.add(start.max(free), end) {
             return Err(Problem::TooManyRanges);
@@ -111,7 +111,7 @@ pub(crate) fn discover() -> Result<Machine, Problem> {
     if ranges.pages() == 0 {
         return Err(Problem::NoMemory);
     }
-    Ok(Machine {
+    Ok(BareMachine {
         settings,
         ranges,
         command_line,
@@ -121,8 +121,8 @@ pub(crate) fn discover() -> Result<Machine, Problem> {
 /// The whole of page number `page`, a number below `ranges.pages()`.
 ///
 /// # Safety
-/// Nobody else may use the page while the reference lives: each page belongs to one CPU.
-pub(crate) unsafe fn page(ranges: &Ranges, page: u64) -> Option<&'static mut [u64; WORDS]> {
+/// Nothing else may use the page while the reference lives: each page belongs to one CPU.
+pub(crate) unsafe fn page(ranges: &UsableRanges, page: u64) -> Option<&'static mut [u64; WORDS]> {
     // SAFETY: RAM above the image, mapped by `discover`, aligned; the caller promises that it is not shared.
     ranges
         .address(page)
@@ -181,7 +181,7 @@ fn map_up_to(top: u64, mut free: u64) -> u64 {
         free += PAGE;
         for entry in 0..512 {
             // SAFETY: the page behind the image (a few hundred KiB at most, RAM on every machine with more
-            // than 4 GiB) is used by nobody else.
+            // than 4 GiB) is used by nothing else.
             unsafe { table.add(entry as usize).write(gib + (entry << 21) + 0x87) };
         }
         // SAFETY: only the first CPU runs; an entry that was absent becomes present, which no TLB has cached.

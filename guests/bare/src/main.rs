@@ -20,7 +20,7 @@ mod work;
 use core::fmt::Write;
 use core::panic::PanicInfo;
 
-use serial::Line;
+use serial::SerialLine;
 
 /// Where every CPU arrives at CPL 3, with its index and its own stack.
 #[allow(unsafe_code, reason = "called by name from boot.s")]
@@ -39,7 +39,7 @@ fn first_cpu() -> ! {
     match machine::discover() {
         Ok(machine) => work::first_cpu(machine),
         Err(problem) => {
-            let mut line = Line::new();
+            let mut line = SerialLine::new();
             let _ = write!(line, "fault {problem}");
             line.print(|| {});
             cpu::stop()
@@ -53,7 +53,7 @@ fn first_cpu() -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn bare_fault(vector: u64, rip: u64, cr2: u64, code: u64) -> ! {
     serial::only_once();
-    let mut line = Line::new();
+    let mut line = SerialLine::new();
     let _ = write!(
         line,
         "fault vector={vector} rip={rip:#x} cr2={cr2:#x} code={code:#x}"
@@ -66,7 +66,7 @@ extern "C" fn bare_fault(vector: u64, rip: u64, cr2: u64, code: u64) -> ! {
 #[panic_handler]
 fn panicked(info: &PanicInfo<'_>) -> ! {
     serial::only_once();
-    let mut line = Line::new();
+    let mut line = SerialLine::new();
     let place = info
         .location()
         .map_or(("?", 0), |place| (place.file(), place.line()));

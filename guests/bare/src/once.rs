@@ -33,7 +33,7 @@ impl<T> Once<T> {
             .compare_exchange(EMPTY, BUSY, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
         {
-            // SAFETY: BUSY is reached once, and nobody reads before SET.
+            // SAFETY: BUSY is reached once, and no CPU reads before SET.
             unsafe { *self.value.get() = Some(value) };
             self.state.store(SET, Ordering::Release);
         }
@@ -44,7 +44,7 @@ impl<T> Once<T> {
         if self.state.load(Ordering::Acquire) != SET {
             return None;
         }
-        // SAFETY: after SET nobody writes.
+        // SAFETY: after SET no CPU writes.
         unsafe { (*self.value.get()).as_ref() }
     }
 }

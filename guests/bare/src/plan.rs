@@ -1,19 +1,19 @@
-//! What the CPUs share: the plan, which none changes, and what each tells the others.
+//! What the CPUs share: the plan, which none changes, and what each shows to the others.
 
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use guest_core::{PAGE, Settings, Share};
+use guest_core::{BareSettings, PAGE, Share};
 
 use crate::cpu;
-use crate::machine::Machine;
-use crate::serial::Line;
+use crate::machine::BareMachine;
+use crate::serial::SerialLine;
 
 /// A CPU's phases; every verification adds one.
 pub(crate) const ONLINE: u32 = 1;
 pub(crate) const FILLED: u32 = 2;
 
-/// What a CPU tells the others.
+/// What a CPU shows to the others.
 pub(crate) struct Cpu {
     pub(crate) phase: AtomicU32,
     pub(crate) pages: AtomicU64,
@@ -25,7 +25,7 @@ pub(crate) struct Cpu {
     pub(crate) verified: AtomicU64,
     /// In TSC ticks.
     pub(crate) longest_gap: AtomicU64,
-    pub(crate) last_look: AtomicU64,
+    pub(crate) last_read: AtomicU64,
     /// By how many ticks the TSC went backwards, until it is reported.
     pub(crate) backwards: AtomicU64,
 }
@@ -40,15 +40,15 @@ impl Cpu {
             errors: AtomicU64::new(0),
             verified: AtomicU64::new(0),
             longest_gap: AtomicU64::new(0),
-            last_look: AtomicU64::new(0),
+            last_read: AtomicU64::new(0),
             backwards: AtomicU64::new(0),
         }
     }
 
-    /// Looks at the TSC and keeps the longest time between two looks.
-    pub(crate) fn look(&self) -> u64 {
+    /// Reads the TSC and keeps the longest time between two readings.
+    pub(crate) fn read_tsc(&self) -> u64 {
         let now = cpu::tsc();
-        let last = self.last_look.swap(now, Ordering::Relaxed);
+        let last = self.last_read.swap(now, Ordering::Relaxed);
         if now < last {
             self.backwards.store(last - now, Ordering::Relaxed);
         } else if last != 0 && now - last > self.longest_gap.load(Ordering::Relaxed) {
@@ -58,12 +58,12 @@ impl Cpu {
     }
 }
 
-pub(crate) static CPUS: [Cpu; Settings::MAX_CPUS as usize] =
-    [const { Cpu::new() }; Settings::MAX_CPUS as usize];
+pub(crate) static CPUS: [Cpu; BareSettings::MAX_CPUS as usize] =
+    [const { Cpu::new() }; BareSettings::MAX_CPUS as usize];
 
 /// What all CPUs share and none changes.
-pub(crate) struct Plan {
-    pub(crate) machine: Machine,
+pub(crate) struct BarePlan {
+    pub(crate) machine: BareMachine,
     pub(crate) workset: Share,
     pub(crate) rest: Share,
     pub(crate) tsc_khz: u64,
@@ -71,10 +71,10 @@ pub(crate) struct Plan {
     pub(crate) start: u64,
 }
 
-impl Plan {
-    pub(crate) fn new(machine: Machine) -> Self {
+impl BarePlan {
+    pub(crate) fn new(machine: BareMachine) -> Self {
         let (tsc, apic) = cpu::compare_clocks();
-        // Every VMM of the kind runs the APIC timer at 1 GHz; so it measures the TSC if nobody told.
+        // Every VMM of the kind runs the APIC timer at 1 GHz; so it measures the TSC if the command line does not say.
         let tsc_khz = machine
             .settings
             .tsc_khz
@@ -133,10 +133,10 @@ impl Plan {
 }
 
 /// Prints a line; `cpu` is the one that runs this.
-pub(crate) fn say(cpu: &Cpu, text: core::fmt::Arguments<'_>) {
-    let mut line = Line::new();
+pub(crate) fn print_line(cpu: &Cpu, text: core::fmt::Arguments<'_>) {
+    let mut line = SerialLine::new();
     let _ = line.write_fmt(text);
     line.print(|| {
-        cpu.look();
+        cpu.read_tsc();
     });
 }

@@ -3,38 +3,38 @@
 
 use core::sync::atomic::Ordering;
 
-use guest_core::{Random, Settings, body_intact, check, fill_body, stamp};
+use guest_core::{BareSettings, Random, body_intact, check, fill_body, stamp};
 
 use crate::cpu;
-use crate::disk::{Disk, Done, IO_ERROR, Kind};
+use crate::disk::{BareDisk, BareOperation, Done, IO_ERROR};
 use crate::machine::split;
-use crate::plan::{Plan, say};
-use crate::work::Worker;
+use crate::plan::{BarePlan, print_line};
+use crate::work::BareWorker;
 
-/// A stamp is one cache line, and looked at after each read; the body after each of so many.
+/// The stamp, one cache line, is checked after each read; the body only after each of so many.
 const BODY_EACH: u64 = 16;
 
 /// A disk whose pages carry the stamps of their numbers, and the requests that are under way.
 pub(crate) struct Reads {
-    disk: Disk,
+    disk: BareDisk,
     random: Random,
-    settings: Settings,
+    settings: BareSettings,
     /// What each slot has written last.
-    generations: [u64; Settings::MAX_READS as usize],
+    generations: [u64; BareSettings::MAX_READS as usize],
     done: u64,
 }
 
 impl Reads {
     /// Stamps the disk, if it can be written and is not written later, and begins. `None` if the command line does not
     /// want it.
-    pub(crate) fn begin(plan: &Plan, worker: &Worker) -> Option<Self> {
+    pub(crate) fn begin(plan: &BarePlan, worker: &BareWorker) -> Option<Self> {
         let settings = plan.machine.settings;
         let depth = settings.reads as usize;
         if depth == 0 {
             return None;
         }
-        let Some(disk) = Disk::find(plan.machine.virtio_devices()).filter(|disk| disk.pages > 0) else {
-            say(
+        let Some(disk) = BareDisk::find(plan.machine.virtio_devices()).filter(|disk| disk.pages > 0) else {
+            print_line(
                 worker.cpu,
                 format_args!("fault disk expected=virtio-blk got=nothing"),
             );
@@ -58,15 +58,15 @@ impl Reads {
     }
 
     /// Checks what came, and asks for as much again.
-    pub(crate) fn turn(&mut self, worker: &Worker) {
+    pub(crate) fn turn(&mut self, worker: &BareWorker) {
         while let Some(done) = self.disk.poll() {
             match (done.kind, self.succeeded(&done, worker)) {
-                (Kind::Write, true) => {
-                    // Or a read that brings nothing would find what was written.
+                (BareOperation::Write, true) => {
+                    // Otherwise a read that transfers nothing would find what was written.
                     self.disk.page(done.slot).fill(0);
-                    self.disk.submit(done.slot, Kind::Read, done.page);
+                    self.disk.submit(done.slot, BareOperation::Read, done.page);
                 }
-                (Kind::Read, true) => {
+                (BareOperation::Read, true) => {
                     self.check(&done, worker);
                     self.next(done.slot);
                 }
@@ -77,7 +77,7 @@ impl Reads {
         worker.cpu.reads.store(self.done, Ordering::Relaxed);
     }
 
-    fn stamp(&mut self, depth: usize, worker: &Worker) {
+    fn stamp(&mut self, depth: usize, worker: &BareWorker) {
         let slots = self.disk.pages.min(depth as u64);
         let (mut begun, mut ended) = (0, 0);
         while ended < self.disk.pages {
@@ -96,7 +96,7 @@ impl Reads {
                 begun += 1;
             }
             self.disk.kick();
-            worker.cpu.look();
+            worker.cpu.read_tsc();
         }
     }
 
@@ -109,7 +109,7 @@ impl Reads {
             self.write(slot, page);
         } else {
             let page = self.random.below(self.disk.pages);
-            self.disk.submit(slot, Kind::Read, page);
+            self.disk.submit(slot, BareOperation::Read, page);
         }
     }
 
@@ -117,10 +117,10 @@ impl Reads {
         let (head, body) = split(self.disk.page(slot));
         *head = stamp(page, self.generations[slot]);
         fill_body(page, body);
-        self.disk.submit(slot, Kind::Write, page);
+        self.disk.submit(slot, BareOperation::Write, page);
     }
 
-    fn check(&mut self, done: &Done, worker: &Worker) {
+    fn check(&mut self, done: &Done, worker: &BareWorker) {
         self.done += 1;
         let expected = self.generations[done.slot];
         let (head, body) = split(self.disk.page(done.slot));
@@ -134,7 +134,7 @@ impl Reads {
         }
     }
 
-    fn succeeded(&self, done: &Done, worker: &Worker) -> bool {
+    fn succeeded(&self, done: &Done, worker: &BareWorker) -> bool {
         let Done { page, status, .. } = *done;
         if status == IO_ERROR && self.settings.io_errors {
             worker.cpu.io_errors.fetch_add(1, Ordering::Relaxed);

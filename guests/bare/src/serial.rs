@@ -1,4 +1,4 @@
-//! COM1 (16550), polled: one line at a time, whoever prints it.
+//! COM1 (16550), polled: one line at a time, from whichever CPU.
 
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -13,12 +13,12 @@ static FIFO: AtomicBool = AtomicBool::new(false);
 static FAULTED: AtomicBool = AtomicBool::new(false);
 
 /// A line under construction; what does not fit is cut off.
-pub(crate) struct Line {
+pub(crate) struct SerialLine {
     bytes: [u8; 240],
     used: usize,
 }
 
-impl Line {
+impl SerialLine {
     /// A line that begins with the guest's prefix.
     pub(crate) fn new() -> Self {
         let mut line = Self {
@@ -48,7 +48,7 @@ impl Line {
     }
 }
 
-impl Write for Line {
+impl Write for SerialLine {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
             if let Some(slot) = self.bytes.get_mut(self.used) {
@@ -73,7 +73,7 @@ pub(crate) fn receive() -> Option<u8> {
     (cpu::port_in(LSR) & 1 != 0).then(|| cpu::port_in(COM1))
 }
 
-/// For the report of a fault: lets the first CPU through, whoever holds the port, and stops all others.
+/// For the report of a fault: lets the first CPU through, whichever CPU holds the port, and stops all others.
 pub(crate) fn only_once() {
     if FAULTED.swap(true, Ordering::Relaxed) {
         cpu::stop();

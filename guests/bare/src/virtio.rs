@@ -44,7 +44,7 @@ pub(crate) struct Device(u64);
 
 /// Requests that the driver makes available.
 #[repr(C, align(64))]
-pub(crate) struct Available<const SIZE: usize> {
+pub(crate) struct AvailableRing<const SIZE: usize> {
     flags: AtomicU16,
     index: AtomicU16,
     ring: [AtomicU16; SIZE],
@@ -52,7 +52,7 @@ pub(crate) struct Available<const SIZE: usize> {
 
 /// Requests that the device gives back.
 #[repr(C, align(64))]
-pub(crate) struct Used<const SIZE: usize> {
+pub(crate) struct UsedRing<const SIZE: usize> {
     flags: AtomicU16,
     index: AtomicU16,
     /// Number of the chain's first descriptor, bytes written.
@@ -61,7 +61,7 @@ pub(crate) struct Used<const SIZE: usize> {
 
 /// Where driver and device are in the rings of a queue, as these count.
 #[derive(Default)]
-pub(crate) struct Place {
+pub(crate) struct RingPlace {
     available: u16,
     used: u16,
 }
@@ -95,8 +95,8 @@ impl Device {
         self,
         index: u32,
         descriptors: u64,
-        available: &Available<SIZE>,
-        used: &Used<SIZE>,
+        available: &AvailableRing<SIZE>,
+        used: &UsedRing<SIZE>,
     ) -> Option<()> {
         self.set(QUEUE_SELECT, index);
         if self.get(QUEUE_SIZE_MAX) < SIZE as u32 {
@@ -142,7 +142,7 @@ impl Device {
     }
 }
 
-impl<const SIZE: usize> Available<SIZE> {
+impl<const SIZE: usize> AvailableRing<SIZE> {
     pub(crate) const fn new() -> Self {
         Self {
             flags: AtomicU16::new(0),
@@ -152,7 +152,7 @@ impl<const SIZE: usize> Available<SIZE> {
     }
 }
 
-impl<const SIZE: usize> Used<SIZE> {
+impl<const SIZE: usize> UsedRing<SIZE> {
     pub(crate) const fn new() -> Self {
         Self {
             flags: AtomicU16::new(0),
@@ -162,9 +162,9 @@ impl<const SIZE: usize> Used<SIZE> {
     }
 }
 
-impl Place {
-    /// Makes the chain that begins with that descriptor available. The device is told by [`Place::kick`].
-    pub(crate) fn submit<const SIZE: usize>(&mut self, ring: &Available<SIZE>, head: u16) {
+impl RingPlace {
+    /// Makes the chain that begins with that descriptor available. [`RingPlace::kick`] notifies the device.
+    pub(crate) fn submit<const SIZE: usize>(&mut self, ring: &AvailableRing<SIZE>, head: u16) {
         ring.ring[usize::from(self.available) % SIZE].store(head, Ordering::Relaxed);
         self.available = self.available.wrapping_add(1);
     }
@@ -174,14 +174,14 @@ impl Place {
         &self,
         device: Device,
         queue: u32,
-        available: &Available<SIZE>,
-        used: &Used<SIZE>,
+        available: &AvailableRing<SIZE>,
+        used: &UsedRing<SIZE>,
     ) {
         if available.index.load(Ordering::Relaxed) == self.available {
             return;
         }
         available.index.store(self.available, Ordering::Release);
-        // Between that and a look at what the device wants to hear (virtio 1.2, 2.7.13.4).
+        // Between that and reading which notifications the device wants (virtio 1.2, 2.7.13.4).
         fence(Ordering::SeqCst);
         if used.flags.load(Ordering::Relaxed) & NO_NOTIFY == 0 {
             device.set(QUEUE_NOTIFY, queue);
@@ -189,7 +189,7 @@ impl Place {
     }
 
     /// The first descriptor of the next chain that came back.
-    pub(crate) fn poll<const SIZE: usize>(&mut self, used: &Used<SIZE>) -> Option<u32> {
+    pub(crate) fn poll<const SIZE: usize>(&mut self, used: &UsedRing<SIZE>) -> Option<u32> {
         if used.index.load(Ordering::Acquire) == self.used {
             return None;
         }

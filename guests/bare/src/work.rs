@@ -4,14 +4,14 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use guest_core::{Pace, Share, body_intact, check, fill_body, stamp};
+use guest_core::{DirtyPace, Share, body_intact, check, fill_body, stamp};
 
-use crate::balloon::Balloon;
-use crate::console::Console;
+use crate::balloon::BareBalloon;
+use crate::console::BareConsole;
 use crate::cpu;
-use crate::machine::{Machine, page, split};
+use crate::machine::{BareMachine, page, split};
 use crate::once::Once;
-use crate::plan::{CPUS, Cpu, FILLED, ONLINE, Plan, say};
+use crate::plan::{BarePlan, CPUS, Cpu, FILLED, ONLINE, print_line};
 use crate::reads::Reads;
 
 /// Errors that are printed; all are counted.
@@ -19,18 +19,18 @@ const PRINTED_ERRORS: u64 = 20;
 /// Milliseconds that another CPU gets to come up.
 const START_MS: u64 = 2000;
 
-static PLAN: Once<Plan> = Once::new();
+static PLAN: Once<BarePlan> = Once::new();
 static READY: AtomicBool = AtomicBool::new(false);
 static WANTED_PHASE: AtomicU32 = AtomicU32::new(FILLED);
 
 /// The work of the CPU that the machine started on.
-pub(crate) fn first_cpu(machine: Machine) -> ! {
+pub(crate) fn first_cpu(machine: BareMachine) -> ! {
     cpu::set_up_apic();
-    PLAN.set(Plan::new(machine));
+    PLAN.set(BarePlan::new(machine));
     let Some(plan) = PLAN.get() else { cpu::stop() };
     for other in 1..plan.machine.settings.cpus {
         if !start_other(plan, other) {
-            say(
+            print_line(
                 &CPUS[0],
                 format_args!("fault cpu={other} expected=online got=nothing"),
             );
@@ -43,21 +43,21 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
         plan.workset.count,
     );
     let khz = plan.tsc_khz;
-    say(
+    print_line(
         &CPUS[0],
         format_args!("start cpus={cpus} pages={pages} workset_pages={workset} tsc_khz={khz}"),
     );
-    let mut worker = Worker::new(plan, 0);
+    let mut worker = BareWorker::new(plan, 0);
     worker.fill();
     worker.wait_for(|| plan.all_in(FILLED));
     let mut reads = Reads::begin(plan, &worker);
-    let mut balloon = Balloon::find(plan);
+    let mut balloon = BareBalloon::find(plan);
     plan.cpus()
         .iter()
         .for_each(|cpu| cpu.longest_gap.store(0, Ordering::Relaxed));
-    say(&CPUS[0], format_args!("ready"));
+    print_line(&CPUS[0], format_args!("ready"));
     READY.store(true, Ordering::Release);
-    let mut console = Console::new(plan);
+    let mut console = BareConsole::new(plan);
     worker.run(|worker, now| {
         let next = console.poll(worker, now);
         if let Some(balloon) = &mut balloon {
@@ -65,7 +65,7 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
         }
         let Some(reads) = &mut reads else { return next };
         reads.turn(worker);
-        // Polled: there is always something to look for.
+        // Polled: there is always something to check.
         now
     })
 }
@@ -73,7 +73,7 @@ pub(crate) fn first_cpu(machine: Machine) -> ! {
 /// The work of any other CPU.
 pub(crate) fn other_cpu(index: u32) -> ! {
     let Some(plan) = PLAN.get() else { cpu::stop() };
-    let mut worker = Worker::new(plan, index);
+    let mut worker = BareWorker::new(plan, index);
     cpu::set_up_apic();
     worker.cpu.phase.store(ONLINE, Ordering::Release);
     worker.fill();
@@ -82,11 +82,11 @@ pub(crate) fn other_cpu(index: u32) -> ! {
 }
 
 /// Asks every CPU to verify its shares; returns the phase that each has come to when it is done.
-pub(crate) fn ask_for_verification() -> u32 {
+pub(crate) fn request_verification() -> u32 {
     WANTED_PHASE.fetch_add(1, Ordering::AcqRel) + 1
 }
 
-fn start_other(plan: &Plan, other: u32) -> bool {
+fn start_other(plan: &BarePlan, other: u32) -> bool {
     let wait = |ms: u64, done: &dyn Fn() -> bool| {
         let from = cpu::tsc();
         while !done() && cpu::tsc().saturating_sub(from) < ms * plan.tsc_khz {
@@ -103,8 +103,8 @@ fn start_other(plan: &Plan, other: u32) -> bool {
 }
 
 /// One CPU and the pages that are its own.
-pub(crate) struct Worker {
-    plan: &'static Plan,
+pub(crate) struct BareWorker {
+    plan: &'static BarePlan,
     index: u32,
     pub(crate) cpu: &'static Cpu,
     own: Share,
@@ -115,8 +115,8 @@ pub(crate) struct Worker {
     generation: u64,
 }
 
-impl Worker {
-    fn new(plan: &'static Plan, index: u32) -> Self {
+impl BareWorker {
+    fn new(plan: &'static BarePlan, index: u32) -> Self {
         let cpus = plan.machine.settings.cpus;
         Self {
             plan,
@@ -139,20 +139,25 @@ impl Worker {
                 let (head, body) = split(words);
                 *head = stamp(number, 0);
                 fill_body(number, body);
-                if number % Pace::BATCH == 0 {
-                    self.cpu.look();
+                if number % DirtyPace::BATCH == 0 {
+                    self.cpu.read_tsc();
                 }
             }
         }
         self.cpu.phase.store(FILLED, Ordering::Release);
     }
 
-    /// Works for ever. `poll` is called at every look at the clock and tells when it wants to be called again.
+    /// Works for ever. `poll` is called whenever the clock is read and returns when it is to be called again.
     fn run(&mut self, mut poll: impl FnMut(&mut Self, u64) -> u64) -> ! {
         let settings = self.plan.machine.settings;
-        let mut pace = Pace::new(settings.rate, settings.cpus, self.plan.tsc_khz, self.cpu.look());
+        let mut pace = DirtyPace::new(
+            settings.rate,
+            settings.cpus,
+            self.plan.tsc_khz,
+            self.cpu.read_tsc(),
+        );
         loop {
-            let now = self.cpu.look();
+            let now = self.cpu.read_tsc();
             let due = if self.own.count == 0 { 0 } else { pace.due(now) };
             for _ in 0..due {
                 self.dirty_next();
@@ -178,7 +183,7 @@ impl Worker {
 
     pub(crate) fn wait_for(&mut self, done: impl Fn() -> bool) {
         while !done() {
-            self.cpu.look();
+            self.cpu.read_tsc();
             self.idle(self.plan.tsc_khz);
         }
     }
@@ -207,7 +212,7 @@ impl Worker {
         }
     }
 
-    /// Verifies if somebody asked for it since the last time; reports a TSC that went backwards.
+    /// Verifies if a command asked for it since the last time; reports a TSC that went backwards.
     pub(crate) fn follow(&mut self) {
         let wanted = WANTED_PHASE.load(Ordering::Acquire);
         if self.cpu.phase.load(Ordering::Relaxed) < wanted {
@@ -245,8 +250,8 @@ impl Worker {
                     self.error(format_args!("page={number} expected=body got=other"));
                 }
                 pages += 1;
-                if offset % Pace::BATCH == 0 {
-                    self.cpu.look();
+                if offset % DirtyPace::BATCH == 0 {
+                    self.cpu.read_tsc();
                 }
             }
         }
@@ -282,14 +287,14 @@ impl Worker {
             fill_body(number, body);
         }
         self.rest.count += share.count;
-        self.cpu.look();
+        self.cpu.read_tsc();
         zero
     }
 
     /// Counts an error, and prints it if there were not too many.
     pub(crate) fn error(&self, what: core::fmt::Arguments<'_>) {
         if self.cpu.errors.fetch_add(1, Ordering::Relaxed) < PRINTED_ERRORS {
-            say(self.cpu, format_args!("error {what}"));
+            print_line(self.cpu, format_args!("error {what}"));
         }
     }
 }

@@ -9,8 +9,8 @@ mod random;
 mod settings;
 mod stamp;
 
-pub use memory::{PAGE, Ranges, Share};
-pub use pace::Pace;
+pub use memory::{PAGE, Share, UsableRanges};
+pub use pace::DirtyPace;
 pub use random::Random;
-pub use settings::{Rate, Settings, size, virtio_devices};
+pub use settings::{BareSettings, WorkloadRate, size, virtio_devices};
 pub use stamp::{STAMP_WORDS, Seen, WORDS, body_intact, check, fill_body, stamp};

@@ -5,13 +5,13 @@ pub const PAGE: u64 = 4096;
 
 /// Ranges of usable memory: page numbers count over all of them.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Ranges {
-    list: [Range; Self::MAX],
+pub struct UsableRanges {
+    list: [UsableRange; Self::MAX],
     used: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Range {
+struct UsableRange {
     start: u64,
     pages: u64,
 }
@@ -25,7 +25,7 @@ pub struct Share {
     pub count: u64,
 }
 
-impl Ranges {
+impl UsableRanges {
     /// Most ranges; more would be a memory map that no microVM has.
     pub const MAX: usize = 8;
 
@@ -39,7 +39,7 @@ impl Ranges {
         let Some(slot) = self.list.get_mut(self.used) else {
             return false;
         };
-        *slot = Range { start, pages };
+        *slot = UsableRange { start, pages };
         self.used += 1;
         true
     }
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn numbers_count_over_the_hole() {
-        let mut ranges = Ranges::default();
+        let mut ranges = UsableRanges::default();
         assert!(ranges.add(0x10_0800, 0x10_3fff));
         assert!(ranges.add(0x20_0000, 0x20_0010));
         assert!(ranges.add(0x1_0000_0000, 0x1_0000_2000));
@@ -107,9 +107,9 @@ mod tests {
     }
 
     #[test]
-    fn a_range_too_many_is_told() {
-        let mut ranges = Ranges::default();
-        for n in 0..Ranges::MAX as u64 {
+    fn a_range_too_many_is_an_error() {
+        let mut ranges = UsableRanges::default();
+        for n in 0..UsableRanges::MAX as u64 {
             assert!(ranges.add(n * 2 * PAGE, (n * 2 + 1) * PAGE));
         }
         assert!(!ranges.add(1 << 30, 1 << 31));

@@ -3,14 +3,14 @@
 
 /// How fast memory is dirtied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rate {
+pub enum WorkloadRate {
     /// As fast as the CPUs can.
     Max,
     /// Bytes of dirtied pages per second, all CPUs together.
     BytesPerSecond(u64),
 }
 
-impl Rate {
+impl WorkloadRate {
     /// `max`, or bytes per second as [`size`] reads them.
     pub fn parse(value: &str) -> Option<Self> {
         match value {
@@ -22,11 +22,11 @@ impl Rate {
 
 /// What the command line asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct BareSettings {
     /// Bytes that are dirtied; `None`: all usable memory.
     pub workset: Option<u64>,
     /// How fast.
-    pub rate: Rate,
+    pub rate: WorkloadRate,
     /// Number of CPUs to use, this one included.
     pub cpus: u32,
     /// TSC ticks per millisecond; `None`: measured against the local APIC's timer.
@@ -45,11 +45,11 @@ pub struct Settings {
     pub io_errors: bool,
 }
 
-impl Default for Settings {
+impl Default for BareSettings {
     fn default() -> Self {
         Self {
             workset: None,
-            rate: Rate::BytesPerSecond(0),
+            rate: WorkloadRate::BytesPerSecond(0),
             cpus: 1,
             tsc_khz: None,
             fill: true,
@@ -62,7 +62,7 @@ impl Default for Settings {
     }
 }
 
-impl Settings {
+impl BareSettings {
     /// Most CPUs that the image has stacks for.
     pub const MAX_CPUS: u32 = 32;
     /// Most reads at a time that the image has memory for.
@@ -83,7 +83,7 @@ impl Settings {
     fn set(&mut self, key: &str, value: &str) -> Option<()> {
         match key {
             "workset" => self.workset = Some(size(value)?),
-            "rate" => self.rate = Rate::parse(value)?,
+            "rate" => self.rate = WorkloadRate::parse(value)?,
             "cpus" => self.cpus = value.parse().ok().filter(|n| (1..=Self::MAX_CPUS).contains(n))?,
             "tsc_khz" => {
                 self.tsc_khz = Some(
@@ -144,13 +144,13 @@ mod tests {
 
     #[test]
     fn words_set_what_they_name() {
-        let settings = Settings::parse(
+        let settings = BareSettings::parse(
             "console=ttyS0 workset=512M rate=max cpus=4 tsc_khz=2300000 fill=0 tick=20 idle=spin reads=32 writes=1 \
              io_errors=1 quiet",
         );
-        let expected = Settings {
+        let expected = BareSettings {
             workset: Some(512 << 20),
-            rate: Rate::Max,
+            rate: WorkloadRate::Max,
             cpus: 4,
             tsc_khz: Some(2_300_000),
             fill: false,
@@ -161,12 +161,15 @@ mod tests {
             io_errors: true,
         };
         assert_eq!(settings, Ok(expected));
-        assert_eq!(Settings::parse("").map(|s| s.rate), Ok(Rate::BytesPerSecond(0)));
-        let behind = Settings::parse("rate=max -- cpus=99 rate=0").map(|s| (s.rate, s.cpus));
-        assert_eq!(behind, Ok((Rate::Max, 1)));
         assert_eq!(
-            Settings::parse("rate=100M").map(|s| s.rate),
-            Ok(Rate::BytesPerSecond(100 << 20))
+            BareSettings::parse("").map(|s| s.rate),
+            Ok(WorkloadRate::BytesPerSecond(0))
+        );
+        let behind = BareSettings::parse("rate=max -- cpus=99 rate=0").map(|s| (s.rate, s.cpus));
+        assert_eq!(behind, Ok((WorkloadRate::Max, 1)));
+        assert_eq!(
+            BareSettings::parse("rate=100M").map(|s| s.rate),
+            Ok(WorkloadRate::BytesPerSecond(100 << 20))
         );
     }
 
@@ -192,7 +195,7 @@ mod tests {
             "writes=2",
             "io_errors=yes",
         ] {
-            assert_eq!(Settings::parse(word), Err(word));
+            assert_eq!(BareSettings::parse(word), Err(word));
         }
     }
 }

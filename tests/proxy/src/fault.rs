@@ -1,11 +1,11 @@
-//! What happens, and where.
+//! Faults that a proxy injects, and the messages at which it does.
 
 use std::fmt;
 use std::time::Duration;
 
 /// Which of a migration's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Connection {
+pub enum ProxyConnection {
     /// The one that the migration begins on.
     Control,
     /// Data stream number n, from 0.
@@ -17,17 +17,17 @@ pub enum Connection {
 /// Which way a message goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
-    /// The source says it.
+    /// The source sends it.
     ToDestination,
-    /// The destination says it.
+    /// The destination sends it.
     ToSource,
 }
 
 /// One message of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Point {
+pub struct FaultPoint {
     /// On which connection it goes.
-    pub connection: Connection,
+    pub connection: ProxyConnection,
     /// Which way it goes.
     pub direction: Direction,
     /// Its name in `PROTOCOL.md`; `message 26` if it is newer than this crate, and `garbage` for bytes that are
@@ -39,15 +39,15 @@ pub struct Point {
 
 /// A fault, and the message that it strikes. It strikes once.
 #[derive(Debug)]
-pub struct Plan {
+pub struct FaultPlan {
     /// Where.
-    pub point: Point,
+    pub point: FaultPoint,
     /// What.
-    pub fault: Fault,
+    pub fault: ProxyFault,
 }
 
 /// What becomes of a message and of those around it.
-pub enum Fault {
+pub enum ProxyFault {
     /// It vanishes; what follows it passes.
     Drop,
     /// It and what follows it comes so much later.
@@ -55,35 +55,35 @@ pub enum Fault {
     /// Half of it passes, then the connection is closed.
     Truncate,
     /// A bit in the middle of this part is flipped.
-    Corrupt(Part),
+    Corrupt(FramePart),
     /// It passes twice.
     Duplicate,
-    /// It does not pass: the connection is reset, both ways (TCP: RST; Unix sockets know only a close).
+    /// It does not pass: the connection is reset, both ways (TCP: RST; Unix sockets have only a close).
     Reset,
-    /// Neither it nor anything after it passes in its direction, for so long or for ever; nobody is told.
+    /// Neither it nor anything after it passes in its direction, for so long or for ever; neither side gets an error.
     Stall(Option<Duration>),
     /// It does not pass: the network is gone. All connections are reset, and new ones as soon as they are made,
     /// until [`crate::Proxy::heal`].
     CutAll,
     /// It passes, and from it on the network is so fast, as by [`crate::Proxy::pace`].
-    Pace(Pace),
+    Pace(NetworkPace),
     /// It passes, and the function is called before or after that, on the connection's thread.
     Call(When, Box<dyn FnOnce() + Send>),
 }
 
 /// How fast a network is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pace {
+pub enum NetworkPace {
     /// As fast as the machine.
     #[default]
     Free,
-    /// So many bytes per second on each connection each way. With 0 nothing passes, and nobody is told.
+    /// So many bytes per second on each connection each way. With 0 nothing passes, and neither side gets an error.
     Bytes(u64),
 }
 
 /// A part of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum FramePart {
     /// The kind in the header.
     Kind,
     /// The length in the header; its lowest bit.
@@ -103,24 +103,24 @@ pub enum When {
     After,
 }
 
-impl fmt::Debug for Fault {
+impl fmt::Debug for ProxyFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Drop => f.write_str("Drop"),
-            Fault::Delay(time) => write!(f, "Delay({time:?})"),
-            Fault::Truncate => f.write_str("Truncate"),
-            Fault::Corrupt(part) => write!(f, "Corrupt({part:?})"),
-            Fault::Duplicate => f.write_str("Duplicate"),
-            Fault::Reset => f.write_str("Reset"),
-            Fault::Stall(time) => write!(f, "Stall({time:?})"),
-            Fault::CutAll => f.write_str("CutAll"),
-            Fault::Pace(pace) => write!(f, "Pace({pace:?})"),
-            Fault::Call(when, _) => write!(f, "Call({when:?})"),
+            ProxyFault::Drop => f.write_str("Drop"),
+            ProxyFault::Delay(time) => write!(f, "Delay({time:?})"),
+            ProxyFault::Truncate => f.write_str("Truncate"),
+            ProxyFault::Corrupt(part) => write!(f, "Corrupt({part:?})"),
+            ProxyFault::Duplicate => f.write_str("Duplicate"),
+            ProxyFault::Reset => f.write_str("Reset"),
+            ProxyFault::Stall(time) => write!(f, "Stall({time:?})"),
+            ProxyFault::CutAll => f.write_str("CutAll"),
+            ProxyFault::Pace(pace) => write!(f, "Pace({pace:?})"),
+            ProxyFault::Call(when, _) => write!(f, "Call({when:?})"),
         }
     }
 }
 
-impl fmt::Display for Point {
+impl fmt::Display for FaultPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             connection,

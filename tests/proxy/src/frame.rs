@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use crate::fault::{Connection, Part};
+use crate::fault::{FramePart, ProxyConnection};
 
 /// Bytes of a header: kind, three zeroes, length of the content (little-endian).
 pub(crate) const HEADER: usize = 8;
@@ -47,7 +47,7 @@ const MESSAGES: [&str; 26] = [
 
 /// A frame and what follows it.
 #[derive(Debug)]
-pub(crate) struct Frame {
+pub(crate) struct ProxyFrame {
     pub(crate) bytes: Vec<u8>,
     /// Where the data after the content begins.
     pub(crate) data_at: usize,
@@ -66,7 +66,7 @@ pub(crate) fn content_len(header: [u8; HEADER]) -> Option<usize> {
 
 /// Bytes that follow a frame, as its content says; nothing if the content makes no sense.
 pub(crate) fn data_len(frame: &[u8]) -> Option<usize> {
-    let (kind, mut content) = (*frame.first()?, Reader(frame.get(HEADER..)?));
+    let (kind, mut content) = (*frame.first()?, VarintReader(frame.get(HEADER..)?));
     let len = match kind {
         PAGES => content.spans()?,
         COMPRESSED => {
@@ -79,7 +79,7 @@ pub(crate) fn data_len(frame: &[u8]) -> Option<usize> {
     (len <= MAX_DATA).then_some(len as usize)
 }
 
-impl Frame {
+impl ProxyFrame {
     /// What `PROTOCOL.md` calls it.
     pub(crate) fn name(&self) -> String {
         match self.bytes[0] {
@@ -96,21 +96,21 @@ impl Frame {
         }
     }
 
-    /// What a connection is for, if this message tells.
-    pub(crate) fn tells(&self) -> Option<Connection> {
+    /// What a connection is for, if this message says so.
+    pub(crate) fn purpose(&self) -> Option<ProxyConnection> {
         match self.name().as_str() {
-            "begin" => Some(Connection::Control),
-            "ask" => Some(Connection::Ask),
+            "begin" => Some(ProxyConnection::Control),
+            "ask" => Some(ProxyConnection::Ask),
             // Number, token of 16 bytes, index.
             "join" => {
-                let index = Reader(self.bytes.get(HEADER + 17..)?).varint()?;
-                Some(Connection::Stream(u32::try_from(index).ok()?))
+                let index = VarintReader(self.bytes.get(HEADER + 17..)?).varint()?;
+                Some(ProxyConnection::Stream(u32::try_from(index).ok()?))
             }
             _ => None,
         }
     }
 
-    /// How many streams are to come, if this message tells.
+    /// How many streams are to come, if this message says so.
     pub(crate) fn streams(&self) -> Option<u32> {
         match (self.name().as_str(), &self.bytes[..]) {
             // The plan comes last: 0 and the number, at most 32 and so one byte. That of a handover can look the
@@ -122,12 +122,12 @@ impl Frame {
     }
 
     /// Flips a bit.
-    pub(crate) fn corrupt(&mut self, part: Part) {
+    pub(crate) fn corrupt(&mut self, part: FramePart) {
         let range = match part {
-            Part::Kind => 0..1,
-            Part::Length => 4..5,
-            Part::Data if self.data_at < self.bytes.len() => self.data_at..self.bytes.len(),
-            Part::Content | Part::Data => HEADER..self.data_at,
+            FramePart::Kind => 0..1,
+            FramePart::Length => 4..5,
+            FramePart::Data if self.data_at < self.bytes.len() => self.data_at..self.bytes.len(),
+            FramePart::Content | FramePart::Data => HEADER..self.data_at,
         };
         let at = if range.is_empty() {
             0
@@ -139,9 +139,9 @@ impl Frame {
 }
 
 /// Reads postcard's varints.
-struct Reader<'a>(&'a [u8]);
+struct VarintReader<'a>(&'a [u8]);
 
-impl Reader<'_> {
+impl VarintReader<'_> {
     fn varint(&mut self) -> Option<u64> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {

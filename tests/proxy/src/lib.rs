@@ -1,8 +1,8 @@
 //! A man in the middle of migrations, for tests.
 //!
 //! A [`Proxy`] stands between a source and a destination, passes every connection on, and reads the frames of
-//! `migration/PROTOCOL.md` as they go by. It remembers which messages passed, as [`Point`]s, so that a test can
-//! take those of a migration without faults and try a [`Fault`] at each of them: a message that is added to the
+//! `migration/PROTOCOL.md` as they go by. It records which messages passed, as [`FaultPoint`]s, so that a test can
+//! take those of a migration without faults and try a [`ProxyFault`] at each of them: a message that is added to the
 //! protocol cannot be forgotten.
 
 mod fault;
@@ -13,6 +13,14 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use fault::{Connection, Direction, Fault, Pace, Part, Plan, Point, When};
+pub use fault::{
+    Direction, FaultPlan, FaultPoint, FramePart, NetworkPace, ProxyConnection, ProxyFault, When,
+};
+/// The names under which the engine's tests have these until they use the ones above.
+#[doc(hidden)]
+pub use fault::{
+    FaultPlan as Plan, FaultPoint as Point, FramePart as Part, NetworkPace as Pace,
+    ProxyConnection as Connection, ProxyFault as Fault,
+};
 pub use proxy::{Proxy, ProxyError};
 pub use socket::{Address, AddressError};

@@ -1,20 +1,20 @@
-//! The proxy: its listener, its connections, and what all of them know.
+//! The proxy: its listener, its connections, and what their threads share.
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 
-use crate::fault::{Connection, Direction, Fault, Pace, Plan, Point};
-use crate::frame::Frame;
+use crate::fault::{Direction, FaultPlan, FaultPoint, NetworkPace, ProxyConnection, ProxyFault};
+use crate::frame::ProxyFrame;
 use crate::pump::{Pair, Pump};
-use crate::socket::{Address, Bell, Listener, Socket};
+use crate::socket::{Address, Bell, ProxyListener, ProxySocket};
 
-/// Passes connections on, remembers their messages, and injects faults. Everything that it started ends when it
+/// Passes connections on, records their messages, and injects faults. Everything that it started ends when it
 /// is dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    shared: Arc<Shared>,
+    shared: Arc<ProxyShared>,
     address: Address,
     accepting: Option<JoinHandle<()>>,
 }
@@ -27,7 +27,7 @@ pub enum ProxyError {
     Listen {
         /// Where.
         address: Address,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -38,22 +38,22 @@ pub enum ProxyError {
 
 /// What the threads of a proxy share.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct ProxyShared {
     to: Address,
     bell: Bell,
-    state: Mutex<State>,
+    state: Mutex<ProxyState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    plans: Vec<Plan>,
-    seen: Vec<Point>,
-    counts: HashMap<(Connection, Direction, String), u32>,
+struct ProxyState {
+    plans: Vec<FaultPlan>,
+    seen: Vec<FaultPoint>,
+    counts: HashMap<(ProxyConnection, Direction, String), u32>,
     struck: usize,
     /// Whether the network is gone.
     cut: bool,
     /// How fast bytes pass.
-    pace: Pace,
+    pace: NetworkPace,
     /// Whether the control connection was made.
     begun: bool,
     /// Streams that were announced.
@@ -66,17 +66,17 @@ struct State {
 
 impl Proxy {
     /// Listens at `address` and passes what comes on to `to`. With port 0 the system chooses one.
-    pub fn start(address: &Address, to: &Address, plans: Vec<Plan>) -> Result<Self, ProxyError> {
-        let listener = Listener::bind(address).map_err(|source| ProxyError::Listen {
+    pub fn start(address: &Address, to: &Address, plans: Vec<FaultPlan>) -> Result<Self, ProxyError> {
+        let listener = ProxyListener::bind(address).map_err(|source| ProxyError::Listen {
             address: address.clone(),
             source,
         })?;
         let address = listener.address().clone();
-        let state = State {
+        let state = ProxyState {
             plans,
-            ..State::default()
+            ..ProxyState::default()
         };
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ProxyShared {
             to: to.clone(),
             bell: Bell::new().map_err(ProxyError::Start)?,
             state: Mutex::new(state),
@@ -99,7 +99,7 @@ impl Proxy {
     }
 
     /// Every message that came, in the order in which they came, those that did not pass included.
-    pub fn seen(&self) -> Vec<Point> {
+    pub fn seen(&self) -> Vec<FaultPoint> {
         self.shared.lock().seen.clone()
     }
 
@@ -108,13 +108,13 @@ impl Proxy {
         self.shared.lock().struck
     }
 
-    /// The network goes: see [`Fault::CutAll`].
+    /// The network goes: see [`ProxyFault::CutAll`].
     pub fn cut_all(&self) {
         self.shared.cut_all();
     }
 
     /// From now on bytes pass at this pace, both ways on every connection; those of a frame that is under way too.
-    pub fn pace(&self, pace: Pace) {
+    pub fn pace(&self, pace: NetworkPace) {
         self.shared.lock().pace = pace;
     }
 
@@ -128,7 +128,7 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.bell.ring();
         if let Some(thread) = self.accepting.take() {
-            // One that panicked has been heard already.
+            // A thread that panicked has printed its message already.
             let _ = thread.join();
         }
         self.shared.cut_all();
@@ -139,13 +139,13 @@ impl Drop for Proxy {
     }
 }
 
-impl Shared {
-    fn accept_all(self: Arc<Self>, listener: &Listener) {
+impl ProxyShared {
+    fn accept_all(self: Arc<Self>, listener: &ProxyListener) {
         while let Some(front) = listener.accept(&self.bell) {
             let passed = if self.lock().cut {
                 Err(front)
             } else {
-                match Socket::connect(&self.to) {
+                match ProxySocket::connect(&self.to) {
                     Ok(back) => self.open(front, back),
                     Err(_) => Err(front),
                 }
@@ -158,7 +158,7 @@ impl Shared {
 
     /// Starts to pass a connection on; gives it back if it cannot. The other side is then reset as well: it may have
     /// seen the connection before the network went.
-    fn open(self: &Arc<Self>, front: Socket, back: Socket) -> Result<(), Socket> {
+    fn open(self: &Arc<Self>, front: ProxySocket, back: ProxySocket) -> Result<(), ProxySocket> {
         let Ok(bell) = Bell::new() else {
             back.reset_on_close();
             return Err(front);
@@ -185,19 +185,19 @@ impl Shared {
         Ok(())
     }
 
-    /// Remembers a message, and says what is to happen to it.
+    /// Records a message; returns the fault that strikes it.
     pub(crate) fn note(
         &self,
-        connection: Connection,
+        connection: ProxyConnection,
         direction: Direction,
         message: String,
-    ) -> Option<Fault> {
+    ) -> Option<ProxyFault> {
         let mut state = self.lock();
         let count = state
             .counts
             .entry((connection, direction, message.clone()))
             .or_default();
-        let point = Point {
+        let point = FaultPoint {
             connection,
             direction,
             message,
@@ -212,19 +212,19 @@ impl Shared {
     }
 
     /// How fast bytes pass now.
-    pub(crate) fn pace(&self) -> Pace {
+    pub(crate) fn pace(&self) -> NetworkPace {
         self.lock().pace
     }
 
-    /// Learns from a message which connections will come.
-    pub(crate) fn learn(&self, frame: &Frame) {
+    /// Expects the streams that a message announces.
+    pub(crate) fn expect_streams(&self, frame: &ProxyFrame) {
         if let Some(streams) = frame.streams() {
             let mut state = self.lock();
             (state.streams, state.opened) = (streams, 0);
         }
     }
 
-    pub(crate) fn set_pace(&self, pace: Pace) {
+    pub(crate) fn set_pace(&self, pace: NetworkPace) {
         self.lock().pace = pace;
     }
 
@@ -236,22 +236,22 @@ impl Shared {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ProxyState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    /// What the next connection will be for, as far as the order tells; what it says itself decides later.
-    fn next_connection(&mut self) -> Connection {
+impl ProxyState {
+    /// What the next connection will be for by the order of connections; its first message decides later.
+    fn next_connection(&mut self) -> ProxyConnection {
         if !self.begun {
             self.begun = true;
-            return Connection::Control;
+            return ProxyConnection::Control;
         }
         if self.opened == self.streams {
-            return Connection::Ask;
+            return ProxyConnection::Ask;
         }
         self.opened += 1;
-        Connection::Stream(self.opened - 1)
+        ProxyConnection::Stream(self.opened - 1)
     }
 }

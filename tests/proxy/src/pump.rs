@@ -3,23 +3,28 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::fault::{Connection, Direction, Fault, Pace, When};
-use crate::frame::{Frame, HEADER, content_len, data_len};
-use crate::proxy::Shared;
-use crate::socket::{Bell, Gone, Socket};
+use crate::fault::{Direction, NetworkPace, ProxyConnection, ProxyFault, When};
+use crate::frame::{HEADER, ProxyFrame, content_len, data_len};
+use crate::proxy::ProxyShared;
+use crate::socket::{Bell, Gone, ProxySocket};
 
 /// A connection from the source, and the one that goes on to the destination. Closed when both of its pumps have
 /// ended.
 #[derive(Debug)]
 pub(crate) struct Pair {
-    source: Socket,
-    destination: Socket,
+    source: ProxySocket,
+    destination: ProxySocket,
     bell: Bell,
-    connection: Mutex<Connection>,
+    connection: Mutex<ProxyConnection>,
 }
 
 impl Pair {
-    pub(crate) fn new(source: Socket, destination: Socket, bell: Bell, connection: Connection) -> Self {
+    pub(crate) fn new(
+        source: ProxySocket,
+        destination: ProxySocket,
+        bell: Bell,
+        connection: ProxyConnection,
+    ) -> Self {
         Self {
             source,
             destination,
@@ -28,18 +33,18 @@ impl Pair {
         }
     }
 
-    /// Ends it, so that both peers notice.
+    /// Resets both connections, so that both peers get an error.
     pub(crate) fn reset(&self) {
         self.source.reset_on_close();
         self.destination.reset_on_close();
         self.bell.ring();
     }
 
-    /// What it is for, after a message that may have told.
-    fn connection(&self, frame: &Frame) -> Connection {
+    /// What the connection is for, after a message that may say so.
+    fn connection(&self, frame: &ProxyFrame) -> ProxyConnection {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(told) = frame.tells() {
-            *connection = told;
+        if let Some(purpose) = frame.purpose() {
+            *connection = purpose;
         }
         *connection
     }
@@ -47,16 +52,16 @@ impl Pair {
 
 /// Passes frames on, one way.
 pub(crate) struct Pump {
-    shared: Arc<Shared>,
+    shared: Arc<ProxyShared>,
     pair: Arc<Pair>,
     direction: Direction,
 }
 
 /// What was received.
-enum Received {
-    Frame(Frame),
+enum ReceivedFrame {
+    Frame(ProxyFrame),
     /// Bytes that are no frame, or not all of one before the end.
-    Other(Frame),
+    Other(ProxyFrame),
     End,
 }
 
@@ -68,7 +73,7 @@ const BEATS_PER_SECOND: u64 = 200;
 const PIECE: usize = 64 << 10;
 
 impl Pump {
-    pub(crate) fn new(shared: Arc<Shared>, pair: Arc<Pair>, direction: Direction) -> Self {
+    pub(crate) fn new(shared: Arc<ProxyShared>, pair: Arc<Pair>, direction: Direction) -> Self {
         Self {
             shared,
             pair,
@@ -89,56 +94,56 @@ impl Pump {
         // A reset does not wait for a pause in the data.
         while self.pair.bell.rest(Some(Duration::ZERO)) {
             match self.receive()? {
-                Received::Frame(frame) => self.pass(frame)?,
-                Received::Other(rest) => return self.pass_raw(&rest),
-                Received::End => return Ok(()),
+                ReceivedFrame::Frame(frame) => self.pass(frame)?,
+                ReceivedFrame::Other(rest) => return self.pass_raw(&rest),
+                ReceivedFrame::End => return Ok(()),
             }
         }
         Err(Gone::Woken)
     }
 
     /// Passes one frame on, or what a fault makes of it.
-    fn pass(&self, mut frame: Frame) -> Result<(), Gone> {
+    fn pass(&self, mut frame: ProxyFrame) -> Result<(), Gone> {
         let connection = self.pair.connection(&frame);
-        self.shared.learn(&frame);
+        self.shared.expect_streams(&frame);
         let fault = self.shared.note(connection, self.direction, frame.name());
         match fault {
             None => self.send(&frame),
-            Some(Fault::Drop) => Ok(()),
-            Some(Fault::Delay(time)) => self.rest_and_send(Some(time), &frame),
-            Some(Fault::Stall(time)) => self.rest_and_send(time, &frame),
-            Some(Fault::Truncate) => {
+            Some(ProxyFault::Drop) => Ok(()),
+            Some(ProxyFault::Delay(time)) => self.rest_and_send(Some(time), &frame),
+            Some(ProxyFault::Stall(time)) => self.rest_and_send(time, &frame),
+            Some(ProxyFault::Truncate) => {
                 frame.bytes.truncate(frame.bytes.len() / 2);
                 self.send(&frame)?;
                 self.to().end();
                 self.pair.bell.ring();
                 Err(Gone::Woken)
             }
-            Some(Fault::Corrupt(part)) => {
+            Some(ProxyFault::Corrupt(part)) => {
                 frame.corrupt(part);
                 self.send(&frame)
             }
-            Some(Fault::Duplicate) => {
+            Some(ProxyFault::Duplicate) => {
                 self.send(&frame)?;
                 self.send(&frame)
             }
-            Some(Fault::Reset) => {
+            Some(ProxyFault::Reset) => {
                 self.pair.reset();
                 Err(Gone::Woken)
             }
-            Some(Fault::CutAll) => {
+            Some(ProxyFault::CutAll) => {
                 self.shared.cut_all();
                 Err(Gone::Woken)
             }
-            Some(Fault::Pace(pace)) => {
+            Some(ProxyFault::Pace(pace)) => {
                 self.shared.set_pace(pace);
                 self.send(&frame)
             }
-            Some(Fault::Call(When::Before, call)) => {
+            Some(ProxyFault::Call(When::Before, call)) => {
                 call();
                 self.send(&frame)
             }
-            Some(Fault::Call(When::After, call)) => {
+            Some(ProxyFault::Call(When::After, call)) => {
                 let sent = self.send(&frame);
                 call();
                 sent
@@ -147,9 +152,9 @@ impl Pump {
     }
 
     /// Passes what is no frame on as it is, and all that follows.
-    fn pass_raw(&self, rest: &Frame) -> Result<(), Gone> {
+    fn pass_raw(&self, rest: &ProxyFrame) -> Result<(), Gone> {
         let connection = self.pair.connection(rest);
-        // Remembered only: faults strike messages.
+        // Recorded only: faults strike messages.
         let _ = self.shared.note(connection, self.direction, "garbage".into());
         self.send(rest)?;
         let mut piece = vec![0; PIECE];
@@ -164,38 +169,38 @@ impl Pump {
     }
 
     /// A frame with what follows it.
-    fn receive(&self) -> Result<Received, Gone> {
-        let mut frame = Frame {
+    fn receive(&self) -> Result<ReceivedFrame, Gone> {
+        let mut frame = ProxyFrame {
             bytes: Vec::new(),
             data_at: HEADER,
             files: Vec::new(),
         };
         if !self.fill(&mut frame, HEADER)? {
             return Ok(if frame.bytes.is_empty() {
-                Received::End
+                ReceivedFrame::End
             } else {
-                Received::Other(frame)
+                ReceivedFrame::Other(frame)
             });
         }
         let header = frame.bytes.first_chunk().copied();
         let Some(content) = header.and_then(content_len) else {
-            return Ok(Received::Other(frame));
+            return Ok(ReceivedFrame::Other(frame));
         };
         if !self.fill(&mut frame, content)? {
-            return Ok(Received::Other(frame));
+            return Ok(ReceivedFrame::Other(frame));
         }
         frame.data_at = frame.bytes.len();
         let Some(data) = data_len(&frame.bytes) else {
-            return Ok(Received::Other(frame));
+            return Ok(ReceivedFrame::Other(frame));
         };
         if !self.fill(&mut frame, data)? {
-            return Ok(Received::Other(frame));
+            return Ok(ReceivedFrame::Other(frame));
         }
-        Ok(Received::Frame(frame))
+        Ok(ReceivedFrame::Frame(frame))
     }
 
     /// Adds so many bytes to the frame. Answers whether they came before the end.
-    fn fill(&self, frame: &mut Frame, count: usize) -> Result<bool, Gone> {
+    fn fill(&self, frame: &mut ProxyFrame, count: usize) -> Result<bool, Gone> {
         let mut at = frame.bytes.len();
         frame.bytes.resize(at + count, 0);
         while at < frame.bytes.len() {
@@ -211,7 +216,7 @@ impl Pump {
         Ok(true)
     }
 
-    fn rest_and_send(&self, time: Option<Duration>, frame: &Frame) -> Result<(), Gone> {
+    fn rest_and_send(&self, time: Option<Duration>, frame: &ProxyFrame) -> Result<(), Gone> {
         if self.pair.bell.rest(time) {
             self.send(frame)
         } else {
@@ -219,12 +224,12 @@ impl Pump {
         }
     }
 
-    fn send(&self, frame: &Frame) -> Result<(), Gone> {
+    fn send(&self, frame: &ProxyFrame) -> Result<(), Gone> {
         let (mut bytes, mut files) = (&frame.bytes[..], &frame.files[..]);
         while !bytes.is_empty() {
             let most = match self.shared.pace() {
-                Pace::Free => bytes.len(),
-                Pace::Bytes(per_second) => {
+                NetworkPace::Free => bytes.len(),
+                NetworkPace::Bytes(per_second) => {
                     if !self.pair.bell.rest(Some(BEAT)) {
                         return Err(Gone::Woken);
                     }
@@ -241,14 +246,14 @@ impl Pump {
         Ok(())
     }
 
-    fn from(&self) -> &Socket {
+    fn from(&self) -> &ProxySocket {
         match self.direction {
             Direction::ToDestination => &self.pair.source,
             Direction::ToSource => &self.pair.destination,
         }
     }
 
-    fn to(&self) -> &Socket {
+    fn to(&self) -> &ProxySocket {
         match self.direction {
             Direction::ToDestination => &self.pair.destination,
             Direction::ToSource => &self.pair.source,

@@ -58,7 +58,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Wakes whoever waits for a socket, for good.
+/// Wakes the threads that wait for a socket, for good.
 #[derive(Debug)]
 pub(crate) struct Bell(OwnedFd);
 
@@ -99,9 +99,9 @@ pub(crate) enum Gone {
 
 /// One end of a byte stream.
 #[derive(Debug)]
-pub(crate) struct Socket(OwnedFd);
+pub(crate) struct ProxySocket(OwnedFd);
 
-impl Socket {
+impl ProxySocket {
     pub(crate) fn connect(to: &Address) -> io::Result<Self> {
         Ok(Self(match to {
             Address::Tcp(address) => {
@@ -165,11 +165,11 @@ impl Socket {
 
     /// Nothing more will be sent.
     pub(crate) fn end(&self) {
-        // The peer may be gone, and then knows.
+        // The peer may be gone already.
         let _ = shutdown(&self.0, Shutdown::Write);
     }
 
-    /// When it is closed, its peer gets a reset, where the socket knows such a thing.
+    /// When it is closed, its peer gets a reset, where sockets of its family have resets.
     pub(crate) fn reset_on_close(&self) {
         let _ = sockopt::set_socket_linger(&self.0, Some(Duration::ZERO));
     }
@@ -181,12 +181,12 @@ impl Socket {
 
 /// Waits for connections.
 #[derive(Debug)]
-pub(crate) struct Listener {
+pub(crate) struct ProxyListener {
     socket: OwnedFd,
     address: Address,
 }
 
-impl Listener {
+impl ProxyListener {
     pub(crate) fn bind(address: &Address) -> io::Result<Self> {
         let (socket, address) = match address {
             Address::Tcp(address) => {
@@ -209,7 +209,7 @@ impl Listener {
     }
 
     /// The next connection; nothing once the bell rang.
-    pub(crate) fn accept(&self, bell: &Bell) -> Option<Socket> {
+    pub(crate) fn accept(&self, bell: &Bell) -> Option<ProxySocket> {
         loop {
             match accept(&self.socket) {
                 Ok(socket) => {
@@ -217,7 +217,7 @@ impl Listener {
                         // Only a matter of speed.
                         let _ = sockopt::set_tcp_nodelay(&socket, true);
                     }
-                    return Some(Socket(socket));
+                    return Some(ProxySocket(socket));
                 }
                 Err(Errno::AGAIN) => wait(self.socket.as_fd(), PollFlags::IN, bell).ok()?,
                 // The peer was gone again before it was its turn.
@@ -228,10 +228,10 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for ProxyListener {
     fn drop(&mut self) {
         if let Address::Unix(path) = &self.address {
-            // Whoever removed it first has done our work.
+            // Another process may have removed it before.
             let _ = std::fs::remove_file(path);
         }
     }

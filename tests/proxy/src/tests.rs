@@ -62,13 +62,13 @@ fn compressed() -> Vec<u8> {
 }
 
 /// A destination behind a proxy.
-struct Rig {
+struct ProxyRig {
     listener: TcpListener,
     proxy: Proxy,
 }
 
-impl Rig {
-    fn new(plans: Vec<Plan>) -> Self {
+impl ProxyRig {
+    fn new(plans: Vec<FaultPlan>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = Address::Tcp(listener.local_addr().unwrap());
         let proxy = Proxy::start(&"tcp:127.0.0.1:0".parse().unwrap(), &to, plans).unwrap();
@@ -76,9 +76,9 @@ impl Rig {
     }
 
     /// With a fault at the first "ping" of the control connection.
-    fn ping(fault: Fault) -> Self {
-        Self::new(vec![Plan {
-            point: point(Connection::Control, Direction::ToDestination, "ping"),
+    fn ping(fault: ProxyFault) -> Self {
+        Self::new(vec![FaultPlan {
+            point: point(ProxyConnection::Control, Direction::ToDestination, "ping"),
             fault,
         }])
     }
@@ -101,8 +101,8 @@ impl Rig {
     }
 }
 
-fn point(connection: Connection, direction: Direction, message: &str) -> Point {
-    Point {
+fn point(connection: ProxyConnection, direction: Direction, message: &str) -> FaultPoint {
+    FaultPoint {
         connection,
         direction,
         message: message.into(),
@@ -137,8 +137,8 @@ fn is_reset(stream: &mut TcpStream) -> bool {
 }
 
 #[test]
-fn every_message_passes_whole_and_is_remembered() {
-    let rig = Rig::new(Vec::new());
+fn every_message_passes_whole_and_is_recorded() {
+    let rig = ProxyRig::new(Vec::new());
     let (mut source, mut destination) = rig.connect();
     let sent = [
         hello(),
@@ -166,19 +166,19 @@ fn every_message_passes_whole_and_is_remembered() {
     expect(&mut destination, &[hello(), ask()].concat());
 
     let to = |connection, message| point(connection, Direction::ToDestination, message);
-    let mut expected: Vec<Point> = ["hello", "begin", "message 26", "describe", "state", "rehearsal"]
-        .map(|message| to(Connection::Control, message))
+    let mut expected: Vec<FaultPoint> = ["hello", "begin", "message 26", "describe", "state", "rehearsal"]
+        .map(|message| to(ProxyConnection::Control, message))
         .into();
-    expected.push(point(Connection::Control, Direction::ToSource, "accept"));
+    expected.push(point(ProxyConnection::Control, Direction::ToSource, "accept"));
     for index in [0, 1] {
         let stream = ["hello", "join", "pages", "compressed pages"];
-        expected.extend(stream.map(|message| to(Connection::Stream(index), message)));
-        expected.push(Point {
+        expected.extend(stream.map(|message| to(ProxyConnection::Stream(index), message)));
+        expected.push(FaultPoint {
             occurrence: 1,
-            ..to(Connection::Stream(index), "pages")
+            ..to(ProxyConnection::Stream(index), "pages")
         });
     }
-    expected.extend(["hello", "ask"].map(|message| to(Connection::Ask, message)));
+    expected.extend(["hello", "ask"].map(|message| to(ProxyConnection::Ask, message)));
     assert_eq!(rig.proxy.seen(), expected);
     assert_eq!(rig.proxy.struck(), 0);
 }
@@ -194,7 +194,7 @@ fn what_is_no_frame_passes_as_it_is() {
         nonsense_table,
         b"abc".to_vec(),
     ] {
-        let rig = Rig::new(Vec::new());
+        let rig = ProxyRig::new(Vec::new());
         let (mut source, mut destination) = rig.connect();
         source.write_all(&bytes).unwrap();
         source.shutdown(std::net::Shutdown::Write).unwrap();
@@ -215,14 +215,14 @@ fn a_message_is_dropped_doubled_or_changed() {
         bytes
     };
     for (fault, comes) in [
-        (Fault::Drop, Vec::new()),
-        (Fault::Duplicate, [ping(), ping()].concat()),
-        (Fault::Corrupt(Part::Kind), changed(0, 0x40)),
-        (Fault::Corrupt(Part::Length), changed(4, 1)),
-        (Fault::Corrupt(Part::Content), changed(8, 1)),
-        (Fault::Corrupt(Part::Data), changed(8, 1)),
+        (ProxyFault::Drop, Vec::new()),
+        (ProxyFault::Duplicate, [ping(), ping()].concat()),
+        (ProxyFault::Corrupt(FramePart::Kind), changed(0, 0x40)),
+        (ProxyFault::Corrupt(FramePart::Length), changed(4, 1)),
+        (ProxyFault::Corrupt(FramePart::Content), changed(8, 1)),
+        (ProxyFault::Corrupt(FramePart::Data), changed(8, 1)),
     ] {
-        let rig = Rig::ping(fault);
+        let rig = ProxyRig::ping(fault);
         let (mut source, mut destination) = rig.connect();
         source
             .write_all(&[hello(), ping(), ping(), go()].concat())
@@ -234,12 +234,12 @@ fn a_message_is_dropped_doubled_or_changed() {
 
 #[test]
 fn the_content_of_pages_is_changed() {
-    let rig = Rig::new(vec![Plan {
-        point: Point {
+    let rig = ProxyRig::new(vec![FaultPlan {
+        point: FaultPoint {
             occurrence: 1,
-            ..point(Connection::Control, Direction::ToDestination, "pages")
+            ..point(ProxyConnection::Control, Direction::ToDestination, "pages")
         },
-        fault: Fault::Corrupt(Part::Data),
+        fault: ProxyFault::Corrupt(FramePart::Data),
     }]);
     let (mut source, mut destination) = rig.connect();
     source.write_all(&[pages(), pages()].concat()).unwrap();
@@ -252,10 +252,10 @@ fn the_content_of_pages_is_changed() {
 #[test]
 fn a_message_comes_later() {
     for fault in [
-        Fault::Delay(Duration::from_millis(50)),
-        Fault::Stall(Some(Duration::from_millis(50))),
+        ProxyFault::Delay(Duration::from_millis(50)),
+        ProxyFault::Stall(Some(Duration::from_millis(50))),
     ] {
-        let rig = Rig::ping(fault);
+        let rig = ProxyRig::ping(fault);
         let (mut source, mut destination) = rig.connect();
         let begin = Instant::now();
         source.write_all(&[hello(), ping(), go()].concat()).unwrap();
@@ -266,7 +266,7 @@ fn a_message_comes_later() {
 
 #[test]
 fn one_direction_stalls_and_the_other_goes_on() {
-    let rig = Rig::ping(Fault::Stall(None));
+    let rig = ProxyRig::ping(ProxyFault::Stall(None));
     let (mut source, mut destination) = rig.connect();
     source.write_all(&[hello(), ping(), go()].concat()).unwrap();
     expect(&mut destination, &hello());
@@ -281,7 +281,7 @@ fn one_direction_stalls_and_the_other_goes_on() {
 
 #[test]
 fn a_network_is_silent_from_a_message_on_until_it_is_fast_again() {
-    let rig = Rig::ping(Fault::Pace(Pace::Bytes(0)));
+    let rig = ProxyRig::ping(ProxyFault::Pace(NetworkPace::Bytes(0)));
     let (mut source, mut destination) = rig.connect();
     source.write_all(&[hello(), ping()].concat()).unwrap();
     expect(&mut destination, &hello());
@@ -290,14 +290,14 @@ fn a_network_is_silent_from_a_message_on_until_it_is_fast_again() {
         .unwrap();
     let error = destination.read(&mut [0]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-    rig.proxy.pace(Pace::Free);
+    rig.proxy.pace(NetworkPace::Free);
     destination.set_read_timeout(Some(PATIENCE)).unwrap();
     expect(&mut destination, &ping());
 }
 
 #[test]
 fn a_network_trickles_from_a_message_on() {
-    let rig = Rig::ping(Fault::Pace(Pace::Bytes(400)));
+    let rig = ProxyRig::ping(ProxyFault::Pace(NetworkPace::Bytes(400)));
     let (mut source, mut destination) = rig.connect();
     let begin = Instant::now();
     source.write_all(&[ping(), pages()].concat()).unwrap();
@@ -309,7 +309,7 @@ fn a_network_trickles_from_a_message_on() {
 
 #[test]
 fn half_a_message_passes_and_then_the_end() {
-    let rig = Rig::ping(Fault::Truncate);
+    let rig = ProxyRig::ping(ProxyFault::Truncate);
     let (mut source, mut destination) = rig.connect();
     source.write_all(&[hello(), ping(), go()].concat()).unwrap();
     assert_eq!(rest(&mut destination).0, [&hello()[..], &ping()[..4]].concat());
@@ -317,8 +317,8 @@ fn half_a_message_passes_and_then_the_end() {
 }
 
 #[test]
-fn a_reset_is_noticed_at_both_ends_of_that_connection_alone() {
-    let rig = Rig::ping(Fault::Reset);
+fn a_reset_reaches_both_ends_of_that_connection_alone() {
+    let rig = ProxyRig::ping(ProxyFault::Reset);
     let (mut source, mut destination) = rig.connect();
     source.write_all(&hello()).unwrap();
     expect(&mut destination, &hello());
@@ -331,7 +331,7 @@ fn a_reset_is_noticed_at_both_ends_of_that_connection_alone() {
 
 #[test]
 fn when_the_network_is_gone_everything_is_until_it_is_healed() {
-    let rig = Rig::ping(Fault::CutAll);
+    let rig = ProxyRig::ping(ProxyFault::CutAll);
     let (mut source, mut destination) = rig.connect();
     let (mut other, mut there) = rig.connect();
     source.write_all(&ping()).unwrap();
@@ -356,7 +356,7 @@ fn a_function_is_called_before_or_after_its_message_passes() {
             called.send(()).unwrap();
             allowed.recv_timeout(PATIENCE).unwrap();
         };
-        let rig = Rig::ping(Fault::Call(when, Box::new(call)));
+        let rig = ProxyRig::ping(ProxyFault::Call(when, Box::new(call)));
         let (mut source, mut destination) = rig.connect();
         source.write_all(&[ping(), go()].concat()).unwrap();
         calls.recv_timeout(PATIENCE).unwrap();
@@ -371,7 +371,7 @@ fn a_function_is_called_before_or_after_its_message_passes() {
 
 #[test]
 fn an_end_or_a_death_at_one_side_is_one_at_the_other() {
-    let rig = Rig::new(Vec::new());
+    let rig = ProxyRig::new(Vec::new());
     let (source, mut destination) = rig.connect();
     source.shutdown(std::net::Shutdown::Write).unwrap();
     rest(&mut destination).1.unwrap();
@@ -388,7 +388,7 @@ fn an_end_or_a_death_at_one_side_is_one_at_the_other() {
 
 #[test]
 fn a_destination_that_is_not_there_is_not_there_through_the_proxy_either() {
-    let Rig { listener, proxy } = Rig::new(Vec::new());
+    let ProxyRig { listener, proxy } = ProxyRig::new(Vec::new());
     drop(listener);
     let Address::Tcp(address) = proxy.address() else {
         panic!("not TCP")

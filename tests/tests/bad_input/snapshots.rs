@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tests::{BareGuest, Host};
+use tests::{BareGuest, TestHost};
 
 use super::{FAILED, check};
 
@@ -45,7 +45,7 @@ impl Damage {
 
 #[test]
 fn damaged_snapshots() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let guest = BareGuest {
         memory_mib: 16,
         workset: "4M",
@@ -108,7 +108,7 @@ fn damaged_snapshots() -> Result<()> {
             .with_context(|| format!("{file}: {damage:?}"))?;
         std::fs::remove_dir_all(&copy)?;
     }
-    // It was never touched itself.
+    // The base itself was never touched.
     let restored = host.restore(&whole, &["--resume", "--preload"])?;
     restored.check_running().map(drop)
 }

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use migration::Outcome;
-use tests::{BareGuest, Host, PATIENCE};
+use tests::{BareGuest, PATIENCE, TestHost};
 
 use super::{FAILED, check, file, run};
 
 #[test]
 fn paths_at_which_no_socket_can_be() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let vsock = |path: &Path| format!("cid=3,uds={}", path.display());
     let taken = host.path("taken");
     let listener = UnixListener::bind(&taken)?;
@@ -40,7 +40,7 @@ fn paths_at_which_no_socket_can_be() -> Result<()> {
     }
     ensure!(std::fs::read(&precious)? == b"data", "a file was touched");
     drop(listener);
-    // Nobody listens any more: it is taken over, and gone with the guest.
+    // No process listens there any more: the VM takes the path over, and removes it with the guest.
     let mut vm = BareGuest::default().boot(&host, "vm-0", &["--vsock", &vsock(&taken)])?;
     UnixStream::connect(&taken)?;
     vm.process.send(b"q")?;
@@ -51,7 +51,7 @@ fn paths_at_which_no_socket_can_be() -> Result<()> {
 
 #[test]
 fn sockets_for_machines_without_and_machines_without_sockets() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("v.sock");
     let (with, without) = (format!("cid=3,uds={}", path.display()), BareGuest::default());
     let here = format!("uds={}", host.path("here").display());
@@ -78,11 +78,11 @@ fn sockets_for_machines_without_and_machines_without_sockets() -> Result<()> {
     Ok(())
 }
 
-/// A path may be the source's until the commit, so that somebody else listens there is found out after it. Neither
-/// side runs the guest then, and the source may.
+/// A path may be the source's until the commit, so the destination finds out after it that another process listens
+/// there. Neither side runs the guest then, until `resolve --run` lets the source do so.
 #[test]
 fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (path, taken) = (host.path("v.sock"), host.path("taken"));
     let _listener = UnixListener::bind(&taken)?;
     let vsock = format!("cid=3,uds={}", path.display());
@@ -97,7 +97,10 @@ fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
             "expected {word:?} in {migration:?}"
         );
     }
-    ensure!(!path.exists(), "nobody runs the guest, and its socket is there");
+    ensure!(
+        !path.exists(),
+        "no process runs the guest, and its socket is there"
+    );
     vm.godwit("resolve", &["--run"])?.expect_code(0)?;
     vm.check_running()?;
     UnixStream::connect(&path).context("the socket of a guest that goes on")?;
@@ -108,7 +111,7 @@ fn a_socket_that_is_in_use_where_the_guest_moves_to() -> Result<()> {
 
 #[test]
 fn a_socket_goes_where_its_guest_goes() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let path = host.path("v.sock");
     let here = format!("uds={}", path.display());
     let vsock = format!("cid=3,{here}");

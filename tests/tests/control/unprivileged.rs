@@ -1,4 +1,4 @@
-//! A VM of a user without rights: it works, and what is in it is nobody else's.
+//! A VM of a user without rights: it works, and other users cannot read what is in it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -8,21 +8,21 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::mount::mount_bind;
-use tests::{BareGuest, Fixtures, Host, PATIENCE, Process, SmallFileSystem};
+use tests::{BareGuest, Fixtures, PATIENCE, SmallFileSystem, TestHost, TestProcess};
 
 /// A user, and a group, without any rights.
 const NOBODY: u32 = 65534;
 /// KVM's device (Documentation/admin-guide/devices.txt).
 const KVM: (u32, u32) = (10, 232);
 
-/// What runs its last arguments as that user.
+/// The program that runs its last arguments as that user.
 fn nobody() -> Vec<OsString> {
     let words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
     words.map(OsString::from).into()
 }
 
-/// Lets everybody who comes from this thread use KVM, and gives `host` to that user.
-fn hand_over(host: &Host) -> Result<SmallFileSystem> {
+/// Lets each process that this thread starts use KVM, and gives `host` to that user.
+fn hand_over(host: &TestHost) -> Result<SmallFileSystem> {
     let devices = SmallFileSystem::mount(host.path("devices"), 1)?;
     let kvm = devices.path().join("kvm");
     let (major, minor) = KVM;
@@ -43,10 +43,10 @@ fn hand_over(host: &Host) -> Result<SmallFileSystem> {
 
 #[test]
 fn what_is_in_a_vm_is_nobody_elses_and_it_moves_all_the_same() -> Result<()> {
-    // Program and guest may be where that user cannot go.
+    // That user may have no access to the folders of program and guest.
     let place = tempfile::tempdir()?;
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755))?;
-    let host = Host::with(Fixtures::from_env()?.copied_to(place.path())?)?;
+    let host = TestHost::with(Fixtures::from_env()?.copied_to(place.path())?)?;
     let _devices = hand_over(&host)?;
 
     let mut command = host.command(["run", "--name", "source"]);
@@ -72,7 +72,7 @@ fn check_private(id: u32) -> Result<()> {
     words.extend(["head", "-c1", &format!("/proc/{id}/environ")].map(OsString::from));
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]);
-    let finished = Process::run(command, PATIENCE)?;
+    let finished = TestProcess::run(command, PATIENCE)?;
     ensure!(
         finished.code != Some(0) && finished.stderr.contains("Permission denied"),
         "another process of the user reads its /proc: {finished:?}"

@@ -1,5 +1,5 @@
-//! Any fault at any message of a migration of a real guest: it ends up in one place, or a side that does not know
-//! says so, and `godwit resolve` finds out.
+//! Any fault at any message of a migration of a real guest: the guest ends up in one place, or a side is in doubt, and
+//! `godwit resolve` ends the doubt.
 
 #[path = "any/dependent.rs"]
 mod dependent;
@@ -11,19 +11,21 @@ mod receiver;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
-use fault_proxy::{Pace, Plan, Point, Proxy};
+use fault_proxy::{FaultPlan, FaultPoint, NetworkPace, Proxy};
 use migration::Outcome;
 use serde_json::Value;
-use tests::{BareGuest, Finished, Host, Journey, Migration, PATIENCE, Process, Vm, count, wait_until};
+use tests::{
+    BareGuest, Finished, Journey, Migration, PATIENCE, TestHost, TestProcess, Vm, count, wait_until,
+};
 
-use self::dependent::{Dependent, Disk};
-use self::harm::{HARMS, Harm};
-use self::receiver::{LOGS, Log, Receiver};
+use self::dependent::{Dependent, DependentDisk};
+use self::harm::{HARMS, InjectedHarm};
+use self::receiver::{FaultReceiver, LOGS, ReceiverLog};
 use super::{ANY_PORT, Moments};
 
 const VERIFIED: [&str; 3] = ["--on-miss", "switch", "--verify"];
 
-/// How it went.
+/// What became of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fate {
     Moved,
@@ -38,7 +40,7 @@ enum Fate {
     OutlivedSource,
     /// It had moved when its destination died.
     DiedWithDestination,
-    /// What it needs was taken away before the switch, and its VM said so and ended.
+    /// What the guest needs was taken away before the switch, and its VM said so and ended.
     EndedWithoutIt,
 }
 
@@ -52,14 +54,14 @@ fn any_fault_at_any_message() -> Result<()> {
     for number in 1..=faults {
         let harm = *moments.choose(&HARMS);
         // Every other one at the end, where it is decided who has the guest. A network that trickles is one for pauses.
-        let among = if number % 2 == 0 && harm != Harm::Trickle {
+        let among = if number % 2 == 0 && harm != InjectedHarm::Trickle {
             &points[..]
         } else {
             last_words(&points)
         };
         let (point, log) = (moments.choose(among).clone(), *moments.choose(&LOGS));
         let guest = match (harm, journey.take()) {
-            (Harm::Lose(thing), _) => Dependent::on(thing)?,
+            (InjectedHarm::Lose(thing), _) => Dependent::on(thing)?,
             (_, Some(guest)) => Dependent::on_nothing(guest),
             (_, None) => Dependent::on_nothing(begin()?),
         };
@@ -75,19 +77,19 @@ fn any_fault_at_any_message() -> Result<()> {
 }
 
 fn begin() -> Result<Journey> {
-    Journey::start(Host::new()?, &BareGuest::default(), &[])
+    Journey::start(TestHost::new()?, &BareGuest::default(), &[])
 }
 
 /// The messages of a migration without faults: of those that come often on a connection, the first and the last.
-fn points(journey: &mut Journey) -> Result<Vec<Point>> {
+fn points(journey: &mut Journey) -> Result<Vec<FaultPoint>> {
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
     let proxy = proxy(&endpoint, Vec::new())?;
     journey.hop_to(receiver, &proxy.address().to_string(), &VERIFIED)?;
     let seen = proxy.seen();
-    let like = |a: &Point, b: &Point| {
+    let like = |a: &FaultPoint, b: &FaultPoint| {
         (a.connection, a.direction, &a.message) == (b.connection, b.direction, &b.message)
     };
-    let last = |point: &Point| seen.iter().rfind(|other| like(point, other)) == Some(point);
+    let last = |point: &FaultPoint| seen.iter().rfind(|other| like(point, other)) == Some(point);
     Ok(seen
         .iter()
         .filter(|point| point.occurrence == 0 || last(point))
@@ -96,34 +98,34 @@ fn points(journey: &mut Journey) -> Result<Vec<Point>> {
 }
 
 /// Those of the points from the machine's state on.
-fn last_words(points: &[Point]) -> &[Point] {
+fn last_words(points: &[FaultPoint]) -> &[FaultPoint] {
     let at = points.iter().position(|point| point.message == "state");
     &points[at.unwrap_or(0)..]
 }
 
-fn proxy(endpoint: &str, plans: Vec<Plan>) -> Result<Proxy> {
+fn proxy(endpoint: &str, plans: Vec<FaultPlan>) -> Result<Proxy> {
     Ok(Proxy::start(&ANY_PORT.parse()?, &endpoint.parse()?, plans)?)
 }
 
 /// A migration with a fault under way.
 struct Strike {
     journey: Journey,
-    receiver: Receiver,
+    receiver: FaultReceiver,
     proxy: Proxy,
-    harm: Harm,
+    harm: InjectedHarm,
     needs: Needs,
 }
 
 /// What the guest needs, and has lost by then.
 struct Needs {
     /// Its disk, which has shrunk.
-    disk: Option<Disk>,
-    /// Who brings its pages, until this is dropped.
-    _handler: Option<Process>,
+    disk: Option<DependentDisk>,
+    /// The program that fills its pages, until this is dropped.
+    _handler: Option<TestProcess>,
 }
 
 impl Strike {
-    fn new(guest: Dependent, point: &Point, harm: Harm, log: Log) -> Result<Self> {
+    fn new(guest: Dependent, point: &FaultPoint, harm: InjectedHarm, log: ReceiverLog) -> Result<Self> {
         let Dependent {
             journey,
             receiver: options,
@@ -131,10 +133,10 @@ impl Strike {
             disk,
             handler,
         } = guest;
-        let receiver = Receiver::start(&journey, &options, log)?;
+        let receiver = FaultReceiver::start(&journey, &options, log)?;
         let fault = harm.fault(&journey.vm, &receiver.vm, lose);
         let point = point.clone();
-        let proxy = proxy(&receiver.endpoint, vec![Plan { point, fault }])?;
+        let proxy = proxy(&receiver.endpoint, vec![FaultPlan { point, fault }])?;
         Ok(Self {
             journey,
             receiver,
@@ -153,10 +155,10 @@ impl Strike {
         let migration = self.journey.vm.start_migration(&to, self.harm.arguments())?;
         let migration = Migration::of(migration.finish(PATIENCE)?)?;
         let struck = self.proxy.struck() > 0;
-        self.proxy.pace(Pace::Free);
+        self.proxy.pace(NetworkPace::Free);
         self.proxy.heal();
-        let source_died = struck && matches!(self.harm, Harm::KillSource(_));
-        let destination_died = struck && matches!(self.harm, Harm::KillDestination(_));
+        let source_died = struck && matches!(self.harm, InjectedHarm::KillSource(_));
+        let destination_died = struck && matches!(self.harm, InjectedHarm::KillDestination(_));
         match migration.code {
             _ if source_died => self.without_source(Fate::DiedWithSource),
             Some(0) if destination_died => {
@@ -176,7 +178,7 @@ impl Strike {
     /// What the VM says where the harm is one to its memory.
     fn memory_is_gone(&self) -> Option<&'static str> {
         match self.harm {
-            Harm::Lose(thing) => thing.gone(),
+            InjectedHarm::Lose(thing) => thing.gone(),
             _ => None,
         }
     }
@@ -184,7 +186,7 @@ impl Strike {
     /// A guest whose memory has gone does not run on with something else: its VM ends, and says why.
     fn ended_without_memory(mut self, reason: &str) -> Result<(Fate, Option<Journey>)> {
         let process = &mut self.journey.vm.process;
-        // It may not have needed the part that is gone. It does now; if it has ended, nobody takes this.
+        // The VM may not have needed the part that is gone. It does now; if it has ended, the command has no effect.
         let _ = process.send(b"v");
         process.stderr().wait_end(PATIENCE)?;
         let said = process.stderr().text();
@@ -208,7 +210,7 @@ impl Strike {
             && !destination_died
             && phase(&self.receiver.vm)? == "stop-and-copy"
         {
-            // It is refused where the destination has found out by itself meanwhile.
+            // `resolve` is refused where the destination has ended the doubt by itself meanwhile.
             resolve(&self.receiver.vm, &["--discard"])?;
         }
         self.moves_after_all(Fate::Stayed, destination_died)
@@ -263,7 +265,7 @@ impl Strike {
         let Self {
             journey, receiver, ..
         } = self;
-        let Receiver { vm, endpoint, .. } = receiver;
+        let FaultReceiver { vm, endpoint, .. } = receiver;
         let host = journey.host.clone();
         let mut fate = Fate::Moved;
         let mut deadline = PATIENCE.begin();
@@ -274,7 +276,7 @@ impl Strike {
                 vm.status()?
             );
             match phase(&vm)?.as_str() {
-                // It has seen the end, or has not seen a beginning.
+                // The receiver has ended the attempt, or it never began.
                 "waiting" | "done" => {
                     drop(journey);
                     let other = BareGuest::default().boot(&host, "other", &[])?;
@@ -318,7 +320,7 @@ fn phase(receiver: &Vm) -> Result<String> {
 /// The guest is well, all of its memory is, and its life has no gap.
 fn check(journey: &mut Journey) -> Result<()> {
     journey.vm.check_running()?;
-    // It runs before "farewell" has come, and its console's input is connected after that.
+    // The guest runs before "farewell" has come, and its console's input is connected after that.
     wait_until("the guest to be taken over", || {
         Ok(journey.vm.state()? != "Receiving")
     })?;

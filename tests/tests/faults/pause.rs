@@ -1,10 +1,10 @@
 //! What happens while the guest is paused, right before it would go: it never stands still for much longer than it may,
-//! and it does not run twice without anybody noticing.
+//! and a copy that runs twice is reported.
 
 use anyhow::{Result, ensure};
-use fault_proxy::{Connection, Direction, Fault, Plan, Point, Proxy};
+use fault_proxy::{Direction, FaultPlan, FaultPoint, Proxy, ProxyConnection, ProxyFault};
 use migration::Outcome;
-use tests::{BareGuest, Host, Journey, Migration, PATIENCE, wait_until};
+use tests::{BareGuest, Journey, Migration, PATIENCE, TestHost, wait_until};
 
 use super::ANY_PORT;
 
@@ -23,10 +23,10 @@ fn guest() -> BareGuest<'static> {
 }
 
 /// A fault at the first message of this name on the control connection.
-fn at(direction: Direction, message: &str, fault: Fault) -> Plan {
-    Plan {
-        point: Point {
-            connection: Connection::Control,
+fn at(direction: Direction, message: &str, fault: ProxyFault) -> FaultPlan {
+    FaultPlan {
+        point: FaultPoint {
+            connection: ProxyConnection::Control,
             direction,
             message: message.into(),
             occurrence: 0,
@@ -35,20 +35,20 @@ fn at(direction: Direction, message: &str, fault: Fault) -> Plan {
     }
 }
 
-fn proxy(endpoint: &str, plan: Plan) -> Result<Proxy> {
+fn proxy(endpoint: &str, plan: FaultPlan) -> Result<Proxy> {
     Ok(Proxy::start(&ANY_PORT.parse()?, &endpoint.parse()?, vec![plan])?)
 }
 
 #[test]
 fn a_network_that_dies_in_the_pause_does_not_keep_the_guest() -> Result<()> {
-    let mut journey = Journey::start(Host::new()?, &guest(), &[])?;
+    let mut journey = Journey::start(TestHost::new()?, &guest(), &[])?;
     for (direction, message) in [
         (Direction::ToDestination, "state"),
         (Direction::ToSource, "ready"),
     ] {
         journey.reset_gap()?;
         let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
-        let proxy = proxy(&endpoint, at(direction, message, Fault::Stall(None)))?;
+        let proxy = proxy(&endpoint, at(direction, message, ProxyFault::Stall(None)))?;
         let to = proxy.address().to_string();
         let migration = Migration::of(journey.vm.start_migration(&to, &BUDGET)?.finish(PATIENCE)?)?;
         let error = migration.stayed(Outcome::Failed)?;
@@ -62,22 +62,22 @@ fn a_network_that_dies_in_the_pause_does_not_keep_the_guest() -> Result<()> {
         );
         println!("{message} does not pass: the guest stood still for {gap_ms} ms");
         drop(proxy);
-        // The destination was told, and takes the next attempt.
+        // The destination has given this attempt up, and takes the next one.
         journey.hop_to(receiver, &endpoint, &["--verify"])?;
     }
     journey.end()
 }
 
 #[test]
-fn an_operator_who_lets_the_guest_run_in_both_places_is_noticed() -> Result<()> {
-    let journey = Journey::start(Host::new()?, &guest(), &[])?;
+fn an_operator_who_lets_the_guest_run_in_both_places_is_reported() -> Result<()> {
+    let journey = Journey::start(TestHost::new()?, &guest(), &[])?;
     let (receiver, endpoint) = journey.receiver(ANY_PORT)?;
-    let proxy = proxy(&endpoint, at(Direction::ToSource, "ready", Fault::CutAll))?;
+    let proxy = proxy(&endpoint, at(Direction::ToSource, "ready", ProxyFault::CutAll))?;
     let to = proxy.address().to_string();
     let migration = Migration::of(journey.vm.start_migration(&to, &[])?.finish(PATIENCE)?)?;
     migration.stayed(Outcome::Failed)?;
     journey.vm.check_running()?;
-    // The connection is lost, so it is the operator's to decide; this one errs.
+    // The connection is lost, so the operator has to decide; here the decision is wrong.
     wait_until("the operator's decision to count", || {
         Ok(receiver.godwit("resolve", &["--run"])?.code == Some(0))
     })?;

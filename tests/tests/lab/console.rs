@@ -7,7 +7,7 @@ fn a_console_and_its_port_of_a_debian_guest() -> Result<()> {
     const MUCH: usize = 512 << 10;
     let payload = payload(&Fixtures::from_env()?).with("bin/vsock-echo", env!("CARGO_BIN_EXE_vsock-echo"));
     let lab = Lab::builder(payload).hosts(2).start()?;
-    // All that the agent prints and hears goes through it.
+    // All of the agent's output and input goes through it.
     let guest = StockGuest {
         console: true,
         ..Default::default()
@@ -31,7 +31,7 @@ fn a_console_and_its_port_of_a_debian_guest() -> Result<()> {
     journey.power_off().map(drop)
 }
 
-/// Waits until the guest has said so often on its host that who was at the port's other side has gone.
+/// Waits until the guest has said so often on its host that the program at the port's other side has gone.
 fn wait_for_ends(journey: &mut LabJourney, count: usize) -> Result<()> {
     journey.wait_for_words("port name=echo end=eof", count)
 }

@@ -4,7 +4,7 @@ use super::*;
 use tests::{GUEST, TAP};
 
 /// Makes the hosts' cards and their taps parts of one network, as an administrator would; host 0 echoes streams.
-pub(super) fn connect(lab: &Lab) -> Result<lab::Process> {
+pub(super) fn connect(lab: &Lab) -> Result<lab::LabProcess> {
     for index in 0..2 {
         let address = lab.host(index).address();
         let script = format!(
@@ -17,7 +17,7 @@ pub(super) fn connect(lab: &Lab) -> Result<lab::Process> {
     Ok(lab.host(0).spawn(&["nc", "-ll", "-p", "7007", "-e", "cat"])?)
 }
 
-/// Waits until the guest answers a ping of a host, whoever runs it. A busy guest may lose some.
+/// Waits until the guest answers a ping of a host, on whichever host it runs. A busy guest may lose some.
 pub(super) fn wait_for_answer(lab: &Lab, host: usize, options: &str) -> Result<()> {
     let ping = format!("ping {options} -c 1 -W 5 {GUEST}");
     wait_until("an answer to a ping", || {
@@ -54,7 +54,7 @@ fn a_stream_goes_on_across_moves() -> Result<()> {
 }
 
 /// A receiver that has no tap for the guest says so before anything happens to it; one whose tap is not there says so
-/// before anybody comes.
+/// before a guest comes.
 fn refused_without_a_tap(journey: &mut LabJourney) -> Result<()> {
     let words = [
         "godwit",

@@ -28,7 +28,7 @@ fn shelf() -> Result<(tempfile::TempDir, String)> {
     Ok((directory, image))
 }
 
-/// The guest lives, and nothing that it has written is lost.
+/// The guest runs, and nothing that it has written is lost.
 fn goes_on(journey: &mut LabJourney, uds: &str) -> Result<()> {
     journey.check_running()?;
     let mut program = start_echo(journey, uds, &ECHO_PORT.to_string())?;
@@ -77,9 +77,9 @@ fn a_guest_in_files_and_its_clones_on_another_host() -> Result<()> {
 /// Three snapshots of a guest under load, and the guest that the three of them are, which goes on where they ended.
 fn a_base_and_differences(mut journey: LabJourney) -> Result<()> {
     journey.check_stream()?;
-    // While it stands still its disk is as its memory knows it: the clones have theirs from now.
+    // While the guest stands still its disk fits its memory: the clones get copies of the disk from now.
     journey.godwit("pause", &[])?;
-    journey.ask("snapshot", &["/mnt/base", "--keep-running"])?;
+    journey.godwit_json("snapshot", &["/mnt/base", "--keep-running"])?;
     let [disk, first, second] = DISKS;
     let copy = format!("cd {SHELF}; cp {disk} {first}; cp {disk} {second}");
     shell(&journey.lab, journey.host(), &copy)?;
@@ -87,16 +87,16 @@ fn a_base_and_differences(mut journey: LabJourney) -> Result<()> {
     goes_on(&mut journey, StockGuest::VSOCK).context("after the first snapshot")?;
     journey.check_stream().context("after the first snapshot")?;
 
-    journey.ask("snapshot", &["/mnt/first", "--diff", "--keep-running"])?;
+    journey.godwit_json("snapshot", &["/mnt/first", "--diff", "--keep-running"])?;
     goes_on(&mut journey, StockGuest::VSOCK).context("after the second snapshot")?;
-    journey.ask("snapshot", &["/mnt/second", "--diff"])?;
+    journey.godwit_json("snapshot", &["/mnt/second", "--diff"])?;
     let merge = format!("cd {SHELF}; godwit snapshot merge base first second --output whole");
     shell(&journey.lab, journey.host(), &merge)?;
     let vsock = format!("--vsock=uds={}", StockGuest::VSOCK);
     let options = [&vsock, "--net=net0=tap0", "--disk=data=/mnt/disk"];
     journey.restore("/mnt/whole", &options)?;
     goes_on(&mut journey, StockGuest::VSOCK).context("out of the files")?;
-    // The peer has waited for it all the time.
+    // The stream's peer has waited for the guest all the time.
     journey.check_stream().context("out of the files")?;
     journey.check_growing("random").context("out of the files")?;
     journey.power_off().map(drop)

@@ -25,9 +25,9 @@ fn everything_at_once() -> Result<()> {
         let on = || format!("move {number} of {moves}");
         let mut program = connect(&journey).with_context(on)?;
         echo(&mut program, 64 << 10).with_context(on)?;
-        // It grows or shrinks while the guest moves.
+        // The balloon grows or shrinks while the guest moves.
         let target = if number % 2 == 1 { "96M" } else { "0M" };
-        journey.ask("balloon", &[target]).with_context(on)?;
+        journey.godwit_json("balloon", &[target]).with_context(on)?;
         journey.hop(&VERIFIED).with_context(on)?;
         // Its streams to programs of a host end with its stay there, all others go on.
         program.write_stdin(b"end\n")?;
@@ -38,7 +38,7 @@ fn everything_at_once() -> Result<()> {
         journey.check_growing("random").with_context(on)?;
         let verified = journey.verify().with_context(on)?;
         let (pages, files) = (verified.number("pages")?, verified.number("files")?);
-        let balloon = journey.ask("balloon", &[])?;
+        let balloon = journey.godwit_json("balloon", &[])?;
         println!(
             "move {number} of {moves}: {streamed} bytes came back, {pages} pages and {files} files verified, \
              {} MiB in the balloon",

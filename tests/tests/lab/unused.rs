@@ -6,13 +6,13 @@ use super::*;
 const CHURN: u64 = 384;
 /// Bytes that its move may take: 0.3 of its memory, of which it has used nearly all.
 const FEW: u64 = (512 << 20) * 3 / 10;
-/// What the guest has told by then at the least, on a slow host.
+/// What the guest has reported by then at the least, on a slow host.
 const TOLD: u64 = 64 << 20;
 
 /// Uses much memory once; the bytes that are free then.
 fn churn(journey: &mut LabJourney) -> Result<u64> {
     journey.command(&format!("churn {CHURN}"), "churned")?;
-    let free = journey.ask("balloon", &[])?["free_memory"].as_u64();
+    let free = journey.godwit_json("balloon", &[])?["free_memory"].as_u64();
     free.context("no statistics")
 }
 
@@ -31,7 +31,7 @@ fn wait_for_free(journey: &LabJourney, free: u64) -> Result<()> {
 fn what_a_guest_has_just_freed_is_not_copied() -> Result<()> {
     let guest = StockGuest {
         memory: "512M",
-        // Debian's kernel would fill with zeroes what it takes, also to tell that it does not use it.
+        // Debian's kernel would fill with zeroes what it allocates, also to report that it does not use it.
         words: "init_on_alloc=0",
         options: &["--balloon"],
         ..Default::default()

@@ -3,17 +3,22 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use tests::{BareGuest, Event, Finished, Host, PATIENCE, Process, Tick, wait_until};
+use tests::{BareGuest, Finished, GuestEvent, PATIENCE, TestHost, TestProcess, Tick, wait_until};
 
-/// A VM that nobody waits for. It ends with this.
+/// A VM that no command waits for. It ends with this.
 struct Detached {
-    host: Host,
+    host: TestHost,
     name: &'static str,
 }
 
 impl Detached {
     /// Starts one with `command`; what that said.
-    fn start(host: &Host, name: &'static str, command: &str, options: &[String]) -> Result<(Self, Finished)> {
+    fn start(
+        host: &TestHost,
+        name: &'static str,
+        command: &str,
+        options: &[String],
+    ) -> Result<(Self, Finished)> {
         let mut all = vec![
             command.to_owned(),
             "--detach".into(),
@@ -25,7 +30,7 @@ impl Detached {
             host: host.clone(),
             name,
         };
-        // It ends when nobody has its output any more, so the VM must not.
+        // The command's output ends when no process has it open any more, so the VM must not have it.
         let finished = host.godwit(all)?;
         finished.expect_code(0)?;
         ensure!(finished.stdout == format!("{name}\n"), "got {finished:?}");
@@ -38,7 +43,7 @@ impl Detached {
     }
 
     fn check_ticks(&self) -> Result<()> {
-        let mut console = Process::spawn(self.host.command(["console", self.name]))?;
+        let mut console = TestProcess::spawn(self.host.command(["console", self.name]))?;
         for _ in 0..2 {
             let mark = console.stdout().mark();
             console.stdout().wait("a tick", mark, PATIENCE, Tick::parse)?;
@@ -66,17 +71,17 @@ fn left(directory: &Path) -> Result<Vec<String>> {
 
 #[test]
 fn a_detached_vm_is_up_when_its_command_ends_and_its_log_outlives_it() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let options = BareGuest::default().options(&host)?;
     let (vm, _) = Detached::start(&host, "web", "run", &options)?;
     ensure!(vm.godwit("status", &[])?.contains("web: running"));
     vm.check_ticks()?;
     ensure!(vm.godwit("logs", &[])?.contains("CPU template"));
 
-    let mut follower = Process::spawn(host.command(["logs", "--follow", "web"]))?;
-    let told = |line: &str| line.contains("CPU template").then_some(());
-    follower.stdout().wait("the log", 0, PATIENCE, told)?;
-    // A running VM's log is nobody else's.
+    let mut follower = TestProcess::spawn(host.command(["logs", "--follow", "web"]))?;
+    let has_template = |line: &str| line.contains("CPU template").then_some(());
+    follower.stdout().wait("the log", 0, PATIENCE, has_template)?;
+    // No other VM may take a running VM's log.
     let second = host.godwit(
         ["run", "--detach", "--name", "web"]
             .map(String::from)
@@ -114,7 +119,7 @@ fn a_detached_vm_is_up_when_its_command_ends_and_its_log_outlives_it() -> Result
 
 #[test]
 fn why_a_detached_vm_is_not_up_is_said_by_its_starter() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let start = |options: &[&str]| host.godwit([&["run", "--detach", "--name", "web"], options].concat());
     let missing = start(&["--kernel", "/nowhere/vmlinux"])?;
     ensure!(
@@ -134,7 +139,7 @@ fn why_a_detached_vm_is_not_up_is_said_by_its_starter() -> Result<()> {
 
 #[test]
 fn a_guest_moves_to_a_detached_vm_and_comes_out_of_files_in_one() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let mut source = BareGuest::default().boot(&host, "source", &[])?;
     let listen = ["--listen", "tcp:127.0.0.1:0"].map(String::from);
     let (web, said) = Detached::start(&host, "web", "receive", &listen)?;
@@ -161,25 +166,27 @@ fn a_guest_moves_to_a_detached_vm_and_comes_out_of_files_in_one() -> Result<()> 
 
 #[test]
 fn the_log_of_a_vm_that_is_not_detached() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let plain = BareGuest::default().boot(&host, "plain", &[])?;
     let refused = plain.godwit("logs", &[])?;
     ensure!(
         refused.expect_code(1)?.stderr.contains("--log FILE"),
         "got {refused:?}"
     );
-    // A path is one of the VM's, wherever it is asked from.
+    // A path of the log is found from any folder.
     let vm = BareGuest::default().boot(&host, "kept", &["--log", "kept.log"])?;
     let mut command = host.command(["logs", "kept"]);
     command.current_dir("/");
-    let printed = Process::run(command, PATIENCE)?;
+    let printed = TestProcess::run(command, PATIENCE)?;
     ensure!(
         printed.expect_code(0)?.stdout.contains("CPU template"),
         "got {printed:?}"
     );
     vm.check_running()?;
     let output = vm.process.stdout();
-    output.wait("bare: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+    output.wait("bare: ready", 0, PATIENCE, |line| {
+        GuestEvent::named(line, "ready")
+    })?;
     Ok(())
 }
 
@@ -201,7 +208,7 @@ fn children(parent: u32) -> Result<Vec<u32>> {
 
 #[test]
 fn an_interrupted_starter_takes_the_vm_along_that_is_not_up() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let fifo = host.path("fifo");
     rustix::fs::mknodat(
         rustix::fs::CWD,
@@ -212,11 +219,11 @@ fn an_interrupted_starter_takes_the_vm_along_that_is_not_up() -> Result<()> {
     )?;
     let fifo = fifo.display().to_string();
     let command = host.command(["run", "--detach", "--name", "never", "--config-file", &fifo]);
-    let starter = Process::spawn(command)?;
+    let starter = TestProcess::spawn(command)?;
     wait_until("the VM's process", || Ok(children(starter.id())?.len() == 1))?;
     let vm = children(starter.id())?;
     let status = format!("/proc/{}/status", vm[0]);
-    // It waits for somebody who writes to the FIFO.
+    // It waits for a program that writes to the FIFO.
     wait_until("the VM's own session", || {
         Ok(std::fs::read_to_string(&status)?.contains(&format!("NSsid:\t{}\n", vm[0])))
     })?;

@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, getpgid, kill_process};
 use rustix::termios::LocalModes;
-use tests::{BareGuest, Event, Host, PATIENCE, Shell, Tick, wait_until};
+use tests::{BareGuest, GuestEvent, PATIENCE, Shell, TestHost, Tick, wait_until};
 
 /// A shell on a terminal of its own in which `godwit run` is started in the background, and that VM's process.
-fn in_background(host: &Host) -> Result<(Shell, Pid)> {
+fn in_background(host: &TestHost) -> Result<(Shell, Pid)> {
     let mut command = host.command(["run", "--name", "web"]);
     command.args(BareGuest::default().options(host)?);
     let mut shell = Shell::start(host)?;
@@ -43,18 +43,18 @@ fn check_keys(shell: &mut Shell, vm: Pid) -> Result<()> {
     })?;
     let mark = shell.output().mark();
     shell.type_text("r")?;
-    let answered = |line: &str| Event::named(line.trim_end(), "reset");
+    let answered = |line: &str| GuestEvent::named(line.trim_end(), "reset");
     shell.output().wait("reset", mark, PATIENCE, answered)?;
     Ok(())
 }
 
 #[test]
 fn a_vm_in_the_background_runs_on_and_comes_to_the_foreground() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (mut shell, vm) = in_background(&host)?;
     check_ticks(&shell)?;
     ensure!(!is_stopped(vm)?, "the terminal has stopped the guest");
-    // What is typed is the shell's.
+    // The shell reads what is typed.
     shell.type_text("echo the shell $((40 + 2)) hears\n")?;
     let heard = |line: &str| line.contains("the shell 42 hears").then_some(());
     shell.output().wait("the shell", 0, PATIENCE, heard)?;
@@ -105,7 +105,7 @@ fn a_vm_in_the_background_runs_on_and_comes_to_the_foreground() -> Result<()> {
 
 #[test]
 fn a_vm_in_the_background_ends_there() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (mut shell, _) = in_background(&host)?;
     host.godwit(["stop", "--force", "web"])?.expect_code(0)?;
     shell.type_text("wait; echo status $((50 + 1))\n")?;

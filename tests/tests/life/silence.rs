@@ -1,4 +1,4 @@
-//! VMs whose process does not answer, and copies of a guest that nobody is to throw away by mistake.
+//! VMs whose process does not answer, and copies of a guest that no command may throw away by mistake.
 
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
-use tests::{BareGuest, Host, PATIENCE, Vm};
+use tests::{BareGuest, PATIENCE, TestHost, Vm};
 
 /// How long a command about a VM that does not answer may take: the longest deadline that one here has, and the command's
 /// own start on a busy machine.
@@ -21,8 +21,8 @@ fn in_time<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 #[test]
-fn a_vm_that_does_not_answer_holds_up_nobody() -> Result<()> {
-    let host = Host::new()?;
+fn a_vm_that_does_not_answer_holds_up_no_other_command() -> Result<()> {
+    let host = TestHost::new()?;
     let mut hung = BareGuest::default().boot(&host, "hung", &[])?;
     let well = BareGuest::default().boot(&host, "well", &[])?;
     hung.process.signal(Signal::STOP)?;
@@ -74,9 +74,9 @@ fn a_vm_that_does_not_answer_holds_up_nobody() -> Result<()> {
 }
 
 #[test]
-fn whoever_is_no_vm_is_not_ended() -> Result<()> {
-    let host = Host::new()?;
-    // Nobody takes connections from it.
+fn a_process_that_is_no_vm_is_not_ended() -> Result<()> {
+    let host = TestHost::new()?;
+    // No process accepts connections on it.
     let socket = host.path("other.sock");
     let _other = UnixListener::bind(&socket)?;
     let socket = socket.display().to_string();
@@ -92,9 +92,9 @@ fn whoever_is_no_vm_is_not_ended() -> Result<()> {
     Ok(())
 }
 
-/// A guest that could not be let run where it was moved to, because somebody has the path of its socket: paused there, in
-/// doubt.
-fn in_doubt(host: &Host) -> Result<(Vm, Vm, UnixListener)> {
+/// A guest that cannot run where it was moved to, because another process has the path of its socket. It is paused
+/// there, in doubt.
+fn in_doubt(host: &TestHost) -> Result<(Vm, Vm, UnixListener)> {
     let uds = host.path("source.vsock").display().to_string();
     let source = BareGuest::default().boot(host, "source", &["--vsock", &format!("cid=3,uds={uds}")])?;
     let taken = host.path("taken.vsock");
@@ -111,7 +111,7 @@ fn in_doubt(host: &Host) -> Result<(Vm, Vm, UnixListener)> {
 
 #[test]
 fn a_copy_in_doubt_outlives_one_request_for_its_end() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (source, mut kept, _other) = in_doubt(&host)?;
     for vm in [&source, &kept] {
         for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
@@ -149,7 +149,7 @@ fn a_copy_in_doubt_outlives_one_request_for_its_end() -> Result<()> {
 
 #[test]
 fn a_copy_in_doubt_goes_by_force() -> Result<()> {
-    let host = Host::new()?;
+    let host = TestHost::new()?;
     let (mut source, mut kept, _other) = in_doubt(&host)?;
     for vm in [&mut source, &mut kept] {
         vm.godwit("stop", &["--force"])?.expect_code(0)?;

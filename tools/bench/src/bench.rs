@@ -6,7 +6,7 @@ use anyhow::Result;
 use migration::Report;
 use tests::Fixtures;
 
-use crate::godwit::{Asked, Ended, Godwit};
+use crate::godwit::{Asked, Godwit, MigrationEnd};
 use crate::sentinel::{Sentinel, Window};
 
 /// How often one run may be repeated because the host stalled.
@@ -82,7 +82,7 @@ impl Bench {
             };
             self.stalled += 1;
             let again = !good(&value) && attempt < REPEATS && took <= self.spare;
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: the host stalled {} times, for {:.1} ms on CPU {} at the longest; the run {}",
                 stalls.len(),
                 longest.lasted.as_secs_f64() * 1e3,
@@ -103,11 +103,11 @@ impl Bench {
     }
 
     /// Moves a guest, again if the host stalled meanwhile, and keeps the report.
-    pub(crate) fn hop(&mut self, what: &str, godwit: &mut Godwit, asked: &Asked<'_>) -> Result<Ended> {
-        let good = |ended: &Ended| asked.promise && ended.moved && ended.report.budget_kept;
+    pub(crate) fn hop(&mut self, what: &str, godwit: &mut Godwit, asked: &Asked<'_>) -> Result<MigrationEnd> {
+        let good = |ended: &MigrationEnd| asked.promise && ended.moved && ended.report.budget_kept;
         let ended = self.clean_unless(what, good, |_| {
             let ended = godwit.hop(asked)?;
-            say(format_args!("{what}: {}", ended.summary()));
+            print_status(format_args!("{what}: {}", ended.summary()));
             let window = ended.window;
             Ok((ended, window))
         })?;
@@ -117,7 +117,7 @@ impl Bench {
         Ok(ended)
     }
 
-    /// What the sentinel saw, in one line.
+    /// The stalls that the sentinel found, in one line.
     pub(crate) fn stalls(&self) -> String {
         format!(
             "the host stalled {} times for more than 2 ms; {} runs were touched, {} were repeated",
@@ -128,7 +128,7 @@ impl Bench {
     }
 }
 
-/// Says on stderr how far it is.
-pub(crate) fn say(what: impl std::fmt::Display) {
+/// Prints on stderr how far the bench is.
+pub(crate) fn print_status(what: impl std::fmt::Display) {
     eprintln!("bench: {what}");
 }

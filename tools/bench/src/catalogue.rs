@@ -4,7 +4,7 @@ use crate::experiments::Experiment::{
     Block, Budget, Cancel, Capped, Footprint, Handover, Idle, LogStart, Overload, Prediction, Restore,
     Snapshot, Throughput, Work,
 };
-use crate::row::Bar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
+use crate::row::BenchBar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
 use crate::row::Definition;
 
 const GB_PER_S: &str = "GB/s";

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 /// User and system time of a process, of all its threads, dead ones included. Also of one that has ended, as
-/// long as nobody has waited for it.
+/// long as its parent has not waited for it.
 pub(crate) fn time_of(pid: u32) -> Result<Duration> {
     let mut time = libc::timespec {
         tv_sec: 0,

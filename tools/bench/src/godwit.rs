@@ -6,16 +6,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use migration::Report;
 use rustix::process::Signal;
-use tests::{Fixtures, Host, Journey, Migration, PATIENCE, Process, Tick, Vm};
+use tests::{Fixtures, Journey, Migration, PATIENCE, TestHost, TestProcess, Tick, Vm};
 
 use crate::cpu;
-use crate::guest::{Guest, PAGE, gap_after_arrival, reset_gap, ticks, wait_ready};
+use crate::guest::{BenchGuest, PAGE, gap_after_arrival, reset_gap, ticks, wait_ready};
 use crate::sentinel::Window;
 use crate::warm::Warm;
 
 /// A guest on its way from process to process.
 pub(crate) struct Godwit {
-    pub(crate) guest: Guest,
+    pub(crate) guest: BenchGuest,
     pub(crate) journey: Journey,
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct Asked<'a> {
 
 /// How a migration ended.
 #[derive(Clone, Debug)]
-pub(crate) struct Ended {
+pub(crate) struct MigrationEnd {
     /// What it says itself.
     pub(crate) report: Report,
     /// Whether the guest is somewhere else now.
@@ -54,9 +54,9 @@ pub(crate) struct Ended {
 
 impl Godwit {
     /// Boots the guest; `more` are options of `godwit run`.
-    pub(crate) fn start(fixtures: &Fixtures, guest: Guest, more: &[&str]) -> Result<Self> {
+    pub(crate) fn start(fixtures: &Fixtures, guest: BenchGuest, more: &[&str]) -> Result<Self> {
         let _warm = Warm::lend(guest.memory_mib)?;
-        let host = Host::with(fixtures.clone())?;
+        let host = TestHost::with(fixtures.clone())?;
         let (kernel, cmdline) = (fixtures.bare(), guest.cmdline(fixtures)?);
         let memory = format!("{}M", guest.memory_mib);
         let options = [
@@ -78,11 +78,11 @@ impl Godwit {
     }
 
     /// The process that the guest runs in.
-    pub(crate) fn process(&self) -> &Process {
+    pub(crate) fn process(&self) -> &TestProcess {
         &self.journey.vm.process
     }
 
-    /// Stops the whole process, so that it takes nothing from whoever is measured now.
+    /// Stops the whole process, so that it takes no CPU time from the contender that is measured now.
     pub(crate) fn freeze(&self) -> Result<()> {
         self.process().signal(Signal::STOP)
     }
@@ -112,8 +112,8 @@ impl Godwit {
         self.journey.host.receive(&name, &listen, reserve)
     }
 
-    /// Tries to move the guest to a new process. It is an error only if nobody knows where the guest is.
-    pub(crate) fn hop(&mut self, asked: &Asked<'_>) -> Result<Ended> {
+    /// Tries to move the guest to a new process. It is an error only if it is unknown where the guest is.
+    pub(crate) fn hop(&mut self, asked: &Asked<'_>) -> Result<MigrationEnd> {
         self.guest.settle(self.process())?;
         let _warm = if asked.handover {
             None
@@ -129,15 +129,15 @@ impl Godwit {
         let cpu_before = cpu_of_both()?;
         let (migration, window) = Window::of(|| self.journey.vm.migrate(&endpoint, asked.migrate));
         let migration = migration?;
-        // A source whose guest has gone has ended, but nobody has waited for it: its clock is still there.
+        // A source whose guest has gone has ended, but its parent has not waited for it: its CPU time is still there.
         let cpu = cpu_of_both()?.saturating_sub(cpu_before);
-        let (report, moved) = told(migration)?;
+        let (report, moved) = report_of(migration)?;
         let mut gap_ms = None;
         if moved {
             self.journey.arrive(receiver)?;
             gap_ms = Some(gap_after_arrival(self.process())?);
         }
-        Ok(Ended {
+        Ok(MigrationEnd {
             report,
             moved,
             gap_ms,
@@ -150,7 +150,7 @@ impl Godwit {
 }
 
 /// The report, and whether the guest moved.
-pub(crate) fn told(migration: Migration) -> Result<(Report, bool)> {
+pub(crate) fn report_of(migration: Migration) -> Result<(Report, bool)> {
     match migration.code {
         Some(0) => Ok((migration.moved()?, true)),
         Some(1) => Ok((migration.report.context("failed without a report")?, false)),
@@ -159,11 +159,11 @@ pub(crate) fn told(migration: Migration) -> Result<(Report, bool)> {
 }
 
 /// Waits for the end of a `godwit migrate`.
-pub(crate) fn finished(process: Process) -> Result<Migration> {
+pub(crate) fn finished(process: TestProcess) -> Result<Migration> {
     Migration::of(process.finish(PATIENCE)?)
 }
 
-impl Ended {
+impl MigrationEnd {
     /// Bytes of memory content that were sent.
     pub(crate) fn data_bytes(&self) -> f64 {
         (self.report.pages_sent * PAGE) as f64

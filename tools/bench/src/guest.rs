@@ -1,6 +1,6 @@
-//! The guest of every measurement, under either monitor: the one without Linux, and what it tells.
+//! The guest of every measurement, under either monitor: the one without Linux, and what it prints.
 
-use ::tests::{Event, Fixtures, Output, PATIENCE, Process, Tick};
+use ::tests::{Fixtures, GuestEvent, PATIENCE, TestOutput, TestProcess, Tick};
 use anyhow::{Context, Result};
 
 /// Bytes of a page.
@@ -8,7 +8,7 @@ pub(crate) const PAGE: u64 = 4096;
 
 /// How fast the guest dirties its working set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rate {
+pub(crate) enum BenchRate {
     /// Not at all.
     Idle,
     /// Bytes of dirtied pages per second.
@@ -19,13 +19,13 @@ pub(crate) enum Rate {
 
 /// A bare guest with one vCPU.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Guest {
+pub(crate) struct BenchGuest {
     /// Memory in MiB.
     pub(crate) memory_mib: u64,
     /// What it dirties, in MiB, in order and over again; 0: all of its memory.
     pub(crate) workset_mib: u64,
     /// How fast.
-    pub(crate) rate: Rate,
+    pub(crate) rate: BenchRate,
     /// Milliseconds between two ticks.
     pub(crate) tick_ms: u64,
     /// Whether all of its memory is filled with what is neither zero nor compressible, and not only its working set.
@@ -34,13 +34,13 @@ pub(crate) struct Guest {
     pub(crate) reads: u32,
 }
 
-impl Guest {
+impl BenchGuest {
     /// A guest that does nothing.
     pub(crate) fn idle(memory_mib: u64) -> Self {
         Self {
             memory_mib,
             workset_mib: 16,
-            rate: Rate::Idle,
+            rate: BenchRate::Idle,
             tick_ms: 50,
             fill: true,
             reads: 0,
@@ -48,7 +48,7 @@ impl Guest {
     }
 
     /// A guest that dirties 512 MiB over and over.
-    pub(crate) fn busy(memory_mib: u64, rate: Rate) -> Self {
+    pub(crate) fn busy(memory_mib: u64, rate: BenchRate) -> Self {
         Self {
             memory_mib,
             workset_mib: 512,
@@ -59,7 +59,7 @@ impl Guest {
         }
     }
 
-    /// What it is told at its boot. `tsc_khz` spares it a measurement that is only as good as its host is idle.
+    /// Its kernel command line. `tsc_khz` spares the guest a measurement that is only as good as its host is idle.
     pub(crate) fn cmdline(&self, fixtures: &Fixtures) -> Result<String> {
         let tsc_khz = fixtures.probe()?["tsc_khz"].as_u64();
         let tsc_khz = tsc_khz.context("the probe knows no TSC frequency")?;
@@ -71,9 +71,9 @@ impl Guest {
             ..
         } = *self;
         let rate = match self.rate {
-            Rate::Idle => "0".into(),
-            Rate::BytesPerSecond(bytes) => bytes.to_string(),
-            Rate::Max => "max".into(),
+            BenchRate::Idle => "0".into(),
+            BenchRate::BytesPerSecond(bytes) => bytes.to_string(),
+            BenchRate::Max => "max".into(),
         };
         let workset = match workset_mib {
             0 => String::new(),
@@ -97,9 +97,9 @@ impl Guest {
 
     /// Waits until it has gone through its whole working set from now on: then every page of it is mapped,
     /// which costs far more for the first time than later.
-    pub(crate) fn settle(&self, process: &Process) -> Result<Tick> {
+    pub(crate) fn settle(&self, process: &TestProcess) -> Result<Tick> {
         let first = next_tick(process.stdout())?;
-        if self.rate == Rate::Idle {
+        if self.rate == BenchRate::Idle {
             return Ok(first);
         }
         let goal = first.pages + self.workset_pages();
@@ -112,36 +112,38 @@ impl Guest {
 }
 
 /// Waits until a guest that was just started works.
-pub(crate) fn wait_ready(process: &Process) -> Result<()> {
+pub(crate) fn wait_ready(process: &TestProcess) -> Result<()> {
     let output = process.stdout();
-    output.wait("bare: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
+    output.wait("bare: ready", 0, PATIENCE, |line| {
+        GuestEvent::named(line, "ready")
+    })?;
     next_tick(output).map(|_| ())
 }
 
 /// The next whole tick from now on.
-pub(crate) fn next_tick(output: &Output) -> Result<Tick> {
+pub(crate) fn next_tick(output: &TestOutput) -> Result<Tick> {
     output.wait("a tick", output.mark(), PATIENCE, Tick::parse)
 }
 
 /// Makes the guest forget its longest gap.
-pub(crate) fn reset_gap(process: &mut Process) -> Result<()> {
+pub(crate) fn reset_gap(process: &mut TestProcess) -> Result<()> {
     let mark = process.stdout().mark();
     process.send(b"r")?;
     process
         .stdout()
-        .wait("reset", mark, PATIENCE, |line| Event::named(line, "reset"))?;
+        .wait("reset", mark, PATIENCE, |line| GuestEvent::named(line, "reset"))?;
     Ok(())
 }
 
 /// The longest gap, in milliseconds, that a guest that has just arrived has seen since it was made to forget.
 /// Its first whole tick may have been made before the pause and printed after it.
-pub(crate) fn gap_after_arrival(process: &Process) -> Result<f64> {
+pub(crate) fn gap_after_arrival(process: &TestProcess) -> Result<f64> {
     process.stdout().wait("a tick", 0, PATIENCE, Tick::parse)?;
     Ok(next_tick(process.stdout())?.max_gap_us as f64 / 1e3)
 }
 
 /// All whole ticks of an output.
-pub(crate) fn ticks(output: &Output) -> Vec<Tick> {
+pub(crate) fn ticks(output: &TestOutput) -> Vec<Tick> {
     let text = output.text();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().filter_map(Tick::parse).collect()

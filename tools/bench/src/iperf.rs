@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tests::{Finished, PATIENCE, Process};
+use tests::{Finished, PATIENCE, TestProcess};
 
 /// Seconds of one measurement.
 const SECONDS: &str = "1";
@@ -13,7 +13,9 @@ const SECONDS: &str = "1";
 /// Bytes per second that so many pairs of processes carry at the same time, in sum. Debian's version runs all
 /// streams of one process on one thread, so more streams are more processes.
 pub(crate) fn rate(pairs: u32, zero_copy: bool) -> Result<f64> {
-    let servers = (0..pairs).map(|_| Server::start()).collect::<Result<Vec<_>>>()?;
+    let servers = (0..pairs)
+        .map(|_| IperfServer::start())
+        .collect::<Result<Vec<_>>>()?;
     let clients = servers.iter().map(|server| client(server.port, zero_copy));
     let clients = clients.collect::<Result<Vec<_>>>()?;
     clients
@@ -22,15 +24,15 @@ pub(crate) fn rate(pairs: u32, zero_copy: bool) -> Result<f64> {
         .sum()
 }
 
-struct Server {
+struct IperfServer {
     port: u16,
     /// Ends after one client, or when this is dropped.
-    _process: Process,
+    _process: TestProcess,
 }
 
-impl Server {
+impl IperfServer {
     fn start() -> Result<Self> {
-        // Whoever binds port 0 gets a free one; it stays so for the moment that the server needs.
+        // Binding port 0 finds a free port; it stays free for the moment that the server needs.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut command = Command::new("iperf3");
         command.args([
@@ -42,7 +44,7 @@ impl Server {
             "--port",
             &port.to_string(),
         ]);
-        let process = Process::spawn(command)?;
+        let process = TestProcess::spawn(command)?;
         let listens = |line: &str| line.starts_with("Server listening").then_some(());
         process.stdout().wait("iperf3's server", 0, PATIENCE, listens)?;
         Ok(Self {
@@ -52,7 +54,7 @@ impl Server {
     }
 }
 
-fn client(port: u16, zero_copy: bool) -> Result<Process> {
+fn client(port: u16, zero_copy: bool) -> Result<TestProcess> {
     let mut command = Command::new("iperf3");
     command.args([
         "--client",
@@ -66,7 +68,7 @@ fn client(port: u16, zero_copy: bool) -> Result<Process> {
     if zero_copy {
         command.arg("--zerocopy");
     }
-    Process::spawn(command)
+    TestProcess::spawn(command)
 }
 
 fn received(finished: Finished) -> Result<f64> {

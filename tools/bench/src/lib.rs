@@ -19,5 +19,5 @@ mod strace;
 mod warm;
 
 pub use catalogue::ROWS;
-pub use row::{Bar, Definition, Row, table};
-pub use run::{Options, run};
+pub use row::{BenchBar, Definition, Row, table};
+pub use run::{RowSelection, run};

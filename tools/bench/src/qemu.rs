@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tests::{Fixtures, PATIENCE, Process};
+use tests::{Fixtures, PATIENCE, TestProcess};
 
 use crate::cpu;
-use crate::guest::{Guest, gap_after_arrival, reset_gap, wait_ready};
+use crate::guest::{BenchGuest, gap_after_arrival, reset_gap, wait_ready};
 use crate::qmp::{Qmp, time_ms};
 use crate::sentinel::Window;
 use crate::warm::Warm;
@@ -21,7 +21,7 @@ const NO_CAP: u64 = 100_000_000_000;
 
 /// How QEMU migrates.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Settings {
+pub(crate) struct QemuSettings {
     /// The downtime that it may plan with.
     pub(crate) limit: Duration,
     /// Bytes per second; it lifts the cap for the final copy.
@@ -54,9 +54,9 @@ pub(crate) struct Moved {
 }
 
 /// A guest that moves from QEMU to QEMU.
-pub(crate) struct Qemu {
+pub(crate) struct QemuJourney {
     fixtures: Fixtures,
-    guest: Guest,
+    guest: BenchGuest,
     /// More options of each process.
     more: Vec<String>,
     directory: TempDir,
@@ -65,13 +65,13 @@ pub(crate) struct Qemu {
 }
 
 struct Instance {
-    process: Process,
+    process: TestProcess,
     qmp: Qmp,
 }
 
-impl Qemu {
+impl QemuJourney {
     /// Boots the guest; `more` are options of QEMU.
-    pub(crate) fn start(fixtures: &Fixtures, guest: Guest, more: &[String]) -> Result<Self> {
+    pub(crate) fn start(fixtures: &Fixtures, guest: BenchGuest, more: &[String]) -> Result<Self> {
         let _warm = Warm::lend(guest.memory_mib)?;
         let directory = tempfile::Builder::new().prefix("godwit-bench-").tempdir()?;
         let arguments = [instance_arguments(fixtures, guest, false)?, more.to_vec()].concat();
@@ -88,11 +88,11 @@ impl Qemu {
     }
 
     /// Its process.
-    pub(crate) fn process(&self) -> &Process {
+    pub(crate) fn process(&self) -> &TestProcess {
         &self.vm.process
     }
 
-    /// Stops the whole process, so that it takes nothing from whoever is measured now.
+    /// Stops the whole process, so that it takes no CPU time from the contender that is measured now.
     pub(crate) fn freeze(&self) -> Result<()> {
         self.vm.process.signal(Signal::STOP)
     }
@@ -103,7 +103,7 @@ impl Qemu {
     }
 
     /// Moves the guest to a new process and ends the old one.
-    pub(crate) fn hop(&mut self, settings: &Settings) -> Result<Moved> {
+    pub(crate) fn hop(&mut self, settings: &QemuSettings) -> Result<Moved> {
         self.guest.settle(&self.vm.process)?;
         let _warm = Warm::lend(self.guest.memory_mib)?;
         self.count += 1;
@@ -151,7 +151,7 @@ impl Qemu {
         })
     }
 
-    fn receiver(&self, settings: &Settings) -> Result<Instance> {
+    fn receiver(&self, settings: &QemuSettings) -> Result<Instance> {
         let arguments = instance_arguments(&self.fixtures, self.guest, settings.prealloc)?;
         let arguments = [arguments, self.more.clone()].concat();
         let incoming = ["-incoming", "defer"];
@@ -169,12 +169,12 @@ impl Instance {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(arguments).args(more);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
-        let process = Process::spawn(command)?;
+        let process = TestProcess::spawn(command)?;
         let qmp = Qmp::connect(&socket).with_context(|| process.stderr().text())?;
         Ok(Self { process, qmp })
     }
 
-    fn configure(&mut self, settings: &Settings) -> Result<()> {
+    fn configure(&mut self, settings: &QemuSettings) -> Result<()> {
         let capability = |name: &str, state: bool| json!({"capability": name, "state": state});
         let capabilities = json!([
             capability("events", true),
@@ -194,7 +194,7 @@ impl Instance {
 
     /// Returns the downtime.
     fn migrate_to(&mut self, uri: &str, receiver: &mut Self) -> Result<f64> {
-        self.qmp.forget_events();
+        self.qmp.clear_events();
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         let mut stopped = None;
         self.qmp.wait("end of the migration", |event| {
@@ -230,7 +230,7 @@ impl Instance {
 }
 
 /// A machine with the guest. Its memory is an object of its own at both ends, since QEMU moves memory by name.
-fn instance_arguments(fixtures: &Fixtures, guest: Guest, prealloc: bool) -> Result<Vec<String>> {
+fn instance_arguments(fixtures: &Fixtures, guest: BenchGuest, prealloc: bool) -> Result<Vec<String>> {
     let kernel = fixtures.bare();
     let memory = format!("{}M", guest.memory_mib);
     let prealloc = if prealloc { "on" } else { "off" };

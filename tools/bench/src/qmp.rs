@@ -23,7 +23,7 @@ impl Qmp {
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
-                // Nothing tells when a socket appears but trying.
+                // Only trying shows when a socket appears.
                 Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
                 Err(error) => return Err(error).with_context(|| format!("QEMU's socket {}", path.display())),
             }
@@ -80,8 +80,8 @@ impl Qmp {
         }
     }
 
-    /// Forgets the events that came so far: those of an earlier migration, say.
-    pub(crate) fn forget_events(&mut self) {
+    /// Drops the events that came so far, such as those of an earlier migration.
+    pub(crate) fn clear_events(&mut self) {
         self.events.clear();
     }
 

@@ -8,7 +8,7 @@ use crate::experiments::Experiment;
 
 /// What a row's figure is held to.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Bar {
+pub enum BenchBar {
     /// The value must reach this.
     AtLeast(f64),
     /// The value must not exceed this.
@@ -33,7 +33,7 @@ pub struct Definition {
     /// What it is compared with.
     pub peer: Option<&'static str>,
     /// What it must reach.
-    pub bar: Bar,
+    pub bar: BenchBar,
     pub(crate) experiment: Experiment,
 }
 
@@ -93,7 +93,7 @@ impl Definition {
             meaning: "",
             unit,
             peer: None,
-            bar: Bar::None,
+            bar: BenchBar::None,
             experiment,
         }
     }
@@ -109,7 +109,7 @@ impl Definition {
         }
     }
 
-    pub(crate) const fn bar(self, bar: Bar) -> Self {
+    pub(crate) const fn bar(self, bar: BenchBar) -> Self {
         Self { bar, ..self }
     }
 
@@ -118,11 +118,11 @@ impl Definition {
         let (value, peer_value) = figure.map_or((None, None), |figure| (figure.value, figure.peer_value));
         let ratio = value.zip(peer_value).map(|(value, peer)| value / peer);
         let met = match self.bar {
-            Bar::AtLeast(bar) => Some(value.is_some_and(|value| value >= bar)),
-            Bar::AtMost(bar) => Some(value.is_some_and(|value| value <= bar)),
-            Bar::RatioAtLeast(bar) => Some(ratio.is_some_and(|ratio| ratio >= bar)),
-            Bar::RatioAtMost(bar) => Some(ratio.is_some_and(|ratio| ratio <= bar)),
-            Bar::None => None,
+            BenchBar::AtLeast(bar) => Some(value.is_some_and(|value| value >= bar)),
+            BenchBar::AtMost(bar) => Some(value.is_some_and(|value| value <= bar)),
+            BenchBar::RatioAtLeast(bar) => Some(ratio.is_some_and(|ratio| ratio >= bar)),
+            BenchBar::RatioAtMost(bar) => Some(ratio.is_some_and(|ratio| ratio <= bar)),
+            BenchBar::None => None,
         };
         let (name, unit, peer) = (self.name, self.unit, self.peer);
         Row {
@@ -138,13 +138,14 @@ impl Definition {
     }
 }
 
-impl Bar {
+impl BenchBar {
     fn number(self) -> Option<f64> {
         match self {
-            Bar::AtLeast(bar) | Bar::AtMost(bar) | Bar::RatioAtLeast(bar) | Bar::RatioAtMost(bar) => {
-                Some(bar)
-            }
-            Bar::None => None,
+            BenchBar::AtLeast(bar)
+            | BenchBar::AtMost(bar)
+            | BenchBar::RatioAtLeast(bar)
+            | BenchBar::RatioAtMost(bar) => Some(bar),
+            BenchBar::None => None,
         }
     }
 }
@@ -186,7 +187,7 @@ fn shown(number: f64) -> String {
 mod tests {
     use super::*;
 
-    fn definition(bar: Bar) -> Definition {
+    fn definition(bar: BenchBar) -> Definition {
         Definition::new(Experiment::Idle, "x", "ms")
             .beside("QEMU")
             .bar(bar)
@@ -196,12 +197,12 @@ mod tests {
     fn bars_are_about_the_value_or_the_ratio() {
         let figure = Some(Figure::beside("x", Some(2.0), Some(4.0)));
         for (bar, met) in [
-            (Bar::AtLeast(2.0), Some(true)),
-            (Bar::AtLeast(2.1), Some(false)),
-            (Bar::AtMost(1.9), Some(false)),
-            (Bar::RatioAtLeast(0.6), Some(false)),
-            (Bar::RatioAtMost(0.5), Some(true)),
-            (Bar::None, None),
+            (BenchBar::AtLeast(2.0), Some(true)),
+            (BenchBar::AtLeast(2.1), Some(false)),
+            (BenchBar::AtMost(1.9), Some(false)),
+            (BenchBar::RatioAtLeast(0.6), Some(false)),
+            (BenchBar::RatioAtMost(0.5), Some(true)),
+            (BenchBar::None, None),
         ] {
             assert_eq!(definition(bar).row(figure).met, met, "{bar:?}");
         }
@@ -209,15 +210,15 @@ mod tests {
 
     #[test]
     fn what_was_not_measured_is_not_reached() {
-        let row = definition(Bar::AtMost(3.0)).row(None);
+        let row = definition(BenchBar::AtMost(3.0)).row(None);
         assert_eq!((row.value, row.met), (None, Some(false)));
-        let alone = definition(Bar::RatioAtLeast(1.0)).row(Some(Figure::alone("x", Some(2.0))));
+        let alone = definition(BenchBar::RatioAtLeast(1.0)).row(Some(Figure::alone("x", Some(2.0))));
         assert_eq!((alone.ratio, alone.met), (None, Some(false)));
     }
 
     #[test]
     fn a_row_has_exactly_the_promised_fields() {
-        let row = definition(Bar::None).row(None);
+        let row = definition(BenchBar::None).row(None);
         let json = serde_json::to_value(row).unwrap();
         let mut names: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
         names.sort();
@@ -229,7 +230,8 @@ mod tests {
 
     #[test]
     fn a_table_has_a_line_for_each_row() {
-        let rows = [definition(Bar::AtMost(3.0)).row(Some(Figure::beside("x", Some(1234.5), Some(20.0))))];
+        let rows =
+            [definition(BenchBar::AtMost(3.0)).row(Some(Figure::beside("x", Some(1234.5), Some(20.0))))];
         let text = table(&rows);
         assert_eq!(text.lines().count(), 2);
         assert!(text.contains("61.7") && text.contains(" NO "), "{text}");

@@ -5,13 +5,13 @@ use std::time::Instant;
 use ::tests::Fixtures;
 use anyhow::{Result, bail};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::catalogue::ROWS;
 use crate::row::{Definition, Figure, Row};
 
 /// What to measure.
 #[derive(Clone, Debug, Default)]
-pub struct Options {
+pub struct RowSelection {
     /// Names of rows; all of them if there are none.
     pub rows: Vec<String>,
     /// How often to repeat everything, instead of as often as each row promises.
@@ -23,7 +23,7 @@ pub struct Options {
 ///
 /// `iperf3`, `qemu-system-x86_64` and `strace` must be installed. Everything is measured on this machine, which
 /// should do nothing else meanwhile.
-pub fn run(fixtures: Fixtures, options: &Options) -> Result<Vec<Row>> {
+pub fn run(fixtures: Fixtures, options: &RowSelection) -> Result<Vec<Row>> {
     let wanted = wanted(&options.rows)?;
     let mut experiments: Vec<_> = wanted.iter().map(|row| row.experiment).collect();
     experiments.sort();
@@ -37,16 +37,16 @@ pub fn run(fixtures: Fixtures, options: &Options) -> Result<Vec<Row>> {
             .filter(|row| row.experiment == experiment)
             .map(|row| row.name)
             .collect();
-        say(format_args!("== {}", names.join(", ")));
+        print_status(format_args!("== {}", names.join(", ")));
         let began = Instant::now();
         bench.begin(experiment.spare_seconds());
         match experiment.run(&mut bench, &names) {
             Ok(found) => figures.extend(found),
-            Err(error) => say(format_args!("FAILED: {}: {error:#}", names.join(", "))),
+            Err(error) => print_status(format_args!("FAILED: {}: {error:#}", names.join(", "))),
         }
-        say(format_args!("== {:.0} s", began.elapsed().as_secs_f64()));
+        print_status(format_args!("== {:.0} s", began.elapsed().as_secs_f64()));
     }
-    say(format_args!(
+    print_status(format_args!(
         "{:.0} s in all; {}",
         began.elapsed().as_secs_f64(),
         bench.stalls()

@@ -1,4 +1,4 @@
-//! Stalls of the host below us: moments at which it did not let our CPUs run.
+//! Stalls of the host below: moments at which it did not let this machine's CPUs run.
 
 #![allow(unsafe_code, reason = "asks for a real-time scheduling class")]
 
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// How often each CPU's thread looks at the clock.
+/// How often each CPU's thread reads the clock.
 const STEP: Duration = Duration::from_millis(1);
 /// A gap that counts as a stall.
 const STALL: Duration = Duration::from_millis(2);
@@ -42,12 +42,12 @@ pub(crate) struct Window {
 
 /// One thread for each CPU, above all other load, that sleeps a millisecond at a time and notes when it comes back late.
 pub(crate) struct Sentinel {
-    shared: Arc<Shared>,
+    shared: Arc<SentinelShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Default)]
-struct Shared {
+struct SentinelShared {
     stop: AtomicBool,
     stalls: Mutex<Vec<Stall>>,
 }
@@ -63,10 +63,10 @@ impl Sentinel {
             let shared = sentinel.shared.clone();
             let (ready, started) = std::sync::mpsc::channel();
             sentinel.threads.push(std::thread::spawn(move || {
-                let prepared = Watch::prepare(cpu);
+                let prepared = CpuWatch::prepare(cpu);
                 let watch = match prepared {
                     Ok(watch) => {
-                        // Nobody to tell: the sentinel is being dropped.
+                        // The receiver is gone: the sentinel is being dropped.
                         let _ = ready.send(Ok(()));
                         watch
                     }
@@ -119,7 +119,7 @@ impl Stall {
 }
 
 impl Window {
-    /// Runs something and tells when.
+    /// Runs something; also returns from when to when it ran.
     pub(crate) fn of<T>(run: impl FnOnce() -> T) -> (T, Self) {
         let from = Instant::now();
         let value = run();
@@ -134,12 +134,12 @@ impl Window {
 }
 
 /// One CPU's thread.
-struct Watch {
+struct CpuWatch {
     cpu: usize,
     schedstat: File,
 }
 
-impl Watch {
+impl CpuWatch {
     fn prepare(cpu: usize) -> Result<Self> {
         let mut set = CpuSet::new();
         set.set(cpu);
@@ -157,7 +157,7 @@ impl Watch {
     /// A late return has two causes: the thread was awake and waited for the CPU, which the kernel counts as
     /// time in the run queue (a stretch of kernel code that cannot be preempted: our own load), or nothing ran
     /// on this CPU at all, the timer's interrupt included. Only the latter is the host's.
-    fn run(&self, shared: &Shared) {
+    fn run(&self, shared: &SentinelShared) {
         let (mut queued, mut age) = (self.queued(), 0);
         while !shared.stop.load(Ordering::Relaxed) {
             let due = Instant::now() + STEP;

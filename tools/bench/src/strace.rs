@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::process::Command;
 
-use ::tests::{PATIENCE, Process};
+use ::tests::{PATIENCE, TestProcess};
 use anyhow::{Context, Result};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -15,7 +15,7 @@ const LOGS: &str = "KVM_MEM_LOG_DIRTY_PAGES";
 
 /// A tracer at work.
 pub(crate) struct Strace {
-    process: Process,
+    process: TestProcess,
     traces: Traces,
 }
 
@@ -69,7 +69,7 @@ impl Strace {
         let tracer = traces.tracer();
         let mut command = Command::new(&tracer[0]);
         command.args(&tracer[1..]).args(["-p", &pid.to_string()]);
-        let process = Process::spawn(command)?;
+        let process = TestProcess::spawn(command)?;
         let attached = |line: &str| line.contains(" attached").then_some(());
         process.stderr().wait("strace", 0, PATIENCE, attached)?;
         Ok(Self { process, traces })

@@ -1,4 +1,4 @@
-//! Memory that the host below us has at hand.
+//! Memory that the host below this machine has at hand.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -10,21 +10,21 @@ use rustix::system::sysinfo;
 
 /// So many MiB are given back at a time.
 const PIECE_MIB: u64 = 32;
-/// Bytes that may lie free for whoever asks next. A host that lends its memory takes back at once what is much more.
+/// Bytes that may lie free for the next allocation. A host that lends its memory takes back at once what is much more.
 const AHEAD: u64 = 256 << 20;
-/// How often somebody looks how much of that is left: the fastest taker needs ten times as long for it.
+/// How often the thread checks how much of that is left: the fastest program needs ten times as long to take it.
 const STEP: Duration = Duration::from_millis(3);
 
-/// Memory for somebody who needs it soon. A host that lends its memory takes back what lies idle, and getting it
-/// again costs ten times what a page fault costs otherwise. So this is touched and held, and given back bit by bit
-/// while it is taken.
+/// Memory for a program that needs it soon. A host that lends its memory takes back what lies idle, and getting it
+/// again costs ten times what a page fault costs otherwise. So this process touches and holds it, and gives it back bit
+/// by bit while that program takes it.
 pub(crate) struct Warm {
     end: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Warm {
-    /// Touches so many MiB; whoever takes memory from now on gets them, until this is dropped.
+    /// Touches so many MiB; programs that allocate memory get them, until this is dropped.
     pub(crate) fn lend(mib: u64) -> Result<Self> {
         let pieces = (0..mib.div_ceil(PIECE_MIB)).map(|_| touched());
         let pieces: Vec<MmapMut> = pieces.collect::<Result<_>>()?;
@@ -38,7 +38,7 @@ impl Warm {
 }
 
 /// A piece in the huge pages that a monitor asks for as well: memory that was given back in small pages is found
-/// last by whoever wants huge ones.
+/// last by a program that wants huge ones.
 fn touched() -> Result<MmapMut> {
     let piece = MmapMut::map_anon((PIECE_MIB << 20) as usize).context("memory to lend")?;
     piece.advise(Advice::HugePage)?;

@@ -11,15 +11,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use lab::wire::{self, Frame, Kind};
+use lab::wire::{self, LabFrame, LabFrameKind};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-/// The way to the lab, shared by everybody who has something to say.
-type Port = Arc<Mutex<File>>;
+/// The port to the lab, shared by all threads that send frames.
+type ControlPort = Arc<Mutex<File>>;
 
 /// A process as the lab's frames reach it.
-struct Running {
+struct HostProcess {
     stdin: Sender<Vec<u8>>,
     handle: OwnedFd,
 }
@@ -28,29 +28,40 @@ struct Running {
 pub(crate) fn serve() -> io::Result<()> {
     let mut from = open_port()?;
     let port = Arc::new(Mutex::new(from.try_clone()?));
-    say(&port, Kind::Hello, 0, &[]);
+    send(&port, LabFrameKind::Hello, 0, &[]);
     let mut running = HashMap::new();
     loop {
-        let Frame { kind, process, body } = wire::read(&mut from)?;
+        let LabFrame { kind, process, body } = wire::read(&mut from)?;
         match kind {
-            Kind::Spawn | Kind::Terminal => match start(kind, &wire::split(&body), process, &port) {
-                Ok(started) => drop(running.insert(process, started)),
-                Err(error) => say(&port, Kind::Refused, process, error.to_string().as_bytes()),
-            },
-            Kind::Stdin => {
+            LabFrameKind::Spawn | LabFrameKind::Terminal => {
+                match start(kind, &wire::split(&body), process, &port) {
+                    Ok(started) => drop(running.insert(process, started)),
+                    Err(error) => send(
+                        &port,
+                        LabFrameKind::Refused,
+                        process,
+                        error.to_string().as_bytes(),
+                    ),
+                }
+            }
+            LabFrameKind::Stdin => {
                 if let Some(to) = running.get(&process) {
                     // Fails when the process has closed its input.
                     let _ = to.stdin.send(body);
                 }
             }
-            Kind::Signal => {
+            LabFrameKind::Signal => {
                 let number = body.first_chunk().map_or(0, |number| i32::from_le_bytes(*number));
                 if let (Some(to), Some(signal)) = (running.get(&process), Signal::from_named_raw(number)) {
                     // Fails when the process has ended.
                     let _ = pidfd_send_signal(&to.handle, signal);
                 }
             }
-            Kind::Hello | Kind::Refused | Kind::Stdout | Kind::Stderr | Kind::Exit => {
+            LabFrameKind::Hello
+            | LabFrameKind::Refused
+            | LabFrameKind::Stdout
+            | LabFrameKind::Stderr
+            | LabFrameKind::Exit => {
                 println!("lab-host: a frame of the wrong direction: {kind:?}");
             }
         }
@@ -76,7 +87,7 @@ fn open_port() -> io::Result<File> {
 }
 
 /// Sends a frame. If the lab is gone, the reader ends the program.
-fn say(port: &Port, kind: Kind, process: u32, body: &[u8]) {
+fn send(port: &ControlPort, kind: LabFrameKind, process: u32, body: &[u8]) {
     let _ = wire::write(
         &mut *port.lock().unwrap_or_else(PoisonError::into_inner),
         kind,
@@ -85,7 +96,7 @@ fn say(port: &Port, kind: Kind, process: u32, body: &[u8]) {
     );
 }
 
-fn start(how: Kind, words: &[String], process: u32, port: &Port) -> io::Result<Running> {
+fn start(how: LabFrameKind, words: &[String], process: u32, port: &ControlPort) -> io::Result<HostProcess> {
     let (program, arguments) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let mut command = Command::new(program);
     command
@@ -93,7 +104,7 @@ fn start(how: Kind, words: &[String], process: u32, port: &Port) -> io::Result<R
         .env("PATH", "/bin")
         .env("HOME", "/")
         .env("TERM", "linux");
-    let terminal = if how == Kind::Terminal {
+    let terminal = if how == LabFrameKind::Terminal {
         Some(attach_terminal(&mut command)?)
     } else {
         command
@@ -116,10 +127,10 @@ fn start(how: Kind, words: &[String], process: u32, port: &Port) -> io::Result<R
     }
     let port = port.clone();
     thread::spawn(move || watch(child, terminal, process, &port));
-    Ok(Running { stdin, handle })
+    Ok(HostProcess { stdin, handle })
 }
 
-/// Gives a command a new terminal; returns our end of it.
+/// Gives a command a new terminal; returns this program's end of it.
 fn attach_terminal(command: &mut Command) -> io::Result<File> {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     grantpt(&ours)?;
@@ -134,7 +145,7 @@ fn attach_terminal(command: &mut Command) -> io::Result<File> {
     Ok(File::from(ours))
 }
 
-/// Writes what comes until an empty piece, or until nobody reads it.
+/// Writes what comes until an empty piece, or until the process no longer reads it.
 fn feed(input: &Receiver<Vec<u8>>, mut to: impl Write) {
     while let Ok(bytes) = input.recv() {
         if bytes.is_empty() || to.write_all(&bytes).is_err() {
@@ -143,32 +154,32 @@ fn feed(input: &Receiver<Vec<u8>>, mut to: impl Write) {
     }
 }
 
-/// Carries output until both streams have ended, then tells how the process ended.
-fn watch(mut child: Child, terminal: Option<File>, process: u32, port: &Port) {
+/// Carries output until both streams have ended, then sends how the process ended.
+fn watch(mut child: Child, terminal: Option<File>, process: u32, port: &ControlPort) {
     let outputs = [
-        terminal.map(|from| carry(from, Kind::Stdout, process, port)),
+        terminal.map(|from| carry(from, LabFrameKind::Stdout, process, port)),
         child
             .stdout
             .take()
-            .map(|from| carry(from, Kind::Stdout, process, port)),
+            .map(|from| carry(from, LabFrameKind::Stdout, process, port)),
         child
             .stderr
             .take()
-            .map(|from| carry(from, Kind::Stderr, process, port)),
+            .map(|from| carry(from, LabFrameKind::Stderr, process, port)),
     ];
     let status = child.wait();
     for output in outputs.into_iter().flatten() {
         let _ = output.join();
     }
     let status = status.map_or(-1, ExitStatusExt::into_raw);
-    say(port, Kind::Exit, process, &status.to_le_bytes());
+    send(port, LabFrameKind::Exit, process, &status.to_le_bytes());
 }
 
 fn carry(
     mut from: impl Read + Send + 'static,
-    kind: Kind,
+    kind: LabFrameKind,
     process: u32,
-    port: &Port,
+    port: &ControlPort,
 ) -> thread::JoinHandle<()> {
     let port = port.clone();
     thread::spawn(move || {
@@ -176,7 +187,7 @@ fn carry(
         loop {
             match from.read(&mut buffer) {
                 Ok(0) => return,
-                Ok(len) => say(&port, kind, process, &buffer[..len]),
+                Ok(len) => send(&port, kind, process, &buffer[..len]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
             }

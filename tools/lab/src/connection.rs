@@ -7,28 +7,28 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use crate::patience::{Deadline, note_progress};
-use crate::wire::{self, Frame, Kind};
+use crate::wire::{self, LabFrame, LabFrameKind};
 
 /// What is kept of a process's output; the rest is dropped.
 const LONGEST_LOG: usize = 64 << 20;
 
 /// A host's control channel. Locks: `state` before `out`, neither held while waiting for the other side.
 #[derive(Debug)]
-pub(crate) struct Connection {
-    state: Mutex<State>,
+pub(crate) struct LabConnection {
+    state: Mutex<LabConnectionState>,
     changed: Condvar,
     out: Mutex<UnixStream>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct LabConnectionState {
     up: bool,
     gone: bool,
     next: u32,
     processes: HashMap<u32, Transcript>,
 }
 
-/// What is known of one process.
+/// What one process has printed, and how it ended.
 #[derive(Debug, Default)]
 pub(crate) struct Transcript {
     /// Standard output so far.
@@ -53,7 +53,7 @@ pub(crate) enum Missed {
     Host,
 }
 
-impl Connection {
+impl LabConnection {
     /// Takes over the stream that QEMU has opened.
     pub(crate) fn new(stream: UnixStream) -> io::Result<Arc<Self>> {
         let mut input = io::BufReader::new(stream.try_clone()?);
@@ -78,8 +78,8 @@ impl Connection {
         self.wait(deadline, |state| state.up.then_some(()))
     }
 
-    /// Asks for a process, by [`Kind::Spawn`] or [`Kind::Terminal`]; its number.
-    pub(crate) fn spawn(&self, how: Kind, words: &[&str]) -> io::Result<u32> {
+    /// Asks for a process, by [`LabFrameKind::Spawn`] or [`LabFrameKind::Terminal`]; its number.
+    pub(crate) fn spawn(&self, how: LabFrameKind, words: &[&str]) -> io::Result<u32> {
         let process = {
             let mut state = self.lock();
             let process = state.next;
@@ -92,7 +92,7 @@ impl Connection {
     }
 
     /// Sends a frame about a process.
-    pub(crate) fn send(&self, kind: Kind, process: u32, body: &[u8]) -> io::Result<()> {
+    pub(crate) fn send(&self, kind: LabFrameKind, process: u32, body: &[u8]) -> io::Result<()> {
         wire::write(
             &mut *self.out.lock().unwrap_or_else(PoisonError::into_inner),
             kind,
@@ -101,36 +101,36 @@ impl Connection {
         )
     }
 
-    /// Looks at a process until `look` is content.
+    /// Waits until `read` finds something in what a process has printed.
     pub(crate) fn wait_for<T>(
         &self,
         process: u32,
         mut deadline: Deadline,
-        mut look: impl FnMut(&Transcript) -> Option<T>,
+        mut read: impl FnMut(&Transcript) -> Option<T>,
     ) -> Result<T, Missed> {
         self.wait(&mut deadline, |state| {
-            state.processes.get(&process).and_then(&mut look)
+            state.processes.get(&process).and_then(&mut read)
         })
     }
 
-    /// Looks at a process as it is now.
-    pub(crate) fn look<T>(&self, process: u32, look: impl FnOnce(&Transcript) -> T) -> Option<T> {
-        self.lock().processes.get(&process).map(look)
+    /// Passes to `read` what a process has printed so far.
+    pub(crate) fn with_transcript<T>(&self, process: u32, read: impl FnOnce(&Transcript) -> T) -> Option<T> {
+        self.lock().processes.get(&process).map(read)
     }
 
-    /// Forgets a process.
-    pub(crate) fn forget(&self, process: u32) {
+    /// Drops what is kept of a process.
+    pub(crate) fn remove(&self, process: u32) {
         self.lock().processes.remove(&process);
     }
 
     fn wait<T>(
         &self,
         deadline: &mut Deadline,
-        mut look: impl FnMut(&State) -> Option<T>,
+        mut read: impl FnMut(&LabConnectionState) -> Option<T>,
     ) -> Result<T, Missed> {
         let mut state = self.lock();
         loop {
-            if let Some(found) = look(&state) {
+            if let Some(found) = read(&state) {
                 return Ok(found);
             }
             if state.gone {
@@ -145,10 +145,10 @@ impl Connection {
         }
     }
 
-    fn take(&self, frame: Frame) {
+    fn take(&self, frame: LabFrame) {
         note_progress();
         let mut state = self.lock();
-        if frame.kind == Kind::Hello {
+        if frame.kind == LabFrameKind::Hello {
             state.up = true;
         } else if let Some(transcript) = state.processes.get_mut(&frame.process) {
             transcript.take(frame);
@@ -157,17 +157,17 @@ impl Connection {
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LabConnectionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Transcript {
-    fn take(&mut self, frame: Frame) {
+    fn take(&mut self, frame: LabFrame) {
         match frame.kind {
-            Kind::Stdout => self.output(0, &frame.body),
-            Kind::Stderr => self.output(1, &frame.body),
-            Kind::Exit => {
+            LabFrameKind::Stdout => self.output(0, &frame.body),
+            LabFrameKind::Stderr => self.output(1, &frame.body),
+            LabFrameKind::Exit => {
                 for part in 0..2 {
                     self.end_line(part);
                 }
@@ -178,8 +178,12 @@ impl Transcript {
                         .map_or(-1, |status| i32::from_le_bytes(*status)),
                 );
             }
-            Kind::Refused => self.refused = Some(String::from_utf8_lossy(&frame.body).into_owned()),
-            Kind::Hello | Kind::Spawn | Kind::Terminal | Kind::Stdin | Kind::Signal => {}
+            LabFrameKind::Refused => self.refused = Some(String::from_utf8_lossy(&frame.body).into_owned()),
+            LabFrameKind::Hello
+            | LabFrameKind::Spawn
+            | LabFrameKind::Terminal
+            | LabFrameKind::Stdin
+            | LabFrameKind::Signal => {}
         }
     }
 
@@ -218,29 +222,29 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::Patience;
+    use crate::WaitLimit;
 
-    fn pair() -> (Arc<Connection>, UnixStream) {
+    fn pair() -> (Arc<LabConnection>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Connection::new(ours).unwrap(), theirs)
+        (LabConnection::new(ours).unwrap(), theirs)
     }
 
     fn soon() -> Deadline {
-        Patience::from(Duration::from_secs(10)).begin()
+        WaitLimit::from(Duration::from_secs(10)).begin()
     }
 
     #[test]
     fn output_of_two_processes_is_kept_apart_and_in_lines() {
         let (connection, mut host) = pair();
-        let first = connection.spawn(Kind::Spawn, &["a", "b"]).unwrap();
-        let second = connection.spawn(Kind::Spawn, &["c"]).unwrap();
+        let first = connection.spawn(LabFrameKind::Spawn, &["a", "b"]).unwrap();
+        let second = connection.spawn(LabFrameKind::Spawn, &["c"]).unwrap();
         assert_eq!(wire::split(&wire::read(&mut host).unwrap().body), ["a", "b"]);
-        wire::write(&mut host, Kind::Stdout, first, b"one\r\ntw").unwrap();
-        wire::write(&mut host, Kind::Stderr, first, b"aside\n").unwrap();
-        wire::write(&mut host, Kind::Stdout, second, b"other").unwrap();
-        wire::write(&mut host, Kind::Stdout, first, b"o\n").unwrap();
-        wire::write(&mut host, Kind::Exit, first, &256i32.to_le_bytes()).unwrap();
-        wire::write(&mut host, Kind::Exit, second, &9i32.to_le_bytes()).unwrap();
+        wire::write(&mut host, LabFrameKind::Stdout, first, b"one\r\ntw").unwrap();
+        wire::write(&mut host, LabFrameKind::Stderr, first, b"aside\n").unwrap();
+        wire::write(&mut host, LabFrameKind::Stdout, second, b"other").unwrap();
+        wire::write(&mut host, LabFrameKind::Stdout, first, b"o\n").unwrap();
+        wire::write(&mut host, LabFrameKind::Exit, first, &256i32.to_le_bytes()).unwrap();
+        wire::write(&mut host, LabFrameKind::Exit, second, &9i32.to_le_bytes()).unwrap();
         let lines = |process| {
             connection.wait_for(process, soon(), |seen| {
                 seen.ended.map(|end| (end, seen.lines.clone()))
@@ -256,7 +260,7 @@ mod tests {
     #[test]
     fn a_host_that_goes_ends_every_wait() {
         let (connection, host) = pair();
-        let process = connection.spawn(Kind::Spawn, &["a"]).unwrap();
+        let process = connection.spawn(LabFrameKind::Spawn, &["a"]).unwrap();
         drop(host);
         let missed = connection
             .wait_for(process, soon(), |seen| seen.ended)
@@ -269,7 +273,7 @@ mod tests {
     fn time_runs_out() {
         let (connection, _host) = pair();
         assert_eq!(
-            connection.wait_until_up(&mut Patience::from(Duration::ZERO).begin()),
+            connection.wait_until_up(&mut WaitLimit::from(Duration::ZERO).begin()),
             Err(Missed::Time)
         );
     }

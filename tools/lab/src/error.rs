@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::Patience;
+use crate::WaitLimit;
 use crate::cpio::CpioError;
 
 /// Any failure; the text names the thing, what was expected and what came.
@@ -34,7 +34,7 @@ pub enum LabError {
         /// Its number.
         host: usize,
         /// How long it had.
-        within: Patience,
+        within: WaitLimit,
         /// What happened instead.
         got: String,
         /// The end of its console log.
@@ -55,7 +55,7 @@ pub enum LabError {
         host: usize,
         /// The program and its arguments.
         command: String,
-        /// What the host says.
+        /// The host's reason.
         reason: String,
     },
     /// Something did not happen in time.
@@ -68,7 +68,7 @@ pub enum LabError {
         /// What was waited for.
         what: String,
         /// How long.
-        within: Patience,
+        within: WaitLimit,
         /// What the program has printed so far.
         log: String,
     },

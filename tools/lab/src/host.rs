@@ -12,25 +12,25 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use crate::LabError;
-use crate::connection::{Connection, Missed};
-use crate::patience::{Deadline, Patience};
-use crate::process::{Output, Process};
-use crate::qemu::Qemu;
+use crate::connection::{LabConnection, Missed};
+use crate::patience::{Deadline, WaitLimit};
+use crate::process::{LabOutput, LabProcess};
+use crate::qemu::QemuProcess;
 use crate::tsc;
-use crate::wire::Kind;
+use crate::wire::LabFrameKind;
 
 /// What an error shows of a console log.
 const CONSOLE_TAIL: u64 = 4096;
 
 /// A host: programs run on it, and it can lose its power.
 #[derive(Debug)]
-pub struct Host {
+pub struct LabHost {
     identity: Arc<Identity>,
-    machine: Machine,
-    running: Mutex<Option<Running>>,
+    machine: LabMachine,
+    running: Mutex<Option<RunningHost>>,
 }
 
-/// What a host's processes need to know of it for their errors.
+/// What the errors of a host's processes say of it.
 #[derive(Debug)]
 pub(crate) struct Identity {
     /// Its number.
@@ -40,7 +40,7 @@ pub(crate) struct Identity {
 
 /// What a host is made of.
 #[derive(Clone, Debug)]
-pub(crate) struct Machine {
+pub(crate) struct LabMachine {
     pub(crate) cpu: String,
     pub(crate) memory_mib: u32,
     pub(crate) kernel: PathBuf,
@@ -50,21 +50,21 @@ pub(crate) struct Machine {
 }
 
 #[derive(Debug)]
-struct Running {
-    connection: Arc<Connection>,
-    _qemu: Qemu,
+struct RunningHost {
+    connection: Arc<LabConnection>,
+    _qemu: QemuProcess,
 }
 
 /// A host whose QEMU has started and that is not up yet.
 #[derive(Debug)]
 pub(crate) struct Starting {
-    qemu: Qemu,
+    qemu: QemuProcess,
     control: UnixListener,
     deadline: Deadline,
 }
 
-impl Host {
-    pub(crate) fn new(index: usize, folder: &Path, machine: Machine) -> Self {
+impl LabHost {
+    pub(crate) fn new(index: usize, folder: &Path, machine: LabMachine) -> Self {
         let identity = Arc::new(Identity {
             index,
             folder: folder.to_path_buf(),
@@ -77,21 +77,31 @@ impl Host {
     }
 
     /// Runs a program to its end and returns what it printed. A status other than 0 is no error here.
-    pub fn run(&self, words: &[&str]) -> Result<Output, LabError> {
+    pub fn run(&self, words: &[&str]) -> Result<LabOutput, LabError> {
         let mut process = self.spawn(words)?;
         process.close_stdin()?;
-        process.wait(Patience::DEFAULT)
+        process.wait(WaitLimit::DEFAULT)
     }
 
-    /// Starts a program. That it cannot be started is told by the first wait.
-    pub fn spawn(&self, words: &[&str]) -> Result<Process, LabError> {
-        Process::start(self.connection()?, self.identity.clone(), Kind::Spawn, words)
+    /// Starts a program. The first wait fails if it cannot be started.
+    pub fn spawn(&self, words: &[&str]) -> Result<LabProcess, LabError> {
+        LabProcess::start(
+            self.connection()?,
+            self.identity.clone(),
+            LabFrameKind::Spawn,
+            words,
+        )
     }
 
     /// Starts a program on a terminal of its own: all that it prints is standard output.
-    pub fn terminal(&self, words: &[&str]) -> Result<Process, LabError> {
+    pub fn terminal(&self, words: &[&str]) -> Result<LabProcess, LabError> {
         let words = [&["setsid", "-c"], words].concat();
-        Process::start(self.connection()?, self.identity.clone(), Kind::Terminal, &words)
+        LabProcess::start(
+            self.connection()?,
+            self.identity.clone(),
+            LabFrameKind::Terminal,
+            &words,
+        )
     }
 
     /// Its address on the hosts' network.
@@ -104,7 +114,7 @@ impl Host {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Starts it anew, after a power cut if it still runs: nothing but the shared disk is as it was.
+    /// Starts it anew, after a power cut if it still runs. Only the shared disk keeps its content.
     pub fn restart(&self) -> Result<(), LabError> {
         self.kill();
         let starting = self.begin()?;
@@ -118,7 +128,7 @@ impl Host {
 
     /// Starts QEMU.
     pub(crate) fn begin(&self) -> Result<Starting, LabError> {
-        let deadline = Patience::DEFAULT.begin();
+        let deadline = WaitLimit::DEFAULT.begin();
         let index = self.identity.index;
         let control = self.identity.path("control");
         match std::fs::remove_file(&control) {
@@ -132,7 +142,7 @@ impl Host {
         }
         let listener = UnixListener::bind(&control).map_err(LabError::system("open a control channel"))?;
         let command = self.command(&control)?;
-        let qemu = Qemu::start(command).map_err(LabError::system(format!(
+        let qemu = QemuProcess::start(command).map_err(LabError::system(format!(
             "start qemu-system-x86_64 for host {index}"
         )))?;
         Ok(Starting {
@@ -151,7 +161,7 @@ impl Host {
         } = starting;
         let up = wait_for_client(&control, &qemu, &mut deadline)
             .and_then(|()| control.accept())
-            .and_then(|(stream, _)| Connection::new(stream))
+            .and_then(|(stream, _)| LabConnection::new(stream))
             .map_err(|error| error.to_string())
             .and_then(|connection| match connection.wait_until_up(&mut deadline) {
                 Ok(()) => Ok(connection),
@@ -160,7 +170,7 @@ impl Host {
             });
         match up {
             Ok(connection) => {
-                let running = Some(Running {
+                let running = Some(RunningHost {
                     connection,
                     _qemu: qemu,
                 });
@@ -174,7 +184,7 @@ impl Host {
                 let (host, console) = (self.identity.index, self.identity.console());
                 Err(LabError::NotUp {
                     host,
-                    within: Patience::DEFAULT,
+                    within: WaitLimit::DEFAULT,
                     got,
                     console,
                 })
@@ -182,7 +192,7 @@ impl Host {
         }
     }
 
-    fn connection(&self) -> Result<Arc<Connection>, LabError> {
+    fn connection(&self) -> Result<Arc<LabConnection>, LabError> {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running
             .as_ref()
@@ -264,7 +274,7 @@ impl Host {
 }
 
 impl Identity {
-    /// The error of whoever wants something of a host that is not there.
+    /// The error of a call on a host that is not there.
     pub(crate) fn gone(&self) -> LabError {
         LabError::HostGone {
             host: self.index,
@@ -302,7 +312,7 @@ fn quoted(path: &Path) -> String {
 }
 
 /// Waits until QEMU opens the channel; an error if it ends first or takes too long.
-fn wait_for_client(control: &UnixListener, qemu: &Qemu, deadline: &mut Deadline) -> io::Result<()> {
+fn wait_for_client(control: &UnixListener, qemu: &QemuProcess, deadline: &mut Deadline) -> io::Result<()> {
     let process = pidfd_open(qemu.pid(), PidfdFlags::empty())?;
     let mut ready = [
         PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),

@@ -25,8 +25,8 @@ mod switch;
 mod tsc;
 
 pub use error::LabError;
-pub use host::Host;
-pub use patience::{Deadline, Patience, note_progress};
+pub use host::LabHost;
+pub use patience::{Deadline, WaitLimit, note_progress};
 pub use payload::Payload;
-pub use process::{Output, Process, Signal};
-pub use start::{Builder, Lab};
+pub use process::{LabOutput, LabProcess, Signal};
+pub use start::{Lab, LabBuilder};

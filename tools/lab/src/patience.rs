@@ -7,22 +7,22 @@ use std::time::{Duration, Instant};
 /// Signs of progress so far, of all programs that this process waits for.
 static PROGRESS: AtomicU64 = AtomicU64::new(0);
 
-/// Says that one of the programs that this process waits for has shown that it goes on: it has printed something, say.
+/// Records a sign of progress, such as a printed line, of a program that this process waits for.
 pub fn note_progress() {
     PROGRESS.fetch_add(1, Ordering::Relaxed);
 }
 
 /// How long something may take. It only costs time where something is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
+pub struct WaitLimit {
     /// In which no program shows any progress ([`note_progress`]).
     pub quiet: Duration,
     /// In all, whatever goes on meanwhile.
     pub longest: Duration,
 }
 
-impl Patience {
-    /// For all that has no reason to be told apart.
+impl WaitLimit {
+    /// For every wait that has no limit of its own.
     pub const DEFAULT: Self = Self {
         quiet: Duration::from_secs(180),
         longest: Duration::from_secs(600),
@@ -40,7 +40,7 @@ impl Patience {
     }
 }
 
-impl From<Duration> for Patience {
+impl From<Duration> for WaitLimit {
     /// So long, whatever goes on.
     fn from(time: Duration) -> Self {
         Self {
@@ -50,7 +50,7 @@ impl From<Duration> for Patience {
     }
 }
 
-impl fmt::Display for Patience {
+impl fmt::Display for WaitLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { quiet, longest } = self;
         if quiet == longest {
@@ -63,15 +63,15 @@ impl fmt::Display for Patience {
 /// When a wait that has begun is given up.
 #[derive(Debug)]
 pub struct Deadline {
-    patience: Patience,
+    patience: WaitLimit,
     end: Instant,
     quiet_end: Instant,
     progress: u64,
 }
 
 impl Deadline {
-    /// How long the next look may be waited for; `None` once the wait is given up. What has made progress since the
-    /// last call has until then from now on.
+    /// How long the next check may be waited for; `None` once the wait is given up. If a program has made
+    /// progress since the last call, the quiet time begins anew.
     pub fn left(&mut self) -> Option<Duration> {
         let now = Instant::now();
         let progress = PROGRESS.load(Ordering::Relaxed);
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn progress_renews_a_wait_up_to_its_end() {
-        let patience = Patience {
+        let patience = WaitLimit {
             quiet: Duration::from_secs(3600),
             longest: Duration::from_millis(50),
         };
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(deadline.left(), None);
 
         // Other tests of this process may make progress at any time: only the first half can be asserted.
-        let patience = Patience {
+        let patience = WaitLimit {
             quiet: Duration::from_millis(20),
             longest: Duration::from_secs(3600),
         };
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_fixed_time_is_not_renewed() {
-        let mut deadline = Patience::from(Duration::from_millis(20)).begin();
+        let mut deadline = WaitLimit::from(Duration::from_millis(20)).begin();
         sleep(Duration::from_millis(20));
         note_progress();
         assert_eq!(deadline.left(), None);

@@ -4,14 +4,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
 
-use crate::connection::{Connection, Missed, Transcript};
+use crate::connection::{LabConnection, Missed, Transcript};
 use crate::host::Identity;
-use crate::wire::{Kind, LONGEST};
-use crate::{LabError, Patience};
+use crate::wire::{LONGEST, LabFrameKind};
+use crate::{LabError, WaitLimit};
 
 /// What a program that has ended left behind.
 #[derive(Clone, Debug)]
-pub struct Output {
+pub struct LabOutput {
     /// How it ended.
     pub status: ExitStatus,
     /// What it printed.
@@ -39,20 +39,20 @@ pub enum Signal {
 
 /// A program that was started on a host; dropping it kills it. All that it prints is kept (64 MiB at most).
 #[derive(Debug)]
-pub struct Process {
-    connection: Arc<Connection>,
+pub struct LabProcess {
+    connection: Arc<LabConnection>,
     host: Arc<Identity>,
     number: u32,
     command: String,
-    /// Lines before this one have been looked at by `wait_line`.
+    /// Lines before this one have been checked by `wait_line`.
     next_line: usize,
 }
 
-impl Process {
+impl LabProcess {
     pub(crate) fn start(
-        connection: Arc<Connection>,
+        connection: Arc<LabConnection>,
         host: Arc<Identity>,
-        how: Kind,
+        how: LabFrameKind,
         words: &[&str],
     ) -> Result<Self, LabError> {
         let number = connection.spawn(how, words).map_err(|_| host.gone())?;
@@ -69,25 +69,25 @@ impl Process {
     pub fn write_stdin(&self, bytes: &[u8]) -> Result<(), LabError> {
         bytes
             .chunks(LONGEST)
-            .try_for_each(|piece| self.send(Kind::Stdin, piece))
+            .try_for_each(|piece| self.send(LabFrameKind::Stdin, piece))
     }
 
     /// Ends the program's standard input.
     pub fn close_stdin(&self) -> Result<(), LabError> {
-        self.send(Kind::Stdin, &[])
+        self.send(LabFrameKind::Stdin, &[])
     }
 
     /// Sends a signal; one to a program that has ended is lost.
     pub fn signal(&self, signal: Signal) -> Result<(), LabError> {
-        self.send(Kind::Signal, &(signal as i32).to_le_bytes())
+        self.send(LabFrameKind::Signal, &(signal as i32).to_le_bytes())
     }
 
     /// Waits for the first line, of standard output or error, that `matches` among those that this function has
-    /// not looked at before.
+    /// not checked before.
     pub fn wait_line(
         &mut self,
         mut matches: impl FnMut(&str) -> bool,
-        within: impl Into<Patience>,
+        within: impl Into<WaitLimit>,
     ) -> Result<String, LabError> {
         let within = within.into();
         let mut next = self.next_line;
@@ -111,13 +111,13 @@ impl Process {
     /// Everything that it has printed, in whole lines.
     pub fn log(&self) -> String {
         self.connection
-            .look(self.number, |seen| seen.lines.join("\n"))
+            .with_transcript(self.number, |seen| seen.lines.join("\n"))
             .unwrap_or_default()
     }
 
     /// Bytes that it has printed on standard output from byte `from` on, as soon as there are any or it has
     /// ended. For terminals.
-    pub fn read_stdout(&self, from: usize, within: impl Into<Patience>) -> Result<Vec<u8>, LabError> {
+    pub fn read_stdout(&self, from: usize, within: impl Into<WaitLimit>) -> Result<Vec<u8>, LabError> {
         let within = within.into();
         let found = self.connection.wait_for(self.number, within.begin(), |seen| {
             let new = seen.stdout.get(from..).unwrap_or_default();
@@ -128,11 +128,11 @@ impl Process {
 
     /// Waits for the end of the program and of its output: a program of its own that it leaves behind with the
     /// same standard output counts.
-    pub fn wait(&mut self, within: impl Into<Patience>) -> Result<Output, LabError> {
+    pub fn wait(&mut self, within: impl Into<WaitLimit>) -> Result<LabOutput, LabError> {
         let within = within.into();
         let found = self.connection.wait_for(self.number, within.begin(), |seen| {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            let output = |status| Output {
+            let output = |status| LabOutput {
                 status: ExitStatus::from_raw(status),
                 stdout: text(&seen.stdout),
                 stderr: text(&seen.stderr),
@@ -146,7 +146,7 @@ impl Process {
         }
     }
 
-    fn send(&self, kind: Kind, body: &[u8]) -> Result<(), LabError> {
+    fn send(&self, kind: LabFrameKind, body: &[u8]) -> Result<(), LabError> {
         self.connection
             .send(kind, self.number, body)
             .map_err(|_| self.host.gone())
@@ -172,7 +172,7 @@ impl Process {
         }
     }
 
-    fn missed(&self, missed: Missed, what: &str, within: Patience) -> LabError {
+    fn missed(&self, missed: Missed, what: &str, within: WaitLimit) -> LabError {
         match missed {
             Missed::Host => self.host.gone(),
             Missed::Time => LabError::TimedOut {
@@ -186,14 +186,16 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for LabProcess {
     fn drop(&mut self) {
-        let running = self.connection.look(self.number, |seen| ending(seen).is_none());
+        let running = self
+            .connection
+            .with_transcript(self.number, |seen| ending(seen).is_none());
         if running == Some(true) {
             // Fails if the host is gone, and the process with it.
             let _ = self.signal(Signal::Kill);
         }
-        self.connection.forget(self.number);
+        self.connection.remove(self.number);
     }
 }
 

@@ -1,4 +1,4 @@
-//! QEMU processes that do not outlive us, whatever becomes of us.
+//! QEMU processes that end when this process ends, however it ends.
 
 #![allow(
     unsafe_code,
@@ -16,19 +16,19 @@ use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_sig
 
 /// A running QEMU; dropping it kills and reaps it.
 #[derive(Debug)]
-pub(crate) struct Qemu(Child);
+pub(crate) struct QemuProcess(Child);
 
-impl Qemu {
+impl QemuProcess {
     /// Starts a command.
     pub(crate) fn start(command: Command) -> io::Result<Self> {
         // The kernel sends the signal when the *thread* that forked ends, so one thread forks all children and
         // lives until the process ends.
-        static SPAWNER: OnceLock<Sender<Job>> = OnceLock::new();
+        static SPAWNER: OnceLock<Sender<QemuStart>> = OnceLock::new();
         let spawner = SPAWNER.get_or_init(|| {
-            let (sender, jobs) = channel::<Job>();
+            let (sender, jobs) = channel::<QemuStart>();
             thread::spawn(move || {
-                for Job { command, answer } in jobs {
-                    // Whoever asked waits for the answer.
+                for QemuStart { command, answer } in jobs {
+                    // The caller waits for the answer.
                     let _ = answer.send(spawn(command));
                 }
             });
@@ -37,12 +37,12 @@ impl Qemu {
         let gone = |_| io::Error::other("the thread that starts processes is gone");
         let (answer, answered) = channel();
         spawner
-            .send(Job { command, answer })
+            .send(QemuStart { command, answer })
             .map_err(|_| io::Error::other("nothing starts processes"))?;
         answered.recv().map_err(gone)?.map(Self)
     }
 
-    /// Its process id; ours until it is dropped.
+    /// Its process id, which no other process gets until this is dropped.
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.0)
     }
@@ -57,7 +57,7 @@ impl Qemu {
     }
 }
 
-impl Drop for Qemu {
+impl Drop for QemuProcess {
     fn drop(&mut self) {
         // Both fail only if it has been reaped already.
         let _ = self.0.kill();
@@ -65,7 +65,7 @@ impl Drop for Qemu {
     }
 }
 
-struct Job {
+struct QemuStart {
     command: Command,
     answer: Sender<io::Result<Child>>,
 }
@@ -74,7 +74,7 @@ fn spawn(mut command: Command) -> io::Result<Child> {
     let us = getpid();
     let die_with_us = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // If we died before that call, nobody will send the signal.
+        // If the parent died before that call, the kernel will not send the signal.
         if getppid() == Some(us) {
             Ok(())
         } else {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::LabError;
-use crate::host::{Host, Machine};
+use crate::host::{LabHost, LabMachine};
 use crate::payload::Payload;
 use crate::switch::Switch;
 
@@ -18,32 +18,32 @@ const MEMORY_MIB: u32 = 3072;
 #[derive(Debug)]
 pub struct Lab {
     // Dropped in this order: hosts before the network, all before the folder.
-    hosts: Vec<Host>,
+    hosts: Vec<LabHost>,
     switch: Switch,
     disk: Option<PathBuf>,
     _folder: TempDir,
 }
 
-/// What a lab shall have.
+/// Describes a lab before it starts.
 #[derive(Debug)]
-pub struct Builder {
+pub struct LabBuilder {
     payload: Payload,
     hosts: usize,
     memory_mib: u32,
     cpus: Vec<(usize, String)>,
-    disk: Option<Disk>,
+    disk: Option<LabDisk>,
 }
 
 #[derive(Debug)]
-enum Disk {
+enum LabDisk {
     Empty(u64),
     Image(PathBuf),
 }
 
 impl Lab {
     /// Begins to describe a lab: one host, no disk.
-    pub fn builder(payload: Payload) -> Builder {
-        Builder {
+    pub fn builder(payload: Payload) -> LabBuilder {
+        LabBuilder {
             payload,
             hosts: 1,
             memory_mib: MEMORY_MIB,
@@ -56,11 +56,11 @@ impl Lab {
     ///
     /// # Panics
     /// If there are not so many.
-    pub fn host(&self, index: usize) -> &Host {
+    pub fn host(&self, index: usize) -> &LabHost {
         &self.hosts[index]
     }
 
-    /// The image of the shared disk, for whoever looks at it from outside.
+    /// The image of the shared disk, for checks from outside.
     pub fn disk(&self) -> Option<&Path> {
         self.disk.as_deref()
     }
@@ -74,7 +74,7 @@ impl Lab {
     }
 }
 
-impl Builder {
+impl LabBuilder {
     /// How many hosts, 250 at most.
     pub fn hosts(mut self, hosts: usize) -> Self {
         self.hosts = hosts.min(250);
@@ -95,13 +95,13 @@ impl Builder {
 
     /// A new, empty disk of so many bytes that every host sees as `/dev/vda`.
     pub fn shared_disk(mut self, bytes: u64) -> Self {
-        self.disk = Some(Disk::Empty(bytes));
+        self.disk = Some(LabDisk::Empty(bytes));
         self
     }
 
     /// A raw image that every host sees as `/dev/vda`; it is changed in place.
     pub fn shared_image(mut self, image: impl Into<PathBuf>) -> Self {
-        self.disk = Some(Disk::Image(image.into()));
+        self.disk = Some(LabDisk::Image(image.into()));
         self
     }
 
@@ -117,7 +117,7 @@ impl Builder {
         let disk = self.disk(folder.path())?;
         let switch =
             Switch::start(folder.path(), self.hosts).map_err(LabError::system("open the network"))?;
-        let machine = |index: usize| Machine {
+        let machine = |index: usize| LabMachine {
             cpu: self.cpu_of(index),
             memory_mib: self.memory_mib,
             kernel: self.payload.kernel(),
@@ -126,7 +126,7 @@ impl Builder {
             port: switch.path(index).to_path_buf(),
         };
         let hosts: Vec<_> = (0..self.hosts)
-            .map(|index| Host::new(index, folder.path(), machine(index)))
+            .map(|index| LabHost::new(index, folder.path(), machine(index)))
             .collect();
         let lab = Lab {
             hosts,
@@ -134,7 +134,11 @@ impl Builder {
             disk,
             _folder: folder,
         };
-        let starting = lab.hosts.iter().map(Host::begin).collect::<Result<Vec<_>, _>>()?;
+        let starting = lab
+            .hosts
+            .iter()
+            .map(LabHost::begin)
+            .collect::<Result<Vec<_>, _>>()?;
         lab.hosts
             .iter()
             .zip(starting)
@@ -150,8 +154,8 @@ impl Builder {
     fn disk(&self, folder: &Path) -> Result<Option<PathBuf>, LabError> {
         match &self.disk {
             None => Ok(None),
-            Some(Disk::Image(image)) => Ok(Some(image.clone())),
-            Some(Disk::Empty(bytes)) => {
+            Some(LabDisk::Image(image)) => Ok(Some(image.clone())),
+            Some(LabDisk::Empty(bytes)) => {
                 let image = folder.join("disk");
                 let made = File::create(&image).and_then(|file| file.set_len(*bytes));
                 made.map_err(LabError::system("create the shared disk"))?;

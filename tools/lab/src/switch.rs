@@ -20,19 +20,19 @@ type Mac = [u8; 6];
 /// The switch; it stops when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Switch {
-    shared: Arc<Shared>,
+    shared: Arc<SwitchShared>,
     paths: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    ports: Vec<Port>,
+struct SwitchShared {
+    ports: Vec<SwitchPort>,
     learnt: Mutex<HashMap<Mac, usize>>,
     stopped: AtomicBool,
 }
 
 #[derive(Debug, Default)]
-struct Port {
+struct SwitchPort {
     cut: AtomicBool,
     queue: Mutex<Option<SyncSender<Arc<[u8]>>>>,
 }
@@ -40,8 +40,8 @@ struct Port {
 impl Switch {
     /// Opens `ports` ports with sockets in `folder`.
     pub(crate) fn start(folder: &Path, ports: usize) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            ports: (0..ports).map(|_| Port::default()).collect(),
+        let shared = Arc::new(SwitchShared {
+            ports: (0..ports).map(|_| SwitchPort::default()).collect(),
             learnt: Mutex::default(),
             stopped: AtomicBool::new(false),
         });
@@ -80,7 +80,7 @@ impl Drop for Switch {
     }
 }
 
-impl Shared {
+impl SwitchShared {
     /// Serves one host after the other at a port: a host that is started again plugs in again.
     fn serve(self: Arc<Self>, port: usize, listener: &UnixListener) {
         while let Ok((stream, _)) = listener.accept() {
@@ -194,13 +194,13 @@ mod tests {
             }
         }
 
-        fn say(&mut self, to: Mac, text: &[u8]) {
+        fn send_text(&mut self, to: Mac, text: &[u8]) {
             let frame = [&to[..], &self.mac, text].concat();
             let bytes = [&(frame.len() as u32).to_be_bytes()[..], &frame].concat();
             self.stream.write_all(&bytes).unwrap();
         }
 
-        fn hear(&mut self) -> Vec<u8> {
+        fn receive_text(&mut self) -> Vec<u8> {
             receive(&mut self.stream).unwrap()[12..].to_vec()
         }
     }
@@ -213,21 +213,21 @@ mod tests {
         let switch = Switch::start(folder.path(), 3).unwrap();
         let mut stations: Vec<_> = (0..3).map(|port| Station::plug(&switch, port)).collect();
         let second = stations[1].mac;
-        stations[0].say(ALL, b"who?");
+        stations[0].send_text(ALL, b"who?");
         assert_eq!(
-            (stations[1].hear(), stations[2].hear()),
+            (stations[1].receive_text(), stations[2].receive_text()),
             (b"who?".to_vec(), b"who?".to_vec())
         );
-        stations[1].say(ALL, b"me");
+        stations[1].send_text(ALL, b"me");
         assert_eq!(
-            (stations[0].hear(), stations[2].hear()),
+            (stations[0].receive_text(), stations[2].receive_text()),
             (b"me".to_vec(), b"me".to_vec())
         );
-        stations[0].say(second, b"for you alone");
-        assert_eq!(stations[1].hear(), b"for you alone");
-        // The third hears the next broadcast, and nothing before it.
-        stations[0].say(ALL, b"bye");
-        assert_eq!(stations[2].hear(), b"bye");
+        stations[0].send_text(second, b"for you alone");
+        assert_eq!(stations[1].receive_text(), b"for you alone");
+        // The third receives the next broadcast, and nothing before it.
+        stations[0].send_text(ALL, b"bye");
+        assert_eq!(stations[2].receive_text(), b"bye");
     }
 
     #[test]
@@ -236,20 +236,20 @@ mod tests {
         let switch = Switch::start(folder.path(), 2).unwrap();
         let (mut a, mut b) = (Station::plug(&switch, 0), Station::plug(&switch, 1));
         switch.set_cut(1, true);
-        a.say(ALL, b"lost");
+        a.send_text(ALL, b"lost");
         // Frames of one station stay in order: when the mark is learnt, the lost one has been forwarded.
         a.mac = [2, 0, 0, 0, 0, 9];
-        a.say(ALL, b"mark");
+        a.send_text(ALL, b"mark");
         while !switch.shared.learnt.lock().unwrap().contains_key(&a.mac) {
             thread::yield_now();
         }
         switch.set_cut(1, false);
-        a.say(ALL, b"heard");
-        let mut heard = b.hear();
-        if heard == b"mark" {
-            heard = b.hear();
+        a.send_text(ALL, b"received");
+        let mut received = b.receive_text();
+        if received == b"mark" {
+            received = b.receive_text();
         }
-        assert_eq!(heard, b"heard");
+        assert_eq!(received, b"received");
     }
 
     #[test]
@@ -262,13 +262,13 @@ mod tests {
         while switch.shared.ports[1].queue.lock().unwrap().is_some() {
             thread::yield_now();
         }
-        a.say(ALL, b"nobody hears");
+        a.send_text(ALL, b"while b is away");
         let mut b = Station::plug(&switch, 1);
-        a.say(ALL, b"somebody hears");
-        let mut heard = b.hear();
-        if heard == b"nobody hears" {
-            heard = b.hear();
+        a.send_text(ALL, b"b is back");
+        let mut received = b.receive_text();
+        if received == b"while b is away" {
+            received = b.receive_text();
         }
-        assert_eq!(heard, b"somebody hears");
+        assert_eq!(received, b"b is back");
     }
 }

@@ -1,7 +1,7 @@
 //! How fast this machine's time stamp counter runs, which hosts see as it is.
 //!
-//! A host's kernel that finds it out by itself, while it starts, is wrong where QEMU does not get its share of the CPU just
-//! then: its clock ran seven times too fast.
+//! A host's kernel that measures it by itself, while it starts, is wrong where QEMU does not get its share of the CPU
+//! just then: its clock ran seven times too fast.
 
 #![allow(unsafe_code, reason = "RDTSC")]
 
@@ -12,23 +12,23 @@ use std::time::{Duration, Instant};
 
 /// For how long it is watched. A host corrects an error below 1 % by itself.
 const SPAN: Duration = Duration::from_millis(20);
-/// Looks at counter and clock, of which the one counts that took the least time.
+/// Readings of counter and clock, of which the one that took the least time is used.
 const LOOKS: usize = 16;
 
 /// In kHz, against the system's clock.
 pub(crate) fn khz() -> u32 {
     static KHZ: OnceLock<u32> = OnceLock::new();
     *KHZ.get_or_init(|| {
-        let (began, first) = look();
+        let (began, first) = read_clocks();
         thread::sleep(SPAN);
-        let (ended, last) = look();
+        let (ended, last) = read_clocks();
         let ticks = u128::from(last.wrapping_sub(first)) * 1_000_000;
         u32::try_from(ticks / (ended - began).as_nanos()).unwrap_or(u32::MAX)
     })
 }
 
 /// The time, and the counter at that time.
-fn look() -> (Instant, u64) {
+fn read_clocks() -> (Instant, u64) {
     let looks = (0..LOOKS).map(|_| {
         let before = Instant::now();
         // SAFETY: no system that runs this forbids it to programs.

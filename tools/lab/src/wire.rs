@@ -1,7 +1,7 @@
 //! The control channel between the lab and the first program of a host: frames on a virtio-serial port.
 //!
 //! A frame is a kind (1 byte), the number of a process (4), the length of a body (4), all little endian, and
-//! the body. The host begins with [`Kind::Hello`]; nothing is sent to it before.
+//! the body. The host begins with [`LabFrameKind::Hello`]; nothing is sent to it before.
 
 use std::io::{self, Read, Write};
 
@@ -10,7 +10,7 @@ pub const LONGEST: usize = 64 << 10;
 
 /// What a frame says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum LabFrameKind {
     /// From the host: it is up.
     Hello = 1,
     /// To the host: start a process; the body is its words, each ended by a zero.
@@ -33,17 +33,17 @@ pub enum Kind {
 
 /// One frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frame {
+pub struct LabFrame {
     /// What it says.
-    pub kind: Kind,
+    pub kind: LabFrameKind,
     /// The process that it is about, numbered by the lab.
     pub process: u32,
-    /// See [`Kind`].
+    /// See [`LabFrameKind`].
     pub body: Vec<u8>,
 }
 
 /// Writes a frame in one piece. Bodies longer than [`LONGEST`] are `InvalidInput`.
-pub fn write(to: &mut impl Write, kind: Kind, process: u32, body: &[u8]) -> io::Result<()> {
+pub fn write(to: &mut impl Write, kind: LabFrameKind, process: u32, body: &[u8]) -> io::Result<()> {
     if body.len() > LONGEST {
         let text = format!("a frame of {} bytes, at most {LONGEST} are allowed", body.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -58,13 +58,13 @@ pub fn write(to: &mut impl Write, kind: Kind, process: u32, body: &[u8]) -> io::
 }
 
 /// Reads a frame. The end of the channel is `UnexpectedEof`, nonsense is `InvalidData`.
-pub fn read(from: &mut impl Read) -> io::Result<Frame> {
+pub fn read(from: &mut impl Read) -> io::Result<LabFrame> {
     let mut head = [0; 9];
     from.read_exact(&mut head)?;
     let [kind, p0, p1, p2, p3, l0, l1, l2, l3] = head;
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
-    let kind =
-        Kind::from_byte(kind).ok_or_else(|| invalid(format!("expected a kind of frame, got {kind}")))?;
+    let kind = LabFrameKind::from_byte(kind)
+        .ok_or_else(|| invalid(format!("expected a kind of frame, got {kind}")))?;
     let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
     if len > LONGEST {
         return Err(invalid(format!(
@@ -73,16 +73,16 @@ pub fn read(from: &mut impl Read) -> io::Result<Frame> {
     }
     let mut body = vec![0; len];
     from.read_exact(&mut body)?;
-    Ok(Frame {
+    Ok(LabFrame {
         kind,
         process: u32::from_le_bytes([p0, p1, p2, p3]),
         body,
     })
 }
 
-impl Kind {
+impl LabFrameKind {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::{Exit, Hello, Refused, Signal, Spawn, Stderr, Stdin, Stdout, Terminal};
+        use LabFrameKind::{Exit, Hello, Refused, Signal, Spawn, Stderr, Stdin, Stdout, Terminal};
         let all = [
             Hello, Spawn, Stdin, Signal, Refused, Stdout, Stderr, Exit, Terminal,
         ];
@@ -90,7 +90,7 @@ impl Kind {
     }
 }
 
-/// The words of a command as a body of [`Kind::Spawn`].
+/// The words of a command as a body of [`LabFrameKind::Spawn`].
 pub fn join<'a>(words: impl IntoIterator<Item = &'a str>) -> Vec<u8> {
     words
         .into_iter()
@@ -98,7 +98,7 @@ pub fn join<'a>(words: impl IntoIterator<Item = &'a str>) -> Vec<u8> {
         .collect()
 }
 
-/// The words in a body of [`Kind::Spawn`].
+/// The words in a body of [`LabFrameKind::Spawn`].
 pub fn split(body: &[u8]) -> Vec<String> {
     let words = body.strip_suffix(&[0]).unwrap_or(body).split(|byte| *byte == 0);
     words
@@ -113,21 +113,21 @@ mod tests {
     #[test]
     fn frames_come_back_as_they_were() {
         let mut bytes = Vec::new();
-        write(&mut bytes, Kind::Stdout, 7, b"hello").unwrap();
-        write(&mut bytes, Kind::Stdin, u32::MAX, b"").unwrap();
+        write(&mut bytes, LabFrameKind::Stdout, 7, b"hello").unwrap();
+        write(&mut bytes, LabFrameKind::Stdin, u32::MAX, b"").unwrap();
         let mut from = bytes.as_slice();
         assert_eq!(
             read(&mut from).unwrap(),
-            Frame {
-                kind: Kind::Stdout,
+            LabFrame {
+                kind: LabFrameKind::Stdout,
                 process: 7,
                 body: b"hello".to_vec()
             }
         );
         assert_eq!(
             read(&mut from).unwrap(),
-            Frame {
-                kind: Kind::Stdin,
+            LabFrame {
+                kind: LabFrameKind::Stdin,
                 process: u32::MAX,
                 body: vec![]
             }
@@ -145,7 +145,7 @@ mod tests {
                 io::ErrorKind::InvalidData
             );
         }
-        let error = write(&mut Vec::new(), Kind::Stdin, 0, &vec![0; LONGEST + 1]).unwrap_err();
+        let error = write(&mut Vec::new(), LabFrameKind::Stdin, 0, &vec![0; LONGEST + 1]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 

@@ -6,9 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lab::{Lab, LabError, Patience, Payload, Signal};
+use lab::{Lab, LabError, Payload, Signal, WaitLimit};
 
-const SOON: Patience = Patience::DEFAULT;
+const SOON: WaitLimit = WaitLimit::DEFAULT;
 
 fn artifacts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guests")
@@ -98,7 +98,7 @@ fn hosts_differ_and_have_kvm(lab: &Lab) {
         ["svm", "avx2"].map(|flag| text.split_whitespace().any(|word| word == flag))
     };
     assert_eq!((flags(0), flags(1)), ([true, true], [true, false]));
-    // Each has the TSC's frequency from us. It measures the CPU's, and takes that for wrong if they differ by 10 %.
+    // Each host is given the TSC's frequency. It measures the CPU's, and rejects the given one if they differ by 10 %.
     let after = |host: usize, file: &str, key: &str| -> f64 {
         let text = lab.host(host).run(&["cat", file]).unwrap().stdout;
         let value = text
@@ -109,9 +109,12 @@ fn hosts_differ_and_have_kvm(lab: &Lab) {
         value.split_whitespace().next().unwrap().parse().unwrap()
     };
     for host in 0..2 {
-        let told = after(host, "/proc/cmdline", "tsc_early_khz=") / 1000.0;
-        let known = after(host, "/proc/cpuinfo", "cpu MHz");
-        assert!((told / known - 1.0).abs() < 0.11, "told {told}, knows {known}");
+        let given = after(host, "/proc/cmdline", "tsc_early_khz=") / 1000.0;
+        let measured = after(host, "/proc/cpuinfo", "cpu MHz");
+        assert!(
+            (given / measured - 1.0).abs() < 0.11,
+            "given {given}, measured {measured}"
+        );
         let kvm = lab.host(host).run(&["test", "-c", "/dev/kvm"]).unwrap();
         assert!(kvm.status.success(), "{}", lab.host(host).console());
     }

@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use tests::Fixtures;
 
+use crate::guests::{self, Artifact};
+use crate::packages;
 use crate::runner::{has_kvm, prepare};
-use crate::{guests, packages};
 
-/// Whom godwit is measured beside, and what looks at it from outside; QEMU comes with the lab.
+/// The programs that godwit is compared with, and strace, which counts its system calls.
 const PACKAGES: [&str; 3] = ["iperf3", "qemu-system-x86", "strace"];
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct BenchOptions {
     /// Print nothing but the rows, as one JSON array, on stdout
     #[arg(long)]
     json: bool,
@@ -31,7 +32,7 @@ pub(crate) struct Options {
 }
 
 /// Measures, and prints the rows. A bar that is not reached is no error; a row that could not be measured is.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &BenchOptions) -> Result<()> {
     if options.list {
         for row in &bench::ROWS {
             let peer = row
@@ -46,7 +47,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bail!("this machine has no /dev/kvm: there is nothing to measure");
     }
     packages::ensure(&PACKAGES)?;
-    let measured = bench::Options {
+    let measured = bench::RowSelection {
         rows: options.rows.clone(),
         count: options.count,
     };
@@ -67,7 +68,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn fixtures(options: &Options) -> Result<Fixtures> {
+fn fixtures(options: &BenchOptions) -> Result<Fixtures> {
     let Some(godwit) = &options.godwit else {
         let prepared = prepare()?;
         return Ok(Fixtures {
@@ -80,6 +81,6 @@ fn fixtures(options: &Options) -> Result<Fixtures> {
         .with_context(|| format!("{}", godwit.display()))?;
     Ok(Fixtures {
         godwit,
-        guests: guests::build(&guests::Options::default())?,
+        guests: guests::build(&Artifact::ALL)?,
     })
 }

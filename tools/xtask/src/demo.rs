@@ -1,39 +1,68 @@
-//! `cargo xtask demo`: a Debian guest moves under load, and nothing is lost.
+//! `cargo xtask demo`: a Linux guest moves under load, and nothing is lost.
+
+mod scene;
 
 use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ::lab::Lab;
 use anyhow::{Context, Result, ensure};
 use migration::Report;
 use tests::{
-    Event, Finished, Fixtures, Host, Journey, LabJourney, Migration, PATIENCE, StockGuest, Tick, TinyGuest,
-    check_ticks, payload,
+    Finished, Fixtures, GuestEvent, Journey, LabJourney, Migration, PATIENCE, StockGuest, TestHost, Tick,
+    TinyGuest, check_ticks, payload,
 };
 
-use crate::runner::prepare;
-use crate::workspace::{output, root};
+use crate::guests;
+use crate::packages;
+use crate::runner::{build_godwit, has_kvm};
+use crate::workspace::{output, print_status, root};
+use scene::Scene;
 
 /// Heartbeats that are shown before the move and after it.
 const SHOWN: usize = 3;
 /// Bytes of the disk that both hosts see.
 const DISK_BYTES: u64 = 64 << 20;
+/// The time between two of the guest's heartbeats: the agent's default.
+const BEAT_MS: u32 = 50;
+/// What is asked of a move between processes: a link that is slow enough to watch, and a promise all the same.
+const PROMISE: [&str; 6] = [
+    "--bandwidth",
+    "150MiB/s",
+    "--max-downtime",
+    "50ms",
+    "--deadline",
+    "60s",
+];
+/// Said before the second move. It is a move of its own because the guest stands still while both sides compute: a gap
+/// by its own clock that is no downtime.
+const DIGESTS: &str =
+    "Moving it once more, to compare digests of all memory while the guest stands still for that…";
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
-    /// Print nothing but the migration's report on stdout, as one JSON object
+pub(crate) struct DemoOptions {
+    /// Print nothing but the report of the move that compares digests on stdout, as one JSON object
     #[arg(long)]
     json: bool,
 }
 
-/// Tells what happens: on stdout, or on stderr where stdout is for the report alone.
+/// The reports of both moves.
+struct DemoReports {
+    /// Of the one that is watched.
+    first: Report,
+    /// Of the one that compares digests.
+    verified: Report,
+}
+
+/// Prints what happens: on stdout, or on stderr where stdout is for the report alone.
 #[derive(Clone, Copy)]
-struct Teller {
+struct Narrator {
     json: bool,
 }
 
-impl Teller {
-    fn tell(self, what: impl std::fmt::Display) {
+impl Narrator {
+    fn print(self, what: impl std::fmt::Display) {
         if self.json {
             eprintln!("{what}")
         } else {
@@ -42,54 +71,44 @@ impl Teller {
     }
 }
 
-/// Sets up, chooses a lane, shows the move. An error if anything is not as promised.
-pub(crate) fn run(options: &Options) -> Result<()> {
-    let teller = Teller { json: options.json };
-    let prepared = prepare()?;
-    let fixtures = Fixtures {
-        godwit: prepared.godwit,
-        guests: prepared.guests,
+/// Builds what the scene for this machine needs, and plays it. An error if anything is not as promised.
+pub(crate) fn run(options: &DemoOptions) -> Result<()> {
+    let narrator = Narrator { json: options.json };
+    print_status("building godwit");
+    let mut fixtures = Fixtures {
+        godwit: build_godwit()?,
+        guests: PathBuf::new(),
     };
-    let kvm = fixtures.probe()?["kvm"].as_str().unwrap_or("none").to_owned();
-    let report = match kvm.as_str() {
-        "hardware" => {
-            teller.tell("KVM here runs guest kernels natively: a Debian guest moves between two processes of this machine.");
-            stock_here(&fixtures, teller)?
-        }
-        "pvm" => {
-            teller.tell(
-                "KVM here is kvm-pvm, which interprets guest kernels instruction by instruction: a small Linux made for \
-                 that moves between two processes of this machine.",
-            );
-            tiny_here(&fixtures, teller)?
-        }
-        _ => {
-            teller.tell(
-                "There is no usable KVM here: a Debian guest moves between two emulated hosts with their own KVM.",
-            );
-            teller.tell("Emulation is slow, so the times below are not godwit's; what they add up to is.");
-            in_lab(&fixtures, teller)?
-        }
+    let scene = Scene::of(&fixtures.probe()?, has_kvm())?;
+    narrator.print(scene.reason());
+    packages::ensure(scene.packages())?;
+    fixtures.guests = guests::build(scene.artifacts())?;
+    let reports = match scene {
+        Scene::HardwareKvm => between_processes(boot_stock(&fixtures, narrator)?, narrator)?,
+        Scene::PvmKvm => between_processes(boot_tiny(&fixtures, narrator)?, narrator)?,
+        Scene::EmulatedHosts => between_hosts(&fixtures, narrator)?,
     };
-    show(&report, teller)?;
     if options.json {
-        println!("{}", serde_json::to_string(&report)?);
+        println!("{}", serde_json::to_string(&reports.verified)?);
+    } else {
+        println!("What `godwit migrate --json` reported of the first move:");
+        println!("{}", serde_json::to_string_pretty(&reports.first)?);
     }
     Ok(())
 }
 
-/// Between two emulated hosts, memory and a shared disk under load.
-fn in_lab(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
+/// Between two emulated hosts and back, memory and a shared disk under load.
+fn between_hosts(fixtures: &Fixtures, narrator: Narrator) -> Result<DemoReports> {
     let folder = tempfile::tempdir()?;
     let image = folder.path().join("disk");
     std::fs::File::create(&image)?.set_len(DISK_BYTES)?;
     output(administration("mkfs.ext4").args(["-q", "-F"]).arg(&image))?;
-    teller.tell("Starting two hosts…");
+    narrator.print("Starting two hosts…");
     let lab = Lab::builder(payload(fixtures))
         .hosts(2)
         .shared_image(&image)
         .start()?;
-    teller.tell("Booting the guest on the first: 2 CPUs, 256 MiB, memory and a shared disk under load…");
+    narrator.print("Booting the guest on the first: 2 CPUs, 256 MiB, memory and a shared disk under load…");
     let mut journey = LabJourney::start(
         lab,
         StockGuest {
@@ -102,78 +121,111 @@ fn in_lab(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
             let line = journey
                 .vm
                 .wait_line(|line| Tick::parse(line).is_some(), PATIENCE)?;
-            teller.tell(format_args!("  host {} | {line}", journey.host()));
+            narrator.print(format_args!("  host {} | {line}", journey.host()));
         }
         journey.tick()
     };
+    journey.command("reset", "reset")?;
     let before = heartbeats(&mut journey)?;
-    teller.tell("Moving it to the second…");
+    narrator.print("Moving it to the second…");
     // Which downtime an emulated host makes of it is left open: it is moved all the same, and the report says so.
-    let report = journey.hop(&["--verify", "--on-miss", "switch"])?;
+    let first = journey.hop(&["--on-miss", "switch"])?;
     let after = heartbeats(&mut journey)?;
-    let verified = journey.verify()?;
-    ensure!(verified.number("errors")? == 0, "the guest found {verified:?}");
-    let files = Some(verified.number("files")?);
-    conclude(before, after, verified.number("pages")?, files, teller)?;
+    narrator.print(compared(&first, before, after)?);
+    narrator.print(DIGESTS);
+    let verified = journey.hop(&["--verify", "--on-miss", "switch"])?;
+    narrator.print(equal(&verified)?);
+    let checked = journey.verify()?;
+    let (pages, files) = (checked.number("pages")?, checked.number("files")?);
+    narrator.print(format_args!(
+        "The guest has checked {pages} pages and {files} files of its own: no error."
+    ));
     journey.power_off()?;
     output(administration("e2fsck").arg("-fn").arg(&image)).context("the guest's file system")?;
-    teller.tell("The guest has powered itself off; its file system checks clean.");
-    Ok(report)
+    narrator.print("The guest has powered itself off; its file system checks clean.");
+    Ok(DemoReports { first, verified })
 }
 
-/// A Debian guest between two processes of this machine, memory under load.
-fn stock_here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
-    let host = Host::with(fixtures.clone())?;
+/// A Debian guest in a process of this machine, memory under load.
+fn boot_stock(fixtures: &Fixtures, narrator: Narrator) -> Result<Journey> {
+    let host = TestHost::with(fixtures.clone())?;
     let guest = StockGuest::default();
-    teller.tell("Booting the guest: 2 CPUs, 256 MiB, memory under load…");
+    narrator.print("Booting the guest: 2 CPUs, 256 MiB, memory under load…");
     let vm = host.run("vm-0", guest.options(&fixtures.guests.display().to_string()))?;
-    vm.process
-        .stdout()
-        .wait("agent: ready", 0, PATIENCE, |line| Event::named(line, "ready"))?;
-    here(Journey::agent(host, vm), teller)
+    vm.process.stdout().wait("agent: ready", 0, PATIENCE, |line| {
+        GuestEvent::named(line, "ready")
+    })?;
+    Ok(Journey::agent(host, vm))
 }
 
 /// The tiny guest in the same way.
-fn tiny_here(fixtures: &Fixtures, teller: Teller) -> Result<Report> {
+fn boot_tiny(fixtures: &Fixtures, narrator: Narrator) -> Result<Journey> {
     let guest = TinyGuest {
         workset_mib: 512,
         rate: "200M",
         ..TinyGuest::default()
     };
-    teller.tell("Booting the guest: 2 CPUs, 576 MiB, memory under load; this takes half a minute…");
-    here(guest.start(Host::with(fixtures.clone())?, &[])?, teller)
+    narrator.print("Booting the guest: 2 CPUs, 576 MiB, memory under load; this takes half a minute…");
+    guest.start(TestHost::with(fixtures.clone())?, &[])
 }
 
-/// Moves a guest that is up to a second process, over a link that is made slow enough to watch.
-fn here(mut journey: Journey, teller: Teller) -> Result<Report> {
+/// Moves a guest that is up to a second process, over a link that is made slow enough to watch, and then in the same way to a
+/// third to compare digests.
+fn between_processes(mut journey: Journey, narrator: Narrator) -> Result<DemoReports> {
     let heartbeats = |journey: &Journey| -> Result<Tick> {
         for _ in 0..SHOWN {
             let tick = |line: &str| Tick::parse(line).map(|_| line.to_owned());
             let output = journey.vm.process.stdout();
             let line = output.wait("a heartbeat", output.mark(), PATIENCE, tick)?;
-            teller.tell(format_args!("  process {} | {line}", journey.vm.process.id()));
+            narrator.print(format_args!("  process {} | {line}", journey.vm.process.id()));
         }
         journey.vm.next_tick()
     };
+    journey.reset_gap()?;
     let before = heartbeats(&journey)?;
-    teller.tell("Moving it to a second process, at 150 MiB/s; the guest dirties more than that…");
+    narrator.print("Moving it to a second process, at 150 MiB/s; the guest dirties more than that…");
     let pictures = root()?.join("target/demo");
     std::fs::create_dir_all(&pictures).with_context(|| format!("cannot create {}", pictures.display()))?;
     let (trace, picture) = (pictures.join("trace.ndjson"), pictures.join("report.html"));
+    journey.reset_gap()?;
+    let first = watched_move(&mut journey, &trace)?;
+    let after = heartbeats(&journey)?;
+    narrator.print(compared(&first, before, after)?);
+    narrator.print(DIGESTS);
+    let verified = journey.hop(&[&PROMISE[..], &["--verify"]].concat())?;
+    narrator.print(equal(&verified)?);
+    let pages = journey.verify()?;
+    narrator.print(format_args!(
+        "The guest has checked {pages} pages of its own: no error."
+    ));
+    check_ticks(&journey.life()?, None)?;
+    journey
+        .host
+        .godwit([
+            OsStr::new("report"),
+            trace.as_os_str(),
+            OsStr::new("--output"),
+            picture.as_os_str(),
+        ])?
+        .expect_code(0)?;
+    journey.end()?;
+    narrator.print("The guest has powered itself off.");
+    narrator.print(format_args!(
+        "A picture of the first move is in {}.",
+        picture.display()
+    ));
+    Ok(DemoReports { first, verified })
+}
+
+/// The move with its bar on stderr and its course in the file `trace`.
+fn watched_move(journey: &mut Journey, trace: &Path) -> Result<Report> {
     let (receiver, endpoint) = journey.receiver("tcp:127.0.0.1:0")?;
     let migrate = journey
         .host
-        .command(["migrate", &journey.vm.name, &endpoint, "--json", "--verify"])
-        .args([
-            "--bandwidth",
-            "150MiB/s",
-            "--max-downtime",
-            "50ms",
-            "--deadline",
-            "60s",
-        ])
+        .command(["migrate", &journey.vm.name, &endpoint, "--json"])
+        .args(PROMISE)
         .arg("--trace")
-        .arg(&trace)
+        .arg(trace)
         // The bar is drawn where there is a terminal.
         .stderr(Stdio::inherit())
         .output()
@@ -185,27 +237,11 @@ fn here(mut journey: Journey, teller: Teller) -> Result<Report> {
     };
     let report = Migration::of(finished)?.moved()?;
     journey.arrive(receiver)?;
-    let after = heartbeats(&journey)?;
-    let pages = journey.verify()?;
-    conclude(before, after, pages, None, teller)?;
-    check_ticks(&journey.life()?, None)?;
-    journey
-        .host
-        .godwit([
-            OsStr::new("report"),
-            trace.as_os_str(),
-            OsStr::new("--output"),
-            picture.as_os_str(),
-        ])?
-        .expect_code(0)?;
-    teller.tell(format_args!("A picture of the move is in {}.", picture.display()));
-    journey.end()?;
-    teller.tell("The guest has powered itself off.");
     Ok(report)
 }
 
-/// Checks what was promised, and says it.
-fn conclude(before: Tick, after: Tick, pages: u64, files: Option<u64>, teller: Teller) -> Result<()> {
+/// The move by the report and by the guest's clock, in a sentence. An error if the guest did not go on.
+fn compared(report: &Report, before: Tick, after: Tick) -> Result<String> {
     ensure!(
         after.n > before.n && after.us > before.us,
         "the heartbeat went from {before:?} to {after:?}"
@@ -214,30 +250,24 @@ fn conclude(before: Tick, after: Tick, pages: u64, files: Option<u64>, teller: T
         after.pages > before.pages,
         "no page was dirtied between {before:?} and {after:?}"
     );
-    teller.tell(format_args!(
-        "The heartbeat goes on: {} before the move, {} after it.",
-        before.n, after.n
-    ));
-    teller.tell(format_args!(
-        "The guest has checked {pages} pages{} of its own: no error. Its longest gap was {:.0} ms.",
-        files.map_or_else(String::new, |files| format!(" and {files} files")),
-        after.max_gap_us as f64 / 1e3
-    ));
-    Ok(())
+    let downtime = report.downtime_ms.context("no downtime in the report")?;
+    let gap = |tick: Tick| tick.max_gap_us as f64 / 1e3;
+    Ok(format!(
+        "The guest's heart beats on: beat {} before the move, beat {} after it.\n\
+         The reported downtime is {downtime:.0} ms. The longest gap between two beats, by the guest's own clock, was {:.0} ms \
+         before the move and {:.0} ms with it; they come every {BEAT_MS} ms, or later while the guest is busy.",
+        before.n,
+        after.n,
+        gap(before),
+        gap(after)
+    ))
 }
 
-fn show(report: &Report, teller: Teller) -> Result<()> {
+/// That the digests of a move are equal, in a sentence.
+fn equal(report: &Report) -> Result<String> {
     let digest = report.memory_digest.as_ref().context("no digest in the report")?;
     ensure!(digest.source == digest.destination, "digests differ: {digest:?}");
-    teller.tell(format_args!(
-        "All memory was equal on both sides while the guest stood still: {}.",
-        digest.source
-    ));
-    teller.tell("The report of `godwit migrate --json`:");
-    if !teller.json {
-        println!("{}", serde_json::to_string_pretty(report)?);
-    }
-    Ok(())
+    Ok(format!("All memory is equal on both sides: {}.", digest.source))
 }
 
 /// A tool of the administrator's, which need not be in a user's path.

@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use ::lab::{Lab, Payload, Process};
+use ::lab::{Lab, LabProcess, Payload};
 use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::guests;
+use crate::guests::{self, Artifact};
 use crate::packages;
-use crate::workspace::{cargo, root, run, say};
+use crate::runner::build_godwit;
+use crate::workspace::print_status;
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct LabOptions {
     /// Number of hosts
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=250))]
     hosts: u8,
@@ -24,16 +25,12 @@ pub(crate) struct Options {
 }
 
 /// Starts the hosts and lends the first one this terminal.
-pub(crate) fn shell(options: &Options) -> Result<()> {
-    let artifacts = guests::build(&guests::Options::default())?;
+pub(crate) fn shell(options: &LabOptions) -> Result<()> {
+    let artifacts = guests::build(&Artifact::LAB)?;
     packages::ensure(&["qemu-system-x86"])?;
-    let root = root()?;
-    say("building godwit");
-    run(cargo()
-        .current_dir(&root)
-        .args(["build", "--quiet", "--release", "--package", "godwit"]))?;
-    let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
-    say(format_args!("starting {} hosts", options.hosts));
+    print_status("building godwit");
+    let godwit = build_godwit()?;
+    print_status(format_args!("starting {} hosts", options.hosts));
     let payload = Payload::new(artifacts).with("bin/godwit", godwit);
     let lab = Lab::builder(payload)
         .hosts(options.hosts.into())
@@ -42,7 +39,7 @@ pub(crate) fn shell(options: &Options) -> Result<()> {
     let addresses: Vec<_> = (0..options.hosts)
         .map(|host| lab.host(host.into()).address().to_string())
         .collect();
-    say(format_args!(
+    print_status(format_args!(
         "hosts at {}; this is the first; leave it with \"exit\"",
         addresses.join(", ")
     ));
@@ -57,7 +54,7 @@ pub(crate) fn shell(options: &Options) -> Result<()> {
     carry_output(&process)
 }
 
-fn carry_input(to: &Process) {
+fn carry_input(to: &LabProcess) {
     /// Control-D: the end of input, for a program on a terminal.
     const END: &[u8] = b"\x04";
     let mut buffer = [0; 4096];
@@ -69,7 +66,7 @@ fn carry_input(to: &Process) {
     }
 }
 
-fn carry_output(from: &Process) -> Result<()> {
+fn carry_output(from: &LabProcess) -> Result<()> {
     /// A shell may be silent for long.
     const DAY: Duration = Duration::from_secs(24 * 3600);
     let mut done = 0;

@@ -18,35 +18,35 @@ use clap::{Parser, Subcommand};
 #[command(bin_name = "cargo xtask", about = "The project's own commands")]
 struct Arguments {
     #[command(subcommand)]
-    command: Command,
+    command: XtaskCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum XtaskCommand {
     /// Builds the guests and what emulated hosts run into target/guests
-    Guests(guests::Options),
-    /// Boots a Debian guest, moves it under load, and shows that nothing was lost
-    Demo(demo::Options),
-    /// Checks formatting, clippy's advice, and the dependencies' licences, versions and sources
+    Guests(guests::GuestsOptions),
+    /// Boots a Linux guest, moves it under load, and shows that nothing was lost
+    Demo(demo::DemoOptions),
+    /// Checks formatting, names, clippy's advice, and the dependencies' licences, versions and sources
     Lint,
     /// Sets everything up and tests it: lint, unit tests, and the scenarios of both lanes
-    Test(test::Options),
+    Test(test::TestOptions),
     /// Runs scenarios with long counts
-    Soak(soak::Options),
+    Soak(soak::SoakOptions),
     /// Measures, beside iperf3 and QEMU
-    Bench(bench::Options),
+    Bench(bench::BenchOptions),
     /// Starts emulated hosts and a shell on the first of them
-    Lab(lab::Options),
+    Lab(lab::LabOptions),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
-        Command::Guests(options) => guests::build(&options).map(|_| ()),
-        Command::Demo(options) => demo::run(&options),
-        Command::Lint => lint::run_all(),
-        Command::Test(options) => test::run(&options),
-        Command::Soak(options) => soak::run(&options),
-        Command::Bench(options) => bench::run(&options),
-        Command::Lab(options) => lab::shell(&options),
+        XtaskCommand::Guests(options) => guests::build_all(&options).map(|_| ()),
+        XtaskCommand::Demo(options) => demo::run(&options),
+        XtaskCommand::Lint => lint::run_all(),
+        XtaskCommand::Test(options) => test::run(&options),
+        XtaskCommand::Soak(options) => soak::run(&options),
+        XtaskCommand::Bench(options) => bench::run(&options),
+        XtaskCommand::Lab(options) => lab::shell(&options),
     }
 }

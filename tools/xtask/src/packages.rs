@@ -6,12 +6,12 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::workspace::{output, say};
+use crate::workspace::{output, print_status};
 
 /// What a failure of apt is most often about.
 const NEEDS_ROOT: &str = "apt-get needs root (or sudo) and the package archive";
 
-/// A package that lies unpacked in a folder of ours.
+/// A package that lies unpacked below `target`.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub(crate) struct Unpacked {
     /// The package's name.
@@ -84,7 +84,7 @@ pub(crate) fn ensure(names: &[&str]) -> Result<()> {
 
 fn install(missing: &[&str]) -> Result<()> {
     need_debian(missing)?;
-    say(format_args!("installing {}", missing.join(" ")));
+    print_status(format_args!("installing {}", missing.join(" ")));
     let install = || {
         let mut command = as_root("apt-get");
         command
@@ -126,7 +126,7 @@ pub(crate) fn download(wanted: &Unpacked) -> Result<()> {
         return Ok(());
     }
     let cache = root.parent().context("a package is unpacked in a folder")?;
-    say(format_args!("downloading {name} {version}"));
+    print_status(format_args!("downloading {name} {version}"));
     std::fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).with_context(|| format!("cannot write to {}", cache.display()))?;
     output(
@@ -146,7 +146,7 @@ pub(crate) fn download(wanted: &Unpacked) -> Result<()> {
 
 /// Brings the package index up to date.
 pub(crate) fn update() -> Result<()> {
-    say("updating the package index");
+    print_status("updating the package index");
     let updated = output(as_root("apt-get").args(["update", "--quiet"]));
     updated.map(|_| ()).context(NEEDS_ROOT)
 }

@@ -6,9 +6,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::steps::Counts;
+use crate::guests::{self, Artifact};
+use crate::packages;
+use crate::steps::TestCounts;
 use crate::workspace::{cargo, root, run};
-use crate::{guests, packages};
 
 /// What is installed system-wide: the emulator for the lab, file system tools for its disk, network tools for taps, and
 /// `losetup` (mount).
@@ -26,7 +27,7 @@ const LAB: &str = "lab";
 
 /// Where a scenario runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
+pub(crate) enum TestLane {
     Direct,
     Lab,
 }
@@ -38,16 +39,24 @@ pub(crate) struct Prepared {
     pub(crate) guests: PathBuf,
 }
 
-/// Installs and builds everything that scenarios and the demo need.
+/// Installs and builds everything that scenarios need.
 pub(crate) fn prepare() -> Result<Prepared> {
     packages::ensure(&PACKAGES)?;
+    let guests = guests::build(&Artifact::ALL)?;
+    Ok(Prepared {
+        root: root()?,
+        godwit: build_godwit()?,
+        guests,
+    })
+}
+
+/// Builds the program; returns its path.
+pub(crate) fn build_godwit() -> Result<PathBuf> {
     let root = root()?;
-    let guests = guests::build(&guests::Options::default())?;
     run(cargo()
         .current_dir(&root)
         .args(["build", "--quiet", "--release", "--package", "godwit"]))?;
-    let godwit = root.join("target/x86_64-unknown-linux-gnu/release/godwit");
-    Ok(Prepared { root, godwit, guests })
+    Ok(root.join("target/x86_64-unknown-linux-gnu/release/godwit"))
 }
 
 /// Whether the machine has a KVM of its own. One that is there and does not work is a failure, not an absence.
@@ -57,12 +66,12 @@ pub(crate) fn has_kvm() -> bool {
 
 impl Prepared {
     /// Every test outside `tests/`: those that need nothing but the sources and the guests.
-    pub(crate) fn unit_tests(&self, filter: Option<&str>) -> Result<Counts> {
+    pub(crate) fn unit_tests(&self, filter: Option<&str>) -> Result<TestCounts> {
         counted(&mut finish(self.unit_test_command(), filter, &[]))
     }
 
     /// Those of them that are properties, for long.
-    pub(crate) fn properties(&self, filter: &str, settings: &[(&str, String)]) -> Result<Counts> {
+    pub(crate) fn properties(&self, filter: &str, settings: &[(&str, String)]) -> Result<TestCounts> {
         let mut command = self.unit_test_command();
         command.args(["--lib", "--profile", "fuzz"]);
         command.envs(settings.iter().map(|(key, value)| (key, value)));
@@ -76,7 +85,7 @@ impl Prepared {
     }
 
     /// The tests of the harness itself.
-    pub(crate) fn harness_tests(&self, filter: Option<&str>) -> Result<Counts> {
+    pub(crate) fn harness_tests(&self, filter: Option<&str>) -> Result<TestCounts> {
         let mut command = self.cargo_test();
         command.args(["--package", "tests", "--lib"]);
         counted(&mut finish(command, filter, &[]))
@@ -85,10 +94,10 @@ impl Prepared {
     /// The scenarios of a lane, one at a time: they measure, and each of them fills the machine.
     pub(crate) fn scenarios(
         &self,
-        lane: Lane,
+        lane: TestLane,
         filter: Option<&str>,
         settings: &[(&str, String)],
-    ) -> Result<Counts> {
+    ) -> Result<TestCounts> {
         let mut command = self.scenario_command(lane)?;
         command.envs(settings.iter().map(|(key, value)| (key, value)));
         counted(&mut finish(
@@ -99,21 +108,21 @@ impl Prepared {
     }
 
     /// How many scenarios a lane has.
-    pub(crate) fn count_scenarios(&self, lane: Lane, filter: Option<&str>) -> Result<Counts> {
+    pub(crate) fn count_scenarios(&self, lane: TestLane, filter: Option<&str>) -> Result<TestCounts> {
         let listed =
             crate::workspace::output(&mut finish(self.scenario_command(lane)?, filter, &["--list"]))?;
         let skipped = listed.lines().filter(|line| line.ends_with(": test")).count() as u64;
-        Ok(Counts {
+        Ok(TestCounts {
             skipped,
             ..Default::default()
         })
     }
 
-    fn scenario_command(&self, lane: Lane) -> Result<Command> {
+    fn scenario_command(&self, lane: TestLane) -> Result<Command> {
         let mut command = self.cargo_test();
         command.args(["--package", "tests"]);
         let mut names = self.scenario_names()?;
-        names.retain(|name| (name == LAB) == (lane == Lane::Lab));
+        names.retain(|name| (name == LAB) == (lane == TestLane::Lab));
         // Without a name cargo would run all of them.
         ensure!(!names.is_empty(), "tests/tests has no scenario of this lane");
         command.args(names.iter().flat_map(|name| ["--test", name]));
@@ -153,18 +162,18 @@ fn finish(mut command: Command, filter: Option<&str>, options: &[&str]) -> Comma
 }
 
 /// Runs tests, passes their output on, and adds up the runners' closing lines.
-fn counted(command: &mut Command) -> Result<Counts> {
+fn counted(command: &mut Command) -> Result<TestCounts> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start cargo test")?;
     let stdout = child.stdout.take().context("cargo test without an output")?;
-    let mut counts = Counts::default();
+    let mut counts = TestCounts::default();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.context("output of cargo test")?;
         let line = String::from_utf8_lossy(&line);
         println!("{line}");
-        if let Some(of_runner) = Counts::parse(&line) {
+        if let Some(of_runner) = TestCounts::parse(&line) {
             counts += of_runner;
         }
     }

@@ -6,11 +6,11 @@ mod slow;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::runner::{Lane, has_kvm, prepare};
+use crate::runner::{TestLane, has_kvm, prepare};
 use crate::steps::Steps;
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct SoakOptions {
     /// What to run; all of them if nothing is named
     #[arg(value_enum)]
     scenarios: Vec<Scenario>,
@@ -46,7 +46,7 @@ const CASES: u32 = 1_000_000;
 
 /// A scenario that repeats something, as often as promised.
 struct Repeated {
-    lane: Lane,
+    lane: TestLane,
     /// The part of the tests' names that selects it.
     filter: &'static str,
     count: u32,
@@ -56,11 +56,11 @@ struct Repeated {
 impl Scenario {
     fn repeated(self) -> Option<Repeated> {
         let (lane, filter, count) = match self {
-            Self::Moves => (Lane::Direct, "back_and_forth_with", 50),
-            Self::Faults => (Lane::Direct, "any_fault_at_any_message", 400),
-            Self::Kills => (Lane::Direct, "a_killed_destination", 50),
-            Self::Lab => (Lane::Lab, "a_debian_guest_back_and_forth", 10),
-            Self::Together => (Lane::Lab, "everything_at_once", 20),
+            Self::Moves => (TestLane::Direct, "back_and_forth_with", 50),
+            Self::Faults => (TestLane::Direct, "any_fault_at_any_message", 400),
+            Self::Kills => (TestLane::Direct, "a_killed_destination", 50),
+            Self::Lab => (TestLane::Lab, "a_debian_guest_back_and_forth", 10),
+            Self::Together => (TestLane::Lab, "everything_at_once", 20),
             Self::Slow | Self::Fuzz => return None,
         };
         Some(Repeated {
@@ -82,13 +82,13 @@ impl Repeated {
 }
 
 /// Runs them one after the other.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &SoakOptions) -> Result<()> {
     let chosen = if options.scenarios.is_empty() {
         Scenario::value_variants()
     } else {
         &options.scenarios
     };
-    let is_direct = |repeated: Repeated| repeated.lane == Lane::Direct;
+    let is_direct = |repeated: Repeated| repeated.lane == TestLane::Direct;
     if !has_kvm()
         && chosen
             .iter()

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::workspace::say;
+use crate::workspace::print_status;
 
 /// Numbers of tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
+pub(crate) struct TestCounts {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
     pub(crate) skipped: u64,
@@ -18,23 +18,23 @@ pub(crate) struct Counts {
 /// What has been done so far.
 #[derive(Default)]
 pub(crate) struct Steps {
-    done: Vec<Step>,
+    done: Vec<FinishedStep>,
 }
 
-struct Step {
+struct FinishedStep {
     name: String,
     took: Duration,
-    outcome: Outcome,
+    outcome: StepOutcome,
 }
 
-enum Outcome {
+enum StepOutcome {
     Done,
-    Tests(Counts),
+    Tests(TestCounts),
     Failed(String),
     NotRun(String),
 }
 
-impl Counts {
+impl TestCounts {
     /// Those of a test runner's closing line `test result: …`; nothing if the line is another.
     pub(crate) fn parse(line: &str) -> Option<Self> {
         let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
@@ -53,7 +53,7 @@ impl Counts {
     }
 }
 
-impl std::ops::AddAssign for Counts {
+impl std::ops::AddAssign for TestCounts {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
@@ -61,7 +61,7 @@ impl std::ops::AddAssign for Counts {
     }
 }
 
-impl fmt::Display for Counts {
+impl fmt::Display for TestCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             passed,
@@ -76,8 +76,8 @@ impl Steps {
     /// Does a step that the others need.
     pub(crate) fn need<T>(&mut self, name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
         let (result, took) = timed(name, step);
-        let outcome = result.as_ref().map_or_else(failed, |_| Outcome::Done);
-        self.done.push(Step {
+        let outcome = result.as_ref().map_or_else(failed, |_| StepOutcome::Done);
+        self.done.push(FinishedStep {
             name: name.into(),
             took,
             outcome,
@@ -88,8 +88,8 @@ impl Steps {
     /// Does a step whose failure stops nothing but the good end.
     pub(crate) fn check(&mut self, name: &str, step: impl FnOnce() -> Result<()>) {
         let (result, took) = timed(name, step);
-        let outcome = result.as_ref().map_or_else(failed, |()| Outcome::Done);
-        self.done.push(Step {
+        let outcome = result.as_ref().map_or_else(failed, |()| StepOutcome::Done);
+        self.done.push(FinishedStep {
             name: name.into(),
             took,
             outcome,
@@ -97,43 +97,43 @@ impl Steps {
     }
 
     /// Runs tests.
-    pub(crate) fn tests(&mut self, name: &str, step: impl FnOnce() -> Result<Counts>) {
+    pub(crate) fn tests(&mut self, name: &str, step: impl FnOnce() -> Result<TestCounts>) {
         let (result, took) = timed(name, step);
-        let outcome = result.map_or_else(|error| failed(&error), Outcome::Tests);
-        self.done.push(Step {
+        let outcome = result.map_or_else(|error| failed(&error), StepOutcome::Tests);
+        self.done.push(FinishedStep {
             name: name.into(),
             took,
             outcome,
         });
     }
 
-    /// Keeps in mind what was not run, and why.
+    /// Records what was not run, and why.
     pub(crate) fn not_run(&mut self, name: &str, why: &str) {
-        say(format_args!("{name}: NOT RUN: {why}"));
-        self.done.push(Step {
+        print_status(format_args!("{name}: NOT RUN: {why}"));
+        self.done.push(FinishedStep {
             name: name.into(),
             took: Duration::ZERO,
-            outcome: Outcome::NotRun(why.into()),
+            outcome: StepOutcome::NotRun(why.into()),
         });
     }
 
     /// Prints the summary. An error if a step or a test failed, or if no test ran.
     pub(crate) fn finish(self) -> Result<()> {
         println!("\nsummary:");
-        let mut counts = Counts::default();
+        let mut counts = TestCounts::default();
         let mut broken = 0;
-        for Step { name, took, outcome } in &self.done {
+        for FinishedStep { name, took, outcome } in &self.done {
             let said = match outcome {
-                Outcome::Done => "ok".to_owned(),
-                Outcome::Tests(of_step) => {
+                StepOutcome::Done => "ok".to_owned(),
+                StepOutcome::Tests(of_step) => {
                     counts += *of_step;
                     of_step.to_string()
                 }
-                Outcome::Failed(error) => {
+                StepOutcome::Failed(error) => {
                     broken += 1;
                     format!("FAILED: {error}")
                 }
-                Outcome::NotRun(why) => format!("NOT RUN: {why}"),
+                StepOutcome::NotRun(why) => format!("NOT RUN: {why}"),
             };
             println!("  {name:<14} {:>7.1} s  {said}", took.as_secs_f64());
         }
@@ -149,18 +149,18 @@ impl Steps {
     }
 }
 
-fn failed(error: &anyhow::Error) -> Outcome {
-    Outcome::Failed(format!("{error:#}"))
+fn failed(error: &anyhow::Error) -> StepOutcome {
+    StepOutcome::Failed(format!("{error:#}"))
 }
 
 fn timed<T>(name: &str, step: impl FnOnce() -> Result<T>) -> (Result<T>, Duration) {
-    say(format_args!("== {name}"));
+    print_status(format_args!("== {name}"));
     let begin = Instant::now();
     let result = step();
     let took = begin.elapsed();
     match &result {
-        Ok(_) => say(format_args!("== {name}: {:.1} s", took.as_secs_f64())),
-        Err(error) => say(format_args!(
+        Ok(_) => print_status(format_args!("== {name}: {:.1} s", took.as_secs_f64())),
+        Err(error) => print_status(format_args!(
             "== {name}: FAILED after {:.1} s: {error:#}",
             took.as_secs_f64()
         )),
@@ -176,30 +176,30 @@ mod tests {
     fn closing_lines_are_read() {
         let line = "test result: FAILED. 5 passed; 2 failed; 1 ignored; 0 measured; 3 filtered out; finished in 4.77s";
         assert_eq!(
-            Counts::parse(line),
-            Some(Counts {
+            TestCounts::parse(line),
+            Some(TestCounts {
                 passed: 5,
                 failed: 2,
                 skipped: 1
             })
         );
-        assert_eq!(Counts::parse("test tests::result: ok"), None);
+        assert_eq!(TestCounts::parse("test tests::result: ok"), None);
     }
 
     #[test]
     fn a_failure_is_not_forgotten() {
-        let tests = |counts: Counts| {
+        let tests = |counts: TestCounts| {
             let mut steps = Steps::default();
             steps.tests("tests", || Ok(counts));
             steps
         };
-        let passed = Counts {
+        let passed = TestCounts {
             passed: 1,
             ..Default::default()
         };
         tests(passed).finish().unwrap();
-        assert!(tests(Counts::default()).finish().is_err());
-        assert!(tests(Counts { failed: 1, ..passed }).finish().is_err());
+        assert!(tests(TestCounts::default()).finish().is_err());
+        assert!(tests(TestCounts { failed: 1, ..passed }).finish().is_err());
         let mut broken = tests(passed);
         broken.check("lint", || bail!("bad"));
         assert!(broken.finish().is_err());

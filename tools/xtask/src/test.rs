@@ -3,17 +3,17 @@
 use anyhow::Result;
 
 use crate::lint;
-use crate::runner::{Lane, has_kvm, prepare};
+use crate::runner::{TestLane, has_kvm, prepare};
 use crate::steps::Steps;
 
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct TestOptions {
     /// Run only tests whose name contains this
     filter: Option<String>,
 }
 
 /// Sets up, checks, tests, sums up.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &TestOptions) -> Result<()> {
     let filter = options.filter.as_deref();
     let mut steps = Steps::default();
     let prepared = steps.need("set-up", prepare)?;
@@ -24,14 +24,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     steps.tests("unit tests", || prepared.unit_tests(filter));
     steps.tests("harness", || prepared.harness_tests(filter));
     if has_kvm() {
-        steps.tests("direct lane", || prepared.scenarios(Lane::Direct, filter, &[]));
+        steps.tests("direct lane", || {
+            prepared.scenarios(TestLane::Direct, filter, &[])
+        });
     } else {
         steps.not_run(
             "direct lane",
             "this machine has no /dev/kvm; its tests count as skipped",
         );
-        steps.tests("direct lane", || prepared.count_scenarios(Lane::Direct, filter));
+        steps.tests("direct lane", || {
+            prepared.count_scenarios(TestLane::Direct, filter)
+        });
     }
-    steps.tests("lab", || prepared.scenarios(Lane::Lab, filter, &[]));
+    steps.tests("lab", || prepared.scenarios(TestLane::Lab, filter, &[]));
     steps.finish()
 }

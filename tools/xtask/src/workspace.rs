@@ -16,7 +16,7 @@ pub(crate) fn root() -> Result<PathBuf> {
     Ok(root.to_path_buf())
 }
 
-/// The cargo that runs us.
+/// The cargo that runs this program.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     // These would replace the flags in .cargo/config.toml.
@@ -27,12 +27,12 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Says on stderr what is being done.
-pub(crate) fn say(what: impl std::fmt::Display) {
+/// Prints on stderr what is being done.
+pub(crate) fn print_status(what: impl std::fmt::Display) {
     eprintln!("xtask: {what}");
 }
 
-/// Runs a command to its end; an error tells the command and its status.
+/// Runs a command to its end; an error has the command and its status.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command
         .status()

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Result;
-use tests::{BareGuest, Host, Journey, PATIENCE, Process};
+use tests::{BareGuest, Journey, PATIENCE, TestHost, TestProcess};
 
 use super::harm::kill;
 
@@ -15,7 +15,7 @@ const DISK_BYTES: u64 = 4 << 20;
 /// What a guest needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Thing {
-    /// The program that brings its pages, which is killed.
+    /// The program that fills its pages, which is killed.
     Handler,
     /// The file that its memory is mapped from, which shrinks.
     Memory,
@@ -24,7 +24,7 @@ pub(super) enum Thing {
 }
 
 impl Thing {
-    /// What a VM says that ends because it has gone; none for what it goes on without.
+    /// The error of a VM that ends because the thing has gone; none for what it goes on without.
     pub(super) fn gone(self) -> Option<&'static str> {
         match self {
             Self::Handler => Some("the page-fault handler has hung up"),
@@ -37,14 +37,14 @@ impl Thing {
 /// A guest, and what it needs.
 pub(super) struct Dependent {
     pub(super) journey: Journey,
-    /// More options of whoever receives it.
+    /// More options of the process that receives the guest.
     pub(super) receiver: Vec<String>,
     /// Takes away what it needs.
     pub(super) lose: Box<dyn FnOnce() + Send>,
     /// Its disk, if that is it.
-    pub(super) disk: Option<Disk>,
+    pub(super) disk: Option<DependentDisk>,
     /// Ends with this.
-    pub(super) handler: Option<Process>,
+    pub(super) handler: Option<TestProcess>,
 }
 
 impl Dependent {
@@ -74,7 +74,7 @@ impl Dependent {
         std::fs::rename(directory.join("memory"), &memory)?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_fault-handler"));
         command.args([&memory, &socket]);
-        let handler = Process::spawn(command)?;
+        let handler = TestProcess::spawn(command)?;
         let listens = |line: &str| (line == "listening").then_some(());
         handler.stdout().wait("the handler", 0, PATIENCE, listens)?;
         let socket = socket.display().to_string();
@@ -102,7 +102,7 @@ impl Dependent {
     }
 
     fn on_disk() -> Result<Self> {
-        let host = Host::new()?;
+        let host = TestHost::new()?;
         let image = host.path("disk");
         File::create(&image)?.set_len(DISK_BYTES)?;
         let guest = BareGuest {
@@ -112,26 +112,26 @@ impl Dependent {
         };
         let disk = format!("id=d,path={}", image.display());
         let journey = Journey::start(host, &guest, &["--disk", &disk])?;
-        // It has written all of it by now, and only reads.
+        // The guest has written all of the disk by now, and only reads.
         let content = std::fs::read(&image)?;
         let lost = image.clone();
         Ok(Self {
             receiver: vec![format!("--disk=d={}", image.display())],
             lose: Box::new(move || halve(&lost)),
-            disk: Some(Disk { image, content }),
+            disk: Some(DependentDisk { image, content }),
             ..Self::on_nothing(journey)
         })
     }
 }
 
 /// A disk whose image may have shrunk.
-pub(super) struct Disk {
+pub(super) struct DependentDisk {
     image: PathBuf,
     content: Vec<u8>,
 }
 
-impl Disk {
-    /// Gives the image back what it had.
+impl DependentDisk {
+    /// Restores the image's content.
     pub(super) fn mend(&self) -> Result<()> {
         let image = File::options().write(true).open(&self.image)?;
         Ok(image.write_all_at(&self.content, 0)?)
@@ -152,7 +152,7 @@ fn halve(path: &PathBuf) {
         .open(path)
         .and_then(|file| file.set_len(file.metadata()?.len() / 2));
     if let Err(error) = halved {
-        // The proxy's thread has nobody else to tell; that the guest misses nothing fails the test.
+        // The proxy's thread can only print the error. The test then fails because the guest misses nothing.
         eprintln!("{}: {error}", path.display());
     }
 }

@@ -1,44 +1,44 @@
-//! Destinations whose log goes where nobody reads it.
+//! Destinations whose log has no reader.
 
 use std::io::{BufRead, BufReader, PipeReader};
 
 use anyhow::{Result, ensure};
-use tests::{Elsewhere, Journey, Sink, Vm, wait_until};
+use tests::{Elsewhere, Journey, OutputSink, Vm, wait_until};
 
 use super::ANY_PORT;
 
 /// Where a VM's standard error goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Log {
+pub(super) enum ReceiverLog {
     /// To the test.
     Read,
-    Into(Sink),
+    Into(OutputSink),
 }
 
 /// Half of them are read.
-pub(super) const LOGS: [Log; 6] = [
-    Log::Read,
-    Log::Read,
-    Log::Read,
-    Log::Into(Sink::Full),
-    Log::Into(Sink::Left),
-    Log::Into(Sink::Stuck),
+pub(super) const LOGS: [ReceiverLog; 6] = [
+    ReceiverLog::Read,
+    ReceiverLog::Read,
+    ReceiverLog::Read,
+    ReceiverLog::Into(OutputSink::Full),
+    ReceiverLog::Into(OutputSink::Left),
+    ReceiverLog::Into(OutputSink::Stuck),
 ];
 
 /// A destination.
-pub(super) struct Receiver {
+pub(super) struct FaultReceiver {
     pub(super) vm: Vm,
-    /// Where it listens itself.
+    /// Where the receiver itself listens, behind the proxy.
     pub(super) endpoint: String,
     /// The end of its log that is never read; once this is dropped, the end that is gone.
     _unread: Option<PipeReader>,
 }
 
-impl Receiver {
+impl FaultReceiver {
     /// Starts one for the journey's next move. In later moves it is the source, with the same log.
-    pub(super) fn start(journey: &Journey, options: &[String], log: Log) -> Result<Self> {
+    pub(super) fn start(journey: &Journey, options: &[String], log: ReceiverLog) -> Result<Self> {
         let options: Vec<_> = options.iter().map(String::as_str).collect();
-        let Log::Into(sink) = log else {
+        let ReceiverLog::Into(sink) = log else {
             let (vm, endpoint) = journey.receiver_with(ANY_PORT, &options)?;
             return Ok(Self {
                 vm,
@@ -46,11 +46,11 @@ impl Receiver {
                 _unread: None,
             });
         };
-        // Where it listens has to be known: it may not be able to tell.
+        // The port is chosen here: a receiver without a log cannot print one.
         let (host, name) = (&journey.host, journey.host.free_name());
         let path = host.path(&format!("{name}.move"));
         let endpoint = format!("unix:{}", path.display());
-        // One that a killed VM has left says nothing about this one.
+        // A socket that a killed VM has left would look like that of this receiver.
         let _ = std::fs::remove_file(&path);
         let mut command = host.command(["receive", "--name", &name, "--listen", &endpoint]);
         command.args(options);
@@ -60,7 +60,7 @@ impl Receiver {
             ..Default::default()
         };
         let vm = host.start_to(&name, command, elsewhere)?;
-        if let (Sink::Left, Some(reader)) = (sink, &mut unread) {
+        if let (OutputSink::Left, Some(reader)) = (sink, &mut unread) {
             let mut line = String::new();
             BufReader::new(reader).read_line(&mut line)?;
             ensure!(line.ends_with('\n'), "expected a line from {name}, got {line:?}");

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
-use tests::{Event, Output, PATIENCE, Process};
+use tests::{GuestEvent, PATIENCE, TestOutput, TestProcess};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
-use crate::guest::Guest;
-use crate::qemu::Qemu;
+use crate::guest::BenchGuest;
+use crate::qemu::QemuJourney;
 use crate::row::Figure;
 use crate::sentinel::Window;
 use crate::stats::median;
@@ -30,8 +30,8 @@ const ENGINES: [(&str, bool); 4] = [
     ("threads", true),
 ];
 
-/// Whoever reads, and how fast it was.
-struct Contender {
+/// A monitor whose guest reads, and how fast it was.
+struct BlockContender {
     name: String,
     monitor: Monitor,
     rates: Vec<f64>,
@@ -39,7 +39,7 @@ struct Contender {
 
 enum Monitor {
     Godwit(Godwit),
-    Qemu(Qemu),
+    Qemu(QemuJourney),
 }
 
 /// Lets all of them read from one file, in turns.
@@ -49,7 +49,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let mut contenders = start(bench, &disk)?;
     let turns = contenders.len();
     for run in 0..bench.count(RUNS) as usize {
-        // Each run begins with somebody else.
+        // Each run begins with another contender.
         for turn in 0..turns {
             let contender = &mut contenders[(turn + run) % turns];
             let what = format!("reads, {}", contender.name);
@@ -58,7 +58,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
             let rate = bench.clean(&what, |_| {
                 let (rate, window) = Window::of(|| reads_per_s(process.stdout()));
                 let rate = rate?;
-                say(format_args!("{what}: {:.1} thousand a second", rate / 1e3));
+                print_status(format_args!("{what}: {:.1} thousand a second", rate / 1e3));
                 Ok((rate, window))
             })?;
             contender.monitor.freeze()?;
@@ -74,23 +74,23 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
 }
 
 /// Makes the disk, and guests that may only read it, godwit's first; all of them stand still.
-fn start(bench: &Bench, disk: &Path) -> Result<Vec<Contender>> {
+fn start(bench: &Bench, disk: &Path) -> Result<Vec<BlockContender>> {
     let fixtures = &bench.fixtures;
-    let guest = Guest {
+    let guest = BenchGuest {
         reads: DEPTH,
         tick_ms: 100,
-        ..Guest::idle(MEMORY_MIB)
+        ..BenchGuest::idle(MEMORY_MIB)
     };
     let path = disk.to_str().context("a path that is no UTF-8")?;
     std::fs::File::create(disk)?.set_len(DISK_BYTES)?;
     // A guest that can write its disk stamps all of it before it is ready.
     Godwit::start(fixtures, guest, &["--disk", &format!("id=d,path={path}")])?;
     let godwit = Godwit::start(fixtures, guest, &["--disk", &format!("id=d,path={path},ro")])?;
-    let mut contenders = vec![Contender::new("godwit".into(), Monitor::Godwit(godwit))?];
+    let mut contenders = vec![BlockContender::new("godwit".into(), Monitor::Godwit(godwit))?];
     for (engine, thread) in ENGINES {
-        let qemu = Qemu::start(fixtures, guest, &disk_arguments(path, engine, thread))?;
+        let qemu = QemuJourney::start(fixtures, guest, &disk_arguments(path, engine, thread))?;
         let name = format!("QEMU, aio={engine}{}", if thread { ", iothread" } else { "" });
-        contenders.push(Contender::new(name, Monitor::Qemu(qemu))?);
+        contenders.push(BlockContender::new(name, Monitor::Qemu(qemu))?);
     }
     Ok(contenders)
 }
@@ -116,8 +116,8 @@ fn disk_arguments(path: &str, engine: &str, thread: bool) -> Vec<String> {
 }
 
 /// Reads per second of the guest's own clock.
-fn reads_per_s(output: &Output) -> Result<f64> {
-    let tick = |line: &str| Event::named(line, "tick");
+fn reads_per_s(output: &TestOutput) -> Result<f64> {
+    let tick = |line: &str| GuestEvent::named(line, "tick");
     let next = || output.wait("a tick", output.mark(), PATIENCE, tick);
     // What a guest that stood still prints first may be from before.
     next()?;
@@ -134,7 +134,7 @@ fn reads_per_s(output: &Output) -> Result<f64> {
     Ok(reads as f64 * 1e6 / us as f64)
 }
 
-impl Contender {
+impl BlockContender {
     fn new(name: String, monitor: Monitor) -> Result<Self> {
         monitor.freeze()?;
         Ok(Self {
@@ -146,7 +146,7 @@ impl Contender {
 }
 
 impl Monitor {
-    fn process(&self) -> &Process {
+    fn process(&self) -> &TestProcess {
         match self {
             Self::Godwit(godwit) => godwit.process(),
             Self::Qemu(qemu) => qemu.process(),

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use crate::bench::Bench;
-use crate::godwit::{Asked, Ended, Godwit};
-use crate::guest::{Guest, Rate};
+use crate::godwit::{Asked, Godwit, MigrationEnd};
+use crate::guest::{BenchGuest, BenchRate};
 use crate::row::Figure;
 use crate::stats::share;
 
@@ -13,7 +13,7 @@ const RUNS: u32 = 50;
 
 /// Moves the guest again and again.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest::busy(MEMORY_MIB, Rate::BytesPerSecond(300_000_000));
+    let guest = BenchGuest::busy(MEMORY_MIB, BenchRate::BytesPerSecond(300_000_000));
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     let asked = Asked {
         migrate: &["--max-downtime", "20ms"],
@@ -23,7 +23,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     };
     let runs = bench.count(RUNS);
     let ended = (1..=runs).map(|run| bench.hop(&format!("budget {run}/{runs}"), &mut godwit, &asked));
-    let ended = ended.collect::<Result<Vec<Ended>>>()?;
-    let kept = |ended: &Ended| ended.moved && ended.report.budget_kept;
+    let ended = ended.collect::<Result<Vec<MigrationEnd>>>()?;
+    let kept = |ended: &MigrationEnd| ended.moved && ended.report.budget_kept;
     Ok(vec![Figure::alone("budget-20ms-kept", share(&ended, kept))])
 }

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use migration::Outcome;
-use tests::{Process, Tick, http};
+use tests::{TestProcess, Tick, http};
 
-use crate::bench::{Bench, say};
-use crate::godwit::{Asked, Godwit, finished, told};
-use crate::guest::{Guest, Rate, gap_after_arrival, next_tick, pages_per_s};
+use crate::bench::{Bench, print_status};
+use crate::godwit::{Asked, Godwit, finished, report_of};
+use crate::guest::{BenchGuest, BenchRate, gap_after_arrival, next_tick, pages_per_s};
 use crate::row::Figure;
 use crate::sentinel::Window;
 use crate::stats::largest;
@@ -23,11 +23,11 @@ use crate::strace::{Strace, logged_slots};
 const CANCELS: u32 = 100;
 /// And with a busy loop on each CPU.
 const BUSY_CANCELS: u32 = 50;
-const GUEST: Guest = Guest {
+const GUEST: BenchGuest = BenchGuest {
     fill: true,
     memory_mib: 512,
     workset_mib: 128,
-    rate: Rate::Max,
+    rate: BenchRate::Max,
     tick_ms: 5,
     reads: 0,
 };
@@ -49,7 +49,7 @@ const WATCHED: u32 = 10;
 /// Ticks over which its speed is taken.
 const TICKS: usize = 10;
 
-/// How it is asked for.
+/// How a cancel is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asking {
     /// By `godwit cancel`.
@@ -59,7 +59,7 @@ enum Asking {
 }
 
 /// One migration that was cancelled.
-struct Cancelled {
+struct CancelledMove {
     ms: f64,
     /// Until `godwit migrate` had ended.
     ended_ms: f64,
@@ -109,7 +109,7 @@ fn cancel_often(
         },
     )?;
     let whole = Duration::from_secs_f64(ended.report.total_ms / 1e3);
-    say(format_args!(
+    print_status(format_args!(
         "{name}: the guest dirties {usual:.0} pages/s; moments within {} ms",
         whole.as_millis()
     ));
@@ -134,15 +134,15 @@ fn cancel_often(
                 }
             }
         })?;
-        let Cancelled { ms, ended_ms, .. } = cancelled;
+        let CancelledMove { ms, ended_ms, .. } = cancelled;
         if took.iter().all(|before| *before < ms) {
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: {ms:.1} ms, the longest so far; after {ended_ms:.1} ms of them the command ended"
             ));
         }
         took.push(ms);
     }
-    say(format_args!(
+    print_status(format_args!(
         "{name}: {moved} migrations ended before the cancel came"
     ));
     Ok((largest(took).context("no cancel")?, whole))
@@ -176,14 +176,14 @@ impl Drop for BusyLoops {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // It cannot panic.
+            // The thread cannot panic.
             let _ = thread.join();
         }
     }
 }
 
 /// Starts a migration and cancels it after `delay`. Nothing if the guest had moved by then.
-fn cancel(godwit: &mut Godwit, asking: Asking, delay: Duration) -> Result<Option<Cancelled>> {
+fn cancel(godwit: &mut Godwit, asking: Asking, delay: Duration) -> Result<Option<CancelledMove>> {
     let (receiver, endpoint) = godwit.receiver(&Asked::default())?;
     let vm = &godwit.journey.vm;
     let migration = vm.start_migration(&endpoint, &ASKED)?;
@@ -196,14 +196,14 @@ fn cancel(godwit: &mut Godwit, asking: Asking, delay: Duration) -> Result<Option
     let (ended, window) = Window::of(|| {
         let began = Instant::now();
         let command = match asking {
-            Asking::Command => Some(Process::spawn(command)?),
+            Asking::Command => Some(TestProcess::spawn(command)?),
             Asking::Request => {
                 // The guest may have moved just now, and its VM here have ended.
                 let _ = http(&socket, "DELETE", "/migration", "");
                 None
             }
         };
-        let (report, moved) = told(finished(migration)?)?;
+        let (report, moved) = report_of(finished(migration)?)?;
         let ended = began.elapsed();
         if !moved {
             next_tick(vm.process.stdout())?;
@@ -224,14 +224,14 @@ fn cancel(godwit: &mut Godwit, asking: Asking, delay: Duration) -> Result<Option
         outcome == Outcome::Cancelled,
         "expected it cancelled, got {outcome:?}: {error:?}"
     );
-    Ok(Some(Cancelled {
+    Ok(Some(CancelledMove {
         ms: took.as_secs_f64() * 1e3,
         ended_ms: ended.as_secs_f64() * 1e3,
         window,
     }))
 }
 
-fn finished_cancel(command: Process) -> Result<()> {
+fn finished_cancel(command: TestProcess) -> Result<()> {
     let finished = command.finish(tests::PATIENCE)?;
     finished.expect_code(0).map(|_| ())
 }
@@ -284,7 +284,7 @@ fn log_is_off(godwit: &mut Godwit, whole: Duration) -> Result<()> {
 }
 
 /// Pages per second over a second.
-fn speed(process: &Process) -> Result<f64> {
+fn speed(process: &TestProcess) -> Result<f64> {
     let first = next_tick(process.stdout())?;
     let later = |line: &str| Tick::parse(line).filter(|tick| tick.us >= first.us + 1_000_000);
     let output = process.stdout();

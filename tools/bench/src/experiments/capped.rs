@@ -4,22 +4,22 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::{Guest, Rate};
-use crate::qemu::{Qemu, Settings};
+use crate::guest::{BenchGuest, BenchRate};
+use crate::qemu::{QemuJourney, QemuSettings};
 use crate::row::Figure;
 use crate::stats::median;
 
 const MEMORY_MIB: u64 = 1024;
 const RUNS: u32 = 5;
 
-/// Moves both guests in turn. QEMU lifts its cap for the final copy; so does godwit unless told otherwise.
+/// Moves both guests in turn. QEMU lifts its cap for the final copy; so does godwit by default.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest::busy(MEMORY_MIB, Rate::BytesPerSecond(1_000_000_000));
+    let guest = BenchGuest::busy(MEMORY_MIB, BenchRate::BytesPerSecond(1_000_000_000));
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     godwit.freeze()?;
-    let mut qemu = Qemu::start(&bench.fixtures, guest, &[])?;
+    let mut qemu = QemuJourney::start(&bench.fixtures, guest, &[])?;
     qemu.freeze()?;
     let asked = Asked {
         migrate: &["--bandwidth", "200MiB/s", "--max-downtime", "30ms"],
@@ -27,7 +27,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         ..Default::default()
     };
     let (limit, bandwidth) = (Duration::from_millis(30), Some(200 << 20));
-    let settings = Settings {
+    let settings = QemuSettings {
         limit,
         bandwidth,
         multifd: None,
@@ -50,7 +50,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         qemu.thaw()?;
         let moved = bench.clean(&what, |_| {
             let moved = qemu.hop(&settings)?;
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: {:.0} ms, downtime {:.2} ms",
                 moved.total_ms, moved.downtime_ms
             ));

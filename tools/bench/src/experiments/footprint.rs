@@ -2,22 +2,22 @@
 
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
-use crate::guest::Guest;
-use crate::qemu::Qemu;
+use crate::guest::BenchGuest;
+use crate::qemu::QemuJourney;
 use crate::row::Figure;
 
 const MEMORY_MIB: u64 = 512;
 
 /// Looks at a booted guest under both monitors.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest::idle(MEMORY_MIB);
+    let guest = BenchGuest::idle(MEMORY_MIB);
     let godwit = Godwit::start(&bench.fixtures, guest, &[])?;
-    let qemu = Qemu::start(&bench.fixtures, guest, &[])?;
+    let qemu = QemuJourney::start(&bench.fixtures, guest, &[])?;
     let [ours, theirs] = [godwit.process().id(), qemu.process().id()].map(overhead_mib);
     let (ours, theirs) = (ours?, theirs?);
-    say(format_args!(
+    print_status(format_args!(
         "resident besides guest memory: godwit {ours:.1} MiB, QEMU {theirs:.1} MiB"
     ));
     Ok(vec![Figure::beside("rss-overhead-mib", Some(ours), Some(theirs))])

@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use migration::DataPath;
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
+use crate::guest::BenchGuest;
 use crate::row::Figure;
 use crate::stats::median;
 
@@ -20,7 +20,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     let middle = downtime(bench, 4 << 10)?;
     let large = downtime(bench, 16 << 10);
     let large = large
-        .inspect_err(|error| say(format_args!("handover of 16 GiB: {error:#}")))
+        .inspect_err(|error| print_status(format_args!("handover of 16 GiB: {error:#}")))
         .ok();
     Ok(vec![
         Figure::alone("handover-downtime-ms", Some(middle)),
@@ -34,7 +34,11 @@ fn downtime(bench: &mut Bench, memory_mib: u64) -> Result<f64> {
         available >= memory_mib + RESERVE_MIB,
         "expected {memory_mib} MiB and {RESERVE_MIB} more to be available, got {available} MiB"
     );
-    let mut godwit = Godwit::start(&bench.fixtures, Guest::idle(memory_mib), &["--shared-memory"])?;
+    let mut godwit = Godwit::start(
+        &bench.fixtures,
+        BenchGuest::idle(memory_mib),
+        &["--shared-memory"],
+    )?;
     let asked = Asked {
         migrate: &["--max-downtime", "30ms"],
         reserve: false,

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
-use crate::qemu::{Qemu, Settings};
+use crate::guest::BenchGuest;
+use crate::qemu::{QemuJourney, QemuSettings};
 use crate::row::Figure;
 use crate::stats::median;
 
@@ -16,10 +16,10 @@ const RUNS: u32 = 20;
 
 /// Moves both guests in turn.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest::idle(MEMORY_MIB);
+    let guest = BenchGuest::idle(MEMORY_MIB);
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     godwit.freeze()?;
-    let mut qemu = Qemu::start(&bench.fixtures, guest, &[])?;
+    let mut qemu = QemuJourney::start(&bench.fixtures, guest, &[])?;
     qemu.freeze()?;
     let asked = Asked {
         migrate: &["--max-downtime", "30ms"],
@@ -27,7 +27,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         ..Default::default()
     };
     let (limit, bandwidth, multifd) = (Duration::from_millis(30), None, None);
-    let settings = Settings {
+    let settings = QemuSettings {
         limit,
         bandwidth,
         multifd,
@@ -47,7 +47,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         qemu.thaw()?;
         let moved = bench.clean(&what, |_| {
             let moved = qemu.hop(&settings)?;
-            say(format_args!(
+            print_status(format_args!(
                 "{what}: {:.0} ms, downtime {:.2} ms (the guest saw {:.2})",
                 moved.total_ms, moved.downtime_ms, moved.gap_ms
             ));

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
+use crate::guest::BenchGuest;
 use crate::row::Figure;
 use crate::stats::median;
 use crate::strace::Strace;
@@ -14,7 +14,7 @@ const RUNS: u32 = 5;
 
 /// Moves an idle guest under strace.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let mut godwit = Godwit::start(&bench.fixtures, Guest::idle(MEMORY_MIB), &[])?;
+    let mut godwit = Godwit::start(&bench.fixtures, BenchGuest::idle(MEMORY_MIB), &[])?;
     let mut times = Vec::new();
     let runs = bench.count(RUNS);
     for run in 1..=runs {
@@ -31,7 +31,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
                 .collect();
             ensure!(!starts.is_empty(), "no call turned dirty logging on");
             let ms: f64 = starts.iter().sum();
-            say(format_args!("{what}: {ms:.3} ms"));
+            print_status(format_args!("{what}: {ms:.3} ms"));
             Ok((ms, ended.window))
         })?;
         times.push(ms);

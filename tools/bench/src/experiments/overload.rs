@@ -7,9 +7,9 @@ use std::fmt;
 use anyhow::{Context, Result};
 use migration::{Report, Round};
 
-use crate::bench::{Bench, say};
-use crate::godwit::{Asked, Ended, Godwit};
-use crate::guest::{Guest, PAGE, Rate, pages_at};
+use crate::bench::{Bench, print_status};
+use crate::godwit::{Asked, Godwit, MigrationEnd};
+use crate::guest::{BenchGuest, BenchRate, PAGE, pages_at};
 use crate::row::Figure;
 use crate::stats::{median, share};
 
@@ -33,7 +33,7 @@ const ALL: f64 = 0.95;
 
 /// Moves the guest again and again.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest::busy(MEMORY_MIB, Rate::Max);
+    let guest = BenchGuest::busy(MEMORY_MIB, BenchRate::Max);
     let workset = (guest.workset_pages() * PAGE) as f64;
     let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     let asked = Asked {
@@ -48,8 +48,9 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         let what = format!("overload {run}/{runs}");
         let ended = bench.hop(&what, &mut godwit, &asked)?;
         if ended.moved {
-            let work = Work::of(&ended.report, &ended.ticks, workset).context("no round after the first")?;
-            say(format_args!("{what}: {work}"));
+            let work = ConvergingWork::of(&ended.report, &ended.ticks, workset)
+                .context("no round after the first")?;
+            print_status(format_args!("{what}: {work}"));
             // More than the cap allows to send in that time has no ideal, and is no merit.
             fractions.push(work.fraction().unwrap_or(0.0));
         } else {
@@ -58,8 +59,9 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         }
         all.push(ended);
     }
-    let kept =
-        |ended: &Ended| ended.moved && ended.report.budget_kept && ended.report.total_ms <= DEADLINE_MS;
+    let kept = |ended: &MigrationEnd| {
+        ended.moved && ended.report.budget_kept && ended.report.total_ms <= DEADLINE_MS
+    };
     Ok(vec![
         Figure::alone("overload-50ms-kept", share(&all, kept)),
         Figure::alone("overload-work-fraction", median(fractions)),
@@ -68,7 +70,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
 
 /// The rounds from one of them to the switch, and what is derived from their times and pages.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Stretch {
+struct RoundStretch {
     /// How long it was.
     seconds: f64,
     /// Pages that were dirty at its beginning.
@@ -81,14 +83,14 @@ struct Stretch {
 
 /// The work of a guest while its migration converged.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Work {
+struct ConvergingWork {
     /// From the beginning of the last round that had to send the whole working set.
-    converging: Stretch,
+    converging: RoundStretch,
     /// The fraction in the stretch one round later by the guest's own count, where there is such a round.
     by_ticks: Option<f64>,
 }
 
-impl Stretch {
+impl RoundStretch {
     fn of(rounds: &[Round], last: f64) -> Option<Self> {
         let initial = rounds.first()?.pages as f64;
         let sent = rounds.iter().map(|round| round.pages as f64).sum();
@@ -114,15 +116,15 @@ impl Stretch {
     }
 }
 
-impl Work {
+impl ConvergingWork {
     fn of(report: &Report, ticks: &[Tick], workset: f64) -> Option<Self> {
         let rounds = report.rounds.get(1..)?;
         let whole = |round: &Round| (round.pages * PAGE) as f64 >= ALL * workset;
         let from = rounds.iter().rposition(whole).unwrap_or(0);
         let sent: u64 = report.rounds.iter().map(|round| round.pages).sum();
         let last = (report.pages_sent + report.pages_zero).saturating_sub(sent) as f64;
-        let converging = Stretch::of(rounds.get(from..)?, last)?;
-        let by_ticks = Stretch::of(rounds.get(from + 1..)?, last).and_then(|later| {
+        let converging = RoundStretch::of(rounds.get(from..)?, last)?;
+        let by_ticks = RoundStretch::of(rounds.get(from + 1..)?, last).and_then(|later| {
             // The source's last tick is the switch.
             let switch = ticks.last()?;
             let began = pages_at(ticks, switch.us as f64 - later.seconds * 1e6)?;
@@ -141,9 +143,9 @@ impl Work {
     }
 }
 
-impl fmt::Display for Work {
+impl fmt::Display for ConvergingWork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stretch {
+        let RoundStretch {
             seconds,
             initial,
             last,
@@ -214,8 +216,8 @@ mod tests {
     #[test]
     fn waiting_with_a_full_working_set_is_no_convergence() {
         let report = report(&[500_000, 125_000, 125_000, 125_000, 60_000, 30_000], 5_000);
-        let work = Work::of(&report, &[], WORKSET).unwrap();
-        let Stretch {
+        let work = ConvergingWork::of(&report, &[], WORKSET).unwrap();
+        let RoundStretch {
             seconds,
             initial,
             sent,
@@ -232,7 +234,7 @@ mod tests {
         let report = report(&[500_000, 125_000, 62_500, 31_250, 15_625], 7_812);
         let half = CAP / 4096.0 / 2.0;
         let fraction = |rate| {
-            Work::of(&report, &steady(rate, 10), WORKSET)
+            ConvergingWork::of(&report, &steady(rate, 10), WORKSET)
                 .unwrap()
                 .fraction()
                 .unwrap()
@@ -254,18 +256,24 @@ mod tests {
     #[test]
     fn an_idle_link_is_lost_work() {
         let mut report = report(&[500_000, 125_000, 62_500, 31_250], 15_625);
-        let ideal = Work::of(&report, &[], WORKSET).unwrap().fraction().unwrap();
+        let ideal = ConvergingWork::of(&report, &[], WORKSET)
+            .unwrap()
+            .fraction()
+            .unwrap();
         assert!((ideal - 1.0).abs() < 0.01, "{ideal}");
         for round in &mut report.rounds {
             round.ms *= 2.0;
         }
-        let fraction = Work::of(&report, &[], WORKSET).unwrap().fraction().unwrap();
+        let fraction = ConvergingWork::of(&report, &[], WORKSET)
+            .unwrap()
+            .fraction()
+            .unwrap();
         // Twice the time for the same: 328,125 pages could have been written, not 109,375.
         assert!((fraction - 109_375.0 / 328_125.0).abs() < 0.01, "{fraction}");
     }
 
     #[test]
     fn nothing_to_judge_without_a_second_round() {
-        assert_eq!(Work::of(&report(&[500_000], 10), &[], WORKSET), None);
+        assert_eq!(ConvergingWork::of(&report(&[500_000], 10), &[], WORKSET), None);
     }
 }

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
-use tests::{Host, PATIENCE};
+use tests::{PATIENCE, TestHost};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
-use crate::guest::{Guest, next_tick};
+use crate::guest::{BenchGuest, next_tick};
 use crate::row::Figure;
 use crate::sentinel::Window;
 use crate::stats::median;
@@ -20,12 +20,12 @@ const GROWTH: f64 = 1.2;
 
 /// Restores a small and a large guest in turns.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let host = Host::with(bench.fixtures.clone())?;
+    let host = TestHost::with(bench.fixtures.clone())?;
     let sizes = [128, 8192];
     for mib in sizes {
-        let guest = Guest {
+        let guest = BenchGuest {
             fill: false,
-            ..Guest::idle(mib)
+            ..BenchGuest::idle(mib)
         };
         let mut godwit = Godwit::start(&bench.fixtures, guest, &[])?;
         godwit.journey.vm.snapshot(&directory(&host, mib), &[])?;
@@ -37,12 +37,12 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         for (mib, times) in sizes.into_iter().zip([&mut small, &mut large]) {
             let what = format!("restore of {mib} MiB {run}/{runs}");
             let ms = bench.clean(&what, |_| restore(&host, &directory(&host, mib)))?;
-            say(format_args!("{what}: {ms:.2} ms"));
+            print_status(format_args!("{what}: {ms:.2} ms"));
             times.push(ms);
         }
         let what = format!("slots of 8 GiB {run}/{runs}");
         let ms = bench.clean(&what, |_| time_of_slots(&host, &directory(&host, 8192)))?;
-        say(format_args!("{what}: {ms:.2} ms"));
+        print_status(format_args!("{what}: {ms:.2} ms"));
         slots.push(ms);
     }
     let [small, large, slots] = [small, large, slots].map(median);
@@ -54,12 +54,12 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
     ])
 }
 
-fn directory(host: &Host, mib: u64) -> std::path::PathBuf {
+fn directory(host: &TestHost, mib: u64) -> std::path::PathBuf {
     host.path(&format!("snapshot-{mib}"))
 }
 
 /// Milliseconds from the start of the process until it says that its vCPUs are in the guest.
-fn restore(host: &Host, directory: &Path) -> Result<(f64, Window)> {
+fn restore(host: &TestHost, directory: &Path) -> Result<(f64, Window)> {
     let ((restored, ms), window) = Window::of(|| {
         let begin = Instant::now();
         let restored = host.restore(directory, &["--resume"]);
@@ -73,7 +73,7 @@ fn restore(host: &Host, directory: &Path) -> Result<(f64, Window)> {
 }
 
 /// Milliseconds in the calls that make the machine's memory slots.
-fn time_of_slots(host: &Host, directory: &Path) -> Result<(f64, Window)> {
+fn time_of_slots(host: &TestHost, directory: &Path) -> Result<(f64, Window)> {
     let (traced, window) = Window::of(|| {
         let traces = Traces::new()?;
         let mut vm = host.restore_under(&traces.tracer(), directory, &["--resume"])?;

@@ -5,11 +5,11 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use tests::{PATIENCE, Process};
+use tests::{PATIENCE, TestProcess};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::Godwit;
-use crate::guest::{Guest, Rate};
+use crate::guest::{BenchGuest, BenchRate};
 use crate::row::Figure;
 use crate::sentinel::Window;
 use crate::stats::median;
@@ -20,7 +20,7 @@ const CHANGED_MIB: u64 = 9;
 const RUNS: u32 = 7;
 
 /// What one snapshot came to.
-struct Written {
+struct WrittenSnapshot {
     bytes: f64,
     ms: f64,
     paused_ms: f64,
@@ -28,9 +28,9 @@ struct Written {
 
 /// Writes whole snapshots and differences in turns with as many bytes by dd.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
-    let guest = Guest {
+    let guest = BenchGuest {
         workset_mib: CHANGED_MIB,
-        ..Guest::busy(MEMORY_MIB, Rate::BytesPerSecond(100_000_000))
+        ..BenchGuest::busy(MEMORY_MIB, BenchRate::BytesPerSecond(100_000_000))
     };
     let godwit = Godwit::start(&bench.fixtures, guest, &[])?;
     let directory = godwit.journey.host.path("");
@@ -55,7 +55,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         diff_dd.push(bench.clean(&what("dd beside the difference"), |_| {
             dd(&source, &directory, difference.bytes)
         })?);
-        say(format_args!(
+        print_status(format_args!(
             "{}: whole {:.0} MB/s, dd {:.0} MB/s; difference of {:.1} MB in {:.1} ms (paused {:.2}), {:.0} MB/s, dd {:.0} MB/s",
             what("whole and difference,"),
             full[full.len() - 1],
@@ -78,7 +78,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
 }
 
 /// Writes a snapshot, in place of one that a stall spoiled.
-fn write(godwit: &Godwit, directory: &Path, options: &[&str]) -> Result<(Written, Window)> {
+fn write(godwit: &Godwit, directory: &Path, options: &[&str]) -> Result<(WrittenSnapshot, Window)> {
     if directory.exists() {
         std::fs::remove_dir_all(directory)?;
     }
@@ -90,7 +90,7 @@ fn write(godwit: &Godwit, directory: &Path, options: &[&str]) -> Result<(Written
             .as_f64()
             .with_context(|| format!("no {key} in {report}"))
     };
-    let written = Written {
+    let written = WrittenSnapshot {
         bytes: number("stored_bytes")?,
         ms: number("total_ms")?,
         paused_ms: number("paused_ms")?,
@@ -109,7 +109,7 @@ fn dd(source: &Path, directory: &Path, bytes: f64) -> Result<(f64, Window)> {
     output.push(&target);
     command.args([input, output]);
     let begin = Instant::now();
-    let (finished, window) = Window::of(|| Process::run(command, PATIENCE));
+    let (finished, window) = Window::of(|| TestProcess::run(command, PATIENCE));
     let seconds = begin.elapsed().as_secs_f64();
     finished?.expect_code(0)?;
     std::fs::remove_file(target)?;

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::Guest;
+use crate::guest::BenchGuest;
 use crate::iperf;
-use crate::qemu::{Qemu, Settings};
+use crate::qemu::{QemuJourney, QemuSettings};
 use crate::row::Figure;
 use crate::sentinel::Window;
 use crate::stats::median;
@@ -17,15 +17,15 @@ const MEMORY_MIB: u64 = 2048;
 const REPETITIONS: u32 = 5;
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// Who is measured. A destination that is `ready` has touched all of its memory before.
+/// A program that is measured. A destination that is `ready` has touched all of its memory before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Contender {
+enum ThroughputContender {
     Iperf { pairs: u32, zero_copy: bool },
     Godwit { streams: u32, ready: bool },
     Qemu { channels: Option<u32>, ready: bool },
 }
 
-use Contender::{Godwit as G, Iperf, Qemu as Q};
+use ThroughputContender::{Godwit as G, Iperf, Qemu as Q};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
@@ -34,17 +34,22 @@ enum What {
 }
 
 /// Row, what of it, godwit's part, and the peers, of which the best counts.
-type Comparison = (&'static str, What, Contender, &'static [Contender]);
+type Comparison = (
+    &'static str,
+    What,
+    ThroughputContender,
+    &'static [ThroughputContender],
+);
 
-const ONE: Contender = G {
+const ONE: ThroughputContender = G {
     streams: 1,
     ready: true,
 };
-const TWO: Contender = G {
+const TWO: ThroughputContender = G {
     streams: 2,
     ready: true,
 };
-const FRESH: Contender = G {
+const FRESH: ThroughputContender = G {
     streams: 1,
     ready: false,
 };
@@ -136,19 +141,19 @@ struct Sample {
     cpu_s_per_gib: Option<f64>,
 }
 
-/// The guests under both monitors; whoever is not measured stands still.
+/// The guests under both monitors; the one that is not measured is stopped.
 struct Field {
     godwit: Godwit,
-    qemu: Qemu,
+    qemu: QemuJourney,
 }
 
-/// Measures everybody whom the wanted rows need, in turn.
+/// Measures all contenders that the wanted rows need, in turn.
 pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
     let comparisons: Vec<_> = COMPARISONS
         .iter()
         .filter(|comparison| wanted.contains(&comparison.0))
         .collect();
-    let mut samples: Vec<(Contender, Vec<Sample>)> = Vec::new();
+    let mut samples: Vec<(ThroughputContender, Vec<Sample>)> = Vec::new();
     for (_, _, ours, peers) in &comparisons {
         for contender in std::iter::once(ours).chain(peers.iter()) {
             if !samples.iter().any(|(known, _)| known == contender) {
@@ -159,13 +164,13 @@ pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
     let mut field = Field::new(bench)?;
     let turns = samples.len();
     for repetition in 0..bench.count(REPETITIONS) as usize {
-        // Each repetition begins with somebody else.
+        // Each repetition begins with another contender.
         for turn in 0..turns {
             let (contender, of) = &mut samples[(turn + repetition) % turns];
             of.push(field.measure(bench, *contender)?);
         }
     }
-    let of = |contender: &Contender, what: What| {
+    let of = |contender: &ThroughputContender, what: What| {
         let (_, of) = samples.iter().find(|(known, _)| known == contender)?;
         median(of.iter().filter_map(|sample| sample.get(what)))
     };
@@ -185,15 +190,15 @@ pub(super) fn run(bench: &mut Bench, wanted: &[&str]) -> Result<Vec<Figure>> {
 
 impl Field {
     fn new(bench: &Bench) -> Result<Self> {
-        let guest = Guest::idle(MEMORY_MIB);
+        let guest = BenchGuest::idle(MEMORY_MIB);
         let godwit = Godwit::start(&bench.fixtures, guest, &[])?;
         godwit.freeze()?;
-        let qemu = Qemu::start(&bench.fixtures, guest, &[])?;
+        let qemu = QemuJourney::start(&bench.fixtures, guest, &[])?;
         qemu.freeze()?;
         Ok(Self { godwit, qemu })
     }
 
-    fn measure(&mut self, bench: &mut Bench, contender: Contender) -> Result<Sample> {
+    fn measure(&mut self, bench: &mut Bench, contender: ThroughputContender) -> Result<Sample> {
         let what = contender.shown();
         match contender {
             Iperf { pairs, zero_copy } => bench.clean(&what, |_| {
@@ -202,20 +207,20 @@ impl Field {
                     bytes_per_s: rate?,
                     cpu_s_per_gib: None,
                 };
-                sample.say(&what);
+                sample.print(&what);
                 Ok((sample, window))
             }),
             G { streams, ready } => {
                 self.godwit.thaw()?;
                 let sample = Self::measure_godwit(bench, &mut self.godwit, &what, streams, ready)?;
                 self.godwit.freeze()?;
-                sample.say(&what);
+                sample.print(&what);
                 Ok(sample)
             }
             Q { channels, ready } => {
                 self.qemu.thaw()?;
                 let (limit, bandwidth, auto_converge) = (Duration::from_millis(30), None, false);
-                let settings = Settings {
+                let settings = QemuSettings {
                     limit,
                     bandwidth,
                     multifd: channels,
@@ -230,7 +235,7 @@ impl Field {
                         bytes_per_s: moved.bytes / moved.total_ms * 1e3,
                         cpu_s_per_gib,
                     };
-                    sample.say(&what);
+                    sample.print(&what);
                     Ok((sample, moved.window))
                 })?;
                 self.qemu.freeze()?;
@@ -264,7 +269,7 @@ impl Field {
     }
 }
 
-impl Contender {
+impl ThroughputContender {
     fn shown(self) -> String {
         let of = |ready: bool| if ready { "memory ready" } else { "fresh memory" };
         match self {
@@ -291,11 +296,11 @@ impl Sample {
         }
     }
 
-    fn say(&self, what: &str) {
+    fn print(&self, what: &str) {
         let cpu = self
             .cpu_s_per_gib
             .map(|cpu| format!(", {cpu:.3} CPU s/GiB"))
             .unwrap_or_default();
-        say(format_args!("{what}: {:.2} GB/s{cpu}", self.bytes_per_s / 1e9));
+        print_status(format_args!("{what}: {:.2} GB/s{cpu}", self.bytes_per_s / 1e9));
     }
 }

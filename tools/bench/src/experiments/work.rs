@@ -3,17 +3,17 @@
 use anyhow::{Context, Result, ensure};
 use tests::{PATIENCE, Tick};
 
-use crate::bench::{Bench, say};
+use crate::bench::{Bench, print_status};
 use crate::godwit::{Asked, Godwit};
-use crate::guest::{Guest, Rate, pages_per_s};
+use crate::guest::{BenchGuest, BenchRate, pages_per_s};
 use crate::row::Figure;
 use crate::stats::median;
 
-const GUEST: Guest = Guest {
+const GUEST: BenchGuest = BenchGuest {
     fill: true,
     memory_mib: 2048,
     workset_mib: 512,
-    rate: Rate::Max,
+    rate: BenchRate::Max,
     tick_ms: 20,
     reads: 0,
 };
@@ -46,7 +46,7 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
         let slowed = slowed.context("the migration was too short for two ticks")?;
         GUEST.settle(godwit.process())?;
         let later = second(&godwit)?;
-        say(format_args!(
+        print_status(format_args!(
             "{what}: {usual:.0}, {slowed:.0}, {later:.0} pages/s before, during, after"
         ));
         during.push(slowed / usual);

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
-use crate::workspace::say;
+use crate::workspace::print_status;
 
 /// A digest of everything that an artifact depends on.
 pub(super) struct Key(Sha256);
@@ -56,14 +56,14 @@ impl Key {
     }
 }
 
-/// The folder of artifacts, ours alone while this lives.
-pub(super) struct Cache {
+/// The folder of artifacts, locked against other runs while this lives.
+pub(super) struct ArtifactCache {
     target: PathBuf,
     _lock: File,
 }
 
-impl Cache {
-    /// Opens the folder; waits for whoever else builds in it.
+impl ArtifactCache {
+    /// Opens the folder; waits until no other run builds in it.
     pub(super) fn open(target: &Path) -> Result<Self> {
         let stamps = target.join("cache/stamps");
         fs::create_dir_all(&stamps).with_context(|| format!("cannot create {}", stamps.display()))?;
@@ -95,7 +95,7 @@ impl Cache {
         if there && fs::read_to_string(&stamp).is_ok_and(|made| made == key) {
             return Ok(());
         }
-        say(format_args!("making {name}"));
+        print_status(format_args!("making {name}"));
         // A failure half-way must not leave the old stamp beside new files.
         let _ = fs::remove_file(&stamp);
         make().with_context(|| format!("cannot make {name}"))?;
@@ -105,7 +105,7 @@ impl Cache {
         fs::write(&stamp, key).with_context(|| format!("cannot write {}", stamp.display()))
     }
 
-    /// Writes an artifact in one step: whoever reads it sees the old or the new one.
+    /// Writes an artifact in one step: a reader sees the old or the new one.
     pub(super) fn write(&self, artifact: &str, content: &[u8]) -> Result<()> {
         let path = self.path(artifact);
         let folder = path.parent().context("an artifact has a folder")?;
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn equal_keys_make_once() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = Cache::open(folder.path()).unwrap();
+        let cache = ArtifactCache::open(folder.path()).unwrap();
         let made = std::cell::Cell::new(0);
         let make = |key: &Key| {
             cache.make("thing", key, &["thing/file"], || {
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn a_failure_is_made_again() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = Cache::open(folder.path()).unwrap();
+        let cache = ArtifactCache::open(folder.path()).unwrap();
         let key = Key::new("a");
         cache
             .make("thing", &key, &["file"], || cache.write("file", b""))

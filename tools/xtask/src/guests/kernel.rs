@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use super::modules::{self, Module};
 use crate::packages::Unpacked;
 
 /// An unpacked kernel package.
 pub(super) struct Kernel {
     package: Unpacked,
-    /// As `uname -r` would tell.
+    /// What `uname -r` prints.
     release: String,
 }
 
@@ -47,7 +47,7 @@ impl Kernel {
     }
 
     /// Makes `stock/vmlinuz` and `stock/vmlinux`.
-    pub(super) fn build(&self, cache: &Cache) -> Result<()> {
+    pub(super) fn build(&self, cache: &ArtifactCache) -> Result<()> {
         let key = Key::new("kernel 1").text(self.version());
         cache.make("kernel", &key, &["stock/vmlinuz", "stock/vmlinux"], || {
             let image =
@@ -61,7 +61,7 @@ impl Kernel {
 /// LZ4's legacy frame (lz4_Frame_format.md): magic, then blocks with a length, each of at most 8 MiB.
 const LZ4_LEGACY: u32 = 0x184c_2102;
 const LZ4_BLOCK: usize = 8 << 20;
-/// More than any kernel: what a hostile length could make us allocate.
+/// Larger than any kernel, so that a hostile length cannot ask for more memory.
 const LARGEST_KERNEL: usize = 1 << 30;
 
 /// The ELF kernel in a bzImage (Linux, Documentation/x86/boot.rst: setup_sects, payload_offset, payload_length).
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_images_are_told() {
+    fn broken_images_are_refused() {
         let whole = image(&elf());
         for (broken, reason) in [
             (whole[..whole.len() - 1].to_vec(), "shorter than its payload"),

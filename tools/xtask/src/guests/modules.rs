@@ -33,7 +33,7 @@ pub(super) fn closure(folder: &Path, names: &[&str]) -> Result<Vec<Module>> {
         .lines()
         .filter_map(|line| Some(identity(Path::new(line).file_stem()?.to_str()?)))
         .collect();
-    let mut order = Order {
+    let mut order = LoadOrder {
         found,
         builtin,
         done: BTreeSet::new(),
@@ -45,14 +45,14 @@ pub(super) fn closure(folder: &Path, names: &[&str]) -> Result<Vec<Module>> {
     Ok(order.modules)
 }
 
-struct Order {
+struct LoadOrder {
     found: BTreeMap<String, PathBuf>,
     builtin: BTreeSet<String>,
     done: BTreeSet<String>,
     modules: Vec<Module>,
 }
 
-impl Order {
+impl LoadOrder {
     fn add(&mut self, name: &str, above: &[&str]) -> Result<()> {
         if self.builtin.contains(name) || self.done.contains(name) {
             return Ok(());

@@ -1,17 +1,17 @@
-//! Our own programs for the inside.
+//! This workspace's programs that run in guests and emulated hosts.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use crate::workspace::{cargo, output, run};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The guest without Linux: `bare/bare`. Its folder has its own cargo configuration, which cargo finds by the
 /// current folder.
-pub(super) fn bare(root: &Path, cache: &Cache) -> Result<()> {
+pub(super) fn bare(root: &Path, cache: &ArtifactCache) -> Result<()> {
     let folder = root.join("guests/bare");
     let mut key = Key::new("bare 1").text(compiler()?);
     for path in [".cargo/config.toml", "guests/core", "guests/bare"] {
@@ -28,7 +28,7 @@ pub(super) fn bare(root: &Path, cache: &Cache) -> Result<()> {
 }
 
 /// The workload agent of Linux guests; returns its path.
-pub(super) fn agent(root: &Path, cache: &Cache) -> Result<PathBuf> {
+pub(super) fn agent(root: &Path, cache: &ArtifactCache) -> Result<PathBuf> {
     member(
         root,
         cache,
@@ -41,7 +41,7 @@ pub(super) fn agent(root: &Path, cache: &Cache) -> Result<PathBuf> {
 }
 
 /// The first program of an emulated host: `lab/init`.
-pub(super) fn lab_host(root: &Path, cache: &Cache) -> Result<()> {
+pub(super) fn lab_host(root: &Path, cache: &ArtifactCache) -> Result<()> {
     let sources = ["tools/lab/Cargo.toml", "tools/lab/src", "tools/lab/host"];
     let build = ["--package", "lab", "--bin", "lab-host"];
     member(root, cache, "lab-host", &sources, &build, "lab-host", "lab/init").map(|_| ())
@@ -49,7 +49,7 @@ pub(super) fn lab_host(root: &Path, cache: &Cache) -> Result<()> {
 
 fn member(
     root: &Path,
-    cache: &Cache,
+    cache: &ArtifactCache,
     name: &str,
     sources: &[&str],
     build: &[&str],

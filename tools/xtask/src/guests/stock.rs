@@ -8,11 +8,11 @@ use ::lab::cpio::Archive;
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use super::kernel::Kernel;
 use crate::packages::Unpacked;
 
-/// Drivers of our devices, and what tells the agent of the power button.
+/// Drivers of godwit's devices, and those through which the agent gets the power button.
 const MODULES: [&str; 10] = [
     "virtio_mmio",
     "virtio_blk",
@@ -31,7 +31,7 @@ const INIT: &str = "guests/stock/init";
 /// Makes `stock/initrd`.
 pub(super) fn initrd(
     root: &Path,
-    cache: &Cache,
+    cache: &ArtifactCache,
     kernel: &Kernel,
     busybox: &Unpacked,
     agent: &Path,
@@ -48,9 +48,9 @@ pub(super) fn initrd(
         for folder in ["dev", "proc", "sys", "run", "mnt", "tmp"] {
             archive.folder(folder)?;
         }
-        // The kernel opens it for us before anything is mounted.
+        // The kernel opens it for the first program before anything is mounted.
         archive.character_device("dev/console", 5, 1)?;
-        archive.file("bin/busybox", 0o755, &read(&super::busybox(busybox))?)?;
+        archive.file("bin/busybox", 0o755, &read(&super::busybox_program(busybox))?)?;
         archive.symlink("bin/sh", "busybox")?;
         archive.file("init", 0o755, &read(&root.join(INIT))?)?;
         archive.file("agent", 0o755, &read(agent)?)?;

@@ -1,4 +1,4 @@
-//! The tiny guest: a kernel of our own configuration from Debian's source package, and the agent as its first program.
+//! The tiny guest: a kernel with its own configuration from Debian's source package, and the agent as first program.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -8,9 +8,9 @@ use std::process::Command;
 use ::lab::cpio::Archive;
 use anyhow::{Context, Result, ensure};
 
-use super::cache::{Cache, Key};
+use super::cache::{ArtifactCache, Key};
 use crate::packages::{self, Unpacked};
-use crate::workspace::{output, say};
+use crate::workspace::{output, print_status};
 
 /// The package with the kernel's source.
 pub(super) const SOURCE: &str = "linux-source-6.1";
@@ -30,7 +30,7 @@ const CONFIG: &str = "guests/kernel/config";
 const PATCHES: &str = "guests/kernel/patches";
 
 /// Makes `tiny/vmlinux`. The source is fetched for that and removed afterwards.
-pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()> {
+pub(super) fn kernel(root: &Path, cache: &ArtifactCache, source: &Unpacked) -> Result<()> {
     let config = root.join(CONFIG);
     let patches = patches(&root.join(PATCHES))?;
     // Contents, not paths: a checkout elsewhere may be given what was built here.
@@ -43,7 +43,7 @@ pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()
         packages::download(source)
             .context("the kernel's source; `cargo xtask guests --update` looks for a newer one")?;
         let work = tempfile::tempdir_in(cache.path("cache")).context("cannot write to target/guests")?;
-        say("building the tiny guest's kernel, which takes some minutes");
+        print_status("building the tiny guest's kernel, which takes some minutes");
         let tree = Tree::unpack(source, work.path())?;
         tree.patch(&patches)?;
         tree.configure(&config)?;
@@ -55,7 +55,7 @@ pub(super) fn kernel(root: &Path, cache: &Cache, source: &Unpacked) -> Result<()
 }
 
 /// Makes `tiny/initrd`. It is not compressed: the host may interpret the guest's kernel.
-pub(super) fn initrd(cache: &Cache, agent: &Path) -> Result<()> {
+pub(super) fn initrd(cache: &ArtifactCache, agent: &Path) -> Result<()> {
     let key = Key::new("tiny initrd 2").path(agent)?;
     cache.make("tiny-initrd", &key, &["tiny/initrd"], || {
         let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
@@ -63,7 +63,7 @@ pub(super) fn initrd(cache: &Cache, agent: &Path) -> Result<()> {
         for folder in ["dev", "proc", "sys", "mnt"] {
             archive.folder(folder)?;
         }
-        // The kernel opens it for us before anything is mounted.
+        // The kernel opens it for the first program before anything is mounted.
         archive.character_device("dev/console", 5, 1)?;
         archive.file("init", 0o755, &agent)?;
         cache.write("tiny/initrd", &archive.finish()?)
@@ -146,7 +146,7 @@ impl Tree {
             .args(["--silent", "ARCH=x86_64"])
             .args(arguments)
             .current_dir(&self.folder);
-        // Those of the make that may run us are not for this one; the rest makes equal input give equal output.
+        // A make that runs this program must not pass its flags on; the rest makes equal input give equal output.
         command
             .env_remove("MAKEFLAGS")
             .env("KBUILD_BUILD_USER", "godwit")

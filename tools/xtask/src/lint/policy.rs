@@ -1,4 +1,4 @@
-//! What we may depend on: licences, crates, versions, sources.
+//! What the workspace may depend on: licences, crates, versions, sources.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -21,13 +21,13 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 /// when this is dropped; what is left of one that was not, as its owner was killed, the next one takes over.
 pub(super) struct Quota {
     folder: PathBuf,
-    version: Version,
-    /// Tells whoever finds the group that it has an owner.
+    version: CgroupVersion,
+    /// Locked, which shows another run that the group has an owner.
     _lock: File,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Version {
+enum CgroupVersion {
     V1,
     V2,
 }
@@ -40,7 +40,7 @@ impl Quota {
             "expected a cgroup file system with the cpu controller (version 1 or 2) in /proc/self/mounts, got none",
         )?;
         let folder = root.join(NAME);
-        if version == Version::V2 {
+        if version == CgroupVersion::V2 {
             // Its groups have what it hands on.
             set(&root.join("cgroup.subtree_control"), "+cpu")?;
         }
@@ -70,19 +70,19 @@ impl Quota {
     fn limit(&self, quota_us: Option<u64>) -> Result<()> {
         let limit = |none: &str| quota_us.map_or_else(|| none.to_owned(), |quota| quota.to_string());
         match self.version {
-            Version::V1 => {
+            CgroupVersion::V1 => {
                 set(&self.folder.join("cpu.cfs_period_us"), &PERIOD_US.to_string())?;
                 set(&self.folder.join("cpu.cfs_quota_us"), &limit("-1"))
             }
-            Version::V2 => set(
+            CgroupVersion::V2 => set(
                 &self.folder.join("cpu.max"),
                 &format!("{} {PERIOD_US}", limit("max")),
             ),
         }
     }
 
-    /// Writes a program at `path` that enters the group and becomes `program`. Another user's becomes it even where he
-    /// may not enter, and so does one with the argument `free`.
+    /// Writes a program at `path` that enters the group and becomes `program`. A process of another user,
+    /// which may not enter, becomes `program` all the same, and so does one with the argument `free`.
     pub(super) fn stand_in(&self, path: &Path, program: &Path, free: &str) -> Result<()> {
         let (entry, program) = (quoted(&self.folder.join("cgroup.procs"))?, quoted(program)?);
         let script = format!(
@@ -108,12 +108,15 @@ impl Drop for Quota {
     fn drop(&mut self) {
         // Programs of the last scenario may still be on their way out, which they do not find while they are held back.
         if let Err(error) = self.limit(None) {
-            crate::workspace::say(format_args!("{error:#}"));
+            crate::workspace::print_status(format_args!("{error:#}"));
         }
         let begin = Instant::now();
         while let Err(error) = fs::remove_dir(&self.folder) {
             if begin.elapsed() > EMPTY_WITHIN {
-                crate::workspace::say(format_args!("cannot remove {}: {error}", self.folder.display()));
+                crate::workspace::print_status(format_args!(
+                    "cannot remove {}: {error}",
+                    self.folder.display()
+                ));
                 return;
             }
             sleep(Duration::from_millis(10));
@@ -142,19 +145,19 @@ fn take(folder: &Path) -> Result<File> {
 }
 
 /// Where the controller of CPU time is: a mount of its own in version 1, the one mount of version 2 where it has it.
-fn hierarchy(mounts: &str) -> Option<(Version, PathBuf)> {
+fn hierarchy(mounts: &str) -> Option<(CgroupVersion, PathBuf)> {
     let of_version = |version| {
         mounts.lines().find_map(|line| {
             let mut words = line.split(' ').skip(1);
             let (folder, kind, options) = (PathBuf::from(words.next()?), words.next()?, words.next()?);
             let has_cpu = match version {
-                Version::V1 => kind == "cgroup" && options.split(',').any(|option| option == "cpu"),
-                Version::V2 => kind == "cgroup2" && has_controller(&folder),
+                CgroupVersion::V1 => kind == "cgroup" && options.split(',').any(|option| option == "cpu"),
+                CgroupVersion::V2 => kind == "cgroup2" && has_controller(&folder),
             };
             has_cpu.then_some((version, folder))
         })
     };
-    of_version(Version::V1).or_else(|| of_version(Version::V2))
+    of_version(CgroupVersion::V1).or_else(|| of_version(CgroupVersion::V2))
 }
 
 fn has_controller(root: &Path) -> bool {
@@ -188,7 +191,7 @@ mod tests {
                       cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,relatime,cpu,cpuacct 0 0\n";
         assert_eq!(
             hierarchy(mounts),
-            Some((Version::V1, "/sys/fs/cgroup/cpu,cpuacct".into()))
+            Some((CgroupVersion::V1, "/sys/fs/cgroup/cpu,cpuacct".into()))
         );
         assert_eq!(
             hierarchy("cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n"),
@@ -202,7 +205,10 @@ mod tests {
         let mounts = format!("cgroup2 {} cgroup2 rw,nsdelegate 0 0\n", folder.path().display());
         assert_eq!(hierarchy(&mounts), None);
         fs::write(folder.path().join("cgroup.controllers"), "cpuset cpu io\n").unwrap();
-        assert_eq!(hierarchy(&mounts), Some((Version::V2, folder.path().into())));
+        assert_eq!(
+            hierarchy(&mounts),
+            Some((CgroupVersion::V2, folder.path().into()))
+        );
     }
 
     #[test]
@@ -210,7 +216,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let quota = ManuallyDrop::new(Quota {
             folder: folder.path().into(),
-            version: Version::V2,
+            version: CgroupVersion::V2,
             _lock: File::open(folder.path()).unwrap(),
         });
         let (entry, path) = (folder.path().join("cgroup.procs"), folder.path().join("stand-in"));

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::quota::Quota;
-use crate::runner::{Lane, Prepared, has_kvm};
+use crate::runner::{Prepared, TestLane, has_kvm};
 use crate::steps::Steps;
-use crate::workspace::{root, say};
+use crate::workspace::{print_status, root};
 
 /// All of those programs together have one part in so many of the machine's CPU time.
 const PARTS: u64 = 3;
 /// Of a VM that waits for the pages of another process: it is left out. A vCPU that does so inside a system call spins
-/// there while its group is held back (Linux 6.18), which takes time that nobody in the group gets back.
+/// there while its group is held back (Linux 6.18), which takes time that no program of the group gets back.
 const HANDLED: &str = "--uffd";
 const EMULATOR: &str = "qemu-system-x86_64";
 
@@ -32,14 +32,14 @@ pub(super) fn run(steps: &mut Steps, prepared: &Prepared, filter: Option<&str>) 
     if has_kvm() {
         let settings = [path.clone(), ("GODWIT_BIN", godwit.display().to_string())];
         steps.tests("direct, slow", || {
-            prepared.scenarios(Lane::Direct, filter, &settings)
+            prepared.scenarios(TestLane::Direct, filter, &settings)
         });
     } else {
         steps.not_run("direct, slow", "this machine has no /dev/kvm");
     }
     // Hosts carry the program itself; they are slow with all that is in them.
-    steps.tests("lab, slow", || prepared.scenarios(Lane::Lab, filter, &[path]));
-    say(format_args!("{}", quota.held_back()?.trim().replace('\n', ", ")));
+    steps.tests("lab, slow", || prepared.scenarios(TestLane::Lab, filter, &[path]));
+    print_status(format_args!("{}", quota.held_back()?.trim().replace('\n', ", ")));
     Ok(())
 }
 
