@@ -1,3 +1,5 @@
+//! What the caller of a migration can choose, on either side.
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};

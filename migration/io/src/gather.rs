@@ -1,3 +1,5 @@
+//! Sends ranges of guest memory, and bytes of the monitor's own between them, without copying them together.
+
 use std::os::fd::BorrowedFd;
 
 use crate::memory::slice_of;

@@ -1,3 +1,5 @@
+//! Receives bytes from a socket straight into ranges of guest memory.
+
 use std::os::fd::BorrowedFd;
 
 use crate::memory::slice_of;

@@ -1,3 +1,5 @@
+//! Guest memory over sockets, byte by byte: ranges, marks, zero pages, digests.
+
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;

@@ -1,3 +1,5 @@
+//! What the source may still do with its guest, step by step: the source's half of the commit's rules.
+
 use crate::protocol::AttemptOutcome;
 
 /// What a source may still do with its guest.

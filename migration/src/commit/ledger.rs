@@ -1,3 +1,5 @@
+//! What the destination knows of the machine that is there: the destination's half of the commit's rules.
+
 use std::collections::VecDeque;
 
 use crate::control::Decision;

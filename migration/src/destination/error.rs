@@ -1,3 +1,5 @@
+//! Why a machine was not received.
+
 use migration_io::{CompressionError, MemoryIoError};
 
 use crate::link::LinkError;

@@ -1,3 +1,5 @@
+//! What can go wrong between the two sides.
+
 use std::io;
 use std::time::Duration;
 

@@ -1,3 +1,5 @@
+//! The messages of the control connection and the greetings of all connections; the order of the variants is the wire's.
+
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};

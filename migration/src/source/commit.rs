@@ -1,3 +1,5 @@
+//! The source's end of the commit: "ready", the locks, "go", "resumed". It may no longer change the machine.
+
 use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;

@@ -1,3 +1,5 @@
+//! Why a machine was not moved.
+
 use std::time::Duration;
 
 use migration_io::MemoryIoError;

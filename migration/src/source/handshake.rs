@@ -1,3 +1,5 @@
+//! The source's greeting: versions, features, the round trip, and whether the destination can run the machine.
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 

@@ -1,3 +1,5 @@
+//! Rounds of copying while the guest runs, until the policy says that a pause is worth it or that it cannot be done.
+
 use std::time::{Duration, Instant};
 
 use migration_io::PAGE_SIZE;

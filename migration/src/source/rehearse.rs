@@ -1,3 +1,5 @@
+//! Measures on both sides, while the guest runs, what its pause will cost besides the copy.
+
 use std::time::{Duration, Instant};
 
 use super::handshake::unexpected;

@@ -1,3 +1,5 @@
+//! Pauses the guest and sends what is left: pages, then state. Until "go" all of it can be undone.
+
 use std::time::{Duration, Instant};
 
 use migration_io::GuestMemory;

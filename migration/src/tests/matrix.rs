@@ -15,7 +15,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use fault_proxy::{Part, Point};
+use fault_proxy::{FaultPoint, FramePart};
 
 use crate::text::panic_message;
 use attempt::{AttemptEnded, attempt};
@@ -62,7 +62,7 @@ const MESSAGES: [&str; 30] = [
 /// One square of the matrix.
 struct Case {
     setup: &'static Setup,
-    point: Point,
+    point: FaultPoint,
     harm: Harm,
 }
 
@@ -151,17 +151,17 @@ impl Case {
     /// Nothing in the protocol protects the content of pages but the digest.
     fn is_found_by_digest(&self, ended: &AttemptEnded) -> bool {
         let error = ended.report.error.as_deref().unwrap_or_default();
-        self.harm == Harm::Corrupt(Part::Data) && error.contains("memory or disks differ")
+        self.harm == Harm::Corrupt(FramePart::Data) && error.contains("memory or disks differ")
     }
 }
 
-fn is_like(a: &Point, b: &Point) -> bool {
+fn is_like(a: &FaultPoint, b: &FaultPoint) -> bool {
     (a.connection, a.direction, &a.message) == (b.connection, b.direction, &b.message)
 }
 
 /// Whether the fault is another one than its neighbours at this message.
-fn fits(harm: Harm, point: &Point) -> bool {
-    harm != Harm::Corrupt(Part::Data) || point.message.ends_with("pages")
+fn fits(harm: Harm, point: &FaultPoint) -> bool {
+    harm != Harm::Corrupt(FramePart::Data) || point.message.ends_with("pages")
 }
 
 impl std::fmt::Display for Case {

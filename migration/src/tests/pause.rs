@@ -4,7 +4,9 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use fault_proxy::{Connection, Direction, Fault as Harm, Pace, Plan, Point, Proxy};
+use fault_proxy::{
+    Direction, FaultPlan, FaultPoint, NetworkPace, Proxy, ProxyConnection, ProxyFault as Harm,
+};
 
 use super::disk::FakeDisk;
 use super::fake::{FakeDestination, FakeSource, PortFault};
@@ -43,7 +45,7 @@ fn surprising(mut change: Change) -> FakeSource {
 }
 
 /// One attempt through a proxy whose pace changes to `pace` when the guest is paused.
-fn paced(pace: Pace, options: &MigrateOptions) -> (FakeSource, FakeDestination, Report) {
+fn paced(pace: NetworkPace, options: &MigrateOptions) -> (FakeSource, FakeDestination, Report) {
     let mut receiver = receiver(options);
     let to = receiver.endpoint().to_string().parse().unwrap();
     let proxy = Proxy::start(&"tcp:127.0.0.1:0".parse().unwrap(), &to, Vec::new()).unwrap();
@@ -100,7 +102,11 @@ fn the_limit_is_a_little_more_than_the_budget() {
 fn a_network_that_dies_or_slows_down_at_the_pause_does_not_keep_the_guest() {
     for (budget, limit) in [(100, 300), (20, 120)] {
         let options = strict(Duration::from_millis(budget));
-        for pace in [Pace::Bytes(0), Pace::Bytes(200), Pace::Bytes(1_250_000)] {
+        for pace in [
+            NetworkPace::Bytes(0),
+            NetworkPace::Bytes(200),
+            NetworkPace::Bytes(1_250_000),
+        ] {
             let (mut source, _, report) = paced(pace, &options);
             assert_in_time(&mut source, &report, Duration::from_millis(limit));
         }
@@ -113,7 +119,7 @@ fn whoever_wants_the_move_nevertheless_gets_it_over_a_slow_network() {
         on_miss: OnMiss::Switch,
         ..strict(Duration::from_millis(20))
     };
-    let (source, destination, report) = paced(Pace::Bytes(20_000_000), &options);
+    let (source, destination, report) = paced(NetworkPace::Bytes(20_000_000), &options);
     assert_moved(&source, &destination, &report);
     assert!(
         report.downtime_ms.unwrap() > 200.0 && !report.budget_kept,
@@ -215,7 +221,7 @@ fn a_cancel_in_the_pause_lets_the_guest_run_at_once_over_a_dead_network() {
     let (here, there) = (Arc::new(control()), control());
     let (at_pause, cancel) = (proxy.clone(), here.clone());
     let mut source = surprising(Box::new(move || {
-        at_pause.pace(Pace::Bytes(0));
+        at_pause.pace(NetworkPace::Bytes(0));
         let cancel = cancel.clone();
         thread::spawn(move || {
             // Not a wait for something: into the middle of what follows.
@@ -238,13 +244,13 @@ fn a_cancel_in_the_pause_lets_the_guest_run_at_once_over_a_dead_network() {
 
 /// A proxy that cuts all connections at "ready".
 fn cut_at_ready(to: &Endpoint) -> Arc<Proxy> {
-    let point = Point {
-        connection: Connection::Control,
+    let point = FaultPoint {
+        connection: ProxyConnection::Control,
         direction: Direction::ToSource,
         message: "ready".into(),
         occurrence: 0,
     };
-    let plan = Plan {
+    let plan = FaultPlan {
         point,
         fault: Harm::CutAll,
     };

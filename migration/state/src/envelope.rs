@@ -1,3 +1,5 @@
+//! Records together with a length and a checksum, as they travel or lie in a file.
+
 use std::collections::HashSet;
 
 use crate::codec::{self, MAX_ENCODED_LEN, MAX_NAME_LEN, MAX_PAYLOAD_LEN, MAX_RECORDS, check_limit};

@@ -1,3 +1,5 @@
+//! Why saved state cannot be read or written.
+
 /// Why saved state was refused, or could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {

@@ -1,3 +1,5 @@
+//! Compares a record with the bytes that a released version wrote.
+
 use std::fmt::Debug;
 
 use crate::Record;

@@ -1,3 +1,5 @@
+//! What a kind of saved state says about itself, and how older versions of it are read.
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

@@ -1,3 +1,5 @@
+//! Envelopes with records of several versions, cut and changed at every byte.
+
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 

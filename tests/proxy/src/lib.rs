@@ -16,11 +16,5 @@ mod tests;
 pub use fault::{
     Direction, FaultPlan, FaultPoint, FramePart, NetworkPace, ProxyConnection, ProxyFault, When,
 };
-/// The names under which the engine's tests have these until they use the ones above.
-#[doc(hidden)]
-pub use fault::{
-    FaultPlan as Plan, FaultPoint as Point, FramePart as Part, NetworkPace as Pace,
-    ProxyConnection as Connection, ProxyFault as Fault,
-};
 pub use proxy::{Proxy, ProxyError};
 pub use socket::{Address, AddressError};

@@ -56,8 +56,8 @@ fn available(root: &Path) -> io::Result<Available> {
         for directory in mount.groups(group) {
             let shown = Path::new("/").join(&directory);
             let left = match version {
-                CgroupVersion::One => left_in_v1(&root.join(&directory)),
-                CgroupVersion::Two => left_in_v2(&root.join(&directory), swap),
+                CgroupInterface::One => left_in_v1(&root.join(&directory)),
+                CgroupInterface::Two => left_in_v2(&root.join(&directory), swap),
             };
             if let Some(bytes) = left.filter(|bytes| *bytes < least.bytes) {
                 let by = format!("the cgroup {}", shown.display());
@@ -69,25 +69,27 @@ fn available(root: &Path) -> io::Result<Available> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CgroupVersion {
+enum CgroupInterface {
     One,
     Two,
 }
 
 /// Which group a line of `/proc/self/cgroup` names, if it is about memory (cgroups(7)).
-fn membership(line: &str) -> Option<(CgroupVersion, &str)> {
+fn membership(line: &str) -> Option<(CgroupInterface, &str)> {
     let mut fields = line.splitn(3, ':').skip(1);
     let (controllers, group) = (fields.next()?, fields.next()?);
     match controllers {
-        "" => Some((CgroupVersion::Two, group)),
-        list if list.split(',').any(|controller| controller == "memory") => Some((CgroupVersion::One, group)),
+        "" => Some((CgroupInterface::Two, group)),
+        list if list.split(',').any(|controller| controller == "memory") => {
+            Some((CgroupInterface::One, group))
+        }
         _ => None,
     }
 }
 
 /// Where a hierarchy of cgroups is.
 struct Mount<'a> {
-    version: CgroupVersion,
+    version: CgroupInterface,
     /// The group that is at the mount point.
     root: &'a str,
     point: &'a str,
@@ -99,9 +101,9 @@ impl<'a> Mount<'a> {
         let (mount, system) = line.split_once(" - ")?;
         let mut system = system.split(' ');
         let version = match (system.next()?, system.nth(1)) {
-            ("cgroup2", _) => CgroupVersion::Two,
+            ("cgroup2", _) => CgroupInterface::Two,
             ("cgroup", Some(options)) if options.split(',').any(|option| option == "memory") => {
-                CgroupVersion::One
+                CgroupInterface::One
             }
             _ => return None,
         };

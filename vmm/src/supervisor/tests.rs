@@ -1,3 +1,5 @@
+//! The supervisor with machines that never were: requests, doubts, and threads that fail.
+
 use api::rundir::ApiSocket;
 use api::{Resolution, Resolved};
 use migration::{Control, Decision, Migrated, Remains};

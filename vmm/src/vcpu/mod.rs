@@ -52,14 +52,14 @@ pub enum VcpuError {
 }
 
 /// One vCPU's part of [`VcpuSet::with_each`].
-struct Share<T> {
+struct VcpuWork<T> {
     vcpu: Arc<Mutex<VcpuFd>>,
     /// Whether a thread has begun with it.
     is_taken: AtomicBool,
     result: Mutex<Option<T>>,
 }
 
-impl<T> Share<T> {
+impl<T> VcpuWork<T> {
     fn of(vcpu: &Arc<Mutex<VcpuFd>>) -> Self {
         Self {
             vcpu: vcpu.clone(),
@@ -156,7 +156,7 @@ impl VcpuSet {
         &self,
         work: impl Fn(usize, &VcpuFd) -> T + Send + Sync + 'static,
     ) -> Result<Vec<T>, VcpuError> {
-        let states: Arc<Vec<Share<T>>> = Arc::new(self.vcpus.iter().map(Share::of).collect());
+        let states: Arc<Vec<VcpuWork<T>>> = Arc::new(self.vcpus.iter().map(VcpuWork::of).collect());
         let left = Arc::new(AtomicUsize::new(states.len()));
         let task = {
             let (states, left) = (states.clone(), left.clone());
@@ -179,7 +179,7 @@ impl VcpuSet {
         } else {
             self.gate.do_parked(task, mine, is_done, PARK_TIMEOUT)
         };
-        let taken = |state: &Share<T>| state.result.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let taken = |state: &VcpuWork<T>| state.result.lock().unwrap_or_else(PoisonError::into_inner).take();
         let results: Option<Vec<T>> = states.iter().map(taken).collect();
         results.filter(|_| done).ok_or(VcpuError::Unfinished)
     }

@@ -1,3 +1,5 @@
+//! Chooses whether compression pays, by what it saves and what it costs.
+
 /// Most batches that go without an attempt after many failures.
 const MOST_SKIPPED: u32 = 64;
 

@@ -1,3 +1,5 @@
+//! Compresses pages of guest memory into blocks.
+
 use lz4_flex::block::{compress_into, get_maximum_output_size};
 use zstd::zstd_safe::compress_bound;
 

@@ -1,3 +1,5 @@
+//! Puts the pages of a compressed block into guest memory.
+
 use lz4_flex::block::decompress_into;
 
 use super::{CompressionError, MAX_BLOCK, Method, total};

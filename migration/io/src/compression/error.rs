@@ -1,3 +1,5 @@
+//! Why pages could not be compressed, or a block not unpacked.
+
 use std::io;
 
 use lz4_flex::block::{CompressError, DecompressError};

@@ -1,3 +1,5 @@
+//! Pages through compression and back, and blocks that a hostile peer would send.
+
 use proptest::prelude::*;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};

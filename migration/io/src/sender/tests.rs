@@ -1,3 +1,5 @@
+//! The sender with and without the kernel's copy, on sockets of this process.
+
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fault_proxy::{Part, Plan, Point, Proxy};
+use fault_proxy::{FaultPlan, FaultPoint, FramePart, Proxy};
 
 use super::super::fake::FakeSource;
 use super::harm::Harm;
@@ -21,7 +21,7 @@ pub(super) struct AttemptEnded {
     /// What the destination answered to a source in doubt.
     pub(super) answer: Option<Answer>,
     /// Every message that came.
-    pub(super) seen: Vec<Point>,
+    pub(super) seen: Vec<FaultPoint>,
     /// Whether the fault met its message.
     pub(super) struck: bool,
 }
@@ -39,7 +39,7 @@ struct AttemptRig<'a> {
 }
 
 /// Runs an attempt with a fault at `point`, and checks everything that must hold afterwards.
-pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> AttemptEnded {
+pub(super) fn attempt(setup: &Setup, harm: Option<(&FaultPoint, Harm)>) -> AttemptEnded {
     let mut rig = AttemptRig::new(setup, harm);
     let to = rig.proxy.address().to_string().parse().unwrap();
     let Migrated { report, doubt, .. } = migrate(&mut rig.source, &to, &rig.options, &rig.here);
@@ -66,7 +66,7 @@ pub(super) fn attempt(setup: &Setup, harm: Option<(&Point, Harm)>) -> AttemptEnd
 }
 
 impl<'a> AttemptRig<'a> {
-    fn new(setup: &'a Setup, harm: Option<(&Point, Harm)>) -> Self {
+    fn new(setup: &'a Setup, harm: Option<(&FaultPoint, Harm)>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listen = |name: &str| match setup.handover {
             true => format!("unix:{}", dir.path().join(name).display()),
@@ -77,7 +77,7 @@ impl<'a> AttemptRig<'a> {
         let there = There::start(&listen("there"), &options, setup.destination());
         let first = setup.first.map(|(connection, direction, message, harm)| {
             let message = message.into();
-            let point = Point {
+            let point = FaultPoint {
                 connection,
                 direction,
                 message,
@@ -88,7 +88,7 @@ impl<'a> AttemptRig<'a> {
         let plans = first
             .into_iter()
             .chain(harm.map(|(point, harm)| (point.clone(), harm)))
-            .map(|(point, harm)| Plan {
+            .map(|(point, harm)| FaultPlan {
                 point,
                 fault: harm.fault(&here, &there.control),
             });
@@ -212,7 +212,7 @@ impl<'a> AttemptRig<'a> {
     /// Asks until there is an answer: the fault may strike a question.
     fn ask(&self, doubt: &Doubt) -> Answer {
         let until = Instant::now() + PATIENCE;
-        let mut garbled = self.harm == Some(Harm::Corrupt(Part::Content));
+        let mut garbled = self.harm == Some(Harm::Corrupt(FramePart::Content));
         loop {
             self.proxy.heal();
             match doubt.ask(Duration::from_secs(1)) {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fault_proxy::{Fault, Part, When};
+use fault_proxy::{FramePart, ProxyFault, When};
 
 use crate::Control;
 
@@ -16,7 +16,7 @@ pub(super) enum Harm {
     /// Later than any time-out.
     TooLate,
     Truncate,
-    Corrupt(Part),
+    Corrupt(FramePart),
     Duplicate,
     Reset,
     Stall,
@@ -25,16 +25,16 @@ pub(super) enum Harm {
     CancelDestination,
 }
 
-/// Each of them; [`Part::Data`] is for pages alone.
+/// Each of them; [`FramePart::Data`] is for pages alone.
 pub(super) const HARMS: [Harm; 14] = [
     Harm::Drop,
     Harm::Late,
     Harm::TooLate,
     Harm::Truncate,
-    Harm::Corrupt(Part::Kind),
-    Harm::Corrupt(Part::Length),
-    Harm::Corrupt(Part::Content),
-    Harm::Corrupt(Part::Data),
+    Harm::Corrupt(FramePart::Kind),
+    Harm::Corrupt(FramePart::Length),
+    Harm::Corrupt(FramePart::Content),
+    Harm::Corrupt(FramePart::Data),
     Harm::Duplicate,
     Harm::Reset,
     Harm::Stall,
@@ -44,21 +44,21 @@ pub(super) const HARMS: [Harm; 14] = [
 ];
 
 impl Harm {
-    pub(super) fn fault(self, here: &Arc<Control>, there: &Arc<Control>) -> Fault {
+    pub(super) fn fault(self, here: &Arc<Control>, there: &Arc<Control>) -> ProxyFault {
         let cancel = |control: &Arc<Control>| {
             let control = control.clone();
-            Fault::Call(When::Before, Box::new(move || control.cancel()))
+            ProxyFault::Call(When::Before, Box::new(move || control.cancel()))
         };
         match self {
-            Harm::Drop => Fault::Drop,
-            Harm::Late => Fault::Delay(Duration::from_millis(60)),
-            Harm::TooLate => Fault::Delay(Duration::from_millis(1200)),
-            Harm::Truncate => Fault::Truncate,
-            Harm::Corrupt(part) => Fault::Corrupt(part),
-            Harm::Duplicate => Fault::Duplicate,
-            Harm::Reset => Fault::Reset,
-            Harm::Stall => Fault::Stall(None),
-            Harm::CutAll => Fault::CutAll,
+            Harm::Drop => ProxyFault::Drop,
+            Harm::Late => ProxyFault::Delay(Duration::from_millis(60)),
+            Harm::TooLate => ProxyFault::Delay(Duration::from_millis(1200)),
+            Harm::Truncate => ProxyFault::Truncate,
+            Harm::Corrupt(part) => ProxyFault::Corrupt(part),
+            Harm::Duplicate => ProxyFault::Duplicate,
+            Harm::Reset => ProxyFault::Reset,
+            Harm::Stall => ProxyFault::Stall(None),
+            Harm::CutAll => ProxyFault::CutAll,
             Harm::CancelSource => cancel(here),
             Harm::CancelDestination => cancel(there),
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fault_proxy::{Connection, Direction, Part, Point};
+use fault_proxy::{Direction, FaultPoint, FramePart, ProxyConnection};
 
 use super::super::disk::FakeDisk;
 use super::super::fake::{FakeDestination, FakeSource, PortFault};
@@ -20,13 +20,13 @@ pub(super) struct Setup {
     /// Whether a disk comes along.
     pub(super) disks: bool,
     /// A fault without which the messages that are looked at would not come.
-    pub(super) first: Option<(Connection, Direction, &'static str, Harm)>,
+    pub(super) first: Option<(ProxyConnection, Direction, &'static str, Harm)>,
     /// A call of the source's machine that takes long.
     pub(super) slow: Option<&'static str>,
     /// What is wrong with the destination's machine.
     pub(super) destination: Option<(&'static str, PortFault)>,
     /// Which of its messages are looked at.
-    pub(super) looks_at: fn(&Point) -> bool,
+    pub(super) looks_at: fn(&FaultPoint) -> bool,
 }
 
 const PLAIN: Setup = Setup {
@@ -42,14 +42,14 @@ const PLAIN: Setup = Setup {
 
 const LONG: Duration = Duration::from_millis(300);
 
-fn asks(point: &Point) -> bool {
-    point.connection == Connection::Ask
+fn asks(point: &FaultPoint) -> bool {
+    point.connection == ProxyConnection::Ask
 }
 
 const fn lost(name: &'static str, direction: Direction, message: &'static str) -> Setup {
     Setup {
         name,
-        first: Some((Connection::Control, direction, message, Harm::Reset)),
+        first: Some((ProxyConnection::Control, direction, message, Harm::Reset)),
         looks_at: asks,
         ..PLAIN
     }
@@ -97,10 +97,10 @@ pub(super) static SETUPS: [Setup; 13] = [
     Setup {
         name: "the source aborts",
         first: Some((
-            Connection::Control,
+            ProxyConnection::Control,
             Direction::ToSource,
             "round ack",
-            Harm::Corrupt(Part::Kind),
+            Harm::Corrupt(FramePart::Kind),
         )),
         looks_at: |point| point.message == "abort",
         ..PLAIN

@@ -1,7 +1,7 @@
 //! A migration under way, in words: the progress bar and the lines of `status`.
 
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use migration::{Phase, Progress};
+use migration::{IntervalMs, Phase, Progress};
 use rustix::termios::tcgetwinsize;
 
 use crate::report::figures::{bytes, duration, rate};
@@ -61,9 +61,7 @@ fn picture(progress: &Progress, columns: usize) -> String {
     }
     let left = format!("{} left", bytes(progress.remaining_bytes as f64));
     let finish = time_left(progress).map(|left| format!("done in {}", duration(left)));
-    let downtime = progress
-        .predicted_downtime_ms
-        .map(|downtime| format!("downtime {}", duration(downtime)));
+    let downtime = downtime(progress);
     let throttle =
         (progress.throttle_percent > 0.0).then(|| format!("throttle {:.0} %", progress.throttle_percent));
     let dirtied = format!("dirtied {}", rate(progress.dirty_bytes_per_s));
@@ -115,6 +113,16 @@ fn done(progress: &Progress) -> f64 {
     }
 }
 
+/// What the downtime is likely to be between, or about what it is.
+fn downtime(progress: &Progress) -> Option<String> {
+    let about = progress.predicted_downtime_ms?;
+    let text = progress.predicted_downtime_interval_ms.map_or_else(
+        || duration(about),
+        |IntervalMs { low, high }| format!("{} to {}", duration(low), duration(high)),
+    );
+    Some(format!("downtime {text}"))
+}
+
 /// In milliseconds.
 fn time_left(progress: &Progress) -> Option<f64> {
     Some((progress.predicted_total_ms? - progress.elapsed_ms).max(0.0))
@@ -156,9 +164,7 @@ pub(super) fn lines(progress: &Progress) -> Vec<String> {
             progress.throttle_percent
         ),
     ];
-    let downtime = progress
-        .predicted_downtime_ms
-        .map(|ms| format!("downtime {}", duration(ms)));
+    let downtime = downtime(progress);
     let finish = time_left(progress).map(|ms| format!("done in {}", duration(ms)));
     let predicted: Vec<String> = downtime.into_iter().chain(finish).collect();
     if !predicted.is_empty() {
@@ -184,6 +190,7 @@ mod tests {
             predicted_downtime_ms: Some(14.2),
             predicted_total_ms: Some(8000.0),
             elapsed_ms: 5000.0,
+            ..Progress::default()
         }
     }
 
@@ -200,13 +207,17 @@ mod tests {
             remaining_bytes: 1536 << 20,
             throttle_percent: 99.0,
             predicted_downtime_ms: Some(1234.0),
+            predicted_downtime_interval_ms: Some(IntervalMs {
+                low: 876.0,
+                high: 1567.0,
+            }),
             predicted_total_ms: Some(130_000.0),
             ..progress()
         };
         assert_eq!(
             picture(&long, COLUMNS),
             "[====>           ] pre-copy, round 12  25%, 1.50 GiB left, done in 2 min 5 s\n\
-             downtime 1.23 s, throttle 99 %, dirtied 286 MiB/s, sent 954 MiB/s"
+             downtime 876 ms to 1.57 s, throttle 99 %, dirtied 286 MiB/s, sent 954 MiB/s"
         );
         assert_eq!(
             picture(&progress(), 40),

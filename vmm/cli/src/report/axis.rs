@@ -80,6 +80,9 @@ pub(super) fn scale(panel: &Panel) -> Scale {
     }
     /// From this ratio on an axis is logarithmic.
     const LOG_FROM: f64 = 40.0;
+    if panel.fits_lines {
+        return fitted(panel);
+    }
     /// A level may stretch an axis by no more than this.
     const STRETCH: f64 = 3.0;
     /// What an axis without values reaches to.
@@ -120,8 +123,63 @@ pub(super) fn scale(panel: &Panel) -> Scale {
     }
 }
 
+/// The axis that shows all lines and what they are likely to be between, and of the levels those beside them.
+fn fitted(panel: &Panel) -> Scale {
+    /// What a line may be between stretches the axis by no more than this part of it.
+    const STRETCH: f64 = 0.5;
+    /// A line that does not change is shown with this part of its value around it.
+    const MARGIN: f64 = 0.05;
+    let points = || {
+        panel
+            .series
+            .iter()
+            .flat_map(|series| &series.points)
+            .map(|(_, value)| *value)
+    };
+    let (low, high) = points().fold((f64::INFINITY, 0.0_f64), |ends, value| {
+        (ends.0.min(value), ends.1.max(value))
+    });
+    if !low.is_finite() || high <= 0.0 {
+        return Scale {
+            log: false,
+            low: 0.0,
+            high: 1.0,
+            ticks: ticks(1.0, panel.unit, 4),
+        };
+    }
+    let (least, most) = (low * (1.0 - STRETCH), high * (1.0 + STRETCH));
+    let bands = panel.series.iter().flat_map(|series| &series.band);
+    let ends = bands.flat_map(|(_, low, high)| [*low, *high]);
+    let levels = panel.levels.iter().map(|level| level.value);
+    let beside = levels.filter(|value| (least..=most).contains(value));
+    let (low, high) = ends.chain(beside).fold((low, high), |(low, high), value| {
+        (low.min(value.max(least)), high.max(value.min(most)))
+    });
+    let margin = ((high - low) * 0.08).max(high * MARGIN);
+    let (low, high) = ((low - margin).max(0.0), high + margin);
+    let step = step(high - low, panel.unit, 4);
+    Scale {
+        log: false,
+        low,
+        high,
+        ticks: (0..=6)
+            .map(|n| ((low / step).ceil() + f64::from(n)) * step)
+            .filter(|tick| *tick <= high)
+            .collect(),
+    }
+}
+
 /// Round numbers from 0 to `high`, no more than `count` after 0.
 pub(super) fn ticks(high: f64, unit: Unit, count: u32) -> Vec<f64> {
+    let step = step(high, unit, count);
+    (0..=count)
+        .map(|n| f64::from(n) * step)
+        .filter(|tick| *tick <= high)
+        .collect()
+}
+
+/// A round number of which no more than `count` are in `high`.
+fn step(high: f64, unit: Unit, count: u32) -> f64 {
     let mut base = 1.0;
     if unit == Unit::Bytes {
         while high / base >= 1024.0 {
@@ -130,16 +188,12 @@ pub(super) fn ticks(high: f64, unit: Unit, count: u32) -> Vec<f64> {
     }
     let rough = high / base / f64::from(count);
     let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0]
+    [1.0, 2.0, 5.0, 10.0]
         .into_iter()
         .map(|factor| factor * power)
         .find(|step| *step >= rough)
         .unwrap_or(rough)
-        * base;
-    (0..=count)
-        .map(|n| f64::from(n) * step)
-        .filter(|tick| *tick <= high)
-        .collect()
+        * base
 }
 
 /// Powers of 2 or 10 between two values, no more than six of them.
@@ -185,10 +239,12 @@ mod tests {
             unit: Unit::Tens,
             format: super::super::figures::duration,
             may_be_log: true,
+            fits_lines: false,
             series: vec![Series {
                 name: "s",
                 color: INK,
                 points: values.iter().map(|value| (0.0, *value)).collect(),
+                band: Vec::new(),
             }],
             levels: vec![Level {
                 name: "l".into(),
@@ -213,5 +269,36 @@ mod tests {
         assert!(scale(&panel(&[10.0, 20.0], 50.0)).high > 50.0);
         assert!(scale(&panel(&[10.0, 20.0], 5000.0)).high < 30.0);
         assert!(scale(&panel(&[], 5000.0)).high > 5000.0);
+    }
+
+    #[test]
+    fn an_axis_that_fits_its_lines_shows_them_and_not_a_deadline_far_off() {
+        let mut total = panel(&[7900.0, 9100.0, 8000.0], 60_000.0);
+        total.fits_lines = true;
+        let shown = scale(&total);
+        assert!(shown.low > 7000.0 && shown.low < 7900.0, "{}", shown.low);
+        assert!(shown.high > 9100.0 && shown.high < 10_000.0, "{}", shown.high);
+        assert!(
+            shown.ticks.len() >= 2
+                && shown
+                    .ticks
+                    .iter()
+                    .all(|tick| (shown.low..=shown.high).contains(tick))
+        );
+        // What the value is likely to be between is shown as well, but not without bound.
+        total.series[0].band = vec![(0.0, 7000.0, 1e9)];
+        let shown = scale(&total);
+        assert!(
+            shown.low < 7000.0 && shown.high > 13_000.0 && shown.high < 15_000.0,
+            "{}",
+            shown.high
+        );
+        // Nothing to show, and a line that does not change.
+        total.series[0].points.clear();
+        assert_eq!(scale(&total).high, 1.0);
+        total.series[0].band.clear();
+        total.series[0].points = vec![(0.0, 50.0)];
+        let shown = scale(&total);
+        assert!(shown.low < 50.0 && shown.high > 50.0);
     }
 }

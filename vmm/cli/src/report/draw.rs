@@ -1,13 +1,13 @@
 //! The picture of a trace.
 
-use migration::{Outcome, Phase, Progress, Report};
+use migration::{IntervalMs, Outcome, Phase, Progress, Report};
 use plotters::element::Text;
 use plotters::prelude::{IntoDrawingArea, SVGBackend};
 use plotters::style::{RGBColor, WHITE};
 use thiserror::Error;
 
 use super::axis::Unit;
-use super::figures::{bytes, duration, known, rate};
+use super::figures::{bytes, duration, known, predicted, rate};
 use super::panel::{
     self, AreaError, FAINT, INK, Level, Panel, PanelPlace, Series, Timeline, bold, text_style,
 };
@@ -100,7 +100,7 @@ pub(super) fn subtitle(trace: &Trace) -> String {
     let total = format!(
         "total {} (predicted {}), {} sent in {rounds}",
         duration(report.total_ms),
-        known(report.predicted_total_ms),
+        predicted(report.predicted_total_ms, report.predicted_total_interval_ms),
         bytes(report.bytes_sent as f64)
     );
     if report.outcome != Outcome::Moved {
@@ -110,7 +110,10 @@ pub(super) fn subtitle(trace: &Trace) -> String {
     format!(
         "downtime {} (predicted {}), budget of {budget} {kept}; {total}",
         known(report.downtime_ms),
-        known(report.predicted_downtime_ms)
+        predicted(
+            report.predicted_downtime_ms,
+            report.predicted_downtime_interval_ms
+        )
     )
 }
 
@@ -177,6 +180,7 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         unit: Unit::Bytes,
         format: bytes,
         may_be_log: true,
+        fits_lines: false,
         series: vec![series("memory to send", BLUE, samples, |s| {
             Some(s.remaining_bytes as f64)
         })],
@@ -187,6 +191,7 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         unit: Unit::Bytes,
         format: rate,
         may_be_log: false,
+        fits_lines: false,
         series: vec![
             series("bandwidth", BLUE, samples, |s| Some(s.bandwidth_bytes_per_s)),
             series("dirty rate", ORANGE, &running, |s| Some(s.dirty_bytes_per_s)),
@@ -198,6 +203,7 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         unit: Unit::Percent,
         format: |percent| format!("{percent:.0} %"),
         may_be_log: false,
+        fits_lines: false,
         series: vec![series("vCPUs held out of the guest", PURPLE, samples, |s| {
             Some(s.throttle_percent)
         })],
@@ -208,9 +214,13 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         unit: Unit::Tens,
         format: duration,
         may_be_log: true,
-        series: vec![series("if paused now", GREEN, &running, |s| {
-            s.predicted_downtime_ms
-        })],
+        fits_lines: false,
+        series: vec![
+            series("if paused now, nine times in ten", GREEN, &running, |s| {
+                s.predicted_downtime_ms
+            })
+            .within(&running, |s| s.predicted_downtime_interval_ms),
+        ],
         levels: levels([
             ("budget", RED, Some(goal.max_downtime_ms)),
             ("actual", INK, moved.and_then(|report| report.downtime_ms)),
@@ -221,7 +231,13 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         unit: Unit::Tens,
         format: duration,
         may_be_log: false,
-        series: vec![series("predicted", GREEN, &running, |s| s.predicted_total_ms)],
+        fits_lines: true,
+        series: vec![
+            series("predicted, nine times in ten", GREEN, &running, |s| {
+                s.predicted_total_ms
+            })
+            .within(&running, |s| s.predicted_total_interval_ms),
+        ],
         levels: levels([
             ("deadline", RED, goal.deadline_ms),
             ("actual", INK, moved.map(|report| report.total_ms)),
@@ -263,6 +279,33 @@ fn series(
         name,
         color,
         points: thinned(&points),
+        band: Vec::new(),
+    }
+}
+
+impl Series {
+    /// The same with what its values are likely to be between.
+    fn within(self, samples: &[Progress], interval: impl Fn(&Progress) -> Option<IntervalMs>) -> Self {
+        let mut band: Vec<(f64, f64, f64)> = samples
+            .iter()
+            .filter_map(|sample| {
+                let IntervalMs { low, high } = interval(sample)?;
+                // Of a file that anybody may have written.
+                let low = low.clamp(0.0, MOST);
+                Some((at(sample), low, high.clamp(0.0, MOST).max(low)))
+            })
+            .collect();
+        band.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let width = band.len().div_ceil(POINTS).max(1);
+        let widest = |part: &[(f64, f64, f64)]| {
+            let ends = part.iter().map(|(_, low, high)| (*low, *high));
+            let ends = ends.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)));
+            part.first()
+                .zip(ends)
+                .map(|(first, (low, high))| (first.0, low, high))
+        };
+        let band = band.chunks(width).filter_map(widest).collect();
+        Self { band, ..self }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Figures as people read them.
 
+use migration::IntervalMs;
+
 const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
 
 /// Bytes with a binary unit and about three digits: `645 MiB`, `1.25 GiB`.
@@ -37,6 +39,16 @@ pub(crate) fn duration(ms: f64) -> String {
 /// A number that may not be known.
 pub(crate) fn known(ms: Option<f64>) -> String {
     ms.map_or_else(|| "unknown".into(), duration)
+}
+
+/// A predicted time and what it is likely to be between, as far as they are known.
+pub(crate) fn predicted(ms: Option<f64>, interval: Option<IntervalMs>) -> String {
+    match interval {
+        Some(IntervalMs { low, high }) if ms.is_some() => {
+            format!("{}, likely {} to {}", known(ms), duration(low), duration(high))
+        }
+        _ => known(ms),
+    }
 }
 
 /// Digits after the point that leave three that say something.

@@ -3,7 +3,7 @@
 use migration::{Report, Round};
 
 use super::draw::{self, DrawError};
-use super::figures::{bytes, duration, known, rate};
+use super::figures::{bytes, duration, known, predicted, rate};
 use super::trace::Trace;
 
 const STYLE: &str = "body{font:15px/1.5 sans-serif;color:#222b36;max-width:1040px;margin:2em auto;padding:0 1em}\
@@ -47,7 +47,13 @@ fn figures(report: &Report) -> Vec<Vec<String>> {
     let terms = &report.downtime;
     let mut rows = vec![
         ("downtime", known(report.downtime_ms)),
-        ("predicted downtime", known(report.predicted_downtime_ms)),
+        (
+            "predicted downtime",
+            predicted(
+                report.predicted_downtime_ms,
+                report.predicted_downtime_interval_ms,
+            ),
+        ),
         ("budget", duration(report.budget_ms)),
         ("pause", duration(terms.pause_ms)),
         ("drain devices", duration(terms.drain_ms)),
@@ -58,7 +64,10 @@ fn figures(report: &Report) -> Vec<Vec<String>> {
         ("commit", duration(terms.commit_ms)),
         ("resume", duration(terms.resume_ms)),
         ("total time", duration(report.total_ms)),
-        ("predicted total time", known(report.predicted_total_ms)),
+        (
+            "predicted total time",
+            predicted(report.predicted_total_ms, report.predicted_total_interval_ms),
+        ),
         ("sent", bytes(report.bytes_sent as f64)),
         ("pages", report.pages_sent.to_string()),
         ("zero pages", report.pages_zero.to_string()),

@@ -5,7 +5,7 @@ use std::io;
 use plotters::chart::{ChartBuilder, ChartContext};
 use plotters::coord::Shift;
 use plotters::coord::cartesian::Cartesian2d;
-use plotters::element::{Circle, EmptyElement, PathElement, Rectangle, Text};
+use plotters::element::{Circle, EmptyElement, PathElement, Polygon, Rectangle, Text};
 use plotters::prelude::{DrawingArea, DrawingAreaErrorKind, SVGBackend};
 use plotters::series::{AreaSeries, DashedLineSeries, LineSeries};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -44,6 +44,8 @@ pub(super) struct Series {
     pub(super) color: RGBColor,
     /// Time in milliseconds, ascending, and value.
     pub(super) points: Vec<(f64, f64)>,
+    /// Time, and between what the value is likely to be; empty where that is not known.
+    pub(super) band: Vec<(f64, f64, f64)>,
 }
 
 /// A value that holds all the time.
@@ -60,6 +62,8 @@ pub(super) struct Panel {
     pub(super) format: fn(f64) -> String,
     /// Whether a logarithmic axis may be used where values differ much.
     pub(super) may_be_log: bool,
+    /// Whether the axis begins and ends where the lines do, whatever the levels are: they differ by little.
+    pub(super) fits_lines: bool,
     pub(super) series: Vec<Series>,
     pub(super) levels: Vec<Level>,
 }
@@ -196,6 +200,13 @@ fn mark(chart: &mut Chart<'_, '_>, scale: &Scale, time: &Timeline, first: bool) 
 fn line(chart: &mut Chart<'_, '_>, panel: &Panel, scale: &Scale, series: &Series) -> Result<(), AreaError> {
     let place = |(at, value): &(f64, f64)| (*at, scale.place(value.min(scale.high)));
     let points = series.points.iter().map(place);
+    let inside = |value: f64| scale.place(value.clamp(scale.low, scale.high));
+    if series.band.len() > 1 {
+        let upper = series.band.iter().map(|(at, _, high)| (*at, inside(*high)));
+        let lower = series.band.iter().rev().map(|(at, low, _)| (*at, inside(*low)));
+        let shade = series.color.mix(0.16).filled();
+        chart.draw_series([Polygon::new(upper.chain(lower).collect::<Vec<_>>(), shade)])?;
+    }
     let style = ShapeStyle::from(&series.color).stroke_width(2);
     if let [only] = &series.points[..] {
         // A line of one point cannot be seen.

@@ -1,6 +1,6 @@
 //! Migrations that never were.
 
-use migration::{Phase, Progress, Report};
+use migration::{IntervalMs, Phase, Progress, Report};
 
 use super::trace::{FORMAT, Trace, TraceGoal, TraceHeader};
 
@@ -55,6 +55,7 @@ pub(super) fn trace() -> Trace {
             round_left = remaining.max(150e6);
         }
         let downtime = 4.0 + remaining / bandwidth * 1e3;
+        let total = 7900.0 + 1500.0 * (-time / 2.0).exp() * (time * 5.0).cos();
         samples.push(Progress {
             round,
             remaining_bytes: remaining as u64,
@@ -64,8 +65,15 @@ pub(super) fn trace() -> Trace {
             bandwidth_bytes_per_s: bandwidth,
             throttle_percent: throttle,
             predicted_downtime_ms: Some(downtime),
-            predicted_total_ms: (time > 0.3)
-                .then_some(7900.0 + 1500.0 * (-time / 2.0).exp() * (time * 5.0).cos()),
+            predicted_downtime_interval_ms: Some(IntervalMs {
+                low: downtime * 0.8,
+                high: downtime * 1.3,
+            }),
+            predicted_total_ms: (time > 0.3).then_some(total),
+            predicted_total_interval_ms: (time > 0.3).then_some(IntervalMs {
+                low: total - 0.15 * (8041.0 - time * 1e3),
+                high: total + 0.2 * (8041.0 - time * 1e3),
+            }),
             elapsed_ms: time * 1e3,
             ..progress(0.0)
         });

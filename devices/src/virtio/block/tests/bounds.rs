@@ -16,7 +16,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// What a slow disk is to the host.
 #[derive(Clone, Copy, Debug)]
-enum DiskKind {
+enum BoundedDisk {
     /// A file whose requests are served by the disk's own thread.
     File(IoEngine),
     /// A block device on such a file: its requests are in flight with io_uring.
@@ -51,16 +51,16 @@ fn losetup(arguments: &[&Path]) -> Vec<u8> {
 /// Does it with a disk of each kind, which does nothing when it is held, and with a driver that has read from it.
 fn on_each(test: impl Fn(Driver, &SlowFile)) {
     for kind in [
-        DiskKind::File(IoEngine::Sync),
-        DiskKind::File(IoEngine::Async),
-        DiskKind::Device,
+        BoundedDisk::File(IoEngine::Sync),
+        BoundedDisk::File(IoEngine::Async),
+        BoundedDisk::Device,
     ] {
         eprintln!("{kind:?}");
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("slow");
         let file = SlowFile::new(&path, 4 << 20);
         let (device, parameters) = match kind {
-            DiskKind::File(engine) => (
+            BoundedDisk::File(engine) => (
                 None,
                 BlockParameters {
                     engine,
@@ -68,7 +68,7 @@ fn on_each(test: impl Fn(Driver, &SlowFile)) {
                 },
             ),
             // Nothing waits for what the host has cached.
-            DiskKind::Device => (
+            BoundedDisk::Device => (
                 Some(Loop::new(&path)),
                 BlockParameters {
                     direct: true,
