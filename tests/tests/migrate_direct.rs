@@ -156,7 +156,8 @@ fn the_report_has_the_promised_fields() -> Result<()> {
         names.join(" ")
     };
     let top = "budget_kept budget_ms bytes_sent data_path disk_bytes disks downtime downtime_ms error memory_digest \
-               mirror_ms mode outcome pages_sent pages_unused pages_zero predicted_downtime_ms predicted_total_ms \
+               mirror_ms mode outcome pages_sent pages_unused pages_zero predicted_downtime_interval_ms \
+               predicted_downtime_ms predicted_total_interval_ms predicted_total_ms \
                rehearsal_pause_ms rounds streams total_ms verify_ms";
     ensure!(fields(&report) == top, "expected {top}, got {}", fields(&report));
     let terms = "commit_ms drain_ms final_copy_ms final_log_ms pause_ms restore_ms resume_ms state_ms";

@@ -2,7 +2,7 @@
 
 mod marks;
 
-pub use marks::PageMarks;
+pub use marks::{PageMarks, zeroed_words};
 
 /// Guest RAM. The marks say what the monitor's own devices wrote; what vCPUs write is KVM's to log.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<PageMarks>;

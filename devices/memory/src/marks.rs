@@ -74,8 +74,8 @@ impl NewBitmap for PageMarks {
         let pages = len.div_ceil(PAGE_SIZE as usize);
         let words = pages.div_ceil(64);
         Self {
-            words: zeroed(words),
-            used: zeroed(words.div_ceil(64)),
+            words: zeroed_words(words),
+            used: zeroed_words(words.div_ceil(64)),
             pages,
         }
     }
@@ -118,8 +118,9 @@ fn set_bits(mut bits: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Zeroes that the system provides as they are touched. Without that much memory the process ends, as with any vector.
-fn zeroed(count: usize) -> Vec<AtomicU64> {
+/// So many words of zeroes that the system provides as they are touched. Without that much memory the process ends, as with
+/// any vector.
+pub fn zeroed_words(count: usize) -> Vec<AtomicU64> {
     AtomicU64::new_vec_zeroed(count).unwrap_or_else(|_| (0..count).map(|_| AtomicU64::new(0)).collect())
 }
 

@@ -30,7 +30,7 @@ pub use compression::{Chooser, CompressionError, Compressor, Decompressor, MAX_B
 pub use digest::{digest, digest_block, digest_blocks, digest_of_blocks};
 pub use error::MemoryIoError;
 pub use gather::{Gather, Piece};
-pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE};
+pub use memory::{GuestMemory, MemoryRange, PAGE_SIZE, zeroed_words};
 pub use populate::populate;
 pub use receiver::PageReceiver;
 pub use scatter::Scatter;

@@ -1,6 +1,6 @@
 //! Ranges of guest memory, and slices for them.
 
-pub use guest_memory::{GuestMemory, PAGE_SIZE};
+pub use guest_memory::{GuestMemory, PAGE_SIZE, zeroed_words};
 
 use guest_memory::PageMarks;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};

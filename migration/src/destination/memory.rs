@@ -1,8 +1,8 @@
-//! Guest memory that fills up, by many hands at once.
+//! Guest memory that fills up, by several streams at once.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use migration_io::{Decompressor, GuestMemory, MemoryRange, Method, PAGE_SIZE, zero_range};
+use migration_io::{Decompressor, GuestMemory, MemoryRange, Method, PAGE_SIZE, zero_range, zeroed_words};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ReceiveError;
@@ -181,7 +181,7 @@ impl WrittenPages {
             WrittenRegion {
                 gpa: region.start_addr().0,
                 pages,
-                words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+                words: zeroed_words(pages.div_ceil(64) as usize),
             }
         };
         Self {

@@ -14,6 +14,7 @@ mod qmp;
 mod row;
 mod run;
 mod sentinel;
+mod sparse;
 mod stats;
 mod strace;
 mod warm;

@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tests::{Fixtures, PATIENCE, TestProcess};
+use tests::{Fixtures, PATIENCE, TestProcess, Tick};
 
 use crate::cpu;
-use crate::guest::{BenchGuest, gap_after_arrival, reset_gap, wait_ready};
+use crate::guest::{BenchGuest, gap_after_arrival, reset_gap, ticks, wait_ready};
 use crate::qmp::{Qmp, time_ms};
 use crate::sentinel::Window;
 use crate::warm::Warm;
@@ -35,7 +35,7 @@ pub(crate) struct QemuSettings {
 }
 
 /// What one migration was.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Moved {
     /// From the first to about the last byte of memory, and the downtime, which lies within.
     pub(crate) total_ms: f64,
@@ -49,6 +49,10 @@ pub(crate) struct Moved {
     pub(crate) data_bytes: f64,
     /// CPU time of both processes.
     pub(crate) cpu: Duration,
+    /// The guest's ticks at the source, the last one right before it left.
+    pub(crate) ticks: Vec<Tick>,
+    /// How many of them there were when it began.
+    pub(crate) ticks_before: usize,
     /// When it was measured.
     pub(crate) window: Window,
 }
@@ -118,6 +122,8 @@ impl QemuJourney {
             .context("QEMU does not say where it listens")?;
         self.vm.configure(settings)?;
         reset_gap(&mut self.vm.process)?;
+        let output = self.vm.process.stdout().clone();
+        let ticks_before = ticks(&output).len();
         let cpu_before = self.cpu_time(&receiver)?;
         let uri = format!("tcp:127.0.0.1:{port}");
         let (result, window) = Window::of(|| self.vm.migrate_to(&uri, &mut receiver));
@@ -147,6 +153,8 @@ impl QemuJourney {
             bytes: number(&report["ram"], "transferred")?,
             data_bytes: number(&report["ram"], "normal-bytes")?,
             cpu,
+            ticks: ticks(&output),
+            ticks_before,
             window,
         })
     }

@@ -1,9 +1,12 @@
 //! The whole bench: which experiments the wanted rows need, and the rows that come out.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use ::tests::Fixtures;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::bench::{Bench, print_status};
 use crate::catalogue::ROWS;
@@ -16,6 +19,8 @@ pub struct RowSelection {
     pub rows: Vec<String>,
     /// How often to repeat everything, instead of as often as each row promises.
     pub count: Option<u32>,
+    /// Where the report of every move goes, a line each.
+    pub reports: Option<PathBuf>,
 }
 
 /// Measures the wanted rows, in the order of [`ROWS`]. Says on stderr how far it is. An experiment that fails
@@ -51,6 +56,12 @@ pub fn run(fixtures: Fixtures, options: &RowSelection) -> Result<Vec<Row>> {
         began.elapsed().as_secs_f64(),
         bench.stalls()
     ));
+    if let Some(path) = &options.reports {
+        let mut file = File::create(path).with_context(|| path.display().to_string())?;
+        for report in &bench.moves {
+            writeln!(file, "{}", serde_json::to_string(report)?)?;
+        }
+    }
     let figure = |name: &str| figures.iter().copied().find(|figure| figure.name == name);
     Ok(wanted.iter().map(|row| row.row(figure(row.name))).collect())
 }

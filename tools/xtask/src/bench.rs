@@ -23,6 +23,9 @@ pub(crate) struct BenchOptions {
     /// Repeat everything so often instead of as often as each row promises: a quick look
     #[arg(long, value_name = "N")]
     count: Option<u32>,
+    /// Write the report of every move to this file, a line of JSON each
+    #[arg(long, value_name = "FILE")]
+    reports: Option<PathBuf>,
     /// List the rows and what they must reach, and measure nothing
     #[arg(long)]
     list: bool,
@@ -50,6 +53,7 @@ pub(crate) fn run(options: &BenchOptions) -> Result<()> {
     let measured = bench::RowSelection {
         rows: options.rows.clone(),
         count: options.count,
+        reports: options.reports.clone(),
     };
     let rows = bench::run(fixtures(options)?, &measured)?;
     if options.json {

@@ -54,7 +54,8 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
                 "{what}: {:.0} ms, downtime {:.2} ms",
                 moved.total_ms, moved.downtime_ms
             ));
-            Ok((moved, moved.window))
+            let window = moved.window;
+            Ok((moved, window))
         })?;
         qemu.freeze()?;
         peer_totals.push(moved.total_ms / 1e3);

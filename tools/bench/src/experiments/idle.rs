@@ -51,7 +51,8 @@ pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
                 "{what}: {:.0} ms, downtime {:.2} ms (the guest saw {:.2})",
                 moved.total_ms, moved.downtime_ms, moved.gap_ms
             ));
-            Ok((moved, moved.window))
+            let window = moved.window;
+            Ok((moved, window))
         })?;
         qemu.freeze()?;
         peer_downtimes.push(moved.downtime_ms);

@@ -4,6 +4,7 @@ mod block;
 mod budget;
 mod cancel;
 mod capped;
+mod engine;
 mod footprint;
 mod handover;
 mod idle;
@@ -47,6 +48,8 @@ pub(crate) enum Experiment {
     Snapshot,
     /// How fast a disk is read.
     Block,
+    /// A machine of 1 TiB, for the engine alone.
+    Engine,
     /// The guest's work before, during and after.
     Work,
     /// How well all of the above was predicted.
@@ -74,6 +77,7 @@ impl Experiment {
             Experiment::Restore => restore::run(bench),
             Experiment::Snapshot => snapshot::run(bench),
             Experiment::Block => block::run(bench),
+            Experiment::Engine => engine::run(bench),
             Experiment::Work => work::run(bench),
             Experiment::Prediction => prediction::run(bench),
         }

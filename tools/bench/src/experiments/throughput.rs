@@ -236,7 +236,8 @@ impl Field {
                         cpu_s_per_gib,
                     };
                     sample.print(&what);
-                    Ok((sample, moved.window))
+                    let window = moved.window;
+                    Ok((sample, window))
                 })?;
                 self.qemu.freeze()?;
                 Ok(sample)
