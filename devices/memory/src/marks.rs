@@ -9,13 +9,16 @@ use crate::PAGE_SIZE;
 
 /// Which pages of one region of guest RAM were written since their marks were cleared.
 ///
-/// Any thread may mark, look and clear, any number at a time. A word's bit in `used` is set before the word and never
-/// cleared: a look passes over words that were never used, which are nearly all of a large guest's.
+/// Any thread may mark, look and clear, any number at a time. A word's bit in `used` says that the word may have marks: a
+/// look passes over all others, which are nearly all of a large guest's. The bit is set after the word, and taken back by
+/// a thread that has cleared the word's last mark, which then reads the word once more: either that thread sees a mark that
+/// came meanwhile, or the thread that marks sees that the bit is gone. So a look finds every mark that was complete before
+/// it, unless another thread is clearing marks of the same word just then.
 #[derive(Debug, Default)]
 pub struct PageMarks {
     /// Bit n of word m is page 64 m + n.
     words: Vec<AtomicU64>,
-    /// Bit n of word m is set once word 64 m + n of `words` may have a mark.
+    /// Bit n of word m is set while word 64 m + n of `words` may have a mark.
     used: Vec<AtomicU64>,
     pages: usize,
 }
@@ -37,11 +40,19 @@ impl PageMarks {
 
     /// Clears the marks of word number `word` whose bits are set in `mask`. A word past the end has none.
     pub fn clear(&self, word: usize, mask: u64) {
+        let (Some(marks), Some(used)) = (self.words.get(word), self.used.get(word / 64)) else {
+            return;
+        };
         // A load is much cheaper than a locked instruction, and a mark that comes after it stays.
-        if let Some(word) = self.words.get(word)
-            && word.load(Ordering::SeqCst) & mask != 0
-        {
-            word.fetch_and(!mask, Ordering::SeqCst);
+        if marks.load(Ordering::SeqCst) & mask == 0 {
+            return;
+        }
+        let bit = 1 << (word % 64);
+        if marks.fetch_and(!mask, Ordering::SeqCst) & !mask == 0 {
+            used.fetch_and(!bit, Ordering::SeqCst);
+            if marks.load(Ordering::SeqCst) != 0 {
+                used.fetch_or(bit, Ordering::SeqCst);
+            }
         }
     }
 
@@ -62,10 +73,10 @@ impl PageMarks {
             return;
         };
         let bit = 1 << (word % 64);
+        marks.fetch_or(mask, Ordering::SeqCst);
         if used.load(Ordering::SeqCst) & bit == 0 {
             used.fetch_or(bit, Ordering::SeqCst);
         }
-        marks.fetch_or(mask, Ordering::SeqCst);
     }
 }
 
@@ -149,6 +160,9 @@ mod tests {
         let marks = PageMarks::with_len(1 << 40);
         marks.mark_dirty((1 << 40) - 1, 5);
         marks.mark_dirty(0, 1);
+        // What was marked and cleared again is none.
+        marks.mark_dirty(1 << 30, 1 << 20);
+        (0..4).for_each(|word| marks.clear((1 << 12) + word, u64::MAX));
         let began = Instant::now();
         assert_eq!(pages(&marks), [0, (1 << 28) - 1].into());
         // 32 MiB of words would take some ten milliseconds, and be resident afterwards.
@@ -159,6 +173,38 @@ mod tests {
         );
         let grown = resident().saturating_sub(before);
         assert!(grown < 4 << 20, "{grown} bytes");
+    }
+
+    #[test]
+    fn no_mark_is_lost_to_a_thread_that_clears() {
+        // One thread marks two pages of one word in turn, each once the other thread has cleared it; what the other one
+        // does not find it would wait for in vain.
+        let marks = PageMarks::with_len(64 * PAGE_SIZE as usize);
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for turn in 0..20_000usize {
+                    while marks.is_marked(turn % 2) {
+                        assert!(
+                            began.elapsed() < Duration::from_secs(60),
+                            "a mark was never found"
+                        );
+                        std::hint::spin_loop();
+                    }
+                    marks.mark(turn % 2);
+                }
+            });
+            let mut found = 0;
+            while found < 20_000 {
+                assert!(began.elapsed() < Duration::from_secs(60), "found {found} marks");
+                for (word, bits) in marks.marked() {
+                    marks.clear(word, bits);
+                    found += bits.count_ones() as usize;
+                }
+            }
+        });
+        assert!(pages(&marks).is_empty());
+        assert!(marks.used.iter().all(|used| used.load(Ordering::SeqCst) == 0));
     }
 
     proptest! {
