@@ -13,6 +13,7 @@ use super::progress::Bar;
 use crate::Exit;
 use crate::args::{CompressionArg, MigrateArgs, OnMissArg};
 use crate::report::TraceWriter;
+use crate::report::figures::predicted;
 
 /// How long the VM may take to begin: it may be busy with what was asked for before.
 const START: Duration = Duration::from_secs(30);
@@ -186,7 +187,10 @@ fn write_report(out: &mut impl Write, report: &Report) -> fmt::Result {
             out,
             "  downtime   {} (predicted {}), budget of {} ms {kept}",
             ms(report.downtime_ms),
-            ms(report.predicted_downtime_ms),
+            predicted(
+                report.predicted_downtime_ms,
+                report.predicted_downtime_interval_ms
+            ),
             report.budget_ms
         )?;
         let terms = &report.downtime;

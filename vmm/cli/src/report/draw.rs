@@ -386,6 +386,14 @@ mod tests {
         sample.predicted_downtime_ms = Some(f64::MIN_POSITIVE);
         sample.predicted_total_ms = Some(f64::MAX);
         sample.throttle_percent = -7.0;
+        sample.predicted_downtime_interval_ms = Some(IntervalMs {
+            low: f64::MAX,
+            high: -f64::MAX,
+        });
+        sample.predicted_total_interval_ms = Some(IntervalMs {
+            low: -1.0,
+            high: f64::MAX,
+        });
         let mut other = *sample;
         other.elapsed_ms = f64::MAX;
         other.predicted_downtime_ms = Some(f64::MAX);
@@ -393,6 +401,24 @@ mod tests {
         trace.header.options.max_downtime_ms = f64::MAX;
         let text = svg(&trace).unwrap();
         assert!(!text.contains("NaN"));
+    }
+
+    #[test]
+    fn what_is_likely_is_shaded_and_may_be_missing() {
+        let trace = testing::trace();
+        let shaded = svg(&trace).unwrap();
+        assert_eq!(
+            count(&shaded, "<polygon"),
+            2 + 1,
+            "downtime, total time and the throttle's area"
+        );
+        // As older versions wrote it.
+        let mut old = trace;
+        for sample in &mut old.samples {
+            sample.predicted_downtime_interval_ms = None;
+            sample.predicted_total_interval_ms = None;
+        }
+        assert_eq!(count(&svg(&old).unwrap(), "<polygon"), 1);
     }
 
     #[test]

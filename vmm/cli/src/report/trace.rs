@@ -330,6 +330,40 @@ mod tests {
     }
 
     #[test]
+    fn a_trace_that_is_cut_anywhere_is_drawn_or_refused_in_a_sentence() {
+        let text = written();
+        for end in 0..text.len() {
+            match parse(&text[..end]) {
+                Ok(trace) => {
+                    assert!(!trace.samples.is_empty(), "{end}");
+                    assert_eq!(
+                        trace.report.is_some(),
+                        end + 1 == text.len(),
+                        "all but the end of its line: {end}"
+                    );
+                    super::super::svg(&trace).unwrap();
+                }
+                Err(error) => assert!(
+                    error.starts_with("t: ") && !error.contains('\n'),
+                    "{end}: {error}"
+                ),
+            }
+        }
+    }
+
+    #[test]
+    fn a_trace_of_an_older_version_is_read() {
+        // Without what was added since: intervals, rehearsals, disks.
+        let header = written().lines().next().unwrap().to_owned();
+        let sample = r#"{"sample":{"phase":"precopy","round":1,"remaining_bytes":1,"total_bytes":2,"bytes_sent":3,
+            "dirty_bytes_per_s":4.0,"bandwidth_bytes_per_s":5.0,"throttle_percent":0.0,"predicted_downtime_ms":6.0,
+            "predicted_total_ms":null,"elapsed_ms":7.0}}"#;
+        let trace = parse(&format!("{header}\n{}\n", sample.replace('\n', ""))).unwrap();
+        assert_eq!(trace.samples[0].predicted_downtime_interval_ms, None);
+        super::super::svg(&trace).unwrap();
+    }
+
+    #[test]
     fn what_is_no_trace_is_refused_with_what_it_is() {
         let text = written();
         let header = text.lines().next().unwrap();
