@@ -2,7 +2,7 @@
 
 use crate::experiments::Experiment::{
     Block, Budget, Cancel, Capped, Engine, Footprint, Handover, Idle, LogStart, Overload, Prediction,
-    Restore, Snapshot, Throughput, Work,
+    Restore, Snapshot, Throughput, Vcpus, Work,
 };
 use crate::row::BenchBar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
 use crate::row::Definition;
@@ -11,7 +11,7 @@ const GB_PER_S: &str = "GB/s";
 const SHARE: &str = "share";
 
 /// Every row, in the order in which they are printed.
-pub const ROWS: [Definition; 38] = [
+pub const ROWS: [Definition; 39] = [
     Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
         .meaning("2 GiB that are not zero, destination ready, first to last page byte")
         .beside("iperf3, one stream")
@@ -118,6 +118,10 @@ pub const ROWS: [Definition; 38] = [
         .meaning("reads of 4 KiB at random places of a file in the page cache, 32 at a time, by a guest that polls")
         .beside("QEMU, best of io_uring and threads, each with and without an iothread")
         .bar(RatioAtLeast(1.0)),
+    Definition::new(Vcpus, "pause-32-vcpus-ms", "ms")
+        .meaning("mean time to pause an idle guest of 32 vCPUs and to save those, in rehearsals")
+        .beside("one vCPU")
+        .bar(RatioAtMost(2.0)),
     Definition::new(Engine, "engine-1tib", "MiB")
         .meaning("memory that both sides of the engine need besides the guest's, for 1 TiB of which 8 GiB are populated")
         .bar(AtMost(160.0)),

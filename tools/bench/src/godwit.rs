@@ -59,11 +59,12 @@ impl Godwit {
         let host = TestHost::with(fixtures.clone())?;
         let (kernel, cmdline) = (fixtures.bare(), guest.cmdline(fixtures)?);
         let memory = format!("{}M", guest.memory_mib);
+        let cpus = guest.cpus.to_string();
         let options = [
             "--cmdline",
             &cmdline,
             "--cpus",
-            "1",
+            &cpus,
             "--memory",
             &memory,
             "--kernel",

@@ -17,9 +17,11 @@ pub(crate) enum BenchRate {
     Max,
 }
 
-/// A bare guest with one vCPU.
+/// A bare guest.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BenchGuest {
+    /// Number of vCPUs; under QEMU it has one.
+    pub(crate) cpus: u32,
     /// Memory in MiB.
     pub(crate) memory_mib: u64,
     /// What it dirties, in MiB, in order and over again; 0: all of its memory.
@@ -38,6 +40,7 @@ impl BenchGuest {
     /// A guest that does nothing.
     pub(crate) fn idle(memory_mib: u64) -> Self {
         Self {
+            cpus: 1,
             memory_mib,
             workset_mib: 16,
             rate: BenchRate::Idle,
@@ -50,6 +53,7 @@ impl BenchGuest {
     /// A guest that dirties 512 MiB over and over.
     pub(crate) fn busy(memory_mib: u64, rate: BenchRate) -> Self {
         Self {
+            cpus: 1,
             memory_mib,
             workset_mib: 512,
             rate,
@@ -64,6 +68,7 @@ impl BenchGuest {
         let tsc_khz = fixtures.probe()?["tsc_khz"].as_u64();
         let tsc_khz = tsc_khz.context("the probe knows no TSC frequency")?;
         let Self {
+            cpus,
             workset_mib,
             tick_ms,
             fill,
@@ -80,7 +85,7 @@ impl BenchGuest {
             mib => format!(" workset={mib}M"),
         };
         Ok(format!(
-            "cpus=1 fill={} rate={rate} reads={reads} tick={tick_ms} tsc_khz={tsc_khz}{workset}",
+            "cpus={cpus} fill={} rate={rate} reads={reads} tick={tick_ms} tsc_khz={tsc_khz}{workset}",
             u8::from(fill)
         ))
     }

@@ -24,6 +24,7 @@ const CANCELS: u32 = 100;
 /// And with a busy loop on each CPU.
 const BUSY_CANCELS: u32 = 50;
 const GUEST: BenchGuest = BenchGuest {
+    cpus: 1,
     fill: true,
     memory_mib: 512,
     workset_mib: 128,

@@ -14,6 +14,7 @@ mod prediction;
 mod restore;
 mod snapshot;
 mod throughput;
+mod vcpus;
 mod work;
 
 use anyhow::Result;
@@ -48,6 +49,8 @@ pub(crate) enum Experiment {
     Snapshot,
     /// How fast a disk is read.
     Block,
+    /// Pauses of guests with many vCPUs.
+    Vcpus,
     /// A machine of 1 TiB, for the engine alone.
     Engine,
     /// The guest's work before, during and after.
@@ -77,6 +80,7 @@ impl Experiment {
             Experiment::Restore => restore::run(bench),
             Experiment::Snapshot => snapshot::run(bench),
             Experiment::Block => block::run(bench),
+            Experiment::Vcpus => vcpus::run(bench),
             Experiment::Engine => engine::run(bench),
             Experiment::Work => work::run(bench),
             Experiment::Prediction => prediction::run(bench),

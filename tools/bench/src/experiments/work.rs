@@ -13,6 +13,7 @@ use crate::row::Figure;
 use crate::stats::median;
 
 const GUEST: BenchGuest = BenchGuest {
+    cpus: 1,
     fill: true,
     memory_mib: 2048,
     workset_mib: 512,
