@@ -84,7 +84,48 @@ pub(crate) struct Costs {
     pub round_trip: Duration,
 }
 
+/// Where the log has what policies are told, with `GODWIT_LOG=recorded=trace`: such lines, and the report, are what the
+/// moves in `tests/moves.txt` were made of.
+const RECORDED: &str = "recorded";
+
+impl Observation<'_> {
+    /// Puts it in the log: `o`, then its fields in microseconds and pages, and what the look at the log took.
+    pub(crate) fn trace(&self, final_log: Duration) {
+        let us = |time: Duration| time.as_micros();
+        let pages = |bytes: u64| bytes / migration_io::PAGE_SIZE;
+        tracing::trace!(
+            target: RECORDED,
+            "o {} {} {} {} {} {} {} {} {} {}",
+            us(self.at),
+            self.round,
+            u8::from(self.end_of_round),
+            pages(self.unsent),
+            pages(self.dirty),
+            pages(self.copied),
+            pages(self.copied_data),
+            self.wire,
+            us(self.late),
+            us(final_log),
+        );
+    }
+}
+
 impl Costs {
+    /// Puts them in the log as rehearsed: `c`, then all in nanoseconds.
+    pub(crate) fn trace(&self) {
+        let Self {
+            pause,
+            drain,
+            final_log,
+            state,
+            restore,
+            resume,
+            round_trip,
+        } = *self;
+        let ns = [pause, drain, final_log, state, restore, resume, round_trip].map(|cost| cost.as_nanos());
+        tracing::trace!(target: RECORDED, "c {ns:?}");
+    }
+
     /// The downtime of a guest without a dirty page.
     pub(crate) fn total(&self) -> Duration {
         let Self {

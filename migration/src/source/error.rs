@@ -43,7 +43,7 @@ pub(crate) enum MigrateError {
     DisksMissDeadline { deadline: Duration },
     #[error("disks that come along: expected {expected}, got {got}")]
     Disks { expected: String, got: String },
-    #[error("downtime would be {predicted:.1?}, expected at most {budget:.1?}")]
+    #[error("downtime would be up to {predicted:.1?}, expected at most {budget:.1?}")]
     OverBudget { predicted: Duration, budget: Duration },
     #[error(
         "\"go\" was sent but did not arrive, and the destination gave the machine up: it runs here again"

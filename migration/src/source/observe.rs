@@ -86,6 +86,7 @@ impl Observer {
 
     /// What rehearsals have found, one after the other, of what the downtime costs besides the copy.
     pub(super) fn set_costs(&mut self, rehearsed: &[Costs]) {
+        rehearsed.iter().for_each(Costs::trace);
         self.policy.set_costs(rehearsed);
         if let Some(least) = rehearsed.iter().min_by_key(|costs| costs.total()) {
             self.costs = *least;
@@ -153,6 +154,7 @@ impl SourceJob<'_> {
             late: std::mem::take(&mut watch.late),
             by_vcpu: &by_vcpu,
         };
+        observation.trace(watch.costs.final_log);
         watch.policy.assume(watch.costs);
         let advice = watch.policy.observe(&observation);
         let prediction = &advice.prediction;

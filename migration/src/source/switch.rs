@@ -111,6 +111,7 @@ impl SourceJob<'_> {
         self.report.predicted_total_interval_ms = Some(interval.after(elapsed).into());
         let budget = self.options.max_downtime;
         if interval.high > budget && self.options.on_miss == OnMiss::Fail {
+            let predicted = interval.high;
             return Err(MigrateError::OverBudget { predicted, budget });
         }
         link.check("nothing before the pause")?;
