@@ -86,7 +86,7 @@ pub(crate) struct Costs {
 
 /// Where the log has what policies are told, with `GODWIT_LOG=recorded=trace`: such lines, and the report, are what the
 /// moves in `tests/moves.txt` were made of.
-const RECORDED: &str = "recorded";
+pub(crate) const RECORDED: &str = "recorded";
 
 impl Observation<'_> {
     /// Puts it in the log: `o`, then its fields in microseconds and pages, and what the look at the log took.

@@ -7,7 +7,7 @@ use migration_io::PAGE_SIZE;
 use super::crew::Crew;
 use super::{MigrateError, SourceJob};
 use crate::OnMiss;
-use crate::converge::{Advice, Costs, Course, Goal, Observation, Policy, Prediction};
+use crate::converge::{Advice, Costs, Course, Goal, Observation, Policy, Prediction, RECORDED};
 use crate::page_set::PageSet;
 use crate::report::{Round, ms};
 
@@ -110,6 +110,7 @@ impl Observer {
 
     /// A piece was sent without the cap of pre-copy.
     pub(super) fn burst(&mut self, bytes: u64, elapsed: Duration) {
+        tracing::trace!(target: RECORDED, "b {bytes} {}", elapsed.as_micros());
         self.policy.burst(bytes, elapsed);
     }
 

@@ -1,14 +1,12 @@
 //! The guest's memory statistics.
 
-use serde::{Deserialize, Serialize};
-
 /// Bytes of one entry: a tag and a value (virtio 1.2, 5.5.6.3).
 const ENTRY: usize = 10;
 /// Most bytes of statistics that are read.
 pub(super) const MOST: usize = 16 * ENTRY;
 
 /// A guest's memory statistics (virtio 1.2, 5.5.6.4), as far as the guest reports them. The values are not checked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
     /// Bytes swapped in.
     pub swap_in: Option<u64>,
