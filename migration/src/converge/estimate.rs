@@ -112,6 +112,11 @@ impl Bandwidth {
         self.samples.push_back(rate);
     }
 
+    /// How many samples there are, up to as many as are remembered.
+    pub(super) fn count(&self) -> usize {
+        self.samples.len()
+    }
+
     pub(super) fn is_known(&self) -> bool {
         !self.samples.is_empty()
     }
@@ -156,7 +161,7 @@ impl Bandwidth {
         let mean = means.iter().sum::<f64>() / means.len().max(1) as f64;
         if means.len() < 2 || mean <= 0.0 {
             // One stretch says nothing about others.
-            return 0.1;
+            return 0.0;
         }
         let squares = means.iter().map(|one| (one - mean).powi(2)).sum::<f64>();
         (squares / (means.len() - 1) as f64).sqrt() / mean

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use tracing::callsite::Identifier;
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
@@ -43,7 +43,9 @@ impl Damping {
 
 impl<S: Subscriber> Layer<S> for Damping {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
-        let admitted = self.admits(event.metadata().callsite(), Instant::now());
+        // What is traced was asked for by name, and is of no use with gaps.
+        let admitted = *event.metadata().level() == Level::TRACE
+            || self.admits(event.metadata().callsite(), Instant::now());
         if !admitted {
             self.lines.leave_out();
         }

@@ -3,6 +3,7 @@
 mod arithmetic;
 mod promises;
 mod properties;
+mod recorded;
 mod run;
 mod shapes;
 mod simulator;

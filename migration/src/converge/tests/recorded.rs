@@ -40,7 +40,11 @@ fn moves() -> Vec<RecordedMove<'static>> {
             goal: Goal {
                 max_downtime: Duration::from_secs_f64(number(1) / 1e3),
                 deadline: None,
-                on_miss: if fields[4] == "switch" { OnMiss::Switch } else { OnMiss::Fail },
+                on_miss: if fields[4] == "switch" {
+                    OnMiss::Switch
+                } else {
+                    OnMiss::Fail
+                },
                 final_bandwidth: rate(3),
                 bandwidth: rate(2),
                 throttle: true,
@@ -68,7 +72,10 @@ impl RecordedMove<'_> {
                 .filter(|text| !text.is_empty())
                 .map(|text| text.parse().unwrap())
                 .collect();
-            let (ns, us) = (|at: usize| Duration::from_nanos(numbers[at]), |at: usize| Duration::from_micros(numbers[at]));
+            let (ns, us) = (
+                |at: usize| Duration::from_nanos(numbers[at]),
+                |at: usize| Duration::from_micros(numbers[at]),
+            );
             if kind == "c" {
                 rehearsed.push(Costs {
                     pause: ns(0),
@@ -121,13 +128,20 @@ fn judged(found: &[(Option<Interval>, f64)], narrow_ms: f64, bar: f64) -> (f64, 
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let ends = |interval: &Interval| (ms(interval.low), ms(interval.high));
     let holds = |(interval, actual): &&(Option<Interval>, f64)| {
-        interval.as_ref().map(ends).is_some_and(|(low, high)| (low..=high).contains(actual))
+        interval
+            .as_ref()
+            .map(ends)
+            .is_some_and(|(low, high)| (low..=high).contains(actual))
     };
     let covered = found.iter().filter(holds).count() as f64 / found.len() as f64;
     let width = |(interval, actual): &(Option<Interval>, f64)| {
         let (low, high) = ends(interval.as_ref()?);
         let part = (high - low) / actual;
-        Some(if high - low <= narrow_ms { part.min(bar) } else { part })
+        Some(if high - low <= narrow_ms {
+            part.min(bar)
+        } else {
+            part
+        })
     };
     let mut widths: Vec<f64> = found.iter().filter_map(width).collect();
     widths.sort_by(f64::total_cmp);
@@ -140,9 +154,9 @@ fn intervals_hold_nine_recorded_moves_in_ten_and_are_narrow() {
     let predicted: Vec<Predicted> = moves.iter().map(RecordedMove::replay).collect();
     let pairs = || moves.iter().zip(&predicted);
     for label in ["quiet", "busy"] {
-        let of = |wanted: &str| pairs().filter(move |(one, _)| one.label == wanted);
-        let downtimes: Vec<_> = of(label).map(|(one, told)| (told.downtime, one.downtime_ms)).collect();
-        let totals: Vec<_> = of(label).map(|(one, told)| (told.total, one.total_ms)).collect();
+        let of = || pairs().filter(|(one, _)| one.label == label);
+        let downtimes: Vec<_> = of().map(|(one, told)| (told.downtime, one.downtime_ms)).collect();
+        let totals: Vec<_> = of().map(|(one, told)| (told.total, one.total_ms)).collect();
         assert!(downtimes.len() >= 15, "{label}: {} moves", downtimes.len());
         let downtime = judged(&downtimes, 2.0, 0.5);
         let total = judged(&totals, 100.0, 0.35);

@@ -241,7 +241,7 @@ fn costs_above_the_budget_are_a_miss_after_round_1() {
     };
     assert_eq!((miss.reason, miss.needed_bandwidth), (Reason::Costs, None));
     assert!(miss.attainable_downtime >= Duration::from_millis(43));
-    assert!(miss.to_string().contains("48 ms"), "{miss}");
+    assert!(miss.to_string().contains("49 ms"), "{miss}");
 
     let on_miss = Simulation {
         goal: Goal {
