@@ -110,11 +110,11 @@ impl Samples {
 
     fn keep(&mut self, sample: Progress) {
         let fine = sample.elapsed_ms / Self::FINENESS;
-        let tells = self
+        let is_new = self
             .samples
             .last()
             .is_none_or(|last| sample.elapsed_ms - last.elapsed_ms >= fine || sample.phase != last.phase);
-        if tells {
+        if is_new {
             self.samples.push(sample);
         }
     }

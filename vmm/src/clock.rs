@@ -115,7 +115,7 @@ pub fn advance(
     };
     let now = tsc::without_offset(vcpus, scaled)?;
     let ticks = (gap.as_nanos().saturating_mul(u128::from(clock.tsc_khz)) / 1_000_000) as u64;
-    tsc::go_on(vcpus, records.iter().map(|record| record.tsc), ticks, now)?;
+    tsc::advance(vcpus, records.iter().map(|record| record.tsc), ticks, now)?;
     let now = kvm_clock_data {
         clock: clock.kvmclock_ns.saturating_add(gap.as_nanos() as u64),
         ..Default::default()

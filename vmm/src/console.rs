@@ -138,9 +138,9 @@ impl ConsoleShared {
         let mut allowance = (!descriptor.is_terminal()).then(|| Allowance::new(BURST, RATE, Instant::now()));
         let mut left_out = LeftOut::default();
         loop {
-            let chunk = self.take(left_out.bytes > 0);
+            let chunk = self.wait_for_output(left_out.bytes > 0);
             let passed = match &mut allowance {
-                Some(allowance) => allowance.take(chunk.len() as u64, Instant::now()) as usize,
+                Some(allowance) => allowance.spend(chunk.len() as u64, Instant::now()) as usize,
                 None => chunk.len(),
             };
             // Nobody may be reading any more; the guest runs on all the same.
@@ -152,7 +152,7 @@ impl ConsoleShared {
     }
 
     /// Waits for output; with `news`, also no longer than until there is something to say.
-    fn take(&self, news: bool) -> Vec<u8> {
+    fn wait_for_output(&self, news: bool) -> Vec<u8> {
         let empty = |output: &mut ConsoleOutput| output.backlog.is_empty();
         let mut output = if news {
             let waited = self.changed.wait_timeout_while(self.lock(), NEWS_INTERVAL, empty);

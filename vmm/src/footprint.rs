@@ -7,7 +7,7 @@ use rustix::mm::{Advice, madvise};
 
 /// Gives the mapped pages of the program's text back: most of it was needed for the start alone. What is needed again
 /// comes from the page cache.
-pub fn give_back_text() {
+pub fn release_text() {
     let maps = std::fs::read_to_string("/proc/self/maps");
     let program = std::fs::read_link("/proc/self/exe");
     let (Ok(maps), Ok(program)) = (maps, program) else {
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn the_program_goes_on_without_its_text() {
-        give_back_text();
+        release_text();
         assert_eq!("still here".len(), 10);
     }
 }

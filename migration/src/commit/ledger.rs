@@ -110,7 +110,7 @@ impl Ledger {
 
     /// A source wants to know what became of its machine. If it is not ours by now, it never will be. Nothing
     /// while that is about to be known: ask again after [`Ledger::resumed`] or [`Ledger::kept`].
-    pub(crate) fn ask(&mut self, token: Token) -> Option<AttemptOutcome> {
+    pub(crate) fn answer(&mut self, token: Token) -> Option<AttemptOutcome> {
         match &self.stage {
             Stage::Filling(ours) | Stage::Ready(ours) if *ours == token => {
                 self.discard();
@@ -144,24 +144,24 @@ mod tests {
     fn the_first_word_after_ready_counts() {
         let mut gone = ready();
         assert!(gone.go() && !gone.go() && !gone.discard() && !gone.decide(Decision::Discard));
-        assert_eq!(gone.ask(A), None);
+        assert_eq!(gone.answer(A), None);
         gone.resumed();
-        assert_eq!(gone.ask(A), Some(AttemptOutcome::Runs));
-        assert_eq!(gone.ask(B), Some(AttemptOutcome::Unknown));
+        assert_eq!(gone.answer(A), Some(AttemptOutcome::Runs));
+        assert_eq!(gone.answer(B), Some(AttemptOutcome::Unknown));
         assert!(!gone.begin(B), "there is a machine");
 
         let mut asked = ready();
-        assert_eq!(asked.ask(B), Some(AttemptOutcome::Unknown));
-        assert_eq!(asked.ask(A), Some(AttemptOutcome::GaveUp));
+        assert_eq!(asked.answer(B), Some(AttemptOutcome::Unknown));
+        assert_eq!(asked.answer(A), Some(AttemptOutcome::GaveUp));
         assert!(!asked.go() && !asked.decide(Decision::Run));
-        assert_eq!(asked.ask(A), Some(AttemptOutcome::GaveUp));
+        assert_eq!(asked.answer(A), Some(AttemptOutcome::GaveUp));
         assert!(asked.begin(B));
 
         let mut decided = ready();
         assert!(decided.decide(Decision::Run) && !decided.go());
         decided.kept("no disk".into());
         assert_eq!(
-            decided.ask(A),
+            decided.answer(A),
             Some(AttemptOutcome::Kept {
                 reason: "no disk".into()
             })
@@ -173,7 +173,7 @@ mod tests {
         let mut filling = Ledger::default();
         assert!(!filling.ready() && !filling.discard() && filling.begin(A));
         assert!(!filling.go() && !filling.decide(Decision::Run) && !filling.decide(Decision::Discard));
-        assert_eq!(filling.ask(A), Some(AttemptOutcome::GaveUp));
+        assert_eq!(filling.answer(A), Some(AttemptOutcome::GaveUp));
         assert!(!filling.ready(), "given up meanwhile");
     }
 
@@ -183,8 +183,8 @@ mod tests {
         for n in 0..=64u8 {
             assert!(ledger.begin([n; 16]) && ledger.discard());
         }
-        assert_eq!(ledger.ask([0; 16]), Some(AttemptOutcome::Unknown));
-        assert_eq!(ledger.ask([1; 16]), Some(AttemptOutcome::GaveUp));
-        assert_eq!(ledger.ask([64; 16]), Some(AttemptOutcome::GaveUp));
+        assert_eq!(ledger.answer([0; 16]), Some(AttemptOutcome::Unknown));
+        assert_eq!(ledger.answer([1; 16]), Some(AttemptOutcome::GaveUp));
+        assert_eq!(ledger.answer([64; 16]), Some(AttemptOutcome::GaveUp));
     }
 }

@@ -151,12 +151,12 @@ impl World {
         let mut next = Successors::new();
         if self.source.alive {
             self.source_acts(flaw, &mut next);
-            self.source_hears(&mut next);
+            self.source_receives(&mut next);
             self.source_asks(flaw, &mut next);
         }
         if self.destination.alive {
             self.destination_acts(flaw, &mut next);
-            self.destination_hears(flaw, &mut next);
+            self.destination_receives(flaw, &mut next);
             self.destination_answers(flaw, &mut next);
         }
         self.operator_decides(&mut next);
@@ -183,13 +183,13 @@ impl World {
         if source.open && source.claim == Claim::Paused {
             self.add(next, "send the state", |world| {
                 world.source.claim.offer();
-                world.say_up(ControlWord::State);
+                world.send_up(ControlWord::State);
             });
         }
         if source.open && source.claim == Claim::Offered && source.heard_ready {
             self.add(next, "send go", |world| {
                 world.source.claim.go();
-                world.say_up(ControlWord::Go);
+                world.send_up(ControlWord::Go);
                 if flaw == Flaw::FreesAtGo {
                     world.source.claim.moved();
                 }
@@ -229,15 +229,15 @@ impl World {
         if failed.withdraw {
             self.source.withdraws = Some(self.source.attempt);
         }
-        self.say_up(ControlWord::Abort);
+        self.send_up(ControlWord::Abort);
         self.source.open = false;
     }
 
-    fn source_hears(&self, next: &mut Successors) {
+    fn source_receives(&self, next: &mut Successors) {
         let Some(&word) = self.down.front().filter(|_| self.source.open) else {
             return;
         };
-        self.add(next, "the source hears", |world| {
+        self.add(next, "the source receives", |world| {
             world.down.pop_front();
             match word {
                 ControlWord::Ready => world.source.heard_ready = true,
@@ -246,11 +246,11 @@ impl World {
                 }
                 ControlWord::Resumed => {
                     world.source.claim.moved();
-                    world.say_up(ControlWord::Farewell);
+                    world.send_up(ControlWord::Farewell);
                     world.source.open = false;
                 }
                 ControlWord::ResumeFailed => {
-                    world.say_up(ControlWord::Farewell);
+                    world.send_up(ControlWord::Farewell);
                     world.source.open = false;
                 }
                 _ => world.source_fails(),
@@ -325,11 +325,11 @@ impl World {
                 self.add(next, "the guest runs", |world| {
                     world.destination.ran = true;
                     world.destination.ledger.resumed();
-                    world.say_down(ControlWord::Resumed);
+                    world.send_down(ControlWord::Resumed);
                 });
                 self.add(next, "the guest does not run", |world| {
                     world.destination.ledger.kept(String::new());
-                    world.say_down(ControlWord::ResumeFailed);
+                    world.send_down(ControlWord::ResumeFailed);
                 });
             }
             Stage::Runs(_) | Stage::Kept { .. } if destination.open && self.up_has_ended() => {
@@ -343,7 +343,7 @@ impl World {
 
     fn destination_fails(&mut self) {
         assert!(self.destination.ledger.discard());
-        self.say_down(ControlWord::Abort);
+        self.send_down(ControlWord::Abort);
         self.destination.open = false;
     }
 
@@ -351,11 +351,11 @@ impl World {
         self.up.is_empty() && (self.cut || !self.source.open)
     }
 
-    fn destination_hears(&self, flaw: Flaw, next: &mut Successors) {
+    fn destination_receives(&self, flaw: Flaw, next: &mut Successors) {
         let Some(&word) = self.up.front().filter(|_| self.destination.open) else {
             return;
         };
-        let heard = |what, next: &mut Successors, change: fn(&mut World)| {
+        let received = |what, next: &mut Successors, change: fn(&mut World)| {
             self.add(next, what, |world| {
                 world.up.pop_front();
                 change(world);
@@ -363,41 +363,41 @@ impl World {
         };
         match word {
             ControlWord::State => {
-                heard("ready", next, |world| {
+                received("ready", next, |world| {
                     if world.destination.ledger.ready() {
-                        world.say_down(ControlWord::Ready);
+                        world.send_down(ControlWord::Ready);
                     } else {
                         world.destination.open = false;
                     }
                 });
-                heard("the restore fails", next, |world| {
+                received("the restore fails", next, |world| {
                     if world.destination.ledger.discard() {
-                        world.say_down(ControlWord::Abort);
+                        world.send_down(ControlWord::Abort);
                     }
                     world.destination.open = false;
                 });
             }
-            ControlWord::Go if flaw == Flaw::GoAlwaysCounts => heard("go counts", next, |world| {
+            ControlWord::Go if flaw == Flaw::GoAlwaysCounts => received("go counts", next, |world| {
                 let about = token(world.source.attempt);
                 world.destination.ledger = Ledger::default();
                 assert!(world.destination.ledger.begin(about) && world.destination.ledger.ready());
                 world.destination.took = world.destination.ledger.go();
             }),
-            ControlWord::Go => heard("go", next, |world| {
+            ControlWord::Go => received("go", next, |world| {
                 world.destination.took |= world.destination.ledger.go();
             }),
-            ControlWord::Abort => heard("abort", next, |world| {
+            ControlWord::Abort => received("abort", next, |world| {
                 world.destination.ledger.discard();
                 world.destination.open = false;
             }),
-            _ => heard("farewell", next, |world| world.destination.open = false),
+            _ => received("farewell", next, |world| world.destination.open = false),
         }
     }
 
     fn destination_answers(&self, flaw: Flaw, next: &mut Successors) {
         for (at, &about) in self.asks.iter().enumerate() {
             let mut ledger = self.destination.ledger.clone();
-            let mut outcome = ledger.ask(token(about));
+            let mut outcome = ledger.answer(token(about));
             match flaw {
                 Flaw::UnknownIsGaveUp if outcome == Some(AttemptOutcome::Unknown) => {
                     outcome = Some(AttemptOutcome::GaveUp)
@@ -510,13 +510,13 @@ impl World {
     }
 
     /// A word that the connection takes; it does not when it is broken, or the other side has closed it.
-    fn say_up(&mut self, word: ControlWord) {
+    fn send_up(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.up.push_back(word);
         }
     }
 
-    fn say_down(&mut self, word: ControlWord) {
+    fn send_down(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.down.push_back(word);
         }

@@ -179,7 +179,7 @@ impl AcceptorShared {
         slot: &Mutex<Option<Arc<Connection>>>,
         connection: &Arc<Connection>,
     ) -> Result<(), GreetingError> {
-        hello(link)?;
+        exchange_hello(link)?;
         let what = "begin, join or ask";
         let greeting = link.receive_message(what)?;
         // The peer has said what the connection is for: from here on the acceptor no longer closes it.
@@ -240,7 +240,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn hello(link: &mut Link<'_>) -> Result<(), GreetingError> {
+fn exchange_hello(link: &mut Link<'_>) -> Result<(), GreetingError> {
     let theirs = match link.receive_message("hello")? {
         Message::Hello(hello) => hello,
         other => {

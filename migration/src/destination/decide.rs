@@ -57,14 +57,14 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
     pub(super) fn run(mut self) -> Result<MayRun, ReceiveError> {
         let decided = loop {
             self.local.rendezvous.clear_event();
-            if let Some(decided) = self.operators_decision() {
+            if let Some(decided) = self.take_operators_decision() {
                 break decided;
             }
             if !self.is_still_ready() {
                 break Err(ReceiveError::GivenUp);
             }
             let silent = self.note_silence();
-            if let Some(decided) = self.sources_word(silent) {
+            if let Some(decided) = self.await_source(silent) {
                 break decided;
             }
         };
@@ -73,7 +73,7 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
     }
 
     /// What an operator has decided, if the ledger takes it: the source's word may have come first.
-    fn operators_decision(&mut self) -> Option<Result<MayRun, ReceiveError>> {
+    fn take_operators_decision(&mut self) -> Option<Result<MayRun, ReceiveError>> {
         let decision = self.local.control.take_decision()?;
         if !self
             .local
@@ -118,7 +118,7 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
     }
 
     /// Waits for the source, an operator or another connection, and returns what the source's word decides, if one came.
-    fn sources_word(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
+    fn await_source(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
         let wakers = [self.local.rendezvous.event(), self.local.control.decided()];
         if !self.connected {
             return wait_for(&wakers).err().map(|error| Err(error.into()));

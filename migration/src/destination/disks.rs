@@ -50,7 +50,7 @@ impl Disks {
     }
 
     /// Takes in one batch of pages, whose content is next on the stream.
-    pub(super) fn take(
+    pub(super) fn receive_batch(
         &self,
         link: &mut Link<'_>,
         table: &PageTable,

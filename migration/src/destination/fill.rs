@@ -19,7 +19,7 @@ const MAX_REHEARSALS: u32 = 4096;
 const MAX_DIGESTS: u32 = 16;
 
 /// How often to look at what has come on the streams, which rings no bell.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 const WHAT: &str = "populated, round end, a rehearsal or the state";
 
@@ -43,9 +43,9 @@ pub(super) struct Filling<'a, 'b, 'l> {
 /// Who said or did something last.
 struct Clock {
     /// A byte came from the source, on whichever connection.
-    heard: Instant,
+    last_byte_at: Instant,
     /// The migration got on: a message with a meaning, or bytes on a stream.
-    moved: Instant,
+    last_progress_at: Instant,
     /// Bytes on the control connection and on the streams by then.
     bytes: (u64, u64),
     /// When streams must have joined.
@@ -62,8 +62,8 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     ) -> Self {
         let now = Instant::now();
         let clock = Clock {
-            heard: now,
-            moved: now,
+            last_byte_at: now,
+            last_progress_at: now,
             bytes: (0, 0),
             joined_by: now + local.options.io_timeout,
         };
@@ -86,13 +86,13 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     pub(super) fn run(&mut self) -> Result<Vec<u8>, ReceiveError> {
         loop {
             self.local.rendezvous.clear_event();
-            self.streams.seat()?;
-            self.show();
+            self.streams.start_joined()?;
+            self.publish_progress();
             let (failure, again) = self.streams.failure();
             if let Some(error) = failure {
                 return Err(error);
             }
-            if !self.is_wanted() {
+            if !self.is_still_filling() {
                 return Err(ReceiveError::GivenUp);
             }
             self.acknowledge()?;
@@ -105,14 +105,14 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             self.link
                 .await_peer(&[self.local.rendezvous.event()], Some(until))?;
             if let Some(Sorted::Frame(frame)) = self.link.poll(WHAT)? {
-                self.clock.moved = Instant::now();
-                self.take(frame)?;
+                self.clock.last_progress_at = Instant::now();
+                self.process_frame(frame)?;
             }
         }
     }
 
     /// Lets others see how far it is.
-    fn show(&self) {
+    fn publish_progress(&self) {
         let bytes = self.incoming.received();
         self.local
             .control
@@ -120,7 +120,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     }
 
     /// Whether the source has not asked for its machine meanwhile.
-    fn is_wanted(&self) -> bool {
+    fn is_still_filling(&self) -> bool {
         self.local
             .rendezvous
             .with_ledger(|ledger| *ledger.stage() != crate::commit::Stage::Idle)
@@ -146,14 +146,14 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         let (now, options) = (Instant::now(), self.local.options);
         let bytes = (self.link.bytes_received(), self.incoming.arrived());
         if bytes != self.clock.bytes {
-            self.clock.heard = now;
+            self.clock.last_byte_at = now;
         }
         if bytes.1 != self.clock.bytes.1 {
-            self.clock.moved = now;
+            self.clock.last_progress_at = now;
         }
         self.clock.bytes = bytes;
-        let silent_by = self.clock.heard + options.io_timeout;
-        let mut stuck_by = self.clock.moved + options.step_timeout;
+        let silent_by = self.clock.last_byte_at + options.io_timeout;
+        let mut stuck_by = self.clock.last_progress_at + options.step_timeout;
         if let Some(due) = self.link.frame_due() {
             // Which may be worth the wait.
             stuck_by = stuck_by.max(due);
@@ -165,7 +165,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         if now >= stuck_by {
             return timed_out("anything but signs of life", options.step_timeout);
         }
-        let mut next = silent_by.min(stuck_by).min(now + LOOK);
+        let mut next = silent_by.min(stuck_by).min(now + POLL_INTERVAL);
         if self.streams.missing() > 0 {
             if now >= self.clock.joined_by {
                 return timed_out("all streams to join", options.io_timeout);
@@ -175,7 +175,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         Ok(next)
     }
 
-    fn take(&mut self, frame: Frame) -> Result<(), ReceiveError> {
+    fn process_frame(&mut self, frame: Frame) -> Result<(), ReceiveError> {
         let got = frame.name();
         let in_turn = self.acknowledged && self.state.is_none();
         let with_streams = !self.streams.is_handover();
@@ -224,7 +224,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     fn answer(&mut self, message: &Message) -> Result<(), ReceiveError> {
         self.link.send(message)?;
         let now = Instant::now();
-        (self.clock.heard, self.clock.moved) = (now, now);
+        (self.clock.last_byte_at, self.clock.last_progress_at) = (now, now);
         Ok(())
     }
 }

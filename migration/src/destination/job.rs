@@ -66,14 +66,14 @@ impl<'a> DestinationJob<'a> {
             token: caller.token,
             features,
         })?;
-        let announced = described(link)?;
+        let announced = receive_description(link)?;
         let incoming = Arc::new(self.build(link, &announced, features)?);
         let accepted_at = Instant::now();
-        let word = self.fill_and_wait(link, &incoming, announced.transfer)?;
+        let may_run = self.fill_and_wait(link, &incoming, announced.transfer)?;
         // A machine that was described was not paused yet.
-        let stopped_at = word.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
+        let stopped_at = may_run.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
         let resume_ms = self.resume(link, stopped_at)?;
-        let confirmed = word.connected && farewell_came(link);
+        let confirmed = may_run.connected && await_farewell(link);
         Ok(Received {
             description: announced.description,
             resume_ms,
@@ -83,7 +83,7 @@ impl<'a> DestinationJob<'a> {
     }
 
     /// The error for a panic, which after the commit is one about a machine that is kept: it is the only copy.
-    pub(super) fn panicked(&self, message: String) -> ReceiveError {
+    pub(super) fn panic_error(&self, message: String) -> ReceiveError {
         self.local.rendezvous.with_ledger(|ledger| match ledger.stage() {
             Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => {
                 ledger.kept(format!("panicked: {message}"));
@@ -94,7 +94,7 @@ impl<'a> DestinationJob<'a> {
     }
 
     /// From here on no word counts any more, unless one has come already.
-    pub(super) fn give_up(&self) {
+    pub(super) fn discard_claim(&self) {
         self.local.rendezvous.with_ledger(|ledger| ledger.discard());
     }
 
@@ -134,7 +134,7 @@ impl<'a> DestinationJob<'a> {
                     got,
                 });
             }
-            MemoryTransfer::Handover => Some(files(link, description, features)?),
+            MemoryTransfer::Handover => Some(receive_memory_files(link, description, features)?),
         };
         let differences = self.local.destination.check(description, offered);
         if !differences.is_empty() {
@@ -274,7 +274,7 @@ impl Drop for EndStreams<'_> {
 }
 
 /// Answers pings until the description comes.
-fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
+fn receive_description(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
     let what = "ping or describe";
     for _ in 0..MAX_PINGS {
         match link.receive_message(what)? {
@@ -307,7 +307,7 @@ fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
 }
 
 /// The files of a handover, one for each region.
-fn files(
+fn receive_memory_files(
     link: &mut Link<'_>,
     description: &MachineDescription,
     features: Features,
@@ -335,7 +335,7 @@ fn files(
 }
 
 /// Whether the source answers "resumed" in time.
-fn farewell_came(link: &mut Link<'_>) -> bool {
+fn await_farewell(link: &mut Link<'_>) -> bool {
     let until = Instant::now() + FAREWELL;
     while Instant::now() < until {
         match link.await_peer(&[], Some(until)) {

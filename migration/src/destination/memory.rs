@@ -84,14 +84,14 @@ impl Incoming {
 
     /// Takes in one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory have
     /// arrived with it, zero pages included.
-    pub(super) fn take(
+    pub(super) fn receive_batch(
         &self,
         link: &mut Link<'_>,
         table: PageTable,
         unpacker: &mut Unpacker,
     ) -> Result<u64, ReceiveError> {
         if table.data.iter().chain(&table.zero).any(|span| is_disk(span.gpa)) {
-            self.disks.take(link, &table, &mut unpacker.block)?;
+            self.disks.receive_batch(link, &table, &mut unpacker.block)?;
             return Ok(0);
         }
         let bytes = table.page_bytes();
@@ -113,15 +113,15 @@ impl Incoming {
 
     /// A digest of all that is here, by so many threads; a cancel ends it.
     pub(super) fn digest(&self, threads: usize, control: &Control) -> Result<u128, ReceiveError> {
-        let go_on = || match control.interruption() {
+        let check = || match control.interruption() {
             Some(interruption) => Err(LinkError::from(interruption).into()),
             None => Ok(()),
         };
-        digest(&self.memory, threads, |_| false, self.disks.readers(), go_on)
+        digest(&self.memory, threads, |_| false, self.disks.readers(), check)
     }
 
     /// Takes in one batch of compressed pages, whose block is next on the stream.
-    pub(super) fn take_compressed(
+    pub(super) fn receive_compressed(
         &self,
         link: &mut Link<'_>,
         table: CompressedTable,
@@ -201,13 +201,13 @@ impl WrittenPages {
     fn runs(
         &self,
         range: MemoryRange,
-        look: impl Fn(&AtomicU64, u64) -> u64,
+        select: impl Fn(&AtomicU64, u64) -> u64,
     ) -> Result<impl Iterator<Item = MemoryRange>, PageSetError> {
         let (region, first, end) = self.locate(range)?;
         Ok(masks(first, end).flat_map(move |(word, mask)| {
             // A page that another stream writes in this very moment is in another table of the same round, which
             // the protocol rules out: no order is needed here.
-            let mut bits = look(&region.words[word], mask);
+            let mut bits = select(&region.words[word], mask);
             std::iter::from_fn(move || {
                 let from = bits.trailing_zeros();
                 if from == 64 {

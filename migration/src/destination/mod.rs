@@ -91,7 +91,7 @@ impl Receiver {
         let caller = self.rendezvous.wait_for_source(control)?;
         let _release = ReleaseOnDrop(&self.rendezvous);
         control.begin();
-        let result = self.take_in(destination, control, &caller);
+        let result = self.run_attempt(destination, control, &caller);
         control.end();
         match (result, self.rendezvous.abandoned()) {
             (Err(error), streams @ 1..) if !error.is_committed() => {
@@ -105,7 +105,7 @@ impl Receiver {
         }
     }
 
-    fn take_in(
+    fn run_attempt(
         &self,
         destination: &mut dyn Destination,
         control: &Control,
@@ -130,7 +130,8 @@ impl Receiver {
                 alive.start(scope, link.pulse()).map_err(ReceiveError::Thread)?;
                 job.run(&mut link, caller)
             });
-            let result = catch_unwind(run).unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
+            let result =
+                catch_unwind(run).unwrap_or_else(|panic| Err(job.panic_error(panic_message(&*panic))));
             alive.stop();
             if let Err(error) = &result
                 && !error.is_committed()
@@ -154,7 +155,7 @@ impl Drop for ReleaseOnDrop<'_> {
 /// Gives the machine up, tells the source, and throws away what was built.
 fn conclude(job: &mut DestinationJob<'_>, link: &mut Link<'_>, error: &ReceiveError) {
     // First of all, so that no "go" counts any more, and the answer to a question is the right one.
-    job.give_up();
+    job.discard_claim();
     match error {
         // The source knows, and waits to see that its word was heard: not for as long as it takes to throw a
         // machine away.

@@ -171,7 +171,7 @@ impl Rendezvous {
                 .0;
         }
         loop {
-            let answer = state.ledger.ask(token);
+            let answer = state.ledger.answer(token);
             if answer.is_some() {
                 self.wake_job();
                 return answer;

@@ -19,7 +19,7 @@ use crate::text::panic_message;
 use crate::transport::Connection;
 
 /// A source whose streams end before their time may be about to say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// All data streams of one migration. Its threads own what they use: one that hangs in a write to a disk that is gone
 /// can be left alone.
@@ -71,7 +71,7 @@ impl Streams {
     }
 
     /// Starts the threads of streams that have joined.
-    pub(super) fn seat(self: &Arc<Self>) -> Result<(), ReceiveError> {
+    pub(super) fn start_joined(self: &Arc<Self>) -> Result<(), ReceiveError> {
         for (index, connection) in self.rendezvous.drain_streams() {
             let mut state = self.lock();
             state.connections.push(connection.clone());
@@ -116,9 +116,9 @@ impl Streams {
         match &state.failure {
             Some((since, ReceiveError::Stream { source, .. }))
                 if matches!(source, LinkError::Closed { .. } | LinkError::Io { .. })
-                    && since.elapsed() < LAST_WORDS =>
+                    && since.elapsed() < ABORT_GRACE =>
             {
-                (None, Some(*since + LAST_WORDS))
+                (None, Some(*since + ABORT_GRACE))
             }
             _ => (state.failure.take().map(|(_, error)| error), None),
         }
@@ -189,12 +189,13 @@ impl Streams {
             }
             match link.receive_on_stream(what)? {
                 Frame::Pages(table) => {
-                    let bytes = self.incoming.take(&mut link, table, &mut unpacker)?;
+                    let bytes = self.incoming.receive_batch(&mut link, table, &mut unpacker)?;
                     self.populate.arrived(bytes);
                 }
                 Frame::Compressed(table) => {
                     let bytes = table.page_bytes();
-                    self.incoming.take_compressed(&mut link, table, &mut unpacker)?;
+                    self.incoming
+                        .receive_compressed(&mut link, table, &mut unpacker)?;
                     self.populate.arrived(bytes);
                 }
                 Frame::Message(Message::RoundEnd(round)) => {

@@ -44,7 +44,7 @@ impl KeepAlive {
         let mut stopped = self.lock();
         while !*stopped {
             // Under the lock, so that nothing is sent after a stop; it never waits.
-            let again = pulse.beat(self.interval);
+            let again = pulse.send_if_idle(self.interval);
             let waited = self.changed.wait_timeout(stopped, again);
             stopped = waited.unwrap_or_else(PoisonError::into_inner).0;
         }

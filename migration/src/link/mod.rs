@@ -45,9 +45,9 @@ pub(crate) struct Link<'a> {
     control: &'a Control,
     io_timeout: Duration,
     step_timeout: Duration,
-    heed_cancel: bool,
+    cancellable: bool,
     /// Whether to hear what the peer says while we send.
-    listen: bool,
+    receives: bool,
     reader: FrameReader,
     /// An answer that came while something was being sent. There is never more than one under way.
     early: Option<Frame>,
@@ -84,8 +84,8 @@ impl<'a> Link<'a> {
             control,
             io_timeout,
             step_timeout,
-            heed_cancel: true,
-            listen: true,
+            cancellable: true,
+            receives: true,
             reader: FrameReader::default(),
             early: None,
             writer: Arc::new(FrameWriter::new()),
@@ -138,12 +138,12 @@ impl<'a> Link<'a> {
 
     /// From here on cancel comes too late.
     pub(crate) fn ignore_cancel(&mut self) {
-        self.heed_cancel = false;
+        self.cancellable = false;
     }
 
     /// For a stream on which the peer has nothing to say: what it does say is found out on the control connection.
-    pub(crate) fn only_send(&mut self) {
-        self.listen = false;
+    pub(crate) fn set_send_only(&mut self) {
+        self.receives = false;
     }
 
     /// Sends a message.
@@ -261,7 +261,7 @@ impl<'a> Link<'a> {
             }
             _ => None,
         };
-        if interruption.is_some() && begun.get() && self.listen {
+        if interruption.is_some() && begun.get() && self.receives {
             // Half a frame would make nonsense of the abort that follows: a moment to complete it.
             self.ignore_cancel();
             result = self.drive(Wanted::Room, Patience::new(COMPLETION), what, &mut step);
@@ -283,7 +283,9 @@ impl<'a> Link<'a> {
                 Ok(())
             }
             // The peer may have said why before it went.
-            Err(lost @ LinkError::Io { .. }) if self.listen => Err(self.said_why(what).unwrap_or(lost)),
+            Err(lost @ LinkError::Io { .. }) if self.receives => {
+                Err(self.pending_abort(what).unwrap_or(lost))
+            }
             Err(error) => Err(error),
         }
     }
@@ -306,11 +308,11 @@ impl<'a> Link<'a> {
                     }
                 }
                 CallProgress::WouldBlock => {
-                    let wake = self.heed_cancel.then(|| self.control.wake());
-                    let wanted = if self.listen { wanted } else { wanted.alone() };
+                    let wake = self.cancellable.then(|| self.control.wake());
+                    let wanted = if self.receives { wanted } else { wanted.alone() };
                     let ready = wait::wait(self.connection, wanted, wake, &patience, what);
                     if ready.map_err(|error| self.reason(error))? {
-                        self.listen(what)?;
+                        self.receive_while_sending(what)?;
                     }
                 }
             }
@@ -318,7 +320,7 @@ impl<'a> Link<'a> {
     }
 
     fn check_cancel(&self) -> Result<(), LinkError> {
-        match self.control.interruption().filter(|_| self.heed_cancel) {
+        match self.control.interruption().filter(|_| self.cancellable) {
             Some(interruption) => Err(interruption.into()),
             None => Ok(()),
         }

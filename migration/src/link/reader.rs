@@ -75,7 +75,7 @@ impl FrameReader {
         self.since
     }
 
-    /// Reads on. [`CallProgress::Done`] means that the header or the content is whole: [`FrameReader::turn`] is next.
+    /// Reads on. [`CallProgress::Done`] means that the header or the content is whole: [`FrameReader::parse`] is next.
     pub(super) fn step(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         let Some(header) = self.header else {
             let step = read(socket, &mut self.head[self.head_len..])?;
@@ -105,7 +105,7 @@ impl FrameReader {
     }
 
     /// Judges what [`FrameReader::step`] has completed. Nothing after a header: its content is next.
-    pub(super) fn turn(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
+    pub(super) fn parse(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let malformed = |source| LinkError::Protocol {
             expected: what,
             source,

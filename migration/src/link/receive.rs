@@ -87,7 +87,7 @@ impl Link<'_> {
             return Ok(true);
         }
         let mut others = others.to_vec();
-        others.extend(self.heed_cancel.then(|| self.control.wake()));
+        others.extend(self.cancellable.then(|| self.control.wake()));
         let ready = wait::wait_with(self.connection, &others, until)?;
         self.check_cancel()?;
         Ok(ready)
@@ -108,8 +108,8 @@ impl Link<'_> {
             match self.reader.step(socket) {
                 Ok(CallProgress::Moved(_)) => {}
                 Ok(CallProgress::Done) => {
-                    if let Some(heard) = self.reader.turn(what)? {
-                        return Ok(Some(heard));
+                    if let Some(sorted) = self.reader.parse(what)? {
+                        return Ok(Some(sorted));
                     }
                 }
                 Ok(CallProgress::WouldBlock) if self.frame_due().is_some_and(|due| Instant::now() >= due) => {
@@ -162,7 +162,7 @@ impl Link<'_> {
     }
 
     /// Why the peer gave up, if it says so within a moment: the data streams end first.
-    pub(crate) fn last_words(&mut self) -> Option<LinkError> {
+    pub(crate) fn await_abort(&mut self) -> Option<LinkError> {
         let until = Instant::now() + FAREWELL;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -203,8 +203,8 @@ impl Link<'_> {
             let read = self.drive(Wanted::Data, patience, what, |socket| reader.step(socket));
             self.reader = reader;
             read?;
-            if let Some(heard) = self.reader.turn(what)? {
-                return Ok(heard);
+            if let Some(sorted) = self.reader.parse(what)? {
+                return Ok(sorted);
             }
             // The header is there. A peer that trickles does not get longer for a frame than for a step.
             let by = self.frame_due().unwrap_or_else(Instant::now);
@@ -214,7 +214,7 @@ impl Link<'_> {
 
     /// Hears a peer while something is being sent: it may be alive, say why it gives up, or answer what it was sent
     /// before.
-    pub(super) fn listen(&mut self, what: &'static str) -> Result<(), LinkError> {
+    pub(super) fn receive_while_sending(&mut self, what: &'static str) -> Result<(), LinkError> {
         match self.read_on(what)? {
             None | Some(Sorted::SignOfLife) => Ok(()),
             Some(Sorted::Frame(frame)) if self.early.is_none() => {
@@ -229,7 +229,7 @@ impl Link<'_> {
     }
 
     /// Why the peer gave up, if it has said so already.
-    pub(super) fn said_why(&mut self, what: &'static str) -> Option<LinkError> {
+    pub(super) fn pending_abort(&mut self, what: &'static str) -> Option<LinkError> {
         for _ in 0..MAX_KEEP_ALIVES {
             match self.poll(what) {
                 Ok(Some(_)) => {}

@@ -55,7 +55,7 @@ pub(crate) struct Pulse<'a> {
 impl Pulse<'_> {
     /// Sends a keep-alive if nothing was sent for `interval`, and answers when to look again. Never waits: where the
     /// system takes nothing, the peer has not read yet what it was sent before.
-    pub(crate) fn beat(&self, interval: Duration) -> Duration {
+    pub(crate) fn send_if_idle(&self, interval: Duration) -> Duration {
         let mut state = match self.writer.state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(state)) => state.into_inner(),
@@ -90,7 +90,7 @@ impl Pulse<'_> {
 
     /// As if the system had taken the beginning of a keep-alive, and not this.
     #[cfg(test)]
-    pub(crate) fn owe(&self, rest: &[u8]) {
+    pub(crate) fn set_unsent(&self, rest: &[u8]) {
         self.writer.lock().rest = rest.to_vec();
     }
 }

@@ -93,7 +93,7 @@ impl<'a> Crew<'a> {
     ) -> std::io::Result<()> {
         for (index, connection) in self.connections.iter().enumerate() {
             let mut link = new_link(connection);
-            link.only_send();
+            link.set_send_only();
             spawn_scoped(scope, Role::Stream, format!("stream {index}"), move || {
                 let run = AssertUnwindSafe(|| self.run(PageStream::new(self, link)?));
                 let result = catch_unwind(run)
@@ -162,14 +162,14 @@ impl<'a> Crew<'a> {
     }
 
     /// Waits so long. An error if the streams end meanwhile.
-    pub(super) fn rest(&self, time: Duration) -> Result<(), MigrateError> {
+    pub(super) fn wait_unless_ending(&self, time: Duration) -> Result<(), MigrateError> {
         if time.is_zero() {
             return Ok(());
         }
-        let resting = self
+        let waited = self
             .changed
             .wait_timeout_while(self.lock(), time, |state| !state.ending);
-        let (state, _) = resting.unwrap_or_else(PoisonError::into_inner);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if state.ending {
             return Err(MigrateError::StreamsEnd);
         }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::handshake::{greet, unexpected};
+use super::handshake::{exchange_hello, unexpected};
 use super::remains::undo_step;
 use super::{MigrateError, SourceJob};
 use crate::commit::{Ruling, Withdrawn};
@@ -83,14 +83,14 @@ impl Doubt {
         let control = Control::new().map_err(AskError::Control)?;
         let connection = Connection::connect(&self.endpoint, timeout, &control)?;
         let mut link = Link::new(&connection, &control, timeout, timeout);
-        self.converse(&mut link).map_err(|error| AskError::Conversation {
+        self.exchange(&mut link).map_err(|error| AskError::Conversation {
             endpoint: self.endpoint.clone(),
             reason: chain(&error),
         })
     }
 
-    fn converse(&self, link: &mut Link<'_>) -> Result<AttemptOutcome, MigrateError> {
-        greet(link)?;
+    fn exchange(&self, link: &mut Link<'_>) -> Result<AttemptOutcome, MigrateError> {
+        exchange_hello(link)?;
         link.send(&Message::Ask(self.token))?;
         match link.receive_message("outcome")? {
             Message::AttemptOutcome(outcome) => Ok(outcome),
@@ -157,7 +157,7 @@ impl SourceJob<'_> {
                 RUNS_TWICE
             }
             Withdrawn::StillWaits => {
-                self.untold = true;
+                self.unanswered = true;
                 "the destination may wait for \"go\", and could not be told that none will come"
             }
         };

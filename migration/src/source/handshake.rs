@@ -27,7 +27,7 @@ pub(super) struct Agreed {
 impl SourceJob<'_> {
     /// Agrees with the destination on version, features and machine.
     pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Agreed, MigrateError> {
-        greet(link)?;
+        exchange_hello(link)?;
         link.admit(Admitted::Messages);
         link.send(&Message::Begin(Features::OURS))?;
         let (token, features) = match link.receive_message("session")? {
@@ -135,7 +135,7 @@ impl SourceJob<'_> {
 }
 
 /// Says hello and finds out whether the other side speaks a version that we do.
-pub(super) fn greet(link: &mut Link<'_>) -> Result<(), MigrateError> {
+pub(super) fn exchange_hello(link: &mut Link<'_>) -> Result<(), MigrateError> {
     link.send(&Message::Hello(Hello::ours()))?;
     check_hello(link)
 }

@@ -56,7 +56,7 @@ pub struct Migrated {
     /// Where the guest runs here, and the destination may be ready and does not know: whom to ask, until there is an
     /// answer. If that is that the guest runs there (or is kept), an operator there was quicker, and it must not run on
     /// here.
-    pub untold: Option<Doubt>,
+    pub unanswered: Option<Doubt>,
     /// What is left to be undone once the guest is known to be here.
     pub remains: Remains,
 }
@@ -70,7 +70,7 @@ impl Migrated {
         Self {
             report,
             doubt: None,
-            untold: None,
+            unanswered: None,
             remains: Remains::all(),
         }
     }
@@ -99,8 +99,8 @@ pub fn migrate(
         standing: Standing::default(),
         token: None,
         passes: 0,
-        wound_up: false,
-        untold: false,
+        failure_handled: false,
+        unanswered: false,
     };
     match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
@@ -129,9 +129,9 @@ struct SourceJob<'a> {
     /// Passes over pages so far, by which the wire counts.
     passes: u32,
     /// Whether a failure has been seen to.
-    wound_up: bool,
+    failure_handled: bool,
     /// Whether the destination may be ready, and does not know that the guest runs here.
-    untold: bool,
+    unanswered: bool,
 }
 
 /// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call
@@ -150,15 +150,15 @@ impl<'a> SourceJob<'a> {
         let mut link = self.link(connection);
         thread::scope(|scope| {
             alive.start(scope, link.pulse()).map_err(MigrateError::Thread)?;
-            let result = self.caught(|job| job.transfer(&mut link));
+            let result = self.catch_panic(|job| job.transfer(&mut link));
             alive.stop();
             self.report.bytes_sent += link.bytes_sent();
-            self.wind_up(&mut link, result)
+            self.handle_failure(&mut link, result)
         })
     }
 
     /// A part of the migration. A panic in it is an error like any other.
-    fn caught(
+    fn catch_panic(
         &mut self,
         part: impl FnOnce(&mut Self) -> Result<(), MigrateError>,
     ) -> Result<(), MigrateError> {
@@ -168,12 +168,12 @@ impl<'a> SourceJob<'a> {
 
     /// Sees to the guest after a failure, and tells the destination. Does so once, as early as it can: nothing that
     /// ends afterwards, a stream that hangs in a read say, holds up a guest that is paused.
-    fn wind_up(
+    fn handle_failure(
         &mut self,
         link: &mut Link<'_>,
         mut result: Result<(), MigrateError>,
     ) -> Result<(), MigrateError> {
-        if std::mem::replace(&mut self.wound_up, true) {
+        if std::mem::replace(&mut self.failure_handled, true) {
             return result;
         }
         if self.standing.claim.in_doubt()
@@ -232,13 +232,13 @@ impl<'a> SourceJob<'a> {
                 Link::new(connection, control, options.io_timeout, options.step_timeout)
             })
             .map_err(MigrateError::Thread)?;
-            let result = self.caught(|job| job.copy(link, &crew, agreed.round_trip));
+            let result = self.catch_panic(|job| job.copy(link, &crew, agreed.round_trip));
             self.count(&crew);
             if result.is_err() {
                 crew.end();
             }
             // Before the threads are waited for.
-            self.wind_up(link, result)
+            self.handle_failure(link, result)
         })
     }
 
@@ -254,7 +254,7 @@ impl<'a> SourceJob<'a> {
             .map_err(|error| match error {
                 // The guest runs: there is time to hear what the destination has to say about it.
                 MigrateError::Link(LinkError::Io { .. } | LinkError::Closed { .. }) => {
-                    link.last_words().map_or(error, MigrateError::from)
+                    link.await_abort().map_or(error, MigrateError::from)
                 }
                 error => error,
             })?;
@@ -272,7 +272,7 @@ impl<'a> SourceJob<'a> {
         self.mirror(link, crew)?;
         self.standing.remains.logging = true;
         let log = self.call("start_dirty_log", |source| source.start_dirty_log())?;
-        crew.space.log_with(log);
+        crew.space.set_log(log);
         let mut watch = Observer::new(self, round_trip);
         self.precopy(link, crew, &mut watch)
     }
@@ -323,7 +323,7 @@ impl<'a> SourceJob<'a> {
         Migrated {
             report: self.report,
             doubt: question.clone().filter(|_| in_doubt),
-            untold: question.filter(|_| self.untold),
+            unanswered: question.filter(|_| self.unanswered),
             remains: self.standing.remains,
         }
     }

@@ -24,7 +24,7 @@ pub(super) struct Observer {
     throttled: f64,
     last: Duration,
     /// The least time that one of the last two looks at the log took: one that is slow by itself may be the host's fault.
-    looking: Duration,
+    peek_time: Duration,
     /// How much later than asked the engine was woken for the next look.
     late: Duration,
     /// Whether somebody was told that the promise cannot be kept.
@@ -78,7 +78,7 @@ impl Observer {
             began: RoundBegin::default(),
             throttled: 0.0,
             last: Duration::ZERO,
-            looking: Duration::ZERO,
+            peek_time: Duration::ZERO,
             late: Duration::ZERO,
             warned: false,
         }
@@ -99,11 +99,11 @@ impl Observer {
 
     /// How long to wait for the next look: looks take a tenth of the time at the most.
     pub(super) fn tick(&self) -> Duration {
-        (self.looking * 10).clamp(TICK, MAX_TICK)
+        (self.peek_time * 10).clamp(TICK, MAX_TICK)
     }
 
     /// The engine was woken so much later than it had asked for.
-    pub(super) fn woken_late(&mut self, late: Duration) {
+    pub(super) fn set_wake_delay(&mut self, late: Duration) {
         self.late = late;
     }
 
@@ -136,7 +136,7 @@ impl SourceJob<'_> {
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
         crew.space.peek(&mut dirty)?;
         let took = began.elapsed();
-        watch.looking = took.min(watch.costs.final_log);
+        watch.peek_time = took.min(watch.costs.final_log);
         watch.costs.final_log = took;
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
@@ -174,18 +174,18 @@ impl SourceJob<'_> {
         if advice.course != Course::Switch {
             self.apply_throttle(watch, &shares)?;
         }
-        let goes_on = self.options.on_miss == OnMiss::Switch && !watch.warned;
-        if let Some(miss) = watch.policy.missed().filter(|_| goes_on) {
+        let continues = self.options.on_miss == OnMiss::Switch && !watch.warned;
+        if let Some(miss) = watch.policy.missed().filter(|_| continues) {
             tracing::warn!("going on as was asked, although {miss}");
             watch.warned = true;
         }
-        self.show(&observation, &advice.prediction, watch.share());
+        self.publish_progress(&observation, &advice.prediction, watch.share());
         watch.dirty = Some(dirty);
         Ok(advice)
     }
 
     /// Lets others see how far it is.
-    fn show(&self, seen: &Observation<'_>, prediction: &Prediction, share: f64) {
+    fn publish_progress(&self, seen: &Observation<'_>, prediction: &Prediction, share: f64) {
         self.control.sample(|progress| {
             progress.round = seen.round;
             progress.remaining_bytes = seen.dirty;

@@ -58,7 +58,7 @@ impl SourceJob<'_> {
             let advice = self.round(link, crew, watch, n, pages)?;
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
-            if self.settles(link, crew, watch, n, advice)? {
+            if self.confirm_switch(link, crew, watch, n, advice)? {
                 return Ok(Left { pages, unused });
             }
             crew.space.peek(&mut pages)?;
@@ -78,7 +78,7 @@ impl SourceJob<'_> {
         crew.space.clear_all(&untouched)?;
         self.call("populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = populated.pages_in_all() - populated.len();
-        let unused = self.leave_unused(crew, &mut populated)?;
+        let unused = self.exclude_unused(crew, &mut populated)?;
         let mut pages = crew.space.none()?;
         let total_bytes = pages.pages_in_all() * PAGE_SIZE;
         pages.union(&populated)?;
@@ -119,11 +119,11 @@ impl SourceJob<'_> {
             if crew.wait(tick)? {
                 break;
             }
-            watch.woken_late(asked.elapsed().saturating_sub(tick));
+            watch.set_wake_delay(asked.elapsed().saturating_sub(tick));
             // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;
             let advice = self.observe(crew, watch, n, false)?;
-            judge(&advice)?;
+            check_promise(&advice)?;
             if matches!(advice.course, Course::Switch) {
                 crew.stop();
             }
@@ -131,7 +131,7 @@ impl SourceJob<'_> {
         finish_round(link, crew, pass)?;
         let advice = self.observe(crew, watch, n, true)?;
         self.end_round(crew, watch, n, &advice);
-        judge(&advice)?;
+        check_promise(&advice)?;
         Ok(advice)
     }
 
@@ -147,8 +147,8 @@ impl SourceJob<'_> {
         let (Some(cap), None) = (self.options.bandwidth, self.options.final_bandwidth) else {
             return Ok(pages);
         };
-        let paid = (cap as f64 * BURST_TIME) as u64 / PAGE_SIZE;
-        let burst = paid.clamp(MIN_BURST_PAGES, MAX_BURST_PAGES).min(pages.len());
+        let payable = (cap as f64 * BURST_TIME) as u64 / PAGE_SIZE;
+        let burst = payable.clamp(MIN_BURST_PAGES, MAX_BURST_PAGES).min(pages.len());
         if burst < MIN_BURST_PAGES || cap < MIN_BURST_CAP {
             return Ok(pages);
         }
@@ -157,7 +157,7 @@ impl SourceJob<'_> {
         crew.pacer.set(None, began);
         for _ in 0..BURSTS {
             let (first, from, at) = (pages.split_off(burst), crew.counts.wire(), Instant::now());
-            let pass = self.send_unasked(link, crew, first)?;
+            let pass = self.send_unobserved(link, crew, first)?;
             finish_round(link, crew, pass)?;
             let bytes = crew.counts.wire() - from;
             // Pages that were zero say nothing about the network; the next ones may.
@@ -177,7 +177,7 @@ impl SourceJob<'_> {
     }
 
     /// Sends pages in a pass of its own, about which the policy is not asked. Returns its number.
-    pub(super) fn send_unasked(
+    pub(super) fn send_unobserved(
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
@@ -192,14 +192,14 @@ impl SourceJob<'_> {
         link: &mut Link<'_>,
         crew: &Crew<'_>,
         pages: PageSet,
-        look: impl Fn(&Self) -> Result<(), MigrateError>,
+        check: impl Fn(&Self) -> Result<(), MigrateError>,
     ) -> Result<u32, MigrateError> {
         let pass = self.next_pass();
         crew.send(pass, pages, Order::Ascending);
         while !crew.wait(TICK)? {
             // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;
-            look(self)?;
+            check(self)?;
         }
         Ok(pass)
     }
@@ -212,7 +212,7 @@ impl SourceJob<'_> {
 
     /// Whether the switch comes now. What it costs besides the copy is measured first, and what a slow flush
     /// or that measurement adds may ask for one more round.
-    fn settles(
+    fn confirm_switch(
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
@@ -238,13 +238,13 @@ impl SourceJob<'_> {
             return Ok(false);
         }
         let advice = self.observe(crew, watch, n, true)?;
-        judge(&advice)?;
+        check_promise(&advice)?;
         Ok(matches!(advice.course, Course::Switch))
     }
 }
 
 /// An error where the promise cannot be kept and the caller does not want the move then.
-fn judge(advice: &Advice) -> Result<(), MigrateError> {
+fn check_promise(advice: &Advice) -> Result<(), MigrateError> {
     match &advice.course {
         Course::Miss(miss) => Err(MigrateError::Missed(miss.clone())),
         Course::Continue | Course::Switch => Ok(()),

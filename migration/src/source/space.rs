@@ -46,7 +46,7 @@ impl<'a> Space<'a> {
     }
 
     /// From here on what is written to RAM is marked in this log.
-    pub(super) fn log_with(&self, log: Arc<dyn DirtyLog>) {
+    pub(super) fn set_log(&self, log: Arc<dyn DirtyLog>) {
         self.log.get_or_init(|| log);
     }
 
@@ -149,12 +149,12 @@ impl<'a> Space<'a> {
     }
 
     /// A digest of all of it, by so many threads; pages that are `unused` were never sent, and count as zero. An error of
-    /// `go_on` ends it.
+    /// `check` ends it.
     pub(super) fn digest(
         &self,
         unused: &PageSet,
         threads: usize,
-        go_on: impl Fn() -> Result<(), MigrateError> + Sync,
+        check: impl Fn() -> Result<(), MigrateError> + Sync,
     ) -> Result<u128, MigrateError> {
         let read = |disk: &'_ DiskRegion| {
             let port = disk.port.clone();
@@ -165,7 +165,7 @@ impl<'a> Space<'a> {
             threads,
             |gpa| unused.contains(gpa),
             self.disks.iter().map(|disk| (disk.port.size(), read(disk))),
-            go_on,
+            check,
         )
     }
 

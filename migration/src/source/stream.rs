@@ -159,7 +159,8 @@ impl<'a> PageStream<'a> {
         };
         let content = block.as_ref().map_or(self.data_bytes, |block| block.len() as u64);
         let (began, before) = (Instant::now(), self.link.bytes_sent());
-        self.crew.rest(self.crew.pacer.book(content, began))?;
+        self.crew
+            .wait_unless_ending(self.crew.pacer.book(content, began))?;
         if let (Some(block), Some(method)) = (&block, self.crew.compression) {
             self.send_block(method, block)?;
         }

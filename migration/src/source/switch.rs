@@ -19,7 +19,7 @@ use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
 /// Whether a step that takes long may go on; called by the threads that share it.
-type GoOn<'a> = dyn Fn() -> Result<(), MigrateError> + Sync + 'a;
+type Check<'a> = dyn Fn() -> Result<(), MigrateError> + Sync + 'a;
 
 /// A host that digests fewer bytes in a second does not verify.
 const SLOWEST_DIGEST: f64 = 100e6;
@@ -55,7 +55,7 @@ impl SourceJob<'_> {
         let last = if pages.is_empty() {
             None
         } else {
-            Some(self.send_unasked(link, crew, pages)?)
+            Some(self.send_unobserved(link, crew, pages)?)
         };
         let mut verifying = Duration::ZERO;
         if self.options.verify {
@@ -64,8 +64,8 @@ impl SourceJob<'_> {
             }
             self.report.downtime.final_copy_ms = lap.ms();
             let threads = self.report.streams as usize;
-            verifying = self.verify(link, paused_at, |go_on| {
-                crew.space.digest(&unused, threads, go_on)
+            verifying = self.verify(link, paused_at, |check| {
+                crew.space.digest(&unused, threads, check)
             })?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
@@ -117,7 +117,7 @@ impl SourceJob<'_> {
         let (paused_at, mut lap, state) = self.stop()?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, paused_at, |go_on| digest_of_ram(memory, go_on))?;
+            verifying = self.verify(link, paused_at, |check| digest_of_ram(memory, check))?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;
@@ -167,7 +167,7 @@ impl SourceJob<'_> {
         &mut self,
         link: &mut Link<'_>,
         paused_at: Instant,
-        digest: impl FnOnce(&GoOn<'_>) -> Result<u128, MigrateError>,
+        digest: impl FnOnce(&Check<'_>) -> Result<u128, MigrateError>,
     ) -> Result<Duration, MigrateError> {
         let began = Instant::now();
         self.control.limit_pause(began, self.verify_limit());
@@ -212,9 +212,9 @@ impl SourceJob<'_> {
 type NoDisk = fn(u64, &mut [u8]) -> Result<(), MigrateError>;
 
 /// A digest of memory that both sides have mapped: by this thread alone, as there are no streams.
-fn digest_of_ram(memory: &GuestMemory, go_on: &GoOn<'_>) -> Result<u128, MigrateError> {
+fn digest_of_ram(memory: &GuestMemory, check: &Check<'_>) -> Result<u128, MigrateError> {
     let no_disks: [(u64, NoDisk); 0] = [];
-    digest(memory, 1, |_| false, no_disks, go_on)
+    digest(memory, 1, |_| false, no_disks, check)
 }
 
 /// Contract: what was written was sent.

@@ -7,9 +7,9 @@ use super::{MigrateError, SourceJob};
 use crate::page_set::PageSet;
 
 /// The guest is listened to for so long at most: some fill with zeroes what they tell. Most have told all much sooner.
-const LISTENING: Duration = Duration::from_secs(2);
+const MAX_REPORT_TIME: Duration = Duration::from_secs(2);
 /// and for no more than this part of the time that is left.
-const PART_OF_DEADLINE: u32 = 20;
+const DEADLINE_SHARE: u32 = 20;
 
 impl SourceJob<'_> {
     /// Takes out of `populated`, which the first round is to send, what the guest says that it does not use, and
@@ -17,7 +17,7 @@ impl SourceJob<'_> {
     ///
     /// All marks are cleared before the guest is asked. So a page that it tells and that is not marked afterwards was
     /// not written since it was of no use; one that is written later is marked, and is sent then.
-    pub(super) fn leave_unused(
+    pub(super) fn exclude_unused(
         &mut self,
         crew: &Crew<'_>,
         populated: &mut PageSet,
@@ -27,7 +27,7 @@ impl SourceJob<'_> {
             .options
             .deadline
             .map(|deadline| deadline.saturating_sub(self.started.elapsed()));
-        let at_most = left.map_or(LISTENING, |left| LISTENING.min(left / PART_OF_DEADLINE));
+        let at_most = left.map_or(MAX_REPORT_TIME, |left| MAX_REPORT_TIME.min(left / DEADLINE_SHARE));
         let pages = populated.len();
         if !self.call("has_unused", |source| source.has_unused(pages, at_most))? {
             return Ok(unused);

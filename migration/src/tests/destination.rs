@@ -47,7 +47,7 @@ fn compressed_pages_are_unpacked_in_place() {
             hand.end_round();
             let state = hand.state();
             hand.control.link.send_state(&state).unwrap();
-            hand.hear_ready();
+            hand.receive_ready();
             hand.finish()
         });
         received.unwrap();
@@ -84,15 +84,15 @@ fn memory_is_handed_over_as_files() {
             .link
             .send_with_files(&Message::MemoryFiles, &files)
             .unwrap();
-        assert_eq!(hand.control.hear(), ACCEPT);
+        assert_eq!(hand.control.receive(), ACCEPT);
         hand.control.link.send(&Message::DigestRequest).unwrap();
         let found = (
-            hand.control.hear(),
+            hand.control.receive(),
             Message::Digest(migration_io::digest(&hand.guest.memory).unwrap()),
         );
         let state = hand.state();
         hand.control.link.send_state(&state).unwrap();
-        hand.hear_ready();
+        hand.receive_ready();
         (hand.finish(), found)
     });
     received.unwrap();
@@ -122,8 +122,8 @@ fn the_state_waits_for_the_last_round() {
         hand.send(0, vec![span(0, PAGES)], vec![]);
         hand.send(1, vec![span(HIGH, PAGES)], vec![]);
         hand.end_streams();
-        hand.hear_ack();
-        hand.hear_ready();
+        hand.receive_ack();
+        hand.receive_ready();
         hand.finish()
     });
     received.unwrap();
@@ -214,12 +214,12 @@ fn bytes_on_a_stream_are_signs_of_life() {
             thread::sleep(Duration::from_millis(150));
         }
         hand.end_streams();
-        hand.hear_ack();
+        hand.receive_ack();
         hand.send(0, vec![span(HIGH, PAGES)], vec![]);
         hand.end_round();
         let state = hand.state();
         hand.control.link.send_state(&state).unwrap();
-        hand.hear_ready();
+        hand.receive_ready();
         hand.finish()
     });
     received.unwrap();
@@ -305,7 +305,7 @@ fn nonsense_on_a_stream_ends_the_attempt_with_its_own_reason() {
     // Truncated: the content stops in the middle, and so does the stream.
     let (error, reason) = spoil(|hand| {
         let table = postcard::to_stdvec(&(vec![(0u64, 4 * PAGE_SIZE)], Vec::<(u64, u64)>::new())).unwrap();
-        hand.streams[0].say(&[&frame(FrameKind::Pages, &table)[..], &[1; 5000]].concat());
+        hand.streams[0].send_bytes(&[&frame(FrameKind::Pages, &table)[..], &[1; 5000]].concat());
         hand.streams[0].hang_up();
     });
     assert!(
@@ -375,7 +375,7 @@ fn a_description_that_promises_too_much_builds_nothing() {
     let mut describe_as = |change: fn(&mut MachineDescription, &mut MemoryTransfer)| {
         let (received, reason, destination) = meet(&mut receiver, |to, _| {
             let mut peer = Peer::wish(to, &Message::Begin(Features::OURS));
-            assert!(matches!(peer.hear(), Message::Session { .. }));
+            assert!(matches!(peer.receive(), Message::Session { .. }));
             let (mut machine, mut transfer) =
                 (describe(&TestGuest::new(1, 1).memory), MemoryTransfer::Streams(1));
             change(&mut machine, &mut transfer);
@@ -414,7 +414,7 @@ fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
     let receiver = receiver(&format!("unix:{}", path.display()));
     let mut waiting = Peer::dial(receiver.endpoint());
     waiting.link.send(&Message::Hello(Hello::ours())).unwrap();
-    assert!(matches!(waiting.hear(), Message::Hello(_)));
+    assert!(matches!(waiting.receive(), Message::Hello(_)));
     assert_eq!(ask(receiver.endpoint(), [1; 16]), AttemptOutcome::Unknown);
     drop(receiver);
     assert!(waiting.link.receive_message("the end").is_err());

@@ -97,7 +97,7 @@ fn a_machine_that_does_not_run_is_kept_and_says_why() {
                 let mut hand = Hand::open(&to, 1);
                 hand.make_ready();
                 hand.go();
-                let told = hand.control.hear();
+                let told = hand.control.receive();
                 assert!(matches!(told, Message::ResumeFailed { .. }), "{told:?}");
                 hand.token
             });

@@ -132,7 +132,7 @@ fn piece() -> impl Strategy<Value = FuzzPiece> {
 }
 
 /// Reads frames until a message that `find` makes something of.
-fn hear<T>(from: &mut TcpStream, find: impl Fn(&Message) -> Option<T>) -> Option<T> {
+fn receive<T>(from: &mut TcpStream, find: impl Fn(&Message) -> Option<T>) -> Option<T> {
     loop {
         let mut header = [0; HEADER_LEN];
         from.read_exact(&mut header).ok()?;
@@ -152,7 +152,7 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
     let opening = [Message::Hello(Hello::ours()), Message::Begin(Features::OURS)];
     let opening: Vec<u8> = opening.iter().flat_map(message).collect();
     control.write_all(&opening).ok()?;
-    let token = hear(&mut control, |said| match said {
+    let token = receive(&mut control, |said| match said {
         Message::Session { token, .. } => Some(*token),
         _ => None,
     })?;
@@ -171,7 +171,7 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
             },
         }))
         .ok()?;
-    hear(&mut control, |said| {
+    receive(&mut control, |said| {
         matches!(said, Message::Accept { .. }).then_some(())
     })?;
     let mut stream = connect();
@@ -179,7 +179,7 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
     stream
         .write_all(&join.iter().flat_map(message).collect::<Vec<u8>>())
         .ok()?;
-    hear(&mut stream, |said| matches!(said, Message::Joined).then_some(()))?;
+    receive(&mut stream, |said| matches!(said, Message::Joined).then_some(()))?;
     for piece in pieces {
         let to = if piece.on_stream {
             &mut stream
@@ -201,7 +201,7 @@ fn ask(port: u16, token: Token) {
     let question = [Message::Hello(Hello::ours()), Message::Ask(token)];
     let question: Vec<u8> = question.iter().flat_map(message).collect();
     connection.write_all(&question).unwrap();
-    hear(&mut connection, |said| {
+    receive(&mut connection, |said| {
         matches!(said, Message::AttemptOutcome(_)).then_some(())
     });
 }

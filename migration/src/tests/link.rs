@@ -174,7 +174,7 @@ fn a_frame_cut_short_is_known_to_everybody_who_sends() {
         std::io::copy(&mut peer, &mut std::io::sink()).unwrap_err()
     };
     assert_eq!(taken.kind(), std::io::ErrorKind::WouldBlock);
-    pulse.beat(Duration::ZERO);
+    pulse.send_if_idle(Duration::ZERO);
     let go = Message::Go {
         stopped_for_ns: 1,
         round_trip_ns: 1,
@@ -219,13 +219,13 @@ fn signs_of_life_neither_wait_nor_mix_with_frames() {
     let alive = frame(&Message::KeepAlive);
     let hour = Duration::from_secs(3600);
 
-    assert!(pulse.beat(hour) > hour / 2, "nothing is due");
-    pulse.beat(Duration::ZERO);
+    assert!(pulse.send_if_idle(hour) > hour / 2, "nothing is due");
+    pulse.send_if_idle(Duration::ZERO);
     assert_eq!(read(&mut peer, alive.len()), alive);
 
     // What the system took in part goes on in front of the next frame.
     connection_write(&connection, &alive[..4]);
-    pulse.owe(&alive[4..]);
+    pulse.set_unsent(&alive[4..]);
     link.send(&Message::Ping).unwrap();
     assert_eq!(
         read(&mut peer, 2 * alive.len()),
@@ -239,7 +239,7 @@ fn signs_of_life_neither_wait_nor_mix_with_frames() {
         filled += bytes;
     }
     let began = Instant::now();
-    pulse.beat(Duration::ZERO);
+    pulse.send_if_idle(Duration::ZERO);
     assert!(began.elapsed() < PATIENT / 2);
     read(&mut peer, filled);
     link.send(&Message::Pong).unwrap();

@@ -303,8 +303,8 @@ fn a_destination_that_could_not_be_told_is_told_later() {
         let receiving = scope.spawn(|| receiver.receive(&mut destination, &there));
         let migrated = migrate(&mut source, &through, &strict(Duration::from_secs(2)), &here);
         proxy.heal();
-        let untold = migrated.untold.clone().unwrap();
-        assert_eq!(untold.ask(Duration::from_secs(5)).unwrap(), Answer::GaveUp);
+        let unanswered = migrated.unanswered.clone().unwrap();
+        assert_eq!(unanswered.ask(Duration::from_secs(5)).unwrap(), Answer::GaveUp);
         (migrated, receiving.join().unwrap())
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");

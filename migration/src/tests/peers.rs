@@ -57,18 +57,18 @@ fn meet(options: &MigrateOptions, answer: impl FnOnce(TcpStream) + Send) -> Stri
 }
 
 /// Reads whatever comes until the source hangs up.
-fn listen(mut stream: TcpStream) {
+fn read_to_end(mut stream: TcpStream) {
     let mut rest = [0; 4096];
     while matches!(stream.read(&mut rest), Ok(1..)) {}
 }
 
-fn say(stream: TcpStream, messages: &[Message]) {
-    say_bytes(stream, &messages.iter().flat_map(frame).collect::<Vec<u8>>());
+fn send_messages(stream: TcpStream, messages: &[Message]) {
+    send_bytes(stream, &messages.iter().flat_map(frame).collect::<Vec<u8>>());
 }
 
-fn say_bytes(mut stream: TcpStream, bytes: &[u8]) {
+fn send_bytes(mut stream: TcpStream, bytes: &[u8]) {
     stream.write_all(bytes).unwrap();
-    listen(stream);
+    read_to_end(stream);
 }
 
 fn greeting() -> Vec<Message> {
@@ -86,12 +86,12 @@ fn greeting() -> Vec<Message> {
 #[test]
 fn a_silent_destination_is_left() {
     let began = Instant::now();
-    let error = meet(&hasty(), listen);
+    let error = meet(&hasty(), read_to_end);
     assert!(
         error.contains("timed out after 1000 ms waiting for hello"),
         "{error}"
     );
-    let error = meet(&hasty(), |stream| say(stream, &greeting()));
+    let error = meet(&hasty(), |stream| send_messages(stream, &greeting()));
     assert!(error.contains("waiting for accept or refuse"), "{error}");
     assert!(began.elapsed() < Duration::from_secs(20));
 }
@@ -141,23 +141,23 @@ fn a_destination_that_does_not_read_is_left() {
 #[test]
 fn a_destination_that_talks_nonsense_is_left() {
     let error = meet(&options(), |stream| {
-        say_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        send_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
     });
     assert!(error.contains("does not speak the protocol"), "{error}");
-    let error = meet(&options(), |stream| say(stream, &[ACCEPT]));
+    let error = meet(&options(), |stream| send_messages(stream, &[ACCEPT]));
     assert!(error.contains("said \"accept\", expected hello"), "{error}");
     let early = [greeting(), vec![Message::RoundAck(7)]].concat();
-    let error = meet(&options(), |stream| say(stream, &early));
+    let error = meet(&options(), |stream| send_messages(stream, &early));
     assert!(error.contains("said \"round ack\""), "{error}");
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
-    let error = meet(&options(), |stream| say(stream, &ready));
+    let error = meet(&options(), |stream| send_messages(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
     let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 6u16, 7u16, "9.9")).unwrap();
     let header = FrameHeader::new(FrameKind::Control, newer.len())
         .unwrap()
         .encode();
     let error = meet(&options(), |stream| {
-        say_bytes(stream, &[&header[..], &newer].concat())
+        send_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
         error.contains("versions 6 to 7 (godwit 9.9), expected one of 5 to 5"),

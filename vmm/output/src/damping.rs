@@ -37,7 +37,7 @@ impl Damping {
         let allowance = places
             .entry(place)
             .or_insert_with(|| Allowance::new(BURST, PER_SECOND, now));
-        allowance.take(1, now) == 1
+        allowance.spend(1, now) == 1
     }
 }
 

@@ -40,7 +40,7 @@ static LOG: OnceLock<Lines> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// Says one line on standard error, if anybody reads it.
-pub fn tell(line: &str) {
+pub fn print_line(line: &str) {
     let line = format!("godwit: {line}\n");
     match STDERR.get() {
         Some(stderr) => stderr.push(line.as_bytes()),
@@ -54,18 +54,18 @@ pub fn tell(line: &str) {
 /// A client's answer on standard output. Whether anybody reads it changes nothing: what was asked for is done.
 pub fn print(text: &str) {
     let printed = Descriptor::Stdout.write_patiently(text.as_bytes(), CLIENT_PATIENCE);
-    if let Err(error) = but_for_a_reader_who_left(printed) {
-        tell(&format!("cannot print: {error}"));
+    if let Err(error) = ignore_broken_pipe(printed) {
+        print_line(&format!("cannot print: {error}"));
     }
 }
 
 /// Writes what is of no use if it is cut short, e.g. a picture that goes to a file, however long its reader takes.
 pub fn write_stdout(bytes: &[u8]) -> io::Result<()> {
-    but_for_a_reader_who_left(Descriptor::Stdout.write_all(bytes))
+    ignore_broken_pipe(Descriptor::Stdout.write_all(bytes))
 }
 
 /// Whoever went away has seen enough.
-fn but_for_a_reader_who_left(written: io::Result<()>) -> io::Result<()> {
+fn ignore_broken_pipe(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
@@ -86,12 +86,12 @@ pub fn flush() {
 }
 
 /// A panic is said as everything is: the default hook would wait for whoever reads standard error.
-pub fn tell_of_panics() {
+pub fn report_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic_text(panic);
         match LOG.get() {
             Some(log) => log.push(text.as_bytes()),
-            None => tell(text.trim_end()),
+            None => print_line(text.trim_end()),
         }
     }));
 }

@@ -12,7 +12,7 @@ use super::{Descriptor, RAW};
 /// Bytes that wait for the thread; what comes on top is lost.
 const ROOM: usize = 256 << 10;
 /// How often it is tried to say how much was lost, and at most said how much was left out.
-const NEWS_INTERVAL: Duration = Duration::from_secs(1);
+const COUNTS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Takes lines and never waits for anybody; clones share it.
 #[derive(Clone)]
@@ -47,7 +47,7 @@ impl Lines {
         };
         let shared = lines.shared.clone();
         let mut writer = LineWriter::new(to);
-        threads::spawn(Role::Log, name, move || shared.carry_to(&mut writer))?;
+        threads::spawn(Role::Log, name, move || shared.write_to(&mut writer))?;
         Ok(lines)
     }
 
@@ -91,23 +91,23 @@ impl LinesShared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry_to(&self, writer: &mut LineWriter) {
+    fn write_to(&self, writer: &mut LineWriter) {
         loop {
-            let (text, lost) = self.take(writer);
+            let (text, lost) = self.wait_for_lines(writer);
             writer.write(&text);
             writer.lost += lost;
-            writer.say_news();
+            writer.write_counts();
             self.lock().writing = false;
             self.changed.notify_all();
         }
     }
 
     /// Waits for lines, or until there is something to say about those that are not there.
-    fn take(&self, writer: &mut LineWriter) -> (Vec<u8>, u64) {
+    fn wait_for_lines(&self, writer: &mut LineWriter) -> (Vec<u8>, u64) {
         let mut queue = self.lock();
         loop {
             writer.left_out += std::mem::take(&mut queue.left_out);
-            let news = writer.time_of_news();
+            let news = writer.counts_due();
             let due = news.is_some_and(|at| at <= Instant::now());
             if due || !queue.text.is_empty() || queue.lost > 0 {
                 queue.writing = true;
@@ -135,7 +135,7 @@ struct LineWriter {
     /// Whether the last line that was written has no end.
     torn: bool,
     /// When news of those was last tried to be told.
-    told: Option<Instant>,
+    counted_at: Option<Instant>,
 }
 
 impl LineWriter {
@@ -145,14 +145,17 @@ impl LineWriter {
             lost: 0,
             left_out: 0,
             torn: false,
-            told: None,
+            counted_at: None,
         }
     }
 
     /// When there is something to say besides lines; `None` if there is nothing.
-    fn time_of_news(&self) -> Option<Instant> {
+    fn counts_due(&self) -> Option<Instant> {
         let news = self.lost > 0 || self.left_out > 0;
-        news.then(|| self.told.map_or_else(Instant::now, |told| told + NEWS_INTERVAL))
+        news.then(|| {
+            self.counted_at
+                .map_or_else(Instant::now, |last| last + COUNTS_INTERVAL)
+        })
     }
 
     /// Writes lines, behind how many are missing before them.
@@ -160,7 +163,7 @@ impl LineWriter {
         if text.is_empty() {
             return;
         }
-        if self.lost > 0 && !self.say_lost() {
+        if self.lost > 0 && !self.write_lost_count() {
             self.lost += count_lines(text);
             return;
         }
@@ -168,12 +171,12 @@ impl LineWriter {
     }
 
     /// Says what is not there, if it is time to.
-    fn say_news(&mut self) {
-        if self.time_of_news().is_none_or(|at| at > Instant::now()) {
+    fn write_counts(&mut self) {
+        if self.counts_due().is_none_or(|at| at > Instant::now()) {
             return;
         }
-        self.told = Some(Instant::now());
-        if self.lost > 0 && !self.say_lost() {
+        self.counted_at = Some(Instant::now());
+        if self.lost > 0 && !self.write_lost_count() {
             return;
         }
         if self.left_out > 0 {
@@ -184,7 +187,7 @@ impl LineWriter {
         }
     }
 
-    fn say_lost(&mut self) -> bool {
+    fn write_lost_count(&mut self) -> bool {
         let said = self.put(format!("{} log lines were lost\n", self.lost).as_bytes()) == 0;
         if said {
             self.lost = 0;
@@ -295,7 +298,7 @@ mod tests {
             File::options().write(true).open("/dev/full").unwrap(),
         ));
         writer.write(b"one\ntwo\n");
-        writer.say_news();
+        writer.write_counts();
         writer.write(b"three\n");
         assert_eq!(writer.lost, 3);
         let file = tempfile::NamedTempFile::new().unwrap();

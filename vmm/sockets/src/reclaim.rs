@@ -21,7 +21,7 @@ const RETRY: Duration = Duration::from_millis(1);
 /// Removes the socket at `path` if it refuses connections; an error if it does not. Nothing there is as good.
 pub(crate) fn remove_stale(path: &Path) -> Result<(), NamedListenerError> {
     // Two processes that reclaim the same stale socket must not remove each other's.
-    let _lock = SocketLock::take(path)?;
+    let _lock = SocketLock::acquire(path)?;
     if !NamedListener::check_kind(path)? {
         return Ok(());
     }
@@ -41,7 +41,7 @@ struct SocketLock {
 }
 
 impl SocketLock {
-    fn take(socket: &Path) -> Result<Self, NamedListenerError> {
+    fn acquire(socket: &Path) -> Result<Self, NamedListenerError> {
         let name = socket.file_name().unwrap_or_default().to_string_lossy();
         let path = folder(socket).join(format!(".{name}.lock"));
         let refused = |reason| NamedListenerError::Locked {

@@ -68,7 +68,7 @@ pub(super) fn without_offset(
 
 /// Sets the offsets with which each vCPU's TSC is what it `was` and so many `ticks` more, at the instant at which it
 /// would be `without_offset` else.
-pub(super) fn go_on(
+pub(super) fn advance(
     vcpus: &[impl Deref<Target = impl VcpuTsc>],
     was: impl Iterator<Item = u64>,
     ticks: u64,
@@ -192,7 +192,7 @@ mod tests {
             let (host, vcpus) = machine(scaling, uptime, 0);
             let was = [DAY * u64::from(guest_khz) * 1000; 2].map(|tsc| tsc + 7);
             let (was, ticks) = ([was[0], was[1] + 1000], u64::from(guest_khz) * 500);
-            go_on(
+            advance(
                 &vcpus,
                 was.into_iter(),
                 ticks,
@@ -228,7 +228,7 @@ mod tests {
             HOUR * 2_000_000_000,
             u64::MAX,
         );
-        go_on(
+        advance(
             &after,
             was.iter().copied(),
             0,

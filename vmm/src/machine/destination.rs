@@ -312,7 +312,7 @@ impl Destination for MigrationDestination {
             .as_ref()
             .ok_or("restore: expected a machine, got none")?;
         self.pending = Some(machine.restore(state)?);
-        self.blanks.iter().try_for_each(|blank| blank.give_name())?;
+        self.blanks.iter().try_for_each(|blank| blank.publish())?;
         Ok(())
     }
 
@@ -330,7 +330,7 @@ impl Destination for MigrationDestination {
         machine.set_made_disks(self.blanks.clone());
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
-        machine.tell_disruption(Disruption::Moved)?;
+        machine.announce_disruption(Disruption::Moved)?;
         machine.run_restored(&pending, ClockStart::StoppedAt(stopped_at))?;
         machine.set_made_disks(Vec::new());
         Ok(())

@@ -157,7 +157,7 @@ impl Machine {
 
     /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have
     /// given them up, and without them the guest must not run. To take one that is held is harmless.
-    pub fn take_back(&self) -> Result<(), MachineError> {
+    pub fn resume_after_migration(&self) -> Result<(), MachineError> {
         self.devices.take_locks()?;
         self.resume_devices();
         self.resume(Holder::Migration);

@@ -214,6 +214,6 @@ impl Source for MigrationSource {
 
     fn resume(&mut self) -> Result<(), PortError> {
         self.paused_at = None;
-        Ok(self.machine.take_back()?)
+        Ok(self.machine.resume_after_migration()?)
     }
 }

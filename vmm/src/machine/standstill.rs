@@ -78,7 +78,7 @@ impl MigrationDestination {
             SnapshotClocks::Keep => ClockStart::Kept,
         };
         machine.renew_generation()?;
-        machine.tell_disruption(Disruption::Cloned)?;
+        machine.announce_disruption(Disruption::Cloned)?;
         machine.run_restored(&pending, start)?;
         Ok(machine)
     }

@@ -48,7 +48,7 @@ pub(super) fn write_new(memory: &GuestMemory) -> Result<(), MachineError> {
 
 /// Tells of a disruption, in the page. Answers whether there is such a page: a guest of an older version has none. What
 /// the guest has made of its fields is its own affair.
-fn tell(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemoryError> {
+fn write_disruption(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemoryError> {
     if memory.read_obj::<u32>(GuestAddress(layout::VMCLOCK))? != MAGIC {
         return Ok(false);
     }
@@ -75,8 +75,8 @@ fn tell(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemor
 
 impl Machine {
     /// Tells the guest of a disruption. Before it goes on, and after its interrupt controllers were restored.
-    pub(super) fn tell_disruption(&self, disruption: Disruption) -> Result<(), MachineError> {
-        if tell(&self.memory, disruption).map_err(BootError::from)? {
+    pub(super) fn announce_disruption(&self, disruption: Disruption) -> Result<(), MachineError> {
+        if write_disruption(&self.memory, disruption).map_err(BootError::from)? {
             self.devices.vmclock.write(1).map_err(|source| MachineError::Io {
                 what: "interrupt for the VMClock",
                 source,
@@ -105,13 +105,16 @@ mod tests {
     #[test]
     fn a_disruption_is_told_in_whole_steps() {
         let memory = memory::create(&[(0, 2 << 20)], MemoryKind::Anonymous).unwrap();
-        assert!(!tell(&memory, Disruption::Moved).unwrap(), "there is no page yet");
+        assert!(
+            !write_disruption(&memory, Disruption::Moved).unwrap(),
+            "there is no page yet"
+        );
         assert_eq!(fields(&memory), (0, 0, 0));
         write_new(&memory).unwrap();
         assert_eq!(fields(&memory), (0, 0, 0));
-        assert!(tell(&memory, Disruption::Moved).unwrap());
+        assert!(write_disruption(&memory, Disruption::Moved).unwrap());
         assert_eq!(fields(&memory), (2, 1, 0));
-        assert!(tell(&memory, Disruption::Cloned).unwrap());
+        assert!(write_disruption(&memory, Disruption::Cloned).unwrap());
         assert_eq!(fields(&memory), (4, 2, 1));
         let head: [u8; 12] = memory.read_obj(GuestAddress(layout::VMCLOCK)).unwrap();
         assert_eq!(&head, b"VCLK\0\x10\0\0\x01\0\xff\x01");
@@ -125,7 +128,7 @@ mod tests {
         memory
             .write_slice(&rest, GuestAddress(layout::VMCLOCK + 12))
             .unwrap();
-        assert!(tell(&memory, Disruption::Cloned).unwrap());
+        assert!(write_disruption(&memory, Disruption::Cloned).unwrap());
         assert_eq!(fields(&memory), (0, 0, 0));
     }
 }

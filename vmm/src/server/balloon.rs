@@ -25,12 +25,12 @@ pub(super) async fn statistics(control: &BalloonControl) -> BalloonStatistics {
         target_mib: target >> 20,
         actual_mib: actual >> 20,
         given_up_bytes: control.given_up(),
-        guest: told(control.statistics().0.unwrap_or_default()),
+        guest: to_api(control.statistics().0.unwrap_or_default()),
     }
 }
 
 /// The guest's own figures, as the API has them.
-fn told(statistics: Statistics) -> GuestMemoryStatistics {
+fn to_api(statistics: Statistics) -> GuestMemoryStatistics {
     let Statistics {
         swap_in,
         swap_out,

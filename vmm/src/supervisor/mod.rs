@@ -199,7 +199,7 @@ impl Supervisor {
                     }
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) if self.stop_at.is_none_or(|at| at > Instant::now()) => {
-                    self.give_up_deciding();
+                    self.refuse_decision();
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     if let Some(ending) = self.grace_over() {
@@ -233,7 +233,9 @@ impl Supervisor {
                 return self.resolve(decision, reply).map(Ok);
             }
             Event::Request(request) => self.handle_request(request),
-            Event::Machine { number, event } if number == self.machines => return self.machine_says(event),
+            Event::Machine { number, event } if number == self.machines => {
+                return self.handle_machine_event(event);
+            }
             // That machine is gone.
             Event::Machine { .. } => {}
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
@@ -244,7 +246,7 @@ impl Supervisor {
                 return self.reset_now();
             }
             Event::Answered(said) => return self.answered(said).map(Ok),
-            Event::TakenBack(source, resumed) => self.taken_back(source, resumed),
+            Event::TakenBack(source, resumed) => self.resumed_here(source, resumed),
             Event::Withdrawn(doubt, answer) => self.withdrawn(doubt, answer),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
@@ -257,7 +259,7 @@ impl Supervisor {
         None
     }
 
-    fn machine_says(&mut self, event: MachineEvent) -> Option<Result<Ending, SupervisorError>> {
+    fn handle_machine_event(&mut self, event: MachineEvent) -> Option<Result<Ending, SupervisorError>> {
         match event {
             MachineEvent::Exit(GuestExit::Reset) => self.reset(),
             MachineEvent::Exit(reason) => Some(Ok(Ending::Guest(reason))),
@@ -265,7 +267,7 @@ impl Supervisor {
                 // A guest that has reset may have gone on to the next means of resetting before it was stopped.
                 let machine = self.machine().ok();
                 if let Some(reason) = machine.and_then(|machine| machine.exit_reason()) {
-                    return self.machine_says(MachineEvent::Exit(reason));
+                    return self.handle_machine_event(MachineEvent::Exit(reason));
                 }
                 // Its page tables may be what is lost.
                 if machine.is_some_and(|machine| machine.check_memory().is_err()) {

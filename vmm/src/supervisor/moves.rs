@@ -9,7 +9,7 @@ use super::{
     ApiServer, Arrived, Ended, Ending, Event, Life, MigrationFeed, MigrationJob, Refusal, Side, Supervisor,
     SupervisorError, failed, jobs,
 };
-use crate::footprint::give_back_text;
+use crate::footprint::release_text;
 use crate::machine::MigrationSource;
 use crate::vcpu::Holder;
 
@@ -56,7 +56,7 @@ impl Supervisor {
         let Migrated {
             report,
             doubt,
-            untold,
+            unanswered,
             remains,
         } = migrated;
         let outcome = report.outcome;
@@ -83,7 +83,7 @@ impl Supervisor {
             }
             Outcome::Failed | Outcome::Cancelled if self.leaving => Some(Ok(Ending::Stopped)),
             Outcome::Failed | Outcome::Cancelled => {
-                if let Some(doubt) = untold {
+                if let Some(doubt) = unanswered {
                     self.withdraw(doubt);
                 }
                 self.stop_second_copy();
@@ -137,7 +137,7 @@ impl Supervisor {
         }
         tracing::info!("received: the guest runs here");
         self.adopt(machine, server);
-        give_back_text();
+        release_text();
         // Who was to end for a failure of its own keeps the only copy of a guest that came all the same.
         if self.leaving && self.failure.is_none() {
             return self.terminate();

@@ -116,7 +116,7 @@ impl Supervisor {
 
     /// First time: the power button. Second time, or where nobody would hear the button: the end.
     pub(super) fn terminate(&mut self) -> Option<Ending> {
-        if self.call_off() {
+        if self.cancel_receiving() {
             return None;
         }
         if let Some(Life::InDoubt(_, side)) = &self.life {
@@ -164,7 +164,7 @@ impl Supervisor {
             return None;
         }
         answer(reply, Ok(()));
-        if self.call_off() {
+        if self.cancel_receiving() {
             None
         } else if force {
             Some(Ending::Stopped)
@@ -197,7 +197,7 @@ impl Supervisor {
 
     /// Calls off waiting for a machine, if that is what goes on. The job then says how it ended: after
     /// "ready" it cannot be called off, and a machine that arrives all the same is the only copy of its guest.
-    pub(super) fn call_off(&mut self) -> bool {
+    pub(super) fn cancel_receiving(&mut self) -> bool {
         let Some(Life::Receiving(job)) = &self.life else {
             return false;
         };

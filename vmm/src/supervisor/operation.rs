@@ -37,7 +37,7 @@ impl Supervisor {
         let resume = |machine: &Machine| {
             if machine.is_held_by(Holder::Migration) {
                 // One that failed could not give the guest back: somebody had its disks.
-                machine.take_back().map_err(failed)?;
+                machine.resume_after_migration().map_err(failed)?;
             }
             machine.resume_for_user();
             Ok(())
@@ -91,7 +91,7 @@ impl Supervisor {
             && let Some(request) = self.deferred.pop_front()
         {
             // Whoever has given up was told that nothing had happened.
-            if !request.is_given_up() {
+            if !request.is_abandoned() {
                 self.handle_request(request);
             }
         }

@@ -105,7 +105,7 @@ pub enum Request {
 
 impl Request {
     /// Whether whoever asked waits for the answer no more, of the requests that may have to wait for an operation.
-    pub(super) fn is_given_up(&self) -> bool {
+    pub(super) fn is_abandoned(&self) -> bool {
         match self {
             Self::Pause(reply) | Self::Resume(reply) | Self::UpdateDisk(_, reply) => reply.is_closed(),
             Self::Migrate { reply, .. } => reply.is_closed(),
@@ -214,9 +214,9 @@ impl SupervisorHandle {
     }
 
     /// Asks and waits for the answer.
-    pub async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Refusal> {
+    pub async fn request<T>(&self, new_request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Refusal> {
         let (reply, answer) = oneshot::channel();
-        self.send(Event::Request(request(reply)));
+        self.send(Event::Request(new_request(reply)));
         answer.await.unwrap_or(Err(Refusal::Gone))
     }
 }

@@ -116,7 +116,7 @@ impl Supervisor {
         }
         match &self.life {
             Some(Life::InDoubt(_, Side::Source { doubt, .. })) => match doubt {
-                Some(doubt) => match ask(doubt.clone(), self.handle.clone()) {
+                Some(doubt) => match start_question(doubt.clone(), self.handle.clone()) {
                     Ok(()) => self.resolving = Some(Resolving::Asking { decision, reply }),
                     Err(error) => answer(reply, Err(failed(error))),
                 },
@@ -174,7 +174,7 @@ impl Supervisor {
                 (Resolved::InDoubt, message, None)
             }
             ResolveStep::TakeBack => {
-                self.take_back(decision, reply, known);
+                self.resume_here(decision, reply, known);
                 return None;
             }
         };
@@ -184,7 +184,7 @@ impl Supervisor {
 
     /// The machine is to be this process's own again. That may take its time (locks, a vCPU that does not enter the guest),
     /// so it is done on a thread of its own.
-    fn take_back(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
+    fn resume_here(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
         let taken = match &mut self.life {
             Some(Life::InDoubt(_, Side::Source { source, remains, .. })) => source.take().zip(Some(*remains)),
             _ => None,
@@ -220,7 +220,7 @@ impl Supervisor {
     }
 
     /// The guest goes on here, or why it does not.
-    pub(super) fn taken_back(&mut self, source: Box<MigrationSource>, resumed: Result<(), String>) {
+    pub(super) fn resumed_here(&mut self, source: Box<MigrationSource>, resumed: Result<(), String>) {
         let Some(Resolving::TakingBack {
             decision,
             reply,
@@ -310,7 +310,7 @@ impl Supervisor {
     }
 
     /// A decision had no effect: the source speaks.
-    pub(super) fn give_up_deciding(&mut self) {
+    pub(super) fn refuse_decision(&mut self) {
         if let Some(Resolving::Deciding { reply, .. }) = self.resolving.take() {
             answer(reply, Err(Refusal::NothingToDecide));
         }
@@ -334,7 +334,7 @@ fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolv
 }
 
 /// Asks on a thread of its own, which ends with its answer.
-fn ask(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
+fn start_question(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
     let ask = move || supervisor.send(Event::Answered(doubt.ask(ASK_TIMEOUT)));
     threads::spawn(Role::Resolve, "resolve", ask)?;
     Ok(())

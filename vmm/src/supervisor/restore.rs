@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use threads::Role;
 
 use super::{ApiServer, Event, Supervisor, SupervisorError, Worker};
-use crate::footprint::give_back_text;
+use crate::footprint::release_text;
 use crate::machine::{Machine, MachineError};
 
 /// The job, and what is to be done when it has made its machine.
@@ -79,7 +79,7 @@ impl Supervisor {
                 self.stop_second_copy();
                 self.booted();
                 (job.announce)();
-                give_back_text();
+                release_text();
                 None
             }
             Err(reason) => Some(SupervisorError::Restore(reason)),

@@ -65,7 +65,7 @@ fn ended(outcome: &str) -> Box<Ended> {
     let migrated = Migrated {
         report: serde_json::from_str(&text).unwrap(),
         doubt: None,
-        untold: None,
+        unanswered: None,
         remains: Remains::default(),
     };
     Box::new(Ended {
@@ -195,7 +195,7 @@ fn a_decision_is_answered_by_what_the_receiving_job_does() {
     rig.supervisor.machine_came(None);
     assert_eq!(answer.try_recv().unwrap().unwrap().verdict, Resolved::Here);
     let mut answer = decide(&mut rig, Decision::Run);
-    rig.supervisor.give_up_deciding();
+    rig.supervisor.refuse_decision();
     assert!(matches!(
         answer.try_recv().unwrap(),
         Err(Refusal::NothingToDecide)

@@ -19,12 +19,12 @@ impl Supervisor {
             Role::FaultHandler => Some(Err(failure.into())),
             Role::Api => self.serve_api_again(failure, server),
             // Nobody can bring a machine any more. One that is under way is waited for.
-            Role::Acceptor if self.call_off() => {
+            Role::Acceptor if self.cancel_receiving() => {
                 self.failure.get_or_insert(failure);
                 None
             }
             Role::Resolve => {
-                self.give_up_asking(&failure);
+                self.fail_question(&failure);
                 None
             }
             // Without them nothing is shown or typed, a guest is slowed down too little, a connection breaks off. Jobs
@@ -65,7 +65,7 @@ impl Supervisor {
         self.terminate().map(Ok)
     }
 
-    fn give_up_asking(&mut self, failure: &Failure) {
+    fn fail_question(&mut self, failure: &Failure) {
         match self.resolving.take() {
             Some(Resolving::Asking { reply, .. }) => {
                 answer(reply, Err(Refusal::Failed(failure.to_string())));

@@ -122,7 +122,7 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
         parameters: BlockParameters::default(),
     };
     for part in text.split(',') {
-        if limits::take(&mut disk.parameters.limits, part)? || take_backing(&mut disk.backing, part)? {
+        if limits::parse_part(&mut disk.parameters.limits, part)? || parse_backing(&mut disk.backing, part)? {
             continue;
         }
         match part.split_once('=') {
@@ -164,7 +164,7 @@ fn run_net(text: &str) -> Result<RunNet, String> {
     let (mut id, mut tap, mut mac, mut queues) = (None, None, None, None);
     let mut limits = Limits::default();
     for part in parts(text) {
-        if limits::take(&mut limits, part)? {
+        if limits::parse_part(&mut limits, part)? {
             continue;
         }
         match part.split_once('=') {
@@ -233,7 +233,7 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Takes a part that is about what an image is on.
-fn take_backing(backing: &mut Vec<BackingFile>, part: &str) -> Result<bool, String> {
+fn parse_backing(backing: &mut Vec<BackingFile>, part: &str) -> Result<bool, String> {
     match (part.split_once('='), backing.last_mut()) {
         (Some(("backing", path)), _) if !path.is_empty() => backing.push(BackingFile {
             path: path.into(),
@@ -273,7 +273,7 @@ fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
         is_shared: false,
     };
     for part in options.into_iter().rev() {
-        if take_backing(&mut disk.backing, part)? {
+        if parse_backing(&mut disk.backing, part)? {
             continue;
         }
         match part.split_once('=') {

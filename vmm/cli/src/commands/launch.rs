@@ -12,7 +12,7 @@ use output::{self, start_log};
 use vmm::config::{ConfigError, Wishes};
 use vmm::console::Console;
 use vmm::cpu::Template;
-use vmm::footprint::give_back_text;
+use vmm::footprint::release_text;
 use vmm::machine::{
     BalloonConfig, ConsoleConfig, Machine, MigrationDestination, SnapshotClocks, SnapshotMemory,
 };
@@ -66,7 +66,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     if args.on_reset == OnResetArg::Reboot {
         supervisor.boot_on_reset(boot);
     }
-    give_back_text();
+    release_text();
     launch.up(&name);
     supervise(supervisor, server)
 }
@@ -93,7 +93,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.
-    output::tell(&format!("{name} is listening on {}", receiver.endpoint()));
+    output::print_line(&format!("{name} is listening on {}", receiver.endpoint()));
     supervisor.receive(receiver, destination).context("receive job")?;
     launch.up(&name);
     supervise(supervisor, server)
@@ -130,7 +130,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     let restore = move || destination.restore_snapshot(&snapshot, memory, clocks, args.resume);
     supervisor
         .restore(restore, args.uffd.is_some(), move || {
-            output::tell(&announcement);
+            output::print_line(&announcement);
             launch.up(&name);
         })
         .context("restore job")?;
@@ -189,13 +189,13 @@ fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> 
     let terminal = forward_stdin(&server, supervisor.handle())?;
     let ending = supervisor.run(server);
     if let Some(terminal) = terminal {
-        terminal.give_back();
+        terminal.restore();
     }
-    Ok(told(&ending?))
+    Ok(log_ending(&ending?))
 }
 
 /// Logs how a VM ended.
-fn told(ending: &Ending) -> Exit {
+fn log_ending(ending: &Ending) -> Exit {
     match ending {
         Ending::Guest(GuestExit::Panic) => {
             tracing::error!("the guest panicked");

@@ -34,7 +34,7 @@ struct Modes {
     /// What it had before this job made it raw; nothing while it is not raw.
     before: Option<Termios>,
     /// This job is done with it.
-    given_back: bool,
+    restored: bool,
 }
 
 impl JobTerminal {
@@ -52,9 +52,9 @@ impl JobTerminal {
 
     /// Makes it raw, so that every key goes to the guest, if this job is in its foreground; whether it is. A shell that had
     /// it meanwhile has given it other modes.
-    fn take(&self) -> bool {
+    fn make_raw(&self) -> bool {
         let mut modes = self.modes();
-        if modes.given_back || !self.is_ours() {
+        if modes.restored || !self.is_ours() {
             not_raw();
             return false;
         }
@@ -78,9 +78,9 @@ impl JobTerminal {
     }
 
     /// Gives it back as it was. In the background it is somebody else's.
-    pub(crate) fn give_back(&self) {
+    pub(crate) fn restore(&self) {
         let mut modes = self.modes();
-        modes.given_back = true;
+        modes.restored = true;
         not_raw();
         if let Some(before) = modes.before.take().filter(|_| self.is_ours())
             && let Err(error) = tcsetattr(&self.file, OptionalActions::Now, &before)
@@ -118,7 +118,7 @@ pub(crate) fn forward_stdin(
     let terminal = JobTerminal::of_stdin().context("terminal")?;
     if let Some(terminal) = &terminal {
         // At once, so that what is typed from now on is not echoed.
-        terminal.take();
+        terminal.make_raw();
     }
     let input = server.console_input().clone();
     let continued = server.continued().clone();
@@ -148,7 +148,7 @@ fn forward_keys(
 ) {
     let mut chunk = [0; 4096];
     loop {
-        let ours = terminal.take();
+        let ours = terminal.make_raw();
         if !wait(terminal, continued, ours) {
             continue;
         }

@@ -57,7 +57,7 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         output::set_raw_terminal(false);
         if let Err(error) = restore() {
-            output::tell(&format!("cannot restore the terminal: {error}; `reset` does"));
+            output::print_line(&format!("cannot restore the terminal: {error}; `reset` does"));
         }
     }
 }
