@@ -1,4 +1,4 @@
-//! The machine as the migration engine's source.
+//! The machine as the migration engine's source: implements the engine's port on top of `Machine`.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -35,15 +35,16 @@ impl MigrationSource {
     }
 }
 
-/// What a guest may have populated without using it before it is asked what that is: to tell takes its time. In bytes,
+/// The guest is not asked for its unused pages if there can be only fewer bytes of them than this: its report takes
+/// time.
 const FEW_UNUSED: u64 = 32 << 20;
-/// and as a part of all that is populated.
+/// Nor if they can be only less than this part (one in so many) of all populated pages.
 const FEW_UNUSED_PART: u64 = 8;
 
 /// A disk whose content comes along.
 struct MirroredDisk {
     backend: Arc<BlockBackend>,
-    /// As the destination knows it. A disk that is resized meanwhile is not the one that it has made.
+    /// The size that was described to the destination. A disk that is resized later does not fit what it has made.
     size: u64,
     log: Arc<BlockLog>,
 }

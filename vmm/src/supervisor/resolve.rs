@@ -1,15 +1,17 @@
-//! Migrations in doubt: who is asked, and what an operator may decide.
+//! Resolves migrations in doubt: asks the destination, and carries out what an operator may decide.
 //!
-//! At the source, "go" was sent and its answer never came. Only the destination knows what holds, so it is always
-//! asked first, also where the operator has decided: what it says counts more. At the destination, "go" came and
-//! the guest could not be let in, or the source fell silent after "ready"; there is nobody to ask then.
+//! At the source, "go" was sent and no answer came. Only the destination knows the outcome, so it is always asked first;
+//! its answer counts more than the operator's decision. At the destination, "go" came and the guest could not be resumed,
+//! or the source fell silent after "ready": there only the operator can decide.
+//!
+//! Nothing here may run a guest that runs at the other side, so far as the other side answers.
 //!
 //! | the destination says | nothing decided | `run` | `discard` |
 //! |---|---|---|---|
 //! | it runs there | moved | moved | moved |
 //! | it was given up there | runs here | runs here | runs here |
 //! | it is kept there, paused | in doubt | runs here | in doubt |
-//! | nothing, or nothing of use | in doubt | runs here | discarded |
+//! | no answer, or it does not know | in doubt | runs here | discarded |
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,23 +25,23 @@ use super::request::Reply;
 use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
 use crate::machine::MigrationSource;
 
-/// How long the destination may take for the connection, and as long again for its answer.
+/// How long the connection to the destination may take, and as long again its answer.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a receiving job may take to act on a decision.
 const DECIDE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which end of a migration in doubt this is.
 pub(super) enum Side {
-    /// "go" was sent from here.
+    /// The source: "go" was sent.
     Source {
-        /// The machine as the migration left it; nothing while it is being taken back.
+        /// The machine as the migration left it; `None` while it is being resumed.
         source: Option<Box<MigrationSource>>,
-        /// Whom to ask.
+        /// The question to the destination.
         doubt: Option<Doubt>,
-        /// What is to be undone before it is an ordinary machine again.
+        /// What the migration did to the machine, to be undone once it is resumed.
         remains: Remains,
     },
-    /// "go" came here, but the guest could not be let run.
+    /// The destination: "go" came, but the guest could not be resumed.
     Destination {
         /// Why.
         reason: String,
@@ -61,14 +63,14 @@ impl Side {
     }
 }
 
-/// An attempt to resolve that is under way.
+/// An attempt to resolve the doubt that is under way.
 pub(super) enum Resolving {
     /// The destination is being asked.
     Asking {
         decision: Option<Decision>,
         reply: Reply<Resolution>,
     },
-    /// The guest is let go on here.
+    /// The guest is being resumed here.
     TakingBack {
         decision: Option<Decision>,
         reply: Reply<Resolution>,
@@ -76,7 +78,7 @@ pub(super) enum Resolving {
         known: String,
         job: Job,
     },
-    /// The receiving job was told.
+    /// The receiving job has the operator's decision, which had no effect yet.
     Deciding {
         decision: Decision,
         reply: Reply<Resolution>,
@@ -84,20 +86,20 @@ pub(super) enum Resolving {
     },
 }
 
-/// What is done about it.
+/// What follows from an answer and a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ResolveStep {
     /// The guest runs there.
     LetGo,
     /// The guest runs here.
     TakeBack,
-    /// The copy here goes, because the operator says so.
+    /// The copy here is discarded: the operator decided so.
     Discard,
     /// Nothing.
     Stay,
 }
 
-/// See the table at the top.
+/// Looks up the step in the table at the top.
 fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> ResolveStep {
     match (said, decision) {
         (Ok(Answer::Runs), _) => ResolveStep::LetGo,
@@ -108,7 +110,7 @@ fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> Resolve
 }
 
 impl Supervisor {
-    /// Begins to resolve; `reply` is answered when it is known how that ended.
+    /// Starts to resolve the doubt; `reply` is answered when that has ended.
     pub(super) fn resolve(&mut self, decision: Option<Decision>, reply: Reply<Resolution>) -> Option<Ending> {
         if self.resolving.is_some() {
             answer(reply, Err(Refusal::Resolving));
@@ -120,7 +122,7 @@ impl Supervisor {
                     Ok(()) => self.resolving = Some(Resolving::Asking { decision, reply }),
                     Err(error) => answer(reply, Err(failed(error))),
                 },
-                // Nobody to ask: only the operator knows.
+                // There is no destination to ask: only the operator knows.
                 None => {
                     self.resolving = Some(Resolving::Asking { decision, reply });
                     return self.answered(Ok(Answer::Unknown));
@@ -151,7 +153,7 @@ impl Supervisor {
         None
     }
 
-    /// The destination was asked.
+    /// Handles the destination's answer.
     pub(super) fn answered(&mut self, said: Result<Answer, AskError>) -> Option<Ending> {
         let Some(Resolving::Asking { decision, reply }) = self.resolving.take() else {
             return None;
@@ -182,8 +184,8 @@ impl Supervisor {
         ending
     }
 
-    /// The machine is to be this process's own again. That may take its time (locks, a vCPU that does not enter the guest),
-    /// so it is done on a thread of its own.
+    /// Resumes the guest here. That may take its time (locks, a vCPU that does not enter the guest), so it is done on a
+    /// thread of its own.
     fn resume_here(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
         let taken = match &mut self.life {
             Some(Life::InDoubt(_, Side::Source { source, remains, .. })) => source.take().zip(Some(*remains)),
@@ -219,7 +221,7 @@ impl Supervisor {
         }
     }
 
-    /// The guest goes on here, or why it does not.
+    /// Handles the end of [`Self::resume_here`]'s thread.
     pub(super) fn resumed_here(&mut self, source: Box<MigrationSource>, resumed: Result<(), String>) {
         let Some(Resolving::TakingBack {
             decision,
@@ -243,7 +245,7 @@ impl Supervisor {
                 self.stop_second_copy();
             }
             (Some(Life::InDoubt(machine, Side::Source { doubt, remains, .. })), Err(error)) => {
-                // Somebody may have its disks: it stays a question.
+                // Another process may hold its disks' locks: the doubt stays.
                 let side = Side::Source {
                     source: Some(source),
                     doubt,
@@ -259,14 +261,14 @@ impl Supervisor {
         }
     }
 
-    /// Waits for an attempt to let the guest go on here, if there is one: it has the machine.
+    /// Waits until an attempt to resume the guest here has ended, if there is one: its thread has the machine.
     pub(super) fn settle_resolving(&mut self) {
         if let Some(Resolving::TakingBack { job, .. }) = self.resolving.take() {
             job.end();
         }
     }
 
-    /// A receiving job ended an attempt without a machine.
+    /// Handles the end of an attempt to receive a machine: none came.
     pub(super) fn attempt_ended(&mut self, reason: &str) {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let resolution = Resolution {
@@ -278,7 +280,7 @@ impl Supervisor {
         }
     }
 
-    /// A receiving job has a machine; `problem` says why it does not run.
+    /// Handles a machine that was received; `problem` says why it does not run.
     pub(super) fn machine_came(&mut self, problem: Option<&str>) {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let (verdict, message) = match problem {
@@ -301,7 +303,7 @@ impl Supervisor {
         }
     }
 
-    /// When to give up waiting for a decision to have an effect.
+    /// Until when to wait for a decision to have an effect.
     pub(super) fn deciding_until(&self) -> Option<Instant> {
         match &self.resolving {
             Some(Resolving::Deciding { until, .. }) => Some(*until),
@@ -309,7 +311,7 @@ impl Supervisor {
         }
     }
 
-    /// A decision had no effect: the source speaks.
+    /// Refuses a decision that had no effect: the source is alive again, and decides itself.
     pub(super) fn refuse_decision(&mut self) {
         if let Some(Resolving::Deciding { reply, .. }) = self.resolving.take() {
             answer(reply, Err(Refusal::NothingToDecide));
@@ -317,7 +319,7 @@ impl Supervisor {
     }
 }
 
-/// Answers and logs how it ended.
+/// Answers with the result and logs it.
 fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolved, message: String) {
     let as_asked = match decision {
         None => true,
@@ -333,7 +335,7 @@ fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolv
     answer(reply, Ok(resolution));
 }
 
-/// Asks on a thread of its own, which ends with its answer.
+/// Asks the destination on a thread of its own, which sends the answer as an event.
 fn start_question(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
     let ask = move || supervisor.send(Event::Answered(doubt.ask(ASK_TIMEOUT)));
     threads::spawn(Role::Resolve, "resolve", ask)?;
@@ -362,7 +364,7 @@ fn at_destination(reason: &str, decision: Option<Decision>) -> (Resolution, Opti
     (resolution, ending)
 }
 
-/// What is known.
+/// The answer as a sentence.
 fn describe(said: &Result<Answer, AskError>) -> String {
     match said {
         Ok(Answer::Runs) => "the guest runs at the destination".into(),
@@ -373,7 +375,7 @@ fn describe(said: &Result<Answer, AskError>) -> String {
     }
 }
 
-/// What an operator can do.
+/// What an operator can do after this answer.
 fn advice(said: &Result<Answer, AskError>) -> &'static str {
     match said {
         Ok(Answer::Kept { .. }) => {
