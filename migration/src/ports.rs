@@ -185,18 +185,18 @@ pub struct Rehearsal {
 
 /// The machine at the source.
 ///
-/// Calls come from one migration job, in the order of a migration: `mirror`, `start_dirty_log`, then `throttle`, `flush`
-/// and `rehearse` at any time, `pause`, `drain`, `save`, `release`. In a handover of memory there is no dirty
-/// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it
-/// throttled, `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log` and
-/// `stop_mirror` if it called `mirror`, also where that call failed or panicked. After "go" it calls `resume` only when the destination has said that it gave
-/// the machine up.
+/// Calls come from one migration job, in the order of a migration: `mirror`, `start_dirty_log`, then `throttle`,
+/// `flush` and `rehearse` at any time, `pause`, `drain`, `save`, `release`. In a handover of memory there is no dirty
+/// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it throttled,
+/// `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log` and
+/// `stop_mirror` if it called `mirror`, also where that call failed or panicked. After "go" it calls `resume` only when
+/// the destination has said that it gave the machine up.
 pub trait Source: Send {
     /// What the destination must be able to run.
     fn describe(&self) -> MachineDescription;
 
     /// Marks the disks for this migration. The marks stay until the next ones, or until the disks' locks are given up.
-    /// Fails where nobody could open a disk that does not `come` along, as it has no name any more.
+    /// Fails where the destination could not open a disk that does not `come` along, as it has no name any more.
     fn mark_disks(&mut self, come: bool) -> Result<Vec<DiskMark>, PortError>;
 
     /// Guest RAM; the regions are those of [`MachineDescription::memory`], in that order.
@@ -212,8 +212,8 @@ pub trait Source: Send {
 
     /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
     /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.
-    /// Asked after `start_dirty_log`, with all marks cleared, and only if `has_unused` said that it pays. Afterwards the
-    /// guest keeps nothing back for it, whatever came of it.
+    /// Asked after `start_dirty_log`, with all marks cleared, and only if `has_unused` said that it pays. Afterwards
+    /// the guest keeps nothing back for it, whatever came of it.
     fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError>;
 
     /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
@@ -250,8 +250,8 @@ pub trait Source: Send {
     /// `until`; then nothing is held.
     fn pause(&mut self, until: Instant) -> Result<Instant, PortError>;
 
-    /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM. An error if that
-    /// is not done at `until`.
+    /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM. An error if
+    /// that is not done at `until`.
     fn drain(&mut self, until: Instant) -> Result<(), PortError>;
 
     /// The state of vCPUs, interrupt controllers, clocks and devices: an encoded envelope

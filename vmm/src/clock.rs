@@ -1,9 +1,9 @@
 //! Clocks that go on: TSC, kvmclock and the TSC deadline advance by the time that a machine stood still.
 //!
 //! The guest's TSC is the host's, scaled where the frequencies differ, plus an offset per vCPU
-//! (Documentation/virt/kvm/devices/vcpu.rst, 4). The source saves what the guest's clocks say at one instant; the destination adds the time since then, as its
-//! own clock measured it, and computes offsets against its own TSC at one instant, so that vCPUs whose
-//! clocks were equal stay equal.
+//! (Documentation/virt/kvm/devices/vcpu.rst, 4). The source saves what the guest's clocks say at one instant; the
+//! destination adds the time since then, as its own clock measured it, and computes offsets against its own TSC at one
+//! instant, so that vCPUs whose clocks were equal stay equal.
 
 mod tsc;
 

@@ -1,7 +1,8 @@
-//! The guest's console: what it prints goes to standard output and to everybody who attached.
+//! The guest's console: what it prints goes to standard output and to every client that attached.
 //!
-//! The serial port writes on a vCPU's thread, the virtio console on the device thread, so nothing here may wait for a reader: bytes go into a bounded
-//! buffer, a thread of its own carries them to standard output, and a reader that is too slow loses bytes.
+//! The serial port writes on a vCPU's thread, the virtio console on the device thread, so nothing here may wait for a
+//! reader: bytes go into a bounded buffer, a thread of its own carries them to standard output, and a reader that is
+//! too slow loses bytes.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -49,14 +50,14 @@ struct ConsoleOutput {
     clients: Vec<Weak<ConsoleClient>>,
 }
 
-/// What somebody who attached has not taken yet.
+/// Output that an attached client has not read yet.
 #[derive(Default)]
 struct ConsoleClient {
     bytes: Mutex<VecDeque<u8>>,
     more: Notify,
 }
 
-/// The output as somebody who attached sees it.
+/// The output for one attached client.
 pub struct Attached(Arc<ConsoleClient>);
 
 impl Attached {
@@ -143,7 +144,7 @@ impl ConsoleShared {
                 Some(allowance) => allowance.spend(chunk.len() as u64, Instant::now()) as usize,
                 None => chunk.len(),
             };
-            // Nobody may be reading any more; the guest runs on all the same.
+            // The reader may have gone; the guest runs on all the same.
             let _ = descriptor.write_all(&chunk[..passed]);
             left_out.add((chunk.len() - passed) as u64);
             self.lock().writing = false;
@@ -166,7 +167,7 @@ impl ConsoleShared {
     }
 }
 
-/// Output that was too much at a time, and of which nobody was told.
+/// Output that was too much at a time, and that was not reported yet.
 #[derive(Default)]
 struct LeftOut {
     bytes: u64,
@@ -234,7 +235,7 @@ pub struct ConsoleInput(Arc<Mutex<Input>>);
 #[derive(Default)]
 struct Input {
     keyboard: Option<Keyboard>,
-    /// The size of the terminal, if somebody has said it.
+    /// The size of the terminal, if a client has set it.
     size: Option<TerminalSize>,
 }
 
@@ -257,7 +258,7 @@ impl ConsoleInput {
         keyboard.map_or(bytes.len(), |keyboard| keyboard.enqueue(bytes))
     }
 
-    /// The terminal that somebody looks at has this size; the last one to say so counts.
+    /// Sets the size of the terminal that shows the console; the last call counts.
     pub fn resize(&self, size: TerminalSize) {
         let mut input = self.lock();
         input.size = Some(size);

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rustix::mm::{Advice, madvise};
 
-/// Gives the mapped pages of the program's text back: most of it was needed for the start alone. What is needed again
+/// Releases the mapped pages of the program's text: most of it was needed for the start alone. What is needed again
 /// comes from the page cache.
 pub fn release_text() {
     let maps = std::fs::read_to_string("/proc/self/maps");
@@ -14,7 +14,7 @@ pub fn release_text() {
         return;
     };
     for range in text(&maps, &program.to_string_lossy()) {
-        // SAFETY: a private mapping of this program's file to which nobody can write, nor ever could: text, and what
+        // SAFETY: a private mapping of this program's file that is not writable, and never was: text, and what
         // lies before it in the file. Its pages are the file's and come back as they are when they are touched.
         let advised = unsafe { madvise(range.start as *mut _, range.len(), Advice::LinuxDontNeed) };
         if let Err(error) = advised {

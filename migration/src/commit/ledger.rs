@@ -54,7 +54,7 @@ impl Ledger {
         idle
     }
 
-    /// The state is restored; comes before anybody is told. Answers whether the machine is still wanted.
+    /// The state is restored; comes before "ready" is sent. Returns whether the machine was not given up meanwhile.
     pub(crate) fn ready(&mut self) -> bool {
         let Stage::Filling(token) = self.stage else {
             return false;
@@ -108,8 +108,8 @@ impl Ledger {
         }
     }
 
-    /// A source wants to know what became of its machine. If it is not ours by now, it never will be. Nothing
-    /// while that is about to be known: ask again after [`Ledger::resumed`] or [`Ledger::kept`].
+    /// Answers a source that asks what became of its machine. A machine that is not committed yet is given up by that.
+    /// `None` while it is being resumed: there is an answer after [`Ledger::resumed`] or [`Ledger::kept`].
     pub(crate) fn answer(&mut self, token: Token) -> Option<AttemptOutcome> {
         match &self.stage {
             Stage::Filling(ours) | Stage::Ready(ours) if *ours == token => {

@@ -8,15 +8,15 @@
 //! - the guest does not run in two places, and not at the source once it has run at the destination;
 //! - the source lets go of its copy only after the destination has taken the guest;
 //! - while both live, some way of deliveries, questions and `resolve` leads to a state in which the guest runs in
-//!   one place and nobody waits for anything.
+//!   one place and neither side waits for anything.
 //!
 //! Excepted is what no protocol can give: a guest whose only complete copy was in a process that crashed (the
 //! source's before "ready", the destination's after the commit) is gone. The operator here decides only what is
 //! sure: "run" at the destination when the source is dead, "run" at the source when the destination that had
 //! the machine is dead or has it paused, and never ran it.
 //!
-//! An operator who errs runs the guest at the destination while the source lives. Then it may run twice, and no protocol
-//! can help that; but it is noticed: the source goes on asking until it knows, and pauses its copy.
+//! An operator who errs runs the guest at the destination while the source lives. Then it may run twice, and no
+//! protocol can help that; but it is noticed: the source goes on asking until it knows, and pauses its copy.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -448,7 +448,7 @@ impl World {
         if (gone || kept) && (!destination.ran || self.erred) {
             self.add(next, "the operator runs it at the source", |world| {
                 world.source.claim = Claim::Running;
-                // Where it was kept, it is ended first, and nobody waits there any more.
+                // A machine that was kept is ended first; then the destination no longer waits.
                 if kept {
                     world.destination.ledger = Ledger::default();
                     world.destination.open = false;
@@ -531,7 +531,7 @@ impl World {
         let stage = self.destination.ledger.stage();
         let runs_there = self.destination.alive && matches!(stage, Stage::Committing(_) | Stage::Runs(_));
         if self.erred {
-            // It may run twice while somebody is still to find out.
+            // It may run twice as long as the source can still find out.
             let finds_out = self.source.open || self.source.withdraws.is_some();
             return (self.runs_at_source() && runs_there && !finds_out)
                 .then_some("the guest runs twice, and nobody notices");
@@ -548,7 +548,7 @@ impl World {
         None
     }
 
-    /// The guest runs in one place, and nobody waits; or there is no source to say anything about.
+    /// Whether the guest runs in one place and neither side waits, or the source has crashed.
     fn is_settled(&self) -> bool {
         let stage = self.destination.ledger.stage();
         let free = !self.destination.alive || *stage == Stage::Idle;

@@ -1,8 +1,8 @@
 //! Accepts connections for as long as there is a receiver, and reads from each its greeting: the beginning of a
 //! migration, one of its streams, or a question.
 //!
-//! Connections come from anybody who can reach the socket. Their number, their threads and the time for a greeting are
-//! bounded, and one that does not belong to the migration under way must not disturb it.
+//! Any process that can reach the socket may connect. The number of connections, their threads and the time for a
+//! greeting are bounded, and one that does not belong to the migration under way must not disturb it.
 
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

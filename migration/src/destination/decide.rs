@@ -1,7 +1,8 @@
 //! A machine that is ready waits for what decides who runs it: the source's "go" or abort, an operator's decision, or a
 //! question of the source on another connection.
 //!
-//! Whichever the ledger records first counts. The loss of the connection decides nothing, and no time-out ends the wait.
+//! Whichever the ledger records first counts. The loss of the connection decides nothing, and no time-out ends the
+//! wait.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -102,9 +103,9 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
             .with_ledger(|ledger| matches!(ledger.stage(), Stage::Ready(_)))
     }
 
-    /// Allows the operator to decide once the source has been silent for too long: it may be gone, which only the operator
-    /// can find out. "go" or an abort still counts if it comes first, and once the source sends again, only the source
-    /// decides. Returns whether the source is silent.
+    /// Allows the operator to decide once the source has been silent for too long: it may be gone, which only the
+    /// operator can find out. "go" or an abort still counts if it comes first, and once the source sends again, only
+    /// the source decides. Returns whether the source is silent.
     fn note_silence(&mut self) -> bool {
         let (last_byte_at, _) = self.last_byte;
         let silent = last_byte_at.elapsed() > self.local.options.io_timeout
@@ -119,8 +120,8 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
         silent
     }
 
-    /// Waits for the source, the operator or another connection. Returns what "go" or an abort of the source decides, if
-    /// one came.
+    /// Waits for the source, the operator or another connection. Returns what "go" or an abort of the source decides,
+    /// if one came.
     fn await_source(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
         let wakers = [self.local.rendezvous.event(), self.local.control.decided()];
         if !self.connected {

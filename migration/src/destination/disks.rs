@@ -1,5 +1,5 @@
-//! Writes the pages of disks that come along to the new disks. Does not flush or name them: the machine does, when it is
-//! restored.
+//! Writes the pages of disks that come along to the new disks. Does not flush or name them: the machine does, when it
+//! is restored.
 
 use std::fmt;
 use std::sync::Arc;
@@ -78,8 +78,8 @@ impl Disks {
         Ok(())
     }
 
-    /// The disk of a range of whole pages, the range's offset in it, and how many bytes of the range belong to it: the last
-    /// page may reach beyond the disk's end.
+    /// The disk of a range of whole pages, the range's offset in it, and how many bytes of the range belong to it: the
+    /// last page may reach beyond the disk's end.
     fn locate(&self, span: Span) -> Result<(&dyn BlankDisk, u64, u64), ReceiveError> {
         let Span { gpa, len } = span;
         let below = self.disks.partition_point(|(_, region)| region.gpa <= gpa);

@@ -97,8 +97,8 @@ pub enum ReceiveError {
     /// The receiver cannot wait for a source, or was cancelled meanwhile.
     #[error(transparent)]
     Transport(#[from] crate::transport::TransportError),
-    /// Threads of a failed attempt hang in writes. They keep the memory and the disks that they were to fill, so another
-    /// attempt could leave more of them.
+    /// Threads of a failed attempt hang in writes. They keep the memory and the disks that they were to fill, so
+    /// another attempt could leave more of them.
     #[error("{streams} data streams hang in a write to a disk or to memory; nothing more is received here")]
     Hang {
         /// How many.

@@ -1,7 +1,7 @@
 //! Follows the control connection while the streams fill memory, until all memory and the state have arrived.
 //!
-//! Acknowledges a round only when all its pages are in memory, and accepts each kind of message only in its turn. A source
-//! that is silent or makes no progress is given up after the time-outs of [`crate::ReceiveOptions`].
+//! Acknowledges a round only when all its pages are in memory, and accepts each kind of message only in its turn. A
+//! source that is silent or makes no progress is given up after the time-outs of [`crate::ReceiveOptions`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! One migration that arrives, from the source's announcement to the resume: checks and builds the machine, fills it,
 //! restores it, sends "ready", waits for the decision and lets the guest run.
 //!
-//! Must not let the guest run before the ledger records "go" or an operator's "run". What the source announces is checked
-//! before anything is built from it.
+//! Must not let the guest run before the ledger records "go" or an operator's "run". What the source announces is
+//! checked before anything is built from it.
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};

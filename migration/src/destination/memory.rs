@@ -86,8 +86,8 @@ impl Incoming {
         &self.arrived
     }
 
-    /// Receives one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory it covers,
-    /// zero pages included.
+    /// Receives one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory it
+    /// covers, zero pages included.
     pub(super) fn receive_batch(
         &self,
         link: &mut Link<'_>,

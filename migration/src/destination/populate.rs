@@ -1,8 +1,9 @@
 //! Makes memory resident before its content arrives, because the first touch of a page costs more than receiving it.
 //!
 //! The source names its pages in the order in which it will send them, and a thread populates memory a little ahead of
-//! what arrives. Further ahead it would take CPU time from the streams, and the pages that it cleared would have left the
-//! caches before they are written; a migration would begin slowly and end fast, which makes its time hard to predict.
+//! what arrives. Further ahead it would take CPU time from the streams, and the pages that it cleared would have left
+//! the caches before they are written; a migration would begin slowly and end fast, which makes its time hard to
+//! predict.
 //!
 //! It only saves time: it never changes what a page holds, and nothing waits for it.
 

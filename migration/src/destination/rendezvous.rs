@@ -15,8 +15,8 @@ use crate::control::Control;
 use crate::protocol::{AttemptOutcome, Features, Token};
 use crate::transport::{Connection, TransportError};
 
-/// Shared by the acceptor's threads, which bring connections, and the job, which waits for them. The commit's ledger lies
-/// here, so that the acceptor's threads can answer a source's question whatever the job is doing.
+/// Shared by the acceptor's threads, which bring connections, and the job, which waits for them. The commit's ledger
+/// lies here, so that the acceptor's threads can answer a source's question whatever the job is doing.
 #[derive(Debug)]
 pub(super) struct Rendezvous {
     state: Mutex<RendezvousState>,
@@ -103,8 +103,8 @@ impl Rendezvous {
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 
-    /// Brings a new source to the job that waits for one. Between two migrations no job waits for a moment: the call then
-    /// waits for it until `until`.
+    /// Brings a new source to the job that waits for one. Between two migrations no job waits for a moment: the call
+    /// then waits for it until `until`.
     pub(super) fn begin(&self, caller: Caller, until: Instant) -> Result<(), ConnectionRefusal> {
         let mut state = self.lock();
         loop {
@@ -154,8 +154,8 @@ impl Rendezvous {
         Ok(())
     }
 
-    /// Answers a source that asks what became of its machine. While the machine is being resumed the answer is not known:
-    /// the call waits for it until `until`, and returns `None` then.
+    /// Answers a source that asks what became of its machine. While the machine is being resumed the answer is not
+    /// known: the call waits for it until `until`, and returns `None` then.
     ///
     /// "go" may have arrived and not been read yet: the job gets a moment to read it before the machine is given up.
     pub(super) fn attempt_outcome(&self, token: Token, until: Instant) -> Option<AttemptOutcome> {

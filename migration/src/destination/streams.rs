@@ -113,8 +113,8 @@ impl Streams {
         self.lock().is_complete(round)
     }
 
-    /// The first error of a stream. An error that only says that a connection ended is held back for a moment, because the
-    /// source's abort may follow: then `None` and when to call again.
+    /// The first error of a stream. An error that only says that a connection ended is held back for a moment, because
+    /// the source's abort may follow: then `None` and when to call again.
     pub(super) fn failure(&self) -> (Option<ReceiveError>, Option<Instant>) {
         let mut state = self.lock();
         match &state.failure {
@@ -139,8 +139,8 @@ impl Streams {
         self.changed.notify_all();
     }
 
-    /// Waits until no thread uses guest memory or the disks any more; comes after [`Streams::end`]. An error if that takes
-    /// longer than `at_most`: as the connections are closed, a thread must hang in a write.
+    /// Waits until no thread uses guest memory or the disks any more; comes after [`Streams::end`]. An error if that
+    /// takes longer than `at_most`: as the connections are closed, a thread must hang in a write.
     pub(super) fn join(&self, at_most: Duration) -> Result<(), ReceiveError> {
         let waited = self
             .changed

@@ -1,4 +1,4 @@
-//! Frames as they come in, piece by piece, and what each is to whoever reads them. Nothing here waits.
+//! Reads frames piece by piece and sorts them by what they mean for the wait under way. Nothing here waits.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -20,7 +20,7 @@ const SHORT: u32 = 8 << 10;
 /// Which frames a connection may bring, by how far it has got.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Admitted {
-    /// Short messages: nobody knows yet who it is, or there is nothing more to be said.
+    /// Short messages: the peer has not said yet what the connection is for, or its exchange is over.
     #[default]
     Greeting,
     /// Messages of any length.
@@ -32,8 +32,8 @@ pub(crate) enum Admitted {
 }
 
 /// A frame that came, sorted by what it means for the wait that is under way. An abort is an error instead. A kind of
-/// message that no side waits for, should there ever be one, gets a variant of its own here, so that it neither counts as
-/// an answer nor as out of turn.
+/// message that no side waits for, should there ever be one, gets a variant of its own here, so that it neither counts
+/// as an answer nor as out of turn.
 #[derive(Debug)]
 pub(crate) enum Sorted {
     /// The peer is alive; there is nothing more to it.

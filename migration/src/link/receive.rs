@@ -1,4 +1,4 @@
-//! What a connection brings: answers that are waited for, and what comes unasked.
+//! Receives from a connection: answers that are waited for, and frames that come while this side sends.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -10,15 +10,15 @@ use super::wait::{self, Patience, Wanted};
 use super::{FAREWELL, Link, LinkError};
 use crate::protocol::{Frame, Message};
 
-/// More of them at once are no signs of life.
+/// The most keep-alives that are accepted in one call.
 const MAX_KEEP_ALIVES: usize = 64;
 
 /// A stream may be idle for longer than any migration lasts.
 const IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 impl Link<'_> {
-    /// An error if somebody asked for the end, or if the peer has given up or gone while it had nothing to
-    /// say. Does not wait.
+    /// An error if the migration was cancelled, or if the peer has aborted, closed the connection or sent anything else
+    /// out of turn. Does not wait.
     pub(crate) fn check(&mut self, what: &'static str) -> Result<(), LinkError> {
         self.check_cancel()?;
         for _ in 0..MAX_KEEP_ALIVES {
@@ -39,8 +39,8 @@ impl Link<'_> {
         })
     }
 
-    /// The next frame that is no keep-alive, from a peer that has to receive so many bytes before, on other connections:
-    /// as long as they get fewer it has the time of a step anew. An abort is an error, as is silence.
+    /// The next frame that is no keep-alive, from a peer that has to receive so many bytes before, on other
+    /// connections: as long as they get fewer it has the time of a step anew. An abort is an error, as is silence.
     fn receive_after(
         &mut self,
         what: &'static str,
@@ -130,7 +130,7 @@ impl Link<'_> {
     }
 
     /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
-    /// whoever ends the migration shuts this connection down.
+    /// the job shuts this connection down when the migration ends.
     pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
         match self.next_frame(IDLE, what)? {
             Sorted::Frame(frame) => Ok(frame),
@@ -161,7 +161,7 @@ impl Link<'_> {
         }
     }
 
-    /// Why the peer gave up, if it says so within a moment: the data streams end first.
+    /// Waits a moment for the peer's abort: its data streams end before it comes.
     pub(crate) fn await_abort(&mut self) -> Option<LinkError> {
         let until = Instant::now() + FAREWELL;
         loop {
@@ -212,8 +212,8 @@ impl Link<'_> {
         }
     }
 
-    /// Hears a peer while something is being sent: it may be alive, say why it gives up, or answer what it was sent
-    /// before.
+    /// Reads what the peer sends while this side is sending: a keep-alive, an abort, or the answer to an earlier
+    /// message, which is kept until it is asked for.
     pub(super) fn receive_while_sending(&mut self, what: &'static str) -> Result<(), LinkError> {
         match self.read_on(what)? {
             None | Some(Sorted::SignOfLife) => Ok(()),
@@ -228,7 +228,7 @@ impl Link<'_> {
         }
     }
 
-    /// Why the peer gave up, if it has said so already.
+    /// The peer's abort, if it has come already.
     pub(super) fn pending_abort(&mut self, what: &'static str) -> Option<LinkError> {
         for _ in 0..MAX_KEEP_ALIVES {
             match self.poll(what) {

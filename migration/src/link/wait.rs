@@ -77,7 +77,7 @@ impl Patience {
 }
 
 /// Waits until the connection has what is wanted, `wake` is readable (an error), or time is up (an error).
-/// Answers whether there is data to read that nobody asked for.
+/// Returns whether there is data to read although room to write was wanted.
 pub(super) fn wait(
     connection: &Connection,
     wanted: Wanted,

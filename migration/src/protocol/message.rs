@@ -1,4 +1,5 @@
-//! The messages of the control connection and the greetings of all connections; the order of the variants is the wire's.
+//! The messages of the control connection and the greetings of all connections; the order of the variants is the
+//! wire's.
 
 use std::ops::RangeInclusive;
 
@@ -107,11 +108,11 @@ pub(crate) enum Message {
         /// Why.
         reason: String,
     },
-    /// Source: I know that it runs; nobody will ask.
+    /// Source: it knows that the guest runs, and will not ask.
     Farewell,
     /// Either side, before "go": this migration is over.
     Abort {
-        /// Whether somebody asked for it.
+        /// Whether the sender was cancelled.
         cancelled: bool,
         /// Why.
         reason: String,

@@ -52,7 +52,8 @@ impl SourceJob<'_> {
         // If this is lost, the destination only waits in vain for the source to ask.
         let _ = link.send(&Message::Farewell);
 
-        // The way of "resumed" back to the source is not downtime. It took no longer than the exchange without the resume.
+        // The way of "resumed" back to the source is not downtime. It took no longer than the exchange without the
+        // resume.
         let exchange = arrived_at.duration_since(go_sent_at);
         let resumed = resumed.min(exchange);
         let way_back = (round_trip / 2).min((exchange - resumed) / 2);

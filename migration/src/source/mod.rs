@@ -57,8 +57,8 @@ pub struct Migrated {
     /// Set if the outcome is in doubt: the question to the destination.
     pub doubt: Option<Doubt>,
     /// Set if the guest runs at the source, and the destination may be ready and not know it: the question to ask until
-    /// there is an answer. If the answer is that the guest runs (or is kept) there, an operator has decided so, and it must
-    /// not run on at the source.
+    /// there is an answer. If the answer is that the guest runs (or is kept) there, an operator has decided so, and it
+    /// must not run on at the source.
     pub unanswered: Option<Doubt>,
     /// What is left to be undone once the guest is known to be here.
     pub remains: Remains,
@@ -169,8 +169,9 @@ impl<'a> SourceJob<'a> {
             .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))))
     }
 
-    /// After a failure, lets the guest run if it may and aborts the migration at the destination. Only the first call does
-    /// so. It comes before the streams are joined: a stream that hangs in a read must not hold up a guest that is paused.
+    /// After a failure, lets the guest run if it may and aborts the migration at the destination. Only the first call
+    /// does so. It comes before the streams are joined: a stream that hangs in a read must not hold up a guest that is
+    /// paused.
     fn handle_failure(
         &mut self,
         link: &mut Link<'_>,

@@ -25,8 +25,8 @@ const REHEARSALS: u32 = 4;
 
 /// The fewest pages that are sent without the cap in order to measure the bandwidth.
 const MIN_BURST_PAGES: u64 = 1024;
-/// The most pages of a burst. Between the two limits a burst has what the cap lets through in [`BURST_TIME`]: in a large
-/// one the time to wake the threads counts less.
+/// The most pages of a burst. Between the two limits a burst has what the cap lets through in [`BURST_TIME`]: in a
+/// large one the time to wake the threads counts less.
 const MAX_BURST_PAGES: u64 = 4096;
 /// The time of pre-copy that a burst may cost, in seconds.
 const BURST_TIME: f64 = 0.08;
@@ -68,15 +68,15 @@ impl SourceJob<'_> {
         }
     }
 
-    /// The pages of the first round: all of memory that may hold something. A page that was never touched is zero on both
-    /// sides and is not sent. Also returns the pages that the guest does not use.
+    /// The pages of the first round: all of memory that may hold something. A page that was never touched is zero on
+    /// both sides and is not sent. Also returns the pages that the guest does not use.
     fn first_pages(&mut self, crew: &Crew<'_>) -> Result<(PageSet, PageSet), MigrateError> {
         let mut populated = PageSet::of(crew.space.memory)?;
         self.call("populated", |source| source.populated(&mut populated))?;
         let mut untouched = populated.clone();
         untouched.invert();
-        // A log may start with all pages marked, so the marks of untouched pages are cleared. A page that is touched before
-        // that is found by the second call of `populated`; a page that is touched later is marked again.
+        // A log may start with all pages marked, so the marks of untouched pages are cleared. A page that is touched
+        // before that is found by the second call of `populated`; a page that is touched later is marked again.
         crew.space.clear_all(&untouched)?;
         self.call("populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = populated.pages_in_all() - populated.len();
@@ -137,8 +137,8 @@ impl SourceJob<'_> {
         Ok(advice)
     }
 
-    /// Measures how fast the final copy will be where pre-copy has a cap and the final copy has none: sends the first few
-    /// MiB of a round without the cap. The rest of the round is sent so much slower. Returns that rest.
+    /// Measures how fast the final copy will be where pre-copy has a cap and the final copy has none: sends the first
+    /// few MiB of a round without the cap. The rest of the round is sent so much slower. Returns that rest.
     fn burst(
         &mut self,
         link: &mut Link<'_>,
@@ -212,8 +212,8 @@ impl SourceJob<'_> {
         self.passes
     }
 
-    /// Returns whether the guest is to be paused now. Measures first what the pause costs besides the copy; the result, or
-    /// what was dirtied meanwhile, may call for one more round.
+    /// Returns whether the guest is to be paused now. Measures first what the pause costs besides the copy; the result,
+    /// or what was dirtied meanwhile, may call for one more round.
     fn confirm_switch(
         &mut self,
         link: &mut Link<'_>,

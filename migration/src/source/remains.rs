@@ -6,8 +6,8 @@ use super::MigrateError;
 use crate::ports::{PortError, Source};
 use crate::text::{chain, panic_message};
 
-/// What a migration has done to a machine besides pausing it. Each is set before the call is made, so that it also holds
-/// when the call fails half-way or panics.
+/// What a migration has done to a machine besides pausing it. Each is set before the call is made, so that it also
+/// holds when the call fails half-way or panics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Remains {
     pub(super) mirroring: bool,

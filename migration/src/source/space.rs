@@ -110,7 +110,8 @@ impl<'a> Space<'a> {
         Ok(pages)
     }
 
-    /// Clears the marks of a chunk's pages. Comes before any of them is read, so that a later write marks its page again.
+    /// Clears the marks of a chunk's pages. Comes before any of them is read, so that a later write marks its page
+    /// again.
     pub(super) fn clear(&self, chunk: &Chunk) -> Result<(), MigrateError> {
         match self.disk(chunk.region) {
             Some(disk) => {
@@ -148,8 +149,8 @@ impl<'a> Space<'a> {
         })
     }
 
-    /// A digest of RAM and disks, made by this many threads. Pages in `unused` were never sent and count as zero. An error
-    /// of `check` ends it.
+    /// A digest of RAM and disks, made by this many threads. Pages in `unused` were never sent and count as zero. An
+    /// error of `check` ends it.
     pub(super) fn digest(
         &self,
         unused: &PageSet,

@@ -1,5 +1,5 @@
-//! The switch: pauses the guest and sends what is left, first pages, then the state. Does not send "go": everything here
-//! can still be undone.
+//! The switch: pauses the guest and sends what is left, first pages, then the state. Does not send "go": everything
+//! here can still be undone.
 
 use std::time::{Duration, Instant};
 
@@ -82,8 +82,8 @@ impl SourceJob<'_> {
             self.offer(link, &state)?;
         }
         self.report.downtime.state_ms += lap.ms();
-        // Done while the destination restores, so it costs no downtime. Nothing writes memory since the state was saved,
-        // so a check right before "go" would not find more.
+        // Done while the destination restores, so it costs no downtime. Nothing writes memory since the state was
+        // saved, so a check right before "go" would not find more.
         check_nothing_dirty(&crew.space)?;
         Ok(Stopped {
             paused_at,

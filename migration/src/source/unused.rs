@@ -15,11 +15,11 @@ const MAX_REPORT_TIME: Duration = Duration::from_secs(2);
 const DEADLINE_SHARE: u32 = 20;
 
 impl SourceJob<'_> {
-    /// Removes from `populated`, the pages of the first round, those that the guest reports as unused, and returns them.
-    /// They count as zero until they are written.
+    /// Removes from `populated`, the pages of the first round, those that the guest reports as unused, and returns
+    /// them. They count as zero until they are written.
     ///
-    /// All marks are cleared before the guest is asked. So a page that it reports and that is not marked afterwards was not
-    /// written since the guest stopped using it. A page that is written later is marked, and sent then.
+    /// All marks are cleared before the guest is asked. So a page that it reports and that is not marked afterwards was
+    /// not written since the guest stopped using it. A page that is written later is marked, and sent then.
     pub(super) fn exclude_unused(
         &mut self,
         crew: &Crew<'_>,

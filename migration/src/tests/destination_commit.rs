@@ -1,4 +1,4 @@
-//! What a machine that is ready hears, from whom, and what is answered afterwards.
+//! What decides about a machine that is ready, and what the destination answers afterwards.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ fn a_source_that_is_silent_after_ready_and_asks_gets_its_guest_back() {
         hand
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
-    // Too late, and nobody's any more.
+    // Too late: the connection belongs to no migration any more.
     let _ = hand.control.link.send(&Message::KeepAlive);
     assert_eq!(ask(receiver.endpoint(), hand.token), AttemptOutcome::GaveUp);
     assert_receives(&mut receiver);

@@ -352,7 +352,7 @@ pub(super) struct FakeDestination {
     pub(super) missing_pages: u64,
     /// Whether the machine's disk is here, so that none has to come.
     pub(super) has_disk: bool,
-    /// Whether it wants a disk that nobody offers.
+    /// Whether it wants a disk that the source does not offer.
     pub(super) greedy: bool,
     /// Whether the disk that is made takes nothing.
     pub(super) disk_breaks: bool,

@@ -89,7 +89,7 @@ fn an_answer_that_comes_while_something_is_sent_is_not_lost() {
     link.admit(Admitted::Messages);
     let state = vec![7; 32 << 20];
     std::thread::scope(|scope| {
-        // Nobody reads yet, so that the state has to wait for room, and finds the answer there.
+        // The peer does not read yet, so that sending the state waits for room and receives the answer meanwhile.
         peer.write_all(&frame(&Message::Pong)).unwrap();
         let peer = &mut peer;
         let sending = scope.spawn(|| {

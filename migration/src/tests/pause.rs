@@ -180,7 +180,7 @@ fn a_disk_that_hangs_does_not_keep_the_guest() {
     let mut source = surprising(Box::new(move || {
         at_pause.hang_reads(true);
         at_pause.write_and_mark(8192, &[9; 4096]);
-        // Nobody listens any more at the next attempt.
+        // At the next attempt the channel's receiver is gone.
         let _ = paused.send(());
     }));
     source.disk = Some(disk.clone());

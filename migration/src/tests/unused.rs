@@ -46,7 +46,7 @@ fn what_the_guest_does_not_use_is_not_sent() {
     assert!(report.pages_sent <= 103, "and one by the drain: {report:?}");
     let there = destination.guest.as_ref().unwrap();
     for gpa in unused.into_iter().take(762) {
-        // Nobody touched it here, should the guest have stayed.
+        // The migration did not change it at the source, where the guest might have stayed.
         assert!(first_word(&source.guest, gpa) != 0 && first_word(there, gpa) == 0);
     }
     assert_eq!(source.listened, Some(Duration::from_secs(2)));

@@ -69,7 +69,7 @@ impl Connection {
         }
     }
 
-    /// Whom it leads to: of several addresses the one that answered.
+    /// The peer's endpoint: of several addresses the one that answered.
     pub(crate) fn peer(&self) -> &Endpoint {
         &self.peer
     }
@@ -79,7 +79,7 @@ impl Connection {
         matches!(self.stream, StreamSocket::Unix(_))
     }
 
-    /// Ends one direction or both; whoever waits for data then, on either side, wakes up.
+    /// Ends one direction or both. Threads that wait for data, on either side, wake up.
     pub(crate) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.stream {
             StreamSocket::Tcp(stream) => stream.shutdown(how),
@@ -236,7 +236,7 @@ fn begin(address: SocketAddr) -> io::Result<OwnedFd> {
     }
 }
 
-/// A socket that does not block while it connects, so that a cancel is heard.
+/// A socket that does not block while it connects, so that a cancel can end the wait.
 fn new_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(socket_with(family, SocketType::STREAM, flags, None)?)
@@ -276,7 +276,7 @@ mod tests {
         Control::new().unwrap()
     }
 
-    /// An address that drops whoever knocks: its queue is full, and stays so while what is returned lives.
+    /// An address that drops connections: its queue is full, and stays so while the returned sockets live.
     fn black_hole() -> (SocketAddr, (TcpListener, Vec<OwnedFd>)) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         rustix::net::listen(&listener, 0).unwrap();

@@ -21,7 +21,7 @@ use tokio::net::UnixStream;
 use super::CONSOLE_PROTOCOL;
 use super::types::Fault;
 
-/// How long an answer is waited for, if nobody says otherwise: no VM takes long over what needs nothing of its guest.
+/// How long to wait for an answer by default: a VM answers soon unless the request needs its guest.
 pub const ANSWER: Duration = Duration::from_secs(10);
 /// How long between two lines of a stream, of which there are ten a second.
 const NEXT_LINE: Duration = Duration::from_secs(30);

@@ -39,19 +39,19 @@ static LOG: OnceLock<Lines> = OnceLock::new();
 /// Whether the terminal is raw: it then takes a line feed for no more than that.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Says one line on standard error, if anybody reads it.
+/// Prints one line to standard error. Does not fail without a reader.
 pub fn print_line(line: &str) {
     let line = format!("godwit: {line}\n");
     match STDERR.get() {
         Some(stderr) => stderr.push(line.as_bytes()),
         None => {
-            // Nobody to tell it to.
+            // There is no other place to report the error.
             let _ = Descriptor::Stderr.write_patiently(line.as_bytes(), CLIENT_PATIENCE);
         }
     }
 }
 
-/// A client's answer on standard output. Whether anybody reads it changes nothing: what was asked for is done.
+/// Prints a client's answer to standard output. An error is only reported: the request was carried out.
 pub fn print(text: &str) {
     let printed = Descriptor::Stdout.write_patiently(text.as_bytes(), CLIENT_PATIENCE);
     if let Err(error) = ignore_broken_pipe(printed) {
@@ -64,7 +64,7 @@ pub fn write_stdout(bytes: &[u8]) -> io::Result<()> {
     ignore_broken_pipe(Descriptor::Stdout.write_all(bytes))
 }
 
-/// Whoever went away has seen enough.
+/// A reader that closed the pipe is no error: it has read enough.
 fn ignore_broken_pipe(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -85,7 +85,7 @@ pub fn flush() {
         .for_each(|lines| lines.flush(END_PATIENCE));
 }
 
-/// A panic is said as everything is: the default hook would wait for whoever reads standard error.
+/// Prints panics as other lines are printed: the default hook would wait for the reader of standard error.
 pub fn report_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic_text(panic);

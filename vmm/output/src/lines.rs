@@ -11,10 +11,10 @@ use super::{Descriptor, RAW};
 
 /// Bytes that wait for the thread; what comes on top is lost.
 const ROOM: usize = 256 << 10;
-/// How often it is tried to say how much was lost, and at most said how much was left out.
+/// How often the counts of lines that were lost or left out are written at most.
 const COUNTS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Takes lines and never waits for anybody; clones share it.
+/// Accepts lines and never waits for a reader; clones share the queue.
 #[derive(Clone)]
 pub(super) struct Lines {
     shared: Arc<LinesShared>,
@@ -78,7 +78,7 @@ impl Lines {
     pub(super) fn flush(&self, patience: Duration) {
         let queue = self.shared.lock();
         let unfinished = |queue: &mut LineQueue| queue.writing || !queue.text.is_empty();
-        // Whoever does not read does not get it.
+        // A reader that does not read in time loses the lines.
         let _ = self
             .shared
             .changed
@@ -102,7 +102,7 @@ impl LinesShared {
         }
     }
 
-    /// Waits for lines, or until there is something to say about those that are not there.
+    /// Waits for lines, or until counts of missing lines are due.
     fn wait_for_lines(&self, writer: &mut LineWriter) -> (Vec<u8>, u64) {
         let mut queue = self.lock();
         loop {
@@ -128,13 +128,13 @@ impl LinesShared {
 /// The thread's end: writes, and keeps account of what could not be written.
 struct LineWriter {
     to: Descriptor,
-    /// Lines that could not be written, and of which nobody was told.
+    /// Lines that could not be written, and that were not reported yet.
     lost: u64,
-    /// The same of lines that were too many.
+    /// Lines that were too many of a kind, and that were not reported yet.
     left_out: u64,
     /// Whether the last line that was written has no end.
     torn: bool,
-    /// When news of those was last tried to be told.
+    /// When writing the counts was last tried.
     counted_at: Option<Instant>,
 }
 
@@ -149,7 +149,7 @@ impl LineWriter {
         }
     }
 
-    /// When there is something to say besides lines; `None` if there is nothing.
+    /// When counts are to be written; `None` if there are none.
     fn counts_due(&self) -> Option<Instant> {
         let news = self.lost > 0 || self.left_out > 0;
         news.then(|| {
@@ -170,7 +170,7 @@ impl LineWriter {
         self.lost += self.put(text);
     }
 
-    /// Says what is not there, if it is time to.
+    /// Writes the counts of missing lines, if they are due.
     fn write_counts(&mut self) {
         if self.counts_due().is_none_or(|at| at > Instant::now()) {
             return;
@@ -210,7 +210,7 @@ impl LineWriter {
             match self.to.write(&whole[written..]) {
                 Ok(count @ 1..) => written += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nobody may be reading any more, or there is no room: the VM goes on all the same.
+                // The reader may have gone, or there is no room: the VM goes on all the same.
                 Ok(0) | Err(_) => break,
             }
         }

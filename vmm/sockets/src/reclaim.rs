@@ -13,7 +13,7 @@ use rustix::process::geteuid;
 use crate::error::{NamedListenerError, failed};
 use crate::{NamedListener, connect_now, folder, identity};
 
-/// Whoever holds the lock needs it for a few system calls, unless it was stopped in between.
+/// How long to wait for the lock: its holder needs it for a few system calls, unless it was stopped in between.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often the lock is tried.
 const RETRY: Duration = Duration::from_millis(1);
@@ -34,7 +34,7 @@ pub(crate) fn remove_stale(path: &Path) -> Result<(), NamedListenerError> {
     }
 }
 
-/// A locked file beside a socket, which nobody but the socket's user can open. Dropping it removes the file.
+/// A locked file beside a socket, which only the socket's user can open. Dropping it removes the file.
 struct SocketLock {
     path: PathBuf,
     _file: File,

@@ -1,4 +1,4 @@
-//! Sockets appear whole, and take nothing from anybody.
+//! Sockets appear whole, and never replace a file of another process.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::sync::Barrier;

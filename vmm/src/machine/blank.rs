@@ -92,14 +92,14 @@ impl Blank {
             .map_err(|error| self.failed("write it back", error))
     }
 
-    /// What [`Blank::give_name`] will cost, as far as that can be done before: what is durable now need not be made so
+    /// What [`Blank::publish`] will cost, as far as that can be done before: what is durable now need not be made so
     /// while the guest waits.
     pub(super) fn rehearse(&self) -> Result<(), PortError> {
         self.flush()?;
         self.sync_directory()
     }
 
-    /// Makes it durable and gives it its name, if nobody else has that by now.
+    /// Makes the disk durable and gives it its name, unless another file has that by now.
     pub(super) fn publish(&self) -> Result<(), PortError> {
         self.flush()?;
         let mut name = self.name();

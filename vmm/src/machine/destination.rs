@@ -54,7 +54,7 @@ pub struct MigrationDestination {
 }
 
 impl MigrationDestination {
-    /// For this host, with its reserve. Fails where KVM is not usable, before anybody connects.
+    /// Opens KVM and makes the reserve. Fails where KVM is not usable, before a source connects.
     pub fn new(arrival: HostOffer, console: Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let host = cpu::host_cpuid(&kvm)?;
@@ -325,7 +325,7 @@ impl Destination for MigrationDestination {
             .pending
             .take()
             .ok_or("resume: expected a restored machine, got a bare one")?;
-        // Whatever happens from here on, these are the guest's disks, until somebody decides otherwise.
+        // Whatever happens from here on, these are the guest's disks, until an operator discards the machine.
         self.blanks.iter().for_each(|blank| blank.keep());
         machine.set_made_disks(self.blanks.clone());
         machine.devices.take_locks()?;

@@ -49,7 +49,7 @@ use self::baseline::Baseline;
 use self::blank::Blank;
 use self::devices::DeviceSet;
 
-/// What a machine tells whoever owns it, from its own threads.
+/// What a machine's threads report to its owner.
 pub enum MachineEvent {
     /// The guest wants to end.
     Exit(GuestExit),
@@ -64,7 +64,7 @@ pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 /// each other do not meet.
 ///
 /// Lock order: a vCPU (in order of ids), then a device. A vCPU thread holds its vCPU while it is in the guest
-/// and takes a device's lock for one access; nobody who holds a device's lock waits for a vCPU.
+/// and takes a device's lock for one access; a thread that holds a device's lock never waits for a vCPU.
 pub struct Machine {
     // Dropped in this order: no vCPU runs when devices end, no device runs when the VM ends, and memory goes
     // last. A dirty log keeps VM and memory, in that order, as long as it is needed.
@@ -74,7 +74,7 @@ pub struct Machine {
     rings: Option<Arc<RingLog>>,
     vm: Arc<VmFd>,
     msrs: MsrList,
-    /// Before the memory itself, whose addresses may be somebody else's afterwards.
+    /// Dropped before the memory itself, whose addresses may be reused afterwards.
     _watched: WatchedMemory,
     memory: GuestMemory,
     /// Who brings its pages, if they are not all here.
@@ -112,8 +112,8 @@ impl Machine {
             })
     }
 
-    /// Lets the guest stand still for its user. Nothing is in flight then, and what the guest was told is written is in
-    /// the files of its disks, for whoever copies them.
+    /// Pauses the guest for its user. Nothing is in flight then, and all completed writes are in the files of its
+    /// disks, so that the user can copy them.
     pub fn pause_for_user(&self) -> Result<(), MachineError> {
         let was_paused = self.is_held_by(Holder::User);
         self.pause(Holder::User, park_deadline())?;
@@ -155,8 +155,8 @@ impl Machine {
         self.vcpus.resume(holder);
     }
 
-    /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have
-    /// given them up, and without them the guest must not run. To take one that is held is harmless.
+    /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have released
+    /// them, and without them the guest must not run. To take a lock that is held already is harmless.
     pub fn resume_after_migration(&self) -> Result<(), MachineError> {
         self.devices.take_locks()?;
         self.resume_devices();
@@ -202,7 +202,7 @@ impl Machine {
         self.devices.balloon()
     }
 
-    /// What its devices have counted, by their names. Waits for nobody.
+    /// What the devices have counted, by their names. Waits for no thread.
     pub fn metrics(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         self.devices.metrics()
     }
@@ -228,13 +228,13 @@ impl Machine {
         self.memory.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// Whether its pages come from another process: whoever touches one may wait for it, and for ever.
+    /// Whether the pages come from another process: a thread that touches one may wait for it for ever.
     pub fn has_fault_handler(&self) -> bool {
         self.fault_handler.is_some()
     }
 
-    /// Gives up what others can see of a machine whose threads nobody may wait for. They end with the process. What the
-    /// guest was told is written is in the files of its disks then.
+    /// Ends a machine whose threads must not be waited for: they end with the process. Removes what other processes can
+    /// see of it, and brings all completed writes to the files of its disks.
     pub fn abandon(self: Arc<Self>) {
         self.devices.close_sockets();
         self.devices.close_disks();

@@ -72,8 +72,8 @@ impl Machine {
         Ok(envelope.encode())
     }
 
-    /// The vCPUs are out, so what this finds is the last word: the news of an end does not travel with the state,
-    /// and whoever restores it would have a guest that stands still for ever.
+    /// An error if the guest has ended. The vCPUs are out, so it cannot end later. That it ended is not part of the
+    /// state: a machine restored from it would have a guest that stands still for ever.
     fn check_goes_on(&self) -> Result<(), MachineError> {
         let ended = match self.devices.exit_reason() {
             Some(reason) => format!("its end: {reason:?}"),

@@ -46,8 +46,8 @@ pub(super) fn write_new(memory: &GuestMemory) -> Result<(), MachineError> {
     Ok(memory.write_slice(&page, at).map_err(BootError::from)?)
 }
 
-/// Tells of a disruption, in the page. Answers whether there is such a page: a guest of an older version has none. What
-/// the guest has made of its fields is its own affair.
+/// Writes a disruption to the page. Returns whether there is such a page: a guest from an older version has none. The
+/// guest may have overwritten its fields; that harms only itself.
 fn write_disruption(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemoryError> {
     if memory.read_obj::<u32>(GuestAddress(layout::VMCLOCK))? != MAGIC {
         return Ok(false);
@@ -74,7 +74,7 @@ fn write_disruption(memory: &GuestMemory, disruption: Disruption) -> Result<bool
 }
 
 impl Machine {
-    /// Tells the guest of a disruption. Before it goes on, and after its interrupt controllers were restored.
+    /// Announces a disruption to the guest. Before it runs on, and after its interrupt controllers were restored.
     pub(super) fn announce_disruption(&self, disruption: Disruption) -> Result<(), MachineError> {
         if write_disruption(&self.memory, disruption).map_err(BootError::from)? {
             self.devices.vmclock.write(1).map_err(|source| MachineError::Io {

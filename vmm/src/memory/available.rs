@@ -158,7 +158,7 @@ fn room(group: &Path, limit: &str, usage: &str) -> Option<u64> {
     Some(limit.saturating_sub(number(usage)?))
 }
 
-/// Memory of a group that the kernel takes back before anybody is killed.
+/// Memory of a group that the kernel takes back before it kills a process.
 fn reclaimable(group: &Path, keys: &[&str]) -> u64 {
     let text = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
     keys.iter()

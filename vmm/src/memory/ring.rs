@@ -115,7 +115,7 @@ mod tests {
     }
 
     fn push(ring: &DirtyRing, index: usize, page: u64) {
-        // SAFETY: the index is in the ring, and nobody else uses it now.
+        // SAFETY: the index is in the ring, and no other code uses the ring now.
         let entry = unsafe { &mut *ring.entries.add(index).as_ptr() };
         (entry.slot, entry.offset) = (1, page);
         entry.flags.store(DIRTY, Ordering::Release);

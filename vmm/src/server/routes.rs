@@ -215,7 +215,7 @@ async fn migrate(
 }
 
 /// Writes lines while the migration goes on: the picture, every sample of its trace, and at last the report.
-/// Whether anybody reads makes no difference to the migration.
+/// The migration goes on whether the client reads them or not.
 async fn stream_progress(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
     let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
     let mut told = 0;

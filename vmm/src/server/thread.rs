@@ -183,8 +183,8 @@ async fn pass_size_on(mut resized: Signal, input: ConsoleInput) {
     }
 }
 
-/// The signals that ask for the end, but for those that whoever started this process has it ignore: a shell does
-/// so with SIGINT for a background job, which Ctrl-C on the foreground job is not meant for.
+/// The signals that ask for the end, except those that the process which started this one made it ignore: a shell does
+/// so with SIGINT for a background job, because Ctrl-C is meant for the foreground job.
 fn end_signals() -> io::Result<Vec<Signal>> {
     let ignored = std::fs::read_to_string("/proc/self/status").map_or(0, |status| ignored_signals(&status));
     let kinds = [
@@ -251,11 +251,11 @@ async fn serve(listener: UnixListener, context: Context, end: &Notify, head_time
     }
     drop(open);
     let all = free.acquire_many(MOST_CONNECTIONS as u32);
-    // Whoever has not got an answer by then gets none.
+    // A client that has no answer by then gets none.
     let _ = tokio::time::timeout(GRACE, all).await;
 }
 
-/// Says that there are too many connections, without waiting for whoever made this one.
+/// Answers that there are too many connections, without waiting for the client.
 fn refuse(stream: UnixStream) {
     // It still does not block; tokio knows nothing yet of what it is ready for.
     if let Ok(mut stream) = stream.into_std() {
@@ -278,7 +278,7 @@ mod tests {
         keep_failures();
         let directory = tempfile::tempdir().unwrap();
         let socket = ApiSocket::bind(&directory.path().join("vm.sock")).unwrap();
-        // Nobody answers for the supervisor; nothing here asks it.
+        // There is no supervisor; no request here needs one.
         let supervisor = SupervisorHandle::new(mpsc::channel().0);
         let server = ApiServer::start(socket, supervisor, Console::detached()).unwrap();
         (server, directory)

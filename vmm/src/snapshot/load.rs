@@ -154,7 +154,7 @@ pub(super) struct SnapshotFiles {
     pub(super) manifest: Manifest,
     pub(super) state: Vec<u8>,
     checksums: Vec<u64>,
-    /// Those that not everybody needs, if they are there.
+    /// The files that not every use needs, if they exist.
     memory: Option<File>,
     changed: Option<File>,
 }

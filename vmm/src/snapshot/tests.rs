@@ -283,7 +283,7 @@ fn damage_to_a_difference_is_found() {
     }
 }
 
-/// Runs that somebody can seal who knows how.
+/// Runs that cannot be, under a seal that is right.
 #[test]
 fn changed_pages_that_cannot_be_are_refused() {
     for run in [
@@ -331,7 +331,7 @@ fn a_snapshot_knows_its_age() {
     assert_eq!(age("from the future", SystemTime::now() + hour), Duration::ZERO);
 }
 
-/// What somebody can seal who knows how.
+/// Nonsense under a seal that is right.
 #[test]
 fn sealed_nonsense_is_refused() {
     let region = |gpa, len| MemoryRegion { gpa, len };
@@ -465,7 +465,7 @@ proptest! {
     }
 }
 
-/// Somebody else's memory, state or pages, of just the right length, are not this snapshot's.
+/// The memory, state or pages of another user, of just the right length, are not this snapshot's.
 #[test]
 fn links_are_not_followed() {
     let open = |path: &Path, is_difference: bool| match is_difference {

@@ -1,5 +1,5 @@
-//! The threads of migrations: one that moves the machine away, and one that waits for a machine to arrive. Each reports its
-//! end to the supervisor as an event, and changes nothing of the supervisor's itself.
+//! The threads of migrations: one that moves the machine away, and one that waits for a machine to arrive. Each reports
+//! its end to the supervisor as an event, and changes nothing of the supervisor's itself.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

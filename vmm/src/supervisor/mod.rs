@@ -1,4 +1,5 @@
-//! The supervisor: the main thread and the only owner of the machine. Handles one event after another until the VM ends.
+//! The supervisor: the main thread and the only owner of the machine. Handles one event after another until the VM
+//! ends.
 //!
 //! It must never wait for a guest, a peer or a disk: whatever may take its time runs on a thread of its own and comes
 //! back as an [`Event`]. While a job has the machine, requests that would conflict are refused or put off.
@@ -216,7 +217,8 @@ impl Supervisor {
         };
         let may_hang = matches!(ending, Err(SupervisorError::FaultHandlerGone));
         if may_hang {
-            // Jobs may wait for pages for ever. The API's clients that wait for them get the answer that the VM has ended.
+            // Jobs may wait for pages for ever. The API's clients that wait for them get the answer that the VM has
+            // ended.
             (self.migration, self.snapshot) = (None, None);
         }
         let ending = self.settle(ending);
@@ -268,7 +270,8 @@ impl Supervisor {
             MachineEvent::Exit(GuestExit::Reset) => self.reset(),
             MachineEvent::Exit(reason) => Some(Ok(Ending::Guest(reason))),
             MachineEvent::VcpuFailed(VcpuFailure::TripleFault(vcpu)) => {
-                // After a reset, and before its vCPUs were stopped, a guest may have caused a triple fault to reset itself.
+                // After a reset, and before its vCPUs were stopped, a guest may have caused a triple fault to reset
+                // itself.
                 let machine = self.machine().ok();
                 if let Some(reason) = machine.and_then(|machine| machine.exit_reason()) {
                     return self.handle_machine_event(MachineEvent::Exit(reason));

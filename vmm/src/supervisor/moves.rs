@@ -1,7 +1,7 @@
 //! Migrations: starts and cancels a move to a destination, and takes over a machine that arrives.
 //!
-//! The job threads do the work; here is only what follows for the machine's owner. A machine that arrived after "go" must
-//! be kept whatever else fails: it may be the only copy.
+//! The job threads do the work; here is only what follows for the machine's owner. A machine that arrived after "go"
+//! must be kept whatever else fails: it may be the only copy.
 
 use std::sync::Arc;
 

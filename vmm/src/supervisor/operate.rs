@@ -97,8 +97,8 @@ impl Supervisor {
         self.machine()?.balloon().ok_or(Refusal::NoBalloon)
     }
 
-    /// Asks the guest to give up this much memory. The target is part of the machine's state, so it can be changed until
-    /// the state is saved.
+    /// Asks the guest to give up this much memory. The target is part of the machine's state, so it can be changed
+    /// until the state is saved.
     pub(super) fn set_balloon(&self, bytes: u64) -> Result<(), Refusal> {
         let machine = self.machine()?;
         let balloon = self.balloon()?;
@@ -116,8 +116,8 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Handles a signal or key that asks for the end: the first one presses the power button, a second one ends the VM. So
-    /// does the first one if the guest cannot react to the button.
+    /// Handles a signal or key that asks for the end: the first one presses the power button, a second one ends the VM.
+    /// So does the first one if the guest cannot react to the button.
     pub(super) fn terminate(&mut self) -> Option<Ending> {
         if self.cancel_receiving() {
             return None;
@@ -198,8 +198,9 @@ impl Supervisor {
         }
     }
 
-    /// Cancels the receiving job, if there is one, and returns whether there is. The job's event then says how it ended: after
-    /// "ready" it cannot be cancelled, and a machine that arrives all the same is the only copy of its guest.
+    /// Cancels the receiving job, if there is one, and returns whether there is. The job's event then says how it
+    /// ended: after "ready" it cannot be cancelled, and a machine that arrives all the same is the only copy of its
+    /// guest.
     pub(super) fn cancel_receiving(&mut self) -> bool {
         let Some(Life::Receiving(job)) = &self.life else {
             return false;
@@ -214,8 +215,9 @@ fn far_future() -> Instant {
     Instant::now() + NEVER
 }
 
-/// Decides whether a request for the end is a second one: one that follows at once belongs to the first (a service manager
-/// sends two signals, a key repeats), and one that comes much later may come from a user who does not know of the first.
+/// Decides whether a request for the end is a second one: one that follows at once belongs to the first (a service
+/// manager sends two signals, a key repeats), and one that comes much later may come from a user who does not know of
+/// the first.
 #[derive(Debug, Default)]
 pub(super) struct DoubtAlarm(Option<Instant>);
 

@@ -1,5 +1,5 @@
-//! Operations that may take seconds, each on a thread of its own: a vCPU may be slow to leave the guest, and a disk image
-//! slow to be measured. The supervisor handles other requests meanwhile, and puts off those that would conflict.
+//! Operations that may take seconds, each on a thread of its own: a vCPU may be slow to leave the guest, and a disk
+//! image slow to be measured. The supervisor handles other requests meanwhile, and puts off those that would conflict.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -45,8 +45,8 @@ impl Supervisor {
         self.operate(self.idle_machine().cloned(), false, resume, reply);
     }
 
-    /// Reads a disk's size anew and changes its limits. A migration has described both to the destination, so this needs an
-    /// idle machine.
+    /// Reads a disk's size anew and changes its limits. A migration has described both to the destination, so this
+    /// needs an idle machine.
     pub(super) fn update_disk(&mut self, update: Box<DriveUpdate>, reply: Reply<()>) {
         let machine = self.idle_machine().cloned();
         self.operate(machine, false, move |machine| change(machine, &update), reply);

@@ -149,7 +149,8 @@ pub(crate) enum Event {
     Answered(Result<Answer, AskError>),
     /// A machine in doubt was resumed here, or why it was not.
     TakenBack(Box<MigrationSource>, Result<(), String>),
-    /// The answer of a destination that may have been ready when the guest was resumed here; `None` if it did not answer.
+    /// The answer of a destination that may have been ready when the guest was resumed here; `None` if it did not
+    /// answer.
     Withdrawn(Doubt, Option<Answer>),
     /// The receiving job has no machine after all, and waits for the next.
     AttemptFailed(String),

@@ -50,8 +50,8 @@ impl Supervisor {
         });
     }
 
-    /// Handles a reset of the guest. A job that has the machine ends first, which it does soon: a guest that has reset is
-    /// neither migrated nor saved.
+    /// Handles a reset of the guest. A job that has the machine ends first, which it does soon: a guest that has reset
+    /// is neither migrated nor saved.
     pub(super) fn reset(&mut self) -> Option<Result<Ending, SupervisorError>> {
         let ending = Some(Ok(Ending::Guest(GuestExit::Reset)));
         if self.stop_at.is_some() || self.leaving {
@@ -101,7 +101,8 @@ impl Supervisor {
         if self.resetting { self.reset() } else { None }
     }
 
-    /// Starts the guest of the new machine. Before the supervisor owned the machine, a reset of it would have been lost.
+    /// Starts the guest of the new machine. Before the supervisor owned the machine, a reset of it would have been
+    /// lost.
     pub(super) fn booted(&mut self) {
         if let (Some(reboot), Some(Life::Here(machine))) = (&mut self.reboot, &self.life) {
             reboot.since = Instant::now();

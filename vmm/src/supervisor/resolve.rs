@@ -1,8 +1,8 @@
 //! Resolves migrations in doubt: asks the destination, and carries out what an operator may decide.
 //!
-//! At the source, "go" was sent and no answer came. Only the destination knows the outcome, so it is always asked first;
-//! its answer counts more than the operator's decision. At the destination, "go" came and the guest could not be resumed,
-//! or the source fell silent after "ready": there only the operator can decide.
+//! At the source, "go" was sent and no answer came. Only the destination knows the outcome, so it is always asked
+//! first; its answer counts more than the operator's decision. At the destination, "go" came and the guest could not be
+//! resumed, or the source fell silent after "ready": there only the operator can decide.
 //!
 //! Nothing here may run a guest that runs at the other side, so far as the other side answers.
 //!

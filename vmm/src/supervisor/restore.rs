@@ -32,8 +32,8 @@ impl RestoreJob {
 }
 
 impl Supervisor {
-    /// Has `restore` make the machine, then calls `announce`. `may_hang` says whether its memory comes from a fault handler,
-    /// for which the thread may wait for ever.
+    /// Has `restore` make the machine, then calls `announce`. `may_hang` says whether its memory comes from a fault
+    /// handler, for which the thread may wait for ever.
     pub fn restore(
         &mut self,
         restore: impl FnOnce() -> Result<Machine, MachineError> + Send + 'static,

@@ -1,5 +1,5 @@
-//! Snapshots: saves the machine to files on a thread of its own. Whatever fails before the snapshot is complete leaves the
-//! guest running.
+//! Snapshots: saves the machine to files on a thread of its own. Whatever fails before the snapshot is complete leaves
+//! the guest running.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -122,8 +122,8 @@ fn start(
     })
 }
 
-/// Writes the snapshot. The guest runs on as soon as its memory was read, or stays paused for good once everything is on
-/// the disk. A failure before that leaves it running.
+/// Writes the snapshot. The guest runs on as soon as its memory was read, or stays paused for good once everything is
+/// on the disk. A failure before that leaves it running.
 fn write(
     machine: &Machine,
     request: &SnapshotRequest,

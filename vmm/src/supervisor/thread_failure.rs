@@ -16,7 +16,8 @@ impl Supervisor {
         match failure.role {
             // The guest cannot go on, or only as one whose disks never answer.
             Role::Vcpu | Role::Devices => Some(Err(failure.into())),
-            // Without this thread the end of the fault handler is not noticed, and the guest would wait for ever for a page.
+            // Without this thread the end of the fault handler is not noticed, and the guest would wait for ever for a
+            // page.
             Role::FaultHandler => Some(Err(failure.into())),
             Role::Api => self.serve_api_again(failure, server),
             // No source can connect any more. A machine that is on its way is waited for.
@@ -48,8 +49,8 @@ impl Supervisor {
         }
     }
 
-    /// Serves the API again, up to a limit. Beyond it the VM cannot be controlled any more: its guest is asked to shut down,
-    /// unless the guest may run elsewhere as well, as such a copy has to be kept.
+    /// Serves the API again, up to a limit. Beyond it the VM cannot be controlled any more: its guest is asked to shut
+    /// down, unless the guest may run elsewhere as well, as such a copy has to be kept.
     fn serve_api_again(
         &mut self,
         failure: Failure,

@@ -54,7 +54,7 @@ pub enum Role {
     Acceptor,
     /// Reads from a connection what it is for.
     Greeting,
-    /// Does a part of the work of whoever waits for its end.
+    /// Does a part of the work of another thread, which waits for its end.
     Helper,
 }
 
@@ -78,8 +78,8 @@ type FailureListener = Arc<dyn Fn(Failure) + Send + Sync>;
 
 static LISTENER: Mutex<Option<FailureListener>> = Mutex::new(None);
 
-/// From here on `listener` hears of every thread that fails, on that thread and before its end. There is one listener: the
-/// last.
+/// From here on `listener` hears of every thread that fails, on that thread and before its end. There is one listener:
+/// the last.
 pub fn report_failures_to(listener: impl Fn(Failure) + Send + Sync + 'static) {
     *LISTENER.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(listener));
 }
@@ -129,7 +129,7 @@ pub fn joined<T>(joined: std::thread::Result<Result<T, Failure>>) -> Result<T, F
     })
 }
 
-/// What somebody who panicked had to say.
+/// The message of a panic.
 pub fn panic_message(panic: &(dyn Any + Send)) -> String {
     if let Some(message) = panic.downcast_ref::<&str>() {
         (*message).into()
@@ -182,7 +182,7 @@ mod tests {
         });
         assert_eq!(joined(seven.unwrap().join()), Ok(7));
 
-        // The scope returns although nobody has joined.
+        // The scope returns although no thread was joined.
         std::thread::scope(|scope| {
             spawn_scoped(scope, Role::Stream, "stream 3", || {
                 panic!("at {}", 3);

@@ -15,9 +15,9 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// All addresses of a name, in the system's order, or the absolute path of a socket. What looks up a name may hang, or
-    /// come from whoever runs this host and crash (a static program loads the host's NSS modules): no guest is in this
-    /// process yet, or ever.
+    /// All addresses of a name, in the system's order, or the absolute path of a socket. To look up a name may hang, or
+    /// crash in one of the host's NSS modules, which a static program loads: this process has no guest yet, or never
+    /// will.
     pub(crate) fn resolve(&self) -> anyhow::Result<Endpoint> {
         match self {
             Place::Named { host, port } => {

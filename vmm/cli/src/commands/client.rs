@@ -30,7 +30,7 @@ use crate::args::{DiskArgs, ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs}
 use crate::process::terminal::{ESCAPE, RawTerminal};
 use crate::report::figures::bytes;
 
-/// A VM that is silent for so long is listed as such, and ended where somebody insists.
+/// A VM that is silent for this long is listed as such, and ended by `stop --force`.
 const SILENCE: Duration = Duration::from_secs(3);
 /// How long `pause`, `resume` and `disk` may take: each waits up to 10 s for a vCPU or an image, and for one before it.
 const OPERATION: Duration = Duration::from_secs(30);
@@ -235,7 +235,7 @@ async fn act(client: &Client, action_type: ActionType, force: bool) -> anyhow::R
     Ok(client.send_json(Method::PUT, "/actions", &action).await?)
 }
 
-/// Whether nobody listens at the socket any more, within `timeout`.
+/// Waits up to `timeout`; returns whether no process listens on the socket any more.
 pub(super) async fn ended(path: &Path, timeout: Duration) -> bool {
     let gone = async {
         while !is_abandoned(path).await {
@@ -281,8 +281,8 @@ fn table(infos: &[InstanceInfo]) -> String {
     table
 }
 
-/// What each VM says of itself, in their order. They are asked at the same time, so that one that does not answer holds up
-/// nobody; it is listed as such.
+/// What each VM says of itself, in their order. All are asked at the same time, so that one that does not answer does
+/// not delay the others; it is listed as such.
 async fn request_infos(vms: Vec<(String, PathBuf)>) -> Vec<InstanceInfo> {
     let asked: Vec<_> = vms
         .into_iter()
@@ -374,7 +374,7 @@ async fn relay(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite) -> io:
                 return Ok(());
             }
             match stdout.write_all(&chunk[..count]).await.and(stdout.flush().await) {
-                // Whoever went away has seen enough.
+                // A reader that closed the pipe has read enough.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 written => written?,
             }

@@ -20,7 +20,7 @@ const START: Duration = Duration::from_secs(30);
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?.patient(START);
     let request = request(&args)?;
-    // Before anything happens: whoever asked for a trace shall not find out afterwards that there is none.
+    // Before anything else, so that a trace that cannot be written is an error before the migration.
     let trace = args
         .trace
         .as_deref()

@@ -62,8 +62,8 @@ impl Owner {
     }
 }
 
-/// The process that has the socket at `path`. The kernel says so of a process that is stopped as well, and waits for
-/// nobody.
+/// The process that listens on the socket at `path`. The kernel answers without waiting, also if that process is
+/// stopped.
 pub(super) fn listener(path: &Path) -> io::Result<Pid> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -71,7 +71,7 @@ pub(super) fn listener(path: &Path) -> io::Result<Pid> {
     Ok(socket_peercred(socket.as_fd())?.pid)
 }
 
-/// What a process is called, which everybody may know, unlike the file that it runs.
+/// A process's name, which any user may read, unlike the path of its program.
 fn program(pid: Pid) -> io::Result<String> {
     let name = std::fs::read_to_string(format!("/proc/{pid}/comm"))?;
     Ok(name.trim_end().to_owned())

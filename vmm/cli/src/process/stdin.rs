@@ -1,5 +1,5 @@
-//! What comes on standard input goes to the guest. Where that is a terminal, it is only touched while this job is in its
-//! foreground: elsewhere the kernel would stop the process, and the guest with it.
+//! What comes on standard input goes to the guest. Where that is a terminal, it is only touched while this job is in
+//! its foreground: elsewhere the kernel would stop the process, and the guest with it.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
@@ -50,8 +50,8 @@ impl JobTerminal {
         })))
     }
 
-    /// Makes it raw, so that every key goes to the guest, if this job is in its foreground; whether it is. A shell that had
-    /// it meanwhile has given it other modes.
+    /// Makes the terminal raw, so that every key goes to the guest, if this job is in its foreground; returns whether
+    /// it is. A shell that had the terminal meanwhile has changed its modes.
     fn make_raw(&self) -> bool {
         let mut modes = self.modes();
         if modes.restored || !self.is_ours() {
@@ -77,7 +77,7 @@ impl JobTerminal {
         true
     }
 
-    /// Gives it back as it was. In the background it is somebody else's.
+    /// Restores the terminal's modes, unless this job is in the background: then another job uses the terminal.
     pub(crate) fn restore(&self) {
         let mut modes = self.modes();
         modes.restored = true;
@@ -89,7 +89,7 @@ impl JobTerminal {
         }
     }
 
-    /// Whether this job is in its foreground. A terminal that controls nobody's jobs is always ours.
+    /// Whether this job is in the terminal's foreground. A terminal without job control is always this job's.
     fn is_ours(&self) -> bool {
         tcgetpgrp(&self.file).map_or(true, |foreground| foreground == getpgrp())
     }
@@ -99,8 +99,8 @@ impl JobTerminal {
     }
 }
 
-/// The terminal behind `stdin`, opened for this process alone where its name is known: then a read does not wait for a line
-/// if the terminal has other modes by then, and nobody else's reads are changed.
+/// The terminal behind `stdin`, opened for this process alone where its name is known: then a read does not wait for a
+/// line if the terminal has other modes by then, and the reads of other processes do not change.
 fn open_again(stdin: &io::Stdin) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = ttyname(stdin, Vec::new()).and_then(|name| open(name, flags, Mode::empty()));
@@ -110,7 +110,8 @@ fn open_again(stdin: &io::Stdin) -> io::Result<File> {
     }))
 }
 
-/// Passes standard input on to the guest. In a terminal, which is returned, the escape key goes to the supervisor instead.
+/// Passes standard input on to the guest. In a terminal, which is returned, the escape key goes to the supervisor
+/// instead.
 pub(crate) fn forward_stdin(
     server: &ApiServer,
     supervisor: SupervisorHandle,
@@ -152,7 +153,7 @@ fn forward_keys(
         if !wait(terminal, continued, ours) {
             continue;
         }
-        // Not through a buffer, which would hold what belongs to whoever has the terminal next.
+        // Not through a buffer: it would hold input that is meant for the next job in the foreground.
         match rustix::io::read(&terminal.file, &mut chunk) {
             Ok(0) => return,
             Ok(count) if chunk[..count].contains(&ESCAPE) => supervisor.escape(),

@@ -47,7 +47,7 @@ pub(crate) fn made_raw(terminal: &File, before: &Termios) {
     output::set_raw_terminal(true);
 }
 
-/// It has its own modes, or is somebody else's.
+/// Notes that the terminal has its own modes, or that another job uses it.
 pub(crate) fn not_raw() {
     output::set_raw_terminal(false);
     IS_RAW.store(false, Ordering::Relaxed);
@@ -64,7 +64,7 @@ impl Drop for RawTerminal {
 
 /// Restores the terminal if it is raw. Can be called in a signal handler.
 pub(crate) fn restore_at_once() {
-    // Nobody is left to be told.
+    // The process ends: an error cannot be reported any more.
     let _ = restore();
 }
 
