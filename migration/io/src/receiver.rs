@@ -106,7 +106,7 @@ mod tests {
     };
 
     #[test]
-    fn a_little_content_wakes_nobody_and_its_rest_does_and_then_every_byte() {
+    fn a_little_content_does_not_wake_the_receiver_and_its_rest_does_and_then_every_byte() {
         let memory = memory();
         let (mut near, far) = tcp_pair();
         let mut receiver = PageReceiver::new(far.as_fd());

@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_word_after_ready_counts() {
+    fn the_first_decision_after_ready_counts() {
         let mut gone = ready();
         assert!(gone.go() && !gone.go() && !gone.discard() && !gone.decide(Decision::Discard));
         assert_eq!(gone.answer(A), None);

@@ -158,7 +158,7 @@ fn contains(bytes: &[u8], text: &str) -> bool {
 }
 
 #[test]
-fn whoever_is_not_welcome_costs_a_good_source_nothing() {
+fn refused_connections_do_not_disturb_a_source() {
     let mut receiver = receiver(TCP);
     let (received, _, destination) = meet(&mut receiver, |to, _| {
         // More silent ones than are heard at a time, some in the middle of a word.
@@ -198,7 +198,7 @@ fn whoever_is_not_welcome_costs_a_good_source_nothing() {
 }
 
 #[test]
-fn bytes_on_a_stream_are_signs_of_life() {
+fn bytes_on_a_stream_count_as_life() {
     let options = ReceiveOptions {
         io_timeout: Duration::from_secs(1),
         ..ReceiveOptions::default()
@@ -226,7 +226,7 @@ fn bytes_on_a_stream_are_signs_of_life() {
 }
 
 #[test]
-fn nobody_is_listened_to_for_longer_than_a_greeting_may_be() {
+fn a_greeting_has_a_time_limit() {
     let receiver = receiver(TCP);
     let to = receiver.endpoint();
     // Headers alone: their content is not waited for, let alone kept.
@@ -408,7 +408,7 @@ fn a_description_that_promises_too_much_builds_nothing() {
 }
 
 #[test]
-fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
+fn a_receiver_that_is_dropped_ends_all_waits() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let receiver = receiver(&format!("unix:{}", path.display()));
@@ -422,7 +422,7 @@ fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
 }
 
 #[test]
-fn a_cancelled_receiver_says_so_and_takes_no_more() {
+fn a_cancelled_receiver_reports_it_and_accepts_no_more() {
     let mut receiver = receiver(TCP);
     let there = control();
     there.cancel();

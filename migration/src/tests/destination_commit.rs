@@ -44,7 +44,7 @@ fn a_source_that_withdraws_while_memory_comes_is_answered_as_well() {
 }
 
 #[test]
-fn a_source_that_sends_go_and_is_lost_hears_that_the_guest_runs() {
+fn a_source_that_is_lost_after_go_gets_the_answer_that_the_guest_runs() {
     let mut receiver = receiver(TCP);
     let (received, token, destination) = meet(&mut receiver, |to, _| {
         let mut hand = Hand::open(to, 2);
@@ -86,7 +86,7 @@ fn a_question_waits_for_a_guest_that_is_about_to_run() {
 }
 
 #[test]
-fn a_machine_that_does_not_run_is_kept_and_says_why() {
+fn a_machine_that_does_not_run_is_kept_with_the_reason() {
     for fault in [PortFault::Error, PortFault::Panic] {
         let mut receiver = receiver(TCP);
         let (to, there) = (receiver.endpoint().clone(), control());
@@ -143,7 +143,7 @@ fn a_lost_connection_leaves_a_ready_machine_to_its_operator() {
 }
 
 #[test]
-fn a_source_that_speaks_again_decides_itself() {
+fn a_source_that_sends_again_decides_itself() {
     let options = ReceiveOptions {
         io_timeout: Duration::from_secs(1),
         ..ReceiveOptions::default()
@@ -218,7 +218,7 @@ fn a_lost_connection_before_ready_discards_the_machine() {
 }
 
 #[test]
-fn an_operator_decides_for_a_source_that_is_silent_and_not_once_it_speaks_again() {
+fn an_operator_decides_only_while_the_source_is_silent() {
     let patient = Duration::from_secs(20);
     let options = ReceiveOptions {
         io_timeout: Duration::from_millis(300),

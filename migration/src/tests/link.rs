@@ -41,7 +41,7 @@ fn rest(mut peer: UnixStream) -> usize {
 }
 
 #[test]
-fn a_look_does_not_wait_for_the_rest_of_a_frame() {
+fn a_poll_does_not_wait_for_the_rest_of_a_frame() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
@@ -65,7 +65,7 @@ fn a_look_does_not_wait_for_the_rest_of_a_frame() {
 }
 
 #[test]
-fn a_look_ends_a_frame_that_takes_longer_than_a_step() {
+fn a_poll_ends_a_frame_that_takes_longer_than_a_step() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let step = Duration::from_millis(30);
@@ -123,7 +123,7 @@ fn an_answer_is_waited_for_as_long_as_bytes_arrive() {
 }
 
 #[test]
-fn only_what_is_due_is_taken() {
+fn only_frames_that_are_due_are_accepted() {
     let control = control();
     let header = |kind, len: u32| {
         let mut header = [kind, 0, 0, 0, 0, 0, 0, 0];
@@ -159,7 +159,7 @@ fn only_what_is_due_is_taken() {
 }
 
 #[test]
-fn a_frame_cut_short_is_known_to_everybody_who_sends() {
+fn no_frame_follows_one_that_was_cut_short() {
     let control = control();
     let (connection, peer) = pair(&control);
     let patience = Duration::from_millis(50);
@@ -187,7 +187,7 @@ fn a_frame_cut_short_is_known_to_everybody_who_sends() {
 }
 
 #[test]
-fn a_word_that_finds_no_room_is_not_sent_once_the_guest_stood_still_for_too_long() {
+fn a_message_without_room_is_not_sent_after_the_limit_of_the_pause() {
     let control = control();
     let (connection, peer) = pair(&control);
     let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
@@ -210,7 +210,7 @@ fn a_word_that_finds_no_room_is_not_sent_once_the_guest_stood_still_for_too_long
 }
 
 #[test]
-fn signs_of_life_neither_wait_nor_mix_with_frames() {
+fn keep_alives_neither_wait_nor_mix_with_frames() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let patience = Duration::from_millis(50);
@@ -251,7 +251,7 @@ fn connection_write(connection: &Connection, bytes: &[u8]) {
 }
 
 #[test]
-fn a_sign_of_life_is_told_from_what_is_said() {
+fn keep_alives_are_sorted_from_other_frames() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let mut link = Link::new(&connection, &control, PATIENT, PATIENT);

@@ -271,7 +271,7 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
 }
 
 #[test]
-fn a_destination_that_is_cancelled_says_so() {
+fn a_cancelled_destination_reports_it() {
     let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 64 });
     let mut source = FakeSource::new(guest);

@@ -114,7 +114,7 @@ fn a_network_that_dies_or_slows_down_at_the_pause_does_not_keep_the_guest() {
 }
 
 #[test]
-fn whoever_wants_the_move_nevertheless_gets_it_over_a_slow_network() {
+fn a_caller_that_accepts_a_miss_gets_the_move_over_a_slow_network() {
     let options = MigrateOptions {
         on_miss: OnMiss::Switch,
         ..strict(Duration::from_millis(20))
@@ -259,7 +259,7 @@ fn cut_at_ready(to: &Endpoint) -> Arc<Proxy> {
 }
 
 #[test]
-fn an_operator_who_was_quicker_than_the_source_is_noticed() {
+fn an_operator_who_decided_before_the_source_is_noticed() {
     for (fault, runs) in [(None, true), (Some(PortFault::Error), false)] {
         let mut receiver = receiver(&options());
         let proxy = cut_at_ready(receiver.endpoint());
@@ -292,7 +292,7 @@ fn an_operator_who_was_quicker_than_the_source_is_noticed() {
 }
 
 #[test]
-fn a_destination_that_could_not_be_told_is_told_later() {
+fn a_destination_without_the_abort_is_asked_until_it_answers() {
     let mut receiver = receiver(&options());
     let proxy = cut_at_ready(receiver.endpoint());
     let through = proxy.address().to_string().parse().unwrap();

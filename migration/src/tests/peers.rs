@@ -32,7 +32,7 @@ fn frame(message: &Message) -> Vec<u8> {
 }
 
 #[test]
-fn nobody_at_the_destination_is_a_failure() {
+fn a_destination_without_a_receiver_is_a_failure() {
     let to = receiver(&options()).endpoint().clone();
     let mut source = busy();
     let report = migrate(&mut source, &to, &options(), &control()).report;
@@ -84,7 +84,7 @@ fn greeting() -> Vec<Message> {
 }
 
 #[test]
-fn a_silent_destination_is_left() {
+fn a_silent_destination_is_given_up() {
     let began = Instant::now();
     let error = meet(&hasty(), read_to_end);
     assert!(
@@ -97,7 +97,7 @@ fn a_silent_destination_is_left() {
 }
 
 #[test]
-fn a_destination_that_does_not_read_is_left() {
+fn a_destination_that_does_not_read_is_given_up() {
     let mut guest = TestGuest::new(8192, 4096);
     for page in 0..8192 {
         guest.write(page * PAGE_SIZE, false);
@@ -139,7 +139,7 @@ fn a_destination_that_does_not_read_is_left() {
 }
 
 #[test]
-fn a_destination_that_talks_nonsense_is_left() {
+fn a_destination_that_sends_nonsense_is_given_up() {
     let error = meet(&options(), |stream| {
         send_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
     });
@@ -166,7 +166,7 @@ fn a_destination_that_talks_nonsense_is_left() {
 }
 
 #[test]
-fn a_destination_that_trickles_is_left() {
+fn a_destination_that_trickles_is_given_up() {
     let error = meet(&hasty(), |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(40))).unwrap();
         // One byte now and then of what would be a long frame.
@@ -181,7 +181,7 @@ fn a_destination_that_trickles_is_left() {
 }
 
 #[test]
-fn a_destination_that_only_keeps_itself_alive_is_left() {
+fn a_destination_that_sends_only_keep_alives_is_given_up() {
     let error = meet(&hasty(), |mut stream| {
         let alive = frame(&Message::KeepAlive);
         while stream.write_all(&alive).is_ok() {}

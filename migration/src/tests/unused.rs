@@ -88,7 +88,7 @@ fn what_is_used_again_arrives_whole() {
 }
 
 #[test]
-fn nobody_listens_for_longer_than_the_deadline_allows() {
+fn the_report_of_unused_pages_ends_before_the_deadline() {
     let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 8 });
     let mut source = FakeSource::new(guest);

@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_waits_no_longer_than_it_is_told() {
+    fn a_listener_waits_no_longer_than_asked() {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let control = Control::new().unwrap();
         let until = Instant::now() + Duration::from_millis(20);
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_is_an_error_that_names_the_place() {
+    fn a_connection_that_is_refused_is_an_error_with_the_endpoint() {
         let control = Control::new().unwrap();
         let endpoint = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap())
             .unwrap()
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connect_that_nobody_accepts_times_out() {
+    fn a_connect_that_is_not_accepted_times_out() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("full");
         let listener = UnixListener::bind(&path).unwrap();

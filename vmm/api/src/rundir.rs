@@ -261,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_the_way_is_told() {
+    fn what_is_in_the_way_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let _first = ApiSocket::bind(&path).unwrap();
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_somebody_else_can_replace_is_not_used() {
+    fn a_directory_that_another_user_can_replace_is_not_used() {
         let directory = tempfile::tempdir().unwrap();
         let us = rustix::process::geteuid().as_raw();
         let inner = directory.path().join("inner");

@@ -64,7 +64,7 @@ mod tests {
     use crate::log::EventWriter;
 
     #[test]
-    fn one_place_cannot_flood_the_log_and_others_are_heard() {
+    fn one_place_cannot_flood_the_log_and_others_still_log() {
         let (reader, writer) = io::pipe().unwrap();
         let to = Descriptor::File(File::from(OwnedFd::from(writer)));
         let lines = Lines::start("log", to).unwrap();

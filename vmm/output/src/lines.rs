@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_nobody_reads_are_lost_and_counted() {
+    fn lines_without_a_reader_are_lost_and_counted() {
         let (reader, lines) = pipe();
         let many = 100_000u64;
         for number in 0..many {
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_is_said_when_there_is_room_again() {
+    fn lost_lines_are_counted_when_there_is_room_again() {
         let mut writer = LineWriter::new(Descriptor::File(
             File::options().write(true).open("/dev/full").unwrap(),
         ));
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_were_too_many_are_said_once_in_a_while() {
+    fn lines_that_were_too_many_are_counted_now_and_then() {
         let (reader, lines) = pipe();
         let began = Instant::now();
         for _ in 0..1000 {

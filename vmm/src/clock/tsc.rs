@@ -241,7 +241,7 @@ mod tests {
 
     /// KVM itself, as far as a host without scaling goes: a vCPU's TSC less its offset is the host's.
     #[test]
-    fn kvm_tells_what_the_tsc_is_without_an_offset() {
+    fn the_tsc_without_an_offset_is_read_back_from_kvm() {
         if !Path::new("/dev/kvm").exists() {
             return;
         }

@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disruption_is_told_in_whole_steps() {
+    fn a_disruption_is_written_in_whole_steps() {
         let memory = memory::create(&[(0, 2 << 20)], MemoryKind::Anonymous).unwrap();
         assert!(
             !write_disruption(&memory, Disruption::Moved).unwrap(),

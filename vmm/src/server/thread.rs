@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn one_connection_too_many_is_told_so() {
+    fn one_connection_too_many_gets_an_error() {
         let (_server, directory) = server();
         let mut open: Vec<_> = (0..MOST_CONNECTIONS).map(|_| connect(&directory)).collect();
         assert!(open.iter().all(|stream| ask(stream) == "200"));

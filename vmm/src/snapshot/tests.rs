@@ -132,7 +132,7 @@ fn a_snapshot_is_its_users_alone() {
 }
 
 #[test]
-fn who_comes_second_does_not_replace_the_first() {
+fn a_second_snapshot_does_not_replace_the_first() {
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("saved");
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();

@@ -392,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_destination_says_counts_more_than_a_decision() {
+    fn the_destinations_answer_counts_more_than_a_decision() {
         let (run, discard) = (Some(Decision::Run), Some(Decision::Discard));
         let kept = || Answer::Kept {
             reason: "no locks".into(),

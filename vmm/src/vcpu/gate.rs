@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn opens_only_when_the_last_holder_lets_go() {
+    fn opens_only_when_the_last_hold_is_taken_off() {
         let (gate, threads) = two_parked();
         gate.close(Holder::User);
         gate.open(Holder::Startup);
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_that_fails_holds_nobody() {
+    fn a_pause_that_fails_leaves_no_hold() {
         let gate = Gate::new(1);
         gate.open(Holder::Startup);
         // Its thread is in the guest, and stays there.

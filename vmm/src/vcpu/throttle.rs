@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_is_there_only_while_somebody_is_slowed_down() {
+    fn the_thread_is_there_only_while_a_vcpu_is_slowed_down() {
         let gate = Arc::new(Gate::new(2));
         gate.open(crate::vcpu::Holder::Startup);
         let (kicked, kicks) = std::sync::mpsc::channel();

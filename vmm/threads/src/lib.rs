@@ -168,7 +168,7 @@ mod tests {
 
     /// One test, because the process has one listener.
     #[test]
-    fn a_panic_is_heard_of_and_takes_nobody_along() {
+    fn a_panic_is_reported_and_ends_no_other_thread() {
         let (sender, heard) = mpsc::channel();
         report_failures_to(move |failure| sender.send(failure).unwrap());
         let failing = spawn(Role::Devices, "devices", || -> u32 { panic!("planted") }).unwrap();
