@@ -206,7 +206,7 @@ impl Control {
     }
 
     /// The source is alive again: from here on the operator may not decide. Returns false if the operator has decided
-    /// meanwhile: [`Control::decide`] said that it counts, so the caller has to carry it out.
+    /// meanwhile: [`Control::decide`] returned that it counts, so the caller has to carry it out.
     pub(crate) fn end_doubt(&self) -> bool {
         let mut live = self.lock();
         live.undecided = live.decision.is_some();

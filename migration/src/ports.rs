@@ -190,7 +190,7 @@ pub struct Rehearsal {
 /// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it throttled,
 /// `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log` and
 /// `stop_mirror` if it called `mirror`, also where that call failed or panicked. After "go" it calls `resume` only when
-/// the destination has said that it gave the machine up.
+/// the destination has answered that it gave the machine up.
 pub trait Source: Send {
     /// What the destination must be able to run.
     fn describe(&self) -> MachineDescription;
@@ -212,7 +212,7 @@ pub trait Source: Send {
 
     /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
     /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.
-    /// Asked after `start_dirty_log`, with all marks cleared, and only if `has_unused` said that it pays. Afterwards
+    /// Called after `start_dirty_log`, with all marks cleared, and only if `has_unused` returned true. Afterwards
     /// the guest keeps nothing back for it, whatever came of it.
     fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError>;
 

@@ -87,7 +87,7 @@ pub enum ConfigError {
     NoKernel,
 }
 
-/// What was asked for, before any check; `None` where nothing was said.
+/// What was asked for, before any check; `None` where an option was not given.
 #[derive(Clone, Debug, Default)]
 pub struct Wishes {
     /// Path of the kernel.

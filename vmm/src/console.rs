@@ -28,7 +28,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 const RATE: u64 = 1 << 20;
 /// Bytes that it gets at once.
 const BURST: u64 = 16 << 20;
-/// How often it is said at most how much it did not get.
+/// How often a reader is told at most how much output it missed.
 const NEWS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Handle to the console; clones share it.
@@ -171,20 +171,24 @@ impl ConsoleShared {
 #[derive(Default)]
 struct LeftOut {
     bytes: u64,
-    told: Option<Instant>,
+    reported_at: Option<Instant>,
 }
 
 impl LeftOut {
     fn add(&mut self, bytes: u64) {
         self.bytes += bytes;
-        if self.bytes > 0 && self.told.is_none_or(|told| told.elapsed() >= NEWS_INTERVAL) {
+        if self.bytes > 0
+            && self
+                .reported_at
+                .is_none_or(|last| last.elapsed() >= NEWS_INTERVAL)
+        {
             tracing::warn!(
                 "{} bytes of the guest's console were left out: more than {RATE} a second for standard output",
                 self.bytes
             );
             *self = Self {
                 bytes: 0,
-                told: Some(Instant::now()),
+                reported_at: Some(Instant::now()),
             };
         }
     }
@@ -374,7 +378,7 @@ mod tests {
                 console.flush();
             }
         }
-        // It is heard again as soon as it prints less.
+        // Its output is passed on again as soon as it prints less.
         while !reading.is_finished() {
             sink.write_all(b"!").unwrap();
             console.flush();

@@ -121,7 +121,7 @@ impl Claim {
     /// The destination answered after a failure before "go", when the guest ran here again.
     pub(crate) fn withdrawn(&mut self, outcome: &AttemptOutcome) -> Withdrawn {
         match (*self, outcome) {
-            // Without "go" only an operator can have said so.
+            // Without "go" only an operator can have decided so.
             (Claim::Running, AttemptOutcome::Runs | AttemptOutcome::Kept { .. }) => {
                 *self = Claim::InDoubt;
                 Withdrawn::RunsTwice

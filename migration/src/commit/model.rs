@@ -24,7 +24,7 @@ use super::{Claim, Ledger, Stage, Withdrawn};
 use crate::control::Decision;
 use crate::protocol::{AttemptOutcome, Token};
 
-/// What is said on the control connection.
+/// The messages on the control connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum ControlWord {
     State,
@@ -100,7 +100,7 @@ enum Flaw {
     GoAlwaysCounts,
     /// The source takes an answer about an earlier attempt for one about this one.
     HeedsOldAnswers,
-    /// The source does not look at what it is told when it has taken the guest back.
+    /// The source ignores the answer when it has resumed the guest after a failure.
     WithdrawsUnheard,
     /// It asks once.
     WithdrawsOnce,

@@ -58,7 +58,7 @@ pub enum LinkError {
         #[source]
         source: ProtocolError,
     },
-    /// The peer said something else than was its turn.
+    /// The peer sent a frame out of turn.
     #[error("the peer said {got:?}, expected {expected}")]
     Unexpected {
         /// What was waited for.
@@ -101,7 +101,7 @@ pub enum LinkError {
 }
 
 impl LinkError {
-    /// Whether the peer gave up, and said so.
+    /// Whether the peer sent an abort.
     pub(crate) fn is_abort(&self) -> bool {
         matches!(self, LinkError::Aborted { .. })
     }

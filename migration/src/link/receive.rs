@@ -67,7 +67,7 @@ impl Link<'_> {
             }
             match self.next_frame(self.io_timeout.min(left), what) {
                 Err(LinkError::TimedOut { .. }) if Instant::now() >= deadline => {}
-                heard => match heard? {
+                received => match received? {
                     Sorted::SignOfLife => {}
                     Sorted::Frame(frame) => return Ok(frame),
                 },

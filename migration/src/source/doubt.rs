@@ -78,7 +78,7 @@ impl Doubt {
         })
     }
 
-    /// Where the destination listened.
+    /// The destination's endpoint.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }

@@ -132,17 +132,17 @@ fn the_state_waits_for_the_last_round() {
     guest.check_stamps();
 }
 
-/// Bytes on a connection of their own, and what is said to them until the end.
+/// Sends bytes on a connection of their own. Returns what the destination sends until the end.
 fn shout(to: &Endpoint, bytes: &[u8]) -> Vec<u8> {
     let Endpoint::Tcp(addresses) = to else {
         panic!("TCP only")
     };
     let mut stream = TcpStream::connect(&addresses[..]).unwrap();
     stream.write_all(bytes).unwrap();
-    let mut said = Vec::new();
+    let mut answer = Vec::new();
     // A reset is an end as well.
-    let _ = stream.read_to_end(&mut said);
-    said
+    let _ = stream.read_to_end(&mut answer);
+    answer
 }
 
 fn frame(kind: FrameKind, content: &[u8]) -> Vec<u8> {
@@ -161,7 +161,7 @@ fn contains(bytes: &[u8], text: &str) -> bool {
 fn refused_connections_do_not_disturb_a_source() {
     let mut receiver = receiver(TCP);
     let (received, _, destination) = meet(&mut receiver, |to, _| {
-        // More silent ones than are heard at a time, some in the middle of a word.
+        // More silent connections than may wait at a time, some in the middle of a message.
         let silent: Vec<Peer> = (0..80).map(|_| Peer::dial(to)).collect();
         let mut hand = Hand::open(to, 2);
         let token = hand.token;
@@ -235,8 +235,8 @@ fn a_greeting_has_a_time_limit() {
         ([1, 0, 0, 0, 0, 0, 16, 0], "at most 8192 bytes, got 1048576"),
     ] {
         let began = Instant::now();
-        let said = shout(to, &header);
-        assert!(contains(&said, refusal), "{}", String::from_utf8_lossy(&said));
+        let answer = shout(to, &header);
+        assert!(contains(&answer, refusal), "{}", String::from_utf8_lossy(&answer));
         assert!(began.elapsed() < Duration::from_secs(2));
     }
 }

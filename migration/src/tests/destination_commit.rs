@@ -97,8 +97,8 @@ fn a_machine_that_does_not_run_is_kept_with_the_reason() {
                 let mut hand = Hand::open(&to, 1);
                 hand.make_ready();
                 hand.go();
-                let told = hand.control.receive();
-                assert!(matches!(told, Message::ResumeFailed { .. }), "{told:?}");
+                let message = hand.control.receive();
+                assert!(matches!(message, Message::ResumeFailed { .. }), "{message:?}");
                 hand.token
             });
             let error = receiver.receive(&mut destination, &there).unwrap_err();

@@ -1,4 +1,4 @@
-//! A source made by hand, which says what a test wants it to.
+//! A source made by hand, which sends what a test wants it to.
 
 use std::net::Shutdown;
 use std::thread;
@@ -84,7 +84,7 @@ impl Peer {
         }
     }
 
-    /// Says hello and what it wants.
+    /// Connects and sends "hello" and the greeting.
     pub(super) fn wish(to: &Endpoint, wish: &Message) -> Self {
         let mut peer = Self::dial(to);
         peer.link.send(&Message::Hello(Hello::ours())).unwrap();
@@ -97,7 +97,7 @@ impl Peer {
         self.link.receive_message("anything").unwrap()
     }
 
-    /// Hears why it is refused.
+    /// Receives the reason of a refusal.
     pub(super) fn refused(mut self) -> String {
         match self.link.receive_message("an abort") {
             Err(LinkError::Aborted { reason, .. }) => reason,
@@ -130,7 +130,7 @@ pub(super) fn span(gpa: u64, pages: u64) -> Span {
     }
 }
 
-/// What is heard where no disk comes along.
+/// The destination's answer where no disk comes along.
 pub(super) const ACCEPT: Message = Message::Accept { disks: Vec::new() };
 
 impl Hand {

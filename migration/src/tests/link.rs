@@ -232,7 +232,7 @@ fn keep_alives_neither_wait_nor_mix_with_frames() {
         [alive.clone(), frame(&Message::Ping)].concat()
     );
 
-    // Without room nothing is said, nor owed.
+    // Without room nothing is sent, and no rest is left.
     let fill = [0xaa; 4096];
     let mut filled = 0;
     while let Ok(bytes) = rustix::net::send(&connection, &fill, rustix::net::SendFlags::DONTWAIT) {

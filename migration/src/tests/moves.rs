@@ -257,11 +257,11 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
             }
             let report = migrate(&mut source, &to, &options, &here).report;
             let received = receiving.join().unwrap();
-            let told = matches!(
+            let reported = matches!(
                 received,
                 Err(ReceiveError::Link(LinkError::Aborted { cancelled: true, .. }))
             );
-            assert!(told, "{phase:?}: {received:?}");
+            assert!(reported, "{phase:?}: {received:?}");
             report
         });
         assert!(destination.guest.is_none());

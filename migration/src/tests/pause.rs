@@ -166,7 +166,7 @@ fn a_cap_on_the_last_copy_that_takes_too_long_is_woken() {
     };
     let mut source = surprising(Box::new(|| {}));
     let (report, _) = direct(&mut source, &mut FakeDestination::default(), &options);
-    // The last of the streams was told to wait for 13 s.
+    // The pacer lets the last of the streams wait for 13 s.
     assert!(report.total_ms < 6000.0, "{report:?}");
     assert_in_time(&mut source, &report, budget * 3);
 }

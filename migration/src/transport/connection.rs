@@ -150,7 +150,7 @@ fn connect_unix(path: &Path, deadline: Instant, control: &Control) -> io::Result
     Ok(socket.into())
 }
 
-/// A listener's queue on a Unix socket is full, and nothing tells when it is not: looked at so often.
+/// How often a connect is tried again while a Unix socket's queue is full: there is no event for room in it.
 const FULL_QUEUE: Duration = Duration::from_millis(10);
 
 /// An address that does not answer gets so much of a start before the next one is tried as well (RFC 8305).

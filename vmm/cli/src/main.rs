@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         }
     };
     output::report_panics();
-    // A panic has been told of by the hook.
+    // The hook has reported the panic.
     let done =
         catch_unwind(AssertUnwindSafe(|| commands::run(cli.command))).unwrap_or_else(|_| Ok(Exit::Failed));
     let exit = done.unwrap_or_else(|error| {

@@ -1,8 +1,8 @@
 //! The one way to print. Nothing of it panics, and no thread of a VM waits in it for a reader.
 //!
 //! A VM's process hands its lines to a bounded queue, and a thread of its own writes them ([`lines`]): what cannot be
-//! written in time is lost, counted, and the count is said when there is room again. A client has no guest that could
-//! be held up: it writes by itself, and gives up on a reader that does not read.
+//! written in time is lost, counted, and the count is written when there is room again. A client has no guest that
+//! could be held up: it writes by itself, and gives up on a reader that does not read.
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 // Tests start threads that may take their test along.

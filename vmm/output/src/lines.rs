@@ -188,11 +188,11 @@ impl LineWriter {
     }
 
     fn write_lost_count(&mut self) -> bool {
-        let said = self.put(format!("{} log lines were lost\n", self.lost).as_bytes()) == 0;
-        if said {
+        let written = self.put(format!("{} log lines were lost\n", self.lost).as_bytes()) == 0;
+        if written {
             self.lost = 0;
         }
-        said
+        written
     }
 
     /// Writes lines; answers how many are missing, one that is there in part included.
@@ -316,18 +316,18 @@ mod tests {
         for _ in 0..1000 {
             lines.leave_out();
         }
-        let mut said = 0;
+        let mut counted = 0;
         let mut read = BufReader::new(reader).lines().map(Result::unwrap);
         let mut count = 0;
-        while said < 1000 {
+        while counted < 1000 {
             let line = read.next().unwrap();
             let number = line
                 .strip_suffix(" log lines were left out: too many of a kind")
                 .unwrap();
-            said += number.parse::<u64>().unwrap();
+            counted += number.parse::<u64>().unwrap();
             count += 1;
         }
-        assert_eq!(said, 1000);
+        assert_eq!(counted, 1000);
         assert!(count <= 2 + began.elapsed().as_secs(), "{count} lines of news");
     }
 

@@ -48,7 +48,7 @@ impl NamedListener {
             let path = path.into();
             return Err(NamedListenerError::Length { path, got });
         }
-        // What is obviously in the way is said before anything is made.
+        // What is obviously in the way is an error before anything is made.
         Self::check_kind(path)?;
         let mut draft = SocketDraft::listen(path)?;
         for _ in 0..ATTEMPTS {

@@ -12,7 +12,7 @@ use super::ClockError;
 use crate::kvm;
 use crate::vcpu;
 
-/// What KVM tells of a vCPU's TSC.
+/// What KVM reports of a vCPU's TSC.
 pub(super) trait VcpuTsc {
     /// Its offset.
     fn offset(&self) -> Result<u64, vmm_sys_util::errno::Error>;

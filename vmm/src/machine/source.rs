@@ -105,7 +105,7 @@ impl Source for MigrationSource {
         if self.machine.is_held_by(Holder::User) {
             return Ok(false);
         }
-        // A guest that fills free pages with zeroes when it takes them populates what it tells. So it is asked only
+        // A guest that fills free pages with zeroes when it takes them populates what it reports. So it is asked only
         // where most of what is free is populated anyway.
         let free = balloon
             .new_statistics(at_most)

@@ -1,5 +1,5 @@
 //! The page by which the guest learns that its clocks, or its past, are not what they were (VMClock, specification
-//! UAPI.13). It tells of disruptions alone: this host knows no time that would be more precise than the guest's own.
+//! UAPI.13). It announces disruptions alone: this host knows no time that would be more precise than the guest's own.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -14,7 +14,7 @@ const VERSION: u16 = 1;
 /// No counter goes with it.
 const COUNTER_INVALID: u8 = 0xff;
 const TIME_TAI: u8 = 1;
-/// What its flags say: there is a generation counter, and the guest is told of every change.
+/// Its flags: there is a generation counter, and an interrupt announces every change.
 const GENERATION_COUNTER: u64 = 1 << 7;
 const NOTIFICATION: u64 = 1 << 8;
 

@@ -47,7 +47,7 @@ pub(super) struct DirtyRing {
 unsafe impl Send for DirtyRing {}
 
 impl DirtyRing {
-    /// The ring of `count` entries of a vCPU whose VM has been told to have such rings.
+    /// The ring of `count` entries of a vCPU, on whose VM such rings are enabled.
     pub(super) fn map(vcpu: &impl AsRawFd, count: usize) -> io::Result<Self> {
         // SAFETY: `vcpu` is borrowed, so its descriptor stays open during this call.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
@@ -65,7 +65,7 @@ impl DirtyRing {
     }
 
     /// Takes out what is there: at most as many entries as the ring has, however fast the vCPU writes more.
-    /// KVM protects their pages when it is told to reset its rings. Returns how many there were.
+    /// KVM protects their pages when its rings are reset. Returns how many there were.
     pub(super) fn collect(&mut self, into: &mut Vec<DirtyPage>) -> u64 {
         let mut collected = 0;
         for _ in 0..self.count {

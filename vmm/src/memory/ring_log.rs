@@ -1,4 +1,4 @@
-//! The dirty log by a ring for each vCPU, which tells who wrote.
+//! The dirty log by a ring for each vCPU, which shows which vCPU wrote.
 //!
 //! ```text
 //!  KVM ──▶ rings ── collect, reset (protects the pages again) ──▶ marks ── peek, clear

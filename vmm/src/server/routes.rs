@@ -218,7 +218,7 @@ async fn migrate(
 /// The migration goes on whether the client reads them or not.
 async fn stream_progress(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
     let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
-    let mut told = 0;
+    let mut sent = 0;
     loop {
         let report = tokio::select! {
             report = feed.report.recv() => match report {
@@ -227,8 +227,8 @@ async fn stream_progress(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Byt
             },
             _ = ticks.tick() => None,
         };
-        let samples = feed.control.samples(told);
-        told += samples.len();
+        let samples = feed.control.samples(sent);
+        sent += samples.len();
         let mut events: Vec<_> = samples
             .chunks(SAMPLES_IN_A_LINE)
             .map(|samples| MigrationEvent::Samples(samples.to_vec()))

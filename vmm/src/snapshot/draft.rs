@@ -39,7 +39,7 @@ pub struct SnapshotDraft {
 pub struct Content<'a> {
     /// The snapshot's own name.
     pub id: SnapshotId,
-    /// The machine, as a destination is told about it.
+    /// The machine, as it is described to a destination.
     pub machine: MachineDescription,
     /// The machine's saved state.
     pub state: &'a [u8],

@@ -251,7 +251,7 @@ impl Supervisor {
                 self.operation_ended(ended);
                 return self.reset_now();
             }
-            Event::Answered(said) => return self.answered(said).map(Ok),
+            Event::Answered(response) => return self.answered(response).map(Ok),
             Event::TakenBack(source, resumed) => self.resumed_here(source, resumed),
             Event::Withdrawn(doubt, answer) => self.withdrawn(doubt, answer),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),

@@ -74,7 +74,7 @@ pub(super) enum Resolving {
     TakingBack {
         decision: Option<Decision>,
         reply: Reply<Resolution>,
-        /// What the destination said.
+        /// The destination's answer, as a sentence.
         known: String,
         job: Job,
     },
@@ -100,8 +100,8 @@ enum ResolveStep {
 }
 
 /// Looks up the step in the table at the top.
-fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> ResolveStep {
-    match (said, decision) {
+fn judge(response: &Result<Answer, AskError>, decision: Option<Decision>) -> ResolveStep {
+    match (response, decision) {
         (Ok(Answer::Runs), _) => ResolveStep::LetGo,
         (Ok(Answer::GaveUp), _) | (_, Some(Decision::Run)) => ResolveStep::TakeBack,
         (Ok(Answer::Kept { .. }), _) | (_, None) => ResolveStep::Stay,
@@ -154,12 +154,12 @@ impl Supervisor {
     }
 
     /// Handles the destination's answer.
-    pub(super) fn answered(&mut self, said: Result<Answer, AskError>) -> Option<Ending> {
+    pub(super) fn answered(&mut self, response: Result<Answer, AskError>) -> Option<Ending> {
         let Some(Resolving::Asking { decision, reply }) = self.resolving.take() else {
             return None;
         };
-        let known = describe(&said);
-        let step = judge(&said, decision);
+        let known = describe(&response);
+        let step = judge(&response, decision);
         tracing::info!("in doubt, and asked: {known}");
         let (verdict, message, ending) = match step {
             ResolveStep::LetGo => (
@@ -172,7 +172,7 @@ impl Supervisor {
                 (Resolved::Discarded, message, Some(Ending::Stopped))
             }
             ResolveStep::Stay => {
-                let message = format!("still in doubt, and paused here: {known}. {}", advice(&said));
+                let message = format!("still in doubt, and paused here: {known}. {}", advice(&response));
                 (Resolved::InDoubt, message, None)
             }
             ResolveStep::TakeBack => {
@@ -365,8 +365,8 @@ fn at_destination(reason: &str, decision: Option<Decision>) -> (Resolution, Opti
 }
 
 /// The answer as a sentence.
-fn describe(said: &Result<Answer, AskError>) -> String {
-    match said {
+fn describe(response: &Result<Answer, AskError>) -> String {
+    match response {
         Ok(Answer::Runs) => "the guest runs at the destination".into(),
         Ok(Answer::GaveUp) => "the destination gave the guest up".into(),
         Ok(Answer::Kept { reason }) => format!("the destination keeps the guest paused: {reason}"),
@@ -376,8 +376,8 @@ fn describe(said: &Result<Answer, AskError>) -> String {
 }
 
 /// What an operator can do after this answer.
-fn advice(said: &Result<Answer, AskError>) -> &'static str {
-    match said {
+fn advice(response: &Result<Answer, AskError>) -> &'static str {
+    match response {
         Ok(Answer::Kept { .. }) => {
             "Discard it there (`godwit resolve --discard`), then run it here (`godwit resolve --run`)"
         }
@@ -419,10 +419,10 @@ mod tests {
                 [ResolveStep::Stay, ResolveStep::TakeBack, ResolveStep::Discard],
             ),
         ];
-        for (said, expected) in cases {
-            let said = Ok(said);
-            let steps = [None, run, discard].map(|decision| judge(&said, decision));
-            assert_eq!(steps, expected, "{said:?}");
+        for (response, expected) in cases {
+            let response = Ok(response);
+            let steps = [None, run, discard].map(|decision| judge(&response, decision));
+            assert_eq!(steps, expected, "{response:?}");
         }
     }
 

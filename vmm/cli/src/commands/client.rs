@@ -38,7 +38,7 @@ const OPERATION: Duration = Duration::from_secs(30);
 const RESOLVE: Duration = Duration::from_secs(40);
 /// How often `stop` looks whether the VM has ended.
 const STOP_POLL: Duration = Duration::from_millis(50);
-/// How long a VM's process may take to end once it was told to.
+/// How long a VM's process may take to end once it was asked to.
 pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client of the VM with that name or socket.

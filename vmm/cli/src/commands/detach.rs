@@ -123,7 +123,7 @@ impl Launch {
     }
 }
 
-/// Waits until the VM is up, or has ended. What was wrong it has said itself.
+/// Waits until the VM is up, or has ended. The VM's process has printed its own error.
 fn wait_for(vm: Pid, mut news: PipeReader) -> anyhow::Result<Exit> {
     let mut name = String::new();
     news.read_to_string(&mut name).context("news of the VM")?;

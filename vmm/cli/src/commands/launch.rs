@@ -137,7 +137,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     supervise(supervisor, server)
 }
 
-/// What a guest's clocks do that was saved so long ago, and how that is said.
+/// What the clocks of a guest do that was saved so long ago, as a setting and as a sentence.
 fn restored_clocks(asked: ClockArg, age: Duration) -> (SnapshotClocks, String) {
     match asked {
         ClockArg::Keep => {
@@ -233,7 +233,7 @@ fn open_console(launch: &Launch) -> anyhow::Result<Console> {
     Console::to_stdout().context("console")
 }
 
-/// A supervisor that hears of every thread that fails.
+/// A supervisor that gets an event for every thread that fails.
 fn new_supervisor(common: &CommonArgs, name: &str, console: &Console) -> Supervisor {
     let mut supervisor = Supervisor::new(name, console.clone());
     let handle = supervisor.handle();

@@ -27,7 +27,7 @@ impl Owner {
         let shown = path.display();
         let pid = listener(path).with_context(|| format!("whose API socket {shown} is"))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).with_context(|| format!("process {pid}"))?;
-        // Who listened before the descriptor was opened still does, so the descriptor is that process's.
+        // The process that listened before the descriptor was opened still does, so the descriptor is its own.
         let again = listener(path).with_context(|| format!("whose API socket {shown} is"))?;
         ensure!(
             again == pid,

@@ -19,7 +19,7 @@ use vmm::supervisor::SupervisorHandle;
 
 use super::terminal::{ESCAPE, made_raw, not_raw};
 
-/// How often a job looks whether it is in the foreground, which nothing tells one that never was stopped, and there
+/// How often a job checks whether it is in the foreground: there is no event for one that never was stopped, and there
 /// whether the terminal is still raw: a shell may set its modes after it has handed it over.
 const LOOK: Duration = Duration::from_millis(250);
 
