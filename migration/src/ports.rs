@@ -21,7 +21,7 @@ pub struct MemoryRegion {
     pub len: u64,
 }
 
-/// What guest RAM is made of. A destination has the same for it.
+/// What guest RAM is made of. The destination's must be the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryKind {
@@ -84,12 +84,12 @@ pub struct MachineDescription {
     pub devices: Vec<DeviceDescription>,
 }
 
-/// What the source says about its disks, besides what its devices are.
+/// What the source says about its disks, besides the description of their devices.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OfferedDisks {
-    /// Whether it sends what is on the disks that the destination does not have.
+    /// Whether the source sends the content of disks that the destination does not have.
     pub come: bool,
-    /// By what the destination knows them.
+    /// Marks by which the destination recognises the source's disks.
     pub marks: Vec<DiskMark>,
 }
 
@@ -206,14 +206,14 @@ pub trait Source: Send {
     /// after `start_dirty_log`.
     fn populated(&self, into: &mut PageSet) -> Result<(), PortError>;
 
-    /// Whether it pays to ask the guest which of its pages it does not use, where so many pages are populated. Answers
-    /// within so long.
+    /// Whether it is worth asking the guest for its unused pages, if this many pages are populated. Returns within
+    /// `at_most`.
     fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, PortError>;
 
-    /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
-    /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.
-    /// Called after `start_dirty_log`, with all marks cleared, and only if `has_unused` returned true. Afterwards
-    /// the guest keeps nothing back for it, whatever came of it.
+    /// Asks the guest for its unused pages, and adds what it reports within `at_most`: pages whose content was of no
+    /// use to it at some time during this call. It may write to them again at any time, also before this returns; that
+    /// marks them, as any write does. Called after `start_dirty_log`, with all marks cleared, and only if `has_unused`
+    /// returned true. Afterwards the guest keeps nothing back for it, whatever came of it.
     fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError>;
 
     /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
@@ -221,17 +221,17 @@ pub trait Source: Send {
     fn memory_files(&self) -> Option<Vec<OwnedFd>>;
 
     /// Begins to mark what is written to the disks behind these devices, which the destination does not have; one
-    /// for each, in that order. Only if there are any. The devices are the peer's word: untrusted.
+    /// for each, in that order. Only called if there are any. The devices come from the peer: untrusted.
     fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, PortError>;
 
-    /// Ends that; also after a `mirror` that failed.
+    /// Ends what `mirror` began; also called after a `mirror` that failed.
     fn stop_mirror(&mut self) -> Result<(), PortError>;
 
     /// Turns dirty logging on. Every page counts as marked at first, or is marked by the first write; either
     /// way the engine sends all of memory once.
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError>;
 
-    /// Turns dirty logging off; also after a `start_dirty_log` that failed.
+    /// Turns dirty logging off; also called after a `start_dirty_log` that failed.
     fn stop_dirty_log(&mut self) -> Result<(), PortError>;
 
     /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most
@@ -274,8 +274,8 @@ pub trait Source: Send {
 /// Calls come in this order: `check`, `create`, `rehearse` any number of times, `restore`, `resume`. Before
 /// `resume`, `discard` may come at any time; afterwards the value is ready for another attempt.
 pub trait Destination: Send {
-    /// Every difference that forbids the move; empty means that it can be done. What is here and has not the mark of
-    /// the source's disk is not that disk.
+    /// Every difference that forbids the move; empty if it can be made. A file without the mark of the source's disk is
+    /// not that disk.
     fn check(&self, description: &MachineDescription, disks: &OfferedDisks) -> Vec<Difference>;
 
     /// Builds the machine, its backends open but its disks neither locked nor read, and returns its guest
@@ -310,6 +310,6 @@ pub trait Destination: Send {
     /// the last one was let in. On an error the machine stays paused, with its memory.
     fn resume(&mut self, stopped_at: Instant) -> Result<(), PortError>;
 
-    /// Throws away whatever was built.
+    /// Discards everything that was built.
     fn discard(&mut self);
 }

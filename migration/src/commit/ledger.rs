@@ -1,12 +1,12 @@
-//! What the destination knows of the machine that is there: the destination's half of the commit's rules.
+//! The destination's half of the commit's rules: what it knows of the machine that is there. No I/O.
 
 use std::collections::VecDeque;
 
 use crate::control::Decision;
 use crate::protocol::{AttemptOutcome, Token};
 
-/// What a destination knows about the machines that came its way: the one that is there, and those that it gave
-/// up. Whatever comes first counts; what comes after it finds it done.
+/// What a destination knows about machines: the one that is there, and those that it gave up. The first decision about
+/// a machine counts; later ones have no effect.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Ledger {
     stage: Stage,
@@ -22,13 +22,13 @@ pub(crate) enum Stage {
     Idle,
     /// It is being built and filled: it can be thrown away at any time.
     Filling(Token),
-    /// It is complete, and waits for one word.
+    /// It is complete, and waits for what decides: "go", an abort, a question or an operator.
     Ready(Token),
-    /// It is ours, and about to run.
+    /// It is committed to this side, and about to run.
     Committing(Token),
     /// It runs.
     Runs(Token),
-    /// It is ours, and does not run.
+    /// It is committed to this side, and does not run.
     Kept {
         /// Its migration.
         token: Token,
@@ -45,7 +45,7 @@ impl Ledger {
         &self.stage
     }
 
-    /// A migration begins. Answers whether there was room for it.
+    /// A migration begins. Returns whether there was room for it.
     pub(crate) fn begin(&mut self, token: Token) -> bool {
         let idle = self.stage == Stage::Idle;
         if idle {
@@ -63,7 +63,7 @@ impl Ledger {
         true
     }
 
-    /// "go" came. Answers whether it counts: then the machine is to run.
+    /// "go" came. Returns whether it counts: then the machine is to run.
     pub(crate) fn go(&mut self) -> bool {
         let Stage::Ready(token) = self.stage else {
             return false;
@@ -72,7 +72,7 @@ impl Ledger {
         true
     }
 
-    /// An operator decides. Answers whether that counts.
+    /// An operator decides. Returns whether that counts.
     pub(crate) fn decide(&mut self, decision: Decision) -> bool {
         match (decision, &self.stage) {
             (Decision::Run, _) => self.go(),
@@ -81,7 +81,7 @@ impl Ledger {
         }
     }
 
-    /// The machine is given up: a failure before "ready", or an abort. Answers whether that counts.
+    /// The machine is given up: a failure before "ready", or an abort. Returns whether that counts.
     pub(crate) fn discard(&mut self) -> bool {
         let (Stage::Filling(token) | Stage::Ready(token)) = self.stage else {
             return false;

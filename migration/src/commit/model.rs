@@ -509,7 +509,7 @@ impl World {
         next[from..].iter_mut().for_each(|(_, _, calm)| *calm = false);
     }
 
-    /// A word that the connection takes; it does not when it is broken, or the other side has closed it.
+    /// Sends a message, unless the connection is broken or the other side has closed it.
     fn send_up(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.up.push_back(word);

@@ -150,7 +150,7 @@ impl Incoming {
         Ok(decompressor.decompress(method, &unpacker.block, &self.memory, &pages)?)
     }
 
-    /// A stream has received so many bytes more.
+    /// Counts bytes that a stream has received.
     pub(super) fn count(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -54,11 +54,11 @@ pub(crate) struct Link<'a> {
     writer: Arc<FrameWriter>,
     /// How much of the last frame the kernel accepted.
     sent: Sent,
-    /// Where bytes are counted as they come, if anywhere.
+    /// The counter to which bytes are added as they come, if there is one.
     arrivals: Option<&'a AtomicU64>,
     /// On a data stream: sends without a copy where that works.
     sender: Option<PageSender>,
-    /// On a data stream: is woken for pieces that are worth it.
+    /// On a data stream: wakes this side only for pieces of some size.
     receiver: Option<migration_io::PageReceiver>,
     bytes_sent: u64,
     bytes_received: u64,
@@ -98,7 +98,7 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Bytes handed to the system so far.
+    /// Bytes that the kernel has accepted so far.
     pub(crate) fn bytes_sent(&self) -> u64 {
         self.bytes_sent
     }
@@ -108,17 +108,17 @@ impl<'a> Link<'a> {
         self.bytes_received + self.reader.received()
     }
 
-    /// Whether the system took a part of the last frame that was to be sent, or all of it.
+    /// Whether the kernel accepted a part of the last frame, or all of it.
     pub(crate) fn has_begun(&self) -> bool {
         self.sent != Sent::Nothing
     }
 
-    /// Whether it took all of it, though the sender may have been interrupted meanwhile.
+    /// Whether the kernel accepted all of the last frame, even if the call returned an interruption.
     pub(crate) fn has_sent(&self) -> bool {
         self.sent == Sent::Whole
     }
 
-    /// Signs of life on this connection, for another thread.
+    /// A sender of keep-alives on this connection, for another thread.
     pub(crate) fn pulse(&self) -> Pulse<'a> {
         Pulse {
             connection: self.connection,

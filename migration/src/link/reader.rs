@@ -11,7 +11,7 @@ use super::LinkError;
 use crate::protocol::{Frame, FrameHeader, FrameKind, HEADER_LEN, Message, ProtocolError};
 use crate::text::clean;
 
-/// Content is received in pieces of this size, so that a header alone cannot make us allocate.
+/// Content is received in pieces of this size, so that a header alone cannot make this side allocate.
 const CONTENT_PIECE: usize = 256 << 10;
 
 /// Longest message, in bytes, where only short ones are due: the longest reason for a refusal fits.
@@ -60,7 +60,7 @@ pub(super) struct FrameReader {
 }
 
 impl FrameReader {
-    /// From here on these frames are taken.
+    /// From here on these frames are accepted.
     pub(super) fn admit(&mut self, admitted: Admitted) {
         self.admitted = admitted;
     }
@@ -97,14 +97,14 @@ impl FrameReader {
         Ok(step)
     }
 
-    /// A header that was read elsewhere.
+    /// Stores a header that was read by other code.
     pub(super) fn put_header(&mut self, head: [u8; HEADER_LEN]) {
         self.head = head;
         self.head_len = HEADER_LEN;
         self.count(HEADER_LEN);
     }
 
-    /// Judges what [`FrameReader::step`] has completed. Nothing after a header: its content is next.
+    /// Parses what [`FrameReader::step`] has completed. Returns `None` after a header: its content is next.
     pub(super) fn parse(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let malformed = |source| LinkError::Protocol {
             expected: what,
@@ -140,7 +140,7 @@ impl FrameReader {
 }
 
 impl Admitted {
-    /// Most bytes of a frame's content; nothing if no such frame is due.
+    /// Most bytes of a frame's content; `None` if no such frame is due.
     fn limit(self, kind: FrameKind) -> Option<u32> {
         match (self, kind) {
             (Admitted::Greeting | Admitted::Pages, FrameKind::Control) => Some(SHORT),
@@ -151,7 +151,7 @@ impl Admitted {
         }
     }
 
-    /// Refuses a frame before a byte of its content is taken.
+    /// Refuses a frame before a byte of its content is read.
     fn check(self, header: FrameHeader, what: &'static str) -> Result<(), LinkError> {
         match self.limit(header.kind) {
             None => Err(LinkError::Unexpected {
@@ -171,7 +171,7 @@ impl Admitted {
     }
 }
 
-/// Reads into a buffer; one that is full (or empty) needs nothing.
+/// Reads into a buffer. An empty buffer is done at once.
 pub(super) fn read(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<CallProgress, MemoryIoError> {
     if buffer.is_empty() {
         return Ok(CallProgress::Done);

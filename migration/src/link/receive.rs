@@ -55,7 +55,7 @@ impl Link<'_> {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let now = in_flight();
-                // A peer that only keeps itself alive has the time of one step, no more.
+                // A peer that sends only keep-alives has the time of one step.
                 if now.saturating_add(Patience::QUANTUM as u64) > before {
                     return Err(LinkError::TimedOut {
                         what,
@@ -75,8 +75,8 @@ impl Link<'_> {
         }
     }
 
-    /// Waits until the peer says something or hangs up, one of `others` is readable, or until a moment; may come
-    /// back early. Answers whether the peer has something to be received.
+    /// Waits until the peer has sent something or closed the connection, one of `others` is readable, or until `until`;
+    /// may return early. Returns whether there is something to receive.
     pub(crate) fn await_peer(
         &self,
         others: &[BorrowedFd<'_>],
@@ -93,7 +93,8 @@ impl Link<'_> {
         Ok(ready)
     }
 
-    /// What has come, if it is whole. Does not wait. An abort is an error, as is a frame that takes longer than a step.
+    /// The next frame, if it has come whole. Does not wait. An abort is an error, as is a frame that takes longer than
+    /// a step.
     pub(crate) fn poll(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         match self.early.take() {
             Some(early) => Ok(Some(Sorted::Frame(early))),
@@ -101,7 +102,7 @@ impl Link<'_> {
         }
     }
 
-    /// Reads what there is, up to the end of a frame.
+    /// Reads what has arrived, up to the end of a frame.
     fn read_on(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let socket = self.connection.as_fd();
         loop {
@@ -176,7 +177,7 @@ impl Link<'_> {
         }
     }
 
-    /// Fills a buffer of our own with what follows a frame.
+    /// Fills a buffer with bytes that follow a frame.
     pub(super) fn fill(
         &mut self,
         buffer: &mut [u8],
@@ -206,7 +207,7 @@ impl Link<'_> {
             if let Some(sorted) = self.reader.parse(what)? {
                 return Ok(sorted);
             }
-            // The header is there. A peer that trickles does not get longer for a frame than for a step.
+            // The header is there. A peer that sends a byte now and then gets no longer for a frame than for a step.
             let by = self.frame_due().unwrap_or_else(Instant::now);
             patience = Patience::new(self.io_timeout).by(by);
         }

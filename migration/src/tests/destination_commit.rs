@@ -17,7 +17,7 @@ fn a_source_that_is_silent_after_ready_and_asks_gets_its_guest_back() {
     let (received, mut hand, _) = meet(&mut receiver, |to, there| {
         let mut hand = Hand::open(to, 1);
         hand.make_ready();
-        // Neither of these is a word.
+        // Neither of these decides.
         there.cancel();
         assert_eq!(ask(to, [3; 16]), AttemptOutcome::Unknown);
         assert_eq!(ask(to, hand.token), AttemptOutcome::GaveUp);

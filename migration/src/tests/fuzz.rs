@@ -197,7 +197,7 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
     Some((token, stream))
 }
 
-/// Asks what became of it, and hangs up.
+/// Asks what became of the machine, and closes the connection.
 fn ask(port: u16, token: Token) {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let question = [Message::Hello(Hello::ours()), Message::Ask(token)];

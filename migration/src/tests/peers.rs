@@ -1,4 +1,4 @@
-//! Destinations that are silent, or talk nonsense.
+//! Destinations that are silent, or send nonsense.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -56,7 +56,7 @@ fn meet(options: &MigrateOptions, answer: impl FnOnce(TcpStream) + Send) -> Stri
     report.error.unwrap()
 }
 
-/// Reads whatever comes until the source hangs up.
+/// Reads whatever comes until the source closes the connection.
 fn read_to_end(mut stream: TcpStream) {
     let mut rest = [0; 4096];
     while matches!(stream.read(&mut rest), Ok(1..)) {}

@@ -252,7 +252,7 @@ fn check(deadline: Instant, control: &Control) -> io::Result<()> {
     }
 }
 
-/// Waits until one of the sockets is writable, until a moment, or for a cancel; may come back early. Answers which.
+/// Waits until one of the sockets is writable, until a moment, or for a cancel; may come back early. Returns which.
 fn wait(sockets: &[BorrowedFd<'_>], until: Instant, control: &Control) -> io::Result<Option<usize>> {
     let left = until.saturating_duration_since(Instant::now());
     let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;

@@ -60,7 +60,7 @@ impl Client {
         }
     }
 
-    /// The same, which waits so long for each answer.
+    /// The same client, which waits this long for each answer.
     pub fn patient(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }

@@ -23,7 +23,7 @@ impl Allowance {
         }
     }
 
-    /// Takes up to `wanted`; answers how much of it may pass.
+    /// Takes up to `wanted`; returns how much of it may pass.
     pub fn spend(&mut self, wanted: u64, now: Instant) -> u64 {
         let passed = now.saturating_duration_since(self.at).as_micros();
         let more = u64::try_from(passed * u128::from(self.per_second) / 1_000_000).unwrap_or(u64::MAX);

@@ -18,7 +18,7 @@ const BURST: u64 = 100;
 /// And in each second from there on.
 const PER_SECOND: u64 = 10;
 
-/// Lets each place in the program write so many lines, and has the others counted.
+/// Lets each place in the program write a limited number of lines, and counts the others.
 pub(super) struct Damping {
     places: Mutex<HashMap<Identifier, Allowance>>,
     lines: Lines,

@@ -74,7 +74,7 @@ impl Lines {
         }
     }
 
-    /// Waits until all is written or lost, or for so long.
+    /// Waits until all is written or lost, for at most `patience`.
     pub(super) fn flush(&self, patience: Duration) {
         let queue = self.shared.lock();
         let unfinished = |queue: &mut LineQueue| queue.writing || !queue.text.is_empty();
@@ -195,7 +195,7 @@ impl LineWriter {
         written
     }
 
-    /// Writes lines; answers how many are missing, one that is there in part included.
+    /// Writes lines; returns how many are missing, one that is there in part included.
     fn put(&mut self, text: &[u8]) -> u64 {
         let mut whole = Vec::with_capacity(text.len() + 1);
         if self.torn {

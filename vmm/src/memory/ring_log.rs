@@ -116,7 +116,7 @@ impl RingLog {
         reset
     }
 
-    /// Lets KVM protect the pages of so many entries again.
+    /// Makes KVM protect the pages of this many entries again.
     fn reset_rings(&self, entries: usize) -> Result<(), MemoryError> {
         let mut done = 0;
         while done < entries {

@@ -10,7 +10,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How often the server checks whether they are there.
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// Asks the guest for news, if it ever sent some, and waits for them a moment.
+/// Asks the guest for new statistics, if it ever sent some, and waits a moment for them.
 pub(super) async fn statistics(control: &BalloonControl) -> BalloonStatistics {
     let (_, seen) = control.statistics();
     control.request_statistics();

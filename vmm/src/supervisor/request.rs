@@ -92,7 +92,7 @@ pub enum Request {
     Metrics(Reply<Metrics>),
     /// The host's end of the machine's balloon.
     Balloon(Reply<Arc<balloon::BalloonControl>>),
-    /// Ask the guest to give up so many bytes.
+    /// Ask the guest to give up this many bytes.
     SetBalloon(u64, Reply<()>),
     /// Read a disk's size anew, and change its limits.
     UpdateDisk(Box<DriveUpdate>, Reply<()>),

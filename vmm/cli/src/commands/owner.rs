@@ -47,7 +47,7 @@ impl Owner {
         &self.pidfd
     }
 
-    /// Ends it without asking, and waits so long for that; whether it has ended.
+    /// Kills the process and waits for its end, for a limited time. Returns whether it has ended.
     pub(super) fn kill(&self, timeout: Duration) -> anyhow::Result<bool> {
         let pid = self.pid;
         pidfd_send_signal(&self.pidfd, Signal::KILL).with_context(|| format!("cannot end process {pid}"))?;
