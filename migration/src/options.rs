@@ -111,7 +111,7 @@ impl Default for MigrateOptions {
     }
 }
 
-/// What the caller of [`crate::receive`] asks for.
+/// What the caller of [`crate::Receiver::receive`] asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceiveOptions {
     /// How long the peer may be silent, or take no data; 10 s by default.

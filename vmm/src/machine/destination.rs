@@ -1,4 +1,5 @@
-//! The machine as the migration engine's destination.
+//! The machine as the migration engine's destination: checks, builds and restores an arriving machine. Nothing that the
+//! peer describes is opened by a path of the peer's, and nothing writes guest memory before the resume.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// Builds and restores one arriving machine.
 pub struct MigrationDestination {
     kvm: Kvm,
-    /// For the next machine, if it was not used up: it takes a moment to make and to get rid of one.
+    /// A VM for the next machine, if it was not used yet: it takes a moment to make and to drop one.
     vm: Option<VmFd>,
     host: Vec<kvm_cpuid_entry2>,
     host_tsc_khz: u32,
@@ -48,7 +49,7 @@ pub struct MigrationDestination {
     machine: Option<Machine>,
     /// Whether the machine's memory was the reserve, or is another process's.
     resident: bool,
-    /// Disks that are filled from the source's.
+    /// The disks that come along, as they are filled.
     blanks: Vec<Arc<Blank>>,
     pending: Option<Pending>,
 }
@@ -78,8 +79,8 @@ impl MigrationDestination {
         Ok(destination)
     }
 
-    /// Makes the reserve, if there is to be one, zeroed and resident. Before each wait for a machine: an
-    /// attempt that came to nothing used it up. Takes as long as the host needs to find that much memory.
+    /// Makes the reserve, if there is to be one, zeroed and resident. Called before each wait for a machine: a failed
+    /// attempt may have used it. Takes as long as the host needs to find that much memory.
     pub fn prepare(&mut self) -> Result<(), MachineError> {
         let (Some(size), None, None) = (self.arrival.reserve, &self.reserve, &self.machine) else {
             return Ok(());
@@ -249,7 +250,7 @@ impl MigrationDestination {
         let devices: Result<Vec<_>, _> = description.devices.iter().enumerate().map(open).collect();
         let spec = Spec {
             memory,
-            // How a host finds out what was written is its own affair.
+            // The way in which a host logs writes does not travel.
             dirty_ring: false,
             cpus: description.cpus,
             template: description.cpu_template.parse()?,

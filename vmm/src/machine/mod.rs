@@ -70,18 +70,18 @@ pub struct Machine {
     // last. A dirty log keeps VM and memory, in that order, as long as it is needed.
     vcpus: VcpuSet,
     devices: DeviceSet,
-    /// Where vCPUs log their writes, if not in bitmaps.
+    /// The rings in which vCPUs log their writes, if the machine uses rings.
     rings: Option<Arc<RingLog>>,
     vm: Arc<VmFd>,
     msrs: MsrList,
     /// Dropped before the memory itself, whose addresses may be reused afterwards.
     _watched: WatchedMemory,
     memory: GuestMemory,
-    /// Who brings its pages, if they are not all here.
+    /// The fault handler that brings its pages, if it has one.
     fault_handler: Option<FaultHandler>,
-    /// What a difference would be to; nothing where no snapshot was made that one could be to.
+    /// The snapshot to which a difference would be; `None` where there is no such snapshot.
     baseline: Mutex<Option<Baseline>>,
-    /// Disks that were made for it when it came here.
+    /// Disks that were made for the machine when it arrived.
     made_disks: Mutex<Vec<Arc<Blank>>>,
     cpuid: Vec<kvm_cpuid_entry2>,
     template: Template,
@@ -138,18 +138,18 @@ impl Machine {
         self.devices.write_out()
     }
 
-    /// Devices go on, unless the user has the guest stand still.
+    /// Resumes the devices, unless the user has paused the guest.
     fn resume_devices(&self) {
         if !self.is_held_by(Holder::User) {
             self.devices.resume();
         }
     }
 
-    /// Lets go for `holder`.
+    /// Ends the hold of `holder`.
     pub fn resume(&self, holder: Holder) {
         for vcpu in self.vcpus.lock_parked() {
-            // Tells the guest that it stood still, so that its watchdogs keep quiet. A guest without
-            // kvmclock has none to tell.
+            // Announces to the guest that it was paused, so that its watchdogs do not fire. Has no effect on a guest
+            // without kvmclock.
             let _ = vcpu.kvmclock_ctrl();
         }
         self.vcpus.resume(holder);
@@ -245,7 +245,7 @@ impl Machine {
         *self.made_disks.lock().unwrap_or_else(PoisonError::into_inner) = disks;
     }
 
-    /// Removes the disks that were made for it when it came here, as it never ran with them.
+    /// Removes the disks that were made for the machine when it arrived, as it never ran with them.
     pub fn remove_made_disks(&self) {
         let made = std::mem::take(&mut *self.made_disks.lock().unwrap_or_else(PoisonError::into_inner));
         made.iter().for_each(|disk| disk.remove());
@@ -256,7 +256,7 @@ impl Machine {
         if self.fault_handler.is_none() {
             return memory::populated(&self.memory, &self.replaced(), into);
         }
-        // Only the handler knows what those hold that never came.
+        // Only the handler knows what the missing pages hold.
         for (gpa, len) in memory::ranges(&self.memory) {
             into.insert_range(MemoryRange { gpa, len })?;
         }
@@ -291,9 +291,9 @@ impl Machine {
 
     fn turn_dirty_log_off(&self) -> Result<(), MachineError> {
         // KVM waits for a kernel thread (SRCU's) that a vCPU which never leaves its CPU can keep from running for
-        // 300 ms, as measured. In short slices the guest gets out of its way, and still runs.
+        // 300 ms, as measured. Short slices let that thread run, and the guest as well.
         if let Err(error) = self.throttle(&vec![OUT_OF_THE_WAY; self.cpus.into()]) {
-            // It only takes longer then.
+            // Without the slices it only takes longer.
             tracing::debug!(%error, "vCPUs stay where they are");
         }
         let stopped = memory::set_dirty_log(&self.vm, &self.memory, false);

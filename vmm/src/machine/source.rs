@@ -121,7 +121,7 @@ impl Source for MigrationSource {
             .balloon()
             .ok_or("unused: expected a balloon, got none")?;
         for (gpa, len) in balloon.hints(at_most) {
-            // The guest may say what it likes: outside memory there is nothing to leave out.
+            // The guest's report is untrusted: what lies outside memory is ignored.
             let _ = into.insert_range(MemoryRange { gpa, len });
         }
         Ok(())

@@ -49,7 +49,8 @@ struct GateState {
     ending: bool,
     /// Threads that are parked because of a holder.
     held: usize,
-    /// Tasks so far, the present one, and how many of the threads that were parked when it came are not through yet.
+    /// The number of tasks so far, the present one, and how many of the threads that were parked when it came have not
+    /// done it.
     tasks: u64,
     task: Option<ParkedTask>,
     pending: usize,

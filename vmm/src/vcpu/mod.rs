@@ -132,7 +132,8 @@ impl VcpuSet {
     pub fn resume(&self, holder: Holder) {
         self.gate.open(holder);
         if !self.gate.wait_entered(PARK_TIMEOUT) {
-            // No failure: the gate is open, and who says that the guest does not run invites a second copy.
+            // Not an error: the gate is open, and a caller that believes that the guest does not run could start a
+            // second copy of it.
             tracing::warn!("not all vCPUs have entered the guest after {PARK_TIMEOUT:?}");
         }
     }
@@ -148,10 +149,10 @@ impl VcpuSet {
         }
     }
 
-    /// Does `work` with each vCPU, all of which are out of the guest, and returns what came of it in order of their
-    /// ids. Their own threads share the work with this one, where they are parked: KVM need not move a vCPU to another
-    /// thread's processor, and what takes its time for one vCPU takes not much longer for 32. A vCPU whose thread has
-    /// ended or is slow to wake up is this thread's.
+    /// Does `work` with each vCPU, all of which are out of the guest, and returns the results in order of their ids.
+    /// Parked vCPU threads do the work for their own vCPUs, so that KVM need not move a vCPU to another thread's
+    /// processor and 32 vCPUs take not much longer than one. This thread does what remains: vCPUs whose thread has
+    /// ended or is slow to wake up.
     pub fn with_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &VcpuFd) -> T + Send + Sync + 'static,
@@ -189,7 +190,7 @@ impl VcpuSet {
         self.vcpus.len()
     }
 
-    /// The gate, to ask who holds it.
+    /// The gate, which knows its holders.
     pub fn gate(&self) -> &Gate {
         &self.gate
     }
