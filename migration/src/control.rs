@@ -1,4 +1,4 @@
-//! Another thread's hold on a migration: cancel it, watch it.
+//! How other threads cancel and watch a migration, and decide about a machine in doubt.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -85,9 +85,9 @@ pub struct Control {
     cancelled: AtomicBool,
     /// Readable for ever once cancelled.
     cancel: OwnedFd,
-    /// Readable once the guest was paused for as long as it may be, until that is taken back.
+    /// Readable once the guest was paused for as long as it may be, until the limit is lifted.
     timer: OwnedFd,
-    /// Readable when either of them is, so that whoever waits for a socket waits for this as well.
+    /// Readable when `cancel` or `timer` is: every wait for a socket waits for it as well.
     wake: OwnedFd,
     /// Whether the guest is paused for a limited time: saves the lock while it is not.
     limited: AtomicBool,
@@ -110,11 +110,11 @@ impl Samples {
 
     fn keep(&mut self, sample: Progress) {
         let fine = sample.elapsed_ms / Self::FINENESS;
-        let tells = self
+        let is_new = self
             .samples
             .last()
             .is_none_or(|last| sample.elapsed_ms - last.elapsed_ms >= fine || sample.phase != last.phase);
-        if tells {
+        if is_new {
             self.samples.push(sample);
         }
     }
@@ -124,7 +124,7 @@ impl Samples {
 struct Live {
     progress: Progress,
     trace: Samples,
-    /// Whether somebody may decide.
+    /// Whether an operator may decide.
     undecided: bool,
     decision: Option<Decision>,
     /// Set while a migration is under way.
@@ -142,9 +142,9 @@ struct PauseLimit {
 /// Why a migration has to end before "go".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Interruption {
-    /// Somebody asked for it.
+    /// The operator or the API's client cancelled it.
     Cancelled,
-    /// The guest was paused for so long, as long as it may be.
+    /// The guest was paused for this long, which is the limit.
     PausedTooLong(Duration),
 }
 
@@ -178,15 +178,15 @@ impl Control {
         })
     }
 
-    /// Asks the migration to end. It does so before the commit, at once; after it, not at all.
+    /// Cancels the migration. Before the commit it ends at once; after it, a cancel has no effect.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
         // Can only fail when the counter is at its limit, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.cancel, &1u64.to_ne_bytes());
     }
 
-    /// Decides for a machine that waits for "go" while its source is gone. Answers whether there is one; if not,
-    /// nothing is decided.
+    /// Decides about a machine that waits for "go" while its source is silent. Returns whether there is one; without
+    /// one nothing is decided.
     pub fn decide(&self, decision: Decision) -> bool {
         let mut live = self.lock();
         if !live.undecided {
@@ -198,15 +198,15 @@ impl Control {
         true
     }
 
-    /// Whether a machine waits while its source is gone, so that an operator may decide.
+    /// Sets whether a machine waits while its source is silent, so that an operator may decide.
     pub(crate) fn set_undecided(&self, undecided: bool) {
         let mut live = self.lock();
         live.undecided = undecided;
         live.decision = None;
     }
 
-    /// The source is there again, so that nobody else decides. Answers whether that is so: what somebody has decided
-    /// meanwhile, and was told counts, is to be taken first.
+    /// The source is alive again: from here on the operator may not decide. Returns false if the operator has decided
+    /// meanwhile: [`Control::decide`] returned that it counts, so the caller has to carry it out.
     pub(crate) fn end_doubt(&self) -> bool {
         let mut live = self.lock();
         live.undecided = live.decision.is_some();
@@ -219,9 +219,9 @@ impl Control {
         self.lock().undecided
     }
 
-    /// What was decided, once.
+    /// The operator's decision; each is returned once.
     pub(crate) fn take_decision(&self) -> Option<Decision> {
-        // Reset before the look: a decision in between is seen now, and once more as none.
+        // The event is cleared first: a decision in between is returned now, and the event then wakes once in vain.
         let _ = rustix::io::read(&self.decided, &mut [0; 8]);
         self.lock().decision.take()
     }
@@ -231,7 +231,7 @@ impl Control {
         self.decided.as_fd()
     }
 
-    /// Whether somebody asked the migration to end.
+    /// Whether the migration was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }
@@ -265,14 +265,14 @@ impl Control {
         (Instant::now() >= limit.until).then_some(Interruption::PausedTooLong(limit.at_most))
     }
 
-    /// The guest may stand still for so long from a moment on. Whoever waits is woken when that is over.
+    /// Limits the pause, which began at `from`. Waiting threads are woken when it is over.
     pub(crate) fn limit_pause(&self, from: Instant, at_most: Duration) {
-        // One that ends beyond the clock's end never does.
+        // A limit beyond the clock's end is none.
         let until = from.checked_add(at_most);
         self.set_limit(until.map(|until| PauseLimit { at_most, until }));
     }
 
-    /// The guest does not stand still any more, or it does for a reason that nobody but the peer can end.
+    /// Lifts the limit: the guest runs again, or "go" was sent and only the peer can end the pause.
     pub(crate) fn lift_pause_limit(&self) {
         self.set_limit(None);
     }
@@ -298,7 +298,7 @@ impl Control {
         self.wake.as_fd()
     }
 
-    /// Waits until it is cancelled, or for so long.
+    /// Waits until the migration is cancelled, for at most this long.
     pub(crate) fn wait_for_cancel(&self, at_most: Duration) {
         let mut events = [PollFd::new(&self.cancel, PollFlags::IN)];
         // An interrupted wait is a short one.

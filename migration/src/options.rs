@@ -67,9 +67,10 @@ pub const MAX_THROTTLE: f64 = 0.98;
 /// budget allows more.
 pub const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-/// A pause may be this many times as long as its budget,
+/// How many times its budget a pause may last before a move that is to keep its promise is given up. The longer of
+/// the two limits counts, this one and that of `PAUSE_SLACK`.
 const PAUSE_FACTOR: u32 = 3;
-/// or longer than it by this much, before a move that is to keep its promise is given up.
+/// By how much such a pause may exceed its budget.
 const PAUSE_SLACK: Duration = Duration::from_millis(100);
 
 impl MigrateOptions {
@@ -110,7 +111,7 @@ impl Default for MigrateOptions {
     }
 }
 
-/// What the caller of [`crate::receive`] asks for.
+/// What the caller of [`crate::Receiver::receive`] asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceiveOptions {
     /// How long the peer may be silent, or take no data; 10 s by default.

@@ -21,7 +21,7 @@ pub struct MemoryRegion {
     pub len: u64,
 }
 
-/// What guest RAM is made of. A destination has the same for it.
+/// What guest RAM is made of. The destination's must be the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryKind {
@@ -84,12 +84,12 @@ pub struct MachineDescription {
     pub devices: Vec<DeviceDescription>,
 }
 
-/// What the source says about its disks, besides what its devices are.
+/// What the source says about its disks, besides the description of their devices.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OfferedDisks {
-    /// Whether it sends what is on the disks that the destination does not have.
+    /// Whether the source sends the content of disks that the destination does not have.
     pub come: bool,
-    /// By what the destination knows them.
+    /// Marks by which the destination recognises the source's disks.
     pub marks: Vec<DiskMark>,
 }
 
@@ -185,18 +185,18 @@ pub struct Rehearsal {
 
 /// The machine at the source.
 ///
-/// Calls come from one migration job, in the order of a migration: `mirror`, `start_dirty_log`, then `throttle`, `flush`
-/// and `rehearse` at any time, `pause`, `drain`, `save`, `release`. In a handover of memory there is no dirty
-/// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it
-/// throttled, `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log` and
-/// `stop_mirror` if it called `mirror`, also where that call failed or panicked. After "go" it calls `resume` only when the destination has said that it gave
-/// the machine up.
+/// Calls come from one migration job, in the order of a migration: `mirror`, `start_dirty_log`, then `throttle`,
+/// `flush` and `rehearse` at any time, `pause`, `drain`, `save`, `release`. In a handover of memory there is no dirty
+/// log. Whatever ends a migration before "go" is on its way, the engine calls `throttle` with zeros if it throttled,
+/// `resume` if it called `pause`, then `stop_dirty_log` if it called `start_dirty_log` and
+/// `stop_mirror` if it called `mirror`, also where that call failed or panicked. After "go" it calls `resume` only when
+/// the destination has answered that it gave the machine up.
 pub trait Source: Send {
     /// What the destination must be able to run.
     fn describe(&self) -> MachineDescription;
 
     /// Marks the disks for this migration. The marks stay until the next ones, or until the disks' locks are given up.
-    /// Fails where nobody could open a disk that does not `come` along, as it has no name any more.
+    /// Fails where the destination could not open a disk that does not `come` along, as it has no name any more.
     fn mark_disks(&mut self, come: bool) -> Result<Vec<DiskMark>, PortError>;
 
     /// Guest RAM; the regions are those of [`MachineDescription::memory`], in that order.
@@ -206,14 +206,14 @@ pub trait Source: Send {
     /// after `start_dirty_log`.
     fn populated(&self, into: &mut PageSet) -> Result<(), PortError>;
 
-    /// Whether it pays to ask the guest which of its pages it does not use, where so many pages are populated. Answers
-    /// within so long.
+    /// Whether it is worth asking the guest for its unused pages, if this many pages are populated. Returns within
+    /// `at_most`.
     fn has_unused(&mut self, populated: u64, at_most: Duration) -> Result<bool, PortError>;
 
-    /// Asks the guest, and adds what it says within so long: pages whose content at some time during this call is of no
-    /// use to it. It may write to them again at any time, also before this returns; that marks them, as any write does.
-    /// Asked after `start_dirty_log`, with all marks cleared, and only if `has_unused` said that it pays. Afterwards the
-    /// guest keeps nothing back for it, whatever came of it.
+    /// Asks the guest for its unused pages, and adds what it reports within `at_most`: pages whose content was of no
+    /// use to it at some time during this call. It may write to them again at any time, also before this returns; that
+    /// marks them, as any write does. Called after `start_dirty_log`, with all marks cleared, and only if `has_unused`
+    /// returned true. Afterwards the guest keeps nothing back for it, whatever came of it.
     fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError>;
 
     /// The files behind guest RAM, in the order of its regions, for a destination on the same host that maps
@@ -221,17 +221,17 @@ pub trait Source: Send {
     fn memory_files(&self) -> Option<Vec<OwnedFd>>;
 
     /// Begins to mark what is written to the disks behind these devices, which the destination does not have; one
-    /// for each, in that order. Only if there are any. The devices are the peer's word: untrusted.
+    /// for each, in that order. Only called if there are any. The devices come from the peer: untrusted.
     fn mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, PortError>;
 
-    /// Ends that; also after a `mirror` that failed.
+    /// Ends what `mirror` began; also called after a `mirror` that failed.
     fn stop_mirror(&mut self) -> Result<(), PortError>;
 
     /// Turns dirty logging on. Every page counts as marked at first, or is marked by the first write; either
     /// way the engine sends all of memory once.
     fn start_dirty_log(&mut self) -> Result<Arc<dyn DirtyLog>, PortError>;
 
-    /// Turns dirty logging off; also after a `start_dirty_log` that failed.
+    /// Turns dirty logging off; also called after a `start_dirty_log` that failed.
     fn stop_dirty_log(&mut self) -> Result<(), PortError>;
 
     /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most
@@ -250,8 +250,8 @@ pub trait Source: Send {
     /// `until`; then nothing is held.
     fn pause(&mut self, until: Instant) -> Result<Instant, PortError>;
 
-    /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM. An error if that
-    /// is not done at `until`.
+    /// Finishes device work in flight and flushes disk backends; afterwards no device writes guest RAM. An error if
+    /// that is not done at `until`.
     fn drain(&mut self, until: Instant) -> Result<(), PortError>;
 
     /// The state of vCPUs, interrupt controllers, clocks and devices: an encoded envelope
@@ -274,8 +274,8 @@ pub trait Source: Send {
 /// Calls come in this order: `check`, `create`, `rehearse` any number of times, `restore`, `resume`. Before
 /// `resume`, `discard` may come at any time; afterwards the value is ready for another attempt.
 pub trait Destination: Send {
-    /// Every difference that forbids the move; empty means that it can be done. What is here and has not the mark of
-    /// the source's disk is not that disk.
+    /// Every difference that forbids the move; empty if it can be made. A file without the mark of the source's disk is
+    /// not that disk.
     fn check(&self, description: &MachineDescription, disks: &OfferedDisks) -> Vec<Difference>;
 
     /// Builds the machine, its backends open but its disks neither locked nor read, and returns its guest
@@ -310,6 +310,6 @@ pub trait Destination: Send {
     /// the last one was let in. On an error the machine stays paused, with its memory.
     fn resume(&mut self, stopped_at: Instant) -> Result<(), PortError>;
 
-    /// Throws away whatever was built.
+    /// Discards everything that was built.
     fn discard(&mut self);
 }

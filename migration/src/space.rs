@@ -13,7 +13,7 @@ pub(crate) fn is_disk(gpa: u64) -> bool {
     gpa >= DISKS
 }
 
-/// The regions of disks of so many bytes, one behind the other. The last page of one may be longer than the disk.
+/// The regions of disks of these sizes in bytes, one behind the other. A disk's last page may reach beyond its end.
 pub(crate) fn disk_regions(lens: impl IntoIterator<Item = u64>) -> Result<Vec<MemoryRegion>, PageSetError> {
     let mut gpa = DISKS;
     let region = |len: u64| {

@@ -50,7 +50,7 @@ pub fn list(differences: &[Difference]) -> String {
     text
 }
 
-/// What a panic said.
+/// A panic's message.
 pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     clean(&threads::panic_message(payload))
 }

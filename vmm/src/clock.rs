@@ -1,9 +1,9 @@
 //! Clocks that go on: TSC, kvmclock and the TSC deadline advance by the time that a machine stood still.
 //!
 //! The guest's TSC is the host's, scaled where the frequencies differ, plus an offset per vCPU
-//! (Documentation/virt/kvm/devices/vcpu.rst, 4). The source saves what the guest's clocks say at one instant; the destination adds the time since then, as its
-//! own clock measured it, and computes offsets against its own TSC at one instant, so that vCPUs whose
-//! clocks were equal stay equal.
+//! (Documentation/virt/kvm/devices/vcpu.rst, 4). The source saves what the guest's clocks say at one instant; the
+//! destination adds the time since then, as its own clock measured it, and computes offsets against its own TSC at one
+//! instant, so that vCPUs whose clocks were equal stay equal.
 
 mod tsc;
 
@@ -115,7 +115,7 @@ pub fn advance(
     };
     let now = tsc::without_offset(vcpus, scaled)?;
     let ticks = (gap.as_nanos().saturating_mul(u128::from(clock.tsc_khz)) / 1_000_000) as u64;
-    tsc::go_on(vcpus, records.iter().map(|record| record.tsc), ticks, now)?;
+    tsc::advance(vcpus, records.iter().map(|record| record.tsc), ticks, now)?;
     let now = kvm_clock_data {
         clock: clock.kvmclock_ns.saturating_add(gap.as_nanos() as u64),
         ..Default::default()

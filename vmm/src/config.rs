@@ -87,7 +87,7 @@ pub enum ConfigError {
     NoKernel,
 }
 
-/// What was asked for, before any check; `None` where nothing was said.
+/// What was asked for, before any check; `None` where an option was not given.
 #[derive(Clone, Debug, Default)]
 pub struct Wishes {
     /// Path of the kernel.
@@ -157,8 +157,8 @@ impl Wishes {
         }
     }
 
-    /// What the memory is made of. What a balloon gives up of huge pages would be anybody's, and not always to be had
-    /// again.
+    /// What the memory is made of. A huge page that a balloon gives up could go to another process, and not be
+    /// available when the guest wants it back.
     fn memory_kind(&self) -> Result<MemoryKind, ConfigError> {
         match (self.huge_pages, self.shared_memory) {
             (true, true) => Err(ConfigError::BesideHugePages("shared memory")),

@@ -1,7 +1,8 @@
-//! The guest's console: what it prints goes to standard output and to everybody who attached.
+//! The guest's console: what it prints goes to standard output and to every client that attached.
 //!
-//! The serial port writes on a vCPU's thread, the virtio console on the device thread, so nothing here may wait for a reader: bytes go into a bounded
-//! buffer, a thread of its own carries them to standard output, and a reader that is too slow loses bytes.
+//! The serial port writes on a vCPU's thread, the virtio console on the device thread, so nothing here may wait for a
+//! reader: bytes go into a bounded buffer, a thread of its own carries them to standard output, and a reader that is
+//! too slow loses bytes.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -27,7 +28,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 const RATE: u64 = 1 << 20;
 /// Bytes that it gets at once.
 const BURST: u64 = 16 << 20;
-/// How often it is said at most how much it did not get.
+/// How often a reader is told at most how much output it missed.
 const NEWS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Handle to the console; clones share it.
@@ -49,14 +50,14 @@ struct ConsoleOutput {
     clients: Vec<Weak<ConsoleClient>>,
 }
 
-/// What somebody who attached has not taken yet.
+/// Output that an attached client has not read yet.
 #[derive(Default)]
 struct ConsoleClient {
     bytes: Mutex<VecDeque<u8>>,
     more: Notify,
 }
 
-/// The output as somebody who attached sees it.
+/// The output for one attached client.
 pub struct Attached(Arc<ConsoleClient>);
 
 impl Attached {
@@ -138,12 +139,12 @@ impl ConsoleShared {
         let mut allowance = (!descriptor.is_terminal()).then(|| Allowance::new(BURST, RATE, Instant::now()));
         let mut left_out = LeftOut::default();
         loop {
-            let chunk = self.take(left_out.bytes > 0);
+            let chunk = self.wait_for_output(left_out.bytes > 0);
             let passed = match &mut allowance {
-                Some(allowance) => allowance.take(chunk.len() as u64, Instant::now()) as usize,
+                Some(allowance) => allowance.spend(chunk.len() as u64, Instant::now()) as usize,
                 None => chunk.len(),
             };
-            // Nobody may be reading any more; the guest runs on all the same.
+            // The reader may have gone; the guest runs on all the same.
             let _ = descriptor.write_all(&chunk[..passed]);
             left_out.add((chunk.len() - passed) as u64);
             self.lock().writing = false;
@@ -152,7 +153,7 @@ impl ConsoleShared {
     }
 
     /// Waits for output; with `news`, also no longer than until there is something to say.
-    fn take(&self, news: bool) -> Vec<u8> {
+    fn wait_for_output(&self, news: bool) -> Vec<u8> {
         let empty = |output: &mut ConsoleOutput| output.backlog.is_empty();
         let mut output = if news {
             let waited = self.changed.wait_timeout_while(self.lock(), NEWS_INTERVAL, empty);
@@ -166,24 +167,28 @@ impl ConsoleShared {
     }
 }
 
-/// Output that was too much at a time, and of which nobody was told.
+/// Output that was too much at a time, and that was not reported yet.
 #[derive(Default)]
 struct LeftOut {
     bytes: u64,
-    told: Option<Instant>,
+    reported_at: Option<Instant>,
 }
 
 impl LeftOut {
     fn add(&mut self, bytes: u64) {
         self.bytes += bytes;
-        if self.bytes > 0 && self.told.is_none_or(|told| told.elapsed() >= NEWS_INTERVAL) {
+        if self.bytes > 0
+            && self
+                .reported_at
+                .is_none_or(|last| last.elapsed() >= NEWS_INTERVAL)
+        {
             tracing::warn!(
                 "{} bytes of the guest's console were left out: more than {RATE} a second for standard output",
                 self.bytes
             );
             *self = Self {
                 bytes: 0,
-                told: Some(Instant::now()),
+                reported_at: Some(Instant::now()),
             };
         }
     }
@@ -234,7 +239,7 @@ pub struct ConsoleInput(Arc<Mutex<Input>>);
 #[derive(Default)]
 struct Input {
     keyboard: Option<Keyboard>,
-    /// The size of the terminal, if somebody has said it.
+    /// The size of the terminal, if a client has set it.
     size: Option<TerminalSize>,
 }
 
@@ -257,7 +262,7 @@ impl ConsoleInput {
         keyboard.map_or(bytes.len(), |keyboard| keyboard.enqueue(bytes))
     }
 
-    /// The terminal that somebody looks at has this size; the last one to say so counts.
+    /// Sets the size of the terminal that shows the console; the last call counts.
     pub fn resize(&self, size: TerminalSize) {
         let mut input = self.lock();
         input.size = Some(size);
@@ -373,7 +378,7 @@ mod tests {
                 console.flush();
             }
         }
-        // It is heard again as soon as it prints less.
+        // Its output is passed on again as soon as it prints less.
         while !reading.is_finished() {
             sink.write_all(b"!").unwrap();
             console.flush();

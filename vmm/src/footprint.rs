@@ -5,16 +5,16 @@ use std::ops::Range;
 
 use rustix::mm::{Advice, madvise};
 
-/// Gives the mapped pages of the program's text back: most of it was needed for the start alone. What is needed again
+/// Releases the mapped pages of the program's text: most of it was needed for the start alone. What is needed again
 /// comes from the page cache.
-pub fn give_back_text() {
+pub fn release_text() {
     let maps = std::fs::read_to_string("/proc/self/maps");
     let program = std::fs::read_link("/proc/self/exe");
     let (Ok(maps), Ok(program)) = (maps, program) else {
         return;
     };
     for range in text(&maps, &program.to_string_lossy()) {
-        // SAFETY: a private mapping of this program's file to which nobody can write, nor ever could: text, and what
+        // SAFETY: a private mapping of this program's file that is not writable, and never was: text, and what
         // lies before it in the file. Its pages are the file's and come back as they are when they are touched.
         let advised = unsafe { madvise(range.start as *mut _, range.len(), Advice::LinuxDontNeed) };
         if let Err(error) = advised {
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn the_program_goes_on_without_its_text() {
-        give_back_text();
+        release_text();
         assert_eq!("still here".len(), 10);
     }
 }

@@ -116,8 +116,8 @@ pub(crate) fn clear_dirty_log(
     errno_of(unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) })
 }
 
-/// The TSC frequency that vCPUs of the VM begin with, in kHz. A kernel that tells it has TSC offsets as well, which came
-/// one version earlier.
+/// The TSC frequency that vCPUs of the VM begin with, in kHz. A kernel that reports it has TSC offsets as well, which
+/// came one version earlier.
 pub(crate) fn tsc_khz(vm: &VmFd) -> Result<u32, errno::Error> {
     // SAFETY: the ioctl has no argument.
     let khz = unsafe { ioctl(vm, KVM_GET_TSC_KHZ()) };

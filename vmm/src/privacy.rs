@@ -1,4 +1,4 @@
-//! What a guest has in its memory is nobody else's: neither in a core dump, nor through `/proc` or ptrace.
+//! Keeps a guest's memory from other processes: it is neither in a core dump nor readable through `/proc` or ptrace.
 
 use anyhow::Context;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};

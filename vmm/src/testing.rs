@@ -8,7 +8,7 @@ use threads::{Failure, Role};
 static FAILURES: Mutex<Vec<Failure>> = Mutex::new(Vec::new());
 static MORE: Condvar = Condvar::new();
 
-/// From here on failures are kept for whoever waits for them: all tests have one listener.
+/// From here on failures are kept for the test that waits for them: all tests share one listener.
 pub(crate) fn keep_failures() {
     static ONCE: OnceLock<()> = OnceLock::new();
     ONCE.get_or_init(|| {

@@ -7,9 +7,9 @@ use rustix::mm::{Advice, madvise};
 use crate::memory::slice_of;
 use crate::{GuestMemory, MemoryIoError, MemoryRange, PAGE_SIZE};
 
-/// Makes a range resident and writable without changing its content, so that whoever writes it first pays
-/// for no page fault. Others may write it meanwhile. Takes as long as the kernel needs for the whole range,
-/// which can be seconds for a GiB: a caller that wants to be interrupted passes it in pieces.
+/// Makes a range resident and writable without changing its content, so that the first write causes no page fault.
+/// Other threads may write it meanwhile. Takes as long as the kernel needs for the whole range, which can be seconds
+/// for a GiB: a caller that may have to stop passes it in pieces.
 ///
 /// On a kernel that cannot do it (before 5.14) nothing happens, and the pages come when they are touched.
 pub fn populate(memory: &GuestMemory, range: MemoryRange) -> Result<(), MemoryIoError> {

@@ -12,8 +12,8 @@ const WORTH_WAKING: libc::c_int = 256 << 10;
 /// the content, or what is left of it, have come: over loopback that is a quarter to a half of the wake-ups.
 ///
 /// A peer that ends or loses the connection is reported at once all the same. Between one scatter that is
-/// [`CallProgress::Done`] and the next the socket wakes for every byte, as usual; so it does after [`PageReceiver::pause`],
-/// for a caller that gives a scatter up half-way.
+/// [`CallProgress::Done`] and the next the socket wakes for every byte, as usual; so it does after
+/// [`PageReceiver::pause`], for a caller that gives a scatter up half-way.
 #[derive(Debug)]
 pub struct PageReceiver {
     /// Bytes that the socket wakes for; `None` where it has no such threshold.
@@ -106,7 +106,7 @@ mod tests {
     };
 
     #[test]
-    fn a_little_content_wakes_nobody_and_its_rest_does_and_then_every_byte() {
+    fn a_little_content_does_not_wake_the_receiver_and_its_rest_does_and_then_every_byte() {
         let memory = memory();
         let (mut near, far) = tcp_pair();
         let mut receiver = PageReceiver::new(far.as_fd());

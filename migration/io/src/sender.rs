@@ -130,7 +130,7 @@ impl PageSender {
         if self.pending() == 0 {
             return Ok(CallProgress::Done);
         }
-        // A socket that failed reports POLLERR for that as well, and nobody would read it.
+        // A socket that failed reports POLLERR as well, and its error is read only here.
         match socket_error(socket) {
             Ok(Ok(())) => Ok(CallProgress::WouldBlock),
             Ok(Err(error)) | Err(error) => Err(MemoryIoError::Socket(error.into())),

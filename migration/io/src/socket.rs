@@ -58,7 +58,7 @@ mod tests {
 
     fn check(mut near: impl Write + AsFd, mut far: impl Read) {
         assert_eq!(in_flight(near.as_fd()).unwrap(), 0);
-        // Little enough that nobody has to read.
+        // Little enough to fit without a reader.
         let sent = [7; 32 << 10];
         near.write_all(&sent).unwrap();
         far.read_exact(&mut [0; 32 << 10]).unwrap();

@@ -69,7 +69,7 @@ pub fn zero_range(memory: &GuestMemory, range: MemoryRange) -> Result<(), Memory
 unsafe fn scan_avx2(base: *const u8, bits: u64) -> u64 {
     scan(base, bits, |page| {
         // SAFETY: the page is mapped, and `at` + 32 * N stays within it. Volatile reads through a raw
-        // pointer are how memory is read that somebody else may write.
+        // pointer are how memory is read that the guest may write meanwhile.
         let read = |at: usize| unsafe { page.add(at).cast::<__m256i>().read_volatile() };
         let line = _mm256_or_si256(read(0), read(32));
         if _mm256_testz_si256(line, line) == 0 {

@@ -25,7 +25,7 @@ pub(crate) struct Completion {
     pub(crate) copied: bool,
 }
 
-/// Makes a socket take MSG_ZEROCOPY. Answers whether it does: TCP, and a kernel that knows it.
+/// Makes a socket take MSG_ZEROCOPY. Returns whether it does: TCP, and a kernel that knows it.
 pub(crate) fn enable(socket: BorrowedFd<'_>) -> bool {
     is_tcp(socket) && set_option(socket, SO_ZEROCOPY, 1).is_ok()
 }

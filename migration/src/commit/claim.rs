@@ -1,4 +1,4 @@
-//! What the source may still do with its guest, step by step: the source's half of the commit's rules.
+//! The source's half of the commit's rules: what the source may still do with its guest, step by step. No I/O.
 
 use crate::protocol::AttemptOutcome;
 
@@ -10,11 +10,11 @@ pub(crate) enum Claim {
     Running,
     /// The migration has paused it.
     Paused,
-    /// The state is, perhaps, on its way: the destination may be ready, and then waits for a word.
+    /// The state may have been sent: the destination may be ready, and then waits for "go" or an abort.
     Offered,
-    /// "go" is, perhaps, on its way: whether the guest is still ours only the destination or an operator knows.
+    /// "go" may have been sent: only the destination or an operator knows who may run the guest.
     InDoubt,
-    /// It is the destination's.
+    /// The guest is the destination's.
     Moved,
 }
 
@@ -23,27 +23,27 @@ pub(crate) enum Claim {
 pub(crate) struct Failed {
     /// The migration had paused the guest: let it run.
     pub(crate) resume: bool,
-    /// The destination may wait for a word: if the abort does not reach it, ask, so that it gives up.
+    /// The destination may be ready: if the abort does not reach it, ask it, so that it gives up.
     pub(crate) withdraw: bool,
 }
 
 /// What an answer of the destination means for a guest that is in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Ruling {
-    /// It is the destination's: free everything.
+    /// The guest is the destination's: free everything.
     Moved,
-    /// It is ours again: let it run.
+    /// The guest is the source's again: let it run.
     Resume,
-    /// Nobody knows yet: keep it paused.
+    /// The answer does not say: keep the guest paused.
     StillInDoubt,
 }
 
 /// What an answer means for a guest that was taken back from a destination that may have been ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Withdrawn {
-    /// Nobody waits for "go" there.
+    /// The destination does not wait for "go" any more.
     Done,
-    /// Somebody may: ask again.
+    /// The destination may still wait for "go": ask again.
     StillWaits,
     /// Its operator has decided that it runs there, and the guest has run in both places.
     RunsTwice,
@@ -65,7 +65,7 @@ impl Claim {
         self.step(Claim::Offered, Claim::InDoubt);
     }
 
-    /// Not a byte of "go" was taken by this side's own system.
+    /// The kernel accepted no byte of "go".
     pub(crate) fn go_not_sent(&mut self) {
         self.step(Claim::InDoubt, Claim::Offered);
     }
@@ -80,7 +80,7 @@ impl Claim {
         self == Claim::InDoubt
     }
 
-    /// The migration failed or was cancelled. Nothing once "go" is on its way: then that is not ours to say.
+    /// The migration failed or was cancelled. `None` once "go" may have been sent: then the source cannot end it alone.
     pub(crate) fn fail(&mut self) -> Option<Failed> {
         let failed = match self {
             Claim::Running => Failed {
@@ -112,8 +112,8 @@ impl Claim {
                 *self = Claim::Running;
                 Ruling::Resume
             }
-            // "kept": the machine is there, and an operator has to look at it. "unknown": whoever knew may be
-            // gone, after it ran the guest.
+            // "kept": the machine is there, and an operator has to decide. "unknown": the receiver that knew may have
+            // crashed after it ran the guest.
             _ => Ruling::StillInDoubt,
         }
     }
@@ -121,13 +121,13 @@ impl Claim {
     /// The destination answered after a failure before "go", when the guest ran here again.
     pub(crate) fn withdrawn(&mut self, outcome: &AttemptOutcome) -> Withdrawn {
         match (*self, outcome) {
-            // Without "go" only an operator can have said so.
+            // Without "go" only an operator can have decided so.
             (Claim::Running, AttemptOutcome::Runs | AttemptOutcome::Kept { .. }) => {
                 *self = Claim::InDoubt;
                 Withdrawn::RunsTwice
             }
             (_, AttemptOutcome::GaveUp) => Withdrawn::Done,
-            // "unknown": whoever answers may be another than the one that waits.
+            // "unknown": another receiver than the one that waits may have answered.
             _ => Withdrawn::StillWaits,
         }
     }

@@ -1,12 +1,12 @@
-//! What the destination knows of the machine that is there: the destination's half of the commit's rules.
+//! The destination's half of the commit's rules: what it knows of the machine that is there. No I/O.
 
 use std::collections::VecDeque;
 
 use crate::control::Decision;
 use crate::protocol::{AttemptOutcome, Token};
 
-/// What a destination knows about the machines that came its way: the one that is there, and those that it gave
-/// up. Whatever comes first counts; what comes after it finds it done.
+/// What a destination knows about machines: the one that is there, and those that it gave up. The first decision about
+/// a machine counts; later ones have no effect.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Ledger {
     stage: Stage,
@@ -22,13 +22,13 @@ pub(crate) enum Stage {
     Idle,
     /// It is being built and filled: it can be thrown away at any time.
     Filling(Token),
-    /// It is complete, and waits for one word.
+    /// It is complete, and waits for what decides: "go", an abort, a question or an operator.
     Ready(Token),
-    /// It is ours, and about to run.
+    /// It is committed to this side, and about to run.
     Committing(Token),
     /// It runs.
     Runs(Token),
-    /// It is ours, and does not run.
+    /// It is committed to this side, and does not run.
     Kept {
         /// Its migration.
         token: Token,
@@ -45,7 +45,7 @@ impl Ledger {
         &self.stage
     }
 
-    /// A migration begins. Answers whether there was room for it.
+    /// A migration begins. Returns whether there was room for it.
     pub(crate) fn begin(&mut self, token: Token) -> bool {
         let idle = self.stage == Stage::Idle;
         if idle {
@@ -54,7 +54,7 @@ impl Ledger {
         idle
     }
 
-    /// The state is restored; comes before anybody is told. Answers whether the machine is still wanted.
+    /// The state is restored; comes before "ready" is sent. Returns whether the machine was not given up meanwhile.
     pub(crate) fn ready(&mut self) -> bool {
         let Stage::Filling(token) = self.stage else {
             return false;
@@ -63,7 +63,7 @@ impl Ledger {
         true
     }
 
-    /// "go" came. Answers whether it counts: then the machine is to run.
+    /// "go" came. Returns whether it counts: then the machine is to run.
     pub(crate) fn go(&mut self) -> bool {
         let Stage::Ready(token) = self.stage else {
             return false;
@@ -72,7 +72,7 @@ impl Ledger {
         true
     }
 
-    /// An operator decides. Answers whether that counts.
+    /// An operator decides. Returns whether that counts.
     pub(crate) fn decide(&mut self, decision: Decision) -> bool {
         match (decision, &self.stage) {
             (Decision::Run, _) => self.go(),
@@ -81,7 +81,7 @@ impl Ledger {
         }
     }
 
-    /// The machine is given up: a failure before "ready", or an abort. Answers whether that counts.
+    /// The machine is given up: a failure before "ready", or an abort. Returns whether that counts.
     pub(crate) fn discard(&mut self) -> bool {
         let (Stage::Filling(token) | Stage::Ready(token)) = self.stage else {
             return false;
@@ -108,9 +108,9 @@ impl Ledger {
         }
     }
 
-    /// A source wants to know what became of its machine. If it is not ours by now, it never will be. Nothing
-    /// while that is about to be known: ask again after [`Ledger::resumed`] or [`Ledger::kept`].
-    pub(crate) fn ask(&mut self, token: Token) -> Option<AttemptOutcome> {
+    /// Answers a source that asks what became of its machine. A machine that is not committed yet is given up by that.
+    /// `None` while it is being resumed: there is an answer after [`Ledger::resumed`] or [`Ledger::kept`].
+    pub(crate) fn answer(&mut self, token: Token) -> Option<AttemptOutcome> {
         match &self.stage {
             Stage::Filling(ours) | Stage::Ready(ours) if *ours == token => {
                 self.discard();
@@ -141,27 +141,27 @@ mod tests {
     }
 
     #[test]
-    fn the_first_word_after_ready_counts() {
+    fn the_first_decision_after_ready_counts() {
         let mut gone = ready();
         assert!(gone.go() && !gone.go() && !gone.discard() && !gone.decide(Decision::Discard));
-        assert_eq!(gone.ask(A), None);
+        assert_eq!(gone.answer(A), None);
         gone.resumed();
-        assert_eq!(gone.ask(A), Some(AttemptOutcome::Runs));
-        assert_eq!(gone.ask(B), Some(AttemptOutcome::Unknown));
+        assert_eq!(gone.answer(A), Some(AttemptOutcome::Runs));
+        assert_eq!(gone.answer(B), Some(AttemptOutcome::Unknown));
         assert!(!gone.begin(B), "there is a machine");
 
         let mut asked = ready();
-        assert_eq!(asked.ask(B), Some(AttemptOutcome::Unknown));
-        assert_eq!(asked.ask(A), Some(AttemptOutcome::GaveUp));
+        assert_eq!(asked.answer(B), Some(AttemptOutcome::Unknown));
+        assert_eq!(asked.answer(A), Some(AttemptOutcome::GaveUp));
         assert!(!asked.go() && !asked.decide(Decision::Run));
-        assert_eq!(asked.ask(A), Some(AttemptOutcome::GaveUp));
+        assert_eq!(asked.answer(A), Some(AttemptOutcome::GaveUp));
         assert!(asked.begin(B));
 
         let mut decided = ready();
         assert!(decided.decide(Decision::Run) && !decided.go());
         decided.kept("no disk".into());
         assert_eq!(
-            decided.ask(A),
+            decided.answer(A),
             Some(AttemptOutcome::Kept {
                 reason: "no disk".into()
             })
@@ -173,7 +173,7 @@ mod tests {
         let mut filling = Ledger::default();
         assert!(!filling.ready() && !filling.discard() && filling.begin(A));
         assert!(!filling.go() && !filling.decide(Decision::Run) && !filling.decide(Decision::Discard));
-        assert_eq!(filling.ask(A), Some(AttemptOutcome::GaveUp));
+        assert_eq!(filling.answer(A), Some(AttemptOutcome::GaveUp));
         assert!(!filling.ready(), "given up meanwhile");
     }
 
@@ -183,8 +183,8 @@ mod tests {
         for n in 0..=64u8 {
             assert!(ledger.begin([n; 16]) && ledger.discard());
         }
-        assert_eq!(ledger.ask([0; 16]), Some(AttemptOutcome::Unknown));
-        assert_eq!(ledger.ask([1; 16]), Some(AttemptOutcome::GaveUp));
-        assert_eq!(ledger.ask([64; 16]), Some(AttemptOutcome::GaveUp));
+        assert_eq!(ledger.answer([0; 16]), Some(AttemptOutcome::Unknown));
+        assert_eq!(ledger.answer([1; 16]), Some(AttemptOutcome::GaveUp));
+        assert_eq!(ledger.answer([64; 16]), Some(AttemptOutcome::GaveUp));
     }
 }

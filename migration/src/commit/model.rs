@@ -8,15 +8,15 @@
 //! - the guest does not run in two places, and not at the source once it has run at the destination;
 //! - the source lets go of its copy only after the destination has taken the guest;
 //! - while both live, some way of deliveries, questions and `resolve` leads to a state in which the guest runs in
-//!   one place and nobody waits for anything.
+//!   one place and neither side waits for anything.
 //!
 //! Excepted is what no protocol can give: a guest whose only complete copy was in a process that crashed (the
 //! source's before "ready", the destination's after the commit) is gone. The operator here decides only what is
 //! sure: "run" at the destination when the source is dead, "run" at the source when the destination that had
 //! the machine is dead or has it paused, and never ran it.
 //!
-//! An operator who errs runs the guest at the destination while the source lives. Then it may run twice, and no protocol
-//! can help that; but it is noticed: the source goes on asking until it knows, and pauses its copy.
+//! An operator who errs runs the guest at the destination while the source lives. Then it may run twice, and no
+//! protocol can help that; but it is noticed: the source goes on asking until it knows, and pauses its copy.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -24,7 +24,7 @@ use super::{Claim, Ledger, Stage, Withdrawn};
 use crate::control::Decision;
 use crate::protocol::{AttemptOutcome, Token};
 
-/// What is said on the control connection.
+/// The messages on the control connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum ControlWord {
     State,
@@ -100,7 +100,7 @@ enum Flaw {
     GoAlwaysCounts,
     /// The source takes an answer about an earlier attempt for one about this one.
     HeedsOldAnswers,
-    /// The source does not look at what it is told when it has taken the guest back.
+    /// The source ignores the answer when it has resumed the guest after a failure.
     WithdrawsUnheard,
     /// It asks once.
     WithdrawsOnce,
@@ -151,12 +151,12 @@ impl World {
         let mut next = Successors::new();
         if self.source.alive {
             self.source_acts(flaw, &mut next);
-            self.source_hears(&mut next);
+            self.source_receives(&mut next);
             self.source_asks(flaw, &mut next);
         }
         if self.destination.alive {
             self.destination_acts(flaw, &mut next);
-            self.destination_hears(flaw, &mut next);
+            self.destination_receives(flaw, &mut next);
             self.destination_answers(flaw, &mut next);
         }
         self.operator_decides(&mut next);
@@ -183,13 +183,13 @@ impl World {
         if source.open && source.claim == Claim::Paused {
             self.add(next, "send the state", |world| {
                 world.source.claim.offer();
-                world.say_up(ControlWord::State);
+                world.send_up(ControlWord::State);
             });
         }
         if source.open && source.claim == Claim::Offered && source.heard_ready {
             self.add(next, "send go", |world| {
                 world.source.claim.go();
-                world.say_up(ControlWord::Go);
+                world.send_up(ControlWord::Go);
                 if flaw == Flaw::FreesAtGo {
                     world.source.claim.moved();
                 }
@@ -229,15 +229,15 @@ impl World {
         if failed.withdraw {
             self.source.withdraws = Some(self.source.attempt);
         }
-        self.say_up(ControlWord::Abort);
+        self.send_up(ControlWord::Abort);
         self.source.open = false;
     }
 
-    fn source_hears(&self, next: &mut Successors) {
+    fn source_receives(&self, next: &mut Successors) {
         let Some(&word) = self.down.front().filter(|_| self.source.open) else {
             return;
         };
-        self.add(next, "the source hears", |world| {
+        self.add(next, "the source receives", |world| {
             world.down.pop_front();
             match word {
                 ControlWord::Ready => world.source.heard_ready = true,
@@ -246,11 +246,11 @@ impl World {
                 }
                 ControlWord::Resumed => {
                     world.source.claim.moved();
-                    world.say_up(ControlWord::Farewell);
+                    world.send_up(ControlWord::Farewell);
                     world.source.open = false;
                 }
                 ControlWord::ResumeFailed => {
-                    world.say_up(ControlWord::Farewell);
+                    world.send_up(ControlWord::Farewell);
                     world.source.open = false;
                 }
                 _ => world.source_fails(),
@@ -325,11 +325,11 @@ impl World {
                 self.add(next, "the guest runs", |world| {
                     world.destination.ran = true;
                     world.destination.ledger.resumed();
-                    world.say_down(ControlWord::Resumed);
+                    world.send_down(ControlWord::Resumed);
                 });
                 self.add(next, "the guest does not run", |world| {
                     world.destination.ledger.kept(String::new());
-                    world.say_down(ControlWord::ResumeFailed);
+                    world.send_down(ControlWord::ResumeFailed);
                 });
             }
             Stage::Runs(_) | Stage::Kept { .. } if destination.open && self.up_has_ended() => {
@@ -343,7 +343,7 @@ impl World {
 
     fn destination_fails(&mut self) {
         assert!(self.destination.ledger.discard());
-        self.say_down(ControlWord::Abort);
+        self.send_down(ControlWord::Abort);
         self.destination.open = false;
     }
 
@@ -351,11 +351,11 @@ impl World {
         self.up.is_empty() && (self.cut || !self.source.open)
     }
 
-    fn destination_hears(&self, flaw: Flaw, next: &mut Successors) {
+    fn destination_receives(&self, flaw: Flaw, next: &mut Successors) {
         let Some(&word) = self.up.front().filter(|_| self.destination.open) else {
             return;
         };
-        let heard = |what, next: &mut Successors, change: fn(&mut World)| {
+        let received = |what, next: &mut Successors, change: fn(&mut World)| {
             self.add(next, what, |world| {
                 world.up.pop_front();
                 change(world);
@@ -363,41 +363,41 @@ impl World {
         };
         match word {
             ControlWord::State => {
-                heard("ready", next, |world| {
+                received("ready", next, |world| {
                     if world.destination.ledger.ready() {
-                        world.say_down(ControlWord::Ready);
+                        world.send_down(ControlWord::Ready);
                     } else {
                         world.destination.open = false;
                     }
                 });
-                heard("the restore fails", next, |world| {
+                received("the restore fails", next, |world| {
                     if world.destination.ledger.discard() {
-                        world.say_down(ControlWord::Abort);
+                        world.send_down(ControlWord::Abort);
                     }
                     world.destination.open = false;
                 });
             }
-            ControlWord::Go if flaw == Flaw::GoAlwaysCounts => heard("go counts", next, |world| {
+            ControlWord::Go if flaw == Flaw::GoAlwaysCounts => received("go counts", next, |world| {
                 let about = token(world.source.attempt);
                 world.destination.ledger = Ledger::default();
                 assert!(world.destination.ledger.begin(about) && world.destination.ledger.ready());
                 world.destination.took = world.destination.ledger.go();
             }),
-            ControlWord::Go => heard("go", next, |world| {
+            ControlWord::Go => received("go", next, |world| {
                 world.destination.took |= world.destination.ledger.go();
             }),
-            ControlWord::Abort => heard("abort", next, |world| {
+            ControlWord::Abort => received("abort", next, |world| {
                 world.destination.ledger.discard();
                 world.destination.open = false;
             }),
-            _ => heard("farewell", next, |world| world.destination.open = false),
+            _ => received("farewell", next, |world| world.destination.open = false),
         }
     }
 
     fn destination_answers(&self, flaw: Flaw, next: &mut Successors) {
         for (at, &about) in self.asks.iter().enumerate() {
             let mut ledger = self.destination.ledger.clone();
-            let mut outcome = ledger.ask(token(about));
+            let mut outcome = ledger.answer(token(about));
             match flaw {
                 Flaw::UnknownIsGaveUp if outcome == Some(AttemptOutcome::Unknown) => {
                     outcome = Some(AttemptOutcome::GaveUp)
@@ -448,7 +448,7 @@ impl World {
         if (gone || kept) && (!destination.ran || self.erred) {
             self.add(next, "the operator runs it at the source", |world| {
                 world.source.claim = Claim::Running;
-                // Where it was kept, it is ended first, and nobody waits there any more.
+                // A machine that was kept is ended first; then the destination no longer waits.
                 if kept {
                     world.destination.ledger = Ledger::default();
                     world.destination.open = false;
@@ -509,14 +509,14 @@ impl World {
         next[from..].iter_mut().for_each(|(_, _, calm)| *calm = false);
     }
 
-    /// A word that the connection takes; it does not when it is broken, or the other side has closed it.
-    fn say_up(&mut self, word: ControlWord) {
+    /// Sends a message, unless the connection is broken or the other side has closed it.
+    fn send_up(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.up.push_back(word);
         }
     }
 
-    fn say_down(&mut self, word: ControlWord) {
+    fn send_down(&mut self, word: ControlWord) {
         if !self.cut && self.source.open && self.destination.open {
             self.down.push_back(word);
         }
@@ -531,7 +531,7 @@ impl World {
         let stage = self.destination.ledger.stage();
         let runs_there = self.destination.alive && matches!(stage, Stage::Committing(_) | Stage::Runs(_));
         if self.erred {
-            // It may run twice while somebody is still to find out.
+            // It may run twice as long as the source can still find out.
             let finds_out = self.source.open || self.source.withdraws.is_some();
             return (self.runs_at_source() && runs_there && !finds_out)
                 .then_some("the guest runs twice, and nobody notices");
@@ -548,7 +548,7 @@ impl World {
         None
     }
 
-    /// The guest runs in one place, and nobody waits; or there is no source to say anything about.
+    /// Whether the guest runs in one place and neither side waits, or the source has crashed.
     fn is_settled(&self) -> bool {
         let stage = self.destination.ledger.stage();
         let free = !self.destination.alive || *stage == Stage::Idle;

@@ -1,4 +1,8 @@
-//! Accepts connections and reads from each what it is for, for as long as there is a receiver.
+//! Accepts connections for as long as there is a receiver, and reads from each its greeting: the beginning of a
+//! migration, one of its streams, or a question.
+//!
+//! Any process that can reach the socket may connect. The number of connections, their threads and the time for a
+//! greeting are bounded, and one that does not belong to the migration under way must not disturb it.
 
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,14 +18,13 @@ use crate::protocol::{Hello, Message, Token};
 use crate::text::{chain, clean};
 use crate::transport::{Connection, Listener, TransportError};
 
-/// How long a peer has to say what its connection is for.
+/// How long a peer may take for its greeting.
 const GREETING: Duration = Duration::from_secs(3);
 
-/// Connections that have not said yet what they are for, at a time: one more closes the oldest of them.
+/// The most connections whose greeting has not come yet. One more closes the oldest of them.
 const MOST_PENDING: usize = 64;
 
-/// Threads that read greetings or are about to end, at a time: a peer that connects a thousand times a second gets no
-/// more.
+/// The most threads that read greetings or are about to end, even if a peer connects a thousand times a second.
 const MOST_THREADS: usize = 2 * MOST_PENDING;
 
 /// The pause after an accept that failed, e.g. for want of file descriptors: the kernel does not report when there are
@@ -65,7 +68,7 @@ enum GreetingError {
 
 /// A connection, and the thread that reads its greeting.
 struct PendingGreeting {
-    /// Empty once the peer has said what the connection is for.
+    /// Empty once the peer's greeting has come.
     connection: Arc<Mutex<Option<Arc<Connection>>>>,
     deadline: Instant,
     thread: Thread,
@@ -97,7 +100,7 @@ impl Drop for Acceptor {
         self.shared.closing.cancel();
         self.shared.rendezvous.close();
         if let Some(thread) = self.thread.take() {
-            // A panic of its own has been printed.
+            // A panic of that thread has been printed.
             let _ = thread.join();
         }
     }
@@ -137,7 +140,7 @@ impl AcceptorShared {
     fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<PendingGreeting>) {
         if greetings.len() >= MOST_PENDING {
             let silent = greetings.iter().find(|greeting| greeting.is_pending());
-            // A thread that was told to end does so at once, but not before it runs.
+            // A thread whose connection was closed ends only when it gets to run.
             let Some(silent) = silent.filter(|_| greetings.len() < MOST_THREADS) else {
                 tracing::warn!(
                     from = %connection.peer(),
@@ -160,7 +163,7 @@ impl AcceptorShared {
         }
     }
 
-    /// Reads one greeting and acts on it, or tells the peer why not.
+    /// Reads one greeting and acts on it; if that fails, sends the peer an abort with the reason.
     fn serve(&self, slot: &Mutex<Option<Arc<Connection>>>) {
         let Some(connection) = lock(slot).clone() else {
             return;
@@ -179,10 +182,10 @@ impl AcceptorShared {
         slot: &Mutex<Option<Arc<Connection>>>,
         connection: &Arc<Connection>,
     ) -> Result<(), GreetingError> {
-        hello(link)?;
+        exchange_hello(link)?;
         let what = "begin, join or ask";
         let greeting = link.receive_message(what)?;
-        // The peer has said what the connection is for: from here on the acceptor no longer closes it.
+        // The greeting has come: from here on the acceptor does not close the connection any more.
         if lock(slot).take().is_none() {
             return Ok(());
         }
@@ -221,12 +224,12 @@ impl AcceptorShared {
 }
 
 impl PendingGreeting {
-    /// Whether the peer has not said yet what the connection is for.
+    /// Whether the peer's greeting has not come yet.
     fn is_pending(&self) -> bool {
         lock(&self.connection).is_some()
     }
 
-    /// Closes the connection, unless the peer has said what it is for.
+    /// Closes the connection, unless the peer's greeting has come.
     fn close_if_pending(&self) {
         if let Some(connection) = lock(&self.connection).take() {
             tracing::info!(from = %connection.peer(), "a connection did not say what it wants");
@@ -240,7 +243,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn hello(link: &mut Link<'_>) -> Result<(), GreetingError> {
+fn exchange_hello(link: &mut Link<'_>) -> Result<(), GreetingError> {
     let theirs = match link.receive_message("hello")? {
         Message::Hello(hello) => hello,
         other => {
@@ -251,7 +254,7 @@ fn hello(link: &mut Link<'_>) -> Result<(), GreetingError> {
             .into());
         }
     };
-    // Before any judgement, so that the source can name both sides' versions as well.
+    // Before the versions are compared, so that the source can name those of both sides in its error.
     link.send(&Message::Hello(Hello::ours()))?;
     match theirs.common_version() {
         Some(_) => Ok(()),

@@ -1,5 +1,8 @@
-//! A machine that is ready waits for the word that decides who runs it: the source's "go" or abort, an operator's
-//! decision, or a source that asks on another connection.
+//! A machine that is ready waits for what decides who runs it: the source's "go" or abort, an operator's decision, or a
+//! question of the source on another connection.
+//!
+//! Whichever the ledger records first counts. The loss of the connection decides nothing, and no time-out ends the
+//! wait.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -19,19 +22,19 @@ use crate::text::chain;
 pub(super) struct MayRun {
     /// When the guest stopped, on this side's clock, as far as is known.
     pub(super) stopped_at: Option<Instant>,
-    /// Whether the source is still connected and can be told.
+    /// Whether the source is still connected, so that "resumed" can be sent.
     pub(super) connected: bool,
 }
 
-/// The wait of a machine that is ready: for as long as it takes, with the source or without it.
+/// The wait of a machine that is ready, which goes on without a limit even if the source is lost.
 pub(super) struct Waiting<'a, 'b, 'l> {
     local: &'a LocalSide<'b>,
     link: &'a mut Link<'l>,
-    /// When the state had come: the guest stopped before that.
+    /// When the state had arrived: the guest was paused before that.
     state_at: Instant,
     ready_at: Instant,
     connected: bool,
-    /// When the last byte came from the source, and how many had come by then.
+    /// When the source's last byte came, and how many bytes had come by then.
     last_byte: (Instant, u64),
     /// Whether an operator may decide, because the source has been silent for too long.
     undecided: bool,
@@ -52,19 +55,19 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
         }
     }
 
-    /// Waits for "go" or for an operator's "run": then the guest may run here. Whatever else the ledger counts gives the
-    /// machine up, and is an error.
+    /// Waits for "go" or for an operator's "run", after which the guest may run here. Everything else that the ledger
+    /// records gives the machine up, and is an error.
     pub(super) fn run(mut self) -> Result<MayRun, ReceiveError> {
         let decided = loop {
             self.local.rendezvous.clear_event();
-            if let Some(decided) = self.operators_decision() {
+            if let Some(decided) = self.take_operators_decision() {
                 break decided;
             }
             if !self.is_still_ready() {
                 break Err(ReceiveError::GivenUp);
             }
             let silent = self.note_silence();
-            if let Some(decided) = self.sources_word(silent) {
+            if let Some(decided) = self.await_source(silent) {
                 break decided;
             }
         };
@@ -72,8 +75,8 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
         decided
     }
 
-    /// What an operator has decided, if the ledger takes it: the source's word may have come first.
-    fn operators_decision(&mut self) -> Option<Result<MayRun, ReceiveError>> {
+    /// The operator's decision, if there is one and the ledger records it: "go" or an abort may have come first.
+    fn take_operators_decision(&mut self) -> Option<Result<MayRun, ReceiveError>> {
         let decision = self.local.control.take_decision()?;
         if !self
             .local
@@ -93,16 +96,16 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
         })
     }
 
-    /// Whether the machine was not given up meanwhile, on another connection.
+    /// Whether the machine is still ready: a question on another connection gives it up.
     fn is_still_ready(&self) -> bool {
         self.local
             .rendezvous
             .with_ledger(|ledger| matches!(ledger.stage(), Stage::Ready(_)))
     }
 
-    /// Lets the operator decide while the source is silent for too long: it may be gone, and only the operator knows. The
-    /// source's word still counts if it comes first, and a source that speaks again decides itself. Returns whether the
-    /// source is silent.
+    /// Allows the operator to decide once the source has been silent for too long: it may be gone, which only the
+    /// operator can find out. "go" or an abort still counts if it comes first, and once the source sends again, only
+    /// the source decides. Returns whether the source is silent.
     fn note_silence(&mut self) -> bool {
         let (last_byte_at, _) = self.last_byte;
         let silent = last_byte_at.elapsed() > self.local.options.io_timeout
@@ -117,8 +120,9 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
         silent
     }
 
-    /// Waits for the source, an operator or another connection, and returns what the source's word decides, if one came.
-    fn sources_word(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
+    /// Waits for the source, the operator or another connection. Returns what "go" or an abort of the source decides,
+    /// if one came.
+    fn await_source(&mut self, silent: bool) -> Option<Result<MayRun, ReceiveError>> {
         let wakers = [self.local.rendezvous.event(), self.local.control.decided()];
         if !self.connected {
             return wait_for(&wakers).err().map(|error| Err(error.into()));
@@ -157,13 +161,13 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
     }
 }
 
-/// The source's word that the guest runs here.
+/// The source's "go": the guest is to run here.
 struct Go {
-    /// The moment at which the guest stopped, unless that lies before this clock's beginning.
+    /// When the guest was paused, unless this host's clock cannot express a moment that early.
     stopped_at: Option<Instant>,
 }
 
-/// Waits for a frame of the source, for one of `wakers`, or until a moment. Returns "go" if it came.
+/// Waits for a frame from the source, for one of `wakers`, or until `until`. Returns "go" if it came.
 fn receive_go(
     link: &mut Link<'_>,
     wakers: &[BorrowedFd<'_>],

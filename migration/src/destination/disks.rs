@@ -1,4 +1,5 @@
-//! Disks that come along, as they fill up.
+//! Writes the pages of disks that come along to the new disks. Does not flush or name them: the machine does, when it
+//! is restored.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,13 +14,13 @@ use crate::ports::{BlankDisk, MemoryRegion};
 use crate::protocol::{PageTable, Span};
 use crate::space::disk_regions;
 
-/// The disks that were made anew, and where their pages are.
+/// The new disks, and where their pages lie behind guest memory.
 pub(super) struct Disks {
     disks: Vec<(Arc<dyn BlankDisk>, MemoryRegion)>,
 }
 
 impl Disks {
-    /// Where disks lie, which must not be where memory is.
+    /// Lays the disks out behind memory. An error if they overlap with it.
     pub(super) fn new(disks: Vec<Arc<dyn BlankDisk>>, memory: &[MemoryRegion]) -> Result<Self, ReceiveError> {
         let regions = disk_regions(disks.iter().map(|disk| disk.size())).map_err(ReceiveError::MemoryMap)?;
         let all = [memory, &regions].concat();
@@ -29,7 +30,7 @@ impl Disks {
         })
     }
 
-    /// The devices that they are behind.
+    /// The numbers of the disks' devices.
     pub(super) fn devices(&self) -> Vec<u32> {
         self.disks.iter().map(|(disk, _)| disk.device()).collect()
     }
@@ -49,18 +50,18 @@ impl Disks {
         })
     }
 
-    /// Takes in one batch of pages, whose content is next on the stream.
-    pub(super) fn take(
+    /// Receives and writes one batch of pages, whose content is next on the stream.
+    pub(super) fn receive_batch(
         &self,
         link: &mut Link<'_>,
         table: &PageTable,
         buffer: &mut Vec<u8>,
     ) -> Result<(), ReceiveError> {
-        // All of it is looked at before any of it is done.
+        // The whole table is checked before anything is written.
         for span in table.data.iter().chain(&table.zero) {
             self.locate(*span)?;
         }
-        // At most 1 MiB, as every table's.
+        // At most 1 MiB: the protocol bounds every table.
         buffer.resize(table.data_bytes() as usize, 0);
         link.receive_bytes(buffer, "the content of a disk's pages")?;
         let mut content = buffer.as_slice();
@@ -77,8 +78,8 @@ impl Disks {
         Ok(())
     }
 
-    /// The disk of a range of whole pages, the offset in it, and how many bytes of the range it has: its last page
-    /// may reach beyond its end.
+    /// The disk of a range of whole pages, the range's offset in it, and how many bytes of the range belong to it: the
+    /// last page may reach beyond the disk's end.
     fn locate(&self, span: Span) -> Result<(&dyn BlankDisk, u64, u64), ReceiveError> {
         let Span { gpa, len } = span;
         let below = self.disks.partition_point(|(_, region)| region.gpa <= gpa);

@@ -9,7 +9,7 @@ use crate::ports::{Difference, PortError};
 /// Why no machine was received, or does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
-    /// The conversation with the source ended, by its fault, by ours or by somebody's wish.
+    /// The exchange with the source ended: a fault of either side, or a cancel.
     #[error(transparent)]
     Link(#[from] LinkError),
     /// A data stream failed.
@@ -32,7 +32,7 @@ pub enum ReceiveError {
     Machine {
         /// The call of [`crate::Destination`].
         call: &'static str,
-        /// What it says.
+        /// The machine's error.
         #[source]
         source: PortError,
     },
@@ -58,7 +58,7 @@ pub enum ReceiveError {
     /// A block of compressed pages is not what was announced.
     #[error("a block of compressed pages cannot be unpacked")]
     Compressed(#[from] CompressionError),
-    /// A stream has lost count.
+    /// The source ended a round on a stream out of order.
     #[error("the source ended round {got} on a stream, expected round {expected}")]
     Round {
         /// The round that was to end.
@@ -71,18 +71,18 @@ pub enum ReceiveError {
     StreamCount {
         /// The most.
         most: u32,
-        /// What it wants.
+        /// How many the source wants.
         got: u32,
     },
     /// Memory cannot be handed over on this connection, or not with what came.
     #[error("memory cannot be handed over: expected {expected}, got {got}")]
     Handover {
-        /// What it takes.
+        /// What a handover needs.
         expected: String,
         /// What there was.
         got: String,
     },
-    /// The source asked what became of the machine before it said "go": it was given up.
+    /// The source asked for the outcome before it sent "go": the machine was given up.
     #[error("the source asked for the machine without having said \"go\"; it was given up")]
     GivenUp,
     /// An operator discarded the machine while it waited for "go".
@@ -94,17 +94,17 @@ pub enum ReceiveError {
     /// The engine or the machine panicked before "go".
     #[error("panicked: {0}")]
     Panic(String),
-    /// Nobody could be waited for, or somebody asked not to.
+    /// The receiver cannot wait for a source, or was cancelled meanwhile.
     #[error(transparent)]
     Transport(#[from] crate::transport::TransportError),
-    /// Threads of a failed attempt hang in writes, and were left alone with the memory and the disks of the machine
-    /// that they were to fill: another attempt might add to them.
+    /// Threads of a failed attempt hang in writes. They keep the memory and the disks that they were to fill, so
+    /// another attempt could leave more of them.
     #[error("{streams} data streams hang in a write to a disk or to memory; nothing more is received here")]
     Hang {
         /// How many.
         streams: usize,
     },
-    /// The system gave no thread.
+    /// The kernel cannot start a thread.
     #[error("no thread")]
     Thread(#[source] std::io::Error),
     /// After "go" the machine could not be let run; it is kept, paused.
@@ -124,7 +124,7 @@ impl ReceiveError {
     }
 }
 
-/// Names the machine's call in which its error came.
+/// Adds the name of the machine's call to its error.
 pub(super) fn call<T>(call: &'static str, result: Result<T, PortError>) -> Result<T, ReceiveError> {
     result.map_err(|source| ReceiveError::Machine { call, source })
 }

@@ -1,4 +1,7 @@
-//! What the control connection says while memory comes.
+//! Follows the control connection while the streams fill memory, until all memory and the state have arrived.
+//!
+//! Acknowledges a round only when all its pages are in memory, and accepts each kind of message only in its turn. A
+//! source that is silent or makes no progress is given up after the time-outs of [`crate::ReceiveOptions`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,18 +15,18 @@ use super::streams::Streams;
 use crate::link::{Link, LinkError, Sorted};
 use crate::protocol::{Frame, Message, nanoseconds};
 
-/// More are no practice. A source rehearses a few times in a round at most.
+/// The most rehearsals in a migration. A source rehearses a few times in a round.
 const MAX_REHEARSALS: u32 = 4096;
 
-/// A digest reads all memory; one verifies a move, and a few more attempts at the switch.
+/// The most digests in a migration, as each reads all memory. A source asks for one at each attempt to switch.
 const MAX_DIGESTS: u32 = 16;
 
-/// How often to look at what has come on the streams, which rings no bell.
-const LOOK: Duration = Duration::from_millis(250);
+/// How often the streams' counters are read: bytes on a stream do not wake this thread.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 const WHAT: &str = "populated, round end, a rehearsal or the state";
 
-/// Everything between "accept" and the state.
+/// The phase between "accept" and the state.
 pub(super) struct Filling<'a, 'b, 'l> {
     local: &'a mut LocalSide<'b>,
     link: &'a mut Link<'l>,
@@ -31,7 +34,7 @@ pub(super) struct Filling<'a, 'b, 'l> {
     streams: &'a Arc<Streams>,
     populate: &'a Populate,
     clock: Clock,
-    /// The round that has ended on the control connection.
+    /// The last round whose end came on the control connection.
     round: u32,
     /// Whether it has been acknowledged.
     acknowledged: bool,
@@ -40,15 +43,15 @@ pub(super) struct Filling<'a, 'b, 'l> {
     digests: u32,
 }
 
-/// Who said or did something last.
+/// When the source last did something.
 struct Clock {
-    /// A byte came from the source, on whichever connection.
-    heard: Instant,
-    /// The migration got on: a message with a meaning, or bytes on a stream.
-    moved: Instant,
-    /// Bytes on the control connection and on the streams by then.
+    /// When the last byte came, on any connection.
+    last_byte_at: Instant,
+    /// When the migration last advanced: by a message other than a keep-alive, or by bytes on a stream.
+    last_progress_at: Instant,
+    /// Bytes that had come by then, on the control connection and on the streams.
     bytes: (u64, u64),
-    /// When streams must have joined.
+    /// Until when all streams must have joined.
     joined_by: Instant,
 }
 
@@ -62,8 +65,8 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     ) -> Self {
         let now = Instant::now();
         let clock = Clock {
-            heard: now,
-            moved: now,
+            last_byte_at: now,
+            last_progress_at: now,
             bytes: (0, 0),
             joined_by: now + local.options.io_timeout,
         };
@@ -82,17 +85,17 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         }
     }
 
-    /// Takes in what comes until all memory and the state are there, on streams that join meanwhile. Returns the state.
+    /// Runs until all memory and the state have arrived; starts streams as they join. Returns the state.
     pub(super) fn run(&mut self) -> Result<Vec<u8>, ReceiveError> {
         loop {
             self.local.rendezvous.clear_event();
-            self.streams.seat()?;
-            self.show();
+            self.streams.start_joined()?;
+            self.publish_progress();
             let (failure, again) = self.streams.failure();
             if let Some(error) = failure {
                 return Err(error);
             }
-            if !self.is_wanted() {
+            if !self.is_still_filling() {
                 return Err(ReceiveError::GivenUp);
             }
             self.acknowledge()?;
@@ -105,28 +108,28 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             self.link
                 .await_peer(&[self.local.rendezvous.event()], Some(until))?;
             if let Some(Sorted::Frame(frame)) = self.link.poll(WHAT)? {
-                self.clock.moved = Instant::now();
-                self.take(frame)?;
+                self.clock.last_progress_at = Instant::now();
+                self.process_frame(frame)?;
             }
         }
     }
 
-    /// Lets others see how far it is.
-    fn show(&self) {
+    /// Publishes how far the migration is.
+    fn publish_progress(&self) {
         let bytes = self.incoming.received();
         self.local
             .control
             .update(|progress| progress.bytes_sent = progress.bytes_sent.max(bytes));
     }
 
-    /// Whether the source has not asked for its machine meanwhile.
-    fn is_wanted(&self) -> bool {
+    /// Whether the machine was not given up meanwhile, by a question of the source on another connection.
+    fn is_still_filling(&self) -> bool {
         self.local
             .rendezvous
             .with_ledger(|ledger| *ledger.stage() != crate::commit::Stage::Idle)
     }
 
-    /// Tells the source that a round is in memory, once it is.
+    /// Acknowledges the round to the source, once all its pages are in memory.
     fn acknowledge(&mut self) -> Result<(), ReceiveError> {
         let round = self.round;
         if self.acknowledged {
@@ -141,21 +144,21 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         Ok(())
     }
 
-    /// When something has to be done at the latest. An error if the source has had all the time it may have.
+    /// Until when to wait at most. An error if the source has exceeded a time-out.
     fn next_moment(&mut self) -> Result<Instant, ReceiveError> {
         let (now, options) = (Instant::now(), self.local.options);
         let bytes = (self.link.bytes_received(), self.incoming.arrived());
         if bytes != self.clock.bytes {
-            self.clock.heard = now;
+            self.clock.last_byte_at = now;
         }
         if bytes.1 != self.clock.bytes.1 {
-            self.clock.moved = now;
+            self.clock.last_progress_at = now;
         }
         self.clock.bytes = bytes;
-        let silent_by = self.clock.heard + options.io_timeout;
-        let mut stuck_by = self.clock.moved + options.step_timeout;
+        let silent_by = self.clock.last_byte_at + options.io_timeout;
+        let mut stuck_by = self.clock.last_progress_at + options.step_timeout;
         if let Some(due) = self.link.frame_due() {
-            // Which may be worth the wait.
+            // The rest of a frame that has begun has the time of a step of its own.
             stuck_by = stuck_by.max(due);
         }
         let timed_out = |what, after| Err(LinkError::TimedOut { what, after }.into());
@@ -165,7 +168,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         if now >= stuck_by {
             return timed_out("anything but signs of life", options.step_timeout);
         }
-        let mut next = silent_by.min(stuck_by).min(now + LOOK);
+        let mut next = silent_by.min(stuck_by).min(now + POLL_INTERVAL);
         if self.streams.missing() > 0 {
             if now >= self.clock.joined_by {
                 return timed_out("all streams to join", options.io_timeout);
@@ -175,7 +178,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         Ok(next)
     }
 
-    fn take(&mut self, frame: Frame) -> Result<(), ReceiveError> {
+    fn process_frame(&mut self, frame: Frame) -> Result<(), ReceiveError> {
         let got = frame.name();
         let in_turn = self.acknowledged && self.state.is_none();
         let with_streams = !self.streams.is_handover();
@@ -191,7 +194,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
                 self.rehearsals += 1;
                 self.rehearse(&state)
             }
-            // The last round may not be complete yet: it is kept until it is.
+            // Pages of the last round may still be on their way: the state is kept until the round is complete.
             Frame::State(state) if self.state.is_none() => {
                 self.state = Some(state);
                 Ok(())
@@ -220,11 +223,11 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         })
     }
 
-    /// Answers after a step of this side's own, which the source has waited for.
+    /// Sends the answer to a step of this side. The source had to wait for it, so its time-outs begin anew.
     fn answer(&mut self, message: &Message) -> Result<(), ReceiveError> {
         self.link.send(message)?;
         let now = Instant::now();
-        (self.clock.heard, self.clock.moved) = (now, now);
+        (self.clock.last_byte_at, self.clock.last_progress_at) = (now, now);
         Ok(())
     }
 }

@@ -1,5 +1,8 @@
-//! One migration that arrives: what the source announces, the machine that is built for it, memory and state, "ready", the
-//! word that decides, and the resume.
+//! One migration that arrives, from the source's announcement to the resume: checks and builds the machine, fills it,
+//! restores it, sends "ready", waits for the decision and lets the guest run.
+//!
+//! Must not let the guest run before the ledger records "go" or an operator's "run". What the source announces is
+//! checked before anything is built from it.
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,7 +36,7 @@ use crate::text::panic_message;
 /// One migration under way.
 pub(super) struct DestinationJob<'a> {
     local: LocalSide<'a>,
-    /// Whether there may be something to be thrown away.
+    /// Whether there may be a machine to be discarded.
     built: bool,
 }
 
@@ -44,13 +47,13 @@ struct Announced {
     disks: OfferedDisks,
 }
 
-/// More pings are no measurement.
+/// The most pings in a handshake.
 const MAX_PINGS: usize = 64;
 
-/// How long streams that have lost their connections may take to end, when nobody needs what they do.
+/// How long the streams of a failed attempt may take to end, after their connections were closed.
 const LEAVING: Duration = Duration::from_secs(2);
 
-/// How long a source may take to answer "resumed": it has nothing else to do.
+/// How long the source may take to answer "resumed", which it does at once.
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl<'a> DestinationJob<'a> {
@@ -58,7 +61,7 @@ impl<'a> DestinationJob<'a> {
         Self { local, built: false }
     }
 
-    /// The migration as it goes when nothing goes wrong.
+    /// The steps of a migration that succeeds.
     pub(super) fn run(&mut self, link: &mut Link<'_>, caller: &Caller) -> Result<Received, ReceiveError> {
         let features = self.features(caller);
         link.admit(Admitted::Messages);
@@ -66,14 +69,14 @@ impl<'a> DestinationJob<'a> {
             token: caller.token,
             features,
         })?;
-        let announced = described(link)?;
+        let announced = receive_description(link)?;
         let incoming = Arc::new(self.build(link, &announced, features)?);
         let accepted_at = Instant::now();
-        let word = self.fill_and_wait(link, &incoming, announced.transfer)?;
-        // A machine that was described was not paused yet.
-        let stopped_at = word.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
+        let may_run = self.fill_and_wait(link, &incoming, announced.transfer)?;
+        // The guest still ran when "accept" was sent: an earlier time is wrong.
+        let stopped_at = may_run.stopped_at.map_or(accepted_at, |at| at.max(accepted_at));
         let resume_ms = self.resume(link, stopped_at)?;
-        let confirmed = word.connected && farewell_came(link);
+        let confirmed = may_run.connected && await_farewell(link);
         Ok(Received {
             description: announced.description,
             resume_ms,
@@ -82,8 +85,8 @@ impl<'a> DestinationJob<'a> {
         })
     }
 
-    /// The error for a panic, which after the commit is one about a machine that is kept: it is the only copy.
-    pub(super) fn panicked(&self, message: String) -> ReceiveError {
+    /// The error for a panic. After the commit it says that the machine is kept, because it is the only copy.
+    pub(super) fn panic_error(&self, message: String) -> ReceiveError {
         self.local.rendezvous.with_ledger(|ledger| match ledger.stage() {
             Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => {
                 ledger.kept(format!("panicked: {message}"));
@@ -93,12 +96,12 @@ impl<'a> DestinationJob<'a> {
         })
     }
 
-    /// From here on no word counts any more, unless one has come already.
-    pub(super) fn give_up(&self) {
+    /// Gives the machine up in the ledger, unless "go" was recorded: from here on it no longer counts.
+    pub(super) fn discard_claim(&self) {
         self.local.rendezvous.with_ledger(|ledger| ledger.discard());
     }
 
-    /// Throws away what was built, if anything was.
+    /// Discards the machine, if one was built.
     pub(super) fn discard(&mut self) {
         if std::mem::take(&mut self.built) {
             self.local.destination.discard();
@@ -134,7 +137,7 @@ impl<'a> DestinationJob<'a> {
                     got,
                 });
             }
-            MemoryTransfer::Handover => Some(files(link, description, features)?),
+            MemoryTransfer::Handover => Some(receive_memory_files(link, description, features)?),
         };
         let differences = self.local.destination.check(description, offered);
         if !differences.is_empty() {
@@ -164,7 +167,7 @@ impl<'a> DestinationJob<'a> {
         Ok(incoming)
     }
 
-    /// Takes in memory and state, says "ready", and waits for the word that decides.
+    /// Receives memory and state, restores the machine, sends "ready" and waits for the decision.
     fn fill_and_wait(
         &mut self,
         link: &mut Link<'_>,
@@ -175,7 +178,7 @@ impl<'a> DestinationJob<'a> {
             MemoryTransfer::Streams(count) => count,
             MemoryTransfer::Handover => 0,
         };
-        // Before anybody is told that they may come.
+        // Before "accept", after which streams may join.
         self.local.rendezvous.expect_streams(count);
         let populate = Arc::new(Populate::new(incoming.clone())?);
         let (rendezvous, options) = (self.local.rendezvous.clone(), self.local.options.clone());
@@ -186,10 +189,10 @@ impl<'a> DestinationJob<'a> {
             disks: incoming.disks().devices(),
         })?;
         thread::scope(|scope| {
-            // However this ends, the threads do.
+            // Ends the threads on every way out.
             let _end = EndStreams(&streams, &populate);
             if ahead {
-                // It is for speed alone: whether it fails is nobody's concern here.
+                // The thread only saves time: the migration does not depend on it.
                 let thread = threads::spawn_scoped(scope, Role::Helper, "populate", || populate.run())
                     .map_err(ReceiveError::Thread)?;
                 populate.set_thread(thread.thread().clone());
@@ -197,7 +200,7 @@ impl<'a> DestinationJob<'a> {
             let mut filling = Filling::new(&mut self.local, link, incoming, &streams, &populate);
             let state = filling.run()?;
             let arrived_at = Instant::now();
-            // Nothing comes after the state: whatever did would be written into a machine that is complete.
+            // The state is the last: a page that came after it would be written into a machine that is complete.
             streams.end();
             streams.join(self.local.options.step_timeout)?;
             self.restore(link, &state)?;
@@ -217,10 +220,10 @@ impl<'a> DestinationJob<'a> {
         if !self.local.rendezvous.with_ledger(|ledger| ledger.ready()) {
             return Err(ReceiveError::GivenUp);
         }
-        // From here on "go" may be under way: only a word may end it.
+        // From here on "go" may be under way: only "go", an abort, a question or the operator may end the wait.
         link.ignore_cancel();
         if let Err(error) = link.send(&Message::Ready { restore_ns }) {
-            // Whether a part of it arrived nobody here knows.
+            // The message may have arrived all the same, so the error decides nothing.
             tracing::warn!(%error, "the source could not be told that the machine is ready");
         }
         Ok(())
@@ -252,21 +255,21 @@ impl<'a> DestinationJob<'a> {
         if let Err(error) = link.send(&Message::Resumed {
             resume_ns: nanoseconds(took),
         }) {
-            // The guest runs, and stays: it is the source that is in doubt now, and will ask.
+            // The guest runs on here. The source is in doubt now and will ask.
             tracing::warn!(%error, "the source could not be told that the guest runs here");
         }
         Ok(ms(took))
     }
 }
 
-/// Ends the threads when it goes.
+/// Ends the threads when it is dropped.
 struct EndStreams<'a>(&'a Streams, &'a Populate);
 
 impl Drop for EndStreams<'_> {
     fn drop(&mut self) {
         self.0.end();
         self.1.stop();
-        // What they still write goes to memory and disks that are theirs as well, and that nobody uses any more.
+        // A thread that hangs keeps memory and disks alive, and nothing else uses them any more.
         if let Err(error) = self.0.join(LEAVING) {
             tracing::error!(error = crate::text::chain(&error), "threads are left alone");
         }
@@ -274,7 +277,7 @@ impl Drop for EndStreams<'_> {
 }
 
 /// Answers pings until the description comes.
-fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
+fn receive_description(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
     let what = "ping or describe";
     for _ in 0..MAX_PINGS {
         match link.receive_message(what)? {
@@ -307,7 +310,7 @@ fn described(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
 }
 
 /// The files of a handover, one for each region.
-fn files(
+fn receive_memory_files(
     link: &mut Link<'_>,
     description: &MachineDescription,
     features: Features,
@@ -335,7 +338,7 @@ fn files(
 }
 
 /// Whether the source answers "resumed" in time.
-fn farewell_came(link: &mut Link<'_>) -> bool {
+fn await_farewell(link: &mut Link<'_>) -> bool {
     let until = Instant::now() + FAREWELL;
     while Instant::now() < until {
         match link.await_peer(&[], Some(until)) {

@@ -1,4 +1,4 @@
-//! What this host has for one migration that arrives.
+//! What this host provides for one migration that arrives. Holds references only, and decides nothing.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ pub(super) struct LocalSide<'a> {
     pub(super) destination: &'a mut dyn Destination,
     /// Brings connections, and holds the commit's ledger.
     pub(super) rendezvous: &'a Arc<Rendezvous>,
-    /// Takes an operator's wishes and shows how far the migration is.
+    /// Brings a cancel or an operator's decision, and shows how far the migration is.
     pub(super) control: &'a Control,
     pub(super) options: &'a ReceiveOptions,
 }

@@ -1,4 +1,7 @@
-//! Guest memory that fills up, by several streams at once.
+//! Writes arriving pages to guest memory, from several streams at once.
+//!
+//! Must not touch a page for which only zeroes came and that was never written: it is zero already, and the touch would
+//! allocate it. Every range of the peer's is checked before memory is written.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,20 +24,21 @@ pub(super) struct Incoming {
     memory: GuestMemory,
     disks: Disks,
     written: WrittenPages,
-    /// Bytes that came over the streams, in whole batches.
+    /// Bytes that came over the streams, counted when a batch is complete.
     received: AtomicU64,
-    /// The same, counted as they come.
+    /// Bytes of batches under way, counted as they come.
     arrived: AtomicU64,
 }
 
-/// What a stream needs for pages that do not go straight to where they belong, made when the first ones come.
+/// A stream's buffers for pages that are not received in place (compressed ones and those of disks), allocated when the
+/// first such page comes.
 #[derive(Default)]
 pub(super) struct Unpacker {
     block: Vec<u8>,
     decompressor: Option<Decompressor>,
 }
 
-/// Pages that were written: all others are zero, and touching them would cost their allocation.
+/// The pages that were written. All others are zero, and to touch them would allocate them.
 #[derive(Debug)]
 struct WrittenPages {
     regions: Vec<WrittenRegion>,
@@ -72,32 +76,32 @@ impl Incoming {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// Changes whenever a part of a batch has come over a stream.
+    /// A number that changes whenever bytes have come over a stream.
     pub(super) fn arrived(&self) -> u64 {
         self.received().wrapping_add(self.arrived.load(Ordering::Relaxed))
     }
 
-    /// Where a stream counts for [`Incoming::arrived`].
+    /// The counter to which a stream adds bytes as they come, for [`Incoming::arrived`].
     pub(super) fn arrivals(&self) -> &AtomicU64 {
         &self.arrived
     }
 
-    /// Takes in one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory have
-    /// arrived with it, zero pages included.
-    pub(super) fn take(
+    /// Receives one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory it
+    /// covers, zero pages included.
+    pub(super) fn receive_batch(
         &self,
         link: &mut Link<'_>,
         table: PageTable,
         unpacker: &mut Unpacker,
     ) -> Result<u64, ReceiveError> {
         if table.data.iter().chain(&table.zero).any(|span| is_disk(span.gpa)) {
-            self.disks.take(link, &table, &mut unpacker.block)?;
+            self.disks.receive_batch(link, &table, &mut unpacker.block)?;
             return Ok(0);
         }
         let bytes = table.page_bytes();
         let data: Vec<MemoryRange> = table.data.into_iter().map(MemoryRange::from).collect();
         let zero: Vec<MemoryRange> = table.zero.into_iter().map(MemoryRange::from).collect();
-        // All of it is looked at before any of it is done.
+        // The whole table is checked before anything is written.
         for range in data.iter().chain(&zero) {
             self.written.locate(*range).map_err(ReceiveError::Pages)?;
         }
@@ -111,17 +115,17 @@ impl Incoming {
         Ok(bytes)
     }
 
-    /// A digest of all that is here, by so many threads; a cancel ends it.
+    /// A digest of memory and disks, made by this many threads; a cancel ends it.
     pub(super) fn digest(&self, threads: usize, control: &Control) -> Result<u128, ReceiveError> {
-        let go_on = || match control.interruption() {
+        let check = || match control.interruption() {
             Some(interruption) => Err(LinkError::from(interruption).into()),
             None => Ok(()),
         };
-        digest(&self.memory, threads, |_| false, self.disks.readers(), go_on)
+        digest(&self.memory, threads, |_| false, self.disks.readers(), check)
     }
 
-    /// Takes in one batch of compressed pages, whose block is next on the stream.
-    pub(super) fn take_compressed(
+    /// Receives one batch of compressed pages, whose block is next on the stream.
+    pub(super) fn receive_compressed(
         &self,
         link: &mut Link<'_>,
         table: CompressedTable,
@@ -135,7 +139,7 @@ impl Incoming {
         for range in &pages {
             self.written.insert(*range).map_err(ReceiveError::Pages)?;
         }
-        // Shorter than its pages, and so within 1 MiB.
+        // The protocol makes the block shorter than its pages, so this is less than 1 MiB.
         unpacker.block.resize(table.len as usize, 0);
         link.receive_bytes(&mut unpacker.block, "a block of compressed pages")?;
         let decompressor = match unpacker.decompressor.take() {
@@ -146,7 +150,7 @@ impl Incoming {
         Ok(decompressor.decompress(method, &unpacker.block, &self.memory, &pages)?)
     }
 
-    /// A stream has received so many bytes more.
+    /// Counts bytes that a stream has received.
     pub(super) fn count(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
@@ -163,9 +167,9 @@ impl Incoming {
             .is_ok_and(|mut runs| runs.next().is_some())
     }
 
-    /// Zeroes what was written.
+    /// Zeroes the pages of a range that were written.
     fn zero(&self, range: MemoryRange) -> Result<(), ReceiveError> {
-        // Zero from here on: to be told so again costs nothing.
+        // Forgets that they were written, so that zeroing them again costs nothing.
         let take = |word: &AtomicU64, mask: u64| word.fetch_and(!mask, Ordering::Relaxed) & mask;
         for run in self.written.runs(range, take).map_err(ReceiveError::Pages)? {
             zero_range(&self.memory, run)?;
@@ -201,13 +205,12 @@ impl WrittenPages {
     fn runs(
         &self,
         range: MemoryRange,
-        look: impl Fn(&AtomicU64, u64) -> u64,
+        select: impl Fn(&AtomicU64, u64) -> u64,
     ) -> Result<impl Iterator<Item = MemoryRange>, PageSetError> {
         let (region, first, end) = self.locate(range)?;
         Ok(masks(first, end).flat_map(move |(word, mask)| {
-            // A page that another stream writes in this very moment is in another table of the same round, which
-            // the protocol rules out: no order is needed here.
-            let mut bits = look(&region.words[word], mask);
+            // No memory order is needed: the protocol does not allow two streams to have the same page in one round.
+            let mut bits = select(&region.words[word], mask);
             std::iter::from_fn(move || {
                 let from = bits.trailing_zeros();
                 if from == 64 {
@@ -223,7 +226,7 @@ impl WrittenPages {
         }))
     }
 
-    /// The region of a range of whole pages, and the pages in it: first, and the one after the last.
+    /// The region of a range of whole pages, the range's first page in it, and the page after its last.
     fn locate(&self, range: MemoryRange) -> Result<(&WrittenRegion, u64, u64), PageSetError> {
         let MemoryRange { gpa, len } = range;
         let below = self.regions.partition_point(|region| region.gpa <= gpa);

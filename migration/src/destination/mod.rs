@@ -1,4 +1,8 @@
-//! The destination's side of a migration.
+//! The destination's side of a migration: listens, receives a machine, attempt after attempt until one succeeds,
+//! and answers questions about it.
+//!
+//! After "ready" nothing here discards the machine by itself; after "go" nothing does at all. A failed attempt leaves
+//! neither memory nor disks behind.
 
 mod acceptor;
 mod decide;
@@ -38,12 +42,12 @@ pub struct Received {
     pub resume_ms: f64,
     /// Bytes that came over the connections.
     pub bytes_received: u64,
-    /// Whether the source knows that the guest runs here. If not, it will ask: keep the receiver.
+    /// Whether the source knows that the guest runs here. If not, it will ask: the caller must keep the receiver.
     pub confirmed: bool,
 }
 
-/// Listens for a machine, and answers a source that is in doubt about one, for as long as it lives: also between
-/// two calls of [`Receiver::receive`], and after the one that received a machine.
+/// Listens for a machine, and answers a source that is in doubt about one. It does so until it is dropped: also between
+/// two calls of [`Receiver::receive`], and after a machine was received.
 #[derive(Debug)]
 pub struct Receiver {
     _acceptor: Acceptor,
@@ -53,7 +57,7 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Listens. A socket file that a dead process left behind is taken over.
+    /// Starts to listen. A socket file that a dead process left behind is replaced.
     pub fn listen(endpoint: &Endpoint, options: ReceiveOptions) -> Result<Self, TransportError> {
         let listener = Listener::bind(endpoint)?;
         let endpoint = listener.endpoint().clone();
@@ -71,7 +75,7 @@ impl Receiver {
         })
     }
 
-    /// Where it listens, with the port that the system chose if it was to choose one.
+    /// Where it listens; for port 0 with the port that the kernel chose.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
@@ -82,7 +86,7 @@ impl Receiver {
     /// the source decides, or an operator through [`Control::decide`]. After an error before the commit the
     /// machine was discarded and `destination` is ready for another attempt; after one with
     /// [`ReceiveError::is_committed`] the machine is kept, paused, and is the only copy that may ever run. Once
-    /// a machine has arrived the receiver takes no other.
+    /// a machine has arrived the receiver accepts no other.
     pub fn receive(
         &mut self,
         destination: &mut dyn Destination,
@@ -91,7 +95,7 @@ impl Receiver {
         let caller = self.rendezvous.wait_for_source(control)?;
         let _release = ReleaseOnDrop(&self.rendezvous);
         control.begin();
-        let result = self.take_in(destination, control, &caller);
+        let result = self.run_attempt(destination, control, &caller);
         control.end();
         match (result, self.rendezvous.abandoned()) {
             (Err(error), streams @ 1..) if !error.is_committed() => {
@@ -105,7 +109,7 @@ impl Receiver {
         }
     }
 
-    fn take_in(
+    fn run_attempt(
         &self,
         destination: &mut dyn Destination,
         control: &Control,
@@ -130,7 +134,8 @@ impl Receiver {
                 alive.start(scope, link.pulse()).map_err(ReceiveError::Thread)?;
                 job.run(&mut link, caller)
             });
-            let result = catch_unwind(run).unwrap_or_else(|panic| Err(job.panicked(panic_message(&*panic))));
+            let result =
+                catch_unwind(run).unwrap_or_else(|panic| Err(job.panic_error(panic_message(&*panic))));
             alive.stop();
             if let Err(error) = &result
                 && !error.is_committed()
@@ -142,7 +147,7 @@ impl Receiver {
     }
 }
 
-/// Lets the next source in when the job ends, also by a panic.
+/// Makes room for the next source when the job ends, also by a panic.
 struct ReleaseOnDrop<'a>(&'a Rendezvous);
 
 impl Drop for ReleaseOnDrop<'_> {
@@ -151,13 +156,13 @@ impl Drop for ReleaseOnDrop<'_> {
     }
 }
 
-/// Gives the machine up, tells the source, and throws away what was built.
+/// After a failed attempt gives the machine up, sends the source an abort, and discards the machine.
 fn conclude(job: &mut DestinationJob<'_>, link: &mut Link<'_>, error: &ReceiveError) {
-    // First of all, so that no "go" counts any more, and the answer to a question is the right one.
-    job.give_up();
+    // First, so that no "go" counts any more and a question gets the right answer.
+    job.discard_claim();
     match error {
-        // The source knows, and waits to see that its word was heard: not for as long as it takes to throw a
-        // machine away.
+        // The source sent the abort and waits until this side closes the connection, which must not take as long as
+        // discarding a machine does.
         ReceiveError::Link(LinkError::Aborted { .. } | LinkError::Closed { .. }) => link.close(),
         ReceiveError::Refused { .. } => {
             link.hang_up();

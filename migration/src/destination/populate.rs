@@ -1,9 +1,11 @@
-//! Makes memory resident before its content arrives: the first touch of a page costs more than the rest of its way.
+//! Makes memory resident before its content arrives, because the first touch of a page costs more than receiving it.
 //!
-//! The source names its pages in the order in which it is about to send them, and the thread keeps a little ahead
-//! of what arrives. Further ahead it would take time from the streams that now need it, what it has cleared would
-//! have left the caches before it is written, and a migration would be slow at first and fast at last, which
-//! nobody could predict.
+//! The source names its pages in the order in which it will send them, and a thread populates memory a little ahead of
+//! what arrives. Further ahead it would take CPU time from the streams, and the pages that it cleared would have left
+//! the caches before they are written; a migration would begin slowly and end fast, which makes its time hard to
+//! predict.
+//!
+//! It only saves time: it never changes what a page holds, and nothing waits for it.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,12 +19,12 @@ use super::memory::Incoming;
 use crate::page_set::PageSet;
 use crate::protocol::Span;
 
-/// Memory that is populated in one go: a huge page. Between two of them the thread can be stopped.
+/// Memory that is populated by one call: a huge page. The thread can be stopped between two calls.
 const PIECE: u64 = 2 << 20;
 /// How far the thread may be ahead of what has arrived.
 const LEAD: u64 = 64 << 20;
 
-/// What may hold something, and the thread that prepares for it. Nothing depends on its work.
+/// The pages that will come, and the thread that makes them resident.
 pub(super) struct Populate {
     incoming: Arc<Incoming>,
     work: Mutex<PopulateWork>,
@@ -34,7 +36,7 @@ pub(super) struct Populate {
 
 struct PopulateWork {
     todo: VecDeque<MemoryRange>,
-    /// Everything that was ever named: once each, so that there are not more ranges than pages.
+    /// Every page that was named. Each may be named once, which bounds the number of ranges.
     named: PageSet,
     /// Bytes that were taken from `todo`.
     taken: u64,
@@ -56,12 +58,12 @@ impl Populate {
         })
     }
 
-    /// Who will [`run`](Self::run): named before anybody may wake it. Without a thread nothing is prepared.
+    /// Sets the thread that will [`run`](Self::run), before the first wake-up. Without a thread nothing is populated.
     pub(super) fn set_thread(&self, thread: Thread) {
         self.thread.get_or_init(|| thread);
     }
 
-    /// Takes in a piece of the source's map.
+    /// Adds a piece of the source's map of populated pages.
     pub(super) fn add(&self, spans: &[Span]) -> Result<(), ReceiveError> {
         if spans.is_empty() {
             return Err(ReceiveError::Populated { gpa: 0, len: 0 });
@@ -91,13 +93,13 @@ impl Populate {
         Ok(())
     }
 
-    /// So many bytes of guest memory have arrived.
+    /// Counts bytes of guest memory that have arrived.
     pub(super) fn arrived(&self, bytes: u64) {
         self.arrived.fetch_add(bytes, Ordering::Relaxed);
         self.wake();
     }
 
-    /// All pages of a round have arrived: those that were named, if any were, among them.
+    /// Ends the thread after a round whose pages were named: all of them have arrived.
     pub(super) fn round_ended(&self) {
         if self.lock().is_begun() {
             self.stop();
@@ -108,30 +110,29 @@ impl Populate {
     pub(super) fn run(&self) {
         while !self.is_stopped() {
             let Some(piece) = self.next() else {
-                // Whoever changes something wakes the thread afterwards, or has done so already.
+                // Every change is followed by a wake-up, also one between the call of `next` and this one.
                 thread::park();
                 continue;
             };
-            // Where pages arrive already a stream is at work: two threads that fault in the same memory are no
-            // faster than one.
+            // A stream writes here already: two threads that fault in the same memory are not faster than one.
             if self.incoming.is_written(piece) {
                 continue;
             }
             if let Err(error) = populate(self.incoming.memory(), piece) {
-                // Whoever writes the pages will find out, if there is anything to find out.
+                // If memory is really missing, the stream that writes the pages fails.
                 tracing::debug!(%error, "guest memory is not made resident ahead");
                 return;
             }
         }
     }
 
-    /// Ends the thread: everything has arrived, or it is over.
+    /// Ends the thread: everything has arrived, or the migration has failed.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.wake();
     }
 
-    /// What to prepare now; nothing if there is nothing, or if the thread is far enough ahead.
+    /// The next piece to populate; `None` if there is none, or if the thread is far enough ahead.
     fn next(&self) -> Option<MemoryRange> {
         let mut work = self.lock();
         if work.taken >= self.arrived.load(Ordering::Relaxed).saturating_add(LEAD) {
@@ -168,12 +169,12 @@ impl Populate {
 }
 
 impl PopulateWork {
-    /// Whether anything was ever to be done.
+    /// Whether any page was named for the thread.
     fn is_begun(&self) -> bool {
         self.taken > 0 || !self.todo.is_empty()
     }
 
-    /// Adds a range, to the last one if it goes on where that ends.
+    /// Adds a range; extends the last one if the range begins at its end.
     fn push(&mut self, range: MemoryRange) {
         match self.todo.back_mut() {
             Some(last) if last.gpa + last.len == range.gpa => last.len += range.len,

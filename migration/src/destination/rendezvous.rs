@@ -1,4 +1,7 @@
-//! Where connections meet the job that they belong to: the acceptor's threads bring them, the job waits for them.
+//! Hands connections from the acceptor's threads to the job that they belong to, and holds the commit's ledger.
+//!
+//! Admits one source at a time, and only streams with the token of its migration. It decides nothing about the machine:
+//! the ledger does.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,14 +15,14 @@ use crate::control::Control;
 use crate::protocol::{AttemptOutcome, Features, Token};
 use crate::transport::{Connection, TransportError};
 
-/// Shared by the acceptor's threads, which bring connections, and the job, which waits for them. The commit's ledger lies
-/// here, so that a source's question is answered whatever the job is doing.
+/// Shared by the acceptor's threads, which bring connections, and the job, which waits for them. The commit's ledger
+/// lies here, so that the acceptor's threads can answer a source's question whatever the job is doing.
 #[derive(Debug)]
 pub(super) struct Rendezvous {
     state: Mutex<RendezvousState>,
-    /// Wakes the acceptor's threads when the state has changed.
+    /// Notified when the state has changed, for the acceptor's threads.
     changed: Condvar,
-    /// Wakes the job, which waits for sockets as well: an eventfd, readable when the state has changed.
+    /// An eventfd, readable when the state has changed: the job waits for it together with sockets.
     event: OwnedFd,
 }
 
@@ -31,11 +34,11 @@ const GO_GRACE: Duration = Duration::from_millis(500);
 pub(super) struct Caller {
     pub(super) connection: Arc<Connection>,
     pub(super) token: Token,
-    /// What its build supports.
+    /// The features that the source's build supports.
     pub(super) features: Features,
 }
 
-/// Why a connection is of no use.
+/// Why a connection is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ConnectionRefusal {
     #[error("the receiver is busy: expected no migration under way and no machine, found {found}")]
@@ -54,24 +57,24 @@ struct RendezvousState {
     job: JobState,
     /// For each stream that the job waits for, whether it has joined.
     joined: Vec<bool>,
-    /// Streams that have joined and that the job has not taken yet.
+    /// Streams that have joined and that the job has not fetched yet.
     streams: Vec<(u32, Arc<Connection>)>,
     /// Threads of streams that hang and were left alone.
     abandoned: usize,
     closed: bool,
 }
 
-/// Whether the job would take a new source.
+/// What the job is doing, and so whether a new source can begin.
 #[derive(Debug, Default)]
 enum JobState {
     /// There is no job.
     #[default]
     None,
-    /// It waits for a source.
+    /// The job waits for a source.
     Waiting,
-    /// A source is here; the job has not taken it yet.
+    /// A source has come; the job has not fetched it yet.
     Arrived(Caller),
-    /// It has a source.
+    /// The job has a source.
     Busy,
 }
 
@@ -96,12 +99,12 @@ impl Rendezvous {
 
     /// Wakes the job.
     pub(super) fn wake_job(&self) {
-        // Can only fail when the counter is at its limit, and then it is readable anyway.
+        // Can only fail when the counter is at its limit, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 
-    /// Brings a new source to the job that waits for one. Between two migrations no job waits for a moment: the call then
-    /// waits for it until `until`.
+    /// Brings a new source to the job that waits for one. Between two migrations no job waits for a moment: the call
+    /// then waits for it until `until`.
     pub(super) fn begin(&self, caller: Caller, until: Instant) -> Result<(), ConnectionRefusal> {
         let mut state = self.lock();
         loop {
@@ -151,11 +154,10 @@ impl Rendezvous {
         Ok(())
     }
 
-    /// Answers a source that asks what became of its machine; waits until `until` for a commit that is about to
-    /// be known, and then has no answer.
+    /// Answers a source that asks what became of its machine. While the machine is being resumed the answer is not
+    /// known: the call waits for it until `until`, and returns `None` then.
     ///
-    /// "go" may lie unread in this side's own buffers: the job gets a moment to find it before the machine is
-    /// given up.
+    /// "go" may have arrived and not been read yet: the job gets a moment to read it before the machine is given up.
     pub(super) fn attempt_outcome(&self, token: Token, until: Instant) -> Option<AttemptOutcome> {
         let mut state = self.lock();
         let moment = until.min(Instant::now() + GO_GRACE);
@@ -171,7 +173,7 @@ impl Rendezvous {
                 .0;
         }
         loop {
-            let answer = state.ledger.ask(token);
+            let answer = state.ledger.answer(token);
             if answer.is_some() {
                 self.wake_job();
                 return answer;
@@ -236,7 +238,7 @@ impl Rendezvous {
         self.lock().abandoned
     }
 
-    /// Reads or changes the ledger, and wakes those that wait for a change.
+    /// Reads or changes the ledger, and wakes the threads that wait for a change.
     pub(super) fn with_ledger<T>(&self, work: impl FnOnce(&mut Ledger) -> T) -> T {
         let result = work(&mut self.lock().ledger);
         self.changed.notify_all();
@@ -266,7 +268,7 @@ impl Rendezvous {
 }
 
 impl RendezvousState {
-    /// What keeps a new migration out, and will for a while.
+    /// What keeps a new migration out for as long as it is there.
     fn occupant(&self) -> Option<&'static str> {
         match self.ledger.stage() {
             Stage::Idle => None,

@@ -1,4 +1,8 @@
-//! The data streams' threads, and the rounds that keep them together.
+//! The data streams' threads, and the barrier between rounds: no stream begins a round before all have ended the one
+//! before, so that no older page overwrites a newer one.
+//!
+//! The threads only write memory and disks. They never use the control connection, and what fails in one is reported by
+//! the job.
 
 use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,17 +22,17 @@ use crate::protocol::{Frame, Message};
 use crate::text::panic_message;
 use crate::transport::Connection;
 
-/// A source whose streams end before their time may be about to say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the job waits for the source's abort after streams have ended early: it says more than their end.
+const ABORT_GRACE: Duration = Duration::from_secs(1);
 
-/// All data streams of one migration. Its threads own what they use: one that hangs in a write to a disk that is gone
-/// can be left alone.
+/// All data streams of one migration. The threads own what they use, so that one that hangs in a write to a disk can be
+/// left behind.
 pub(super) struct Streams {
     incoming: Arc<Incoming>,
     populate: Arc<Populate>,
     rendezvous: Arc<Rendezvous>,
     options: ReceiveOptions,
-    /// Nobody cancels it: whoever ends the migration hangs up.
+    /// Never cancelled: the job ends a stream by closing its connection.
     control: Control,
     state: Mutex<StreamsState>,
     changed: Condvar,
@@ -71,7 +75,7 @@ impl Streams {
     }
 
     /// Starts the threads of streams that have joined.
-    pub(super) fn seat(self: &Arc<Self>) -> Result<(), ReceiveError> {
+    pub(super) fn start_joined(self: &Arc<Self>) -> Result<(), ReceiveError> {
         for (index, connection) in self.rendezvous.drain_streams() {
             let mut state = self.lock();
             state.connections.push(connection.clone());
@@ -88,7 +92,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Whether there are none: memory was handed over.
+    /// Whether the migration has no streams because memory is handed over.
     pub(super) fn is_handover(&self) -> bool {
         self.lock().rounds.is_empty()
     }
@@ -99,7 +103,7 @@ impl Streams {
         state.rounds.len() - state.connections.len()
     }
 
-    /// How many there are, or are to be.
+    /// How many streams the migration has, whether they have joined or not.
     pub(super) fn count(&self) -> usize {
         self.lock().rounds.len()
     }
@@ -109,22 +113,22 @@ impl Streams {
         self.lock().is_complete(round)
     }
 
-    /// The first error of a stream. One that means no more than the end of a connection is kept back for a moment,
-    /// because the source may be about to say more; `None` and a moment to ask again then.
+    /// The first error of a stream. An error that only says that a connection ended is held back for a moment, because
+    /// the source's abort may follow: then `None` and when to call again.
     pub(super) fn failure(&self) -> (Option<ReceiveError>, Option<Instant>) {
         let mut state = self.lock();
         match &state.failure {
             Some((since, ReceiveError::Stream { source, .. }))
                 if matches!(source, LinkError::Closed { .. } | LinkError::Io { .. })
-                    && since.elapsed() < LAST_WORDS =>
+                    && since.elapsed() < ABORT_GRACE =>
             {
-                (None, Some(*since + LAST_WORDS))
+                (None, Some(*since + ABORT_GRACE))
             }
             _ => (state.failure.take().map(|(_, error)| error), None),
         }
     }
 
-    /// Hangs up on all of them; nothing more is taken from them.
+    /// Closes the connections of all streams; no more pages are received.
     pub(super) fn end(&self) {
         let mut state = self.lock();
         state.ending = true;
@@ -135,8 +139,8 @@ impl Streams {
         self.changed.notify_all();
     }
 
-    /// Waits until the last thread is out of guest memory and of the disks; comes after [`Streams::end`]. An error if
-    /// one is not within `at_most`: it has no connection any more, so that it hangs in a write.
+    /// Waits until no thread uses guest memory or the disks any more; comes after [`Streams::end`]. An error if that
+    /// takes longer than `at_most`: as the connections are closed, a thread must hang in a write.
     pub(super) fn join(&self, at_most: Duration) -> Result<(), ReceiveError> {
         let waited = self
             .changed
@@ -189,12 +193,13 @@ impl Streams {
             }
             match link.receive_on_stream(what)? {
                 Frame::Pages(table) => {
-                    let bytes = self.incoming.take(&mut link, table, &mut unpacker)?;
+                    let bytes = self.incoming.receive_batch(&mut link, table, &mut unpacker)?;
                     self.populate.arrived(bytes);
                 }
                 Frame::Compressed(table) => {
                     let bytes = table.page_bytes();
-                    self.incoming.take_compressed(&mut link, table, &mut unpacker)?;
+                    self.incoming
+                        .receive_compressed(&mut link, table, &mut unpacker)?;
                     self.populate.arrived(bytes);
                 }
                 Frame::Message(Message::RoundEnd(round)) => {
@@ -215,8 +220,8 @@ impl Streams {
         }
     }
 
-    /// A stream has ended a round; waits for the others, so that no page of the next one is overtaken by one of
-    /// this. Answers whether there is a next one.
+    /// Ends a round on one stream and waits until the other streams have ended it, so that no page of this round
+    /// overwrites one of the next. Returns whether there may be a next round.
     fn end_round(&self, index: usize, round: u32) -> Result<bool, ReceiveError> {
         let mut state = self.lock();
         let expected = state.rounds[index].saturating_add(1);

@@ -11,7 +11,7 @@ use crate::protocol::ProtocolError;
 /// Why a conversation with the peer ended.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// Somebody asked for it on this side.
+    /// This side was cancelled.
     #[error("cancelled")]
     Cancelled,
     /// The guest was paused for too long on this side.
@@ -58,7 +58,7 @@ pub enum LinkError {
         #[source]
         source: ProtocolError,
     },
-    /// The peer said something else than was its turn.
+    /// The peer sent a frame out of turn.
     #[error("the peer said {got:?}, expected {expected}")]
     Unexpected {
         /// What was waited for.
@@ -69,7 +69,7 @@ pub enum LinkError {
     /// The peer gave up.
     #[error("the peer {}: {reason}", if *cancelled { "was cancelled" } else { "gave up" })]
     Aborted {
-        /// Whether somebody asked for it there.
+        /// Whether the peer was cancelled.
         cancelled: bool,
         /// Why.
         reason: String,
@@ -101,12 +101,12 @@ pub enum LinkError {
 }
 
 impl LinkError {
-    /// Whether the peer gave up, and said so.
+    /// Whether the peer sent an abort.
     pub(crate) fn is_abort(&self) -> bool {
         matches!(self, LinkError::Aborted { .. })
     }
 
-    /// Whether this side ended it, by somebody's wish or because the guest was paused for too long.
+    /// Whether this side ended the migration: a cancel, or the limit of the pause.
     pub(super) fn is_interruption(&self) -> bool {
         matches!(self, LinkError::Cancelled | LinkError::PausedTooLong { .. })
     }

@@ -79,7 +79,7 @@ impl Link<'_> {
                             files.extend(received);
                         }
                     }
-                    // What did not fit was closed by the system, and is missed by whoever counts.
+                    // The kernel closed the files that did not fit; the caller finds out by their number.
                     if message.flags.contains(ReturnFlags::CTRUNC) || files.len() > MAX_FILES {
                         files.clear();
                     }

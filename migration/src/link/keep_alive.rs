@@ -1,4 +1,4 @@
-//! Signs of life, whatever this side is busy with.
+//! Sends keep-alives, whatever this side is busy with.
 
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,8 +9,8 @@ use threads::Role;
 
 use super::writer::Pulse;
 
-/// Tells the peer that this side is alive whenever nothing else was sent for a while. One thread for a whole
-/// migration, which knows nothing of its phases: how long a step may take is the peer's to judge.
+/// Sends a keep-alive whenever nothing else was sent for a while. One thread for a whole migration, which knows nothing
+/// of its phases: the peer decides how long a step may take.
 #[derive(Debug)]
 pub(crate) struct KeepAlive {
     stopped: Mutex<bool>,
@@ -18,11 +18,11 @@ pub(crate) struct KeepAlive {
     interval: Duration,
 }
 
-/// A peer may be less patient than this side is.
+/// The longest interval: the peer's time-out may be shorter than this side's.
 const MAX_INTERVAL: Duration = Duration::from_secs(2);
 
 impl KeepAlive {
-    /// Signs of life often enough that a peer with this time-out does not lose patience.
+    /// Sends often enough for a peer with this time-out.
     pub(crate) fn new(io_timeout: Duration) -> Self {
         Self {
             stopped: Mutex::new(false),
@@ -44,7 +44,7 @@ impl KeepAlive {
         let mut stopped = self.lock();
         while !*stopped {
             // Under the lock, so that nothing is sent after a stop; it never waits.
-            let again = pulse.beat(self.interval);
+            let again = pulse.send_if_idle(self.interval);
             let waited = self.changed.wait_timeout(stopped, again);
             stopped = waited.unwrap_or_else(PoisonError::into_inner).0;
         }

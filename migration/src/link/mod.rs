@@ -1,5 +1,5 @@
-//! Frames over a connection: one reader that sorts them, one writer at a time, every wait bounded, woken by cancel,
-//! and deaf to a peer that trickles.
+//! Frames over a connection: one reader that sorts them, and one writer at a time. Every wait is bounded, also if the
+//! peer sends a byte now and then, and ends with a cancel.
 
 mod error;
 mod files;
@@ -32,33 +32,33 @@ use reader::{FrameReader, read};
 use wait::{Patience, Wanted};
 use writer::FrameWriter;
 
-/// The longest that an end waits for the other one to read its last words.
+/// How long this side waits for the peer to read an abort and close the connection.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// The longest that this side takes, once it has to end, to complete a frame that it has begun: the guest may be paused.
+/// How long this side may take, once the migration has to end, to complete a frame that it has begun: the guest may be
+/// paused.
 const COMPLETION: Duration = Duration::from_millis(20);
 
-/// One side's end of a connection: all that comes is read by it, and what it sends does not get mixed up with what a
-/// [`Pulse`] of it does.
+/// One side's end of a connection: the only reader of it. A [`Pulse`] may send on it as well, frame by frame.
 pub(crate) struct Link<'a> {
     connection: &'a Connection,
     control: &'a Control,
     io_timeout: Duration,
     step_timeout: Duration,
-    heed_cancel: bool,
-    /// Whether to hear what the peer says while we send.
-    listen: bool,
+    cancellable: bool,
+    /// Whether to receive while sending.
+    receives: bool,
     reader: FrameReader,
-    /// An answer that came while something was being sent. There is never more than one under way.
+    /// An answer that came while something was being sent. There is never more than one.
     early: Option<Frame>,
     writer: Arc<FrameWriter>,
-    /// What the system took of the last frame.
+    /// How much of the last frame the kernel accepted.
     sent: Sent,
-    /// Where bytes are counted as they come, if anywhere.
+    /// The counter to which bytes are added as they come, if there is one.
     arrivals: Option<&'a AtomicU64>,
     /// On a data stream: sends without a copy where that works.
     sender: Option<PageSender>,
-    /// On a data stream: is woken for pieces that are worth it.
+    /// On a data stream: wakes this side only for pieces of some size.
     receiver: Option<migration_io::PageReceiver>,
     bytes_sent: u64,
     bytes_received: u64,
@@ -84,8 +84,8 @@ impl<'a> Link<'a> {
             control,
             io_timeout,
             step_timeout,
-            heed_cancel: true,
-            listen: true,
+            cancellable: true,
+            receives: true,
             reader: FrameReader::default(),
             early: None,
             writer: Arc::new(FrameWriter::new()),
@@ -98,7 +98,7 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Bytes handed to the system so far.
+    /// Bytes that the kernel has accepted so far.
     pub(crate) fn bytes_sent(&self) -> u64 {
         self.bytes_sent
     }
@@ -108,17 +108,17 @@ impl<'a> Link<'a> {
         self.bytes_received + self.reader.received()
     }
 
-    /// Whether the system took a part of the last frame that was to be sent, or all of it.
+    /// Whether the kernel accepted a part of the last frame, or all of it.
     pub(crate) fn has_begun(&self) -> bool {
         self.sent != Sent::Nothing
     }
 
-    /// Whether it took all of it, though the sender may have been interrupted meanwhile.
+    /// Whether the kernel accepted all of the last frame, even if the call returned an interruption.
     pub(crate) fn has_sent(&self) -> bool {
         self.sent == Sent::Whole
     }
 
-    /// Signs of life on this connection, for another thread.
+    /// A sender of keep-alives on this connection, for another thread.
     pub(crate) fn pulse(&self) -> Pulse<'a> {
         Pulse {
             connection: self.connection,
@@ -126,24 +126,24 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// From here on these frames are taken; before, short messages.
+    /// From here on these frames are accepted; before, only short messages.
     pub(crate) fn admit(&mut self, admitted: Admitted) {
         self.reader.admit(admitted);
     }
 
-    /// Counts bytes as they come: whoever waits for a batch to be complete learns late that it is under way.
+    /// Counts bytes as they come: the end of a batch alone would show too late that the peer is sending.
     pub(crate) fn count_arrivals(&mut self, arrivals: &'a AtomicU64) {
         self.arrivals = Some(arrivals);
     }
 
-    /// From here on cancel comes too late.
+    /// From here on a cancel does not end waits on this connection.
     pub(crate) fn ignore_cancel(&mut self) {
-        self.heed_cancel = false;
+        self.cancellable = false;
     }
 
-    /// For a stream on which the peer has nothing to say: what it does say is found out on the control connection.
-    pub(crate) fn only_send(&mut self) {
-        self.listen = false;
+    /// For a data stream, on which the peer sends nothing: nothing is received while sending.
+    pub(crate) fn set_send_only(&mut self) {
+        self.receives = false;
     }
 
     /// Sends a message.
@@ -156,14 +156,13 @@ impl<'a> Link<'a> {
         self.send_frame(FrameKind::State, state, "the state")
     }
 
-    /// Sends a part of the machine's state, for practice.
+    /// Sends a part of the machine's state for a rehearsal.
     pub(crate) fn send_rehearsal(&mut self, state: &[u8]) -> Result<(), LinkError> {
         self.send_frame(FrameKind::Rehearsal, state, "a rehearsal")
     }
 
-    /// Tells the peer that it is over, and waits a moment for it to hang up: a connection that is closed with
-    /// data unread would take the message back from the peer's buffer. Answers whether the peer has hung up,
-    /// and so has heard it.
+    /// Sends an abort and waits a moment for the peer to close the connection: to close it here with data unread would
+    /// remove the message from the peer's buffer. Returns whether the peer closed it, and so has read the abort.
     pub(crate) fn abort(&mut self, cancelled: bool, reason: &str) -> bool {
         self.ignore_cancel();
         self.io_timeout = self.io_timeout.min(FAREWELL);
@@ -174,14 +173,13 @@ impl<'a> Link<'a> {
         self.send(&abort).is_ok() && self.hang_up()
     }
 
-    /// Ends the connection: there is nothing more to say or to hear.
+    /// Closes the connection in both directions.
     pub(crate) fn close(&self) {
-        // One that has ended by itself is what is wanted.
+        // Fails only if the connection has ended already.
         let _ = self.connection.shutdown(Shutdown::Both);
     }
 
-    /// Ends our direction and reads what still comes until the peer ends its own, for a moment. Answers whether
-    /// it did.
+    /// Closes this side's direction and reads for a moment, until the peer closes its own. Returns whether it did.
     pub(crate) fn hang_up(&mut self) -> bool {
         self.ignore_cancel();
         let deadline = Instant::now() + self.io_timeout.min(FAREWELL);
@@ -230,7 +228,7 @@ impl<'a> Link<'a> {
         sent
     }
 
-    /// Sends one frame, while nobody else sends on this connection.
+    /// Sends one frame. The lock keeps keep-alives from the connection meanwhile.
     fn send_whole(
         &mut self,
         len: u64,
@@ -261,8 +259,8 @@ impl<'a> Link<'a> {
             }
             _ => None,
         };
-        if interruption.is_some() && begun.get() && self.listen {
-            // Half a frame would make nonsense of the abort that follows: a moment to complete it.
+        if interruption.is_some() && begun.get() && self.receives {
+            // After half a frame the peer could not read the abort that follows: takes a moment to complete it.
             self.ignore_cancel();
             result = self.drive(Wanted::Room, Patience::new(COMPLETION), what, &mut step);
         }
@@ -282,8 +280,10 @@ impl<'a> Link<'a> {
                 self.bytes_sent += len;
                 Ok(())
             }
-            // The peer may have said why before it went.
-            Err(lost @ LinkError::Io { .. }) if self.listen => Err(self.said_why(what).unwrap_or(lost)),
+            // The peer may have sent an abort before it closed the connection.
+            Err(lost @ LinkError::Io { .. }) if self.receives => {
+                Err(self.pending_abort(what).unwrap_or(lost))
+            }
             Err(error) => Err(error),
         }
     }
@@ -306,11 +306,11 @@ impl<'a> Link<'a> {
                     }
                 }
                 CallProgress::WouldBlock => {
-                    let wake = self.heed_cancel.then(|| self.control.wake());
-                    let wanted = if self.listen { wanted } else { wanted.alone() };
+                    let wake = self.cancellable.then(|| self.control.wake());
+                    let wanted = if self.receives { wanted } else { wanted.alone() };
                     let ready = wait::wait(self.connection, wanted, wake, &patience, what);
                     if ready.map_err(|error| self.reason(error))? {
-                        self.listen(what)?;
+                        self.receive_while_sending(what)?;
                     }
                 }
             }
@@ -318,13 +318,13 @@ impl<'a> Link<'a> {
     }
 
     fn check_cancel(&self) -> Result<(), LinkError> {
-        match self.control.interruption().filter(|_| self.heed_cancel) {
+        match self.control.interruption().filter(|_| self.cancellable) {
             Some(interruption) => Err(interruption.into()),
             None => Ok(()),
         }
     }
 
-    /// A wait that was woken knows that it has to end, and not why.
+    /// Replaces the error of a wait that was woken by its cause: a cancel or the limit of the pause.
     fn reason(&self, error: LinkError) -> LinkError {
         match error {
             LinkError::Cancelled => self.control.interruption().map_or(error, LinkError::from),

@@ -1,4 +1,4 @@
-//! Frames as they come in, piece by piece, and what each is to whoever reads them. Nothing here waits.
+//! Reads frames piece by piece and sorts them by what they mean for the wait under way. Nothing here waits.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use super::LinkError;
 use crate::protocol::{Frame, FrameHeader, FrameKind, HEADER_LEN, Message, ProtocolError};
 use crate::text::clean;
 
-/// Content is received in pieces of this size, so that a header alone cannot make us allocate.
+/// Content is received in pieces of this size, so that a header alone cannot make this side allocate.
 const CONTENT_PIECE: usize = 256 << 10;
 
 /// Longest message, in bytes, where only short ones are due: the longest reason for a refusal fits.
@@ -20,7 +20,7 @@ const SHORT: u32 = 8 << 10;
 /// Which frames a connection may bring, by how far it has got.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Admitted {
-    /// Short messages: nobody knows yet who it is, or there is nothing more to be said.
+    /// Short messages: the peer has not said yet what the connection is for, or its exchange is over.
     #[default]
     Greeting,
     /// Messages of any length.
@@ -32,8 +32,8 @@ pub(crate) enum Admitted {
 }
 
 /// A frame that came, sorted by what it means for the wait that is under way. An abort is an error instead. A kind of
-/// message that no side waits for, should there ever be one, gets a variant of its own here, so that it neither counts as
-/// an answer nor as out of turn.
+/// message that no side waits for, should there ever be one, gets a variant of its own here, so that it neither counts
+/// as an answer nor as out of turn.
 #[derive(Debug)]
 pub(crate) enum Sorted {
     /// The peer is alive; there is nothing more to it.
@@ -60,7 +60,7 @@ pub(super) struct FrameReader {
 }
 
 impl FrameReader {
-    /// From here on these frames are taken.
+    /// From here on these frames are accepted.
     pub(super) fn admit(&mut self, admitted: Admitted) {
         self.admitted = admitted;
     }
@@ -75,7 +75,7 @@ impl FrameReader {
         self.since
     }
 
-    /// Reads on. [`CallProgress::Done`] means that the header or the content is whole: [`FrameReader::turn`] is next.
+    /// Reads on. [`CallProgress::Done`] means that the header or the content is whole: [`FrameReader::parse`] is next.
     pub(super) fn step(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
         let Some(header) = self.header else {
             let step = read(socket, &mut self.head[self.head_len..])?;
@@ -97,15 +97,15 @@ impl FrameReader {
         Ok(step)
     }
 
-    /// A header that was read elsewhere.
+    /// Stores a header that was read by other code.
     pub(super) fn put_header(&mut self, head: [u8; HEADER_LEN]) {
         self.head = head;
         self.head_len = HEADER_LEN;
         self.count(HEADER_LEN);
     }
 
-    /// Judges what [`FrameReader::step`] has completed. Nothing after a header: its content is next.
-    pub(super) fn turn(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
+    /// Parses what [`FrameReader::step`] has completed. Returns `None` after a header: its content is next.
+    pub(super) fn parse(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let malformed = |source| LinkError::Protocol {
             expected: what,
             source,
@@ -140,7 +140,7 @@ impl FrameReader {
 }
 
 impl Admitted {
-    /// Most bytes of a frame's content; nothing if no such frame is due.
+    /// Most bytes of a frame's content; `None` if no such frame is due.
     fn limit(self, kind: FrameKind) -> Option<u32> {
         match (self, kind) {
             (Admitted::Greeting | Admitted::Pages, FrameKind::Control) => Some(SHORT),
@@ -151,7 +151,7 @@ impl Admitted {
         }
     }
 
-    /// Refuses a frame before a byte of its content is taken.
+    /// Refuses a frame before a byte of its content is read.
     fn check(self, header: FrameHeader, what: &'static str) -> Result<(), LinkError> {
         match self.limit(header.kind) {
             None => Err(LinkError::Unexpected {
@@ -171,7 +171,7 @@ impl Admitted {
     }
 }
 
-/// Reads into a buffer; one that is full (or empty) needs nothing.
+/// Reads into a buffer. An empty buffer is done at once.
 pub(super) fn read(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<CallProgress, MemoryIoError> {
     if buffer.is_empty() {
         return Ok(CallProgress::Done);

@@ -1,4 +1,4 @@
-//! What a connection brings: answers that are waited for, and what comes unasked.
+//! Receives from a connection: answers that are waited for, and frames that come while this side sends.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -10,15 +10,15 @@ use super::wait::{self, Patience, Wanted};
 use super::{FAREWELL, Link, LinkError};
 use crate::protocol::{Frame, Message};
 
-/// More of them at once are no signs of life.
+/// The most keep-alives that are accepted in one call.
 const MAX_KEEP_ALIVES: usize = 64;
 
 /// A stream may be idle for longer than any migration lasts.
 const IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 impl Link<'_> {
-    /// An error if somebody asked for the end, or if the peer has given up or gone while it had nothing to
-    /// say. Does not wait.
+    /// An error if the migration was cancelled, or if the peer has aborted, closed the connection or sent anything else
+    /// out of turn. Does not wait.
     pub(crate) fn check(&mut self, what: &'static str) -> Result<(), LinkError> {
         self.check_cancel()?;
         for _ in 0..MAX_KEEP_ALIVES {
@@ -39,8 +39,8 @@ impl Link<'_> {
         })
     }
 
-    /// The next frame that is no keep-alive, from a peer that has to receive so many bytes before, on other connections:
-    /// as long as they get fewer it has the time of a step anew. An abort is an error, as is silence.
+    /// The next frame that is no keep-alive, from a peer that has to receive so many bytes before, on other
+    /// connections: as long as they get fewer it has the time of a step anew. An abort is an error, as is silence.
     fn receive_after(
         &mut self,
         what: &'static str,
@@ -55,7 +55,7 @@ impl Link<'_> {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let now = in_flight();
-                // A peer that only keeps itself alive has the time of one step, no more.
+                // A peer that sends only keep-alives has the time of one step.
                 if now.saturating_add(Patience::QUANTUM as u64) > before {
                     return Err(LinkError::TimedOut {
                         what,
@@ -67,7 +67,7 @@ impl Link<'_> {
             }
             match self.next_frame(self.io_timeout.min(left), what) {
                 Err(LinkError::TimedOut { .. }) if Instant::now() >= deadline => {}
-                heard => match heard? {
+                received => match received? {
                     Sorted::SignOfLife => {}
                     Sorted::Frame(frame) => return Ok(frame),
                 },
@@ -75,8 +75,8 @@ impl Link<'_> {
         }
     }
 
-    /// Waits until the peer says something or hangs up, one of `others` is readable, or until a moment; may come
-    /// back early. Answers whether the peer has something to be received.
+    /// Waits until the peer has sent something or closed the connection, one of `others` is readable, or until `until`;
+    /// may return early. Returns whether there is something to receive.
     pub(crate) fn await_peer(
         &self,
         others: &[BorrowedFd<'_>],
@@ -87,13 +87,14 @@ impl Link<'_> {
             return Ok(true);
         }
         let mut others = others.to_vec();
-        others.extend(self.heed_cancel.then(|| self.control.wake()));
+        others.extend(self.cancellable.then(|| self.control.wake()));
         let ready = wait::wait_with(self.connection, &others, until)?;
         self.check_cancel()?;
         Ok(ready)
     }
 
-    /// What has come, if it is whole. Does not wait. An abort is an error, as is a frame that takes longer than a step.
+    /// The next frame, if it has come whole. Does not wait. An abort is an error, as is a frame that takes longer than
+    /// a step.
     pub(crate) fn poll(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         match self.early.take() {
             Some(early) => Ok(Some(Sorted::Frame(early))),
@@ -101,15 +102,15 @@ impl Link<'_> {
         }
     }
 
-    /// Reads what there is, up to the end of a frame.
+    /// Reads what has arrived, up to the end of a frame.
     fn read_on(&mut self, what: &'static str) -> Result<Option<Sorted>, LinkError> {
         let socket = self.connection.as_fd();
         loop {
             match self.reader.step(socket) {
                 Ok(CallProgress::Moved(_)) => {}
                 Ok(CallProgress::Done) => {
-                    if let Some(heard) = self.reader.turn(what)? {
-                        return Ok(Some(heard));
+                    if let Some(sorted) = self.reader.parse(what)? {
+                        return Ok(Some(sorted));
                     }
                 }
                 Ok(CallProgress::WouldBlock) if self.frame_due().is_some_and(|due| Instant::now() >= due) => {
@@ -130,7 +131,7 @@ impl Link<'_> {
     }
 
     /// The next frame of a data stream, which may be idle for as long as the control connection is alive:
-    /// whoever ends the migration shuts this connection down.
+    /// the job shuts this connection down when the migration ends.
     pub(crate) fn receive_on_stream(&mut self, what: &'static str) -> Result<Frame, LinkError> {
         match self.next_frame(IDLE, what)? {
             Sorted::Frame(frame) => Ok(frame),
@@ -161,8 +162,8 @@ impl Link<'_> {
         }
     }
 
-    /// Why the peer gave up, if it says so within a moment: the data streams end first.
-    pub(crate) fn last_words(&mut self) -> Option<LinkError> {
+    /// Waits a moment for the peer's abort: its data streams end before it comes.
+    pub(crate) fn await_abort(&mut self) -> Option<LinkError> {
         let until = Instant::now() + FAREWELL;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -176,7 +177,7 @@ impl Link<'_> {
         }
     }
 
-    /// Fills a buffer of our own with what follows a frame.
+    /// Fills a buffer with bytes that follow a frame.
     pub(super) fn fill(
         &mut self,
         buffer: &mut [u8],
@@ -203,18 +204,18 @@ impl Link<'_> {
             let read = self.drive(Wanted::Data, patience, what, |socket| reader.step(socket));
             self.reader = reader;
             read?;
-            if let Some(heard) = self.reader.turn(what)? {
-                return Ok(heard);
+            if let Some(sorted) = self.reader.parse(what)? {
+                return Ok(sorted);
             }
-            // The header is there. A peer that trickles does not get longer for a frame than for a step.
+            // The header is there. A peer that sends a byte now and then gets no longer for a frame than for a step.
             let by = self.frame_due().unwrap_or_else(Instant::now);
             patience = Patience::new(self.io_timeout).by(by);
         }
     }
 
-    /// Hears a peer while something is being sent: it may be alive, say why it gives up, or answer what it was sent
-    /// before.
-    pub(super) fn listen(&mut self, what: &'static str) -> Result<(), LinkError> {
+    /// Reads what the peer sends while this side is sending: a keep-alive, an abort, or the answer to an earlier
+    /// message, which is kept until it is asked for.
+    pub(super) fn receive_while_sending(&mut self, what: &'static str) -> Result<(), LinkError> {
         match self.read_on(what)? {
             None | Some(Sorted::SignOfLife) => Ok(()),
             Some(Sorted::Frame(frame)) if self.early.is_none() => {
@@ -228,8 +229,8 @@ impl Link<'_> {
         }
     }
 
-    /// Why the peer gave up, if it has said so already.
-    pub(super) fn said_why(&mut self, what: &'static str) -> Option<LinkError> {
+    /// The peer's abort, if it has come already.
+    pub(super) fn pending_abort(&mut self, what: &'static str) -> Option<LinkError> {
         for _ in 0..MAX_KEEP_ALIVES {
             match self.poll(what) {
                 Ok(Some(_)) => {}

@@ -1,4 +1,4 @@
-//! Waiting for a socket, with an end.
+//! Waits for a socket. Every wait has an end: a deadline, or a wake-up by the migration's `Control`.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -9,14 +9,14 @@ use rustix::io::Errno;
 use super::LinkError;
 use crate::transport::Connection;
 
-/// What the socket is to have.
+/// What is waited for on the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
     /// Data to read.
     Data,
     /// Room to write, or data to read, which then is an interruption.
     Room,
-    /// Room to write, whatever the peer says.
+    /// Room to write, whatever the peer sends.
     RoomAlone,
     /// Completions of what was sent.
     Completions,
@@ -33,18 +33,18 @@ impl Wanted {
     }
 }
 
-/// How long to wait for a peer. A peer gains time by moving a quantum of bytes, not by moving one.
+/// How long to wait for a peer. The time begins anew when a quantum of bytes has moved, not with each byte.
 #[derive(Clone, Debug)]
 pub(super) struct Patience {
     span: Duration,
     deadline: Instant,
     moved: usize,
-    /// However much it moves.
+    /// The end of the wait, however many bytes move.
     limit: Option<Instant>,
 }
 
 impl Patience {
-    /// Bytes that the peer has to move within the time to get it anew.
+    /// Bytes that have to move within the time for it to begin anew.
     pub(super) const QUANTUM: usize = 64 << 10;
 
     pub(super) fn new(span: Duration) -> Self {
@@ -56,7 +56,7 @@ impl Patience {
         }
     }
 
-    /// The same, but not beyond a moment.
+    /// The same, but not beyond `limit`.
     pub(super) fn by(self, limit: Instant) -> Self {
         Self {
             limit: Some(limit),
@@ -64,7 +64,7 @@ impl Patience {
         }
     }
 
-    /// Bytes were moved.
+    /// Counts bytes that have moved.
     pub(super) fn reward(&mut self, bytes: usize) {
         self.moved += bytes;
         if self.moved >= Self::QUANTUM {
@@ -77,7 +77,7 @@ impl Patience {
 }
 
 /// Waits until the connection has what is wanted, `wake` is readable (an error), or time is up (an error).
-/// Answers whether there is data to read that nobody asked for.
+/// Returns whether there is data to read although room to write was wanted.
 pub(super) fn wait(
     connection: &Connection,
     wanted: Wanted,
@@ -89,7 +89,7 @@ pub(super) fn wait(
         Wanted::Data => PollFlags::IN,
         Wanted::Room => PollFlags::IN | PollFlags::OUT,
         Wanted::RoomAlone => PollFlags::OUT,
-        // They are reported as an error, which needs no asking.
+        // The kernel reports them as an error, which `poll` always returns.
         Wanted::Completions => PollFlags::empty(),
     };
     let socket = connection.as_fd();
@@ -124,7 +124,7 @@ pub(super) fn wait(
 }
 
 /// Waits until the connection has something to read (or has ended), one of `others` is readable, or until a
-/// moment. Answers whether it is the connection.
+/// moment. Returns whether it is the connection.
 pub(super) fn wait_with(
     connection: &Connection,
     others: &[BorrowedFd<'_>],

@@ -1,4 +1,4 @@
-//! The sending side of a connection: one frame at a time, whoever sends it.
+//! The sending side of a connection: one frame at a time, from the job or from the keep-alive's thread.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -12,7 +12,7 @@ use super::{LinkError, encode_frame};
 use crate::protocol::Message;
 use crate::transport::Connection;
 
-/// What everybody who sends on a connection has to know of what was sent before. Locked for the time of a frame.
+/// What the senders on a connection share about the frames sent before. Locked for the time of a frame.
 #[derive(Debug)]
 pub(super) struct FrameWriter {
     state: Mutex<SendState>,
@@ -46,20 +46,20 @@ impl FrameWriter {
     }
 }
 
-/// Says nothing but that this side is alive, on a connection that belongs to a [`super::Link`].
+/// Sends keep-alives on a connection that belongs to a [`super::Link`].
 pub(crate) struct Pulse<'a> {
     pub(super) connection: &'a Connection,
     pub(super) writer: Arc<FrameWriter>,
 }
 
 impl Pulse<'_> {
-    /// Sends a keep-alive if nothing was sent for `interval`, and answers when to look again. Never waits: where the
-    /// system takes nothing, the peer has not read yet what it was sent before.
-    pub(crate) fn beat(&self, interval: Duration) -> Duration {
+    /// Sends a keep-alive if nothing was sent for `interval`. Returns when to call it again. Never waits: if the kernel
+    /// accepts nothing, the peer still has earlier bytes to read.
+    pub(crate) fn send_if_idle(&self, interval: Duration) -> Duration {
         let mut state = match self.writer.state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(state)) => state.into_inner(),
-            // A frame is under way, which is as good.
+            // A frame is being sent, which shows as much.
             Err(TryLockError::WouldBlock) => return interval / 2,
         };
         let idle = state.last.elapsed();
@@ -76,21 +76,21 @@ impl Pulse<'_> {
             whole = frame.len();
             state.rest = frame;
         }
-        // A connection that is lost is noticed by whoever waits for the peer.
+        // An error is left to the job, which waits for the peer on the same connection.
         if matches!(state.send_rest(self.connection.as_fd()), Ok(CallProgress::Done)) {
             state.last = Instant::now();
             return interval;
         }
         if state.rest.len() == whole {
-            // Nothing of it was taken, so that nothing is owed.
+            // The kernel accepted nothing, so there is no rest to send.
             state.rest.clear();
         }
         interval / 2
     }
 
-    /// As if the system had taken the beginning of a keep-alive, and not this.
+    /// Acts as if the kernel had accepted the beginning of a keep-alive, and not this rest.
     #[cfg(test)]
-    pub(crate) fn owe(&self, rest: &[u8]) {
+    pub(crate) fn set_unsent(&self, rest: &[u8]) {
         self.writer.lock().rest = rest.to_vec();
     }
 }

@@ -1,4 +1,5 @@
-//! The messages of the control connection and the greetings of all connections; the order of the variants is the wire's.
+//! The messages of the control connection and the greetings of all connections; the order of the variants is the
+//! wire's.
 
 use std::ops::RangeInclusive;
 
@@ -7,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Span;
 use crate::ports::{Difference, MachineDescription, OfferedDisks};
 
-/// Versions of the protocol that this program speaks.
+/// Versions of the protocol that this program supports.
 const VERSIONS: RangeInclusive<u16> = 6..=6;
 const MAGIC: [u8; 8] = *b"GODWITMG";
 
@@ -107,11 +108,11 @@ pub(crate) enum Message {
         /// Why.
         reason: String,
     },
-    /// Source: I know that it runs; nobody will ask.
+    /// Source: it knows that the guest runs, and will not ask.
     Farewell,
     /// Either side, before "go": this migration is over.
     Abort {
-        /// Whether somebody asked for it.
+        /// Whether the sender was cancelled.
         cancelled: bool,
         /// Why.
         reason: String,
@@ -189,7 +190,7 @@ impl Hello {
         }
     }
 
-    /// The version to speak with a peer that said this: the newest that both know.
+    /// The version to use with a peer that sent this: the newest that both support.
     pub(crate) fn common_version(&self) -> Option<u16> {
         let version = self.newest.min(*VERSIONS.end());
         (self.magic == MAGIC && version >= self.oldest && VERSIONS.contains(&version)).then_some(version)

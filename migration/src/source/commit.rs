@@ -1,4 +1,7 @@
-//! The source's end of the commit: "ready", the locks, "go", "resumed". It may no longer change the machine.
+//! The source's part of the commit: waits for "ready", releases the disk locks, sends "go" and waits for "resumed".
+//!
+//! It must not change the machine or its memory any more: the destination has both already. Up to the first byte of
+//! "go" an error lets the guest run here again; from then on only the destination's answer decides.
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +31,7 @@ impl SourceJob<'_> {
             other => return Err(unexpected("ready", &other)),
         };
         self.report.downtime.restore_ms = ms(restored.min(sent_at.elapsed()));
-        // Whatever can still be noticed is noticed before the locks are given up.
+        // An abort or a cancel that has come by now ends the attempt while the disks are still locked here.
         link.check("nothing after ready")?;
         self.call("release", |source| source.release())?;
         self.control.sample(|progress| progress.phase = Phase::Commit);
@@ -46,10 +49,11 @@ impl SourceJob<'_> {
         };
         let arrived_at = Instant::now();
         self.standing.claim.moved();
-        // If this is lost, the destination keeps the answer for nobody.
+        // If this is lost, the destination only waits in vain for the source to ask.
         let _ = link.send(&Message::Farewell);
 
-        // The way back of "resumed" is no downtime. It was not longer than what this exchange leaves for it.
+        // The way of "resumed" back to the source is not downtime. It took no longer than the exchange without the
+        // resume.
         let exchange = arrived_at.duration_since(go_sent_at);
         let resumed = resumed.min(exchange);
         let way_back = (round_trip / 2).min((exchange - resumed) / 2);
@@ -66,7 +70,7 @@ impl SourceJob<'_> {
         Ok(())
     }
 
-    /// Sends "go". Only if not a byte of it was accepted by the system is the guest still ours.
+    /// Sends "go". The guest still belongs to the source only if the kernel accepted no byte of it.
     fn send_go(
         &mut self,
         link: &mut Link<'_>,
@@ -81,7 +85,7 @@ impl SourceJob<'_> {
         link.check("nothing before go")?;
         self.standing.claim.go();
         match link.send(&go) {
-            // Until its first byte a cancel, or a guest that stands still for too long, ends the attempt.
+            // A cancel, or the limit of the pause, came before the first byte.
             Err(error) if !link.has_begun() => {
                 self.standing.claim.go_not_sent();
                 Err(error.into())
@@ -91,7 +95,7 @@ impl SourceJob<'_> {
                 self.control.lift_pause_limit();
                 match sent {
                     Err(error) if !link.has_sent() => Err(MigrateError::NoAnswer(error)),
-                    // One that came while it was on its way came too late.
+                    // All of "go" was sent: an interruption meanwhile came too late.
                     _ => Ok(now),
                 }
             }

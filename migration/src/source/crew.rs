@@ -1,4 +1,8 @@
-//! The threads that send pages, one for each data stream.
+//! The threads that send pages, one for each data stream, and what they share.
+//!
+//! The job hands them one pass over pages after another ([`Crew::send`]) and waits for its end. A stream's thread only
+//! reads the machine's memory and disks and clears marks of the dirty log; it never calls the machine otherwise, and
+//! never uses the control connection.
 
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -23,7 +27,7 @@ use crate::protocol::Message;
 use crate::text::panic_message;
 use crate::transport::Connection;
 
-/// What the streams share. They wait for a pass, send it together, and wait for the next.
+/// What the streams share. Their threads wait for a pass, send it together, and wait for the next one.
 pub(super) struct Crew<'a> {
     pub(super) space: Space<'a>,
     pub(super) pacer: Pacer,
@@ -52,9 +56,9 @@ pub(super) struct Counts {
 
 struct CrewState {
     pass: Option<Arc<Pass>>,
-    /// The pass that is under way, or was the last one.
+    /// Number of the pass that is under way, or of the last one.
     round: u32,
-    /// Streams that have not finished it.
+    /// Streams that have not finished the pass.
     busy: usize,
     ending: bool,
     failure: Option<MigrateError>,
@@ -93,7 +97,7 @@ impl<'a> Crew<'a> {
     ) -> std::io::Result<()> {
         for (index, connection) in self.connections.iter().enumerate() {
             let mut link = new_link(connection);
-            link.only_send();
+            link.set_send_only();
             spawn_scoped(scope, Role::Stream, format!("stream {index}"), move || {
                 let run = AssertUnwindSafe(|| self.run(PageStream::new(self, link)?));
                 let result = catch_unwind(run)
@@ -106,7 +110,7 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Sends `pages` as the given round. The round before must have been finished.
+    /// Has the streams send `pages` as the pass with this number. The pass before must have been finished.
     pub(super) fn send(&self, round: u32, pages: PageSet, order: Order) {
         let pass = Arc::new(Pass::new(pages, self.connections.len(), order));
         let mut state = self.lock();
@@ -117,7 +121,7 @@ impl<'a> Crew<'a> {
         self.changed.notify_all();
     }
 
-    /// Waits until the round is sent, or for so long. Answers whether it is sent.
+    /// Waits until the pass is sent, for at most this long. Returns whether it is sent.
     pub(super) fn wait(&self, at_most: Duration) -> Result<bool, MigrateError> {
         let deadline = Instant::now() + at_most;
         let mut state = self.lock();
@@ -134,26 +138,26 @@ impl<'a> Crew<'a> {
         }
     }
 
-    /// Ends the round early: what was not taken up yet stays unsent.
+    /// Ends the pass early: chunks that no stream has begun stay unsent.
     pub(super) fn stop(&self) {
         if let Some(pass) = &self.lock().pass {
             pass.stop();
         }
     }
 
-    /// Bytes that the streams have sent and the other side does not have yet.
+    /// Bytes that the streams have sent and that the destination has not received yet.
     pub(super) fn in_flight(&self) -> u64 {
         let of = |connection: &Connection| migration_io::in_flight(connection.as_fd()).unwrap_or(0);
         self.connections.iter().map(of).sum()
     }
 
-    /// Bytes of the round's pages that no stream has taken up.
+    /// Bytes of the pass's pages that no stream has begun to send.
     pub(super) fn unsent_bytes(&self) -> u64 {
         let pass = self.lock().pass.clone();
         pass.map_or(0, |pass| pass.unsent() * PAGE_SIZE)
     }
 
-    /// Adds the round's pages that no stream has taken up.
+    /// Adds the pass's pages that no stream has begun to send.
     pub(super) fn add_unsent(&self, to: &mut PageSet) {
         let pass = self.lock().pass.clone();
         if let Some(pass) = pass {
@@ -161,22 +165,22 @@ impl<'a> Crew<'a> {
         }
     }
 
-    /// Waits so long. An error if the streams end meanwhile.
-    pub(super) fn rest(&self, time: Duration) -> Result<(), MigrateError> {
+    /// Keeps a stream's thread waiting for this long. An error if the streams are to end meanwhile.
+    pub(super) fn wait_unless_ending(&self, time: Duration) -> Result<(), MigrateError> {
         if time.is_zero() {
             return Ok(());
         }
-        let resting = self
+        let waited = self
             .changed
             .wait_timeout_while(self.lock(), time, |state| !state.ending);
-        let (state, _) = resting.unwrap_or_else(PoisonError::into_inner);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if state.ending {
             return Err(MigrateError::StreamsEnd);
         }
         Ok(())
     }
 
-    /// Sends the threads home.
+    /// Makes the threads end; does not wait for them.
     pub(super) fn end(&self) {
         let mut state = self.lock();
         state.ending = true;
@@ -186,7 +190,7 @@ impl<'a> Crew<'a> {
         drop(state);
         self.changed.notify_all();
         for connection in self.connections {
-            // One that waits for room on its connection is woken by this.
+            // Wakes a thread that waits for room on its connection.
             let _ = connection.shutdown(Shutdown::Both);
         }
     }
@@ -223,7 +227,7 @@ impl<'a> Crew<'a> {
         if state.ending {
             return;
         }
-        // The first one has caused the others.
+        // The first error has caused the others.
         state.failure.get_or_insert(error);
         if let Some(pass) = &state.pass {
             pass.stop();

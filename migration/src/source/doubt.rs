@@ -1,8 +1,12 @@
-//! Asking the destination what became of a machine.
+//! Asks the destination what became of a machine: after "go" without an answer, and after a failure of which the
+//! destination may not know.
+//!
+//! Only the destination's answer changes who may run the guest: a question that fails, or an answer that does not say,
+//! leaves everything as it is.
 
 use std::time::{Duration, Instant};
 
-use super::handshake::{greet, unexpected};
+use super::handshake::{exchange_hello, unexpected};
 use super::remains::undo_step;
 use super::{MigrateError, SourceJob};
 use crate::commit::{Ruling, Withdrawn};
@@ -13,40 +17,40 @@ use crate::protocol::{AttemptOutcome, Message, Token};
 use crate::text::{chain, clean};
 use crate::transport::{Connection, Endpoint, TransportError};
 
-/// A migration of which the source knows that it sent "go", and no more.
+/// A migration whose outcome only the destination knows: where to ask for it, and by which name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Doubt {
     endpoint: Endpoint,
     token: Token,
 }
 
-/// What the destination says about it.
+/// The destination's answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// The guest runs there: it was moved.
     Runs,
-    /// "go" came, but the guest does not run; it is kept there, paused.
+    /// "go" came, but the guest does not run; the destination keeps it, paused.
     Kept {
         /// Why.
         reason: String,
     },
-    /// "go" never came, and by this answer never counts any more: the machine was thrown away there, and may
-    /// run here.
+    /// "go" did not come, and will not count if it still does: the destination threw the machine away, which may run at
+    /// the source.
     GaveUp,
-    /// It knows nothing of this migration.
+    /// The destination knows nothing of this migration.
     Unknown,
 }
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
-    /// Nobody listens there.
+    /// No receiver answers at the endpoint.
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// The conversation broke off, or was not one.
     #[error("no answer from {endpoint}: {reason}")]
     Conversation {
-        /// Who was asked.
+        /// Where the question went.
         endpoint: Endpoint,
         /// What happened.
         reason: String,
@@ -61,8 +65,8 @@ impl Doubt {
         Self { endpoint, token }
     }
 
-    /// Asks. Takes no longer than `timeout` for the connection and as long again for each part of the answer.
-    /// Ask again after an error: it may have got through or not.
+    /// Asks the destination. Takes at most `timeout` for the connection, and as long again for each part of the answer.
+    /// After an error the question may or may not have arrived: ask again.
     pub fn ask(&self, timeout: Duration) -> Result<Answer, AskError> {
         Ok(match self.outcome(timeout)? {
             AttemptOutcome::Runs => Answer::Runs,
@@ -74,7 +78,7 @@ impl Doubt {
         })
     }
 
-    /// Where the destination listened.
+    /// The destination's endpoint.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
@@ -83,14 +87,14 @@ impl Doubt {
         let control = Control::new().map_err(AskError::Control)?;
         let connection = Connection::connect(&self.endpoint, timeout, &control)?;
         let mut link = Link::new(&connection, &control, timeout, timeout);
-        self.converse(&mut link).map_err(|error| AskError::Conversation {
+        self.exchange(&mut link).map_err(|error| AskError::Conversation {
             endpoint: self.endpoint.clone(),
             reason: chain(&error),
         })
     }
 
-    fn converse(&self, link: &mut Link<'_>) -> Result<AttemptOutcome, MigrateError> {
-        greet(link)?;
+    fn exchange(&self, link: &mut Link<'_>) -> Result<AttemptOutcome, MigrateError> {
+        exchange_hello(link)?;
         link.send(&Message::Ask(self.token))?;
         match link.receive_message("outcome")? {
             Message::AttemptOutcome(outcome) => Ok(outcome),
@@ -99,16 +103,16 @@ impl Doubt {
     }
 }
 
-/// What has happened when a destination says that its operator was quicker.
+/// The error where an operator let the guest run at the destination before the source could withdraw it.
 pub(super) const RUNS_TWICE: &str = "an operator has the guest run at the destination, where it ran on while it was taken \
                           back here: this copy is paused";
 
-/// Between two attempts.
+/// The pause between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 impl SourceJob<'_> {
-    /// "go" was sent and its answer did not come: asks for as long as a peer may be silent. Whether the guest is ours again is the
-    /// destination's to say.
+    /// "go" was sent and its answer did not come: asks the destination for as long as a peer may be silent. Only its
+    /// answer can give the guest back to the source.
     pub(super) fn settle_doubt(&mut self, error: MigrateError) -> Result<(), MigrateError> {
         if matches!(error, MigrateError::NotResumed { .. }) {
             return Err(error);
@@ -144,8 +148,8 @@ impl SourceJob<'_> {
         }
     }
 
-    /// The guest runs here again, but the destination may be ready and could not be told: asking makes it give
-    /// up. An operator there may have been quicker, and then the guest must not run on here.
+    /// The guest runs at the source again, but the destination may be ready and may not have received the abort: a
+    /// question makes it give the machine up. If an operator had the guest run there before that, it is paused here.
     pub(super) fn withdraw(&mut self) {
         let withdrawn = self.ask().map_or(Withdrawn::StillWaits, |outcome| {
             self.standing.claim.withdrawn(&outcome)
@@ -157,7 +161,7 @@ impl SourceJob<'_> {
                 RUNS_TWICE
             }
             Withdrawn::StillWaits => {
-                self.untold = true;
+                self.unanswered = true;
                 "the destination may wait for \"go\", and could not be told that none will come"
             }
         };

@@ -1,4 +1,6 @@
-//! The source's greeting: versions, features, the round trip, and whether the destination can run the machine.
+//! Agrees with the destination on version, features and data path, and finds out whether it can run the machine.
+//!
+//! Everything here happens while the guest runs, and changes nothing about it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -27,7 +29,7 @@ pub(super) struct Agreed {
 impl SourceJob<'_> {
     /// Agrees with the destination on version, features and machine.
     pub(super) fn handshake(&mut self, link: &mut Link<'_>) -> Result<Agreed, MigrateError> {
-        greet(link)?;
+        exchange_hello(link)?;
         link.admit(Admitted::Messages);
         link.send(&Message::Begin(Features::OURS))?;
         let (token, features) = match link.receive_message("session")? {
@@ -38,7 +40,7 @@ impl SourceJob<'_> {
         let files = self
             .source
             .memory_files()
-            // Disks come over streams, of which there are none then.
+            // A handover has no streams, over which disks would be sent.
             .filter(|_| matches!(self.to, Endpoint::Unix(_)) && !self.options.with_disks)
             .filter(|_| features.has(Features::HANDOVER));
         let transfer = match &files {
@@ -86,7 +88,7 @@ impl SourceJob<'_> {
         })
     }
 
-    /// The disks that the destination wants, if they may come along and are of devices that there are.
+    /// Checks the list of disks that the destination wants to be sent: they may come along, and their devices exist.
     fn check_disks(&self, disks: Vec<u32>, devices: usize) -> Result<Vec<u32>, MigrateError> {
         let ascend = disks.windows(2).all(|pair| pair[0] < pair[1]);
         let exist = disks.iter().all(|disk| (*disk as usize) < devices);
@@ -115,7 +117,7 @@ impl SourceJob<'_> {
             .iter()
             .map(|connection| self.link(connection))
             .collect();
-        // All say what they want before the first waits for an answer: a round trip or two for all of them.
+        // All greetings are sent before the first answer is waited for: a round trip or two for all streams together.
         for (index, link) in (0..).zip(&mut links) {
             link.send(&Message::Hello(Hello::ours()))?;
             link.send(&Message::Join {
@@ -134,8 +136,8 @@ impl SourceJob<'_> {
     }
 }
 
-/// Says hello and finds out whether the other side speaks a version that we do.
-pub(super) fn greet(link: &mut Link<'_>) -> Result<(), MigrateError> {
+/// Exchanges "hello". An error if the two sides have no protocol version in common.
+pub(super) fn exchange_hello(link: &mut Link<'_>) -> Result<(), MigrateError> {
     link.send(&Message::Hello(Hello::ours()))?;
     check_hello(link)
 }
@@ -168,7 +170,7 @@ fn measure_round_trip(link: &mut Link<'_>) -> Result<Duration, MigrateError> {
     Ok(least)
 }
 
-/// The error for a message that was not its turn.
+/// The error for a message that came out of turn.
 pub(super) fn unexpected(expected: &'static str, got: &Message) -> MigrateError {
     LinkError::Unexpected {
         expected,

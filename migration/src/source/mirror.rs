@@ -1,4 +1,6 @@
-//! Disks that come along are copied before memory, which is dirtied faster.
+//! Copies disks that come along before memory, because memory is dirtied faster.
+//!
+//! The guest runs meanwhile and is not slowed down; the convergence policy is not asked.
 
 use std::sync::Arc;
 
@@ -13,18 +15,18 @@ use crate::options::OnMiss;
 use crate::ports::SourceDisk;
 use crate::report::ms;
 
-/// So few bytes of the disks may be left to the rounds of memory.
+/// At this many bytes or fewer, the rest of the disks is left to the rounds that copy memory.
 const LITTLE: u64 = 16 << 20;
 
 impl SourceJob<'_> {
-    /// Has what is written to the disks of these devices marked.
+    /// Makes the machine mark what is written to the disks of these devices from here on.
     pub(super) fn start_mirror(&mut self, devices: &[u32]) -> Result<Vec<Arc<dyn SourceDisk>>, MigrateError> {
         if devices.is_empty() {
             return Ok(Vec::new());
         }
         self.standing.remains.mirroring = true;
         let disks = self.call("mirror", |source| source.mirror(devices))?;
-        // What the two sides take for the end of a disk decides where the next one begins.
+        // A disk's size decides where the next disk's pages begin, so both sides must agree on it.
         let described = self.source.describe().devices;
         let expected: Vec<u64> = devices
             .iter()
@@ -42,8 +44,8 @@ impl SourceJob<'_> {
         Ok(disks)
     }
 
-    /// Copies the disks while the guest runs, until little of them is left or it does not get less. What is written
-    /// to them from then on goes with the pages that are written.
+    /// Copies the disks, pass after pass, until little is left or a pass no longer halves it. What the guest writes to
+    /// them from then on is sent with the dirty pages of memory.
     pub(super) fn mirror(&mut self, link: &mut Link<'_>, crew: &Crew<'_>) -> Result<(), MigrateError> {
         if !crew.space.has_disks() {
             return Ok(());
@@ -77,8 +79,8 @@ impl SourceJob<'_> {
         Ok(())
     }
 
-    /// A deadline that passes before memory was begun with is missed. Whoever wants the move all the same gets it
-    /// when the disks are there.
+    /// The deadline is missed if it passes during the copy of the disks. A caller that wants the move all the same
+    /// (`OnMiss::Switch`) gets it once the disks are copied.
     fn check_deadline(&self) -> Result<(), MigrateError> {
         match self.options.deadline {
             Some(deadline) if self.options.on_miss == OnMiss::Fail && self.started.elapsed() > deadline => {

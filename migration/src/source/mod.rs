@@ -1,4 +1,7 @@
-//! The source's side of a migration.
+//! The source's side of a migration: runs its phases in order, and after a failure undoes what they did.
+//!
+//! Who may run the guest is decided by [`Claim`] alone. Nothing here lets the guest run once "go" may have been sent,
+//! unless the destination answered that it gave the machine up.
 
 mod commit;
 mod crew;
@@ -49,20 +52,20 @@ use space::Space;
 /// How a migration ended at the source.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Migrated {
-    /// What it did.
+    /// What the migration did.
     pub report: Report,
-    /// Where it is in doubt: whom to ask.
+    /// Set if the outcome is in doubt: the question to the destination.
     pub doubt: Option<Doubt>,
-    /// Where the guest runs here, and the destination may be ready and does not know: whom to ask, until there is an
-    /// answer. If that is that the guest runs there (or is kept), an operator there was quicker, and it must not run on
-    /// here.
-    pub untold: Option<Doubt>,
+    /// Set if the guest runs at the source, and the destination may be ready and not know it: the question to ask until
+    /// there is an answer. If the answer is that the guest runs (or is kept) there, an operator has decided so, and it
+    /// must not run on at the source.
+    pub unanswered: Option<Doubt>,
     /// What is left to be undone once the guest is known to be here.
     pub remains: Remains,
 }
 
 impl Migrated {
-    /// For a caller that lost sight of a migration: the guest may run at either side.
+    /// For a caller that does not know how a migration ended, after a panic: the guest may run at either side.
     pub fn unknown(options: &MigrateOptions) -> Self {
         let mut report = Report::new(ms(options.max_downtime));
         report.outcome = Outcome::InDoubt;
@@ -70,7 +73,7 @@ impl Migrated {
         Self {
             report,
             doubt: None,
-            untold: None,
+            unanswered: None,
             remains: Remains::all(),
         }
     }
@@ -99,18 +102,18 @@ pub fn migrate(
         standing: Standing::default(),
         token: None,
         passes: 0,
-        wound_up: false,
-        untold: false,
+        failure_handled: false,
+        unanswered: false,
     };
     match Connection::connect(to, options.connect_timeout, control) {
         Ok(connection) => {
-            // Of a host's addresses the one that answered: for the streams, and for every question later.
+            // Of the host's addresses the one that answered: streams and later questions must reach the same receiver.
             job.to = connection.peer().clone();
             let result = job.run(&connection);
             let to = job.to.clone();
             job.conclude(result, &format!("migration to {to}: "))
         }
-        // It names the place itself.
+        // The error names the destination itself.
         Err(error) => job.conclude(Err(error.into()), ""),
     }
 }
@@ -126,20 +129,20 @@ struct SourceJob<'a> {
     standing: Standing,
     /// The migration's name, once the destination has given it one.
     token: Option<Token>,
-    /// Passes over pages so far, by which the wire counts.
+    /// Passes over pages so far; the wire calls each of them a round.
     passes: u32,
-    /// Whether a failure has been seen to.
-    wound_up: bool,
-    /// Whether the destination may be ready, and does not know that the guest runs here.
-    untold: bool,
+    /// Whether [`SourceJob::handle_failure`] has run.
+    failure_handled: bool,
+    /// Whether the destination may be ready and not know that the guest runs at the source.
+    unanswered: bool,
 }
 
-/// What has to be undone, or can no longer be. Set before a call is made, so that it also holds when the call
-/// fails half-way or panics.
+/// What has to be undone after a failure. Each part is set before the call that it is about, so that it also holds when
+/// the call fails half-way or panics.
 #[derive(Clone, Copy, Debug, Default)]
 struct Standing {
     remains: Remains,
-    /// Whose the guest is.
+    /// Which side may run the guest.
     claim: Claim,
 }
 
@@ -150,15 +153,15 @@ impl<'a> SourceJob<'a> {
         let mut link = self.link(connection);
         thread::scope(|scope| {
             alive.start(scope, link.pulse()).map_err(MigrateError::Thread)?;
-            let result = self.caught(|job| job.transfer(&mut link));
+            let result = self.catch_panic(|job| job.transfer(&mut link));
             alive.stop();
             self.report.bytes_sent += link.bytes_sent();
-            self.wind_up(&mut link, result)
+            self.handle_failure(&mut link, result)
         })
     }
 
-    /// A part of the migration. A panic in it is an error like any other.
-    fn caught(
+    /// Runs a part of the migration. A panic in it becomes an error like any other.
+    fn catch_panic(
         &mut self,
         part: impl FnOnce(&mut Self) -> Result<(), MigrateError>,
     ) -> Result<(), MigrateError> {
@@ -166,14 +169,15 @@ impl<'a> SourceJob<'a> {
             .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))))
     }
 
-    /// Sees to the guest after a failure, and tells the destination. Does so once, as early as it can: nothing that
-    /// ends afterwards, a stream that hangs in a read say, holds up a guest that is paused.
-    fn wind_up(
+    /// After a failure, lets the guest run if it may and aborts the migration at the destination. Only the first call
+    /// does so. It comes before the streams are joined: a stream that hangs in a read must not hold up a guest that is
+    /// paused.
+    fn handle_failure(
         &mut self,
         link: &mut Link<'_>,
         mut result: Result<(), MigrateError>,
     ) -> Result<(), MigrateError> {
-        if std::mem::replace(&mut self.wound_up, true) {
+        if std::mem::replace(&mut self.failure_handled, true) {
             return result;
         }
         if self.standing.claim.in_doubt()
@@ -183,11 +187,11 @@ impl<'a> SourceJob<'a> {
         }
         let Err(error) = result else { return Ok(()) };
         if let Some(failed) = self.standing.claim.fail() {
-            // The guest first: without "go" the destination cannot run it, unless its operator says so.
+            // The guest first: without "go" only an operator can have the destination run it.
             self.undo(failed.resume);
             link.abort(self.was_cancelled(&error), &chain(&error));
-            // That the peer's direction ends does not show that it has heard us: whoever passes our bytes on
-            // may have ended it. Its answer does.
+            // A closed connection does not show that the destination received the abort: a proxy in between may have
+            // closed it. Only an answer shows that.
             if failed.withdraw && !matches!(&error, MigrateError::Link(error) if error.is_abort()) {
                 self.withdraw();
             }
@@ -195,7 +199,7 @@ impl<'a> SourceJob<'a> {
         Err(error)
     }
 
-    /// The migration as it goes when nothing goes wrong.
+    /// The phases of a migration that succeeds.
     fn transfer(&mut self, link: &mut Link<'_>) -> Result<(), MigrateError> {
         let agreed = self.handshake(link)?;
         self.token = Some(agreed.token);
@@ -209,7 +213,7 @@ impl<'a> SourceJob<'a> {
         }
     }
 
-    /// By pages over streams.
+    /// Copies memory and disks over data streams, and hands the guest over.
     fn copy_over(
         &mut self,
         link: &mut Link<'_>,
@@ -225,24 +229,24 @@ impl<'a> SourceJob<'a> {
         let space = Space::new(self.source.describe().memory, memory, disks)?;
         let crew = Crew::new(space, &connections, pacer, agreed.compression);
         thread::scope(|scope| {
-            // However this ends, the threads do.
+            // Ends the streams' threads on every way out.
             let _end = EndCrew(&crew);
             let (options, control) = (self.options, self.control);
             crew.start(scope, |connection| {
                 Link::new(connection, control, options.io_timeout, options.step_timeout)
             })
             .map_err(MigrateError::Thread)?;
-            let result = self.caught(|job| job.copy(link, &crew, agreed.round_trip));
+            let result = self.catch_panic(|job| job.copy(link, &crew, agreed.round_trip));
             self.count(&crew);
             if result.is_err() {
                 crew.end();
             }
-            // Before the threads are waited for.
-            self.wind_up(link, result)
+            // Before the scope joins the threads, of which one may hang.
+            self.handle_failure(link, result)
         })
     }
 
-    /// The same, once the streams are at work.
+    /// The part of [`SourceJob::copy_over`] during which the streams run.
     fn copy(
         &mut self,
         link: &mut Link<'_>,
@@ -252,9 +256,9 @@ impl<'a> SourceJob<'a> {
         let left = self
             .copy_running(link, crew, round_trip)
             .map_err(|error| match error {
-                // The guest runs: there is time to hear what the destination has to say about it.
+                // The guest runs, so there is time to wait for the destination's reason.
                 MigrateError::Link(LinkError::Io { .. } | LinkError::Closed { .. }) => {
-                    link.last_words().map_or(error, MigrateError::from)
+                    link.await_abort().map_or(error, MigrateError::from)
                 }
                 error => error,
             })?;
@@ -272,7 +276,7 @@ impl<'a> SourceJob<'a> {
         self.mirror(link, crew)?;
         self.standing.remains.logging = true;
         let log = self.call("start_dirty_log", |source| source.start_dirty_log())?;
-        crew.space.log_with(log);
+        crew.space.set_log(log);
         let mut watch = Observer::new(self, round_trip);
         self.precopy(link, crew, &mut watch)
     }
@@ -289,8 +293,8 @@ impl<'a> SourceJob<'a> {
         }
     }
 
-    /// Lets the guest run if the migration has paused it, and gives it back to its user. Errors and panics of
-    /// the machine go to the log and the report: there is nobody left to handle them.
+    /// Resumes the guest if the migration has paused it, and undoes what else the migration did to the machine. Errors
+    /// and panics of the machine go to the log and the report: no caller could handle them.
     fn undo(&mut self, resume: bool) {
         let mut errors = Vec::new();
         if resume {
@@ -309,7 +313,7 @@ impl<'a> SourceJob<'a> {
         self.report.total_ms = ms(self.started.elapsed());
         self.report.outcome = match &result {
             Ok(()) => Outcome::Moved,
-            // Whatever went wrong after "resumed" had come.
+            // An error after "resumed" does not change that the guest runs at the destination.
             Err(_) if self.standing.claim == Claim::Moved => Outcome::Moved,
             Err(_) if self.standing.claim.in_doubt() => Outcome::InDoubt,
             Err(error) if self.was_cancelled(error) => Outcome::Cancelled,
@@ -323,12 +327,12 @@ impl<'a> SourceJob<'a> {
         Migrated {
             report: self.report,
             doubt: question.clone().filter(|_| in_doubt),
-            untold: question.filter(|_| self.untold),
+            unanswered: question.filter(|_| self.unanswered),
             remains: self.standing.remains,
         }
     }
 
-    /// This side's end of a connection.
+    /// Frames over a connection, with this migration's time-outs.
     fn link<'b>(&self, connection: &'b Connection) -> Link<'b>
     where
         'a: 'b,
@@ -355,7 +359,7 @@ impl<'a> SourceJob<'a> {
     }
 }
 
-/// An error if the migration has to end.
+/// An error if the migration was cancelled or the pause has lasted for too long.
 fn check_interruption(control: &Control) -> Result<(), MigrateError> {
     match control.interruption() {
         Some(interruption) => Err(LinkError::from(interruption).into()),

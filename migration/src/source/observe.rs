@@ -1,4 +1,6 @@
-//! What the convergence policy gets to see, and what follows from its advice.
+//! Measures what the convergence policy needs, asks it, and applies the throttle that it advises.
+//!
+//! Whether to pause is only returned, to `precopy`: nothing here pauses the guest or sends anything.
 
 use std::time::{Duration, Instant};
 
@@ -17,17 +19,17 @@ pub(super) struct Observer {
     pub(super) costs: Costs,
     /// Scratch space for the log.
     dirty: Option<PageSet>,
-    /// The shares that the machine was last told.
+    /// The throttle that was last applied, a share for each vCPU.
     shares: Vec<f64>,
     began: RoundBegin,
     /// Throttled time of the round so far: seconds times share.
     throttled: f64,
     last: Duration,
-    /// The least time that one of the last two looks at the log took: one that is slow by itself may be the host's fault.
-    looking: Duration,
-    /// How much later than asked the engine was woken for the next look.
+    /// The shorter of the times that the last two counts of the log took: a single slow one may be the host's fault.
+    peek_time: Duration,
+    /// How much later than planned this thread was woken for the next observation.
     late: Duration,
-    /// Whether somebody was told that the promise cannot be kept.
+    /// Whether the log already says that the promise cannot be kept.
     warned: bool,
 }
 
@@ -45,10 +47,10 @@ pub(super) const SWITCH_ROUND_TRIPS: f64 = 2.0;
 /// How often the log is counted and the policy asked while the streams are at work.
 const TICK: Duration = Duration::from_millis(10);
 
-/// How seldom at the least, however long it takes to count the log of a large guest.
+/// The longest time between two counts, however long it takes to count the log of a large guest.
 const MAX_TICK: Duration = Duration::from_millis(250);
 
-/// A change of the throttle that is smaller is not worth telling.
+/// A smaller change of the throttle is not applied.
 const SHARE_STEP: f64 = 0.005;
 
 impl Observer {
@@ -78,13 +80,13 @@ impl Observer {
             began: RoundBegin::default(),
             throttled: 0.0,
             last: Duration::ZERO,
-            looking: Duration::ZERO,
+            peek_time: Duration::ZERO,
             late: Duration::ZERO,
             warned: false,
         }
     }
 
-    /// What rehearsals have found, one after the other, of what the downtime costs besides the copy.
+    /// Stores what rehearsals in a row measured of the downtime's costs besides the copy.
     pub(super) fn set_costs(&mut self, rehearsed: &[Costs]) {
         rehearsed.iter().for_each(Costs::trace);
         self.policy.set_costs(rehearsed);
@@ -98,17 +100,17 @@ impl Observer {
         self.policy.doubts_costs(advice)
     }
 
-    /// How long to wait for the next look: looks take a tenth of the time at the most.
+    /// How long to wait until the next observation: counting the log takes a tenth of the time at most.
     pub(super) fn tick(&self) -> Duration {
-        (self.looking * 10).clamp(TICK, MAX_TICK)
+        (self.peek_time * 10).clamp(TICK, MAX_TICK)
     }
 
-    /// The engine was woken so much later than it had asked for.
-    pub(super) fn woken_late(&mut self, late: Duration) {
+    /// Stores how much later than planned this thread was woken.
+    pub(super) fn set_wake_delay(&mut self, late: Duration) {
         self.late = late;
     }
 
-    /// A piece was sent without the cap of pre-copy.
+    /// Passes a measurement to the policy: pages that were sent without the cap of pre-copy.
     pub(super) fn burst(&mut self, bytes: u64, elapsed: Duration) {
         tracing::trace!(target: RECORDED, "b {bytes} {}", elapsed.as_micros());
         self.policy.burst(bytes, elapsed);
@@ -138,7 +140,7 @@ impl SourceJob<'_> {
         let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
         crew.space.peek(&mut dirty)?;
         let took = began.elapsed();
-        watch.looking = took.min(watch.costs.final_log);
+        watch.peek_time = took.min(watch.costs.final_log);
         watch.costs.final_log = took;
         crew.add_unsent(&mut dirty);
         let at = self.started.elapsed();
@@ -172,23 +174,22 @@ impl SourceJob<'_> {
         let shares: Vec<f64> = (0..watch.shares.len())
             .map(|cpu| advice.throttle.of(cpu))
             .collect();
-        // A guest that is about to be paused is not let off the reins first: what it would write in the meantime
-        // is in no prediction.
+        // The throttle is not lifted just before the pause: no prediction has what the guest would write meanwhile.
         if advice.course != Course::Switch {
             self.apply_throttle(watch, &shares)?;
         }
-        let goes_on = self.options.on_miss == OnMiss::Switch && !watch.warned;
-        if let Some(miss) = watch.policy.missed().filter(|_| goes_on) {
+        let continues = self.options.on_miss == OnMiss::Switch && !watch.warned;
+        if let Some(miss) = watch.policy.missed().filter(|_| continues) {
             tracing::warn!("going on as was asked, although {miss}");
             watch.warned = true;
         }
-        self.show(&observation, &advice.prediction, watch.share());
+        self.publish_progress(&observation, &advice.prediction, watch.share());
         watch.dirty = Some(dirty);
         Ok(advice)
     }
 
-    /// Lets others see how far it is.
-    fn show(&self, seen: &Observation<'_>, prediction: &Prediction, share: f64) {
+    /// Publishes how far the migration is, as a sample of the trace.
+    fn publish_progress(&self, seen: &Observation<'_>, prediction: &Prediction, share: f64) {
         self.control.sample(|progress| {
             progress.round = seen.round;
             progress.remaining_bytes = seen.dirty;
@@ -203,7 +204,7 @@ impl SourceJob<'_> {
         });
     }
 
-    /// Tells the machine how far to slow down its vCPUs, if that has changed.
+    /// Slows the vCPUs down by these shares, if they have changed.
     fn apply_throttle(&mut self, watch: &mut Observer, shares: &[f64]) -> Result<(), MigrateError> {
         let same = |(a, b): (&f64, &f64)| (a - b).abs() < SHARE_STEP && (*a == 0.0) == (*b == 0.0);
         if watch.shares.iter().zip(shares).all(same) {
@@ -215,7 +216,7 @@ impl SourceJob<'_> {
         Ok(())
     }
 
-    /// A round begins.
+    /// Stores where a round begins.
     pub(super) fn begin_round(&mut self, crew: &Crew<'_>, watch: &mut Observer, n: u32) {
         let (data, zero) = crew.counts.pages();
         let at = self.started.elapsed();
@@ -229,7 +230,7 @@ impl SourceJob<'_> {
         self.control.update(|progress| progress.round = n);
     }
 
-    /// It has ended, and so many bytes are dirty now.
+    /// Adds a round that has ended to the report.
     pub(super) fn end_round(&mut self, crew: &Crew<'_>, watch: &Observer, n: u32, advice: &Advice) {
         let began = watch.began;
         let (data, zero) = crew.counts.pages();

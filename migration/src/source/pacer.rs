@@ -1,4 +1,4 @@
-//! A cap on the bandwidth of all streams together.
+//! A cap on the bandwidth of all streams together: says when the next bytes may be sent, and does not wait itself.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,13 +12,13 @@ pub(super) struct Pacer {
 #[derive(Clone, Copy, Debug)]
 struct Schedule {
     bytes_per_s: Option<u64>,
-    /// When everything that was promised so far has gone at this rate.
+    /// When everything that was booked so far has been sent at this rate.
     due: Instant,
 }
 
-/// Time that nobody used is lost, except so much of it: it covers a thread that wakes up late.
+/// Time in which no stream sent is lost, except this much of it, which makes up for a thread that wakes up late.
 const SLACK: Duration = Duration::from_millis(5);
-/// One batch takes no longer than this, so that the cap holds over short times as well.
+/// The time that one batch may take, so that the cap holds over short times as well.
 const BATCH_TIME: Duration = Duration::from_millis(1);
 
 impl Pacer {
@@ -32,7 +32,7 @@ impl Pacer {
         }
     }
 
-    /// Changes the cap; what was promised before counts no more.
+    /// Changes the cap; what was booked before no longer counts.
     pub(super) fn set(&self, bytes_per_s: Option<u64>, now: Instant) {
         *self.lock() = Schedule {
             bytes_per_s,
@@ -40,7 +40,7 @@ impl Pacer {
         };
     }
 
-    /// Books so many bytes. They may be sent after the time that this returns.
+    /// Books bytes. Returns how long to wait before they may be sent.
     pub(super) fn book(&self, bytes: u64, now: Instant) -> Duration {
         let mut schedule = self.lock();
         let Some(rate) = schedule.bytes_per_s else {
@@ -51,7 +51,7 @@ impl Pacer {
         from.saturating_duration_since(now)
     }
 
-    /// Most bytes for one batch, so that a slow rate makes a steady trickle and not a burst now and then.
+    /// The most bytes for one batch: at a slow rate small batches make a steady flow instead of bursts.
     pub(super) fn batch_bytes(&self, most: u64) -> u64 {
         self.lock().bytes_per_s.map_or(most, |rate| {
             ((rate as f64 * BATCH_TIME.as_secs_f64()) as u64).min(most)

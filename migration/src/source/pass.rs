@@ -1,4 +1,5 @@
-//! One pass over a set of pages, shared by the streams that send it.
+//! One pass over a set of pages: cuts it into chunks and hands each out once, to the streams that send them. Knows
+//! neither memory nor connections.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -81,11 +82,11 @@ struct ChunkWords {
 
 /// Most pages in a chunk: more would only delay the reading of what was cleared.
 const MAX_CHUNK_PAGES: u64 = 1024;
-/// Fewer are not worth a system call to clear them.
+/// Fewest pages in a chunk, where there are as many: fewer are not worth a system call to clear their marks.
 const MIN_CHUNK_PAGES: u64 = 64;
 /// Most words in a chunk, however few pages they name: bounds the call that clears them.
 const MAX_CHUNK_WORDS: usize = 1024;
-/// Chunks for each stream, so that one that is slower holds nobody up.
+/// Chunks for each stream, so that a slow stream does not hold up the pass.
 const CHUNKS_PER_STREAM: u64 = 8;
 
 impl Pass {
@@ -103,7 +104,7 @@ impl Pass {
         }
     }
 
-    /// The next stretch; nothing at the end, or after [`Pass::stop`].
+    /// The next chunk; `None` at the end, or after [`Pass::stop`].
     pub(super) fn next(&self) -> Option<Chunk> {
         let stretch = {
             let mut cursor = self.lock();
@@ -187,7 +188,7 @@ fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<ChunkWords> {
     found
 }
 
-/// Every one of them once, neighbours far apart: steps of the golden section spread most evenly.
+/// Every stretch once, neighbours far apart: steps of the golden section spread most evenly.
 fn scattered(stretches: &[ChunkWords]) -> Vec<ChunkWords> {
     const GOLDEN_SECTION: f64 = 0.618_033_988_749_895;
     let len = stretches.len();

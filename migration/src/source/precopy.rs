@@ -1,4 +1,6 @@
-//! Rounds of copying while the guest runs, until the policy says that a pause is worth it or that it cannot be done.
+//! Rounds of copying while the guest runs, until the policy says that the pause fits the budget, or that it never will.
+//!
+//! Nothing here pauses the guest, except that a rehearsal stops it for some milliseconds to measure the pause.
 
 use std::time::{Duration, Instant};
 
@@ -15,31 +17,31 @@ use crate::link::Link;
 use crate::page_set::PageSet;
 use crate::protocol::{MAX_SPANS, Message};
 
-/// How often it is checked whether the destination has given up while pages are sent that the policy is not asked about.
+/// How often the connection is checked while a pass is sent without observing the guest.
 const TICK: Duration = Duration::from_millis(10);
 
 /// Most rehearsals in a row.
 const REHEARSALS: u32 = 4;
 
-/// Pages that are sent without the cap to find out how fast that is: no fewer than this.
+/// The fewest pages that are sent without the cap in order to measure the bandwidth.
 const MIN_BURST_PAGES: u64 = 1024;
-/// And no more than this, nor than the cap lets through in [`BURST_TIME`]. The more there are, the less counts what
-/// it takes to wake everybody up.
+/// The most pages of a burst. Between the two limits a burst has what the cap lets through in [`BURST_TIME`]: in a
+/// large one the time to wake the threads counts less.
 const MAX_BURST_PAGES: u64 = 4096;
-/// In seconds.
+/// The time of pre-copy that a burst may cost, in seconds.
 const BURST_TIME: f64 = 0.08;
-/// So many times at most: at the bottom of memory there may be little but zeroes.
+/// The most bursts in a row: the first pages of memory may be zero, which says nothing about the bandwidth.
 const BURSTS: u32 = 4;
 /// Below this cap, in bytes per second, a burst would take the round too long to pay for.
 const MIN_BURST_CAP: u64 = 20_000_000;
-/// Fewer bytes say more about latency than about bandwidth.
+/// A burst that sent fewer bytes is repeated: it says more about latency than about bandwidth.
 const MIN_BURST_BYTES: u64 = 2 << 20;
 
-/// What the guest's pause finds.
+/// What is left to be sent once the guest is paused, besides what the log has.
 pub(super) struct Left {
-    /// Pages that were to be sent in a round that was ended early; the log has the others.
+    /// Pages of a round that was ended early; all others are marked in the log.
     pub(super) pages: PageSet,
-    /// Pages that the guest does not use and that were never sent, if they are neither here nor in the log.
+    /// Pages that the guest does not use. Those that are not in `pages` or in the log either were never sent.
     pub(super) unused: PageSet,
 }
 
@@ -58,7 +60,7 @@ impl SourceJob<'_> {
             let advice = self.round(link, crew, watch, n, pages)?;
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
-            if self.settles(link, crew, watch, n, advice)? {
+            if self.confirm_switch(link, crew, watch, n, advice)? {
                 return Ok(Left { pages, unused });
             }
             crew.space.peek(&mut pages)?;
@@ -66,19 +68,19 @@ impl SourceJob<'_> {
         }
     }
 
-    /// Every page of memory that may hold something that counts. What was never touched is zero on both sides and
-    /// needs no word. Also returns what the guest does not use.
+    /// The pages of the first round: all of memory that may hold something. A page that was never touched is zero on
+    /// both sides and is not sent. Also returns the pages that the guest does not use.
     fn first_pages(&mut self, crew: &Crew<'_>) -> Result<(PageSet, PageSet), MigrateError> {
         let mut populated = PageSet::of(crew.space.memory)?;
         self.call("populated", |source| source.populated(&mut populated))?;
         let mut untouched = populated.clone();
         untouched.invert();
-        // A log may start with all pages marked. The marks of untouched pages go before the second look: what
-        // is written between the two is seen by it, what is written after it is marked again.
+        // A log may start with all pages marked, so the marks of untouched pages are cleared. A page that is touched
+        // before that is found by the second call of `populated`; a page that is touched later is marked again.
         crew.space.clear_all(&untouched)?;
         self.call("populated", |source| source.populated(&mut populated))?;
         self.report.pages_zero = populated.pages_in_all() - populated.len();
-        let unused = self.leave_unused(crew, &mut populated)?;
+        let unused = self.exclude_unused(crew, &mut populated)?;
         let mut pages = crew.space.none()?;
         let total_bytes = pages.pages_in_all() * PAGE_SIZE;
         pages.union(&populated)?;
@@ -106,7 +108,7 @@ impl SourceJob<'_> {
             Order::Ascending
         };
         if n == 1 {
-            // In the order in which they will come, so that the destination can prepare for what comes next.
+            // In the order in which they will be sent, so that the destination can make memory resident just ahead.
             let streams = self.report.streams as usize;
             for spans in spans_in_order(&pages, streams, order).chunks(MAX_SPANS) {
                 link.send(&Message::Populated(spans.to_vec()))?;
@@ -119,11 +121,11 @@ impl SourceJob<'_> {
             if crew.wait(tick)? {
                 break;
             }
-            watch.woken_late(asked.elapsed().saturating_sub(tick));
+            watch.set_wake_delay(asked.elapsed().saturating_sub(tick));
             // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;
             let advice = self.observe(crew, watch, n, false)?;
-            judge(&advice)?;
+            check_promise(&advice)?;
             if matches!(advice.course, Course::Switch) {
                 crew.stop();
             }
@@ -131,12 +133,12 @@ impl SourceJob<'_> {
         finish_round(link, crew, pass)?;
         let advice = self.observe(crew, watch, n, true)?;
         self.end_round(crew, watch, n, &advice);
-        judge(&advice)?;
+        check_promise(&advice)?;
         Ok(advice)
     }
 
-    /// Sends the first few MiB of a round without the cap of pre-copy, if there is one and the final copy will
-    /// have none: nothing else would tell how fast that will be. The round pays for it. Returns the other pages.
+    /// Measures how fast the final copy will be where pre-copy has a cap and the final copy has none: sends the first
+    /// few MiB of a round without the cap. The rest of the round is sent so much slower. Returns that rest.
     fn burst(
         &mut self,
         link: &mut Link<'_>,
@@ -147,8 +149,8 @@ impl SourceJob<'_> {
         let (Some(cap), None) = (self.options.bandwidth, self.options.final_bandwidth) else {
             return Ok(pages);
         };
-        let paid = (cap as f64 * BURST_TIME) as u64 / PAGE_SIZE;
-        let burst = paid.clamp(MIN_BURST_PAGES, MAX_BURST_PAGES).min(pages.len());
+        let payable = (cap as f64 * BURST_TIME) as u64 / PAGE_SIZE;
+        let burst = payable.clamp(MIN_BURST_PAGES, MAX_BURST_PAGES).min(pages.len());
         if burst < MIN_BURST_PAGES || cap < MIN_BURST_CAP {
             return Ok(pages);
         }
@@ -157,7 +159,7 @@ impl SourceJob<'_> {
         crew.pacer.set(None, began);
         for _ in 0..BURSTS {
             let (first, from, at) = (pages.split_off(burst), crew.counts.wire(), Instant::now());
-            let pass = self.send_unasked(link, crew, first)?;
+            let pass = self.send_unobserved(link, crew, first)?;
             finish_round(link, crew, pass)?;
             let bytes = crew.counts.wire() - from;
             // Pages that were zero say nothing about the network; the next ones may.
@@ -176,8 +178,8 @@ impl SourceJob<'_> {
         Ok(pages)
     }
 
-    /// Sends pages in a pass of its own, about which the policy is not asked. Returns its number.
-    pub(super) fn send_unasked(
+    /// Sends pages in a pass of their own, without observing the guest. Returns the pass's number.
+    pub(super) fn send_unobserved(
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
@@ -186,20 +188,20 @@ impl SourceJob<'_> {
         self.send_watched(link, crew, pages, |_| Ok(()))
     }
 
-    /// The same, with a look at how far it is every now and then, which may end it.
+    /// The same, but calls `check` every [`TICK`]; its error ends the pass.
     pub(super) fn send_watched(
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
         pages: PageSet,
-        look: impl Fn(&Self) -> Result<(), MigrateError>,
+        check: impl Fn(&Self) -> Result<(), MigrateError>,
     ) -> Result<u32, MigrateError> {
         let pass = self.next_pass();
         crew.send(pass, pages, Order::Ascending);
         while !crew.wait(TICK)? {
             // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;
-            look(self)?;
+            check(self)?;
         }
         Ok(pass)
     }
@@ -210,9 +212,9 @@ impl SourceJob<'_> {
         self.passes
     }
 
-    /// Whether the switch comes now. What it costs besides the copy is measured first, and what a slow flush
-    /// or that measurement adds may ask for one more round.
-    fn settles(
+    /// Returns whether the guest is to be paused now. Measures first what the pause costs besides the copy; the result,
+    /// or what was dirtied meanwhile, may call for one more round.
+    fn confirm_switch(
         &mut self,
         link: &mut Link<'_>,
         crew: &Crew<'_>,
@@ -238,13 +240,14 @@ impl SourceJob<'_> {
             return Ok(false);
         }
         let advice = self.observe(crew, watch, n, true)?;
-        judge(&advice)?;
+        check_promise(&advice)?;
         Ok(matches!(advice.course, Course::Switch))
     }
 }
 
-/// An error where the promise cannot be kept and the caller does not want the move then.
-fn judge(advice: &Advice) -> Result<(), MigrateError> {
+/// An error if the policy says that the promise cannot be kept, which it does only if the caller does not want the
+/// move then.
+fn check_promise(advice: &Advice) -> Result<(), MigrateError> {
     match &advice.course {
         Course::Miss(miss) => Err(MigrateError::Missed(miss.clone())),
         Course::Continue | Course::Switch => Ok(()),

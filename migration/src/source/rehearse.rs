@@ -1,4 +1,5 @@
-//! Measures on both sides, while the guest runs, what its pause will cost besides the copy.
+//! Measures on both sides what the pause will cost besides the copy, by doing what can be repeated of it. Afterwards
+//! the guest runs as before; the destination has nothing that it would not throw away.
 
 use std::time::{Duration, Instant};
 
@@ -32,19 +33,19 @@ impl SourceJob<'_> {
             } => (Duration::from_nanos(restore_ns), Duration::from_nanos(resume_ns)),
             other => return Err(unexpected("rehearsed", &other)),
         };
-        // A peer's word is worth no more than the time that it took to give it.
+        // The destination's figures cannot be longer than the exchange that brought them.
         let exchange = sent.elapsed();
         let restore = restore.min(exchange);
         let resume = resume.min(exchange - restore);
         let round_trip = exchange - restore - resume;
-        // An exchange that carries the state tells more about the one of the switch than a ping does.
+        // This exchange carries a state, as that of the switch will, so it predicts that one better than a ping.
         let round_trips = round_trip.mul_f64(SWITCH_ROUND_TRIPS);
         Ok(Costs {
             pause: rehearsal.pause,
             drain,
             state: rehearsal.save,
             restore,
-            // Less than what is always assumed was measured with the machine warmed up by the try itself.
+            // The rehearsal itself warms the caches: a shorter time than the default is not believed.
             resume: resume.max(Costs::default().resume),
             round_trip: round_trips,
             ..before

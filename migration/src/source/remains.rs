@@ -1,4 +1,4 @@
-//! What a migration has done to a machine besides pausing it, and undoing it.
+//! What a migration has done to a machine besides pausing it, and how to undo that. Does not resume the guest.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -6,8 +6,8 @@ use super::MigrateError;
 use crate::ports::{PortError, Source};
 use crate::text::{chain, panic_message};
 
-/// What a migration has done to a machine besides pausing it. Each is set before the call is made, so that it also holds
-/// when the call fails half-way or panics.
+/// What a migration has done to a machine besides pausing it. Each is set before the call is made, so that it also
+/// holds when the call fails half-way or panics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Remains {
     pub(super) mirroring: bool,
@@ -16,7 +16,7 @@ pub struct Remains {
 }
 
 impl Remains {
-    /// For a caller that does not know: whatever there can be.
+    /// Everything, for a caller that does not know what was done.
     pub fn all() -> Self {
         Self {
             mirroring: true,
@@ -25,7 +25,7 @@ impl Remains {
         }
     }
 
-    /// Undoes it. Returns what went wrong: there is nobody to handle it.
+    /// Undoes everything. Goes on after an error; returns the errors as text, for the log and the report.
     pub fn undo(&mut self, source: &mut dyn Source) -> Vec<String> {
         let remains = std::mem::take(self);
         let mut errors = Vec::new();
@@ -47,7 +47,7 @@ impl Remains {
     }
 }
 
-/// Calls the machine. Returns what goes wrong.
+/// Makes one call to the machine. Returns its error or panic as text.
 pub(super) fn undo_step(
     source: &mut dyn Source,
     call: &'static str,

@@ -1,4 +1,5 @@
-//! What the source sends as pages, and the logs that say which of them were written.
+//! Everything that the source sends as pages (guest RAM, and disks that come along behind it), and the logs that say
+//! which pages were written. Sends nothing itself.
 
 use std::sync::{Arc, OnceLock};
 
@@ -11,13 +12,13 @@ use crate::page_set::PageSet;
 use crate::ports::{DirtyLog, MemoryRegion, PortError, SourceDisk};
 use crate::space::disk_regions;
 
-/// Words of the log that are cleared in one call: for 64 MiB. The guest's writes wait for it.
+/// Words of the log that are cleared in one call, for 64 MiB: the guest's writes wait for each call.
 const CLEARED: usize = 256;
 
 /// Guest RAM and the disks that come along: the regions of a pass over pages, RAM's first.
 pub(super) struct Space<'a> {
     pub(super) memory: &'a GuestMemory,
-    /// Once there is one: disks are copied before.
+    /// RAM's log; unset while the disks are copied.
     log: OnceLock<Arc<dyn DirtyLog>>,
     disks: Vec<DiskRegion>,
     ram: Vec<MemoryRegion>,
@@ -45,8 +46,8 @@ impl<'a> Space<'a> {
         })
     }
 
-    /// From here on what is written to RAM is marked in this log.
-    pub(super) fn log_with(&self, log: Arc<dyn DirtyLog>) {
+    /// Sets the log in which writes to RAM are marked from here on.
+    pub(super) fn set_log(&self, log: Arc<dyn DirtyLog>) {
         self.log.get_or_init(|| log);
     }
 
@@ -55,7 +56,7 @@ impl<'a> Space<'a> {
         self.log.get().map(|log| log.by_vcpu()).unwrap_or_default()
     }
 
-    /// An empty set over all of it.
+    /// An empty set over RAM and disks.
     pub(super) fn none(&self) -> Result<PageSet, MigrateError> {
         let disks = self.disks.iter().map(|disk| disk.region);
         let regions: Vec<_> = self.ram.iter().copied().chain(disks).collect();
@@ -72,7 +73,7 @@ impl<'a> Space<'a> {
         !self.disks.is_empty()
     }
 
-    /// Adds every page that is marked. RAM's log knows of RAM alone.
+    /// Adds every marked page of RAM and disks.
     pub(super) fn peek(&self, into: &mut PageSet) -> Result<(), MigrateError> {
         if !self.has_disks() {
             return self.peek_ram(into);
@@ -83,7 +84,7 @@ impl<'a> Space<'a> {
         self.peek_disks(into)
     }
 
-    /// The same for the disks alone.
+    /// Adds every marked page of the disks.
     pub(super) fn peek_disks(&self, into: &mut PageSet) -> Result<(), MigrateError> {
         for (region, disk) in (self.ram.len()..).zip(&self.disks) {
             into.insert_bitmap(region, &disk.port.marked())?;
@@ -91,7 +92,7 @@ impl<'a> Space<'a> {
         Ok(())
     }
 
-    /// Every page of the disks that may hold something; all others are zero.
+    /// Every page of the disks that may hold data; all others are zero.
     pub(super) fn disk_pages(&self) -> Result<PageSet, MigrateError> {
         let mut pages = self.none()?;
         for disk in &self.disks {
@@ -109,8 +110,8 @@ impl<'a> Space<'a> {
         Ok(pages)
     }
 
-    /// Clears the marks of a chunk's pages: before any of them is read, so that what is written from here on is
-    /// marked again.
+    /// Clears the marks of a chunk's pages. Comes before any of them is read, so that a later write marks its page
+    /// again.
     pub(super) fn clear(&self, chunk: &Chunk) -> Result<(), MigrateError> {
         match self.disk(chunk.region) {
             Some(disk) => {
@@ -148,13 +149,13 @@ impl<'a> Space<'a> {
         })
     }
 
-    /// A digest of all of it, by so many threads; pages that are `unused` were never sent, and count as zero. An error of
-    /// `go_on` ends it.
+    /// A digest of RAM and disks, made by this many threads. Pages in `unused` were never sent and count as zero. An
+    /// error of `check` ends it.
     pub(super) fn digest(
         &self,
         unused: &PageSet,
         threads: usize,
-        go_on: impl Fn() -> Result<(), MigrateError> + Sync,
+        check: impl Fn() -> Result<(), MigrateError> + Sync,
     ) -> Result<u128, MigrateError> {
         let read = |disk: &'_ DiskRegion| {
             let port = disk.port.clone();
@@ -165,18 +166,18 @@ impl<'a> Space<'a> {
             threads,
             |gpa| unused.contains(gpa),
             self.disks.iter().map(|disk| (disk.port.size(), read(disk))),
-            go_on,
+            check,
         )
     }
 
-    /// The same for RAM alone, into a set over RAM alone.
+    /// Adds every marked page of RAM, to a set over RAM alone.
     pub(super) fn peek_ram(&self, into: &mut PageSet) -> Result<(), MigrateError> {
         let added = self.log.get().map_or(Ok(()), |log| log.peek(into));
         added.map_err(|source| MigrateError::Machine { call: "peek", source })
     }
 }
 
-/// A disk of the machine's cannot be read.
+/// The error for a disk of the machine that cannot be read.
 pub(super) fn read_failed(source: PortError) -> MigrateError {
     MigrateError::Machine {
         call: "read of a disk",

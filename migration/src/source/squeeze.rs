@@ -1,4 +1,4 @@
-//! Whether a batch goes compressed.
+//! Compresses batches of pages on one stream, where that gets them to the destination sooner. Sends nothing itself.
 
 use std::time::{Duration, Instant};
 
@@ -8,15 +8,15 @@ use super::MigrateError;
 use crate::options::Compression;
 use crate::protocol::Span;
 
-/// One stream's compression: batches for which it does not pay go as they are.
+/// One stream's compression. A batch that is not worth it is sent as it is.
 pub(super) struct Squeeze {
     compressor: Compressor,
     chooser: Chooser,
-    /// What the stream carries, waits of the cap included; unknown before the first batch.
+    /// The stream's speed, waits for the cap included; unknown before the first batch.
     bytes_per_s: Option<f64>,
 }
 
-/// How much a batch's speed counts against that of those before it.
+/// The weight of the newest batch's speed in the average.
 const NEWEST: f64 = 0.2;
 
 impl Squeeze {
@@ -32,7 +32,7 @@ impl Squeeze {
         })
     }
 
-    /// The batch as a block, if that gets it there sooner.
+    /// The batch as a compressed block, if sending that takes less time.
     pub(super) fn compress(
         &mut self,
         memory: &GuestMemory,
@@ -53,7 +53,7 @@ impl Squeeze {
         Ok(block)
     }
 
-    /// So many bytes went in this time.
+    /// Learns the stream's speed: so many bytes were sent in this time.
     pub(super) fn learn(&mut self, bytes: u64, took: Duration) {
         let speed = bytes as f64 / took.as_secs_f64().max(1e-9);
         self.bytes_per_s = Some(

@@ -1,4 +1,6 @@
-//! One data stream: clears, looks at and sends chunks of pages.
+//! One data stream: clears the marks of a chunk of pages, reads the pages, and sends them in batches.
+//!
+//! The order matters: a mark that is cleared after its page was read would lose a write.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -21,7 +23,7 @@ pub(super) struct PageStream<'a> {
     link: Link<'a>,
     squeeze: Option<Squeeze>,
     table: PageTable,
-    /// What the table's pages hold, if they are those of a disk: memory's are sent from where they are.
+    /// The content of the table's pages if they are a disk's; memory's pages are sent from where they are.
     content: Vec<u8>,
     /// A run of a disk's pages.
     run: Vec<u8>,
@@ -65,12 +67,11 @@ impl<'a> PageStream<'a> {
         self.flush()
     }
 
-    /// Says something, after everything that was to be sent, and waits until the kernel needs none of its memory
-    /// any more.
+    /// Ends a pass: sends a message behind its pages, and waits until the kernel no longer reads guest memory for them.
     pub(super) fn finish(&mut self, message: &Message) -> Result<(), MigrateError> {
         self.link.send(message)?;
         self.link.drain()?;
-        // What the last completions say counts as well.
+        // Only now do all completions say whether the kernel copied.
         if self.link.send_path() == SendPath::Zerocopy {
             self.crew.counts.zerocopy.store(true, Ordering::Relaxed);
         }
@@ -78,14 +79,14 @@ impl<'a> PageStream<'a> {
         Ok(())
     }
 
-    /// The same for a chunk of a disk.
+    /// Sends a chunk of a disk.
     fn send_blocks(&mut self, chunk: &Chunk, disk: &DiskRegion, most: u64) -> Result<(), MigrateError> {
         for (gpa, bits) in chunk.groups() {
             for range in runs(gpa, bits) {
                 let offset = range.gpa - disk.region.gpa;
                 self.run.clear();
                 self.run.resize(range.len as usize, 0);
-                // Behind the disk's end its last page is zero.
+                // The last page may reach beyond the disk's end; the rest of it is zero.
                 let len = range.len.min(disk.port.size().saturating_sub(offset));
                 disk.port
                     .read(offset, &mut self.run[..len as usize])
@@ -135,7 +136,7 @@ impl<'a> PageStream<'a> {
         Ok(())
     }
 
-    /// Sends the batch's content as a block, and leaves its zero pages.
+    /// Sends the batch's pages with content as a compressed block. Its zero pages stay in the table.
     fn send_block(&mut self, method: Compression, block: &[u8]) -> Result<(), MigrateError> {
         let table = CompressedTable {
             method,
@@ -159,7 +160,8 @@ impl<'a> PageStream<'a> {
         };
         let content = block.as_ref().map_or(self.data_bytes, |block| block.len() as u64);
         let (began, before) = (Instant::now(), self.link.bytes_sent());
-        self.crew.rest(self.crew.pacer.book(content, began))?;
+        self.crew
+            .wait_unless_ending(self.crew.pacer.book(content, began))?;
         if let (Some(block), Some(method)) = (&block, self.crew.compression) {
             self.send_block(method, block)?;
         }
@@ -180,7 +182,7 @@ impl<'a> PageStream<'a> {
         Ok(())
     }
 
-    /// The batch was sent, in so many bytes.
+    /// Counts a batch that was sent in this many bytes.
     fn count(&self, sent: u64) {
         let counts = &self.crew.counts;
         let (data, zero) = (self.data_bytes / PAGE_SIZE, self.zero_bytes / PAGE_SIZE);
@@ -195,7 +197,7 @@ impl<'a> PageStream<'a> {
     }
 }
 
-/// Adds a range, to the last one if it goes on where that ends.
+/// Adds a range; extends the last span if the range begins at its end.
 fn append(spans: &mut Vec<Span>, range: MemoryRange) {
     match spans.last_mut() {
         Some(last) if last.gpa + last.len == range.gpa => last.len += range.len,

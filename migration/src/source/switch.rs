@@ -1,4 +1,5 @@
-//! Pauses the guest and sends what is left: pages, then state. Until "go" all of it can be undone.
+//! The switch: pauses the guest and sends what is left, first pages, then the state. Does not send "go": everything
+//! here can still be undone.
 
 use std::time::{Duration, Instant};
 
@@ -18,17 +19,17 @@ use crate::options::{MAX_PAUSE, OnMiss};
 use crate::protocol::Message;
 use crate::report::{MemoryDigest, ms};
 
-/// Whether a step that takes long may go on; called by the threads that share it.
-type GoOn<'a> = dyn Fn() -> Result<(), MigrateError> + Sync + 'a;
+/// Called now and then in a long step, by all threads that share it; its error ends the step.
+type StepCheck<'a> = dyn Fn() -> Result<(), MigrateError> + Sync + 'a;
 
-/// A host that digests fewer bytes in a second does not verify.
+/// The slowest digest that is waited for, in bytes per second.
 const SLOWEST_DIGEST: f64 = 100e6;
 
-/// A machine that is paused here and complete there.
+/// A machine that is paused at the source and was sent completely.
 pub(super) struct Stopped {
     /// When the first vCPU was asked to leave.
     pub(super) paused_at: Instant,
-    /// When everything was handed to the system.
+    /// When the kernel had accepted everything.
     pub(super) sent_at: Instant,
     /// Time spent on digests since the pause.
     pub(super) verifying: Duration,
@@ -55,7 +56,7 @@ impl SourceJob<'_> {
         let last = if pages.is_empty() {
             None
         } else {
-            Some(self.send_unasked(link, crew, pages)?)
+            Some(self.send_unobserved(link, crew, pages)?)
         };
         let mut verifying = Duration::ZERO;
         if self.options.verify {
@@ -64,13 +65,13 @@ impl SourceJob<'_> {
             }
             self.report.downtime.final_copy_ms = lap.ms();
             let threads = self.report.streams as usize;
-            verifying = self.verify(link, paused_at, |go_on| {
-                crew.space.digest(&unused, threads, go_on)
+            verifying = self.verify(link, paused_at, |check| {
+                crew.space.digest(&unused, threads, check)
             })?;
             lap = Lap(Instant::now());
             self.offer(link, &state)?;
         } else if let Some(last) = last {
-            // The state does not wait for the ack: the destination sees to the order.
+            // The state is sent before the ack has come: the destination keeps it until the round is complete.
             link.send(&Message::RoundEnd(last))?;
             let copied = lap.ms();
             self.offer(link, &state)?;
@@ -81,8 +82,8 @@ impl SourceJob<'_> {
             self.offer(link, &state)?;
         }
         self.report.downtime.state_ms += lap.ms();
-        // The destination restores meanwhile. Since the state was saved nothing writes, so that an earlier look would
-        // not find less than one right before "go".
+        // Done while the destination restores, so it costs no downtime. Nothing writes memory since the state was
+        // saved, so a check right before "go" would not find more.
         check_nothing_dirty(&crew.space)?;
         Ok(Stopped {
             paused_at,
@@ -118,7 +119,7 @@ impl SourceJob<'_> {
         let (paused_at, mut lap, state) = self.stop()?;
         let mut verifying = Duration::ZERO;
         if self.options.verify {
-            verifying = self.verify(link, paused_at, |go_on| digest_of_ram(memory, go_on))?;
+            verifying = self.verify(link, paused_at, |check| digest_of_ram(memory, check))?;
             lap = Lap(Instant::now());
         }
         self.offer(link, &state)?;
@@ -131,17 +132,17 @@ impl SourceJob<'_> {
         self.commit(link, stopped, agreed.round_trip)
     }
 
-    /// Pauses, drains, saves. Afterwards nothing writes guest memory any more.
+    /// Pauses the vCPUs, drains the devices and saves the state. Afterwards nothing writes guest memory any more.
     fn stop(&mut self) -> Result<(Instant, Lap, Vec<u8>), MigrateError> {
         self.control
             .sample(|progress| progress.phase = Phase::StopAndCopy);
         let (now, limit) = (Instant::now(), self.options.pause_limit());
         self.control.limit_pause(now, limit);
-        // The machine has bounds of its own where this one is far away.
+        // A limit beyond the clock's end is as good as the longest pause.
         let until = now.checked_add(limit).unwrap_or(now + MAX_PAUSE);
         self.standing.claim.pause();
         let paused = self.call("pause", |source| source.pause(until));
-        // What a step says that was given up says less than why it was.
+        // If the migration was cancelled or ran out of time, that is the cause of the step's own error.
         check_interruption(self.control)?;
         let paused_at = paused?;
         let mut lap = Lap(paused_at);
@@ -156,7 +157,7 @@ impl SourceJob<'_> {
         Ok((paused_at, lap, state))
     }
 
-    /// Sends the state. The destination may be ready from here on.
+    /// Sends the state. From here on the destination may be ready.
     fn offer(&mut self, link: &mut Link<'_>, state: &[u8]) -> Result<(), MigrateError> {
         self.standing.claim.offer();
         Ok(link.send_state(state)?)
@@ -168,7 +169,7 @@ impl SourceJob<'_> {
         &mut self,
         link: &mut Link<'_>,
         paused_at: Instant,
-        digest: impl FnOnce(&GoOn<'_>) -> Result<u128, MigrateError>,
+        digest: impl FnOnce(&StepCheck<'_>) -> Result<u128, MigrateError>,
     ) -> Result<Duration, MigrateError> {
         let began = Instant::now();
         self.control.limit_pause(began, self.verify_limit());
@@ -209,16 +210,16 @@ impl SourceJob<'_> {
     }
 }
 
-/// How a disk would be read.
+/// The type of a function that reads a disk, for a list of disks that is empty.
 type NoDisk = fn(u64, &mut [u8]) -> Result<(), MigrateError>;
 
-/// A digest of memory that both sides have mapped: by this thread alone, as there are no streams.
-fn digest_of_ram(memory: &GuestMemory, go_on: &GoOn<'_>) -> Result<u128, MigrateError> {
+/// A digest of memory that both sides have mapped. This thread makes it alone, as there are no streams.
+fn digest_of_ram(memory: &GuestMemory, check: &StepCheck<'_>) -> Result<u128, MigrateError> {
     let no_disks: [(u64, NoDisk); 0] = [];
-    digest(memory, 1, |_| false, no_disks, go_on)
+    digest(memory, 1, |_| false, no_disks, check)
 }
 
-/// Contract: what was written was sent.
+/// An error if a page is still marked: everything that was written must have been sent.
 fn check_nothing_dirty(space: &Space<'_>) -> Result<(), MigrateError> {
     let mut dirty = space.none()?;
     space.peek(&mut dirty)?;
@@ -229,7 +230,7 @@ fn check_nothing_dirty(space: &Space<'_>) -> Result<(), MigrateError> {
     }
 }
 
-/// Times one step after the other without a gap.
+/// Times one step after another without a gap.
 pub(super) struct Lap(Instant);
 
 impl Lap {

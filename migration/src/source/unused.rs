@@ -1,4 +1,6 @@
-//! Pages that the guest does not use: what they hold need not be sent.
+//! Asks the guest which pages it does not use and leaves them out of the first round.
+//!
+//! Must not leave out a page that was written after the guest reported it: the dirty log decides that, not the guest.
 
 use std::time::Duration;
 
@@ -6,18 +8,19 @@ use super::crew::Crew;
 use super::{MigrateError, SourceJob};
 use crate::page_set::PageSet;
 
-/// The guest is listened to for so long at most: some fill with zeroes what they tell. Most have told all much sooner.
-const LISTENING: Duration = Duration::from_secs(2);
-/// and for no more than this part of the time that is left.
-const PART_OF_DEADLINE: u32 = 20;
+/// The longest that the guest may take to report its unused pages. Most guests need far less; some fill each page with
+/// zeroes first.
+const MAX_REPORT_TIME: Duration = Duration::from_secs(2);
+/// The report may also take no more than this part (one in so many) of the time that is left before the deadline.
+const DEADLINE_SHARE: u32 = 20;
 
 impl SourceJob<'_> {
-    /// Takes out of `populated`, which the first round is to send, what the guest says that it does not use, and
-    /// returns those pages. They count as zero until they are written.
+    /// Removes from `populated`, the pages of the first round, those that the guest reports as unused, and returns
+    /// them. They count as zero until they are written.
     ///
-    /// All marks are cleared before the guest is asked. So a page that it tells and that is not marked afterwards was
-    /// not written since it was of no use; one that is written later is marked, and is sent then.
-    pub(super) fn leave_unused(
+    /// All marks are cleared before the guest is asked. So a page that it reports and that is not marked afterwards was
+    /// not written since the guest stopped using it. A page that is written later is marked, and sent then.
+    pub(super) fn exclude_unused(
         &mut self,
         crew: &Crew<'_>,
         populated: &mut PageSet,
@@ -27,7 +30,7 @@ impl SourceJob<'_> {
             .options
             .deadline
             .map(|deadline| deadline.saturating_sub(self.started.elapsed()));
-        let at_most = left.map_or(LISTENING, |left| LISTENING.min(left / PART_OF_DEADLINE));
+        let at_most = left.map_or(MAX_REPORT_TIME, |left| MAX_REPORT_TIME.min(left / DEADLINE_SHARE));
         let pages = populated.len();
         if !self.call("has_unused", |source| source.has_unused(pages, at_most))? {
             return Ok(unused);

@@ -140,7 +140,7 @@ fn cut(way: Way, limit: i64) -> Cut {
         if !done.load(Ordering::SeqCst) && there.progress().phase == Phase::Waiting {
             there.cancel();
         }
-        // A destination that never hears of the end is told by its operator.
+        // A destination that never learns of the end gets its operator's decision.
         let mut kept = false;
         let decision = match migrated.report.outcome {
             Outcome::InDoubt => Decision::Run,

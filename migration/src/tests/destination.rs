@@ -47,7 +47,7 @@ fn compressed_pages_are_unpacked_in_place() {
             hand.end_round();
             let state = hand.state();
             hand.control.link.send_state(&state).unwrap();
-            hand.hear_ready();
+            hand.receive_ready();
             hand.finish()
         });
         received.unwrap();
@@ -84,15 +84,15 @@ fn memory_is_handed_over_as_files() {
             .link
             .send_with_files(&Message::MemoryFiles, &files)
             .unwrap();
-        assert_eq!(hand.control.hear(), ACCEPT);
+        assert_eq!(hand.control.receive(), ACCEPT);
         hand.control.link.send(&Message::DigestRequest).unwrap();
         let found = (
-            hand.control.hear(),
+            hand.control.receive(),
             Message::Digest(migration_io::digest(&hand.guest.memory).unwrap()),
         );
         let state = hand.state();
         hand.control.link.send_state(&state).unwrap();
-        hand.hear_ready();
+        hand.receive_ready();
         (hand.finish(), found)
     });
     received.unwrap();
@@ -122,8 +122,8 @@ fn the_state_waits_for_the_last_round() {
         hand.send(0, vec![span(0, PAGES)], vec![]);
         hand.send(1, vec![span(HIGH, PAGES)], vec![]);
         hand.end_streams();
-        hand.hear_ack();
-        hand.hear_ready();
+        hand.receive_ack();
+        hand.receive_ready();
         hand.finish()
     });
     received.unwrap();
@@ -132,17 +132,17 @@ fn the_state_waits_for_the_last_round() {
     guest.check_stamps();
 }
 
-/// Bytes on a connection of their own, and what is said to them until the end.
+/// Sends bytes on a connection of their own. Returns what the destination sends until the end.
 fn shout(to: &Endpoint, bytes: &[u8]) -> Vec<u8> {
     let Endpoint::Tcp(addresses) = to else {
         panic!("TCP only")
     };
     let mut stream = TcpStream::connect(&addresses[..]).unwrap();
     stream.write_all(bytes).unwrap();
-    let mut said = Vec::new();
+    let mut answer = Vec::new();
     // A reset is an end as well.
-    let _ = stream.read_to_end(&mut said);
-    said
+    let _ = stream.read_to_end(&mut answer);
+    answer
 }
 
 fn frame(kind: FrameKind, content: &[u8]) -> Vec<u8> {
@@ -158,10 +158,10 @@ fn contains(bytes: &[u8], text: &str) -> bool {
 }
 
 #[test]
-fn whoever_is_not_welcome_costs_a_good_source_nothing() {
+fn refused_connections_do_not_disturb_a_source() {
     let mut receiver = receiver(TCP);
     let (received, _, destination) = meet(&mut receiver, |to, _| {
-        // More silent ones than are heard at a time, some in the middle of a word.
+        // More silent connections than may wait at a time, some in the middle of a message.
         let silent: Vec<Peer> = (0..80).map(|_| Peer::dial(to)).collect();
         let mut hand = Hand::open(to, 2);
         let token = hand.token;
@@ -198,7 +198,7 @@ fn whoever_is_not_welcome_costs_a_good_source_nothing() {
 }
 
 #[test]
-fn bytes_on_a_stream_are_signs_of_life() {
+fn bytes_on_a_stream_count_as_life() {
     let options = ReceiveOptions {
         io_timeout: Duration::from_secs(1),
         ..ReceiveOptions::default()
@@ -214,19 +214,19 @@ fn bytes_on_a_stream_are_signs_of_life() {
             thread::sleep(Duration::from_millis(150));
         }
         hand.end_streams();
-        hand.hear_ack();
+        hand.receive_ack();
         hand.send(0, vec![span(HIGH, PAGES)], vec![]);
         hand.end_round();
         let state = hand.state();
         hand.control.link.send_state(&state).unwrap();
-        hand.hear_ready();
+        hand.receive_ready();
         hand.finish()
     });
     received.unwrap();
 }
 
 #[test]
-fn nobody_is_listened_to_for_longer_than_a_greeting_may_be() {
+fn a_greeting_has_a_time_limit() {
     let receiver = receiver(TCP);
     let to = receiver.endpoint();
     // Headers alone: their content is not waited for, let alone kept.
@@ -235,8 +235,8 @@ fn nobody_is_listened_to_for_longer_than_a_greeting_may_be() {
         ([1, 0, 0, 0, 0, 0, 16, 0], "at most 8192 bytes, got 1048576"),
     ] {
         let began = Instant::now();
-        let said = shout(to, &header);
-        assert!(contains(&said, refusal), "{}", String::from_utf8_lossy(&said));
+        let answer = shout(to, &header);
+        assert!(contains(&answer, refusal), "{}", String::from_utf8_lossy(&answer));
         assert!(began.elapsed() < Duration::from_secs(2));
     }
 }
@@ -305,7 +305,7 @@ fn nonsense_on_a_stream_ends_the_attempt_with_its_own_reason() {
     // Truncated: the content stops in the middle, and so does the stream.
     let (error, reason) = spoil(|hand| {
         let table = postcard::to_stdvec(&(vec![(0u64, 4 * PAGE_SIZE)], Vec::<(u64, u64)>::new())).unwrap();
-        hand.streams[0].say(&[&frame(FrameKind::Pages, &table)[..], &[1; 5000]].concat());
+        hand.streams[0].send_bytes(&[&frame(FrameKind::Pages, &table)[..], &[1; 5000]].concat());
         hand.streams[0].hang_up();
     });
     assert!(
@@ -375,7 +375,7 @@ fn a_description_that_promises_too_much_builds_nothing() {
     let mut describe_as = |change: fn(&mut MachineDescription, &mut MemoryTransfer)| {
         let (received, reason, destination) = meet(&mut receiver, |to, _| {
             let mut peer = Peer::wish(to, &Message::Begin(Features::OURS));
-            assert!(matches!(peer.hear(), Message::Session { .. }));
+            assert!(matches!(peer.receive(), Message::Session { .. }));
             let (mut machine, mut transfer) =
                 (describe(&TestGuest::new(1, 1).memory), MemoryTransfer::Streams(1));
             change(&mut machine, &mut transfer);
@@ -408,13 +408,13 @@ fn a_description_that_promises_too_much_builds_nothing() {
 }
 
 #[test]
-fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
+fn a_receiver_that_is_dropped_ends_all_waits() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let receiver = receiver(&format!("unix:{}", path.display()));
     let mut waiting = Peer::dial(receiver.endpoint());
     waiting.link.send(&Message::Hello(Hello::ours())).unwrap();
-    assert!(matches!(waiting.hear(), Message::Hello(_)));
+    assert!(matches!(waiting.receive(), Message::Hello(_)));
     assert_eq!(ask(receiver.endpoint(), [1; 16]), AttemptOutcome::Unknown);
     drop(receiver);
     assert!(waiting.link.receive_message("the end").is_err());
@@ -422,7 +422,7 @@ fn a_receiver_that_is_dropped_leaves_nobody_waiting() {
 }
 
 #[test]
-fn a_cancelled_receiver_says_so_and_takes_no_more() {
+fn a_cancelled_receiver_reports_it_and_accepts_no_more() {
     let mut receiver = receiver(TCP);
     let there = control();
     there.cancel();

@@ -1,4 +1,4 @@
-//! What a machine that is ready hears, from whom, and what is answered afterwards.
+//! What decides about a machine that is ready, and what the destination answers afterwards.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,14 +17,14 @@ fn a_source_that_is_silent_after_ready_and_asks_gets_its_guest_back() {
     let (received, mut hand, _) = meet(&mut receiver, |to, there| {
         let mut hand = Hand::open(to, 1);
         hand.make_ready();
-        // Neither of these is a word.
+        // Neither of these decides.
         there.cancel();
         assert_eq!(ask(to, [3; 16]), AttemptOutcome::Unknown);
         assert_eq!(ask(to, hand.token), AttemptOutcome::GaveUp);
         hand
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");
-    // Too late, and nobody's any more.
+    // Too late: the connection belongs to no migration any more.
     let _ = hand.control.link.send(&Message::KeepAlive);
     assert_eq!(ask(receiver.endpoint(), hand.token), AttemptOutcome::GaveUp);
     assert_receives(&mut receiver);
@@ -44,7 +44,7 @@ fn a_source_that_withdraws_while_memory_comes_is_answered_as_well() {
 }
 
 #[test]
-fn a_source_that_sends_go_and_is_lost_hears_that_the_guest_runs() {
+fn a_source_that_is_lost_after_go_gets_the_answer_that_the_guest_runs() {
     let mut receiver = receiver(TCP);
     let (received, token, destination) = meet(&mut receiver, |to, _| {
         let mut hand = Hand::open(to, 2);
@@ -86,7 +86,7 @@ fn a_question_waits_for_a_guest_that_is_about_to_run() {
 }
 
 #[test]
-fn a_machine_that_does_not_run_is_kept_and_says_why() {
+fn a_machine_that_does_not_run_is_kept_with_the_reason() {
     for fault in [PortFault::Error, PortFault::Panic] {
         let mut receiver = receiver(TCP);
         let (to, there) = (receiver.endpoint().clone(), control());
@@ -97,8 +97,8 @@ fn a_machine_that_does_not_run_is_kept_and_says_why() {
                 let mut hand = Hand::open(&to, 1);
                 hand.make_ready();
                 hand.go();
-                let told = hand.control.hear();
-                assert!(matches!(told, Message::ResumeFailed { .. }), "{told:?}");
+                let message = hand.control.receive();
+                assert!(matches!(message, Message::ResumeFailed { .. }), "{message:?}");
                 hand.token
             });
             let error = receiver.receive(&mut destination, &there).unwrap_err();
@@ -143,7 +143,7 @@ fn a_lost_connection_leaves_a_ready_machine_to_its_operator() {
 }
 
 #[test]
-fn a_source_that_speaks_again_decides_itself() {
+fn a_source_that_sends_again_decides_itself() {
     let options = ReceiveOptions {
         io_timeout: Duration::from_secs(1),
         ..ReceiveOptions::default()
@@ -218,7 +218,7 @@ fn a_lost_connection_before_ready_discards_the_machine() {
 }
 
 #[test]
-fn an_operator_decides_for_a_source_that_is_silent_and_not_once_it_speaks_again() {
+fn an_operator_decides_only_while_the_source_is_silent() {
     let patient = Duration::from_secs(20);
     let options = ReceiveOptions {
         io_timeout: Duration::from_millis(300),

@@ -1,4 +1,4 @@
-//! A source made by hand, which says what a test wants it to.
+//! A source made by hand, which sends what a test wants it to.
 
 use std::net::Shutdown;
 use std::thread;
@@ -84,20 +84,20 @@ impl Peer {
         }
     }
 
-    /// Says hello and what it wants.
+    /// Connects and sends "hello" and the greeting.
     pub(super) fn wish(to: &Endpoint, wish: &Message) -> Self {
         let mut peer = Self::dial(to);
         peer.link.send(&Message::Hello(Hello::ours())).unwrap();
         peer.link.send(wish).unwrap();
-        assert!(matches!(peer.hear(), Message::Hello(_)));
+        assert!(matches!(peer.receive(), Message::Hello(_)));
         peer
     }
 
-    pub(super) fn hear(&mut self) -> Message {
+    pub(super) fn receive(&mut self) -> Message {
         self.link.receive_message("anything").unwrap()
     }
 
-    /// Hears why it is refused.
+    /// Receives the reason of a refusal.
     pub(super) fn refused(mut self) -> String {
         match self.link.receive_message("an abort") {
             Err(LinkError::Aborted { reason, .. }) => reason,
@@ -106,7 +106,7 @@ impl Peer {
     }
 
     /// Bytes as they are.
-    pub(super) fn say(&self, bytes: &[u8]) {
+    pub(super) fn send_bytes(&self, bytes: &[u8]) {
         assert_eq!(rustix::io::write(self.connection, bytes).unwrap(), bytes.len());
     }
 
@@ -117,7 +117,7 @@ impl Peer {
 
 /// Asks what became of a machine.
 pub(super) fn ask(to: &Endpoint, token: Token) -> AttemptOutcome {
-    match Peer::wish(to, &Message::Ask(token)).hear() {
+    match Peer::wish(to, &Message::Ask(token)).receive() {
         Message::AttemptOutcome(outcome) => outcome,
         other => panic!("{other:?}"),
     }
@@ -130,7 +130,7 @@ pub(super) fn span(gpa: u64, pages: u64) -> Span {
     }
 }
 
-/// What is heard where no disk comes along.
+/// The destination's answer where no disk comes along.
 pub(super) const ACCEPT: Message = Message::Accept { disks: Vec::new() };
 
 impl Hand {
@@ -141,12 +141,12 @@ impl Hand {
             guest.write(HIGH + page * PAGE_SIZE, false);
         }
         let mut control = Peer::wish(to, &Message::Begin(Features::OURS));
-        let token = match control.hear() {
+        let token = match control.receive() {
             Message::Session { token, .. } => token,
             other => panic!("{other:?}"),
         };
         control.link.send(&Message::Ping).unwrap();
-        assert_eq!(control.hear(), Message::Pong);
+        assert_eq!(control.receive(), Message::Pong);
         let machine = describe(&guest.memory);
         let describe = Message::Describe {
             machine,
@@ -166,11 +166,11 @@ impl Hand {
     /// The same, accepted, and the streams joined.
     pub(super) fn open(to: &Endpoint, streams: u32) -> Self {
         let mut hand = Self::describe(to, TestGuest::new(PAGES, PAGES), MemoryTransfer::Streams(streams));
-        assert_eq!(hand.control.hear(), ACCEPT);
+        assert_eq!(hand.control.receive(), ACCEPT);
         let token = hand.token;
         let join = |index| {
             let mut stream = Peer::wish(to, &Message::Join { token, index });
-            assert_eq!(stream.hear(), Message::Joined);
+            assert_eq!(stream.receive(), Message::Joined);
             stream
         };
         hand.streams = (0..streams).map(join).collect();
@@ -211,11 +211,11 @@ impl Hand {
     pub(super) fn end_round(&mut self) {
         self.end_streams();
         self.control.link.send(&Message::RoundEnd(self.round)).unwrap();
-        self.hear_ack();
+        self.receive_ack();
     }
 
-    pub(super) fn hear_ack(&mut self) {
-        let ack = self.control.hear();
+    pub(super) fn receive_ack(&mut self) {
+        let ack = self.control.receive();
         assert!(
             matches!(ack, Message::RoundAck(round) if round == self.round),
             "{ack:?}"
@@ -252,11 +252,11 @@ impl Hand {
         self.send_all();
         let state = self.state();
         self.control.link.send_state(&state).unwrap();
-        self.hear_ready();
+        self.receive_ready();
     }
 
-    pub(super) fn hear_ready(&mut self) {
-        let ready = self.control.hear();
+    pub(super) fn receive_ready(&mut self) {
+        let ready = self.control.receive();
         assert!(matches!(ready, Message::Ready { .. }), "{ready:?}");
     }
 
@@ -276,7 +276,7 @@ impl Hand {
 
     pub(super) fn finish(mut self) -> super::guest::Registers {
         self.go();
-        let resumed = self.control.hear();
+        let resumed = self.control.receive();
         assert!(matches!(resumed, Message::Resumed { .. }), "{resumed:?}");
         self.control.link.send(&Message::Farewell).unwrap();
         self.guest.registers()

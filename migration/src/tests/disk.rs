@@ -14,7 +14,7 @@ pub(super) const MARK: DiskMark = DiskMark {
     offset: 1 << 40,
 };
 
-/// A disk, and while somebody mirrors it the log of what is written to it.
+/// A disk, and while it is mirrored the log of what is written to it.
 #[derive(Default)]
 pub(super) struct FakeDisk {
     content: Mutex<Vec<u8>>,
@@ -62,7 +62,7 @@ impl FakeDisk {
         self.content.lock().unwrap().clone()
     }
 
-    /// From now on whoever reads waits, or no longer does.
+    /// From now on reads hang, or no longer do.
     pub(super) fn hang_reads(&self, hung: bool) {
         *self.hung.lock().unwrap() = hung;
         self.answers.notify_all();

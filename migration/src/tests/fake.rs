@@ -37,10 +37,10 @@ pub(super) struct FakeSource {
     pub(super) shares: Vec<f64>,
     pub(super) locked: bool,
     pub(super) disk: Option<Arc<FakeDisk>>,
-    /// Pages that the guest has no use for, where it tells; but the last it takes back at once.
+    /// Pages that the guest reports as unused, if it does; but it uses the last one again at once.
     pub(super) unused: Option<Vec<u64>>,
-    /// How long it was listened to for that.
-    pub(super) listened: Option<Duration>,
+    /// How long the guest was given for its report.
+    pub(super) report_limit: Option<Duration>,
     /// Whether guest RAM can be handed over.
     pub(super) files: Option<Vec<OwnedFd>>,
     /// Page written by `save`, as a clock's page would be.
@@ -72,7 +72,7 @@ impl FakeSource {
             locked: true,
             disk: None,
             unused: None,
-            listened: None,
+            report_limit: None,
             files: None,
             written_by_save: None,
             on_pause: None,
@@ -221,7 +221,7 @@ impl Source for FakeSource {
     }
 
     fn unused(&mut self, at_most: Duration, into: &mut PageSet) -> Result<(), PortError> {
-        self.listened = Some(at_most);
+        self.report_limit = Some(at_most);
         for gpa in self.unused.iter().flatten() {
             self.guest.forget(*gpa);
             into.insert_gpa(*gpa)?;
@@ -352,7 +352,7 @@ pub(super) struct FakeDestination {
     pub(super) missing_pages: u64,
     /// Whether the machine's disk is here, so that none has to come.
     pub(super) has_disk: bool,
-    /// Whether it wants a disk that nobody offers.
+    /// Whether it wants a disk that the source does not offer.
     pub(super) greedy: bool,
     /// Whether the disk that is made takes nothing.
     pub(super) disk_breaks: bool,

@@ -138,7 +138,7 @@ fn a_step_longer_than_the_time_out_is_bridged_by_keep_alives() {
 }
 
 #[test]
-fn a_log_that_takes_long_to_count_looks_like_no_silence() {
+fn a_log_that_takes_long_to_count_is_bridged_by_keep_alives() {
     let mut guest = TestGuest::new(1024, 256);
     for page in 0..1024 {
         guest.write(page * PAGE_SIZE, false);

@@ -132,7 +132,7 @@ fn piece() -> impl Strategy<Value = FuzzPiece> {
 }
 
 /// Reads frames until a message that `find` makes something of.
-fn hear<T>(from: &mut TcpStream, find: impl Fn(&Message) -> Option<T>) -> Option<T> {
+fn receive<T>(from: &mut TcpStream, find: impl Fn(&Message) -> Option<T>) -> Option<T> {
     loop {
         let mut header = [0; HEADER_LEN];
         from.read_exact(&mut header).ok()?;
@@ -152,7 +152,7 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
     let opening = [Message::Hello(Hello::ours()), Message::Begin(Features::OURS)];
     let opening: Vec<u8> = opening.iter().flat_map(message).collect();
     control.write_all(&opening).ok()?;
-    let token = hear(&mut control, |said| match said {
+    let token = receive(&mut control, |message| match message {
         Message::Session { token, .. } => Some(*token),
         _ => None,
     })?;
@@ -171,15 +171,17 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
             },
         }))
         .ok()?;
-    hear(&mut control, |said| {
-        matches!(said, Message::Accept { .. }).then_some(())
+    receive(&mut control, |message| {
+        matches!(message, Message::Accept { .. }).then_some(())
     })?;
     let mut stream = connect();
     let join = [Message::Hello(Hello::ours()), Message::Join { token, index: 0 }];
     stream
         .write_all(&join.iter().flat_map(message).collect::<Vec<u8>>())
         .ok()?;
-    hear(&mut stream, |said| matches!(said, Message::Joined).then_some(()))?;
+    receive(&mut stream, |message| {
+        matches!(message, Message::Joined).then_some(())
+    })?;
     for piece in pieces {
         let to = if piece.on_stream {
             &mut stream
@@ -195,14 +197,14 @@ fn converse(port: u16, pieces: &[FuzzPiece]) -> Option<(Token, TcpStream)> {
     Some((token, stream))
 }
 
-/// Asks what became of it, and hangs up.
+/// Asks what became of the machine, and closes the connection.
 fn ask(port: u16, token: Token) {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let question = [Message::Hello(Hello::ours()), Message::Ask(token)];
     let question: Vec<u8> = question.iter().flat_map(message).collect();
     connection.write_all(&question).unwrap();
-    hear(&mut connection, |said| {
-        matches!(said, Message::AttemptOutcome(_)).then_some(())
+    receive(&mut connection, |message| {
+        matches!(message, Message::AttemptOutcome(_)).then_some(())
     });
 }
 

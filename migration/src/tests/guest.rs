@@ -21,7 +21,7 @@ pub(super) const HIGH: u64 = 4 << 30;
 /// In the place of a generation: whatever the page holds.
 const ANY: u64 = u64::MAX;
 
-/// Memory, and a thread that writes it while nobody holds it.
+/// Memory, and a thread that writes it unless the guest is paused.
 pub(super) struct TestGuest {
     pub(super) memory: GuestMemory,
     shared: Arc<GuestShared>,

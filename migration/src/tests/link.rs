@@ -41,7 +41,7 @@ fn rest(mut peer: UnixStream) -> usize {
 }
 
 #[test]
-fn a_look_does_not_wait_for_the_rest_of_a_frame() {
+fn a_poll_does_not_wait_for_the_rest_of_a_frame() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
@@ -65,7 +65,7 @@ fn a_look_does_not_wait_for_the_rest_of_a_frame() {
 }
 
 #[test]
-fn a_look_ends_a_frame_that_takes_longer_than_a_step() {
+fn a_poll_ends_a_frame_that_takes_longer_than_a_step() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let step = Duration::from_millis(30);
@@ -89,7 +89,7 @@ fn an_answer_that_comes_while_something_is_sent_is_not_lost() {
     link.admit(Admitted::Messages);
     let state = vec![7; 32 << 20];
     std::thread::scope(|scope| {
-        // Nobody reads yet, so that the state has to wait for room, and finds the answer there.
+        // The peer does not read yet, so that sending the state waits for room and receives the answer meanwhile.
         peer.write_all(&frame(&Message::Pong)).unwrap();
         let peer = &mut peer;
         let sending = scope.spawn(|| {
@@ -123,7 +123,7 @@ fn an_answer_is_waited_for_as_long_as_bytes_arrive() {
 }
 
 #[test]
-fn only_what_is_due_is_taken() {
+fn only_frames_that_are_due_are_accepted() {
     let control = control();
     let header = |kind, len: u32| {
         let mut header = [kind, 0, 0, 0, 0, 0, 0, 0];
@@ -159,7 +159,7 @@ fn only_what_is_due_is_taken() {
 }
 
 #[test]
-fn a_frame_cut_short_is_known_to_everybody_who_sends() {
+fn no_frame_follows_one_that_was_cut_short() {
     let control = control();
     let (connection, peer) = pair(&control);
     let patience = Duration::from_millis(50);
@@ -174,7 +174,7 @@ fn a_frame_cut_short_is_known_to_everybody_who_sends() {
         std::io::copy(&mut peer, &mut std::io::sink()).unwrap_err()
     };
     assert_eq!(taken.kind(), std::io::ErrorKind::WouldBlock);
-    pulse.beat(Duration::ZERO);
+    pulse.send_if_idle(Duration::ZERO);
     let go = Message::Go {
         stopped_for_ns: 1,
         round_trip_ns: 1,
@@ -187,7 +187,7 @@ fn a_frame_cut_short_is_known_to_everybody_who_sends() {
 }
 
 #[test]
-fn a_word_that_finds_no_room_is_not_sent_once_the_guest_stood_still_for_too_long() {
+fn a_message_without_room_is_not_sent_after_the_limit_of_the_pause() {
     let control = control();
     let (connection, peer) = pair(&control);
     let mut link = Link::new(&connection, &control, PATIENT, PATIENT);
@@ -210,7 +210,7 @@ fn a_word_that_finds_no_room_is_not_sent_once_the_guest_stood_still_for_too_long
 }
 
 #[test]
-fn signs_of_life_neither_wait_nor_mix_with_frames() {
+fn keep_alives_neither_wait_nor_mix_with_frames() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let patience = Duration::from_millis(50);
@@ -219,27 +219,27 @@ fn signs_of_life_neither_wait_nor_mix_with_frames() {
     let alive = frame(&Message::KeepAlive);
     let hour = Duration::from_secs(3600);
 
-    assert!(pulse.beat(hour) > hour / 2, "nothing is due");
-    pulse.beat(Duration::ZERO);
+    assert!(pulse.send_if_idle(hour) > hour / 2, "nothing is due");
+    pulse.send_if_idle(Duration::ZERO);
     assert_eq!(read(&mut peer, alive.len()), alive);
 
     // What the system took in part goes on in front of the next frame.
     connection_write(&connection, &alive[..4]);
-    pulse.owe(&alive[4..]);
+    pulse.set_unsent(&alive[4..]);
     link.send(&Message::Ping).unwrap();
     assert_eq!(
         read(&mut peer, 2 * alive.len()),
         [alive.clone(), frame(&Message::Ping)].concat()
     );
 
-    // Without room nothing is said, nor owed.
+    // Without room nothing is sent, and no rest is left.
     let fill = [0xaa; 4096];
     let mut filled = 0;
     while let Ok(bytes) = rustix::net::send(&connection, &fill, rustix::net::SendFlags::DONTWAIT) {
         filled += bytes;
     }
     let began = Instant::now();
-    pulse.beat(Duration::ZERO);
+    pulse.send_if_idle(Duration::ZERO);
     assert!(began.elapsed() < PATIENT / 2);
     read(&mut peer, filled);
     link.send(&Message::Pong).unwrap();
@@ -251,7 +251,7 @@ fn connection_write(connection: &Connection, bytes: &[u8]) {
 }
 
 #[test]
-fn a_sign_of_life_is_told_from_what_is_said() {
+fn keep_alives_are_sorted_from_other_frames() {
     let control = control();
     let (connection, mut peer) = pair(&control);
     let mut link = Link::new(&connection, &control, PATIENT, PATIENT);

@@ -1,8 +1,8 @@
 //! Every message of a migration, and every fault at it.
 //!
 //! A migration without faults shows which messages there are; then it runs again for each of them with each
-//! fault. Whatever happens, the guest is in one place, or whoever does not know says so and can find out when the
-//! network is back.
+//! fault. Whatever happens, the guest is in one place, or the side that does not know says so and can find out when
+//! the network is back.
 
 mod attempt;
 mod harm;

@@ -76,7 +76,7 @@ fn a_disk_that_is_there_stays_where_it_is() {
 }
 
 #[test]
-fn nobody_gets_a_disk_that_was_not_offered() {
+fn a_disk_that_was_not_offered_is_not_sent() {
     let mut source = busy();
     let mut destination = FakeDestination {
         greedy: true,

@@ -257,11 +257,11 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
             }
             let report = migrate(&mut source, &to, &options, &here).report;
             let received = receiving.join().unwrap();
-            let told = matches!(
+            let reported = matches!(
                 received,
                 Err(ReceiveError::Link(LinkError::Aborted { cancelled: true, .. }))
             );
-            assert!(told, "{phase:?}: {received:?}");
+            assert!(reported, "{phase:?}: {received:?}");
             report
         });
         assert!(destination.guest.is_none());
@@ -271,7 +271,7 @@ fn cancel_ends_a_migration_at_any_phase_before_go() {
 }
 
 #[test]
-fn a_destination_that_is_cancelled_says_so() {
+fn a_cancelled_destination_reports_it() {
     let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 64 });
     let mut source = FakeSource::new(guest);

@@ -114,7 +114,7 @@ fn a_network_that_dies_or_slows_down_at_the_pause_does_not_keep_the_guest() {
 }
 
 #[test]
-fn whoever_wants_the_move_nevertheless_gets_it_over_a_slow_network() {
+fn a_caller_that_accepts_a_miss_gets_the_move_over_a_slow_network() {
     let options = MigrateOptions {
         on_miss: OnMiss::Switch,
         ..strict(Duration::from_millis(20))
@@ -166,7 +166,7 @@ fn a_cap_on_the_last_copy_that_takes_too_long_is_woken() {
     };
     let mut source = surprising(Box::new(|| {}));
     let (report, _) = direct(&mut source, &mut FakeDestination::default(), &options);
-    // The last of the streams was told to wait for 13 s.
+    // The pacer lets the last of the streams wait for 13 s.
     assert!(report.total_ms < 6000.0, "{report:?}");
     assert_in_time(&mut source, &report, budget * 3);
 }
@@ -180,7 +180,7 @@ fn a_disk_that_hangs_does_not_keep_the_guest() {
     let mut source = surprising(Box::new(move || {
         at_pause.hang_reads(true);
         at_pause.write_and_mark(8192, &[9; 4096]);
-        // Nobody listens any more at the next attempt.
+        // At the next attempt the channel's receiver is gone.
         let _ = paused.send(());
     }));
     source.disk = Some(disk.clone());
@@ -259,7 +259,7 @@ fn cut_at_ready(to: &Endpoint) -> Arc<Proxy> {
 }
 
 #[test]
-fn an_operator_who_was_quicker_than_the_source_is_noticed() {
+fn an_operator_who_decided_before_the_source_is_noticed() {
     for (fault, runs) in [(None, true), (Some(PortFault::Error), false)] {
         let mut receiver = receiver(&options());
         let proxy = cut_at_ready(receiver.endpoint());
@@ -292,7 +292,7 @@ fn an_operator_who_was_quicker_than_the_source_is_noticed() {
 }
 
 #[test]
-fn a_destination_that_could_not_be_told_is_told_later() {
+fn a_destination_without_the_abort_is_asked_until_it_answers() {
     let mut receiver = receiver(&options());
     let proxy = cut_at_ready(receiver.endpoint());
     let through = proxy.address().to_string().parse().unwrap();
@@ -303,8 +303,8 @@ fn a_destination_that_could_not_be_told_is_told_later() {
         let receiving = scope.spawn(|| receiver.receive(&mut destination, &there));
         let migrated = migrate(&mut source, &through, &strict(Duration::from_secs(2)), &here);
         proxy.heal();
-        let untold = migrated.untold.clone().unwrap();
-        assert_eq!(untold.ask(Duration::from_secs(5)).unwrap(), Answer::GaveUp);
+        let unanswered = migrated.unanswered.clone().unwrap();
+        assert_eq!(unanswered.ask(Duration::from_secs(5)).unwrap(), Answer::GaveUp);
         (migrated, receiving.join().unwrap())
     });
     assert!(matches!(received, Err(ReceiveError::GivenUp)), "{received:?}");

@@ -1,4 +1,4 @@
-//! Destinations that are silent, or talk nonsense.
+//! Destinations that are silent, or send nonsense.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -32,7 +32,7 @@ fn frame(message: &Message) -> Vec<u8> {
 }
 
 #[test]
-fn nobody_at_the_destination_is_a_failure() {
+fn a_destination_without_a_receiver_is_a_failure() {
     let to = receiver(&options()).endpoint().clone();
     let mut source = busy();
     let report = migrate(&mut source, &to, &options(), &control()).report;
@@ -56,19 +56,19 @@ fn meet(options: &MigrateOptions, answer: impl FnOnce(TcpStream) + Send) -> Stri
     report.error.unwrap()
 }
 
-/// Reads whatever comes until the source hangs up.
-fn listen(mut stream: TcpStream) {
+/// Reads whatever comes until the source closes the connection.
+fn read_to_end(mut stream: TcpStream) {
     let mut rest = [0; 4096];
     while matches!(stream.read(&mut rest), Ok(1..)) {}
 }
 
-fn say(stream: TcpStream, messages: &[Message]) {
-    say_bytes(stream, &messages.iter().flat_map(frame).collect::<Vec<u8>>());
+fn send_messages(stream: TcpStream, messages: &[Message]) {
+    send_bytes(stream, &messages.iter().flat_map(frame).collect::<Vec<u8>>());
 }
 
-fn say_bytes(mut stream: TcpStream, bytes: &[u8]) {
+fn send_bytes(mut stream: TcpStream, bytes: &[u8]) {
     stream.write_all(bytes).unwrap();
-    listen(stream);
+    read_to_end(stream);
 }
 
 fn greeting() -> Vec<Message> {
@@ -84,20 +84,20 @@ fn greeting() -> Vec<Message> {
 }
 
 #[test]
-fn a_silent_destination_is_left() {
+fn a_silent_destination_is_given_up() {
     let began = Instant::now();
-    let error = meet(&hasty(), listen);
+    let error = meet(&hasty(), read_to_end);
     assert!(
         error.contains("timed out after 1000 ms waiting for hello"),
         "{error}"
     );
-    let error = meet(&hasty(), |stream| say(stream, &greeting()));
+    let error = meet(&hasty(), |stream| send_messages(stream, &greeting()));
     assert!(error.contains("waiting for accept or refuse"), "{error}");
     assert!(began.elapsed() < Duration::from_secs(20));
 }
 
 #[test]
-fn a_destination_that_does_not_read_is_left() {
+fn a_destination_that_does_not_read_is_given_up() {
     let mut guest = TestGuest::new(8192, 4096);
     for page in 0..8192 {
         guest.write(page * PAGE_SIZE, false);
@@ -139,25 +139,25 @@ fn a_destination_that_does_not_read_is_left() {
 }
 
 #[test]
-fn a_destination_that_talks_nonsense_is_left() {
+fn a_destination_that_sends_nonsense_is_given_up() {
     let error = meet(&options(), |stream| {
-        say_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        send_bytes(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
     });
     assert!(error.contains("does not speak the protocol"), "{error}");
-    let error = meet(&options(), |stream| say(stream, &[ACCEPT]));
+    let error = meet(&options(), |stream| send_messages(stream, &[ACCEPT]));
     assert!(error.contains("said \"accept\", expected hello"), "{error}");
     let early = [greeting(), vec![Message::RoundAck(7)]].concat();
-    let error = meet(&options(), |stream| say(stream, &early));
+    let error = meet(&options(), |stream| send_messages(stream, &early));
     assert!(error.contains("said \"round ack\""), "{error}");
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
-    let error = meet(&options(), |stream| say(stream, &ready));
+    let error = meet(&options(), |stream| send_messages(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
     let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 6u16, 7u16, "9.9")).unwrap();
     let header = FrameHeader::new(FrameKind::Control, newer.len())
         .unwrap()
         .encode();
     let error = meet(&options(), |stream| {
-        say_bytes(stream, &[&header[..], &newer].concat())
+        send_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
         error.contains("versions 6 to 7 (godwit 9.9), expected one of 5 to 5"),
@@ -166,7 +166,7 @@ fn a_destination_that_talks_nonsense_is_left() {
 }
 
 #[test]
-fn a_destination_that_trickles_is_left() {
+fn a_destination_that_trickles_is_given_up() {
     let error = meet(&hasty(), |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(40))).unwrap();
         // One byte now and then of what would be a long frame.
@@ -181,7 +181,7 @@ fn a_destination_that_trickles_is_left() {
 }
 
 #[test]
-fn a_destination_that_only_keeps_itself_alive_is_left() {
+fn a_destination_that_sends_only_keep_alives_is_given_up() {
     let error = meet(&hasty(), |mut stream| {
         let alive = frame(&Message::KeepAlive);
         while stream.write_all(&alive).is_ok() {}

@@ -36,7 +36,7 @@ fn what_the_guest_does_not_use_is_not_sent() {
     }
     guest.start(Load::default());
     let mut source = FakeSource::new(guest);
-    // Pages that were never touched do not count, whatever is told of them.
+    // Pages that were never touched do not count, whether the guest reports them or not.
     source.unused = Some([pages(900 * PAGE_SIZE, 100), unused.clone()].concat());
     let mut destination = FakeDestination::default();
     let (report, received) = direct(&mut source, &mut destination, &verified());
@@ -46,10 +46,10 @@ fn what_the_guest_does_not_use_is_not_sent() {
     assert!(report.pages_sent <= 103, "and one by the drain: {report:?}");
     let there = destination.guest.as_ref().unwrap();
     for gpa in unused.into_iter().take(762) {
-        // Nobody touched it here, should the guest have stayed.
+        // The migration did not change it at the source, where the guest might have stayed.
         assert!(first_word(&source.guest, gpa) != 0 && first_word(there, gpa) == 0);
     }
-    assert_eq!(source.listened, Some(Duration::from_secs(2)));
+    assert_eq!(source.report_limit, Some(Duration::from_secs(2)));
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn what_is_used_again_arrives_whole() {
         let mut source = FakeSource::new(guest);
         source.disk = with_disks.then_some(disk);
         source.unused = Some(pages(0, 2048));
-        // It goes on writing after it has told.
+        // The guest goes on writing after its report.
         source
             .faults
             .insert("unused", PortFault::Slow(Duration::from_millis(2 * attempt)));
@@ -88,7 +88,7 @@ fn what_is_used_again_arrives_whole() {
 }
 
 #[test]
-fn nobody_listens_for_longer_than_the_deadline_allows() {
+fn the_report_of_unused_pages_ends_before_the_deadline() {
     let mut guest = TestGuest::new(64, 16);
     guest.start(Load { pages: 8 });
     let mut source = FakeSource::new(guest);
@@ -102,9 +102,9 @@ fn nobody_listens_for_longer_than_the_deadline_allows() {
     received.unwrap();
     assert_moved(&source, &destination, &report);
     assert_eq!(report.pages_unused, 0);
-    let listened = source.listened.unwrap();
+    let report_limit = source.report_limit.unwrap();
     assert!(
-        listened <= Duration::from_millis(200) && !listened.is_zero(),
-        "{listened:?}"
+        report_limit <= Duration::from_millis(200) && !report_limit.is_zero(),
+        "{report_limit:?}"
     );
 }

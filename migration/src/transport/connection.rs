@@ -69,7 +69,7 @@ impl Connection {
         }
     }
 
-    /// Whom it leads to: of several addresses the one that answered.
+    /// The peer's endpoint: of several addresses the one that answered.
     pub(crate) fn peer(&self) -> &Endpoint {
         &self.peer
     }
@@ -79,7 +79,7 @@ impl Connection {
         matches!(self.stream, StreamSocket::Unix(_))
     }
 
-    /// Ends one direction or both; whoever waits for data then, on either side, wakes up.
+    /// Ends one direction or both. Threads that wait for data, on either side, wake up.
     pub(crate) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.stream {
             StreamSocket::Tcp(stream) => stream.shutdown(how),
@@ -150,7 +150,7 @@ fn connect_unix(path: &Path, deadline: Instant, control: &Control) -> io::Result
     Ok(socket.into())
 }
 
-/// A listener's queue on a Unix socket is full, and nothing tells when it is not: looked at so often.
+/// How often a connect is tried again while a Unix socket's queue is full: there is no event for room in it.
 const FULL_QUEUE: Duration = Duration::from_millis(10);
 
 /// An address that does not answer gets so much of a start before the next one is tried as well (RFC 8305).
@@ -236,7 +236,7 @@ fn begin(address: SocketAddr) -> io::Result<OwnedFd> {
     }
 }
 
-/// A socket that does not block while it connects, so that a cancel is heard.
+/// A socket that does not block while it connects, so that a cancel can end the wait.
 fn new_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(socket_with(family, SocketType::STREAM, flags, None)?)
@@ -252,7 +252,7 @@ fn check(deadline: Instant, control: &Control) -> io::Result<()> {
     }
 }
 
-/// Waits until one of the sockets is writable, until a moment, or for a cancel; may come back early. Answers which.
+/// Waits until one of the sockets is writable, until a moment, or for a cancel; may come back early. Returns which.
 fn wait(sockets: &[BorrowedFd<'_>], until: Instant, control: &Control) -> io::Result<Option<usize>> {
     let left = until.saturating_duration_since(Instant::now());
     let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -276,7 +276,7 @@ mod tests {
         Control::new().unwrap()
     }
 
-    /// An address that drops whoever knocks: its queue is full, and stays so while what is returned lives.
+    /// An address that drops connections: its queue is full, and stays so while the returned sockets live.
     fn black_hole() -> (SocketAddr, (TcpListener, Vec<OwnedFd>)) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         rustix::net::listen(&listener, 0).unwrap();

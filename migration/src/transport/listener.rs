@@ -97,15 +97,15 @@ impl Listener {
     fn try_accept(&self) -> io::Result<Connection> {
         match &self.socket {
             ListeningSocket::Tcp(listeners) => {
-                let mut nobody = io::ErrorKind::WouldBlock.into();
+                let mut last_error = io::ErrorKind::WouldBlock.into();
                 for listener in listeners {
                     match listener.accept() {
                         Ok((stream, peer)) => return Connection::from_tcp(stream, peer),
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                        Err(error) => nobody = error,
+                        Err(error) => last_error = error,
                     }
                 }
-                Err(nobody)
+                Err(last_error)
             }
             ListeningSocket::Unix(listener) => {
                 let (stream, _) = listener.listener().accept()?;
@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn every_address_is_listened_on() {
-        // All of 127/8 is this host's; the last one is nobody's (RFC 5737).
+        // All of 127/8 is this host's; the last address belongs to no host (RFC 5737).
         let all: Endpoint = "tcp:127.0.0.1:0,127.0.0.2:0,192.0.2.1:0".parse().unwrap();
         let listener = Listener::bind(&all).unwrap();
         let Endpoint::Tcp(bound) = listener.endpoint().clone() else {
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_waits_no_longer_than_it_is_told() {
+    fn a_listener_waits_no_longer_than_asked() {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let control = Control::new().unwrap();
         let until = Instant::now() + Duration::from_millis(20);
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_is_an_error_that_names_the_place() {
+    fn a_connection_that_is_refused_is_an_error_with_the_endpoint() {
         let control = Control::new().unwrap();
         let endpoint = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap())
             .unwrap()
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connect_that_nobody_accepts_times_out() {
+    fn a_connect_that_is_not_accepted_times_out() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("full");
         let listener = UnixListener::bind(&path).unwrap();

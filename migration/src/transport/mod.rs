@@ -16,7 +16,7 @@ use named_socket::NamedListenerError;
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// Nobody answers there.
+    /// No receiver answers at the endpoint.
     #[error("cannot connect to {endpoint}")]
     Connect {
         /// Where to.
@@ -25,7 +25,7 @@ pub enum TransportError {
         #[source]
         source: io::Error,
     },
-    /// Nobody answers there in time.
+    /// No receiver answers at the endpoint in time.
     #[error("cannot connect to {endpoint}: no answer within {} ms", after.as_millis())]
     ConnectTimedOut {
         /// Where to.
@@ -57,7 +57,7 @@ pub enum TransportError {
     /// The system refused to wait.
     #[error("cannot wait for connections")]
     Wait(#[source] io::Error),
-    /// Somebody asked to stop waiting.
+    /// The wait was cancelled.
     #[error("cancelled")]
     Cancelled,
 }

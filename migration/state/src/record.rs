@@ -9,7 +9,7 @@ use crate::StateError;
 ///
 /// A restored record is untrusted: it becomes live only through a checked conversion of the owner's.
 ///
-/// Whoever changes the fields of a released record raises [`Record::VERSION`] and reads the old layout in
+/// A change to the fields of a released record raises [`Record::VERSION`] and adds the old layout to
 /// [`Record::upgrade`].
 pub trait Record: Serialize + DeserializeOwned {
     /// Name of the kind, e.g. `virtio-block`; at most 64 bytes.

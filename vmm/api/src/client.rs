@@ -21,7 +21,7 @@ use tokio::net::UnixStream;
 use super::CONSOLE_PROTOCOL;
 use super::types::Fault;
 
-/// How long an answer is waited for, if nobody says otherwise: no VM takes long over what needs nothing of its guest.
+/// How long to wait for an answer by default: a VM answers soon unless the request needs its guest.
 pub const ANSWER: Duration = Duration::from_secs(10);
 /// How long between two lines of a stream, of which there are ten a second.
 const NEXT_LINE: Duration = Duration::from_secs(30);
@@ -60,14 +60,14 @@ impl Client {
         }
     }
 
-    /// The same, which waits so long for each answer.
+    /// The same client, which waits this long for each answer.
     pub fn patient(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }
 
     /// Sends a request and reads a JSON answer.
     pub async fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, ClientError> {
-        let bytes = self.ask(Method::GET, route, Bytes::new()).await?;
+        let bytes = self.call(Method::GET, route, Bytes::new()).await?;
         serde_json::from_slice(&bytes).map_err(|source| self.json(source))
     }
 
@@ -79,7 +79,7 @@ impl Client {
         body: &B,
     ) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
-        self.ask(method, route, body.into()).await?;
+        self.call(method, route, body.into()).await?;
         Ok(())
     }
 
@@ -90,13 +90,13 @@ impl Client {
         body: &B,
     ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(|source| self.json(source))?;
-        let bytes = self.ask(Method::PUT, route, body.into()).await?;
+        let bytes = self.call(Method::PUT, route, body.into()).await?;
         serde_json::from_slice(&bytes).map_err(|source| self.json(source))
     }
 
     /// `DELETE route`.
     pub async fn delete(&self, route: &str) -> Result<(), ClientError> {
-        self.ask(Method::DELETE, route, Bytes::new()).await?;
+        self.call(Method::DELETE, route, Bytes::new()).await?;
         Ok(())
     }
 
@@ -136,12 +136,12 @@ impl Client {
     }
 
     /// Sends a request and reads all of its answer.
-    async fn ask(&self, method: Method, route: &str, body: Bytes) -> Result<Bytes, ClientError> {
-        let ask = async {
+    async fn call(&self, method: Method, route: &str, body: Bytes) -> Result<Bytes, ClientError> {
+        let call = async {
             let response = self.request(method, route, body, None).await?;
             self.collect(response.into_body()).await
         };
-        self.within(self.patience, ask).await
+        self.within(self.patience, call).await
     }
 
     async fn within<T>(

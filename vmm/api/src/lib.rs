@@ -1,4 +1,4 @@
-//! How everybody else knows a VM: its name, and the HTTP API on its Unix socket, as types and as a client. The API has
+//! How other processes know a VM: its name, and the HTTP API on its Unix socket, as types and as a client. The API has
 //! Firecracker's routes for what Firecracker has, and migration.
 //!
 //! | route | meaning |
@@ -16,9 +16,9 @@
 //! | `PATCH /balloon` | [`BalloonUpdate`]: how much memory the guest is to give up |
 //! | `GET /balloon/statistics` | [`BalloonStatistics`]; 404 if there is no balloon |
 //! | `GET /metrics` | [`Metrics`]: what the devices count |
-//! | `PATCH /drives/{id}` | [`DriveUpdate`]: look at the disk's size anew, change its limits |
+//! | `PATCH /drives/{id}` | [`DriveUpdate`]: read the disk's size anew, change its limits |
 //! | `GET /console` | `Upgrade: console`; then the console's bytes, both ways |
-//! | `PUT /console/size` | [`ConsoleSize`]: that of the terminal on which somebody looks at it |
+//! | `PUT /console/size` | [`ConsoleSize`]: that of the terminal that shows it |
 //!
 //! An error is a [`Fault`] with status 400, 404, 405 or 409. Bodies are JSON, whatever their `Content-Type` says.
 

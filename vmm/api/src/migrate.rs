@@ -1,4 +1,4 @@
-//! What a client may ask of a migration, and what it is told.
+//! A client's request for a migration, and the answers to it.
 
 use std::path::PathBuf;
 use std::time::Duration;

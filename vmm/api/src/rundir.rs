@@ -40,7 +40,7 @@ pub enum RundirError {
     NoSuchVm { name: String, path: PathBuf },
 }
 
-/// A bound API socket. Dropping it removes the socket's file, unless somebody put another in its place.
+/// A bound API socket. Dropping it removes the socket's file, unless another file has replaced it.
 #[derive(Debug)]
 pub struct ApiSocket(NamedListener);
 
@@ -59,7 +59,7 @@ impl ApiSocket {
         Self::bind(&directory.join(format!("{name}.{SUFFIX}")))
     }
 
-    /// Binds a socket at `path`. A socket file that nobody listens on any more is replaced.
+    /// Binds a socket at `path`. A socket file on which no process listens any more is replaced.
     pub fn bind(path: &Path) -> Result<Self, RundirError> {
         let bound = NamedListener::bind(path).map_err(|error| match error {
             NamedListenerError::InUse { path } => RundirError::InUse { path },
@@ -121,8 +121,8 @@ pub fn list() -> Result<Vec<(String, PathBuf)>, RundirError> {
     Ok(found.into_iter().collect())
 }
 
-/// Where VMs are looked for: first where this user has theirs, then in the environment's directory where that is another
-/// user's. A name in both is the first one's, so that nobody can put a VM of theirs in the place of one of root's.
+/// Where VMs are looked for: first where this user has theirs, then in the environment's directory where that is
+/// another user's. A name in both is the first one's, so that no other user can put a VM in the place of one of root's.
 fn places() -> Vec<PathBuf> {
     let mut places = vec![directory()];
     places.extend(environment().map(|base| base.join("godwit")));
@@ -136,8 +136,8 @@ pub fn log_path(name: &str) -> Result<PathBuf, RundirError> {
     Ok(directory().join(format!("{name}.{LOG_SUFFIX}")))
 }
 
-/// The log of a VM that is being started. It has its name when the VM has: until then that may be a running VM's. It goes
-/// when this is dropped before.
+/// The log of a VM that is being started. It has its name when the VM has: until then that may be a running VM's. It
+/// goes when this is dropped before.
 #[derive(Debug)]
 pub struct LogDraft {
     file: tempfile::NamedTempFile,
@@ -186,14 +186,14 @@ fn environment() -> Option<PathBuf> {
 fn directory() -> PathBuf {
     let user = rustix::process::geteuid().as_raw();
     match environment() {
-        // Root with somebody else's environment (`sudo -E`), who could put another directory in its place.
+        // Root with another user's environment (`sudo -E`): that user could put another directory in its place.
         Some(base) if user == 0 && !is_beyond_others(&base, user) => ROOT_DIRECTORY.into(),
         Some(base) => base.join("godwit"),
         None => ROOT_DIRECTORY.into(),
     }
 }
 
-/// Whether nobody but `user` and root can rename what leads to `path`, or replace it.
+/// Whether only `user` and root can rename or replace what leads to `path`.
 fn is_beyond_others(path: &Path, user: u32) -> bool {
     const STICKY: u32 = 0o1000;
     const OTHERS_WRITE: u32 = 0o022;
@@ -261,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_the_way_is_told() {
+    fn what_is_in_the_way_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let _first = ApiSocket::bind(&path).unwrap();
@@ -273,12 +273,13 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_somebody_else_can_replace_is_not_used() {
+    fn a_directory_that_another_user_can_replace_is_not_used() {
         let directory = tempfile::tempdir().unwrap();
         let us = rustix::process::geteuid().as_raw();
         let inner = directory.path().join("inner");
         fs::create_dir(&inner).unwrap();
-        // As it may be for us, it is not for anybody else, unless we are root, whom everybody has to trust.
+        // A directory that is safe for this user is not for another one, unless this user is root, whom all users
+        // trust.
         assert!(is_beyond_others(&inner.join("new"), us));
         assert_eq!(is_beyond_others(&inner, us + 1), us == 0);
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();

@@ -22,7 +22,7 @@ pub enum InstanceState {
     /// As a client sees it: its process does not answer.
     #[serde(rename = "No answer")]
     NoAnswer,
-    /// "go" was sent and nobody knows whether the destination runs.
+    /// "go" was sent, and it is not known whether the destination runs the guest.
     #[serde(rename = "In doubt")]
     InDoubt,
 }

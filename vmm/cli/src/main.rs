@@ -54,12 +54,12 @@ fn main() -> ExitCode {
             return exit.into();
         }
     };
-    output::tell_of_panics();
-    // A panic has been told of by the hook.
+    output::report_panics();
+    // The hook has reported the panic.
     let done =
         catch_unwind(AssertUnwindSafe(|| commands::run(cli.command))).unwrap_or_else(|_| Ok(Exit::Failed));
     let exit = done.unwrap_or_else(|error| {
-        output::tell(&format!("{error:#}"));
+        output::print_line(&format!("{error:#}"));
         if is_usage(&error) {
             Exit::Usage
         } else {

@@ -23,8 +23,8 @@ impl Allowance {
         }
     }
 
-    /// Takes up to `wanted`; answers how much of it may pass.
-    pub fn take(&mut self, wanted: u64, now: Instant) -> u64 {
+    /// Takes up to `wanted`; returns how much of it may pass.
+    pub fn spend(&mut self, wanted: u64, now: Instant) -> u64 {
         let passed = now.saturating_duration_since(self.at).as_micros();
         let more = u64::try_from(passed * u128::from(self.per_second) / 1_000_000).unwrap_or(u64::MAX);
         if more > 0 {
@@ -48,14 +48,14 @@ mod tests {
     fn a_burst_and_then_the_rate() {
         let start = Instant::now();
         let mut allowance = Allowance::new(10, 5, start);
-        assert_eq!(allowance.take(7, start), 7);
-        assert_eq!(allowance.take(7, start), 3);
-        assert_eq!(allowance.take(1, start), 0);
+        assert_eq!(allowance.spend(7, start), 7);
+        assert_eq!(allowance.spend(7, start), 3);
+        assert_eq!(allowance.spend(1, start), 0);
         // Looks in between take nothing away from the rate.
         let passed: u64 = (1..=2000)
-            .map(|ms| allowance.take(1, start + Duration::from_millis(ms)))
+            .map(|ms| allowance.spend(1, start + Duration::from_millis(ms)))
             .sum();
         assert_eq!(passed, 10);
-        assert_eq!(allowance.take(100, start + Duration::from_secs(3600)), 10);
+        assert_eq!(allowance.spend(100, start + Duration::from_secs(3600)), 10);
     }
 }

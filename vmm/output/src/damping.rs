@@ -18,7 +18,7 @@ const BURST: u64 = 100;
 /// And in each second from there on.
 const PER_SECOND: u64 = 10;
 
-/// Lets each place in the program write so many lines, and has the others counted.
+/// Lets each place in the program write a limited number of lines, and counts the others.
 pub(super) struct Damping {
     places: Mutex<HashMap<Identifier, Allowance>>,
     lines: Lines,
@@ -37,7 +37,7 @@ impl Damping {
         let allowance = places
             .entry(place)
             .or_insert_with(|| Allowance::new(BURST, PER_SECOND, now));
-        allowance.take(1, now) == 1
+        allowance.spend(1, now) == 1
     }
 }
 
@@ -66,7 +66,7 @@ mod tests {
     use crate::log::EventWriter;
 
     #[test]
-    fn one_place_cannot_flood_the_log_and_others_are_heard() {
+    fn one_place_cannot_flood_the_log_and_others_still_log() {
         let (reader, writer) = io::pipe().unwrap();
         let to = Descriptor::File(File::from(OwnedFd::from(writer)));
         let lines = Lines::start("log", to).unwrap();

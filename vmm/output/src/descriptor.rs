@@ -77,7 +77,7 @@ impl Write for Descriptor {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             match rustix::io::write(&*self, bytes) {
-                // Somebody else who has it open as well made it so.
+                // Another process that shares the open file made it non-blocking.
                 Err(Errno::AGAIN) => {
                     self.wait_writable(None)?;
                 }

@@ -1,8 +1,8 @@
 //! The one way to print. Nothing of it panics, and no thread of a VM waits in it for a reader.
 //!
 //! A VM's process hands its lines to a bounded queue, and a thread of its own writes them ([`lines`]): what cannot be
-//! written in time is lost, counted, and the count is said when there is room again. A client has no guest that could
-//! be held up: it writes by itself, and gives up on a reader that does not read.
+//! written in time is lost, counted, and the count is written when there is room again. A client has no guest that
+//! could be held up: it writes by itself, and gives up on a reader that does not read.
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 // Tests start threads that may take their test along.
@@ -39,33 +39,33 @@ static LOG: OnceLock<Lines> = OnceLock::new();
 /// Whether the terminal is raw: it then takes a line feed for no more than that.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Says one line on standard error, if anybody reads it.
-pub fn tell(line: &str) {
+/// Prints one line to standard error. Does not fail without a reader.
+pub fn print_line(line: &str) {
     let line = format!("godwit: {line}\n");
     match STDERR.get() {
         Some(stderr) => stderr.push(line.as_bytes()),
         None => {
-            // Nobody to tell it to.
+            // There is no other place to report the error.
             let _ = Descriptor::Stderr.write_patiently(line.as_bytes(), CLIENT_PATIENCE);
         }
     }
 }
 
-/// A client's answer on standard output. Whether anybody reads it changes nothing: what was asked for is done.
+/// Prints a client's answer to standard output. An error is only reported: the request was carried out.
 pub fn print(text: &str) {
     let printed = Descriptor::Stdout.write_patiently(text.as_bytes(), CLIENT_PATIENCE);
-    if let Err(error) = but_for_a_reader_who_left(printed) {
-        tell(&format!("cannot print: {error}"));
+    if let Err(error) = ignore_broken_pipe(printed) {
+        print_line(&format!("cannot print: {error}"));
     }
 }
 
 /// Writes what is of no use if it is cut short, e.g. a picture that goes to a file, however long its reader takes.
 pub fn write_stdout(bytes: &[u8]) -> io::Result<()> {
-    but_for_a_reader_who_left(Descriptor::Stdout.write_all(bytes))
+    ignore_broken_pipe(Descriptor::Stdout.write_all(bytes))
 }
 
-/// Whoever went away has seen enough.
-fn but_for_a_reader_who_left(written: io::Result<()>) -> io::Result<()> {
+/// A reader that closed the pipe is no error: it has read enough.
+fn ignore_broken_pipe(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
@@ -85,13 +85,13 @@ pub fn flush() {
         .for_each(|lines| lines.flush(END_PATIENCE));
 }
 
-/// A panic is said as everything is: the default hook would wait for whoever reads standard error.
-pub fn tell_of_panics() {
+/// Prints panics as other lines are printed: the default hook would wait for the reader of standard error.
+pub fn report_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic_text(panic);
         match LOG.get() {
             Some(log) => log.push(text.as_bytes()),
-            None => tell(text.trim_end()),
+            None => print_line(text.trim_end()),
         }
     }));
 }

@@ -11,10 +11,10 @@ use super::{Descriptor, RAW};
 
 /// Bytes that wait for the thread; what comes on top is lost.
 const ROOM: usize = 256 << 10;
-/// How often it is tried to say how much was lost, and at most said how much was left out.
-const NEWS_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the counts of lines that were lost or left out are written at most.
+const COUNTS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Takes lines and never waits for anybody; clones share it.
+/// Accepts lines and never waits for a reader; clones share the queue.
 #[derive(Clone)]
 pub(super) struct Lines {
     shared: Arc<LinesShared>,
@@ -47,7 +47,7 @@ impl Lines {
         };
         let shared = lines.shared.clone();
         let mut writer = LineWriter::new(to);
-        threads::spawn(Role::Log, name, move || shared.carry_to(&mut writer))?;
+        threads::spawn(Role::Log, name, move || shared.write_to(&mut writer))?;
         Ok(lines)
     }
 
@@ -74,11 +74,11 @@ impl Lines {
         }
     }
 
-    /// Waits until all is written or lost, or for so long.
+    /// Waits until all is written or lost, for at most `patience`.
     pub(super) fn flush(&self, patience: Duration) {
         let queue = self.shared.lock();
         let unfinished = |queue: &mut LineQueue| queue.writing || !queue.text.is_empty();
-        // Whoever does not read does not get it.
+        // A reader that does not read in time loses the lines.
         let _ = self
             .shared
             .changed
@@ -91,23 +91,23 @@ impl LinesShared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry_to(&self, writer: &mut LineWriter) {
+    fn write_to(&self, writer: &mut LineWriter) {
         loop {
-            let (text, lost) = self.take(writer);
+            let (text, lost) = self.wait_for_lines(writer);
             writer.write(&text);
             writer.lost += lost;
-            writer.say_news();
+            writer.write_counts();
             self.lock().writing = false;
             self.changed.notify_all();
         }
     }
 
-    /// Waits for lines, or until there is something to say about those that are not there.
-    fn take(&self, writer: &mut LineWriter) -> (Vec<u8>, u64) {
+    /// Waits for lines, or until counts of missing lines are due.
+    fn wait_for_lines(&self, writer: &mut LineWriter) -> (Vec<u8>, u64) {
         let mut queue = self.lock();
         loop {
             writer.left_out += std::mem::take(&mut queue.left_out);
-            let news = writer.time_of_news();
+            let news = writer.counts_due();
             let due = news.is_some_and(|at| at <= Instant::now());
             if due || !queue.text.is_empty() || queue.lost > 0 {
                 queue.writing = true;
@@ -128,14 +128,14 @@ impl LinesShared {
 /// The thread's end: writes, and keeps account of what could not be written.
 struct LineWriter {
     to: Descriptor,
-    /// Lines that could not be written, and of which nobody was told.
+    /// Lines that could not be written, and that were not reported yet.
     lost: u64,
-    /// The same of lines that were too many.
+    /// Lines that were too many of a kind, and that were not reported yet.
     left_out: u64,
     /// Whether the last line that was written has no end.
     torn: bool,
-    /// When news of those was last tried to be told.
-    told: Option<Instant>,
+    /// When writing the counts was last tried.
+    counted_at: Option<Instant>,
 }
 
 impl LineWriter {
@@ -145,14 +145,17 @@ impl LineWriter {
             lost: 0,
             left_out: 0,
             torn: false,
-            told: None,
+            counted_at: None,
         }
     }
 
-    /// When there is something to say besides lines; `None` if there is nothing.
-    fn time_of_news(&self) -> Option<Instant> {
+    /// When counts are to be written; `None` if there are none.
+    fn counts_due(&self) -> Option<Instant> {
         let news = self.lost > 0 || self.left_out > 0;
-        news.then(|| self.told.map_or_else(Instant::now, |told| told + NEWS_INTERVAL))
+        news.then(|| {
+            self.counted_at
+                .map_or_else(Instant::now, |last| last + COUNTS_INTERVAL)
+        })
     }
 
     /// Writes lines, behind how many are missing before them.
@@ -160,20 +163,20 @@ impl LineWriter {
         if text.is_empty() {
             return;
         }
-        if self.lost > 0 && !self.say_lost() {
+        if self.lost > 0 && !self.write_lost_count() {
             self.lost += count_lines(text);
             return;
         }
         self.lost += self.put(text);
     }
 
-    /// Says what is not there, if it is time to.
-    fn say_news(&mut self) {
-        if self.time_of_news().is_none_or(|at| at > Instant::now()) {
+    /// Writes the counts of missing lines, if they are due.
+    fn write_counts(&mut self) {
+        if self.counts_due().is_none_or(|at| at > Instant::now()) {
             return;
         }
-        self.told = Some(Instant::now());
-        if self.lost > 0 && !self.say_lost() {
+        self.counted_at = Some(Instant::now());
+        if self.lost > 0 && !self.write_lost_count() {
             return;
         }
         if self.left_out > 0 {
@@ -184,15 +187,15 @@ impl LineWriter {
         }
     }
 
-    fn say_lost(&mut self) -> bool {
-        let said = self.put(format!("{} log lines were lost\n", self.lost).as_bytes()) == 0;
-        if said {
+    fn write_lost_count(&mut self) -> bool {
+        let written = self.put(format!("{} log lines were lost\n", self.lost).as_bytes()) == 0;
+        if written {
             self.lost = 0;
         }
-        said
+        written
     }
 
-    /// Writes lines; answers how many are missing, one that is there in part included.
+    /// Writes lines; returns how many are missing, one that is there in part included.
     fn put(&mut self, text: &[u8]) -> u64 {
         let mut whole = Vec::with_capacity(text.len() + 1);
         if self.torn {
@@ -207,7 +210,7 @@ impl LineWriter {
             match self.to.write(&whole[written..]) {
                 Ok(count @ 1..) => written += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nobody may be reading any more, or there is no room: the VM goes on all the same.
+                // The reader may have gone, or there is no room: the VM goes on all the same.
                 Ok(0) | Err(_) => break,
             }
         }
@@ -251,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_nobody_reads_are_lost_and_counted() {
+    fn lines_without_a_reader_are_lost_and_counted() {
         let (reader, lines) = pipe();
         let many = 100_000u64;
         for number in 0..many {
@@ -290,12 +293,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_is_said_when_there_is_room_again() {
+    fn lost_lines_are_counted_when_there_is_room_again() {
         let mut writer = LineWriter::new(Descriptor::File(
             File::options().write(true).open("/dev/full").unwrap(),
         ));
         writer.write(b"one\ntwo\n");
-        writer.say_news();
+        writer.write_counts();
         writer.write(b"three\n");
         assert_eq!(writer.lost, 3);
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -307,24 +310,24 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_were_too_many_are_said_once_in_a_while() {
+    fn lines_that_were_too_many_are_counted_now_and_then() {
         let (reader, lines) = pipe();
         let began = Instant::now();
         for _ in 0..1000 {
             lines.leave_out();
         }
-        let mut said = 0;
+        let mut counted = 0;
         let mut read = BufReader::new(reader).lines().map(Result::unwrap);
         let mut count = 0;
-        while said < 1000 {
+        while counted < 1000 {
             let line = read.next().unwrap();
             let number = line
                 .strip_suffix(" log lines were left out: too many of a kind")
                 .unwrap();
-            said += number.parse::<u64>().unwrap();
+            counted += number.parse::<u64>().unwrap();
             count += 1;
         }
-        assert_eq!(said, 1000);
+        assert_eq!(counted, 1000);
         assert!(count <= 2 + began.elapsed().as_secs(), "{count} lines of news");
     }
 

@@ -19,7 +19,7 @@ use super::{Descriptor, LOG, STDERR};
 
 /// The log's verbosity, in tracing's syntax.
 const LOG_VARIABLE: &str = "GODWIT_LOG";
-/// Nobody else's: lines tell of paths and of peers.
+/// For this user alone: lines have paths and peers in them.
 const LOG_MODE: u32 = 0o600;
 
 /// There can be no log.
@@ -32,7 +32,7 @@ pub enum LogError {
     Thread(#[source] io::Error),
 }
 
-/// From here on this process is a VM's, and no thread waits for whoever reads what it says. The log goes to the file at
+/// From here on this process is a VM's, and no thread waits for a reader of its output. The log goes to the file at
 /// `path` or to standard error, never to standard output, which is the guest's console.
 pub fn start_log(path: Option<&Path>) -> Result<(), LogError> {
     let file = path.map(open_log).transpose()?;
@@ -51,7 +51,7 @@ pub fn start_log(path: Option<&Path>) -> Result<(), LogError> {
         // It would say so on standard error, and panic if that cannot be written either.
         .log_internal_errors(false)
         .with_writer(EventWriter(log.clone()));
-    // The last is asked first: what nobody wants to read is nothing to be damped.
+    // The last layer is asked first: an event below the log's level must not count for the damping.
     let subscriber = tracing_subscriber::registry()
         .with(lines)
         .with(Damping::new(log.clone()))
@@ -63,8 +63,8 @@ pub fn start_log(path: Option<&Path>) -> Result<(), LogError> {
     Ok(())
 }
 
-/// Nobody who does not read a FIFO holds up the start: where that has no reader its lines wait for one, as far as it
-/// has room, because this end reads it as well and never takes anything.
+/// A FIFO without a reader does not hold up the start: it is opened for reading as well, and never read here, so that
+/// lines wait for a reader as far as it has room.
 fn open_log(path: &Path) -> Result<File, LogError> {
     let is_fifo = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
     let mut options = File::options();

@@ -16,7 +16,7 @@ use crate::{PATH_MAX, folder, identity};
 /// How many programs may wait to be accepted: what Linux allows by default.
 const BACKLOG: i32 = 4096;
 
-/// A socket that nobody can find yet.
+/// A socket that does not have its name yet.
 pub(crate) struct SocketDraft {
     listener: UnixListener,
     /// Its file, until it has a name.
@@ -71,7 +71,7 @@ impl SocketDraft {
 
 impl Drop for HiddenFile {
     fn drop(&mut self) {
-        // Nobody else knows it; where it cannot be removed nothing else can be done about it.
+        // No other process knows the file. If it cannot be removed, nothing else can be done.
         let _ = fs::remove_file(&self.0);
     }
 }
@@ -89,7 +89,7 @@ fn bind_at(socket: &OwnedFd, folder: &Path, path: &Path) -> io::Result<()> {
     Ok(bind(socket, &SocketAddrUnix::new(short)?)?)
 }
 
-/// A name that nobody guesses, and that is not like that of any socket.
+/// A name that cannot be guessed, and that no socket has.
 fn hidden_name() -> io::Result<String> {
     let mut random = [0; 8];
     let got = getrandom(&mut random, GetRandomFlags::empty())?;

@@ -8,7 +8,7 @@ use crate::PATH_MAX;
 /// A path at which no socket can listen.
 #[derive(Debug, thiserror::Error)]
 pub enum NamedListenerError {
-    /// Nobody could connect to a longer one.
+    /// No client could connect to a longer path.
     #[error("socket {}: expected a path of 1 to {PATH_MAX} bytes, got {got}", path.display())]
     Length {
         /// Where.
@@ -16,7 +16,7 @@ pub enum NamedListenerError {
         /// Bytes of the path.
         got: usize,
     },
-    /// Somebody listens there.
+    /// A process listens on the socket.
     #[error("socket {}: in use: somebody listens there", path.display())]
     InUse {
         /// Where.
@@ -28,7 +28,7 @@ pub enum NamedListenerError {
         /// Where.
         path: PathBuf,
     },
-    /// The lock under which a stale socket is removed is somebody else's, or held for too long.
+    /// The lock under which a stale socket is removed belongs to another user, or is held for too long.
     #[error("socket {}: is stale, and cannot be removed: expected to get the lock {}, {reason}", path.display(), lock.display())]
     Locked {
         /// Where.

@@ -27,11 +27,11 @@ use error::failed;
 /// The longest path of a socket in bytes: what `sockaddr_un` has, less its end.
 pub const PATH_MAX: usize = 108 - 1;
 
-/// So often somebody else may take a name that was just found to be free.
+/// How often another process may take a name that was just found to be free.
 const ATTEMPTS: usize = 8;
 
-/// A listening Unix socket, for its owner's user alone. Dropping it removes the socket's file, unless somebody put
-/// another in its place.
+/// A listening Unix socket, for its owner's user alone. Dropping it removes the socket's file, unless another file has
+/// replaced it.
 #[derive(Debug)]
 pub struct NamedListener {
     listener: UnixListener,
@@ -41,14 +41,14 @@ pub struct NamedListener {
 }
 
 impl NamedListener {
-    /// Listens at `path`. A socket file that nobody listens on any more is replaced.
+    /// Listens at `path`. A socket file on which no process listens any more is replaced.
     pub fn bind(path: &Path) -> Result<Self, NamedListenerError> {
         let got = path.as_os_str().len();
         if !(1..=PATH_MAX).contains(&got) {
             let path = path.into();
             return Err(NamedListenerError::Length { path, got });
         }
-        // What is obviously in the way is said before anything is made.
+        // What is obviously in the way is an error before anything is made.
         Self::check_kind(path)?;
         let mut draft = SocketDraft::listen(path)?;
         for _ in 0..ATTEMPTS {
@@ -91,7 +91,7 @@ impl NamedListener {
 impl Drop for NamedListener {
     fn drop(&mut self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|file| identity(&file) == self.file) {
-            // If somebody removes it first, the aim is reached.
+            // If another process removes it first, that is as good.
             let _ = fs::remove_file(&self.path);
         }
     }

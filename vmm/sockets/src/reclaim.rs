@@ -13,7 +13,7 @@ use rustix::process::geteuid;
 use crate::error::{NamedListenerError, failed};
 use crate::{NamedListener, connect_now, folder, identity};
 
-/// Whoever holds the lock needs it for a few system calls, unless it was stopped in between.
+/// How long to wait for the lock: its holder needs it for a few system calls, unless it was stopped in between.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often the lock is tried.
 const RETRY: Duration = Duration::from_millis(1);
@@ -21,7 +21,7 @@ const RETRY: Duration = Duration::from_millis(1);
 /// Removes the socket at `path` if it refuses connections; an error if it does not. Nothing there is as good.
 pub(crate) fn remove_stale(path: &Path) -> Result<(), NamedListenerError> {
     // Two processes that reclaim the same stale socket must not remove each other's.
-    let _lock = SocketLock::take(path)?;
+    let _lock = SocketLock::acquire(path)?;
     if !NamedListener::check_kind(path)? {
         return Ok(());
     }
@@ -34,14 +34,14 @@ pub(crate) fn remove_stale(path: &Path) -> Result<(), NamedListenerError> {
     }
 }
 
-/// A locked file beside a socket, which nobody but the socket's user can open. Dropping it removes the file.
+/// A locked file beside a socket, which only the socket's user can open. Dropping it removes the file.
 struct SocketLock {
     path: PathBuf,
     _file: File,
 }
 
 impl SocketLock {
-    fn take(socket: &Path) -> Result<Self, NamedListenerError> {
+    fn acquire(socket: &Path) -> Result<Self, NamedListenerError> {
         let name = socket.file_name().unwrap_or_default().to_string_lossy();
         let path = folder(socket).join(format!(".{name}.lock"));
         let refused = |reason| NamedListenerError::Locked {

@@ -1,4 +1,4 @@
-//! Sockets appear whole, and take nothing from anybody.
+//! Sockets appear whole, and never replace a file of another process.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::sync::Barrier;
@@ -24,7 +24,7 @@ fn a_socket_in_use_is_refused_and_a_stale_one_reclaimed() {
 }
 
 #[test]
-fn a_listener_that_accepts_nobody_is_in_use_all_the_same() {
+fn a_listener_that_accepts_no_connection_is_in_use_all_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.sock");
     let _first = NamedListener::bind(&path).unwrap();
@@ -57,7 +57,7 @@ fn other_files_are_left_alone() {
 }
 
 #[test]
-fn a_lock_on_the_folder_holds_nobody_up() {
+fn a_lock_on_the_folder_delays_no_bind() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.sock");
     drop(UnixListener::bind(&path).unwrap());

@@ -184,7 +184,7 @@ fn generation_counter(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
-/// Where the guest finds the page that tells of disruptions (VMClock, UAPI.13).
+/// Where the guest finds the page that announces disruptions (VMClock, UAPI.13).
 fn vmclock(body: &mut Vec<u8>) {
     let page = Memory32Fixed::new(false, layout::VMCLOCK as u32, layout::PAGE_SIZE as u32);
     Device::new(

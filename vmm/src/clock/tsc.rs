@@ -12,7 +12,7 @@ use super::ClockError;
 use crate::kvm;
 use crate::vcpu;
 
-/// What KVM tells of a vCPU's TSC.
+/// What KVM reports of a vCPU's TSC.
 pub(super) trait VcpuTsc {
     /// Its offset.
     fn offset(&self) -> Result<u64, vmm_sys_util::errno::Error>;
@@ -68,7 +68,7 @@ pub(super) fn without_offset(
 
 /// Sets the offsets with which each vCPU's TSC is what it `was` and so many `ticks` more, at the instant at which it
 /// would be `without_offset` else.
-pub(super) fn go_on(
+pub(super) fn advance(
     vcpus: &[impl Deref<Target = impl VcpuTsc>],
     was: impl Iterator<Item = u64>,
     ticks: u64,
@@ -192,7 +192,7 @@ mod tests {
             let (host, vcpus) = machine(scaling, uptime, 0);
             let was = [DAY * u64::from(guest_khz) * 1000; 2].map(|tsc| tsc + 7);
             let (was, ticks) = ([was[0], was[1] + 1000], u64::from(guest_khz) * 500);
-            go_on(
+            advance(
                 &vcpus,
                 was.into_iter(),
                 ticks,
@@ -228,7 +228,7 @@ mod tests {
             HOUR * 2_000_000_000,
             u64::MAX,
         );
-        go_on(
+        advance(
             &after,
             was.iter().copied(),
             0,
@@ -241,7 +241,7 @@ mod tests {
 
     /// KVM itself, as far as a host without scaling goes: a vCPU's TSC less its offset is the host's.
     #[test]
-    fn kvm_tells_what_the_tsc_is_without_an_offset() {
+    fn the_tsc_without_an_offset_is_read_back_from_kvm() {
         if !Path::new("/dev/kvm").exists() {
             return;
         }

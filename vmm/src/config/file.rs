@@ -177,7 +177,7 @@ struct MachineSection {
     /// `smt` in older versions.
     #[serde(default, rename = "ht_enabled", deserialize_with = "harmless::ht_enabled")]
     _ht_enabled: (),
-    /// A guest's writes can always be logged, and are only while somebody wants to know.
+    /// A guest's writes can always be logged, and are only while a migration or a snapshot needs the log.
     #[serde(rename = "track_dirty_pages")]
     _track_dirty_pages: Option<bool>,
     #[serde(
@@ -298,7 +298,7 @@ impl From<EngineSection> for IoEngine {
 struct BalloonSection {
     amount_mib: u64,
     deflate_on_oom: bool,
-    /// Statistics are asked for when somebody wants to see them.
+    /// The guest is asked for statistics when a client asks for them.
     #[serde(rename = "stats_polling_interval_s")]
     _stats_polling_interval_s: Option<u64>,
     /// The guest may always tell which pages are free.
@@ -322,7 +322,7 @@ impl From<BalloonSection> for BalloonConfig {
 struct VsockSection {
     guest_cid: u64,
     uds_path: PathBuf,
-    /// Older versions' name for it, which nobody uses.
+    /// Older versions' name for it, which has no effect.
     #[serde(rename = "vsock_id")]
     _vsock_id: Option<String>,
 }

@@ -44,8 +44,8 @@ impl DiskBackend {
 pub struct HostOffer {
     /// Disks by name: host paths never come from the peer.
     pub disks: BTreeMap<String, DiskBackend>,
-    /// Taps by the name of the network card. They are open long before a machine comes: it takes a bridge up to a second
-    /// to see that, and it forwards nothing to them before.
+    /// Taps by the name of the network card. They are open long before a machine comes: it takes a bridge up to a
+    /// second to see that, and it forwards nothing to them before.
     pub nets: BTreeMap<String, Tap>,
     /// Path of the socket device's socket.
     pub vsock: Option<PathBuf>,
@@ -249,7 +249,7 @@ fn is_nothing(error: io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
 }
 
-/// What tells one file from another, by whatever name.
+/// Identifies a file, whatever its name.
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = path.metadata().ok()?;
     Some(if metadata.file_type().is_block_device() {

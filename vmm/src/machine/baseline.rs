@@ -26,15 +26,15 @@ pub(super) struct Baseline {
 
 /// How pages that were written are known.
 enum WrittenSince {
-    /// Memory is mapped from the snapshot's file; what was written is this process's own, and what was given up is known to
-    /// the balloon.
+    /// Memory is mapped from the snapshot's file; what was written is this process's own, and what was given up is
+    /// known to the balloon.
     PrivateCopies,
     /// KVM and the devices log it.
     Log(Arc<dyn DirtyLog>),
 }
 
-/// A snapshot that is not on the disk yet. If it comes to nothing and this is dropped, the next difference is to the one
-/// before it.
+/// A snapshot that is not on the disk yet. If it comes to nothing and this is dropped, the next difference is to the
+/// one before it.
 #[must_use]
 pub struct Tracking<'a> {
     machine: &'a Machine,
@@ -44,7 +44,7 @@ pub struct Tracking<'a> {
 }
 
 impl Machine {
-    /// Its memory is the private mapping of that snapshot's file, to which nobody has written yet.
+    /// Its memory is the private mapping of that snapshot's file, and was not written yet.
     pub(super) fn based_on(&self, id: &SnapshotId) {
         *self.baseline() = Some(Baseline {
             id: id.clone(),

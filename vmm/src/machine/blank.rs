@@ -92,15 +92,15 @@ impl Blank {
             .map_err(|error| self.failed("write it back", error))
     }
 
-    /// What [`Blank::give_name`] will cost, as far as that can be done before: what is durable now need not be made so
+    /// What [`Blank::publish`] will cost, as far as that can be done before: what is durable now need not be made so
     /// while the guest waits.
     pub(super) fn rehearse(&self) -> Result<(), PortError> {
         self.flush()?;
         self.sync_directory()
     }
 
-    /// Makes it durable and gives it its name, if nobody else has that by now.
-    pub(super) fn give_name(&self) -> Result<(), PortError> {
+    /// Makes the disk durable and gives it its name, unless another file has that by now.
+    pub(super) fn publish(&self) -> Result<(), PortError> {
         self.flush()?;
         let mut name = self.name();
         if let Name::Hidden(hidden) = std::mem::replace(&mut *name, Name::Given)
@@ -237,7 +237,7 @@ mod tests {
             assert!(!path.exists());
             blank.write(4096, &[7; 4096]).unwrap();
             blank.zero(6144, 2048).unwrap();
-            blank.give_name().unwrap();
+            blank.publish().unwrap();
             assert_eq!(names(directory.path()), ["disk"]);
             if kept {
                 blank.keep();
@@ -254,7 +254,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         let blank = Blank::make(0, &path, 512).unwrap();
-        blank.give_name().unwrap();
+        blank.publish().unwrap();
         fs::write(directory.path().join("other"), "somebody else's").unwrap();
         fs::rename(directory.path().join("other"), &path).unwrap();
         drop(blank);
@@ -266,7 +266,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         let blank = Blank::make(0, &path, 512).unwrap();
-        blank.give_name().unwrap();
+        blank.publish().unwrap();
         blank.keep();
         blank.remove();
         drop(blank);
@@ -281,7 +281,7 @@ mod tests {
         let blank = Blank::make(0, &path, len).unwrap();
         blank.write(0, &vec![7; len as usize]).unwrap();
         blank.write_zeroes(100, len - 300).unwrap();
-        blank.give_name().unwrap();
+        blank.publish().unwrap();
         let content = fs::read(&path).unwrap();
         let expected = [vec![7; 100], vec![0; (len - 300) as usize], vec![7; 200]].concat();
         assert!(content == expected);
@@ -293,7 +293,7 @@ mod tests {
         let path = directory.path().join("disk");
         let blank = Blank::make(0, &path, 512).unwrap();
         fs::write(&path, "somebody else's").unwrap();
-        let error = blank.give_name().unwrap_err().to_string();
+        let error = blank.publish().unwrap_err().to_string();
         assert!(
             error.contains("give it its name") && error.contains("exists"),
             "{error}"

@@ -12,8 +12,8 @@ use crate::cpu::Template;
 
 /// Most vCPUs of a machine.
 pub const MAX_CPUS: u8 = 32;
-/// Most disks and network cards of a machine together: one slot is the entropy device's, and one each the balloon's, the
-/// socket device's and the console's.
+/// Most disks and network cards of a machine together: one slot is the entropy device's, and one each the balloon's,
+/// the socket device's and the console's.
 pub const MAX_DEVICES: usize = layout::VIRTIO_GSIS.len() - 1;
 
 /// A disk of the machine.
@@ -79,7 +79,7 @@ pub struct ConsoleConfig {
     pub ports: Vec<(String, PathBuf)>,
 }
 
-/// What a machine that boots is built from; whoever makes one has checked it.
+/// What a machine that boots is built from; the code that makes one has checked it.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
     /// What to boot.

@@ -1,4 +1,5 @@
-//! The machine as the migration engine's destination.
+//! The machine as the migration engine's destination: checks, builds and restores an arriving machine. Nothing that the
+//! peer describes is opened by a path of the peer's, and nothing writes guest memory before the resume.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// Builds and restores one arriving machine.
 pub struct MigrationDestination {
     kvm: Kvm,
-    /// For the next machine, if it was not used up: it takes a moment to make and to get rid of one.
+    /// A VM for the next machine, if it was not used yet: it takes a moment to make and to drop one.
     vm: Option<VmFd>,
     host: Vec<kvm_cpuid_entry2>,
     host_tsc_khz: u32,
@@ -48,13 +49,13 @@ pub struct MigrationDestination {
     machine: Option<Machine>,
     /// Whether the machine's memory was the reserve, or is another process's.
     resident: bool,
-    /// Disks that are filled from the source's.
+    /// The disks that come along, as they are filled.
     blanks: Vec<Arc<Blank>>,
     pending: Option<Pending>,
 }
 
 impl MigrationDestination {
-    /// For this host, with its reserve. Fails where KVM is not usable, before anybody connects.
+    /// Opens KVM and makes the reserve. Fails where KVM is not usable, before a source connects.
     pub fn new(arrival: HostOffer, console: Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let host = cpu::host_cpuid(&kvm)?;
@@ -78,8 +79,8 @@ impl MigrationDestination {
         Ok(destination)
     }
 
-    /// Makes the reserve, if there is to be one, zeroed and resident. Before each wait for a machine: an
-    /// attempt that came to nothing used it up. Takes as long as the host needs to find that much memory.
+    /// Makes the reserve, if there is to be one, zeroed and resident. Called before each wait for a machine: a failed
+    /// attempt may have used it. Takes as long as the host needs to find that much memory.
     pub fn prepare(&mut self) -> Result<(), MachineError> {
         let (Some(size), None, None) = (self.arrival.reserve, &self.reserve, &self.machine) else {
             return Ok(());
@@ -249,7 +250,7 @@ impl MigrationDestination {
         let devices: Result<Vec<_>, _> = description.devices.iter().enumerate().map(open).collect();
         let spec = Spec {
             memory,
-            // How a host finds out what was written is its own affair.
+            // The way in which a host logs writes does not travel.
             dirty_ring: false,
             cpus: description.cpus,
             template: description.cpu_template.parse()?,
@@ -312,7 +313,7 @@ impl Destination for MigrationDestination {
             .as_ref()
             .ok_or("restore: expected a machine, got none")?;
         self.pending = Some(machine.restore(state)?);
-        self.blanks.iter().try_for_each(|blank| blank.give_name())?;
+        self.blanks.iter().try_for_each(|blank| blank.publish())?;
         Ok(())
     }
 
@@ -325,12 +326,12 @@ impl Destination for MigrationDestination {
             .pending
             .take()
             .ok_or("resume: expected a restored machine, got a bare one")?;
-        // Whatever happens from here on, these are the guest's disks, until somebody decides otherwise.
+        // Whatever happens from here on, these are the guest's disks, until an operator discards the machine.
         self.blanks.iter().for_each(|blank| blank.keep());
         machine.set_made_disks(self.blanks.clone());
         machine.devices.take_locks()?;
         machine.devices.invalidate()?;
-        machine.tell_disruption(Disruption::Moved)?;
+        machine.announce_disruption(Disruption::Moved)?;
         machine.run_restored(&pending, ClockStart::StoppedAt(stopped_at))?;
         machine.set_made_disks(Vec::new());
         Ok(())

@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_on_the_device_thread_is_heard_of() {
+    fn a_panic_on_the_device_thread_is_reported() {
         keep_failures();
         let exit = ExitEvent::new().unwrap();
         let thread = DeviceThread::start(Vec::new(), exit.clone(), Box::new(planted)).unwrap();

@@ -27,8 +27,8 @@ use crate::console::Console;
 const SERIAL_PORTS: u64 = 8;
 /// Ports of the keyboard controller: data at the first, command and status at the fifth.
 const I8042_PORTS: u64 = 5;
-/// How long devices have to finish what they have begun, and to make it durable: whatever wants a guest that stands still
-/// fails after that, and the guest goes on.
+/// How long devices have to finish what they have begun, and to make it durable: whatever wants a guest that stands
+/// still fails after that, and the guest goes on.
 pub(super) const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Begins the name of a virtio device's saved state; the device's own name follows.
 pub(crate) const INSTANCE_PREFIX: &str = "virtio/";
@@ -223,8 +223,8 @@ impl DeviceSet {
         self.for_each_backend(HostBackend::release_locks)
     }
 
-    /// Takes away the sockets of devices, which a process that just ends would leave behind. Waits for nobody. Disks stay
-    /// locked: somebody may still write to them.
+    /// Removes the sockets of devices, which a process that just ends would leave behind. Waits for no thread. Disks
+    /// stay locked: a device may still write to them.
     pub(super) fn close_sockets(&self) {
         let with_sockets = |slot: &&VirtioSlot| [VSOCK_ID, CONSOLE_ID].contains(&slot.id.as_str());
         for slot in self.virtio.iter().filter(with_sockets) {
@@ -260,7 +260,7 @@ impl DeviceSet {
         }
     }
 
-    /// Whoever opens the disks after this process will find them; those in `mirrored` are not asked.
+    /// An error if another process could not open a disk after this one; disks in `mirrored` are not checked.
     pub(super) fn check_disks_kept(&self, mirrored: &[u32]) -> Result<(), MachineError> {
         for (index, slot) in (0u32..).zip(&self.virtio) {
             if let Some(disk) = slot.disk.as_ref().filter(|_| !mirrored.contains(&index)) {

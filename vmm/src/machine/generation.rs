@@ -11,7 +11,7 @@ use crate::boot::{BootError, layout};
 /// Bytes of an ID.
 const LEN: usize = 16;
 
-/// Puts a new ID where the guest looks for it. Nobody is told.
+/// Puts a new ID where the guest looks for it. Raises no interrupt.
 pub(super) fn write_new(memory: &GuestMemory) -> Result<(), MachineError> {
     let failed = |source: std::io::Error| MachineError::Io {
         what: "generation ID",

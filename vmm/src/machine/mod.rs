@@ -49,7 +49,7 @@ use self::baseline::Baseline;
 use self::blank::Blank;
 use self::devices::DeviceSet;
 
-/// What a machine tells whoever owns it, from its own threads.
+/// What a machine's threads report to its owner.
 pub enum MachineEvent {
     /// The guest wants to end.
     Exit(GuestExit),
@@ -64,24 +64,24 @@ pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 /// each other do not meet.
 ///
 /// Lock order: a vCPU (in order of ids), then a device. A vCPU thread holds its vCPU while it is in the guest
-/// and takes a device's lock for one access; nobody who holds a device's lock waits for a vCPU.
+/// and takes a device's lock for one access; a thread that holds a device's lock never waits for a vCPU.
 pub struct Machine {
     // Dropped in this order: no vCPU runs when devices end, no device runs when the VM ends, and memory goes
     // last. A dirty log keeps VM and memory, in that order, as long as it is needed.
     vcpus: VcpuSet,
     devices: DeviceSet,
-    /// Where vCPUs log their writes, if not in bitmaps.
+    /// The rings in which vCPUs log their writes, if the machine uses rings.
     rings: Option<Arc<RingLog>>,
     vm: Arc<VmFd>,
     msrs: MsrList,
-    /// Before the memory itself, whose addresses may be somebody else's afterwards.
+    /// Dropped before the memory itself, whose addresses may be reused afterwards.
     _watched: WatchedMemory,
     memory: GuestMemory,
-    /// Who brings its pages, if they are not all here.
+    /// The fault handler that brings its pages, if it has one.
     fault_handler: Option<FaultHandler>,
-    /// What a difference would be to; nothing where no snapshot was made that one could be to.
+    /// The snapshot to which a difference would be; `None` where there is no such snapshot.
     baseline: Mutex<Option<Baseline>>,
-    /// Disks that were made for it when it came here.
+    /// Disks that were made for the machine when it arrived.
     made_disks: Mutex<Vec<Arc<Blank>>>,
     cpuid: Vec<kvm_cpuid_entry2>,
     template: Template,
@@ -112,8 +112,8 @@ impl Machine {
             })
     }
 
-    /// Lets the guest stand still for its user. Nothing is in flight then, and what the guest was told is written is in
-    /// the files of its disks, for whoever copies them.
+    /// Pauses the guest for its user. Nothing is in flight then, and all completed writes are in the files of its
+    /// disks, so that the user can copy them.
     pub fn pause_for_user(&self) -> Result<(), MachineError> {
         let was_paused = self.is_held_by(Holder::User);
         self.pause(Holder::User, park_deadline())?;
@@ -138,26 +138,26 @@ impl Machine {
         self.devices.write_out()
     }
 
-    /// Devices go on, unless the user has the guest stand still.
+    /// Resumes the devices, unless the user has paused the guest.
     fn resume_devices(&self) {
         if !self.is_held_by(Holder::User) {
             self.devices.resume();
         }
     }
 
-    /// Lets go for `holder`.
+    /// Ends the hold of `holder`.
     pub fn resume(&self, holder: Holder) {
         for vcpu in self.vcpus.lock_parked() {
-            // Tells the guest that it stood still, so that its watchdogs keep quiet. A guest without
-            // kvmclock has none to tell.
+            // Announces to the guest that it was paused, so that its watchdogs do not fire. Has no effect on a guest
+            // without kvmclock.
             let _ = vcpu.kvmclock_ctrl();
         }
         self.vcpus.resume(holder);
     }
 
-    /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have
-    /// given them up, and without them the guest must not run. To take one that is held is harmless.
-    pub fn take_back(&self) -> Result<(), MachineError> {
+    /// Ends a migration's hold on a machine that stays. The disk locks come first: the migration may have released
+    /// them, and without them the guest must not run. To take a lock that is held already is harmless.
+    pub fn resume_after_migration(&self) -> Result<(), MachineError> {
         self.devices.take_locks()?;
         self.resume_devices();
         self.resume(Holder::Migration);
@@ -202,7 +202,7 @@ impl Machine {
         self.devices.balloon()
     }
 
-    /// What its devices have counted, by their names. Waits for nobody.
+    /// What the devices have counted, by their names. Waits for no thread.
     pub fn metrics(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         self.devices.metrics()
     }
@@ -228,13 +228,13 @@ impl Machine {
         self.memory.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// Whether its pages come from another process: whoever touches one may wait for it, and for ever.
+    /// Whether the pages come from another process: a thread that touches one may wait for it for ever.
     pub fn has_fault_handler(&self) -> bool {
         self.fault_handler.is_some()
     }
 
-    /// Gives up what others can see of a machine whose threads nobody may wait for. They end with the process. What the
-    /// guest was told is written is in the files of its disks then.
+    /// Ends a machine whose threads must not be waited for: they end with the process. Removes what other processes can
+    /// see of it, and brings all completed writes to the files of its disks.
     pub fn abandon(self: Arc<Self>) {
         self.devices.close_sockets();
         self.devices.close_disks();
@@ -245,7 +245,7 @@ impl Machine {
         *self.made_disks.lock().unwrap_or_else(PoisonError::into_inner) = disks;
     }
 
-    /// Removes the disks that were made for it when it came here, as it never ran with them.
+    /// Removes the disks that were made for the machine when it arrived, as it never ran with them.
     pub fn remove_made_disks(&self) {
         let made = std::mem::take(&mut *self.made_disks.lock().unwrap_or_else(PoisonError::into_inner));
         made.iter().for_each(|disk| disk.remove());
@@ -256,7 +256,7 @@ impl Machine {
         if self.fault_handler.is_none() {
             return memory::populated(&self.memory, &self.replaced(), into);
         }
-        // Only the handler knows what those hold that never came.
+        // Only the handler knows what the missing pages hold.
         for (gpa, len) in memory::ranges(&self.memory) {
             into.insert_range(MemoryRange { gpa, len })?;
         }
@@ -291,9 +291,9 @@ impl Machine {
 
     fn turn_dirty_log_off(&self) -> Result<(), MachineError> {
         // KVM waits for a kernel thread (SRCU's) that a vCPU which never leaves its CPU can keep from running for
-        // 300 ms, as measured. In short slices the guest gets out of its way, and still runs.
+        // 300 ms, as measured. Short slices let that thread run, and the guest as well.
         if let Err(error) = self.throttle(&vec![OUT_OF_THE_WAY; self.cpus.into()]) {
-            // It only takes longer then.
+            // Without the slices it only takes longer.
             tracing::debug!(%error, "vCPUs stay where they are");
         }
         let stopped = memory::set_dirty_log(&self.vm, &self.memory, false);

@@ -1,4 +1,4 @@
-//! The machine as the migration engine's source.
+//! The machine as the migration engine's source: implements the engine's port on top of `Machine`.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -35,15 +35,16 @@ impl MigrationSource {
     }
 }
 
-/// What a guest may have populated without using it before it is asked what that is: to tell takes its time. In bytes,
+/// The guest is not asked for its unused pages if there can be only fewer bytes of them than this: its report takes
+/// time.
 const FEW_UNUSED: u64 = 32 << 20;
-/// and as a part of all that is populated.
+/// Nor if they can be only less than this part (one in so many) of all populated pages.
 const FEW_UNUSED_PART: u64 = 8;
 
 /// A disk whose content comes along.
 struct MirroredDisk {
     backend: Arc<BlockBackend>,
-    /// As the destination knows it. A disk that is resized meanwhile is not the one that it has made.
+    /// The size that was described to the destination. A disk that is resized later does not fit what it has made.
     size: u64,
     log: Arc<BlockLog>,
 }
@@ -104,7 +105,7 @@ impl Source for MigrationSource {
         if self.machine.is_held_by(Holder::User) {
             return Ok(false);
         }
-        // A guest that fills free pages with zeroes when it takes them populates what it tells. So it is asked only
+        // A guest that fills free pages with zeroes when it takes them populates what it reports. So it is asked only
         // where most of what is free is populated anyway.
         let free = balloon
             .new_statistics(at_most)
@@ -120,7 +121,7 @@ impl Source for MigrationSource {
             .balloon()
             .ok_or("unused: expected a balloon, got none")?;
         for (gpa, len) in balloon.hints(at_most) {
-            // The guest may say what it likes: outside memory there is nothing to leave out.
+            // The guest's report is untrusted: what lies outside memory is ignored.
             let _ = into.insert_range(MemoryRange { gpa, len });
         }
         Ok(())
@@ -214,6 +215,6 @@ impl Source for MigrationSource {
 
     fn resume(&mut self) -> Result<(), PortError> {
         self.paused_at = None;
-        Ok(self.machine.take_back()?)
+        Ok(self.machine.resume_after_migration()?)
     }
 }

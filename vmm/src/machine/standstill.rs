@@ -1,4 +1,4 @@
-//! A machine that goes into files, and one that comes out of them.
+//! Pauses a machine for a snapshot, and builds one from a snapshot.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +14,7 @@ use crate::memory::{FaultHandler, MemoryError};
 use crate::snapshot::{Content, Manifest, Snapshot, SnapshotDraft, SnapshotId, SnapshotWatch};
 use crate::vcpu::{Holder, park_deadline};
 
-/// A machine whose guest stands still, with nothing in flight. It goes on when this is dropped.
+/// A machine whose guest is paused, with nothing in flight. The guest runs on when this is dropped.
 pub struct Standstill<'a> {
     machine: &'a Machine,
     since: Instant,
@@ -22,13 +22,13 @@ pub struct Standstill<'a> {
 }
 
 impl Machine {
-    /// Lets the guest stand still until the answer is dropped. Not if a disk of it would be gone with this process: no
-    /// file of a snapshot has what is on it.
+    /// Pauses the guest until the returned value is dropped. An error if a disk of it would be gone with this process:
+    /// a snapshot does not have the content of disks.
     pub fn stand_still(&self) -> Result<Standstill<'_>, MachineError> {
         self.devices.check_disks_kept(&[])?;
         // While the guest runs, so that little is left to be written back when it does not.
         self.devices.flush()?;
-        // Made first: a pause that fails lets go as well.
+        // Made before the pause, so that a pause that fails is undone as well.
         let mut standstill = Standstill {
             machine: self,
             since: Instant::now(),
@@ -78,7 +78,7 @@ impl MigrationDestination {
             SnapshotClocks::Keep => ClockStart::Kept,
         };
         machine.renew_generation()?;
-        machine.tell_disruption(Disruption::Cloned)?;
+        machine.announce_disruption(Disruption::Cloned)?;
         machine.run_restored(&pending, start)?;
         Ok(machine)
     }
@@ -133,17 +133,17 @@ impl<'a> Standstill<'a> {
         Ok(draft.write(content, watch)?)
     }
 
-    /// From here on it is known what was written after the snapshot `id`; see [`Machine::track`].
+    /// Tracks from here on what is written after the snapshot `id`; see [`Machine::track`].
     pub fn track(&self, id: &SnapshotId) -> Result<Tracking<'a>, MachineError> {
         self.machine.track(id)
     }
 
-    /// How long the guest stands still so far.
+    /// How long the guest has been paused.
     pub fn elapsed(&self) -> Duration {
         self.since.elapsed()
     }
 
-    /// The guest does not go on.
+    /// Keeps the guest paused for good.
     pub fn keep(mut self) {
         self.for_good = true;
     }

@@ -51,7 +51,7 @@ impl Record for MachineRecord {
     const VERSION: u16 = 1;
 }
 
-/// What is left to do for a restored machine when it may run.
+/// What is left to be done when a restored machine is resumed.
 #[derive(Debug)]
 pub(super) struct Pending {
     clock: ClockRecord,
@@ -72,8 +72,8 @@ impl Machine {
         Ok(envelope.encode())
     }
 
-    /// The vCPUs are out, so what this finds is the last word: the news of an end does not travel with the state,
-    /// and whoever restores it would have a guest that stands still for ever.
+    /// An error if the guest has ended. The vCPUs are out, so it cannot end later. That it ended is not part of the
+    /// state: a machine restored from it would have a guest that stands still for ever.
     fn check_goes_on(&self) -> Result<(), MachineError> {
         let ended = match self.devices.exit_reason() {
             Some(reason) => format!("its end: {reason:?}"),
@@ -104,7 +104,7 @@ impl Machine {
             self.save_processors(&mut envelope, paused_at)?;
             Ok::<_, MachineError>((pause, paused_at.elapsed() - pause))
         }));
-        // Whatever came of it. The clocks did not stop, so there is nothing to tell the guest.
+        // Also after an error. The clocks did not stop, so nothing has to be announced to the guest.
         self.vcpus.resume(Holder::Migration);
         let (pause, save) = rehearsed.unwrap_or_else(|panic| resume_unwind(panic))?;
         let state = envelope.encode();
@@ -132,8 +132,8 @@ impl Machine {
         Ok(envelope.finish()?)
     }
 
-    /// Does what letting the guest run will take most of its time for: nothing is kept that was read from disks, and
-    /// the vCPUs' threads wake up. The disks are another's yet, and so are the clocks.
+    /// Does what will take most of the time of a resume: drops what was read from disks, and wakes the vCPUs' threads.
+    /// Does not touch the disks' locks or the clocks, which are still the source's.
     pub(super) fn rehearse_resume(&self) -> Result<(), MachineError> {
         self.devices.invalidate()?;
         self.vcpus.rouse();

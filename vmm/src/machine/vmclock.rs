@@ -1,5 +1,5 @@
 //! The page by which the guest learns that its clocks, or its past, are not what they were (VMClock, specification
-//! UAPI.13). It tells of disruptions alone: this host knows no time that would be more precise than the guest's own.
+//! UAPI.13). It announces disruptions alone: this host knows no time that would be more precise than the guest's own.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -14,7 +14,7 @@ const VERSION: u16 = 1;
 /// No counter goes with it.
 const COUNTER_INVALID: u8 = 0xff;
 const TIME_TAI: u8 = 1;
-/// What its flags say: there is a generation counter, and the guest is told of every change.
+/// Its flags: there is a generation counter, and an interrupt announces every change.
 const GENERATION_COUNTER: u64 = 1 << 7;
 const NOTIFICATION: u64 = 1 << 8;
 
@@ -46,9 +46,9 @@ pub(super) fn write_new(memory: &GuestMemory) -> Result<(), MachineError> {
     Ok(memory.write_slice(&page, at).map_err(BootError::from)?)
 }
 
-/// Tells of a disruption, in the page. Answers whether there is such a page: a guest of an older version has none. What
-/// the guest has made of its fields is its own affair.
-fn tell(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemoryError> {
+/// Writes a disruption to the page. Returns whether there is such a page: a guest from an older version has none. The
+/// guest may have overwritten its fields; that harms only itself.
+fn write_disruption(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemoryError> {
     if memory.read_obj::<u32>(GuestAddress(layout::VMCLOCK))? != MAGIC {
         return Ok(false);
     }
@@ -74,9 +74,9 @@ fn tell(memory: &GuestMemory, disruption: Disruption) -> Result<bool, GuestMemor
 }
 
 impl Machine {
-    /// Tells the guest of a disruption. Before it goes on, and after its interrupt controllers were restored.
-    pub(super) fn tell_disruption(&self, disruption: Disruption) -> Result<(), MachineError> {
-        if tell(&self.memory, disruption).map_err(BootError::from)? {
+    /// Announces a disruption to the guest. Before it runs on, and after its interrupt controllers were restored.
+    pub(super) fn announce_disruption(&self, disruption: Disruption) -> Result<(), MachineError> {
+        if write_disruption(&self.memory, disruption).map_err(BootError::from)? {
             self.devices.vmclock.write(1).map_err(|source| MachineError::Io {
                 what: "interrupt for the VMClock",
                 source,
@@ -103,15 +103,18 @@ mod tests {
     }
 
     #[test]
-    fn a_disruption_is_told_in_whole_steps() {
+    fn a_disruption_is_written_in_whole_steps() {
         let memory = memory::create(&[(0, 2 << 20)], MemoryKind::Anonymous).unwrap();
-        assert!(!tell(&memory, Disruption::Moved).unwrap(), "there is no page yet");
+        assert!(
+            !write_disruption(&memory, Disruption::Moved).unwrap(),
+            "there is no page yet"
+        );
         assert_eq!(fields(&memory), (0, 0, 0));
         write_new(&memory).unwrap();
         assert_eq!(fields(&memory), (0, 0, 0));
-        assert!(tell(&memory, Disruption::Moved).unwrap());
+        assert!(write_disruption(&memory, Disruption::Moved).unwrap());
         assert_eq!(fields(&memory), (2, 1, 0));
-        assert!(tell(&memory, Disruption::Cloned).unwrap());
+        assert!(write_disruption(&memory, Disruption::Cloned).unwrap());
         assert_eq!(fields(&memory), (4, 2, 1));
         let head: [u8; 12] = memory.read_obj(GuestAddress(layout::VMCLOCK)).unwrap();
         assert_eq!(&head, b"VCLK\0\x10\0\0\x01\0\xff\x01");
@@ -125,7 +128,7 @@ mod tests {
         memory
             .write_slice(&rest, GuestAddress(layout::VMCLOCK + 12))
             .unwrap();
-        assert!(tell(&memory, Disruption::Cloned).unwrap());
+        assert!(write_disruption(&memory, Disruption::Cloned).unwrap());
         assert_eq!(fields(&memory), (0, 0, 0));
     }
 }

@@ -9,7 +9,7 @@ use super::MemoryError;
 /// A limit of a cgroup of version 1 from here on is none: it is the largest multiple of a page.
 const UNLIMITED: u64 = 1 << 62;
 
-/// Checks that so many bytes of guest memory can be had here, before a guest depends on them. What the kernel keeps for
+/// Checks that this many bytes of guest memory are available, before a guest depends on them. What the kernel keeps for
 /// files alone counts as available, and so does swap, for which a guest is slow but lives.
 pub(super) fn check_available(size: u64) -> Result<(), MemoryError> {
     let Available { bytes, by } = available(Path::new("/")).map_err(MemoryError::Available)?;
@@ -158,7 +158,7 @@ fn room(group: &Path, limit: &str, usage: &str) -> Option<u64> {
     Some(limit.saturating_sub(number(usage)?))
 }
 
-/// Memory of a group that the kernel takes back before anybody is killed.
+/// Memory of a group that the kernel takes back before it kills a process.
 fn reclaimable(group: &Path, keys: &[&str]) -> u64 {
     let text = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
     keys.iter()

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The descriptor is kept here as well: were the handler's the last one, its end would turn pages that never came into
-//! zeroes. So whoever needs such a page waits, and for ever if the handler has gone.
+//! zeroes. So a thread that needs such a page waits, and for ever if the handler has ended.
 
 use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
@@ -54,8 +54,8 @@ struct Mapping {
 }
 
 impl FaultHandler {
-    /// Hands the faults of `memory`, no page of which may be there yet, to whoever listens at `path`. `on_gone` is called
-    /// once, on a thread of its own, if that one hangs up.
+    /// Hands the faults of `memory`, no page of which may be there yet, to the process that listens at `path`.
+    /// `on_gone` is called once, on a thread of its own, if that process closes the connection.
     pub fn connect(
         path: &Path,
         memory: &GuestMemory,

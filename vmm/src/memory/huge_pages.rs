@@ -29,7 +29,7 @@ pub(super) fn check_huge_pages(size: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Huge pages that nobody has, and nobody is promised; those included that the kernel may make on demand.
+/// Huge pages that are neither used nor reserved, including those that the kernel may make on demand.
 fn free_pages(pool: &Path) -> io::Result<u64> {
     let count = |name: &str| -> io::Result<u64> {
         let text = std::fs::read_to_string(pool.join(name))?;

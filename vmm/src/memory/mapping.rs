@@ -1,5 +1,5 @@
-//! Where guest memory lies: anonymous memory, huge pages, a memfd of our own, memfds of another process, or a snapshot's
-//! file.
+//! Where guest memory lies: anonymous memory, huge pages, a memfd of our own, memfds of another process, or a
+//! snapshot's file.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::fs::File;
@@ -30,7 +30,7 @@ pub(super) const MIN_MEMORY: u64 = 2 << 20;
 /// What keeps a mapping of the file from ending in the middle (SIGBUS), and the next process from spoiling it.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// Checks a memory size that somebody asks for against this host.
+/// Checks a requested memory size against this host.
 pub fn check_size(size: u64) -> Result<(), MemoryError> {
     if !size.is_multiple_of(PAGE_SIZE) {
         return Err(MemoryError::NotPages(size));
@@ -90,7 +90,7 @@ pub fn adopt(ranges: &[(u64, u64)], files: Vec<OwnedFd>) -> Result<GuestMemory, 
 
 /// Guest memory of the given ranges, whose pages are those of the file, one range after the other, until they are
 /// written to: the file is only read. It must have all of them, as long as the memory lives: a page that is not there
-/// kills whoever touches it. There must be room for all of it, as the guest may write to all of it.
+/// kills the process that touches it. There must be room for all of it, as the guest may write to all of it.
 pub fn map_private(ranges: &[(u64, u64)], file: &File) -> Result<GuestMemory, MemoryError> {
     check_available(total(ranges))?;
     let (mut mappings, mut offset) = (Vec::with_capacity(ranges.len()), 0);
@@ -177,7 +177,7 @@ fn check_file(index: usize, file: &OwnedFd, expected: u64) -> Result<(), MemoryE
         let got = seals.bits();
         return Err(MemoryError::NotSealed { index, got });
     }
-    // A page of a huge-page file that cannot be had kills whoever touches it.
+    // A page of a huge-page file that cannot be allocated kills the process that touches it.
     let ordinary = rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type == TMPFS_MAGIC);
     if !ordinary {
         return Err(MemoryError::OtherPages { index });

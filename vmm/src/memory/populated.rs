@@ -40,8 +40,8 @@ fn page_map() -> io::Result<&'static File> {
     Ok(PAGE_MAP.get_or_init(|| file))
 }
 
-/// Adds every page that may hold something to `into`. What the file has of private mappings does not count in `replaced`:
-/// addresses and lengths, ascending, of what was given up.
+/// Adds every page that may hold something to `into`. What the file has of private mappings does not count in
+/// `replaced`: addresses and lengths, ascending, of what was given up.
 pub fn populated(
     memory: &GuestMemory,
     replaced: &[(u64, u64)],
@@ -131,7 +131,7 @@ pub fn check_whole(memory: &GuestMemory) -> Result<(), MemoryError> {
         .try_for_each(|(file, len)| check_len(file, len))
 }
 
-/// What is missing at a file's end is no hole: it was something that nobody has any more.
+/// Pages that are missing at a file's end are no hole: their content is lost.
 fn check_len(file: &FileOffset, len: u64) -> Result<(), MemoryError> {
     let (expected, got) = (
         file.start() + len,

@@ -1,4 +1,4 @@
-//! Memory that is there before anybody needs it.
+//! Memory that is made before a machine needs it.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::io;

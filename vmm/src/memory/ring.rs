@@ -47,7 +47,7 @@ pub(super) struct DirtyRing {
 unsafe impl Send for DirtyRing {}
 
 impl DirtyRing {
-    /// The ring of `count` entries of a vCPU whose VM has been told to have such rings.
+    /// The ring of `count` entries of a vCPU, on whose VM such rings are enabled.
     pub(super) fn map(vcpu: &impl AsRawFd, count: usize) -> io::Result<Self> {
         // SAFETY: `vcpu` is borrowed, so its descriptor stays open during this call.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
@@ -65,7 +65,7 @@ impl DirtyRing {
     }
 
     /// Takes out what is there: at most as many entries as the ring has, however fast the vCPU writes more.
-    /// KVM protects their pages when it is told to reset its rings. Returns how many there were.
+    /// KVM protects their pages when its rings are reset. Returns how many there were.
     pub(super) fn collect(&mut self, into: &mut Vec<DirtyPage>) -> u64 {
         let mut collected = 0;
         for _ in 0..self.count {
@@ -115,7 +115,7 @@ mod tests {
     }
 
     fn push(ring: &DirtyRing, index: usize, page: u64) {
-        // SAFETY: the index is in the ring, and nobody else uses it now.
+        // SAFETY: the index is in the ring, and no other code uses the ring now.
         let entry = unsafe { &mut *ring.entries.add(index).as_ptr() };
         (entry.slot, entry.offset) = (1, page);
         entry.flags.store(DIRTY, Ordering::Release);

@@ -1,4 +1,4 @@
-//! The dirty log by a ring for each vCPU, which tells who wrote.
+//! The dirty log by a ring for each vCPU, which shows which vCPU wrote.
 //!
 //! ```text
 //!  KVM ──▶ rings ── collect, reset (protects the pages again) ──▶ marks ── peek, clear
@@ -116,7 +116,7 @@ impl RingLog {
         reset
     }
 
-    /// Lets KVM protect the pages of so many entries again.
+    /// Makes KVM protect the pages of this many entries again.
     fn reset_rings(&self, entries: usize) -> Result<(), MemoryError> {
         let mut done = 0;
         while done < entries {

@@ -24,12 +24,12 @@ ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFDIO, 0);
 ioctl_iowr_nr!(UFFDIO_API, UFFDIO, _UFFDIO_API, uffdio_api);
 ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, _UFFDIO_REGISTER, uffdio_register);
 
-/// Where a descriptor can be had by whoever may open it, since Linux 6.1.
+/// Gives a descriptor to every process that may open it, since Linux 6.1.
 const DEVICE: &str = "/dev/userfaultfd";
 
-/// From here on a fault on a page of the memory that is not there waits until somebody resolves it through the
-/// descriptor, whether this process or KVM touches it; when pages are given up, that is an event. As soon as the last
-/// copy of the descriptor is closed, pages that are not there are zero.
+/// From here on a fault on a missing page of the memory waits until the fault handler resolves it through the
+/// descriptor, whether this process or KVM touches the page; giving pages up is an event. Once the last copy of the
+/// descriptor is closed, missing pages are zero.
 pub(super) fn register(memory: &GuestMemory) -> Result<OwnedFd, MemoryError> {
     let descriptor = open().map_err(|errno| MemoryError::Userfaultfd(errno.into()))?;
     let mut features = u64::from(UFFD_FEATURE_EVENT_REMOVE);
@@ -55,7 +55,7 @@ pub(super) fn register(memory: &GuestMemory) -> Result<OwnedFd, MemoryError> {
             ioctls: 0,
         };
         // SAFETY: the kernel reads and writes one `uffdio_register`. The range is a mapping of guest memory, which
-        // nobody holds a Rust reference to; whoever fills its pages does no more than the guest could.
+        // no Rust reference points to; the handler that fills its pages does no more than the guest could.
         check("UFFDIO_REGISTER", unsafe {
             ioctl_with_mut_ref(&descriptor, UFFDIO_REGISTER(), &mut register)
         })?;

@@ -10,7 +10,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How often the server checks whether they are there.
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// Asks the guest for news, if it ever sent some, and waits for them a moment.
+/// Asks the guest for new statistics, if it ever sent some, and waits a moment for them.
 pub(super) async fn statistics(control: &BalloonControl) -> BalloonStatistics {
     let (_, seen) = control.statistics();
     control.request_statistics();
@@ -25,12 +25,12 @@ pub(super) async fn statistics(control: &BalloonControl) -> BalloonStatistics {
         target_mib: target >> 20,
         actual_mib: actual >> 20,
         given_up_bytes: control.given_up(),
-        guest: told(control.statistics().0.unwrap_or_default()),
+        guest: to_api(control.statistics().0.unwrap_or_default()),
     }
 }
 
 /// The guest's own figures, as the API has them.
-fn told(statistics: Statistics) -> GuestMemoryStatistics {
+fn to_api(statistics: Statistics) -> GuestMemoryStatistics {
     let Statistics {
         swap_in,
         swap_out,

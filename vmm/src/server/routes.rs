@@ -162,7 +162,7 @@ async fn unknown_method(method: Method, uri: Uri) -> HttpFailure {
 }
 
 async fn info(State(context): State<Context>) -> ApiResult<Json<InstanceInfo>> {
-    Ok(Json(context.supervisor.ask(Request::Info).await?))
+    Ok(Json(context.supervisor.request(Request::Info).await?))
 }
 
 async fn version() -> Json<Version> {
@@ -174,8 +174,8 @@ async fn version() -> Json<Version> {
 
 async fn update(State(context): State<Context>, JsonBody(body): JsonBody<VmUpdate>) -> ApiResult<StatusCode> {
     match body.state {
-        VmState::Paused => context.supervisor.ask(Request::Pause).await?,
-        VmState::Resumed => context.supervisor.ask(Request::Resume).await?,
+        VmState::Paused => context.supervisor.request(Request::Pause).await?,
+        VmState::Resumed => context.supervisor.request(Request::Resume).await?,
     }
     Ok(StatusCode::NO_CONTENT)
 }
@@ -183,11 +183,11 @@ async fn update(State(context): State<Context>, JsonBody(body): JsonBody<VmUpdat
 async fn action(State(context): State<Context>, JsonBody(body): JsonBody<Action>) -> ApiResult<StatusCode> {
     let Action { action_type, force } = body;
     match action_type {
-        ActionType::SendCtrlAltDel => context.supervisor.ask(Request::PowerButton).await?,
+        ActionType::SendCtrlAltDel => context.supervisor.request(Request::PowerButton).await?,
         ActionType::Stop => {
             context
                 .supervisor
-                .ask(|reply| Request::Stop { force, reply })
+                .request(|reply| Request::Stop { force, reply })
                 .await?
         }
     }
@@ -202,23 +202,23 @@ async fn migrate(
     let options = Box::new(options);
     let feed = context
         .supervisor
-        .ask(|reply| Request::Migrate {
+        .request(|reply| Request::Migrate {
             destination,
             options,
             reply,
         })
         .await?;
     let (lines, stream) = mpsc::channel::<Result<Bytes, Infallible>>(16);
-    tokio::spawn(tell(feed, lines));
+    tokio::spawn(stream_progress(feed, lines));
     let body = Body::from_stream(ReceiverStream::new(stream));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
 /// Writes lines while the migration goes on: the picture, every sample of its trace, and at last the report.
-/// Whether anybody reads makes no difference to the migration.
-async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
+/// The migration goes on whether the client reads them or not.
+async fn stream_progress(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infallible>>) {
     let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
-    let mut told = 0;
+    let mut sent = 0;
     loop {
         let report = tokio::select! {
             report = feed.report.recv() => match report {
@@ -227,8 +227,8 @@ async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infalli
             },
             _ = ticks.tick() => None,
         };
-        let samples = feed.control.samples(told);
-        told += samples.len();
+        let samples = feed.control.samples(sent);
+        sent += samples.len();
         let mut events: Vec<_> = samples
             .chunks(SAMPLES_IN_A_LINE)
             .map(|samples| MigrationEvent::Samples(samples.to_vec()))
@@ -254,11 +254,11 @@ async fn tell(mut feed: MigrationFeed, lines: mpsc::Sender<Result<Bytes, Infalli
 }
 
 async fn progress(State(context): State<Context>) -> ApiResult<Json<Progress>> {
-    Ok(Json(context.supervisor.ask(Request::Progress).await?))
+    Ok(Json(context.supervisor.request(Request::Progress).await?))
 }
 
 async fn cancel(State(context): State<Context>) -> ApiResult<StatusCode> {
-    context.supervisor.ask(Request::Cancel).await?;
+    context.supervisor.request(Request::Cancel).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -269,7 +269,7 @@ async fn resolve(
     let ResolveRequest { decision } = body;
     let resolution = context
         .supervisor
-        .ask(|reply| Request::Resolve(decision, reply))
+        .request(|reply| Request::Resolve(decision, reply))
         .await?;
     Ok(Json(resolution))
 }
@@ -281,7 +281,7 @@ async fn snapshot(
     request.check()?;
     let report = context
         .supervisor
-        .ask(|reply| Request::Snapshot(request, reply))
+        .request(|reply| Request::Snapshot(request, reply))
         .await?;
     Ok(Json(report))
 }
@@ -294,18 +294,18 @@ async fn set_balloon(
     let bytes = amount_mib.saturating_mul(1 << 20);
     context
         .supervisor
-        .ask(|reply| Request::SetBalloon(bytes, reply))
+        .request(|reply| Request::SetBalloon(bytes, reply))
         .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn balloon_statistics(State(context): State<Context>) -> ApiResult<Json<BalloonStatistics>> {
-    let balloon = context.supervisor.ask(Request::Balloon).await?;
+    let balloon = context.supervisor.request(Request::Balloon).await?;
     Ok(Json(balloon::statistics(&balloon).await))
 }
 
 async fn metrics(State(context): State<Context>) -> ApiResult<Json<Metrics>> {
-    Ok(Json(context.supervisor.ask(Request::Metrics).await?))
+    Ok(Json(context.supervisor.request(Request::Metrics).await?))
 }
 
 async fn update_drive(
@@ -323,7 +323,7 @@ async fn update_drive(
     let update = Box::new(update);
     context
         .supervisor
-        .ask(|reply| Request::UpdateDisk(update, reply))
+        .request(|reply| Request::UpdateDisk(update, reply))
         .await?;
     Ok(StatusCode::NO_CONTENT)
 }

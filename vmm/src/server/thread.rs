@@ -23,15 +23,16 @@ use crate::supervisor::{Event, SupervisorHandle};
 
 /// How long requests in flight may take when the server ends.
 const GRACE: Duration = Duration::from_secs(2);
-/// Connections that are served at a time; one more is told so and closed.
+/// Connections that are served at a time; one more gets an error and is closed.
 const MOST_CONNECTIONS: usize = 64;
 /// How long a client may take for the head of a request, the time before it included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// After an accept that failed, e.g. for want of file descriptors: nothing tells when there are some again.
+/// The pause after an accept that failed, e.g. for want of file descriptors: there is no event when there are some
+/// again.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often a thread that failed is replaced.
 const MOST_RESTARTS: u32 = 3;
-/// What a connection too many is told.
+/// The answer to a connection too many.
 const TOO_MANY: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 62\r\n\
     Connection: close\r\n\r\n{\"fault_message\":\"too many connections at a time, at most 64\"}";
@@ -56,7 +57,7 @@ struct Serving {
 
 impl ApiServer {
     /// Serves `socket` on a thread of its own. The thread also turns SIGTERM, SIGINT and SIGHUP into events for
-    /// the supervisor, and tells the guest of the terminal's size at SIGWINCH.
+    /// the supervisor, and passes the terminal's size on to the guest at SIGWINCH.
     pub fn start(socket: ApiSocket, supervisor: SupervisorHandle, console: Console) -> io::Result<Self> {
         let context = Context::new(supervisor, console);
         let continued = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
@@ -113,7 +114,7 @@ impl Drop for ApiServer {
         let thread = serving.thread.take();
         drop(serving);
         if let Some(thread) = thread {
-            // The supervisor has heard if it failed.
+            // If the thread failed, the supervisor has the event.
             let _ = thread.join();
         }
     }
@@ -183,8 +184,8 @@ async fn pass_size_on(mut resized: Signal, input: ConsoleInput) {
     }
 }
 
-/// The signals that ask for the end, but for those that whoever started this process has it ignore: a shell does
-/// so with SIGINT for a background job, which Ctrl-C on the foreground job is not meant for.
+/// The signals that ask for the end, except those that the process which started this one made it ignore: a shell does
+/// so with SIGINT for a background job, because Ctrl-C is meant for the foreground job.
 fn end_signals() -> io::Result<Vec<Signal>> {
     let ignored = std::fs::read_to_string("/proc/self/status").map_or(0, |status| ignored_signals(&status));
     let kinds = [
@@ -192,8 +193,8 @@ fn end_signals() -> io::Result<Vec<Signal>> {
         SignalKind::interrupt(),
         SignalKind::hangup(),
     ];
-    let heard = |kind: &SignalKind| ignored >> (kind.as_raw_value() - 1) & 1 == 0;
-    kinds.into_iter().filter(heard).map(signal).collect()
+    let is_handled = |kind: &SignalKind| ignored >> (kind.as_raw_value() - 1) & 1 == 0;
+    kinds.into_iter().filter(is_handled).map(signal).collect()
 }
 
 /// The mask of ignored signals in a process's status: bit n - 1 is signal n (proc_pid_status(5)).
@@ -251,11 +252,11 @@ async fn serve(listener: UnixListener, context: Context, end: &Notify, head_time
     }
     drop(open);
     let all = free.acquire_many(MOST_CONNECTIONS as u32);
-    // Whoever has not got an answer by then gets none.
+    // A client that has no answer by then gets none.
     let _ = tokio::time::timeout(GRACE, all).await;
 }
 
-/// Says that there are too many connections, without waiting for whoever made this one.
+/// Answers that there are too many connections, without waiting for the client.
 fn refuse(stream: UnixStream) {
     // It still does not block; tokio knows nothing yet of what it is ready for.
     if let Ok(mut stream) = stream.into_std() {
@@ -278,7 +279,7 @@ mod tests {
         keep_failures();
         let directory = tempfile::tempdir().unwrap();
         let socket = ApiSocket::bind(&directory.path().join("vm.sock")).unwrap();
-        // Nobody answers for the supervisor; nothing here asks it.
+        // There is no supervisor; no request here needs one.
         let supervisor = SupervisorHandle::new(mpsc::channel().0);
         let server = ApiServer::start(socket, supervisor, Console::detached()).unwrap();
         (server, directory)
@@ -300,17 +301,17 @@ mod tests {
     }
 
     #[test]
-    fn one_connection_too_many_is_told_so() {
+    fn one_connection_too_many_gets_an_error() {
         let (_server, directory) = server();
         let mut open: Vec<_> = (0..MOST_CONNECTIONS).map(|_| connect(&directory)).collect();
         assert!(open.iter().all(|stream| ask(stream) == "200"));
-        let mut told = String::new();
-        connect(&directory).read_to_string(&mut told).unwrap();
-        let (head, body) = told.split_once("\r\n\r\n").unwrap();
+        let mut response = String::new();
+        connect(&directory).read_to_string(&mut response).unwrap();
+        let (head, body) = response.split_once("\r\n\r\n").unwrap();
         assert!(head.starts_with("HTTP/1.1 503 "), "{head}");
         assert!(
             head.contains(&format!("Content-Length: {}\r\n", body.len())),
-            "{told}"
+            "{response}"
         );
         // A place that is given up is another's.
         open.clear();

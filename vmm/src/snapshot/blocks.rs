@@ -169,7 +169,7 @@ fn each_block<T>(
     watch.begin(blocks.iter().map(|block| block.len).sum());
     let checksums: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
     let (next, pages) = (AtomicUsize::new(0), AtomicU64::new(0));
-    // Nobody takes another block: what one has found holds for all.
+    // After one thread's error no thread begins another block.
     let give_up = || next.store(blocks.len(), Ordering::Relaxed);
     let turns = || -> Result<(), SnapshotError> {
         let mut own = open()?;

@@ -1,5 +1,5 @@
-//! A snapshot's directory. Its files are opened and made beneath one descriptor, and no link in it is followed: whoever
-//! may write to a directory could else have a machine start from somebody else's memory.
+//! A snapshot's directory. Its files are opened and made beneath one descriptor, and no link in it is followed:
+//! otherwise a user who may write to the directory could have a machine start from another user's memory.
 
 use std::fs::File;
 use std::io;

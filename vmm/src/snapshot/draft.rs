@@ -1,4 +1,4 @@
-//! A snapshot that is being written, under a name that nobody takes for one.
+//! A snapshot that is being written, under a name that is not mistaken for a complete one.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
@@ -30,7 +30,7 @@ pub struct SnapshotDraft {
     target: PathBuf,
     /// The directory around both.
     parent: File,
-    /// Open until they are on the disk: whoever opens them anew may not hear of what went wrong before.
+    /// Kept open until they are on the disk: a file that is opened anew may not report an earlier write error.
     files: Vec<(PathBuf, File)>,
 }
 
@@ -39,7 +39,7 @@ pub struct SnapshotDraft {
 pub struct Content<'a> {
     /// The snapshot's own name.
     pub id: SnapshotId,
-    /// The machine, as a destination is told about it.
+    /// The machine, as it is described to a destination.
     pub machine: MachineDescription,
     /// The machine's saved state.
     pub state: &'a [u8],
@@ -70,7 +70,7 @@ impl SnapshotDraft {
             _ => Path::new("."),
         };
         let parent = File::open(around).map_err(SnapshotError::io(around))?;
-        // What a guest has in memory is nobody else's business.
+        // Only the user of this process may read a guest's memory.
         let directory = tempfile::Builder::new()
             .prefix(&prefix)
             .permissions(Permissions::from_mode(0o700))

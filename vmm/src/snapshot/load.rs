@@ -77,7 +77,7 @@ impl Snapshot {
         Ok(memory::map_private(&self.0.ranges(), &file)?)
     }
 
-    /// Memory for a page-fault handler to fill: what is in it is the handler's word, and the file is not needed.
+    /// Memory for a page-fault handler to fill: its content is what the handler brings, and the file is not needed.
     pub fn without_pages(&self) -> Result<GuestMemory, SnapshotError> {
         Ok(memory::create(&self.0.ranges(), self.machine().memory_kind)?)
     }
@@ -154,7 +154,7 @@ pub(super) struct SnapshotFiles {
     pub(super) manifest: Manifest,
     pub(super) state: Vec<u8>,
     checksums: Vec<u64>,
-    /// Those that not everybody needs, if they are there.
+    /// The files that not every use needs, if they exist.
     memory: Option<File>,
     changed: Option<File>,
 }

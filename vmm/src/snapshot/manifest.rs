@@ -27,7 +27,7 @@ pub struct Manifest {
     pub difference: Option<DifferenceRecord>,
     /// When the guest came to stand still, in nanoseconds since 1970.
     pub stopped_unix_ns: u64,
-    /// The machine, as a destination is told about it.
+    /// The machine, as it is described to a destination.
     pub machine: MachineDescription,
     /// The file with the machine's state.
     pub state: FileRecord,

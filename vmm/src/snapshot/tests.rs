@@ -132,7 +132,7 @@ fn a_snapshot_is_its_users_alone() {
 }
 
 #[test]
-fn who_comes_second_does_not_replace_the_first() {
+fn a_second_snapshot_does_not_replace_the_first() {
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("saved");
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
@@ -192,7 +192,7 @@ impl SnapshotChain {
     }
 
     /// Writes those values to those addresses, and a difference to `base` with their pages.
-    fn go_on(&self, base: &str, name: &str, writes: &[(u64, u8)]) {
+    fn restore_and_save(&self, base: &str, name: &str, writes: &[(u64, u8)]) {
         let mut changed = PageSet::of(&self.memory).unwrap();
         for (gpa, value) in writes {
             self.memory.write_obj(*value, GuestAddress(*gpa)).unwrap();
@@ -227,8 +227,8 @@ fn a_chain() -> SnapshotChain {
     }
     let chain = SnapshotChain::begin(memory);
     // A page that becomes zero, one that is new, one that has changed.
-    chain.go_on("base", "first", &[(0, 0), (8192, 7), (HIGH, 2)]);
-    chain.go_on("first", "second", &[(HIGH, 3)]);
+    chain.restore_and_save("base", "first", &[(0, 0), (8192, 7), (HIGH, 2)]);
+    chain.restore_and_save("first", "second", &[(HIGH, 3)]);
     chain
 }
 
@@ -250,7 +250,7 @@ fn differences_go_on_top_of_what_they_are_to_and_nothing_else() {
     let merged = chain.merge("base", &["first", "second"]).unwrap();
     assert_eq!(merged.id, chain.id("second"));
     // What is a difference to the last one is one to all of them together.
-    chain.go_on("second", "third", &[(4096, 9)]);
+    chain.restore_and_save("second", "third", &[(4096, 9)]);
     std::fs::rename(chain.path("merged"), chain.path("whole")).unwrap();
     chain.merge("whole", &["third"]).unwrap();
     let read = Snapshot::open(&chain.path("merged")).unwrap();
@@ -283,7 +283,7 @@ fn damage_to_a_difference_is_found() {
     }
 }
 
-/// Runs that somebody can seal who knows how.
+/// Runs that cannot be, under a seal that is right.
 #[test]
 fn changed_pages_that_cannot_be_are_refused() {
     for run in [
@@ -331,7 +331,7 @@ fn a_snapshot_knows_its_age() {
     assert_eq!(age("from the future", SystemTime::now() + hour), Duration::ZERO);
 }
 
-/// What somebody can seal who knows how.
+/// Nonsense under a seal that is right.
 #[test]
 fn sealed_nonsense_is_refused() {
     let region = |gpa, len| MemoryRegion { gpa, len };
@@ -430,7 +430,7 @@ proptest! {
         let mut names = vec!["base".to_owned()];
         for (number, writes) in writes[1..].iter().enumerate() {
             let name = number.to_string();
-            chain.go_on(&names[number], &name, writes);
+            chain.restore_and_save(&names[number], &name, writes);
             names.push(name);
         }
         let differences: Vec<&str> = names[1..].iter().map(String::as_str).collect();
@@ -465,7 +465,7 @@ proptest! {
     }
 }
 
-/// Somebody else's memory, state or pages, of just the right length, are not this snapshot's.
+/// The memory, state or pages of another user, of just the right length, are not this snapshot's.
 #[test]
 fn links_are_not_followed() {
     let open = |path: &Path, is_difference: bool| match is_difference {

@@ -6,7 +6,7 @@ use api::SnapshotProgress;
 
 use super::SnapshotError;
 
-/// Shared by whoever writes or reads a snapshot and whoever waits for it.
+/// Shared by the thread that writes or reads a snapshot and the one that waits for it.
 #[derive(Debug, Default)]
 pub struct SnapshotWatch {
     done: AtomicU64,

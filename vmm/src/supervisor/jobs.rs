@@ -1,4 +1,5 @@
-//! Jobs on threads of their own: a migration away, and waiting for one that arrives.
+//! The threads of migrations: one that moves the machine away, and one that waits for a machine to arrive. Each reports
+//! its end to the supervisor as an event, and changes nothing of the supervisor's itself.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,7 +12,7 @@ use super::request::{Arrived, Ended, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
 use crate::machine::{Machine, MigrationDestination, MigrationSource};
 
-/// Moves `machine` and tells the supervisor how it ended.
+/// Starts to move `machine`; the end is an event to the supervisor.
 pub(super) fn start_migration(
     machine: Arc<Machine>,
     destination: Endpoint,
@@ -22,13 +23,13 @@ pub(super) fn start_migration(
     Job::start(Role::Migration, "migration", control.clone(), move || {
         let mut source = MigrationSource::new(machine);
         let migrate = AssertUnwindSafe(|| migration::migrate(&mut source, &destination, &options, &control));
-        // The engine catches panics of its own and of the machine; after one that got through, nobody knows
-        // whose the guest is.
+        // The engine catches its own panics and the machine's. After one that it did not catch, it is unknown which
+        // side may run the guest.
         let migrated = catch_unwind(migrate).unwrap_or_else(|_| Migrated::unknown(&options));
         if let Some(error) = &migrated.report.error {
             tracing::warn!("migration to {destination} ended: {error}");
         }
-        // The supervisor must be the last owner of the machine when it hears of the end.
+        // The supervisor must be the machine's last owner when it handles the event.
         let in_doubt = migrated.report.outcome == Outcome::InDoubt;
         let source = in_doubt.then(|| Box::new(source));
         supervisor.send(Event::MigrationEnded(Box::new(Ended { migrated, source })));
@@ -51,7 +52,7 @@ impl Supervisor {
     }
 }
 
-/// A failed attempt is logged, and the next may come.
+/// Receives until a machine has arrived. A failed attempt is logged, and the next source may connect.
 fn wait_for_machine(
     mut receiver: Receiver,
     mut destination: MigrationDestination,

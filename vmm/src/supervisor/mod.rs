@@ -1,4 +1,8 @@
-//! The supervisor: the only owner of the machine, always responsive, on the main thread.
+//! The supervisor: the main thread and the only owner of the machine. Handles one event after another until the VM
+//! ends.
+//!
+//! It must never wait for a guest, a peer or a disk: whatever may take its time runs on a thread of its own and comes
+//! back as an [`Event`]. While a job has the machine, requests that would conflict are refused or put off.
 
 mod jobs;
 mod moves;
@@ -44,7 +48,7 @@ use worker::{Job, Worker};
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 pub use reset::Boot;
 
-/// How long a guest may take to shut down after the power button, if nobody says otherwise.
+/// How long a guest may take to shut down after the power button, unless the command line says otherwise.
 pub const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
 
 /// How a VM's process ends.
@@ -52,9 +56,9 @@ pub const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
 pub enum Ending {
     /// The guest reset or powered itself off, or panicked.
     Guest(GuestExit),
-    /// The guest could not handle a fault, nor the fault in handling that. Its vCPU is out.
+    /// This vCPU stopped with a triple fault.
     TripleFault(u8),
-    /// Somebody stopped it.
+    /// The user or the API's client stopped the VM.
     Stopped,
     /// The guest runs elsewhere now.
     Moved,
@@ -82,7 +86,8 @@ pub enum SupervisorError {
 enum Life {
     Receiving(Job),
     Here(Arc<Machine>),
-    /// "go" was sent or received, and what came of it is not known or not good: kept, and never run by itself.
+    /// "go" was sent or received, and its outcome is unknown or a failure: the machine is kept, and runs only if the
+    /// operator or the other side says so.
     InDoubt(Arc<Machine>, Side),
 }
 
@@ -102,7 +107,7 @@ pub struct Supervisor {
     snapshot: Option<SnapshotJob>,
     restore: Option<RestoreJob>,
     operation: Option<Operation>,
-    /// What was asked for while that is under way, and would meet it.
+    /// Requests that came while an operation is under way and would conflict with it.
     deferred: VecDeque<Request>,
     resolving: Option<Resolving>,
     withdrawals: Withdrawals,
@@ -114,11 +119,11 @@ pub struct Supervisor {
     log: Option<PathBuf>,
     /// How the guest is booted again when it resets, if it is to be.
     reboot: Option<Reboot>,
-    /// It has reset while a job has its machine.
+    /// Whether the guest has reset while a job has its machine.
     resetting: bool,
-    /// How many machines there were, this one included.
+    /// How many machines this process has had, the present one included.
     machines: u64,
-    /// Somebody asked for the end while a machine was being received or moved, or a snapshot written.
+    /// Whether the VM is to end once the job under way has ended: a machine being received or moved, or a snapshot.
     leaving: bool,
     /// Why the VM ends, if it is asked to end because a thread failed.
     failure: Option<Failure>,
@@ -155,22 +160,22 @@ impl Supervisor {
         }
     }
 
-    /// A way to it, for other threads.
+    /// A handle with which other threads send it events.
     pub fn handle(&self) -> SupervisorHandle {
         self.handle.clone()
     }
 
-    /// A guest that is asked to shut down has so long for it.
+    /// Sets how long a guest may take to shut down.
     pub fn set_stop_timeout(&mut self, timeout: Duration) {
         self.stop_timeout = timeout;
     }
 
-    /// The file that this process logs to, for those who ask.
+    /// Sets the file that this process logs to, which the API shows.
     pub fn set_log(&mut self, log: Option<PathBuf>) {
         self.log = log;
     }
 
-    /// Where the next machine reports to. What those before it still say counts no more.
+    /// Where the next machine's threads send their events. Events of machines before it no longer count.
     pub fn event_sink(&mut self) -> EventSink {
         self.machines += 1;
         let number = self.machines;
@@ -181,7 +186,7 @@ impl Supervisor {
         })
     }
 
-    /// Takes a machine, which runs from here on.
+    /// Takes over a machine, whose guest runs from here on.
     pub fn adopt(&mut self, machine: Machine, server: &ApiServer) {
         server.console_input().connect(machine.keyboard());
         self.life = Some(Life::Here(Arc::new(machine)));
@@ -199,7 +204,7 @@ impl Supervisor {
                     }
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) if self.stop_at.is_none_or(|at| at > Instant::now()) => {
-                    self.give_up_deciding();
+                    self.refuse_decision();
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     if let Some(ending) = self.grace_over() {
@@ -212,7 +217,8 @@ impl Supervisor {
         };
         let may_hang = matches!(ending, Err(SupervisorError::FaultHandlerGone));
         if may_hang {
-            // Jobs may wait for pages, for ever. Whoever waits for them hears that all has ended.
+            // Jobs may wait for pages for ever. The API's clients that wait for them get the answer that the VM has
+            // ended.
             (self.migration, self.snapshot) = (None, None);
         }
         let ending = self.settle(ending);
@@ -233,8 +239,10 @@ impl Supervisor {
                 return self.resolve(decision, reply).map(Ok);
             }
             Event::Request(request) => self.handle_request(request),
-            Event::Machine { number, event } if number == self.machines => return self.machine_says(event),
-            // That machine is gone.
+            Event::Machine { number, event } if number == self.machines => {
+                return self.handle_machine_event(event);
+            }
+            // An event of a machine that was replaced.
             Event::Machine { .. } => {}
             Event::Escape | Event::Terminate => return self.terminate().map(Ok),
             Event::MigrationEnded(report) => return self.migration_ended(*report),
@@ -243,8 +251,8 @@ impl Supervisor {
                 self.operation_ended(ended);
                 return self.reset_now();
             }
-            Event::Answered(said) => return self.answered(said).map(Ok),
-            Event::TakenBack(source, resumed) => self.taken_back(source, resumed),
+            Event::Answered(response) => return self.answered(response).map(Ok),
+            Event::TakenBack(source, resumed) => self.resumed_here(source, resumed),
             Event::Withdrawn(doubt, answer) => self.withdrawn(doubt, answer),
             Event::AttemptFailed(reason) => self.attempt_ended(&reason),
             Event::Received(arrived) => return self.received(*arrived, server).map(Ok),
@@ -257,17 +265,18 @@ impl Supervisor {
         None
     }
 
-    fn machine_says(&mut self, event: MachineEvent) -> Option<Result<Ending, SupervisorError>> {
+    fn handle_machine_event(&mut self, event: MachineEvent) -> Option<Result<Ending, SupervisorError>> {
         match event {
             MachineEvent::Exit(GuestExit::Reset) => self.reset(),
             MachineEvent::Exit(reason) => Some(Ok(Ending::Guest(reason))),
             MachineEvent::VcpuFailed(VcpuFailure::TripleFault(vcpu)) => {
-                // A guest that has reset may have gone on to the next means of resetting before it was stopped.
+                // After a reset, and before its vCPUs were stopped, a guest may have caused a triple fault to reset
+                // itself.
                 let machine = self.machine().ok();
                 if let Some(reason) = machine.and_then(|machine| machine.exit_reason()) {
-                    return self.machine_says(MachineEvent::Exit(reason));
+                    return self.handle_machine_event(MachineEvent::Exit(reason));
                 }
-                // Its page tables may be what is lost.
+                // A page that the host lost may have held the guest's page tables.
                 if machine.is_some_and(|machine| machine.check_memory().is_err()) {
                     return Some(Err(VcpuFailure::LostPage(vcpu).into()));
                 }
@@ -307,19 +316,19 @@ impl Supervisor {
             }
             Request::Snapshot(request, reply) => self.snapshot(request, reply),
             Request::Cancel(reply) => answer(reply, self.cancel()),
-            // Answered where the loop can end.
+            // `handle_event` has handled these: they can end the loop.
             Request::Stop { reply, .. } => answer(reply, Err(Refusal::Gone)),
             Request::Resolve(_, reply) => answer(reply, Err(Refusal::Gone)),
         }
     }
 
-    /// Everything goes in order: jobs, machine, console, API.
+    /// Ends everything in order: jobs, machine, console, API.
     fn end(mut self, server: ApiServer) {
         match self.life.take() {
             Some(Life::Receiving(job)) => job.end(),
-            // A job that hangs has it still, and nobody knows for how long.
+            // A job that hangs still uses the machine, for an unknown time.
             Some(Life::Here(machine)) if Arc::strong_count(&machine) > 1 => machine.abandon(),
-            // Its threads may wait for pages, for ever.
+            // The machine's threads may wait for pages for ever.
             Some(Life::Here(machine) | Life::InDoubt(machine, _)) if machine.has_fault_handler() => {
                 machine.abandon();
             }
@@ -335,7 +344,7 @@ impl Supervisor {
 }
 
 fn answer<T>(reply: request::Reply<T>, result: Result<T, Refusal>) {
-    // Whoever asked may have gone; what was asked for is done all the same.
+    // The client may have gone; its request was carried out all the same.
     let _ = reply.send(result);
 }
 

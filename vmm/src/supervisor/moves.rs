@@ -1,4 +1,7 @@
-//! Machines that go and machines that come.
+//! Migrations: starts and cancels a move to a destination, and takes over a machine that arrives.
+//!
+//! The job threads do the work; here is only what follows for the machine's owner. A machine that arrived after "go"
+//! must be kept whatever else fails: it may be the only copy.
 
 use std::sync::Arc;
 
@@ -9,7 +12,7 @@ use super::{
     ApiServer, Arrived, Ended, Ending, Event, Life, MigrationFeed, MigrationJob, Refusal, Side, Supervisor,
     SupervisorError, failed, jobs,
 };
-use crate::footprint::give_back_text;
+use crate::footprint::release_text;
 use crate::machine::MigrationSource;
 use crate::vcpu::Holder;
 
@@ -56,18 +59,18 @@ impl Supervisor {
         let Migrated {
             report,
             doubt,
-            untold,
+            unanswered,
             remains,
         } = migrated;
         let outcome = report.outcome;
         if let Some(migration) = self.migration.take() {
-            // Nobody needs to be waiting for it.
+            // The client that waited for the report may have gone.
             let _ = migration.reports.send(report);
         }
         match outcome {
             Outcome::Moved => Some(Ok(Ending::Moved)),
             Outcome::InDoubt => {
-                // Whoever asked for the end did not know that this would be it.
+                // The client that asked to stop the VM expects its guest to end, but the guest runs at the destination.
                 self.leaving = false;
                 self.stop_at = None;
                 if let Some(Life::Here(machine)) = self.life.take() {
@@ -83,7 +86,7 @@ impl Supervisor {
             }
             Outcome::Failed | Outcome::Cancelled if self.leaving => Some(Ok(Ending::Stopped)),
             Outcome::Failed | Outcome::Cancelled => {
-                if let Some(doubt) = untold {
+                if let Some(doubt) = unanswered {
                     self.withdraw(doubt);
                 }
                 self.stop_second_copy();
@@ -92,8 +95,8 @@ impl Supervisor {
         }
     }
 
-    /// Ends the migration under way, if there is one, and hands its report to whoever asked for it. If the end
-    /// came too late for it, the guest was moved and not stopped.
+    /// Cancels the migration under way, if there is one, and sends its report to the client that asked for it. If the
+    /// cancel came too late, the guest was moved and not stopped.
     pub(super) fn settle(
         &mut self,
         ending: Result<Ending, SupervisorError>,
@@ -117,7 +120,7 @@ impl Supervisor {
                 .map_or_else(String::new, |error| format!("{error}; "));
             report.error = Some(format!("{before}the VM has ended meanwhile"));
         }
-        // Nobody needs to be waiting for it.
+        // The client that waited for the report may have gone.
         let _ = reports.send(report);
         if moved { Ok(Ending::Moved) } else { ending }
     }
@@ -137,8 +140,8 @@ impl Supervisor {
         }
         tracing::info!("received: the guest runs here");
         self.adopt(machine, server);
-        give_back_text();
-        // Who was to end for a failure of its own keeps the only copy of a guest that came all the same.
+        release_text();
+        // A process that was to end because a thread failed stays, if the only copy of a guest has arrived in it.
         if self.leaving && self.failure.is_none() {
             return self.terminate();
         }

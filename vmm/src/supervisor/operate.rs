@@ -1,4 +1,6 @@
-//! What can be done to the machine while it stays here.
+//! Requests about the machine while it stays in this process: state, power button, balloon, and the end of the VM.
+//!
+//! A copy that is in doubt is not given up at the first request for the end: it may be the only one.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -95,8 +97,8 @@ impl Supervisor {
         self.machine()?.balloon().ok_or(Refusal::NoBalloon)
     }
 
-    /// Asks the guest for so much memory. What the host wants is part of the machine's state, so it can be said until
-    /// that is saved.
+    /// Asks the guest to give up this much memory. The target is part of the machine's state, so it can be changed
+    /// until the state is saved.
     pub(super) fn set_balloon(&self, bytes: u64) -> Result<(), Refusal> {
         let machine = self.machine()?;
         let balloon = self.balloon()?;
@@ -114,9 +116,10 @@ impl Supervisor {
         Ok(())
     }
 
-    /// First time: the power button. Second time, or where nobody would hear the button: the end.
+    /// Handles a signal or key that asks for the end: the first one presses the power button, a second one ends the VM.
+    /// So does the first one if the guest cannot react to the button.
     pub(super) fn terminate(&mut self) -> Option<Ending> {
-        if self.call_off() {
+        if self.cancel_receiving() {
             return None;
         }
         if let Some(Life::InDoubt(_, side)) = &self.life {
@@ -133,7 +136,7 @@ impl Supervisor {
             return self.leave();
         }
         if let Some(snapshot) = &self.snapshot {
-            // A guest that stands still hears no button. A second time does not wait for it.
+            // A paused guest does not react to the button, and a second request does not wait for it.
             snapshot.cancel();
             return std::mem::replace(&mut self.leaving, true).then_some(Ending::Stopped);
         }
@@ -152,19 +155,19 @@ impl Supervisor {
         }
         let grace = self.stop_timeout;
         tracing::info!("asked the guest to shut down; it has {grace:?}, a second time ends it at once");
-        // What is too far away for a clock never comes.
+        // A time beyond the clock's end never comes.
         self.stop_at = Some(Instant::now().checked_add(grace).unwrap_or_else(far_future));
         None
     }
 
-    /// Somebody asks for the end at once, without the guest.
+    /// Ends the VM at once, without asking the guest.
     pub(super) fn stop(&mut self, force: bool, reply: Reply<()>) -> Option<Ending> {
         if !force && matches!(self.life, Some(Life::InDoubt(..))) {
             answer(reply, Err(Refusal::InDoubtStays));
             return None;
         }
         answer(reply, Ok(()));
-        if self.call_off() {
+        if self.cancel_receiving() {
             None
         } else if force {
             Some(Ending::Stopped)
@@ -173,15 +176,15 @@ impl Supervisor {
         }
     }
 
-    /// The time that the guest had to shut down is over.
+    /// Ends the VM: the guest had its time to shut down.
     pub(super) fn grace_over(&mut self) -> Option<Ending> {
         let grace = self.stop_timeout;
         tracing::info!("the guest did not shut down within {grace:?}: stopping it");
         self.leave()
     }
 
-    /// The end, as soon as it is known where the guest is: a migration that is called off may have switched already, and
-    /// what it leaves in doubt may be the only copy.
+    /// Ends the VM once it is known where the guest is: a migration that is cancelled may have switched already, and a
+    /// machine that it leaves in doubt may be the only copy.
     pub(super) fn leave(&mut self) -> Option<Ending> {
         self.stop_at = None;
         match (&self.migration, &self.life) {
@@ -195,9 +198,10 @@ impl Supervisor {
         }
     }
 
-    /// Calls off waiting for a machine, if that is what goes on. The job then says how it ended: after
-    /// "ready" it cannot be called off, and a machine that arrives all the same is the only copy of its guest.
-    pub(super) fn call_off(&mut self) -> bool {
+    /// Cancels the receiving job, if there is one, and returns whether there is. The job's event then says how it
+    /// ended: after "ready" it cannot be cancelled, and a machine that arrives all the same is the only copy of its
+    /// guest.
+    pub(super) fn cancel_receiving(&mut self) -> bool {
         let Some(Life::Receiving(job)) = &self.life else {
             return false;
         };
@@ -211,8 +215,9 @@ fn far_future() -> Instant {
     Instant::now() + NEVER
 }
 
-/// Tells a second request for the end from the first: what follows at once belongs to the first (a service manager sends
-/// two signals, a key repeats), and what comes much later does not know of it.
+/// Decides whether a request for the end is a second one: one that follows at once belongs to the first (a service
+/// manager sends two signals, a key repeats), and one that comes much later may come from a user who does not know of
+/// the first.
 #[derive(Debug, Default)]
 pub(super) struct DoubtAlarm(Option<Instant>);
 

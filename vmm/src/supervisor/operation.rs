@@ -1,5 +1,5 @@
-//! What takes its time with the machine, on a thread of its own: a vCPU may take seconds to leave the guest, and so may
-//! an image to be measured. The supervisor answers everybody else meanwhile.
+//! Operations that may take seconds, each on a thread of its own: a vCPU may be slow to leave the guest, and a disk
+//! image slow to be measured. The supervisor handles other requests meanwhile, and puts off those that would conflict.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -15,11 +15,11 @@ use crate::config::{ConfigError, updated_limits};
 use crate::machine::Machine;
 use crate::vcpu::Holder;
 
-/// An operation under way, and who waits for it.
+/// An operation under way, and the reply to the request that started it.
 pub(super) struct Operation {
     job: Job,
     reply: Reply<()>,
-    /// Whether the vCPUs are held for it that are not all out yet.
+    /// Whether it is a pause whose vCPUs are not all out of the guest yet.
     pub(super) pauses: bool,
 }
 
@@ -36,8 +36,8 @@ impl Supervisor {
     pub(super) fn resume(&mut self, reply: Reply<()>) {
         let resume = |machine: &Machine| {
             if machine.is_held_by(Holder::Migration) {
-                // One that failed could not give the guest back: somebody had its disks.
-                machine.take_back().map_err(failed)?;
+                // A failed migration may have left the guest paused: another process held the locks of its disks.
+                machine.resume_after_migration().map_err(failed)?;
             }
             machine.resume_for_user();
             Ok(())
@@ -45,13 +45,14 @@ impl Supervisor {
         self.operate(self.idle_machine().cloned(), false, resume, reply);
     }
 
-    /// Looks at a disk's size anew and changes its limits. Size and limits are part of what a destination was told.
+    /// Reads a disk's size anew and changes its limits. A migration has described both to the destination, so this
+    /// needs an idle machine.
     pub(super) fn update_disk(&mut self, update: Box<DriveUpdate>, reply: Reply<()>) {
         let machine = self.idle_machine().cloned();
         self.operate(machine, false, move |machine| change(machine, &update), reply);
     }
 
-    /// Has `act` done with the machine; `reply` is answered when it has ended.
+    /// Runs `act` with the machine on a thread of its own; `reply` is answered when it has ended.
     fn operate(
         &mut self,
         machine: Result<Arc<Machine>, Refusal>,
@@ -67,7 +68,7 @@ impl Supervisor {
         let run = move || {
             let panicked = |_| Err(Refusal::Failed("the operation panicked, see the log".into()));
             let ended = catch_unwind(AssertUnwindSafe(|| act(&machine))).unwrap_or_else(panicked);
-            // The supervisor must be the last owner of the machine when it hears of the end.
+            // The supervisor must be the machine's last owner when it handles the event.
             drop(machine);
             supervisor.send(Event::OperationEnded(ended));
         };
@@ -81,7 +82,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers whoever waited, then does what was asked for meanwhile.
+    /// Answers the request that started the operation, then handles the requests that were put off.
     pub(super) fn operation_ended(&mut self, ended: Result<(), Refusal>) {
         if let Some(Operation { reply, .. }) = self.operation.take() {
             answer(reply, ended);
@@ -90,14 +91,15 @@ impl Supervisor {
         while self.operation.is_none()
             && let Some(request) = self.deferred.pop_front()
         {
-            // Whoever has given up was told that nothing had happened.
-            if !request.is_given_up() {
+            // A client that gave up waiting got the answer that nothing has happened, which must stay true.
+            if !request.is_abandoned() {
                 self.handle_request(request);
             }
         }
     }
 
-    /// Puts a request off that would meet the operation under way. The API's connections bound how many there are.
+    /// Puts off a request that would conflict with the operation under way; returns any other. The limit of the API's
+    /// connections bounds how many are put off.
     pub(super) fn defer(&mut self, request: Request) -> Option<Request> {
         let meets = matches!(
             request,
@@ -114,7 +116,7 @@ impl Supervisor {
         None
     }
 
-    /// Waits for the operation under way, if there is one, unless that may never end: then it ends with the process.
+    /// Waits for the operation under way, if there is one. If it may hang for ever, it ends with the process instead.
     pub(super) fn settle_operation(&mut self, may_hang: bool) {
         if let Some(operation) = self.operation.take()
             && !may_hang

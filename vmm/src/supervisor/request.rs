@@ -1,4 +1,5 @@
-//! What can be asked of the supervisor, and how it answers.
+//! The requests and events that the supervisor handles, its answers, and the handle to send them. Nothing here acts on
+//! the machine.
 
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -59,7 +60,7 @@ pub enum Refusal {
 /// The answer to a request.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
 
-/// Something that can be asked of the supervisor.
+/// A request to the supervisor, with the channel for its answer.
 pub enum Request {
     /// What and how is this VM?
     Info(Reply<InstanceInfo>),
@@ -91,9 +92,9 @@ pub enum Request {
     Metrics(Reply<Metrics>),
     /// The host's end of the machine's balloon.
     Balloon(Reply<Arc<balloon::BalloonControl>>),
-    /// Ask the guest to give up so many bytes.
+    /// Ask the guest to give up this many bytes.
     SetBalloon(u64, Reply<()>),
-    /// Look at a disk's size anew, and change its limits.
+    /// Read a disk's size anew, and change its limits.
     UpdateDisk(Box<DriveUpdate>, Reply<()>),
     /// How far is the migration?
     Progress(Reply<Progress>),
@@ -104,8 +105,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether whoever asked waits for the answer no more, of the requests that may have to wait for an operation.
-    pub(super) fn is_given_up(&self) -> bool {
+    /// Whether the client no longer waits for the answer. Only for requests that may be put off during an operation.
+    pub(super) fn is_abandoned(&self) -> bool {
         match self {
             Self::Pause(reply) | Self::Resume(reply) | Self::UpdateDisk(_, reply) => reply.is_closed(),
             Self::Migrate { reply, .. } => reply.is_closed(),
@@ -129,9 +130,9 @@ pub(crate) enum Event {
     Request(Request),
     /// From a machine.
     Machine {
-        /// Which of those that there were one after the other.
+        /// The machine's number, counted over all that this process has had.
         number: u64,
-        /// What it says.
+        /// What has happened.
         event: MachineEvent,
     },
     /// The user at the terminal typed the escape key.
@@ -140,15 +141,16 @@ pub(crate) enum Event {
     Terminate,
     /// The migration job has ended.
     MigrationEnded(Box<Ended>),
-    /// What was done with the machine has ended.
+    /// The operation under way has ended.
     OperationEnded(Result<(), Refusal>),
     /// The snapshot job has ended.
     SnapshotEnded(Result<SnapshotReport, String>),
-    /// The destination of a migration in doubt was asked.
+    /// The destination's answer about a migration in doubt, or why there is none.
     Answered(Result<Answer, AskError>),
-    /// A machine in doubt goes on here, or why it does not.
+    /// A machine in doubt was resumed here, or why it was not.
     TakenBack(Box<MigrationSource>, Result<(), String>),
-    /// A destination that may have been ready when its guest was taken back was told; nothing if it could not be.
+    /// The answer of a destination that may have been ready when the guest was resumed here; `None` if it did not
+    /// answer.
     Withdrawn(Doubt, Option<Answer>),
     /// The receiving job has no machine after all, and waits for the next.
     AttemptFailed(String),
@@ -160,14 +162,14 @@ pub(crate) enum Event {
     Restored(Result<Box<Machine>, String>),
     /// A thread has failed.
     ThreadFailed(Failure),
-    /// Whoever brings the pages of guest memory has gone.
+    /// The fault handler, which brings the pages of guest memory, has ended.
     FaultHandlerGone,
 }
 
 /// A migration away that has ended.
 pub(crate) struct Ended {
     pub(crate) migrated: Migrated,
-    /// The machine as it was left, where it is in doubt what became of it.
+    /// The machine as the migration left it, if the outcome is in doubt.
     pub(crate) source: Option<Box<MigrationSource>>,
 }
 
@@ -176,11 +178,11 @@ pub(crate) struct Arrived {
     pub(crate) machine: Machine,
     /// Why it is paused, if it does not run.
     pub(crate) reason: Option<String>,
-    /// Where its source will ask, if that does not know what became of it.
+    /// The receiver, kept if the source may still ask for the outcome.
     pub(crate) receiver: Option<Receiver>,
 }
 
-/// A way to the supervisor, for any thread.
+/// Sends events to the supervisor, from any thread.
 #[derive(Clone)]
 pub struct SupervisorHandle {
     events: mpsc::Sender<Event>,
@@ -191,35 +193,35 @@ impl SupervisorHandle {
         Self { events }
     }
 
-    /// Sends an event; if the supervisor is gone, so is the process in a moment.
+    /// Sends an event. Without a supervisor it is dropped: the process is about to end.
     pub(crate) fn send(&self, event: Event) {
         if self.events.send(event).is_err() {
             tracing::debug!("an event came after the end");
         }
     }
 
-    /// The user typed the key that ends a VM in the foreground.
+    /// Reports that the user typed the key that ends a VM in the foreground.
     pub fn escape(&self) {
         self.send(Event::Escape);
     }
 
-    /// A thread of this process panicked, or ended where it must not.
+    /// Reports that a thread of this process panicked, or ended although it must not.
     pub fn thread_failed(&self, failure: Failure) {
         self.send(Event::ThreadFailed(failure));
     }
 
-    /// The process that brings the guest's pages is gone.
+    /// Reports that the fault handler's process has ended.
     pub fn fault_handler_gone(&self) {
         self.send(Event::FaultHandlerGone);
     }
 
-    /// Asks and waits for the answer.
-    pub async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Refusal> {
+    /// Sends a request and waits for the answer.
+    pub async fn request<T>(&self, new_request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Refusal> {
         let (reply, answer) = oneshot::channel();
-        self.send(Event::Request(request(reply)));
+        self.send(Event::Request(new_request(reply)));
         answer.await.unwrap_or(Err(Refusal::Gone))
     }
 }
 
-/// Nothing to wait for.
+/// As long as a wait without a deadline may be.
 pub(crate) const NEVER: Duration = Duration::from_secs(u32::MAX as u64);

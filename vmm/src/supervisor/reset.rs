@@ -1,4 +1,5 @@
-//! A guest that resets, where it is to boot again in the same process.
+//! Boots a guest again in the same process after it has reset, by building a new machine. The old machine must be gone
+//! first: the new one needs its disks, taps and sockets.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -8,27 +9,27 @@ use devices::GuestExit;
 use super::{Ending, Life, Supervisor, SupervisorError};
 use crate::machine::{EventSink, Machine, MachineError};
 
-/// A guest that resets before it has run for so long is booted later each time.
+/// If a guest resets before it has run for this long, each further boot is delayed more.
 const SETTLED: Duration = Duration::from_secs(10);
-/// How much later the first time; twice as much the next.
+/// The first delay; each further one is twice as long.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
-/// At most so often the wait doubles: half a minute.
+/// How often the delay doubles at most: up to half a minute.
 const DOUBLINGS: u32 = 5;
 
-/// Makes a machine like the one that reset, whose guest waits to be started.
+/// Builds a machine like the one that reset. Its guest does not run yet.
 pub type Boot = Arc<dyn Fn(EventSink) -> Result<Machine, MachineError> + Send + Sync>;
 
-/// How a machine is made anew, and when that was done.
+/// How to build the machine anew, and when the guest was booted before.
 pub(super) struct Reboot {
     boot: Boot,
-    /// When the guest was booted that runs.
+    /// When the present guest was booted.
     since: Instant,
     /// How often it has reset too soon in a row.
     hasty: u32,
 }
 
 impl Reboot {
-    /// How long the next boot has to wait: a guest that resets at once must not keep a host busy.
+    /// How long to delay the next boot: a guest that resets again and again must not keep the host busy.
     fn wait(&mut self, now: Instant) -> Duration {
         let settled = now.saturating_duration_since(self.since) >= SETTLED;
         self.hasty = if settled { 0 } else { self.hasty.saturating_add(1) };
@@ -49,8 +50,8 @@ impl Supervisor {
         });
     }
 
-    /// The guest has reset. Whatever has the machine ends first, which it does soon: a guest that has reset is neither
-    /// moved nor put in files.
+    /// Handles a reset of the guest. A job that has the machine ends first, which it does soon: a guest that has reset
+    /// is neither migrated nor saved.
     pub(super) fn reset(&mut self) -> Option<Result<Ending, SupervisorError>> {
         let ending = Some(Ok(Ending::Guest(GuestExit::Reset)));
         if self.stop_at.is_some() || self.leaving {
@@ -82,7 +83,7 @@ impl Supervisor {
         let events = self.event_sink();
         let (called_off, waiting) = mpsc::channel::<()>();
         let make = move || {
-            // Its disks, taps and sockets are free only when it is gone.
+            // The old machine's disks, taps and sockets are free only once it is gone.
             drop(machine);
             match waiting.recv_timeout(wait) {
                 Err(mpsc::RecvTimeoutError::Timeout) => boot(events),
@@ -95,12 +96,13 @@ impl Supervisor {
         }
     }
 
-    /// What a reset has waited for has ended.
+    /// Resets the machine now, if a reset was waiting for a job that has ended.
     pub(super) fn reset_now(&mut self) -> Option<Result<Ending, SupervisorError>> {
         if self.resetting { self.reset() } else { None }
     }
 
-    /// A machine was made anew: its guest starts. Not sooner, or it might reset before anybody knows the machine.
+    /// Starts the guest of the new machine. Before the supervisor owned the machine, a reset of it would have been
+    /// lost.
     pub(super) fn booted(&mut self) {
         if let (Some(reboot), Some(Life::Here(machine))) = (&mut self.reboot, &self.life) {
             reboot.since = Instant::now();

@@ -1,15 +1,17 @@
-//! Migrations in doubt: who is asked, and what an operator may decide.
+//! Resolves migrations in doubt: asks the destination, and carries out what an operator may decide.
 //!
-//! At the source, "go" was sent and its answer never came. Only the destination knows what holds, so it is always
-//! asked first, also where the operator has decided: what it says counts more. At the destination, "go" came and
-//! the guest could not be let in, or the source fell silent after "ready"; there is nobody to ask then.
+//! At the source, "go" was sent and no answer came. Only the destination knows the outcome, so it is always asked
+//! first; its answer counts more than the operator's decision. At the destination, "go" came and the guest could not be
+//! resumed, or the source fell silent after "ready": there only the operator can decide.
+//!
+//! Nothing here may run a guest that runs at the other side, so far as the other side answers.
 //!
 //! | the destination says | nothing decided | `run` | `discard` |
 //! |---|---|---|---|
 //! | it runs there | moved | moved | moved |
 //! | it was given up there | runs here | runs here | runs here |
 //! | it is kept there, paused | in doubt | runs here | in doubt |
-//! | nothing, or nothing of use | in doubt | runs here | discarded |
+//! | no answer, or it does not know | in doubt | runs here | discarded |
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,23 +25,23 @@ use super::request::Reply;
 use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, answer, failed};
 use crate::machine::MigrationSource;
 
-/// How long the destination may take for the connection, and as long again for its answer.
+/// How long the connection to the destination may take, and as long again its answer.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a receiving job may take to act on a decision.
 const DECIDE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which end of a migration in doubt this is.
 pub(super) enum Side {
-    /// "go" was sent from here.
+    /// The source: "go" was sent.
     Source {
-        /// The machine as the migration left it; nothing while it is being taken back.
+        /// The machine as the migration left it; `None` while it is being resumed.
         source: Option<Box<MigrationSource>>,
-        /// Whom to ask.
+        /// The question to the destination.
         doubt: Option<Doubt>,
-        /// What is to be undone before it is an ordinary machine again.
+        /// What the migration did to the machine, to be undone once it is resumed.
         remains: Remains,
     },
-    /// "go" came here, but the guest could not be let run.
+    /// The destination: "go" came, but the guest could not be resumed.
     Destination {
         /// Why.
         reason: String,
@@ -61,22 +63,22 @@ impl Side {
     }
 }
 
-/// An attempt to resolve that is under way.
+/// An attempt to resolve the doubt that is under way.
 pub(super) enum Resolving {
     /// The destination is being asked.
     Asking {
         decision: Option<Decision>,
         reply: Reply<Resolution>,
     },
-    /// The guest is let go on here.
+    /// The guest is being resumed here.
     TakingBack {
         decision: Option<Decision>,
         reply: Reply<Resolution>,
-        /// What the destination said.
+        /// The destination's answer, as a sentence.
         known: String,
         job: Job,
     },
-    /// The receiving job was told.
+    /// The receiving job has the operator's decision, which had no effect yet.
     Deciding {
         decision: Decision,
         reply: Reply<Resolution>,
@@ -84,22 +86,22 @@ pub(super) enum Resolving {
     },
 }
 
-/// What is done about it.
+/// What follows from an answer and a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ResolveStep {
     /// The guest runs there.
     LetGo,
     /// The guest runs here.
     TakeBack,
-    /// The copy here goes, because the operator says so.
+    /// The copy here is discarded: the operator decided so.
     Discard,
     /// Nothing.
     Stay,
 }
 
-/// See the table at the top.
-fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> ResolveStep {
-    match (said, decision) {
+/// Looks up the step in the table at the top.
+fn judge(response: &Result<Answer, AskError>, decision: Option<Decision>) -> ResolveStep {
+    match (response, decision) {
         (Ok(Answer::Runs), _) => ResolveStep::LetGo,
         (Ok(Answer::GaveUp), _) | (_, Some(Decision::Run)) => ResolveStep::TakeBack,
         (Ok(Answer::Kept { .. }), _) | (_, None) => ResolveStep::Stay,
@@ -108,7 +110,7 @@ fn judge(said: &Result<Answer, AskError>, decision: Option<Decision>) -> Resolve
 }
 
 impl Supervisor {
-    /// Begins to resolve; `reply` is answered when it is known how that ended.
+    /// Starts to resolve the doubt; `reply` is answered when that has ended.
     pub(super) fn resolve(&mut self, decision: Option<Decision>, reply: Reply<Resolution>) -> Option<Ending> {
         if self.resolving.is_some() {
             answer(reply, Err(Refusal::Resolving));
@@ -116,11 +118,11 @@ impl Supervisor {
         }
         match &self.life {
             Some(Life::InDoubt(_, Side::Source { doubt, .. })) => match doubt {
-                Some(doubt) => match ask(doubt.clone(), self.handle.clone()) {
+                Some(doubt) => match start_question(doubt.clone(), self.handle.clone()) {
                     Ok(()) => self.resolving = Some(Resolving::Asking { decision, reply }),
                     Err(error) => answer(reply, Err(failed(error))),
                 },
-                // Nobody to ask: only the operator knows.
+                // There is no destination to ask: only the operator knows.
                 None => {
                     self.resolving = Some(Resolving::Asking { decision, reply });
                     return self.answered(Ok(Answer::Unknown));
@@ -151,13 +153,13 @@ impl Supervisor {
         None
     }
 
-    /// The destination was asked.
-    pub(super) fn answered(&mut self, said: Result<Answer, AskError>) -> Option<Ending> {
+    /// Handles the destination's answer.
+    pub(super) fn answered(&mut self, response: Result<Answer, AskError>) -> Option<Ending> {
         let Some(Resolving::Asking { decision, reply }) = self.resolving.take() else {
             return None;
         };
-        let known = describe(&said);
-        let step = judge(&said, decision);
+        let known = describe(&response);
+        let step = judge(&response, decision);
         tracing::info!("in doubt, and asked: {known}");
         let (verdict, message, ending) = match step {
             ResolveStep::LetGo => (
@@ -170,11 +172,11 @@ impl Supervisor {
                 (Resolved::Discarded, message, Some(Ending::Stopped))
             }
             ResolveStep::Stay => {
-                let message = format!("still in doubt, and paused here: {known}. {}", advice(&said));
+                let message = format!("still in doubt, and paused here: {known}. {}", advice(&response));
                 (Resolved::InDoubt, message, None)
             }
             ResolveStep::TakeBack => {
-                self.take_back(decision, reply, known);
+                self.resume_here(decision, reply, known);
                 return None;
             }
         };
@@ -182,9 +184,9 @@ impl Supervisor {
         ending
     }
 
-    /// The machine is to be this process's own again. That may take its time (locks, a vCPU that does not enter the guest),
-    /// so it is done on a thread of its own.
-    fn take_back(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
+    /// Resumes the guest here. That may take its time (locks, a vCPU that does not enter the guest), so it is done on a
+    /// thread of its own.
+    fn resume_here(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
         let taken = match &mut self.life {
             Some(Life::InDoubt(_, Side::Source { source, remains, .. })) => source.take().zip(Some(*remains)),
             _ => None,
@@ -219,8 +221,8 @@ impl Supervisor {
         }
     }
 
-    /// The guest goes on here, or why it does not.
-    pub(super) fn taken_back(&mut self, source: Box<MigrationSource>, resumed: Result<(), String>) {
+    /// Handles the end of [`Self::resume_here`]'s thread.
+    pub(super) fn resumed_here(&mut self, source: Box<MigrationSource>, resumed: Result<(), String>) {
         let Some(Resolving::TakingBack {
             decision,
             reply,
@@ -243,7 +245,7 @@ impl Supervisor {
                 self.stop_second_copy();
             }
             (Some(Life::InDoubt(machine, Side::Source { doubt, remains, .. })), Err(error)) => {
-                // Somebody may have its disks: it stays a question.
+                // Another process may hold its disks' locks: the doubt stays.
                 let side = Side::Source {
                     source: Some(source),
                     doubt,
@@ -259,14 +261,14 @@ impl Supervisor {
         }
     }
 
-    /// Waits for an attempt to let the guest go on here, if there is one: it has the machine.
+    /// Waits until an attempt to resume the guest here has ended, if there is one: its thread has the machine.
     pub(super) fn settle_resolving(&mut self) {
         if let Some(Resolving::TakingBack { job, .. }) = self.resolving.take() {
             job.end();
         }
     }
 
-    /// A receiving job ended an attempt without a machine.
+    /// Handles the end of an attempt to receive a machine: none came.
     pub(super) fn attempt_ended(&mut self, reason: &str) {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let resolution = Resolution {
@@ -278,7 +280,7 @@ impl Supervisor {
         }
     }
 
-    /// A receiving job has a machine; `problem` says why it does not run.
+    /// Handles a machine that was received; `problem` says why it does not run.
     pub(super) fn machine_came(&mut self, problem: Option<&str>) {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let (verdict, message) = match problem {
@@ -301,7 +303,7 @@ impl Supervisor {
         }
     }
 
-    /// When to give up waiting for a decision to have an effect.
+    /// Until when to wait for a decision to have an effect.
     pub(super) fn deciding_until(&self) -> Option<Instant> {
         match &self.resolving {
             Some(Resolving::Deciding { until, .. }) => Some(*until),
@@ -309,15 +311,15 @@ impl Supervisor {
         }
     }
 
-    /// A decision had no effect: the source speaks.
-    pub(super) fn give_up_deciding(&mut self) {
+    /// Refuses a decision that had no effect: the source is alive again, and decides itself.
+    pub(super) fn refuse_decision(&mut self) {
         if let Some(Resolving::Deciding { reply, .. }) = self.resolving.take() {
             answer(reply, Err(Refusal::NothingToDecide));
         }
     }
 }
 
-/// Answers and logs how it ended.
+/// Answers with the result and logs it.
 fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolved, message: String) {
     let as_asked = match decision {
         None => true,
@@ -333,8 +335,8 @@ fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolv
     answer(reply, Ok(resolution));
 }
 
-/// Asks on a thread of its own, which ends with its answer.
-fn ask(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
+/// Asks the destination on a thread of its own, which sends the answer as an event.
+fn start_question(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result<()> {
     let ask = move || supervisor.send(Event::Answered(doubt.ask(ASK_TIMEOUT)));
     threads::spawn(Role::Resolve, "resolve", ask)?;
     Ok(())
@@ -362,9 +364,9 @@ fn at_destination(reason: &str, decision: Option<Decision>) -> (Resolution, Opti
     (resolution, ending)
 }
 
-/// What is known.
-fn describe(said: &Result<Answer, AskError>) -> String {
-    match said {
+/// The answer as a sentence.
+fn describe(response: &Result<Answer, AskError>) -> String {
+    match response {
         Ok(Answer::Runs) => "the guest runs at the destination".into(),
         Ok(Answer::GaveUp) => "the destination gave the guest up".into(),
         Ok(Answer::Kept { reason }) => format!("the destination keeps the guest paused: {reason}"),
@@ -373,9 +375,9 @@ fn describe(said: &Result<Answer, AskError>) -> String {
     }
 }
 
-/// What an operator can do.
-fn advice(said: &Result<Answer, AskError>) -> &'static str {
-    match said {
+/// What an operator can do after this answer.
+fn advice(response: &Result<Answer, AskError>) -> &'static str {
+    match response {
         Ok(Answer::Kept { .. }) => {
             "Discard it there (`godwit resolve --discard`), then run it here (`godwit resolve --run`)"
         }
@@ -390,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_destination_says_counts_more_than_a_decision() {
+    fn the_destinations_answer_counts_more_than_a_decision() {
         let (run, discard) = (Some(Decision::Run), Some(Decision::Discard));
         let kept = || Answer::Kept {
             reason: "no locks".into(),
@@ -417,10 +419,10 @@ mod tests {
                 [ResolveStep::Stay, ResolveStep::TakeBack, ResolveStep::Discard],
             ),
         ];
-        for (said, expected) in cases {
-            let said = Ok(said);
-            let steps = [None, run, discard].map(|decision| judge(&said, decision));
-            assert_eq!(steps, expected, "{said:?}");
+        for (response, expected) in cases {
+            let response = Ok(response);
+            let steps = [None, run, discard].map(|decision| judge(&response, decision));
+            assert_eq!(steps, expected, "{response:?}");
         }
     }
 

@@ -1,5 +1,5 @@
-//! A machine that comes out of a snapshot, or boots again, on a thread of its own: who brings its pages may take time over
-//! it.
+//! Makes a machine from a snapshot, or boots one again, on a thread of its own: the fault handler that brings its pages
+//! may take its time, or never answer, and the supervisor must not wait for it.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,21 +8,21 @@ use std::sync::mpsc;
 use threads::Role;
 
 use super::{ApiServer, Event, Supervisor, SupervisorError, Worker};
-use crate::footprint::give_back_text;
+use crate::footprint::release_text;
 use crate::machine::{Machine, MachineError};
 
-/// The job, and what is to be done when it has made its machine.
+/// The job, and what follows once it has made the machine.
 pub(super) struct RestoreJob {
     worker: Worker,
-    /// Whether it may have to wait for pages, for ever.
+    /// Whether the job may wait for pages for ever.
     may_hang: bool,
-    /// What calls it off when it is dropped, as long as the job waits for something.
+    /// Cancels the job when it is dropped, as long as the job waits.
     called_off: Option<mpsc::Sender<()>>,
     announce: Box<dyn FnOnce()>,
 }
 
 impl RestoreJob {
-    /// Waits for its end, unless that may never come: then it ends with the process.
+    /// Waits for the job's end. A job that may hang for ever ends with the process instead.
     pub(super) fn end(self) {
         drop(self.called_off);
         if !self.may_hang {
@@ -32,8 +32,8 @@ impl RestoreJob {
 }
 
 impl Supervisor {
-    /// Lets `restore` make the machine. `announce` tells of it, `may_hang` is whether its memory comes from somebody who
-    /// may keep it waiting.
+    /// Has `restore` make the machine, then calls `announce`. `may_hang` says whether its memory comes from a fault
+    /// handler, for which the thread may wait for ever.
     pub fn restore(
         &mut self,
         restore: impl FnOnce() -> Result<Machine, MachineError> + Send + 'static,
@@ -79,7 +79,7 @@ impl Supervisor {
                 self.stop_second_copy();
                 self.booted();
                 (job.announce)();
-                give_back_text();
+                release_text();
                 None
             }
             Err(reason) => Some(SupervisorError::Restore(reason)),

@@ -1,4 +1,5 @@
-//! A machine that is put in files.
+//! Snapshots: saves the machine to files on a thread of its own. Whatever fails before the snapshot is complete leaves
+//! the guest running.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,7 +15,7 @@ use crate::machine::{Machine, MachineError};
 use crate::snapshot::{SnapshotDraft, SnapshotError, SnapshotId, SnapshotWatch};
 use crate::vcpu::Holder;
 
-/// The job, and who waits for it.
+/// The job, and the reply to the request that started it.
 pub(super) struct SnapshotJob {
     worker: Worker,
     watch: Arc<SnapshotWatch>,
@@ -27,7 +28,7 @@ impl SnapshotJob {
         self.watch.progress()
     }
 
-    /// It ends soon, and the guest goes on; unless it is complete already.
+    /// Cancels the snapshot, after which the guest runs on; has no effect once the snapshot is complete.
     pub(super) fn cancel(&self) {
         self.watch.cancel();
     }
@@ -76,7 +77,8 @@ impl Supervisor {
         self.reset_now()
     }
 
-    /// Ends the snapshot under way, if there is one. If the end came too late for it, the guest is in it.
+    /// Cancels the snapshot under way, if there is one, and waits for it. If that came too late, the guest is in the
+    /// snapshot and does not run on.
     pub(super) fn settle_snapshot(
         &mut self,
         ending: Result<Ending, SupervisorError>,
@@ -114,14 +116,14 @@ fn start(
         if let Err(error) = &ended {
             tracing::warn!("no snapshot in {}: {error}", request.path.display());
         }
-        // The supervisor must be the last owner of the machine when it hears of the end.
+        // The supervisor must be the machine's last owner when it handles the event.
         drop(machine);
         supervisor.send(Event::SnapshotEnded(ended));
     })
 }
 
-/// The guest goes on as soon as its memory was read, or stays as it is for good once all is on the disk. Whatever
-/// fails before that leaves it running.
+/// Writes the snapshot. The guest runs on as soon as its memory was read, or stays paused for good once everything is
+/// on the disk. A failure before that leaves it running.
 fn write(
     machine: &Machine,
     request: &SnapshotRequest,
@@ -129,7 +131,7 @@ fn write(
 ) -> Result<SnapshotReport, MachineError> {
     let began = Instant::now();
     if request.diff {
-        // Before anything is made, and before the guest stands still.
+        // Before any file is made, and before the guest is paused.
         machine.base()?;
     }
     let mut draft = SnapshotDraft::begin(&request.path)?;

@@ -65,7 +65,7 @@ fn ended(outcome: &str) -> Box<Ended> {
     let migrated = Migrated {
         report: serde_json::from_str(&text).unwrap(),
         doubt: None,
-        untold: None,
+        unanswered: None,
         remains: Remains::default(),
     };
     Box::new(Ended {
@@ -75,7 +75,7 @@ fn ended(outcome: &str) -> Box<Ended> {
 }
 
 #[test]
-fn a_job_that_receives_is_called_off_and_has_the_last_word() {
+fn a_receiving_job_is_cancelled_and_its_event_decides() {
     let stop = || {
         Event::Request(Request::Stop {
             force: false,
@@ -195,7 +195,7 @@ fn a_decision_is_answered_by_what_the_receiving_job_does() {
     rig.supervisor.machine_came(None);
     assert_eq!(answer.try_recv().unwrap().unwrap().verdict, Resolved::Here);
     let mut answer = decide(&mut rig, Decision::Run);
-    rig.supervisor.give_up_deciding();
+    rig.supervisor.refuse_decision();
     assert!(matches!(
         answer.try_recv().unwrap(),
         Err(Refusal::NothingToDecide)
@@ -241,7 +241,7 @@ fn a_thread_that_the_guest_needs_takes_the_vm_along_with_an_error() {
 }
 
 #[test]
-fn a_receiver_without_a_door_ends_with_an_error_unless_a_guest_comes() {
+fn a_receiver_without_an_acceptor_ends_with_an_error_unless_a_guest_comes() {
     let mut rig = rig();
     let job = job();
     let control = job.control.clone();
@@ -275,7 +275,7 @@ fn the_api_is_served_again_and_the_vm_ends_if_it_cannot_be() {
 }
 
 #[test]
-fn whoever_waits_for_an_answer_hears_that_nobody_asks() {
+fn a_client_gets_an_error_if_the_question_fails() {
     let mut rig = rig();
     let (reply, mut answer) = oneshot::channel();
     rig.supervisor.resolving = Some(Resolving::Asking {

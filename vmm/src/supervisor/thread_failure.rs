@@ -1,4 +1,5 @@
-//! Threads that failed: what becomes of the VM is decided by what they were for.
+//! Decides, by the role of a thread that failed, what becomes of the VM: it ends, it goes on without the thread, or the
+//! thread is started again. A machine that may be the only copy of its guest must outlive the failure.
 
 use threads::{Failure, Role};
 
@@ -15,20 +16,21 @@ impl Supervisor {
         match failure.role {
             // The guest cannot go on, or only as one whose disks never answer.
             Role::Vcpu | Role::Devices => Some(Err(failure.into())),
-            // Nobody would hear that the handler has gone, and the guest would wait for ever for the first page.
+            // Without this thread the end of the fault handler is not noticed, and the guest would wait for ever for a
+            // page.
             Role::FaultHandler => Some(Err(failure.into())),
             Role::Api => self.serve_api_again(failure, server),
-            // Nobody can bring a machine any more. One that is under way is waited for.
-            Role::Acceptor if self.call_off() => {
+            // No source can connect any more. A machine that is on its way is waited for.
+            Role::Acceptor if self.cancel_receiving() => {
                 self.failure.get_or_insert(failure);
                 None
             }
             Role::Resolve => {
-                self.give_up_asking(&failure);
+                self.fail_question(&failure);
                 None
             }
             // Without them nothing is shown or typed, a guest is slowed down too little, a connection breaks off. Jobs
-            // say by themselves how they ended, whoever waits for a helper or a stream hears of it from that.
+            // report their end themselves, and the thread that waits for a helper or a stream gets its failure.
             Role::Console
             | Role::Input
             | Role::Log
@@ -47,8 +49,8 @@ impl Supervisor {
         }
     }
 
-    /// A VM that nobody can speak to any more ends, its guest in good order. One whose guest may run elsewhere as well
-    /// has to be kept.
+    /// Serves the API again, up to a limit. Beyond it the VM cannot be controlled any more: its guest is asked to shut
+    /// down, unless the guest may run elsewhere as well, as such a copy has to be kept.
     fn serve_api_again(
         &mut self,
         failure: Failure,
@@ -65,7 +67,7 @@ impl Supervisor {
         self.terminate().map(Ok)
     }
 
-    fn give_up_asking(&mut self, failure: &Failure) {
+    fn fail_question(&mut self, failure: &Failure) {
         match self.resolving.take() {
             Some(Resolving::Asking { reply, .. }) => {
                 answer(reply, Err(Refusal::Failed(failure.to_string())));
@@ -74,7 +76,7 @@ impl Supervisor {
         }
     }
 
-    /// An end that was asked for because a thread failed is a failure, unless the guest is safe elsewhere.
+    /// Turns the end of a VM into an error if it ends because a thread failed, unless the guest is safe elsewhere.
     pub(super) fn settle_failure(
         &mut self,
         ending: Result<Ending, SupervisorError>,

@@ -1,7 +1,8 @@
-//! A guest that was taken back from a destination that may be ready: it is told so as soon as it can be reached.
+//! After a migration that failed just before "go", the guest runs here, and the destination may be ready and not know
+//! that. It is asked until it answers, which makes it give the machine up.
 //!
-//! Its operator may have been quicker, and have decided that the guest runs there. Then it ran in both places, and this
-//! copy is paused until an operator says which of the two is to stay.
+//! An operator may have had the guest run at the destination before that. Then it ran in both places, and this copy is
+//! paused until an operator decides which of the two stays. It must not run on, and must not be thrown away.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,17 +14,17 @@ use super::{Event, Life, Side, Supervisor, SupervisorHandle};
 use crate::machine::MigrationSource;
 use crate::vcpu::park_deadline;
 
-/// Between two attempts, at first and at the most.
+/// The first and the longest pause between two questions.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
-/// For how long it is tried: whoever waits there for longer needs its operator.
+/// For how long the destination is asked: if it waits for longer, its operator has to decide.
 const TRIED_FOR: Duration = Duration::from_secs(3600);
-/// How long each attempt may take for the connection, and as long again for the answer.
+/// How long the connection of each question may take, and as long again its answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Most destinations that are asked at a time.
 const MOST: usize = 4;
 
-/// What is under way.
+/// The questions under way.
 #[derive(Debug, Default)]
 pub(super) struct Withdrawals {
     asked: usize,
@@ -32,7 +33,7 @@ pub(super) struct Withdrawals {
 }
 
 impl Supervisor {
-    /// Asks until there is an answer, which makes a destination that waits for "go" give up.
+    /// Starts to ask a destination until it answers; one that waits for "go" gives the machine up by that.
     pub(super) fn withdraw(&mut self, doubt: Doubt) {
         if self.withdrawals.asked == MOST {
             tracing::warn!(to = %doubt.endpoint(), "too many destinations could not be told that no \"go\" will come");
@@ -46,7 +47,7 @@ impl Supervisor {
         }
     }
 
-    /// A destination was told, or it was tried for long enough.
+    /// Handles a destination's answer, or that there was none for too long.
     pub(super) fn withdrawn(&mut self, doubt: Doubt, answer: Option<Answer>) {
         self.withdrawals.asked = self.withdrawals.asked.saturating_sub(1);
         let to = doubt.endpoint();
@@ -73,7 +74,7 @@ impl Supervisor {
 
     /// Pauses a guest that runs elsewhere as well, once no migration has it.
     pub(super) fn stop_second_copy(&mut self) {
-        // Whoever has it now calls this again when it is done.
+        // The job or operation that has the machine calls this again when it has ended.
         if self.migration.is_some() || self.operation.is_some() || !matches!(self.life, Some(Life::Here(_))) {
             return;
         }
@@ -101,7 +102,7 @@ fn ask_until_answered(doubt: Doubt, supervisor: &SupervisorHandle) {
     let mut again = AGAIN;
     let answer = loop {
         match doubt.ask(TIMEOUT) {
-            // One that knows nothing of it may be another than the one that waits.
+            // A receiver that knows nothing of the migration may be another one than the one that waits.
             Ok(answer) if answer != Answer::Unknown => break Some(answer),
             Ok(_) | Err(_) if began.elapsed() >= TRIED_FOR => break None,
             Ok(_) | Err(_) => thread::sleep(again),

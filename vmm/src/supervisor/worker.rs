@@ -1,4 +1,4 @@
-//! What the supervisor has others do, each on a thread of its own, and how it waits for their ends.
+//! The supervisor's worker threads: how they start, and how it waits for their ends, but never for ever.
 
 use std::convert::Infallible;
 use std::io;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use migration::Control;
 use threads::{Role, Thread};
 
-/// How long one may take to end: longer than all of its own waits, so that it hangs in a call if it has not by then.
+/// How long a worker may take to end: longer than all of its own waits, so that one that takes longer hangs in a call.
 const ENDING: Duration = Duration::from_secs(60);
 
 /// A thread whose end is waited for, but not for ever.
@@ -28,13 +28,13 @@ impl Worker {
         Ok(Self { thread, ended })
     }
 
-    /// Waits for its end: what it holds (a listening socket, the machine) is then gone.
+    /// Waits for the thread's end: what it holds (a listening socket, the machine) is then gone.
     pub(super) fn join(self) {
         self.join_within(ENDING);
     }
 
-    /// The same, but leaves one alone that hangs, in a write to a disk that is gone say: it must not hold up the end of
-    /// the process, with which it ends.
+    /// The same, but leaves a thread behind that hangs, for example in a write to a disk that is gone: it must not hold
+    /// up the end of the process, and ends with it.
     pub(super) fn join_within(self, at_most: Duration) {
         if self.ended.recv_timeout(at_most) == Err(mpsc::RecvTimeoutError::Timeout) {
             let name = self.thread.thread().name().unwrap_or_default().to_owned();
@@ -46,7 +46,7 @@ impl Worker {
     }
 }
 
-/// One that can be told to end.
+/// A worker that can be cancelled.
 pub(super) struct Job {
     pub(super) control: Arc<Control>,
     worker: Worker,

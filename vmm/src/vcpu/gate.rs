@@ -31,8 +31,8 @@ pub enum NextStep {
 /// A slice keeps one vCPU out until it is over. It is no hold: it opens nothing, it delays neither a
 /// pause, for which a thread in a slice is parked like any other, nor the wait for the end of a pause.
 ///
-/// vCPU threads and those that wait for them are woken apart, and the latter only when what they wait for may have come:
-/// with 32 vCPUs a pause wakes nobody in vain.
+/// vCPU threads and those that wait for them are woken apart, and the latter only when what they wait for may have
+/// come: with 32 vCPUs a pause wakes no thread in vain.
 pub struct Gate {
     state: Mutex<GateState>,
     /// Wakes vCPU threads: a hold or a slice has ended, there is a task, or the threads are to end.
@@ -49,7 +49,8 @@ struct GateState {
     ending: bool,
     /// Threads that are parked because of a holder.
     held: usize,
-    /// Tasks so far, the present one, and how many of the threads that were parked when it came are not through yet.
+    /// The number of tasks so far, the present one, and how many of the threads that were parked when it came have not
+    /// done it.
     tasks: u64,
     task: Option<ParkedTask>,
     pending: usize,
@@ -94,8 +95,8 @@ impl Gate {
         self.lock().holders |= holder as u8;
     }
 
-    /// Closes the gate for `holder`, lets `kick` get the threads out of the guest, and waits until every one is parked. If
-    /// that is not so after `timeout`, it is false, and `holder` holds the gate no more than before.
+    /// Closes the gate for `holder`, lets `kick` get the threads out of the guest, and waits until every one is parked.
+    /// If that is not so after `timeout`, it is false, and `holder` holds the gate no more than before.
     pub(super) fn hold(&self, holder: Holder, kick: impl FnOnce(), timeout: Duration) -> bool {
         let held_before = self.held_by(holder);
         self.close(holder);
@@ -126,8 +127,8 @@ impl Gate {
         self.lock().holders != 0
     }
 
-    /// Keeps vCPU `id` out until `until`. Kick it. Answers no where the gate is closed: a vCPU that is out already needs
-    /// no slice.
+    /// Keeps vCPU `id` out until `until`. Kick it. Answers no where the gate is closed: a vCPU that is out already
+    /// needs no slice.
     pub(super) fn begin_slice(&self, id: usize, until: Instant) -> bool {
         let mut state = self.lock();
         let open = state.holders == 0;
@@ -254,15 +255,15 @@ impl Gate {
         self.wait(timeout, GateState::all_parked)
     }
 
-    /// Waits until nobody keeps a thread from the guest any more (but for its slices), or the gate is closed
-    /// again; false after `timeout`.
+    /// Waits until nothing but its slices keeps any thread from the guest, or the gate is closed again; false after
+    /// `timeout`.
     pub fn wait_entered(&self, timeout: Duration) -> bool {
         self.wait(timeout, |state| state.held == 0 || state.holders != 0)
     }
 
     /// Wakes every thread that is parked because of a holder to do `task`, does this thread's `share`, and waits until
-    /// `is_done`, which gets the number of woken threads that are not through yet; they stay parked. False after `timeout`.
-    /// A thread that wakes up later finds nothing to do.
+    /// `is_done`, which gets the number of woken threads that are not through yet; they stay parked. False after
+    /// `timeout`. A thread that wakes up later finds nothing to do.
     pub(super) fn do_parked(
         &self,
         task: ParkedTask,
@@ -334,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn opens_only_when_the_last_holder_lets_go() {
+    fn opens_only_when_the_last_hold_is_taken_off() {
         let (gate, threads) = two_parked();
         gate.close(Holder::User);
         gate.open(Holder::Startup);
@@ -357,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_that_fails_holds_nobody() {
+    fn a_pause_that_fails_leaves_no_hold() {
         let gate = Gate::new(1);
         gate.open(Holder::Startup);
         // Its thread is in the guest, and stays there.

@@ -28,7 +28,7 @@ pub use state::{
 /// A vCPU that does not leave the guest within this time is stuck in the kernel.
 const PARK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Until when vCPUs must be out of the guest where nobody wants that sooner.
+/// Until when vCPUs must be out of the guest, unless the caller sets an earlier deadline.
 pub fn park_deadline() -> Instant {
     Instant::now() + PARK_TIMEOUT
 }
@@ -115,9 +115,9 @@ impl VcpuSet {
         Ok(set)
     }
 
-    /// Closes the gate for `holder` and waits until every vCPU is out of the guest, until `until` or for [`PARK_TIMEOUT`].
-    /// If one does not come out, `holder` holds the gate no more than before. Returns the instant at which the first one
-    /// was asked to leave.
+    /// Closes the gate for `holder` and waits until every vCPU is out of the guest, until `until` or for
+    /// [`PARK_TIMEOUT`]. If one does not come out, `holder` holds the gate no more than before. Returns the instant at
+    /// which the first one was asked to leave.
     pub fn pause(&self, holder: Holder, until: Instant) -> Result<Instant, VcpuError> {
         let asked = Instant::now();
         let patience = until.saturating_duration_since(asked).min(PARK_TIMEOUT);
@@ -128,17 +128,18 @@ impl VcpuSet {
         }
     }
 
-    /// Lets go for `holder`. If nobody else holds the gate, returns when the last vCPU has left it.
+    /// Opens the gate for `holder`. Without another holder, returns when the last vCPU has left the gate.
     pub fn resume(&self, holder: Holder) {
         self.gate.open(holder);
         if !self.gate.wait_entered(PARK_TIMEOUT) {
-            // No failure: the gate is open, and who says that the guest does not run invites a second copy.
+            // Not an error: the gate is open, and a caller that believes that the guest does not run could start a
+            // second copy of it.
             tracing::warn!("not all vCPUs have entered the guest after {PARK_TIMEOUT:?}");
         }
     }
 
-    /// Wakes the threads that are held, as [`VcpuSet::resume`] would, but lets none of them into the guest. Returns when
-    /// each was awake.
+    /// Wakes the threads that are held, as [`VcpuSet::resume`] would, but lets none of them into the guest. Returns
+    /// when each was awake.
     pub fn rouse(&self) {
         if !self
             .gate
@@ -148,10 +149,10 @@ impl VcpuSet {
         }
     }
 
-    /// Does `work` with each vCPU, all of which are out of the guest, and returns what came of it in order of their ids.
-    /// Their own threads share the work with this one, where they are parked: KVM need not move a vCPU to another thread's
-    /// processor, and what takes its time for one vCPU takes not much longer for 32. A vCPU whose thread has ended or is
-    /// slow to wake up is this thread's.
+    /// Does `work` with each vCPU, all of which are out of the guest, and returns the results in order of their ids.
+    /// Parked vCPU threads do the work for their own vCPUs, so that KVM need not move a vCPU to another thread's
+    /// processor and 32 vCPUs take not much longer than one. This thread does what remains: vCPUs whose thread has
+    /// ended or is slow to wake up.
     pub fn with_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &VcpuFd) -> T + Send + Sync + 'static,
@@ -189,7 +190,7 @@ impl VcpuSet {
         self.vcpus.len()
     }
 
-    /// The gate, to ask who holds it.
+    /// The gate, which knows its holders.
     pub fn gate(&self) -> &Gate {
         &self.gate
     }
@@ -212,7 +213,7 @@ impl VcpuSet {
     }
 
     /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most 10
-    /// ms. Opens the gate for nobody. Returns at once.
+    /// ms. Does not open the gate. Returns at once.
     pub fn throttle(&self, shares: &[f64]) -> Result<(), VcpuError> {
         if shares.len() != self.vcpus.len() {
             return Err(VcpuError::Shares {

@@ -59,8 +59,8 @@ const INTERNAL_ERROR_EMULATION: u32 = 1;
 pub(super) fn run(id: u8, vcpu: &Arc<Mutex<VcpuFd>>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
     let _kickable = Kickable::new(vcpu.clone());
     while gate.pass(id.into()) == NextStep::Enter {
-        // Held while the vCPU is in the guest, free while the thread is parked, so that whoever holds the
-        // gate can save and restore it.
+        // Held while the vCPU is in the guest and free while the thread is parked, so that a holder of the gate
+        // can save and restore the vCPU.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         run_until_kicked(id, &mut vcpu, buses)?;
     }

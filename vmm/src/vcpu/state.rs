@@ -18,7 +18,7 @@ pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW: to set them writes guest memory, see
 /// `Machine::run_restored`.
 const MSR_WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
-/// MSRs by which KVM is told where to keep the guest up to date (Documentation/virt/kvm/x86/msr.rst): both system
+/// MSRs that say where KVM is to write for the guest (Documentation/virt/kvm/x86/msr.rst): both system
 /// times, asynchronous page faults, steal time, end-of-interrupt. To set one may write guest memory, which before
 /// the guest runs is not this side's to write.
 const MSR_SHARED_PAGES: [u32; 6] = [

@@ -1,6 +1,6 @@
 //! Slowing vCPUs down: each is kept out of the guest for a share of the time, in short slices.
 //!
-//! A thread, there only while somebody is slowed down, begins each slice and kicks the vCPU; the vCPU's own
+//! A thread, there only while a vCPU is slowed down, begins each slice and kicks the vCPU; the vCPU's own
 //! thread sits the slice out at the gate and goes on by itself. How long it really sat there is measured, and
 //! the next slice makes up for the difference, so that late timers do not change the share.
 
@@ -71,7 +71,7 @@ impl Throttle {
         };
         *self.shared.lock() = shares.iter().map(usable).collect();
         self.shared.changed.notify_all();
-        // Whoever sits in a slice of the old share is let in and gets its new one in its turn.
+        // A vCPU in a slice of its old share is let in, and gets a slice of the new one in its turn.
         self.gate.end_slices();
         if thread.is_none() {
             let (gate, kick, shared) = (self.gate.clone(), self.kick.clone(), self.shared.clone());
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_is_there_only_while_somebody_is_slowed_down() {
+    fn the_thread_is_there_only_while_a_vcpu_is_slowed_down() {
         let gate = Arc::new(Gate::new(2));
         gate.open(crate::vcpu::Holder::Startup);
         let (kicked, kicks) = std::sync::mpsc::channel();
@@ -261,7 +261,7 @@ mod tests {
         assert_eq!(kicks.recv_timeout(Duration::from_secs(5)), Ok(1));
         throttle.set(&[0.0, f64::NAN]).unwrap();
         assert!(throttle.thread.lock().unwrap().is_none());
-        // Nobody is kept out any more.
+        // No vCPU is kept out any more.
         assert_eq!(gate.pass(1), super::super::gate::NextStep::Enter);
     }
 }

@@ -1,4 +1,4 @@
-//! How threads start: with a role and a name, and so that a panic in one is heard of.
+//! How threads start: with a role and a name, and so that a panic in one is reported.
 //!
 //! See `DESIGN.md` beside this crate's manifest.
 
@@ -44,7 +44,7 @@ pub enum Role {
     Operation,
     /// A job of the supervisor's: asks the other side of a migration in doubt.
     Resolve,
-    /// A job of the supervisor's: tells a destination that no "go" will come.
+    /// A job of the supervisor's: asks a destination that may wait for "go", so that it gives the machine up.
     Withdraw,
     /// Sends or receives the pages of a migration.
     Stream,
@@ -54,7 +54,7 @@ pub enum Role {
     Acceptor,
     /// Reads from a connection what it is for.
     Greeting,
-    /// Does a part of the work of whoever waits for its end.
+    /// Does a part of the work of another thread, which waits for its end.
     Helper,
 }
 
@@ -65,7 +65,7 @@ pub struct Failure {
     pub role: Role,
     /// Its name.
     pub name: String,
-    /// What it said when it panicked, or why it ended.
+    /// The panic's message, or why the thread ended.
     pub reason: String,
 }
 
@@ -78,8 +78,8 @@ type FailureListener = Arc<dyn Fn(Failure) + Send + Sync>;
 
 static LISTENER: Mutex<Option<FailureListener>> = Mutex::new(None);
 
-/// From here on `listener` hears of every thread that fails, on that thread and before its end. There is one listener: the
-/// last.
+/// From here on `listener` is called for every thread that fails, on that thread and before its end. There is one
+/// listener: the last.
 pub fn report_failures_to(listener: impl Fn(Failure) + Send + Sync + 'static) {
     *LISTENER.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(listener));
 }
@@ -129,7 +129,7 @@ pub fn joined<T>(joined: std::thread::Result<Result<T, Failure>>) -> Result<T, F
     })
 }
 
-/// What somebody who panicked had to say.
+/// The message of a panic.
 pub fn panic_message(panic: &(dyn Any + Send)) -> String {
     if let Some(message) = panic.downcast_ref::<&str>() {
         (*message).into()
@@ -168,13 +168,13 @@ mod tests {
 
     /// One test, because the process has one listener.
     #[test]
-    fn a_panic_is_heard_of_and_takes_nobody_along() {
-        let (sender, heard) = mpsc::channel();
+    fn a_panic_is_reported_and_ends_no_other_thread() {
+        let (sender, failures) = mpsc::channel();
         report_failures_to(move |failure| sender.send(failure).unwrap());
         let failing = spawn(Role::Devices, "devices", || -> u32 { panic!("planted") }).unwrap();
         let failure = joined(failing.join()).unwrap_err();
         assert_eq!(failure.to_string(), r#"thread "devices" panicked: planted"#);
-        assert_eq!(heard.recv().unwrap(), failure);
+        assert_eq!(failures.recv().unwrap(), failure);
 
         let seven = spawn(Role::Helper, "seven", || {
             assert_eq!(std::thread::current().name(), Some("seven"));
@@ -182,14 +182,14 @@ mod tests {
         });
         assert_eq!(joined(seven.unwrap().join()), Ok(7));
 
-        // The scope returns although nobody has joined.
+        // The scope returns although no thread was joined.
         std::thread::scope(|scope| {
             spawn_scoped(scope, Role::Stream, "stream 3", || {
                 panic!("at {}", 3);
             })
             .unwrap();
         });
-        let failure = heard.recv().unwrap();
+        let failure = failures.recv().unwrap();
         assert_eq!(
             (failure.role, failure.reason.as_str()),
             (Role::Stream, "panicked: at 3")
@@ -201,7 +201,7 @@ mod tests {
             reason: "has ended".into(),
         };
         report(ended.clone());
-        assert_eq!(heard.recv().unwrap(), ended);
-        assert!(heard.try_recv().is_err());
+        assert_eq!(failures.recv().unwrap(), ended);
+        assert!(failures.try_recv().is_err());
     }
 }

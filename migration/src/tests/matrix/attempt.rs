@@ -177,7 +177,7 @@ impl<'a> AttemptRig<'a> {
             assert_eq!(report.outcome, Outcome::Failed, "afterwards: {report:?}");
             self.source.assert_runs();
             assert!(Instant::now() < until, "afterwards, for {PATIENCE:?}: {report:?}");
-            // Nobody tells when the destination is done with the attempt before.
+            // There is no event for the end of the destination's attempt before.
             thread::sleep(Duration::from_millis(50));
         }
     }

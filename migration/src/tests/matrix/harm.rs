@@ -64,7 +64,7 @@ impl Harm {
         }
     }
 
-    /// Whether somebody asks for the end.
+    /// Whether one side is cancelled.
     pub(super) fn cancels(self) -> bool {
         matches!(self, Harm::CancelSource | Harm::CancelDestination)
     }

@@ -22,7 +22,7 @@ pub(super) struct There {
 
 /// How it ended.
 pub(super) struct ArrivedThere {
-    /// Answers whoever asks, until it goes.
+    /// Answers a source's questions until it is dropped.
     pub(super) _receiver: Receiver,
     pub(super) destination: FakeDestination,
     pub(super) result: Result<Received, ReceiveError>,
@@ -51,7 +51,7 @@ impl There {
                     result => break result,
                 }
             };
-            // Whoever gave up waiting has said why.
+            // A test that gave up waiting has failed with a reason of its own.
             let _ = arrival.send(ArrivedThere {
                 _receiver: receiver,
                 destination,

@@ -15,12 +15,13 @@ use super::{limits, vsock};
 /// Devices of a machine that boots.
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// A disk: [id=NAME,]path=FILE[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N];
+    /// A disk:
+    /// [id=NAME,]path=FILE[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,ro][,cache=writeback|writethrough|unsafe][,direct=on][,bandwidth=RATE][,iops=N];
     /// may be given several times. Each backing= is what the image before it is on, and is only read
     #[arg(long = "disk", value_name = "SPEC", value_parser = run_disk)]
     disks: Vec<RunDisk>,
-    /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE][,iops=N]; may
-    /// be given several times
+    /// A network card: [id=NAME,]tap=TAP[,queues=N] or [id=NAME,]fd=N, each with [,mac=MAC][,bandwidth=RATE][,iops=N];
+    /// may be given several times
     #[arg(long = "net", value_name = "SPEC", value_parser = run_net)]
     nets: Vec<RunNet>,
 }
@@ -56,9 +57,10 @@ impl DeviceArgs {
 /// What this host has for the devices of a machine that comes from elsewhere.
 #[derive(Debug, Args)]
 pub(crate) struct BackendArgs {
-    /// Backend of a disk of the machine: ID=PATH[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,shared=on];
-    /// may be given several times. A disk that moves must be the one that the source has locked, or a new
-    /// one (--with-disks); shared=on says that it is the source's where locks do not travel, as with block devices
+    /// Backend of a disk of the machine:
+    /// ID=PATH[,format=raw|qcow2][,backing=FILE[,backing-format=raw|qcow2]]...[,shared=on]; may be given several times.
+    /// A disk that moves must be the one that the source has locked, or a new one (--with-disks); shared=on says that
+    /// it is the source's where locks do not travel, as with block devices
     #[arg(long = "disk", value_name = "SPEC", value_parser = disk_backend)]
     disks: Vec<(String, DiskBackend)>,
     /// Tap of a network card of the machine, by name or by the descriptors of its queues (ID=fd:N, ID=fd:[N,M]); may be
@@ -122,7 +124,7 @@ fn run_disk(text: &str) -> Result<RunDisk, String> {
         parameters: BlockParameters::default(),
     };
     for part in text.split(',') {
-        if limits::take(&mut disk.parameters.limits, part)? || take_backing(&mut disk.backing, part)? {
+        if limits::parse_part(&mut disk.parameters.limits, part)? || parse_backing(&mut disk.backing, part)? {
             continue;
         }
         match part.split_once('=') {
@@ -164,7 +166,7 @@ fn run_net(text: &str) -> Result<RunNet, String> {
     let (mut id, mut tap, mut mac, mut queues) = (None, None, None, None);
     let mut limits = Limits::default();
     for part in parts(text) {
-        if limits::take(&mut limits, part)? {
+        if limits::parse_part(&mut limits, part)? {
             continue;
         }
         match part.split_once('=') {
@@ -233,7 +235,7 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Takes a part that is about what an image is on.
-fn take_backing(backing: &mut Vec<BackingFile>, part: &str) -> Result<bool, String> {
+fn parse_backing(backing: &mut Vec<BackingFile>, part: &str) -> Result<bool, String> {
     match (part.split_once('='), backing.last_mut()) {
         (Some(("backing", path)), _) if !path.is_empty() => backing.push(BackingFile {
             path: path.into(),
@@ -273,7 +275,7 @@ fn disk_backend(text: &str) -> Result<(String, DiskBackend), String> {
         is_shared: false,
     };
     for part in options.into_iter().rev() {
-        if take_backing(&mut disk.backing, part)? {
+        if parse_backing(&mut disk.backing, part)? {
             continue;
         }
         match part.split_once('=') {
@@ -459,7 +461,7 @@ mod tests {
             matches!(twice.downcast_ref(), Some(ConfigError::Ports(_))),
             "{twice}"
         );
-        // Said before anybody wants to come.
+        // Refused before a source connects.
         let missing = refused("b=no-tap-here").to_string();
         assert!(missing.contains("ip tuntap add dev no-tap-here"), "{missing}");
     }

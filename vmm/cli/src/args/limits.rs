@@ -7,7 +7,7 @@ use devices::{Bucket, Limits};
 use super::units;
 
 /// Takes `bandwidth=RATE` or `iops=N` in; whether `part` is one of them.
-pub(crate) fn take(limits: &mut Limits, part: &str) -> Result<bool, String> {
+pub(crate) fn parse_part(limits: &mut Limits, part: &str) -> Result<bool, String> {
     match part.split_once('=') {
         Some(("bandwidth", rate)) => limits.bandwidth = Some(Bucket::per_second(units::rate(rate)?)),
         Some(("iops", count)) => {
@@ -24,7 +24,7 @@ pub(crate) fn take(limits: &mut Limits, part: &str) -> Result<bool, String> {
 pub(crate) fn alone(text: &str) -> Result<Limits, String> {
     let mut limits = Limits::default();
     for part in text.split(',') {
-        if !take(&mut limits, part)? {
+        if !parse_part(&mut limits, part)? {
             return Err(format!("expected bandwidth=RATE, iops=N or both, got {part:?}"));
         }
     }

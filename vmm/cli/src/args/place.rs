@@ -15,9 +15,9 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// All addresses of a name, in the system's order, or the absolute path of a socket. What looks up a name may hang, or
-    /// come from whoever runs this host and crash (a static program loads the host's NSS modules): no guest is in this
-    /// process yet, or ever.
+    /// All addresses of a name, in the system's order, or the absolute path of a socket. To look up a name may hang, or
+    /// crash in one of the host's NSS modules, which a static program loads: this process has no guest yet, or never
+    /// will.
     pub(crate) fn resolve(&self) -> anyhow::Result<Endpoint> {
         match self {
             Place::Named { host, port } => {
@@ -93,13 +93,13 @@ mod tests {
     }
 
     /// Looks for what looks up names in every source file but this one; tests at the end of a file are left out.
-    fn look(dir: &Path, found: &mut Vec<String>) {
+    fn find_lookups(dir: &Path, found: &mut Vec<String>) {
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             if path.is_dir() {
                 if name != "tests" && name != "target" {
-                    look(&path, found);
+                    find_lookups(&path, found);
                 }
             } else if name.ends_with(".rs") && name != "tests.rs" && !path.ends_with("args/place.rs") {
                 let text = fs::read_to_string(&path).unwrap();
@@ -129,7 +129,7 @@ mod tests {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         let mut found = Vec::new();
         for dir in ["vmm", "migration", "devices"] {
-            look(&root.join(dir), &mut found);
+            find_lookups(&root.join(dir), &mut found);
         }
         assert!(found.is_empty(), "{found:#?}");
     }

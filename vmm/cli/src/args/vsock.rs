@@ -13,7 +13,7 @@ pub(crate) fn run(text: &str) -> Result<VsockConfig<u64>, String> {
     let (mut cid, mut uds) = (None, None);
     let mut limits = Limits::default();
     for part in text.split(',') {
-        if limits::take(&mut limits, part)? {
+        if limits::parse_part(&mut limits, part)? {
             continue;
         }
         match part.split_once('=') {

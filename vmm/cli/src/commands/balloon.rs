@@ -23,12 +23,12 @@ pub(super) fn run(args: &BalloonArgs) -> anyhow::Result<Exit> {
     print(&if args.json {
         json_line(&statistics)?
     } else {
-        format!("{}\n", told(&args.vm, &statistics))
+        format!("{}\n", summary(&args.vm, &statistics))
     });
     Ok(Exit::Done)
 }
 
-fn told(vm: &str, statistics: &BalloonStatistics) -> String {
+fn summary(vm: &str, statistics: &BalloonStatistics) -> String {
     let mebibytes = |count: u64| bytes((count << 20) as f64);
     let memory = match (statistics.guest.available_memory, statistics.guest.total_memory) {
         (Some(available), Some(total)) => format!(

@@ -16,7 +16,7 @@ use api::{
 use devices::virtio::console::TerminalSize;
 use hyper::Method;
 use migration::Decision;
-use output::{print, tell};
+use output::{print, print_line};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -30,7 +30,7 @@ use crate::args::{DiskArgs, ListArgs, OutputArgs, ResolveArgs, StopArgs, VmArgs}
 use crate::process::terminal::{ESCAPE, RawTerminal};
 use crate::report::figures::bytes;
 
-/// A VM that is silent for so long is listed as such, and ended where somebody insists.
+/// A VM that is silent for this long is listed as such, and ended by `stop --force`.
 const SILENCE: Duration = Duration::from_secs(3);
 /// How long `pause`, `resume` and `disk` may take: each waits up to 10 s for a vCPU or an image, and for one before it.
 const OPERATION: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ const OPERATION: Duration = Duration::from_secs(30);
 const RESOLVE: Duration = Duration::from_secs(40);
 /// How often `stop` looks whether the VM has ended.
 const STOP_POLL: Duration = Duration::from_millis(50);
-/// How long a VM's process may take to end once it was told to.
+/// How long a VM's process may take to end once it was asked to.
 pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client of the VM with that name or socket.
@@ -157,11 +157,11 @@ pub(super) fn resolve(args: &ResolveArgs) -> anyhow::Result<Exit> {
 
 pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {
     let path = rundir::resolve(&args.vm)?;
-    match block_on(ask_to_stop(args, &path))? {
+    match block_on(request_stop(args, &path))? {
         Err(error) if args.force && is_silence(&error) => {
             let owner = Owner::of(&path)?;
             let pid = owner.pid;
-            tell(&format!("{} does not answer: ending its process, {pid}", args.vm));
+            print_line(&format!("{} does not answer: ending its process, {pid}", args.vm));
             if !owner.kill(STOP_TIMEOUT)? {
                 bail!(
                     "{}: process {pid} is still there {STOP_TIMEOUT:?} after SIGKILL: the kernel does not let it go",
@@ -175,25 +175,25 @@ pub(super) fn stop(args: &StopArgs) -> anyhow::Result<Exit> {
     }
 }
 
-async fn ask_to_stop(args: &StopArgs, path: &Path) -> anyhow::Result<Exit> {
+async fn request_stop(args: &StopArgs, path: &Path) -> anyhow::Result<Exit> {
     let patience = if args.force { SILENCE } else { ANSWER };
     let client = Client::new(path).patient(patience);
     let info: InstanceInfo = client.get("/").await?;
-    match ask_to_end(args, path, &client, info).await {
+    match request_end(args, path, &client, info).await {
         // It was on its way already, and ended between two questions.
         Err(_) if is_abandoned(path).await => Ok(Exit::Done),
         ended => ended,
     }
 }
 
-async fn ask_to_end(
+async fn request_end(
     args: &StopArgs,
     path: &Path,
     client: &Client,
     info: InstanceInfo,
 ) -> anyhow::Result<Exit> {
     if info.state == InstanceState::InDoubt && !args.force {
-        tell(&format!(
+        print_line(&format!(
             "{vm} is in doubt, and this may be the only copy of its guest: `godwit resolve {vm}` asks the other end; `godwit stop --force` throws this copy away",
             vm = args.vm
         ));
@@ -207,7 +207,7 @@ async fn ask_to_end(
         if ended(path, grace).await {
             return Ok(Exit::Done);
         }
-        tell(&format!(
+        print_line(&format!(
             "the guest did not shut down within {grace:?}: stopping it"
         ));
     }
@@ -235,7 +235,7 @@ async fn act(client: &Client, action_type: ActionType, force: bool) -> anyhow::R
     Ok(client.send_json(Method::PUT, "/actions", &action).await?)
 }
 
-/// Whether nobody listens at the socket any more, within `timeout`.
+/// Waits up to `timeout`; returns whether no process listens on the socket any more.
 pub(super) async fn ended(path: &Path, timeout: Duration) -> bool {
     let gone = async {
         while !is_abandoned(path).await {
@@ -247,17 +247,17 @@ pub(super) async fn ended(path: &Path, timeout: Duration) -> bool {
 
 async fn is_abandoned(path: &Path) -> bool {
     let connected = UnixStream::connect(path).await;
-    connected.is_err_and(|error| nobody_listens(&error))
+    connected.is_err_and(|error| has_no_listener(&error))
 }
 
 /// Whether that is why there is no connection. A process that takes none is still there.
-fn nobody_listens(error: &io::Error) -> bool {
+fn has_no_listener(error: &io::Error) -> bool {
     [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound].contains(&error.kind())
 }
 
 pub(super) fn ps(args: &ListArgs) -> anyhow::Result<Exit> {
     let vms = rundir::list()?;
-    let infos = block_on(ask_all(vms))?;
+    let infos = block_on(request_infos(vms))?;
     print(&if args.json {
         json_line(&infos)?
     } else {
@@ -281,12 +281,12 @@ fn table(infos: &[InstanceInfo]) -> String {
     table
 }
 
-/// What each VM says of itself, in their order. They are asked at the same time, so that one that does not answer holds up
-/// nobody; it is listed as such.
-async fn ask_all(vms: Vec<(String, PathBuf)>) -> Vec<InstanceInfo> {
+/// What each VM says of itself, in their order. All are asked at the same time, so that one that does not answer does
+/// not delay the others; it is listed as such.
+async fn request_infos(vms: Vec<(String, PathBuf)>) -> Vec<InstanceInfo> {
     let asked: Vec<_> = vms
         .into_iter()
-        .map(|(name, path)| tokio::spawn(async move { ask(&name, &path).await }))
+        .map(|(name, path)| tokio::spawn(async move { request_info(&name, &path).await }))
         .collect();
     let mut infos = Vec::new();
     for answer in asked {
@@ -297,11 +297,11 @@ async fn ask_all(vms: Vec<(String, PathBuf)>) -> Vec<InstanceInfo> {
 }
 
 /// `None` if it has ended.
-async fn ask(name: &str, path: &Path) -> Option<InstanceInfo> {
+async fn request_info(name: &str, path: &Path) -> Option<InstanceInfo> {
     let client = Client::new(path).patient(SILENCE);
     match client.get("/").await {
         Ok(info) => Some(info),
-        Err(ClientError::Connect { source, .. }) if nobody_listens(&source) => None,
+        Err(ClientError::Connect { source, .. }) if has_no_listener(&source) => None,
         // It may have ended just now.
         Err(_) if is_abandoned(path).await => None,
         Err(ClientError::NoAnswer { .. }) => {
@@ -310,7 +310,7 @@ async fn ask(name: &str, path: &Path) -> Option<InstanceInfo> {
             Some(InstanceInfo::silent(name, pid))
         }
         Err(error) => {
-            tell(&format!("{name}: {}", migration::chain(&error)));
+            print_line(&format!("{name}: {}", migration::chain(&error)));
             None
         }
     }
@@ -321,7 +321,7 @@ pub(super) fn console(args: &VmArgs) -> anyhow::Result<Exit> {
     block_on(async {
         let stream = client.console().await?;
         if io::stdin().is_terminal() {
-            tell(&format!("attached to {}; Ctrl-] detaches", args.vm));
+            print_line(&format!("attached to {}; Ctrl-] detaches", args.vm));
         }
         let _terminal = RawTerminal::enter().context("terminal")?;
         tokio::select! {
@@ -374,7 +374,7 @@ async fn relay(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite) -> io:
                 return Ok(());
             }
             match stdout.write_all(&chunk[..count]).await.and(stdout.flush().await) {
-                // Whoever went away has seen enough.
+                // A reader that closed the pipe has read enough.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 written => written?,
             }

@@ -1,4 +1,4 @@
-//! `--detach`: the VM goes on in a session of its own, and whoever started it hears whether it came up.
+//! `--detach`: the VM runs on in a session of its own, and the command that started it reports whether it came up.
 #![allow(unsafe_code)] // fork
 
 use std::fs::{self, OpenOptions};
@@ -23,10 +23,10 @@ pub(super) enum DetachedPart {
     Starter(Exit),
 }
 
-/// What a VM still owes to whoever started it.
+/// What a VM's process still has to do for the command that started it.
 pub(super) struct Launch {
     log: LogTarget,
-    /// Where somebody waits, until the VM is up.
+    /// The pipe to the command that waits until the VM is up.
     waiting: Option<PipeWriter>,
 }
 
@@ -38,10 +38,10 @@ enum LogTarget {
     Draft(LogDraft),
 }
 
-/// Leaves the VM to a process of its own, if `common` says so, which nothing ties to the terminal: it has its own session,
-/// and no input.
+/// Leaves the VM to a process of its own, if `common` says so, which nothing ties to the terminal: it has its own
+/// session, and no input.
 pub(super) fn detach(common: &CommonArgs) -> anyhow::Result<DetachedPart> {
-    // Another process may have another working directory, and whoever asks for it has.
+    // The client that asks for the path may have another working directory.
     let file = common.log.as_deref().map(std::path::absolute).transpose();
     let file = file.context("log file")?;
     if !common.detach {
@@ -55,7 +55,7 @@ pub(super) fn detach(common: &CommonArgs) -> anyhow::Result<DetachedPart> {
         return Ok(DetachedPart::Starter(wait_for(vm, reader)?));
     }
     drop(reader);
-    // Nobody would know of a VM that comes up, or hangs, after whoever waits for it was interrupted.
+    // If the waiting command is interrupted, the VM ends as well: the user would not know of it.
     set_parent_process_death_signal(Some(Signal::KILL)).context("the starter's end")?;
     ensure!(getppid() == Some(starter), "the starter has ended");
     setsid().context("session")?;
@@ -123,12 +123,12 @@ impl Launch {
     }
 }
 
-/// Waits until the VM is up, or has ended. What was wrong it has said itself.
+/// Waits until the VM is up, or has ended. The VM's process has printed its own error.
 fn wait_for(vm: Pid, mut news: PipeReader) -> anyhow::Result<Exit> {
     let mut name = String::new();
     news.read_to_string(&mut name).context("news of the VM")?;
     if !name.is_empty() {
-        // Whoever does not read it knows it, or `godwit ps` says so.
+        // A user who does not read the name knows it, or finds it by `godwit ps`.
         output::print(&format!("{name}\n"));
         return Ok(Exit::Done);
     }

@@ -12,7 +12,7 @@ use output::{self, start_log};
 use vmm::config::{ConfigError, Wishes};
 use vmm::console::Console;
 use vmm::cpu::Template;
-use vmm::footprint::give_back_text;
+use vmm::footprint::release_text;
 use vmm::machine::{
     BalloonConfig, ConsoleConfig, Machine, MigrationDestination, SnapshotClocks, SnapshotMemory,
 };
@@ -66,7 +66,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     if args.on_reset == OnResetArg::Reboot {
         supervisor.boot_on_reset(boot);
     }
-    give_back_text();
+    release_text();
     launch.up(&name);
     supervise(supervisor, server)
 }
@@ -93,7 +93,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
     drop(held);
     // Scripts wait for this line.
-    output::tell(&format!("{name} is listening on {}", receiver.endpoint()));
+    output::print_line(&format!("{name} is listening on {}", receiver.endpoint()));
     supervisor.receive(receiver, destination).context("receive job")?;
     launch.up(&name);
     supervise(supervisor, server)
@@ -130,14 +130,14 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     let restore = move || destination.restore_snapshot(&snapshot, memory, clocks, args.resume);
     supervisor
         .restore(restore, args.uffd.is_some(), move || {
-            output::tell(&announcement);
+            output::print_line(&announcement);
             launch.up(&name);
         })
         .context("restore job")?;
     supervise(supervisor, server)
 }
 
-/// What a guest's clocks do that was saved so long ago, and how that is said.
+/// What the clocks of a guest do that was saved so long ago, as a setting and as a sentence.
 fn restored_clocks(asked: ClockArg, age: Duration) -> (SnapshotClocks, String) {
     match asked {
         ClockArg::Keep => {
@@ -189,13 +189,13 @@ fn supervise(supervisor: Supervisor, server: ApiServer) -> anyhow::Result<Exit> 
     let terminal = forward_stdin(&server, supervisor.handle())?;
     let ending = supervisor.run(server);
     if let Some(terminal) = terminal {
-        terminal.give_back();
+        terminal.restore();
     }
-    Ok(told(&ending?))
+    Ok(log_ending(&ending?))
 }
 
 /// Logs how a VM ended.
-fn told(ending: &Ending) -> Exit {
+fn log_ending(ending: &Ending) -> Exit {
     match ending {
         Ending::Guest(GuestExit::Panic) => {
             tracing::error!("the guest panicked");
@@ -233,7 +233,7 @@ fn open_console(launch: &Launch) -> anyhow::Result<Console> {
     Console::to_stdout().context("console")
 }
 
-/// A supervisor that hears of every thread that fails.
+/// A supervisor that gets an event for every thread that fails.
 fn new_supervisor(common: &CommonArgs, name: &str, console: &Console) -> Supervisor {
     let mut supervisor = Supervisor::new(name, console.clone());
     let handle = supervisor.handle();

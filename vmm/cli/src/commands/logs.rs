@@ -21,7 +21,7 @@ use crate::args::LogsArgs;
 pub(super) fn run(args: &LogsArgs) -> anyhow::Result<Exit> {
     let FoundLog { path, socket } = find(&args.vm)?;
     let mut file = File::open(&path).with_context(|| format!("log {}", path.display()))?;
-    // Whoever reads a FIFO takes from it.
+    // To read a FIFO would take lines from its other reader.
     let kind = file.metadata().context("log")?;
     ensure!(kind.is_file(), "log {}: expected a regular file", path.display());
     let shown = match socket.filter(|_| args.follow) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use api::client::{Client, ClientError};
 use api::{MigrationEvent, MigrationRequest};
 use migration::{Compression, OnMiss, Outcome, Report};
-use output::{print, tell};
+use output::{print, print_line};
 
 use super::client::{block_on, connect, json_line};
 use super::progress::Bar;
@@ -21,14 +21,14 @@ const START: Duration = Duration::from_secs(30);
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
     let client = connect(&args.vm)?.patient(START);
     let request = request(&args)?;
-    // Before anything happens: whoever asked for a trace shall not find out afterwards that there is none.
+    // Before anything else, so that a trace that cannot be written is an error before the migration.
     let trace = args
         .trace
         .as_deref()
         .map(|path| TraceWriter::create(path, &args.vm, &request.destination, &request))
         .transpose()?;
     let Some(report) = block_on(follow(&client, &request, trace))?? else {
-        tell(
+        print_line(
             "no report from the VM's process; ask the destination (`godwit status` there) and read the VM's log",
         );
         return Ok(Exit::InDoubt);
@@ -39,14 +39,14 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<Exit> {
         report_text(&report)
     });
     if let Some(error) = &report.error {
-        tell(&format!(
+        print_line(&format!(
             "migration to {}: {}: {error}",
             args.destination,
             outcome(report.outcome)
         ));
     }
     if report.outcome == Outcome::InDoubt {
-        tell(&format!("`godwit resolve {}` asks the destination", args.vm));
+        print_line(&format!("`godwit resolve {}` asks the destination", args.vm));
     }
     Ok(match report.outcome {
         Outcome::Moved => Exit::Done,
@@ -97,7 +97,7 @@ async fn follow(
         if let Err(error) = written {
             // The move counts, not its trace.
             trace = None;
-            bar.suspend(|| tell(&format!("the trace ends here: {}", migration::chain(&error))));
+            bar.suspend(|| print_line(&format!("the trace ends here: {}", migration::chain(&error))));
         }
         match event {
             MigrationEvent::Progress(progress) => bar.show(&progress),
@@ -111,7 +111,7 @@ async fn follow(
                 std::future::pending::<()>().await;
             }
             if let Err(error) = client.delete("/migration").await {
-                bar.suspend(|| tell(&format!("cannot cancel: {}", migration::chain(&error))));
+                bar.suspend(|| print_line(&format!("cannot cancel: {}", migration::chain(&error))));
             }
         }
     };
@@ -125,7 +125,7 @@ async fn follow(
         // The stream broke off: the report is what counts, if it had come.
         Err(ClientError::Http { .. }) if started => Ok(report),
         Err(silent @ ClientError::NoAnswer { .. }) if started => {
-            tell(&migration::chain(&silent));
+            print_line(&migration::chain(&silent));
             Ok(report)
         }
         Err(error) => Err(error.into()),

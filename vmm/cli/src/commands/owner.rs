@@ -27,7 +27,7 @@ impl Owner {
         let shown = path.display();
         let pid = listener(path).with_context(|| format!("whose API socket {shown} is"))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).with_context(|| format!("process {pid}"))?;
-        // Who listened before the descriptor was opened still does, so the descriptor is that process's.
+        // The process that listened before the descriptor was opened still does, so the descriptor is its own.
         let again = listener(path).with_context(|| format!("whose API socket {shown} is"))?;
         ensure!(
             again == pid,
@@ -47,7 +47,7 @@ impl Owner {
         &self.pidfd
     }
 
-    /// Ends it without asking, and waits so long for that; whether it has ended.
+    /// Kills the process and waits for its end, for a limited time. Returns whether it has ended.
     pub(super) fn kill(&self, timeout: Duration) -> anyhow::Result<bool> {
         let pid = self.pid;
         pidfd_send_signal(&self.pidfd, Signal::KILL).with_context(|| format!("cannot end process {pid}"))?;
@@ -62,8 +62,8 @@ impl Owner {
     }
 }
 
-/// The process that has the socket at `path`. The kernel says so of a process that is stopped as well, and waits for
-/// nobody.
+/// The process that listens on the socket at `path`. The kernel answers without waiting, also if that process is
+/// stopped.
 pub(super) fn listener(path: &Path) -> io::Result<Pid> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -71,7 +71,7 @@ pub(super) fn listener(path: &Path) -> io::Result<Pid> {
     Ok(socket_peercred(socket.as_fd())?.pid)
 }
 
-/// What a process is called, which everybody may know, unlike the file that it runs.
+/// A process's name, which any user may read, unlike the path of its program.
 fn program(pid: Pid) -> io::Result<String> {
     let name = std::fs::read_to_string(format!("/proc/{pid}/comm"))?;
     Ok(name.trim_end().to_owned())

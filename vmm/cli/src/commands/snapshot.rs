@@ -61,7 +61,7 @@ fn write(args: &WriteArgs) -> anyhow::Result<Exit> {
     print(&if args.json {
         json_line(&report)?
     } else {
-        format!("{}\n", told(args, &report))
+        format!("{}\n", summary(args, &report))
     });
     Ok(Exit::Done)
 }
@@ -81,7 +81,7 @@ fn merge(args: &MergeArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn told(args: &WriteArgs, report: &SnapshotReport) -> String {
+fn summary(args: &WriteArgs, report: &SnapshotReport) -> String {
     let (vm, path) = (&args.vm, shown(&report.path));
     let after = match (args.keep_running, args.diff) {
         (true, _) => "it stays here".into(),

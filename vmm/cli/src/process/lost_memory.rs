@@ -1,6 +1,6 @@
-//! The end of a VM whose memory is lost: a page that is mapped from a snapshot's file is not there any more, as the file
-//! has become shorter or its disk fails, or the host's memory is broken. Whoever touches such a page gets SIGBUS, and
-//! cannot go on.
+//! The end of a VM whose memory is lost: a page that is mapped from a snapshot's file is not there any more, as the
+//! file has become shorter or its disk fails, or the host's memory is broken. A thread that touches such a page gets
+//! SIGBUS, and cannot go on.
 #![allow(unsafe_code)] // A signal handler.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -28,7 +28,7 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _: *
     // SAFETY: the kernel passes a whole siginfo to a handler that was registered with SA_SIGINFO.
     let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
     if code <= 0 || !memory::is_guest_memory(address) {
-        // Somebody else's: what comes of it without this handler. The signal is held until it returns.
+        // Not guest memory: restores the default action. The signal is blocked until this handler returns.
         // SAFETY: both calls are allowed in a signal handler and touch no memory of ours.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);

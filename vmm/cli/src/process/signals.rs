@@ -5,7 +5,7 @@ use vmm_sys_util::signal::{block_signal, register_signal_handler, unblock_signal
 /// Signals that ask a VM to end.
 const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
-/// A file that becomes longer than this process may make one is an error for whoever writes it, not the guest's end.
+/// A file that becomes longer than this process's limit is an error of the write, not the guest's end.
 pub(crate) fn outlive_file_size_limit() {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     if let Err(error) = register_signal_handler(libc::SIGXFSZ, nothing) {
@@ -13,8 +13,8 @@ pub(crate) fn outlive_file_size_limit() {
     }
 }
 
-/// A job in the background that reads from its terminal, or prints there, gets an error instead of being stopped: what would
-/// stand still is the guest. For this thread and those that it starts.
+/// A job in the background that reads from its terminal, or prints there, gets an error instead of being stopped: what
+/// would stand still is the guest. For this thread and those that it starts.
 pub(crate) fn stay_with_the_terminal() {
     for signal in [libc::SIGTTIN, libc::SIGTTOU] {
         // One that is blocked already does the same.
@@ -30,7 +30,7 @@ impl HeldSignals {
     /// Holds them for this thread and those that it starts. Create it before what has to be cleaned up, so that
     /// it is dropped after it.
     pub(crate) fn hold() -> Self {
-        // One that somebody else has blocked stays so.
+        // A signal that was blocked already stays so.
         Self(
             ENDING
                 .into_iter()

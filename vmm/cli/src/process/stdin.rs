@@ -1,5 +1,5 @@
-//! What comes on standard input goes to the guest. Where that is a terminal, it is only touched while this job is in its
-//! foreground: elsewhere the kernel would stop the process, and the guest with it.
+//! What comes on standard input goes to the guest. Where that is a terminal, it is only touched while this job is in
+//! its foreground: elsewhere the kernel would stop the process, and the guest with it.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
@@ -19,7 +19,7 @@ use vmm::supervisor::SupervisorHandle;
 
 use super::terminal::{ESCAPE, made_raw, not_raw};
 
-/// How often a job looks whether it is in the foreground, which nothing tells one that never was stopped, and there
+/// How often a job checks whether it is in the foreground: there is no event for one that never was stopped, and there
 /// whether the terminal is still raw: a shell may set its modes after it has handed it over.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -34,7 +34,7 @@ struct Modes {
     /// What it had before this job made it raw; nothing while it is not raw.
     before: Option<Termios>,
     /// This job is done with it.
-    given_back: bool,
+    restored: bool,
 }
 
 impl JobTerminal {
@@ -50,11 +50,11 @@ impl JobTerminal {
         })))
     }
 
-    /// Makes it raw, so that every key goes to the guest, if this job is in its foreground; whether it is. A shell that had
-    /// it meanwhile has given it other modes.
-    fn take(&self) -> bool {
+    /// Makes the terminal raw, so that every key goes to the guest, if this job is in its foreground; returns whether
+    /// it is. A shell that had the terminal meanwhile has changed its modes.
+    fn make_raw(&self) -> bool {
         let mut modes = self.modes();
-        if modes.given_back || !self.is_ours() {
+        if modes.restored || !self.is_ours() {
             not_raw();
             return false;
         }
@@ -77,10 +77,10 @@ impl JobTerminal {
         true
     }
 
-    /// Gives it back as it was. In the background it is somebody else's.
-    pub(crate) fn give_back(&self) {
+    /// Restores the terminal's modes, unless this job is in the background: then another job uses the terminal.
+    pub(crate) fn restore(&self) {
         let mut modes = self.modes();
-        modes.given_back = true;
+        modes.restored = true;
         not_raw();
         if let Some(before) = modes.before.take().filter(|_| self.is_ours())
             && let Err(error) = tcsetattr(&self.file, OptionalActions::Now, &before)
@@ -89,7 +89,7 @@ impl JobTerminal {
         }
     }
 
-    /// Whether this job is in its foreground. A terminal that controls nobody's jobs is always ours.
+    /// Whether this job is in the terminal's foreground. A terminal without job control is always this job's.
     fn is_ours(&self) -> bool {
         tcgetpgrp(&self.file).map_or(true, |foreground| foreground == getpgrp())
     }
@@ -99,8 +99,8 @@ impl JobTerminal {
     }
 }
 
-/// The terminal behind `stdin`, opened for this process alone where its name is known: then a read does not wait for a line
-/// if the terminal has other modes by then, and nobody else's reads are changed.
+/// The terminal behind `stdin`, opened for this process alone where its name is known: then a read does not wait for a
+/// line if the terminal has other modes by then, and the reads of other processes do not change.
 fn open_again(stdin: &io::Stdin) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = ttyname(stdin, Vec::new()).and_then(|name| open(name, flags, Mode::empty()));
@@ -110,7 +110,8 @@ fn open_again(stdin: &io::Stdin) -> io::Result<File> {
     }))
 }
 
-/// Passes standard input on to the guest. In a terminal, which is returned, the escape key goes to the supervisor instead.
+/// Passes standard input on to the guest. In a terminal, which is returned, the escape key goes to the supervisor
+/// instead.
 pub(crate) fn forward_stdin(
     server: &ApiServer,
     supervisor: SupervisorHandle,
@@ -118,7 +119,7 @@ pub(crate) fn forward_stdin(
     let terminal = JobTerminal::of_stdin().context("terminal")?;
     if let Some(terminal) = &terminal {
         // At once, so that what is typed from now on is not echoed.
-        terminal.take();
+        terminal.make_raw();
     }
     let input = server.console_input().clone();
     let continued = server.continued().clone();
@@ -148,11 +149,11 @@ fn forward_keys(
 ) {
     let mut chunk = [0; 4096];
     loop {
-        let ours = terminal.take();
+        let ours = terminal.make_raw();
         if !wait(terminal, continued, ours) {
             continue;
         }
-        // Not through a buffer, which would hold what belongs to whoever has the terminal next.
+        // Not through a buffer: it would hold input that is meant for the next job in the foreground.
         match rustix::io::read(&terminal.file, &mut chunk) {
             Ok(0) => return,
             Ok(count) if chunk[..count].contains(&ESCAPE) => supervisor.escape(),

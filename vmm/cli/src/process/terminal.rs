@@ -47,7 +47,7 @@ pub(crate) fn made_raw(terminal: &File, before: &Termios) {
     output::set_raw_terminal(true);
 }
 
-/// It has its own modes, or is somebody else's.
+/// Notes that the terminal has its own modes, or that another job uses it.
 pub(crate) fn not_raw() {
     output::set_raw_terminal(false);
     IS_RAW.store(false, Ordering::Relaxed);
@@ -57,14 +57,14 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         output::set_raw_terminal(false);
         if let Err(error) = restore() {
-            output::tell(&format!("cannot restore the terminal: {error}; `reset` does"));
+            output::print_line(&format!("cannot restore the terminal: {error}; `reset` does"));
         }
     }
 }
 
 /// Restores the terminal if it is raw. Can be called in a signal handler.
 pub(crate) fn restore_at_once() {
-    // Nobody is left to be told.
+    // The process ends: an error cannot be reported any more.
     let _ = restore();
 }
 

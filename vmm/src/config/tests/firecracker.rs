@@ -109,7 +109,7 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 #[test]
-fn the_published_file_is_taken() {
+fn the_published_file_is_accepted() {
     let config = read(&published()).unwrap().check().unwrap();
     assert_eq!((config.cpus, config.memory), (2, 1 << 30));
     assert_eq!(
@@ -282,7 +282,7 @@ fn what_would_be_another_machine_is_refused_with_the_reason() {
 }
 
 #[test]
-fn the_root_disk_is_the_first_and_the_kernel_is_told() {
+fn the_root_disk_is_the_first_and_on_the_command_line() {
     let drive = |id: &str, more: Value| {
         let mut drive = json!({ "drive_id": id, "path_on_host": id });
         drive
