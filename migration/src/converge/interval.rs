@@ -40,11 +40,11 @@ impl Interval {
 
 /// What costs that were rehearsed, in seconds, may come down to.
 pub(super) fn least_cost(rehearsed: f64) -> f64 {
-    (rehearsed * 0.8 - 0.4e-3).max(0.0)
+    (rehearsed * 0.8 - 0.3e-3).max(0.0)
 }
 
 /// What they may come up to on a quiet host. Most of it is the wake-up of the vCPUs' threads at the destination, which may
 /// find their CPU taken by what the move itself leaves to be done.
 pub(super) fn most_cost(rehearsed: f64) -> f64 {
-    rehearsed * 1.1 + 0.9e-3
+    rehearsed * 1.1 + 0.7e-3
 }

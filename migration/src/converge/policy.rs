@@ -52,7 +52,7 @@ pub(crate) struct Policy {
 impl Policy {
     /// Parts of the time left by which the rest of a move may be shorter and longer than predicted where the guest has to be
     /// slowed down: it is slowed down rather too much than too little.
-    const UNSEEN_THROTTLED: (f64, f64) = (0.26, 0.12);
+    const UNSEEN_THROTTLED: (f64, f64) = (0.2, 0.08);
     /// Seconds over which the link's variation is measured.
     const VARIES_OVER: f64 = 0.08;
     /// Share of the bandwidth above which a guest is slowed down: rounds that shrink by less than this take long.
@@ -314,16 +314,16 @@ impl Policy {
             Self::UNSEEN_THROTTLED
         } else {
             let seen = self.link.count().max(1) as f64;
-            let share = (natural / now.link.max(1.0)).min(0.5);
+            let share = (now.natural / now.link.max(1.0)).min(0.5);
             (
-                0.1 + 1.6 * share + 0.35 / seen.sqrt(),
-                0.06 + 0.5 * share + 0.45 / seen.powf(0.75),
+                0.1 + 1.2 * share + 0.35 / seen.sqrt(),
+                0.05 + 0.6 * share + 0.6 / seen.powf(0.75),
             )
         };
         let varied = self.link.variation() / (left / Self::VARIES_OVER).max(1.0).powf(0.25);
         let lost = self.lateness.share();
-        let low = left * (below + varied + lost).min(0.9) + 15e-3;
-        let high = left * (above + varied + 2.0 * lost) + 25e-3;
+        let low = left * (below + varied + 2.0 * lost).min(0.9) + 25e-3;
+        let high = left * (above + varied + 4.0 * lost) + 30e-3;
         Interval::of(total - low, total + high)
     }
 

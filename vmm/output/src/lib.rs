@@ -1,6 +1,6 @@
 //! The one way to print. Nothing of it panics, and no thread of a VM waits in it for a reader.
 //!
-//! A VM's process hands its lines to a bounded queue, and a thread of its own writes them ([`lines`]): what cannot be
+//! A VM's process hands its lines to a bounded queue, and a thread of its own writes them (`lines.rs`): what cannot be
 //! written in time is lost, counted, and the count is written when there is room again. A client has no guest that
 //! could be held up: it writes by itself, and gives up on a reader that does not read.
 

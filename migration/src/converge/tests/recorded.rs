@@ -159,7 +159,8 @@ fn intervals_hold_nine_recorded_moves_in_ten_and_are_narrow() {
         let totals: Vec<_> = of().map(|(one, told)| (told.total, one.total_ms)).collect();
         assert!(downtimes.len() >= 15, "{label}: {} moves", downtimes.len());
         let downtime = judged(&downtimes, 2.0, 0.5);
-        let total = judged(&totals, 100.0, 0.35);
+        // Most of these moves take some 200 ms, of which little is seen when a fifth has passed.
+        let total = judged(&totals, 200.0, 0.35);
         let text = format!("{label}: downtime {downtime:?}, total {total:?}");
         assert!(downtime.0 >= 0.88 && total.0 >= 0.88, "{text}");
         // On a busy host wider ones are right.
