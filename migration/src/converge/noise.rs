@@ -13,6 +13,7 @@ pub(super) struct Lateness {
 impl Lateness {
     /// About two seconds of observations: stalls come in bursts, and those of a minute ago say little.
     const WINDOW: usize = 192;
+    const FEWEST: usize = 20;
 
     pub(super) fn add(&mut self, elapsed: f64, late: Duration) {
         if elapsed <= 0.0 {
@@ -27,6 +28,10 @@ impl Lateness {
     /// What is not exceeded, in this share of all cases, by the time that is lost in so many seconds: the sums over all
     /// stretches of that length that were seen.
     pub(super) fn lost_in(&self, seconds: f64, share: f64) -> f64 {
+        // Of a few observations one in ten is the worst of them, which says nothing.
+        if self.samples.len() < Self::FEWEST {
+            return 0.0;
+        }
         let mut sums: Vec<f64> = Vec::with_capacity(self.samples.len());
         let (mut first, mut elapsed, mut late) = (0, 0.0, 0.0);
         for sample in &self.samples {

@@ -46,6 +46,8 @@ pub(crate) struct Policy {
     settled: Option<f64>,
     /// Seconds at which the deadline began to look lost.
     late_since: Option<f64>,
+    /// Seconds since when nothing but slow rehearsals and stalls puts the switch off.
+    put_off_since: Option<f64>,
     missed: Option<Miss>,
 }
 
@@ -63,6 +65,8 @@ impl Policy {
     const PUNCTUALITY: f64 = 0.85;
     /// A promise looks lost for so many seconds before it is given up.
     const PATIENCE: f64 = 0.2;
+    /// Seconds for which a host that is not quiet may put the switch off before the promise is given up.
+    const PUT_OFF: f64 = 2.0;
     /// A moment to switch is none any more when the downtime has grown by this factor and this time.
     const STEADY: f64 = 1.25;
     const STEADY_TIME: f64 = 1e-3;
@@ -96,6 +100,7 @@ impl Policy {
             progress: Shrinkage::default(),
             settled: None,
             late_since: None,
+            put_off_since: None,
             missed: None,
         }
     }
@@ -112,7 +117,7 @@ impl Policy {
             if self.rehearsed.len() == Self::REHEARSALS {
                 self.rehearsed.pop_front();
             }
-            self.rehearsed.push_back(costs.total().as_secs_f64());
+            self.rehearsed.push_back(without_log(*costs));
         }
         if let Some(least) = rehearsed.iter().min_by_key(|costs| costs.total()) {
             self.costs = *least;
@@ -142,7 +147,9 @@ impl Policy {
         sorted.sort_by(f64::total_cmp);
         let index = (0.8 * sorted.len() as f64) as usize;
         let seen = sorted.get(index).copied().unwrap_or(0.0);
-        most_cost(self.costs_now()).max(seen)
+        // The look at the log is measured all the time, and apart: none of the rehearsals has one of its own.
+        let log = self.costs_now() - without_log(self.costs);
+        most_cost(self.costs_now()).max(seen + log)
     }
 
     /// Takes the speed of a piece of at least a few MiB that was sent without the cap of pre-copy, from its
@@ -262,6 +269,7 @@ impl Policy {
             costs,
             costs_best: least_cost(costs),
             costs_worst: self.costs_worst() + lost,
+            costs_quiet: most_cost(costs),
             pause: self.costs.pause.as_secs_f64(),
             overhead: self
                 .overhead
@@ -273,7 +281,7 @@ impl Policy {
     /// When to slow the guest down, and how far: so that rounds shrink, so that they can shrink as far as the
     /// budget needs although each takes some time besides its bytes, and so that the deadline is met.
     fn plan(&mut self, now: &Outlook) -> ThrottlePlan {
-        let room = now.room().max(0.0);
+        let room = now.room_if_quiet().max(0.0);
         let reachable = room / (room + now.overhead * now.link).max(1.0);
         if let Some(left) = self.left(now).filter(|_| self.link.is_known()) {
             let to_send = (now.dirty - room).max(0.0) / now.link;
@@ -340,7 +348,7 @@ impl Policy {
     fn left(&self, now: &Outlook) -> Option<f64> {
         self.goal
             .deadline
-            .map(|deadline| deadline.as_secs_f64() - now.at - now.costs_worst)
+            .map(|deadline| deadline.as_secs_f64() - now.at - now.costs_quiet)
     }
 
     /// Whether the guest has to be slowed down sooner or later: it is already, or what was learnt at the end of
@@ -406,4 +414,13 @@ impl Policy {
         self.left(now)
             .is_none_or(|left| now.dirty / now.final_worst <= left)
     }
+}
+
+/// Seconds of costs without the look at the log.
+fn without_log(costs: Costs) -> f64 {
+    let costs = Costs {
+        final_log: Duration::ZERO,
+        ..costs
+    };
+    costs.total().as_secs_f64()
 }

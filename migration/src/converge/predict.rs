@@ -31,6 +31,8 @@ pub(super) struct Outlook {
     /// The downtime besides the copy, as measured, and with its uncertainty.
     pub costs: f64,
     pub costs_worst: f64,
+    /// The most that it is on a quiet host, whatever slow rehearsals and stalls were seen, and the least.
+    pub costs_quiet: f64,
     pub costs_best: f64,
     /// The part of it during which the guest may still write.
     pub pause: f64,
@@ -95,6 +97,16 @@ impl Outlook {
     /// The most bytes that may be dirty at the switch; negative where the costs alone are too much.
     pub(super) fn room(&self) -> f64 {
         (self.budget - self.least_downtime()) * self.final_worst
+    }
+
+    /// The same as on a quiet host. A host that is not quiet puts the switch off; it must not make the guest seem too fast.
+    pub(super) fn room_if_quiet(&self) -> f64 {
+        self.room() + (self.costs_worst - self.costs_quiet) * self.final_worst
+    }
+
+    /// Whether nothing but slow rehearsals and stalls of the host leaves no room for a page.
+    pub(super) fn is_put_off(&self) -> bool {
+        self.room() <= 0.0 && self.room_if_quiet() > 0.0
     }
 
     /// The downtime that is left if no page is dirty at the switch: the costs, and what is written while vCPUs leave.

@@ -88,7 +88,11 @@ impl RegionPages {
     /// The same of `count` words from word `from` on.
     pub(super) fn parts(&self, from: usize, count: usize) -> impl Iterator<Item = (usize, &[u64])> {
         let end = from.saturating_add(count).min(self.words());
-        let leaves = from / LEAF_WORDS..end.div_ceil(LEAF_WORDS);
+        let leaves = if from < end {
+            from / LEAF_WORDS..end.div_ceil(LEAF_WORDS)
+        } else {
+            0..0
+        };
         leaves.filter_map(move |leaf| {
             let start = leaf * LEAF_WORDS;
             let words = match &self.leaves[leaf] {

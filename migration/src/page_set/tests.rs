@@ -96,6 +96,23 @@ fn what_is_out_of_range_is_refused() {
 }
 
 #[test]
+fn words_past_the_end_are_zero() {
+    // 513 words, two leaves.
+    let region = MemoryRegion {
+        gpa: 0,
+        len: 513 * 64 * PAGE_SIZE,
+    };
+    let mut pages = PageSet::new(&[region]).unwrap();
+    pages.insert_all();
+    assert_eq!(pages.words(0, 512, 3), [u64::MAX, 0, 0]);
+    assert_eq!(pages.words(0, 600, 1), [0]);
+    assert_eq!(pages.words(1, 0, 1), [0]);
+    assert_eq!(pages.len(), 513 * 64);
+    pages.invert();
+    assert!(pages.is_empty());
+}
+
+#[test]
 fn regions_are_checked() {
     for (gpa, len) in [(1, 4096), (0, 4095), (0, 0), (u64::MAX - 4095, 8192)] {
         let error = PageSet::new(&[MemoryRegion { gpa, len }]).unwrap_err();

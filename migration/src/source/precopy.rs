@@ -12,16 +12,13 @@ use super::observe::{Observer, SWITCH_ROUND_TRIPS};
 use super::pass::{Order, spans_in_order};
 use super::{MigrateError, SourceJob};
 use crate::control::Phase;
-use crate::converge::{Advice, Costs, Course};
+use crate::converge::{Advice, Course};
 use crate::link::Link;
 use crate::page_set::PageSet;
 use crate::protocol::{MAX_SPANS, Message};
 
 /// How often the connection is checked while a pass is sent without observing the guest.
 const TICK: Duration = Duration::from_millis(10);
-
-/// Most rehearsals in a row.
-const REHEARSALS: u32 = 4;
 
 /// The fewest pages that are sent without the cap in order to measure the bandwidth.
 const MIN_BURST_PAGES: u64 = 1024;
@@ -224,17 +221,7 @@ impl SourceJob<'_> {
     ) -> Result<bool, MigrateError> {
         let switch = matches!(advice.course, Course::Switch);
         if switch || n == 1 || watch.doubts_costs(&advice) {
-            let mut rehearsed = vec![self.rehearse(link, watch.costs)?];
-            // One slow rehearsal may be the host's fault, or that of a destination that is still busy with what it
-            // has just been sent; the least of a few is the machine's, and how they differ is the host's.
-            for done in 1..REHEARSALS {
-                let most = rehearsed.iter().map(Costs::total).max().unwrap_or_default();
-                if done > 1 && most * 3 <= self.options.max_downtime {
-                    break;
-                }
-                rehearsed.push(self.rehearse(link, watch.costs)?);
-            }
-            watch.set_costs(&rehearsed);
+            watch.set_costs(&self.rehearse_several(link, watch.costs)?);
         }
         if !switch {
             return Ok(false);

@@ -103,7 +103,8 @@ impl SourceJob<'_> {
             round_trip: agreed.round_trip.mul_f64(SWITCH_ROUND_TRIPS),
             ..Costs::default()
         };
-        let predicted = self.rehearse(link, assumed)?.total();
+        let rehearsed = self.rehearse_several(link, assumed)?;
+        let predicted = rehearsed.iter().map(Costs::total).min().unwrap_or_default();
         let interval = Interval::of_costs(predicted);
         let elapsed = self.started.elapsed();
         self.report.predicted_downtime_ms = Some(ms(predicted));

@@ -93,6 +93,8 @@ impl Gate {
     /// Closes the gate for `holder`. Threads in the guest do not notice: kick them.
     pub fn close(&self, holder: Holder) {
         self.lock().holders |= holder as u8;
+        // A wait for the end of a pause ends when another begins.
+        self.waiters.notify_all();
     }
 
     /// Closes the gate for `holder`, lets `kick` get the threads out of the guest, and waits until every one is parked.
@@ -206,10 +208,17 @@ impl Gate {
             drop(state);
             let ran = catch_unwind(AssertUnwindSafe(|| task.into_iter().for_each(|task| task(id))));
             state = self.lock();
-            state.pending = state.pending.saturating_sub(1);
-            self.waiters.notify_all();
+            // A later task counts this thread among those that it waits for.
+            if state.tasks == done {
+                state.pending = state.pending.saturating_sub(1);
+                self.waiters.notify_all();
+            }
             if let Err(panic) = ran {
                 state.held -= 1;
+                if state.tasks != done {
+                    state.pending = state.pending.saturating_sub(1);
+                }
+                self.waiters.notify_all();
                 drop(state);
                 resume_unwind(panic);
             }

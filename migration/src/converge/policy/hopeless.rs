@@ -21,6 +21,12 @@ impl Policy {
         if self.looks_late(now, first) {
             return Some(Reason::Deadline);
         }
+        if !first && now.is_put_off() {
+            self.progress.mark = None;
+            let since = *self.put_off_since.get_or_insert(now.at);
+            return (now.at - since >= Self::PUT_OFF).then_some(Reason::Costs);
+        }
+        self.put_off_since = None;
         if seen.end_of_round && seen.round >= self.goal.max_rounds {
             return Some(Reason::Rounds);
         }
@@ -45,7 +51,7 @@ impl Policy {
         if left <= 0.0 {
             return true;
         }
-        let room = now.room().max(0.0);
+        let room = now.room_if_quiet().max(0.0);
         let dirtied = if self.goal.throttle || first {
             0.0
         } else {

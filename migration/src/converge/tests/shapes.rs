@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::simulator::{MIB, Pattern, SimulatedVcpu, Simulation, goal};
-use crate::converge::{Costs, Course, Goal, Miss, Reason};
+use crate::converge::{Advice, Costs, Course, Goal, Miss, Observation, Policy, Reason};
 use crate::options::OnMiss;
 
 /// Over 500 MB/s, capped.
@@ -286,4 +286,84 @@ fn a_round_that_brings_next_to_nothing_is_not_begun() {
     let outcome = world.run();
     assert_eq!(outcome.course, Course::Switch);
     assert!(outcome.rounds <= 4, "{}", outcome.rounds);
+}
+
+/// A policy in round 2 of an idle guest, after rehearsals that took so long.
+fn after_rehearsals(goal_ms: u64, throttle: bool, rehearsed_ms: &[u64]) -> Vec<Advice> {
+    let mut policy = Policy::new(Goal {
+        throttle,
+        ..goal(goal_ms)
+    });
+    let costs = |ms: &u64| Costs {
+        restore: Duration::from_millis(*ms),
+        ..Costs::default()
+    };
+    let rehearsed: Vec<Costs> = rehearsed_ms.iter().map(costs).collect();
+    let mut told = Vec::new();
+    for tick in 1..=300u64 {
+        // All of memory in round 1, and then nothing that is worth a round.
+        let sent = (4 << 20) * tick.min(9);
+        told.push(policy.observe(&Observation {
+            at: Duration::from_millis(10 * tick),
+            round: if tick < 10 { 1 } else { 2 + (tick / 10) as u32 },
+            end_of_round: tick % 10 == 9,
+            dirty: (36 << 20) - sent + 100 * 4096,
+            copied: sent,
+            copied_data: sent,
+            wire: sent,
+            ..Observation::default()
+        }));
+        if tick == 9 {
+            policy.set_costs(&rehearsed);
+        }
+    }
+    told
+}
+
+#[test]
+fn rehearsals_that_differ_put_the_switch_off_and_neither_throttle_nor_blame_the_guest() {
+    for throttle in [true, false] {
+        // The least of them fits, four of five do not.
+        let told = after_rehearsals(20, throttle, &[12, 30, 30, 30]);
+        let after: Vec<&Advice> = told.iter().skip(10).collect();
+        assert!(
+            after.iter().all(|advice| advice.throttle.is_off()),
+            "throttle {throttle}"
+        );
+        let given_up = after
+            .iter()
+            .position(|advice| matches!(advice.course, Course::Miss(_)));
+        // It is put off for two seconds, and then given up for what it is.
+        let given_up = given_up.expect("it cannot be put off for ever");
+        assert!((190..=230).contains(&given_up), "after {given_up} ticks");
+        let Course::Miss(miss) = &after[given_up].course else {
+            panic!("a miss");
+        };
+        assert_eq!(miss.reason, Reason::Costs);
+        assert!(
+            after[..given_up]
+                .iter()
+                .all(|advice| advice.course == Course::Continue)
+        );
+    }
+}
+
+#[test]
+fn a_slow_look_at_the_log_does_not_stay_in_what_was_rehearsed() {
+    let mut policy = Policy::new(goal(20));
+    let slow = Costs {
+        final_log: Duration::from_millis(30),
+        ..Costs::default()
+    };
+    policy.set_costs(&[slow, slow, slow, slow]);
+    policy.assume(Costs::default());
+    let advice = policy.observe(&Observation {
+        at: Duration::from_millis(10),
+        round: 2,
+        ..Observation::default()
+    });
+    assert!(
+        advice.prediction.downtime_interval.high < Duration::from_millis(10),
+        "{advice:?}"
+    );
 }

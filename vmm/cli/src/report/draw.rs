@@ -7,7 +7,7 @@ use plotters::style::{RGBColor, WHITE};
 use thiserror::Error;
 
 use super::axis::Unit;
-use super::figures::{bytes, duration, known, predicted, rate};
+use super::figures::{bytes, duration, known, rate};
 use super::panel::{
     self, AreaError, FAINT, INK, Level, Panel, PanelPlace, Series, Timeline, bold, text_style,
 };
@@ -100,7 +100,7 @@ pub(super) fn subtitle(trace: &Trace) -> String {
     let total = format!(
         "total {} (predicted {}), {} sent in {rounds}",
         duration(report.total_ms),
-        predicted(report.predicted_total_ms, report.predicted_total_interval_ms),
+        known(report.predicted_total_ms),
         bytes(report.bytes_sent as f64)
     );
     if report.outcome != Outcome::Moved {
@@ -110,10 +110,7 @@ pub(super) fn subtitle(trace: &Trace) -> String {
     format!(
         "downtime {} (predicted {}), budget of {budget} {kept}; {total}",
         known(report.downtime_ms),
-        predicted(
-            report.predicted_downtime_ms,
-            report.predicted_downtime_interval_ms
-        )
+        known(report.predicted_downtime_ms)
     )
 }
 
@@ -216,7 +213,7 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         may_be_log: true,
         fits_lines: false,
         series: vec![
-            series("if paused now, nine times in ten", GREEN, &running, |s| {
+            series("if paused now; shaded: nine times in ten", GREEN, &running, |s| {
                 s.predicted_downtime_ms
             })
             .within(&running, |s| s.predicted_downtime_interval_ms),
@@ -233,7 +230,7 @@ fn panels(trace: &Trace) -> Vec<(Panel, u32)> {
         may_be_log: false,
         fits_lines: true,
         series: vec![
-            series("predicted, nine times in ten", GREEN, &running, |s| {
+            series("predicted; shaded: nine times in ten", GREEN, &running, |s| {
                 s.predicted_total_ms
             })
             .within(&running, |s| s.predicted_total_interval_ms),
