@@ -152,7 +152,7 @@ fn a_destination_that_sends_nonsense_is_given_up() {
     let ready = [greeting(), vec![Message::Ready { restore_ns: u64::MAX }]].concat();
     let error = meet(&options(), |stream| send_messages(stream, &ready));
     assert!(error.contains("said \"ready\""), "{error}");
-    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 6u16, 7u16, "9.9")).unwrap();
+    let newer = postcard::to_stdvec(&(0u8, *b"GODWITMG", 7u16, 8u16, "9.9")).unwrap();
     let header = FrameHeader::new(FrameKind::Control, newer.len())
         .unwrap()
         .encode();
@@ -160,7 +160,7 @@ fn a_destination_that_sends_nonsense_is_given_up() {
         send_bytes(stream, &[&header[..], &newer].concat())
     });
     assert!(
-        error.contains("versions 6 to 7 (godwit 9.9), expected one of 5 to 5"),
+        error.contains("versions 7 to 8 (godwit 9.9), expected one of 6 to 6"),
         "{error}"
     );
 }
