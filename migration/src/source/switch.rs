@@ -99,7 +99,9 @@ impl SourceJob<'_> {
         memory: &GuestMemory,
         agreed: &Agreed,
     ) -> Result<(), MigrateError> {
+        // There is no log to look at.
         let assumed = Costs {
+            final_log: Duration::ZERO,
             round_trip: agreed.round_trip.mul_f64(SWITCH_ROUND_TRIPS),
             ..Costs::default()
         };
