@@ -19,7 +19,8 @@
 //! - With a cap on pre-copy it sends a few MiB without it at the start of each round
 //!   ([`Policy::burst`]); otherwise the final copy is taken to be no faster than the cap.
 //! - It sends round 1 in a scattered order of pieces of some MiB, so that what is dirtied again early on is
-//!   typical of all memory.
+//!   typical of all memory. What it knows to be written all the time comes last, and is not typical
+//!   ([`Observation::hot`]).
 //! - The prediction of the total time that counts is the first one that is made after a fifth of itself.
 
 mod estimate;
@@ -95,7 +96,7 @@ impl Observation<'_> {
         let pages = |bytes: u64| bytes / migration_io::PAGE_SIZE;
         tracing::trace!(
             target: RECORDED,
-            "o {} {} {} {} {} {} {} {} {} {}",
+            "o {} {} {} {} {} {} {} {} {} {} {} {}",
             us(self.at),
             self.round,
             u8::from(self.end_of_round),
@@ -106,6 +107,8 @@ impl Observation<'_> {
             self.wire,
             us(self.late),
             us(final_log),
+            pages(self.hot),
+            pages(self.put_off),
         );
     }
 }
@@ -171,6 +174,11 @@ pub(crate) struct Observation<'a> {
     pub end_of_round: bool,
     /// Pages of this round that are not sent yet; 0 at its end.
     pub unsent: u64,
+    /// Pages that were found to be written all the time before round 1, an estimate; 0 where none were, or hardly any
+    /// others.
+    pub hot: u64,
+    /// Those of `unsent` that round 1 puts off to its end: hot pages, and what lies next to them.
+    pub put_off: u64,
     /// All pages that the destination does not have as they are now, `unsent` included.
     pub dirty: u64,
     /// Guest pages sent (cleared from the log) so far, zero pages included.

@@ -29,7 +29,7 @@ pub(crate) struct Policy {
     link: Bandwidth,
     burst: Bandwidth,
     rate: DirtyRate,
-    hot: WorkingSet,
+    working_set: WorkingSet,
     /// Most bytes that were dirty after round 1.
     most_dirty: f64,
     throttler: Throttler,
@@ -91,7 +91,7 @@ impl Policy {
             link: Bandwidth::default(),
             burst: Bandwidth::default(),
             rate: DirtyRate::default(),
-            hot: WorkingSet::new(),
+            working_set: WorkingSet::new(),
             most_dirty: 0.0,
             target: Self::TARGET,
             overload: false,
@@ -185,7 +185,7 @@ impl Policy {
         if matches!(course, Course::Miss(_)) {
             self.throttler.release();
         }
-        let model = if first { self.hot.model() } else { None };
+        let model = self.model(seen).filter(|_| first);
         let total = outlook.total(plan, model);
         Advice {
             course,
@@ -207,7 +207,10 @@ impl Policy {
         self.rate.add(step);
         self.lateness.add(step.elapsed, seen.late);
         if seen.round <= 1 {
-            self.hot.add(step, self.throttler.on());
+            // What follows is written all the time, and tells nothing of the rest.
+            if seen.hot == 0 || seen.unsent > seen.put_off {
+                self.working_set.add(step, self.throttler.on());
+            }
         } else {
             self.most_dirty = self.most_dirty.max(seen.dirty as f64);
         }
@@ -222,8 +225,15 @@ impl Policy {
         self.between_rounds = step.end_of_round;
     }
 
+    /// What round 1 has shown so far of the guest, besides the pages that it writes all the time.
+    fn model(&self, seen: &Observation<'_>) -> Option<Model> {
+        let quiet = (seen.hot > 0).then_some(Model::QUIET);
+        self.working_set.model().or(quiet)
+    }
+
     fn outlook(&self, seen: &Observation<'_>) -> Outlook {
         let unsent = seen.unsent as f64;
+        let unsent_hot = seen.put_off.min(seen.hot) as f64;
         let (rate, first) = (self.rate.rate(), seen.round <= 1);
         // A burst is a copy like the final one, not a moment of it; but during the final one the guest leaves its
         // CPUs to whoever copies, which not every burst is so lucky as to find.
@@ -249,17 +259,25 @@ impl Policy {
         } else {
             self.throttler.potential()
         };
-        let hot = self.hot.size(if first { unsent } else { 0.0 });
+        let model = self.model(seen);
+        let working_set = model.map_or(f64::INFINITY, |model| {
+            seen.hot as f64
+                + self
+                    .working_set
+                    .size(model, if first { unsent - unsent_hot } else { 0.0 })
+        });
         // The length of the downtime decides how likely it is that the host takes the CPUs away meanwhile.
         let about = costs + (seen.dirty as f64 / final_usual).min(self.goal.max_downtime.as_secs_f64());
         let lost = self.lateness.lost_in(about, Self::SURE);
         Outlook {
             at: seen.at.as_secs_f64(),
             unsent,
+            hot: seen.hot as f64,
+            unsent_hot,
             dirty: (seen.dirty as f64).max(unsent),
             rate,
             natural,
-            working_set: hot.map_or(f64::INFINITY, |hot| hot.max(self.most_dirty)),
+            working_set: working_set.max(self.most_dirty),
             fastest: self.goal.cpus as f64 * Self::FASTEST,
             link: self.link.recent(),
             link_usual: self.link.usual(),
@@ -356,8 +374,7 @@ impl Policy {
     fn is_overload(&self, seen: &Observation<'_>, now: &Outlook) -> bool {
         let learnt = seen.round <= 1 && seen.end_of_round;
         let natural = self
-            .hot
-            .model()
+            .model(seen)
             .filter(|_| learnt)
             .map(|model| now.natural_of(model));
         !self.throttler.is_off() || natural.is_some_and(|natural| natural > Self::LIMIT * now.link)

@@ -1,7 +1,7 @@
 //! The downtime if the switch came now, what another round would bring, and when it all will be over.
 
 use super::interval::Interval;
-use super::working_set::Model;
+use super::working_set::{HOT_FREQUENCY, Model, again_of_hot};
 
 /// Everything that is known at one moment: bytes of pages, seconds, bytes per second.
 #[derive(Clone, Copy, Debug)]
@@ -10,6 +10,9 @@ pub(super) struct Outlook {
     pub at: f64,
     /// Pages of this round to be sent with their content.
     pub unsent: f64,
+    /// Pages that the guest writes all the time, and those of them that this round has not sent yet.
+    pub hot: f64,
+    pub unsent_hot: f64,
     /// All pages to be sent with their content.
     pub dirty: f64,
     /// Newly dirtied, as the guest runs now.
@@ -157,9 +160,10 @@ impl Outlook {
         gain > threshold.max(Self::MIN_GAIN)
     }
 
-    /// What a guest dirties that writes to all of its working set as often as `model` says.
+    /// What a guest dirties that writes to all of its working set as often as `model` says, and to hot pages all the time.
     pub(super) fn natural_of(&self, model: Model) -> f64 {
-        (model.frequency * self.working_set).min(self.fastest)
+        let others = model.frequency * (self.working_set - self.hot).max(0.0);
+        (others + HOT_FREQUENCY * self.hot).min(self.fastest)
     }
 
     /// The total time, counted from the start. `model` is what round 1 has shown so far, and given in round 1
@@ -168,7 +172,9 @@ impl Outlook {
         let (mut at, mut dirty, natural) = match model {
             Some(model) => {
                 let after = self.unsent / self.link;
-                let again = model.again(self.unsent, after);
+                let hot = again_of_hot(self.unsent_hot, self.unsent_hot / self.link);
+                let again = model.again(self.unsent - self.unsent_hot, after)
+                    + hot.min(self.fastest * self.unsent_hot / self.link);
                 let dirty = (self.dirty - self.unsent).max(0.0) + again;
                 (self.at + after, dirty, self.natural_of(model))
             }

@@ -6,6 +6,8 @@
 //! that is clean is written to with a constant probability per second. For each of a row of such
 //! frequencies the pages dirtied are followed step by step, as if all pages were hot; least squares then give
 //! the hot share, and the frequency that fits best.
+//!
+//! Pages that were found to be written all the time before round 1 are no part of this: the engine sends them last.
 
 use super::estimate::ObservedStep;
 
@@ -99,13 +101,20 @@ impl WorkingSet {
         best.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, model)| model)
     }
 
-    /// Bytes of the working set, if the rest of memory (`data` bytes) is like the part that was sent.
-    pub(super) fn size(&self, unsent: f64) -> Option<f64> {
-        self.model().map(|model| model.share * (self.sent + unsent))
+    /// Bytes of the working set, if the rest of memory (`unsent` bytes) is like the part that was sent.
+    pub(super) fn size(&self, model: Model, unsent: f64) -> f64 {
+        model.share * (self.sent + unsent)
     }
 }
 
 impl Model {
+    /// That of a guest that writes nothing.
+    pub(super) const QUIET: Self = Self {
+        frequency: 0.0,
+        share: 0.0,
+        clean: 0.0,
+    };
+
     /// Whether observations every 10 ms can tell this frequency from a higher one.
     pub(super) fn is_resolved(&self) -> bool {
         self.frequency < 20.0
@@ -117,6 +126,14 @@ impl Model {
         (self.clean + sent - clean_after(self.frequency, self.clean, sent, elapsed)).max(0.0)
     }
 }
+
+/// Bytes that will be dirtied again of those that are written all the time, while so many are sent in `elapsed` seconds.
+pub(super) fn again_of_hot(data: f64, elapsed: f64) -> f64 {
+    data - clean_after(HOT_FREQUENCY, 0.0, data, elapsed)
+}
+
+/// Writes per second to each page that was found to be written all the time: it was twice within 5 ms.
+pub(super) const HOT_FREQUENCY: f64 = 100.0;
 
 /// Bytes clean after `elapsed` seconds, during which `sent` bytes became clean at a constant rate.
 fn clean_after(frequency: f64, clean: f64, sent: f64, elapsed: f64) -> f64 {

@@ -57,7 +57,7 @@ pub(super) struct Counts {
 struct CrewState {
     pass: Option<Arc<Pass>>,
     /// Number of the pass that is under way, or of the last one.
-    round: u32,
+    number: u32,
     /// Streams that have not finished the pass.
     busy: usize,
     ending: bool,
@@ -73,7 +73,7 @@ impl<'a> Crew<'a> {
     ) -> Self {
         let state = CrewState {
             pass: None,
-            round: 0,
+            number: 0,
             busy: 0,
             ending: false,
             failure: None,
@@ -111,11 +111,11 @@ impl<'a> Crew<'a> {
     }
 
     /// Has the streams send `pages` as the pass with this number. The pass before must have been finished.
-    pub(super) fn send(&self, round: u32, pages: PageSet, order: Order) {
+    pub(super) fn send(&self, number: u32, pages: PageSet, order: Order<'_>) {
         let pass = Arc::new(Pass::new(pages, self.connections.len(), order));
         let mut state = self.lock();
         state.pass = Some(pass);
-        state.round = round;
+        state.number = number;
         state.busy = self.connections.len();
         drop(state);
         self.changed.notify_all();
@@ -155,6 +155,12 @@ impl<'a> Crew<'a> {
     pub(super) fn unsent_bytes(&self) -> u64 {
         let pass = self.lock().pass.clone();
         pass.map_or(0, |pass| pass.unsent() * PAGE_SIZE)
+    }
+
+    /// Those of them that are put off to the end of the pass.
+    pub(super) fn put_off_bytes(&self) -> u64 {
+        let pass = self.lock().pass.clone();
+        pass.map_or(0, |pass| pass.put_off() * PAGE_SIZE)
     }
 
     /// Adds the pass's pages that no stream has begun to send.
@@ -197,26 +203,26 @@ impl<'a> Crew<'a> {
 
     fn run(&self, mut stream: PageStream<'_>) -> Result<(), MigrateError> {
         let mut done = 0;
-        while let Some((round, pass)) = self.next_round(done) {
+        while let Some((number, pass)) = self.next_pass(done) {
             while let Some(chunk) = pass.next() {
                 stream.send(&chunk)?;
             }
-            stream.finish(&Message::RoundEnd(round))?;
-            done = round;
+            stream.finish(&Message::RoundEnd(number))?;
+            done = number;
             self.lock().busy -= 1;
             self.changed.notify_all();
         }
         Ok(())
     }
 
-    fn next_round(&self, done: u32) -> Option<(u32, Arc<Pass>)> {
+    fn next_pass(&self, done: u32) -> Option<(u32, Arc<Pass>)> {
         let mut state = self.lock();
         loop {
             if state.ending {
                 return None;
             }
-            if let (Some(pass), true) = (&state.pass, state.round > done) {
-                return Some((state.round, pass.clone()));
+            if let (Some(pass), true) = (&state.pass, state.number > done) {
+                return Some((state.number, pass.clone()));
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

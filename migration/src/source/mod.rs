@@ -8,6 +8,7 @@ mod crew;
 mod doubt;
 mod error;
 mod handshake;
+mod hot;
 mod mirror;
 mod observe;
 mod pacer;

@@ -17,6 +17,8 @@ use crate::report::{Round, ms};
 pub(super) struct Observer {
     policy: Policy,
     pub(super) costs: Costs,
+    /// Bytes of the pages that the guest writes all the time.
+    pub(super) hot: u64,
     /// Scratch space for the log.
     dirty: Option<PageSet>,
     /// The throttle that was last applied, a share for each vCPU.
@@ -75,6 +77,7 @@ impl Observer {
         Self {
             policy,
             costs,
+            hot: 0,
             dirty: None,
             shares: vec![0.0; cpus],
             began: RoundBegin::default(),
@@ -150,6 +153,8 @@ impl SourceJob<'_> {
             round,
             end_of_round,
             unsent,
+            hot: watch.hot,
+            put_off: crew.put_off_bytes(),
             dirty: dirty.len() * PAGE_SIZE,
             copied: (data + zero) * PAGE_SIZE,
             copied_data: data * PAGE_SIZE,

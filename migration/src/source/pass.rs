@@ -24,9 +24,7 @@ pub(super) struct Chunk {
 /// Pages of a round on their way; each is handed out once.
 #[derive(Debug)]
 pub(super) struct Pass {
-    pages: PageSet,
-    /// In the order in which they are handed out.
-    stretches: Vec<ChunkWords>,
+    route: Route,
     cursor: Mutex<Cursor>,
 }
 
@@ -41,19 +39,21 @@ struct Cursor {
 }
 
 /// In which order a pass goes over memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Order<'a> {
     /// As the addresses are.
     Ascending,
     /// All over memory, evenly: a guest that sweeps its memory then writes sent and unsent pages alike, and
-    /// shows early how much it dirties.
-    Scattered,
+    /// shows early how much it dirties. Those of the pages given here that are to be sent come last, in the same way.
+    Scattered(&'a PageSet),
 }
 
 /// The pages in the order in which a pass will send them.
-pub(super) fn spans_in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<Span> {
+pub(super) fn spans_in_order(pages: &PageSet, streams: usize, order: Order<'_>) -> Vec<Span> {
+    let route = Route::new(pages.clone(), streams, order);
     let mut spans: Vec<Span> = Vec::new();
-    for stretch in in_order(pages, streams, order) {
+    for stretch in &route.stretches {
+        let pages = route.pages(stretch);
         let Some(gpa) = pages.region_gpa(stretch.region) else {
             continue;
         };
@@ -71,13 +71,24 @@ pub(super) fn spans_in_order(pages: &PageSet, streams: usize, order: Order) -> V
     spans
 }
 
-/// Words of a region's bitmap that make one chunk.
+/// What the chunks of a pass will be, in the order in which they are handed out.
+#[derive(Debug)]
+struct Route {
+    first: PageSet,
+    put_off: PageSet,
+    stretches: Vec<ChunkWords>,
+    /// From which stretch on the pages are put off.
+    put_off_from: usize,
+}
+
+/// Words of a region's bitmap that make one chunk, and the pages in them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct ChunkWords {
     region: usize,
     word: usize,
     count: usize,
     pages: u64,
+    put_off: bool,
 }
 
 /// Most pages in a chunk: more would only delay the reading of what was cleared.
@@ -91,11 +102,10 @@ const CHUNKS_PER_STREAM: u64 = 8;
 
 impl Pass {
     /// A pass over `pages` by so many streams.
-    pub(super) fn new(pages: PageSet, streams: usize, order: Order) -> Self {
+    pub(super) fn new(pages: PageSet, streams: usize, order: Order<'_>) -> Self {
         let unsent = pages.len();
         Self {
-            stretches: in_order(&pages, streams, order),
-            pages,
+            route: Route::new(pages, streams, order),
             cursor: Mutex::new(Cursor {
                 next: 0,
                 unsent,
@@ -111,17 +121,18 @@ impl Pass {
             if cursor.stopped {
                 return None;
             }
-            let stretch = self.stretches.get(cursor.next)?;
+            let stretch = self.route.stretches.get(cursor.next)?;
             cursor.next += 1;
             cursor.unsent -= stretch.pages;
             stretch
         };
         let first = stretch.word as u64 * 64;
+        let pages = self.route.pages(stretch);
         Some(Chunk {
             region: stretch.region,
             first,
-            gpa: self.pages.region_gpa(stretch.region)? + first * PAGE_SIZE,
-            words: self.pages.words(stretch.region, stretch.word, stretch.count),
+            gpa: pages.region_gpa(stretch.region)? + first * PAGE_SIZE,
+            words: pages.words(stretch.region, stretch.word, stretch.count),
         })
     }
 
@@ -135,11 +146,25 @@ impl Pass {
         self.lock().unsent
     }
 
+    /// Those of them that are put off to the end.
+    pub(super) fn put_off(&self) -> u64 {
+        let next = self.lock().next.max(self.route.put_off_from);
+        self.route.stretches[next..]
+            .iter()
+            .map(|stretch| stretch.pages)
+            .sum()
+    }
+
     /// Adds the pages that were not handed out to a set over the same regions.
     pub(super) fn add_unsent(&self, to: &mut PageSet) {
         let next = self.lock().next;
-        for stretch in &self.stretches[next..] {
-            to.insert_part(&self.pages, stretch.region, stretch.word, stretch.count);
+        for stretch in &self.route.stretches[next..] {
+            to.insert_part(
+                self.route.pages(stretch),
+                stretch.region,
+                stretch.word,
+                stretch.count,
+            );
         }
     }
 
@@ -149,18 +174,45 @@ impl Pass {
     }
 }
 
-/// What the chunks of a pass will be.
-fn in_order(pages: &PageSet, streams: usize, order: Order) -> Vec<ChunkWords> {
-    let chunk_pages = pages.len() / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
-    let stretches = stretches(pages, chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES));
-    match order {
-        Order::Ascending => stretches,
-        Order::Scattered => scattered(&stretches),
+impl Route {
+    fn new(pages: PageSet, streams: usize, order: Order<'_>) -> Self {
+        let chunk_pages = pages.len() / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
+        let chunk_pages = chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES);
+        let (mut first, mut put_off) = (pages.clone(), pages);
+        match order {
+            Order::Ascending => put_off.clear(),
+            Order::Scattered(last) => {
+                first.subtract(last);
+                put_off.subtract(&first);
+            }
+        }
+        let mut stretches = [
+            stretches(&first, chunk_pages, false),
+            stretches(&put_off, chunk_pages, true),
+        ];
+        if let Order::Scattered(_) = order {
+            stretches = stretches.map(|stretches| scattered(&stretches));
+        }
+        Self {
+            put_off_from: stretches[0].len(),
+            stretches: stretches.concat(),
+            first,
+            put_off,
+        }
+    }
+
+    /// The set that a stretch is part of.
+    fn pages(&self, stretch: &ChunkWords) -> &PageSet {
+        if stretch.put_off {
+            &self.put_off
+        } else {
+            &self.first
+        }
     }
 }
 
 /// Cuts a set into stretches of about so many pages.
-fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<ChunkWords> {
+fn stretches(pages: &PageSet, chunk_pages: u64, put_off: bool) -> Vec<ChunkWords> {
     let mut found: Vec<ChunkWords> = Vec::new();
     let mut open: Option<ChunkWords> = None;
     for (region, from, words) in pages.filled() {
@@ -180,6 +232,7 @@ fn stretches(pages: &PageSet, chunk_pages: u64) -> Vec<ChunkWords> {
                     word: at,
                     count: 1,
                     pages: count,
+                    put_off,
                 })),
             }
         }
@@ -293,15 +346,18 @@ mod tests {
             high in proptest::collection::vec(0u64..100, 0..10),
             streams in 1usize..5,
             taken in 0usize..4,
-            scatter in any::<bool>(),
+            scatter in proptest::option::of(proptest::collection::vec(0u64..78, 0..40)),
         ) {
-            let order = if scatter { Order::Scattered } else { Order::Ascending };
-            let mut all = set(5000);
+            let (mut all, mut put_off) = (set(5000), set(5000));
             for (page, count) in pages {
                 for page in page..(page + count).min(5000) {
                     all.insert_gpa(page << 12).unwrap();
                 }
             }
+            for word in scatter.iter().flatten() {
+                put_off.insert_range(MemoryRange { gpa: word << 18, len: 1 << 18 }).unwrap();
+            }
+            let order = scatter.as_ref().map_or(Order::Ascending, |_| Order::Scattered(&put_off));
             for page in high {
                 all.insert_gpa((1 << 32) + (page << 12)).unwrap();
             }
@@ -320,6 +376,12 @@ mod tests {
                 .flat_map(|(gpa, bits)| runs(gpa, bits))
                 .flat_map(|range| (range.gpa..range.gpa + range.len).step_by(4096))
                 .collect();
+            // What is put off comes last.
+            let last = sent.iter().skip_while(|gpa| !put_off.contains(**gpa));
+            prop_assert!(scatter.is_none() || last.clone().all(|gpa| put_off.contains(*gpa)));
+            if scatter.is_some() {
+                prop_assert_eq!(Pass::new(all.clone(), streams, order).put_off(), last.count() as u64);
+            }
             prop_assert_eq!(announced, sent);
             prop_assert_eq!(&collect(&pass), &all);
             prop_assert_eq!(pass.unsent(), 0);

@@ -8,6 +8,7 @@ use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
 use super::handshake::unexpected;
+use super::hot::hot_pages;
 use super::observe::{Observer, SWITCH_ROUND_TRIPS};
 use super::pass::{Order, spans_in_order};
 use super::{MigrateError, SourceJob};
@@ -51,10 +52,17 @@ impl SourceJob<'_> {
         watch: &mut Observer,
     ) -> Result<Left, MigrateError> {
         let (mut pages, mut unused) = self.first_pages(crew)?;
+        let hot = hot_pages(&crew.space, &pages)?;
+        watch.hot = hot.bytes;
         let mut n = 0;
         loop {
             n += 1;
-            let advice = self.round(link, crew, watch, n, pages)?;
+            let order = if n == 1 {
+                Order::Scattered(&hot.put_off)
+            } else {
+                Order::Ascending
+            };
+            let advice = self.round(link, crew, watch, n, pages, order)?;
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
             if self.confirm_switch(link, crew, watch, n, advice)? {
@@ -96,14 +104,10 @@ impl SourceJob<'_> {
         watch: &mut Observer,
         n: u32,
         pages: PageSet,
+        order: Order<'_>,
     ) -> Result<Advice, MigrateError> {
         self.begin_round(crew, watch, n);
         let pages = self.burst(link, crew, watch, pages)?;
-        let order = if n == 1 {
-            Order::Scattered
-        } else {
-            Order::Ascending
-        };
         if n == 1 {
             // In the order in which they will be sent, so that the destination can make memory resident just ahead.
             let streams = self.report.streams as usize;

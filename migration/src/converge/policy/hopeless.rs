@@ -69,7 +69,10 @@ impl Policy {
     /// everything is dirtied again as soon as it is sent, the rate that can be seen is no more than the bandwidth.
     fn hidden_rate(&self, now: &Outlook) -> f64 {
         let saturated = self.throttler.is_off() && now.rate > 0.9 * now.link;
-        let model = self.hot.model().filter(|model| saturated && model.is_resolved());
+        let model = self
+            .working_set
+            .model()
+            .filter(|model| saturated && model.is_resolved());
         model.map_or(0.0, |model| model.frequency * now.working_set)
     }
 

@@ -146,7 +146,7 @@ fn a_working_set_is_found_in_a_fifth_of_round_1() {
         let model = set.model().expect("enough was dirtied");
         assert!((model.frequency / frequency).ln().abs() < 0.35, "{model:?}");
         assert!((model.share / share - 1.0).abs() < 0.2, "{model:?}");
-        let size = set.size(1e9).expect("as above");
+        let size = set.size(model, 1e9);
         assert!((size / (share * 1.25e9) - 1.0).abs() < 0.2, "{size}");
         // All that is hot is dirtied again in the end.
         assert!((model.again(0.0, 1e3) - model.clean).abs() < 1.0);

@@ -246,3 +246,37 @@ fn an_idle_guest_loses_no_more_than_the_fixed_costs() {
         assert!(outcome.downtime < costs + 0.5e-3, "{}", outcome.downtime);
     }
 }
+
+/// As fast as it can in 512 MiB of 2 GiB.
+fn partly_hot(pattern: Pattern, link: f64, base: u64) -> Simulation {
+    Simulation {
+        populated: 2048 * MIB,
+        scattered: true,
+        hot: (base, 512 * MIB),
+        link,
+        ..Simulation::new(
+            goal(100),
+            vec![SimulatedVcpu::new(base, 512 * MIB, GREEDY, pattern)],
+        )
+    }
+}
+
+#[test]
+fn total_times_are_predicted_where_hot_pages_are_put_off() {
+    let worlds = [
+        (Pattern::Sweep, 4e9),
+        (Pattern::Random, 1e9),
+        (Pattern::Sweep, 500e6),
+    ];
+    let worlds = worlds.map(|(pattern, link)| partly_hot(pattern, link, 600 * MIB));
+    let (mut runs, mut held) = (0, 0);
+    for world in worlds.iter().flat_map(|world| seeds(world, 10)) {
+        let outcome = world.run();
+        let total = Duration::from_secs_f64(outcome.total);
+        let predicted = outcome.predicted_midway().expect("it converges");
+        let interval = predicted.total_interval.expect("as the total time");
+        runs += 1;
+        held += u32::from(interval.low <= total && total <= interval.high);
+    }
+    assert!(held * 10 >= runs * 9, "{held} of {runs}");
+}

@@ -70,7 +70,7 @@ proptest! {
         goal in any_goal(),
         costs in vec(any::<u64>(), 0..4),
         bursts in vec((any_bytes(), any::<u64>()), 0..4),
-        seen in vec((vec(any_bytes(), 8), any::<u32>(), any::<bool>(), vec(any_bytes(), 0..5)), 1..60),
+        seen in vec((vec(any_bytes(), 10), any::<u32>(), any::<bool>(), vec(any_bytes(), 0..5)), 1..60),
     ) {
         let cpus = goal.cpus;
         let mut policy = Policy::new(goal);
@@ -86,6 +86,8 @@ proptest! {
                 round: *round,
                 end_of_round: *end_of_round,
                 unsent: numbers[1],
+                hot: numbers[8],
+                put_off: numbers[9],
                 dirty: numbers[3],
                 copied: numbers[4],
                 copied_data: numbers[5],

@@ -100,11 +100,15 @@ impl RecordedMove<'_> {
             costs.final_log = us(9);
             policy.assume(costs);
             let at = us(0);
+            // Older moves were recorded without.
+            let pages = |at: usize| numbers.get(at).map_or(0, |pages| pages * 4096);
             let advice = policy.observe(&Observation {
                 at,
                 round: numbers[1] as u32,
                 end_of_round: numbers[2] == 1,
                 unsent: numbers[3] * 4096,
+                hot: pages(10),
+                put_off: pages(11),
                 dirty: numbers[4] * 4096,
                 copied: numbers[5] * 4096,
                 copied_data: numbers[6] * 4096,

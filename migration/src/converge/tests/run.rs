@@ -54,7 +54,7 @@ impl<'a> SimulationRun<'a> {
             dirty_blocks: populated as u64,
             todo_blocks: populated as u64,
             cursor: 0,
-            order: order(blocks, (world.populated / BLOCK) as usize, world.scattered),
+            order: order(world),
             credit: 0.0,
             copied: 0,
             copied_data: 0,
@@ -174,11 +174,15 @@ impl<'a> SimulationRun<'a> {
 
     pub(super) fn observe(&self, policy: &mut Policy, end_of_round: bool) -> Advice {
         let by_vcpu: Vec<u64> = self.vcpus.iter().map(|vcpu| vcpu.pages).collect();
+        let todo = (0..self.todo.len()).filter(|block| self.todo[*block]);
+        let put_off = todo.filter(|block| self.round == 1 && is_hot(self.world, *block));
         policy.observe(&Observation {
             at: Duration::from_secs_f64(self.at),
             round: self.round,
             end_of_round,
             unsent: self.todo_blocks * BLOCK,
+            hot: self.world.hot.1,
+            put_off: put_off.count() as u64 * BLOCK,
             dirty: self.dirty_blocks * BLOCK,
             copied: self.copied,
             copied_data: self.copied_data,
@@ -242,19 +246,28 @@ impl<'a> SimulationRun<'a> {
     }
 }
 
-/// The order in which blocks are sent: populated ones first, in pieces of 4 MiB if they are scattered.
-fn order(blocks: usize, populated: usize, scattered: bool) -> Vec<usize> {
-    let pieces = populated / 64;
-    if !scattered || pieces < 2 {
-        return (0..blocks).collect();
-    }
-    let stride = (1..pieces)
-        .rev()
-        .find(|&n| n * 1000 <= pieces * 618 && gcd(n, pieces) == 1)
-        .unwrap_or(1);
-    let piece = |n: usize| (n * stride % pieces) * 64;
-    let first = (0..pieces).flat_map(|n| piece(n)..piece(n) + 64);
-    first.chain(pieces * 64..blocks).collect()
+/// The order in which blocks are sent: populated ones first, in pieces of 4 MiB if they are scattered; hot ones last.
+fn order(world: &Simulation) -> Vec<usize> {
+    let blocks = (world.memory / BLOCK) as usize;
+    let pieces = (world.populated / BLOCK) as usize / 64;
+    let mut order: Vec<usize> = if !world.scattered || pieces < 2 {
+        (0..blocks).collect()
+    } else {
+        let stride = (1..pieces)
+            .rev()
+            .find(|&n| n * 1000 <= pieces * 618 && gcd(n, pieces) == 1)
+            .unwrap_or(1);
+        let piece = |n: usize| (n * stride % pieces) * 64;
+        let first = (0..pieces).flat_map(|n| piece(n)..piece(n) + 64);
+        first.chain(pieces * 64..blocks).collect()
+    };
+    order.sort_by_key(|block| is_hot(world, *block));
+    order
+}
+
+fn is_hot(world: &Simulation, block: usize) -> bool {
+    let (base, size) = world.hot;
+    (base..base + size).contains(&(block as u64 * BLOCK))
 }
 
 fn gcd(a: usize, b: usize) -> usize {

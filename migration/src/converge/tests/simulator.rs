@@ -73,6 +73,8 @@ pub(super) struct Simulation {
     pub link_change: Option<(f64, f64)>,
     /// Whether round 1 takes memory in a scattered order.
     pub scattered: bool,
+    /// Where hot pages begin and how many bytes of them the engine has found, which round 1 sends last.
+    pub hot: (u64, u64),
     /// Whether the engine sends a piece without the cap at the start of each round.
     pub bursts: bool,
     /// Whether the dirty ring tells who writes.
@@ -125,14 +127,18 @@ impl SimulatedEnd {
 
     /// The same when a fifth of the time predicted had passed, which is what can be told meanwhile.
     pub(super) fn predicted_total_midway(&self) -> Option<f64> {
-        let totals = self
-            .history
-            .iter()
-            .filter_map(|point| Some((point.at, point.prediction.total?.as_secs_f64())));
-        totals
-            .into_iter()
-            .find(|(at, total)| *at >= 0.2 * total)
-            .map(|(_, total)| total)
+        let total = self.predicted_midway()?.total;
+        total.map(|total| total.as_secs_f64())
+    }
+
+    /// What was predicted then.
+    pub(super) fn predicted_midway(&self) -> Option<&Prediction> {
+        let mut points = self.history.iter();
+        let midway = points.find(|point| {
+            let total = point.prediction.total;
+            total.is_some_and(|total| point.at >= 0.2 * total.as_secs_f64())
+        });
+        midway.map(|point| &point.prediction)
     }
 }
 
@@ -162,6 +168,7 @@ impl Simulation {
             change: None,
             link_change: None,
             scattered: false,
+            hot: (0, 0),
             bursts: false,
             ring: false,
             told: Some(Costs::default()),
