@@ -22,10 +22,10 @@ use crate::transport::{Connection, Listener, TransportError};
 const GREETING: Duration = Duration::from_secs(3);
 
 /// The most connections whose greeting has not come yet. One more closes the oldest of them.
-const MOST_PENDING: usize = 64;
+const MAX_PENDING: usize = 64;
 
 /// The most threads that read greetings or are about to end, even if a peer connects a thousand times a second.
-const MOST_THREADS: usize = 2 * MOST_PENDING;
+const MAX_THREADS: usize = 2 * MAX_PENDING;
 
 /// The pause after an accept that failed, e.g. for want of file descriptors: the kernel does not report when there are
 /// some again.
@@ -138,10 +138,10 @@ impl AcceptorShared {
     }
 
     fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<PendingGreeting>) {
-        if greetings.len() >= MOST_PENDING {
+        if greetings.len() >= MAX_PENDING {
             let silent = greetings.iter().find(|greeting| greeting.is_pending());
             // A thread whose connection was closed ends only when it gets to run.
-            let Some(silent) = silent.filter(|_| greetings.len() < MOST_THREADS) else {
+            let Some(silent) = silent.filter(|_| greetings.len() < MAX_THREADS) else {
                 tracing::warn!(
                     from = %connection.peer(),
                     "too many connections at a time; one is refused"

@@ -25,7 +25,7 @@ use crate::memory::PAGE_SIZE;
 /// Bytes of guest memory with a checksum of their own; the last of a region may be shorter.
 pub(super) const BLOCK: u64 = 2 << 20;
 /// Threads beyond this wait for memory or for the disk.
-const MOST_THREADS: usize = 4;
+const MAX_THREADS: usize = 4;
 /// Bytes that a word of a page set stands for.
 const WORD: u64 = 64 * PAGE_SIZE;
 
@@ -185,7 +185,7 @@ fn each_block<T>(
         }
     };
     let take_turns = || turns().inspect_err(|_| give_up());
-    let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS)) - 1;
+    let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MAX_THREADS)) - 1;
     thread::scope(|scope| {
         let helper = |_| {
             threads::spawn_scoped(scope, Role::Helper, "snapshot", take_turns)

@@ -20,7 +20,7 @@ use crate::memory;
 const RUN: usize = 16;
 
 /// Most bytes of a file that is read as a whole: many times what the largest machine has.
-const MOST_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 64 << 20;
 
 /// A whole snapshot, whose small files were read and found to be undamaged.
 #[derive(Debug)]
@@ -248,14 +248,14 @@ fn read_checked(file: File, path: &Path, record: &FileRecord) -> Result<Vec<u8>,
 
 fn read_file(file: File, path: &Path) -> Result<Vec<u8>, SnapshotError> {
     let mut bytes = Vec::new();
-    file.take(MOST_BYTES + 1)
+    file.take(MAX_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(SnapshotError::io(path))?;
-    if bytes.len() as u64 > MOST_BYTES {
+    if bytes.len() as u64 > MAX_BYTES {
         let got = bytes.len() as u64;
         return Err(SnapshotError::TooLong {
             path: path.into(),
-            most: MOST_BYTES,
+            most: MAX_BYTES,
             got,
         });
     }

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::backend::BlockBackend;
-use super::configuration::{WRITEBACK, configuration};
+use super::configuration::{WRITEBACK_AT, configuration};
 use super::control::BlockControl;
 use super::engine::BlockEngine;
 use super::error::BlockRequestError;
@@ -143,7 +143,7 @@ impl VirtioDevice for VirtioBlock {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        if offset != WRITEBACK as u64 || data.len() != 1 || self.accepted & F_CONFIG_WCE == 0 {
+        if offset != WRITEBACK_AT as u64 || data.len() != 1 || self.accepted & F_CONFIG_WCE == 0 {
             tracing::debug!(offset, ?data, "virtio-block: not writable in the configuration");
             return;
         }

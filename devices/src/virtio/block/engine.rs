@@ -20,7 +20,7 @@ use crate::virtio::sys::IoRing;
 use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
 /// Bytes in flight from which on no other request starts. A drain waits for these bytes, and for the last request.
-const MOST_IN_FLIGHT: u64 = 16 << 20;
+const MAX_IN_FLIGHT: u64 = 16 << 20;
 
 /// The engine of one disk: a ring if there is one, and a helper thread.
 pub(super) struct BlockEngine {
@@ -116,7 +116,7 @@ impl BlockEngine {
 
     /// Whether another request may begin.
     pub(super) fn has_room(&self) -> bool {
-        self.bytes < MOST_IN_FLIGHT && self.count < QUEUE_SIZE.into()
+        self.bytes < MAX_IN_FLIGHT && self.count < QUEUE_SIZE.into()
     }
 
     /// Whether something must still be submitted.

@@ -20,11 +20,11 @@ const SEGMENT_LEN: usize = 16;
 /// The flag of a segment whose space may be given up.
 const UNMAP: u32 = 1 << 0;
 /// Most bytes that one request transfers. A driver that keeps to SIZE_MAX and SEG_MAX stays below.
-pub(super) const MOST_TRANSFERRED: u64 = 16 << 20;
+pub(super) const MAX_TRANSFERRED: u64 = 16 << 20;
 /// Most sectors that one request discards.
-pub(super) const MOST_DISCARDED: u32 = 1 << 22;
+pub(super) const MAX_DISCARDED: u32 = 1 << 22;
 /// Most sectors that one request zeroes: where the host cannot, they are written.
-pub(super) const MOST_ZEROED: u32 = 1 << 16;
+pub(super) const MAX_ZEROED: u32 = 1 << 16;
 
 /// A request and where its outcome goes.
 #[derive(Debug)]
@@ -141,7 +141,7 @@ impl BlockRequest {
     }
 
     fn discard(self, memory: &GuestMemory, disk: &RequestTarget<'_>) -> Result<BlockIo, BlockRequestError> {
-        let segment = self.segment(memory, disk.backend, MOST_DISCARDED)?;
+        let segment = self.segment(memory, disk.backend, MAX_DISCARDED)?;
         if segment.flags != 0 {
             return Err(BlockRequestError::Flags { got: segment.flags });
         }
@@ -157,7 +157,7 @@ impl BlockRequest {
         memory: &GuestMemory,
         disk: &RequestTarget<'_>,
     ) -> Result<BlockIo, BlockRequestError> {
-        let segment = self.segment(memory, disk.backend, MOST_ZEROED)?;
+        let segment = self.segment(memory, disk.backend, MAX_ZEROED)?;
         if segment.flags & !UNMAP != 0 {
             return Err(BlockRequestError::Flags { got: segment.flags });
         }
@@ -215,9 +215,9 @@ struct Segment {
 
 /// As [`check_range`], for data that are transferred.
 fn check_transfer(sector: u64, len: u64, backend: &BlockBackend) -> Result<u64, BlockRequestError> {
-    if len > MOST_TRANSFERRED {
+    if len > MAX_TRANSFERRED {
         return Err(BlockRequestError::TooLong {
-            most: MOST_TRANSFERRED,
+            most: MAX_TRANSFERRED,
             len,
         });
     }

@@ -1,7 +1,7 @@
 //! Chooses whether compression pays, by what it saves and what it costs.
 
 /// Most batches that go without an attempt after many failures.
-const MOST_SKIPPED: u32 = 64;
+const MAX_SKIPPED: u32 = 64;
 
 /// Decides which batches to try to compress: each failure doubles the number of batches that go without an
 /// attempt, up to 64, and one success makes every batch worth it again.
@@ -26,8 +26,8 @@ impl Chooser {
         if paid {
             *self = Self::default();
         } else {
-            self.left = (self.penalty + 1).min(MOST_SKIPPED);
-            self.penalty = (self.penalty * 2 + 1).min(MOST_SKIPPED - 1);
+            self.left = (self.penalty + 1).min(MAX_SKIPPED);
+            self.penalty = (self.penalty * 2 + 1).min(MAX_SKIPPED - 1);
         }
     }
 }
