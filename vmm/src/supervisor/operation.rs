@@ -138,7 +138,7 @@ fn change(machine: &Machine, update: &DriveUpdate) -> Result<(), Refusal> {
         failed(ConfigError::Limits { id, source })
     })?;
     check_path(update, disk.path())?;
-    disk.resize().map_err(failed)?;
+    disk.refresh_size().map_err(failed)?;
     if limits != before {
         disk.set_limits(limits);
     }

@@ -52,8 +52,8 @@ pub struct VirtioBlock {
     pub(super) accepted: u64,
     /// Whether the cache is on: as the host has set it at first, then as the guest sets it (virtio 1.2, 5.2.5.2).
     pub(super) writeback: bool,
-    /// The guest has turned the cache off, and cached writes are being written back: no request starts before that is
-    /// done.
+    /// Whether the guest has turned the cache off and cached writes are being written back: no request starts before that
+    /// is done.
     pub(super) settling: bool,
     /// The capacity that was reported to the guest last.
     pub(super) sectors: u64,

@@ -31,6 +31,7 @@ pub(super) const MAX_ZEROED: u32 = 1 << 16;
 pub(super) struct BlockRequest {
     /// GPA of the status byte.
     pub(super) status: GuestAddress,
+    /// The type, `VIRTIO_BLK_T_…`, or any number of the guest's.
     pub(super) kind: u32,
     sector: u64,
     /// Data from the driver, without the header.
@@ -42,7 +43,7 @@ pub(super) struct BlockRequest {
 /// The status byte of a request that was done.
 pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 
-/// The disk that a request is carried out on.
+/// The disk on which a request is carried out.
 pub(super) struct RequestTarget<'a> {
     pub(super) backend: &'a BlockBackend,
     pub(super) id: &'a [u8; ID_LEN],
@@ -54,7 +55,9 @@ pub(super) struct RequestTarget<'a> {
 /// What a request needs after its first step.
 #[derive(Debug)]
 pub(super) enum RequestStep {
+    /// Nothing: it is done.
     Done(Served),
+    /// This I/O.
     Transfer(BlockIo),
 }
 
@@ -104,7 +107,7 @@ impl BlockRequest {
         match self.kind {
             VIRTIO_BLK_T_IN => self.read(disk.backend).map(RequestStep::Transfer),
             VIRTIO_BLK_T_OUT => self.write(disk).map(RequestStep::Transfer),
-            // The writes need not survive the end of the host, but that of this process.
+            // The writes need to survive this process, and not the host.
             VIRTIO_BLK_T_FLUSH if disk.cache == CacheMode::Unsafe => {
                 Ok(RequestStep::Transfer(BlockIo::WriteOut))
             }
@@ -197,6 +200,7 @@ impl BlockRequest {
         })
     }
 
+    /// Answers GET_ID. Returns the bytes written.
     fn identify(mut self, memory: &GuestMemory, id: &[u8; ID_LEN]) -> Result<u32, BlockRequestError> {
         if !self.readable.is_empty() {
             return Err(BlockRequestError::Direction);
@@ -213,7 +217,7 @@ struct Segment {
     flags: u32,
 }
 
-/// As [`check_range`], for data that are transferred.
+/// As [`check_range`], for a request that transfers data: it may be at most [`MAX_TRANSFERRED`] bytes long.
 fn check_transfer(sector: u64, len: u64, backend: &BlockBackend) -> Result<u64, BlockRequestError> {
     if len > MAX_TRANSFERRED {
         return Err(BlockRequestError::TooLong {
