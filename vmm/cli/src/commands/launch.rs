@@ -47,13 +47,13 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     } else {
         tracing::info!("CPU template {}", config.template);
     }
-    let name = checked_name(&args.common)?;
-    let held = HeldSignals::hold();
-    let socket = bind(&args.common, &name)?;
-    let log = launch.named()?;
-    let console = open_console(&launch)?;
-    let mut supervisor = new_supervisor(&args.common, &name, &console);
-    supervisor.set_log(log);
+    let Startup {
+        name,
+        held,
+        socket,
+        console,
+        mut supervisor,
+    } = prepare(&args.common, &mut launch)?;
     let boot: Boot = {
         let console = console.clone();
         Arc::new(move |events| Machine::boot(&config, &console, events))
@@ -81,13 +81,13 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     if let Some(reserve) = args.reserve {
         memory::check_size(reserve).map_err(ConfigError::from)?;
     }
-    let name = checked_name(&args.common)?;
-    let held = HeldSignals::hold();
-    let socket = bind(&args.common, &name)?;
-    let log = launch.named()?;
-    let console = open_console(&launch)?;
-    let mut supervisor = new_supervisor(&args.common, &name, &console);
-    supervisor.set_log(log);
+    let Startup {
+        name,
+        held,
+        socket,
+        console,
+        mut supervisor,
+    } = prepare(&args.common, &mut launch)?;
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let receiver = Receiver::listen(&listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -224,6 +224,34 @@ fn begin(common: &CommonArgs) -> anyhow::Result<DetachedPart> {
         keep_memory_private()?;
     }
     Ok(part)
+}
+
+/// What `run` and `receive` have before they have a machine.
+struct Startup {
+    name: String,
+    /// Holds signals back until the API is served.
+    held: HeldSignals,
+    socket: ApiSocket,
+    console: Console,
+    supervisor: Supervisor,
+}
+
+/// Takes the VM's name and its API socket, and makes the supervisor.
+fn prepare(common: &CommonArgs, launch: &mut Launch) -> anyhow::Result<Startup> {
+    let name = checked_name(common)?;
+    let held = HeldSignals::hold();
+    let socket = bind(common, &name)?;
+    let log = launch.named()?;
+    let console = open_console(launch)?;
+    let mut supervisor = new_supervisor(common, &name, &console);
+    supervisor.set_log(log);
+    Ok(Startup {
+        name,
+        held,
+        socket,
+        console,
+        supervisor,
+    })
 }
 
 fn open_console(launch: &Launch) -> anyhow::Result<Console> {
