@@ -61,6 +61,7 @@ impl Supervisor {
         }
     }
 
+    /// Handles the end of a snapshot: answers the request, and ends the VM if its guest is now in the snapshot.
     pub(super) fn snapshot_ended(
         &mut self,
         ended: Result<SnapshotReport, String>,
@@ -101,6 +102,7 @@ impl Supervisor {
     }
 }
 
+/// Starts the thread that writes the snapshot; its end is an event to the supervisor.
 fn start(
     machine: Arc<Machine>,
     request: SnapshotRequest,

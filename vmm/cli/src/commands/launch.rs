@@ -20,7 +20,7 @@ use vmm::memory::{self, FaultHandler};
 use vmm::privacy::keep_memory_private;
 use vmm::server::ApiServer;
 use vmm::snapshot::Snapshot;
-use vmm::supervisor::{Boot, Ending, Supervisor, SupervisorHandle};
+use vmm::supervisor::{Boot, Ending, RestoreWait, Supervisor, SupervisorHandle};
 
 use super::detach::{DetachedPart, Launch, detach};
 use super::snapshot::with_bar;
@@ -127,9 +127,13 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     };
     // Scripts wait for this line.
     let announcement = format!("{name} is restored and {after}; its clocks go on {clocks_go_on}");
+    let wait = match args.uffd {
+        Some(_) => RestoreWait::Endless,
+        None => RestoreWait::Bounded,
+    };
     let restore = move || destination.restore_snapshot(&snapshot, memory, clocks, args.resume);
     supervisor
-        .restore(restore, args.uffd.is_some(), move || {
+        .restore(restore, wait, move || {
             output::print_line(&announcement);
             launch.up(&name);
         })
