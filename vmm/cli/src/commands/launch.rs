@@ -9,7 +9,7 @@ use api::rundir::{ApiSocket, check_name};
 use devices::GuestExit;
 use migration::{MemoryKind, ReceiveOptions, Receiver};
 use output::{self, start_log};
-use vmm::config::{ConfigError, Wishes};
+use vmm::config::{ConfigError, RequestedConfig};
 use vmm::console::Console;
 use vmm::cpu::Template;
 use vmm::footprint::release_text;
@@ -37,8 +37,12 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
         DetachedPart::Vm(launch) => launch,
         DetachedPart::Starter(exit) => return Ok(exit),
     };
-    let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
-    let mut config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
+    let file = args
+        .config_file
+        .as_deref()
+        .map(RequestedConfig::from_file)
+        .transpose()?;
+    let mut config = file.unwrap_or_default().overridden_by(requested(&args)).check()?;
     if args.on_reset == OnResetArg::Reboot {
         config.make_repeatable()?;
     }
@@ -274,8 +278,8 @@ fn new_supervisor(common: &CommonArgs, name: &str, console: &Console) -> Supervi
     supervisor
 }
 
-fn wishes(args: &RunArgs) -> Wishes {
-    Wishes {
+fn requested(args: &RunArgs) -> RequestedConfig {
+    RequestedConfig {
         kernel: args.kernel.clone(),
         initrd: args.initrd.clone(),
         cmdline: args.cmdline.clone(),
