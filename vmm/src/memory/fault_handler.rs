@@ -32,11 +32,13 @@ use super::huge_pages::HUGE_PAGE;
 use super::{MemoryError, kind, userfault};
 use crate::memory::PAGE_SIZE;
 
-/// The other process, as long as it is needed.
+/// The connection to the process that brings the pages, as long as it is needed.
 #[derive(Debug)]
 pub struct FaultHandler {
     stream: UnixStream,
+    /// Whether this process ends the connection.
     ended: Arc<AtomicBool>,
+    /// The thread that waits for the handler's end.
     watcher: Option<Thread>,
     _descriptor: OwnedFd,
 }
@@ -101,7 +103,7 @@ impl Drop for FaultHandler {
     }
 }
 
-/// Region after region, as a snapshot's memory file has them.
+/// The mappings of all regions, in the order in which a snapshot's memory file has them.
 fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
     let page_size = if kind(memory) == MemoryKind::HugePages {
         HUGE_PAGE
@@ -125,7 +127,7 @@ fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
         .collect()
 }
 
-/// One message: a handler reads it at once.
+/// Sends the mappings and the descriptor in one message, as a handler reads them with one call.
 fn send(stream: &UnixStream, mappings: &[Mapping], descriptor: &OwnedFd) -> io::Result<()> {
     let text = serde_json::to_vec(mappings)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -144,7 +146,7 @@ fn send(stream: &UnixStream, mappings: &[Mapping], descriptor: &OwnedFd) -> io::
     )))
 }
 
-/// A handler has nothing to say; what it says all the same is thrown away.
+/// Waits until the handler closes the connection. A handler sends nothing; what it sends all the same is dropped.
 fn wait_end(mut stream: UnixStream) {
     let mut bytes = [0; 64];
     loop {
