@@ -175,3 +175,33 @@ fn check_path(update: &DriveUpdate, path: &Path) -> Result<(), Refusal> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::console::Console;
+
+    #[test]
+    fn requests_that_would_conflict_wait_for_the_operation_and_others_do_not() {
+        let mut supervisor = Supervisor::new("web", Console::detached());
+        let control = Arc::new(Control::new().unwrap());
+        let (pause, mut paused) = oneshot::channel();
+        supervisor.operation = Some(Operation {
+            job: Job::start(Role::Operation, "operate", control, || {}).unwrap(),
+            reply: pause,
+            kind: OperationKind::Pause,
+        });
+        let (resume, mut resumed) = oneshot::channel();
+        let (info, mut shown) = oneshot::channel();
+        supervisor.handle_request(Request::Resume(resume));
+        supervisor.handle_request(Request::Info(info));
+        assert!(shown.try_recv().unwrap().is_ok());
+        assert!(resumed.try_recv().is_err(), "answered during the pause");
+        supervisor.operation_ended(Ok(()));
+        assert!(paused.try_recv().unwrap().is_ok());
+        let refused = resumed.try_recv().unwrap();
+        assert!(matches!(refused, Err(Refusal::NoMachine)), "{refused:?}");
+    }
+}

@@ -290,3 +290,15 @@ fn a_client_gets_an_error_if_the_question_fails() {
     assert!(answer.try_recv().unwrap().is_err());
     assert!(rig.supervisor.resolving.is_none());
 }
+
+#[test]
+fn events_of_a_machine_that_was_replaced_do_not_count() {
+    let mut rig = rig();
+    let sinks = [rig.supervisor.event_sink(), rig.supervisor.event_sink()];
+    for (sink, counts) in sinks.iter().zip([false, true]) {
+        sink(MachineEvent::Exit(GuestExit::PowerOff));
+        let event = rig.supervisor.events.try_recv().unwrap();
+        let ending = rig.supervisor.handle_event(event, &rig.server);
+        assert_eq!(ending.is_some(), counts);
+    }
+}
