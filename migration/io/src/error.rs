@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// Why guest memory could not be sent, received or looked at.
+/// Why guest memory could not be sent, received or read.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryIoError {
     /// A range is not within one region of guest RAM.

@@ -7,7 +7,8 @@ use super::{CompressionError, MAX_BLOCK, Method, total};
 use crate::copy::copy_out;
 use crate::{GuestMemory, MemoryRange};
 
-/// A block that is larger than this share of its pages, in percent, is not worth the receiver's time.
+/// A block that is larger than this share of its pages, in percent, does not save enough for the time that it takes to
+/// unpack.
 const MAX_PERCENT: usize = 85;
 
 /// A zstd level that keeps up with links of a Gbit/s.
