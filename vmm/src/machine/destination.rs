@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn more_leaves_than_kvm_takes_are_not_looked_at() {
+    fn more_leaves_than_kvm_takes_are_refused_at_once() {
         let leaf = CpuidLeaf {
             function: 1,
             index: 0,

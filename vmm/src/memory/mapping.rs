@@ -27,8 +27,8 @@ use crate::memory::PAGE_SIZE;
 /// The least memory in bytes that can hold the firmware tables and a kernel.
 pub(super) const MIN_MEMORY: u64 = 2 << 20;
 
-/// The seals of a memfd. They keep any process from shrinking the file, which would end a mapping of it in the middle
-/// (SIGBUS), and from adding seals of its own.
+/// The seals of a memfd. They keep every process from changing the file's size (to touch a mapping beyond the end of a
+/// file that has shrunk is a SIGBUS), and from adding seals of its own.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// Checks a requested memory size against this host.
