@@ -29,9 +29,9 @@ use crate::machine::{
 };
 use crate::memory::{self, MemoryError};
 
-/// vCPUs of a machine whose configuration does not say.
+/// vCPUs of a machine whose configuration does not set their number.
 pub const DEFAULT_CPUS: u8 = 1;
-/// Memory of a machine whose configuration does not say, in bytes.
+/// Memory of a machine whose configuration does not set it, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Names of other devices, which no disk and no network card can have.
 const RESERVED_IDS: [&str; 4] = [RNG_ID, BALLOON_ID, VSOCK_ID, CONSOLE_ID];

@@ -12,7 +12,7 @@ pub enum MemoryIoError {
         gpa: u64,
         /// Bytes.
         len: u64,
-        /// What the memory says.
+        /// The cause.
         #[source]
         source: vm_memory::GuestMemoryError,
     },
@@ -29,7 +29,7 @@ pub enum MemoryIoError {
         gpa: u64,
         /// Bytes.
         len: u64,
-        /// What the kernel says.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },

@@ -1,5 +1,5 @@
-//! A machine that is ready waits for what decides who runs it: the source's "go" or abort, an operator's decision, or a
-//! question of the source on another connection.
+//! Waits, with a machine that is ready, for what decides which side runs it: the source's "go" or abort, an operator's
+//! decision, or a question of the source on another connection.
 //!
 //! Whichever the ledger records first counts. The loss of the connection decides nothing, and no time-out ends the
 //! wait.

@@ -22,7 +22,7 @@ use crate::protocol::{Frame, Message};
 use crate::text::panic_message;
 use crate::transport::Connection;
 
-/// How long the job waits for the source's abort after streams have ended early: it says more than their end.
+/// How long the job waits for the source's abort after streams have ended early: the abort has the reason.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// All data streams of one migration. The threads own what they use, so that one that hangs in a write to a disk can be

@@ -26,7 +26,7 @@ pub enum ProtocolError {
         kind: &'static str,
         /// The limit, in bytes.
         limit: u32,
-        /// What the header says, in bytes.
+        /// The length in the header, in bytes.
         got: u32,
     },
     /// A frame's content cannot be read.
@@ -34,7 +34,7 @@ pub enum ProtocolError {
     Content {
         /// The kind.
         kind: &'static str,
-        /// What the decoder says.
+        /// The decoder's error.
         #[source]
         source: postcard::Error,
     },

@@ -73,7 +73,7 @@ pub enum EndpointError {
     },
 }
 
-/// Longest path of a Unix socket, the final zero excluded (`sockaddr_un`).
+/// The longest path of a Unix socket in bytes, the final zero excluded (`sockaddr_un`).
 const MAX_PATH_LEN: usize = 107;
 
 impl FromStr for Endpoint {
@@ -132,6 +132,7 @@ impl From<SocketAddr> for Endpoint {
     }
 }
 
+/// Parses one address, which is part of the endpoint `text`.
 fn tcp(text: &str, address: &str) -> Result<SocketAddr, EndpointError> {
     let missing = |missing| EndpointError::Missing {
         text: text.into(),

@@ -207,7 +207,7 @@ fn vmclock(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
-/// Where the guest's kernel says that it has panicked (QEMU, docs/specs/pvpanic.rst).
+/// Where the guest's kernel reports that it has panicked (QEMU, docs/specs/pvpanic.rst).
 fn panic_notifier(body: &mut Vec<u8>) {
     let port = IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, PvPanic::LEN as u8);
     Device::new(

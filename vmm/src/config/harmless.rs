@@ -1,6 +1,6 @@
-//! What Firecracker's configuration file may say that means nothing here. A key is taken as long as it asks for
-//! nothing, and refused with the reason where it asks for something: the user must not get another machine than the
-//! file describes.
+//! Keys of Firecracker's configuration file that are not served here. A key is accepted as long as it asks for nothing,
+//! and refused with the reason where it asks for something: the user must not get another machine than the file
+//! describes.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};

@@ -1,5 +1,5 @@
 //! The dirty log by KVM's bitmaps under manual protection.
-#![allow(unsafe_code)] // The kernel writes a slot's bitmap to a buffer of ours.
+#![allow(unsafe_code)] // The kernel writes a slot's bitmap to a buffer of this process.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

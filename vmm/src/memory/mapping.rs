@@ -1,5 +1,5 @@
-//! Where guest memory lies: anonymous memory, huge pages, a memfd of our own, memfds of another process, or a
-//! snapshot's file.
+//! Makes and maps guest memory: anonymous memory, huge pages, a memfd of this process, memfds of another process, or a
+//! snapshot's file. What another process hands over is untrusted.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::fs::File;

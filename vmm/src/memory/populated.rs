@@ -1,4 +1,4 @@
-//! Which pages were ever touched. All others are zero.
+//! Finds which pages of guest memory were ever touched, by the page map and by holes in files. All others are zero.
 
 use std::fs::File;
 use std::io;
@@ -77,14 +77,17 @@ pub fn private_copies(memory: &GuestMemory, into: &mut PageSet) -> Result<(), Me
     Ok(())
 }
 
+/// Whether a page is there.
 fn in_use(entry: u64) -> bool {
     entry & PRESENT_OR_SWAPPED != 0
 }
 
+/// Whether a page is there that is this process's own and not a file's.
 fn is_own(entry: u64) -> bool {
     in_use(entry) && entry & OF_FILE == 0
 }
 
+/// The page map, with room for the entries of one read.
 struct Pagemap {
     file: &'static File,
     buffer: Vec<u8>,

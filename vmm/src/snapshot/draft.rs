@@ -147,16 +147,16 @@ impl SnapshotDraft {
         watch.check()?;
         self.rename(draft)?;
         if let Err(error) = self.parent.sync_all() {
-            // Back, so that it goes with the draft; where even that fails, nothing more can be done.
+            // Its old name again, so that it is removed with the draft. If even that fails, nothing more can be done.
             let _ = rustix::fs::rename(&self.target, draft);
             return Err(SnapshotError::io(&self.target)(error));
         }
-        // There is nothing of that name any more to remove.
+        // The draft has no longer the name under which it would be removed.
         let _ = self.directory.keep();
         Ok(())
     }
 
-    /// Never over something.
+    /// Gives the draft the snapshot's name, never in place of something else.
     fn rename(&self, draft: &Path) -> Result<(), SnapshotError> {
         let renamed = match rustix::fs::renameat_with(CWD, draft, CWD, &self.target, RenameFlags::NOREPLACE) {
             // Some file systems, NFS for one, cannot be asked for that. A directory without flags replaces an empty
@@ -170,6 +170,7 @@ impl SnapshotDraft {
         })
     }
 
+    /// Writes a file as a whole.
     fn create(&mut self, name: &str, content: &[u8]) -> Result<(), SnapshotError> {
         let (path, mut file) = (self.beneath.path_of(name), self.beneath.create(name)?);
         file.write_all(content).map_err(SnapshotError::io(&path))?;

@@ -46,14 +46,14 @@ pub(super) struct Ticket {
     pub(super) data: u64,
 }
 
-/// Who has asked for some I/O.
+/// What some I/O was started for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
-    /// The guest, with this request.
+    /// This request of the guest's.
     Guest(Ticket),
-    /// The device, to make all writes durable.
+    /// A flush of the device's own, which makes all writes durable.
     Flush,
-    /// The device, to write an image's metadata to its file.
+    /// A write-out of the device's own, which writes an image's metadata to its file.
     WriteOut,
 }
 

@@ -82,7 +82,7 @@ fn everything() -> Value {
     file
 }
 
-/// A file's requested, or the one line that says why not.
+/// The configuration in a file, or the one line that says why it is refused.
 fn read(file: &Value) -> Result<RequestedConfig, String> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.json");
@@ -332,7 +332,7 @@ fn the_root_disk_is_the_first_and_on_the_command_line() {
         let ids: Vec<_> = config.disks.iter().map(|disk| disk.id.as_str()).collect();
         assert_eq!(ids, ["root", "data", "more", "late"]);
         assert_eq!(checked(Some("debug")).boot.cmdline, format!("debug {words}"));
-        // Only who says what the root is on the command line knows better.
+        // A root on the command line counts more.
         assert_eq!(checked(Some("root=/dev/vdb")).boot.cmdline, "root=/dev/vdb");
     }
     let none = with("quiet", &[data.clone(), more]).unwrap().check().unwrap();
