@@ -95,10 +95,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             self.local.rendezvous.clear_event();
             self.streams.start_joined()?;
             self.publish_progress();
-            let (failure, ask_again_at) = self.streams.failure();
-            if let Some(error) = failure {
-                return Err(error);
-            }
+            let check_again_at = self.streams.check_failure()?;
             if !self.is_still_filling() {
                 return Err(ReceiveError::GivenUp);
             }
@@ -108,7 +105,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             {
                 return Ok(state);
             }
-            let until = self.next_deadline()?.min(ask_again_at.unwrap_or_else(far_off));
+            let until = self.next_deadline()?.min(check_again_at.unwrap_or_else(far_off));
             self.link
                 .await_peer(&[self.local.rendezvous.event()], Some(until))?;
             if let Some(Sorted::Frame(frame)) = self.link.poll(WHAT)? {
@@ -135,14 +132,10 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
 
     /// Acknowledges the round to the source, once all its pages are in memory.
     fn acknowledge(&mut self) -> Result<(), ReceiveError> {
-        let round = self.round;
-        if self.acknowledged {
+        if self.acknowledged || !self.streams.is_complete(self.round) {
             return Ok(());
         }
-        if !self.streams.is_complete(round) {
-            return Ok(());
-        }
-        self.link.send(&Message::RoundAck(round))?;
+        self.link.send(&Message::RoundAck(self.round))?;
         self.acknowledged = true;
         self.populate.round_ended();
         Ok(())

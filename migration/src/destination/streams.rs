@@ -115,18 +115,18 @@ impl Streams {
         self.lock().is_complete(round)
     }
 
-    /// The first error of a stream. An error that only says that a connection ended is held back for a moment, because
-    /// the source's abort may follow: then `None` and when to call again.
-    pub(super) fn failure(&self) -> (Option<ReceiveError>, Option<Instant>) {
+    /// The first error of a stream, if one has failed. If a connection has only ended, the source's abort may follow, so
+    /// that error is held back for [`ABORT_GRACE`]: then returns when to call again.
+    pub(super) fn check_failure(&self) -> Result<Option<Instant>, ReceiveError> {
         let mut state = self.lock();
         match &state.failure {
             Some((since, ReceiveError::Stream { source, .. }))
                 if matches!(source, LinkError::Closed { .. } | LinkError::Io { .. })
                     && since.elapsed() < ABORT_GRACE =>
             {
-                (None, Some(*since + ABORT_GRACE))
+                Ok(Some(*since + ABORT_GRACE))
             }
-            _ => (state.failure.take().map(|(_, error)| error), None),
+            _ => state.failure.take().map_or(Ok(None), |(_, error)| Err(error)),
         }
     }
 
