@@ -39,7 +39,7 @@ impl RequestedConfig {
             path: path.into(),
             source,
         })?;
-        let mut file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+        let mut file: FirecrackerFile = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
             path: path.into(),
             source,
         })?;
@@ -100,7 +100,7 @@ fn put_root_first(drives: &mut [DriveSection]) -> Result<Option<String>, ConfigE
 /// not served is [`harmless`] or an error too.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
+struct FirecrackerFile {
     boot_source: BootSourceSection,
     machine_config: Option<MachineSection>,
     #[serde(default, deserialize_with = "or_default")]

@@ -48,7 +48,7 @@ fn available(root: &Path) -> io::Result<Available> {
     for (version, group) in own.lines().filter_map(membership) {
         let Some(mount) = mounts
             .lines()
-            .filter_map(Mount::parse)
+            .filter_map(CgroupMount::parse)
             .find(|mount| mount.version == version)
         else {
             continue;
@@ -90,14 +90,14 @@ fn membership(line: &str) -> Option<(CgroupInterface, &str)> {
 }
 
 /// Where a hierarchy of cgroups is.
-struct Mount<'a> {
+struct CgroupMount<'a> {
     version: CgroupInterface,
     /// The group that is at the mount point.
     root: &'a str,
     point: &'a str,
 }
 
-impl<'a> Mount<'a> {
+impl<'a> CgroupMount<'a> {
     /// A line of `/proc/self/mountinfo` (proc(5)), if it is one of a hierarchy with memory in it.
     fn parse(line: &'a str) -> Option<Self> {
         let (mount, system) = line.split_once(" - ")?;
@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_group_outside_of_what_is_mounted_counts_as_the_mount_point() {
-        let mount = Mount::parse("1 2 0:3 / /cg rw - cgroup2 none rw").unwrap();
+        let mount = CgroupMount::parse("1 2 0:3 / /cg rw - cgroup2 none rw").unwrap();
         assert_eq!(mount.groups("/../../other"), [PathBuf::from("cg")]);
         assert_eq!(mount.groups("/a/b"), ["cg/a/b", "cg/a", "cg/"].map(PathBuf::from));
     }

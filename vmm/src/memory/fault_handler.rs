@@ -45,7 +45,7 @@ pub struct FaultHandler {
 
 /// Where a region of guest memory is here, and its content in the memory file.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Mapping {
+struct FaultMapping {
     base_host_virt_addr: u64,
     size: u64,
     offset: u64,
@@ -104,7 +104,7 @@ impl Drop for FaultHandler {
 }
 
 /// The mappings of all regions, in the order in which a snapshot's memory file has them.
-fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
+fn mappings(memory: &GuestMemory) -> Vec<FaultMapping> {
     let page_size = if kind(memory) == MemoryKind::HugePages {
         HUGE_PAGE
     } else {
@@ -114,7 +114,7 @@ fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
     memory
         .iter()
         .map(|region| {
-            let mapping = Mapping {
+            let mapping = FaultMapping {
                 base_host_virt_addr: region.as_ptr() as u64,
                 size: region.len(),
                 offset,
@@ -128,7 +128,7 @@ fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
 }
 
 /// Sends the mappings and the descriptor in one message, as a handler reads them with one call.
-fn send(stream: &UnixStream, mappings: &[Mapping], descriptor: &OwnedFd) -> io::Result<()> {
+fn send(stream: &UnixStream, mappings: &[FaultMapping], descriptor: &OwnedFd) -> io::Result<()> {
     let text = serde_json::to_vec(mappings)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
