@@ -33,7 +33,10 @@ pub(super) fn access(read_only: bool) -> Access {
 }
 
 fn device(path: &Path) -> VirtioBlock {
-    let backend = BlockBackend::open(path, access(false)).unwrap();
+    device_of(BlockBackend::open(path, access(false)).unwrap())
+}
+
+fn device_of(backend: BlockBackend) -> VirtioBlock {
     VirtioBlock::new(Arc::new(backend), "root", BlockParameters::default()).unwrap()
 }
 
@@ -119,7 +122,7 @@ fn an_image_changes_hands() {
     source.backend().take_locks().unwrap();
     // The destination has it open before the source is done with it, and writes nothing.
     let before = fs::read(&path).unwrap();
-    let there = device(&path);
+    let there = device_of(BlockBackend::open(&path, access(false)).unwrap().taken_over());
     assert!(fs::read(&path).unwrap() == before);
     write(&mut source, 1000, 99_840, 0xcd);
     let envelope = source.save();
