@@ -14,19 +14,19 @@ const CHUNK: u64 = 1 << 20;
 /// A digest of guest RAM ([`digest_of_blocks`]), or, where disks come along, xxh3-128 of that (as 16 bytes,
 /// little-endian) and of what is on the disks, in order. Of a disk: its size in bytes, and how to read it. Meaningful
 /// only while nothing writes. Pages for whose address `is_unused` says so count as zero, whatever they hold. `threads`
-/// threads share the memory's blocks, this one among them. `go_on` is called before each block; its error ends the work.
+/// threads share the memory's blocks, this one among them. `check` is called before each block; its error ends the work.
 pub(crate) fn digest<E, R>(
     memory: &GuestMemory,
     threads: usize,
     is_unused: impl Fn(u64) -> bool + Sync,
     disks: impl IntoIterator<Item = (u64, R)>,
-    go_on: impl Fn() -> Result<(), E> + Sync,
+    check: impl Fn() -> Result<(), E> + Sync,
 ) -> Result<u128, E>
 where
     E: From<MemoryIoError> + Send,
     R: FnMut(u64, &mut [u8]) -> Result<(), E>,
 {
-    let of_memory = digest_memory(memory, threads, is_unused, &go_on)?;
+    let of_memory = digest_memory(memory, threads, is_unused, &check)?;
     let mut disks = disks.into_iter().peekable();
     if disks.peek().is_none() {
         return Ok(of_memory);
@@ -36,7 +36,7 @@ where
     let mut buffer = vec![0; CHUNK as usize];
     for (size, mut read) in disks {
         for at in (0..size).step_by(CHUNK as usize) {
-            go_on()?;
+            check()?;
             let piece = &mut buffer[..CHUNK.min(size - at) as usize];
             read(at, piece)?;
             hash.update(piece);
@@ -49,7 +49,7 @@ fn digest_memory<E: From<MemoryIoError> + Send>(
     memory: &GuestMemory,
     threads: usize,
     is_unused: impl Fn(u64) -> bool + Sync,
-    go_on: &(impl Fn() -> Result<(), E> + Sync),
+    check: &(impl Fn() -> Result<(), E> + Sync),
 ) -> Result<u128, E> {
     let blocks = digest_blocks(memory);
     let next = AtomicUsize::new(0);
@@ -62,7 +62,7 @@ fn digest_memory<E: From<MemoryIoError> + Send>(
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(block) = blocks.get(index) else { return };
-            let digest = go_on().and_then(|()| Ok(digest_block(memory, *block, &is_unused, &mut buffer)?));
+            let digest = check().and_then(|()| Ok(digest_block(memory, *block, &is_unused, &mut buffer)?));
             if !found.lock().is_ok_and(|mut found| found.note(index, digest)) {
                 return;
             }
@@ -155,11 +155,11 @@ mod tests {
     fn an_error_of_the_caller_ends_all_threads() {
         let memory = memory();
         let asked = AtomicUsize::new(0);
-        let go_on = || match asked.fetch_add(1, Ordering::Relaxed) {
+        let check = || match asked.fetch_add(1, Ordering::Relaxed) {
             0..5 => Ok(()),
             _ => Err(MemoryIoError::Closed),
         };
-        let ended = digest(&memory, 3, |_| false, NO_DISKS, go_on);
+        let ended = digest(&memory, 3, |_| false, NO_DISKS, check);
         assert!(matches!(ended, Err(MemoryIoError::Closed)), "{ended:?}");
         let asked = asked.into_inner();
         assert!(asked <= 5 + 3, "asked {asked} times");

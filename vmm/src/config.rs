@@ -29,13 +29,13 @@ use crate::machine::{
 };
 use crate::memory::{self, MemoryError};
 
-/// vCPUs of a machine whose configuration does not say.
+/// vCPUs of a machine whose configuration does not set their number.
 pub const DEFAULT_CPUS: u8 = 1;
-/// Memory of a machine whose configuration does not say, in bytes.
+/// Memory of a machine whose configuration does not set it, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Names of other devices, which no disk and no network card can have.
 const RESERVED_IDS: [&str; 4] = [RNG_ID, BALLOON_ID, VSOCK_ID, CONSOLE_ID];
-/// Most bytes of a device's name: it is part of the name of the device's saved state.
+/// The most bytes of a device's name, which is part of the name of the device's saved state.
 const DEVICE_ID_MAX: usize = migration_state::MAX_NAME_LEN - INSTANCE_PREFIX.len();
 
 /// A configuration that cannot be used.
@@ -87,16 +87,16 @@ pub enum ConfigError {
     NoKernel,
 }
 
-/// What was asked for, before any check; `None` where an option was not given.
+/// A machine's configuration as the user asks for it, before any check; `None` where an option was not given.
 #[derive(Clone, Debug, Default)]
-pub struct Wishes {
+pub struct RequestedConfig {
     /// Path of the kernel.
     pub kernel: Option<PathBuf>,
     /// Path of the initrd.
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: Option<String>,
-    /// What the command line says of the root disk in addition, whatever it is otherwise.
+    /// Words about the root disk that are added to the kernel command line.
     pub root: Option<String>,
     /// Number of vCPUs.
     pub cpus: Option<u64>,
@@ -106,7 +106,7 @@ pub struct Wishes {
     pub shared_memory: bool,
     /// Whether guest memory is to be in huge pages.
     pub huge_pages: bool,
-    /// Whether all of it is to be there before the guest starts.
+    /// Whether all guest memory is to be resident before the guest starts.
     pub prealloc: bool,
     /// Whether vCPUs are to log their writes in rings.
     pub dirty_ring: bool,
@@ -122,13 +122,13 @@ pub struct Wishes {
     pub vsock: Option<VsockConfig<u64>>,
     /// Limits of the entropy device.
     pub rng_limits: Option<Limits>,
-    /// Whether the terminal is to be a console device's, and the ports that this is to have.
+    /// Whether a console device is to have the terminal, and which ports it is to have.
     pub console: ConsoleConfig,
 }
 
-impl Wishes {
-    /// These wishes, with `over` where it says something.
-    pub fn overridden_by(self, over: Wishes) -> Self {
+impl RequestedConfig {
+    /// This configuration, with what `over` asks for in place of it or, for devices, in addition.
+    pub fn overridden_by(self, over: RequestedConfig) -> Self {
         let says_root = |line: &String| cmdline::has_key(line, "root");
         let own_root = self
             .root
@@ -224,7 +224,7 @@ impl Wishes {
         Ok((template, Some(reason)))
     }
 
-    /// Checks the names of disks and network cards, of which there may be so many.
+    /// Checks the names of disks and network cards, of which there may be at most `most`.
     fn check_names(&self, most: usize) -> Result<(), ConfigError> {
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
@@ -292,7 +292,7 @@ impl VsockConfig<u64> {
 }
 
 impl ConsoleConfig {
-    /// The device, if there is any use for one, with its ports checked.
+    /// The console device, if one is asked for, with its ports checked.
     pub fn check(self) -> Result<Option<Self>, ConfigError> {
         let parameters = ConsoleParameters {
             has_terminal: self.has_terminal,
@@ -304,7 +304,7 @@ impl ConsoleConfig {
     }
 }
 
-/// Whether devices, of which there may be so many, can have these names, all in one machine.
+/// Whether devices can have these names, all in one machine, and are at most `most`.
 pub fn check_device_ids<'a>(ids: impl Iterator<Item = &'a str>, most: usize) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
     for id in ids {
@@ -320,7 +320,7 @@ pub fn check_device_ids<'a>(ids: impl Iterator<Item = &'a str>, most: usize) -> 
     Ok(())
 }
 
-/// Whether each network card has a tap of its own: one that may have many queues would serve two.
+/// Whether each network card has a tap of its own. The kernel would not refuse a tap with many queues to a second card.
 pub fn check_taps<'a>(taps: impl Iterator<Item = &'a TapSource>) -> Result<(), ConfigError> {
     let (mut names, mut descriptors) = (BTreeSet::new(), BTreeSet::new());
     for tap in taps {

@@ -53,10 +53,10 @@ impl ReadVolatile for FilePosition<'_> {
     ) -> Result<usize, VolatileMemoryError> {
         let offset = self.file_offset()?;
         let guard = buffer.ptr_guard_mut();
+        let (fd, into) = (self.file.as_raw_fd(), guard.as_ptr().cast());
         // SAFETY: the descriptor is open as long as `self.file` lives; a `VolatileSlice` promises that its
         // pointer is valid for writes of its length, and the guard keeps it so during the call.
-        let result =
-            unsafe { libc::pread(self.file.as_raw_fd(), guard.as_ptr().cast(), buffer.len(), offset) };
+        let result = unsafe { libc::pread(fd, into, buffer.len(), offset) };
         let copied = self.advance(result);
         // After an error any part may have been written.
         buffer
@@ -73,9 +73,9 @@ impl WriteVolatile for FilePosition<'_> {
     ) -> Result<usize, VolatileMemoryError> {
         let offset = self.file_offset()?;
         let guard = buffer.ptr_guard();
-        // SAFETY: as above, for reads.
-        let result =
-            unsafe { libc::pwrite(self.file.as_raw_fd(), guard.as_ptr().cast(), buffer.len(), offset) };
+        let (fd, from) = (self.file.as_raw_fd(), guard.as_ptr().cast());
+        // SAFETY: as in `read_volatile`, for reads.
+        let result = unsafe { libc::pwrite(fd, from, buffer.len(), offset) };
         self.advance(result)
     }
 }

@@ -123,10 +123,9 @@ pub(crate) fn discover() -> Result<BareMachine, Problem> {
 /// # Safety
 /// Nothing else may use the page while the reference lives: each page belongs to one CPU.
 pub(crate) unsafe fn page(ranges: &UsableRanges, page: u64) -> Option<&'static mut [u64; WORDS]> {
+    let address = ranges.address(page)?;
     // SAFETY: RAM above the image, mapped by `discover`, aligned; the caller promises that it is not shared.
-    ranges
-        .address(page)
-        .map(|address| unsafe { &mut *(address as *mut [u64; WORDS]) })
+    Some(unsafe { &mut *(address as *mut [u64; WORDS]) })
 }
 
 /// The stamp and the body of a page.

@@ -1,4 +1,4 @@
-//! Guest memory to and from buffers of the monitor's own, for what cannot be done in place.
+//! Copies guest memory to and from buffers of the monitor's own, for what cannot be done in place.
 #![allow(unsafe_code)] // Writes guest memory through a raw pointer, so that nothing is marked dirty.
 
 use crate::memory::slice_of;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// Why guest memory could not be sent, received or looked at.
+/// Why guest memory could not be sent, received or read.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryIoError {
     /// A range is not within one region of guest RAM.
@@ -12,7 +12,7 @@ pub enum MemoryIoError {
         gpa: u64,
         /// Bytes.
         len: u64,
-        /// What the memory says.
+        /// The cause.
         #[source]
         source: vm_memory::GuestMemoryError,
     },
@@ -29,7 +29,7 @@ pub enum MemoryIoError {
         gpa: u64,
         /// Bytes.
         len: u64,
-        /// What the kernel says.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },

@@ -1,8 +1,8 @@
 //! Ranges of guest memory to and from sockets, without a user-space buffer in between.
 //!
 //! [`Gather`] sends ranges with their headers, [`Scatter`] receives ranges in place; neither ever blocks, so
-//! that the caller decides how long to wait and what else to listen for. [`zero_pages`], [`zero_range`] and
-//! [`digest`] look at, clear and sum up memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
+//! that the caller decides how long to wait, and for what else. [`zero_pages`], [`zero_range`] and
+//! [`digest`] scan, clear and hash memory. See `DESIGN.md` beside this crate's `Cargo.toml`.
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 // Tests start threads that may take their test along.

@@ -1,4 +1,4 @@
-//! Making memory resident ahead of its use.
+//! Makes guest memory resident ahead of its use, without changing what it holds.
 #![allow(unsafe_code)] // madvise takes a pointer to guest memory.
 
 use rustix::io::Errno;

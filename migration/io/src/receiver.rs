@@ -1,12 +1,12 @@
-//! Waiting for pieces that are worth waking up for.
+//! Receives ranges of guest memory, and wakes the thread that waits for them only when enough has come.
 
 use std::os::fd::BorrowedFd;
 
 use crate::socket::{is_tcp, set_option};
 use crate::{CallProgress, MemoryIoError, Scatter};
 
-/// Bytes that are worth waking up for while more are to come.
-const WORTH_WAKING: libc::c_int = 256 << 10;
+/// Bytes for which a thread is woken while more are to come.
+const WAKE_BYTES: libc::c_int = 256 << 10;
 
 /// Receives [`Scatter`]s from one socket and, on TCP, lets poll(2) report it readable only when 256 KiB of
 /// the content, or what is left of it, have come: over loopback that is a quarter to a half of the wake-ups.
@@ -34,17 +34,17 @@ impl PageReceiver {
         scatter: &mut Scatter<'_>,
         socket: BorrowedFd<'_>,
     ) -> Result<CallProgress, MemoryIoError> {
-        let step = scatter.step(socket)?;
-        match step {
-            // Never more than will come, or nothing would ever wake us.
+        let progress = scatter.step(socket)?;
+        match progress {
+            // Never more than will come, or nothing would ever wake the caller.
             CallProgress::WouldBlock => {
-                let left = libc::c_int::try_from(scatter.left()).unwrap_or(WORTH_WAKING);
-                self.wake_for(left.min(WORTH_WAKING), socket)?;
+                let left = libc::c_int::try_from(scatter.left()).unwrap_or(WAKE_BYTES);
+                self.wake_for(left.min(WAKE_BYTES), socket)?;
             }
             CallProgress::Done => self.wake_for(1, socket)?,
             CallProgress::Moved(_) => {}
         }
-        Ok(step)
+        Ok(progress)
     }
 
     /// Lets the socket wake for every byte again.

@@ -8,10 +8,11 @@ use crate::vectors::{Limit, VectorRun};
 use crate::zerocopy::{Completion, enable, next_completion};
 use crate::{CallProgress, Gather, MemoryIoError};
 
-/// Fewer bytes are copied sooner than their pages are pinned and their completion is read.
+/// The least bytes to send with MSG_ZEROCOPY: to copy fewer takes less time than to pin their pages and to read their
+/// completion.
 const MIN_ZEROCOPY: usize = 32 << 10;
 
-/// Most sends under way: bounds the completions that the kernel keeps for us.
+/// The most sends under way: bounds the completions that the kernel keeps for this socket.
 const MAX_PENDING: u64 = 256;
 
 /// Probes that have to be copied, all of them, before the network counts as one that always is. Where it is not,
@@ -19,10 +20,10 @@ const MAX_PENDING: u64 = 256;
 /// one in eight between emulated hosts with virtio-net, but most of those that come first on a connection.
 const PROBES: u64 = 16;
 
-/// Most bytes of a probe: one that is copied after all takes several times as long as an ordinary send.
+/// The most bytes of a probe: one that is copied after all takes several times as long as an ordinary send.
 const PROBE_BYTES: usize = 64 << 10;
 
-/// Completions that it takes to tell whether most are copied: many more than those that come first on a connection.
+/// How many completions show whether most sends are copied: many more than come first on a connection.
 const WINDOW: u64 = 96;
 
 /// How content gets to the socket.
@@ -64,23 +65,26 @@ pub struct SendCounters {
 /// can be read, asked for or not; [`send`](Self::send) and [`drain`](Self::drain) read them.
 #[derive(Debug)]
 pub struct PageSender {
-    mode: Mode,
+    mode: SendMode,
     counters: SendCounters,
     /// Completions since the last judgement, and how many of them were copied.
     unjudged: (u64, u64),
 }
 
+/// How large pieces of guest memory are sent now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+enum SendMode {
+    /// They are copied.
     Gather,
-    /// Nothing is known yet.
+    /// One at a time without a copy, to learn from its completion whether the kernel copied it after all.
     Probing,
+    /// Without a copy.
     Zerocopy,
 }
 
 /// One call of sendmsg.
 struct SendCall {
-    most: Limit,
+    limit: Limit,
     flags: libc::c_int,
     zerocopy: bool,
 }
@@ -89,9 +93,9 @@ impl PageSender {
     /// For a socket, which every later call must name again.
     pub fn new(socket: BorrowedFd<'_>) -> Self {
         let mode = if enable(socket) {
-            Mode::Probing
+            SendMode::Probing
         } else {
-            Mode::Gather
+            SendMode::Gather
         };
         Self {
             mode,
@@ -107,26 +111,30 @@ impl PageSender {
         gather: &mut Gather<'_>,
         socket: BorrowedFd<'_>,
     ) -> Result<CallProgress, MemoryIoError> {
-        self.reap(socket)?;
+        self.read_completions(socket)?;
         let plan = self.plan(gather);
         let before = gather.vectors.moved();
-        let mut step = gather.vectors.send(socket, plan.most, plan.flags);
-        if plan.zerocopy && step.as_ref().is_err_and(is_out_of_buffers) {
-            self.refused();
-            step = gather.vectors.send(socket, plan.most, 0);
-        } else if plan.zerocopy && step.as_ref().is_ok_and(|step| *step != CallProgress::WouldBlock) {
+        let mut progress = gather.vectors.send(socket, plan.limit, plan.flags);
+        if plan.zerocopy && progress.as_ref().is_err_and(is_out_of_buffers) {
+            self.count_no_buffers();
+            progress = gather.vectors.send(socket, plan.limit, 0);
+        } else if plan.zerocopy
+            && progress
+                .as_ref()
+                .is_ok_and(|moved| *moved != CallProgress::WouldBlock)
+        {
             self.counters.zerocopy_sends += 1;
             self.counters.zerocopy_bytes += gather.vectors.moved() - before;
-            return step;
+            return progress;
         }
         self.counters.gather_bytes += gather.vectors.moved() - before;
-        step
+        progress
     }
 
     /// Reads completions, without waiting: `Done` when the kernel needs none of the memory any more,
     /// `WouldBlock` when it still does: wait for POLLERR on the socket, which needs no flag, and call again.
     pub fn drain(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
-        self.reap(socket)?;
+        self.read_completions(socket)?;
         if self.pending() == 0 {
             return Ok(CallProgress::Done);
         }
@@ -137,7 +145,7 @@ impl PageSender {
         }
     }
 
-    /// Sends whose guest memory the kernel may still read.
+    /// How many sends there are whose guest memory the kernel may still read.
     pub fn pending(&self) -> u64 {
         self.counters.zerocopy_sends - self.counters.completed
     }
@@ -145,8 +153,8 @@ impl PageSender {
     /// The way that large pieces of guest memory take now.
     pub fn path(&self) -> SendPath {
         match self.mode {
-            Mode::Gather | Mode::Probing => SendPath::Gather,
-            Mode::Zerocopy => SendPath::Zerocopy,
+            SendMode::Gather | SendMode::Probing => SendPath::Gather,
+            SendMode::Zerocopy => SendPath::Zerocopy,
         }
     }
 
@@ -158,27 +166,27 @@ impl PageSender {
     /// What to send next, and how.
     fn plan(&self, gather: &Gather<'_>) -> SendCall {
         let everything = SendCall {
-            most: Limit::NONE,
+            limit: Limit::NONE,
             flags: 0,
             zerocopy: false,
         };
-        if self.mode == Mode::Gather {
+        if self.mode == SendMode::Gather {
             return everything;
         }
         match gather.vectors.runs() {
-            [Some(front), _] if self.may_skip_the_copy(front) => SendCall {
-                most: Limit {
+            [Some(front), _] if self.takes_zerocopy(front) => SendCall {
+                limit: Limit {
                     vectors: front.vectors,
                     bytes: match self.mode {
-                        Mode::Probing => PROBE_BYTES,
+                        SendMode::Probing => PROBE_BYTES,
                         _ => usize::MAX,
                     },
                 },
                 flags: libc::MSG_ZEROCOPY,
                 zerocopy: true,
             },
-            [Some(front), Some(next)] if self.may_skip_the_copy(next) => SendCall {
-                most: Limit {
+            [Some(front), Some(next)] if self.takes_zerocopy(next) => SendCall {
+                limit: Limit {
                     vectors: front.vectors,
                     ..Limit::NONE
                 },
@@ -190,34 +198,38 @@ impl PageSender {
         }
     }
 
-    fn may_skip_the_copy(&self, run: VectorRun) -> bool {
+    /// Whether a run is to be sent with MSG_ZEROCOPY.
+    fn takes_zerocopy(&self, run: VectorRun) -> bool {
         let most = match self.mode {
-            Mode::Gather => 0,
-            Mode::Probing => 1,
-            Mode::Zerocopy => MAX_PENDING,
+            SendMode::Gather => 0,
+            SendMode::Probing => 1,
+            SendMode::Zerocopy => MAX_PENDING,
         };
         run.guest && run.bytes >= MIN_ZEROCOPY && self.pending() < most
     }
 
-    fn refused(&mut self) {
+    /// Counts a call for which the kernel had no memory.
+    fn count_no_buffers(&mut self) {
         self.counters.no_buffers += 1;
         if self.pending() == 0 {
-            // Nothing of ours is in the way, so waiting would not help.
-            self.mode = Mode::Gather;
+            // No send of this socket holds memory in the kernel, so waiting would not help.
+            self.mode = SendMode::Gather;
         }
     }
 
-    fn reap(&mut self, socket: BorrowedFd<'_>) -> Result<(), MemoryIoError> {
+    /// Reads the completions that there are.
+    fn read_completions(&mut self, socket: BorrowedFd<'_>) -> Result<(), MemoryIoError> {
         while self.pending() > 0 {
             match next_completion(socket).map_err(MemoryIoError::Socket)? {
-                Some(completion) => self.complete(completion),
+                Some(completion) => self.count_completion(completion),
                 None => break,
             }
         }
         Ok(())
     }
 
-    fn complete(&mut self, completion: Completion) {
+    /// Counts a completion, and changes the mode by what completions have shown.
+    fn count_completion(&mut self, completion: Completion) {
         let sends = completion.sends.min(self.pending());
         if sends == 0 {
             return;
@@ -228,13 +240,13 @@ impl PageSender {
         self.unjudged.0 += sends;
         self.unjudged.1 += copied;
         self.mode = match (self.mode, self.unjudged) {
-            (Mode::Probing, _) if copied == 0 => Mode::Zerocopy,
-            (Mode::Probing, (completed, _)) if completed >= PROBES => Mode::Gather,
-            (Mode::Zerocopy, (completed, copied)) if completed >= WINDOW => {
+            (SendMode::Probing, _) if copied == 0 => SendMode::Zerocopy,
+            (SendMode::Probing, (completed, _)) if completed >= PROBES => SendMode::Gather,
+            (SendMode::Zerocopy, (completed, copied)) if completed >= WINDOW => {
                 if copied * 2 > completed {
-                    Mode::Gather
+                    SendMode::Gather
                 } else {
-                    Mode::Zerocopy
+                    SendMode::Zerocopy
                 }
             }
             _ => return,

@@ -1,4 +1,4 @@
-//! Options of sockets.
+//! Options and queues of sockets, for which there is no safe wrapper.
 #![allow(unsafe_code)] // setsockopt for options that rustix does not set, and ioctl for the length of a queue.
 
 use std::io;
@@ -33,8 +33,8 @@ pub(crate) fn set_option(socket: BorrowedFd<'_>, option: libc::c_int, value: lib
     }
 }
 
-/// Bytes that were sent on a stream socket and that the other side's system does not have yet; on a Unix socket those
-/// that were not read, and what they take in memory.
+/// How many bytes were sent on a stream socket that the peer's system does not have yet. On a Unix socket these are the
+/// bytes that were not read, with the kernel's own memory for them (tcp(7), unix(7): SIOCOUTQ).
 pub fn in_flight(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the request stores an int, for which `bytes` has room during the call.

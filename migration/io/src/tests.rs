@@ -212,7 +212,7 @@ fn what_is_sent_by_hand_is_received_by_bits() {
 }
 
 #[test]
-fn only_candidates_are_looked_at_and_they_lie_within_one_region() {
+fn only_candidates_are_read_and_they_lie_within_one_region() {
     let memory = memory();
     memory.write_slice(&[1], GuestAddress(0x3fff)).unwrap();
     assert_eq!(zero_pages(&memory, 0, 0xffff).unwrap(), 0xfff7);

@@ -1,4 +1,4 @@
-//! A list of memory ranges for `sendmsg` and `recvmsg`, and how far it got.
+//! A list of memory ranges for `sendmsg` and `recvmsg`, and how far the calls got with it.
 #![allow(unsafe_code)] // Calls into libc with pointers into guest memory, which has no Rust reference.
 
 use std::io;
@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use crate::MemoryIoError;
 use crate::memory::GuestSlice;
 
-/// How far one call got.
+/// How far one call of `sendmsg` or `recvmsg` got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallProgress {
     /// Everything is done.
@@ -19,7 +19,7 @@ pub enum CallProgress {
     WouldBlock,
 }
 
-/// Most vectors that Linux takes in one call (`UIO_MAXIOV`).
+/// The most vectors that Linux takes in one call (`UIO_MAXIOV`).
 const MAX_VECTORS: usize = 1024;
 
 /// How much one call may move.
@@ -40,8 +40,8 @@ impl Limit {
 pub(crate) struct Vectors<'a> {
     vectors: Vec<libc::iovec>,
     at: usize,
-    /// Where runs of guest memory and runs of the monitor's own bytes begin, in turn, guest memory first.
-    turns: Vec<usize>,
+    /// The indices at which runs begin. Runs of guest memory and of the monitor's own bytes take turns, guest memory first.
+    run_starts: Vec<usize>,
     moved: u64,
     memory: PhantomData<&'a [u8]>,
 }
@@ -60,7 +60,7 @@ impl<'a> Vectors<'a> {
         Self {
             vectors: Vec::with_capacity(len),
             at: 0,
-            turns: Vec::new(),
+            run_starts: Vec::new(),
             moved: 0,
             memory: PhantomData,
         }
@@ -85,22 +85,24 @@ impl<'a> Vectors<'a> {
 
     /// The run that comes next, and the one after it.
     pub(crate) fn runs(&self) -> [Option<VectorRun>; 2] {
-        let mut turns = self
-            .turns
+        let mut starts = self
+            .run_starts
             .iter()
             .copied()
             .enumerate()
-            .filter(|(_, turn)| *turn > self.at);
+            .filter(|(_, start)| *start > self.at);
         let mut begin = self.at;
         std::array::from_fn(|_| {
-            let (number, end) = turns.next().unwrap_or((self.turns.len(), self.vectors.len()));
+            let (number, end) = starts
+                .next()
+                .unwrap_or((self.run_starts.len(), self.vectors.len()));
             let vectors = self
                 .vectors
                 .get(begin..end)
                 .filter(|vectors| !vectors.is_empty())?;
             begin = end;
             Some(VectorRun {
-                // Turns with an even number begin guest memory, so that what ends there is the other kind.
+                // A start with an even number begins guest memory, so the run that ends there is of the other kind.
                 guest: !number.is_multiple_of(2),
                 vectors: vectors.len(),
                 bytes: vectors.iter().map(|vector| vector.iov_len).sum(),
@@ -108,14 +110,14 @@ impl<'a> Vectors<'a> {
         })
     }
 
-    /// Sends what is left, or no more of it than a limit, without waiting, with further `flags`.
+    /// Sends what is left, but no more than the limit, without waiting. `flags` are added to the call's own.
     pub(crate) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
-        most: Limit,
+        limit: Limit,
         flags: libc::c_int,
     ) -> Result<CallProgress, MemoryIoError> {
-        self.transfer(most, |header| {
+        self.transfer(limit, |header| {
             // SAFETY: the header's vectors point to bytes that stay mapped for 'a, which `self` cannot outlive;
             // the kernel only reads them. That the guest may write meanwhile does not matter: no Rust
             // reference to guest memory exists. With MSG_ZEROCOPY, which is for guest memory alone, the kernel
@@ -132,23 +134,23 @@ impl<'a> Vectors<'a> {
 
     /// Receives into what is left, without waiting. All vectors must be guest memory.
     pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<CallProgress, MemoryIoError> {
-        let step = self.transfer(Limit::NONE, |header| {
+        let progress = self.transfer(Limit::NONE, |header| {
             // SAFETY: as in `send`, and the only caller, `Scatter`, pushes guest memory alone, which may be
             // written through a pointer at any time.
             unsafe { libc::recvmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) }
         })?;
-        if step == CallProgress::Moved(0) {
+        if progress == CallProgress::Moved(0) {
             Err(MemoryIoError::Closed)
         } else {
-            Ok(step)
+            Ok(progress)
         }
     }
 
     fn push(&mut self, base: *mut u8, len: usize, guest: bool) {
         if len > 0 {
-            // An odd number of turns so far: the last vector is guest memory.
-            if guest == self.turns.len().is_multiple_of(2) {
-                self.turns.push(self.vectors.len());
+            // After an odd number of starts the last vector is guest memory.
+            if guest == self.run_starts.len().is_multiple_of(2) {
+                self.run_starts.push(self.vectors.len());
             }
             self.vectors.push(libc::iovec {
                 iov_base: base.cast(),
@@ -157,9 +159,10 @@ impl<'a> Vectors<'a> {
         }
     }
 
+    /// Makes one call with the vectors that are left.
     fn transfer(
         &mut self,
-        most: Limit,
+        limit: Limit,
         mut call: impl FnMut(&mut libc::msghdr) -> libc::ssize_t,
     ) -> Result<CallProgress, MemoryIoError> {
         let left = &mut self.vectors[self.at..];
@@ -168,8 +171,8 @@ impl<'a> Vectors<'a> {
         }
         // SAFETY: a message header is plain data for which zeroes mean "no address, no control data".
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-        let count = left.len().min(MAX_VECTORS).min(most.vectors);
-        let cut = cut(&mut left[..count], most.bytes);
+        let count = left.len().min(MAX_VECTORS).min(limit.vectors);
+        let cut = cut(&mut left[..count], limit.bytes);
         header.msg_iov = left.as_mut_ptr();
         header.msg_iovlen = cut.map_or(count, |(last, _)| last + 1);
         let moved = loop {
@@ -197,6 +200,7 @@ impl<'a> Vectors<'a> {
         })
     }
 
+    /// Takes away what was moved.
     fn advance(&mut self, mut moved: usize) {
         self.moved += moved as u64;
         while let Some(vector) = self.vectors.get_mut(self.at) {
@@ -214,8 +218,8 @@ impl<'a> Vectors<'a> {
 
 /// Shortens the vector in which a limit lies. Returns its index and the length that it had; nothing where all of them
 /// are within the limit.
-fn cut(vectors: &mut [libc::iovec], most: usize) -> Option<(usize, usize)> {
-    let mut left = most;
+fn cut(vectors: &mut [libc::iovec], limit: usize) -> Option<(usize, usize)> {
+    let mut left = limit;
     for (index, vector) in vectors.iter_mut().enumerate() {
         if vector.iov_len >= left {
             let len = std::mem::replace(&mut vector.iov_len, left);

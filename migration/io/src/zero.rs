@@ -1,4 +1,4 @@
-//! Pages without content.
+//! Finds pages that hold nothing but zeroes, and makes ranges zero.
 #![allow(unsafe_code)] // Reads and writes guest memory through raw pointers, 16 or 32 bytes at a time.
 
 use std::arch::x86_64::{
@@ -12,12 +12,12 @@ use crate::{GuestMemory, MemoryIoError, MemoryRange, PAGE_SIZE};
 /// Bytes of a page.
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Pages between the one that is looked at and the one whose first line is asked for: enough to hide the
-/// way to memory behind the pages in between.
+/// How many pages ahead of the one that is scanned a page's first line is prefetched: enough for the line to come from
+/// memory while the pages in between are scanned.
 const AHEAD: usize = 4;
 
 /// Which of up to 64 pages hold nothing but zeroes: bit n of `candidates`, and of the answer, is the page
-/// `first_gpa + n * 4096`. Pages that are no candidates are not looked at and need not exist; all others
+/// `first_gpa + n * 4096`. Pages that are no candidates are not read and need not exist; all others
 /// must lie within one region.
 ///
 /// The guest may write a page meanwhile: the answer then is that of some moment for each of its words, and
@@ -48,7 +48,7 @@ pub fn zero_pages(memory: &GuestMemory, first_gpa: u64, candidates: u64) -> Resu
         // to 32 bytes, and the processor has AVX2.
         unsafe { scan_avx2(guard.as_ptr(), bits) }
     } else {
-        // SAFETY: as above; 32 bytes are more than enough alignment for SSE2.
+        // SAFETY: as for AVX2; 32 bytes are more than enough alignment for SSE2.
         unsafe { scan_sse2(guard.as_ptr(), bits) }
     };
     Ok(zero << first)

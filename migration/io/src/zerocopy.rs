@@ -1,4 +1,4 @@
-//! The kernel's side of MSG_ZEROCOPY: asking for it, and reading what became of it.
+//! MSG_ZEROCOPY: allows it on a socket, and reads the kernel's completions from the error queue.
 #![allow(unsafe_code)] // Control messages of the error queue.
 
 use std::io;
@@ -10,7 +10,7 @@ use crate::socket::{is_tcp, set_option};
 const SO_ZEROCOPY: libc::c_int = 60;
 /// Origin of a completion (linux/errqueue.h).
 const SO_EE_ORIGIN_ZEROCOPY: u8 = 5;
-/// The kernel copied after all.
+/// The flag of a completion whose content the kernel copied after all.
 const SO_EE_CODE_ZEROCOPY_COPIED: u8 = 1;
 
 /// Room for a control message with an extended error and the address that some of them carry.
@@ -33,7 +33,7 @@ pub(crate) fn enable(socket: BorrowedFd<'_>) -> bool {
 /// The next entry of the socket's error queue, without waiting: `None` if there is none. An entry that is no
 /// completion counts as one of no sends.
 pub(crate) fn next_completion(socket: BorrowedFd<'_>) -> io::Result<Option<Completion>> {
-    // Aligned as control messages are.
+    // Of u64, so that the buffer is aligned as control messages must be.
     let mut control = [0u64; CONTROL / size_of::<u64>()];
     // SAFETY: a message header is plain data for which zeroes mean "no address, no buffers".
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -60,7 +60,7 @@ pub(crate) fn next_completion(socket: BorrowedFd<'_>) -> io::Result<Option<Compl
     }
 }
 
-/// What a message of the error queue says.
+/// The completions in a message of the error queue.
 fn decode(header: &libc::msghdr) -> Completion {
     let mut completion = Completion {
         sends: 0,

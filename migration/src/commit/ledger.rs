@@ -38,7 +38,7 @@ pub(crate) enum Stage {
 }
 
 /// How many migrations that were given up are remembered.
-const MOST_GIVEN_UP: usize = 64;
+const MAX_GIVEN_UP: usize = 64;
 
 impl Ledger {
     pub(crate) fn stage(&self) -> &Stage {
@@ -87,7 +87,7 @@ impl Ledger {
             return false;
         };
         self.stage = Stage::Idle;
-        if self.given_up.len() == MOST_GIVEN_UP {
+        if self.given_up.len() == MAX_GIVEN_UP {
             self.given_up.pop_front();
         }
         self.given_up.push_back(token);

@@ -107,7 +107,7 @@ enum Flaw {
 }
 
 /// More questions under way at a time add states, not cases.
-const MOST_ASKS: usize = 2;
+const MAX_ASKS: usize = 2;
 const ATTEMPTS: u8 = 2;
 
 fn token(attempt: u8) -> Token {
@@ -263,7 +263,7 @@ impl World {
         let doubt = (source.claim.in_doubt() && !source.open).then_some(source.attempt);
         if let Some(about) = doubt.or(source.withdraws)
             && source.asks_for.is_none()
-            && self.asks.len() < MOST_ASKS
+            && self.asks.len() < MAX_ASKS
         {
             self.add(next, "ask", |world| {
                 world.source.asks_for = Some(about);

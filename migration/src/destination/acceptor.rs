@@ -19,19 +19,19 @@ use crate::text::{chain, clean};
 use crate::transport::{Connection, Listener, TransportError};
 
 /// How long a peer may take for its greeting.
-const GREETING: Duration = Duration::from_secs(3);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The most connections whose greeting has not come yet. One more closes the oldest of them.
-const MOST_PENDING: usize = 64;
+const MAX_PENDING: usize = 64;
 
 /// The most threads that read greetings or are about to end, even if a peer connects a thousand times a second.
-const MOST_THREADS: usize = 2 * MOST_PENDING;
+const MAX_THREADS: usize = 2 * MAX_PENDING;
 
 /// The pause after an accept that failed, e.g. for want of file descriptors: the kernel does not report when there are
 /// some again.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// Accepts connections until it is dropped; then the listener, and a Unix socket's file, are gone.
+/// The thread that accepts connections, until this is dropped; then the listener, and a Unix socket's file, are gone.
 #[derive(Debug)]
 pub(super) struct Acceptor {
     shared: Arc<AcceptorShared>,
@@ -62,19 +62,20 @@ enum GreetingError {
     Link(#[from] LinkError),
     #[error("no random numbers for a token")]
     Random(#[source] std::io::Error),
-    #[error("no answer yet: the greeting is about to run")]
+    #[error("no answer yet: the guest is about to run")]
     Undecided,
 }
 
 /// A connection, and the thread that reads its greeting.
 struct PendingGreeting {
-    /// Empty once the peer's greeting has come.
+    /// Empty once the peer's greeting has come, or its time is over. Shared with the thread.
     connection: Arc<Mutex<Option<Arc<Connection>>>>,
     deadline: Instant,
     thread: Thread,
 }
 
 impl Acceptor {
+    /// Starts to accept connections.
     pub(super) fn open(
         listener: Listener,
         rendezvous: Arc<Rendezvous>,
@@ -107,6 +108,7 @@ impl Drop for Acceptor {
 }
 
 impl AcceptorShared {
+    /// Accepts connections until the acceptor is dropped, and closes those whose greeting does not come in time.
     fn accept(self: &Arc<Self>, listener: &Listener) {
         let mut greetings: Vec<PendingGreeting> = Vec::new();
         loop {
@@ -137,26 +139,28 @@ impl AcceptorShared {
         }
     }
 
+    /// Starts a thread that reads the greeting. If too many are pending, closes the oldest of them first, or refuses the
+    /// new connection.
     fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<PendingGreeting>) {
-        if greetings.len() >= MOST_PENDING {
-            let silent = greetings.iter().find(|greeting| greeting.is_pending());
-            // A thread whose connection was closed ends only when it gets to run.
-            let Some(silent) = silent.filter(|_| greetings.len() < MOST_THREADS) else {
+        if greetings.len() >= MAX_PENDING {
+            let oldest = greetings.iter().find(|greeting| greeting.is_pending());
+            // A thread whose connection was closed still counts until it gets to run, and ends.
+            let Some(oldest) = oldest.filter(|_| greetings.len() < MAX_THREADS) else {
                 tracing::warn!(
                     from = %connection.peer(),
                     "too many connections at a time; one is refused"
                 );
                 return;
             };
-            silent.close_if_pending();
+            oldest.close_if_pending();
         }
         let connection = Arc::new(Mutex::new(Some(Arc::new(connection))));
-        let (shared, theirs) = (self.clone(), connection.clone());
-        let spawned = threads::spawn(Role::Greeting, "greeting", move || shared.serve(&theirs));
+        let (shared, pending) = (self.clone(), connection.clone());
+        let spawned = threads::spawn(Role::Greeting, "greeting", move || shared.serve(&pending));
         match spawned {
             Ok(thread) => greetings.push(PendingGreeting {
                 connection,
-                deadline: Instant::now() + GREETING,
+                deadline: Instant::now() + GREETING_TIMEOUT,
                 thread,
             }),
             Err(error) => tracing::warn!(%error, "no thread to read a greeting"),
@@ -164,29 +168,30 @@ impl AcceptorShared {
     }
 
     /// Reads one greeting and acts on it; if that fails, sends the peer an abort with the reason.
-    fn serve(&self, slot: &Mutex<Option<Arc<Connection>>>) {
-        let Some(connection) = lock(slot).clone() else {
+    fn serve(&self, pending: &Mutex<Option<Arc<Connection>>>) {
+        let Some(connection) = lock(pending).clone() else {
             return;
         };
-        let mut link = Link::new(&connection, &self.closing, GREETING, GREETING);
-        if let Err(error) = self.dispatch(&mut link, slot, &connection) {
+        let mut link = Link::new(&connection, &self.closing, GREETING_TIMEOUT, GREETING_TIMEOUT);
+        if let Err(error) = self.process_greeting(&mut link, pending, &connection) {
             let reason = chain(&error);
             tracing::info!(from = %connection.peer(), "connection refused: {reason}");
             link.abort(false, &reason);
         }
     }
 
-    fn dispatch(
+    /// Compares versions, reads the greeting, and brings the connection to the job or answers the question.
+    fn process_greeting(
         &self,
         link: &mut Link<'_>,
-        slot: &Mutex<Option<Arc<Connection>>>,
+        pending: &Mutex<Option<Arc<Connection>>>,
         connection: &Arc<Connection>,
     ) -> Result<(), GreetingError> {
         exchange_hello(link)?;
         let what = "begin, join or ask";
         let greeting = link.receive_message(what)?;
         // The greeting has come: from here on the acceptor does not close the connection any more.
-        if lock(slot).take().is_none() {
+        if lock(pending).take().is_none() {
             return Ok(());
         }
         match greeting {
@@ -196,7 +201,7 @@ impl AcceptorShared {
                     token: new_token()?,
                     features,
                 };
-                Ok(self.rendezvous.begin(caller, Instant::now() + GREETING)?)
+                Ok(self.rendezvous.begin(caller, Instant::now() + GREETING_TIMEOUT)?)
             }
             Message::Join { token, index } => Ok(self.rendezvous.join(token, index, connection.clone())?),
             Message::Ask(token) => {
@@ -232,7 +237,7 @@ impl PendingGreeting {
     /// Closes the connection, unless the peer's greeting has come.
     fn close_if_pending(&self) {
         if let Some(connection) = lock(&self.connection).take() {
-            tracing::info!(from = %connection.peer(), "a connection did not say what it wants");
+            tracing::info!(from = %connection.peer(), "a connection sent no greeting in time");
             let _ = connection.shutdown(Shutdown::Both);
         }
     }

@@ -1,5 +1,5 @@
-//! A machine that is ready waits for what decides who runs it: the source's "go" or abort, an operator's decision, or a
-//! question of the source on another connection.
+//! Waits, with a machine that is ready, for what decides which side runs it: the source's "go" or abort, an operator's
+//! decision, or a question of the source on another connection.
 //!
 //! Whichever the ledger records first counts. The loss of the connection decides nothing, and no time-out ends the
 //! wait.
@@ -32,7 +32,9 @@ pub(super) struct Waiting<'a, 'b, 'l> {
     link: &'a mut Link<'l>,
     /// When the state had arrived: the guest was paused before that.
     state_at: Instant,
+    /// When "ready" was sent.
     ready_at: Instant,
+    /// Whether the source is still connected.
     connected: bool,
     /// When the source's last byte came, and how many bytes had come by then.
     last_byte: (Instant, u64),
@@ -130,11 +132,11 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
         let (last_byte_at, bytes) = self.last_byte;
         let overdue = (last_byte_at + self.local.options.io_timeout)
             .min(self.ready_at + self.local.options.step_timeout);
-        let word = receive_go(self.link, &wakers, (!silent).then_some(overdue));
+        let received = receive_go(self.link, &wakers, (!silent).then_some(overdue));
         if self.link.bytes_received() != bytes {
             self.last_byte = (Instant::now(), self.link.bytes_received());
         }
-        match word {
+        match received {
             Ok(Some(Go { stopped_at })) if self.local.rendezvous.with_ledger(|ledger| ledger.go()) => {
                 Some(Ok(MayRun {
                     stopped_at,
@@ -152,7 +154,7 @@ impl<'a, 'b, 'l> Waiting<'a, 'b, 'l> {
                 let error = chain(&error);
                 tracing::warn!(
                     error,
-                    "the source was lost; the machine is ready and waits for a word"
+                    "the connection to the source was lost; the machine is ready and waits for a decision"
                 );
                 self.connected = false;
                 None
@@ -184,7 +186,7 @@ fn receive_go(
             round_trip_ns,
         }) => {
             let now = Instant::now();
-            // Half a round trip ago "go" was sent, and the guest had been paused for that long.
+            // "go" was sent half a round trip ago, and then the guest had been paused for `stopped_for`.
             let stopped_for = Duration::from_nanos(stopped_for_ns);
             let ago = stopped_for.saturating_add(Duration::from_nanos(round_trip_ns / 2));
             Ok(Some(Go {

@@ -40,7 +40,7 @@ impl Disks {
         self.disks.iter().map(|(_, region)| region.len).sum()
     }
 
-    /// How to read each of them, and its size.
+    /// The size of each disk in bytes, and how to read it.
     pub(super) fn readers(
         &self,
     ) -> impl Iterator<Item = (u64, impl Fn(u64, &mut [u8]) -> Result<(), ReceiveError>)> {

@@ -113,7 +113,7 @@ pub enum ReceiveError {
 }
 
 impl ReceiveError {
-    /// Whether no other attempt can be made.
+    /// Whether this receiver can make no other attempt.
     pub fn is_final(&self) -> bool {
         matches!(self, ReceiveError::Transport(_) | ReceiveError::Hang { .. })
     }

@@ -24,6 +24,7 @@ const MAX_DIGESTS: u32 = 16;
 /// How often the streams' counters are read: bytes on a stream do not wake this thread.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
+/// What the source may send in this phase, for errors.
 const WHAT: &str = "populated, round end, a rehearsal or the state";
 
 /// The phase between "accept" and the state.
@@ -33,18 +34,21 @@ pub(super) struct Filling<'a, 'b, 'l> {
     incoming: &'a Incoming,
     streams: &'a Arc<Streams>,
     populate: &'a Populate,
-    clock: Clock,
+    activity: SourceActivity,
     /// The last round whose end came on the control connection.
     round: u32,
-    /// Whether it has been acknowledged.
+    /// Whether that round has been acknowledged.
     acknowledged: bool,
+    /// The machine's state, once it has come.
     state: Option<Vec<u8>>,
+    /// How many rehearsals the source has asked for.
     rehearsals: u32,
+    /// How many digests the source has asked for.
     digests: u32,
 }
 
-/// When the source last did something.
-struct Clock {
+/// When the source last did something, and until when it must.
+struct SourceActivity {
     /// When the last byte came, on any connection.
     last_byte_at: Instant,
     /// When the migration last advanced: by a message other than a keep-alive, or by bytes on a stream.
@@ -64,7 +68,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
         populate: &'a Populate,
     ) -> Self {
         let now = Instant::now();
-        let clock = Clock {
+        let activity = SourceActivity {
             last_byte_at: now,
             last_progress_at: now,
             bytes: (0, 0),
@@ -76,7 +80,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             incoming,
             streams,
             populate,
-            clock,
+            activity,
             round: 0,
             acknowledged: true,
             state: None,
@@ -91,10 +95,7 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             self.local.rendezvous.clear_event();
             self.streams.start_joined()?;
             self.publish_progress();
-            let (failure, again) = self.streams.failure();
-            if let Some(error) = failure {
-                return Err(error);
-            }
+            let check_again_at = self.streams.check_failure()?;
             if !self.is_still_filling() {
                 return Err(ReceiveError::GivenUp);
             }
@@ -104,17 +105,17 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             {
                 return Ok(state);
             }
-            let until = self.next_moment()?.min(again.unwrap_or_else(far_off));
+            let until = self.next_deadline()?.min(check_again_at.unwrap_or_else(far_off));
             self.link
                 .await_peer(&[self.local.rendezvous.event()], Some(until))?;
             if let Some(Sorted::Frame(frame)) = self.link.poll(WHAT)? {
-                self.clock.last_progress_at = Instant::now();
+                self.activity.last_progress_at = Instant::now();
                 self.process_frame(frame)?;
             }
         }
     }
 
-    /// Publishes how far the migration is.
+    /// Publishes how far the migration is. `bytes_sent` is the source's field; here it counts what has come.
     fn publish_progress(&self) {
         let bytes = self.incoming.received();
         self.local
@@ -131,34 +132,30 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
 
     /// Acknowledges the round to the source, once all its pages are in memory.
     fn acknowledge(&mut self) -> Result<(), ReceiveError> {
-        let round = self.round;
-        if self.acknowledged {
+        if self.acknowledged || !self.streams.is_complete(self.round) {
             return Ok(());
         }
-        if !self.streams.is_complete(round) {
-            return Ok(());
-        }
-        self.link.send(&Message::RoundAck(round))?;
+        self.link.send(&Message::RoundAck(self.round))?;
         self.acknowledged = true;
         self.populate.round_ended();
         Ok(())
     }
 
-    /// Until when to wait at most. An error if the source has exceeded a time-out.
-    fn next_moment(&mut self) -> Result<Instant, ReceiveError> {
+    /// Until when to wait for the source at most. An error if the source has exceeded a time-out.
+    fn next_deadline(&mut self) -> Result<Instant, ReceiveError> {
         let (now, options) = (Instant::now(), self.local.options);
-        let bytes = (self.link.bytes_received(), self.incoming.arrived());
-        if bytes != self.clock.bytes {
-            self.clock.last_byte_at = now;
+        let bytes = (self.link.bytes_received(), self.incoming.activity());
+        if bytes != self.activity.bytes {
+            self.activity.last_byte_at = now;
         }
-        if bytes.1 != self.clock.bytes.1 {
-            self.clock.last_progress_at = now;
+        if bytes.1 != self.activity.bytes.1 {
+            self.activity.last_progress_at = now;
         }
-        self.clock.bytes = bytes;
-        let silent_by = self.clock.last_byte_at + options.io_timeout;
-        let mut stuck_by = self.clock.last_progress_at + options.step_timeout;
+        self.activity.bytes = bytes;
+        let silent_by = self.activity.last_byte_at + options.io_timeout;
+        let mut stuck_by = self.activity.last_progress_at + options.step_timeout;
         if let Some(due) = self.link.frame_due() {
-            // The rest of a frame that has begun has the time of a step of its own.
+            // A frame whose first part has come has a time limit of its own, as long as a step's.
             stuck_by = stuck_by.max(due);
         }
         let timed_out = |what, after| Err(LinkError::TimedOut { what, after }.into());
@@ -166,18 +163,19 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
             return timed_out(WHAT, options.io_timeout);
         }
         if now >= stuck_by {
-            return timed_out("anything but signs of life", options.step_timeout);
+            return timed_out("anything but keep-alives", options.step_timeout);
         }
         let mut next = silent_by.min(stuck_by).min(now + POLL_INTERVAL);
         if self.streams.missing() > 0 {
-            if now >= self.clock.joined_by {
+            if now >= self.activity.joined_by {
                 return timed_out("all streams to join", options.io_timeout);
             }
-            next = next.min(self.clock.joined_by);
+            next = next.min(self.activity.joined_by);
         }
         Ok(next)
     }
 
+    /// Acts on a frame, if it is this kind's turn.
     fn process_frame(&mut self, frame: Frame) -> Result<(), ReceiveError> {
         let got = frame.name();
         let in_turn = self.acknowledged && self.state.is_none();
@@ -227,11 +225,12 @@ impl<'a, 'b, 'l> Filling<'a, 'b, 'l> {
     fn answer(&mut self, message: &Message) -> Result<(), ReceiveError> {
         self.link.send(message)?;
         let now = Instant::now();
-        (self.clock.last_byte_at, self.clock.last_progress_at) = (now, now);
+        (self.activity.last_byte_at, self.activity.last_progress_at) = (now, now);
         Ok(())
     }
 }
 
+/// Later than any deadline here.
 fn far_off() -> Instant {
     Instant::now() + Duration::from_secs(3600)
 }

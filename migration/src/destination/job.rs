@@ -51,10 +51,10 @@ struct Announced {
 const MAX_PINGS: usize = 64;
 
 /// How long the streams of a failed attempt may take to end, after their connections were closed.
-const LEAVING: Duration = Duration::from_secs(2);
+const STREAMS_END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long the source may take to answer "resumed", which it does at once.
-const FAREWELL: Duration = Duration::from_secs(1);
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl<'a> DestinationJob<'a> {
     pub(super) fn new(local: LocalSide<'a>) -> Self {
@@ -108,6 +108,7 @@ impl<'a> DestinationJob<'a> {
         }
     }
 
+    /// The features that both sides have, on this kind of connection.
     fn features(&self, caller: &Caller) -> Features {
         let ours = if caller.connection.passes_files() {
             Features::OURS
@@ -117,6 +118,7 @@ impl<'a> DestinationJob<'a> {
         ours.and(caller.features)
     }
 
+    /// Checks what the source has announced, and builds the machine, without its state.
     fn build(
         &mut self,
         link: &mut Link<'_>,
@@ -200,7 +202,7 @@ impl<'a> DestinationJob<'a> {
             let mut filling = Filling::new(&mut self.local, link, incoming, &streams, &populate);
             let state = filling.run()?;
             let arrived_at = Instant::now();
-            // The state is the last: a page that came after it would be written into a machine that is complete.
+            // Nothing may come after the state: a page would be written into a machine that is complete.
             streams.end();
             streams.join(self.local.options.step_timeout)?;
             self.restore(link, &state)?;
@@ -209,6 +211,7 @@ impl<'a> DestinationJob<'a> {
         })
     }
 
+    /// Restores the machine and sends "ready".
     fn restore(&mut self, link: &mut Link<'_>, state: &[u8]) -> Result<(), ReceiveError> {
         self.local
             .control
@@ -224,7 +227,7 @@ impl<'a> DestinationJob<'a> {
         link.ignore_cancel();
         if let Err(error) = link.send(&Message::Ready { restore_ns }) {
             // The message may have arrived all the same, so the error decides nothing.
-            tracing::warn!(%error, "the source could not be told that the machine is ready");
+            tracing::warn!(%error, "\"ready\" could not be sent to the source");
         }
         Ok(())
     }
@@ -256,27 +259,27 @@ impl<'a> DestinationJob<'a> {
             resume_ns: nanoseconds(took),
         }) {
             // The guest runs on here. The source is in doubt now and will ask.
-            tracing::warn!(%error, "the source could not be told that the guest runs here");
+            tracing::warn!(%error, "\"resumed\" could not be sent to the source");
         }
         Ok(ms(took))
     }
 }
 
-/// Ends the threads when it is dropped.
+/// Ends the streams' threads and the one that populates memory when it is dropped.
 struct EndStreams<'a>(&'a Streams, &'a Populate);
 
 impl Drop for EndStreams<'_> {
     fn drop(&mut self) {
         self.0.end();
         self.1.stop();
-        // A thread that hangs keeps memory and disks alive, and nothing else uses them any more.
-        if let Err(error) = self.0.join(LEAVING) {
+        // A thread that hangs owns its memory and disks, so it can be left behind: nothing else uses them any more.
+        if let Err(error) = self.0.join(STREAMS_END_TIMEOUT) {
             tracing::error!(error = crate::text::chain(&error), "threads are left alone");
         }
     }
 }
 
-/// Answers pings until the description comes.
+/// Answers pings until the description comes, and returns it with what the source announces beside it.
 fn receive_description(link: &mut Link<'_>) -> Result<Announced, ReceiveError> {
     let what = "ping or describe";
     for _ in 0..MAX_PINGS {
@@ -339,7 +342,7 @@ fn receive_memory_files(
 
 /// Whether the source answers "resumed" in time.
 fn await_farewell(link: &mut Link<'_>) -> bool {
-    let until = Instant::now() + FAREWELL;
+    let until = Instant::now() + FAREWELL_TIMEOUT;
     while Instant::now() < until {
         match link.await_peer(&[], Some(until)) {
             Ok(_) => match link.poll("farewell") {

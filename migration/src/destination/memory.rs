@@ -27,13 +27,14 @@ pub(super) struct Incoming {
     /// Bytes that came over the streams, counted when a batch is complete.
     received: AtomicU64,
     /// Bytes of batches under way, counted as they come.
-    arrived: AtomicU64,
+    under_way: AtomicU64,
 }
 
 /// A stream's buffers for pages that are not received in place (compressed ones and those of disks), allocated when the
 /// first such page comes.
 #[derive(Default)]
-pub(super) struct Unpacker {
+pub(super) struct StreamBuffers {
+    /// The content of a batch, compressed or of a disk.
     block: Vec<u8>,
     decompressor: Option<Decompressor>,
 }
@@ -59,7 +60,7 @@ impl Incoming {
             disks,
             written,
             received: AtomicU64::new(0),
-            arrived: AtomicU64::new(0),
+            under_way: AtomicU64::new(0),
         }
     }
 
@@ -77,13 +78,14 @@ impl Incoming {
     }
 
     /// A number that changes whenever bytes have come over a stream.
-    pub(super) fn arrived(&self) -> u64 {
-        self.received().wrapping_add(self.arrived.load(Ordering::Relaxed))
+    pub(super) fn activity(&self) -> u64 {
+        self.received()
+            .wrapping_add(self.under_way.load(Ordering::Relaxed))
     }
 
-    /// The counter to which a stream adds bytes as they come, for [`Incoming::arrived`].
-    pub(super) fn arrivals(&self) -> &AtomicU64 {
-        &self.arrived
+    /// The counter to which a stream adds bytes as they come, for [`Incoming::activity`].
+    pub(super) fn under_way(&self) -> &AtomicU64 {
+        &self.under_way
     }
 
     /// Receives one batch of pages, whose content is next on the stream. Returns how many bytes of guest memory it
@@ -92,10 +94,10 @@ impl Incoming {
         &self,
         link: &mut Link<'_>,
         table: PageTable,
-        unpacker: &mut Unpacker,
+        buffers: &mut StreamBuffers,
     ) -> Result<u64, ReceiveError> {
         if table.data.iter().chain(&table.zero).any(|span| is_disk(span.gpa)) {
-            self.disks.receive_batch(link, &table, &mut unpacker.block)?;
+            self.disks.receive_batch(link, &table, &mut buffers.block)?;
             return Ok(0);
         }
         let bytes = table.page_bytes();
@@ -129,7 +131,7 @@ impl Incoming {
         &self,
         link: &mut Link<'_>,
         table: CompressedTable,
-        unpacker: &mut Unpacker,
+        buffers: &mut StreamBuffers,
     ) -> Result<(), ReceiveError> {
         let method = match table.method {
             Compression::Lz4 => Method::Lz4,
@@ -140,23 +142,23 @@ impl Incoming {
             self.written.insert(*range).map_err(ReceiveError::Pages)?;
         }
         // The protocol makes the block shorter than its pages, so this is less than 1 MiB.
-        unpacker.block.resize(table.len as usize, 0);
-        link.receive_bytes(&mut unpacker.block, "a block of compressed pages")?;
-        let decompressor = match unpacker.decompressor.take() {
+        buffers.block.resize(table.len as usize, 0);
+        link.receive_bytes(&mut buffers.block, "a block of compressed pages")?;
+        let decompressor = match buffers.decompressor.take() {
             Some(decompressor) => decompressor,
             None => Decompressor::new()?,
         };
-        let decompressor = unpacker.decompressor.insert(decompressor);
-        Ok(decompressor.decompress(method, &unpacker.block, &self.memory, &pages)?)
+        let decompressor = buffers.decompressor.insert(decompressor);
+        Ok(decompressor.decompress(method, &buffers.block, &self.memory, &pages)?)
     }
 
     /// Counts bytes that a stream has received.
-    pub(super) fn count(&self, bytes: u64) {
+    pub(super) fn count_received(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Whether a range lies within one region.
-    pub(super) fn check(&self, range: MemoryRange) -> Result<(), PageSetError> {
+    /// An error unless a range consists of whole pages of one region.
+    pub(super) fn check_range(&self, range: MemoryRange) -> Result<(), PageSetError> {
         self.written.locate(range).map(|_| ())
     }
 
@@ -201,7 +203,8 @@ impl WrittenPages {
         Ok(())
     }
 
-    /// The runs of written pages within a range; each lies within 64 pages.
+    /// The runs of written pages within a range; each lies within 64 pages. `select` gets a word of the bits and a mask of
+    /// those in the range, and returns the written ones among them.
     fn runs(
         &self,
         range: MemoryRange,

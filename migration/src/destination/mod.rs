@@ -109,6 +109,7 @@ impl Receiver {
         }
     }
 
+    /// Receives the machine of one source; after a failure before the commit nothing of the attempt is left.
     fn run_attempt(
         &self,
         destination: &mut dyn Destination,
@@ -147,7 +148,7 @@ impl Receiver {
     }
 }
 
-/// Makes room for the next source when the job ends, also by a panic.
+/// Admits the next source when the job ends, also by a panic.
 struct ReleaseOnDrop<'a>(&'a Rendezvous);
 
 impl Drop for ReleaseOnDrop<'_> {
@@ -158,7 +159,7 @@ impl Drop for ReleaseOnDrop<'_> {
 
 /// After a failed attempt gives the machine up, sends the source an abort, and discards the machine.
 fn conclude(job: &mut DestinationJob<'_>, link: &mut Link<'_>, error: &ReceiveError) {
-    // First, so that no "go" counts any more and a question gets the right answer.
+    // This comes first: from here on no "go" counts, and a question is answered with "given up".
     job.discard_claim();
     match error {
         // The source sent the abort and waits until this side closes the connection, which must not take as long as

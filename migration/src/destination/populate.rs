@@ -5,7 +5,7 @@
 //! the caches before they are written; a migration would begin slowly and end fast, which makes its time hard to
 //! predict.
 //!
-//! It only saves time: it never changes what a page holds, and nothing waits for it.
+//! The thread only saves time: it never changes what a page holds, and nothing waits for it.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,6 +21,7 @@ use crate::protocol::Span;
 
 /// Memory that is populated by one call: a huge page. The thread can be stopped between two calls.
 const PIECE: u64 = 2 << 20;
+
 /// How far the thread may be ahead of what has arrived.
 const LEAD: u64 = 64 << 20;
 
@@ -35,6 +36,7 @@ pub(super) struct Populate {
 }
 
 struct PopulateWork {
+    /// Ranges that were named and not populated yet.
     todo: VecDeque<MemoryRange>,
     /// Every page that was named. Each may be named once, which bounds the number of ranges.
     named: PageSet,
@@ -77,7 +79,7 @@ impl Populate {
                     len: range.len,
                 });
             }
-            self.incoming.check(range).map_err(ReceiveError::Pages)?;
+            self.incoming.check_range(range).map_err(ReceiveError::Pages)?;
             if !work.named.insert_new(range).map_err(ReceiveError::Pages)? {
                 return Err(ReceiveError::Populated {
                     gpa: range.gpa,
@@ -94,7 +96,7 @@ impl Populate {
     }
 
     /// Counts bytes of guest memory that have arrived.
-    pub(super) fn arrived(&self, bytes: u64) {
+    pub(super) fn count_arrived(&self, bytes: u64) {
         self.arrived.fetch_add(bytes, Ordering::Relaxed);
         self.wake();
     }
@@ -210,9 +212,9 @@ mod tests {
         assert_eq!((pieces[2].gpa, pieces[2].len), (PIECE, PIECE));
         let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
         assert!((LEAD..LEAD + PIECE).contains(&bytes), "{bytes}");
-        populate.arrived(PIECE);
+        populate.count_arrived(PIECE);
         assert_eq!(taken().len(), 1);
-        populate.arrived(LEAD);
+        populate.count_arrived(LEAD);
         assert_eq!(taken().last().map(|piece| piece.gpa + piece.len), Some(last));
         populate.add(&[span(0, PAGE_SIZE)]).unwrap();
         assert_eq!(taken().len(), 1);

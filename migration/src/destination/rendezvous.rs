@@ -61,6 +61,7 @@ struct RendezvousState {
     streams: Vec<(u32, Arc<Connection>)>,
     /// Threads of streams that hang and were left alone.
     abandoned: usize,
+    /// Whether the receiver ends.
     closed: bool,
 }
 
@@ -157,21 +158,17 @@ impl Rendezvous {
     /// Answers a source that asks what became of its machine. While the machine is being resumed the answer is not
     /// known: the call waits for it until `until`, and returns `None` then.
     ///
-    /// "go" may have arrived and not been read yet: the job gets a moment to read it before the machine is given up.
+    /// "go" may have arrived and not been read yet: the job gets [`GO_GRACE`] to read it before the machine is given up.
     pub(super) fn attempt_outcome(&self, token: Token, until: Instant) -> Option<AttemptOutcome> {
         let mut state = self.lock();
-        let moment = until.min(Instant::now() + GO_GRACE);
-        while *state.ledger.stage() == Stage::Ready(token) && !state.closed {
-            let left = moment.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
+        let grace = GO_GRACE.min(until.saturating_duration_since(Instant::now()));
+        let go_may_be_unread =
+            |state: &mut RendezvousState| *state.ledger.stage() == Stage::Ready(token) && !state.closed;
+        state = self
+            .changed
+            .wait_timeout_while(state, grace, go_may_be_unread)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
         loop {
             let answer = state.ledger.answer(token);
             if answer.is_some() {
@@ -218,7 +215,7 @@ impl Rendezvous {
         }
     }
 
-    /// From here on this many streams may join.
+    /// Sets how many streams may join from here on.
     pub(super) fn expect_streams(&self, count: u32) {
         self.lock().joined = vec![false; count as usize];
     }
@@ -245,7 +242,7 @@ impl Rendezvous {
         result
     }
 
-    /// The job has ended.
+    /// Notes that the job has ended: another one may wait for a source.
     pub(super) fn release(&self) {
         let mut state = self.lock();
         state.job = JobState::None;
@@ -255,7 +252,7 @@ impl Rendezvous {
         self.changed.notify_all();
     }
 
-    /// The receiver ends: no call waits any more.
+    /// Ends all waits of the acceptor's threads, as the receiver ends.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
@@ -268,12 +265,12 @@ impl Rendezvous {
 }
 
 impl RendezvousState {
-    /// What keeps a new migration out for as long as it is there.
+    /// The migration or machine that is here, for as long as which no other source is admitted.
     fn occupant(&self) -> Option<&'static str> {
         match self.ledger.stage() {
             Stage::Idle => None,
             Stage::Filling(_) => Some("a migration under way"),
-            Stage::Ready(_) => Some("a machine that waits for its source's word"),
+            Stage::Ready(_) => Some("a machine that waits for its source's decision"),
             Stage::Committing(_) | Stage::Runs(_) | Stage::Kept { .. } => Some("a machine that has arrived"),
         }
     }

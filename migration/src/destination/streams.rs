@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use threads::Role;
 
 use super::ReceiveError;
-use super::memory::{Incoming, Unpacker};
+use super::memory::{Incoming, StreamBuffers};
 use super::populate::Populate;
 use super::rendezvous::Rendezvous;
 use crate::control::Control;
@@ -22,7 +22,7 @@ use crate::protocol::{Frame, Message};
 use crate::text::panic_message;
 use crate::transport::Connection;
 
-/// How long the job waits for the source's abort after streams have ended early: it says more than their end.
+/// How long the job waits for the source's abort after streams have ended early: the abort has the reason.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// All data streams of one migration. The threads own what they use, so that one that hangs in a write to a disk can be
@@ -42,9 +42,11 @@ struct StreamsState {
     connections: Vec<Arc<Connection>>,
     /// The last round that each stream has ended.
     rounds: Vec<u32>,
+    /// Threads that may still use memory or disks.
     running: usize,
+    /// Whether the job has ended the streams.
     ending: bool,
-    /// The first one has caused the others.
+    /// The first failure of a stream, and when it happened. Later ones follow from it.
     failure: Option<(Instant, ReceiveError)>,
 }
 
@@ -81,8 +83,8 @@ impl Streams {
             state.connections.push(connection.clone());
             state.running += 1;
             drop(state);
-            let all = self.clone();
-            let run = move || all.run(index as usize, &connection);
+            let streams = self.clone();
+            let run = move || streams.run(index as usize, &connection);
             let spawned = threads::spawn(Role::Stream, format!("stream {index}"), run);
             if let Err(error) = spawned {
                 self.lock().running -= 1;
@@ -113,18 +115,18 @@ impl Streams {
         self.lock().is_complete(round)
     }
 
-    /// The first error of a stream. An error that only says that a connection ended is held back for a moment, because
-    /// the source's abort may follow: then `None` and when to call again.
-    pub(super) fn failure(&self) -> (Option<ReceiveError>, Option<Instant>) {
+    /// The first error of a stream, if one has failed. If a connection has only ended, the source's abort may follow, so
+    /// that error is held back for [`ABORT_GRACE`]: then returns when to call again.
+    pub(super) fn check_failure(&self) -> Result<Option<Instant>, ReceiveError> {
         let mut state = self.lock();
         match &state.failure {
             Some((since, ReceiveError::Stream { source, .. }))
                 if matches!(source, LinkError::Closed { .. } | LinkError::Io { .. })
                     && since.elapsed() < ABORT_GRACE =>
             {
-                (None, Some(*since + ABORT_GRACE))
+                Ok(Some(*since + ABORT_GRACE))
             }
-            _ => (state.failure.take().map(|(_, error)| error), None),
+            _ => state.failure.take().map_or(Ok(None), |(_, error)| Err(error)),
         }
     }
 
@@ -154,6 +156,7 @@ impl Streams {
         }
     }
 
+    /// The work of one stream's thread.
     fn run(&self, index: usize, connection: &Connection) {
         let work = AssertUnwindSafe(|| self.receive(index, connection));
         let result =
@@ -172,6 +175,7 @@ impl Streams {
         self.rendezvous.wake_job();
     }
 
+    /// Receives pages until the connection is closed or the job ends the streams.
     fn receive(&self, index: usize, connection: &Connection) -> Result<(), ReceiveError> {
         let options = &self.options;
         let mut link = Link::new(
@@ -181,26 +185,25 @@ impl Streams {
             options.step_timeout,
         );
         link.admit(Admitted::Pages);
-        link.count_arrivals(self.incoming.arrivals());
+        link.count_arrivals(self.incoming.under_way());
         link.send(&Message::Joined)?;
         let what = "pages or round end";
-        let mut unpacker = Unpacker::default();
+        let mut buffers = StreamBuffers::default();
         let mut counted = 0;
         loop {
-            // What lies in the socket's buffer outlives the connection.
+            // What lies in the socket's buffer can still be read after the connection was closed.
             if self.lock().ending {
                 return Ok(());
             }
             match link.receive_on_stream(what)? {
                 Frame::Pages(table) => {
-                    let bytes = self.incoming.receive_batch(&mut link, table, &mut unpacker)?;
-                    self.populate.arrived(bytes);
+                    let bytes = self.incoming.receive_batch(&mut link, table, &mut buffers)?;
+                    self.populate.count_arrived(bytes);
                 }
                 Frame::Compressed(table) => {
                     let bytes = table.page_bytes();
-                    self.incoming
-                        .receive_compressed(&mut link, table, &mut unpacker)?;
-                    self.populate.arrived(bytes);
+                    self.incoming.receive_compressed(&mut link, table, &mut buffers)?;
+                    self.populate.count_arrived(bytes);
                 }
                 Frame::Message(Message::RoundEnd(round)) => {
                     if !self.end_round(index, round)? {
@@ -215,7 +218,7 @@ impl Streams {
                     .into());
                 }
             }
-            self.incoming.count(link.bytes_received() - counted);
+            self.incoming.count_received(link.bytes_received() - counted);
             counted = link.bytes_received();
         }
     }

@@ -26,7 +26,7 @@ pub(crate) enum FrameKind {
     State = 3,
     /// A [`CompressedTable`]; the compressed bytes follow the frame.
     Compressed = 4,
-    /// A part of the machine's state, for practice.
+    /// A part of the machine's state, for a rehearsal.
     Rehearsal = 5,
 }
 
@@ -84,7 +84,7 @@ impl FrameKind {
         }
     }
 
-    /// What it is, for messages.
+    /// What it is, for errors.
     pub(crate) fn name(self) -> &'static str {
         match self {
             FrameKind::Control => "control",
@@ -134,7 +134,7 @@ impl FrameHeader {
 }
 
 impl Frame {
-    /// What it is, for messages.
+    /// What it is, for errors.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Frame::Message(message) => message.name(),
@@ -199,6 +199,7 @@ impl CompressedTable {
     }
 }
 
+/// Checks the ranges of a table, which may have `most` bytes in all.
 fn check_spans(spans: &[Span], most: u64) -> Result<(), ProtocolError> {
     let refuse = |why| Err(ProtocolError::Batch { why });
     if spans.len() > MAX_BATCH_RANGES {
@@ -239,6 +240,7 @@ impl From<Span> for MemoryRange {
     }
 }
 
+/// Parses a content, all of which must be the value.
 fn read<'a, T: Deserialize<'a>>(kind: FrameKind, content: &'a [u8]) -> Result<T, ProtocolError> {
     let (value, rest) = postcard::take_from_bytes(content).map_err(|source| ProtocolError::Content {
         kind: kind.name(),

@@ -25,7 +25,7 @@ pub(crate) enum Message {
     Hello(Hello),
     /// Source: this is the control connection of a new migration.
     Begin(Features),
-    /// Destination: it is on; what both sides can do.
+    /// Destination: the migration begins; these are the features to be used.
     Session {
         /// The migration's name.
         token: Token,
@@ -39,7 +39,7 @@ pub(crate) enum Message {
         /// Counted from 0.
         index: u32,
     },
-    /// Destination: it is expected.
+    /// Destination: the stream is expected.
     Joined,
     /// Source, on a connection of its own, after "ready": what became of the machine? A destination that had no
     /// "go" by then gives it up.
@@ -82,16 +82,16 @@ pub(crate) enum Message {
         /// How long it will take to let the guest run, as far as that could be tried, in nanoseconds.
         resume_ns: u64,
     },
-    /// Source: nothing writes my memory now; what is yours?
+    /// Source: nothing writes memory now on its side; asks for the digest of the destination's.
     DigestRequest,
-    /// Destination: xxh3-128 of all regions in order.
+    /// Destination: the digest of memory, and of disks that come along.
     Digest(u128),
     /// Destination: the state is restored; "go" is all that is missing.
     Ready {
         /// How long the restore took, in nanoseconds.
         restore_ns: u64,
     },
-    /// Source: the machine is yours. The point of no return.
+    /// Source: the machine is the destination's. The point of no return.
     Go {
         /// Time since the pause, in nanoseconds.
         stopped_for_ns: u64,
@@ -108,7 +108,7 @@ pub(crate) enum Message {
         /// Why.
         reason: String,
     },
-    /// Source: it knows that the guest runs, and will not ask.
+    /// Source: it knows that the guest runs at the destination, and will not ask.
     Farewell,
     /// Either side, before "go": this migration is over.
     Abort {
@@ -117,7 +117,7 @@ pub(crate) enum Message {
         /// Why.
         reason: String,
     },
-    /// Either side: still at it.
+    /// Either side: the sender is still at work.
     KeepAlive,
 }
 
@@ -135,10 +135,12 @@ impl Features {
     /// Everything that this program can do.
     pub(crate) const OURS: Self = Self(Self::LZ4.0 | Self::ZSTD.0 | Self::HANDOVER.0);
 
+    /// The features that both have.
     pub(crate) fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
+    /// Whether all of these features are among them.
     pub(crate) fn has(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
@@ -163,7 +165,7 @@ pub(crate) enum AttemptOutcome {
         /// Why.
         reason: String,
     },
-    /// The machine was thrown away there, and "go" does not count any more.
+    /// The machine was given up there, and "go" does not count any more.
     GaveUp,
     /// There is no such migration.
     Unknown,
@@ -173,14 +175,16 @@ pub(crate) enum AttemptOutcome {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Hello {
     magic: [u8; 8],
+    /// The oldest version of the protocol that the sender supports.
     oldest: u16,
+    /// The newest one.
     newest: u16,
-    /// Version of the program, for messages.
+    /// Version of the program, for errors.
     pub(crate) release: String,
 }
 
 impl Hello {
-    /// What this program says.
+    /// The hello of this program.
     pub(crate) fn ours() -> Self {
         Self {
             magic: MAGIC,
@@ -196,7 +200,7 @@ impl Hello {
         (self.magic == MAGIC && version >= self.oldest && VERSIONS.contains(&version)).then_some(version)
     }
 
-    /// The peer's versions, for messages.
+    /// The peer's versions, for errors.
     pub(crate) fn versions(&self) -> String {
         if self.magic == MAGIC {
             format!("{} to {}", self.oldest, self.newest)
@@ -207,7 +211,7 @@ impl Hello {
 }
 
 impl Message {
-    /// The message's name, for messages about messages.
+    /// The message's name, for errors.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Message::Hello(_) => "hello",

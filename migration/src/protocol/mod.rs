@@ -1,4 +1,5 @@
-//! What goes over the wire; `PROTOCOL.md` is the description.
+//! What goes over the wire, as `PROTOCOL.md` describes it: frames, messages and their limits. Everything from a peer is
+//! checked here as far as that is possible without a machine.
 
 mod frame;
 mod message;
@@ -12,7 +13,7 @@ pub(crate) use message::{AttemptOutcome, Features, Hello, MAX_SPANS, MemoryTrans
 /// Why bytes from the peer are not what the protocol allows.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
-    /// A frame of no known kind: not a peer of ours, or one that lost its place.
+    /// A frame of no known kind: the peer is another program, or one of the two has lost its place in the stream.
     #[error("expected a frame of kind 1 to 5, got header {got:02x?}")]
     FrameHeader {
         /// The header.
@@ -25,7 +26,7 @@ pub enum ProtocolError {
         kind: &'static str,
         /// The limit, in bytes.
         limit: u32,
-        /// What the header says, in bytes.
+        /// The length in the header, in bytes.
         got: u32,
     },
     /// A frame's content cannot be read.
@@ -33,7 +34,7 @@ pub enum ProtocolError {
     Content {
         /// The kind.
         kind: &'static str,
-        /// What the decoder says.
+        /// The decoder's error.
         #[source]
         source: postcard::Error,
     },
@@ -53,7 +54,7 @@ pub enum ProtocolError {
     },
 }
 
-/// A duration in the unit that messages have, which reaches 584 years.
+/// A duration in nanoseconds, the unit of messages; 64 bits hold 584 years.
 pub(crate) fn nanoseconds(duration: std::time::Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -186,7 +186,7 @@ fn refused_connections_do_not_disturb_a_source() {
         shout(to, &[1, 0, 0, 0, 255, 255, 255, 255]);
         hand.make_ready();
         let waiting = Peer::wish(to, &Message::Begin(Features::OURS)).refused();
-        assert!(waiting.contains("waits for its source's word"), "{waiting}");
+        assert!(waiting.contains("waits for its source's decision"), "{waiting}");
         let registers = hand.finish();
         drop(silent);
         registers

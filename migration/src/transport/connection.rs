@@ -1,4 +1,4 @@
-//! One byte stream to a peer, and how it comes about.
+//! One byte stream to a peer, and how it is connected. Connecting never blocks, so that a cancel can end it.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -22,8 +22,8 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// stays in a core's cache until it is read. Over loopback, two streams with the buffer that TCP tunes itself to
 /// (4 MiB) take 40 % more CPU time for the same content.
 const NEAR_BUFFER: usize = 512 << 10;
-/// A peer is near if 100 Gbit/s carry no more than that buffer holds in a round trip. Two streams, the default, then
-/// hold twice as much, so that it holds up no network.
+/// The longest round trip to a peer that is near: 100 Gbit/s carry in it as much as the kernel makes of that buffer. Two
+/// streams, the default, hold twice as much, so that the buffer does not hold a network up.
 const NEAR: Duration = Duration::from_micros(80);
 
 /// One byte stream to a peer.
@@ -33,6 +33,7 @@ pub(crate) struct Connection {
     peer: Endpoint,
 }
 
+/// The socket of a connection.
 #[derive(Debug)]
 enum StreamSocket {
     Tcp(TcpStream),
@@ -87,8 +88,8 @@ impl Connection {
         }
     }
 
-    /// Suits the connection to page content that goes to a peer so far away. That is a matter of speed alone, and
-    /// only a privileged process may: else TCP tunes its buffer itself.
+    /// Sets the kernel's buffer for page content to a peer at this distance. The buffer matters for speed alone, and only a
+    /// privileged process may set it: otherwise TCP tunes it itself.
     pub(crate) fn carry_pages(&self, round_trip: Duration) {
         if round_trip <= NEAR && matches!(self.stream, StreamSocket::Tcp(_)) {
             let _ = sockopt::set_socket_send_buffer_size_force(self, NEAR_BUFFER);
@@ -112,8 +113,8 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Larger buffers are a matter of speed alone. Only a privileged process gets more than the system's
-    /// default limit. TCP tunes its buffers itself.
+    /// Enlarges the buffers of a Unix socket; TCP tunes its own. Their size matters for speed alone, and only a privileged
+    /// process gets more than the system's default limit.
     fn enlarge_buffers(&self) {
         if matches!(self.stream, StreamSocket::Unix(_))
             && sockopt::set_socket_send_buffer_size_force(self, SOCKET_BUFFER).is_err()
@@ -141,7 +142,7 @@ fn connect_unix(path: &Path, deadline: Instant, control: &Control) -> io::Result
             Ok(()) | Err(Errno::ISCONN) => break,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
-                wait(&[], deadline.min(Instant::now() + FULL_QUEUE), control)?;
+                wait(&[], deadline.min(Instant::now() + QUEUE_RETRY), control)?;
             }
             Err(error) => return Err(error.into()),
         }
@@ -150,14 +151,14 @@ fn connect_unix(path: &Path, deadline: Instant, control: &Control) -> io::Result
     Ok(socket.into())
 }
 
-/// How often a connect is tried again while a Unix socket's queue is full: there is no event for room in it.
-const FULL_QUEUE: Duration = Duration::from_millis(10);
+/// The pause before a connect is tried again while a Unix socket's queue is full: there is no event for room in it.
+const QUEUE_RETRY: Duration = Duration::from_millis(10);
 
-/// An address that does not answer gets so much of a start before the next one is tried as well (RFC 8305).
+/// How long an address may stay silent before the next one is tried as well (RFC 8305).
 const HEAD_START: Duration = Duration::from_millis(250);
 
-/// Tries addresses of one host until one answers: the next one when the one before has failed, or is still silent
-/// after a moment; none that was begun with is given up before the end.
+/// Tries addresses of one host until one answers: the next one when the one before has failed, or has been silent for
+/// [`HEAD_START`]. Attempts that were begun go on until one succeeds or the time is over.
 fn connect_tcp(
     addresses: &[SocketAddr],
     deadline: Instant,
@@ -172,7 +173,7 @@ fn connect_tcp(
         if (tried.is_empty() || next_at <= Instant::now())
             && let Some(address) = rest.next()
         {
-            match begin(address) {
+            match start_connect(address) {
                 Ok(socket) => tried.push((socket, address)),
                 Err(error) => failure = error,
             }
@@ -224,8 +225,8 @@ fn alternate(addresses: &[SocketAddr]) -> Vec<SocketAddr> {
     order
 }
 
-/// Begins to connect. The socket becomes writable when that has ended, one way or the other.
-fn begin(address: SocketAddr) -> io::Result<OwnedFd> {
+/// Begins to connect. The socket becomes writable when that has succeeded or failed.
+fn start_connect(address: SocketAddr) -> io::Result<OwnedFd> {
     let socket = new_socket(match address {
         SocketAddr::V4(_) => AddressFamily::INET,
         SocketAddr::V6(_) => AddressFamily::INET6,
@@ -242,6 +243,7 @@ fn new_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     Ok(socket_with(family, SocketType::STREAM, flags, None)?)
 }
 
+/// An error once the time is over or the connecting was cancelled.
 fn check(deadline: Instant, control: &Control) -> io::Result<()> {
     if control.is_cancelled() {
         Err(io::ErrorKind::Interrupted.into())
@@ -252,7 +254,8 @@ fn check(deadline: Instant, control: &Control) -> io::Result<()> {
     }
 }
 
-/// Waits until one of the sockets is writable, until a moment, or for a cancel; may come back early. Returns which.
+/// Waits until one of the sockets is writable, `until` has come or a cancel has; may return early. Returns the index of a
+/// socket that is writable.
 fn wait(sockets: &[BorrowedFd<'_>], until: Instant, control: &Control) -> io::Result<Option<usize>> {
     let left = until.saturating_duration_since(Instant::now());
     let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -283,7 +286,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let mut waiting = Vec::new();
         loop {
-            let socket = begin(address).unwrap();
+            let socket = start_connect(address).unwrap();
             let until = Instant::now() + Duration::from_millis(200);
             let answered = wait(&[socket.as_fd()], until, &control()).unwrap();
             waiting.push(socket);
@@ -301,7 +304,11 @@ mod tests {
         let endpoint = Endpoint::Tcp(vec![dead, there]);
         let began = Instant::now();
         let connection = Connection::connect(&endpoint, Duration::from_secs(5), &control()).unwrap();
-        assert_eq!(*connection.peer(), there.into(), "who answered is remembered");
+        assert_eq!(
+            *connection.peer(),
+            there.into(),
+            "the address that answered is remembered"
+        );
         let took = began.elapsed();
         assert!(took >= HEAD_START && took < Duration::from_secs(3), "{took:?}");
     }

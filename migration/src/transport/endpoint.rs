@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// Where a destination listens: `tcp:ADDRESS:PORT[,ADDRESS:PORT]...` (an IPv6 address in brackets) or `unix:PATH`.
 ///
-/// There are no names in it: what looks them up may hang, or take its process along, and so is no business of a
-/// process that has a guest.
+/// It has no host names: a look-up of one may hang, or end its process, and so must not happen in a process that has a
+/// guest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Endpoint {
@@ -73,7 +73,7 @@ pub enum EndpointError {
     },
 }
 
-/// Longest path of a Unix socket, the final zero excluded (`sockaddr_un`).
+/// The longest path of a Unix socket in bytes, the final zero excluded (`sockaddr_un`).
 const MAX_PATH_LEN: usize = 107;
 
 impl FromStr for Endpoint {
@@ -132,6 +132,7 @@ impl From<SocketAddr> for Endpoint {
     }
 }
 
+/// Parses one address, which is part of the endpoint `text`.
 fn tcp(text: &str, address: &str) -> Result<SocketAddr, EndpointError> {
     let missing = |missing| EndpointError::Missing {
         text: text.into(),

@@ -86,7 +86,7 @@ impl Listener {
                         Err(error) => return Err(failed(error.into())),
                     }
                 }
-                // The peer was gone again before it was its turn.
+                // The peer had gone before its connection was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed(error)),
@@ -123,8 +123,8 @@ impl Listener {
     }
 }
 
-/// How often a port that the system has chosen for the first address may be taken at another one.
-const PORTS_TRIED: u32 = 16;
+/// How many ports of the system's choice for the first address are tried, as each may be taken at another address.
+const MAX_PORTS_TRIED: u32 = 16;
 
 /// Listens on every address that this host has, on one port where the system is to choose it.
 fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
@@ -133,12 +133,13 @@ fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
     loop {
         tries += 1;
         match bind_each(addresses, chosen) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && chosen && tries < PORTS_TRIED => {}
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && chosen && tries < MAX_PORTS_TRIED => {}
             bound => return bound,
         }
     }
 }
 
+/// Listens on every address that this host has. With `one_port` all of them get the port of the first.
 fn bind_each(addresses: &[SocketAddr], one_port: bool) -> io::Result<Vec<TcpListener>> {
     let mut listeners: Vec<TcpListener> = Vec::new();
     let mut failure = io::Error::new(io::ErrorKind::NotFound, "there is no address");
@@ -164,9 +165,10 @@ fn bind_each(addresses: &[SocketAddr], one_port: bool) -> io::Result<Vec<TcpList
     }
 }
 
-/// Connections that wait to be accepted.
-const QUEUE: i32 = 128;
+/// The most connections that wait to be accepted.
+const MAX_QUEUE: i32 = 128;
 
+/// Listens on one address. `among_others` says whether there are others, of IPv4 perhaps.
 fn bind_tcp(address: SocketAddr, among_others: bool) -> Result<TcpListener, Errno> {
     let family = match address {
         SocketAddr::V4(_) => AddressFamily::INET,
@@ -176,11 +178,11 @@ fn bind_tcp(address: SocketAddr, among_others: bool) -> Result<TcpListener, Errn
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if among_others && address.is_ipv6() {
-        // Else the IPv6 wildcard would take the place of the IPv4 one.
+        // Otherwise the IPv6 wildcard would take the port at the IPv4 wildcard as well.
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
     bind(&socket, &address)?;
-    listen(&socket, QUEUE)?;
+    listen(&socket, MAX_QUEUE)?;
     Ok(socket.into())
 }
 

@@ -21,7 +21,7 @@ pub enum TransportError {
     Connect {
         /// Where to.
         endpoint: Endpoint,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -38,7 +38,7 @@ pub enum TransportError {
     Listen {
         /// Where.
         endpoint: Endpoint,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -50,7 +50,7 @@ pub enum TransportError {
     Accept {
         /// Where.
         endpoint: Endpoint,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },

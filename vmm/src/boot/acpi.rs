@@ -32,12 +32,13 @@ pub const SLEEP_CONTROL: u16 = 0;
 pub const SLEEP_STATUS: u16 = 1;
 /// Port offset of the reset register.
 pub const RESET: u16 = 2;
+
 /// A virtio-mmio device as firmware tables name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmioSlot {
-    /// First register.
+    /// GPA of the first register.
     pub base: u64,
-    /// Interrupt.
+    /// Number of the interrupt.
     pub gsi: u32,
 }
 
@@ -63,6 +64,7 @@ pub fn build(cpus: u8, slots: &[VirtioMmioSlot]) -> Vec<u8> {
     block
 }
 
+/// A register of one byte in the block at [`layout::ACPI_POWER_PORT`].
 fn port(offset: u16) -> GAS {
     let address = u64::from(layout::ACPI_POWER_PORT + offset);
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
@@ -128,9 +130,15 @@ fn dsdt(slots: &[VirtioMmioSlot]) -> Sdt {
     dsdt
 }
 
+/// An edge-triggered, active-high interrupt of one device alone.
+fn interrupt(gsi: u32) -> Interrupt {
+    let (is_consumer, is_edge_triggered, is_active_low, is_shared) = (true, true, false, false);
+    Interrupt::new(is_consumer, is_edge_triggered, is_active_low, is_shared, gsi)
+}
+
 fn virtio_device(name: &str, uid: u64, slot: VirtioMmioSlot, body: &mut Vec<u8>) {
     let registers = Memory32Fixed::new(true, slot.base as u32, layout::VIRTIO_MMIO_LEN as u32);
-    let interrupt = Interrupt::new(true, true, false, false, slot.gsi);
+    let interrupt = interrupt(slot.gsi);
     Device::new(
         name.into(),
         vec![
@@ -148,7 +156,7 @@ fn virtio_device(name: &str, uid: u64, slot: VirtioMmioSlot, body: &mut Vec<u8>)
 
 fn serial_device(body: &mut Vec<u8>) {
     let port = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8);
-    let interrupt = Interrupt::new(true, true, false, false, layout::SERIAL_GSI);
+    let interrupt = interrupt(layout::SERIAL_GSI);
     Device::new(
         "COM1".into(),
         vec![
@@ -199,7 +207,7 @@ fn vmclock(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
-/// Where the guest's kernel says that it has panicked (QEMU, docs/specs/pvpanic.rst).
+/// Where the guest's kernel reports that it has panicked (QEMU, docs/specs/pvpanic.rst).
 fn panic_notifier(body: &mut Vec<u8>) {
     let port = IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, PvPanic::LEN as u8);
     Device::new(
@@ -212,12 +220,12 @@ fn panic_notifier(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
-/// A generic event device (ACPI 6.5, 5.6.9): the machine raises one of its interrupts, and it notifies the device
-/// that has something to say.
+/// A generic event device (ACPI 6.5, 5.6.9): the machine raises one of its interrupts, and its method notifies the
+/// device that the interrupt belongs to.
 fn event_device(body: &mut Vec<u8>) {
-    let power = Interrupt::new(true, true, false, false, layout::POWER_GSI);
-    let generation = Interrupt::new(true, true, false, false, layout::GENERATION_GSI);
-    let vmclock = Interrupt::new(true, true, false, false, layout::VMCLOCK_GSI);
+    let power = interrupt(layout::POWER_GSI);
+    let generation = interrupt(layout::GENERATION_GSI);
+    let vmclock = interrupt(layout::VMCLOCK_GSI);
     let interrupts = ResourceTemplate::new(vec![&power, &generation, &vmclock]);
     Device::new(
         "GED_".into(),

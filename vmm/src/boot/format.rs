@@ -1,6 +1,6 @@
 //! What kind of kernel a file is, and how long it must be to be whole.
 
-/// Bytes from the start of a file that [`recognise`] looks at: the ELF header with its program headers, which
+/// Bytes from the start of a file that [`recognise`] needs: the ELF header with its program headers, which
 /// linkers put right behind it, or the setup header of a bzImage.
 pub(super) const HEAD_LEN: u64 = 4096;
 
@@ -20,8 +20,8 @@ pub(super) fn recognise(head: &[u8]) -> Option<(KernelFormat, u64)> {
     (head.get(0x202..0x206) == Some(b"HdrS".as_slice())).then(|| (KernelFormat::BzImage, bzimage_size(head)))
 }
 
-/// The end of the last segment that the program headers place in the file. A file too short to have them is
-/// as long as it says that they end.
+/// The end of the last segment that the program headers place in the file. Of a file that is too short to have all
+/// program headers it is at least their end, which the file does not reach.
 fn elf_size(head: &[u8]) -> u64 {
     const HEADER: u64 = 64;
     let (Some(table), Some(entry_len), Some(count)) = (u64_at(head, 32), u16_at(head, 54), u16_at(head, 56))

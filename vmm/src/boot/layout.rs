@@ -30,11 +30,11 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const CMDLINE: u64 = 0x2_0000;
 /// Most bytes of a kernel command line, its NUL included.
 pub const CMDLINE_MAX: usize = 2048;
-/// End of conventional memory; the MP table begins here, where kernels look for it.
+/// End of conventional memory; the MP table begins here, where kernels search for it.
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// Bytes for the MP table.
 pub const MP_TABLE_MAX: usize = 0x400;
-/// RSDP; kernels look for it between here and 1 MiB. The other ACPI tables follow.
+/// RSDP; kernels search for it between here and 1 MiB. The other ACPI tables follow.
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes for ACPI tables.
 pub const ACPI_MAX: usize = 0x1_e000;

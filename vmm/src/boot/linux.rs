@@ -9,7 +9,7 @@ use devices::GuestMemory;
 
 /// Offset of the 64-bit entry point from the begin of the protected-mode kernel.
 pub(super) const BZIMAGE_64BIT_ENTRY: u64 = 0x200;
-/// The bzImage has that entry point.
+/// The flag of a bzImage that has this entry point.
 pub(super) const XLF_KERNEL_64: u16 = 1;
 
 const BOOT_FLAG: u16 = 0xaa55;
@@ -31,6 +31,8 @@ pub(super) fn unpacked_end(header: &setup_header, load: u64) -> u64 {
     start.saturating_add(size)
 }
 
+/// Writes the zero page of a machine with `size` bytes of memory. `header` is a bzImage's setup header; an ELF kernel has
+/// none.
 pub(super) fn write_zero_page(
     memory: &GuestMemory,
     size: u64,

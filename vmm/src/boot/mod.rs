@@ -30,7 +30,8 @@ use format::KernelFormat;
 
 /// The command line for a Linux guest that is given none.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=1 pci=off";
-/// The same for one whose console is the virtio one. Until the kernel has found that, it prints to the serial port.
+/// The same for a guest whose console is the virtio console. Until the kernel has found that, it prints to the serial
+/// port.
 pub const VIRTIO_CONSOLE_CMDLINE: &str = "earlyprintk=ttyS0 console=hvc0 reboot=k panic=1 pci=off";
 
 /// What can go wrong before the first instruction.
@@ -146,9 +147,11 @@ pub fn load(
 #[derive(Clone, Copy, Debug)]
 struct Initrd {
     gpa: u64,
+    /// In bytes.
     len: u64,
 }
 
+/// Opens a regular file; returns it with its length in bytes.
 fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
     let wrap = |source| BootError::Open {
         what,
@@ -177,6 +180,7 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
     Ok((file, metadata.len()))
 }
 
+/// Opens a kernel of a known format that is as long as its header promises.
 fn open_kernel(path: &Path) -> Result<(File, KernelFormat), BootError> {
     let (mut file, size) = open("kernel", path)?;
     let wrap = |source| BootError::Open {
@@ -224,7 +228,7 @@ fn load_kernel(
     Ok(loaded)
 }
 
-/// Where the memory ends that the kernel takes before it looks at where the initrd is.
+/// Where the memory ends that the kernel uses before it knows where the initrd is.
 fn kernel_end(loaded: &KernelLoaderResult) -> u64 {
     let unpacked = loaded
         .setup_header
@@ -233,6 +237,7 @@ fn kernel_end(loaded: &KernelLoaderResult) -> u64 {
     loaded.kernel_end.max(unpacked)
 }
 
+/// Puts the initrd as high below `limit` as it fits: the kernel unpacks itself from below.
 fn load_initrd(memory: &GuestMemory, path: &Path, kernel_end: u64, limit: u64) -> Result<Initrd, BootError> {
     let (mut file, size) = open("initrd", path)?;
     let too_large = || BootError::InitrdTooLarge {

@@ -8,6 +8,7 @@ use devices::GuestMemory;
 
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 
+/// Writes the start info of a machine with `size` bytes of memory, its memory map and its list of modules.
 pub(super) fn write_start_info(
     memory: &GuestMemory,
     size: u64,

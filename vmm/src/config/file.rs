@@ -13,33 +13,33 @@ use serde::{Deserialize, Deserializer};
 
 use super::harmless::{self, or_default};
 use super::limits::updated_limits;
-use super::{ConfigError, Wishes};
+use super::{ConfigError, RequestedConfig};
 use crate::machine::{BalloonConfig, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
 
-/// Most bytes of a configuration file.
-const MOST: u64 = 1 << 20;
+/// The most bytes of a configuration file.
+const MAX_LEN: u64 = 1 << 20;
 
-/// What is in the file, which may be a pipe, if that has an end.
+/// Reads the file, which may be a pipe, to its end.
 fn read(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?
-        .take(MOST + 1)
+        .take(MAX_LEN + 1)
         .read_to_string(&mut text)?;
-    if text.len() as u64 > MOST {
-        let message = format!("expected at most {MOST} bytes, got more");
+    if text.len() as u64 > MAX_LEN {
+        let message = format!("expected at most {MAX_LEN} bytes, got more");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
     Ok(text)
 }
 
-impl Wishes {
+impl RequestedConfig {
     /// What a configuration file asks for.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text = read(path).map_err(|source| ConfigError::Read {
             path: path.into(),
             source,
         })?;
-        let mut file: File = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
+        let mut file: FirecrackerFile = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
             path: path.into(),
             source,
         })?;
@@ -100,7 +100,7 @@ fn put_root_first(drives: &mut [DriveSection]) -> Result<Option<String>, ConfigE
 /// not served is [`harmless`] or an error too.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
+struct FirecrackerFile {
     boot_source: BootSourceSection,
     machine_config: Option<MachineSection>,
     #[serde(default, deserialize_with = "or_default")]
@@ -116,7 +116,7 @@ struct File {
     _metrics: (),
     #[serde(default, rename = "mmds-config", deserialize_with = "harmless::mmds_config")]
     _mmds_config: (),
-    /// Of the service that `mmds-config` would configure.
+    /// The version of the service that `mmds-config` would configure.
     #[serde(rename = "mmds-version")]
     _mmds_version: Option<String>,
     #[serde(default, rename = "cpu-config", deserialize_with = "harmless::cpu_config")]
@@ -133,7 +133,7 @@ struct File {
     _serial: (),
 }
 
-/// Of which nothing is served but what is so anyway. The forms of log lines differ and have no meaning.
+/// The logger's section. What it may ask for is so anyway; the forms of log lines are taken and have no effect.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LoggerSection {
@@ -147,7 +147,7 @@ struct LoggerSection {
     _show_log_origin: Option<bool>,
     #[serde(default, rename = "module", deserialize_with = "harmless::module")]
     _module: (),
-    // Of older versions.
+    // Keys of older versions.
     #[serde(default, rename = "log_fifo", deserialize_with = "harmless::log_fifo")]
     _log_fifo: (),
     #[serde(default, rename = "metrics_fifo", deserialize_with = "harmless::metrics_fifo")]
@@ -192,7 +192,7 @@ struct MachineSection {
 enum HugePagesSection {
     #[default]
     None,
-    /// Which memory is in anyway, where the host gives them.
+    /// Memory is in transparent huge pages anyway, where the host gives them.
     Transparent,
     #[serde(rename = "2M")]
     Two,
@@ -202,10 +202,10 @@ enum HugePagesSection {
 #[serde(deny_unknown_fields)]
 struct DriveSection {
     drive_id: String,
-    /// Firecracker's files have none.
+    /// What the file is; Firecracker's files do not have this key.
     #[serde(default)]
     format: FormatSection,
-    /// What an image is on, from the upper to the lower; as little Firecracker's.
+    /// The image's backing files, from the upper to the lower. Firecracker's files do not have this key.
     #[serde(default)]
     backing: Vec<BackingSection>,
     path_on_host: PathBuf,
@@ -301,7 +301,7 @@ struct BalloonSection {
     /// The guest is asked for statistics when a client asks for them.
     #[serde(rename = "stats_polling_interval_s")]
     _stats_polling_interval_s: Option<u64>,
-    /// The guest may always tell which pages are free.
+    /// The guest may always report which pages are free.
     #[serde(rename = "free_page_hinting")]
     _free_page_hinting: Option<bool>,
     #[serde(rename = "free_page_reporting")]
@@ -337,7 +337,7 @@ impl From<VsockSection> for VsockConfig<u64> {
     }
 }
 
-/// The device is there without it as well.
+/// The entropy device's limits. The device is there without this section as well.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct EntropySection {
@@ -358,7 +358,7 @@ struct NetworkSection {
     tx_rate_limiter: RateLimiter,
     #[serde(default, rename = "mtu", deserialize_with = "harmless::mtu")]
     _mtu: (),
-    /// Of older versions.
+    /// A key of older versions.
     #[serde(
         default,
         rename = "allow_mmds_requests",
@@ -367,7 +367,7 @@ struct NetworkSection {
     _allow_mmds_requests: (),
 }
 
-/// Text, where [`MacAddress`] itself is bytes.
+/// Parses an address from text; [`MacAddress`] itself is deserialized from bytes.
 fn mac<'de, D: Deserializer<'de>>(from: D) -> Result<Option<MacAddress>, D::Error> {
     let text = Option::<String>::deserialize(from)?;
     text.map(|text| text.parse().map_err(D::Error::custom))

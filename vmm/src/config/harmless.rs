@@ -1,12 +1,12 @@
-//! What Firecracker's configuration file may say that means nothing here. A key is taken as long as it asks for
-//! nothing, and refused with the reason where it asks for something: the user must not get another machine than the
-//! file describes.
+//! Keys of Firecracker's configuration file that are not served here. A key is accepted as long as it asks for nothing,
+//! and refused with the reason where it asks for something: the user must not get another machine than the file
+//! describes.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-/// A value; its default for `null`, which Firecracker's own files say for what they do not use.
+/// A value, or its default for `null`, which Firecracker's own files have for what they do not use.
 pub(super) fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
     from: D,
 ) -> Result<T, D::Error> {
@@ -29,13 +29,13 @@ harmless! {
     gdb_socket_path: |_| false, "null", "there is no debugger's socket";
     cpu_config: |_| false, "null", "processors are masked by --cpu-template";
     socket: |_| false, "null", "there are no vhost-user disks";
-    mtu: |_| false, "null", "the guest is told the tap's";
+    mtu: |_| false, "null", "the guest gets the tap's";
     allow_mmds_requests: |value| *value == false, "false", "there is no metadata service";
     mmds_config: |_| false, "null", "there is no metadata service";
-    metrics: |_| false, "null", "`godwit metrics` and GET /metrics tell them";
+    metrics: |_| false, "null", "`godwit metrics` and GET /metrics show them";
     log_path: |_| false, "null", "the log's file is --log FILE";
     log_fifo: |_| false, "null", "the log's file is --log FILE";
-    metrics_fifo: |_| false, "null", "`godwit metrics` and GET /metrics tell them";
+    metrics_fifo: |_| false, "null", "`godwit metrics` and GET /metrics show them";
     level: |value| value.as_str().is_some_and(|level| level.eq_ignore_ascii_case("info")), "\"Info\"",
         "the log's level is in the variable GODWIT_LOG";
     module: |_| false, "null", "what is logged is in the variable GODWIT_LOG";

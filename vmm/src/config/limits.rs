@@ -3,7 +3,7 @@
 use api::{RateLimiter, TokenBucket};
 use devices::{Bucket, Limits};
 
-/// `limiter`'s limits where it says something, else `before`.
+/// The limits that `limiter` sets, and those of `before` where it sets none. A bucket of size 0 removes a limit.
 pub(crate) fn updated_limits(limiter: RateLimiter, before: Limits) -> Limits {
     let bucket = |asked: Option<TokenBucket>, before| match asked {
         None => before,

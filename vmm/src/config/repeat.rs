@@ -1,4 +1,4 @@
-//! A configuration that a machine can be built from more than once.
+//! Makes a configuration one from which a machine can be built more than once.
 
 use devices::virtio::net::{MacAddress, TapSource};
 
@@ -6,7 +6,7 @@ use super::ConfigError;
 use crate::machine::MachineConfig;
 
 impl MachineConfig {
-    /// Settles what would otherwise differ from one machine to the next. Refuses what is there only once: a machine's end
+    /// Chooses what would otherwise be chosen anew for each machine. Refuses what exists only once: the end of a machine
     /// closes the descriptors that it was given.
     pub fn make_repeatable(&mut self) -> Result<(), ConfigError> {
         for net in &mut self.nets {
@@ -26,11 +26,11 @@ impl MachineConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Wishes;
+    use crate::config::RequestedConfig;
     use crate::machine::NetConfig;
 
     fn with(tap: TapSource) -> MachineConfig {
-        let wishes = Wishes {
+        let requested = RequestedConfig {
             kernel: Some("vmlinux".into()),
             nets: vec![NetConfig {
                 id: "net0".into(),
@@ -43,7 +43,7 @@ mod tests {
             cpu_template: Some("host".into()),
             ..Default::default()
         };
-        wishes.check().unwrap()
+        requested.check().unwrap()
     }
 
     #[test]

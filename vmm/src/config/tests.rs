@@ -6,8 +6,8 @@ use devices::virtio::block;
 
 use super::*;
 
-fn wishes() -> Wishes {
-    Wishes {
+fn requested() -> RequestedConfig {
+    RequestedConfig {
         kernel: Some("vmlinux".into()),
         memory: Some(64 << 20),
         ..Default::default()
@@ -16,28 +16,31 @@ fn wishes() -> Wishes {
 
 #[test]
 fn defaults_and_limits() {
-    let config = wishes().check().unwrap();
+    let config = requested().check().unwrap();
     assert_eq!((config.cpus, config.memory), (1, 64 << 20));
     for bad in [0, 33, 1 << 40] {
-        let error = Wishes {
+        let error = RequestedConfig {
             cpus: Some(bad),
-            ..wishes()
+            ..requested()
         }
         .check()
         .unwrap_err();
         assert_eq!(error.to_string(), format!("cpus: expected 1 to 32, got {bad}"));
     }
-    assert!(matches!(Wishes::default().check(), Err(ConfigError::NoKernel)));
+    assert!(matches!(
+        RequestedConfig::default().check(),
+        Err(ConfigError::NoKernel)
+    ));
 }
 
 #[test]
 fn a_balloon_is_no_larger_than_the_guest() {
-    let with = |bytes| Wishes {
+    let with = |bytes| RequestedConfig {
         balloon: Some(BalloonConfig {
             bytes,
             deflate_on_oom: true,
         }),
-        ..wishes()
+        ..requested()
     };
     with(64 << 20).check().unwrap();
     assert!(matches!(
@@ -56,9 +59,9 @@ fn devices_have_distinct_names() {
         read_only: false,
         parameters: block::BlockParameters::default(),
     };
-    let twice = Wishes {
+    let twice = RequestedConfig {
         disks: vec![disk("a"), disk("a")],
-        ..wishes()
+        ..requested()
     };
     assert!(matches!(twice.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
     let net = |id: &str| NetConfig {
@@ -69,27 +72,27 @@ fn devices_have_distinct_names() {
         rx_limits: Limits::default(),
         tx_limits: Limits::default(),
     };
-    let of_both_kinds = Wishes {
+    let of_both_kinds = RequestedConfig {
         disks: vec![disk("a")],
         nets: vec![net("b"), net("a")],
-        ..wishes()
+        ..requested()
     };
     assert!(matches!(of_both_kinds.check(), Err(ConfigError::DuplicateDevice(id)) if id == "a"));
-    let many = Wishes {
+    let many = RequestedConfig {
         disks: vec![disk("a")],
         nets: (0..MAX_DEVICES)
             .map(|number| net(&format!("net{number}")))
             .collect(),
-        ..wishes()
+        ..requested()
     };
     assert!(matches!(
         many.check(),
         Err(ConfigError::TooManyDevices { got: 13, .. })
     ));
     for bad in ["", "a/b", "rng", "vsock", &"x".repeat(DEVICE_ID_MAX + 1)] {
-        let bad = Wishes {
+        let bad = RequestedConfig {
             disks: vec![disk(bad)],
-            ..wishes()
+            ..requested()
         };
         assert!(matches!(bad.check(), Err(ConfigError::DeviceId { .. })));
     }
@@ -106,9 +109,9 @@ fn network_cards_have_distinct_taps_and_some_queues() {
         rx_limits: Limits::default(),
         tx_limits: Limits::default(),
     };
-    let both = |one, other| Wishes {
+    let both = |one, other| RequestedConfig {
         nets: vec![net("a", one), net("b", other)],
-        ..wishes()
+        ..requested()
     };
     let (name, list) = (|name: &str| TapSource::Name(name.into()), TapSource::Descriptors);
     both(name("x"), name("y")).check().unwrap();
@@ -121,9 +124,9 @@ fn network_cards_have_distinct_taps_and_some_queues() {
         assert!(matches!(shared.check(), Err(ConfigError::SharedTap)));
     }
     for queues in [0, MAX_QUEUE_PAIRS + 1] {
-        let mut wishes = both(name("x"), name("y"));
-        wishes.nets[1].queues = queues;
-        let error = wishes.check().unwrap_err().to_string();
+        let mut requested = both(name("x"), name("y"));
+        requested.nets[1].queues = queues;
+        let error = requested.check().unwrap_err().to_string();
         assert!(
             error.contains(&format!("\"b\": expected 1 to 16 queues, got {queues}")),
             "{error}"
@@ -133,13 +136,13 @@ fn network_cards_have_distinct_taps_and_some_queues() {
 
 #[test]
 fn addresses_that_no_guest_can_have() {
-    let with_cid = |guest_cid| Wishes {
+    let with_cid = |guest_cid| RequestedConfig {
         vsock: Some(VsockConfig {
             guest_cid,
             uds: "v.sock".into(),
             limits: Limits::default(),
         }),
-        ..wishes()
+        ..requested()
     };
     for bad in [0, 2, u64::from(u32::MAX), 1 << 32 | 3] {
         let error = with_cid(bad).check().unwrap_err();
@@ -155,7 +158,7 @@ fn addresses_that_no_guest_can_have() {
         read_only: false,
         parameters: block::BlockParameters::default(),
     };
-    let full = Wishes {
+    let full = RequestedConfig {
         disks: (0..MAX_DEVICES).map(disk).collect(),
         ..with_cid(3)
     };
@@ -168,12 +171,12 @@ fn addresses_that_no_guest_can_have() {
 
 #[test]
 fn a_console_device_is_there_when_it_is_wanted() {
-    let with = |has_terminal, ports: &[&str]| Wishes {
+    let with = |has_terminal, ports: &[&str]| RequestedConfig {
         console: ConsoleConfig {
             has_terminal,
             ports: ports.iter().map(|name| ((*name).into(), "x".into())).collect(),
         },
-        ..wishes()
+        ..requested()
     };
     let none = with(false, &[]).check().unwrap();
     assert_eq!(
@@ -205,13 +208,13 @@ fn huge_pages_are_alone() {
                 "machine-config": {{"vcpu_count": 1, "mem_size_mib": 64, "huge_pages": "{huge_pages}"}}}}"#
         );
         std::fs::write(&path, text).unwrap();
-        Wishes::from_file(&path)
+        RequestedConfig::from_file(&path)
     };
-    let kind = |wishes: Wishes| wishes.check().map(|config| config.memory_kind);
+    let kind = |requested: RequestedConfig| requested.check().map(|config| config.memory_kind);
     assert_eq!(kind(read("None").unwrap()).unwrap(), MemoryKind::Anonymous);
     assert_eq!(kind(read("2M").unwrap()).unwrap(), MemoryKind::HugePages);
     assert!(read("1G").is_err());
-    let shared = Wishes {
+    let shared = RequestedConfig {
         shared_memory: true,
         ..Default::default()
     };
@@ -220,7 +223,7 @@ fn huge_pages_are_alone() {
         error.to_string(),
         "huge pages: expected no shared memory beside them"
     );
-    let balloon = Wishes {
+    let balloon = RequestedConfig {
         balloon: Some(BalloonConfig {
             bytes: 0,
             deflate_on_oom: true,
@@ -242,7 +245,7 @@ fn an_image_and_what_it_is_on() {
                         "backing": [{"path_on_host": "middle"}, {"path_on_host": "base", "format": "raw"}]}]}"#,
     )
     .unwrap();
-    let disk = Wishes::from_file(&path).unwrap().disks.remove(0);
+    let disk = RequestedConfig::from_file(&path).unwrap().disks.remove(0);
     let file = |path: &str, format| block::BackingFile {
         path: path.into(),
         format,
@@ -274,9 +277,9 @@ fn the_command_line_overrides_the_file() {
             "entropy": {"rate_limiter": {"ops": {"size": 9, "refill_time": 100}}}}"#,
     )
     .unwrap();
-    let file = Wishes::from_file(&path).unwrap();
+    let file = RequestedConfig::from_file(&path).unwrap();
     let config = file
-        .overridden_by(Wishes {
+        .overridden_by(RequestedConfig {
             cpus: Some(4),
             ..Default::default()
         })

@@ -1,4 +1,4 @@
-//! Can this host run a guest that has seen that CPUID? Every bit that it cannot offer is named.
+//! Compares the CPUID that a guest has seen with what this host can offer, and names every feature that is missing.
 
 use kvm_bindings::kvm_cpuid_entry2;
 use migration::{CpuidLeaf, Difference};

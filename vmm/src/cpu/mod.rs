@@ -48,7 +48,7 @@ pub fn host_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, CpuError> {
             _ => {}
         }
     }
-    // SVM's own leaf says nothing without the bit.
+    // Without the bit for SVM its own leaf has no meaning.
     entries.retain(|entry| entry.function != 0x8000_000a);
     Ok(entries)
 }
@@ -62,7 +62,7 @@ pub fn machine_cpuid(host: &[kvm_cpuid_entry2], template: Template, cpus: u8) ->
     entries
 }
 
-/// The machine's table as vCPU `id` sees it.
+/// The machine's table as vCPU `id` sees it, with its own APIC ID.
 pub fn for_vcpu(machine: &[kvm_cpuid_entry2], id: u8) -> Result<CpuId, CpuError> {
     let mut entries = machine.to_vec();
     topology::set_apic_id(&mut entries, id);

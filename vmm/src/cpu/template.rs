@@ -27,15 +27,16 @@ const ALL: [Template; 3] = [Template::Host, Template::Pvm, Template::Baseline];
 /// Where the kernel lists the loaded `kvm-pvm` module.
 const PVM_MODULE: &str = "/sys/module/kvm_pvm";
 
-struct Mask {
+/// Bits of one CPUID leaf that a template hides.
+struct CpuidMask {
     function: u32,
     index: u32,
     /// Bits to clear in EAX, EBX, ECX, EDX.
     clear: [u32; 4],
 }
 
-const fn mask(function: u32, index: u32, clear: [u32; 4]) -> Mask {
-    Mask {
+const fn mask(function: u32, index: u32, clear: [u32; 4]) -> CpuidMask {
+    CpuidMask {
         function,
         index,
         clear,
@@ -57,7 +58,7 @@ const ALL_BITS: u32 = u32::MAX;
 /// Instructions that the emulator does not know: MONITOR, FMA, CMPXCHG16B, PCID, MOVBE, POPCNT, XSAVE and AVX,
 /// F16C, RDRAND in leaf 1; FSGSBASE, BMI, AVX2, SMEP, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB, AVX-512
 /// and all of ECX (UMIP, PKU, RDPID, LA57 …) in leaf 7; RDTSCP.
-const PVM: &[Mask] = &[
+const PVM: &[CpuidMask] = &[
     mask(1, 0, [0, 0, bits(&[3, 12, 13, 17, 22, 23, 26, 28, 29, 30]), 0]),
     mask(
         7,
@@ -77,7 +78,7 @@ const PVM: &[Mask] = &[
 
 /// Keeps x86-64-v2: clears FMA, MOVBE, XSAVE, AVX, F16C, RDRAND, every extended feature of leaf 7 but the
 /// mitigations, and AMD's own (SSE4A, XOP, LWP, FMA4).
-const BASELINE: &[Mask] = &[
+const BASELINE: &[CpuidMask] = &[
     mask(1, 0, [0, 0, bits(&[12, 22, 26, 28, 29, 30]), 0]),
     mask(7, 0, [ALL_BITS, ALL_BITS, ALL_BITS, !SPECULATION_EDX]),
     mask(7, 1, [ALL_BITS; 4]),
@@ -120,7 +121,7 @@ impl Template {
             Template::Baseline => BASELINE,
         };
         for entry in entries {
-            let of_entry = |mask: &&Mask| mask.function == entry.function && mask.index == entry.index;
+            let of_entry = |mask: &&CpuidMask| mask.function == entry.function && mask.index == entry.index;
             let Some(mask) = masks.iter().find(of_entry) else {
                 continue;
             };

@@ -1,4 +1,6 @@
-//! What this host offers to a machine that arrives, and what of its devices that leaves out.
+//! What this host offers to a machine that arrives, and which of the machine's devices it cannot serve.
+//!
+//! Host paths come from the command line, never from the peer. The peer's descriptions are untrusted.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,17 +27,17 @@ pub struct DiskBackend {
     pub path: PathBuf,
     /// What the file is: the peer does not say.
     pub format: block::ImageFormat,
-    /// What it is on, if it is an image, from the upper to the lower.
+    /// The backing files of an image, from the upper to the lower.
     pub backing: Vec<BackingFile>,
-    /// Whether it is the source's own disk on its operator's word, where locks do not show that.
+    /// Whether the operator says that it is the source's own disk, where locks cannot show that.
     pub is_shared: bool,
 }
 
 impl DiskBackend {
-    /// All of its files, and whether each is written to where the disk is.
+    /// All of its files, and for each whether it is written to, if the disk is.
     fn files(&self, is_writable: bool) -> impl Iterator<Item = (&Path, bool)> {
-        let below = self.backing.iter().map(|below| (below.path.as_path(), false));
-        [(self.path.as_path(), is_writable)].into_iter().chain(below)
+        let backing = self.backing.iter().map(|file| (file.path.as_path(), false));
+        [(self.path.as_path(), is_writable)].into_iter().chain(backing)
     }
 }
 
@@ -51,9 +53,9 @@ pub struct HostOffer {
     pub vsock: Option<PathBuf>,
     /// Paths of the sockets of the console's ports, by the port's name.
     pub ports: BTreeMap<String, PathBuf>,
-    /// Most guest memory in bytes.
+    /// The most guest memory that a machine may have, in bytes.
     pub max_memory: Option<u64>,
-    /// Guest memory in bytes that is made, and made resident, before a machine arrives.
+    /// How much guest memory is made, and made resident, before a machine arrives, in bytes.
     pub reserve: Option<u64>,
 }
 
@@ -81,8 +83,8 @@ impl HostOffer {
         Blank::make(index as u32, path, device.backend_size).map(Some)
     }
 
-    /// The disk that is here for the device of this number. One that a source offers must have its mark; a snapshot's
-    /// is whatever was put there.
+    /// Opens the disk that is here for the device of this number. A disk that a source offers must have the source's mark; a
+    /// snapshot's disk is the file that the operator names.
     pub(super) fn open_disk(
         &self,
         index: usize,
@@ -97,7 +99,7 @@ impl HostOffer {
         if !disk.is_shared {
             let mut marks = offered.marks.iter();
             let mark = marks.find(|mark| mark.device as usize == index);
-            // At 0 there is none.
+            // No mark is at offset 0, so a disk without a mark is refused.
             backend.check_mark(mark.map_or(0, |mark| mark.offset))?;
         }
         Ok(backend.taken_over())
@@ -153,6 +155,7 @@ impl HostOffer {
         differences
     }
 
+    /// What keeps this host from having the device, if anything does.
     fn check_device(
         &self,
         index: usize,
@@ -175,7 +178,7 @@ impl HostOffer {
                 ));
             }
         }
-        // Made to see whether that can be done, and gone again at the end of this.
+        // It is made only to find out whether that can be done, and goes when this check ends.
         let blank = match self.blank(index, device, offered) {
             Ok(blank) => blank,
             Err(error) => return Some(difference(&what, "room for it", migration::chain(&error))),
@@ -226,7 +229,7 @@ impl HostOffer {
             return false;
         };
         let same = |path: &Path, other: &Path| match (identity(path), identity(other)) {
-            // Two that are to be made.
+            // Both do not exist yet, and are to be made.
             (None, None) => path == other,
             (ours, theirs) => ours == theirs,
         };
@@ -373,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn only_as_many_devices_as_there_are_slots_are_looked_at() {
+    fn only_as_many_devices_as_there_are_slots_are_checked() {
         assert_eq!(NOTHING.check_devices(&[], None)[0].expected, "0");
         let many = vec![disk("x", false); 100_000];
         assert_eq!(check(&NOTHING, &many), ["1 to 13"]);
@@ -423,6 +426,7 @@ mod tests {
         let twice = check(&arrival, &[source.clone(), source]);
         assert_eq!(twice, ["two of that name"]);
     }
+
     #[test]
     fn every_port_of_a_console_has_a_socket() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Virtio devices with what is behind them on this host: the one place that knows every kind of them.
+//! Opens virtio devices with what is behind them on this host. This is the one place that knows every kind of them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,9 +83,9 @@ pub(super) fn open(config: &MachineConfig) -> Result<Vec<NamedDevice>, MachineEr
 }
 
 impl HostOffer {
-    /// A device like the one of this number that a peer describes, with what this host has for it. The description is
-    /// untrusted; what the device turns out to be may still differ from it. A disk is the one in `blank`, if there is
-    /// one, or else what the source offers.
+    /// Opens a device like the one of this number that a peer describes, with what this host has for it. The description
+    /// is untrusted, and the caller compares the device with it. A disk is the one in `blank`, if there is one, or else the
+    /// source's own.
     pub(super) fn open(
         &self,
         index: usize,
@@ -93,90 +93,55 @@ impl HostOffer {
         blank: Option<&Blank>,
         offered: Option<&OfferedDisks>,
     ) -> Result<NamedDevice, Unavailable> {
-        let id = &description.id;
         match description.kind.as_str() {
-            RngState::KIND => {
-                let parameters = &description.parameters;
-                let limits = Limits::from_bytes(parameters).ok_or_else(|| Unavailable {
-                    expected: "rate limits",
-                    got: format!("{parameters:02x?}"),
-                })?;
-                rng(limits).map_err(|error| Unavailable {
-                    expected: "an entropy device",
-                    got: migration::chain(&error),
-                })
-            }
-            BlockState::KIND => {
-                let disk = self.disks.get(id).ok_or_else(|| Unavailable {
-                    expected: "a backend",
-                    got: format!("none (use --disk {id}=PATH)"),
-                })?;
-                let parameters = &description.parameters;
-                let parameters =
-                    block::BlockParameters::from_bytes(parameters).ok_or_else(|| Unavailable {
-                        expected: "cache mode and rate limits",
-                        got: format!("{parameters:02x?}"),
-                    })?;
-                let access = Access {
-                    read_only: description.read_only,
-                    direct: parameters.direct,
-                    format: disk.format,
-                };
-                let opened = match blank {
-                    Some(blank) => blank.open(access),
-                    None => self.open_disk(index, disk, access, offered),
-                };
-                if let Err(BlockBackendError::NotTheSame { path }) = &opened {
-                    return Err(Unavailable::another_disk(id, path));
-                }
-                opened
-                    .map_err(MachineError::from)
-                    .and_then(|backend| block(id, backend, parameters))
-                    .map_err(|error| Unavailable {
-                        expected: "a usable backend",
-                        got: migration::chain(&error),
-                    })
-            }
+            RngState::KIND => open_rng(description),
+            BlockState::KIND => self.open_block(index, description, blank, offered),
             NetState::KIND => self.open_net(description),
-            BalloonState::KIND => {
-                // How much it is to have is part of its state.
-                let parameters = &description.parameters;
-                let opened = match VirtioBalloon::deflates_on_oom(parameters) {
-                    Some(deflates) if id == BALLOON_ID => {
-                        balloon(0, deflates).map_err(|error| migration::chain(&error))
-                    }
-                    _ => Err(format!("{id:?} made with {parameters:02x?}")),
-                };
-                opened.map_err(|got| Unavailable {
-                    expected: "a balloon of that name",
-                    got,
-                })
-            }
-            VsockState::KIND => {
-                let path = self.vsock.as_ref().ok_or_else(|| Unavailable {
-                    expected: "a socket on the host",
-                    got: "none (use --vsock uds=PATH)".into(),
-                })?;
-                let parameters = &description.parameters;
-                let parameters =
-                    vsock::VsockParameters::from_bytes(parameters).ok_or_else(|| Unavailable {
-                        expected: "the guest's CID and rate limits",
-                        got: format!("{parameters:02x?}"),
-                    })?;
-                vsock::VsockBackend::open(path)
-                    .map_err(MachineError::from)
-                    .and_then(|backend| socket_device(backend, parameters))
-                    .map_err(|error| Unavailable {
-                        expected: "a usable socket on the host",
-                        got: migration::chain(&error),
-                    })
-            }
+            BalloonState::KIND => open_balloon(description),
+            VsockState::KIND => self.open_vsock(description),
             ConsoleState::KIND => self.open_console(description),
             _ => Err(Unavailable {
                 expected: "a kind that is known here",
                 got: format!("{:?}, which is none of {KINDS:?}", description.kind),
             }),
         }
+    }
+
+    fn open_block(
+        &self,
+        index: usize,
+        description: &DeviceDescription,
+        blank: Option<&Blank>,
+        offered: Option<&OfferedDisks>,
+    ) -> Result<NamedDevice, Unavailable> {
+        let DeviceDescription { id, parameters, .. } = description;
+        let disk = self.disks.get(id).ok_or_else(|| Unavailable {
+            expected: "a backend",
+            got: format!("none (use --disk {id}=PATH)"),
+        })?;
+        let parameters = block::BlockParameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+            expected: "cache mode and rate limits",
+            got: format!("{parameters:02x?}"),
+        })?;
+        let access = Access {
+            read_only: description.read_only,
+            direct: parameters.direct,
+            format: disk.format,
+        };
+        let opened = match blank {
+            Some(blank) => blank.open(access),
+            None => self.open_disk(index, disk, access, offered),
+        };
+        if let Err(BlockBackendError::NotTheSame { path }) = &opened {
+            return Err(Unavailable::another_disk(id, path));
+        }
+        opened
+            .map_err(MachineError::from)
+            .and_then(|backend| block(id, backend, parameters))
+            .map_err(|error| Unavailable {
+                expected: "a usable backend",
+                got: migration::chain(&error),
+            })
     }
 
     fn open_net(
@@ -197,6 +162,27 @@ impl HostOffer {
             got: error.to_string(),
         })?;
         Ok(named(id, net))
+    }
+
+    fn open_vsock(
+        &self,
+        DeviceDescription { parameters, .. }: &DeviceDescription,
+    ) -> Result<NamedDevice, Unavailable> {
+        let path = self.vsock.as_ref().ok_or_else(|| Unavailable {
+            expected: "a socket on the host",
+            got: "none (use --vsock uds=PATH)".into(),
+        })?;
+        let parameters = vsock::VsockParameters::from_bytes(parameters).ok_or_else(|| Unavailable {
+            expected: "the guest's CID and rate limits",
+            got: format!("{parameters:02x?}"),
+        })?;
+        vsock::VsockBackend::open(path)
+            .map_err(MachineError::from)
+            .and_then(|backend| socket_device(backend, parameters))
+            .map_err(|error| Unavailable {
+                expected: "a usable socket on the host",
+                got: migration::chain(&error),
+            })
     }
 
     fn open_console(
@@ -220,6 +206,31 @@ impl HostOffer {
             got: migration::chain(&error),
         })
     }
+}
+
+fn open_rng(DeviceDescription { parameters, .. }: &DeviceDescription) -> Result<NamedDevice, Unavailable> {
+    let limits = Limits::from_bytes(parameters).ok_or_else(|| Unavailable {
+        expected: "rate limits",
+        got: format!("{parameters:02x?}"),
+    })?;
+    rng(limits).map_err(|error| Unavailable {
+        expected: "an entropy device",
+        got: migration::chain(&error),
+    })
+}
+
+fn open_balloon(
+    DeviceDescription { id, parameters, .. }: &DeviceDescription,
+) -> Result<NamedDevice, Unavailable> {
+    let opened = match VirtioBalloon::deflates_on_oom(parameters) {
+        // How much memory the balloon is to have is part of its state, which comes later.
+        Some(deflates) if id == BALLOON_ID => balloon(0, deflates).map_err(|error| migration::chain(&error)),
+        _ => Err(format!("{id:?} made with {parameters:02x?}")),
+    };
+    opened.map_err(|got| Unavailable {
+        expected: "a balloon of that name",
+        got,
+    })
 }
 
 /// Why a device cannot be had here.

@@ -1,4 +1,6 @@
 //! Disks that are made anew for a machine that brings their content along.
+//!
+//! A new disk must not replace a file, and must not stay behind unless the machine has come.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,29 +15,34 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use tempfile::{Builder, TempPath};
 
-/// So many bytes are written at most before they are made durable: else the last flush, for which the guest waits,
-/// might have all of a disk to write back.
-const WRITE_BACK: u64 = 64 << 20;
+/// The most bytes that are written before they are made durable: otherwise the last flush, for which the guest waits,
+/// might have to write back all of a disk.
+const MAX_UNFLUSHED: u64 = 64 << 20;
+
 /// What is written where a file system has no holes.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// A new disk, zeroed and hidden beside the name that it is to have. It goes when this does, unless it was kept.
+/// A new disk, zeroed and hidden beside the name that it is to have. It is removed when this is dropped, unless it was
+/// kept.
 #[derive(Debug)]
 pub(super) struct Blank {
     device: u32,
     path: PathBuf,
     size: u64,
     file: File,
-    /// WrittenSince since the last flush.
-    unsafe_bytes: AtomicU64,
-    name: Mutex<Name>,
+    /// Bytes that were written since the last flush.
+    unflushed: AtomicU64,
+    name: Mutex<DiskName>,
 }
 
+/// The disk's name in the file system.
 #[derive(Debug)]
-enum Name {
+enum DiskName {
+    /// A hidden one, which is removed with the value.
     Hidden(TempPath),
-    /// It has its name, but the machine may still not come.
+    /// Its own, but the machine may still not come.
     Given,
+    /// Its own for good: the machine runs with it, or may.
     Kept,
 }
 
@@ -70,30 +77,30 @@ impl Blank {
             path: path.to_owned(),
             size,
             file,
-            unsafe_bytes: AtomicU64::new(0),
-            name: Mutex::new(Name::Hidden(hidden)),
+            unflushed: AtomicU64::new(0),
+            name: Mutex::new(DiskName::Hidden(hidden)),
         })
     }
 
     /// The disk as the machine has it.
     pub(super) fn open(&self, access: Access) -> Result<BlockBackend, BlockBackendError> {
         let opened = match &*self.name() {
-            Name::Hidden(hidden) => BlockBackend::open(hidden, access)?,
-            Name::Given | Name::Kept => BlockBackend::open(&self.path, access)?,
+            DiskName::Hidden(hidden) => BlockBackend::open(hidden, access)?,
+            DiskName::Given | DiskName::Kept => BlockBackend::open(&self.path, access)?,
         };
         Ok(opened.made_here(&self.path))
     }
 
     /// Makes all that was written durable.
     pub(super) fn flush(&self) -> Result<(), PortError> {
-        self.unsafe_bytes.store(0, Ordering::Relaxed);
+        self.unflushed.store(0, Ordering::Relaxed);
         self.file
             .sync_data()
             .map_err(|error| self.failed("write it back", error))
     }
 
-    /// What [`Blank::publish`] will cost, as far as that can be done before: what is durable now need not be made so
-    /// while the guest waits.
+    /// Does as much of [`Blank::publish`] as can be done before it, which takes about as long: what is durable now need not
+    /// be made durable while the guest waits.
     pub(super) fn rehearse(&self) -> Result<(), PortError> {
         self.flush()?;
         self.sync_directory()
@@ -103,16 +110,16 @@ impl Blank {
     pub(super) fn publish(&self) -> Result<(), PortError> {
         self.flush()?;
         let mut name = self.name();
-        if let Name::Hidden(hidden) = std::mem::replace(&mut *name, Name::Given)
+        if let DiskName::Hidden(hidden) = std::mem::replace(&mut *name, DiskName::Given)
             && let Err(error) = hidden.persist_noclobber(&self.path)
         {
-            *name = Name::Hidden(error.path);
+            *name = DiskName::Hidden(error.path);
             return Err(self.failed("give it its name", error.error));
         }
         self.sync_directory()
     }
 
-    /// Where there are no holes.
+    /// Writes zeroes, where the file system has no holes.
     fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset + len;
         let mut at = offset;
@@ -124,7 +131,7 @@ impl Blank {
         Ok(())
     }
 
-    /// Takes it away, unless what has its name by now is another's. Nothing may use it any more.
+    /// Removes the disk, unless another file has its name by now. Nothing may use the disk any more.
     pub(super) fn remove(&self) {
         let is_ours = || {
             let (ours, found) = (self.file.metadata()?, fs::symlink_metadata(&self.path)?);
@@ -152,12 +159,12 @@ impl Blank {
             .map_err(|error| self.failed("make its name durable", error))
     }
 
-    /// The machine runs with it, or may: it stays.
+    /// Keeps the disk for good: the machine runs with it, or may.
     pub(super) fn keep(&self) {
-        *self.name() = Name::Kept;
+        *self.name() = DiskName::Kept;
     }
 
-    fn name(&self) -> MutexGuard<'_, Name> {
+    fn name(&self) -> MutexGuard<'_, DiskName> {
         self.name.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -185,7 +192,7 @@ impl BlankDisk for Blank {
             .write_all_at(content, offset)
             .map_err(|error| self.failed("write to it", error))?;
         let len = content.len() as u64;
-        if self.unsafe_bytes.fetch_add(len, Ordering::Relaxed) + len >= WRITE_BACK {
+        if self.unflushed.fetch_add(len, Ordering::Relaxed) + len >= MAX_UNFLUSHED {
             self.flush()?;
         }
         Ok(())
@@ -210,7 +217,7 @@ impl BlankDisk for Blank {
 
 impl Drop for Blank {
     fn drop(&mut self) {
-        if matches!(*self.name(), Name::Given) {
+        if matches!(*self.name(), DiskName::Given) {
             self.remove();
         }
     }
@@ -255,10 +262,10 @@ mod tests {
         let path = directory.path().join("disk");
         let blank = Blank::make(0, &path, 512).unwrap();
         blank.publish().unwrap();
-        fs::write(directory.path().join("other"), "somebody else's").unwrap();
+        fs::write(directory.path().join("other"), "another's").unwrap();
         fs::rename(directory.path().join("other"), &path).unwrap();
         drop(blank);
-        assert_eq!(fs::read(&path).unwrap(), b"somebody else's");
+        assert_eq!(fs::read(&path).unwrap(), b"another's");
     }
 
     #[test]
@@ -292,7 +299,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         let blank = Blank::make(0, &path, 512).unwrap();
-        fs::write(&path, "somebody else's").unwrap();
+        fs::write(&path, "another's").unwrap();
         let error = blank.publish().unwrap_err().to_string();
         assert!(
             error.contains("give it its name") && error.contains("exists"),
@@ -300,7 +307,7 @@ mod tests {
         );
         drop(blank);
         assert_eq!(names(directory.path()), ["disk"]);
-        assert_eq!(fs::read(&path).unwrap(), b"somebody else's");
+        assert_eq!(fs::read(&path).unwrap(), b"another's");
         let nowhere = Path::new("/nowhere/disk");
         let error = Blank::make(0, nowhere, 512).unwrap_err().to_string();
         assert!(error.contains("/nowhere/disk: cannot make it"), "{error}");

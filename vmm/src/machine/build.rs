@@ -19,7 +19,7 @@ use crate::vcpu::{Buses, MsrList, VcpuSet, set_msr};
 use crate::{kvm, memory};
 
 /// What a machine is built from, whether it boots or is received.
-pub(crate) struct Spec {
+pub(crate) struct MachineSpec {
     /// Guest RAM.
     pub(crate) memory: GuestMemory,
     /// Whether vCPUs log their writes in rings, see [`RingLog`].
@@ -41,7 +41,7 @@ impl Machine {
     pub fn boot(config: &MachineConfig, console: &Console, events: EventSink) -> Result<Self, MachineError> {
         let kvm = open_kvm()?;
         let cpuid = cpu::machine_cpuid(&cpu::host_cpuid(&kvm)?, config.template, config.cpus);
-        let spec = Spec {
+        let spec = MachineSpec {
             memory: guest_memory(config)?,
             dirty_ring: config.dirty_ring,
             cpus: config.cpus,
@@ -63,7 +63,7 @@ impl Machine {
     /// of the memory before the memory goes.
     pub(crate) fn build(
         kvm: Kvm,
-        spec: Spec,
+        spec: MachineSpec,
         console: &Console,
         events: EventSink,
         vm: VmFd,
@@ -168,7 +168,7 @@ fn choose_log(vm: &VmFd, dirty_ring: bool) -> Result<Option<usize>, MachineError
     Ok(None)
 }
 
-fn create_vcpus(vm: &VmFd, spec: &Spec) -> Result<Vec<VcpuFd>, MachineError> {
+fn create_vcpus(vm: &VmFd, spec: &MachineSpec) -> Result<Vec<VcpuFd>, MachineError> {
     (0..spec.cpus)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(kvm_error("KVM_CREATE_VCPU"))?;

@@ -17,7 +17,7 @@ use migration_state::Record;
 
 use super::arrival::{HostOffer, difference};
 use super::blank::Blank;
-use super::build::{Spec, create_vm};
+use super::build::{MachineSpec, create_vm};
 use super::config::MAX_CPUS;
 use super::description::cpuid_entries;
 use super::state::Pending;
@@ -248,7 +248,7 @@ impl MigrationDestination {
             })
         };
         let devices: Result<Vec<_>, _> = description.devices.iter().enumerate().map(open).collect();
-        let spec = Spec {
+        let spec = MachineSpec {
             memory,
             // The way in which a host logs writes does not travel.
             dirty_ring: false,
@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn more_leaves_than_kvm_takes_are_not_looked_at() {
+    fn more_leaves_than_kvm_takes_are_refused_at_once() {
         let leaf = CpuidLeaf {
             function: 1,
             index: 0,

@@ -11,7 +11,7 @@ use super::vmclock::Disruption;
 use super::{Machine, MachineError, MigrationDestination};
 use crate::clock::ClockStart;
 use crate::memory::{FaultHandler, MemoryError};
-use crate::snapshot::{Content, Manifest, Snapshot, SnapshotDraft, SnapshotId, SnapshotWatch};
+use crate::snapshot::{Manifest, Snapshot, SnapshotContent, SnapshotDraft, SnapshotId, SnapshotWatch};
 use crate::vcpu::{Holder, park_deadline};
 
 /// A machine whose guest is paused, with nothing in flight. The guest runs on when this is dropped.
@@ -121,7 +121,7 @@ impl<'a> Standstill<'a> {
             machine.populated(&mut populated)?;
             (populated, None)
         };
-        let content = Content {
+        let content = SnapshotContent {
             id,
             machine: machine.describe(),
             state: &machine.save(self.since)?,

@@ -6,7 +6,8 @@ use std::path::{Component, Path, PathBuf};
 
 use super::MemoryError;
 
-/// A limit of a cgroup of version 1 from here on is none: it is the largest multiple of a page.
+/// From here on a limit of a cgroup of version 1 means that there is none: the kernel shows the largest multiple of a page
+/// then.
 const UNLIMITED: u64 = 1 << 62;
 
 /// Checks that this many bytes of guest memory are available, before a guest depends on them. What the kernel keeps for
@@ -19,15 +20,15 @@ pub(super) fn check_available(size: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Memory that can be had.
+/// Memory that this process can still get.
 #[derive(Debug, PartialEq, Eq)]
 struct Available {
     bytes: u64,
-    /// What says so.
+    /// What limits it: the host, or a cgroup.
     by: String,
 }
 
-/// `root` is where `proc` and `sys` are.
+/// What the host and all cgroups of this process leave it. `root` is the directory with `proc` and `sys`.
 fn available(root: &Path) -> io::Result<Available> {
     let meminfo = fs::read_to_string(root.join("proc/meminfo"))?;
     let kib = |key| value(&meminfo, key).map(|kib| kib.saturating_mul(1024));
@@ -47,7 +48,7 @@ fn available(root: &Path) -> io::Result<Available> {
     for (version, group) in own.lines().filter_map(membership) {
         let Some(mount) = mounts
             .lines()
-            .filter_map(Mount::parse)
+            .filter_map(CgroupMount::parse)
             .find(|mount| mount.version == version)
         else {
             continue;
@@ -68,6 +69,7 @@ fn available(root: &Path) -> io::Result<Available> {
     Ok(least)
 }
 
+/// The version of a cgroup's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CgroupInterface {
     One,
@@ -88,14 +90,14 @@ fn membership(line: &str) -> Option<(CgroupInterface, &str)> {
 }
 
 /// Where a hierarchy of cgroups is.
-struct Mount<'a> {
+struct CgroupMount<'a> {
     version: CgroupInterface,
     /// The group that is at the mount point.
     root: &'a str,
     point: &'a str,
 }
 
-impl<'a> Mount<'a> {
+impl<'a> CgroupMount<'a> {
     /// A line of `/proc/self/mountinfo` (proc(5)), if it is one of a hierarchy with memory in it.
     fn parse(line: &'a str) -> Option<Self> {
         let (mount, system) = line.split_once(" - ")?;
@@ -128,7 +130,7 @@ impl<'a> Mount<'a> {
     }
 }
 
-/// What a group of version 2 leaves; nothing known where it has no limit.
+/// The bytes that a group of version 2 leaves; `None` where it has no limit.
 /// (Documentation/admin-guide/cgroup-v2.rst)
 fn left_in_v2(group: &Path, swap_free: u64) -> Option<u64> {
     let memory = room(group, "memory.max", "memory.current")?;
@@ -148,7 +150,7 @@ fn left_in_v1(group: &Path) -> Option<u64> {
     Some(memory.saturating_add(reclaimable(group, &["total_active_file", "total_inactive_file"])))
 }
 
-/// What is left of a limit; nothing if there is none.
+/// The bytes that are left of a limit; `None` if there is none.
 fn room(group: &Path, limit: &str, usage: &str) -> Option<u64> {
     let number = |name: &str| -> Option<u64> {
         // "max" is no number.
@@ -258,13 +260,13 @@ mod tests {
 
     #[test]
     fn a_group_outside_of_what_is_mounted_counts_as_the_mount_point() {
-        let mount = Mount::parse("1 2 0:3 / /cg rw - cgroup2 none rw").unwrap();
+        let mount = CgroupMount::parse("1 2 0:3 / /cg rw - cgroup2 none rw").unwrap();
         assert_eq!(mount.groups("/../../other"), [PathBuf::from("cg")]);
         assert_eq!(mount.groups("/a/b"), ["cg/a/b", "cg/a", "cg/"].map(PathBuf::from));
     }
 
     #[test]
-    fn this_host_says_what_it_has() {
+    fn the_memory_of_this_host_is_found() {
         check_available(MIB).unwrap();
         let refused = check_available(1 << 60).unwrap_err().to_string();
         assert!(refused.starts_with("memory: expected at most "), "{refused}");

@@ -1,5 +1,5 @@
 //! The dirty log by KVM's bitmaps under manual protection.
-#![allow(unsafe_code)] // The kernel writes a slot's bitmap to a buffer of ours.
+#![allow(unsafe_code)] // The kernel writes a slot's bitmap to a buffer of this process.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,7 +12,7 @@ use super::MemoryError;
 use super::marks::{MarkedWords, add_device_writes, pages};
 use crate::kvm;
 
-/// KVM's bitmaps and those of devices. While the log is on; afterwards its calls fail.
+/// KVM's bitmaps and those of devices. Its calls fail while logging is off.
 pub struct BitmapLog {
     // In this order: memory outlives the VM whose slots it is.
     vm: Arc<VmFd>,
@@ -44,8 +44,8 @@ impl BitmapLog {
         Ok(())
     }
 
-    fn clear_marks(&self, stretch: MarkedWords<'_>) -> Result<(), MemoryError> {
-        if stretch.is_empty() {
+    fn clear_marks(&self, marked: MarkedWords<'_>) -> Result<(), MemoryError> {
+        if marked.is_empty() {
             return Ok(());
         }
         let MarkedWords {
@@ -54,7 +54,7 @@ impl BitmapLog {
             pages,
             words,
             ..
-        } = stretch;
+        } = marked;
         kvm::clear_dirty_log(&self.vm, slot, first, pages, words).map_err(|cause| {
             MemoryError::ClearDirtyLog {
                 slot,
@@ -63,7 +63,7 @@ impl BitmapLog {
                 cause,
             }
         })?;
-        stretch.clear_device_writes();
+        marked.clear_device_writes();
         Ok(())
     }
 }

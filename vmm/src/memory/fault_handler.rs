@@ -32,18 +32,20 @@ use super::huge_pages::HUGE_PAGE;
 use super::{MemoryError, kind, userfault};
 use crate::memory::PAGE_SIZE;
 
-/// The other process, as long as it is needed.
+/// The connection to the process that brings the pages, as long as it is needed.
 #[derive(Debug)]
 pub struct FaultHandler {
     stream: UnixStream,
+    /// Whether this process ends the connection.
     ended: Arc<AtomicBool>,
+    /// The thread that waits for the handler's end.
     watcher: Option<Thread>,
     _descriptor: OwnedFd,
 }
 
 /// Where a region of guest memory is here, and its content in the memory file.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Mapping {
+struct FaultMapping {
     base_host_virt_addr: u64,
     size: u64,
     offset: u64,
@@ -101,8 +103,8 @@ impl Drop for FaultHandler {
     }
 }
 
-/// Region after region, as a snapshot's memory file has them.
-fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
+/// The mappings of all regions, in the order in which a snapshot's memory file has them.
+fn mappings(memory: &GuestMemory) -> Vec<FaultMapping> {
     let page_size = if kind(memory) == MemoryKind::HugePages {
         HUGE_PAGE
     } else {
@@ -112,7 +114,7 @@ fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
     memory
         .iter()
         .map(|region| {
-            let mapping = Mapping {
+            let mapping = FaultMapping {
                 base_host_virt_addr: region.as_ptr() as u64,
                 size: region.len(),
                 offset,
@@ -125,8 +127,8 @@ fn mappings(memory: &GuestMemory) -> Vec<Mapping> {
         .collect()
 }
 
-/// One message: a handler reads it at once.
-fn send(stream: &UnixStream, mappings: &[Mapping], descriptor: &OwnedFd) -> io::Result<()> {
+/// Sends the mappings and the descriptor in one message, as a handler reads them with one call.
+fn send(stream: &UnixStream, mappings: &[FaultMapping], descriptor: &OwnedFd) -> io::Result<()> {
     let text = serde_json::to_vec(mappings)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -144,7 +146,7 @@ fn send(stream: &UnixStream, mappings: &[Mapping], descriptor: &OwnedFd) -> io::
     )))
 }
 
-/// A handler has nothing to say; what it says all the same is thrown away.
+/// Waits until the handler closes the connection. A handler sends nothing; what it sends all the same is dropped.
 fn wait_end(mut stream: UnixStream) {
     let mut bytes = [0; 64];
     loop {

@@ -1,5 +1,5 @@
-//! Where guest memory lies: anonymous memory, huge pages, a memfd of our own, memfds of another process, or a
-//! snapshot's file.
+//! Makes and maps guest memory: anonymous memory, huge pages, a memfd of this process, memfds of another process, or a
+//! snapshot's file. What another process hands over is untrusted.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::fs::File;
@@ -24,10 +24,11 @@ use super::huge_pages::check_huge_pages;
 use super::marks::RamRegion;
 use crate::memory::PAGE_SIZE;
 
-/// Less than this cannot hold the firmware tables and a kernel.
+/// The least memory in bytes that can hold the firmware tables and a kernel.
 pub(super) const MIN_MEMORY: u64 = 2 << 20;
 
-/// What keeps a mapping of the file from ending in the middle (SIGBUS), and the next process from spoiling it.
+/// The seals of a memfd. They keep every process from changing the file's size (to touch a mapping beyond the end of a
+/// file that has shrunk is a SIGBUS), and from adding seals of its own.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// Checks a requested memory size against this host.
@@ -194,6 +195,7 @@ fn check_file(index: usize, file: &OwnedFd, expected: u64) -> Result<(), MemoryE
     Ok(())
 }
 
+/// Puts each mapping at the guest-physical address of its range.
 fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<PageMarks>>) -> Result<GuestMemory, MemoryError> {
     let regions = ranges
         .iter()
@@ -209,10 +211,13 @@ fn place(ranges: &[(u64, u64)], mappings: Vec<MmapRegion<PageMarks>>) -> Result<
     GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Regions(error.to_string()))
 }
 
+/// What a mapping is made of.
 enum Backing {
     Anonymous,
     HugePages,
+    /// A memfd, which is written to.
     Shared(File),
+    /// A file, which is only read.
     Private(FileOffset),
 }
 
@@ -237,14 +242,14 @@ fn map(len: u64, backing: Backing) -> Result<MmapRegion<PageMarks>, MemoryError>
     let region = builder
         .build()
         .map_err(|source| MemoryError::Map { len, source })?;
-    // A kernel without transparent huge pages says no, and 4 KiB pages do as well.
+    // A kernel without transparent huge pages refuses, and pages of 4 KiB serve as well.
     advise(&region, Advice::LinuxHugepage);
-    // A core dump of this process is no place for what a guest has in its memory.
+    // The content of a guest's memory does not belong into a core dump of this process.
     advise(&region, Advice::LinuxDontDump);
     Ok(region)
 }
 
-/// Advice only: what the kernel does not take is done without.
+/// Gives the kernel advice. Nothing depends on it, so an error is only logged.
 fn advise(region: &MmapRegion<PageMarks>, advice: Advice) {
     // SAFETY: the range is one mapping that `region` owns, and neither MADV_HUGEPAGE nor MADV_DONTDUMP changes its
     // content.

@@ -1,4 +1,4 @@
-//! What the machine's own devices wrote: the bitmaps of the regions; and stretches of such bitmaps.
+//! The bitmaps of what the machine's own devices wrote, one for each region, and checked parts of such bitmaps.
 //!
 //! A device writes, then marks; a stream clears, then reads. Either the mark comes before the clearing, and
 //! then the reader sees what was written (both are sequentially consistent operations on one word), or it
@@ -16,7 +16,7 @@ use migration::{PageSet, PageSetError};
 /// One region of guest RAM.
 pub(super) type RamRegion = GuestRegionMmap<PageMarks>;
 
-/// Part of a region's bitmap, checked: whole words from page `first` on, none of them past the region's end.
+/// Part of a region's bitmap, checked: whole words from page `first` on, without a bit past the region's end.
 #[derive(Clone, Copy)]
 pub(super) struct MarkedWords<'a> {
     pub(super) slot: u32,
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn stretches_outside_the_region_are_refused() {
+    fn words_outside_the_region_are_refused() {
         let memory = create(&[(0, 100 << 12)], MemoryKind::Anonymous).unwrap();
         let check = |region, first, words: &[u64]| MarkedWords::new(&memory, region, first, words).is_ok();
         assert!(check(0, 0, &[u64::MAX, (1 << 36) - 1]) && check(0, 64, &[1]) && check(0, 0, &[]));

@@ -1,4 +1,4 @@
-//! Which pages were ever touched. All others are zero.
+//! Finds which pages of guest memory were ever touched, by the page map and by holes in files. All others are zero.
 
 use std::fs::File;
 use std::io;
@@ -27,7 +27,7 @@ const OF_FILE: u64 = 1 << 61;
 /// This process's page map, which is opened once: see [`open_page_map`].
 static PAGE_MAP: OnceLock<File> = OnceLock::new();
 
-/// Opens the page map for all who look at it later, when the process may not be allowed to open it any more.
+/// Opens the page map for all later calls: the process may not be allowed to open it any more by then.
 pub fn open_page_map() -> Result<(), MemoryError> {
     page_map().map(drop).map_err(MemoryError::Pagemap)
 }
@@ -40,8 +40,8 @@ fn page_map() -> io::Result<&'static File> {
     Ok(PAGE_MAP.get_or_init(|| file))
 }
 
-/// Adds every page that may hold something to `into`. What the file has of private mappings does not count in
-/// `replaced`: addresses and lengths, ascending, of what was given up.
+/// Adds every page that may hold something to `into`. `replaced` are addresses and lengths, ascending, of memory that was
+/// given up: there the content of a file that is mapped privately does not count.
 pub fn populated(
     memory: &GuestMemory,
     replaced: &[(u64, u64)],
@@ -66,8 +66,8 @@ pub fn populated(
     Ok(())
 }
 
-/// Adds every page that is no longer what the file has that `memory` was mapped from privately: it was written to, and
-/// so is this process's own.
+/// Adds every page of privately mapped memory that this process has a copy of its own of, because it was written to: its
+/// content may differ from the file's.
 pub fn private_copies(memory: &GuestMemory, into: &mut PageSet) -> Result<(), MemoryError> {
     let mut pagemap = Pagemap::open().map_err(MemoryError::Pagemap)?;
     for (index, region) in memory.iter().enumerate() {
@@ -77,14 +77,17 @@ pub fn private_copies(memory: &GuestMemory, into: &mut PageSet) -> Result<(), Me
     Ok(())
 }
 
+/// Whether a page is there.
 fn in_use(entry: u64) -> bool {
     entry & PRESENT_OR_SWAPPED != 0
 }
 
+/// Whether a page is there that is this process's own and not a file's.
 fn is_own(entry: u64) -> bool {
     in_use(entry) && entry & OF_FILE == 0
 }
 
+/// The page map, with room for the entries of one read.
 struct Pagemap {
     file: &'static File,
     buffer: Vec<u8>,
@@ -143,6 +146,7 @@ fn check_len(file: &FileOffset, len: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
+/// Adds what is in the file behind a region: all but its holes.
 fn in_file(
     file: &FileOffset,
     region: &RamRegion,
@@ -175,7 +179,7 @@ fn in_file(
     Ok(())
 }
 
-/// What is left from `start` to `end` without those ranges, which ascend; all of them as address and length.
+/// What is left of the memory from `start` to `end` without `ranges`, which ascend, as address and length.
 fn without(start: u64, end: u64, ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let (mut at, mut left) = (start, Vec::new());
     let first = ranges.partition_point(|(gpa, len)| gpa + len <= start);

@@ -1,4 +1,4 @@
-//! Memory that is made before a machine needs it.
+//! Makes guest memory resident before a machine needs it.
 #![allow(unsafe_code)] // Advice on mappings takes raw addresses.
 
 use std::io;
@@ -12,7 +12,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::MemoryError;
 
-/// What one call populates: a multiple of every huge page that transparent huge pages come in.
+/// Bytes that one call populates: a multiple of every size of transparent huge pages.
 const PIECE: u64 = 32 << 20;
 
 /// Touches every page, so that no later access has to wait for the host's memory. Blocks until it is done.

@@ -53,9 +53,9 @@ impl DirtyRing {
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        let len = count * ENTRY;
         // SAFETY: a new mapping, at an address of the kernel's choice.
-        let mapped =
-            unsafe { rustix::mm::mmap(ptr::null_mut(), count * ENTRY, access, flags, vcpu, offset) }?;
+        let mapped = unsafe { rustix::mm::mmap(ptr::null_mut(), len, access, flags, vcpu, offset) }?;
         let entries = NonNull::new(mapped.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self {
             entries,
@@ -91,9 +91,9 @@ impl DirtyRing {
 
 impl Drop for DirtyRing {
     fn drop(&mut self) {
+        let (start, len) = (self.entries.as_ptr().cast::<c_void>(), self.count * ENTRY);
         // SAFETY: it is the mapping made in `map`, and nothing refers to it any more.
-        let unmapped =
-            unsafe { rustix::mm::munmap(self.entries.as_ptr().cast::<c_void>(), self.count * ENTRY) };
+        let unmapped = unsafe { rustix::mm::munmap(start, len) };
         if let Err(error) = unmapped {
             tracing::error!(%error, "a dirty ring stays mapped");
         }

@@ -27,7 +27,7 @@ use super::marks::{MarkedWords, add_device_writes};
 use super::ring::{DirtyPage, DirtyRing, ENTRY};
 use crate::kvm;
 
-/// Entries of a ring: as many as KVM allows. A vCPU that fills it has written 256 MiB without being looked at.
+/// Entries of a ring: as many as KVM allows. A vCPU that fills it has written 256 MiB since its ring was last collected.
 const ENTRIES: usize = 65536;
 
 /// Gives each vCPU that is created from now on a ring. Returns how many entries each has.
@@ -43,6 +43,7 @@ pub struct RingLog {
     rings: Mutex<Rings>,
     /// For each region what was collected from the rings and not cleared since.
     marks: Vec<PageMarks>,
+    /// Entries collected from each vCPU's ring since the log was started.
     by_vcpu: Vec<AtomicU64>,
     // In this order: memory outlives the VM whose slots it is.
     vm: Arc<VmFd>,
@@ -51,6 +52,7 @@ pub struct RingLog {
 
 struct Rings {
     of_vcpu: Vec<DirtyRing>,
+    /// Room for what is collected, which is used again.
     collected: Vec<DirtyPage>,
 }
 
@@ -81,7 +83,7 @@ impl RingLog {
         })
     }
 
-    /// Forgets what an earlier log left behind. Before logging is turned on.
+    /// Forgets what an earlier log left behind. To be called before logging is turned on.
     pub fn reset(&self) -> Result<(), MemoryError> {
         self.harvest()?;
         for marks in &self.marks {
@@ -139,14 +141,14 @@ impl RingLog {
         Ok(())
     }
 
-    fn clear_marks(&self, stretch: MarkedWords<'_>) {
-        if let Some(marks) = self.marks.get(stretch.slot as usize) {
-            let first = (stretch.first / 64) as usize;
-            for (number, word) in (first..).zip(stretch.words) {
+    fn clear_marks(&self, marked: MarkedWords<'_>) {
+        if let Some(marks) = self.marks.get(marked.slot as usize) {
+            let first = (marked.first / 64) as usize;
+            for (number, word) in (first..).zip(marked.words) {
                 marks.clear(number, *word);
             }
         }
-        stretch.clear_device_writes();
+        marked.clear_device_writes();
     }
 
     fn lock(&self) -> MutexGuard<'_, Rings> {

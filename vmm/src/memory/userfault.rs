@@ -70,7 +70,8 @@ pub(super) fn register(memory: &GuestMemory) -> Result<OwnedFd, MemoryError> {
     Ok(descriptor)
 }
 
-/// One that takes the kernel's own accesses as well. Without the right to the system call there is the device.
+/// Opens a userfaultfd that handles the kernel's own accesses as well: by the system call, or where that is not allowed by
+/// the device.
 fn open() -> Result<OwnedFd, Errno> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
     // SAFETY: nothing is registered with it yet.
@@ -86,7 +87,7 @@ fn open() -> Result<OwnedFd, Errno> {
     if descriptor < 0 {
         return Err(refused);
     }
-    // SAFETY: the kernel has just made it, for us alone.
+    // SAFETY: the kernel has just made the descriptor, for this call alone.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 

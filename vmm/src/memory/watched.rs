@@ -1,11 +1,12 @@
-//! Where guest memory lies in this process, for a signal handler to look up: nothing here takes a lock or allocates.
+//! Where guest memory lies in this process, for a signal handler. So nothing here may take a lock or allocate when it
+//! is asked for an address.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use devices::GuestMemory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-/// Ranges that can be watched: more than a machine has, twice over.
+/// The most ranges that can be watched: more than twice as many as a machine has.
 const SLOTS: usize = 8;
 
 /// First byte and length of each range; a slot of first byte 0 is free.

@@ -35,7 +35,7 @@ const SAMPLES_IN_A_LINE: usize = 1024;
 /// Most bytes read at once from a console client.
 const INPUT_CHUNK: usize = 4096;
 /// Clients of the console at a time.
-const MOST_CONSOLES: usize = 16;
+const MAX_CONSOLES: usize = 16;
 
 /// What the routes work with.
 #[derive(Clone)]
@@ -56,7 +56,7 @@ impl Context {
             supervisor,
             console,
             input: ConsoleInput::default(),
-            consoles: Arc::new(Semaphore::new(MOST_CONSOLES)),
+            consoles: Arc::new(Semaphore::new(MAX_CONSOLES)),
             #[cfg(test)]
             planted: Arc::default(),
         }
@@ -335,7 +335,7 @@ async fn console(State(context): State<Context>, request: HttpRequest) -> ApiRes
         return Err(HttpFailure(StatusCode::UPGRADE_REQUIRED, message));
     }
     let Ok(place) = context.consoles.clone().try_acquire_owned() else {
-        let message = format!("expected at most {MOST_CONSOLES} clients of the console at a time");
+        let message = format!("expected at most {MAX_CONSOLES} clients of the console at a time");
         return Err(HttpFailure(StatusCode::SERVICE_UNAVAILABLE, message));
     };
     tokio::spawn(async move {

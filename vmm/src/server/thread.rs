@@ -24,14 +24,14 @@ use crate::supervisor::{Event, SupervisorHandle};
 /// How long requests in flight may take when the server ends.
 const GRACE: Duration = Duration::from_secs(2);
 /// Connections that are served at a time; one more gets an error and is closed.
-const MOST_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 64;
 /// How long a client may take for the head of a request, the time before it included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The pause after an accept that failed, e.g. for want of file descriptors: there is no event when there are some
 /// again.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often a thread that failed is replaced.
-const MOST_RESTARTS: u32 = 3;
+const MAX_RESTARTS: u32 = 3;
 /// The answer to a connection too many.
 const TOO_MANY: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 62\r\n\
@@ -72,7 +72,7 @@ impl ApiServer {
     /// Goes on serving after the thread has failed; an error if that has been too often.
     pub(crate) fn restart(&self) -> io::Result<()> {
         let mut serving = self.lock();
-        if serving.failed >= MOST_RESTARTS {
+        if serving.failed >= MAX_RESTARTS {
             return Err(io::Error::other(format!(
                 "its thread has failed {} times before",
                 serving.failed
@@ -206,7 +206,7 @@ fn ignored_signals(status: &str) -> u64 {
 
 /// Until `end` is notified, and requests in flight have been answered.
 async fn serve(listener: UnixListener, context: Context, end: &Notify, head_timeout: Duration) {
-    let free = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let (open, closed) = watch::channel(());
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(head_timeout);
@@ -251,7 +251,7 @@ async fn serve(listener: UnixListener, context: Context, end: &Notify, head_time
         });
     }
     drop(open);
-    let all = free.acquire_many(MOST_CONNECTIONS as u32);
+    let all = free.acquire_many(MAX_CONNECTIONS as u32);
     // A client that has no answer by then gets none.
     let _ = tokio::time::timeout(GRACE, all).await;
 }
@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn one_connection_too_many_gets_an_error() {
         let (_server, directory) = server();
-        let mut open: Vec<_> = (0..MOST_CONNECTIONS).map(|_| connect(&directory)).collect();
+        let mut open: Vec<_> = (0..MAX_CONNECTIONS).map(|_| connect(&directory)).collect();
         assert!(open.iter().all(|stream| ask(stream) == "200"));
         let mut response = String::new();
         connect(&directory).read_to_string(&mut response).unwrap();
@@ -351,7 +351,7 @@ mod tests {
     #[test]
     fn a_thread_that_failed_is_replaced_a_few_times() {
         let (server, directory) = server();
-        for _ in 0..MOST_RESTARTS {
+        for _ in 0..MAX_RESTARTS {
             server.context.planted.store(true, Ordering::Relaxed);
             connect(&directory).read_to_end(&mut Vec::new()).unwrap();
             assert_eq!(wait_for_failure(Role::Api).reason, "panicked: planted");

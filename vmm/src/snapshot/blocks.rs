@@ -1,5 +1,5 @@
-//! Guest memory and its file, block by block and on several threads: what is written, what is read, what is
-//! hashed.
+//! Writes guest memory to a snapshot's file and reads it back, block by block, on several threads, with a checksum for
+//! each block.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -24,9 +24,9 @@ use crate::memory::PAGE_SIZE;
 
 /// Bytes of guest memory with a checksum of their own; the last of a region may be shorter.
 pub(super) const BLOCK: u64 = 2 << 20;
-/// Threads beyond this wait for memory or for the disk.
-const MOST_THREADS: usize = 4;
-/// Bytes that a word of a page set stands for.
+/// The most threads: more of them would only wait for memory or for the disk.
+const MAX_THREADS: usize = 4;
+/// Bytes of memory for which a word of a page set has bits.
 const WORD: u64 = 64 * PAGE_SIZE;
 
 /// A block.
@@ -53,9 +53,9 @@ impl MemoryBlock {
     }
 }
 
-/// Checksums and the number of pages with content.
+/// The checksums of all blocks, and the number of pages that are not zero.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Contents {
+pub(super) struct StoredBlocks {
     pub(super) checksums: Vec<u64>,
     pub(super) pages: u64,
 }
@@ -80,7 +80,7 @@ pub(super) fn write(
     file: &File,
     path: &Path,
     watch: &SnapshotWatch,
-) -> Result<Contents, SnapshotError> {
+) -> Result<StoredBlocks, SnapshotError> {
     let open = || open_again(file, OpenOptions::new().write(true), path);
     each_block(memory, watch, open, |file, block| {
         let words = block.words_of(pages);
@@ -94,7 +94,7 @@ pub(super) fn write(
             file.seek(at).map_err(SnapshotError::io(path))?;
             let slice = slice(memory, gpa, len, path)?;
             file.write_all_volatile(&slice)
-                .map_err(|error| SnapshotError::io(path)(plain(error)))?;
+                .map_err(|error| SnapshotError::io(path)(io_error(error)))?;
         }
         hash(memory, block, &stored, path)
     })
@@ -112,21 +112,21 @@ pub(super) fn read(
 ) -> Result<(), SnapshotError> {
     let open = || open_again(file, OpenOptions::new().read(true), path);
     let found = each_block(memory, watch, open, |file, block| {
-        let stretches = match changed {
-            None => data(file, block, path)?,
+        let ranges = match changed {
+            None => data_ranges(file, block, path)?,
             Some(pages) => runs(&block.words_of(pages))
                 .into_iter()
                 .map(|run| run.start * PAGE_SIZE..run.end * PAGE_SIZE)
                 .collect(),
         };
-        // A page that is not read is not looked at either: that would put a page of zeroes there.
+        // A page that is not read must not be touched either: that would allocate a page of zeroes.
         let mut filled = vec![0; block.len.div_ceil(WORD) as usize];
-        for Range { start, end } in stretches {
+        for Range { start, end } in ranges {
             file.seek(SeekFrom::Start(block.offset + start))
                 .map_err(SnapshotError::io(path))?;
             let mut slice = slice(memory, block.gpa + start, end - start, path)?;
             file.read_exact_volatile(&mut slice)
-                .map_err(|error| SnapshotError::io(path)(plain(error)))?;
+                .map_err(|error| SnapshotError::io(path)(io_error(error)))?;
             for page in start / PAGE_SIZE..end.div_ceil(PAGE_SIZE) {
                 filled[(page / 64) as usize] |= 1 << (page % 64);
             }
@@ -152,19 +152,21 @@ pub(super) fn read(
     })
 }
 
-/// A description of its own for a thread, with a position of its own, of the very file that was made or checked.
+/// Opens the file once more for a thread, which so has a position of its own. It is the very file that was made or
+/// checked, whatever its name leads to by now.
 fn open_again(file: &File, how: &OpenOptions, path: &Path) -> Result<File, SnapshotError> {
     how.open(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_err(SnapshotError::io(path))
 }
 
-/// Does `work` for every block, with what `open` gives each thread; it returns a block's checksum and its pages.
+/// Does `work` for every block on several threads, each with what `open` gives it. `work` returns a block's checksum and
+/// how many of its pages are not zero.
 fn each_block<T>(
     memory: &GuestMemory,
     watch: &SnapshotWatch,
     open: impl Fn() -> Result<T, SnapshotError> + Sync,
     work: impl Fn(&mut T, &MemoryBlock) -> Result<(u64, u64), SnapshotError> + Sync,
-) -> Result<Contents, SnapshotError> {
+) -> Result<StoredBlocks, SnapshotError> {
     let blocks = blocks(memory);
     watch.begin(blocks.iter().map(|block| block.len).sum());
     let checksums: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
@@ -185,7 +187,7 @@ fn each_block<T>(
         }
     };
     let take_turns = || turns().inspect_err(|_| give_up());
-    let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS)) - 1;
+    let helpers = thread::available_parallelism().map_or(1, |count| count.get().min(MAX_THREADS)) - 1;
     thread::scope(|scope| {
         let helper = |_| {
             threads::spawn_scoped(scope, Role::Helper, "snapshot", take_turns)
@@ -200,7 +202,7 @@ fn each_block<T>(
         }
         done
     })?;
-    Ok(Contents {
+    Ok(StoredBlocks {
         checksums: checksums.into_iter().map(AtomicU64::into_inner).collect(),
         pages: pages.into_inner(),
     })
@@ -241,7 +243,7 @@ fn stored_pages(
     Ok(stored)
 }
 
-/// Runs of set bits, as pages of the block.
+/// The runs of set bits, as pages of the block.
 fn runs(words: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     for page in set_bits(words) {
@@ -253,6 +255,7 @@ fn runs(words: &[u64]) -> Vec<Range<u64>> {
     runs
 }
 
+/// The numbers of the bits that are set.
 fn set_bits(words: &[u64]) -> impl Iterator<Item = u64> {
     (0u64..).zip(words).flat_map(|(index, word)| {
         (0..64)
@@ -261,8 +264,8 @@ fn set_bits(words: &[u64]) -> impl Iterator<Item = u64> {
     })
 }
 
-/// The checksum of a block: of the number in the block and the content of each page that is not zero. So it is the
-/// same whether a page of zeroes is a hole or not. Also counts them.
+/// The checksum of a block, and how many of its pages are not zero. It is made of the number in the block and the content
+/// of each of those pages, and so is the same whether a page of zeroes is a hole or not.
 fn hash(
     memory: &GuestMemory,
     block: &MemoryBlock,
@@ -289,8 +292,8 @@ fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result
         .map_err(|error| SnapshotError::io(path)(io::Error::other(error)))
 }
 
-/// The stretches of the block's part of the file that are no holes, as bytes of the block.
-fn data(file: &File, block: &MemoryBlock, path: &Path) -> Result<Vec<Range<u64>>, SnapshotError> {
+/// The ranges of the block's part of the file that are no holes, in bytes from the block's begin.
+fn data_ranges(file: &File, block: &MemoryBlock, path: &Path) -> Result<Vec<Range<u64>>, SnapshotError> {
     use rustix::fs::{SeekFrom, seek};
     let failed = |error: rustix::io::Errno| SnapshotError::io(path)(error.into());
     let end = block.offset + block.len;
@@ -301,12 +304,12 @@ fn data(file: &File, block: &MemoryBlock, path: &Path) -> Result<Vec<Range<u64>>
             // Nothing but a hole up to the end of the file.
             Ok(start) if start >= end => break,
             Err(rustix::io::Errno::NXIO) => break,
-            Ok(start) => return Err(SnapshotError::io(path)(nonsense(at, start))),
+            Ok(start) => return Err(SnapshotError::io(path)(bad_offset(at, start))),
             Err(error) => return Err(failed(error)),
         };
         let hole = seek(file, SeekFrom::Hole(start)).map_err(failed)?;
         if hole <= start {
-            return Err(SnapshotError::io(path)(nonsense(start + 1, hole)));
+            return Err(SnapshotError::io(path)(bad_offset(start + 1, hole)));
         }
         at = hole.min(end);
         found.push(start - block.offset..at - block.offset);
@@ -314,14 +317,14 @@ fn data(file: &File, block: &MemoryBlock, path: &Path) -> Result<Vec<Range<u64>>
     Ok(found)
 }
 
-/// A file system that cannot tell where its holes are.
-fn nonsense(from: u64, got: u64) -> io::Error {
+/// The error for a file system that gives no usable answer about holes.
+fn bad_offset(from: u64, got: u64) -> io::Error {
     io::Error::other(format!(
         "SEEK_DATA, SEEK_HOLE: expected an offset from {from} on, got {got}"
     ))
 }
 
-fn plain(error: VolatileMemoryError) -> io::Error {
+fn io_error(error: VolatileMemoryError) -> io::Error {
     match error {
         VolatileMemoryError::IOError(error) => error,
         other => io::Error::other(other),

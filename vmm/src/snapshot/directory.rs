@@ -13,12 +13,12 @@ use super::SnapshotError;
 
 /// An open directory, whatever becomes of its name.
 #[derive(Debug)]
-pub(super) struct Directory {
+pub(super) struct SnapshotDirectory {
     descriptor: OwnedFd,
     path: PathBuf,
 }
 
-impl Directory {
+impl SnapshotDirectory {
     /// Opens the directory at `path`, which the operator names and which may be a link.
     pub(super) fn open(path: &Path) -> Result<Self, SnapshotError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -30,7 +30,7 @@ impl Directory {
         })
     }
 
-    /// Where it was found.
+    /// The path at which it was opened.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -40,8 +40,7 @@ impl Directory {
         self.path.join(name)
     }
 
-    /// Opens a file of it for reading. Nothing but a regular file is waited for, or even touched more than it takes to
-    /// find out.
+    /// Opens a file of it for reading. Anything but a regular file is refused, and not waited for, as a FIFO would be.
     pub(super) fn file(&self, name: &str) -> Result<File, SnapshotError> {
         let path = self.path_of(name);
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -56,7 +55,8 @@ impl Directory {
         Err(SnapshotError::NoFile(path))
     }
 
-    /// Makes a file in it, which must not be there, for writing: its user's alone, as guest memory is.
+    /// Makes a file in it, which must not exist, for writing. Only the file's owner may read it, as it may hold guest
+    /// memory.
     pub(super) fn create(&self, name: &str) -> Result<File, SnapshotError> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = openat(&self.descriptor, name, flags, Mode::RUSR | Mode::WUSR);

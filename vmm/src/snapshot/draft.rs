@@ -15,28 +15,31 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::blocks;
-use super::directory::Directory;
+use super::directory::SnapshotDirectory;
 use super::manifest::{DifferenceRecord, FileRecord};
 use super::{
     CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
 };
 
-/// The directory beside the snapshot's own. Dropped, it is removed with everything in it.
+/// The hidden directory in which a snapshot is written, beside the snapshot's own name. It is removed, with everything in
+/// it, when this is dropped before it was published.
 #[derive(Debug)]
 pub struct SnapshotDraft {
     directory: TempDir,
-    /// The same, opened.
-    beneath: Directory,
+    /// The same directory, opened: all files are made beneath it.
+    beneath: SnapshotDirectory,
+    /// The path that the snapshot is to have.
     target: PathBuf,
-    /// The directory around both.
+    /// The directory in which both are.
     parent: File,
-    /// Kept open until they are on the disk: a file that is opened anew may not report an earlier write error.
+    /// The files that were written. They stay open until they are on the disk, as a file that is opened anew may not
+    /// report an earlier write error.
     files: Vec<(PathBuf, File)>,
 }
 
 /// What goes into a snapshot.
 #[derive(Clone, Debug)]
-pub struct Content<'a> {
+pub struct SnapshotContent<'a> {
     /// The snapshot's own name.
     pub id: SnapshotId,
     /// The machine, as it is described to a destination.
@@ -77,7 +80,7 @@ impl SnapshotDraft {
             .tempdir_in(around)
             .map_err(SnapshotError::io(around))?;
         Ok(Self {
-            beneath: Directory::open(directory.path())?,
+            beneath: SnapshotDirectory::open(directory.path())?,
             directory,
             target: target.into(),
             parent,
@@ -86,7 +89,11 @@ impl SnapshotDraft {
     }
 
     /// Writes all files.
-    pub fn write(&mut self, content: Content<'_>, watch: &SnapshotWatch) -> Result<Manifest, SnapshotError> {
+    pub fn write(
+        &mut self,
+        content: SnapshotContent<'_>,
+        watch: &SnapshotWatch,
+    ) -> Result<Manifest, SnapshotError> {
         let path = self.beneath.path_of(MEMORY);
         let file = self.beneath.create(MEMORY)?;
         let len = crate::memory::ranges(content.memory)
@@ -129,7 +136,7 @@ impl SnapshotDraft {
         Ok(manifest)
     }
 
-    /// Puts it on the disk and gives it its name. After an error there is nothing of that name.
+    /// Puts the snapshot on the disk and gives it its name. After an error there is nothing of that name.
     pub fn publish(self, watch: &SnapshotWatch) -> Result<(), SnapshotError> {
         for (path, file) in &self.files {
             watch.check()?;
@@ -140,16 +147,16 @@ impl SnapshotDraft {
         watch.check()?;
         self.rename(draft)?;
         if let Err(error) = self.parent.sync_all() {
-            // Back, so that it goes with the draft; where even that fails, nothing more can be done.
+            // Its old name again, so that it is removed with the draft. If even that fails, nothing more can be done.
             let _ = rustix::fs::rename(&self.target, draft);
             return Err(SnapshotError::io(&self.target)(error));
         }
-        // There is nothing of that name any more to remove.
+        // The draft has no longer the name under which it would be removed.
         let _ = self.directory.keep();
         Ok(())
     }
 
-    /// Never over something.
+    /// Gives the draft the snapshot's name, never in place of something else.
     fn rename(&self, draft: &Path) -> Result<(), SnapshotError> {
         let renamed = match rustix::fs::renameat_with(CWD, draft, CWD, &self.target, RenameFlags::NOREPLACE) {
             // Some file systems, NFS for one, cannot be asked for that. A directory without flags replaces an empty
@@ -163,6 +170,7 @@ impl SnapshotDraft {
         })
     }
 
+    /// Writes a file as a whole.
     fn create(&mut self, name: &str, content: &[u8]) -> Result<(), SnapshotError> {
         let (path, mut file) = (self.beneath.path_of(name), self.beneath.create(name)?);
         file.write_all(content).map_err(SnapshotError::io(&path))?;

@@ -9,7 +9,7 @@ use devices::GuestMemory;
 use migration::{MachineDescription, MemoryKind, MemoryRange, PageSet};
 
 use super::blocks;
-use super::directory::Directory;
+use super::directory::SnapshotDirectory;
 use super::manifest::{FileRecord, check_len};
 use super::{
     CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
@@ -19,8 +19,8 @@ use crate::memory;
 /// Bytes of a run of changed pages: its first byte and its length.
 const RUN: usize = 16;
 
-/// Most bytes of a file that is read as a whole: many times what the largest machine has.
-const MOST_BYTES: u64 = 64 << 20;
+/// The most bytes of a file that is read as a whole: many times what the largest machine needs.
+const MAX_BYTES: u64 = 64 << 20;
 
 /// A whole snapshot, whose small files were read and found to be undamaged.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub struct SnapshotDifference {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `directory`. The file with its memory need not be there, and is not looked at.
+    /// Opens the snapshot in `directory`. The file with its memory need not be there, and is not read.
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
         let files = SnapshotFiles::open(directory)?;
         match &files.manifest.difference {
@@ -47,7 +47,7 @@ impl Snapshot {
         }
     }
 
-    /// Its name.
+    /// The snapshot's own name.
     pub fn id(&self) -> &SnapshotId {
         &self.0.manifest.id
     }
@@ -62,7 +62,7 @@ impl Snapshot {
         &self.0.state
     }
 
-    /// How long ago, by this host's wall clock, the guest came to stand still. No time where that is still to come.
+    /// How long ago, by this host's wall clock, the guest came to stand still. Zero if by that clock it is still to come.
     pub fn age(&self) -> Duration {
         self.0.stopped().elapsed().unwrap_or_default()
     }
@@ -147,10 +147,10 @@ impl SnapshotDifference {
     }
 }
 
-/// What both kinds have.
+/// The files of a snapshot, whether it is whole or a difference.
 #[derive(Debug)]
 pub(super) struct SnapshotFiles {
-    directory: Directory,
+    directory: SnapshotDirectory,
     pub(super) manifest: Manifest,
     pub(super) state: Vec<u8>,
     checksums: Vec<u64>,
@@ -161,7 +161,7 @@ pub(super) struct SnapshotFiles {
 
 impl SnapshotFiles {
     fn open(directory: &Path) -> Result<Self, SnapshotError> {
-        let directory = Directory::open(directory)?;
+        let directory = SnapshotDirectory::open(directory)?;
         // All at once: what a directory has may change while they are read.
         let [manifest, state, checksums] = [MANIFEST, STATE, CHECKSUMS].map(|name| directory.file(name));
         let [memory, changed] = [MEMORY, CHANGED].map(|name| directory.file(name).ok());
@@ -248,14 +248,14 @@ fn read_checked(file: File, path: &Path, record: &FileRecord) -> Result<Vec<u8>,
 
 fn read_file(file: File, path: &Path) -> Result<Vec<u8>, SnapshotError> {
     let mut bytes = Vec::new();
-    file.take(MOST_BYTES + 1)
+    file.take(MAX_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(SnapshotError::io(path))?;
-    if bytes.len() as u64 > MOST_BYTES {
+    if bytes.len() as u64 > MAX_BYTES {
         let got = bytes.len() as u64;
         return Err(SnapshotError::TooLong {
             path: path.into(),
-            most: MOST_BYTES,
+            most: MAX_BYTES,
             got,
         });
     }

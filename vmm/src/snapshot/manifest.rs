@@ -1,4 +1,4 @@
-//! What a snapshot is, sealed by a checksum.
+//! The manifest: what a snapshot is, sealed by a checksum.
 
 use std::fmt;
 use std::path::Path;
@@ -91,16 +91,17 @@ impl TryFrom<String> for SnapshotId {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileRecord {
-    /// Its length.
+    /// Its length in bytes.
     pub bytes: u64,
-    /// Its xxh3-64, in hexadecimal digits.
+    /// Its xxh3-64, as 16 hexadecimal digits.
     pub xxh3: String,
 }
 
-/// The file: the manifest's text is part of it as it is, so that the checksum is about every byte of it.
+/// The content of the manifest's file. The manifest's text is part of it unchanged, so that the checksum covers every byte
+/// of that text.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Sealed {
+struct SealedManifest {
     format: u32,
     xxh3: String,
     manifest: Box<RawValue>,
@@ -138,9 +139,10 @@ impl Manifest {
         self.pages.saturating_mul(PAGE_SIZE)
     }
 
+    /// The bytes of the manifest's file.
     pub(super) fn seal(&self) -> Result<Vec<u8>, serde_json::Error> {
         let manifest = serde_json::value::to_raw_value(self)?;
-        let mut text = serde_json::to_vec(&Sealed {
+        let mut text = serde_json::to_vec(&SealedManifest {
             format: FORMAT,
             xxh3: checksum(manifest.get().as_bytes()),
             manifest,
@@ -149,7 +151,7 @@ impl Manifest {
         Ok(text)
     }
 
-    /// From the bytes of the file at `path`. Untrusted.
+    /// Parses the bytes of the file at `path`, which are untrusted, and compares the checksum.
     pub(super) fn unseal(bytes: &[u8], path: &Path) -> Result<Self, SnapshotError> {
         let bad = |source| SnapshotError::Manifest {
             path: path.into(),
@@ -162,7 +164,7 @@ impl Manifest {
                 got: format,
             });
         }
-        let sealed: Sealed = serde_json::from_slice(bytes).map_err(bad)?;
+        let sealed: SealedManifest = serde_json::from_slice(bytes).map_err(bad)?;
         let text = sealed.manifest.get();
         check_sum(&sealed.xxh3, text.as_bytes(), path)?;
         serde_json::from_str(text).map_err(bad)

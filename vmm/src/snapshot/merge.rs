@@ -4,7 +4,9 @@ use std::path::Path;
 
 use migration::{MemoryKind, PageSet};
 
-use super::{Content, Manifest, Snapshot, SnapshotDifference, SnapshotDraft, SnapshotError, SnapshotWatch};
+use super::{
+    Manifest, Snapshot, SnapshotContent, SnapshotDifference, SnapshotDraft, SnapshotError, SnapshotWatch,
+};
 use crate::memory;
 
 /// Writes what `base` is with the `differences`, in that order, as the snapshot `target`: it has the name of the last
@@ -27,7 +29,7 @@ pub fn merge(
     }
     let mut populated = PageSet::of(&memory).map_err(memory::MemoryError::from)?;
     memory::populated(&memory, &[], &mut populated)?;
-    let content = Content {
+    let content = SnapshotContent {
         id: last.files().manifest.id.clone(),
         machine: last.files().manifest.machine.clone(),
         state: &last.files().state,

@@ -13,7 +13,7 @@
 //!
 //! The directory appears under its name when all of it is on the disk, and never before: it is written under
 //! another name beside it ([`SnapshotDraft`]), synchronised and renamed. Everything in it is untrusted when it is read
-//! ([`Snapshot`]): all its files are opened before any of them is looked at, and none through a link.
+//! ([`Snapshot`]): all its files are opened before any of them is read, and none through a link.
 
 mod blocks;
 mod directory;
@@ -26,14 +26,14 @@ mod merge;
 mod tests;
 mod watch;
 
-pub use draft::{Content, SnapshotDraft};
+pub use draft::{SnapshotContent, SnapshotDraft};
 pub use error::SnapshotError;
 pub use load::{Snapshot, SnapshotDifference};
 pub use manifest::{Manifest, SnapshotId};
 pub use merge::merge;
 pub use watch::SnapshotWatch;
 
-/// File names in the directory.
+// The names of the files in the directory.
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";

@@ -10,8 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::manifest::{DifferenceRecord, FileRecord};
 use super::{
-    CHANGED, Content, MANIFEST, MEMORY, Manifest, Snapshot, SnapshotDifference, SnapshotDraft, SnapshotError,
-    SnapshotId, SnapshotWatch, merge,
+    CHANGED, MANIFEST, MEMORY, Manifest, Snapshot, SnapshotContent, SnapshotDifference, SnapshotDraft,
+    SnapshotError, SnapshotId, SnapshotWatch, merge,
 };
 use crate::memory;
 
@@ -31,8 +31,8 @@ fn machine() -> MachineDescription {
     }
 }
 
-fn content<'a>(memory: &'a GuestMemory, pages: &'a PageSet) -> Content<'a> {
-    Content {
+fn content<'a>(memory: &'a GuestMemory, pages: &'a PageSet) -> SnapshotContent<'a> {
+    SnapshotContent {
         id: SnapshotId::random().unwrap(),
         machine: machine(),
         state: b"state",
@@ -43,7 +43,7 @@ fn content<'a>(memory: &'a GuestMemory, pages: &'a PageSet) -> Content<'a> {
     }
 }
 
-fn publish(content: Content<'_>, target: &Path) -> Result<Manifest, SnapshotError> {
+fn publish(content: SnapshotContent<'_>, target: &Path) -> Result<Manifest, SnapshotError> {
     let (mut draft, watch) = (SnapshotDraft::begin(target)?, SnapshotWatch::default());
     let manifest = draft.write(content, &watch)?;
     draft.publish(&watch)?;
@@ -138,7 +138,7 @@ fn a_second_snapshot_does_not_replace_the_first() {
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let populated = PageSet::of(&memory).unwrap();
     let (mut late, watch) = (SnapshotDraft::begin(&target).unwrap(), SnapshotWatch::default());
-    let content = Content {
+    let content = SnapshotContent {
         state: b"late",
         ..content(&memory, &populated)
     };
@@ -198,7 +198,7 @@ impl SnapshotChain {
             self.memory.write_obj(*value, GuestAddress(*gpa)).unwrap();
             changed.insert_gpa(*gpa).unwrap();
         }
-        let content = Content {
+        let content = SnapshotContent {
             base: Some(self.id(base)),
             ..content(&self.memory, &changed)
         };
@@ -318,7 +318,7 @@ fn a_snapshot_knows_its_age() {
     let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
     let pages = PageSet::of(&memory).unwrap();
     let age = |name: &str, stopped| {
-        let content = Content {
+        let content = SnapshotContent {
             stopped,
             ..content(&memory, &pages)
         };

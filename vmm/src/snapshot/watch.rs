@@ -1,4 +1,4 @@
-//! How far a snapshot is, and whether it is still wanted.
+//! Shows how far a snapshot is, and carries a cancel to the threads that write or read it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -34,7 +34,7 @@ impl SnapshotWatch {
         self.total.store(total, Ordering::Relaxed);
     }
 
-    /// So many more bytes are done.
+    /// Counts bytes as done. An error if an early end was asked for.
     pub(super) fn advance(&self, bytes: u64) -> Result<(), SnapshotError> {
         self.done.fetch_add(bytes, Ordering::Relaxed);
         self.check()

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome, Receiver};
 use threads::Role;
 
-use super::request::{Arrived, Ended, Event, SupervisorHandle};
+use super::request::{ArrivedMachine, EndedMigration, Event, SupervisorHandle};
 use super::{Job, Life, Supervisor};
 use crate::machine::{Machine, MigrationDestination, MigrationSource};
 
@@ -32,7 +32,10 @@ pub(super) fn start_migration(
         // The supervisor must be the machine's last owner when it handles the event.
         let in_doubt = migrated.report.outcome == Outcome::InDoubt;
         let source = in_doubt.then(|| Box::new(source));
-        supervisor.send(Event::MigrationEnded(Box::new(Ended { migrated, source })));
+        supervisor.send(Event::MigrationEnded(Box::new(EndedMigration {
+            migrated,
+            source,
+        })));
     })
 }
 
@@ -77,7 +80,7 @@ fn wait_for_machine(
             }
         };
         return match destination.into_machine() {
-            Some(machine) => Event::Received(Box::new(Arrived {
+            Some(machine) => Event::Received(Box::new(ArrivedMachine {
                 machine,
                 reason,
                 receiver: (!confirmed).then_some(receiver),

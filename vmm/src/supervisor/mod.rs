@@ -35,11 +35,11 @@ use crate::machine::{EventSink, Machine, MachineEvent};
 use crate::server::ApiServer;
 use crate::vcpu::VcpuFailure;
 
-use operate::DoubtAlarm;
+use operate::EndConfirmation;
 use operation::Operation;
-pub(crate) use request::{Arrived, Ended, Event};
+pub(crate) use request::{ArrivedMachine, EndedMigration, Event};
 use reset::Reboot;
-use resolve::{Resolving, Side};
+use resolve::{DoubtSide, Resolving};
 use restore::RestoreJob;
 use snapshot::SnapshotJob;
 use withdraw::Withdrawals;
@@ -47,6 +47,7 @@ use worker::{Job, Worker};
 
 pub use request::{MigrationFeed, Refusal, Request, SupervisorHandle};
 pub use reset::Boot;
+pub use restore::RestoreWait;
 
 /// How long a guest may take to shut down after the power button, unless the command line says otherwise.
 pub const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
@@ -88,11 +89,13 @@ enum Life {
     Here(Arc<Machine>),
     /// "go" was sent or received, and its outcome is unknown or a failure: the machine is kept, and runs only if the
     /// operator or the other side says so.
-    InDoubt(Arc<Machine>, Side),
+    InDoubt(Arc<Machine>, DoubtSide),
 }
 
+/// A migration of the machine to another host.
 struct MigrationJob {
     job: Job,
+    /// Delivers the report to the clients that wait for it.
     reports: broadcast::Sender<Report>,
 }
 
@@ -113,9 +116,12 @@ pub struct Supervisor {
     withdrawals: Withdrawals,
     /// Answers a source that does not know that its guest runs here.
     receiver: Option<Receiver>,
+    /// When the guest is stopped, if it was asked to shut down and has not done so.
     stop_at: Option<Instant>,
+    /// How long a guest may take to shut down.
     stop_timeout: Duration,
-    doubt_alarm: DoubtAlarm,
+    end_confirmation: EndConfirmation,
+    /// The file that this process logs to.
     log: Option<PathBuf>,
     /// How the guest is booted again when it resets, if it is to be.
     reboot: Option<Reboot>,
@@ -150,7 +156,7 @@ impl Supervisor {
             receiver: None,
             stop_at: None,
             stop_timeout: POWER_OFF_GRACE,
-            doubt_alarm: DoubtAlarm::default(),
+            end_confirmation: EndConfirmation::default(),
             log: None,
             reboot: None,
             resetting: false,
@@ -221,7 +227,7 @@ impl Supervisor {
             // ended.
             (self.migration, self.snapshot) = (None, None);
         }
-        let ending = self.settle(ending);
+        let ending = self.settle_migration(ending);
         let ending = self.settle_snapshot(ending);
         self.settle_operation(may_hang);
         if !may_hang {
@@ -232,6 +238,7 @@ impl Supervisor {
         ending
     }
 
+    /// Handles an event. Returns how the VM ends, if the event ends it.
     fn handle_event(&mut self, event: Event, server: &ApiServer) -> Option<Result<Ending, SupervisorError>> {
         match event {
             Event::Request(Request::Stop { force, reply }) => return self.stop(force, reply).map(Ok),
@@ -286,6 +293,7 @@ impl Supervisor {
         }
     }
 
+    /// Answers a request, starts what it asks for, or puts it off.
     fn handle_request(&mut self, request: Request) {
         let Some(request) = self.defer(request) else {
             return;
@@ -343,11 +351,13 @@ impl Supervisor {
     }
 }
 
+/// Answers a request.
 fn answer<T>(reply: request::Reply<T>, result: Result<T, Refusal>) {
     // The client may have gone; its request was carried out all the same.
     let _ = reply.send(result);
 }
 
+/// The refusal of a request that failed with this error.
 fn failed(error: impl std::error::Error) -> Refusal {
     Refusal::Failed(migration::chain(&error))
 }

@@ -9,14 +9,15 @@ use migration::{Control, Endpoint, MigrateOptions, Migrated, Outcome};
 use tokio::sync::broadcast;
 
 use super::{
-    ApiServer, Arrived, Ended, Ending, Event, Life, MigrationFeed, MigrationJob, Refusal, Side, Supervisor,
-    SupervisorError, failed, jobs,
+    ApiServer, ArrivedMachine, DoubtSide, EndedMigration, Ending, Event, Life, MigrationFeed, MigrationJob,
+    Refusal, Supervisor, SupervisorError, failed, jobs,
 };
 use crate::footprint::release_text;
 use crate::machine::MigrationSource;
 use crate::vcpu::Holder;
 
 impl Supervisor {
+    /// Starts a migration of the machine. Its end is an event.
     pub(super) fn migrate(
         &mut self,
         destination: Endpoint,
@@ -40,6 +41,7 @@ impl Supervisor {
         Ok(MigrationFeed { control, report })
     }
 
+    /// Cancels the snapshot or the migration under way.
     pub(super) fn cancel(&self) -> Result<(), Refusal> {
         if let Some(snapshot) = &self.snapshot {
             snapshot.cancel();
@@ -54,8 +56,12 @@ impl Supervisor {
         Ok(())
     }
 
-    pub(super) fn migration_ended(&mut self, ended: Ended) -> Option<Result<Ending, SupervisorError>> {
-        let Ended { migrated, source } = ended;
+    /// Handles the end of a migration: sends the report, and decides what becomes of the machine.
+    pub(super) fn migration_ended(
+        &mut self,
+        ended: EndedMigration,
+    ) -> Option<Result<Ending, SupervisorError>> {
+        let EndedMigration { migrated, source } = ended;
         let Migrated {
             report,
             doubt,
@@ -75,7 +81,7 @@ impl Supervisor {
                 self.stop_at = None;
                 if let Some(Life::Here(machine)) = self.life.take() {
                     let source = source.unwrap_or_else(|| Box::new(MigrationSource::new(machine.clone())));
-                    let side = Side::Source {
+                    let side = DoubtSide::Source {
                         source: Some(source),
                         doubt,
                         remains,
@@ -97,7 +103,7 @@ impl Supervisor {
 
     /// Cancels the migration under way, if there is one, and sends its report to the client that asked for it. If the
     /// cancel came too late, the guest was moved and not stopped.
-    pub(super) fn settle(
+    pub(super) fn settle_migration(
         &mut self,
         ending: Result<Ending, SupervisorError>,
     ) -> Result<Ending, SupervisorError> {
@@ -125,17 +131,21 @@ impl Supervisor {
         if moved { Ok(Ending::Moved) } else { ending }
     }
 
-    pub(super) fn received(&mut self, arrived: Arrived, server: &ApiServer) -> Option<Ending> {
-        let Arrived {
+    /// Takes over a machine that has arrived. It is in doubt if it does not run.
+    pub(super) fn received(&mut self, arrived: ArrivedMachine, server: &ApiServer) -> Option<Ending> {
+        let ArrivedMachine {
             machine,
             reason,
             receiver,
         } = arrived;
         self.receiver = receiver;
-        self.machine_came(reason.as_deref());
+        self.machine_arrived(reason.as_deref());
         if let Some(reason) = reason {
             tracing::error!("received, but the guest stays paused: {reason}");
-            self.life = Some(Life::InDoubt(Arc::new(machine), Side::Destination { reason }));
+            self.life = Some(Life::InDoubt(
+                Arc::new(machine),
+                DoubtSide::Destination { reason },
+            ));
             return None;
         }
         tracing::info!("received: the guest runs here");

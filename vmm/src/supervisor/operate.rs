@@ -11,12 +11,13 @@ use devices::virtio::balloon;
 use migration::Control;
 
 use super::request::{NEVER, Reply};
-use super::{Ending, Life, Refusal, SnapshotJob, Supervisor, answer, failed};
+use super::{Ending, Life, Operation, Refusal, SnapshotJob, Supervisor, answer, failed};
 use crate::config::ConfigError;
 use crate::machine::Machine;
 use crate::vcpu::Holder;
 
 impl Supervisor {
+    /// The machine, if it is here and not in doubt.
     pub(super) fn machine(&self) -> Result<&Arc<Machine>, Refusal> {
         match &self.life {
             Some(Life::Here(machine)) => Ok(machine),
@@ -36,6 +37,7 @@ impl Supervisor {
         }
     }
 
+    /// The control of the migration under way, away or to here.
     pub(super) fn control(&self) -> Option<&Arc<Control>> {
         match (&self.migration, &self.life) {
             (Some(migration), _) => Some(&migration.job.control),
@@ -44,12 +46,13 @@ impl Supervisor {
         }
     }
 
+    /// What the API shows of this VM.
     pub(super) fn info(&self) -> InstanceInfo {
         let machine = match &self.life {
             Some(Life::Here(machine) | Life::InDoubt(machine, _)) => Some(machine),
             Some(Life::Receiving(_)) | None => None,
         };
-        let pausing = self.operation.as_ref().is_some_and(|operation| operation.pauses);
+        let pausing = self.operation.as_ref().is_some_and(Operation::is_pause);
         let state = match &self.life {
             Some(Life::InDoubt(..)) => InstanceState::InDoubt,
             Some(Life::Here(machine)) if machine.is_held_by(Holder::User) && !pausing => {
@@ -123,7 +126,7 @@ impl Supervisor {
             return None;
         }
         if let Some(Life::InDoubt(_, side)) = &self.life {
-            if self.doubt_alarm.is_confirmed(Instant::now()) {
+            if self.end_confirmation.is_confirmed(Instant::now()) {
                 return Some(Ending::Stopped);
             }
             tracing::error!(
@@ -176,7 +179,7 @@ impl Supervisor {
         }
     }
 
-    /// Ends the VM: the guest had its time to shut down.
+    /// Ends the VM, whose guest did not shut down in time.
     pub(super) fn grace_over(&mut self) -> Option<Ending> {
         let grace = self.stop_timeout;
         tracing::info!("the guest did not shut down within {grace:?}: stopping it");
@@ -215,13 +218,13 @@ fn far_future() -> Instant {
     Instant::now() + NEVER
 }
 
-/// Decides whether a request for the end is a second one: one that follows at once belongs to the first (a service
+/// Decides whether a request for the end confirms an earlier one: a request that follows at once belongs to the first (a service
 /// manager sends two signals, a key repeats), and one that comes much later may come from a user who does not know of
 /// the first.
 #[derive(Debug, Default)]
-pub(super) struct DoubtAlarm(Option<Instant>);
+pub(super) struct EndConfirmation(Option<Instant>);
 
-impl DoubtAlarm {
+impl EndConfirmation {
     /// When a second request counts, after the first.
     const SECOND: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(60);
 
@@ -245,7 +248,7 @@ mod tests {
 
     #[test]
     fn one_request_for_the_end_is_not_two() {
-        let mut alarm = DoubtAlarm::default();
+        let mut alarm = EndConfirmation::default();
         let first = Instant::now();
         let after = |ms| first + Duration::from_millis(ms);
         assert!(!alarm.is_confirmed(first));

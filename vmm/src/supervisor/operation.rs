@@ -19,20 +19,38 @@ use crate::vcpu::Holder;
 pub(super) struct Operation {
     job: Job,
     reply: Reply<()>,
+    kind: OperationKind,
+}
+
+/// What an operation does, as far as the state that the API shows depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OperationKind {
+    /// It takes the vCPUs out of a guest that runs.
+    Pause,
+    /// Anything else.
+    Other,
+}
+
+impl Operation {
     /// Whether it is a pause whose vCPUs are not all out of the guest yet.
-    pub(super) pauses: bool,
+    pub(super) fn is_pause(&self) -> bool {
+        self.kind == OperationKind::Pause
+    }
 }
 
 impl Supervisor {
+    /// Takes the vCPUs out of the guest for the user; `reply` is answered when the last one is out.
     pub(super) fn pause(&mut self, reply: Reply<()>) {
         let pause = |machine: &Machine| machine.pause_for_user().map_err(failed);
         let machine = self.idle_machine().cloned();
-        let pauses = machine
-            .as_ref()
-            .is_ok_and(|machine| !machine.is_held_by(Holder::User));
-        self.operate(machine, pauses, pause, reply);
+        let kind = match &machine {
+            Ok(machine) if !machine.is_held_by(Holder::User) => OperationKind::Pause,
+            _ => OperationKind::Other,
+        };
+        self.operate(machine, kind, pause, reply);
     }
 
+    /// Lets the guest run on after a user's pause, or after a migration that could not give it back.
     pub(super) fn resume(&mut self, reply: Reply<()>) {
         let resume = |machine: &Machine| {
             if machine.is_held_by(Holder::Migration) {
@@ -42,21 +60,22 @@ impl Supervisor {
             machine.resume_for_user();
             Ok(())
         };
-        self.operate(self.idle_machine().cloned(), false, resume, reply);
+        self.operate(self.idle_machine().cloned(), OperationKind::Other, resume, reply);
     }
 
     /// Reads a disk's size anew and changes its limits. A migration has described both to the destination, so this
     /// needs an idle machine.
     pub(super) fn update_disk(&mut self, update: Box<DriveUpdate>, reply: Reply<()>) {
         let machine = self.idle_machine().cloned();
-        self.operate(machine, false, move |machine| change(machine, &update), reply);
+        let update = move |machine: &Machine| apply_update(machine, &update);
+        self.operate(machine, OperationKind::Other, update, reply);
     }
 
     /// Runs `act` with the machine on a thread of its own; `reply` is answered when it has ended.
     fn operate(
         &mut self,
         machine: Result<Arc<Machine>, Refusal>,
-        pauses: bool,
+        kind: OperationKind,
         act: impl FnOnce(&Machine) -> Result<(), Refusal> + Send + 'static,
         reply: Reply<()>,
     ) {
@@ -76,7 +95,7 @@ impl Supervisor {
             Control::new().and_then(|control| Job::start(Role::Operation, "operate", Arc::new(control), run));
         match job {
             Ok(job) => {
-                self.operation = Some(Operation { job, reply, pauses });
+                self.operation = Some(Operation { job, reply, kind });
             }
             Err(error) => answer(reply, Err(failed(error))),
         }
@@ -101,7 +120,7 @@ impl Supervisor {
     /// Puts off a request that would conflict with the operation under way; returns any other. The limit of the API's
     /// connections bounds how many are put off.
     pub(super) fn defer(&mut self, request: Request) -> Option<Request> {
-        let meets = matches!(
+        let conflicts = matches!(
             request,
             Request::Pause(_)
                 | Request::Resume(_)
@@ -109,14 +128,14 @@ impl Supervisor {
                 | Request::Migrate { .. }
                 | Request::Snapshot(..)
         );
-        if self.operation.is_none() || !meets {
+        if self.operation.is_none() || !conflicts {
             return Some(request);
         }
         self.deferred.push_back(request);
         None
     }
 
-    /// Waits for the operation under way, if there is one. If it may hang for ever, it ends with the process instead.
+    /// Waits for the operation under way, if there is one. One that may hang for ever ends with the process instead.
     pub(super) fn settle_operation(&mut self, may_hang: bool) {
         if let Some(operation) = self.operation.take()
             && !may_hang
@@ -126,7 +145,8 @@ impl Supervisor {
     }
 }
 
-fn change(machine: &Machine, update: &DriveUpdate) -> Result<(), Refusal> {
+/// Changes a disk as a client asks, after a check of all that it asks for.
+fn apply_update(machine: &Machine, update: &DriveUpdate) -> Result<(), Refusal> {
     let id = &update.drive_id;
     let disk = machine.disk(id).ok_or_else(|| Refusal::NoDisk(id.clone()))?;
     let before = disk.limits();
@@ -138,7 +158,7 @@ fn change(machine: &Machine, update: &DriveUpdate) -> Result<(), Refusal> {
         failed(ConfigError::Limits { id, source })
     })?;
     check_path(update, disk.path())?;
-    disk.resize().map_err(failed)?;
+    disk.refresh_size().map_err(failed)?;
     if limits != before {
         disk.set_limits(limits);
     }
@@ -153,5 +173,35 @@ fn check_path(update: &DriveUpdate, path: &Path) -> Result<(), Refusal> {
             update.drive_id
         ))),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::console::Console;
+
+    #[test]
+    fn requests_that_would_conflict_wait_for_the_operation_and_others_do_not() {
+        let mut supervisor = Supervisor::new("web", Console::detached());
+        let control = Arc::new(Control::new().unwrap());
+        let (pause, mut paused) = oneshot::channel();
+        supervisor.operation = Some(Operation {
+            job: Job::start(Role::Operation, "operate", control, || {}).unwrap(),
+            reply: pause,
+            kind: OperationKind::Pause,
+        });
+        let (resume, mut resumed) = oneshot::channel();
+        let (info, mut shown) = oneshot::channel();
+        supervisor.handle_request(Request::Resume(resume));
+        supervisor.handle_request(Request::Info(info));
+        assert!(shown.try_recv().unwrap().is_ok());
+        assert!(resumed.try_recv().is_err(), "answered during the pause");
+        supervisor.operation_ended(Ok(()));
+        assert!(paused.try_recv().unwrap().is_ok());
+        let refused = resumed.try_recv().unwrap();
+        assert!(matches!(refused, Err(Refusal::NoMachine)), "{refused:?}");
     }
 }

@@ -140,7 +140,7 @@ pub(crate) enum Event {
     /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
     /// The migration job has ended.
-    MigrationEnded(Box<Ended>),
+    MigrationEnded(Box<EndedMigration>),
     /// The operation under way has ended.
     OperationEnded(Result<(), Refusal>),
     /// The snapshot job has ended.
@@ -155,7 +155,7 @@ pub(crate) enum Event {
     /// The receiving job has no machine after all, and waits for the next.
     AttemptFailed(String),
     /// The receiving job has a machine.
-    Received(Box<Arrived>),
+    Received(Box<ArrivedMachine>),
     /// The receiving job cannot go on.
     ReceiveFailed(String),
     /// The machine of a snapshot is there, or cannot be had.
@@ -167,14 +167,14 @@ pub(crate) enum Event {
 }
 
 /// A migration away that has ended.
-pub(crate) struct Ended {
+pub(crate) struct EndedMigration {
     pub(crate) migrated: Migrated,
     /// The machine as the migration left it, if the outcome is in doubt.
     pub(crate) source: Option<Box<MigrationSource>>,
 }
 
 /// A machine that came after "go".
-pub(crate) struct Arrived {
+pub(crate) struct ArrivedMachine {
     pub(crate) machine: Machine,
     /// Why it is paused, if it does not run.
     pub(crate) reason: Option<String>,

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use devices::GuestExit;
 
+use super::restore::RestoreWait;
 use super::{Ending, Life, Supervisor, SupervisorError};
 use crate::machine::{EventSink, Machine, MachineError};
 
-/// If a guest resets before it has run for this long, each further boot is delayed more.
-const SETTLED: Duration = Duration::from_secs(10);
+/// A guest that resets before it has run for this long has reset too early: each further boot is delayed more.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// The first delay; each further one is twice as long.
-const FIRST_WAIT: Duration = Duration::from_secs(1);
+const FIRST_DELAY: Duration = Duration::from_secs(1);
 /// How often the delay doubles at most: up to half a minute.
 const DOUBLINGS: u32 = 5;
 
@@ -24,18 +25,22 @@ pub(super) struct Reboot {
     boot: Boot,
     /// When the present guest was booted.
     since: Instant,
-    /// How often it has reset too soon in a row.
-    hasty: u32,
+    /// How often it has reset too early in a row.
+    early_resets: u32,
 }
 
 impl Reboot {
     /// How long to delay the next boot: a guest that resets again and again must not keep the host busy.
-    fn wait(&mut self, now: Instant) -> Duration {
-        let settled = now.saturating_duration_since(self.since) >= SETTLED;
-        self.hasty = if settled { 0 } else { self.hasty.saturating_add(1) };
-        match self.hasty {
+    fn next_delay(&mut self, now: Instant) -> Duration {
+        let is_stable = now.saturating_duration_since(self.since) >= STABLE_AFTER;
+        self.early_resets = if is_stable {
+            0
+        } else {
+            self.early_resets.saturating_add(1)
+        };
+        match self.early_resets {
             0 => Duration::ZERO,
-            hasty => FIRST_WAIT * 2u32.pow((hasty - 1).min(DOUBLINGS)),
+            resets => FIRST_DELAY * 2u32.pow((resets - 1).min(DOUBLINGS)),
         }
     }
 }
@@ -46,7 +51,7 @@ impl Supervisor {
         self.reboot = Some(Reboot {
             boot,
             since: Instant::now(),
-            hasty: 0,
+            early_resets: 0,
         });
     }
 
@@ -77,20 +82,20 @@ impl Supervisor {
                 return ending;
             }
         };
-        let wait = reboot.wait(Instant::now());
+        let delay = reboot.next_delay(Instant::now());
         let boot = reboot.boot.clone();
-        tracing::info!("the guest has reset: booting it again in {wait:?}");
+        tracing::info!("the guest has reset: booting it again in {delay:?}");
         let events = self.event_sink();
         let (called_off, waiting) = mpsc::channel::<()>();
         let make = move || {
             // The old machine's disks, taps and sockets are free only once it is gone.
             drop(machine);
-            match waiting.recv_timeout(wait) {
+            match waiting.recv_timeout(delay) {
                 Err(mpsc::RecvTimeoutError::Timeout) => boot(events),
                 _ => Err(MachineError::CalledOff),
             }
         };
-        match self.make_machine(make, false, Some(called_off), || {}) {
+        match self.make_machine(make, RestoreWait::Bounded, Some(called_off), || {}) {
             Ok(()) => None,
             Err(error) => Some(Err(SupervisorError::Restore(error.to_string()))),
         }
@@ -121,11 +126,11 @@ mod tests {
         let mut reboot = Reboot {
             boot: Arc::new(|_| Err(MachineError::CalledOff)),
             since: began,
-            hasty: 0,
+            early_resets: 0,
         };
-        let waits: Vec<_> = (0..8).map(|_| reboot.wait(began).as_secs()).collect();
-        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 32, 32]);
-        assert_eq!(reboot.wait(began + SETTLED), Duration::ZERO);
-        assert_eq!(reboot.wait(began), FIRST_WAIT);
+        let delays: Vec<_> = (0..8).map(|_| reboot.next_delay(began).as_secs()).collect();
+        assert_eq!(delays, [1, 2, 4, 8, 16, 32, 32, 32]);
+        assert_eq!(reboot.next_delay(began + STABLE_AFTER), Duration::ZERO);
+        assert_eq!(reboot.next_delay(began), FIRST_DELAY);
     }
 }

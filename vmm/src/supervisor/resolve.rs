@@ -26,12 +26,12 @@ use super::{Ending, Event, Job, Life, Refusal, Supervisor, SupervisorHandle, ans
 use crate::machine::MigrationSource;
 
 /// How long the connection to the destination may take, and as long again its answer.
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a receiving job may take to act on a decision.
 const DECIDE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which end of a migration in doubt this is.
-pub(super) enum Side {
+pub(super) enum DoubtSide {
     /// The source: "go" was sent.
     Source {
         /// The machine as the migration left it; `None` while it is being resumed.
@@ -48,17 +48,19 @@ pub(super) enum Side {
     },
 }
 
-impl Side {
+impl DoubtSide {
     /// One line for `status`.
     pub(super) fn describe(&self) -> String {
         match self {
-            Side::Source {
+            DoubtSide::Source {
                 doubt: Some(doubt), ..
             } => {
                 format!("it may run at {}; `godwit resolve` asks there", doubt.endpoint())
             }
-            Side::Source { doubt: None, .. } => "it may run at the destination, which cannot be asked".into(),
-            Side::Destination { reason } => reason.clone(),
+            DoubtSide::Source { doubt: None, .. } => {
+                "it may run at the destination, which cannot be asked".into()
+            }
+            DoubtSide::Destination { reason } => reason.clone(),
         }
     }
 }
@@ -117,7 +119,7 @@ impl Supervisor {
             return None;
         }
         match &self.life {
-            Some(Life::InDoubt(_, Side::Source { doubt, .. })) => match doubt {
+            Some(Life::InDoubt(_, DoubtSide::Source { doubt, .. })) => match doubt {
                 Some(doubt) => match start_question(doubt.clone(), self.handle.clone()) {
                     Ok(()) => self.resolving = Some(Resolving::Asking { decision, reply }),
                     Err(error) => answer(reply, Err(failed(error))),
@@ -128,7 +130,7 @@ impl Supervisor {
                     return self.answered(Ok(Answer::Unknown));
                 }
             },
-            Some(Life::InDoubt(machine, Side::Destination { reason })) => {
+            Some(Life::InDoubt(machine, DoubtSide::Destination { reason })) => {
                 let (resolution, ending) = at_destination(reason, decision);
                 if ending.is_some() {
                     machine.remove_made_disks();
@@ -180,7 +182,7 @@ impl Supervisor {
                 return None;
             }
         };
-        settled(decision, reply, verdict, message);
+        answer_resolved(decision, reply, verdict, message);
         ending
     }
 
@@ -188,14 +190,16 @@ impl Supervisor {
     /// thread of its own.
     fn resume_here(&mut self, decision: Option<Decision>, reply: Reply<Resolution>, known: String) {
         let taken = match &mut self.life {
-            Some(Life::InDoubt(_, Side::Source { source, remains, .. })) => source.take().zip(Some(*remains)),
+            Some(Life::InDoubt(_, DoubtSide::Source { source, remains, .. })) => {
+                source.take().zip(Some(*remains))
+            }
             _ => None,
         };
         let Some((mut source, mut remains)) = taken else {
             return answer(reply, Err(Refusal::NoDoubt));
         };
         let supervisor = self.handle.clone();
-        let go_on = move || {
+        let resume_here = move || {
             let resume = AssertUnwindSafe(|| source.resume());
             let resumed = catch_unwind(resume).unwrap_or_else(|_| Err("it panicked, see the log".into()));
             let resumed = resumed.map_err(|error| migration::chain(&*error));
@@ -206,8 +210,8 @@ impl Supervisor {
             }
             supervisor.send(Event::TakenBack(source, resumed));
         };
-        let job =
-            Control::new().and_then(|control| Job::start(Role::Resolve, "resolve", Arc::new(control), go_on));
+        let job = Control::new()
+            .and_then(|control| Job::start(Role::Resolve, "resolve", Arc::new(control), resume_here));
         match job {
             Ok(job) => {
                 self.resolving = Some(Resolving::TakingBack {
@@ -233,10 +237,10 @@ impl Supervisor {
             return;
         };
         match (self.life.take(), resumed) {
-            (Some(Life::InDoubt(machine, Side::Source { .. })), Ok(())) => {
+            (Some(Life::InDoubt(machine, DoubtSide::Source { .. })), Ok(())) => {
                 drop(source);
                 self.life = Some(Life::Here(machine));
-                settled(
+                answer_resolved(
                     decision,
                     reply,
                     Resolved::Here,
@@ -244,9 +248,9 @@ impl Supervisor {
                 );
                 self.stop_second_copy();
             }
-            (Some(Life::InDoubt(machine, Side::Source { doubt, remains, .. })), Err(error)) => {
+            (Some(Life::InDoubt(machine, DoubtSide::Source { doubt, remains, .. })), Err(error)) => {
                 // Another process may hold its disks' locks: the doubt stays.
-                let side = Side::Source {
+                let side = DoubtSide::Source {
                     source: Some(source),
                     doubt,
                     remains,
@@ -281,7 +285,7 @@ impl Supervisor {
     }
 
     /// Handles a machine that was received; `problem` says why it does not run.
-    pub(super) fn machine_came(&mut self, problem: Option<&str>) {
+    pub(super) fn machine_arrived(&mut self, problem: Option<&str>) {
         if let Some(Resolving::Deciding { decision, reply, .. }) = self.resolving.take() {
             let (verdict, message) = match problem {
                 None => (
@@ -319,8 +323,8 @@ impl Supervisor {
     }
 }
 
-/// Answers with the result and logs it.
-fn settled(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolved, message: String) {
+/// Answers the request to resolve the doubt, and logs the result.
+fn answer_resolved(decision: Option<Decision>, reply: Reply<Resolution>, verdict: Resolved, message: String) {
     let as_asked = match decision {
         None => true,
         Some(Decision::Run) => verdict == Resolved::Here,
@@ -342,6 +346,7 @@ fn start_question(doubt: Doubt, supervisor: SupervisorHandle) -> std::io::Result
     Ok(())
 }
 
+/// What a decision of the operator's at a destination leads to: the answer, and how the VM ends, if it does.
 fn at_destination(reason: &str, decision: Option<Decision>) -> (Resolution, Option<Ending>) {
     let (verdict, as_asked, message, ending) = match decision {
         Some(Decision::Discard) => {

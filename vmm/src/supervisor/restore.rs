@@ -14,39 +14,48 @@ use crate::machine::{Machine, MachineError};
 /// The job, and what follows once it has made the machine.
 pub(super) struct RestoreJob {
     worker: Worker,
-    /// Whether the job may wait for pages for ever.
-    may_hang: bool,
+    wait: RestoreWait,
     /// Cancels the job when it is dropped, as long as the job waits.
     called_off: Option<mpsc::Sender<()>>,
     announce: Box<dyn FnOnce()>,
+}
+
+/// How long a job that makes a machine may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RestoreWait {
+    /// It ends.
+    Bounded,
+    /// It may wait for ever: the machine's pages come from a fault handler.
+    Endless,
 }
 
 impl RestoreJob {
     /// Waits for the job's end. A job that may hang for ever ends with the process instead.
     pub(super) fn end(self) {
         drop(self.called_off);
-        if !self.may_hang {
+        if self.wait == RestoreWait::Bounded {
             self.worker.join();
         }
     }
 }
 
 impl Supervisor {
-    /// Has `restore` make the machine, then calls `announce`. `may_hang` says whether its memory comes from a fault
-    /// handler, for which the thread may wait for ever.
+    /// Has `restore` make the machine on a thread of its own, then calls `announce`.
     pub fn restore(
         &mut self,
         restore: impl FnOnce() -> Result<Machine, MachineError> + Send + 'static,
-        may_hang: bool,
+        wait: RestoreWait,
         announce: impl FnOnce() + 'static,
     ) -> io::Result<()> {
-        self.make_machine(restore, may_hang, None, announce)
+        self.make_machine(restore, wait, None, announce)
     }
 
+    /// Has `make` make the machine on a thread of its own, then calls `announce`. `called_off` is dropped if the VM ends
+    /// before that.
     pub(super) fn make_machine(
         &mut self,
         make: impl FnOnce() -> Result<Machine, MachineError> + Send + 'static,
-        may_hang: bool,
+        wait: RestoreWait,
         called_off: Option<mpsc::Sender<()>>,
         announce: impl FnOnce() + 'static,
     ) -> io::Result<()> {
@@ -60,13 +69,14 @@ impl Supervisor {
         })?;
         self.restore = Some(RestoreJob {
             worker,
-            may_hang,
+            wait,
             called_off,
             announce: Box::new(announce),
         });
         Ok(())
     }
 
+    /// Takes over the machine that was made. Without one the VM ends.
     pub(super) fn restored(
         &mut self,
         restored: Result<Box<Machine>, String>,

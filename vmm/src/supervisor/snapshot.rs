@@ -61,6 +61,7 @@ impl Supervisor {
         }
     }
 
+    /// Handles the end of a snapshot: answers the request, and ends the VM if its guest is now in the snapshot.
     pub(super) fn snapshot_ended(
         &mut self,
         ended: Result<SnapshotReport, String>,
@@ -101,6 +102,7 @@ impl Supervisor {
     }
 }
 
+/// Starts the thread that writes the snapshot; its end is an event to the supervisor.
 fn start(
     machine: Arc<Machine>,
     request: SnapshotRequest,
@@ -159,4 +161,28 @@ fn write(
         paused_ms: paused.as_secs_f64() * 1e3,
         total_ms: began.elapsed().as_secs_f64() * 1e3,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::super::Request;
+    use super::*;
+    use crate::console::Console;
+
+    #[test]
+    fn a_request_that_would_conflict_with_a_snapshot_is_refused() {
+        let mut supervisor = Supervisor::new("web", Console::detached());
+        supervisor.snapshot = Some(SnapshotJob {
+            worker: Worker::start(Role::Snapshot, "snapshot", || {}).unwrap(),
+            watch: Arc::default(),
+            keep_running: true,
+            reply: oneshot::channel().0,
+        });
+        let (pause, mut paused) = oneshot::channel();
+        supervisor.handle_request(Request::Pause(pause));
+        let refused = paused.try_recv().unwrap();
+        assert!(matches!(refused, Err(Refusal::Snapshotting)), "{refused:?}");
+    }
 }

@@ -54,7 +54,7 @@ fn a_job_that_hangs_is_left_alone_in_the_end() {
     assert_eq!(Arc::strong_count(&ended), 1, "waited for");
 }
 
-fn ended(outcome: &str) -> Box<Ended> {
+fn ended(outcome: &str) -> Box<EndedMigration> {
     let text = format!(
         r#"{{"outcome":"{outcome}","error":"why","mode":"precopy","budget_ms":1,"budget_kept":false,
         "predicted_downtime_ms":null,"downtime_ms":null,"downtime":{{"pause_ms":0,"drain_ms":0,"final_log_ms":0,
@@ -68,7 +68,7 @@ fn ended(outcome: &str) -> Box<Ended> {
         unanswered: None,
         remains: Remains::default(),
     };
-    Box::new(Ended {
+    Box::new(EndedMigration {
         migrated,
         source: None,
     })
@@ -124,7 +124,7 @@ fn the_end_of_the_vm_leaves_no_migration_without_a_report() {
         let handle = rig.supervisor.handle();
         handle.send(Event::Escape);
         handle.send(Event::MigrationEnded(ended(outcome)));
-        let ending = rig.supervisor.settle(Ok(Ending::Stopped));
+        let ending = rig.supervisor.settle_migration(Ok(Ending::Stopped));
         assert_eq!(ending.unwrap(), end);
         let error = feed.try_recv().unwrap().error.unwrap();
         assert_eq!(
@@ -192,7 +192,7 @@ fn a_decision_is_answered_by_what_the_receiving_job_does() {
         assert!(rig.supervisor.deciding_until().is_none());
     }
     let mut answer = decide(&mut rig, Decision::Run);
-    rig.supervisor.machine_came(None);
+    rig.supervisor.machine_arrived(None);
     assert_eq!(answer.try_recv().unwrap().unwrap().verdict, Resolved::Here);
     let mut answer = decide(&mut rig, Decision::Run);
     rig.supervisor.refuse_decision();
@@ -289,4 +289,16 @@ fn a_client_gets_an_error_if_the_question_fails() {
     );
     assert!(answer.try_recv().unwrap().is_err());
     assert!(rig.supervisor.resolving.is_none());
+}
+
+#[test]
+fn events_of_a_machine_that_was_replaced_do_not_count() {
+    let mut rig = rig();
+    let sinks = [rig.supervisor.event_sink(), rig.supervisor.event_sink()];
+    for (sink, counts) in sinks.iter().zip([false, true]) {
+        sink(MachineEvent::Exit(GuestExit::PowerOff));
+        let event = rig.supervisor.events.try_recv().unwrap();
+        let ending = rig.supervisor.handle_event(event, &rig.server);
+        assert_eq!(ending.is_some(), counts);
+    }
 }

@@ -7,6 +7,7 @@ use super::resolve::Resolving;
 use super::{ApiServer, Ending, Life, Refusal, Supervisor, SupervisorError, answer};
 
 impl Supervisor {
+    /// Handles the failure of a thread. Returns how the VM ends, if the failure ends it.
     pub(super) fn thread_failed(
         &mut self,
         failure: Failure,
@@ -29,8 +30,9 @@ impl Supervisor {
                 self.fail_question(&failure);
                 None
             }
-            // Without them nothing is shown or typed, a guest is slowed down too little, a connection breaks off. Jobs
-            // report their end themselves, and the thread that waits for a helper or a stream gets its failure.
+            // The guest goes on without these: no output is shown and no input read, a guest is slowed down too little, or a
+            // connection breaks off. Jobs report their end themselves, and the thread that waits for a helper or a stream
+            // gets its failure.
             Role::Console
             | Role::Input
             | Role::Log
@@ -67,6 +69,7 @@ impl Supervisor {
         self.terminate().map(Ok)
     }
 
+    /// Answers the request for which the destination was being asked: the thread that asked has failed.
     fn fail_question(&mut self, failure: &Failure) {
         match self.resolving.take() {
             Some(Resolving::Asking { reply, .. }) => {

@@ -10,40 +10,41 @@ use std::time::{Duration, Instant};
 use migration::{Answer, Doubt, Remains, Source};
 use threads::Role;
 
-use super::{Event, Life, Side, Supervisor, SupervisorHandle};
+use super::resolve::ASK_TIMEOUT;
+use super::{DoubtSide, Event, Life, Supervisor, SupervisorHandle};
 use crate::machine::MigrationSource;
 use crate::vcpu::park_deadline;
 
-/// The first and the longest pause between two questions.
-const AGAIN: Duration = Duration::from_secs(1);
-const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
+/// The pause between the first two questions; each further one is twice as long, up to a limit.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause between two questions.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// For how long the destination is asked: if it waits for longer, its operator has to decide.
-const TRIED_FOR: Duration = Duration::from_secs(3600);
-/// How long the connection of each question may take, and as long again its answer.
-const TIMEOUT: Duration = Duration::from_secs(5);
-/// Most destinations that are asked at a time.
-const MOST: usize = 4;
+const ASK_FOR: Duration = Duration::from_secs(3600);
+/// The most destinations that are asked at a time.
+const MAX_ASKED: usize = 4;
 
 /// The questions under way.
 #[derive(Debug, Default)]
 pub(super) struct Withdrawals {
+    /// How many destinations are being asked.
     asked: usize,
-    /// A destination that runs the guest as well.
+    /// The question to a destination that runs the guest as well.
     second: Option<Doubt>,
 }
 
 impl Supervisor {
     /// Starts to ask a destination until it answers; one that waits for "go" gives the machine up by that.
     pub(super) fn withdraw(&mut self, doubt: Doubt) {
-        if self.withdrawals.asked == MOST {
-            tracing::warn!(to = %doubt.endpoint(), "too many destinations could not be told that no \"go\" will come");
+        if self.withdrawals.asked == MAX_ASKED {
+            tracing::warn!(to = %doubt.endpoint(), "too many destinations are being asked already: this one is not, and may wait for \"go\"");
             return;
         }
         let supervisor = self.handle.clone();
         let ask = move || ask_until_answered(doubt, &supervisor);
         match threads::spawn(Role::Withdraw, "withdraw", ask) {
             Ok(_) => self.withdrawals.asked += 1,
-            Err(error) => tracing::warn!(%error, "the destination is not told that no \"go\" will come"),
+            Err(error) => tracing::warn!(%error, "the destination cannot be asked, and may wait for \"go\""),
         }
     }
 
@@ -56,7 +57,7 @@ impl Supervisor {
                 tracing::info!(%to, "the destination knows that the guest runs on here");
             }
             Some(Answer::Unknown) | None => {
-                tracing::warn!(%to, "the destination was never told that the guest runs on here")
+                tracing::warn!(%to, "the destination never learnt that the guest runs on here")
             }
             Some(Answer::Runs | Answer::Kept { .. }) => {
                 tracing::error!(
@@ -87,7 +88,7 @@ impl Supervisor {
                 let error = migration::chain(&*error);
                 tracing::error!(error, "the guest runs on here although it runs elsewhere");
             }
-            let side = Side::Source {
+            let side = DoubtSide::Source {
                 source: Some(source),
                 doubt: Some(doubt),
                 remains: Remains::default(),
@@ -97,17 +98,18 @@ impl Supervisor {
     }
 }
 
+/// Asks until the destination answers, or [`ASK_FOR`] is over; the result is an event to the supervisor.
 fn ask_until_answered(doubt: Doubt, supervisor: &SupervisorHandle) {
     let began = Instant::now();
-    let mut again = AGAIN;
+    let mut pause = FIRST_PAUSE;
     let answer = loop {
-        match doubt.ask(TIMEOUT) {
+        match doubt.ask(ASK_TIMEOUT) {
             // A receiver that knows nothing of the migration may be another one than the one that waits.
             Ok(answer) if answer != Answer::Unknown => break Some(answer),
-            Ok(_) | Err(_) if began.elapsed() >= TRIED_FOR => break None,
-            Ok(_) | Err(_) => thread::sleep(again),
+            Ok(_) | Err(_) if began.elapsed() >= ASK_FOR => break None,
+            Ok(_) | Err(_) => thread::sleep(pause),
         }
-        again = (again * 2).min(AGAIN_AT_MOST);
+        pause = (pause * 2).min(MAX_PAUSE);
     };
     supervisor.send(Event::Withdrawn(doubt, answer));
 }

@@ -9,7 +9,7 @@ use migration::Control;
 use threads::{Role, Thread};
 
 /// How long a worker may take to end: longer than all of its own waits, so that one that takes longer hangs in a call.
-const ENDING: Duration = Duration::from_secs(60);
+const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A thread whose end is waited for, but not for ever.
 pub(super) struct Worker {
@@ -19,6 +19,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
+    /// Starts a thread with this role and name.
     pub(super) fn start(role: Role, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<Self> {
         let (at_work, ended) = mpsc::channel();
         let thread = threads::spawn(role, name, move || {
@@ -30,10 +31,10 @@ impl Worker {
 
     /// Waits for the thread's end: what it holds (a listening socket, the machine) is then gone.
     pub(super) fn join(self) {
-        self.join_within(ENDING);
+        self.join_within(END_TIMEOUT);
     }
 
-    /// The same, but leaves a thread behind that hangs, for example in a write to a disk that is gone: it must not hold
+    /// Waits for the thread's end, but leaves a thread behind that hangs, for example in a write to a disk that is gone: it must not hold
     /// up the end of the process, and ends with it.
     pub(super) fn join_within(self, at_most: Duration) {
         if self.ended.recv_timeout(at_most) == Err(mpsc::RecvTimeoutError::Timeout) {
@@ -63,7 +64,7 @@ impl Job {
         Ok(Self { control, worker })
     }
 
-    /// Cancels it and waits for its end.
+    /// Cancels the job and waits for its end.
     pub(super) fn end(self) {
         self.control.cancel();
         self.worker.join();

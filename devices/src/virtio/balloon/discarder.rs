@@ -12,7 +12,7 @@ use crate::virtio::Chain;
 
 /// Most pages that one request gives up, four times as many as Linux puts in one. The other pages of a longer request
 /// are not given up.
-pub(super) const MOST_PAGES: usize = 1024;
+pub(super) const MAX_PAGES: usize = 1024;
 
 /// What a queue of the balloon is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl PageDiscarder {
 
     /// Gives up the pages that a chain of the inflate queue lists by number.
     fn discard_listed(&self, memory: &GuestMemory, mut chain: Chain, cancelled: &CancelFlag) {
-        let mut bytes = [0; 4 * MOST_PAGES];
+        let mut bytes = [0; 4 * MAX_PAGES];
         let got = match chain.readable.read(memory, &mut bytes) {
             Ok(got) => got,
             Err(error) => {

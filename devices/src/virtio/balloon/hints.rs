@@ -17,7 +17,7 @@ const DONE: u32 = 1;
 const FIRST_COMMAND: u32 = 2;
 
 /// Most ranges that are kept of one answer: 256 GiB in blocks of 4 MiB, as Linux reports them.
-pub(super) const MOST_RANGES: usize = 1 << 16;
+pub(super) const MAX_RANGES: usize = 1 << 16;
 
 /// The last command and the guest's answer.
 #[derive(Debug, Default)]
@@ -98,7 +98,7 @@ impl Hints {
 
     /// Adds a range that the guest reports. Outside an answer to the command it is ignored.
     pub(super) fn add(&mut self, address: u64, len: u64) {
-        if self.stage == HintStage::Answering && self.ranges.len() < MOST_RANGES {
+        if self.stage == HintStage::Answering && self.ranges.len() < MAX_RANGES {
             self.ranges.push((address, len));
         }
     }

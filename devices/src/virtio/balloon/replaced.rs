@@ -7,7 +7,7 @@ use super::PAGE_SIZE;
 
 /// Most runs of such pages. Each may split a mapping of this process in three, of which Linux lets it have 65530; pages that
 /// would be one run too many stay the guest's.
-const MOST_RUNS: usize = 16 << 10;
+const MAX_RUNS: usize = 16 << 10;
 
 /// A bit for each page of each region, by the region's address.
 #[derive(Debug, Default)]
@@ -46,7 +46,7 @@ impl Replaced {
 
     /// Whether `run`, which is not replaced, can be.
     pub(super) fn has_room_for(&mut self, region: u64, len: u64, run: PageRun) -> bool {
-        self.runs_with(region, len, run) <= MOST_RUNS
+        self.runs_with(region, len, run) <= MAX_RUNS
     }
 
     /// Marks `run` as replaced.
@@ -100,7 +100,7 @@ fn is_set(words: &[u64], page: u64) -> bool {
 mod tests {
     use super::*;
 
-    const LEN: u64 = (3 * MOST_RUNS as u64) << 12;
+    const LEN: u64 = (3 * MAX_RUNS as u64) << 12;
 
     fn run(first: u64, end: u64) -> PageRun {
         PageRun {
@@ -131,11 +131,11 @@ mod tests {
     #[test]
     fn a_guest_cannot_use_up_the_mappings_of_this_process() {
         let mut replaced = Replaced::default();
-        for number in 0..MOST_RUNS as u64 {
+        for number in 0..MAX_RUNS as u64 {
             assert!(replaced.has_room_for(0, LEN, run(2 * number, 2 * number + 1)));
             replaced.insert(0, LEN, run(2 * number, 2 * number + 1));
         }
-        let far = 2 * MOST_RUNS as u64 + 10;
+        let far = 2 * MAX_RUNS as u64 + 10;
         assert!(!replaced.has_room_for(0, LEN, run(far, far + 1)));
         // Between two it makes them one.
         assert!(replaced.has_room_for(0, LEN, run(1, 2)));

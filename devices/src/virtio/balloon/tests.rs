@@ -11,8 +11,8 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 use super::discard::discard;
-use super::discarder::MOST_PAGES;
-use super::hints::{Hints, MOST_RANGES};
+use super::discarder::MAX_PAGES;
+use super::hints::{Hints, MAX_RANGES};
 use super::replaced::Replaced;
 use super::*;
 use crate::virtio::testing::{
@@ -318,11 +318,11 @@ fn no_more_is_kept_than_a_guest_can_have_to_tell() {
         "after the last number comes the first"
     );
     hints.handle_command_id(2);
-    for _ in 0..=MOST_RANGES {
+    for _ in 0..=MAX_RANGES {
         hints.add(PAGES, 0x1000);
     }
     assert!(hints.is_open());
-    assert_eq!(hints.finish().len(), MOST_RANGES);
+    assert_eq!(hints.finish().len(), MAX_RANGES);
 }
 
 #[test]
@@ -454,7 +454,7 @@ fn hostile_requests_come_back() {
     assert_eq!(control.given_up(), before);
     // More than one request may list: the rest stays.
     dirty(&driver, PAGES..PAGES + 0x2000);
-    let mut pages = vec![(PAGES / 4096) as u32; MOST_PAGES];
+    let mut pages = vec![(PAGES / 4096) as u32; MAX_PAGES];
     pages.push((PAGES / 4096) as u32 + 1);
     let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
     driver.fill(DATA, &bytes);

@@ -38,8 +38,8 @@ impl BlockControl {
         self.backend.path()
     }
 
-    /// Reads the disk's size, in bytes, and has the device report a change to the guest.
-    pub fn resize(&self) -> Result<u64, BlockBackendError> {
+    /// Reads the size of the disk's file anew, and has the device report a change to the guest. Returns the size in bytes.
+    pub fn refresh_size(&self) -> Result<u64, BlockBackendError> {
         let before = self.backend.sectors();
         self.backend.measure()?;
         if self.backend.sectors() != before {
@@ -61,6 +61,7 @@ impl BlockControl {
         self.event.raise();
     }
 
+    /// Readable when the size or the limits have changed.
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::backend::BlockBackend;
-use super::configuration::{WRITEBACK, configuration};
+use super::configuration::{WRITEBACK_AT, configuration};
 use super::control::BlockControl;
 use super::engine::BlockEngine;
 use super::error::BlockRequestError;
@@ -52,8 +52,8 @@ pub struct VirtioBlock {
     pub(super) accepted: u64,
     /// Whether the cache is on: as the host has set it at first, then as the guest sets it (virtio 1.2, 5.2.5.2).
     pub(super) writeback: bool,
-    /// The guest has turned the cache off, and cached writes are being written back: no request starts before that is
-    /// done.
+    /// Whether the guest has turned the cache off and cached writes are being written back: no request starts before that
+    /// is done.
     pub(super) settling: bool,
     /// The capacity that was reported to the guest last.
     pub(super) sectors: u64,
@@ -143,7 +143,7 @@ impl VirtioDevice for VirtioBlock {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        if offset != WRITEBACK as u64 || data.len() != 1 || self.accepted & F_CONFIG_WCE == 0 {
+        if offset != WRITEBACK_AT as u64 || data.len() != 1 || self.accepted & F_CONFIG_WCE == 0 {
             tracing::debug!(offset, ?data, "virtio-block: not writable in the configuration");
             return;
         }

@@ -19,15 +19,16 @@ use crate::helper::{Helper, wait_readable};
 use crate::virtio::sys::IoRing;
 use crate::virtio::{Buffers, ChainHead, QUEUE_SIZE};
 
-/// Bytes in flight from which on no other request starts. A drain waits for these bytes, and for the last request.
-const MOST_IN_FLIGHT: u64 = 16 << 20;
+/// The work in flight, in bytes ([`BlockIo::work`]), from which on no other request starts. A drain waits for this work,
+/// and for the last request.
+const MAX_IN_FLIGHT: u64 = 16 << 20;
 
 /// The engine of one disk: a ring if there is one, and a helper thread.
 pub(super) struct BlockEngine {
     ring: Option<Box<IoRing<PendingIo>>>,
     helper: Helper<PendingIo, Result<(), BlockRequestError>>,
-    /// Bytes of work in flight.
-    bytes: u64,
+    /// The work in flight, in bytes ([`BlockIo::work`]).
+    work: u64,
     /// Requests in flight, and flushes and write-outs of the device.
     count: usize,
     /// How many of the requests are write-outs of an image's metadata, which touch no guest memory.
@@ -45,14 +46,14 @@ pub(super) struct Ticket {
     pub(super) data: u64,
 }
 
-/// Who has asked for some I/O.
+/// What some I/O was started for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
-    /// The guest, with this request.
+    /// This request of the guest's.
     Guest(Ticket),
-    /// The device, to make all writes durable.
+    /// A flush of the device's own, which makes all writes durable.
     Flush,
-    /// The device, to write an image's metadata to its file.
+    /// A write-out of the device's own, which writes an image's metadata to its file.
     WriteOut,
 }
 
@@ -60,6 +61,7 @@ pub(super) enum Origin {
 #[derive(Debug)]
 pub(super) struct PendingIo {
     origin: Origin,
+    /// As [`BlockIo::work`] had it.
     work: u64,
     promises_durability: bool,
     completion: IoCompletion,
@@ -102,7 +104,7 @@ impl BlockEngine {
         Ok(Self {
             ring,
             helper: Helper::new("disk")?,
-            bytes: 0,
+            work: 0,
             count: 0,
             write_outs: 0,
         })
@@ -116,7 +118,7 @@ impl BlockEngine {
 
     /// Whether another request may begin.
     pub(super) fn has_room(&self) -> bool {
-        self.bytes < MOST_IN_FLIGHT && self.count < QUEUE_SIZE.into()
+        self.work < MAX_IN_FLIGHT && self.count < QUEUE_SIZE.into()
     }
 
     /// Whether something must still be submitted.
@@ -172,6 +174,7 @@ impl BlockEngine {
         Ok(true)
     }
 
+    /// Hands the I/O to the ring if it can do it, and otherwise to the helper thread.
     fn start_io(
         &mut self,
         memory: Option<&GuestMemory>,
@@ -180,7 +183,7 @@ impl BlockEngine {
         io: BlockIo,
     ) -> Result<(), BlockRequestError> {
         let (work, promises_durability) = (io.work(), io.promises_durability());
-        let flight = |completion| PendingIo {
+        let pending = |completion| PendingIo {
             origin,
             work,
             promises_durability,
@@ -191,7 +194,7 @@ impl BlockEngine {
                 if backend.can_transfer_directly(&into) =>
             {
                 let completion = IoCompletion::Read { len: len(&into) };
-                ring.read(flight(completion), memory, into, offset)?;
+                ring.read(pending(completion), memory, into, offset)?;
             }
             (
                 Some(ring),
@@ -204,11 +207,11 @@ impl BlockEngine {
             ) if backend.can_transfer_directly(&from) => {
                 let len = from.len();
                 let completion = IoCompletion::Written { offset, len };
-                ring.write(flight(completion), memory, from, offset, durability)?;
+                ring.write(pending(completion), memory, from, offset, durability)?;
             }
             (Some(ring), _, BlockIo::Flush) if ring.has_room() => {
                 let generation = backend.unflushed_generation().unwrap_or_default();
-                ring.flush(flight(IoCompletion::Flushed { generation }));
+                ring.flush(pending(IoCompletion::Flushed { generation }));
             }
             (_, memory, io) => {
                 let completion = match &io {
@@ -219,23 +222,23 @@ impl BlockEngine {
                 let failed = backend.clone();
                 self.helper
                     .push(
-                        flight(completion),
+                        pending(completion),
                         Box::new(move |cancelled| execute(memory.as_ref(), &backend, &io, cancelled)),
                     )
                     .map_err(failed.failed("start a thread for it"))?;
             }
         }
-        self.bytes += work;
+        self.work += work;
         self.count += 1;
         self.write_outs += usize::from(matches!(origin, Origin::WriteOut));
         Ok(())
     }
 
     /// Counts I/O as no longer in flight.
-    fn remove(&mut self, flight: &PendingIo) {
-        self.bytes -= flight.work;
+    fn remove(&mut self, pending: &PendingIo) {
+        self.work -= pending.work;
         self.count -= 1;
-        self.write_outs -= usize::from(matches!(flight.origin, Origin::WriteOut));
+        self.write_outs -= usize::from(matches!(pending.origin, Origin::WriteOut));
     }
 
     /// Submits what was started.
@@ -252,43 +255,45 @@ impl BlockEngine {
 
     /// The next I/O that is done.
     pub(super) fn next(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
-        let (flight, result) = self.next_finished(backend)?;
-        let answers_promise = matches!(flight.origin, Origin::Guest(_)) && flight.promises_durability;
+        let (pending, result) = self.next_finished(backend)?;
+        let answers_promise = matches!(pending.origin, Origin::Guest(_)) && pending.promises_durability;
         // Another flush may have failed meanwhile, and have got the only report of the error.
         let flush_failed = answers_promise && backend.take_flush_failure();
         let result = match result {
             Ok(_) if flush_failed => Err(BlockRequestError::FlushFailed),
             result => result,
         };
-        Some((flight.origin, result))
+        Some((pending.origin, result))
     }
 
-    /// The same without an answer to the guest: a failed flush is kept for a later request.
+    /// As [`BlockEngine::next`], for I/O that ends without an answer to the guest: a failed flush is kept for a later
+    /// request.
     pub(super) fn next_unanswered(&mut self, backend: &BlockBackend) -> Option<IoOutcome> {
-        let (flight, result) = self.next_finished(backend)?;
-        Some((flight.origin, result))
+        let (pending, result) = self.next_finished(backend)?;
+        Some((pending.origin, result))
     }
 
+    /// The next I/O that is done, whether the guest gets an answer or not. The ring's comes before the helper's.
     fn next_finished(
         &mut self,
         backend: &BlockBackend,
     ) -> Option<(PendingIo, Result<u32, BlockRequestError>)> {
-        let (flight, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
-            Some((flight, result)) => {
-                let result = finish_transfer(backend, &flight.completion, result);
-                (flight, result)
+        let (pending, result) = match self.ring.as_mut().and_then(|ring| ring.next()) {
+            Some((pending, result)) => {
+                let result = finish_transfer(backend, &pending.completion, result);
+                (pending, result)
             }
             None => {
-                let (flight, result) = self.helper.next()?;
-                (flight, result.unwrap_or(Err(BlockRequestError::Panicked)))
+                let (pending, result) = self.helper.next()?;
+                (pending, result.unwrap_or(Err(BlockRequestError::Panicked)))
             }
         };
-        self.remove(&flight);
-        let written = match flight.completion {
+        self.remove(&pending);
+        let written = match pending.completion {
             IoCompletion::Read { len } => len,
             _ => 0,
         };
-        Some((flight, result.map(|()| written)))
+        Some((pending, result.map(|()| written)))
     }
 
     /// Cancels everything in flight, except write-outs of an image's metadata. Returns whether it has ended: if not,
@@ -297,8 +302,8 @@ impl BlockEngine {
         if self.is_empty() {
             return true;
         }
-        for flight in self.helper.cancel() {
-            self.remove(&flight);
+        for pending in self.helper.cancel() {
+            self.remove(&pending);
         }
         if let Some(ring) = &mut self.ring {
             // Entries that could not be submitted before would stay in flight for ever.
@@ -343,7 +348,7 @@ fn finish_transfer(
     result.map_err(|error| backend.failed(what)(error).into())
 }
 
-/// A chain is at most 4 GiB long, and the status byte is part of it.
+/// Bytes of the buffers: a chain is at most 4 GiB long, and the status byte is part of it.
 fn len(buffers: &Buffers) -> u32 {
     buffers.len() as u32
 }

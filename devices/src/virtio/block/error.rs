@@ -18,7 +18,7 @@ pub enum BlockBackendError {
         path: PathBuf,
     },
     /// The disk's file has no name any more.
-    #[error("disk {}: expected its file to be there for whoever takes the guest over, but it was removed; only a migration with its content (--with-disks) keeps it", path.display())]
+    #[error("disk {}: expected its file to be there for the process that takes the guest over, but it was removed; only a migration with its content (--with-disks) keeps it", path.display())]
     Removed {
         /// The path that it had.
         path: PathBuf,
@@ -125,9 +125,9 @@ pub(super) enum BlockRequestError {
     Segment { most: u32, len: u64, sectors: u32 },
     #[error("expected no flag {got:#x} in a range")]
     Flags { got: u32 },
-    #[error("whoever was to do it panicked")]
+    #[error("the thread that was to do it panicked")]
     Panicked,
-    #[error("an earlier flush, of which the guest did not hear, has failed")]
+    #[error("an earlier flush, of which the guest does not know, has failed")]
     FlushFailed,
     #[error("write to a read-only disk")]
     ReadOnly,

@@ -7,7 +7,7 @@ use crate::GuestMemory;
 use crate::helper::CancelFlag;
 use crate::virtio::sys::Durability;
 
-/// Bytes that are discarded or zeroed in one call.
+/// The most bytes that are discarded or zeroed in one call: a cancel takes effect between two calls.
 const SLICE: u64 = 16 << 20;
 
 /// Does what `io` asks for; blocks as long as the host's file system does.

@@ -3,8 +3,8 @@
 use crate::virtio::Buffers;
 use crate::virtio::sys::Durability;
 
-/// How many times less a discard costs than a write of as many bytes.
-const DISCARD_SHARE: u64 = 64;
+/// How many bytes can be discarded in the time in which one is written, roughly.
+const DISCARDED_PER_WRITTEN: u64 = 64;
 
 /// What a request asks of the disk.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl BlockIo {
     pub(super) fn work(&self) -> u64 {
         match self {
             Self::Read { into: buffers, .. } | Self::Write { from: buffers, .. } => buffers.len(),
-            Self::Discard { len, .. } => len / DISCARD_SHARE,
+            Self::Discard { len, .. } => len / DISCARDED_PER_WRITTEN,
             Self::Zero { len, .. } => *len,
             Self::Flush | Self::WriteOut => 0,
         }
@@ -59,7 +59,7 @@ impl BlockIo {
         }
     }
 
-    /// The bytes of the disk that it is about, if the request does not carry them as data.
+    /// How many bytes of the disk the request is about, if it does not carry them as data.
     pub(super) fn range(&self) -> Option<u64> {
         match self {
             Self::Discard { len, .. } | Self::Zero { len, .. } => Some(*len),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Bytes of a block: a page, the unit of a migration.
+/// Bytes of a block: as many as of a page, the unit of a migration.
 const BLOCK_SIZE: u64 = 4096;
 
 /// A bit for each block of a disk: set by a write, cleared by the migration before it reads the block.
@@ -54,9 +54,9 @@ impl BlockLog {
 
 /// The current log of a disk, if there is one.
 #[derive(Debug, Default)]
-pub(super) struct Logging(RwLock<Option<Arc<BlockLog>>>);
+pub(super) struct CurrentBlockLog(RwLock<Option<Arc<BlockLog>>>);
 
-impl Logging {
+impl CurrentBlockLog {
     /// Starts a log for a disk of so many bytes, in place of an earlier one.
     pub(super) fn start(&self, size: u64) -> Arc<BlockLog> {
         let log = Arc::new(BlockLog::new(size));
@@ -64,6 +64,7 @@ impl Logging {
         log
     }
 
+    /// Ends the log: nothing is marked in it any more.
     pub(super) fn stop(&self) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -82,10 +83,10 @@ mod tests {
 
     #[test]
     fn a_write_marks_every_block_that_it_touches() {
-        let logging = Logging::default();
+        let logging = CurrentBlockLog::default();
         logging.written(0, 512);
         let log = logging.start(200 * BLOCK_SIZE + 512);
-        assert_eq!(log.marked(), [0; 4], "what was written before is not its affair");
+        assert_eq!(log.marked(), [0; 4], "what was written before is not in the log");
         logging.written(4095, 2);
         logging.written(63 * BLOCK_SIZE, 2 * BLOCK_SIZE);
         logging.written(200 * BLOCK_SIZE, 512);

@@ -35,8 +35,8 @@ counters! {
 }
 
 impl BlockMetrics {
-    /// Counts a request of this kind and so many bytes that was done.
-    pub(super) fn done(&self, kind: u32, bytes: u64) {
+    /// Counts a request that was done: its type ([`super::request::BlockRequest::kind`]) and its bytes.
+    pub(super) fn count_done(&self, kind: u32, bytes: u64) {
         let (requests, sum) = match kind {
             VIRTIO_BLK_T_IN => (&self.reads, Some(&self.read_bytes)),
             VIRTIO_BLK_T_OUT => (&self.writes, Some(&self.written_bytes)),

@@ -20,17 +20,18 @@ const SEGMENT_LEN: usize = 16;
 /// The flag of a segment whose space may be given up.
 const UNMAP: u32 = 1 << 0;
 /// Most bytes that one request transfers. A driver that keeps to SIZE_MAX and SEG_MAX stays below.
-pub(super) const MOST_TRANSFERRED: u64 = 16 << 20;
+pub(super) const MAX_TRANSFERRED: u64 = 16 << 20;
 /// Most sectors that one request discards.
-pub(super) const MOST_DISCARDED: u32 = 1 << 22;
+pub(super) const MAX_DISCARDED: u32 = 1 << 22;
 /// Most sectors that one request zeroes: where the host cannot, they are written.
-pub(super) const MOST_ZEROED: u32 = 1 << 16;
+pub(super) const MAX_ZEROED: u32 = 1 << 16;
 
 /// A request and where its outcome goes.
 #[derive(Debug)]
 pub(super) struct BlockRequest {
     /// GPA of the status byte.
     pub(super) status: GuestAddress,
+    /// The type, `VIRTIO_BLK_T_…`, or any number of the guest's.
     pub(super) kind: u32,
     sector: u64,
     /// Data from the driver, without the header.
@@ -42,7 +43,7 @@ pub(super) struct BlockRequest {
 /// The status byte of a request that was done.
 pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
 
-/// The disk that a request is carried out on.
+/// The disk on which a request is carried out.
 pub(super) struct RequestTarget<'a> {
     pub(super) backend: &'a BlockBackend,
     pub(super) id: &'a [u8; ID_LEN],
@@ -54,7 +55,9 @@ pub(super) struct RequestTarget<'a> {
 /// What a request needs after its first step.
 #[derive(Debug)]
 pub(super) enum RequestStep {
+    /// Nothing: it is done.
     Done(Served),
+    /// This I/O.
     Transfer(BlockIo),
 }
 
@@ -104,7 +107,7 @@ impl BlockRequest {
         match self.kind {
             VIRTIO_BLK_T_IN => self.read(disk.backend).map(RequestStep::Transfer),
             VIRTIO_BLK_T_OUT => self.write(disk).map(RequestStep::Transfer),
-            // The writes need not survive the end of the host, but that of this process.
+            // The writes need to survive this process, and not the host.
             VIRTIO_BLK_T_FLUSH if disk.cache == CacheMode::Unsafe => {
                 Ok(RequestStep::Transfer(BlockIo::WriteOut))
             }
@@ -141,7 +144,7 @@ impl BlockRequest {
     }
 
     fn discard(self, memory: &GuestMemory, disk: &RequestTarget<'_>) -> Result<BlockIo, BlockRequestError> {
-        let segment = self.segment(memory, disk.backend, MOST_DISCARDED)?;
+        let segment = self.segment(memory, disk.backend, MAX_DISCARDED)?;
         if segment.flags != 0 {
             return Err(BlockRequestError::Flags { got: segment.flags });
         }
@@ -157,7 +160,7 @@ impl BlockRequest {
         memory: &GuestMemory,
         disk: &RequestTarget<'_>,
     ) -> Result<BlockIo, BlockRequestError> {
-        let segment = self.segment(memory, disk.backend, MOST_ZEROED)?;
+        let segment = self.segment(memory, disk.backend, MAX_ZEROED)?;
         if segment.flags & !UNMAP != 0 {
             return Err(BlockRequestError::Flags { got: segment.flags });
         }
@@ -197,6 +200,7 @@ impl BlockRequest {
         })
     }
 
+    /// Answers GET_ID. Returns the bytes written.
     fn identify(mut self, memory: &GuestMemory, id: &[u8; ID_LEN]) -> Result<u32, BlockRequestError> {
         if !self.readable.is_empty() {
             return Err(BlockRequestError::Direction);
@@ -213,11 +217,11 @@ struct Segment {
     flags: u32,
 }
 
-/// As [`check_range`], for data that are transferred.
+/// As [`check_range`], for a request that transfers data: it may be at most [`MAX_TRANSFERRED`] bytes long.
 fn check_transfer(sector: u64, len: u64, backend: &BlockBackend) -> Result<u64, BlockRequestError> {
-    if len > MOST_TRANSFERRED {
+    if len > MAX_TRANSFERRED {
         return Err(BlockRequestError::TooLong {
-            most: MOST_TRANSFERRED,
+            most: MAX_TRANSFERRED,
             len,
         });
     }

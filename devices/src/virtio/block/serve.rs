@@ -41,6 +41,7 @@ impl VirtioBlock {
         Ok(progress)
     }
 
+    /// Starts requests until the queue is empty, the turn is over, or something keeps the next one waiting.
     fn start_requests(
         &mut self,
         queue: &mut QueueAccess<'_>,
@@ -113,6 +114,7 @@ impl VirtioBlock {
         }
     }
 
+    /// Notes whether a write-out is running, and schedules the next one if not.
     fn set_write_out_running(&mut self, is_running: bool) {
         if let Some(write_out) = &mut self.write_out {
             write_out.set_running(is_running);
@@ -181,6 +183,7 @@ impl VirtioBlock {
         Ok(())
     }
 
+    /// Completes a guest's request. Returns the bytes that were written to its buffers.
     fn complete_guest(
         &self,
         memory: &GuestMemory,
@@ -189,7 +192,7 @@ impl VirtioBlock {
     ) -> u32 {
         match result {
             Ok(written) => {
-                self.metrics.done(ticket.kind, ticket.data);
+                self.metrics.count_done(ticket.kind, ticket.data);
                 self.write_status(memory, ticket.status, OK, written.into())
                     .written
             }
@@ -249,18 +252,20 @@ impl VirtioBlock {
         };
         Some(match served {
             Ok(served) => {
-                self.metrics.done(ticket.kind, ticket.data);
+                self.metrics.count_done(ticket.kind, ticket.data);
                 self.write_status(memory, ticket.status, OK, served)
             }
             Err(error) => self.fail_request(memory, ticket.status, &error),
         })
     }
 
+    /// Reports a failed request to the guest, by its status byte.
     fn fail_request(&self, memory: &GuestMemory, status: GuestAddress, error: &BlockRequestError) -> Served {
         self.warn(error);
         self.write_status(memory, status, error.status(), Served::default())
     }
 
+    /// Writes the status byte, and counts it among the bytes written.
     fn write_status(&self, memory: &GuestMemory, status: GuestAddress, value: u8, served: Served) -> Served {
         match memory.write_obj(value, status) {
             Ok(()) => Served {
@@ -274,6 +279,7 @@ impl VirtioBlock {
         }
     }
 
+    /// Counts a failure, and logs it unless there were many.
     pub(super) fn warn(&self, error: &dyn std::error::Error) {
         self.metrics.failed.add(1);
         if let Some(count) = self.warnings.count() {

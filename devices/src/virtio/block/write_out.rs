@@ -9,12 +9,12 @@ use super::backend::BlockBackend;
 use crate::timer::Timer;
 
 /// How long modified metadata may be in this process's memory only.
-const WITHIN: Duration = Duration::from_secs(1);
+const MAX_DELAY: Duration = Duration::from_secs(1);
 
 /// The schedule of one image.
 pub(super) struct WriteOut {
     timer: Timer,
-    /// The timer is set, or a write-out is running.
+    /// Whether the timer is set or a write-out is running.
     is_scheduled: bool,
 }
 
@@ -39,7 +39,7 @@ impl WriteOut {
     /// Sets the timer if something must be written out and none is scheduled.
     pub(super) fn schedule(&mut self, backend: &BlockBackend) -> io::Result<()> {
         if !self.is_scheduled && backend.needs_write_out() {
-            self.timer.set(WITHIN)?;
+            self.timer.set(MAX_DELAY)?;
             self.is_scheduled = true;
         }
         Ok(())
@@ -50,7 +50,7 @@ impl WriteOut {
         !matches!(self.timer.has_gone_off(), Ok(false))
     }
 
-    /// Notes that a write-out has begun or ended.
+    /// Notes that a write-out has begun, or that none is running any more.
     pub(super) fn set_running(&mut self, is_running: bool) {
         self.is_scheduled = is_running;
     }

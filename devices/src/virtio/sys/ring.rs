@@ -232,10 +232,10 @@ impl<T> IoRing<T> {
     }
 
     fn push(&mut self, index: u16, flags: squeue::Flags) {
-        let Some(flight) = &self.slots[usize::from(index)] else {
+        let Some(slot) = &self.slots[usize::from(index)] else {
             return;
         };
-        let entry = flight.operation.entry().flags(flags).user_data(index.into());
+        let entry = slot.operation.entry().flags(flags).user_data(index.into());
         // SAFETY: the addresses are of guest memory, which `self.memory` keeps mapped until the kernel is done with them
         // (see `drop`), and no Rust reference to it exists. The list of vectors is the slot's until the transfer is done,
         // and the kernel reads it at submission.

@@ -7,8 +7,9 @@ use super::{CompressionError, MAX_BLOCK, Method, total};
 use crate::copy::copy_out;
 use crate::{GuestMemory, MemoryRange};
 
-/// A block that is larger than this share of its pages, in percent, is not worth the receiver's time.
-const MOST_PERCENT: usize = 85;
+/// A block that is larger than this share of its pages, in percent, does not save enough for the time that it takes to
+/// unpack.
+const MAX_PERCENT: usize = 85;
 
 /// A zstd level that keeps up with links of a Gbit/s.
 const ZSTD_LEVEL: i32 = 1;
@@ -60,7 +61,7 @@ impl Compressor {
                 .compress_to_buffer(&self.pages, self.block.as_mut_slice())
                 .map_err(CompressionError::Zstd)?,
         };
-        let pays = len * 100 <= total * MOST_PERCENT;
+        let pays = len * 100 <= total * MAX_PERCENT;
         Ok(self.block.get(..len).filter(|_| pays))
     }
 }

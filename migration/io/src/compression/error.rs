@@ -1,4 +1,4 @@
-//! Why pages could not be compressed, or a block not unpacked.
+//! Why pages could not be compressed, or a block could not be unpacked.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use lz4_flex::block::{CompressError, DecompressError};
 use super::MAX_BLOCK;
 use crate::MemoryIoError;
 
-/// Why pages could not be compressed, or a block not be unpacked.
+/// Why pages could not be compressed, or a block could not be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum CompressionError {
     /// A range is not guest memory.

@@ -74,7 +74,7 @@ fn on_loopback_the_probes_tell_that_the_kernel_copies_and_nothing_is_lost() {
         bytes
     });
     let mut sender = PageSender::new(near.as_fd());
-    assert_eq!(sender.mode, Mode::Probing);
+    assert_eq!(sender.mode, SendMode::Probing);
     let mut expected = Vec::new();
     // Each turn has room for one probe at least.
     for _ in 0..=PROBES {
@@ -84,7 +84,7 @@ fn on_loopback_the_probes_tell_that_the_kernel_copies_and_nothing_is_lost() {
         }
     }
     assert_eq!((sender.pending(), sender.path()), (0, SendPath::Gather));
-    assert_eq!(sender.mode, Mode::Gather);
+    assert_eq!(sender.mode, SendMode::Gather);
     let counters = sender.counters();
     assert_eq!(
         counters.gather_bytes + counters.zerocopy_bytes,
@@ -131,7 +131,7 @@ fn small_pieces_are_never_sent_without_a_copy() {
         CallProgress::Done
     );
     assert_eq!(sender.counters().zerocopy_sends, 0);
-    assert_eq!(sender.mode, Mode::Probing);
+    assert_eq!(sender.mode, SendMode::Probing);
     let mut bytes = vec![0; 7 * 4096 + 3];
     far.read_exact(&mut bytes).unwrap();
     assert!(bytes.ends_with(b"end"));
@@ -168,7 +168,7 @@ fn probing(zerocopy_sends: u64) -> PageSender {
         ..SendCounters::default()
     };
     PageSender {
-        mode: Mode::Probing,
+        mode: SendMode::Probing,
         counters,
         unjudged: (0, 0),
     }
@@ -182,18 +182,19 @@ fn completions_without_a_copy_keep_the_path_until_most_say_otherwise() {
         vectors: 1,
         bytes: MIN_ZEROCOPY,
     };
-    let complete = |sender: &mut PageSender, sends, copied| sender.complete(Completion { sends, copied });
+    let complete =
+        |sender: &mut PageSender, sends, copied| sender.count_completion(Completion { sends, copied });
     complete(&mut sender, 0, true);
     assert_eq!(
         sender.mode,
-        Mode::Probing,
+        SendMode::Probing,
         "an entry that is no completion says nothing"
     );
     complete(&mut sender, 3, false);
     assert_eq!(sender.path(), SendPath::Zerocopy);
-    assert!(sender.may_skip_the_copy(run));
-    assert!(!sender.may_skip_the_copy(VectorRun { guest: false, ..run }));
-    assert!(!sender.may_skip_the_copy(VectorRun {
+    assert!(sender.takes_zerocopy(run));
+    assert!(!sender.takes_zerocopy(VectorRun { guest: false, ..run }));
+    assert!(!sender.takes_zerocopy(VectorRun {
         bytes: MIN_ZEROCOPY - 1,
         ..run
     }));
@@ -222,19 +223,19 @@ fn probes_that_were_copied_say_little_until_there_are_many() {
         copied: true,
     };
     let mut sender = probing(PROBES + WINDOW);
-    (1..PROBES).for_each(|_| sender.complete(copied));
-    assert_eq!(sender.mode, Mode::Probing);
+    (1..PROBES).for_each(|_| sender.count_completion(copied));
+    assert_eq!(sender.mode, SendMode::Probing);
     let mut hopeless = PageSender { ..sender };
-    hopeless.complete(copied);
-    assert_eq!(hopeless.mode, Mode::Gather);
-    sender.complete(Completion {
+    hopeless.count_completion(copied);
+    assert_eq!(hopeless.mode, SendMode::Gather);
+    sender.count_completion(Completion {
         sends: 1,
         copied: false,
     });
-    assert_eq!(sender.mode, Mode::Zerocopy);
+    assert_eq!(sender.mode, SendMode::Zerocopy);
     // The probes before do not count against it.
-    (1..WINDOW).for_each(|_| sender.complete(copied));
-    assert_eq!(sender.mode, Mode::Zerocopy);
+    (1..WINDOW).for_each(|_| sender.count_completion(copied));
+    assert_eq!(sender.mode, SendMode::Zerocopy);
 }
 
 #[test]
@@ -244,30 +245,30 @@ fn sends_under_way_are_bounded_and_a_probe_is_alone() {
         vectors: 1,
         bytes: LEN,
     };
-    assert!(probing(0).may_skip_the_copy(run));
-    assert!(!probing(1).may_skip_the_copy(run));
+    assert!(probing(0).takes_zerocopy(run));
+    assert!(!probing(1).takes_zerocopy(run));
     let mut sender = probing(MAX_PENDING + 1);
-    sender.complete(Completion {
+    sender.count_completion(Completion {
         sends: 1,
         copied: false,
     });
-    assert!(!sender.may_skip_the_copy(run));
-    sender.complete(Completion {
+    assert!(!sender.takes_zerocopy(run));
+    sender.count_completion(Completion {
         sends: 1,
         copied: false,
     });
-    assert!(sender.may_skip_the_copy(run));
+    assert!(sender.takes_zerocopy(run));
 }
 
 #[test]
 fn a_kernel_without_buffers_is_asked_again_only_if_some_can_come_back() {
     let mut sender = probing(2);
-    sender.refused();
-    assert_eq!(sender.mode, Mode::Probing);
-    sender.complete(Completion {
+    sender.count_no_buffers();
+    assert_eq!(sender.mode, SendMode::Probing);
+    sender.count_completion(Completion {
         sends: 2,
         copied: false,
     });
-    sender.refused();
-    assert_eq!((sender.mode, sender.counters().no_buffers), (Mode::Gather, 2));
+    sender.count_no_buffers();
+    assert_eq!((sender.mode, sender.counters().no_buffers), (SendMode::Gather, 2));
 }

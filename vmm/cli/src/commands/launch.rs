@@ -9,7 +9,7 @@ use api::rundir::{ApiSocket, check_name};
 use devices::GuestExit;
 use migration::{MemoryKind, ReceiveOptions, Receiver};
 use output::{self, start_log};
-use vmm::config::{ConfigError, Wishes};
+use vmm::config::{ConfigError, RequestedConfig};
 use vmm::console::Console;
 use vmm::cpu::Template;
 use vmm::footprint::release_text;
@@ -20,7 +20,7 @@ use vmm::memory::{self, FaultHandler};
 use vmm::privacy::keep_memory_private;
 use vmm::server::ApiServer;
 use vmm::snapshot::Snapshot;
-use vmm::supervisor::{Boot, Ending, Supervisor, SupervisorHandle};
+use vmm::supervisor::{Boot, Ending, RestoreWait, Supervisor, SupervisorHandle};
 
 use super::detach::{DetachedPart, Launch, detach};
 use super::snapshot::with_bar;
@@ -37,8 +37,12 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
         DetachedPart::Vm(launch) => launch,
         DetachedPart::Starter(exit) => return Ok(exit),
     };
-    let file = args.config_file.as_deref().map(Wishes::from_file).transpose()?;
-    let mut config = file.unwrap_or_default().overridden_by(wishes(&args)).check()?;
+    let file = args
+        .config_file
+        .as_deref()
+        .map(RequestedConfig::from_file)
+        .transpose()?;
+    let mut config = file.unwrap_or_default().overridden_by(requested(&args)).check()?;
     if args.on_reset == OnResetArg::Reboot {
         config.make_repeatable()?;
     }
@@ -47,13 +51,13 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     } else {
         tracing::info!("CPU template {}", config.template);
     }
-    let name = checked_name(&args.common)?;
-    let held = HeldSignals::hold();
-    let socket = bind(&args.common, &name)?;
-    let log = launch.named()?;
-    let console = open_console(&launch)?;
-    let mut supervisor = new_supervisor(&args.common, &name, &console);
-    supervisor.set_log(log);
+    let Startup {
+        name,
+        held,
+        socket,
+        console,
+        mut supervisor,
+    } = prepare(&args.common, &mut launch)?;
     let boot: Boot = {
         let console = console.clone();
         Arc::new(move |events| Machine::boot(&config, &console, events))
@@ -81,13 +85,13 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     if let Some(reserve) = args.reserve {
         memory::check_size(reserve).map_err(ConfigError::from)?;
     }
-    let name = checked_name(&args.common)?;
-    let held = HeldSignals::hold();
-    let socket = bind(&args.common, &name)?;
-    let log = launch.named()?;
-    let console = open_console(&launch)?;
-    let mut supervisor = new_supervisor(&args.common, &name, &console);
-    supervisor.set_log(log);
+    let Startup {
+        name,
+        held,
+        socket,
+        console,
+        mut supervisor,
+    } = prepare(&args.common, &mut launch)?;
     let destination = MigrationDestination::new(arrival, console.clone(), supervisor.event_sink())?;
     let receiver = Receiver::listen(&listen, ReceiveOptions::default())?;
     let server = ApiServer::start(socket, supervisor.handle(), console).context("API server")?;
@@ -127,9 +131,13 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     };
     // Scripts wait for this line.
     let announcement = format!("{name} is restored and {after}; its clocks go on {clocks_go_on}");
+    let wait = match args.uffd {
+        Some(_) => RestoreWait::Endless,
+        None => RestoreWait::Bounded,
+    };
     let restore = move || destination.restore_snapshot(&snapshot, memory, clocks, args.resume);
     supervisor
-        .restore(restore, args.uffd.is_some(), move || {
+        .restore(restore, wait, move || {
             output::print_line(&announcement);
             launch.up(&name);
         })
@@ -226,6 +234,34 @@ fn begin(common: &CommonArgs) -> anyhow::Result<DetachedPart> {
     Ok(part)
 }
 
+/// What `run` and `receive` have before they have a machine.
+struct Startup {
+    name: String,
+    /// Holds signals back until the API is served.
+    held: HeldSignals,
+    socket: ApiSocket,
+    console: Console,
+    supervisor: Supervisor,
+}
+
+/// Takes the VM's name and its API socket, and makes the supervisor.
+fn prepare(common: &CommonArgs, launch: &mut Launch) -> anyhow::Result<Startup> {
+    let name = checked_name(common)?;
+    let held = HeldSignals::hold();
+    let socket = bind(common, &name)?;
+    let log = launch.named()?;
+    let console = open_console(launch)?;
+    let mut supervisor = new_supervisor(common, &name, &console);
+    supervisor.set_log(log);
+    Ok(Startup {
+        name,
+        held,
+        socket,
+        console,
+        supervisor,
+    })
+}
+
 fn open_console(launch: &Launch) -> anyhow::Result<Console> {
     if launch.is_detached() {
         return Ok(Console::detached());
@@ -242,8 +278,8 @@ fn new_supervisor(common: &CommonArgs, name: &str, console: &Console) -> Supervi
     supervisor
 }
 
-fn wishes(args: &RunArgs) -> Wishes {
-    Wishes {
+fn requested(args: &RunArgs) -> RequestedConfig {
+    RequestedConfig {
         kernel: args.kernel.clone(),
         initrd: args.initrd.clone(),
         cmdline: args.cmdline.clone(),

@@ -82,12 +82,12 @@ fn everything() -> Value {
     file
 }
 
-/// A file's wishes, or the one line that says why not.
-fn read(file: &Value) -> Result<Wishes, String> {
+/// The configuration in a file, or the one line that says why it is refused.
+fn read(file: &Value) -> Result<RequestedConfig, String> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.json");
     std::fs::write(&path, file.to_string()).unwrap();
-    Wishes::from_file(&path).map_err(|error| migration::chain(&error))
+    RequestedConfig::from_file(&path).map_err(|error| migration::chain(&error))
 }
 
 /// The paths of all values in a file.
@@ -313,8 +313,8 @@ fn the_root_disk_is_the_first_and_on_the_command_line() {
         ),
     ] {
         let drives = [data.clone(), more.clone(), drive("root", root)];
-        let wishes = with("quiet -- one", &drives).unwrap();
-        let over = |cmdline: Option<&str>| Wishes {
+        let requested = with("quiet -- one", &drives).unwrap();
+        let over = |cmdline: Option<&str>| RequestedConfig {
             cmdline: cmdline.map(Into::into),
             disks: vec![DiskConfig {
                 id: "late".into(),
@@ -326,13 +326,13 @@ fn the_root_disk_is_the_first_and_on_the_command_line() {
             }],
             ..Default::default()
         };
-        let checked = |cmdline| wishes.clone().overridden_by(over(cmdline)).check().unwrap();
+        let checked = |cmdline| requested.clone().overridden_by(over(cmdline)).check().unwrap();
         let config = checked(None);
         assert_eq!(config.boot.cmdline, format!("quiet {words} -- one"));
         let ids: Vec<_> = config.disks.iter().map(|disk| disk.id.as_str()).collect();
         assert_eq!(ids, ["root", "data", "more", "late"]);
         assert_eq!(checked(Some("debug")).boot.cmdline, format!("debug {words}"));
-        // Only who says what the root is on the command line knows better.
+        // A root on the command line counts more.
         assert_eq!(checked(Some("root=/dev/vdb")).boot.cmdline, "root=/dev/vdb");
     }
     let none = with("quiet", &[data.clone(), more]).unwrap().check().unwrap();
@@ -355,7 +355,7 @@ fn the_root_disk_is_the_first_and_on_the_command_line() {
 
 #[test]
 fn a_file_without_an_end_is_refused() {
-    let error = Wishes::from_file("/dev/zero".as_ref()).unwrap_err();
+    let error = RequestedConfig::from_file("/dev/zero".as_ref()).unwrap_err();
     let error = migration::chain(&error);
     assert!(error.contains("expected at most 1048576 bytes"), "{error}");
 }

@@ -9,7 +9,7 @@ impl BlockBackend {
     /// Records a change of the disk. Every write, discard and zeroing by any engine passes here, after it was done or
     /// has failed half-way, and before the guest gets the answer.
     pub(in super::super) fn modified(&self, offset: u64, len: u64) {
-        self.logging.written(offset, len);
+        self.block_log.written(offset, len);
         self.modified.fetch_add(1, Ordering::SeqCst);
     }
 
@@ -40,20 +40,19 @@ impl BlockBackend {
         Ok(())
     }
 
-    /// Records that a flush has failed, so that writes may be lost. The kernel reports that only once for each open
-    /// file.
+    /// Records that a flush has failed, so that writes may be lost. The kernel reports that only once for each open file.
     pub(in super::super) fn record_flush_failure(&self) {
-        self.lost.store(true, Ordering::SeqCst);
+        self.flush_failed.store(true, Ordering::SeqCst);
     }
 
-    /// Whether a flush has failed; the caller reports that to the guest now.
+    /// Whether a flush has failed of which the guest does not know; the caller reports it to the guest now.
     pub(in super::super) fn take_flush_failure(&self) -> bool {
-        self.lost.swap(false, Ordering::SeqCst)
+        self.flush_failed.swap(false, Ordering::SeqCst)
     }
 
     /// Whether all writes are durable.
     pub(in super::super) fn is_durable(&self) -> bool {
-        self.unflushed_generation().is_none() && !self.lost.load(Ordering::SeqCst)
+        self.unflushed_generation().is_none() && !self.flush_failed.load(Ordering::SeqCst)
     }
 
     /// Whether some changes are in this process's memory only, which are an image's metadata.

@@ -24,7 +24,10 @@ use super::super::error::BlockBackendError;
 use super::super::sys::{ByteRange, FileLock, find_lock, set_lock};
 use super::BlockBackend;
 
+/// The bytes that only this program locks.
 const OURS: ByteRange = ByteRange { start: 0, len: 100 };
+
+// What n stands for in the table above.
 const READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
@@ -39,8 +42,8 @@ const fn forbids(what: u64) -> ByteRange {
     ByteRange::byte(200 + what)
 }
 
-/// Least offset of a mark, beyond those that other programs lock.
-const LEAST_MARK: u64 = 1 << 32;
+/// The least offset of a mark, beyond those that other programs lock.
+const MIN_MARK: u64 = 1 << 32;
 /// Bits of a mark's offset: it must be below the largest offset of a file.
 const MARK_BITS: u32 = 62;
 
@@ -48,6 +51,7 @@ const MARK_BITS: u32 = 62;
 #[derive(Debug, Default)]
 pub(super) struct HeldLocks {
     locked: bool,
+    /// The offset of the mark, if there is one.
     mark: Option<u64>,
 }
 
@@ -55,11 +59,10 @@ pub(super) struct HeldLocks {
 #[derive(Clone, Copy, Debug)]
 struct LockUse {
     writes: bool,
-    /// Whether the writer shows itself to QEMU. Not for qcow2: QEMU would then refuse to open the image even for
-    /// reading.
-    says_so: bool,
-    /// Whether other processes that rely on no writer, such as the source's, may still have the file open.
-    before_readers: bool,
+    /// Whether a writer shows itself to QEMU. Not for qcow2: QEMU would then refuse to open the image even for reading.
+    shows_writer: bool,
+    /// Whether a writer accepts processes that have the file open and rely on its having no writer, as the source has.
+    accepts_readers: bool,
 }
 
 impl BlockBackend {
@@ -83,8 +86,8 @@ impl BlockBackend {
             let writes = index == 0 && !self.read_only;
             let how = LockUse {
                 writes,
-                says_so: self.qcow2.is_none(),
-                before_readers: self.is_taken_over,
+                shows_writer: self.qcow2.is_none(),
+                accepts_readers: self.is_taken_over,
             };
             let taken = take_locks(file, how).map_err(|source| BlockBackendError::Io {
                 path: path.to_owned(),
@@ -143,7 +146,7 @@ impl BlockBackend {
             }
             let mut bits = [0; 8];
             getrandom(&mut bits, GetRandomFlags::empty())?;
-            let offset = u64::from_ne_bytes(bits) >> (u64::BITS - MARK_BITS) | LEAST_MARK;
+            let offset = u64::from_ne_bytes(bits) >> (u64::BITS - MARK_BITS) | MIN_MARK;
             set(offset, FileLock::Shared)?;
             held.mark = Some(offset);
             Ok(offset)
@@ -155,9 +158,9 @@ impl BlockBackend {
     pub fn check_mark(&self, offset: u64) -> Result<(), BlockBackendError> {
         let mark = ByteRange::byte(offset);
         for (file, path) in self.files() {
-            let found = find_lock(file, mark).map_err(self.failed("look for locks on it"))?;
+            let found = find_lock(file, mark).map_err(self.failed("find the locks on it"))?;
             // Another program's lock on a whole file is not a mark.
-            if offset < LEAST_MARK || found != Some(mark) {
+            if offset < MIN_MARK || found != Some(mark) {
                 let path = path.to_owned();
                 return Err(BlockBackendError::NotTheSame { path });
             }
@@ -167,9 +170,9 @@ impl BlockBackend {
 
     /// The disk's files: the one that the guest writes to first, then the backing files.
     pub(super) fn files(&self) -> impl Iterator<Item = (&File, &Path)> {
-        let below = self.qcow2.iter().flat_map(|image| image.below());
+        let backing = self.qcow2.iter().flat_map(|image| image.backing_files());
         let own = [(&self.file, self.path.as_path())];
-        own.into_iter().chain(below)
+        own.into_iter().chain(backing)
     }
 
     fn held(&self) -> MutexGuard<'_, HeldLocks> {
@@ -188,16 +191,16 @@ fn take_locks(file: &File, how: LockUse) -> io::Result<bool> {
     if !set_lock(file, OURS, ours)? {
         return Ok(false);
     }
-    let says = (how.writes && how.says_so).then_some(does(WRITE));
+    let shown = (how.writes && how.shows_writer).then_some(does(WRITE));
     for byte in [does(READ), forbids(WRITE), forbids(RESIZE)]
         .into_iter()
-        .chain(says)
+        .chain(shown)
     {
         if !set_lock(file, byte, FileLock::Shared)? {
             return Ok(false);
         }
     }
-    let readers = (how.writes && !how.before_readers).then_some(forbids(WRITE));
+    let readers = (how.writes && !how.accepts_readers).then_some(forbids(WRITE));
     for byte in [forbids(READ), does(WRITE), does(RESIZE)]
         .into_iter()
         .chain(readers)

@@ -16,12 +16,12 @@ use super::scratch::Scratch;
 impl BlockBackend {
     /// Starts a log of the writes to the disk, in place of an earlier one.
     pub fn start_log(&self) -> Arc<BlockLog> {
-        self.logging.start(self.size())
+        self.block_log.start(self.size())
     }
 
     /// Ends the log.
     pub fn stop_log(&self) {
-        self.logging.stop();
+        self.block_log.stop();
     }
 
     /// Ranges that may hold data, as offsets and lengths in bytes; everything else is zero.
@@ -39,7 +39,7 @@ impl BlockBackend {
                 got,
             });
         }
-        data_ranges(file, size).map_err(self.failed("look for holes in it"))
+        data_ranges(file, size).map_err(self.failed("find the holes in it"))
     }
 
     /// Reads from byte `offset` of the disk.
@@ -67,6 +67,7 @@ fn data_ranges(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
             Ok(data) => data.min(size),
             // There is only a hole from here on.
             Err(Errno::NXIO) => break,
+            // This file system does not know of holes.
             Err(Errno::INVAL) => at,
             Err(errno) => return Err(errno.into()),
         };

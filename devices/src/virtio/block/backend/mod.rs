@@ -20,7 +20,7 @@ use vm_memory::Bytes;
 
 use super::SECTOR_SIZE;
 use super::error::{BlockBackendError, BlockRequestError};
-use super::log::Logging;
+use super::log::CurrentBlockLog;
 use super::sys;
 use crate::GuestMemory;
 use crate::virtio::sys::{Durability, FilePosition};
@@ -44,22 +44,23 @@ pub struct BlockBackend {
     /// The image in the file, if the file is not a raw disk.
     qcow2: Option<Qcow2>,
     sectors: AtomicU64,
-    /// Bytes beyond the last whole block, until they were logged.
+    /// Bytes beyond the last whole block; 0 once the log has a line about them.
     tail: AtomicU64,
-    /// It was made on this host, and no other host has written to it: the host's cache is up to date.
+    /// Whether it was made on this host, and no other host has written to it: the host's cache is up to date.
     made_here: bool,
-    /// It is taken over from another process, which has it locked until then.
+    /// Whether it is taken over from another process, which has it locked until then.
     is_taken_over: bool,
+    /// The locks that this process holds on the files.
     held: Mutex<HeldLocks>,
-    logging: Logging,
+    block_log: CurrentBlockLog,
     /// How often the disk was modified.
     modified: AtomicU64,
     /// Up to which modification the disk is in its file.
     written_out: AtomicU64,
     /// Up to which modification the disk is durable.
     flushed: AtomicU64,
-    /// A flush has failed and the guest does not know: its own next flush might succeed.
-    lost: AtomicBool,
+    /// Whether a flush has failed of which the guest does not know: its own next flush might succeed.
+    flush_failed: AtomicBool,
 }
 
 impl BlockBackend {
@@ -92,11 +93,11 @@ impl BlockBackend {
             made_here: false,
             is_taken_over: false,
             held: Mutex::default(),
-            logging: Logging::default(),
+            block_log: CurrentBlockLog::default(),
             modified: AtomicU64::new(0),
             written_out: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
-            lost: AtomicBool::new(false),
+            flush_failed: AtomicBool::new(false),
         };
         backend.measure()?;
         Ok(backend)
@@ -320,6 +321,7 @@ impl BlockBackend {
         }
     }
 
+    /// The disk's file from a byte on, for transfers of guest memory.
     fn at(&self, offset: u64) -> FilePosition<'_> {
         FilePosition {
             file: &self.file,
@@ -332,6 +334,7 @@ impl BlockBackend {
         self.qcow2.is_none().then_some(&self.file)
     }
 
+    /// Makes the error of a system call one that names the disk and what was tried.
     pub(super) fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> BlockBackendError + '_ {
         move |source| BlockBackendError::Io {
             path: self.path.clone(),

@@ -51,7 +51,7 @@ impl fmt::Display for ImageFormat {
     }
 }
 
-/// Not the name of a [`ImageFormat`].
+/// Not the name of an [`ImageFormat`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("format: expected raw or qcow2, got {0:?}")]
 pub struct ImageFormatError(String);
@@ -81,7 +81,7 @@ pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), Blo
         }
     };
     let file = open(path, access)?;
-    let kind = file.metadata().map_err(failed("look at it"))?.file_type();
+    let kind = file.metadata().map_err(failed("read its metadata"))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let got = if kind.is_dir() {
             A_DIRECTORY
@@ -94,7 +94,7 @@ pub(super) fn open_disk(path: &Path, access: Access) -> Result<(File, bool), Blo
     // From now on calls may block.
     fcntl_getfl(&file)
         .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
-        .map_err(|errno| failed("set it up")(errno.into()))?;
+        .map_err(|errno| failed("make it wait for I/O")(errno.into()))?;
     Ok((file, kind.is_block_device()))
 }
 
@@ -143,15 +143,21 @@ pub(super) struct Alignment {
 }
 
 impl Alignment {
-    /// As the kernel reports it. A kernel before 6.1, or a file system without such limits, reports nothing: then it is
-    /// a sector.
+    /// The alignment that the kernel reports (statx(2), STATX_DIOALIGN). A kernel before 6.1, or a file system without
+    /// such limits, reports nothing: then the alignment is a sector.
     pub(super) fn of(file: &File) -> Self {
         let sector = super::SECTOR_SIZE as u32;
         let (memory, offset) = match statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
-            Ok(said) => (said.stx_dio_mem_align, said.stx_dio_offset_align),
+            Ok(status) => (status.stx_dio_mem_align, status.stx_dio_offset_align),
             Err(_) => (0, 0),
         };
-        let or_sector = |said: u32| if said.is_power_of_two() { said } else { sector };
+        let or_sector = |reported: u32| {
+            if reported.is_power_of_two() {
+                reported
+            } else {
+                sector
+            }
+        };
         Self {
             memory: or_sector(memory),
             offset: or_sector(offset).max(sector),

@@ -16,7 +16,7 @@ use super::super::error::BlockBackendError;
 use super::open::{Access, BackingFile, ImageFormat, open_disk};
 
 /// How long the end of the process waits for a thread that uses the image.
-const CLOSING: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An open image with its backing files: only files that the user has named are opened, each once.
 #[derive(Debug)]
@@ -80,9 +80,9 @@ impl Qcow2 {
     }
 
     /// The backing files, from the upper to the lower.
-    pub(super) fn below(&self) -> impl Iterator<Item = (&File, &Path)> {
-        let below = self.layers.iter().skip(1);
-        below.map(|layer| (&layer.file, layer.path.as_path()))
+    pub(super) fn backing_files(&self) -> impl Iterator<Item = (&File, &Path)> {
+        let files = self.layers.iter().skip(1);
+        files.map(|layer| (&layer.file, layer.path.as_path()))
     }
 
     /// The size that the guest sees, in bytes.
@@ -98,12 +98,12 @@ impl Qcow2 {
         self.image().write(bytes, offset)
     }
 
-    /// An error of kind `Unsupported` where the image's version has no such thing.
+    /// Discards a range. An error of kind `Unsupported` where the image's version has no such thing.
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.image().discard_to_any(offset, len)
     }
 
-    /// As [`Qcow2::discard`].
+    /// Makes a range zero, and gives up its space if `unmap`. Errors as of [`Qcow2::discard`].
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         if unmap {
             self.image().discard_to_zero(offset, len)
@@ -123,9 +123,9 @@ impl Qcow2 {
     }
 
     /// As [`Qcow2::write_out`], and no thread can write after it. Fails if a thread uses the image for longer than
-    /// [`CLOSING`], for example because its disk hangs.
+    /// [`CLOSE_TIMEOUT`], for example because its disk hangs.
     pub(super) fn close(&self) -> io::Result<()> {
-        let until = Instant::now() + CLOSING;
+        let until = Instant::now() + CLOSE_TIMEOUT;
         let image = loop {
             match self.image.try_lock() {
                 Ok(image) => break image,
@@ -133,7 +133,7 @@ impl Qcow2 {
                 Err(TryLockError::WouldBlock) if Instant::now() >= until => {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
-                Err(TryLockError::WouldBlock) => std::thread::sleep(CLOSING / 1000),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(CLOSE_TIMEOUT / 1000),
             }
         };
         let done = image.flush();
@@ -179,10 +179,10 @@ fn open(layers: &[ImageLayer], format: ImageFormat, writable: bool) -> io::Resul
             )));
         }
         (Some(named), None) => {
-            // The image's header is not trusted to name a file of the host.
+            // An image may come from anywhere, so its header must not decide which file of the host is opened.
             let at = this.path.parent().unwrap_or(Path::new("")).join(named);
             return Err(refused(format!(
-                "expected the backing file of {path} to be named by whoever starts the guest; if it may be read, add backing={}",
+                "expected the backing file of {path} to be named by the user; if it may be read, add backing={}",
                 at.display()
             )));
         }

@@ -11,8 +11,8 @@ impl BlockBackend {
     /// opens the path later would find nothing, or another file.
     pub fn check_kept(&self) -> Result<(), BlockBackendError> {
         for (file, path) in self.files() {
-            let open = file.metadata().map_err(self.failed("look at it"))?;
-            // A node of a block device is not the device.
+            let open = file.metadata().map_err(self.failed("read its metadata"))?;
+            // A block device goes on without the node that names it.
             if open.file_type().is_block_device() || open.nlink() > 0 {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! How long others wait for a disk, whatever the guest asks of it and however slow it is.
+//! How long the device thread, vCPUs and drains wait for a disk, whatever the guest asks of it and however slow it is.
 
 use std::io::Write;
 use std::path::Path;

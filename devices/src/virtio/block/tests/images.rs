@@ -14,7 +14,7 @@ use crate::virtio::testing::END;
 
 const SIZE: u64 = 4 << 20;
 
-/// Makes an image, on another one if that is said with its format.
+/// Makes an image, on a backing file if one is given with its format.
 fn make(path: &Path, backing: Option<(&Path, &str)>) {
     let file = ImageFile::create_open(StorageCreateOptions::new().filename(path)).unwrap();
     let mut image = Qcow2::<ImageFile>::create_builder(file).size(SIZE);
@@ -33,7 +33,10 @@ pub(super) fn access(read_only: bool) -> Access {
 }
 
 fn device(path: &Path) -> VirtioBlock {
-    let backend = BlockBackend::open(path, access(false)).unwrap();
+    device_of(BlockBackend::open(path, access(false)).unwrap())
+}
+
+fn device_of(backend: BlockBackend) -> VirtioBlock {
     VirtioBlock::new(Arc::new(backend), "root", BlockParameters::default()).unwrap()
 }
 
@@ -119,7 +122,7 @@ fn an_image_changes_hands() {
     source.backend().take_locks().unwrap();
     // The destination has it open before the source is done with it, and writes nothing.
     let before = fs::read(&path).unwrap();
-    let there = device(&path);
+    let there = device_of(BlockBackend::open(&path, access(false)).unwrap().taken_over());
     assert!(fs::read(&path).unwrap() == before);
     write(&mut source, 1000, 99_840, 0xcd);
     let envelope = source.save();
@@ -132,7 +135,7 @@ fn an_image_changes_hands() {
     drop(source);
     assert!(
         fs::read(&path).unwrap() == released,
-        "who has let go of it writes nothing"
+        "a process that has released the image writes nothing"
     );
     destination.transport.resume();
     destination.run();
@@ -144,7 +147,7 @@ fn an_image_changes_hands() {
     assert!(holds(&mut again, 1000, 99_840, 0xcd));
 }
 
-/// What it says when the image at `path` cannot be opened on these files.
+/// The error when the image at `path` cannot be opened on these files.
 fn refused(path: &Path, backing: &[BackingFile]) -> String {
     let error = BlockBackend::open_on(path, access(true), backing).unwrap_err();
     let cause = std::error::Error::source(&error).map(ToString::to_string);
@@ -207,7 +210,7 @@ fn only_named_backing_files_are_opened() {
     let error = refused(&middle, &[]);
     let option = format!("add backing={}", base.display());
     assert!(error.contains(&option), "{error}");
-    // At no level.
+    // Nor one further down.
     let error = refused(&top, &[backing(&middle, None)]);
     assert!(error.contains(&option), "{error}");
     let error = refused(&middle, &[backing(&base, Some(ImageFormat::Qcow2))]);
@@ -292,6 +295,9 @@ fn backing_files_are_never_written() {
     );
     drop(writer);
     one.lock().unwrap();
+    one.write_zeroes(0, SIZE, false).unwrap();
+    one.flush().unwrap();
+    assert!(fs::read(&base).unwrap() == vec![0x11; SIZE as usize]);
     // A destination must have all of them.
     let mark = one.mark().unwrap();
     let copy = dir.path().join("copy");

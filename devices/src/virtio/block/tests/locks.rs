@@ -1,4 +1,4 @@
-//! Locks, as other godwits, QEMU and a destination see them.
+//! Locks, as other processes of this program, QEMU and a destination see them.
 
 use std::fs::File;
 use std::path::Path;

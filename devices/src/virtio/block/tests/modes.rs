@@ -211,14 +211,14 @@ fn a_disk_that_grows_and_shrinks() {
         let mut driver = Driver::ready(device);
         let file = File::options().write(true).open(disk.path()).unwrap();
         let sector = [writes(BUFFER, 512)];
-        assert_eq!(control.resize().unwrap(), 64 * 512);
+        assert_eq!(control.refresh_size().unwrap(), 64 * 512);
         driver.run();
         driver.interrupts();
         file.set_len(96 * 512).unwrap();
         // Not before the host has asked for it.
         assert_eq!(request(&mut driver, IN, 64, &sector), (IOERR, 1));
         let generation = driver.get(0x0fc);
-        assert_eq!(control.resize().unwrap(), 96 * 512);
+        assert_eq!(control.refresh_size().unwrap(), 96 * 512);
         driver.run();
         assert_eq!(driver.get(0x060) & 2, 2, "the configuration has changed");
         assert_ne!(driver.get(0x0fc), generation);
@@ -232,7 +232,7 @@ fn a_disk_that_grows_and_shrinks() {
             (IOERR, 1),
             "nothing is there"
         );
-        control.resize().unwrap();
+        control.refresh_size().unwrap();
         driver.run();
         assert_eq!(driver.get(0x100), 32);
         assert_eq!(request(&mut driver, OUT, 32, &[reads(BUFFER, 512)]), (IOERR, 1));
@@ -242,7 +242,7 @@ fn a_disk_that_grows_and_shrinks() {
         // A part of a sector at the end is hidden, and an empty disk is valid.
         for (bytes, sectors) in [(33 * 512 + 100, 33), (0, 0)] {
             file.set_len(bytes).unwrap();
-            assert_eq!(control.resize().unwrap(), sectors * 512);
+            assert_eq!(control.refresh_size().unwrap(), sectors * 512);
             driver.run();
             assert_eq!(u64::from(driver.get(0x100)), sectors);
             assert_eq!(request(&mut driver, IN, sectors, &sector), (IOERR, 1));
@@ -263,7 +263,7 @@ fn a_resize_just_before_a_move_is_told_after_it() {
         .unwrap()
         .set_len(96 * 512)
         .unwrap();
-    control.resize().unwrap();
+    control.refresh_size().unwrap();
     let envelope = driver.save();
     let mut moved = driver.move_to(disk.device(false), envelope).unwrap();
     moved.transport.resume();

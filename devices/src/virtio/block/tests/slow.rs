@@ -24,7 +24,7 @@ const DESTROY: u32 = 38;
 const REQUEST_HEADER: usize = 40;
 /// What a server's buffer must have room for: a write, and what belongs to it.
 const BUFFER: usize = (1 << 20) + (64 << 10);
-const MOST_WRITTEN: u32 = 1 << 20;
+const MAX_WRITTEN: u32 = 1 << 20;
 
 /// A file that is mounted while this value lives.
 pub(super) struct SlowFile {
@@ -156,7 +156,7 @@ impl FuseServer {
         Some(match kind {
             INIT => {
                 // Version, read-ahead, large writes, requests in the background.
-                let mut body: Vec<u8> = [7, 31, 0, 1 << 5, 64 << 16 | 64, MOST_WRITTEN, 1, 256]
+                let mut body: Vec<u8> = [7, 31, 0, 1 << 5, 64 << 16 | 64, MAX_WRITTEN, 1, 256]
                     .into_iter()
                     .flat_map(u32::to_le_bytes)
                     .collect();
