@@ -25,12 +25,16 @@ const WALL_CLOCK_LEN: usize = 12;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct ChipsetRecord {
     /// `kvm_irqchip` of the 8259 master.
+    #[serde(with = "serde_bytes")]
     pic_master: Vec<u8>,
     /// `kvm_irqchip` of the 8259 slave.
+    #[serde(with = "serde_bytes")]
     pic_slave: Vec<u8>,
     /// `kvm_irqchip` of the I/O APIC.
+    #[serde(with = "serde_bytes")]
     ioapic: Vec<u8>,
     /// `kvm_pit_state2`.
+    #[serde(with = "serde_bytes")]
     pit: Vec<u8>,
 }
 
