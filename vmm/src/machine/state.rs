@@ -165,12 +165,13 @@ impl Machine {
     }
 
     fn save_processors(&self, envelope: &mut Envelope, paused_at: Instant) -> Result<(), MachineError> {
-        let (clock, tscs) = clock::save(&self.vm, &self.vcpus.lock_all(), self.tsc, paused_at)?;
+        let (clock, tsc) = clock::save(&self.vm, &self.vcpus.lock_all(), self.tsc, paused_at)?;
         envelope.put("clock", &clock)?;
         let msrs = self.msrs.clone();
-        // There is a TSC for each vCPU.
-        let save =
-            move |id, vcpu: &VcpuFd| vcpu::save(&msrs, vcpu, tscs.get(id).copied().unwrap_or_default());
+        let save = move |id, vcpu: &VcpuFd| {
+            let tsc = clock::tsc_at(id, vcpu, tsc)?;
+            Ok::<_, MachineError>(vcpu::save(&msrs, vcpu, tsc)?)
+        };
         for (id, record) in self.vcpus.with_each(save)?.into_iter().enumerate() {
             envelope.put(&format!("vcpu{id}"), &record?)?;
         }

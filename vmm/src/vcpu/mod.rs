@@ -6,9 +6,11 @@ mod run;
 mod state;
 mod throttle;
 
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
@@ -75,6 +77,8 @@ pub struct VcpuSet {
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Arc<Mutex<Vec<Thread>>>,
     throttle: Throttle,
+    /// How many of the host's processors this process may use.
+    host_cpus: usize,
 }
 
 impl VcpuSet {
@@ -98,6 +102,7 @@ impl VcpuSet {
             vcpus,
             threads,
             throttle: Throttle::new(gate.clone(), kick_one),
+            host_cpus: available_parallelism().map_or(1, NonZero::get),
         };
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
             let (gate, vcpu, buses, on_failure) =
@@ -141,18 +146,20 @@ impl VcpuSet {
     /// Wakes the threads that are held, as [`VcpuSet::resume`] would, but lets none of them into the guest. Returns
     /// when each was awake.
     pub fn rouse(&self) {
+        let all = self.vcpus.len();
+        let nothing = Arc::new(|_| {});
         if !self
             .gate
-            .do_parked(Arc::new(|_| {}), || {}, |pending| pending == 0, PARK_TIMEOUT)
+            .do_parked(nothing, all, || {}, |pending| pending == 0, PARK_TIMEOUT)
         {
             tracing::debug!("not all vCPUs were awake within {PARK_TIMEOUT:?}");
         }
     }
 
     /// Does `work` with each vCPU, all of which are out of the guest, and returns the results in order of their ids.
-    /// Parked vCPU threads do the work for their own vCPUs, so that KVM need not move a vCPU to another thread's
-    /// processor and 32 vCPUs take not much longer than one. This thread does what remains: vCPUs whose thread has
-    /// ended or is slow to wake up.
+    /// This thread takes one vCPU after the other, and so do parked vCPU threads, one for each further processor of the
+    /// host. More of them would only wait for a processor, and to wake one up takes about as long as to save a vCPU.
+    /// Each begins with its own vCPU, which KVM need not move to another processor then.
     pub fn with_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &VcpuFd) -> T + Send + Sync + 'static,
@@ -161,25 +168,24 @@ impl VcpuSet {
         let left = Arc::new(AtomicUsize::new(states.len()));
         let task = {
             let (states, left) = (states.clone(), left.clone());
-            Arc::new(move |id: usize| {
-                let Some(state) = states.get(id) else { return };
-                if !state.is_taken.swap(true, Ordering::SeqCst) {
-                    let result = work(id, &lock_vcpu(&state.vcpu));
-                    *state.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-                    left.fetch_sub(1, Ordering::SeqCst);
+            Arc::new(move |first: usize| {
+                let (before, after) = states.split_at(first.min(states.len()));
+                for (id, state) in (first..).zip(after).chain((0..).zip(before)) {
+                    if !state.is_taken.swap(true, Ordering::SeqCst) {
+                        let result = work(id, &lock_vcpu(&state.vcpu));
+                        *state.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+                        left.fetch_sub(1, Ordering::SeqCst);
+                    }
                 }
             })
         };
-        let all = (0..states.len(), task.clone());
-        let mine = move || all.0.for_each(|id| all.1(id));
-        let is_done = |_| left.load(Ordering::SeqCst) == 0;
-        // To wake another thread for one vCPU takes longer than to do it.
-        let done = if states.len() == 1 {
-            mine();
-            is_done(0)
-        } else {
-            self.gate.do_parked(task, mine, is_done, PARK_TIMEOUT)
+        let helpers = self.host_cpus.min(states.len()).saturating_sub(1);
+        let share = {
+            let task = task.clone();
+            move || task(0)
         };
+        let is_done = |_| left.load(Ordering::SeqCst) == 0;
+        let done = self.gate.do_parked(task, helpers, share, is_done, PARK_TIMEOUT);
         let taken = |state: &VcpuWork<T>| state.result.lock().unwrap_or_else(PoisonError::into_inner).take();
         let results: Option<Vec<T>> = states.iter().map(taken).collect();
         results.filter(|_| done).ok_or(VcpuError::Unfinished)
@@ -252,6 +258,44 @@ impl Drop for VcpuSet {
         for thread in threads {
             // A panic in a vCPU thread has been reported by the panic hook.
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::path::Path;
+    use std::thread;
+
+    use devices::bus::Bus;
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    #[test]
+    fn each_parked_vcpu_is_worked_on_once_by_no_more_threads_than_there_are_processors() {
+        if !Path::new("/dev/kvm").exists() {
+            return;
+        }
+        let vm = Kvm::new().unwrap().create_vm().unwrap();
+        let vcpus = (0..16).map(|id| vm.create_vcpu(id).unwrap()).collect();
+        let bus = Arc::new(Bus::new());
+        let buses = Buses {
+            pio: bus.clone(),
+            mmio: bus,
+            rings: None,
+        };
+        let set = VcpuSet::start(vcpus, buses, Arc::new(|failure| panic!("{failure}"))).unwrap();
+        assert!(set.gate().wait_parked(PARK_TIMEOUT));
+        for _ in 0..100 {
+            let (ids, threads): (Vec<_>, HashSet<_>) = set
+                .with_each(|id, _| (id, thread::current().id()))
+                .unwrap()
+                .into_iter()
+                .unzip();
+            assert!(ids.into_iter().eq(0..16));
+            assert!(threads.len() <= set.host_cpus);
         }
     }
 }
