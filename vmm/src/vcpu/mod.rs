@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
-use threads::{Role, Thread};
-use vmm_sys_util::signal::Killable;
+use threads::Role;
 
+use kick::VcpuThreads;
 use throttle::Throttle;
 
 pub use gate::{Gate, Holder};
@@ -75,7 +75,7 @@ impl<T> VcpuWork<T> {
 pub struct VcpuSet {
     gate: Arc<Gate>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    threads: Arc<Mutex<Vec<Thread>>>,
+    threads: Arc<VcpuThreads>,
     throttle: Throttle,
     /// How many of the host's processors this process may use.
     host_cpus: usize,
@@ -92,10 +92,10 @@ impl VcpuSet {
         kick::install_handler().map_err(VcpuError::Handler)?;
         let gate = Arc::new(Gate::new(vcpus.len()));
         let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
-        let threads: Arc<Mutex<Vec<Thread>>> = Arc::default();
+        let threads: Arc<VcpuThreads> = Arc::default();
         let kick_one = {
             let threads = threads.clone();
-            Arc::new(move |id| lock(&threads).get(id).into_iter().for_each(kick_thread))
+            Arc::new(move |id| threads.kick(id))
         };
         let set = Self {
             gate: gate.clone(),
@@ -107,15 +107,16 @@ impl VcpuSet {
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
             let (gate, vcpu, buses, on_failure) =
                 (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
+            let threads = set.threads.clone();
             let thread = threads::spawn(Role::Vcpu, format!("vcpu{id}"), move || {
-                let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &buses)));
+                let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &threads, &buses)));
                 if let Err(failure) = ran.unwrap_or(Err(VcpuFailure::Panicked(id))) {
                     gate.retire();
                     on_failure(failure);
                 }
             })
             .map_err(|source| VcpuError::Spawn { id, source })?;
-            lock(&set.threads).push(thread);
+            set.threads.push(thread);
         }
         Ok(set)
     }
@@ -126,7 +127,7 @@ impl VcpuSet {
     pub fn pause(&self, holder: Holder, until: Instant) -> Result<Instant, VcpuError> {
         let asked = Instant::now();
         let patience = until.saturating_duration_since(asked).min(PARK_TIMEOUT);
-        if self.gate.hold(holder, || self.kick(), patience) {
+        if self.gate.hold(holder, || self.threads.kick_all(), patience) {
             Ok(asked)
         } else {
             Err(VcpuError::NotParked(patience))
@@ -229,33 +230,17 @@ impl VcpuSet {
         }
         self.throttle.set(shares)
     }
-
-    /// One kick is enough: it comes after a change of the gate, and a thread looks at the gate after every
-    /// kick and before it enters the guest.
-    fn kick(&self) {
-        lock(&self.threads).iter().for_each(kick_thread);
-    }
 }
 
 fn lock_vcpu(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn kick_thread(thread: &Thread) {
-    // Fails only for a thread that has ended, which needs no kick.
-    let _ = thread.kill(kick::signal());
-}
-
-fn lock(threads: &Mutex<Vec<Thread>>) -> MutexGuard<'_, Vec<Thread>> {
-    threads.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Drop for VcpuSet {
     fn drop(&mut self) {
         self.gate.end();
-        self.kick();
-        let threads = std::mem::take(&mut *lock(&self.threads));
-        for thread in threads {
+        self.threads.kick_all();
+        for thread in self.threads.take() {
             // A panic in a vCPU thread has been reported by the panic hook.
             let _ = thread.join();
         }
@@ -273,13 +258,15 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn each_parked_vcpu_is_worked_on_once_by_no_more_threads_than_there_are_processors() {
+    /// So many vCPUs, parked. None is the first of its machine, so that in the guest they wait for an interrupt that
+    /// starts them. `None` without KVM.
+    pub(super) fn vcpus_that_wait(count: u64) -> Option<VcpuSet> {
         if !Path::new("/dev/kvm").exists() {
-            return;
+            return None;
         }
         let vm = Kvm::new().unwrap().create_vm().unwrap();
-        let vcpus = (0..16).map(|id| vm.create_vcpu(id).unwrap()).collect();
+        vm.create_irq_chip().unwrap();
+        let vcpus = (1..=count).map(|id| vm.create_vcpu(id).unwrap()).collect();
         let bus = Arc::new(Bus::new());
         let buses = Buses {
             pio: bus.clone(),
@@ -288,6 +275,12 @@ mod tests {
         };
         let set = VcpuSet::start(vcpus, buses, Arc::new(|failure| panic!("{failure}"))).unwrap();
         assert!(set.gate().wait_parked(PARK_TIMEOUT));
+        Some(set)
+    }
+
+    #[test]
+    fn each_parked_vcpu_is_worked_on_once_by_no_more_threads_than_there_are_processors() {
+        let Some(set) = vcpus_that_wait(16) else { return };
         for _ in 0..100 {
             let (ids, threads): (Vec<_>, HashSet<_>) = set
                 .with_each(|id, _| (id, thread::current().id()))
