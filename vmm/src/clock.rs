@@ -71,14 +71,14 @@ pub enum ClockStart {
     Kept,
 }
 
-/// Reads the clocks of a machine that was paused at `paused_at`. Returns its record and each vCPU's TSC.
+/// Reads the clocks of a machine that was paused at `paused_at`. Returns its record and what the guest's TSC would be
+/// without an offset, from which [`tsc_at`] computes each vCPU's.
 pub fn save(
     vm: &VmFd,
     vcpus: &[impl Deref<Target = VcpuFd>],
     frequency: TscFrequency,
     paused_at: Instant,
-) -> Result<(ClockRecord, Vec<u64>), ClockError> {
-    let offsets = tsc::offsets(vcpus)?;
+) -> Result<(ClockRecord, u64), ClockError> {
     let clock = vm.get_clock().map_err(ClockError::Get)?;
     let tsc = tsc::without_offset(vcpus, frequency.scaled)?;
     let since_pause = paused_at.elapsed();
@@ -87,13 +87,12 @@ pub fn save(
         since_pause_ns: since_pause.as_nanos() as u64,
         tsc_khz: frequency.khz,
     };
-    Ok((
-        record,
-        offsets
-            .into_iter()
-            .map(|offset| tsc.wrapping_add(offset))
-            .collect(),
-    ))
+    Ok((record, tsc))
+}
+
+/// The TSC of vCPU `id` at the instant at which it would be `without_offset` else.
+pub fn tsc_at(id: usize, vcpu: &VcpuFd, without_offset: u64) -> Result<u64, ClockError> {
+    tsc::at(id, vcpu, without_offset)
 }
 
 /// Sets the clocks of a machine that stood still to where they `start`, and arms the deadline timers. `scaled`: whether

@@ -36,16 +36,12 @@ impl VcpuTsc for VcpuFd {
     }
 }
 
-/// Every vCPU's offset.
-pub(super) fn offsets(vcpus: &[impl Deref<Target = impl VcpuTsc>]) -> Result<Vec<u64>, ClockError> {
-    let offset =
-        |(id, offset): (usize, Result<_, _>)| offset.map_err(|source| ClockError::TscOffset { id, source });
-    vcpus
-        .iter()
-        .map(|vcpu| vcpu.offset())
-        .enumerate()
-        .map(offset)
-        .collect()
+/// The TSC of vCPU `id` at the instant at which it would be `without_offset` else.
+pub(super) fn at(id: usize, vcpu: &impl VcpuTsc, without_offset: u64) -> Result<u64, ClockError> {
+    let offset = vcpu
+        .offset()
+        .map_err(|source| ClockError::TscOffset { id, source })?;
+    Ok(without_offset.wrapping_add(offset))
 }
 
 /// What the guest's TSC would be now without an offset. `scaled`: whether it has another frequency than the host's;
@@ -155,11 +151,8 @@ mod tests {
 
     fn saved(vcpus: &[Rc<ScaledVcpu>]) -> Vec<u64> {
         let now = without_offset(vcpus, true).unwrap();
-        let offsets = offsets(vcpus).unwrap();
-        offsets
-            .into_iter()
-            .map(|offset| now.wrapping_add(offset))
-            .collect()
+        let tsc = |(id, vcpu): (usize, &Rc<ScaledVcpu>)| at(id, &**vcpu, now).unwrap();
+        vcpus.iter().enumerate().map(tsc).collect()
     }
 
     const DAY: u64 = 86_400;

@@ -25,12 +25,16 @@ const WALL_CLOCK_LEN: usize = 12;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct ChipsetRecord {
     /// `kvm_irqchip` of the 8259 master.
+    #[serde(with = "serde_bytes")]
     pic_master: Vec<u8>,
     /// `kvm_irqchip` of the 8259 slave.
+    #[serde(with = "serde_bytes")]
     pic_slave: Vec<u8>,
     /// `kvm_irqchip` of the I/O APIC.
+    #[serde(with = "serde_bytes")]
     ioapic: Vec<u8>,
     /// `kvm_pit_state2`.
+    #[serde(with = "serde_bytes")]
     pit: Vec<u8>,
 }
 
@@ -161,12 +165,13 @@ impl Machine {
     }
 
     fn save_processors(&self, envelope: &mut Envelope, paused_at: Instant) -> Result<(), MachineError> {
-        let (clock, tscs) = clock::save(&self.vm, &self.vcpus.lock_all(), self.tsc, paused_at)?;
+        let (clock, tsc) = clock::save(&self.vm, &self.vcpus.lock_all(), self.tsc, paused_at)?;
         envelope.put("clock", &clock)?;
         let msrs = self.msrs.clone();
-        // There is a TSC for each vCPU.
-        let save =
-            move |id, vcpu: &VcpuFd| vcpu::save(&msrs, vcpu, tscs.get(id).copied().unwrap_or_default());
+        let save = move |id, vcpu: &VcpuFd| {
+            let tsc = clock::tsc_at(id, vcpu, tsc)?;
+            Ok::<_, MachineError>(vcpu::save(&msrs, vcpu, tsc)?)
+        };
         for (id, record) in self.vcpus.with_each(save)?.into_iter().enumerate() {
             envelope.put(&format!("vcpu{id}"), &record?)?;
         }

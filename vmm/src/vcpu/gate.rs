@@ -31,17 +31,19 @@ pub enum NextStep {
 /// A slice keeps one vCPU out until it is over. It is no hold: it opens nothing, it delays neither a
 /// pause, for which a thread in a slice is parked like any other, nor the wait for the end of a pause.
 ///
-/// vCPU threads and those that wait for them are woken apart, and the latter only when what they wait for may have
-/// come: with 32 vCPUs a pause wakes no thread in vain.
+/// Threads that are parked for a holder, those in slices and those that wait for vCPU threads are woken apart, and only
+/// when what they wait for may have come: with 32 vCPUs a pause wakes no thread in vain.
 pub struct Gate {
     state: Mutex<GateState>,
-    /// Wakes vCPU threads: a hold or a slice has ended, there is a task, or the threads are to end.
-    threads: Condvar,
-    /// Wakes threads that wait for vCPU threads: all are parked, the last has left, or the last has done its task.
+    /// Wakes threads that are parked because of a holder: no holder is left, there is a task, or the threads are to end.
+    held_threads: Condvar,
+    /// Wakes threads that are parked for slices: those have ended, or the threads are to end.
+    sliced_threads: Condvar,
+    /// Wakes threads that wait for vCPU threads: all are parked, the last has left, or one has done its task.
     waiters: Condvar,
 }
 
-/// What parked threads do, each with its vCPU's number.
+/// What parked threads do, each of which passes its vCPU's number.
 pub(super) type ParkedTask = Arc<dyn Fn(usize) + Send + Sync>;
 
 struct GateState {
@@ -49,10 +51,11 @@ struct GateState {
     ending: bool,
     /// Threads that are parked because of a holder.
     held: usize,
-    /// The number of tasks so far, the present one, and how many of the threads that were parked when it came have not
-    /// done it.
+    /// The number of tasks so far, the present one, how many more threads are to begin with it, and how many are to end
+    /// with it.
     tasks: u64,
     task: Option<ParkedTask>,
+    wanted: usize,
     pending: usize,
     /// Threads that will not come back.
     retired: usize,
@@ -79,13 +82,15 @@ impl Gate {
             held: 0,
             tasks: 0,
             task: None,
+            wanted: 0,
             pending: 0,
             retired: 0,
             vcpus: vec![Slices::default(); threads],
         };
         Self {
             state: Mutex::new(state),
-            threads: Condvar::new(),
+            held_threads: Condvar::new(),
+            sliced_threads: Condvar::new(),
             waiters: Condvar::new(),
         }
     }
@@ -115,7 +120,7 @@ impl Gate {
         let mut state = self.lock();
         state.holders &= !(holder as u8);
         if state.holders == 0 {
-            self.threads.notify_all();
+            self.held_threads.notify_all();
         }
     }
 
@@ -145,7 +150,7 @@ impl Gate {
         for vcpu in &mut self.lock().vcpus {
             vcpu.until = None;
         }
-        self.threads.notify_all();
+        self.sliced_threads.notify_all();
     }
 
     /// How long each vCPU has been parked for slices, up to `now`.
@@ -162,7 +167,8 @@ impl Gate {
     /// Ends all threads, whether the gate is closed or not. Kick those in the guest.
     pub fn end(&self) {
         self.lock().ending = true;
-        self.threads.notify_all();
+        self.held_threads.notify_all();
+        self.sliced_threads.notify_all();
     }
 
     /// A vCPU thread that will not come back, because it failed, counts as parked for ever.
@@ -199,34 +205,33 @@ impl Gate {
         self.notify_if_parked(&state);
         let mut done = state.tasks;
         while state.holders != 0 && !state.ending {
-            if state.tasks == done {
-                state = self.threads.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if state.tasks == done || state.wanted == 0 {
+                state = self
+                    .held_threads
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             done = state.tasks;
+            state.wanted -= 1;
             let task = state.task.clone();
             drop(state);
             let ran = catch_unwind(AssertUnwindSafe(|| task.into_iter().for_each(|task| task(id))));
             state = self.lock();
-            // A later task counts this thread among those that it waits for.
+            // There may be a later task, which does not wait for this thread.
             if state.tasks == done {
-                state.pending = state.pending.saturating_sub(1);
+                state.pending -= 1;
                 self.waiters.notify_all();
             }
             if let Err(panic) = ran {
                 state.held -= 1;
-                if state.tasks != done {
-                    state.pending = state.pending.saturating_sub(1);
-                }
-                self.waiters.notify_all();
                 drop(state);
                 resume_unwind(panic);
             }
         }
         state.held -= 1;
-        if state.tasks != done {
-            state.pending = state.pending.saturating_sub(1);
-        }
+        // The others leave as well: who has not begun with the task will not.
+        state.pending -= std::mem::take(&mut state.wanted);
         if state.held == 0 || state.pending == 0 {
             self.waiters.notify_all();
         }
@@ -250,7 +255,7 @@ impl Gate {
         state.vcpus[id].since = Some(began);
         self.notify_if_parked(&state);
         let (mut state, _) = self
-            .threads
+            .sliced_threads
             .wait_timeout(state, left)
             .unwrap_or_else(PoisonError::into_inner);
         let vcpu = &mut state.vcpus[id];
@@ -270,25 +275,34 @@ impl Gate {
         self.wait(timeout, |state| state.held == 0 || state.holders != 0)
     }
 
-    /// Wakes every thread that is parked because of a holder to do `task`, does this thread's `share`, and waits until
-    /// `is_done`, which gets the number of woken threads that are not through yet; they stay parked. False after
-    /// `timeout`. A thread that wakes up later finds nothing to do.
+    /// Wakes at most `helpers` of the threads that are parked because of a holder to do `task` once each, does this
+    /// thread's `share`, and waits until `is_done`, which gets the number of woken threads that are not through yet; they
+    /// stay parked. False after `timeout`. A thread that wakes up later finds nothing to do.
     pub(super) fn do_parked(
         &self,
         task: ParkedTask,
+        helpers: usize,
         share: impl FnOnce(),
         is_done: impl Fn(usize) -> bool,
         timeout: Duration,
     ) -> bool {
         let mut state = self.lock();
+        let all = helpers >= state.held;
         state.tasks += 1;
-        state.pending = state.held;
+        state.wanted = helpers.min(state.held);
+        state.pending = state.wanted;
         state.task = Some(task);
         drop(state);
-        self.threads.notify_all();
+        if all {
+            self.held_threads.notify_all();
+        } else {
+            (0..helpers).for_each(|_| self.held_threads.notify_one());
+        }
         share();
         let done = self.wait(timeout, |state| is_done(state.pending));
-        self.lock().task = None;
+        let mut state = self.lock();
+        state.task = None;
+        state.wanted = 0;
         done
     }
 
@@ -437,7 +451,7 @@ mod tests {
             let done: Arc<[AtomicUsize; 2]> = Arc::default();
             let theirs = done.clone();
             let task = Arc::new(move |id: usize| _ = theirs[id].fetch_add(1, Ordering::SeqCst));
-            assert!(gate.do_parked(task, || {}, |pending| pending == 0, patience));
+            assert!(gate.do_parked(task, 2, || {}, |pending| pending == 0, patience));
             assert!(done.iter().all(|count| count.load(Ordering::SeqCst) == 1));
             assert!(gate.wait_parked(patience));
         }
@@ -447,14 +461,54 @@ mod tests {
             assert_eq!(thread.join().unwrap(), NextStep::Enter);
         }
         let task = Arc::new(|_| unreachable!("no thread is parked"));
-        assert!(gate.do_parked(task, || {}, |pending| pending == 0, Duration::ZERO));
+        assert!(gate.do_parked(task, 2, || {}, |pending| pending == 0, Duration::ZERO));
+    }
+
+    #[test]
+    fn no_more_threads_do_a_task_than_are_wanted() {
+        let (gate, threads) = two_parked();
+        let patience = Duration::from_secs(5);
+        for helpers in [0, 1, 2, 3] {
+            let began: Arc<AtomicUsize> = Arc::default();
+            let theirs = began.clone();
+            let task = Arc::new(move |_| _ = theirs.fetch_add(1, Ordering::SeqCst));
+            assert!(gate.do_parked(task, helpers, || {}, |pending| pending == 0, patience));
+            assert_eq!(began.load(Ordering::SeqCst), helpers.min(2));
+        }
+        gate.end();
+        threads.into_iter().for_each(|thread| _ = thread.join().unwrap());
+    }
+
+    #[test]
+    fn a_thread_in_a_slice_is_not_woken_for_a_task() {
+        let gate = Arc::new(Gate::new(2));
+        let patience = Duration::from_secs(5);
+        gate.open(Holder::Startup);
+        gate.begin_slice(0, Instant::now() + Duration::from_secs(3600));
+        let wait_at_gate = |id| {
+            let gate = gate.clone();
+            thread::spawn(move || gate.pass(id))
+        };
+        let in_slice = wait_at_gate(0);
+        while gate.sliced(Instant::now())[0].is_zero() {
+            thread::yield_now();
+        }
+        gate.close(Holder::Migration);
+        let held = wait_at_gate(1);
+        assert!(gate.wait_parked(patience));
+        let task = Arc::new(|id| assert_eq!(id, 1));
+        assert!(gate.do_parked(task, 1, || {}, |pending| pending == 0, patience));
+        gate.end();
+        for thread in [in_slice, held] {
+            assert_eq!(thread.join().unwrap(), NextStep::End);
+        }
     }
 
     #[test]
     fn a_task_that_panics_is_not_waited_for() {
         let (gate, threads) = two_parked();
         let task = Arc::new(|id| assert_ne!(id, 1, "planted"));
-        assert!(gate.do_parked(task, || {}, |pending| pending == 0, Duration::from_secs(5)));
+        assert!(gate.do_parked(task, 2, || {}, |pending| pending == 0, Duration::from_secs(5)));
         gate.end();
         let ended: Vec<bool> = threads.into_iter().map(|thread| thread.join().is_ok()).collect();
         assert_eq!(ended, [true, false]);

@@ -6,16 +6,18 @@ mod run;
 mod state;
 mod throttle;
 
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
-use threads::{Role, Thread};
-use vmm_sys_util::signal::Killable;
+use threads::Role;
 
+use kick::VcpuThreads;
 use throttle::Throttle;
 
 pub use gate::{Gate, Holder};
@@ -73,8 +75,10 @@ impl<T> VcpuWork<T> {
 pub struct VcpuSet {
     gate: Arc<Gate>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    threads: Arc<Mutex<Vec<Thread>>>,
+    threads: Arc<VcpuThreads>,
     throttle: Throttle,
+    /// How many of the host's processors this process may use.
+    host_cpus: usize,
 }
 
 impl VcpuSet {
@@ -88,29 +92,31 @@ impl VcpuSet {
         kick::install_handler().map_err(VcpuError::Handler)?;
         let gate = Arc::new(Gate::new(vcpus.len()));
         let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
-        let threads: Arc<Mutex<Vec<Thread>>> = Arc::default();
+        let threads: Arc<VcpuThreads> = Arc::default();
         let kick_one = {
             let threads = threads.clone();
-            Arc::new(move |id| lock(&threads).get(id).into_iter().for_each(kick_thread))
+            Arc::new(move |id| threads.kick(id))
         };
         let set = Self {
             gate: gate.clone(),
             vcpus,
             threads,
             throttle: Throttle::new(gate.clone(), kick_one),
+            host_cpus: available_parallelism().map_or(1, NonZero::get),
         };
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
             let (gate, vcpu, buses, on_failure) =
                 (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
+            let threads = set.threads.clone();
             let thread = threads::spawn(Role::Vcpu, format!("vcpu{id}"), move || {
-                let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &buses)));
+                let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &threads, &buses)));
                 if let Err(failure) = ran.unwrap_or(Err(VcpuFailure::Panicked(id))) {
                     gate.retire();
                     on_failure(failure);
                 }
             })
             .map_err(|source| VcpuError::Spawn { id, source })?;
-            lock(&set.threads).push(thread);
+            set.threads.push(thread);
         }
         Ok(set)
     }
@@ -121,7 +127,7 @@ impl VcpuSet {
     pub fn pause(&self, holder: Holder, until: Instant) -> Result<Instant, VcpuError> {
         let asked = Instant::now();
         let patience = until.saturating_duration_since(asked).min(PARK_TIMEOUT);
-        if self.gate.hold(holder, || self.kick(), patience) {
+        if self.gate.hold(holder, || self.threads.kick_all(), patience) {
             Ok(asked)
         } else {
             Err(VcpuError::NotParked(patience))
@@ -141,18 +147,20 @@ impl VcpuSet {
     /// Wakes the threads that are held, as [`VcpuSet::resume`] would, but lets none of them into the guest. Returns
     /// when each was awake.
     pub fn rouse(&self) {
+        let all = self.vcpus.len();
+        let nothing = Arc::new(|_| {});
         if !self
             .gate
-            .do_parked(Arc::new(|_| {}), || {}, |pending| pending == 0, PARK_TIMEOUT)
+            .do_parked(nothing, all, || {}, |pending| pending == 0, PARK_TIMEOUT)
         {
             tracing::debug!("not all vCPUs were awake within {PARK_TIMEOUT:?}");
         }
     }
 
     /// Does `work` with each vCPU, all of which are out of the guest, and returns the results in order of their ids.
-    /// Parked vCPU threads do the work for their own vCPUs, so that KVM need not move a vCPU to another thread's
-    /// processor and 32 vCPUs take not much longer than one. This thread does what remains: vCPUs whose thread has
-    /// ended or is slow to wake up.
+    /// This thread takes one vCPU after the other, and so do parked vCPU threads, one for each further processor of the
+    /// host. More of them would only wait for a processor, and to wake one up takes about as long as to save a vCPU.
+    /// Each begins with its own vCPU, which KVM need not move to another processor then.
     pub fn with_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &VcpuFd) -> T + Send + Sync + 'static,
@@ -161,25 +169,24 @@ impl VcpuSet {
         let left = Arc::new(AtomicUsize::new(states.len()));
         let task = {
             let (states, left) = (states.clone(), left.clone());
-            Arc::new(move |id: usize| {
-                let Some(state) = states.get(id) else { return };
-                if !state.is_taken.swap(true, Ordering::SeqCst) {
-                    let result = work(id, &lock_vcpu(&state.vcpu));
-                    *state.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-                    left.fetch_sub(1, Ordering::SeqCst);
+            Arc::new(move |first: usize| {
+                let (before, after) = states.split_at(first.min(states.len()));
+                for (id, state) in (first..).zip(after).chain((0..).zip(before)) {
+                    if !state.is_taken.swap(true, Ordering::SeqCst) {
+                        let result = work(id, &lock_vcpu(&state.vcpu));
+                        *state.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+                        left.fetch_sub(1, Ordering::SeqCst);
+                    }
                 }
             })
         };
-        let all = (0..states.len(), task.clone());
-        let mine = move || all.0.for_each(|id| all.1(id));
-        let is_done = |_| left.load(Ordering::SeqCst) == 0;
-        // To wake another thread for one vCPU takes longer than to do it.
-        let done = if states.len() == 1 {
-            mine();
-            is_done(0)
-        } else {
-            self.gate.do_parked(task, mine, is_done, PARK_TIMEOUT)
+        let helpers = self.host_cpus.min(states.len()).saturating_sub(1);
+        let share = {
+            let task = task.clone();
+            move || task(0)
         };
+        let is_done = |_| left.load(Ordering::SeqCst) == 0;
+        let done = self.gate.do_parked(task, helpers, share, is_done, PARK_TIMEOUT);
         let taken = |state: &VcpuWork<T>| state.result.lock().unwrap_or_else(PoisonError::into_inner).take();
         let results: Option<Vec<T>> = states.iter().map(taken).collect();
         results.filter(|_| done).ok_or(VcpuError::Unfinished)
@@ -223,35 +230,65 @@ impl VcpuSet {
         }
         self.throttle.set(shares)
     }
-
-    /// One kick is enough: it comes after a change of the gate, and a thread looks at the gate after every
-    /// kick and before it enters the guest.
-    fn kick(&self) {
-        lock(&self.threads).iter().for_each(kick_thread);
-    }
 }
 
 fn lock_vcpu(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn kick_thread(thread: &Thread) {
-    // Fails only for a thread that has ended, which needs no kick.
-    let _ = thread.kill(kick::signal());
-}
-
-fn lock(threads: &Mutex<Vec<Thread>>) -> MutexGuard<'_, Vec<Thread>> {
-    threads.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Drop for VcpuSet {
     fn drop(&mut self) {
         self.gate.end();
-        self.kick();
-        let threads = std::mem::take(&mut *lock(&self.threads));
-        for thread in threads {
+        self.threads.kick_all();
+        for thread in self.threads.take() {
             // A panic in a vCPU thread has been reported by the panic hook.
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::path::Path;
+    use std::thread;
+
+    use devices::bus::Bus;
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    /// So many vCPUs, parked. None is the first of its machine, so that in the guest they wait for an interrupt that
+    /// starts them. `None` without KVM.
+    pub(super) fn vcpus_that_wait(count: u64) -> Option<VcpuSet> {
+        if !Path::new("/dev/kvm").exists() {
+            return None;
+        }
+        let vm = Kvm::new().unwrap().create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpus = (1..=count).map(|id| vm.create_vcpu(id).unwrap()).collect();
+        let bus = Arc::new(Bus::new());
+        let buses = Buses {
+            pio: bus.clone(),
+            mmio: bus,
+            rings: None,
+        };
+        let set = VcpuSet::start(vcpus, buses, Arc::new(|failure| panic!("{failure}"))).unwrap();
+        assert!(set.gate().wait_parked(PARK_TIMEOUT));
+        Some(set)
+    }
+
+    #[test]
+    fn each_parked_vcpu_is_worked_on_once_by_no_more_threads_than_there_are_processors() {
+        let Some(set) = vcpus_that_wait(16) else { return };
+        for _ in 0..100 {
+            let (ids, threads): (Vec<_>, HashSet<_>) = set
+                .with_each(|id, _| (id, thread::current().id()))
+                .unwrap()
+                .into_iter()
+                .unzip();
+            assert!(ids.into_iter().eq(0..16));
+            assert!(threads.len() <= set.host_cpus);
         }
     }
 }

@@ -8,7 +8,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
 use super::gate::{Gate, NextStep};
-use super::kick::{Kickable, port_access_size};
+use super::kick::{Kickable, VcpuThreads, port_access_size};
 use crate::memory::{MemoryError, RingLog};
 
 /// What a vCPU's exits go to.
@@ -56,13 +56,21 @@ pub enum VcpuFailure {
 const INTERNAL_ERROR_EMULATION: u32 = 1;
 
 /// Until the gate sends the thread home, or the vCPU fails.
-pub(super) fn run(id: u8, vcpu: &Arc<Mutex<VcpuFd>>, gate: &Gate, buses: &Buses) -> Result<(), VcpuFailure> {
+pub(super) fn run(
+    id: u8,
+    vcpu: &Arc<Mutex<VcpuFd>>,
+    gate: &Gate,
+    threads: &VcpuThreads,
+    buses: &Buses,
+) -> Result<(), VcpuFailure> {
     let _kickable = Kickable::new(vcpu.clone());
     while gate.pass(id.into()) == NextStep::Enter {
         // Held while the vCPU is in the guest and free while the thread is parked, so that a holder of the gate
         // can save and restore the vCPU.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         run_until_kicked(id, &mut vcpu, buses)?;
+        drop(vcpu);
+        threads.kick_rest();
     }
     Ok(())
 }

@@ -61,18 +61,25 @@ pub enum VcpuStateError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuRecord {
     /// `kvm_regs`.
+    #[serde(with = "serde_bytes")]
     pub regs: Vec<u8>,
     /// `kvm_sregs`.
+    #[serde(with = "serde_bytes")]
     pub sregs: Vec<u8>,
     /// `kvm_xsave`, 4096 bytes.
+    #[serde(with = "serde_bytes")]
     pub xsave: Vec<u8>,
     /// `kvm_xcrs`.
+    #[serde(with = "serde_bytes")]
     pub xcrs: Vec<u8>,
     /// `kvm_debugregs`.
+    #[serde(with = "serde_bytes")]
     pub debugregs: Vec<u8>,
     /// `kvm_lapic_state`.
+    #[serde(with = "serde_bytes")]
     pub lapic: Vec<u8>,
     /// `kvm_vcpu_events`.
+    #[serde(with = "serde_bytes")]
     pub events: Vec<u8>,
     /// `kvm_mp_state`.
     pub mp_state: u32,
