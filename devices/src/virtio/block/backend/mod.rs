@@ -219,6 +219,14 @@ impl BlockBackend {
         if self.made_here {
             return Ok(());
         }
+        self.drop_cached_pages()?;
+        match &self.qcow2 {
+            Some(image) => image.reopen().map_err(self.failed("open it as qcow2")),
+            None => Ok(()),
+        }
+    }
+
+    fn drop_cached_pages(&self) -> Result<(), BlockBackendError> {
         if self.is_block_device {
             match sys::flush_buffers(&self.file) {
                 // The call needs a privilege; the advice below does not.
@@ -229,11 +237,7 @@ impl BlockBackend {
         // Only pages that are written back can be dropped, whichever process wrote them.
         self.file.sync_data().map_err(self.failed("write it back"))?;
         fadvise(&self.file, 0, None, Advice::DontNeed)
-            .map_err(|errno| self.failed("drop its cached pages")(errno.into()))?;
-        match &self.qcow2 {
-            Some(image) => image.reopen().map_err(self.failed("open it as qcow2")),
-            None => Ok(()),
-        }
+            .map_err(|errno| self.failed("drop its cached pages")(errno.into()))
     }
 
     /// Whether the kernel can move data between the disk and these buffers where they are.

@@ -24,10 +24,10 @@ enum BoundedDisk {
 }
 
 /// A block device on a file, as long as it lives.
-struct Loop(PathBuf);
+pub(super) struct Loop(pub(super) PathBuf);
 
 impl Loop {
-    fn new(file: &Path) -> Self {
+    pub(super) fn new(file: &Path) -> Self {
         let output = losetup(&["--find".as_ref(), "--show".as_ref(), file]);
         Self(String::from_utf8(output).unwrap().trim().into())
     }

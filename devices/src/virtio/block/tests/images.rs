@@ -9,6 +9,7 @@ use imago::qcow2::Qcow2;
 use imago::storage::StorageCreateOptions;
 use imago::{FormatCreateBuilder, Storage};
 
+use super::bounds::Loop;
 use super::*;
 use crate::virtio::testing::END;
 
@@ -118,12 +119,30 @@ fn discards_and_zeroes() {
 #[test]
 fn an_image_changes_hands() {
     let (_dir, path) = image();
-    let mut source = Driver::ready(device(&path));
+    change_hands(&path);
+}
+
+#[test]
+fn an_image_on_a_block_device_changes_hands() {
+    let (_dir, path) = image();
+    // Room for what is written: a block device does not grow.
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(2 * SIZE)
+        .unwrap();
+    let device = Loop::new(&path);
+    change_hands(&device.0);
+}
+
+fn change_hands(path: &Path) {
+    let mut source = Driver::ready(device(path));
     source.backend().take_locks().unwrap();
     // The destination has it open before the source is done with it, and writes nothing.
-    let before = fs::read(&path).unwrap();
-    let there = device_of(BlockBackend::open(&path, access(false)).unwrap().taken_over());
-    assert!(fs::read(&path).unwrap() == before);
+    let before = fs::read(path).unwrap();
+    let there = device_of(BlockBackend::open(path, access(false)).unwrap().taken_over());
+    assert!(fs::read(path).unwrap() == before);
     write(&mut source, 1000, 99_840, 0xcd);
     let envelope = source.save();
     let mut destination = source.move_to(there, envelope).unwrap();
@@ -131,10 +150,10 @@ fn an_image_changes_hands() {
     source.backend().release_locks().unwrap();
     destination.backend().take_locks().unwrap();
     destination.backend().invalidate().unwrap();
-    let released = fs::read(&path).unwrap();
+    let released = fs::read(path).unwrap();
     drop(source);
     assert!(
-        fs::read(&path).unwrap() == released,
+        fs::read(path).unwrap() == released,
         "a process that has released the image writes nothing"
     );
     destination.transport.resume();
@@ -142,7 +161,7 @@ fn an_image_changes_hands() {
     assert!(holds(&mut destination, 1000, 99_840, 0xcd));
     write(&mut destination, 0, 512, 0xee);
     destination.save();
-    let mut again = Driver::ready(device(&path));
+    let mut again = Driver::ready(device(path));
     assert!(holds(&mut again, 0, 512, 0xee));
     assert!(holds(&mut again, 1000, 99_840, 0xcd));
 }
