@@ -37,7 +37,7 @@ pub use options::{
 pub use page_set::{PageSet, PageSetError, Ranges};
 pub use ports::{
     BlankDisk, CpuidLeaf, Destination, DeviceDescription, Difference, DirtyLog, DiskMark, MachineDescription,
-    MemoryKind, MemoryRegion, OfferedDisks, PortError, Rehearsal, Source, SourceDisk,
+    MemoryKind, MemoryRegion, OfferedDisks, PortError, Rehearsal, Source, SourceDisk, VcpuTime,
 };
 pub use report::{DataPath, Downtime, IntervalMs, MemoryDigest, Outcome, RehearsalPauses, Report, Round};
 pub use source::{Answer, AskError, Doubt, Migrated, Remains, migrate};

@@ -172,6 +172,15 @@ pub trait BlankDisk: Send + Sync {
     fn zero(&self, offset: u64, len: u64) -> Result<(), PortError>;
 }
 
+/// What a vCPU's thread has got of the host's CPUs since it was started, as its scheduler counts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuTime {
+    /// How long it ran, in the guest or in the kernel.
+    pub ran: Duration,
+    /// How long it was ready to run and waited for a CPU.
+    pub waited: Duration,
+}
+
 /// What [`Source::rehearse`] found out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rehearsal {
@@ -233,6 +242,9 @@ pub trait Source: Send {
 
     /// Turns dirty logging off; also called after a `start_dirty_log` that failed.
     fn stop_dirty_log(&mut self) -> Result<(), PortError>;
+
+    /// What each vCPU has got of the host's CPUs so far; empty where the host does not say.
+    fn vcpu_times(&self) -> Vec<VcpuTime>;
 
     /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most
     /// 10 ms. One share for each vCPU. Returns at once.

@@ -116,21 +116,25 @@ impl Observation<'_> {
 impl Costs {
     /// Puts them in the log as rehearsed: `c`, then all in nanoseconds.
     pub(crate) fn trace(&self) {
-        let Self {
-            pause,
-            drain,
-            final_log,
-            state,
-            restore,
-            resume,
-            round_trip,
-        } = *self;
-        let ns = [pause, drain, final_log, state, restore, resume, round_trip].map(|cost| cost.as_nanos());
+        let ns = self.all().map(|cost| cost.as_nanos());
         tracing::trace!(target: RECORDED, "c {ns:?}");
     }
 
     /// The downtime of a guest without a dirty page.
     pub(crate) fn total(&self) -> Duration {
+        // The log is looked at a second time while the destination restores.
+        let costs = Self {
+            restore: self.restore.max(self.final_log),
+            ..*self
+        };
+        costs
+            .all()
+            .into_iter()
+            .fold(Duration::ZERO, Duration::saturating_add)
+    }
+
+    /// Each of them, in the order in which they come.
+    fn all(&self) -> [Duration; 7] {
         let Self {
             pause,
             drain,
@@ -140,11 +144,7 @@ impl Costs {
             resume,
             round_trip,
         } = *self;
-        // The log is looked at a second time while the destination restores.
-        let restore = restore.max(final_log);
         [pause, drain, final_log, state, restore, resume, round_trip]
-            .into_iter()
-            .fold(Duration::ZERO, Duration::saturating_add)
     }
 }
 

@@ -13,6 +13,7 @@ pub(super) struct Lateness {
 impl Lateness {
     /// About two seconds of observations: stalls come in bursts, and those of a minute ago say little.
     const WINDOW: usize = 192;
+    /// With fewer observations than this the host is taken to be quiet.
     const FEWEST: usize = 20;
 
     pub(super) fn add(&mut self, elapsed: f64, late: Duration) {

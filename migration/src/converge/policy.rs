@@ -110,18 +110,19 @@ impl Policy {
         self.costs = costs;
     }
 
-    /// Takes what rehearsals have found, one after the other at one time: the least of it are the costs, as what was more
-    /// is the host's, and how much more there was tells how far they can be trusted.
-    pub(crate) fn set_costs(&mut self, rehearsed: &[Costs]) {
+    /// Takes what rehearsals have found, one after the other at one time, and returns the least of it: that is what the
+    /// pause costs, as what was more is the host's. How much more there was tells how far that can be trusted. `None` if
+    /// there was no rehearsal.
+    pub(crate) fn set_costs(&mut self, rehearsed: &[Costs]) -> Option<Costs> {
         for costs in rehearsed {
             if self.rehearsed.len() == Self::REHEARSALS {
                 self.rehearsed.pop_front();
             }
             self.rehearsed.push_back(without_log(*costs));
         }
-        if let Some(least) = rehearsed.iter().min_by_key(|costs| costs.total()) {
-            self.costs = *least;
-        }
+        let least = rehearsed.iter().min_by_key(|costs| costs.total()).copied();
+        self.costs = least.unwrap_or(self.costs);
+        least
     }
 
     /// Whether more rehearsals may help: the switch is put off by how much the costs have differed, and by nothing else.
@@ -173,7 +174,10 @@ impl Policy {
         let demand = self.demand(&before, plan, first);
         self.throttler
             .step(step.elapsed, step.dirtied, seen.by_vcpu, demand);
-        let outlook = self.outlook(seen);
+        let outlook = Outlook {
+            natural: self.natural(),
+            ..before
+        };
         self.overload |= self.is_overload(seen, &outlook);
         let course = self.judge(seen, &outlook);
         self.settled = (course == Course::Switch).then(|| {
@@ -254,11 +258,6 @@ impl Policy {
             &self.link
         };
         let final_best = (final_best.best() * 1.15).min(cap);
-        let natural = if self.throttler.is_off() {
-            rate
-        } else {
-            self.throttler.potential()
-        };
         let model = self.model(seen);
         let working_set = model.map_or(f64::INFINITY, |model| {
             seen.hot as f64
@@ -276,7 +275,7 @@ impl Policy {
             unsent_hot,
             dirty: (seen.dirty as f64).max(unsent),
             rate,
-            natural,
+            natural: self.natural(),
             working_set: working_set.max(self.most_dirty),
             fastest: self.goal.cpus as f64 * Self::FASTEST,
             link: self.link.recent(),
@@ -293,6 +292,15 @@ impl Policy {
                 .overhead
                 .unwrap_or(self.costs.round_trip.as_secs_f64() + 0.2e-3),
             budget: self.goal.max_downtime.as_secs_f64(),
+        }
+    }
+
+    /// What the guest would newly dirty, if it were not slowed down.
+    fn natural(&self) -> f64 {
+        if self.throttler.is_off() {
+            self.rate.rate()
+        } else {
+            self.throttler.potential()
         }
     }
 

@@ -17,7 +17,7 @@ use threads::{Role, spawn_scoped};
 
 use super::MigrateError;
 use super::pacer::Pacer;
-use super::pass::{Order, Pass};
+use super::pass::{Chunk, Order, Pass};
 use super::space::Space;
 use super::stream::PageStream;
 use crate::link::Link;
@@ -60,6 +60,8 @@ struct CrewState {
     number: u32,
     /// Streams that have not finished the pass.
     busy: usize,
+    /// So many streams, from the first on, send pages of it; the others wait until it is over.
+    sending: usize,
     ending: bool,
     failure: Option<MigrateError>,
 }
@@ -75,6 +77,7 @@ impl<'a> Crew<'a> {
             pass: None,
             number: 0,
             busy: 0,
+            sending: 0,
             ending: false,
             failure: None,
         };
@@ -99,7 +102,7 @@ impl<'a> Crew<'a> {
             let mut link = new_link(connection);
             link.set_send_only();
             spawn_scoped(scope, Role::Stream, format!("stream {index}"), move || {
-                let run = AssertUnwindSafe(|| self.run(PageStream::new(self, link)?));
+                let run = AssertUnwindSafe(|| self.run(index, PageStream::new(self, link)?));
                 let result = catch_unwind(run)
                     .unwrap_or_else(|panic| Err(MigrateError::Panic(panic_message(&*panic))));
                 if let Err(error) = result {
@@ -117,6 +120,7 @@ impl<'a> Crew<'a> {
         state.pass = Some(pass);
         state.number = number;
         state.busy = self.connections.len();
+        state.sending = self.connections.len();
         drop(state);
         self.changed.notify_all();
     }
@@ -143,6 +147,13 @@ impl<'a> Crew<'a> {
         if let Some(pass) = &self.lock().pass {
             pass.stop();
         }
+        self.changed.notify_all();
+    }
+
+    /// Lets only so many streams, at least one, go on with the pass that is under way.
+    pub(super) fn set_sending(&self, streams: usize) {
+        self.lock().sending = streams.max(1);
+        self.changed.notify_all();
     }
 
     /// Bytes that the streams have sent and that the destination has not received yet.
@@ -201,10 +212,11 @@ impl<'a> Crew<'a> {
         }
     }
 
-    fn run(&self, mut stream: PageStream<'_>) -> Result<(), MigrateError> {
+    /// The work of stream number `index`.
+    fn run(&self, index: usize, mut stream: PageStream<'_>) -> Result<(), MigrateError> {
         let mut done = 0;
         while let Some((number, pass)) = self.next_pass(done) {
-            while let Some(chunk) = pass.next() {
+            while let Some(chunk) = self.next_chunk(index, &pass) {
                 stream.send(&chunk)?;
             }
             stream.finish(&Message::RoundEnd(number))?;
@@ -213,6 +225,13 @@ impl<'a> Crew<'a> {
             self.changed.notify_all();
         }
         Ok(())
+    }
+
+    /// The next chunk for a stream, which waits as long as it is not to send.
+    fn next_chunk(&self, index: usize, pass: &Pass) -> Option<Chunk> {
+        let rests = |state: &mut CrewState| index >= state.sending && !state.ending && !pass.is_over();
+        drop(self.changed.wait_while(self.lock(), rests));
+        pass.next()
     }
 
     fn next_pass(&self, done: u32) -> Option<(u32, Arc<Pass>)> {

@@ -17,6 +17,7 @@ mod precopy;
 mod rehearse;
 mod remains;
 mod space;
+mod spare;
 mod squeeze;
 mod stream;
 mod switch;

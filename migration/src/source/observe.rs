@@ -92,9 +92,8 @@ impl Observer {
     /// Stores what rehearsals in a row measured of the downtime's costs besides the copy.
     pub(super) fn set_costs(&mut self, rehearsed: &[Costs]) {
         rehearsed.iter().for_each(Costs::trace);
-        self.policy.set_costs(rehearsed);
-        if let Some(least) = rehearsed.iter().min_by_key(|costs| costs.total()) {
-            self.costs = *least;
+        if let Some(least) = self.policy.set_costs(rehearsed) {
+            self.costs = least;
         }
     }
 

@@ -136,6 +136,12 @@ impl Pass {
         })
     }
 
+    /// Whether everything was handed out, or nothing more is.
+    pub(super) fn is_over(&self) -> bool {
+        let cursor = self.lock();
+        cursor.stopped || cursor.next == self.route.stretches.len()
+    }
+
     /// Hands out nothing more.
     pub(super) fn stop(&self) {
         self.lock().stopped = true;

@@ -11,6 +11,7 @@ use super::handshake::unexpected;
 use super::hot::hot_pages;
 use super::observe::{Observer, SWITCH_ROUND_TRIPS};
 use super::pass::{Order, spans_in_order};
+use super::spare::SpareStreams;
 use super::{MigrateError, SourceJob};
 use crate::control::Phase;
 use crate::converge::{Advice, Course};
@@ -115,6 +116,9 @@ impl SourceJob<'_> {
                 link.send(&Message::Populated(spans.to_vec()))?;
             }
         }
+        // Later rounds are short, and the shorter the less is dirtied meanwhile.
+        let all = self.report.streams as usize;
+        let mut spare = (n == 1 && self.options.deadline.is_none()).then(|| SpareStreams::new(all));
         let pass = self.next_pass();
         crew.send(pass, pages, order);
         loop {
@@ -127,6 +131,9 @@ impl SourceJob<'_> {
             link.check("nothing while pages are sent")?;
             let advice = self.observe(crew, watch, n, false)?;
             check_promise(&advice)?;
+            if let Some(spare) = &mut spare {
+                crew.set_sending(spare.observe(self.started.elapsed(), self.source.vcpu_times()));
+            }
             if matches!(advice.course, Course::Switch) {
                 crew.stop();
             }

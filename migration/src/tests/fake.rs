@@ -60,6 +60,8 @@ pub(super) struct FakeSource {
     pub(super) stood_still: Option<Duration>,
     /// Reads of the disk before memory was logged.
     pub(super) reads_before_log: u64,
+    /// Since when the vCPU works half of the time and waits for a CPU of the host in the other half.
+    pub(super) held_up_since: Option<Instant>,
 }
 
 impl FakeSource {
@@ -83,6 +85,7 @@ impl FakeSource {
             held_since: None,
             stood_still: None,
             reads_before_log: 0,
+            held_up_since: None,
         }
     }
 
@@ -266,6 +269,15 @@ impl Source for FakeSource {
     fn stop_dirty_log(&mut self) -> Result<(), PortError> {
         self.logging = false;
         self.enter("stop_dirty_log")
+    }
+
+    fn vcpu_times(&self) -> Vec<VcpuTime> {
+        let half = |since: Instant| since.elapsed() / 2;
+        let time = self.held_up_since.map(half).map(|half| VcpuTime {
+            ran: half,
+            waited: half,
+        });
+        time.into_iter().collect()
     }
 
     fn throttle(&mut self, shares: &[f64]) -> Result<(), PortError> {

@@ -1,7 +1,7 @@
 //! Migrations that succeed, or end because of what the caller asked for.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::fake::{FakeDestination, FakeSource, PortFault};
 use super::guest::{HIGH, Load, TestGuest};
@@ -80,6 +80,30 @@ fn a_guest_that_writes_arrives_whole_over_either_transport() {
             "the pause was before"
         );
     }
+}
+
+#[test]
+fn a_guest_that_is_held_up_arrives_whole_though_one_stream_alone_sends() {
+    let mut guest = TestGuest::new(2048, 2048);
+    (0..1024).for_each(|page| guest.write(page * PAGE_SIZE, false));
+    guest.start(Load { pages: 64 });
+    let mut source = FakeSource::new(guest);
+    source.held_up_since = Some(Instant::now());
+    let options = MigrateOptions {
+        max_downtime: Duration::from_millis(100),
+        on_miss: OnMiss::Switch,
+        streams: 4,
+        verify: true,
+        // Slow enough for streams to come to rest, one after the other.
+        bandwidth: Some(20_000_000),
+        final_bandwidth: Some(20_000_000),
+        ..options()
+    };
+    let mut destination = FakeDestination::default();
+    let (report, received) = direct(&mut source, &mut destination, &options);
+    received.unwrap();
+    assert_moved(&source, &destination, &report);
+    assert!(report.rounds[0].ms > 100.0, "{report:?}");
 }
 
 #[test]

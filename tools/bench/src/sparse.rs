@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use guest_memory::{GuestMemory, PageMarks};
 use migration::{
     BlankDisk, Destination, Difference, DirtyLog, DiskMark, MachineDescription, MemoryKind, MemoryRange,
-    MemoryRegion, OfferedDisks, PAGE_SIZE, PageSet, PortError, Rehearsal, Source, SourceDisk,
+    MemoryRegion, OfferedDisks, PAGE_SIZE, PageSet, PortError, Rehearsal, Source, SourceDisk, VcpuTime,
 };
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
@@ -230,6 +230,10 @@ impl Source for SparseSource {
 
     fn stop_dirty_log(&mut self) -> Result<(), PortError> {
         Ok(())
+    }
+
+    fn vcpu_times(&self) -> Vec<VcpuTime> {
+        Vec::new()
     }
 
     fn throttle(&mut self, _: &[f64]) -> Result<(), PortError> {

@@ -8,7 +8,7 @@ use devices::GuestMemory;
 use devices::virtio::block::{BlockBackend, BlockLog};
 use migration::{
     DirtyLog, DiskMark, MachineDescription, MemoryRange, PAGE_SIZE, PageSet, PortError, Rehearsal, Source,
-    SourceDisk,
+    SourceDisk, VcpuTime,
 };
 
 use super::Machine;
@@ -173,6 +173,10 @@ impl Source for MigrationSource {
 
     fn stop_dirty_log(&mut self) -> Result<(), PortError> {
         Ok(self.machine.turn_dirty_log_off()?)
+    }
+
+    fn vcpu_times(&self) -> Vec<VcpuTime> {
+        self.machine.vcpus.times()
     }
 
     fn throttle(&mut self, shares: &[f64]) -> Result<(), PortError> {

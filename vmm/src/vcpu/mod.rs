@@ -5,6 +5,7 @@ mod kick;
 mod run;
 mod state;
 mod throttle;
+mod time;
 
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,11 +15,13 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
+use migration::VcpuTime;
 use thiserror::Error;
 use threads::Role;
 
 use kick::VcpuThreads;
 use throttle::Throttle;
+use time::VcpuTimes;
 
 pub use gate::{Gate, Holder};
 pub use run::{Buses, VcpuFailure};
@@ -77,6 +80,7 @@ pub struct VcpuSet {
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Arc<VcpuThreads>,
     throttle: Throttle,
+    times: Arc<VcpuTimes>,
     /// How many of the host's processors this process may use.
     host_cpus: usize,
 }
@@ -102,13 +106,15 @@ impl VcpuSet {
             vcpus,
             threads,
             throttle: Throttle::new(gate.clone(), kick_one),
+            times: Arc::default(),
             host_cpus: available_parallelism().map_or(1, NonZero::get),
         };
         for (id, vcpu) in (0u8..).zip(&set.vcpus) {
             let (gate, vcpu, buses, on_failure) =
                 (gate.clone(), vcpu.clone(), buses.clone(), on_failure.clone());
-            let threads = set.threads.clone();
+            let (threads, times) = (set.threads.clone(), set.times.clone());
             let thread = threads::spawn(Role::Vcpu, format!("vcpu{id}"), move || {
+                times.count_this_thread();
                 let ran = catch_unwind(AssertUnwindSafe(|| run::run(id, &vcpu, &gate, &threads, &buses)));
                 if let Err(failure) = ran.unwrap_or(Err(VcpuFailure::Panicked(id))) {
                     gate.retire();
@@ -190,6 +196,11 @@ impl VcpuSet {
         let taken = |state: &VcpuWork<T>| state.result.lock().unwrap_or_else(PoisonError::into_inner).take();
         let results: Option<Vec<T>> = states.iter().map(taken).collect();
         results.filter(|_| done).ok_or(VcpuError::Unfinished)
+    }
+
+    /// What each vCPU's thread has got of the host's CPUs so far, in no order; empty where the host does not say.
+    pub fn times(&self) -> Vec<VcpuTime> {
+        self.times.read()
     }
 
     /// Number of vCPUs.

@@ -88,10 +88,8 @@ impl RecordedMove<'_> {
                 });
                 continue;
             }
-            if let Some(least) = rehearsed.iter().min_by_key(|costs: &&Costs| costs.total()) {
-                costs = *least;
-                policy.set_costs(&rehearsed);
-                rehearsed.clear();
+            if let Some(least) = policy.set_costs(&std::mem::take(&mut rehearsed)) {
+                costs = least;
             }
             if kind == "b" {
                 policy.burst(numbers[0], us(1));
