@@ -243,7 +243,7 @@ pub trait Source: Send {
     /// Turns dirty logging off; also called after a `start_dirty_log` that failed.
     fn stop_dirty_log(&mut self) -> Result<(), PortError>;
 
-    /// What each vCPU has got of the host's CPUs so far; empty where the host does not say.
+    /// What each vCPU has got of the host's CPUs so far, in the same order each time; empty where the host does not say.
     fn vcpu_times(&self) -> Vec<VcpuTime>;
 
     /// From now on keeps each vCPU out of the guest for a share of the time, 0 to 1, in slices of at most

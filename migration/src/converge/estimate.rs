@@ -193,7 +193,7 @@ pub(super) struct DirtyRate {
 impl DirtyRate {
     /// Long enough for several slices of the throttle, short enough to notice a change.
     const WINDOW: f64 = 0.06;
-    const MOST_STEPS: usize = 256;
+    const MAX_STEPS: usize = 256;
 
     pub(super) fn add(&mut self, step: &ObservedStep) {
         self.steps.push_back((step.elapsed, step.dirtied));
@@ -201,7 +201,7 @@ impl DirtyRate {
         self.dirtied += step.dirtied;
         while let Some(&(elapsed, dirtied)) = self.steps.front() {
             let enough = self.elapsed - elapsed >= Self::WINDOW && self.steps.len() > 1;
-            if !enough && self.steps.len() <= Self::MOST_STEPS {
+            if !enough && self.steps.len() <= Self::MAX_STEPS {
                 break;
             }
             self.steps.pop_front();

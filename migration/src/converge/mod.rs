@@ -96,7 +96,7 @@ impl Observation<'_> {
         let pages = |bytes: u64| bytes / migration_io::PAGE_SIZE;
         tracing::trace!(
             target: RECORDED,
-            "o {} {} {} {} {} {} {} {} {} {} {} {}",
+            "o {} {} {} {} {} {} {} {} {} {} {} {} {}",
             us(self.at),
             self.round,
             u8::from(self.end_of_round),
@@ -109,6 +109,7 @@ impl Observation<'_> {
             us(final_log),
             pages(self.hot),
             pages(self.put_off),
+            u8::from(self.all_streams),
         );
     }
 }
@@ -179,6 +180,8 @@ pub(crate) struct Observation<'a> {
     pub hot: u64,
     /// Those of `unsent` that round 1 puts off to its end: hot pages, and what lies next to them.
     pub put_off: u64,
+    /// Whether all streams have sent since the observation before; the final copy is sent by all.
+    pub all_streams: bool,
     /// All pages that the destination does not have as they are now, `unsent` included.
     pub dirty: u64,
     /// Guest pages sent (cleared from the log) so far, zero pages included.

@@ -12,7 +12,7 @@ use super::interval::{Interval, least_cost, most_cost};
 use super::noise::Lateness;
 use super::predict::{Outlook, ThrottlePlan};
 use super::throttle::{Demand, Throttler};
-use super::working_set::{Model, WorkingSet};
+use super::working_set::{HOT_FREQUENCY, Model, WorkingSet};
 use super::{Advice, Costs, Course, Goal, Miss, Observation, Prediction, duration};
 use crate::options::OnMiss;
 use hopeless::Shrinkage;
@@ -27,9 +27,13 @@ pub(crate) struct Policy {
     lateness: Lateness,
     meter: Meter,
     link: Bandwidth,
+    /// The same of all streams together, where some of them have rested.
+    all_streams: Bandwidth,
     burst: Bandwidth,
     rate: DirtyRate,
     working_set: WorkingSet,
+    /// What round 1 shows of the pages that it puts off.
+    hot_set: WorkingSet,
     /// Most bytes that were dirty after round 1.
     most_dirty: f64,
     throttler: Throttler,
@@ -89,9 +93,11 @@ impl Policy {
             lateness: Lateness::default(),
             meter: Meter::default(),
             link: Bandwidth::default(),
+            all_streams: Bandwidth::default(),
             burst: Bandwidth::default(),
             rate: DirtyRate::default(),
             working_set: WorkingSet::new(),
+            hot_set: WorkingSet::new(),
             most_dirty: 0.0,
             target: Self::TARGET,
             overload: false,
@@ -208,13 +214,18 @@ impl Policy {
     fn learn(&mut self, seen: &Observation<'_>, step: &ObservedStep) {
         let round_trip = self.costs.round_trip.as_secs_f64();
         self.link.add(step, self.meter.page_ratio(), round_trip);
+        if seen.all_streams {
+            self.all_streams.add(step, self.meter.page_ratio(), round_trip);
+        }
         self.rate.add(step);
         self.lateness.add(step.elapsed, seen.late);
         if seen.round <= 1 {
-            // What follows is written all the time, and tells nothing of the rest.
-            if seen.hot == 0 || seen.unsent > seen.put_off {
-                self.working_set.add(step, self.throttler.on());
-            }
+            let set = if seen.hot == 0 || seen.unsent > seen.put_off {
+                &mut self.working_set
+            } else {
+                &mut self.hot_set
+            };
+            set.add(step, self.throttler.on());
         } else {
             self.most_dirty = self.most_dirty.max(seen.dirty as f64);
         }
@@ -235,16 +246,47 @@ impl Policy {
         self.working_set.model().or(quiet)
     }
 
+    /// How many bytes are written all the time, and how many that dirties per second: as it was found before round 1, until
+    /// round 1 has sent them and shows how many of those that it put off are.
+    fn hot(&self, seen: &Observation<'_>) -> (f64, f64) {
+        let (left, sent) = (seen.put_off as f64, self.hot_set.sent());
+        let unseen = if sent > 0.0 { left / (left + sent) } else { 1.0 };
+        let assumed = seen.hot as f64 * unseen;
+        let model = self.hot_set.model().unwrap_or(Model::QUIET);
+        let shown = self.hot_set.size(model, 0.0);
+        (assumed + shown, HOT_FREQUENCY * assumed + model.frequency * shown)
+    }
+
+    /// What the rest of this round is sent at; after its end what all streams reach.
+    fn speed(&self, seen: &Observation<'_>) -> &Bandwidth {
+        if seen.all_streams || seen.end_of_round {
+            self.full_speed()
+        } else {
+            &self.link
+        }
+    }
+
+    /// What all streams reach.
+    fn full_speed(&self) -> &Bandwidth {
+        if self.all_streams.is_known() {
+            &self.all_streams
+        } else {
+            &self.link
+        }
+    }
+
     fn outlook(&self, seen: &Observation<'_>) -> Outlook {
         let unsent = seen.unsent as f64;
-        let unsent_hot = seen.put_off.min(seen.hot) as f64;
+        let (hot, hot_rate) = self.hot(seen);
+        let unsent_hot = (seen.put_off as f64).min(hot);
         let (rate, first) = (self.rate.rate(), seen.round <= 1);
+        let (link, full) = (self.speed(seen), self.full_speed());
         // A burst is a copy like the final one, not a moment of it; but during the final one the guest leaves its
         // CPUs to whoever copies, which not every burst is so lucky as to find.
         let (final_usual, final_worst) = if self.burst.is_known() {
             (self.burst.good(), self.burst.worst())
         } else {
-            (self.link.usual(), self.link.worst())
+            (full.usual(), full.worst())
         };
         let cap = self
             .goal
@@ -252,18 +294,12 @@ impl Policy {
             .map_or(f64::INFINITY, |cap| cap * self.meter.page_ratio())
             .max(1.0);
         let costs = self.costs_now();
-        let final_best = if self.burst.is_known() {
-            &self.burst
-        } else {
-            &self.link
-        };
+        let final_best = if self.burst.is_known() { &self.burst } else { full };
         let final_best = (final_best.best() * 1.15).min(cap);
         let model = self.model(seen);
         let working_set = model.map_or(f64::INFINITY, |model| {
-            seen.hot as f64
-                + self
-                    .working_set
-                    .size(model, if first { unsent - unsent_hot } else { 0.0 })
+            let others = if first { unsent - unsent_hot } else { 0.0 };
+            hot + self.working_set.size(model, others)
         });
         // The length of the downtime decides how likely it is that the host takes the CPUs away meanwhile.
         let about = costs + (seen.dirty as f64 / final_usual).min(self.goal.max_downtime.as_secs_f64());
@@ -271,15 +307,17 @@ impl Policy {
         Outlook {
             at: seen.at.as_secs_f64(),
             unsent,
-            hot: seen.hot as f64,
+            hot,
+            hot_rate,
             unsent_hot,
             dirty: (seen.dirty as f64).max(unsent),
             rate,
             natural: self.natural(),
             working_set: working_set.max(self.most_dirty),
             fastest: self.goal.cpus as f64 * Self::FASTEST,
-            link: self.link.recent(),
-            link_usual: self.link.usual(),
+            link: link.recent(),
+            link_after: full.recent(),
+            link_usual: link.usual(),
             final_usual: final_usual.min(cap),
             final_worst: final_worst.min(cap * 0.95),
             final_best,

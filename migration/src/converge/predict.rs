@@ -1,7 +1,7 @@
 //! The downtime if the switch came now, what another round would bring, and when it all will be over.
 
 use super::interval::Interval;
-use super::working_set::{HOT_FREQUENCY, Model, again_of_hot};
+use super::working_set::{Model, again_of_hot};
 
 /// Everything that is known at one moment: bytes of pages, seconds, bytes per second.
 #[derive(Clone, Copy, Debug)]
@@ -10,8 +10,10 @@ pub(super) struct Outlook {
     pub at: f64,
     /// Pages of this round to be sent with their content.
     pub unsent: f64,
-    /// Pages that the guest writes all the time, and those of them that this round has not sent yet.
+    /// Pages that the guest writes all the time, what it would dirty of them if it were not slowed down, and those of them
+    /// that this round has not sent yet.
     pub hot: f64,
+    pub hot_rate: f64,
     pub unsent_hot: f64,
     /// All pages to be sent with their content.
     pub dirty: f64,
@@ -23,8 +25,9 @@ pub(super) struct Outlook {
     pub working_set: f64,
     /// The most that its vCPUs can newly dirty per second, whatever they do.
     pub fastest: f64,
-    /// Pre-copy on average, and what it can count on.
+    /// What is left of this round on average, the rounds after it, and what this one can count on.
     pub link: f64,
+    pub link_after: f64,
     pub link_usual: f64,
     /// The final copy: what it can count on, and what it may have to put up with.
     pub final_usual: f64,
@@ -163,7 +166,7 @@ impl Outlook {
     /// What a guest dirties that writes to all of its working set as often as `model` says, and to hot pages all the time.
     pub(super) fn natural_of(&self, model: Model) -> f64 {
         let others = model.frequency * (self.working_set - self.hot).max(0.0);
-        (others + HOT_FREQUENCY * self.hot).min(self.fastest)
+        (others + self.hot_rate).min(self.fastest)
     }
 
     /// The total time, counted from the start. `model` is what round 1 has shown so far, and given in round 1
@@ -183,11 +186,12 @@ impl Outlook {
         let then = Self {
             unsent: 0.0,
             rate: natural,
+            link: self.link_after,
             ..*self
         };
-        if plan.throttle && natural > plan.limit * self.link && self.room() > 0.0 {
+        if plan.throttle && natural > plan.limit * then.link && self.room() > 0.0 {
             let room = self.room().min(dirty);
-            at += plan.settling + (dirty - room) / (self.link * (1.0 - plan.target)).max(1.0);
+            at += plan.settling + (dirty - room) / (then.link * (1.0 - plan.target)).max(1.0);
             return Some(at + then.downtime(room));
         }
         let mut next = if model.is_some() {
@@ -204,7 +208,7 @@ impl Outlook {
                 return None;
             }
             (at, dirty) = (at + next.after, next.dirty);
-            next = then.grown(0.0, dirty / self.link + self.overhead);
+            next = then.grown(0.0, dirty / then.link + self.overhead);
         }
         None
     }

@@ -101,6 +101,11 @@ impl WorkingSet {
         best.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, model)| model)
     }
 
+    /// Bytes of the steps so far.
+    pub(super) fn sent(&self) -> f64 {
+        self.sent
+    }
+
     /// Bytes of the working set, if the rest of memory (`unsent` bytes) is like the part that was sent.
     pub(super) fn size(&self, model: Model, unsent: f64) -> f64 {
         model.share * (self.sent + unsent)
@@ -132,7 +137,7 @@ pub(super) fn again_of_hot(data: f64, elapsed: f64) -> f64 {
     data - clean_after(HOT_FREQUENCY, 0.0, data, elapsed)
 }
 
-/// Writes per second to each page that was found to be written all the time: it was twice within 5 ms.
+/// Writes per second to each page that was found to be written all the time: it was once in 20 ms, and again in 10 ms.
 pub(super) const HOT_FREQUENCY: f64 = 100.0;
 
 /// Bytes clean after `elapsed` seconds, during which `sent` bytes became clean at a constant rate.

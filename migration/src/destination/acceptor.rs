@@ -142,16 +142,19 @@ impl AcceptorShared {
     /// Starts a thread that reads the greeting. If too many are pending, closes the oldest of them first, or refuses the
     /// new connection.
     fn start_greeting(self: &Arc<Self>, connection: Connection, greetings: &mut Vec<PendingGreeting>) {
-        if greetings.len() >= MAX_PENDING {
-            let oldest = greetings.iter().find(|greeting| greeting.is_pending());
-            // A thread whose connection was closed still counts until it gets to run, and ends.
-            let Some(oldest) = oldest.filter(|_| greetings.len() < MAX_THREADS) else {
-                tracing::warn!(
-                    from = %connection.peer(),
-                    "too many connections at a time; one is refused"
-                );
-                return;
-            };
+        // A thread whose greeting has come, or whose connection was closed, still counts until it gets to run, and ends.
+        if greetings.len() >= MAX_THREADS {
+            tracing::warn!(
+                from = %connection.peer(),
+                "too many connections at a time; one is refused"
+            );
+            return;
+        }
+        let mut pending = greetings.iter().filter(|greeting| greeting.is_pending());
+        let oldest = pending.next();
+        if pending.count() + 1 >= MAX_PENDING
+            && let Some(oldest) = oldest
+        {
             oldest.close_if_pending();
         }
         let connection = Arc::new(Mutex::new(Some(Arc::new(connection))));

@@ -160,6 +160,13 @@ impl PageSet {
         words
     }
 
+    /// How many pages are in `count` words of a region's bitmap from word `from` on.
+    pub(crate) fn count(&self, region: usize, from: usize, count: usize) -> u64 {
+        let parts = self.regions.get(region).into_iter();
+        let words = parts.flat_map(|pages| pages.parts(from, count).flat_map(|(_, words)| words));
+        words.map(|word| u64::from(word.count_ones())).sum()
+    }
+
     /// The first address of a region, if there is one of this number.
     pub(crate) fn region_gpa(&self, region: usize) -> Option<u64> {
         self.regions.get(region).map(RegionPages::gpa)

@@ -172,6 +172,9 @@ impl RegionPages {
                         .iter_mut()
                         .zip(&**less)
                         .for_each(|(word, less)| *word &= !less);
+                    if words.iter().all(|word| *word == 0) {
+                        *leaf = Leaf::Empty;
+                    }
                 }
             }
         }

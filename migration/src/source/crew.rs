@@ -156,22 +156,22 @@ impl<'a> Crew<'a> {
         self.changed.notify_all();
     }
 
+    /// Whether none of the streams rests.
+    pub(super) fn all_streams_send(&self) -> bool {
+        self.lock().sending >= self.connections.len()
+    }
+
     /// Bytes that the streams have sent and that the destination has not received yet.
     pub(super) fn in_flight(&self) -> u64 {
         let of = |connection: &Connection| migration_io::in_flight(connection.as_fd()).unwrap_or(0);
         self.connections.iter().map(of).sum()
     }
 
-    /// Bytes of the pass's pages that no stream has begun to send.
-    pub(super) fn unsent_bytes(&self) -> u64 {
+    /// Bytes of the pass's pages that no stream has begun to send, and of those of them that are put off to its end.
+    pub(super) fn unsent_bytes(&self) -> (u64, u64) {
         let pass = self.lock().pass.clone();
-        pass.map_or(0, |pass| pass.unsent() * PAGE_SIZE)
-    }
-
-    /// Those of them that are put off to the end of the pass.
-    pub(super) fn put_off_bytes(&self) -> u64 {
-        let pass = self.lock().pass.clone();
-        pass.map_or(0, |pass| pass.put_off() * PAGE_SIZE)
+        let (unsent, put_off) = pass.map_or((0, 0), |pass| pass.unsent());
+        (unsent * PAGE_SIZE, put_off * PAGE_SIZE)
     }
 
     /// Adds the pass's pages that no stream has begun to send.

@@ -33,7 +33,7 @@ const MIN_COLD_PART: u64 = 8;
 pub(super) struct HotPages {
     /// Pages that round 1 sends last: every cell of memory that has a hot page at one of its ends.
     pub(super) put_off: PageSet,
-    /// How many bytes are hot, by the share of pages that are among those that were looked at.
+    /// How many bytes are hot: those of the cells whose first page is.
     pub(super) bytes: u64,
 }
 
@@ -54,22 +54,30 @@ pub(super) fn hot_pages(space: &Space<'_>, pages: &PageSet) -> Result<HotPages, 
         cells(pages)
     };
     let is_hot = written_again(space, &cells)?;
-    let hot = is_hot.iter().filter(|hot| **hot).count() as u64;
+    let mut bytes = 0;
     for (at, cell) in cells.iter().enumerate() {
-        if is_hot[at] || is_hot.get(at + 1).is_some_and(|next| *next) {
+        let next = cells.get(at + 1).zip(is_hot.get(at + 1));
+        let next_is_hot = next.is_some_and(|(next, hot)| *hot && cell.touches(next));
+        if is_hot[at] {
+            bytes += pages.count(cell.region, cell.word, CELL_WORDS) * PAGE_SIZE;
+        }
+        if is_hot[at] || next_is_hot {
             put_off.insert_part(pages, cell.region, cell.word, CELL_WORDS);
         }
     }
-    tracing::debug!(cells = cells.len(), hot, put_off = put_off.len(), "hot pages");
+    tracing::debug!(cells = cells.len(), bytes, put_off = put_off.len(), "hot pages");
     if (pages.len() - put_off.len()) * MIN_COLD_PART < pages.len() {
         put_off.clear();
+        bytes = 0;
     }
-    let share = hot as f64 / cells.len().max(1) as f64;
-    let bytes = (share * (pages.len() * PAGE_SIZE) as f64) as u64;
-    Ok(HotPages {
-        bytes: if put_off.is_empty() { 0 } else { bytes },
-        put_off,
-    })
+    Ok(HotPages { put_off, bytes })
+}
+
+impl Cell {
+    /// Whether the other cell begins where this one ends.
+    fn touches(&self, next: &Cell) -> bool {
+        next.region == self.region && next.word == self.word + CELL_WORDS
+    }
 }
 
 /// Of which cells the guest writes the first page all the time.
@@ -200,8 +208,8 @@ mod tests {
         let (found, peeks) = found(range(500, 1000), u32::MAX, 2048 * MIB);
         let put_off: Vec<MemoryRange> = found.put_off.ranges(u64::MAX).collect();
         assert_eq!(put_off, [range(384, 1024)]);
-        // Four of sixteen cells begin in it.
-        assert_eq!((found.bytes, peeks), (2048 * MIB / 4 - PAGE_SIZE / 4, 3));
+        // Four cells begin in it.
+        assert_eq!((found.bytes, peeks), (4 * 128 * MIB, 3));
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl SourceJob<'_> {
             let pass = self.send_watched(link, crew, pages, |job| {
                 job.check_deadline()?;
                 job.control.sample(|progress| {
-                    progress.remaining_bytes = crew.unsent_bytes();
+                    progress.remaining_bytes = crew.unsent_bytes().0;
                     progress.bytes_sent = crew.counts.wire();
                 });
                 Ok(())

@@ -139,7 +139,7 @@ impl SourceJob<'_> {
         };
         dirty.clear();
         let began = Instant::now();
-        let (unsent, (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
+        let ((unsent, put_off), (data, zero)) = (crew.unsent_bytes(), crew.counts.pages());
         crew.space.peek(&mut dirty)?;
         let took = began.elapsed();
         watch.peek_time = took.min(watch.costs.final_log);
@@ -153,7 +153,8 @@ impl SourceJob<'_> {
             end_of_round,
             unsent,
             hot: watch.hot,
-            put_off: crew.put_off_bytes(),
+            put_off,
+            all_streams: crew.all_streams_send(),
             dirty: dirty.len() * PAGE_SIZE,
             copied: (data + zero) * PAGE_SIZE,
             copied_data: data * PAGE_SIZE,

@@ -147,18 +147,11 @@ impl Pass {
         self.lock().stopped = true;
     }
 
-    /// Pages that were not handed out.
-    pub(super) fn unsent(&self) -> u64 {
-        self.lock().unsent
-    }
-
-    /// Those of them that are put off to the end.
-    pub(super) fn put_off(&self) -> u64 {
-        let next = self.lock().next.max(self.route.put_off_from);
-        self.route.stretches[next..]
-            .iter()
-            .map(|stretch| stretch.pages)
-            .sum()
+    /// Pages that were not handed out, and those of them that are put off to the end.
+    pub(super) fn unsent(&self) -> (u64, u64) {
+        let Cursor { next, unsent, .. } = *self.lock();
+        let put_off = &self.route.stretches[next.max(self.route.put_off_from)..];
+        (unsent, put_off.iter().map(|stretch| stretch.pages).sum())
     }
 
     /// Adds the pages that were not handed out to a set over the same regions.
@@ -184,14 +177,16 @@ impl Route {
     fn new(pages: PageSet, streams: usize, order: Order<'_>) -> Self {
         let chunk_pages = pages.len() / (streams.max(1) as u64 * CHUNKS_PER_STREAM);
         let chunk_pages = chunk_pages.clamp(MIN_CHUNK_PAGES, MAX_CHUNK_PAGES);
-        let (mut first, mut put_off) = (pages.clone(), pages);
-        match order {
-            Order::Ascending => put_off.clear(),
-            Order::Scattered(last) => {
+        let mut first = pages;
+        let put_off = match order {
+            Order::Scattered(last) if !last.is_empty() => {
+                let mut put_off = first.clone();
                 first.subtract(last);
                 put_off.subtract(&first);
+                put_off
             }
-        }
+            Order::Scattered(_) | Order::Ascending => first.split_off(0),
+        };
         let mut stretches = [
             stretches(&first, chunk_pages, false),
             stretches(&put_off, chunk_pages, true),
@@ -368,7 +363,7 @@ mod tests {
                 all.insert_gpa((1 << 32) + (page << 12)).unwrap();
             }
             let pass = Pass::new(all.clone(), streams, order);
-            prop_assert_eq!(pass.unsent(), all.len());
+            prop_assert_eq!(pass.unsent().0, all.len());
 
             // The map that the destination gets names the same pages in the same order.
             let announced: Vec<u64> = spans_in_order(&all, streams, order)
@@ -386,11 +381,11 @@ mod tests {
             let last = sent.iter().skip_while(|gpa| !put_off.contains(**gpa));
             prop_assert!(scatter.is_none() || last.clone().all(|gpa| put_off.contains(*gpa)));
             if scatter.is_some() {
-                prop_assert_eq!(Pass::new(all.clone(), streams, order).put_off(), last.count() as u64);
+                prop_assert_eq!(Pass::new(all.clone(), streams, order).unsent().1, last.count() as u64);
             }
             prop_assert_eq!(announced, sent);
             prop_assert_eq!(&collect(&pass), &all);
-            prop_assert_eq!(pass.unsent(), 0);
+            prop_assert_eq!(pass.unsent(), (0, 0));
 
             // What a pass that was stopped handed out and what it did not are everything.
             let pass = Pass::new(all.clone(), streams, order);
@@ -402,7 +397,7 @@ mod tests {
             prop_assert_eq!(pass.next(), None);
             let mut rest = set(5000);
             pass.add_unsent(&mut rest);
-            prop_assert_eq!(rest.len(), pass.unsent());
+            prop_assert_eq!(rest.len(), pass.unsent().0);
             prop_assert_eq!(rest.len() + handed_out, all.len());
             rest.union(&all).unwrap();
             prop_assert_eq!(rest, all);

@@ -10,27 +10,40 @@ use crate::ports::VcpuTime;
 const WORKS: f64 = 0.2;
 /// And if it waits for a CPU for at least this share of the time, it is held up.
 const HELD_UP: f64 = 0.1;
+/// A stream rests when a vCPU was held up in so many looks in a row: once may be anything's fault.
+const LOOKS: u32 = 2;
+/// And goes on when none was for this long.
+const CALM: Duration = Duration::from_millis(500);
 
 /// How many streams send, as the vCPUs do.
 #[derive(Debug)]
 pub(super) struct SpareStreams {
+    streams: usize,
     sending: usize,
     last: Option<(Duration, Vec<VcpuTime>)>,
+    /// Looks in a row that found a vCPU held up.
+    held_up: u32,
+    /// Since when none was found held up, and no stream went on.
+    calm_since: Duration,
 }
 
 impl SpareStreams {
     /// All of so many streams send at first.
     pub(super) fn new(streams: usize) -> Self {
         Self {
+            streams,
             sending: streams,
             last: None,
+            held_up: 0,
+            calm_since: Duration::ZERO,
         }
     }
 
     /// Takes what vCPUs have got of the host's CPUs up to a time, in the same order each time. Returns how many streams send
-    /// from here on: one less if a vCPU that works was held up since the time before, but always one.
+    /// from here on: one less when a vCPU that works is held up, but always one, and one more when none was for a while.
     pub(super) fn observe(&mut self, at: Duration, times: Vec<VcpuTime>) -> usize {
         let Some((then, before)) = self.last.replace((at, times)) else {
+            self.calm_since = at;
             return self.sending;
         };
         let now = self.last.iter().flat_map(|(_, times)| times);
@@ -40,7 +53,18 @@ impl SpareStreams {
             share(now.ran, before.ran) >= WORKS && share(now.waited, before.waited) >= HELD_UP
         };
         if now.zip(&before).any(is_held_up) {
-            self.sending = self.sending.saturating_sub(1).max(1);
+            self.calm_since = at;
+            self.held_up += 1;
+            if self.held_up >= LOOKS {
+                self.held_up = 0;
+                self.sending = self.sending.saturating_sub(1).max(1);
+            }
+        } else {
+            self.held_up = 0;
+            if at.saturating_sub(self.calm_since) >= CALM {
+                self.calm_since = at;
+                self.sending = self.streams.min(self.sending + 1);
+            }
         }
         self.sending
     }
@@ -70,26 +94,31 @@ mod tests {
     #[test]
     fn a_vcpu_that_works_and_waits_gets_the_cpu_of_a_stream_at_a_time() {
         assert_eq!(
-            sending(3, &[&[(6, 4)], &[(8, 2)], &[(9, 1)], &[(5, 5)]]),
-            [2, 1, 1, 1]
+            sending(
+                3,
+                &[&[(6, 4)], &[(8, 2)], &[(9, 1)], &[(5, 5)], &[(5, 5)], &[(5, 5)]]
+            ),
+            [3, 2, 2, 1, 1, 1]
         );
-        assert_eq!(sending(2, &[&[(10, 0), (0, 0)], &[(10, 0), (5, 5)]]), [2, 1]);
+        assert_eq!(
+            sending(2, &[&[(10, 0), (5, 5)], &[(9, 1), (10, 0)]]),
+            [2, 1],
+            "whichever it is"
+        );
     }
 
     #[test]
-    fn a_vcpu_that_hardly_runs_or_never_waits_takes_nothing() {
+    fn a_stream_rests_no_longer_than_it_must() {
+        let mut looks: Vec<&[(u64, u64)]> = vec![&[(5, 5)]; 4];
+        looks.extend([&[(10, 0)][..]; 110]);
+        let found = sending(3, &looks);
+        assert_eq!((found[3], found[52], found[53], found[103]), (1, 1, 2, 3));
+    }
+
+    #[test]
+    fn a_vcpu_that_hardly_runs_or_is_late_once_takes_nothing() {
         assert_eq!(sending(2, &[&[(10, 0)], &[(1, 9)], &[(0, 0)]]), [2, 2, 2]);
+        assert_eq!(sending(2, &[&[(5, 5)], &[(9, 0)], &[(5, 5)]]), [2, 2, 2]);
         assert_eq!(sending(2, &[&[], &[]]), [2, 2]);
-    }
-
-    #[test]
-    fn a_vcpu_whose_thread_has_ended_is_no_vcpu_that_waits() {
-        let mut spare = SpareStreams::new(2);
-        let time = |ran, waited| VcpuTime {
-            ran: Duration::from_millis(ran),
-            waited: Duration::from_millis(waited),
-        };
-        spare.observe(Duration::ZERO, vec![time(5, 5), time(1, 0)]);
-        assert_eq!(spare.observe(Duration::from_millis(10), vec![time(1, 0)]), 2);
     }
 }

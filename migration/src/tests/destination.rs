@@ -241,6 +241,19 @@ fn a_greeting_has_a_time_limit() {
     }
 }
 
+#[test]
+fn connections_whose_greeting_has_come_do_not_crowd_out_others() {
+    let receiver = receiver(TCP);
+    let to = receiver.endpoint();
+    let begin = || Peer::wish(to, &Message::Begin(Features::OURS));
+    // They wait for a job, as many as may be silent at a time.
+    let _begun: Vec<Peer> = (0..64).map(|_| begin()).collect();
+    let mut slow = Peer::dial(to);
+    let _next = begin();
+    slow.link.send(&Message::Hello(Hello::ours())).unwrap();
+    assert!(matches!(slow.receive(), Message::Hello(_)));
+}
+
 /// One attempt that has to fail. Returns both sides' words for it.
 fn spoil(act: impl FnOnce(&mut Hand) + Send) -> (ReceiveError, String) {
     let mut receiver = receiver(TCP);

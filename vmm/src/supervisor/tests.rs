@@ -292,6 +292,18 @@ fn a_client_gets_an_error_if_the_question_fails() {
 }
 
 #[test]
+fn a_question_whose_thread_fails_leaves_room_for_another() {
+    let mut rig = rig();
+    rig.supervisor.withdrawals.asked = 4;
+    assert!(
+        rig.supervisor
+            .handle_event(failure(Role::Withdraw), &rig.server)
+            .is_none()
+    );
+    assert_eq!(rig.supervisor.withdrawals.asked, 3);
+}
+
+#[test]
 fn events_of_a_machine_that_was_replaced_do_not_count() {
     let mut rig = rig();
     let sinks = [rig.supervisor.event_sink(), rig.supervisor.event_sink()];

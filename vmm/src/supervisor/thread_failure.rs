@@ -30,6 +30,11 @@ impl Supervisor {
                 self.fail_question(&failure);
                 None
             }
+            // Its destination is asked no more. Others are.
+            Role::Withdraw => {
+                self.withdrawals.count_end();
+                None
+            }
             // The guest goes on without these: no output is shown and no input read, a guest is slowed down too little, or a
             // connection breaks off. Jobs report their end themselves, and the thread that waits for a helper or a stream
             // gets its failure.
@@ -42,7 +47,6 @@ impl Supervisor {
             | Role::Snapshot
             | Role::Restore
             | Role::Operation
-            | Role::Withdraw
             | Role::Stream
             | Role::Control
             | Role::Acceptor

@@ -28,9 +28,16 @@ const MAX_ASKED: usize = 4;
 #[derive(Debug, Default)]
 pub(super) struct Withdrawals {
     /// How many destinations are being asked.
-    asked: usize,
+    pub(super) asked: usize,
     /// The question to a destination that runs the guest as well.
     second: Option<Doubt>,
+}
+
+impl Withdrawals {
+    /// Counts a question that has ended, by an event or because its thread failed: another destination may be asked.
+    pub(super) fn count_end(&mut self) {
+        self.asked = self.asked.saturating_sub(1);
+    }
 }
 
 impl Supervisor {
@@ -50,7 +57,7 @@ impl Supervisor {
 
     /// Handles a destination's answer, or that there was none for too long.
     pub(super) fn withdrawn(&mut self, doubt: Doubt, answer: Option<Answer>) {
-        self.withdrawals.asked = self.withdrawals.asked.saturating_sub(1);
+        self.withdrawals.count_end();
         let to = doubt.endpoint();
         match answer {
             Some(Answer::GaveUp) => {

@@ -198,7 +198,8 @@ impl VcpuSet {
         results.filter(|_| done).ok_or(VcpuError::Unfinished)
     }
 
-    /// What each vCPU's thread has got of the host's CPUs so far, in no order; empty where the host does not say.
+    /// What each vCPU's thread has got of the host's CPUs so far, in the same order each time; empty where the host does not
+    /// say.
     pub fn times(&self) -> Vec<VcpuTime> {
         self.times.read()
     }

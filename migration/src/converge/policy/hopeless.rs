@@ -73,7 +73,7 @@ impl Policy {
             .working_set
             .model()
             .filter(|model| saturated && model.is_resolved());
-        model.map_or(0.0, |model| model.frequency * now.working_set)
+        model.map_or(0.0, |model| now.natural_of(model))
     }
 
     pub(super) fn miss(&self, reason: Reason, now: &Outlook) -> Miss {

@@ -280,3 +280,27 @@ fn total_times_are_predicted_where_hot_pages_are_put_off() {
     }
     assert!(held * 10 >= runs * 9, "{held} of {runs}");
 }
+
+#[test]
+fn a_guest_that_all_streams_follow_is_not_slowed_down_because_some_have_rested() {
+    // 1.2 GB/s over 4 GB/s, of which round 1 uses a quarter.
+    let vcpus = vec![SimulatedVcpu::new(0, 512 * MIB, 1.2e9, Pattern::Random)];
+    let world = Simulation {
+        populated: 2048 * MIB,
+        scattered: true,
+        link: 4e9,
+        resting: 0.25,
+        ..Simulation::new(goal(50), vcpus)
+    };
+    for world in seeds(&world, 5) {
+        let outcome = world.run();
+        assert_kept(&world, &outcome);
+        assert_eq!(outcome.most_off, [0.0], "{world:?}");
+        let total = outcome.predicted_total_midway().expect("it converges");
+        assert!(
+            (total / outcome.total - 1.0).abs() < 0.3,
+            "{total} for {}",
+            outcome.total
+        );
+    }
+}

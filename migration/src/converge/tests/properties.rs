@@ -88,6 +88,7 @@ proptest! {
                 unsent: numbers[1],
                 hot: numbers[8],
                 put_off: numbers[9],
+                all_streams: numbers[9] % 2 == 0,
                 dirty: numbers[3],
                 copied: numbers[4],
                 copied_data: numbers[5],

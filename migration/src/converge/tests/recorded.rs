@@ -107,6 +107,7 @@ impl RecordedMove<'_> {
                 unsent: numbers[3] * 4096,
                 hot: pages(10),
                 put_off: pages(11),
+                all_streams: numbers.get(12) != Some(&0),
                 dirty: numbers[4] * 4096,
                 copied: numbers[5] * 4096,
                 copied_data: numbers[6] * 4096,

@@ -94,7 +94,13 @@ impl<'a> SimulationRun<'a> {
             .world
             .link_change
             .map_or(1.0, |(at, factor)| if self.at >= at { factor } else { 1.0 });
-        (self.world.link * factor * self.quality).min(cap.unwrap_or(f64::INFINITY))
+        let resting = if self.rests() { self.world.resting } else { 1.0 };
+        (self.world.link * factor * resting * self.quality).min(cap.unwrap_or(f64::INFINITY))
+    }
+
+    /// Whether some streams rest: in round 1, after they all have sent for a while.
+    fn rests(&self) -> bool {
+        self.round == 1 && self.todo_blocks > 0 && self.world.resting < 1.0 && self.at > 0.035
     }
 
     fn step(&mut self, speed: f64) {
@@ -183,6 +189,7 @@ impl<'a> SimulationRun<'a> {
             unsent: self.todo_blocks * BLOCK,
             hot: self.world.hot.1,
             put_off: put_off.count() as u64 * BLOCK,
+            all_streams: !self.rests(),
             dirty: self.dirty_blocks * BLOCK,
             copied: self.copied,
             copied_data: self.copied_data,

@@ -75,6 +75,8 @@ pub(super) struct Simulation {
     pub scattered: bool,
     /// Where hot pages begin and how many bytes of them the engine has found, which round 1 sends last.
     pub hot: (u64, u64),
+    /// What is left of the link's speed in round 1, where streams rest.
+    pub resting: f64,
     /// Whether the engine sends a piece without the cap at the start of each round.
     pub bursts: bool,
     /// Whether the dirty ring tells who writes.
@@ -169,6 +171,7 @@ impl Simulation {
             link_change: None,
             scattered: false,
             hot: (0, 0),
+            resting: 1.0,
             bursts: false,
             ring: false,
             told: Some(Costs::default()),
