@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use memmap2::{Advice, MmapMut};
 use rustix::system::sysinfo;
 
+/// MiB that programs need besides the guest's memory.
+pub(crate) const RESERVE_MIB: u64 = 1 << 10;
 /// So many MiB are given back at a time.
 const PIECE_MIB: u64 = 32;
 /// Bytes that may lie free for the next allocation. A host that lends its memory takes back at once what is much more.
@@ -24,8 +26,10 @@ pub(crate) struct Warm {
 }
 
 impl Warm {
-    /// Touches so many MiB; programs that allocate memory get them, until this is dropped.
+    /// Touches so many MiB, or as many as leave room for as much again: monitors refuse a guest that there is no room for.
+    /// Programs that allocate memory get them, until this is dropped.
     pub(crate) fn lend(mib: u64) -> Result<Self> {
+        let mib = mib.min(available_mib()?.saturating_sub(mib + RESERVE_MIB));
         let pieces = (0..mib.div_ceil(PIECE_MIB)).map(|_| touched());
         let pieces: Vec<MmapMut> = pieces.collect::<Result<_>>()?;
         let most = free_memory() + AHEAD;
@@ -58,6 +62,15 @@ fn give_back(mut pieces: Vec<MmapMut>, most: u64, ended: &Receiver<()>) {
             return;
         }
     }
+}
+
+/// MiB that the host can give to programs.
+pub(crate) fn available_mib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.map(|kib| kib >> 10)
+        .context("/proc/meminfo has no MemAvailable")
 }
 
 /// Bytes.

@@ -8,11 +8,9 @@ use crate::godwit::{Asked, Godwit};
 use crate::guest::BenchGuest;
 use crate::row::Figure;
 use crate::stats::median;
+use crate::warm::{RESERVE_MIB, available_mib};
 
 const RUNS: u32 = 5;
-
-/// Memory besides the guest's that must be available.
-const RESERVE_MIB: u64 = 1 << 10;
 
 /// Three sizes, one after the other: together they would not fit into a small machine.
 pub(super) fn run(bench: &mut Bench) -> Result<Vec<Figure>> {
@@ -61,12 +59,4 @@ fn downtime(bench: &mut Bench, memory_mib: u64) -> Result<f64> {
         downtimes.push(ended.report.downtime_ms.context("not moved")?);
     }
     median(downtimes).context("no runs")
-}
-
-fn available_mib() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.map(|kib| kib >> 10)
-        .context("/proc/meminfo has no MemAvailable")
 }
