@@ -59,6 +59,9 @@ impl Policy {
     /// Parts of the time left by which the rest of a move may be shorter and longer than predicted where the guest has to be
     /// slowed down: it is slowed down rather too much than too little.
     const UNSEEN_THROTTLED: (f64, f64) = (0.2, 0.08);
+    /// How many times as long as the least it may take a guest to write to a hot page for the first time: likely, and at
+    /// the most. Its CPU may be wanted by others, and a page of a huge page has to be mapped anew.
+    const HOT_FAULT: (f64, f64) = (2.0, 5.0);
     /// Seconds over which the link's variation is measured.
     const VARIES_OVER: f64 = 0.08;
     /// Share of the bandwidth above which a guest is slowed down: rounds that shrink by less than this take long.
@@ -196,7 +199,9 @@ impl Policy {
             self.throttler.release();
         }
         let model = self.model(seen).filter(|_| first);
-        let total = outlook.total(plan, model);
+        // What the guest's first writes to hot pages take shows when those are sent.
+        let likely = outlook.with_faults_of(Self::HOT_FAULT.0);
+        let total = likely.total(plan, model);
         Advice {
             course,
             throttle: self.throttler.throttle(),
@@ -204,7 +209,7 @@ impl Policy {
                 downtime: duration(outlook.downtime(outlook.dirty)),
                 downtime_interval: outlook.downtime_interval(),
                 total: total.map(duration),
-                total_interval: total.map(|total| self.total_interval(&outlook, plan, model, total)),
+                total_interval: total.map(|total| self.total_interval(&likely, plan, model, total)),
                 dirty_rate: outlook.rate,
                 bandwidth: outlook.link_usual,
             },
@@ -315,6 +320,7 @@ impl Policy {
             natural: self.natural(),
             working_set: working_set.max(self.most_dirty),
             fastest: self.goal.cpus as f64 * Self::FASTEST,
+            fastest_possible: self.goal.cpus as f64 * Self::FASTEST,
             link: link.recent(),
             link_after: full.recent(),
             link_usual: link.usual(),
@@ -396,7 +402,10 @@ impl Policy {
         let lost = self.lateness.share();
         let low = left * (below + varied + 2.0 * lost).min(0.9) + 25e-3;
         let high = left * (above + varied + 4.0 * lost) + 30e-3;
-        Interval::of(total - low, total + high)
+        // No other than the likely one if there are no hot pages to be sent.
+        let (_, most) = Self::HOT_FAULT;
+        let shortest = now.with_faults_of(most).total(plan, model).unwrap_or(total);
+        Interval::of(total.min(shortest) - low, total + high)
     }
 
     /// Until the guest was measured and slowed down, the dirty set does not shrink.

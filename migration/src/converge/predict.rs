@@ -23,8 +23,9 @@ pub(super) struct Outlook {
     pub natural: f64,
     /// The most that the guest can have dirty of its own; infinite where not known.
     pub working_set: f64,
-    /// The most that its vCPUs can newly dirty per second, whatever they do.
+    /// The most that its vCPUs can newly dirty per second, as is assumed here, and whatever they do.
     pub fastest: f64,
+    pub fastest_possible: f64,
     /// What is left of this round on average, the rounds after it, and what this one can count on.
     pub link: f64,
     pub link_after: f64,
@@ -161,6 +162,16 @@ impl Outlook {
         let gain = (dirty - next.dirty) / self.final_usual;
         let threshold = (Self::MIN_SHARE * self.downtime(dirty)).max(Self::MIN_RETURN * next.after);
         gain > threshold.max(Self::MIN_GAIN)
+    }
+
+    /// The same if it takes the guest so many times as long as the least to write to a hot page for the first time; what
+    /// such writes take is known once hot pages were sent.
+    pub(super) fn with_faults_of(&self, times: f64) -> Self {
+        let times = if self.unsent_hot > 0.0 { times } else { 1.0 };
+        Self {
+            fastest: self.fastest_possible / times,
+            ..*self
+        }
     }
 
     /// What a guest dirties that writes to all of its working set as often as `model` says, and to hot pages all the time.
