@@ -26,7 +26,7 @@ pub(super) fn install_handler() -> Result<(), vmm_sys_util::errno::Error> {
 
 /// The threads of a machine's vCPUs, in order of ids.
 ///
-/// Whoever kicks all of them may lose its processor to those that it has kicked, and the others would stay in the guest
+/// The thread that kicks all of them may lose its processor to those that it has kicked, and the others would stay in the guest
 /// meanwhile. So each thread that leaves the guest goes on with the kicks that are left.
 #[derive(Default)]
 pub(super) struct VcpuThreads {
@@ -139,7 +139,7 @@ mod tests {
         let Some(set) = vcpus_that_wait(4) else { return };
         set.resume(Holder::Startup);
         set.gate().close(Holder::User);
-        // Who kicks all has lost its processor after the first of them.
+        // The thread that kicks all has lost its processor after the first of them.
         set.threads.left.store(3, Ordering::SeqCst);
         set.threads.kick(3);
         assert!(set.gate().wait_parked(PARK_TIMEOUT));
