@@ -393,15 +393,12 @@ impl Policy {
         } else {
             let seen = self.link.count().max(1) as f64;
             let share = (now.natural / now.link.max(1.0)).min(0.5);
-            (
-                0.1 + 1.2 * share + 0.35 / seen.sqrt(),
-                0.05 + 0.6 * share + 0.6 / seen.powf(0.75),
-            )
+            (0.2 + 0.4 * share, 0.05 + 0.5 * share + 0.1 / seen.powf(0.75))
         };
         let varied = self.link.variation() / (left / Self::VARIES_OVER).max(1.0).powf(0.25);
         let lost = self.lateness.share();
-        let low = left * (below + varied + 2.0 * lost).min(0.9) + 25e-3;
-        let high = left * (above + varied + 4.0 * lost) + 30e-3;
+        let low = left * (below + varied + 2.0 * lost).min(0.9) + 10e-3;
+        let high = left * (above + varied + 1.5 * lost) + 10e-3;
         // No other than the likely one if there are no hot pages to be sent.
         let (_, most) = Self::HOT_FAULT;
         let shortest = now.with_faults_of(most).total(plan, model).unwrap_or(total);

@@ -82,6 +82,9 @@ impl Cell {
 
 /// Of which cells the guest writes the first page all the time.
 fn written_again(space: &Space<'_>, cells: &[Cell]) -> Result<Vec<bool>, MigrateError> {
+    if cells.is_empty() {
+        return Ok(Vec::new());
+    }
     let look = |after: Duration, cleared: &[bool]| -> Result<Vec<bool>, MigrateError> {
         thread::sleep(after);
         let mut marked = space.none()?;
@@ -99,9 +102,6 @@ fn written_again(space: &Space<'_>, cells: &[Cell]) -> Result<Vec<bool>, Migrate
         space.clear_all(&probes)
     };
     let all = vec![true; cells.len()];
-    if cells.is_empty() {
-        return Ok(all);
-    }
     clear(&all)?;
     let written = look(FIRST_LOOK, &all)?;
     if !written.contains(&true) {

@@ -275,11 +275,13 @@ impl<'a> SourceJob<'a> {
         crew: &Crew<'_>,
         round_trip: Duration,
     ) -> Result<Left, MigrateError> {
+        let spare = self.spare_streams();
         self.mirror(link, crew)?;
         self.standing.remains.logging = true;
         let log = self.call("start_dirty_log", |source| source.start_dirty_log())?;
         crew.space.set_log(log);
         let mut watch = Observer::new(self, round_trip);
+        watch.spare = spare;
         self.precopy(link, crew, &mut watch)
     }
 

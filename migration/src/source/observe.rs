@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use migration_io::PAGE_SIZE;
 
 use super::crew::Crew;
+use super::spare::SpareStreams;
 use super::{MigrateError, SourceJob};
 use crate::OnMiss;
 use crate::converge::{Advice, Costs, Course, Goal, Observation, Policy, Prediction, RECORDED};
@@ -19,6 +20,8 @@ pub(super) struct Observer {
     pub(super) costs: Costs,
     /// Bytes of the pages that the guest writes all the time.
     pub(super) hot: u64,
+    /// Says how many streams send the round that is under way, where that may be fewer than all.
+    pub(super) spare: Option<SpareStreams>,
     /// Scratch space for the log.
     dirty: Option<PageSet>,
     /// The throttle that was last applied, a share for each vCPU.
@@ -78,6 +81,7 @@ impl Observer {
             policy,
             costs,
             hot: 0,
+            spare: None,
             dirty: None,
             shares: vec![0.0; cpus],
             began: RoundBegin::default(),

@@ -2,6 +2,8 @@
 //!
 //! Nothing here pauses the guest, except that a rehearsal stops it for some milliseconds to measure the pause.
 
+use std::num::NonZero;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_io::PAGE_SIZE;
@@ -64,6 +66,8 @@ impl SourceJob<'_> {
                 Order::Ascending
             };
             let advice = self.round(link, crew, watch, n, pages, order)?;
+            // Later rounds are short, and the shorter the less is dirtied meanwhile.
+            watch.spare = None;
             pages = crew.space.none()?;
             crew.add_unsent(&mut pages);
             if self.confirm_switch(link, crew, watch, n, advice)? {
@@ -72,6 +76,16 @@ impl SourceJob<'_> {
             crew.space.peek(&mut pages)?;
             unused.subtract(&pages);
         }
+    }
+
+    /// Looks at the vCPUs for the first time. `None` where a deadline wants all streams to send.
+    pub(super) fn spare_streams(&self) -> Option<SpareStreams> {
+        if self.options.deadline.is_some() {
+            return None;
+        }
+        let mut spare = SpareStreams::new(self.report.streams as usize);
+        spare.observe(self.started.elapsed(), self.source.vcpu_times());
+        Some(spare)
     }
 
     /// The pages of the first round: all of memory that may hold something. A page that was never touched is zero on
@@ -116,11 +130,12 @@ impl SourceJob<'_> {
                 link.send(&Message::Populated(spans.to_vec()))?;
             }
         }
-        // Later rounds are short, and the shorter the less is dirtied meanwhile.
-        let all = self.report.streams as usize;
-        let mut spare = (n == 1 && self.options.deadline.is_none()).then(|| SpareStreams::new(all));
         let pass = self.next_pass();
         crew.send(pass, pages, order);
+        if let Some(spare) = &mut watch.spare {
+            let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+            crew.set_sending(spare.begin(self.started.elapsed(), self.source.vcpu_times(), cpus));
+        }
         loop {
             let (asked, tick) = (Instant::now(), watch.tick());
             if crew.wait(tick)? {
@@ -131,7 +146,7 @@ impl SourceJob<'_> {
             link.check("nothing while pages are sent")?;
             let advice = self.observe(crew, watch, n, false)?;
             check_promise(&advice)?;
-            if let Some(spare) = &mut spare {
+            if let Some(spare) = &mut watch.spare {
                 crew.set_sending(spare.observe(self.started.elapsed(), self.source.vcpu_times()));
             }
             if matches!(advice.course, Course::Switch) {

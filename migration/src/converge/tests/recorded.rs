@@ -155,21 +155,24 @@ fn judged(found: &[(Option<Interval>, f64)], narrow_ms: f64, bar: f64) -> (f64, 
 fn intervals_hold_nine_recorded_moves_in_ten_and_are_narrow() {
     let moves = moves();
     let predicted: Vec<Predicted> = moves.iter().map(RecordedMove::replay).collect();
-    let pairs = || moves.iter().zip(&predicted);
-    for label in ["quiet", "busy"] {
-        let of = || pairs().filter(|(one, _)| one.label == label);
+    let judge = |label: &str| {
+        let of = || {
+            let all = moves.iter().zip(&predicted);
+            all.filter(|(one, _)| label.is_empty() || one.label == label)
+        };
         let downtimes: Vec<_> = of().map(|(one, told)| (told.downtime, one.downtime_ms)).collect();
         let totals: Vec<_> = of().map(|(one, told)| (told.total, one.total_ms)).collect();
-        assert!(downtimes.len() >= 15, "{label}: {} moves", downtimes.len());
-        let downtime = judged(&downtimes, 2.0, 0.5);
-        // Most of these moves take some 200 ms, of which little is seen when a fifth has passed.
-        let total = judged(&totals, 200.0, 0.35);
-        let text = format!("{label}: downtime {downtime:?}, total {total:?}");
-        assert!(downtime.0 >= 0.88 && total.0 >= 0.88, "{text}");
-        // On a busy host wider ones are right.
-        if label == "quiet" {
-            assert!(downtime.1 <= 0.5 && total.1 <= 0.35, "{text}");
-        }
-        println!("{text}");
-    }
+        assert!(downtimes.len() >= 20, "{label}: {} moves", downtimes.len());
+        let found = (judged(&downtimes, 2.0, 0.5), judged(&totals, 100.0, 0.35));
+        println!("{label}: downtime {:?}, total {:?}", found.0, found.1);
+        found
+    };
+    let (all, quiet, busy) = (judge(""), judge("quiet"), judge("busy"));
+    assert!(all.0.0 >= 0.88 && all.1.0 >= 0.88, "{all:?}");
+    // One move more or less of so few is 4 %.
+    assert!(quiet.0.0 >= 0.85 && quiet.1.0 >= 0.85, "{quiet:?}");
+    assert!(busy.0.0 >= 0.85 && busy.1.0 >= 0.85, "{busy:?}");
+    // On a busy host wider ones are right.
+    assert!(quiet.0.1 <= 0.5 && quiet.1.1 <= 0.36, "{quiet:?}");
+    assert!(busy.0.1 <= 1.0 && busy.1.1 <= 0.45, "{busy:?}");
 }
