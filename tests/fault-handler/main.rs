@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 
-use userfault::UserfaultEvent;
+use userfault::HandlerEvent;
 
 fn main() -> Result<()> {
     let words: Vec<_> = std::env::args().skip(1).collect();
@@ -126,8 +126,8 @@ impl PageFaultServer {
     fn handle_events(&mut self) -> Result<()> {
         while let Some(event) = userfault::next(&self.descriptor)? {
             match event {
-                UserfaultEvent::Fault { address } => self.waiting.push(address),
-                UserfaultEvent::Remove { start, end } => self.mark_given_up(start, end),
+                HandlerEvent::Fault { address } => self.waiting.push(address),
+                HandlerEvent::Remove { start, end } => self.mark_given_up(start, end),
             }
         }
         for address in std::mem::take(&mut self.waiting) {

@@ -14,7 +14,7 @@ const COPY: rustix::ioctl::Opcode = opcode::read_write::<uffdio_copy>(UFFDIO as 
 const WAKE: rustix::ioctl::Opcode = opcode::read::<uffdio_range>(UFFDIO as u8, _UFFDIO_WAKE as u8);
 
 /// What the kernel reports.
-pub(super) enum UserfaultEvent {
+pub(super) enum HandlerEvent {
     /// A thread waits for a page.
     Fault { address: u64 },
     /// Pages were given up.
@@ -22,7 +22,7 @@ pub(super) enum UserfaultEvent {
 }
 
 /// The next event, if there is one.
-pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<UserfaultEvent>, Errno> {
+pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<HandlerEvent>, Errno> {
     let mut bytes = [0; size_of::<uffd_msg>()];
     match read(descriptor, &mut bytes) {
         Err(Errno::AGAIN) => return Ok(None),
@@ -33,10 +33,10 @@ pub(super) fn next(descriptor: &OwnedFd) -> Result<Option<UserfaultEvent>, Errno
     // SAFETY: each variant is plain numbers, and the kind says which of them was written.
     Ok(Some(unsafe {
         match u32::from(event.event) {
-            UFFD_EVENT_PAGEFAULT => UserfaultEvent::Fault {
+            UFFD_EVENT_PAGEFAULT => HandlerEvent::Fault {
                 address: event.arg.pagefault.address,
             },
-            UFFD_EVENT_REMOVE => UserfaultEvent::Remove {
+            UFFD_EVENT_REMOVE => HandlerEvent::Remove {
                 start: event.arg.remove.start,
                 end: event.arg.remove.end,
             },

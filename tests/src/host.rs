@@ -12,7 +12,7 @@ use migration::{Outcome, Report};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Elsewhere, Finished, Fixtures, PATIENCE, TestProcess, Tick};
+use crate::{Elsewhere, Finished, Fixtures, GuestEvent, PATIENCE, TestProcess, Tick};
 
 /// A place where VMs run; clones are the same place.
 #[derive(Clone)]
@@ -287,6 +287,19 @@ impl Vm {
         let directory = directory.to_str().context("a path that is no UTF-8")?;
         let finished = self.godwit("snapshot", &[&[directory, "--json"], arguments].concat())?;
         serde_json::from_str(&finished.expect_code(0)?.stdout).context("report")
+    }
+
+    /// Has the bare guest's balloon filled up to so many MiB, or emptied. Returns how many pages it has taken back since it
+    /// was started, and how many of them were zero.
+    pub fn fill_balloon(&self, mib: u64) -> Result<(u64, u64)> {
+        let output = self.process.stdout();
+        let mark = output.mark();
+        self.godwit("balloon", &[&format!("{mib}M")])?.expect_code(0)?;
+        output.wait("the balloon to be so large", mark, PATIENCE, |line| {
+            let balloon = GuestEvent::named(line, "balloon")?;
+            let number = |name| balloon.number(name).ok();
+            (number("pages")? == mib << 8).then_some((number("taken")?, number("zero")?))
+        })
     }
 
     /// Waits until its process ends with status 0.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tests::{
-    BareGuest, Finished, GuestEvent, Image, Journey, PATIENCE, ReservedHugePages, TestHost, TestProcess,
-    Tick, Vm, wait_until,
+    BareGuest, Finished, Image, Journey, PATIENCE, ReservedHugePages, TestHost, TestProcess, Tick, Vm,
+    wait_until,
 };
 
 /// So soon a guest is paused though no handler fills the page that it waits for.
@@ -112,19 +112,6 @@ fn a_guest_whose_pages_come_one_by_one() -> Result<()> {
     journey.end()
 }
 
-/// Has the guest's balloon filled up to so many MiB, or emptied; how many pages it has taken back since it was started,
-/// and how many of them were zero.
-fn fill_balloon(vm: &Vm, mib: u64) -> Result<(u64, u64)> {
-    let output = vm.process.stdout();
-    let mark = output.mark();
-    vm.godwit("balloon", &[&format!("{mib}M")])?.expect_code(0)?;
-    output.wait("the balloon to be so large", mark, PATIENCE, |line| {
-        let balloon = GuestEvent::named(line, "balloon")?;
-        let number = |name| balloon.number(name).ok();
-        (number("pages")? == mib << 8).then_some((number("taken")?, number("zero")?))
-    })
-}
-
 #[test]
 fn pages_that_were_given_up_do_not_come_back() -> Result<()> {
     const MIB: u64 = 32;
@@ -133,18 +120,18 @@ fn pages_that_were_given_up_do_not_come_back() -> Result<()> {
     let (journey, directory, memory) = in_files(&guest, &["--balloon"])?;
     let (mut journey, handler) = handled(journey, &directory, &memory, &["--resume"])?;
     // The snapshot has something else in them. First they have never come, then they all have.
-    fill_balloon(&journey.vm, MIB)?;
-    let taken = fill_balloon(&journey.vm, 0)?;
+    journey.vm.fill_balloon(MIB)?;
+    let taken = journey.vm.fill_balloon(0)?;
     ensure!(
         taken == (PAGES, PAGES),
         "expected {PAGES} pages of zeroes, got {taken:?}"
     );
     journey.verify()?;
-    fill_balloon(&journey.vm, MIB)?;
+    journey.vm.fill_balloon(MIB)?;
     journey.verify()?;
     // A move reads all of memory.
     journey.hop(&["--verify"])?;
-    let taken = fill_balloon(&journey.vm, 0)?;
+    let taken = journey.vm.fill_balloon(0)?;
     ensure!(
         taken == (2 * PAGES, 2 * PAGES),
         "expected {PAGES} more pages of zeroes, got {taken:?}"
@@ -173,30 +160,30 @@ fn what_is_given_up_of_a_mapped_snapshot_is_zero() -> Result<()> {
     let restored = journey.host.restore(&base, &["--resume"])?;
     journey.arrive(restored)?;
     // The snapshot's file, which its memory is mapped from, has something else in them.
-    fill_balloon(&journey.vm, MIB)?;
-    let taken = fill_balloon(&journey.vm, 0)?;
+    journey.vm.fill_balloon(MIB)?;
+    let taken = journey.vm.fill_balloon(0)?;
     ensure!(
         taken == (PAGES, PAGES),
         "expected {PAGES} pages of zeroes, got {taken:?}"
     );
     journey.verify()?;
     // Pages that are zero now are part of the difference to it, though nothing was written there.
-    fill_balloon(&journey.vm, MIB)?;
+    journey.vm.fill_balloon(MIB)?;
     journey.vm.snapshot(&difference, &["--diff"])?;
     let words = [&base, &difference, &whole].map(|path| path.display().to_string());
     let merge = ["snapshot", "merge", &words[0], &words[1], "--output", &words[2]];
     TestProcess::run(journey.host.command(merge), PATIENCE)?.expect_code(0)?;
     let restored = journey.host.restore(&whole, &["--resume"])?;
     journey.arrive(restored)?;
-    let taken = fill_balloon(&journey.vm, 0)?;
+    let taken = journey.vm.fill_balloon(0)?;
     ensure!(
         taken == (2 * PAGES, 2 * PAGES),
         "expected {PAGES} more pages of zeroes, got {taken:?}"
     );
     // And it moves.
-    fill_balloon(&journey.vm, MIB)?;
+    journey.vm.fill_balloon(MIB)?;
     journey.hop(&["--verify"])?;
-    let taken = fill_balloon(&journey.vm, 0)?;
+    let taken = journey.vm.fill_balloon(0)?;
     ensure!(
         taken == (3 * PAGES, 3 * PAGES),
         "expected {PAGES} more pages of zeroes, got {taken:?}"
@@ -227,7 +214,7 @@ fn a_handler_that_reads_no_events_holds_up_the_balloon_alone() -> Result<()> {
     );
     handler.process.signal(Signal::CONT)?;
     journey.vm.check_running()?;
-    fill_balloon(&journey.vm, 0)?;
+    journey.vm.fill_balloon(0)?;
     journey.verify()?;
     journey.end()
 }

@@ -376,9 +376,9 @@ impl Policy {
     }
 
     /// What holds the total time nine times in ten. How far the rest of a move may differ from what was seen of it was
-    /// fitted to the moves in `tests/moves.txt`: the less was seen, the farther; down rather than up where the guest dirties
-    /// a good part of what the link carries, as a link that has just begun is slower than it will be, and rounds add that
-    /// up. To it come the link's own variation and what the host takes away.
+    /// fitted to the moves in `tests/moves.txt`: the farther, the less was seen and the more of what the link carries the guest
+    /// dirties, as rounds add that up; farther down than up, as a link that has just begun is slower than it will be. To it
+    /// come the link's own variation and what the host takes away.
     fn total_interval(
         &self,
         now: &Outlook,

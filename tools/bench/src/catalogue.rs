@@ -2,7 +2,7 @@
 
 use crate::experiments::Experiment::{
     Block, Budget, Cancel, Capped, Engine, Footprint, Handover, Idle, LogStart, Overload, Prediction,
-    Restore, Snapshot, Throughput, Vcpus, Work,
+    Prefetch, Restore, Snapshot, Throughput, Vcpus, Work,
 };
 use crate::row::BenchBar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
 use crate::row::Definition;
@@ -11,7 +11,7 @@ const GB_PER_S: &str = "GB/s";
 const SHARE: &str = "share";
 
 /// Every row, in the order in which they are printed.
-pub const ROWS: [Definition; 39] = [
+pub const ROWS: [Definition; 41] = [
     Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
         .meaning("2 GiB that are not zero, destination ready, first to last page byte")
         .beside("iperf3, one stream")
@@ -104,6 +104,14 @@ pub const ROWS: [Definition; 39] = [
         .bar(RatioAtMost(1.0)),
     Definition::new(Restore, "restore-8gib-slots-ms", "ms")
         .meaning("time in KVM to make the slots of 8 GiB, part of the row above"),
+    Definition::new(Prefetch, "restore-prefetch-work", "pages")
+        .meaning("pages of 512 MiB that a guest of 2 GiB writes in its first second, snapshot on the disk, in no cache")
+        .beside("memory on demand (--lazy)")
+        .bar(RatioAtLeast(3.0)),
+    Definition::new(Prefetch, "restore-prefetch-all-here-ms", "ms")
+        .meaning("from the start of that process until all memory is there")
+        .beside("memory read before the guest runs (--preload)")
+        .bar(RatioAtMost(1.3)),
     Definition::new(Snapshot, "snapshot-full-vs-dd", "MB/s")
         .meaning("a guest of 256 MiB that are not zero, on the disk, while it stands still")
         .beside("dd bs=2M conv=fsync of as much")

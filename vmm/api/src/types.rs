@@ -55,6 +55,7 @@ impl InstanceInfo {
             in_doubt: None,
             migration: None,
             snapshot: None,
+            prefetch: None,
             stop_timeout_ms: 0,
             log: None,
         }
@@ -86,6 +87,8 @@ pub struct InstanceInfo {
     pub migration: Option<Progress>,
     /// The snapshot that is being written.
     pub snapshot: Option<SnapshotProgress>,
+    /// How much of the memory of the snapshot that it runs from is there; nothing once all is.
+    pub prefetch: Option<SnapshotProgress>,
     /// How long its guest may take to shut down when it is asked to, in milliseconds.
     pub stop_timeout_ms: u64,
     /// The file that its process logs to, if it is one.

@@ -112,7 +112,7 @@ impl Machine {
             msrs: MsrList::of(&kvm)?,
             _watched: watched,
             memory: spec.memory,
-            fault_handler: None,
+            page_source: None,
             baseline: Mutex::default(),
             made_disks: Mutex::default(),
             cpuid: spec.cpuid,

@@ -74,7 +74,7 @@ pub enum MachineError {
     Snapshot(#[from] crate::snapshot::SnapshotError),
     #[error(
         "no base for a difference: expected an earlier snapshot with --keep-running, or a start by `godwit restore` \
-         without --preload, --uffd and shared memory, and no migration since: make a whole snapshot first"
+         without --prefetch, --preload, --uffd and shared memory, and no migration since: make a whole snapshot first"
     )]
     NoBase,
     #[error("log of the pages written since the last snapshot")]

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use ::devices::{GuestExit, GuestMemory};
+use api::SnapshotProgress;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VmFd};
 use migration::{DirtyLog, MemoryRange, PageSet};
@@ -30,6 +31,7 @@ use crate::clock::TscFrequency;
 use crate::console::Keyboard;
 use crate::cpu::Template;
 use crate::memory::{self, BitmapLog, FaultHandler, MemoryError, RingLog, WatchedMemory};
+use crate::snapshot::Prefetch;
 use crate::vcpu::{Holder, MsrList, VcpuFailure, VcpuSet, park_deadline};
 
 pub use arrival::{DiskBackend, HostOffer};
@@ -60,6 +62,14 @@ pub enum MachineEvent {
 /// Takes a machine's events.
 pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 
+/// What brings pages of guest memory when they are needed.
+enum PageSource {
+    /// Another process.
+    Handler { _handler: FaultHandler },
+    /// Threads of this one, from a snapshot.
+    Prefetch(Prefetch),
+}
+
 /// A machine. Its methods may be called from several threads; its owner sees to it that calls which exclude
 /// each other do not meet.
 ///
@@ -77,8 +87,8 @@ pub struct Machine {
     /// Dropped before the memory itself, whose addresses may be reused afterwards.
     _watched: WatchedMemory,
     memory: GuestMemory,
-    /// The fault handler that brings its pages, if it has one.
-    fault_handler: Option<FaultHandler>,
+    /// What brings its pages when they are needed, if they were not all there from the beginning.
+    page_source: Option<PageSource>,
     /// The snapshot to which a difference would be; `None` where there is no such snapshot.
     baseline: Mutex<Option<Baseline>>,
     /// Disks that were made for the machine when it arrived.
@@ -106,7 +116,7 @@ impl Machine {
     pub fn pause(&self, holder: Holder, until: Instant) -> Result<Instant, MachineError> {
         self.vcpus
             .pause(holder, until)
-            .map_err(|error| match &self.fault_handler {
+            .map_err(|error| match &self.page_source {
                 Some(_) => MachineError::NoPage(error),
                 None => error.into(),
             })
@@ -132,7 +142,7 @@ impl Machine {
 
     fn settle_devices(&self) -> Result<(), MachineError> {
         // A device that waits for a page may wait for ever.
-        if self.fault_handler.is_none() {
+        if !self.may_miss_pages() {
             self.devices.drain(Instant::now() + devices::DRAIN_TIME)?;
         }
         self.devices.write_out()
@@ -228,9 +238,22 @@ impl Machine {
         self.memory.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// Whether the pages come from another process: a thread that touches one may wait for it for ever.
-    pub fn has_fault_handler(&self) -> bool {
-        self.fault_handler.is_some()
+    /// Whether a thread that touches a page may wait for it for ever.
+    pub fn may_miss_pages(&self) -> bool {
+        match &self.page_source {
+            // Another process brings them.
+            Some(PageSource::Handler { .. }) => true,
+            Some(PageSource::Prefetch(prefetch)) => prefetch.has_failed(),
+            None => false,
+        }
+    }
+
+    /// How much of its snapshot's memory is there; nothing once all is.
+    pub fn prefetch_progress(&self) -> Option<SnapshotProgress> {
+        match &self.page_source {
+            Some(PageSource::Prefetch(prefetch)) => prefetch.progress(),
+            Some(PageSource::Handler { .. }) | None => None,
+        }
     }
 
     /// Ends a machine whose threads must not be waited for: they end with the process. Removes what other processes can
@@ -252,15 +275,21 @@ impl Machine {
     }
 
     /// Adds every page that may hold something to `into`.
-    fn populated(&self, into: &mut PageSet) -> Result<(), MemoryError> {
-        if self.fault_handler.is_none() {
-            return memory::populated(&self.memory, &self.replaced(), into);
+    fn populated(&self, into: &mut PageSet) -> Result<(), MachineError> {
+        match &self.page_source {
+            // Only the handler knows what the missing pages hold.
+            Some(PageSource::Handler { .. }) => {
+                for (gpa, len) in memory::ranges(&self.memory) {
+                    into.insert_range(MemoryRange { gpa, len })
+                        .map_err(MemoryError::from)?;
+                }
+                return Ok(());
+            }
+            // This comes first: a page that is placed in between is found among those that are there.
+            Some(PageSource::Prefetch(prefetch)) => prefetch.unplaced(into)?,
+            None => {}
         }
-        // Only the handler knows what the missing pages hold.
-        for (gpa, len) in memory::ranges(&self.memory) {
-            into.insert_range(MemoryRange { gpa, len })?;
-        }
-        Ok(())
+        Ok(memory::populated(&self.memory, &self.replaced(), into)?)
     }
 
     /// What its balloon has given up of the snapshot's file that it is mapped from; see [`::devices::virtio::balloon`].

@@ -8,10 +8,12 @@ use migration::PageSet;
 use super::baseline::Tracking;
 use super::devices::DRAIN_TIME;
 use super::vmclock::Disruption;
-use super::{Machine, MachineError, MigrationDestination};
+use super::{Machine, MachineError, MigrationDestination, PageSource};
 use crate::clock::ClockStart;
 use crate::memory::{FaultHandler, MemoryError};
-use crate::snapshot::{Manifest, Snapshot, SnapshotContent, SnapshotDraft, SnapshotId, SnapshotWatch};
+use crate::snapshot::{
+    Manifest, Prefetch, Snapshot, SnapshotContent, SnapshotDraft, SnapshotId, SnapshotWatch,
+};
 use crate::vcpu::{Holder, park_deadline};
 
 /// A machine whose guest is paused, with nothing in flight. The guest runs on when this is dropped.
@@ -58,7 +60,11 @@ impl MigrationDestination {
             }
             SnapshotMemory::Read(memory) => self.build(snapshot.machine(), memory, None)?,
             SnapshotMemory::Handled(memory, handler) => Machine {
-                fault_handler: Some(handler),
+                page_source: Some(PageSource::Handler { _handler: handler }),
+                ..self.build(snapshot.machine(), memory, None)?
+            },
+            SnapshotMemory::Prefetched(memory, prefetch) => Machine {
+                page_source: Some(PageSource::Prefetch(prefetch)),
                 ..self.build(snapshot.machine(), memory, None)?
             },
         };
@@ -101,6 +107,8 @@ pub enum SnapshotMemory {
     Read(GuestMemory),
     /// Memory whose pages come from a page-fault handler.
     Handled(GuestMemory, FaultHandler),
+    /// Memory that is read while the machine runs.
+    Prefetched(GuestMemory, Prefetch),
 }
 
 impl<'a> Standstill<'a> {

@@ -15,7 +15,7 @@
 use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use threads::{Role, Thread};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::huge_pages::HUGE_PAGE;
-use super::{MemoryError, kind, userfault};
+use super::{MemoryError, Userfault, kind};
 use crate::memory::PAGE_SIZE;
 
 /// The connection to the process that brings the pages, as long as it is needed.
@@ -40,7 +40,7 @@ pub struct FaultHandler {
     ended: Arc<AtomicBool>,
     /// The thread that waits for the handler's end.
     watcher: Option<Thread>,
-    _descriptor: OwnedFd,
+    _descriptor: Userfault,
 }
 
 /// Where a region of guest memory is here, and its content in the memory file.
@@ -71,7 +71,7 @@ impl FaultHandler {
             source,
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
-        let descriptor = userfault::register(memory)?;
+        let descriptor = Userfault::register(memory)?;
         send(&stream, &mappings(memory), &descriptor).map_err(failed)?;
         let ended = Arc::new(AtomicBool::new(false));
         let watched = (stream.try_clone().map_err(failed)?, ended.clone());
@@ -128,7 +128,7 @@ fn mappings(memory: &GuestMemory) -> Vec<FaultMapping> {
 }
 
 /// Sends the mappings and the descriptor in one message, as a handler reads them with one call.
-fn send(stream: &UnixStream, mappings: &[FaultMapping], descriptor: &OwnedFd) -> io::Result<()> {
+fn send(stream: &UnixStream, mappings: &[FaultMapping], descriptor: &Userfault) -> io::Result<()> {
     let text = serde_json::to_vec(mappings)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);

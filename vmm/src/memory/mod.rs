@@ -23,6 +23,7 @@ pub use populated::{check_whole, open_page_map, populated, private_copies};
 pub use reserve::make_resident;
 pub use ring_log::{RingLog, enable_rings};
 pub use slots::{register, set_dirty_log};
+pub use userfault::{Filled, Userfault, UserfaultEvent};
 pub use watched::{WatchedMemory, is_guest_memory};
 
 pub use migration_io::PAGE_SIZE;

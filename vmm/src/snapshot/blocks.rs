@@ -31,12 +31,12 @@ const WORD: u64 = 64 * PAGE_SIZE;
 
 /// A block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct MemoryBlock {
+pub(super) struct MemoryBlock {
     /// Where it is in the guest.
-    gpa: u64,
-    len: u64,
+    pub(super) gpa: u64,
+    pub(super) len: u64,
     /// Where it is in the file.
-    offset: u64,
+    pub(super) offset: u64,
     /// The region that it is in, and its first page there.
     region: usize,
     page: u64,
@@ -50,6 +50,17 @@ impl MemoryBlock {
             (self.page / 64) as usize,
             self.len.div_ceil(WORD) as usize,
         )
+    }
+
+    /// The error for a block whose checksum is not the expected one.
+    pub(super) fn damaged(&self, path: &Path, expected: u64, got: u64) -> SnapshotError {
+        SnapshotError::MemoryBlock {
+            path: path.into(),
+            offset: self.offset,
+            len: self.len,
+            expected,
+            got,
+        }
     }
 }
 
@@ -119,42 +130,65 @@ pub(super) fn read(
                 .map(|run| run.start * PAGE_SIZE..run.end * PAGE_SIZE)
                 .collect(),
         };
-        // A page that is not read must not be touched either: that would allocate a page of zeroes.
-        let mut filled = vec![0; block.len.div_ceil(WORD) as usize];
-        for Range { start, end } in ranges {
-            file.seek(SeekFrom::Start(block.offset + start))
-                .map_err(SnapshotError::io(path))?;
-            let mut slice = slice(memory, block.gpa + start, end - start, path)?;
-            file.read_exact_volatile(&mut slice)
-                .map_err(|error| SnapshotError::io(path)(io_error(error)))?;
-            for page in start / PAGE_SIZE..end.div_ceil(PAGE_SIZE) {
-                filled[(page / 64) as usize] |= 1 << (page % 64);
-            }
-        }
-        let stored = stored_pages(memory, block, |word| filled[word])?;
-        hash(memory, block, &stored, path)
+        let read = read_block(file, block, &ranges, memory, block.gpa, path)?;
+        Ok((read.checksum, read.count))
     })?;
     let wrong = found
         .checksums
         .iter()
         .zip(expected)
         .position(|(found, expected)| found != expected);
-    let Some(index) = wrong else {
-        return Ok(());
-    };
-    let block = blocks(memory)[index];
-    Err(SnapshotError::MemoryBlock {
-        path: path.into(),
-        offset: block.offset,
-        len: block.len,
-        expected: expected[index],
-        got: found.checksums[index],
+    match wrong {
+        Some(index) => Err(blocks(memory)[index].damaged(path, expected[index], found.checksums[index])),
+        None => Ok(()),
+    }
+}
+
+/// What was read of a block.
+#[derive(Debug)]
+pub(super) struct ReadBlock {
+    /// A bit for each page that is not zero.
+    pub(super) stored: Vec<u64>,
+    pub(super) checksum: u64,
+    /// How many pages are not zero.
+    count: u64,
+}
+
+/// Reads those ranges of a block, in bytes from its begin, into `memory`, where the block begins at `gpa`. A page that is
+/// not read is not touched, and counts as zero.
+pub(super) fn read_block(
+    file: &mut File,
+    block: &MemoryBlock,
+    ranges: &[Range<u64>],
+    memory: &GuestMemory,
+    gpa: u64,
+    path: &Path,
+) -> Result<ReadBlock, SnapshotError> {
+    // To touch a page that is not read would allocate a page of zeroes.
+    let mut filled = vec![0; block.len.div_ceil(WORD) as usize];
+    for Range { start, end } in ranges {
+        file.seek(SeekFrom::Start(block.offset + start))
+            .map_err(SnapshotError::io(path))?;
+        let mut slice = slice(memory, gpa + start, end - start, path)?;
+        file.read_exact_volatile(&mut slice)
+            .map_err(|error| SnapshotError::io(path)(io_error(error)))?;
+        for page in start / PAGE_SIZE..end.div_ceil(PAGE_SIZE) {
+            filled[(page / 64) as usize] |= 1 << (page % 64);
+        }
+    }
+    let there = MemoryBlock { gpa, ..*block };
+    let stored = stored_pages(memory, &there, |word| filled[word])?;
+    let (checksum, count) = hash(memory, &there, &stored, path)?;
+    Ok(ReadBlock {
+        stored,
+        checksum,
+        count,
     })
 }
 
 /// Opens the file once more for a thread, which so has a position of its own. It is the very file that was made or
 /// checked, whatever its name leads to by now.
-fn open_again(file: &File, how: &OpenOptions, path: &Path) -> Result<File, SnapshotError> {
+pub(super) fn open_again(file: &File, how: &OpenOptions, path: &Path) -> Result<File, SnapshotError> {
     how.open(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_err(SnapshotError::io(path))
 }
@@ -208,7 +242,8 @@ fn each_block<T>(
     })
 }
 
-fn blocks(memory: &GuestMemory) -> Vec<MemoryBlock> {
+/// All blocks of the memory, in the order of the file.
+pub(super) fn blocks(memory: &GuestMemory) -> Vec<MemoryBlock> {
     let (mut blocks, mut offset) = (Vec::new(), 0);
     for (index, (gpa, len)) in crate::memory::ranges(memory).into_iter().enumerate() {
         for start in (0..len).step_by(BLOCK as usize) {
@@ -244,7 +279,7 @@ fn stored_pages(
 }
 
 /// The runs of set bits, as pages of the block.
-fn runs(words: &[u64]) -> Vec<Range<u64>> {
+pub(super) fn runs(words: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     for page in set_bits(words) {
         match runs.last_mut() {
@@ -293,7 +328,11 @@ fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result
 }
 
 /// The ranges of the block's part of the file that are no holes, in bytes from the block's begin.
-fn data_ranges(file: &File, block: &MemoryBlock, path: &Path) -> Result<Vec<Range<u64>>, SnapshotError> {
+pub(super) fn data_ranges(
+    file: &File,
+    block: &MemoryBlock,
+    path: &Path,
+) -> Result<Vec<Range<u64>>, SnapshotError> {
     use rustix::fs::{SeekFrom, seek};
     let failed = |error: rustix::io::Errno| SnapshotError::io(path)(error.into());
     let end = block.offset + block.len;

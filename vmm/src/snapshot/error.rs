@@ -62,7 +62,7 @@ pub enum SnapshotError {
     )]
     IsDifference { path: PathBuf, base: SnapshotId },
     #[error(
-        "memory in huge pages cannot be mapped from a file: use --preload, or --uffd with a page-fault handler"
+        "memory in huge pages cannot be mapped from a file: use --prefetch, --preload, or --uffd with a page-fault handler"
     )]
     HugePages,
     #[error("{0}: expected a difference (`godwit snapshot --diff`), got a whole snapshot")]

@@ -12,7 +12,7 @@ use super::blocks;
 use super::directory::SnapshotDirectory;
 use super::manifest::{FileRecord, check_len};
 use super::{
-    CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
+    CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, Prefetch, STATE, SnapshotError, SnapshotId, SnapshotWatch,
 };
 use crate::memory;
 
@@ -77,9 +77,22 @@ impl Snapshot {
         Ok(memory::map_private(&self.0.ranges(), &file)?)
     }
 
-    /// Memory for a page-fault handler to fill: its content is what the handler brings, and the file is not needed.
+    /// Memory that is filled later: by a page-fault handler, which does not need the file, or from it.
     pub fn without_pages(&self) -> Result<GuestMemory, SnapshotError> {
         Ok(memory::create(&self.0.ranges(), self.machine().memory_kind)?)
+    }
+
+    /// Memory that is read while the machine runs already, and compared with its checksums; see [`Prefetch`]. `on_failed`
+    /// gets the reason if that cannot go on. Not for memory that other processes share.
+    pub fn prefetch(
+        &self,
+        on_failed: impl FnOnce(String) + Send + 'static,
+    ) -> Result<(GuestMemory, Prefetch), SnapshotError> {
+        let memory = self.without_pages()?;
+        let path = self.0.directory.path_of(MEMORY);
+        let checksums = self.0.checksums.clone();
+        let prefetch = Prefetch::start(&memory, self.0.memory()?, path, checksums, on_failed)?;
+        Ok((memory, prefetch))
     }
 
     /// Memory of that kind which is read as a whole, and compared with its checksums.

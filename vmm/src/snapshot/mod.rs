@@ -22,6 +22,7 @@ mod error;
 mod load;
 mod manifest;
 mod merge;
+mod prefetch;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -31,6 +32,7 @@ pub use error::SnapshotError;
 pub use load::{Snapshot, SnapshotDifference};
 pub use manifest::{Manifest, SnapshotId};
 pub use merge::merge;
+pub use prefetch::Prefetch;
 pub use watch::SnapshotWatch;
 
 // The names of the files in the directory.

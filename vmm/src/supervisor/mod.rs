@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use devices::GuestExit;
 use migration::{Receiver, Report};
 use thiserror::Error;
-use threads::Failure;
+use threads::{Failure, Role};
 use tokio::sync::broadcast;
 
 use crate::console::Console;
@@ -81,6 +81,19 @@ pub enum SupervisorError {
     Thread(#[from] Failure),
     #[error("the page-fault handler has hung up: the guest cannot go on without the rest of its memory")]
     FaultHandlerGone,
+    #[error("the guest cannot go on without the rest of its memory: {0}")]
+    PagesMissing(String),
+}
+
+impl SupervisorError {
+    /// Whether threads may wait for pages of guest memory that never come.
+    fn leaves_pages_missing(&self) -> bool {
+        match self {
+            Self::FaultHandlerGone | Self::PagesMissing(_) => true,
+            Self::Thread(failure) => failure.role == Role::Pages,
+            _ => false,
+        }
+    }
 }
 
 /// Where the machine is in its life cycle.
@@ -221,7 +234,7 @@ impl Supervisor {
                 Err(mpsc::RecvTimeoutError::Disconnected) => break Ok(Ending::Stopped),
             }
         };
-        let may_hang = matches!(ending, Err(SupervisorError::FaultHandlerGone));
+        let may_hang = ending.as_ref().is_err_and(SupervisorError::leaves_pages_missing);
         if may_hang {
             // Jobs may wait for pages for ever. The API's clients that wait for them get the answer that the VM has
             // ended.
@@ -266,6 +279,7 @@ impl Supervisor {
             Event::Restored(restored) => return self.restored(restored, server).map(Err),
             Event::ThreadFailed(failure) => return self.thread_failed(failure, server),
             Event::FaultHandlerGone => return Some(Err(SupervisorError::FaultHandlerGone)),
+            Event::PagesMissing(reason) => return Some(Err(SupervisorError::PagesMissing(reason))),
             Event::ReceiveFailed(_) if self.leaving => return Some(Ok(Ending::Stopped)),
             Event::ReceiveFailed(reason) => return Some(Err(SupervisorError::Receive(reason))),
         }
@@ -337,7 +351,7 @@ impl Supervisor {
             // A job that hangs still uses the machine, for an unknown time.
             Some(Life::Here(machine)) if Arc::strong_count(&machine) > 1 => machine.abandon(),
             // The machine's threads may wait for pages for ever.
-            Some(Life::Here(machine) | Life::InDoubt(machine, _)) if machine.has_fault_handler() => {
+            Some(Life::Here(machine) | Life::InDoubt(machine, _)) if machine.may_miss_pages() => {
                 machine.abandon();
             }
             other => drop(other),

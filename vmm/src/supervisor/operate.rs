@@ -83,6 +83,7 @@ impl Supervisor {
             },
             migration: self.control().map(|control| control.progress()),
             snapshot: self.snapshot.as_ref().map(SnapshotJob::progress),
+            prefetch: machine.and_then(|machine| machine.prefetch_progress()),
             stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),
             log: self.log.clone(),
         }

@@ -164,6 +164,8 @@ pub(crate) enum Event {
     ThreadFailed(Failure),
     /// The fault handler, which brings the pages of guest memory, has ended.
     FaultHandlerGone,
+    /// Memory of the machine's snapshot cannot be read, for this reason.
+    PagesMissing(String),
 }
 
 /// A migration away that has ended.
@@ -213,6 +215,11 @@ impl SupervisorHandle {
     /// Reports that the fault handler's process has ended.
     pub fn fault_handler_gone(&self) {
         self.send(Event::FaultHandlerGone);
+    }
+
+    /// Ends the VM: what is left of its memory cannot be read from its snapshot, for this reason.
+    pub fn pages_missing(&self, reason: String) {
+        self.send(Event::PagesMissing(reason));
     }
 
     /// Sends a request and waits for the answer.

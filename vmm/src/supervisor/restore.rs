@@ -25,7 +25,7 @@ pub(super) struct RestoreJob {
 pub enum RestoreWait {
     /// It ends.
     Bounded,
-    /// It may wait for ever: the machine's pages come from a fault handler.
+    /// It may wait for ever: the machine's pages come when they are needed, from a fault handler or a file.
     Endless,
 }
 

@@ -212,7 +212,7 @@ fn failure(role: Role) -> Event {
 
 #[test]
 fn a_thread_that_the_guest_needs_takes_the_vm_along_with_an_error() {
-    for role in [Role::Devices, Role::Vcpu, Role::FaultHandler] {
+    for role in [Role::Devices, Role::Vcpu, Role::FaultHandler, Role::Pages] {
         let mut rig = rig();
         let ending = rig.supervisor.handle_event(failure(role), &rig.server);
         assert!(

@@ -20,6 +20,8 @@ impl Supervisor {
             // Without this thread the end of the fault handler is not noticed, and the guest would wait for ever for a
             // page.
             Role::FaultHandler => Some(Err(failure.into())),
+            // The guest waits for pages that may never come.
+            Role::Pages => Some(Err(failure.into())),
             Role::Api => self.serve_api_again(failure, server),
             // No source can connect any more. A machine that is on its way is waited for.
             Role::Acceptor if self.cancel_receiving() => {

@@ -32,6 +32,8 @@ pub enum Role {
     Log,
     /// Waits for the end of the process that brings guest memory's pages.
     FaultHandler,
+    /// Brings guest memory's pages itself.
+    Pages,
     /// A job of the supervisor's: a migration away.
     Migration,
     /// A job of the supervisor's: waits for a machine and takes it.

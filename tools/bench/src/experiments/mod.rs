@@ -11,6 +11,7 @@ mod idle;
 mod log_start;
 mod overload;
 mod prediction;
+mod prefetch;
 mod restore;
 mod snapshot;
 mod throughput;
@@ -45,6 +46,8 @@ pub(crate) enum Experiment {
     Footprint,
     /// How soon a guest from a snapshot runs.
     Restore,
+    /// How a guest fares whose snapshot is in no cache.
+    Prefetch,
     /// How fast snapshots are written.
     Snapshot,
     /// How fast a disk is read.
@@ -78,6 +81,7 @@ impl Experiment {
             Experiment::LogStart => log_start::run(bench),
             Experiment::Footprint => footprint::run(bench),
             Experiment::Restore => restore::run(bench),
+            Experiment::Prefetch => prefetch::run(bench),
             Experiment::Snapshot => snapshot::run(bench),
             Experiment::Block => block::run(bench),
             Experiment::Vcpus => vcpus::run(bench),

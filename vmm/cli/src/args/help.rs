@@ -28,10 +28,12 @@ pub(crate) const RESTORE_EXAMPLES: &str = "\
 Examples:
   godwit restore web.snapshot --name web --resume
   godwit restore web.snapshot --disk root=clone-1.img --net net0=tap1 --name clone-1 --resume
+  godwit restore web.snapshot --prefetch --resume
   godwit restore web.snapshot --preload --resume
   godwit restore web.snapshot --uffd web.handler --resume
 
-The snapshot is only read, and must stay as long as a guest runs from it without --preload. With --uffd a page-fault
+The snapshot is only read, and must stay as long as a guest runs from it without --preload; with --prefetch until
+`godwit status` shows no more memory that comes. With --uffd a page-fault
 handler listens at the socket (Firecracker's protocol); when it hangs up, the VM ends with an error. Any number of guests
 can run from one snapshot, each with disks and taps of its own; their network cards have the same address. Its clocks
 go on from now, and its generation ID is new: Linux then takes new random numbers.";

@@ -227,9 +227,19 @@ pub(crate) struct RestoreArgs {
     /// What the guest's clocks make of the time since the snapshot
     #[arg(long, value_enum, default_value = "advance")]
     pub(crate) clock: ClockArg,
+    #[command(flatten)]
+    pub(crate) memory: RestoreMemoryArgs,
+}
+
+/// How `restore` gets the guest's memory.
+#[derive(Debug, Args)]
+pub(crate) struct RestoreMemoryArgs {
     /// Read pages when they are needed, which is the default
-    #[arg(long = "lazy", conflicts_with_all = ["preload", "uffd"])]
+    #[arg(long = "lazy", conflicts_with_all = ["prefetch", "preload", "uffd"])]
     pub(crate) _lazy: bool,
+    /// Let the guest run at once and read all memory meanwhile, what it waits for first; check it
+    #[arg(long, conflicts_with_all = ["preload", "uffd"])]
+    pub(crate) prefetch: bool,
     /// Read all memory and check it before the guest runs
     #[arg(long)]
     pub(crate) preload: bool,
@@ -487,6 +497,9 @@ mod tests {
             ],
             &["godwit", "receive", "--listen", "tcp:host"],
             &["godwit", "restore", "dir", "--lazy", "--preload"],
+            &["godwit", "restore", "dir", "--lazy", "--prefetch"],
+            &["godwit", "restore", "dir", "--prefetch", "--preload"],
+            &["godwit", "restore", "dir", "--prefetch", "--uffd", "handler"],
             &["godwit", "restore", "dir", "--lazy", "--uffd", "handler"],
         ] {
             assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");

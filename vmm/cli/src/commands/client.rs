@@ -83,13 +83,16 @@ fn status_text(info: &InstanceInfo) -> String {
     if let Some(in_doubt) = &info.in_doubt {
         text += &format!("  in doubt   {in_doubt}\n");
     }
-    if let Some(SnapshotProgress {
-        done_bytes,
-        total_bytes,
-    }) = &info.snapshot
-    {
+    for (what, progress) in [("snapshot", &info.snapshot), ("prefetch", &info.prefetch)] {
+        let Some(SnapshotProgress {
+            done_bytes,
+            total_bytes,
+        }) = progress
+        else {
+            continue;
+        };
         let (done, total) = (bytes(*done_bytes as f64), bytes(*total_bytes as f64));
-        text += &format!("  snapshot   {done} of {total} of memory\n");
+        text += &format!("  {what}   {done} of {total} of memory\n");
     }
     for line in info.migration.iter().flat_map(progress::lines) {
         text += &format!("  {line}\n");

@@ -1,6 +1,5 @@
 //! `run`, `receive` and `restore`: the commands that become a VM.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +24,9 @@ use vmm::supervisor::{Boot, Ending, RestoreWait, Supervisor, SupervisorHandle};
 use super::detach::{DetachedPart, Launch, detach};
 use super::snapshot::with_bar;
 use crate::Exit;
-use crate::args::{ClockArg, CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RunArgs};
+use crate::args::{
+    ClockArg, CommonArgs, ConsoleArg, OnResetArg, ReceiveArgs, RestoreArgs, RestoreMemoryArgs, RunArgs,
+};
 use crate::process::lost_memory::end_in_order;
 use crate::process::resources::raise_file_limit;
 use crate::process::signals::{HeldSignals, outlive_file_size_limit, stay_with_the_terminal};
@@ -116,7 +117,7 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     let snapshot = Snapshot::open(&args.directory)?;
     destination.check_all(snapshot.machine())?;
     // May take long, and leaves nothing behind: a signal may end it where it stands.
-    let memory = snapshot_memory(&snapshot, args.preload, args.uffd.as_deref(), supervisor.handle())?;
+    let memory = snapshot_memory(&snapshot, &args.memory, supervisor.handle())?;
     end_in_order();
     let held = HeldSignals::hold();
     let socket = bind(&args.common, &name)?;
@@ -131,9 +132,9 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<Exit> {
     };
     // Scripts wait for this line.
     let announcement = format!("{name} is restored and {after}; its clocks go on {clocks_go_on}");
-    let wait = match args.uffd {
-        Some(_) => RestoreWait::Endless,
-        None => RestoreWait::Bounded,
+    let wait = match memory {
+        SnapshotMemory::Handled(..) | SnapshotMemory::Prefetched(..) => RestoreWait::Endless,
+        SnapshotMemory::Mapped(_) | SnapshotMemory::Read(_) => RestoreWait::Bounded,
     };
     let restore = move || destination.restore_snapshot(&snapshot, memory, clocks, args.resume);
     supervisor
@@ -171,11 +172,10 @@ fn restored_clocks(asked: ClockArg, age: Duration) -> (SnapshotClocks, String) {
 
 fn snapshot_memory(
     snapshot: &Snapshot,
-    preload: bool,
-    uffd: Option<&Path>,
+    args: &RestoreMemoryArgs,
     supervisor: SupervisorHandle,
 ) -> anyhow::Result<SnapshotMemory> {
-    if let Some(socket) = uffd {
+    if let Some(socket) = &args.uffd {
         let memory = snapshot.without_pages()?;
         let on_gone = move || supervisor.fault_handler_gone();
         let handler = FaultHandler::connect(socket, &memory, on_gone)?;
@@ -183,7 +183,13 @@ fn snapshot_memory(
     }
     // Other processes could not share what is mapped from a file for this one alone.
     let kind = snapshot.machine().memory_kind;
-    if !preload && kind != MemoryKind::Shared {
+    let shared = kind == MemoryKind::Shared;
+    if args.prefetch && !shared {
+        let on_failed = move |reason| supervisor.pages_missing(reason);
+        let (memory, prefetch) = snapshot.prefetch(on_failed)?;
+        return Ok(SnapshotMemory::Prefetched(memory, prefetch));
+    }
+    if !args.preload && !shared {
         return Ok(SnapshotMemory::Mapped(snapshot.map()?));
     }
     Ok(SnapshotMemory::Read(with_bar(|watch| {
