@@ -1,8 +1,8 @@
 //! Every row of the bench.
 
 use crate::experiments::Experiment::{
-    Block, Budget, Cancel, Capped, Engine, Footprint, Handover, Idle, LogStart, Overload, Prediction,
-    Prefetch, Restore, Snapshot, Throughput, Vcpus, Work,
+    Block, Budget, Cancel, Capped, Engine, Footprint, Handover, Idle, LiveSnapshot, LogStart, Overload,
+    Prediction, Prefetch, Restore, Snapshot, Throughput, Vcpus, Work,
 };
 use crate::row::BenchBar::{AtLeast, AtMost, RatioAtLeast, RatioAtMost};
 use crate::row::Definition;
@@ -11,7 +11,7 @@ const GB_PER_S: &str = "GB/s";
 const SHARE: &str = "share";
 
 /// Every row, in the order in which they are printed.
-pub const ROWS: [Definition; 41] = [
+pub const ROWS: [Definition; 44] = [
     Definition::new(Throughput, "throughput-1-stream-vs-iperf3", GB_PER_S)
         .meaning("2 GiB that are not zero, destination ready, first to last page byte")
         .beside("iperf3, one stream")
@@ -122,6 +122,15 @@ pub const ROWS: [Definition; 41] = [
         .bar(RatioAtLeast(0.8)),
     Definition::new(Snapshot, "snapshot-diff-pause-ms", "ms")
         .meaning("how long the guest stands still for those"),
+    Definition::new(LiveSnapshot, "live-snapshot-pause-ms", "ms")
+        .meaning("how long a guest of 2 GiB that writes 300 MB/s stands still for a snapshot with --live")
+        .bar(AtMost(5.0)),
+    Definition::new(LiveSnapshot, "live-snapshot-pause-8gib-ms", "ms")
+        .meaning("the same with 8 GiB")
+        .beside("2 GiB")
+        .bar(AtMost(5.0)),
+    Definition::new(LiveSnapshot, "live-snapshot-gap-ms", "ms")
+        .meaning("longest time in which the guest of 2 GiB does nothing meanwhile, waits for copies included"),
     Definition::new(Block, "block-read-vs-qemu", "1000/s")
         .meaning("reads of 4 KiB at random places of a file in the page cache, 32 at a time, by a guest that polls")
         .beside("QEMU, best of io_uring and threads, each with and without an iothread")

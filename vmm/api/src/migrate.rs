@@ -60,6 +60,8 @@ pub enum RequestError {
     Streams(u32),
     #[error("path: expected an absolute path, got {0}")]
     RelativePath(PathBuf),
+    #[error("live: expected it with keep_running, and not with diff")]
+    Live,
     #[error("{field}: expected more than 0 bytes per second; leave it out for no limit")]
     Rate { field: &'static str },
 }

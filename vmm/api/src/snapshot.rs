@@ -18,6 +18,9 @@ pub struct SnapshotRequest {
     /// Only what was written since the last snapshot.
     #[serde(default)]
     pub diff: bool,
+    /// Have the guest run on at once, and copy its memory before it changes. Only of a whole snapshot whose guest goes on.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// How far the memory of a snapshot is.
@@ -51,9 +54,12 @@ pub struct SnapshotReport {
 impl SnapshotRequest {
     /// A server's working directory is not its client's.
     pub fn check(&self) -> Result<(), RequestError> {
-        if self.path.is_absolute() {
-            return Ok(());
+        if !self.path.is_absolute() {
+            return Err(RequestError::RelativePath(self.path.clone()));
         }
-        Err(RequestError::RelativePath(self.path.clone()))
+        if self.live && (self.diff || !self.keep_running) {
+            return Err(RequestError::Live);
+        }
+        Ok(())
     }
 }

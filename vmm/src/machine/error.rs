@@ -44,6 +44,15 @@ pub enum MachineError {
     Vcpu(#[from] VcpuError),
     #[error("a page that a vCPU waits for does not come from the page-fault handler")]
     NoPage(#[source] VcpuError),
+    #[error(
+        "live snapshot: expected a machine without a balloon, as what the guest gives up would be gone: leave out --live"
+    )]
+    LiveBalloon,
+    #[error(
+        "live snapshot: expected memory that is all here, found some that comes when it is needed: wait until \
+         `godwit status` shows no `prefetch`, or leave out --live"
+    )]
+    LivePages,
     #[error(transparent)]
     VcpuState(#[from] VcpuStateError),
     #[error(transparent)]

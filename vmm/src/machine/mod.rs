@@ -248,6 +248,15 @@ impl Machine {
         }
     }
 
+    /// Whether no page has to be brought any more.
+    fn is_all_here(&self) -> bool {
+        match &self.page_source {
+            Some(PageSource::Handler { .. }) => false,
+            Some(PageSource::Prefetch(prefetch)) => prefetch.progress().is_none(),
+            None => true,
+        }
+    }
+
     /// How much of its snapshot's memory is there; nothing once all is.
     pub fn prefetch_progress(&self) -> Option<SnapshotProgress> {
         match &self.page_source {

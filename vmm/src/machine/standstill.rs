@@ -12,7 +12,8 @@ use super::{Machine, MachineError, MigrationDestination, PageSource};
 use crate::clock::ClockStart;
 use crate::memory::{FaultHandler, MemoryError};
 use crate::snapshot::{
-    Manifest, Prefetch, Snapshot, SnapshotContent, SnapshotDraft, SnapshotId, SnapshotWatch,
+    LiveCopy, Manifest, Prefetch, SavedMachine, Snapshot, SnapshotContent, SnapshotDraft, SnapshotId,
+    SnapshotWatch,
 };
 use crate::vcpu::{Holder, park_deadline};
 
@@ -39,6 +40,20 @@ impl Machine {
         standstill.since = self.pause(Holder::Snapshot, park_deadline())?;
         self.devices.drain(Instant::now() + DRAIN_TIME)?;
         Ok(standstill)
+    }
+}
+
+impl Machine {
+    /// Makes ready for a snapshot of a guest that runs on meanwhile. Fails where its memory cannot be protected.
+    pub fn prepare_live(&self) -> Result<LiveCopy, MachineError> {
+        // What a balloon gives up is gone, though the snapshot would need it.
+        if self.balloon().is_some() {
+            return Err(MachineError::LiveBalloon);
+        }
+        if !self.is_all_here() {
+            return Err(MachineError::LivePages);
+        }
+        Ok(LiveCopy::prepare(&self.memory)?)
     }
 }
 
@@ -139,6 +154,17 @@ impl<'a> Standstill<'a> {
             stopped: SystemTime::now() - self.elapsed(),
         };
         Ok(draft.write(content, watch)?)
+    }
+
+    /// Saves the state, and protects the memory: from here on `copy` holds what is in it now.
+    pub fn protect(&self, copy: &LiveCopy) -> Result<SavedMachine, MachineError> {
+        let saved = SavedMachine {
+            description: self.machine.describe(),
+            state: self.machine.save(self.since)?,
+            stopped: SystemTime::now() - self.elapsed(),
+        };
+        copy.protect()?;
+        Ok(saved)
     }
 
     /// Tracks from here on what is written after the snapshot `id`; see [`Machine::track`].

@@ -14,7 +14,7 @@ use crate::memory::PAGE_SIZE;
 use migration::{PageSet, PageSetError};
 
 /// One region of guest RAM.
-pub(super) type RamRegion = GuestRegionMmap<PageMarks>;
+pub type RamRegion = GuestRegionMmap<PageMarks>;
 
 /// Part of a region's bitmap, checked: whole words from page `first` on, without a bit past the region's end.
 #[derive(Clone, Copy)]

@@ -24,6 +24,9 @@ const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
 /// An entry's bit for "a file's page, or anonymous memory that is shared".
 const OF_FILE: u64 = 1 << 61;
 
+/// An entry's bit for "protected against writes by a userfaultfd".
+const PROTECTED: u64 = 1 << 57;
+
 /// This process's page map, which is opened once: see [`open_page_map`].
 static PAGE_MAP: OnceLock<File> = OnceLock::new();
 
@@ -87,7 +90,28 @@ fn is_own(entry: u64) -> bool {
     in_use(entry) && entry & OF_FILE == 0
 }
 
+/// Finds pages that are protected against writes; see [`super::Userfault::protect`].
+#[derive(Debug)]
+pub struct ProtectedPages(Pagemap);
+
+impl ProtectedPages {
+    /// Opens the page map.
+    pub fn open() -> Result<Self, MemoryError> {
+        Ok(Self(Pagemap::open().map_err(MemoryError::Pagemap)?))
+    }
+
+    /// A bit for each of so many pages from the region's page `first` on that was there when it was protected, and is
+    /// still protected: it has not changed since.
+    pub fn find(&mut self, region: &RamRegion, first: u64, count: u64) -> Result<Vec<u64>, MemoryError> {
+        let protected = |entry| in_use(entry) && entry & PROTECTED != 0;
+        self.0
+            .find_in(region, first, count, protected)
+            .map_err(MemoryError::Pagemap)
+    }
+}
+
 /// The page map, with room for the entries of one read.
+#[derive(Debug)]
 struct Pagemap {
     file: &'static File,
     buffer: Vec<u8>,
@@ -103,8 +127,19 @@ impl Pagemap {
 
     /// A bit for each page of a region whose entry is `wanted`. All pages of a huge page are alike.
     fn find(&mut self, region: &RamRegion, wanted: fn(u64) -> bool) -> io::Result<Vec<u64>> {
-        let total = pages(region) as usize;
-        let first = region.as_ptr() as u64 / PAGE_SIZE;
+        self.find_in(region, 0, pages(region), wanted)
+    }
+
+    /// The same of so many pages from the region's page `first` on.
+    fn find_in(
+        &mut self,
+        region: &RamRegion,
+        first: u64,
+        count: u64,
+        wanted: fn(u64) -> bool,
+    ) -> io::Result<Vec<u64>> {
+        let total = count as usize;
+        let first = region.as_ptr() as u64 / PAGE_SIZE + first;
         let mut words = Vec::with_capacity(total.div_ceil(64));
         for done in (0..total).step_by(ENTRIES) {
             let bytes = &mut self.buffer[..ENTRIES.min(total - done) * ENTRY];

@@ -7,10 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use devices::GuestMemory;
 use linux_raw_sys::general::{
-    _UFFDIO_API, _UFFDIO_COPY, _UFFDIO_REGISTER, _UFFDIO_WAKE, _UFFDIO_ZEROPAGE, UFFD_API,
-    UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_MISSING_HUGETLBFS,
-    UFFDIO, UFFDIO_REGISTER_MODE_MISSING, uffd_msg, uffdio_api, uffdio_copy, uffdio_range, uffdio_register,
-    uffdio_zeropage,
+    _UFFDIO_API, _UFFDIO_COPY, _UFFDIO_REGISTER, _UFFDIO_WAKE, _UFFDIO_WRITEPROTECT, _UFFDIO_ZEROPAGE,
+    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_FEATURE_EVENT_REMOVE,
+    UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFDIO, UFFDIO_REGISTER_MODE_MISSING,
+    UFFDIO_REGISTER_MODE_WP, uffd_msg, uffdio_api, uffdio_copy, uffdio_range, uffdio_register,
+    uffdio_writeprotect, uffdio_zeropage,
 };
 use migration::MemoryKind;
 use rustix::io::Errno;
@@ -27,7 +28,16 @@ ioctl_iowr_nr!(UFFDIO_API, UFFDIO, _UFFDIO_API, uffdio_api);
 ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, _UFFDIO_REGISTER, uffdio_register);
 ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, _UFFDIO_WAKE, uffdio_range);
 ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, _UFFDIO_COPY, uffdio_copy);
+ioctl_iowr_nr!(
+    UFFDIO_WRITEPROTECT,
+    UFFDIO,
+    _UFFDIO_WRITEPROTECT,
+    uffdio_writeprotect
+);
 ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, _UFFDIO_ZEROPAGE, uffdio_zeropage);
+
+/// UFFDIO_WRITEPROTECT_MODE_WP of linux/userfaultfd.h: protects, and does not lift the protection.
+const WRITEPROTECT_MODE_WP: u64 = 1;
 
 /// Gives a descriptor to every process that may open it, since Linux 6.1.
 const DEVICE: &str = "/dev/userfaultfd";
@@ -69,11 +79,21 @@ pub enum Filled {
 impl Userfault {
     /// From here on faults on missing pages of this memory wait.
     pub fn register(memory: &GuestMemory) -> Result<Self, MemoryError> {
-        let descriptor = open().map_err(|errno| MemoryError::Userfaultfd(errno.into()))?;
         let mut features = u64::from(UFFD_FEATURE_EVENT_REMOVE);
         if kind(memory) == MemoryKind::HugePages {
             features |= u64::from(UFFD_FEATURE_MISSING_HUGETLBFS);
         }
+        Self::open(memory, features, UFFDIO_REGISTER_MODE_MISSING, _UFFDIO_COPY)
+    }
+
+    /// From here on writes to pages of this memory that are protected wait; none is yet. Since Linux 5.7.
+    pub fn register_for_writes(memory: &GuestMemory) -> Result<Self, MemoryError> {
+        let features = u64::from(UFFD_FEATURE_PAGEFAULT_FLAG_WP);
+        Self::open(memory, features, UFFDIO_REGISTER_MODE_WP, _UFFDIO_WRITEPROTECT)
+    }
+
+    fn open(memory: &GuestMemory, features: u64, mode: u32, needed: u32) -> Result<Self, MemoryError> {
+        let descriptor = open().map_err(|errno| MemoryError::Userfaultfd(errno.into()))?;
         let mut api = uffdio_api {
             api: UFFD_API.into(),
             features,
@@ -89,7 +109,7 @@ impl Userfault {
                     start: region.as_ptr() as u64,
                     len: region.len(),
                 },
-                mode: UFFDIO_REGISTER_MODE_MISSING.into(),
+                mode: mode.into(),
                 ioctls: 0,
             };
             // SAFETY: the kernel reads and writes one `uffdio_register`. The range is a mapping of guest memory, which
@@ -97,10 +117,10 @@ impl Userfault {
             check("UFFDIO_REGISTER", unsafe {
                 ioctl_with_mut_ref(&descriptor, UFFDIO_REGISTER(), &mut register)
             })?;
-            if register.ioctls >> _UFFDIO_COPY & 1 == 0 {
+            if register.ioctls >> needed & 1 == 0 {
                 let cause = errno::Error::new(libc::EOPNOTSUPP);
                 return Err(MemoryError::Userfault {
-                    what: "UFFDIO_COPY",
+                    what: "UFFDIO_REGISTER for such memory",
                     cause,
                 });
             }
@@ -165,6 +185,35 @@ impl Userfault {
         // SAFETY: the kernel reads and writes one `uffdio_zeropage`, and fills nothing but missing guest memory.
         let result = unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_ZEROPAGE(), &mut zero) };
         filled("UFFDIO_ZEROPAGE", result, zero.zeropage, len)
+    }
+
+    /// Protects the pages that are there in this range: a write to one of them waits until its protection is lifted. A page
+    /// that comes to be there later is not protected.
+    pub fn protect(&self, start: u64, len: u64) -> Result<(), MemoryError> {
+        self.write_protect(start, len, WRITEPROTECT_MODE_WP)
+    }
+
+    /// Lifts the protection of these pages; the threads that wait go on.
+    pub fn unprotect(&self, start: u64, len: u64) -> Result<(), MemoryError> {
+        self.write_protect(start, len, 0)
+    }
+
+    fn write_protect(&self, start: u64, len: u64, mode: u64) -> Result<(), MemoryError> {
+        loop {
+            let mut protect = uffdio_writeprotect {
+                range: uffdio_range { start, len },
+                mode,
+            };
+            // SAFETY: the kernel reads one `uffdio_writeprotect`; what it does to the range, which is guest memory, changes
+            // no content.
+            let result = unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_WRITEPROTECT(), &mut protect) };
+            // Mappings of this process are just being changed.
+            if result < 0 && errno::Error::last().errno() == libc::EAGAIN {
+                std::thread::yield_now();
+                continue;
+            }
+            return check("UFFDIO_WRITEPROTECT", result);
+        }
     }
 
     /// Has the threads that wait for pages in this range touch them again.

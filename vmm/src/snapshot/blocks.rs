@@ -38,8 +38,8 @@ pub(super) struct MemoryBlock {
     /// Where it is in the file.
     pub(super) offset: u64,
     /// The region that it is in, and its first page there.
-    region: usize,
-    page: u64,
+    pub(super) region: usize,
+    pub(super) page: u64,
 }
 
 impl MemoryBlock {
@@ -95,20 +95,31 @@ pub(super) fn write(
     let open = || open_again(file, OpenOptions::new().write(true), path);
     each_block(memory, watch, open, |file, block| {
         let words = block.words_of(pages);
-        let stored = stored_pages(memory, block, |word| words.get(word).copied().unwrap_or(0))?;
-        for run in runs(&stored) {
-            let (gpa, len) = (
-                block.gpa + run.start * PAGE_SIZE,
-                (run.end - run.start) * PAGE_SIZE,
-            );
-            let at = SeekFrom::Start(block.offset + run.start * PAGE_SIZE);
-            file.seek(at).map_err(SnapshotError::io(path))?;
-            let slice = slice(memory, gpa, len, path)?;
-            file.write_all_volatile(&slice)
-                .map_err(|error| SnapshotError::io(path)(io_error(error)))?;
-        }
-        hash(memory, block, &stored, path)
+        write_block(file, block, memory, block.gpa, &words, path)
     })
+}
+
+/// Writes those pages of a block to the file that are `candidates` (a bit for each) and not zero, from `memory`, where the
+/// block begins at `gpa`. Returns the block's checksum, and how many of its pages are not zero.
+pub(super) fn write_block(
+    file: &mut File,
+    block: &MemoryBlock,
+    memory: &GuestMemory,
+    gpa: u64,
+    candidates: &[u64],
+    path: &Path,
+) -> Result<(u64, u64), SnapshotError> {
+    let there = MemoryBlock { gpa, ..*block };
+    let stored = stored_pages(memory, &there, |word| candidates.get(word).copied().unwrap_or(0))?;
+    for run in runs(&stored) {
+        let (start, len) = (run.start * PAGE_SIZE, (run.end - run.start) * PAGE_SIZE);
+        file.seek(SeekFrom::Start(block.offset + start))
+            .map_err(SnapshotError::io(path))?;
+        let slice = slice(memory, gpa + start, len, path)?;
+        file.write_all_volatile(&slice)
+            .map_err(|error| SnapshotError::io(path)(io_error(error)))?;
+    }
+    hash(memory, &there, &stored, path)
 }
 
 /// Reads the file into `memory` and compares it with the checksums: all that is no hole, into memory that is zero so
@@ -319,9 +330,15 @@ fn hash(
     Ok((hash.digest(), count))
 }
 
-type Slice<'a> = VolatileSlice<'a, RefSlice<'a, PageMarks>>;
+pub(super) type Slice<'a> = VolatileSlice<'a, RefSlice<'a, PageMarks>>;
 
-fn slice<'a>(memory: &'a GuestMemory, gpa: u64, len: u64, path: &Path) -> Result<Slice<'a>, SnapshotError> {
+/// A part of memory.
+pub(super) fn slice<'a>(
+    memory: &'a GuestMemory,
+    gpa: u64,
+    len: u64,
+    path: &Path,
+) -> Result<Slice<'a>, SnapshotError> {
     memory
         .get_slice(GuestAddress(gpa), len as usize)
         .map_err(|error| SnapshotError::io(path)(io::Error::other(error)))

@@ -14,11 +14,11 @@ use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
-use super::blocks;
+use super::blocks::{self, StoredBlocks};
 use super::directory::SnapshotDirectory;
 use super::manifest::{DifferenceRecord, FileRecord};
 use super::{
-    CHANGED, CHECKSUMS, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
+    CHANGED, CHECKSUMS, LiveCopy, MANIFEST, MEMORY, Manifest, STATE, SnapshotError, SnapshotId, SnapshotWatch,
 };
 
 /// The hidden directory in which a snapshot is written, beside the snapshot's own name. It is removed, with everything in
@@ -56,6 +56,17 @@ pub struct SnapshotContent<'a> {
     pub stopped: SystemTime,
 }
 
+/// A machine at the moment of a live snapshot, besides its memory.
+#[derive(Clone, Debug)]
+pub struct SavedMachine {
+    /// The machine, as it is described to a destination.
+    pub description: MachineDescription,
+    /// Its saved state.
+    pub state: Vec<u8>,
+    /// When the guest came to stand still.
+    pub stopped: SystemTime,
+}
+
 impl SnapshotDraft {
     /// Begins what will be the directory `target`, which must not exist; the one around it must.
     pub fn begin(target: &Path) -> Result<Self, SnapshotError> {
@@ -88,28 +99,30 @@ impl SnapshotDraft {
         })
     }
 
+    /// Writes all files of a whole snapshot of a guest that goes on meanwhile; see [`LiveCopy`]. Calls `resume` when it may.
+    /// Comes after [`SnapshotDraft::create_memory`].
+    pub fn write_live(
+        &mut self,
+        id: SnapshotId,
+        machine: SavedMachine,
+        copy: LiveCopy,
+        resume: impl FnOnce(),
+        watch: &SnapshotWatch,
+    ) -> Result<Manifest, SnapshotError> {
+        let (path, file) = self.memory()?;
+        let written = copy.write(resume, file, path, watch)?;
+        self.finish(id, machine, &written, None)
+    }
+
     /// Writes all files.
     pub fn write(
         &mut self,
         content: SnapshotContent<'_>,
         watch: &SnapshotWatch,
     ) -> Result<Manifest, SnapshotError> {
-        let path = self.beneath.path_of(MEMORY);
-        let file = self.beneath.create(MEMORY)?;
-        let len = crate::memory::ranges(content.memory)
-            .iter()
-            .map(|(_, len)| len)
-            .sum();
-        file.set_len(len).map_err(SnapshotError::io(&path))?;
-        let written = blocks::write(content.memory, content.pages, &file, &path, watch)?;
-        self.files.push((path, file));
-        let checksums: Vec<u8> = written
-            .checksums
-            .iter()
-            .flat_map(|checksum| checksum.to_le_bytes())
-            .collect();
-        self.create(CHECKSUMS, &checksums)?;
-        self.create(STATE, content.state)?;
+        self.create_memory(content.memory)?;
+        let (path, file) = self.memory()?;
+        let written = blocks::write(content.memory, content.pages, file, path, watch)?;
         let mut difference = None;
         if let Some(base) = content.base {
             let changed = changed(content.pages);
@@ -117,14 +130,52 @@ impl SnapshotDraft {
             let changed = FileRecord::of(&changed);
             difference = Some(DifferenceRecord { base, changed });
         }
-        let stopped = content.stopped.duration_since(SystemTime::UNIX_EPOCH);
+        let machine = SavedMachine {
+            description: content.machine,
+            state: content.state.to_vec(),
+            stopped: content.stopped,
+        };
+        self.finish(content.id, machine, &written, difference)
+    }
+
+    /// Makes the file for the memory, the first of all.
+    pub fn create_memory(&mut self, memory: &GuestMemory) -> Result<(), SnapshotError> {
+        let (path, file) = (self.beneath.path_of(MEMORY), self.beneath.create(MEMORY)?);
+        let len = crate::memory::ranges(memory).iter().map(|(_, len)| len).sum();
+        file.set_len(len).map_err(SnapshotError::io(&path))?;
+        self.files.push((path, file));
+        Ok(())
+    }
+
+    /// The file for the memory.
+    fn memory(&self) -> Result<(&Path, &File), SnapshotError> {
+        let first = self.files.first().map(|(path, file)| (path.as_path(), file));
+        first.ok_or_else(|| SnapshotError::BadPath(self.target.clone()))
+    }
+
+    /// Writes the files besides memory, whose blocks are known now.
+    fn finish(
+        &mut self,
+        id: SnapshotId,
+        machine: SavedMachine,
+        written: &StoredBlocks,
+        difference: Option<DifferenceRecord>,
+    ) -> Result<Manifest, SnapshotError> {
+        let checksums: Vec<u8> = written
+            .checksums
+            .iter()
+            .flat_map(|checksum| checksum.to_le_bytes())
+            .collect();
+        self.create(CHECKSUMS, &checksums)?;
+        self.create(STATE, &machine.state)?;
+        let stopped = machine.stopped.duration_since(SystemTime::UNIX_EPOCH);
         let manifest = Manifest {
             godwit_version: VERSION.into(),
-            id: content.id,
+            id,
             difference,
             stopped_unix_ns: stopped.unwrap_or_default().as_nanos() as u64,
-            machine: content.machine,
-            state: FileRecord::of(content.state),
+            state: FileRecord::of(&machine.state),
+            machine: machine.description,
             checksums: FileRecord::of(&checksums),
             pages: written.pages,
         };

@@ -65,6 +65,11 @@ pub enum SnapshotError {
         "memory in huge pages cannot be mapped from a file: use --prefetch, --preload, or --uffd with a page-fault handler"
     )]
     HugePages,
+    #[error(
+        "live snapshot: expected memory of this process's own (no --shared-memory, no --huge-pages, and not mapped from \
+         another snapshot: restore that with --prefetch or --preload): leave out --live"
+    )]
+    NotLive,
     #[error("{0}: expected a difference (`godwit snapshot --diff`), got a whole snapshot")]
     IsWhole(PathBuf),
     #[error("{path}: expected snapshot {expected} before it, to which it is a difference, got {got}")]

@@ -19,16 +19,19 @@ mod blocks;
 mod directory;
 mod draft;
 mod error;
+mod live;
 mod load;
 mod manifest;
 mod merge;
 mod prefetch;
+mod queue;
 #[cfg(test)]
 mod tests;
 mod watch;
 
-pub use draft::{SnapshotContent, SnapshotDraft};
+pub use draft::{SavedMachine, SnapshotContent, SnapshotDraft};
 pub use error::SnapshotError;
+pub use live::LiveCopy;
 pub use load::{Snapshot, SnapshotDifference};
 pub use manifest::{Manifest, SnapshotId};
 pub use merge::merge;

@@ -4,7 +4,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api::{SnapshotProgress, SnapshotReport, SnapshotRequest};
 use threads::Role;
@@ -12,7 +12,7 @@ use threads::Role;
 use super::request::Reply;
 use super::{Ending, Event, Refusal, Supervisor, SupervisorError, SupervisorHandle, Worker, answer, failed};
 use crate::machine::{Machine, MachineError};
-use crate::snapshot::{SnapshotDraft, SnapshotError, SnapshotId, SnapshotWatch};
+use crate::snapshot::{Manifest, SnapshotDraft, SnapshotError, SnapshotId, SnapshotWatch};
 use crate::vcpu::Holder;
 
 /// The job, and the reply to the request that started it.
@@ -136,6 +136,9 @@ fn write(
         // Before any file is made, and before the guest is paused.
         machine.base()?;
     }
+    if request.live {
+        return write_live(machine, request, watch, began);
+    }
     let mut draft = SnapshotDraft::begin(&request.path)?;
     let id = SnapshotId::random().map_err(SnapshotError::Id)?;
     let standstill = machine.stand_still()?;
@@ -152,7 +155,41 @@ fn write(
         paused = standstill.elapsed();
         standstill.keep();
     }
-    Ok(SnapshotReport {
+    Ok(report(request, &manifest, watch, paused, began))
+}
+
+/// The same of a guest that runs on at once, while its memory is copied.
+fn write_live(
+    machine: &Machine,
+    request: &SnapshotRequest,
+    watch: &SnapshotWatch,
+    began: Instant,
+) -> Result<SnapshotReport, MachineError> {
+    // All that may fail or takes its time comes before the pause.
+    let copy = machine.prepare_live()?;
+    let mut draft = SnapshotDraft::begin(&request.path)?;
+    let id = SnapshotId::random().map_err(SnapshotError::Id)?;
+    draft.create_memory(copy.memory())?;
+    let standstill = machine.stand_still()?;
+    let saved = standstill.protect(&copy)?;
+    let mut paused = standstill.elapsed();
+    let resume = || {
+        paused = standstill.elapsed();
+        drop(standstill);
+    };
+    let manifest = draft.write_live(id, saved, copy, resume, watch)?;
+    draft.publish(watch)?;
+    Ok(report(request, &manifest, watch, paused, began))
+}
+
+fn report(
+    request: &SnapshotRequest,
+    manifest: &Manifest,
+    watch: &SnapshotWatch,
+    paused: Duration,
+    began: Instant,
+) -> SnapshotReport {
+    SnapshotReport {
         path: request.path.clone(),
         id: manifest.id.to_string(),
         base: manifest.base().map(ToString::to_string),
@@ -160,7 +197,7 @@ fn write(
         stored_bytes: manifest.stored_bytes(),
         paused_ms: paused.as_secs_f64() * 1e3,
         total_ms: began.elapsed().as_secs_f64() * 1e3,
-    })
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod engine;
 mod footprint;
 mod handover;
 mod idle;
+mod live_snapshot;
 mod log_start;
 mod overload;
 mod prediction;
@@ -50,6 +51,8 @@ pub(crate) enum Experiment {
     Prefetch,
     /// How fast snapshots are written.
     Snapshot,
+    /// Snapshots of guests that run on.
+    LiveSnapshot,
     /// How fast a disk is read.
     Block,
     /// Pauses of guests with many vCPUs.
@@ -83,6 +86,7 @@ impl Experiment {
             Experiment::Restore => restore::run(bench),
             Experiment::Prefetch => prefetch::run(bench),
             Experiment::Snapshot => snapshot::run(bench),
+            Experiment::LiveSnapshot => live_snapshot::run(bench),
             Experiment::Block => block::run(bench),
             Experiment::Vcpus => vcpus::run(bench),
             Experiment::Engine => engine::run(bench),

@@ -42,12 +42,14 @@ pub(crate) const SNAPSHOT_EXAMPLES: &str = "\
 Examples:
   godwit snapshot web web.snapshot
   godwit pause web; godwit snapshot web web.snapshot --keep-running; cp web.img clone.img; godwit resume web
+  godwit snapshot web web.snapshot --keep-running --live
   godwit snapshot web monday --keep-running
   godwit snapshot web tuesday --diff --keep-running
   godwit snapshot merge monday tuesday --output whole
 
-With --keep-running the pages that the guest writes from then on are logged, which costs it a fault for each, and small
-pages. A migration ends that: the next snapshot must be a whole one.
+With --live the guest stands still for about a millisecond, and what it writes while its memory is copied waits for the
+copy. That is no base for --diff. With --keep-running alone the pages that the guest writes from then on are logged, which
+costs it a fault for each, and small pages. A migration ends that: the next snapshot must be a whole one.
 Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
 Exit codes: 0 the snapshot is complete; 1 failed, there is none, and the guest runs on; 2 bad usage.";

@@ -280,6 +280,9 @@ pub(crate) struct WriteArgs {
     /// Let the guest run on here afterwards; otherwise the VM ends
     #[arg(long)]
     pub(crate) keep_running: bool,
+    /// Let it run on at once, however much memory it has: what it writes meanwhile is copied before it changes
+    #[arg(long, requires = "keep_running", conflicts_with = "diff")]
+    pub(crate) live: bool,
     /// Print the report as one JSON object on stdout
     #[arg(long)]
     pub(crate) json: bool,

@@ -40,6 +40,7 @@ fn write(args: &WriteArgs) -> anyhow::Result<Exit> {
         path,
         keep_running: args.keep_running,
         diff: args.diff,
+        live: args.live,
     };
     let bar = MemoryBar::new();
     let report = block_on(async {

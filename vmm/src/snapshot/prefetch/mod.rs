@@ -10,7 +10,6 @@
 //! threads. A block gets to the guest only if it has its checksum.
 
 mod placer;
-mod queue;
 mod reader;
 #[cfg(test)]
 mod tests;

@@ -13,10 +13,10 @@ use migration::{MemoryKind, PageSet};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::queue::BlockQueue;
 use crate::memory::{self, PAGE_SIZE};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::blocks::{self, BLOCK, MemoryBlock, data_ranges, open_again, read_block, runs};
+use crate::snapshot::queue::BlockQueue;
 
 /// Blocks that have been read and not placed yet, or that are being read: enough to keep the disk busy meanwhile.
 const BUFFERS: usize = 4;

@@ -1,8 +1,8 @@
-//! Which block is read next: one that the guest waits for, or else the next one after the last of those. No I/O.
+//! Which block comes next, of those that are read or copied while the guest runs: one that the guest waits for, or else the next one after the last of those. No I/O.
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// The blocks that no reader has taken yet.
+/// The blocks that nobody has taken yet.
 #[derive(Debug)]
 pub(super) struct BlockQueue {
     left: BTreeSet<usize>,
