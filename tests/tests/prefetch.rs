@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tests::{BareGuest, Journey, PATIENCE, ReservedHugePages, TestHost, TestProcess, Tick, Vm, wait_until};
@@ -24,7 +24,7 @@ fn in_files(guest: &BareGuest<'_>, options: &[&str]) -> Result<(Journey, PathBuf
 }
 
 /// Goes on with it.
-fn go_on(journey: &mut Journey, directory: &std::path::Path) -> Result<()> {
+fn go_on(journey: &mut Journey, directory: &Path) -> Result<()> {
     let restored = journey.host.restore(directory, &["--prefetch", "--resume"])?;
     journey.arrive(restored)
 }
@@ -54,13 +54,38 @@ fn a_guest_runs_while_its_memory_comes_and_needs_no_file_afterwards() -> Result<
     journey.end()
 }
 
+/// Of which it takes a while to read the memory.
+const LARGE: BareGuest = BareGuest {
+    memory_mib: 1024,
+    ..GUEST
+};
+
+/// Goes on with it, and makes sure that not all of its memory is there yet.
+fn go_on_early(journey: &mut Journey, directory: &Path) -> Result<()> {
+    go_on(journey, directory)?;
+    let status = journey.vm.status()?;
+    ensure!(
+        status["prefetch"].is_object(),
+        "all of it is there already: {status}"
+    );
+    Ok(())
+}
+
 #[test]
-fn a_guest_moves_and_is_put_in_files_while_its_memory_comes() -> Result<()> {
-    let (mut journey, directory) = in_files(&GUEST, &[])?;
-    go_on(&mut journey, &directory)?;
+fn a_guest_moves_while_its_memory_comes() -> Result<()> {
+    let (mut journey, directory) = in_files(&LARGE, &[])?;
+    go_on_early(&mut journey, &directory)?;
+    journey.hop(&["--verify"])?;
+    journey.verify()?;
+    journey.end()
+}
+
+#[test]
+fn a_guest_is_put_in_files_while_its_memory_comes() -> Result<()> {
+    let (mut journey, directory) = in_files(&LARGE, &[])?;
+    go_on_early(&mut journey, &directory)?;
     let again = journey.host.path("again");
     journey.vm.snapshot(&again, &["--keep-running"])?;
-    journey.hop(&["--verify"])?;
     journey.verify()?;
     // What had not come by then is in those files as well.
     let mut other = journey.host.restore(&again, &["--resume", "--preload"])?;
@@ -142,12 +167,12 @@ fn damaged_memory_ends_the_guest_before_it_sees_it() -> Result<()> {
     memory.read_exact_at(&mut byte, at)?;
     memory.write_all_at(&[byte[0] ^ 1], at)?;
     let words = directory.display().to_string();
-    let command = host.command(["restore", &words, "--name", "damaged", "--prefetch", "--resume"]);
+    let command = host.command(["restore", &words, "--name", "web", "--prefetch", "--resume"]);
     let finished = TestProcess::run(command, PATIENCE)?;
     finished.expect_code(1)?;
     for word in [
         "the guest cannot go on without the rest of its memory",
-        "damaged",
+        "the file is damaged",
         &words,
     ] {
         ensure!(
@@ -166,10 +191,11 @@ fn damaged_memory_ends_the_guest_before_it_sees_it() -> Result<()> {
 
 #[test]
 fn a_vm_ends_in_order_while_its_memory_comes() -> Result<()> {
-    let (journey, directory) = in_files(&GUEST, &[])?;
+    let (journey, directory) = in_files(&LARGE, &[])?;
     let Journey { host, .. } = journey;
     for _ in 0..5 {
         let mut vm = host.restore(&directory, &["--prefetch", "--resume"])?;
+        ensure!(vm.status()?["prefetch"].is_object(), "all of it is there already");
         vm.godwit("stop", &["--force"])?.expect_code(0)?;
         vm.wait_success(PATIENCE).context("a VM that was stopped")?;
         host.check_clean()?;

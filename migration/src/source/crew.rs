@@ -113,14 +113,15 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Has the streams send `pages` as the pass with this number. The pass before must have been finished.
-    pub(super) fn send(&self, number: u32, pages: PageSet, order: Order<'_>) {
+    /// Has the first `sending` streams, or all, send `pages` as the pass with this number. The pass before must have been
+    /// finished.
+    pub(super) fn send(&self, number: u32, pages: PageSet, order: Order<'_>, sending: Option<usize>) {
         let pass = Arc::new(Pass::new(pages, self.connections.len(), order));
         let mut state = self.lock();
         state.pass = Some(pass);
         state.number = number;
         state.busy = self.connections.len();
-        state.sending = self.connections.len();
+        state.sending = sending.unwrap_or(self.connections.len()).max(1);
         drop(state);
         self.changed.notify_all();
     }

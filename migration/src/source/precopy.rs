@@ -131,11 +131,10 @@ impl SourceJob<'_> {
             }
         }
         let pass = self.next_pass();
-        crew.send(pass, pages, order);
-        if let Some(spare) = &mut watch.spare {
-            let cpus = thread::available_parallelism().map_or(1, NonZero::get);
-            crew.set_sending(spare.begin(self.started.elapsed(), self.source.vcpu_times(), cpus));
-        }
+        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+        let (at, spare) = (self.started.elapsed(), watch.spare.as_mut());
+        let sending = spare.map(|spare| spare.begin(at, self.source.vcpu_times(), cpus));
+        crew.send(pass, pages, order, sending);
         loop {
             let (asked, tick) = (Instant::now(), watch.tick());
             if crew.wait(tick)? {
@@ -220,7 +219,7 @@ impl SourceJob<'_> {
         check: impl Fn(&Self) -> Result<(), MigrateError>,
     ) -> Result<u32, MigrateError> {
         let pass = self.next_pass();
-        crew.send(pass, pages, Order::Ascending);
+        crew.send(pass, pages, Order::Ascending, None);
         while !crew.wait(TICK)? {
             // A destination that gave up is noticed at once.
             link.check("nothing while pages are sent")?;

@@ -47,7 +47,7 @@ impl SpareStreams {
         }
     }
 
-    /// Takes what vCPUs have got so far, before any stream sends. Returns how many streams are to begin: as many as find a
+    /// Takes what vCPUs have got so far, before round 1 is sent. Returns how many streams are to begin: as many as find a
     /// CPU of their own, of so many, beside the vCPUs that have worked since the look before; but always one.
     pub(super) fn begin(&mut self, at: Duration, times: Vec<VcpuTime>, cpus: usize) -> usize {
         let working = self.since_last(at, times).into_iter();

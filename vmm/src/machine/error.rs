@@ -44,6 +44,8 @@ pub enum MachineError {
     Vcpu(#[from] VcpuError),
     #[error("a page that a vCPU waits for does not come from the page-fault handler")]
     NoPage(#[source] VcpuError),
+    #[error("a page that a vCPU waits for has not come from its snapshot yet")]
+    NoPageYet(#[source] VcpuError),
     #[error(
         "live snapshot: expected a machine without a balloon, as what the guest gives up would be gone: leave out --live"
     )]

@@ -117,8 +117,11 @@ impl Machine {
         self.vcpus
             .pause(holder, until)
             .map_err(|error| match &self.page_source {
-                Some(_) => MachineError::NoPage(error),
-                None => error.into(),
+                Some(PageSource::Handler { .. }) => MachineError::NoPage(error),
+                Some(PageSource::Prefetch(prefetch)) if !prefetch.is_complete() => {
+                    MachineError::NoPageYet(error)
+                }
+                Some(PageSource::Prefetch(_)) | None => error.into(),
             })
     }
 
@@ -141,8 +144,8 @@ impl Machine {
     }
 
     fn settle_devices(&self) -> Result<(), MachineError> {
-        // A device that waits for a page may wait for ever.
-        if !self.may_miss_pages() {
+        // A device that waits for a page of a fault handler may wait for ever.
+        if !matches!(self.page_source, Some(PageSource::Handler { .. })) {
             self.devices.drain(Instant::now() + devices::DRAIN_TIME)?;
         }
         self.devices.write_out()
@@ -243,17 +246,9 @@ impl Machine {
         match &self.page_source {
             // Another process brings them.
             Some(PageSource::Handler { .. }) => true,
-            Some(PageSource::Prefetch(prefetch)) => prefetch.has_failed(),
+            // A disk brings them, which may fail or hang.
+            Some(PageSource::Prefetch(prefetch)) => !prefetch.is_complete(),
             None => false,
-        }
-    }
-
-    /// Whether no page has to be brought any more.
-    fn is_all_here(&self) -> bool {
-        match &self.page_source {
-            Some(PageSource::Handler { .. }) => false,
-            Some(PageSource::Prefetch(prefetch)) => prefetch.progress().is_none(),
-            None => true,
         }
     }
 

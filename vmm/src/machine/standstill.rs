@@ -50,7 +50,7 @@ impl Machine {
         if self.balloon().is_some() {
             return Err(MachineError::LiveBalloon);
         }
-        if !self.is_all_here() {
+        if self.may_miss_pages() {
             return Err(MachineError::LivePages);
         }
         Ok(LiveCopy::prepare(&self.memory)?)

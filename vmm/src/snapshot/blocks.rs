@@ -344,7 +344,7 @@ pub(super) fn slice<'a>(
         .map_err(|error| SnapshotError::io(path)(io::Error::other(error)))
 }
 
-/// The ranges of the block's part of the file that are no holes, in bytes from the block's begin.
+/// The pages of the block's part of the file that are not all hole, in bytes from the block's begin.
 pub(super) fn data_ranges(
     file: &File,
     block: &MemoryBlock,
@@ -368,9 +368,19 @@ pub(super) fn data_ranges(
             return Err(SnapshotError::io(path)(bad_offset(start + 1, hole)));
         }
         at = hole.min(end);
-        found.push(start - block.offset..at - block.offset);
+        found.push(whole_pages(start - block.offset..at - block.offset));
     }
     Ok(found)
+}
+
+/// A range that ends where pages do. A file system may have holes that do not.
+fn whole_pages(range: Range<u64>) -> Range<u64> {
+    range.start / PAGE_SIZE * PAGE_SIZE..range.end.next_multiple_of(PAGE_SIZE)
+}
+
+/// The checksum of a block without any page that is not zero.
+pub(super) fn checksum_of_zeroes() -> u64 {
+    Xxh3::new().digest()
 }
 
 /// The error for a file system that gives no usable answer about holes.
@@ -384,5 +394,16 @@ fn io_error(error: VolatileMemoryError) -> io::Error {
     match error {
         VolatileMemoryError::IOError(error) => error,
         other => io::Error::other(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_with_a_hole_in_it_is_read_as_a_whole() {
+        assert_eq!(whole_pages(1024..5000), 0..8192);
+        assert_eq!(whole_pages(4096..8192), 4096..8192);
     }
 }

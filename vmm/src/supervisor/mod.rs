@@ -359,6 +359,14 @@ impl Supervisor {
         if let Some(job) = self.restore.take() {
             job.end();
         }
+        for event in self.events.try_iter() {
+            // It has come too late, and pages that it waits for may never come.
+            if let Event::Restored(Ok(machine)) = event
+                && machine.may_miss_pages()
+            {
+                Arc::new(*machine).abandon();
+            }
+        }
         drop(self.receiver.take());
         self.console.flush();
         drop(server);

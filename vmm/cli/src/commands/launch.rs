@@ -176,6 +176,8 @@ fn snapshot_memory(
     supervisor: SupervisorHandle,
 ) -> anyhow::Result<SnapshotMemory> {
     if let Some(socket) = &args.uffd {
+        // No signal shall find a thread that it could end the process from.
+        let _held = HeldSignals::hold();
         let memory = snapshot.without_pages()?;
         let on_gone = move || supervisor.fault_handler_gone();
         let handler = FaultHandler::connect(socket, &memory, on_gone)?;
@@ -185,6 +187,7 @@ fn snapshot_memory(
     let kind = snapshot.machine().memory_kind;
     let shared = kind == MemoryKind::Shared;
     if args.prefetch && !shared {
+        let _held = HeldSignals::hold();
         let on_failed = move |reason| supervisor.pages_missing(reason);
         let (memory, prefetch) = snapshot.prefetch(on_failed)?;
         return Ok(SnapshotMemory::Prefetched(memory, prefetch));

@@ -14,7 +14,7 @@ mod reader;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,7 +26,7 @@ use migration::PageSet;
 use threads::{Role, Thread};
 
 use super::SnapshotError;
-use super::blocks::BLOCK;
+use super::blocks::{BLOCK, open_again};
 use crate::memory::Userfault;
 use placer::{PlacedBlocks, Placer, PlacingEnd, is_placed};
 use reader::BlockSource;
@@ -50,17 +50,6 @@ struct PrefetchShared {
     /// there. The placer holds the lock as long as it runs.
     userfault: Mutex<Option<Userfault>>,
     complete: AtomicBool,
-    /// Whether the placer does not run any more, although not all pages are there.
-    stopped: AtomicBool,
-}
-
-/// Notes that the placer has stopped, also by a panic.
-struct StoppedOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StoppedOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
 }
 
 impl Prefetch {
@@ -74,14 +63,13 @@ impl Prefetch {
         on_failed: impl FnOnce(String) + Send + 'static,
     ) -> Result<Self, SnapshotError> {
         let userfault = Userfault::register(memory)?;
-        let source = BlockSource::new(memory, file, path, checksums)?;
+        let source = BlockSource::new(memory, path.clone(), checksums)?;
         let words = source.blocks.len().div_ceil(64);
         let shared = Arc::new(PrefetchShared {
             source,
             placed: Arc::new((0..words).map(|_| AtomicU64::new(0)).collect()),
             userfault: Mutex::new(Some(userfault)),
             complete: AtomicBool::new(false),
-            stopped: AtomicBool::new(false),
         });
         // Made before the threads, so that those that were started end if one cannot be.
         let mut prefetch = Self {
@@ -90,7 +78,10 @@ impl Prefetch {
         };
         for number in 0..READERS {
             let shared = prefetch.shared.clone();
-            prefetch.spawn(format!("prefetch {number}"), move || shared.source.read_blocks())?;
+            let file = open_again(&file, OpenOptions::new().read(true), &path)?;
+            prefetch.spawn(format!("prefetch {number}"), move || {
+                shared.source.read_blocks(file)
+            })?;
         }
         let (shared, memory) = (prefetch.shared.clone(), memory.clone());
         prefetch.spawn("prefetch".into(), move || shared.place(&memory, on_failed))?;
@@ -99,10 +90,10 @@ impl Prefetch {
 
     /// How far it is; nothing once all is there.
     pub fn progress(&self) -> Option<SnapshotProgress> {
-        let shared = &self.shared;
-        if shared.complete.load(Ordering::Acquire) {
+        if self.is_complete() {
             return None;
         }
+        let shared = &self.shared;
         let placed = shared
             .placed
             .iter()
@@ -115,19 +106,18 @@ impl Prefetch {
         })
     }
 
-    /// Whether pages are missing that will never come.
-    pub fn has_failed(&self) -> bool {
-        // In this order: a placer that has ended well has said before that all are there.
-        self.shared.stopped.load(Ordering::Acquire) && !self.shared.complete.load(Ordering::Acquire)
+    /// Whether all pages are there.
+    pub fn is_complete(&self) -> bool {
+        self.shared.complete.load(Ordering::Acquire)
     }
 
     /// Adds every page to `into` that is not there yet and will hold something. Those that are there are found by other
     /// means, afterwards: more of them may have come by then.
     pub fn unplaced(&self, into: &mut PageSet) -> Result<(), SnapshotError> {
-        let shared = &self.shared;
-        if shared.complete.load(Ordering::Acquire) {
+        if self.is_complete() {
             return Ok(());
         }
+        let shared = &self.shared;
         shared
             .source
             .unplaced(|index| is_placed(&shared.placed, index), into)
@@ -144,7 +134,6 @@ impl PrefetchShared {
     /// The placer's thread.
     fn place(&self, memory: &GuestMemory, on_failed: impl FnOnce(String)) {
         let began = Instant::now();
-        let stopped = StoppedOnDrop(&self.stopped);
         let mut descriptor = self.userfault.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(userfault) = &*descriptor else { return };
         let placed = Placer::new(memory, userfault, &self.source, self.placed.clone()).run();
@@ -152,6 +141,7 @@ impl PrefetchShared {
             Ok(PlacingEnd::Complete) => {
                 // Closed before that is said: from here on the kernel itself fills pages that are zero.
                 *descriptor = None;
+                self.source.release();
                 self.complete.store(true, Ordering::Release);
                 let mib = self.source.blocks.iter().map(|block| block.len).sum::<u64>() >> 20;
                 tracing::info!(
@@ -161,8 +151,6 @@ impl PrefetchShared {
             }
             Ok(PlacingEnd::Cancelled) => {}
             Err(error) => {
-                // Before the supervisor hears of it, which does not wait for the machine's threads then.
-                drop(stopped);
                 self.source.end();
                 on_failed(migration::chain(&error));
             }
@@ -177,5 +165,12 @@ impl Drop for Prefetch {
             // A panic in it has been reported by the panic hook.
             let _ = thread.join();
         }
+        // A thread that still waits for a page, of a device that is left behind, must not read zeroes.
+        let mut userfault = self
+            .shared
+            .userfault
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::forget(userfault.take());
     }
 }

@@ -3,19 +3,19 @@
 //! They do not touch the guest's memory: a damaged block never gets there.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use devices::GuestMemory;
-use migration::{MemoryKind, PageSet};
+use migration::{MemoryKind, MemoryRange, PageSet};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{self, PAGE_SIZE};
 use crate::snapshot::SnapshotError;
-use crate::snapshot::blocks::{self, BLOCK, MemoryBlock, data_ranges, open_again, read_block, runs};
+use crate::snapshot::blocks::{self, BLOCK, MemoryBlock, data_ranges, read_block, runs};
 use crate::snapshot::queue::BlockQueue;
 
 /// Blocks that have been read and not placed yet, or that are being read: enough to keep the disk busy meanwhile.
@@ -24,8 +24,6 @@ const BUFFERS: usize = 4;
 /// What the readers and the thread that places pages share.
 #[derive(Debug)]
 pub(super) struct BlockSource {
-    /// The snapshot's memory.
-    file: File,
     path: PathBuf,
     pub(super) blocks: Vec<MemoryBlock>,
     /// One for each block.
@@ -76,7 +74,6 @@ impl BlockSource {
     /// A source for the memory that is in that file, with a checksum for each block.
     pub(super) fn new(
         memory: &GuestMemory,
-        file: File,
         path: PathBuf,
         checksums: Vec<u64>,
     ) -> Result<Self, SnapshotError> {
@@ -93,7 +90,6 @@ impl BlockSource {
             ending: false,
         };
         Ok(Self {
-            file,
             path,
             blocks,
             checksums,
@@ -110,10 +106,9 @@ impl BlockSource {
     }
 
     /// The work of a reader: reads blocks until all were taken, one cannot be read, or the threads are to end.
-    pub(super) fn read_blocks(&self) {
+    pub(super) fn read_blocks(&self, mut file: File) {
         let _ended = FailOnPanic(self);
-        let read = || -> Result<(), SnapshotError> {
-            let mut file = open_again(&self.file, OpenOptions::new().read(true), &self.path)?;
+        let mut read = || -> Result<(), SnapshotError> {
             while let Some((index, content)) = self.take() {
                 let loaded = self.read_block(&mut file, index, content)?;
                 self.lock().read.push_back(loaded);
@@ -211,29 +206,27 @@ impl BlockSource {
         self.lock().ending
     }
 
-    /// Adds the pages that the file has something for to `into`, of all blocks but those that `is_placed` names.
+    /// Adds every page of the blocks that are not all zero to `into`, but for those blocks that `is_placed` names. By their
+    /// checksums: whoever has changed the file meanwhile finds out when the block is read.
     pub(super) fn unplaced(
         &self,
         is_placed: impl Fn(usize) -> bool,
         into: &mut PageSet,
     ) -> Result<(), SnapshotError> {
-        let unplaced = self
-            .blocks
-            .iter()
-            .enumerate()
-            .filter(|(index, _)| !is_placed(*index));
-        for (_, block) in unplaced {
-            for range in data_ranges(&self.file, block, &self.path)? {
-                // The end of a file system's data need not be the end of a page.
-                let (start, end) = (range.start / PAGE_SIZE, range.end.div_ceil(PAGE_SIZE));
-                let range = migration::MemoryRange {
-                    gpa: block.gpa + start * PAGE_SIZE,
-                    len: (end - start) * PAGE_SIZE,
-                };
-                into.insert_range(range).map_err(memory::MemoryError::from)?;
+        let zero = blocks::checksum_of_zeroes();
+        for (index, (block, checksum)) in self.blocks.iter().zip(&self.checksums).enumerate() {
+            if *checksum != zero && !is_placed(index) {
+                let (gpa, len) = (block.gpa, block.len);
+                into.insert_range(MemoryRange { gpa, len })
+                    .map_err(memory::MemoryError::from)?;
             }
         }
         Ok(())
+    }
+
+    /// Lets the buffers go: all blocks are placed.
+    pub(super) fn release(&self) {
+        self.lock().free = Vec::new();
     }
 
     fn wake(&self) {
