@@ -69,6 +69,8 @@ pub enum MemoryError {
     NotSealed { index: usize, got: u32 },
     #[error("making {len} bytes of guest memory resident (MADV_POPULATE_WRITE, since Linux 5.14)")]
     Populate { len: u64, source: io::Error },
+    #[error("guest memory that shares no pages (MADV_UNMERGEABLE)")]
+    Unmerge(#[source] io::Error),
     #[error("threads to make guest memory resident")]
     Thread(#[source] io::Error),
     #[error("/proc/self/pagemap")]

@@ -25,7 +25,7 @@ use super::marks::RamRegion;
 use crate::memory::PAGE_SIZE;
 
 /// The least memory in bytes that can hold the firmware tables and a kernel.
-pub(super) const MIN_MEMORY: u64 = 2 << 20;
+pub const MIN_MEMORY: u64 = 2 << 20;
 
 /// The seals of a memfd. They keep every process from changing the file's size (to touch a mapping beyond the end of a
 /// file that has shrunk is a SIGBUS), and from adding seals of its own.
@@ -247,6 +247,21 @@ fn map(len: u64, backing: Backing) -> Result<MmapRegion<PageMarks>, MemoryError>
     // The content of a guest's memory does not belong into a core dump of this process.
     advise(&region, Advice::LinuxDontDump);
     Ok(region)
+}
+
+/// Has the kernel share no page of it with other memory of the same content any more (KSM).
+pub fn unmerge(memory: &GuestMemory) -> Result<(), MemoryError> {
+    for region in memory.iter() {
+        let (start, len) = (region.as_ptr(), region.len() as usize);
+        // SAFETY: the range is one mapping that `memory` owns; that its pages are its own changes no content.
+        let advised = unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxUnmergeable) };
+        match advised {
+            // A kernel that cannot share pages.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            Err(error) => return Err(MemoryError::Unmerge(error.into())),
+        }
+    }
+    Ok(())
 }
 
 /// Gives the kernel advice. Nothing depends on it, so an error is only logged.

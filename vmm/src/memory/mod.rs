@@ -18,7 +18,9 @@ mod watched;
 pub use bitmap_log::BitmapLog;
 pub use error::MemoryError;
 pub use fault_handler::FaultHandler;
-pub use mapping::{adopt, check_room, check_size, create, files, kind, map_private, ranges};
+pub use mapping::{
+    MIN_MEMORY, adopt, check_room, check_size, create, files, kind, map_private, ranges, unmerge,
+};
 pub use marks::RamRegion;
 pub use populated::{ProtectedPages, check_whole, open_page_map, populated, private_copies};
 pub use reserve::make_resident;

@@ -42,8 +42,10 @@ const WRITEPROTECT_MODE_WP: u64 = 1;
 /// Gives a descriptor to every process that may open it, since Linux 6.1.
 const DEVICE: &str = "/dev/userfaultfd";
 
-/// A descriptor of missing pages. A fault on one waits until the page is filled through it, whether this process or KVM
-/// touches the page; giving pages up is an event. Once the last copy of the descriptor is closed, missing pages are zero.
+/// A descriptor of memory whose faults are answered through it, whether this process or KVM touches a page. Of memory that
+/// is registered for missing pages: a fault waits until the page is filled, giving pages up is an event, and once the last
+/// copy of the descriptor is closed, missing pages are zero. Of memory that is registered for writes: a write to a protected
+/// page waits until its protection is lifted, and closing the descriptor lifts all.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 

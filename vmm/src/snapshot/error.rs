@@ -70,6 +70,10 @@ pub enum SnapshotError {
          another snapshot: restore that with --prefetch or --preload): leave out --live"
     )]
     NotLive,
+    #[error(
+        "live snapshot: expected a kernel that shows which pages are protected (Linux 5.13): leave out --live"
+    )]
+    NotShown,
     #[error("{0}: expected a difference (`godwit snapshot --diff`), got a whole snapshot")]
     IsWhole(PathBuf),
     #[error("{path}: expected snapshot {expected} before it, to which it is a difference, got {got}")]

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The copier takes blocks that the guest waits for first, and all others one after the other. There are only so many
-//! buffers: a guest that writes faster than the disk waits for the disk.
+//! buffers, half of them for what the guest waits for: a guest that writes faster than the disk waits for the disk.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -16,19 +16,26 @@ use std::io;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use devices::GuestMemory;
 use migration::MemoryKind;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use threads::{Role, joined};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::blocks::{BLOCK, MemoryBlock, StoredBlocks, blocks, open_again, runs, slice, write_block};
 use super::queue::BlockQueue;
 use super::{SnapshotError, SnapshotWatch};
 use crate::memory::{self, PAGE_SIZE, ProtectedPages, RamRegion, Userfault, UserfaultEvent};
 
-/// Blocks that were copied and are not in the file yet: what the guest may be ahead of the disk, 64 MiB.
-const BUFFERS: usize = 32;
+/// Blocks that were copied and are not in the file yet.
+const BUFFERS: usize = 64;
+/// So many of them are kept for blocks that the guest waits for: 64 MiB that it may be ahead of the disk.
+const KEPT: usize = 32;
+/// How often the copier looks for a buffer, or for the end of the writers, while there is nothing else to do.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Memory that is copied while the guest runs. When this is dropped, nothing is protected any more.
 #[derive(Debug)]
@@ -72,6 +79,9 @@ impl LiveCopy {
         if memory::kind(memory) != MemoryKind::Anonymous || mapped {
             return Err(SnapshotError::NotLive);
         }
+        check_kernel()?;
+        // A page that is merged with another one would no longer show that it is protected.
+        memory::unmerge(memory)?;
         let buffer = || memory::create(&[(0, BLOCK)], MemoryKind::Anonymous);
         Ok(Self {
             memory: memory.clone(),
@@ -114,15 +124,7 @@ impl LiveCopy {
     ) -> Result<StoredBlocks, SnapshotError> {
         let blocks = blocks(&self.memory);
         watch.begin(blocks.iter().map(|block| block.len).sum());
-        let copies = Copies {
-            state: Mutex::new(CopyState {
-                free: std::mem::take(&mut self.buffers),
-                copied: VecDeque::new(),
-                ended: false,
-                failed: false,
-            }),
-            changed: Condvar::new(),
-        };
+        let copies = Copies::new(std::mem::take(&mut self.buffers));
         let checksums = Mutex::new((vec![0; blocks.len()], 0));
         let write = || {
             let _failed = FailCopyOnPanic(&copies);
@@ -131,7 +133,7 @@ impl LiveCopy {
         };
         thread::scope(|scope| {
             let copy = || {
-                let _ended = EndOnDrop(&copies);
+                let _ended = EndOnDrop(&self, &copies);
                 self.copy(&blocks, &copies, watch)
             };
             let failed = |failure| Err(SnapshotError::Thread(io::Error::other(failure)));
@@ -155,7 +157,7 @@ impl LiveCopy {
         Ok(StoredBlocks { checksums, pages })
     }
 
-    /// The copier: copies every block before it changes.
+    /// The copier: copies every block before it changes, and answers the guest until all are written.
     fn copy(
         &self,
         blocks: &[MemoryBlock],
@@ -164,17 +166,18 @@ impl LiveCopy {
     ) -> Result<(), SnapshotError> {
         let mut queue = BlockQueue::new(blocks.len());
         let mut protected = ProtectedPages::open()?;
-        while let Some(content) = copies.take_buffer() {
+        loop {
             watch.check()?;
-            while let Some(event) = self.userfault.next_event()? {
-                // A block that was copied meanwhile is not protected any more: the guest has been let go on.
-                if let UserfaultEvent::Fault { address } = event
-                    && let Some(index) = self.block_of(address, blocks)
-                {
-                    queue.demand(index);
-                }
+            self.process_events(&mut queue, blocks)?;
+            if copies.are_ended(queue.is_empty()) {
+                return Ok(());
             }
-            let Some(index) = queue.take() else { return Ok(()) };
+            let kept = if queue.is_demanded() { 0 } else { KEPT };
+            let next = (!queue.is_empty()).then(|| copies.take_buffer(kept)).flatten();
+            let Some((content, index)) = next.and_then(|content| Some((content, queue.take()?))) else {
+                self.wait_for_event()?;
+                continue;
+            };
             let block = &blocks[index];
             let region = self.memory.iter().nth(block.region);
             let region = region.ok_or_else(|| SnapshotError::Thread(io::ErrorKind::NotFound.into()))?;
@@ -195,7 +198,36 @@ impl LiveCopy {
             });
             copies.changed.notify_all();
         }
+    }
+
+    /// Reads all events that there are.
+    fn process_events(&self, queue: &mut BlockQueue, blocks: &[MemoryBlock]) -> Result<(), SnapshotError> {
+        while let Some(event) = self.userfault.next_event()? {
+            let UserfaultEvent::Fault { address } = event else {
+                continue;
+            };
+            let left = self
+                .block_of(address, blocks)
+                .is_some_and(|index| queue.demand(index));
+            // The block was copied between the fault and its event: the thread may wait for a page that is not protected.
+            if !left {
+                self.userfault.wake(address & !(PAGE_SIZE - 1), PAGE_SIZE)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Waits for an event, but only for a moment: there may be a buffer by then.
+    fn wait_for_event(&self) -> Result<(), SnapshotError> {
+        let mut ready = [PollFd::new(&self.userfault, PollFlags::IN)];
+        let moment = Timespec {
+            tv_sec: 0,
+            tv_nsec: LOOK_AGAIN.as_nanos() as i64,
+        };
+        match poll(&mut ready, Some(&moment)) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(SnapshotError::Thread(error.into())),
+        }
     }
 
     /// The block that an address of this process is in.
@@ -213,12 +245,36 @@ impl LiveCopy {
 }
 
 impl Copies {
-    /// A free buffer; waits for one. Nothing if a writer has failed.
-    fn take_buffer(&self) -> Option<GuestMemory> {
-        let full = |state: &mut CopyState| state.free.is_empty() && !state.failed;
-        let waited = self.changed.wait_while(self.lock(), full);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
-        if state.failed { None } else { state.free.pop() }
+    fn new(buffers: Vec<GuestMemory>) -> Self {
+        Self {
+            state: Mutex::new(CopyState {
+                free: buffers,
+                copied: VecDeque::new(),
+                ended: false,
+                failed: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// A free buffer, if there are more than `kept`.
+    fn take_buffer(&self, kept: usize) -> Option<GuestMemory> {
+        let mut state = self.lock();
+        if state.free.len() > kept {
+            state.free.pop()
+        } else {
+            None
+        }
+    }
+
+    /// Whether a writer has failed, or all blocks are written, where all are copied.
+    fn are_ended(&self, all_copied: bool) -> bool {
+        let mut state = self.lock();
+        state.ended |= all_copied;
+        if all_copied {
+            self.changed.notify_all();
+        }
+        state.failed || (all_copied && state.free.len() == BUFFERS)
     }
 
     /// A writer: writes blocks until all were copied and written.
@@ -277,22 +333,38 @@ impl Drop for FailCopyOnPanic<'_> {
     }
 }
 
-/// Lets the writers end when the copier does, also by a panic.
-struct EndOnDrop<'a>(&'a Copies);
+/// When the copier ends, also by a panic, lets the writers end, and the guest go on: a writer may hang.
+struct EndOnDrop<'a>(&'a LiveCopy, &'a Copies);
 
 impl Drop for EndOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.lock().ended = true;
-        self.0.changed.notify_all();
+        if let Err(error) = self.0.unprotect() {
+            tracing::error!(%error, "memory stays protected until all has ended");
+        }
+        self.1.lock().ended = true;
+        self.1.changed.notify_all();
     }
+}
+
+/// Fails where the kernel does not show which pages are protected: all would be taken for pages that were written since.
+fn check_kernel() -> Result<(), SnapshotError> {
+    let page = memory::create(&[(0, memory::MIN_MEMORY)], MemoryKind::Anonymous)?;
+    page.write_obj(1u8, GuestAddress(0))
+        .map_err(|error| SnapshotError::Thread(io::Error::other(error)))?;
+    let userfault = Userfault::register_for_writes(&page)?;
+    for region in page.iter() {
+        userfault.protect(region.as_ptr() as u64, region.len())?;
+        if ProtectedPages::open()?.find(region, 0, 1)? != [1] {
+            return Err(SnapshotError::NotShown);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::{Duration, Instant};
-
-    use vm_memory::{Bytes, GuestAddress};
+    use std::time::Instant;
 
     use super::*;
 
@@ -313,8 +385,11 @@ mod tests {
     fn guest() -> GuestMemory {
         let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
         for gpa in pages() {
-            if let Some(stamp) = before(gpa) {
-                memory.write_obj(stamp, GuestAddress(gpa)).unwrap();
+            match before(gpa) {
+                Some(stamp) => memory.write_obj(stamp, GuestAddress(gpa)).unwrap(),
+                // The kernel's page of zeroes.
+                None if gpa % 3 == 0 => assert_eq!(read(&memory, gpa), 0),
+                None => {}
             }
         }
         memory
@@ -401,6 +476,35 @@ mod tests {
             // Nothing is protected any more.
             pages().for_each(|gpa| memory.write_obj(gpa | 2, GuestAddress(gpa)).unwrap());
         }
+    }
+
+    #[test]
+    fn a_disk_that_hangs_lets_the_guest_write_once_the_snapshot_is_cancelled() {
+        let (memory, watch) = (guest(), SnapshotWatch::default());
+        let mut copy = LiveCopy::prepare(&memory).unwrap();
+        copy.protect().unwrap();
+        copy.buffers.truncate(2);
+        let copies = Copies::new(std::mem::take(&mut copy.buffers));
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // There are no writers: no buffer ever comes back.
+            let copying = scope.spawn(|| {
+                let _ended = EndOnDrop(&copy, &copies);
+                copy.copy(&blocks(&memory), &copies, &watch)
+            });
+            scope.spawn(|| {
+                pages().for_each(|gpa| memory.write_obj(gpa | 2, GuestAddress(gpa)).unwrap());
+                done.store(true, Ordering::Release);
+            });
+            thread::sleep(Duration::from_millis(100));
+            assert!(
+                !done.load(Ordering::Acquire),
+                "there were buffers for two blocks alone"
+            );
+            watch.cancel();
+            assert!(matches!(copying.join().unwrap(), Err(SnapshotError::Cancelled)));
+        });
+        assert!(done.load(Ordering::Acquire));
     }
 
     #[test]

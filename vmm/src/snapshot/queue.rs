@@ -31,6 +31,16 @@ impl BlockQueue {
         left
     }
 
+    /// Whether the guest waits for a block that is left.
+    pub(super) fn is_demanded(&self) -> bool {
+        !self.demanded.is_empty()
+    }
+
+    /// Whether no block is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.left.is_empty()
+    }
+
     /// Takes the next block; nothing when all were taken.
     pub(super) fn take(&mut self) -> Option<usize> {
         let next = self.demanded.pop_front();
@@ -52,8 +62,10 @@ mod tests {
         assert_eq!(queue.take(), Some(0));
         assert!(queue.demand(4) && queue.demand(2) && queue.demand(4));
         assert!(!queue.demand(0), "it was taken");
+        assert!(queue.is_demanded() && !queue.is_empty());
         let taken: Vec<_> = std::iter::from_fn(|| queue.take()).collect();
         assert_eq!(taken, [4, 2, 3, 5, 1]);
         assert!(!queue.demand(3) && queue.take().is_none());
+        assert!(!queue.is_demanded() && queue.is_empty());
     }
 }

@@ -124,7 +124,7 @@ fn start(
     })
 }
 
-/// Writes the snapshot. The guest runs on as soon as its memory was read, or stays paused for good once everything is
+/// Writes the snapshot. The guest runs on as soon as its memory was read (a live one at once), or stays paused for good once everything is
 /// on the disk. A failure before that leaves it running.
 fn write(
     machine: &Machine,

@@ -47,8 +47,8 @@ Examples:
   godwit snapshot web tuesday --diff --keep-running
   godwit snapshot merge monday tuesday --output whole
 
-With --live the guest stands still for about a millisecond, and what it writes while its memory is copied waits for the
-copy. That is no base for --diff. With --keep-running alone the pages that the guest writes from then on are logged, which
+With --live the guest stands still for about a millisecond (0.3 ms more for each GiB), and what it writes while its memory
+is copied waits for the copy. That is no base for --diff, and no way to copy disks that the guest writes to. With --keep-running alone the pages that the guest writes from then on are logged, which
 costs it a fault for each, and small pages. A migration ends that: the next snapshot must be a whole one.
 Ctrl-C cancels: the guest runs on. Losing this command in another way does not.
 Disks are not part of it: whoever lets the guest run on copies them while it is paused.
