@@ -10,6 +10,9 @@
 //! The copier takes blocks that the guest waits for first, and all others one after the other. There are only so many
 //! buffers, half of them for what the guest waits for: a guest that writes faster than the disk waits for the disk.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,6 +28,7 @@ use rustix::io::Errno;
 use threads::{Role, joined};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::addresses::BlockAddresses;
 use super::blocks::{BLOCK, MemoryBlock, StoredBlocks, blocks, open_again, runs, slice, write_block};
 use super::queue::BlockQueue;
 use super::{SnapshotError, SnapshotWatch};
@@ -164,11 +168,11 @@ impl LiveCopy {
         copies: &Copies,
         watch: &SnapshotWatch,
     ) -> Result<(), SnapshotError> {
-        let mut queue = BlockQueue::new(blocks.len());
+        let (mut queue, addresses) = (BlockQueue::new(blocks.len()), BlockAddresses::of(&self.memory));
         let mut protected = ProtectedPages::open()?;
         loop {
             watch.check()?;
-            self.process_events(&mut queue, blocks)?;
+            self.process_events(&mut queue, &addresses)?;
             if copies.are_ended(queue.is_empty()) {
                 return Ok(());
             }
@@ -189,8 +193,7 @@ impl LiveCopy {
                 let to = slice(&content, start, len, Path::new("memory"))?;
                 from.copy_to_volatile_slice(to);
             }
-            self.userfault
-                .unprotect(region.as_ptr() as u64 + block.page * PAGE_SIZE, block.len)?;
+            self.userfault.unprotect(addresses.address_of(index), block.len)?;
             copies.lock().copied.push_back(CopiedBlock {
                 index,
                 content,
@@ -201,13 +204,17 @@ impl LiveCopy {
     }
 
     /// Reads all events that there are.
-    fn process_events(&self, queue: &mut BlockQueue, blocks: &[MemoryBlock]) -> Result<(), SnapshotError> {
+    fn process_events(
+        &self,
+        queue: &mut BlockQueue,
+        addresses: &BlockAddresses,
+    ) -> Result<(), SnapshotError> {
         while let Some(event) = self.userfault.next_event()? {
             let UserfaultEvent::Fault { address } = event else {
                 continue;
             };
-            let left = self
-                .block_of(address, blocks)
+            let left = addresses
+                .block_of(address)
                 .is_some_and(|index| queue.demand(index));
             // The block was copied between the fault and its event: the thread may wait for a page that is not protected.
             if !left {
@@ -228,19 +235,6 @@ impl LiveCopy {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(SnapshotError::Thread(error.into())),
         }
-    }
-
-    /// The block that an address of this process is in.
-    fn block_of(&self, address: u64, blocks: &[MemoryBlock]) -> Option<usize> {
-        let mut first = 0;
-        for region in self.memory.iter() {
-            let offset = address.wrapping_sub(region.as_ptr() as u64);
-            if offset < region.len() {
-                return Some(first + (offset / BLOCK) as usize).filter(|index| *index < blocks.len());
-            }
-            first += region.len().div_ceil(BLOCK) as usize;
-        }
-        None
     }
 }
 
@@ -359,162 +353,4 @@ fn check_kernel() -> Result<(), SnapshotError> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Instant;
-
-    use super::*;
-
-    /// Two regions, of which the second does not end with a whole block.
-    const RANGES: [(u64, u64); 2] = [(0, 16 << 20), (1 << 32, (9 << 20) + 3 * PAGE_SIZE)];
-
-    fn pages() -> impl Iterator<Item = u64> {
-        RANGES
-            .into_iter()
-            .flat_map(|(gpa, len)| (gpa..gpa + len).step_by(PAGE_SIZE as usize))
-    }
-
-    /// What a page holds before; every fifth was never touched.
-    fn before(gpa: u64) -> Option<u64> {
-        (!(gpa / PAGE_SIZE).is_multiple_of(5)).then_some(gpa | 1)
-    }
-
-    fn guest() -> GuestMemory {
-        let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
-        for gpa in pages() {
-            match before(gpa) {
-                Some(stamp) => memory.write_obj(stamp, GuestAddress(gpa)).unwrap(),
-                // The kernel's page of zeroes.
-                None if gpa % 3 == 0 => assert_eq!(read(&memory, gpa), 0),
-                None => {}
-            }
-        }
-        memory
-    }
-
-    /// The memory that is in the file.
-    fn stored(file: &File, path: &Path, stored: &StoredBlocks) -> GuestMemory {
-        let memory = memory::create(&RANGES, MemoryKind::Anonymous).unwrap();
-        let watch = SnapshotWatch::default();
-        crate::snapshot::blocks::read(&memory, file, path, None, &stored.checksums, &watch).unwrap();
-        memory
-    }
-
-    fn read(memory: &GuestMemory, gpa: u64) -> u64 {
-        memory.read_obj(GuestAddress(gpa)).unwrap()
-    }
-
-    fn file(directory: &tempfile::TempDir) -> (std::path::PathBuf, File) {
-        let path = directory.path().join("memory");
-        let file = File::options()
-            .create(true)
-            .truncate(true)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .unwrap();
-        file.set_len(RANGES.iter().map(|(_, len)| len).sum()).unwrap();
-        (path, file)
-    }
-
-    #[test]
-    fn what_is_written_meanwhile_is_not_in_it_and_not_lost() {
-        let directory = tempfile::tempdir().unwrap();
-        for round in 0..5u64 {
-            let ((path, file), memory) = (file(&directory), guest());
-            let copy = LiveCopy::prepare(&memory).unwrap();
-            copy.protect().unwrap();
-            let (running, begun) = (AtomicBool::new(false), Instant::now());
-            let found = thread::scope(|scope| {
-                for writer in 0..3u64 {
-                    let (memory, running) = (&memory, &running);
-                    scope.spawn(move || {
-                        while !running.load(Ordering::Acquire) {
-                            assert!(begun.elapsed() < Duration::from_secs(10));
-                            thread::yield_now();
-                        }
-                        // From the end and from the begin, over all pages, also those that were never there.
-                        let mut all: Vec<u64> = pages().filter(|gpa| gpa / PAGE_SIZE % 3 == writer).collect();
-                        if (round + writer) % 2 == 0 {
-                            all.reverse();
-                        }
-                        all.iter()
-                            .for_each(|gpa| memory.write_obj(gpa | 2, GuestAddress(*gpa)).unwrap());
-                    });
-                }
-                let resume = || running.store(true, Ordering::Release);
-                copy.write(resume, &file, &path, &SnapshotWatch::default())
-                    .unwrap()
-            });
-            assert_eq!(found.pages, pages().filter_map(before).count() as u64);
-            let stored = stored(&file, &path, &found);
-            for gpa in pages() {
-                assert_eq!(read(&stored, gpa), before(gpa).unwrap_or(0), "{gpa:#x}");
-                assert_eq!(read(&memory, gpa), gpa | 2, "{gpa:#x}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_disk_that_fails_or_a_cancel_lets_the_guest_go_on() {
-        let directory = tempfile::tempdir().unwrap();
-        for cancelled in [false, true] {
-            let ((path, file), memory) = (file(&directory), guest());
-            let copy = LiveCopy::prepare(&memory).unwrap();
-            copy.protect().unwrap();
-            let watch = SnapshotWatch::default();
-            if cancelled {
-                watch.cancel();
-            }
-            let full = File::options().read(true).write(true).open("/dev/full").unwrap();
-            let file = if cancelled { &file } else { &full };
-            let failed = copy.write(|| {}, file, &path, &watch).unwrap_err();
-            assert_eq!(matches!(failed, SnapshotError::Cancelled), cancelled, "{failed}");
-            // Nothing is protected any more.
-            pages().for_each(|gpa| memory.write_obj(gpa | 2, GuestAddress(gpa)).unwrap());
-        }
-    }
-
-    #[test]
-    fn a_disk_that_hangs_lets_the_guest_write_once_the_snapshot_is_cancelled() {
-        let (memory, watch) = (guest(), SnapshotWatch::default());
-        let mut copy = LiveCopy::prepare(&memory).unwrap();
-        copy.protect().unwrap();
-        copy.buffers.truncate(2);
-        let copies = Copies::new(std::mem::take(&mut copy.buffers));
-        let done = AtomicBool::new(false);
-        thread::scope(|scope| {
-            // There are no writers: no buffer ever comes back.
-            let copying = scope.spawn(|| {
-                let _ended = EndOnDrop(&copy, &copies);
-                copy.copy(&blocks(&memory), &copies, &watch)
-            });
-            scope.spawn(|| {
-                pages().for_each(|gpa| memory.write_obj(gpa | 2, GuestAddress(gpa)).unwrap());
-                done.store(true, Ordering::Release);
-            });
-            thread::sleep(Duration::from_millis(100));
-            assert!(
-                !done.load(Ordering::Acquire),
-                "there were buffers for two blocks alone"
-            );
-            watch.cancel();
-            assert!(matches!(copying.join().unwrap(), Err(SnapshotError::Cancelled)));
-        });
-        assert!(done.load(Ordering::Acquire));
-    }
-
-    #[test]
-    fn memory_that_cannot_be_protected_is_refused() {
-        let shared = memory::create(&RANGES, MemoryKind::Shared).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        let (_, file) = file(&directory);
-        let mapped = memory::map_private(&RANGES, &file).unwrap();
-        for memory in [shared, mapped] {
-            assert!(matches!(LiveCopy::prepare(&memory), Err(SnapshotError::NotLive)));
-        }
-    }
 }

@@ -15,6 +15,7 @@
 //! another name beside it ([`SnapshotDraft`]), synchronised and renamed. Everything in it is untrusted when it is read
 //! ([`Snapshot`]): all its files are opened before any of them is read, and none through a link.
 
+mod addresses;
 mod blocks;
 mod directory;
 mod draft;

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use devices::GuestMemory;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::reader::{BlockSource, LoadedBlock};
 use crate::memory::{Filled, PAGE_SIZE, Userfault, UserfaultEvent};
 use crate::snapshot::SnapshotError;
+use crate::snapshot::addresses::BlockAddresses;
 use crate::snapshot::blocks::{BLOCK, runs};
 
 /// Pages of a block, and words of a bit for each.
@@ -30,19 +30,11 @@ pub(super) fn is_placed(placed: &PlacedBlocks, index: usize) -> bool {
     word.is_some_and(|word| word.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
 }
 
-/// Where a region of guest memory lies in this process.
-struct PlacedRegion {
-    start: u64,
-    len: u64,
-    /// The number of its first block.
-    first: usize,
-}
-
 /// The thread's state.
 pub(super) struct Placer<'a> {
     userfault: &'a Userfault,
     source: &'a BlockSource,
-    regions: Vec<PlacedRegion>,
+    addresses: BlockAddresses,
     placed: Arc<PlacedBlocks>,
     left: usize,
     /// The pages of blocks that are not placed yet that the guest has given up: a bit for each.
@@ -68,21 +60,12 @@ impl<'a> Placer<'a> {
         source: &'a BlockSource,
         placed: Arc<PlacedBlocks>,
     ) -> Self {
-        let (mut regions, mut first) = (Vec::new(), 0);
-        for region in memory.iter() {
-            regions.push(PlacedRegion {
-                start: region.as_ptr() as u64,
-                len: region.len(),
-                first,
-            });
-            first += region.len().div_ceil(BLOCK) as usize;
-        }
         Self {
             userfault,
             source,
-            regions,
+            addresses: BlockAddresses::of(memory),
             placed,
-            left: first,
+            left: source.blocks.len(),
             given_up: HashMap::new(),
             waiting: HashMap::new(),
         }
@@ -137,7 +120,7 @@ impl<'a> Placer<'a> {
 
     /// A thread waits for a page.
     fn fault(&mut self, page: u64) -> Result<(), SnapshotError> {
-        let Some(index) = self.block_of(page) else {
+        let Some(index) = self.addresses.block_of(page) else {
             return Ok(());
         };
         if is_placed(&self.placed, index) || self.is_given_up(index, page) {
@@ -151,7 +134,7 @@ impl<'a> Placer<'a> {
     /// The guest gives pages up: they are zero from now on, whatever the file has.
     fn remove(&mut self, start: u64, end: u64) {
         for page in (start..end).step_by(PAGE_SIZE as usize) {
-            let Some(index) = self.block_of(page) else {
+            let Some(index) = self.addresses.block_of(page) else {
                 continue;
             };
             if !is_placed(&self.placed, index) {
@@ -166,7 +149,7 @@ impl<'a> Placer<'a> {
     /// are waited for are filled with zeroes.
     fn place(&mut self, block: &LoadedBlock) -> Result<(), SnapshotError> {
         let len = self.source.blocks[block.index].len;
-        let start = self.address_of(block.index);
+        let start = self.addresses.address_of(block.index);
         let mut done = 0;
         // What the guest gives up meanwhile counts from the next run of pages on.
         while let Some(run) = self.next_run(block, done, len) {
@@ -238,24 +221,8 @@ impl<'a> Placer<'a> {
         Ok(())
     }
 
-    /// The block that an address is in.
-    fn block_of(&self, address: u64) -> Option<usize> {
-        self.regions.iter().find_map(|region| {
-            let offset = address.checked_sub(region.start)?;
-            (offset < region.len).then(|| region.first + (offset / BLOCK) as usize)
-        })
-    }
-
-    /// Where a block begins.
-    fn address_of(&self, index: usize) -> u64 {
-        let after = self.regions.partition_point(|region| region.first <= index);
-        // The first region begins with block 0.
-        let region = &self.regions[after.saturating_sub(1)];
-        region.start + (index - region.first) as u64 * BLOCK
-    }
-
     fn page_in_block(&self, index: usize, page: u64) -> u64 {
-        (page - self.address_of(index)) / PAGE_SIZE
+        (page - self.addresses.address_of(index)) / PAGE_SIZE
     }
 
     fn is_given_up(&self, index: usize, page: u64) -> bool {
